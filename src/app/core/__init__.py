@@ -1,0 +1,1 @@
+"""The rules every pipeline obeys, in plain Python: imports nothing but the standard library."""

@@ -1,0 +1,64 @@
+"""What went wrong, said as what the caller should do about it.
+
+    AppError(message, hint)
+    ├── Transient     try again with backoff: the cause may pass by itself
+    │   ├── Conflict      somebody else changed what was to be replaced: read again, then try again
+    │   └── LeaseLost     another process owns this job now: stop, it goes on there
+    ├── Permanent     a person must act: trying again cannot help
+    │   └── BadSettings   the configuration cannot work: the process must not start
+    ├── Rejected      this item is set aside; the others go on (HTTP 4xx)
+    └── Stopped       the process was asked to stop; nothing is wrong
+
+Invariant: every SDK's exceptions are translated to one of these once, at the SDK's home, with `raise ... from`.
+The hint is the next thing that an operator should try; logs, the dashboard and HTTP bodies show it.
+"""
+
+from collections.abc import Sequence
+
+
+class AppError(Exception):
+    """The root. `message` names the thing and the value, `hint` the next step. Neither may hold a secret."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class Transient(AppError):
+    """May pass by itself. `retry_after_seconds` is what the outside system asked for, None where it said nothing."""
+
+    def __init__(self, message: str, hint: str = "", *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, hint)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Conflict(Transient):
+    """The object is not the version that was to be replaced. Rows read before this must not be written again."""
+
+
+class LeaseLost(Transient):
+    """The lease of this job expired or is held by another owner; a commit was refused."""
+
+
+class Permanent(AppError):
+    """Trying again cannot help before a person has acted."""
+
+
+class BadSettings(Permanent):
+    """One line per fault in `faults`: variable, value (secrets masked), what is allowed. Exit code 78."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults), "correct the variables named above, then start again")
+        self.faults = tuple(faults)
+
+
+class Rejected(AppError):
+    """This item cannot be taken as it is; it is set aside with the reason, and the others go on."""
+
+
+class Stopped(AppError):
+    """A safe point was reached after a stop was asked for; the run ends here and the next one goes on."""

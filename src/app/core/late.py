@@ -1,0 +1,134 @@
+"""Closed windows: rows that came after the closing go to delta objects, and past windows are filled in on request.
+
+Invariants: a closed object never changes; a row is in at most one object of its window, since a delta holds only rows
+whose key none of the earlier parts has; no live cursor is moved here.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import datetime
+from itertools import islice
+from typing import Any, TypeVar
+
+from app.core.errors import Conflict, Transient
+from app.core.ports import Batch, Commit, Encoded, Record
+from app.core.runs import Context, Report
+from app.core.sync import NOTHING, Pipeline, Task, settle
+from app.core.window import Age, Window, age_of
+
+B = TypeVar("B", bound=Batch)
+E = TypeVar("E", bound=Encoded)
+
+DELTAS = 8
+log = logging.getLogger(__name__)
+
+
+def fill(pipeline: Pipeline[B, E], context: Context, partition: str, span: Window, now: datetime) -> Report:
+    """Bring every due window of `span` up to the source: what was never written is written and closed, what was closed
+    gets its late rows as a delta. A closed window whose count did not move is not read.
+    """
+    due = (w for w in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, w, now))
+    report = Report()
+    while step := list(islice(due, pipeline.grid.count_windows)):
+        counts = pipeline.source.counts(partition, step)
+        parts = _parts(pipeline, partition, step)
+        for window in step:
+            context.stop.check()
+            count = counts.get((partition, window.start), NOTHING)
+            report += _fill_window(pipeline, context, Task(partition, window, count, None, final=True), parts)
+            context.progress.advance(done=1)
+    return report
+
+
+def _is_due(pipeline: Pipeline[B, E], window: Window, now: datetime) -> bool:
+    return age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE
+
+
+def _parts(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> dict[datetime, list[Record]]:
+    parts: dict[datetime, list[Record]] = {}
+    for record in pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end):
+        parts.setdefault(record.window.start, []).append(record)
+    return parts
+
+
+def _fill_window(pipeline: Pipeline[B, E], context: Context, task: Task, known: dict[datetime, list[Record]]) -> Report:
+    parts = known.get(task.window.start, [])
+    base = parts[0] if parts else None
+    if base is None or not base.closed:
+        if base is None and task.count == NOTHING:
+            return Report()
+        return settle(pipeline, context, replace(task, record=base))
+    if task.count.cells == base.source_cells:
+        return Report()
+    return _append_late(pipeline, context, replace(task, record=base), parts)
+
+
+def _append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: Sequence[Record]) -> Report:
+    """Write what no part holds yet as the next delta. A delta that we did not know of is taken in and read as well."""
+    held = list(parts)
+    for _ in range(DELTAS):
+        context.stop.check()
+        key = pipeline.sink.key(task.partition, task.window, held[-1].part + 1)
+        with closing(pipeline.source.read(task.partition, task.window, task.count, None)) as batch:
+            late = pipeline.source.missing(batch, _rows_of(pipeline, held))
+            with closing(late):
+                if late.rows == 0:
+                    return _note_count(pipeline, context, task, held, Report())
+                if context.dry_run:
+                    return Report(rows=late.rows, windows=1, late_rows=late.rows)
+                delta, stored_bytes = _write_delta(pipeline, task, key, late, held[-1].part + 1)
+                held.append(delta)
+                if stored_bytes is not None:
+                    log.info("%s: %d late rows of a closed window", key, late.rows)
+                    report = Report(rows=late.rows, bytes=stored_bytes, windows=1, late_rows=late.rows)
+                    return _note_count(pipeline, context, task, held, report)
+    raise Transient(
+        f"{task.partition} {task.window}: {DELTAS} delta objects appeared while late rows were written",
+        "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
+    )
+
+
+def _rows_of(pipeline: Pipeline[B, E], parts: Sequence[Record]) -> Iterator[Any]:
+    for part in parts:
+        yield from pipeline.sink.read(part.key, part.version)
+
+
+def _write_delta(pipeline: Pipeline[B, E], task: Task, key: str, late: B, part: int) -> tuple[Record, int | None]:
+    """The delta's record, and its bytes; None when an unknown object stood under that name and has to be read first."""
+    delta = Record(
+        window=task.window,
+        part=part,
+        key=key,
+        version="",
+        digest=late.digest,
+        rows=late.rows,
+        size_bytes=0,
+        source_cells=task.count.cells,
+        min_at=late.min_at,
+        max_at=late.max_at,
+        closed=True,
+    )
+    with closing(pipeline.sink.encode(task.partition, task.window, late)) as encoded:
+        try:
+            version = pipeline.sink.put(key, encoded, None)
+        except Conflict:
+            there = pipeline.sink.head(key)
+            if there is None:
+                raise
+            if there.digest != late.digest:
+                return replace(delta, version=there.version, digest=there.digest, rows=there.rows or 0), None
+            version = there.version
+        return replace(delta, version=version, size_bytes=encoded.size_bytes), encoded.size_bytes
+
+
+def _note_count(
+    pipeline: Pipeline[B, E], context: Context, task: Task, held: Sequence[Record], report: Report
+) -> Report:
+    """Commit the deltas and the new count together, so that the window is not read again before it moves again."""
+    base = replace(held[0], source_cells=task.count.cells)
+    if not context.dry_run:
+        commit = Commit((base, *held[1:]))
+        pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
+    return report

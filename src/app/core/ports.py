@@ -1,0 +1,172 @@
+"""The values and ports of the one loop: what a source, a sink and the checkpoints promise.
+
+A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each method below
+is a contract that every implementation keeps and that one conformance suite checks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from app.core.runs import Lease
+from app.core.window import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What the source says a window holds, without handing over its rows.
+
+    `cells` counts single values and tells of any row that came or went; `points` is a lower bound for the rows.
+    """
+
+    cells: int
+    points: int
+
+
+class Batch(Protocol):
+    """The complete rows of one partition and window, in one canonical order, spooled so that memory stays bounded."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def digest(self) -> str:
+        """The same for the same rows, however they were read. Hex."""
+
+    @property
+    def min_at(self) -> datetime | None:
+        """Oldest event time, None when empty."""
+
+    @property
+    def max_at(self) -> datetime | None:
+        """Newest event time, None when empty."""
+
+    @property
+    def reusable(self) -> bool:
+        """True when a later read of the same window may build on these rows instead of reading them again."""
+
+    def close(self) -> None:
+        """Free what is spooled. Idempotent."""
+
+
+class Encoded(Protocol):
+    """A batch as the bytes that the sink will store, in a temporary file."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the object."""
+
+    def close(self) -> None:
+        """Remove the temporary file. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown)."""
+
+    version: str
+    digest: str = ""
+    rows: int | None = None
+    min_at: datetime | None = None
+    max_at: datetime | None = None
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows.
+
+    `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
+    """
+
+    window: Window
+    part: int
+    key: str
+    version: str
+    digest: str
+    rows: int
+    size_bytes: int
+    source_cells: int
+    min_at: datetime | None
+    max_at: datetime | None
+    closed: bool
+
+    @property
+    def held(self) -> Held:
+        """The object as this record knows it."""
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished."""
+
+    records: Sequence[Record] = ()
+    cursor_at: datetime | None = None
+
+
+B = TypeVar("B", bound=Batch)
+B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
+E = TypeVar("E", bound=Encoded)
+
+
+class Source(Protocol[B]):
+    """Where rows come from. Reading is always safe to repeat. Raises Transient, Permanent or Rejected."""
+
+    def partitions(self, since: datetime) -> Sequence[str]:
+        """Every partition that may have rows at or after `since`; each once, sorted."""
+
+    def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
+        """By (partition, window start); absent = no rows. One partition, or all when it is None."""
+
+    def read(self, partition: str, window: Window, count: Count, kept: B | None) -> B:
+        """All rows of the window, or an error; never a part of them. `count` was taken before this call.
+
+        `kept` is what this process last wrote as the very version that is to be replaced, else None.
+        """
+
+    def union(self, batch: B, held: Iterable[Any]) -> B:
+        """`batch` with the rows of `held` whose key it lacks. Closes neither; the caller closes the result."""
+
+    def missing(self, batch: B, held: Iterable[Any]) -> B:
+        """The rows of `batch` whose key is not in `held`."""
+
+
+class Sink(Protocol[B_contra, E]):
+    """Where rows land: one object per partition, window and part, replaced only by compare-and-swap on its version."""
+
+    def key(self, partition: str, window: Window, part: int) -> str:
+        """The object's name, a function of the arguments alone. Raises Rejected when the partition cannot be named."""
+
+    def head(self, key: str) -> Held | None:
+        """What is there now; None when nothing is."""
+
+    def read(self, key: str, version: str) -> Iterable[Any]:
+        """The rows of that very version, in order, as the source's `union` and `missing` take them. Raises Conflict."""
+
+    def encode(self, partition: str, window: Window, batch: B_contra) -> E:
+        """The batch as bytes in a temporary file. The same rows give the same content. The caller closes it."""
+
+    def put(self, key: str, encoded: E, expected: str | None) -> str:
+        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version.
+
+        All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
+        """
+
+
+class Checkpoints(Protocol):
+    """What is confirmed. Each commit is one transaction, refused with LeaseLost when the lease is not ours any more."""
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """Partition -> everything before this instant is finished."""
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """Records of windows that start in `[since, until)`, by window start, then part."""
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """Note why the partition could not go on; its cursor stays."""

@@ -1,0 +1,53 @@
+"""Bounded retries with full jitter for `Transient` errors; everything else passes through at once.
+
+Invariant: a retry never outlasts the policy's attempts, and a stop that was asked for ends the waiting.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from app.core.errors import Conflict, LeaseLost, Transient
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """At most `attempts` calls; the n-th pause is drawn from [0, min(cap, first * 2**n)] seconds."""
+
+    attempts: int = 4
+    first_seconds: float = 0.2
+    cap_seconds: float = 10.0
+
+
+class Pauses(Protocol):
+    """Waiting as an argument: the stop signal in the product, a counter in tests."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raise `Stopped` as soon as a stop is asked for."""
+
+
+def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float]) -> T:
+    """Call `action` until it returns. `draw` gives a number in [0, 1).
+
+    `Conflict` and `LeaseLost` are not repeated here: their cure is to read again or to give up, which the caller does.
+    Raises the last `Transient` when the attempts are used up.
+    """
+    for attempt in range(policy.attempts):
+        try:
+            return action()
+        except (Conflict, LeaseLost):
+            raise
+        except Transient as error:
+            if attempt + 1 == policy.attempts:
+                raise
+            pauses.pause(pause_seconds(policy, attempt, error.retry_after_seconds, draw()))
+    raise ValueError("a retry policy needs at least one attempt")
+
+
+def pause_seconds(policy: RetryPolicy, attempt: int, asked_seconds: float | None, drawn: float) -> float:
+    """How long to wait after the failed call number `attempt` (from 0); at least what the other side asked for."""
+    ceiling = min(policy.cap_seconds, policy.first_seconds * 2.0**attempt)
+    asked = min(asked_seconds or 0.0, policy.cap_seconds)
+    return max(asked, drawn * ceiling)

@@ -1,0 +1,301 @@
+"""Runs of jobs: who may run (lease), what happened (run record), and the one place where any exception ends.
+
+Invariants: a job runs in one process at a time as far as leases can tell, and stays right when they cannot, since the
+lease's generation is checked again inside each commit; every started run gets an outcome.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import Enum
+from typing import Protocol
+from uuid import uuid4
+
+from app.core.errors import AppError, LeaseLost, Stopped, Transient
+
+
+class Outcome(Enum):
+    """How a run ended. PARTIAL: some partitions failed, the others are done. STOPPED: goes on next time."""
+
+    RUNNING = "running"
+    OK = "ok"
+    PARTIAL = "partial"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run `name`. `generation` grows by one with each new holder and fences off the earlier ones."""
+
+    name: str
+    owner: str
+    generation: int
+    expires_at: datetime
+
+
+class Leases(Protocol):
+    """Leases on the checkpoint store, timed by the store's own clock where it has one."""
+
+    def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
+        """A fresh generation, or None while another owner's lease lives. The same owner may acquire again."""
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
+        """The same generation with a later expiry. Raises LeaseLost when it expired or is another's."""
+
+    def release(self, lease: Lease) -> None:
+        """Let others acquire at once. Idempotent; does nothing when the lease is another's by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One partition that could not be finished; its cursor stayed."""
+
+    partition: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once."""
+
+    rows: int = 0
+    bytes: int = 0
+    windows: int = 0
+    late_rows: int = 0
+    failures: Sequence[Failure] = ()
+    more: bool = False
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(
+            self.rows + other.rows,
+            self.bytes + other.bytes,
+            self.windows + other.windows,
+            self.late_rows + other.late_rows,
+            (*self.failures, *other.failures),
+            self.more or other.more,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed."""
+
+    run_id: str
+    job: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    outcome: Outcome = Outcome.RUNNING
+    report: Report = field(default_factory=Report)
+    error: str = ""
+    hint: str = ""
+
+
+class Runs(Protocol):
+    """The record of runs."""
+
+    def save(self, run: Run) -> None:
+        """Insert or replace the record of `run.run_id`. Idempotent."""
+
+    def recent(self, job: str | None, limit: int) -> Sequence[Run]:
+        """Newest first; all jobs when `job` is None."""
+
+
+class Stop:
+    """A stop signal that long work asks at its safe points, and that ends every pause at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._reason = ""
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop; the first reason is kept."""
+        if not self._event.is_set():
+            self._reason = reason
+            self._event.set()
+
+    @property
+    def asked(self) -> bool:
+        """True once a stop was asked for."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """A safe point: raises Stopped when a stop was asked for."""
+        if self._event.is_set():
+            raise Stopped(f"stopped: {self._reason}", "nothing to do: the next run goes on from the checkpoint")
+
+    def pause(self, seconds: float) -> None:
+        """Wait, or raise Stopped as soon as a stop is asked for."""
+        self._event.wait(seconds)
+        self.check()
+
+
+class Progress(Protocol):
+    """Where long work says how far it is: a bar on a terminal, counts in the log and on the dashboard elsewhere."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """`done` more units finished, `total` more known to be ahead, `rows` more rows moved. From any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a running job is given."""
+
+    run_id: str
+    lease: Lease
+    stop: Stop
+    progress: Progress
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
+
+    `work` is synchronous and may be called again at any time; it raises AppError.
+    """
+
+    name: str
+    interval_seconds: int
+    work: Callable[[Context], Report]
+    off: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """Who asks for leases, for how long, and how often they are renewed."""
+
+    owner: str
+    ttl_seconds: float = 30.0
+    heartbeat_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunDesk:
+    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end."""
+
+    clock: Callable[[], datetime]
+    leases: Leases
+    runs: Runs
+    terms: LeaseTerms
+    ended: Callable[[Run, BaseException | None], None]
+
+
+def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run: bool = False) -> Run | None:
+    """Run `job` once under its lease and record what happened; None when another process holds the lease.
+
+    Never raises for anything the job does: this is the one place where any exception ends as a recorded outcome.
+    """
+    run = Run(uuid4().hex, job.name, desk.clock())
+    cause: BaseException | None = None
+    try:
+        lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
+        if lease is None:
+            return None
+        with _renewed(lease, desk, stop) as own_stop:
+            if not dry_run:
+                desk.runs.save(run)
+            report = job.work(Context(run.run_id, lease, own_stop, progress, dry_run))
+        run = _reported(run, report)
+    except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
+        cause = error
+        run = _failed(run, error)
+    run = replace(run, ended_at=desk.clock())
+    if not dry_run:
+        cause = _save(run, desk.runs) or cause
+    desk.ended(run, cause)
+    return run
+
+
+def _reported(run: Run, report: Report) -> Run:
+    first = next(iter(report.failures), None)
+    if first is None:
+        return replace(run, outcome=Outcome.OK, report=report)
+    others = f" and {len(report.failures) - 1} more" if len(report.failures) > 1 else ""
+    return replace(
+        run,
+        outcome=Outcome.PARTIAL,
+        report=report,
+        error=f"{first.partition}{others}: {first.message}",
+        hint=first.hint,
+    )
+
+
+def _failed(run: Run, error: Exception) -> Run:
+    outcome = Outcome.STOPPED if isinstance(error, Stopped | LeaseLost) else Outcome.FAILED
+    if isinstance(error, AppError):
+        return replace(run, outcome=outcome, error=error.message, hint=error.hint)
+    hint = "this is a fault of the program: please report it with the log around this line"
+    return replace(run, outcome=outcome, error=f"{type(error).__name__}: {error}", hint=hint)
+
+
+def _save(run: Run, runs: Runs) -> AppError | None:
+    """Record the end; a store that is away must not hide how the run ended, so its error is handed back."""
+    try:
+        runs.save(run)
+    except AppError as error:
+        return error
+    return None
+
+
+@contextmanager
+def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
+    """Keep the lease alive from a thread of its own; losing it asks this run, and only this run, to stop."""
+    own_stop = _Either(stop)
+    done = threading.Event()
+
+    def beat() -> None:
+        held = lease
+        while not done.wait(desk.terms.heartbeat_seconds):
+            try:
+                held = desk.leases.renew(held, desk.terms.ttl_seconds)
+            except LeaseLost as error:
+                own_stop.ask(error.message)
+                return
+            except Transient:
+                # The store is away. The lease may still live, and each commit checks it: keep trying.
+                continue
+
+    heart = threading.Thread(target=beat, name=f"lease-{lease.name}", daemon=True)
+    heart.start()
+    try:
+        yield own_stop
+    finally:
+        done.set()
+        heart.join()
+        _release(lease, desk.leases)
+
+
+def _release(lease: Lease, leases: Leases) -> None:
+    """Give the lease back; a store that is away lets it expire by itself, which costs others at most its TTL."""
+    try:
+        leases.release(lease)
+    except Transient:
+        return
+
+
+class _Either(Stop):
+    """Stops when asked itself or when the process is asked."""
+
+    def __init__(self, outer: Stop) -> None:
+        super().__init__()
+        self._outer = outer
+
+    @property
+    def asked(self) -> bool:
+        return super().asked or self._outer.asked
+
+    def check(self) -> None:
+        self._outer.check()
+        super().check()
+
+    def pause(self, seconds: float) -> None:
+        slice_seconds = 0.2
+        while seconds > 0:
+            self.check()
+            self._event.wait(min(seconds, slice_seconds))
+            seconds -= slice_seconds
+        self.check()

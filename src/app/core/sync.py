@@ -1,0 +1,281 @@
+"""The one loop: bring each window's object up to what the source holds, then commit.
+
+Order, per window: the object's version first, then the source, then compare-and-swap on that version, then the
+transaction. A crash at any line repeats the write onto the same name. Rows that were read before a version was known
+are never written over it. Whether a window may be closed is decided from the clock before the source is read.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import islice, takewhile
+from typing import Generic, TypeVar
+
+from app.core.errors import Conflict, Transient
+from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
+from app.core.runs import Context, Report
+from app.core.window import Age, Window, age_of
+
+B = TypeVar("B", bound=Batch)
+E = TypeVar("E", bound=Encoded)
+
+NOTHING = Count(0, 0)
+CONFLICTS = 8
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
+
+    One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
+    turns however long the backlog is.
+    """
+
+    windows: Callable[[datetime, datetime], Iterator[Window]]
+    grace_seconds: float
+    step_windows: int = 24
+    count_windows: int = 744
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline(Generic[B, E]):
+    """One source joined to one sink, named once.
+
+    `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
+    at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
+    """
+
+    name: str
+    source: Source[B]
+    sink: Sink[B, E]
+    checkpoints: Checkpoints
+    grid: Grid
+    allow_shrink: bool = False
+    kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+
+    def keep(self, task: "Task", version: str, batch: B) -> None:
+        """Remember the rows of `version`, when building on them pays."""
+        if batch.reusable:
+            self.kept[task.partition, task.window.start] = (version, batch)
+
+    def keeps(self, batch: B) -> bool:
+        """True when `batch` belongs to the pipeline."""
+        return any(batch is mine for _, mine in list(self.kept.values()))
+
+    def take(self, task: "Task", version: str) -> B | None:
+        """Hand over the rows that this process wrote as `version`; any other memory of the window is dropped."""
+        known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
+        if batch is None or (known == version and not task.final):
+            return batch
+        batch.close()
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far."""
+
+    partition: str
+    window: Window
+    count: Count
+    record: Record | None
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was."""
+
+    partition: str
+    cursor_at: datetime
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already)."""
+
+    record: Record | None
+    stored_bytes: int = 0
+
+
+def sync_partition(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
+    """One step of one partition: its oldest due windows, and when none is left behind, the live ones.
+
+    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise;
+    what was committed before stays.
+    """
+    due = list(islice(_due(pipeline.grid, at), pipeline.grid.count_windows))
+    report, passed = _close_due(pipeline, context, at.partition, due) if due else (Report(), at.cursor_at)
+    if report.more or len(due) == pipeline.grid.count_windows:
+        return replace(report, more=True)
+    return report + _refresh(pipeline, context, replace(at, cursor_at=passed), live)
+
+
+def _due(grid: Grid, at: Position) -> Iterator[Window]:
+    windows = grid.windows(at.cursor_at, at.now)
+    return takewhile(lambda window: age_of(window, at.now, grid.grace_seconds) is Age.DUE, windows)
+
+
+def _close_due(
+    pipeline: Pipeline[B, E], context: Context, partition: str, due: Sequence[Window]
+) -> tuple[Report, datetime]:
+    """Close due windows, oldest first; runs of empty ones cost one count and one commit together."""
+    counts = pipeline.source.counts(partition, due)
+    records = _records(pipeline, partition, due)
+    report, passed, committed = Report(), due[0].start, due[0].start
+    for window in due:
+        context.stop.check()
+        record, count = records.get(window.start), counts.get((partition, window.start), NOTHING)
+        if (record is None and count != NOTHING) or (record is not None and not record.closed):
+            if report.windows == pipeline.grid.step_windows:
+                report = replace(report, more=True)
+                break
+            report += settle(pipeline, context, Task(partition, window, count, record, final=True), moves_cursor=True)
+            committed = window.end
+        passed = window.end
+        context.progress.advance(done=1)
+    if passed > committed and not context.dry_run:
+        pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
+    return report, passed
+
+
+def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
+    """Bring open and settling windows up to date; one whose count did not move costs nothing."""
+    windows = list(pipeline.grid.windows(at.cursor_at, at.now))
+    report = Report()
+    if not windows:
+        return report
+    records = _records(pipeline, at.partition, windows)
+    for window in windows:
+        context.stop.check()
+        record, count = records.get(window.start), live.get(window.start, NOTHING)
+        if record.closed or record.source_cells == count.cells if record else count == NOTHING:
+            continue
+        report += settle(pipeline, context, Task(at.partition, window, count, record, final=False))
+    return report
+
+
+def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> Mapping[datetime, Record]:
+    found = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
+    return {record.window.start: record for record in found if record.part == 0}
+
+
+def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_cursor: bool = False) -> Report:
+    """Make the window's object equal to the source and commit it, closed when `task.final`. Idempotent."""
+    written = _write(pipeline, context, task)
+    record = written.record
+    if record is not None and task.final:
+        record = replace(record, closed=True)
+    cursor_at = task.window.end if moves_cursor else None
+    if not context.dry_run and (record != task.record or cursor_at):
+        commit = Commit((record,) if record else (), cursor_at)
+        pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
+    if not written.stored_bytes or record is None:
+        return Report()
+    context.progress.advance(rows=record.rows)
+    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1)
+
+
+def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
+    """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
+    key = pipeline.sink.key(task.partition, task.window, 0)
+    held = task.record.held if task.record else None
+    for _ in range(CONFLICTS):
+        context.stop.check()
+        try:
+            with _reading(pipeline, task, key, held) as batch:
+                if batch.rows == 0 if held is None else batch.digest == held.digest:
+                    return _unchanged(pipeline, task, key, held, batch)
+                return _store(pipeline, context, task, held, batch)
+        except Conflict:
+            held = pipeline.sink.head(key)
+    raise Transient(
+        f"{key}: changed {CONFLICTS} times while it was being replaced",
+        "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
+    )
+
+
+def _unchanged(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None, batch: B) -> _Written:
+    """Nothing to store. An object that is closed unwritten must still be the one that was confirmed: else Conflict."""
+    if held is None:
+        return _Written(None)
+    if task.final:
+        there = pipeline.sink.head(key)
+        if there is None or there.version != held.version:
+            raise Conflict(f"{key}: is not the version that was confirmed", "nothing to do: it is read again")
+    else:
+        pipeline.keep(task, held.version, batch)
+    return _Written(_record(task, key, held, batch))
+
+
+def _store(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, batch: B) -> _Written:
+    """Encode and swap. A conflict with the same rows is our own lost answer and is adopted; any other is raised."""
+    key = pipeline.sink.key(task.partition, task.window, 0)
+    with closing(pipeline.sink.encode(task.partition, task.window, batch)) as encoded:
+        stored = Held("", size_bytes=encoded.size_bytes)
+        if not context.dry_run:
+            try:
+                version = pipeline.sink.put(key, encoded, held.version if held else None)
+            except Conflict:
+                there = pipeline.sink.head(key)
+                if there is None or there.digest != batch.digest:
+                    raise
+                version = there.version
+            stored = replace(stored, version=version)
+            if not task.final:
+                pipeline.keep(task, version, batch)
+        return _Written(_record(task, key, stored, batch), encoded.size_bytes)
+
+
+def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
+    return Record(
+        window=task.window,
+        part=0,
+        key=key,
+        version=held.version,
+        digest=batch.digest,
+        rows=batch.rows,
+        size_bytes=held.size_bytes,
+        source_cells=task.count.cells,
+        min_at=batch.min_at,
+        max_at=batch.max_at,
+        closed=False,
+    )
+
+
+@contextmanager
+def _reading(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None) -> Iterator[B]:
+    """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
+    kept = pipeline.take(task, held.version if held else "")
+    try:
+        batch = pipeline.source.read(task.partition, task.window, task.count, kept)
+    finally:
+        if kept is not None:
+            kept.close()
+    try:
+        if held is not None and not pipeline.allow_shrink and _shrank(batch, held):
+            batch = _united(pipeline, key, batch, held)
+        yield batch
+    finally:
+        if not pipeline.keeps(batch):
+            batch.close()
+
+
+def _shrank(batch: Batch, held: Held) -> bool:
+    """True when rows of the held object are certainly gone from the source."""
+    if held.rows is not None and batch.rows < held.rows:
+        return True
+    if batch.min_at is None or batch.max_at is None:
+        return False
+    earlier = held.min_at is not None and held.min_at < batch.min_at
+    return earlier or (held.max_at is not None and held.max_at > batch.max_at)
+
+
+def _united(pipeline: Pipeline[B, E], key: str, batch: B, held: Held) -> B:
+    log.warning("%s holds rows that the source no longer returns (%s held, %d read): kept", key, held.rows, batch.rows)
+    with closing(batch):
+        return pipeline.source.union(batch, pipeline.sink.read(key, held.version))

@@ -1,0 +1,79 @@
+"""Windows: half-open UTC intervals `[start, end)` on a fixed grid, and what their age allows.
+
+Invariants: the grid is counted from the epoch, so it does not depend on when the process runs; a window length divides
+a day, so no window crosses midnight UTC; every instant is an aware datetime in UTC.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DAY_SECONDS = 86_400
+
+
+class Age(Enum):
+    """OPEN: rows still arrive. SETTLING: late rows still find their place. DUE: it can be closed for good."""
+
+    OPEN = "open"
+    SETTLING = "settling"
+    DUE = "due"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Window:
+    """`[start, end)`, both aware UTC, start before end."""
+
+    start: datetime
+    end: datetime
+
+    def __post_init__(self) -> None:
+        if self.start.utcoffset() != timedelta(0) or self.end.utcoffset() != timedelta(0):
+            raise ValueError("a window's bounds must be aware UTC datetimes")
+        if self.start >= self.end:
+            raise ValueError(f"a window must not be empty: {self.start} to {self.end}")
+
+    @property
+    def seconds(self) -> int:
+        """Length in whole seconds."""
+        return int((self.end - self.start).total_seconds())
+
+    def __str__(self) -> str:
+        return f"{self.start:%Y-%m-%dT%H:%M:%SZ}/{self.end:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def floor_to(instant: datetime, seconds: int) -> datetime:
+    """The start of the grid cell of `seconds` that holds `instant`."""
+    elapsed = (instant - EPOCH) // timedelta(seconds=seconds)
+    return EPOCH + timedelta(seconds=seconds * elapsed)
+
+
+def window_at(instant: datetime, seconds: int) -> Window:
+    """The window of length `seconds` that holds `instant`."""
+    start = floor_to(instant, seconds)
+    return Window(start, start + timedelta(seconds=seconds))
+
+
+def windows_between(start: datetime, end: datetime, seconds: int) -> Iterator[Window]:
+    """Every window that overlaps `[start, end)`, oldest first; nothing when start is not before end."""
+    if start >= end:
+        return
+    window = window_at(start, seconds)
+    while window.start < end:
+        yield window
+        window = Window(window.end, window.end + timedelta(seconds=seconds))
+
+
+def age_of(window: Window, now: datetime, grace_seconds: float) -> Age:
+    """What may be done with `window` at `now`; the caller decides this before it reads the source."""
+    if window.end > now:
+        return Age.OPEN
+    if window.end > now - timedelta(seconds=grace_seconds):
+        return Age.SETTLING
+    return Age.DUE
+
+
+def next_midnight(now: datetime) -> datetime:
+    """The first midnight UTC after `now`."""
+    return floor_to(now, DAY_SECONDS) + timedelta(days=1)

@@ -1,0 +1,93 @@
+"""The object store port: named bytes with a version, replaced by compare-and-swap.
+
+Invariants of every implementation: a reader sees a whole object or none, never a part; `put` either stores all bytes
+with their metadata or changes nothing; an ETag is compared as it was received and differs after each change of content.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import BinaryIO, Protocol
+
+from app.core.errors import Rejected
+
+MAX_KEY_BYTES = 1024
+CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What is known of an object without its bytes. `metadata` keys are lower case ASCII; listings leave it empty."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    modified_at: datetime
+    content_type: str = "application/octet-stream"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """What to store and under which condition.
+
+    `expected`: an ETag that the object must still have; "" = the object must not exist; None = whatever is there.
+    """
+
+    content_type: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    expected: str | None = None
+
+
+class ObjectStore(Protocol):
+    """All methods are safe to repeat and may be called from any thread.
+
+    They raise Transient (try again), Permanent (credentials, missing bucket), Rejected (the key cannot be used) and
+    Conflict (the condition does not hold).
+    """
+
+    @property
+    def conditional(self) -> bool:
+        """True when the store was seen to honour conditions. `probe` finds out; False before it has run."""
+
+    def probe(self) -> None:
+        """Check that the store can be reached and written, and whether it honours conditions."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """The object's properties; None when it does not exist."""
+
+    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        """Store the rest of `body` (seekable) and return the new ETag.
+
+        Raises Conflict when `put.expected` does not hold, which may be the echo of our own earlier write whose answer
+        was lost: compare metadata. With "" or an ETag on a store that is not `conditional`, the check is a HEAD before.
+        """
+
+    def open(self, key: str, etag: str | None = None) -> AbstractContextManager[BinaryIO | None]:
+        """A stream over the bytes, None when the object does not exist; Conflict when it no longer has that ETag.
+
+        A body that breaks off is resumed or raises Transient; it never ends early in silence.
+        """
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in UTF-8 order, all pages. A page that fails is an error."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing when it does not exist."""
+
+
+def check_key(key: str) -> str:
+    """`key` itself. Raises Rejected for keys that stores would rewrite or refuse: empty, over 1024 bytes of UTF-8, with
+    an empty, `.` or `..` segment, with a leading slash, or with control characters.
+    """
+    segments = key.split("/")
+    if not key or any(segment in ("", ".", "..") for segment in segments):
+        raise Rejected(
+            f"object key {key!r} has an empty, '.' or '..' segment", "use plain names between single slashes"
+        )
+    if not CONTROL.isdisjoint(key):
+        raise Rejected(f"object key {key!r} holds a control character", "remove it")
+    if len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
+        raise Rejected(f"object key {key[:60]!r}... is longer than {MAX_KEY_BYTES} bytes", "shorten it")
+    return key
