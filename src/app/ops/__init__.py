@@ -1,0 +1,1 @@
+"""Running it: the scheduler, liveness and readiness, logs, access and the dashboard."""

@@ -1,0 +1,1 @@
+"""Fixtures of a real server from its wheel."""
