@@ -2,7 +2,7 @@
 
 Answers are asked for as chunked JSON, a document per line: as CSV a failed statement would be an empty 200. Types come
 from SHOW FIELD KEYS, since JSON writes 21.0 as 21; they are asked after the counts and before the rows, so a field
-that is new is never counted as read. Invariants: as for `flux`; an answer that ends while it says `partial` is an error.
+that is new is never counted as read. Invariants: as for `flux`; an answer that ends while saying `partial` is an error.
 """
 
 import json

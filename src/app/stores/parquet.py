@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from app.core.errors import Conflict, Rejected
 from app.core.ports import Batch, Held
 from app.core.window import Window
+from app.stores.layouts import Layout
 from app.stores.objects import ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
@@ -37,14 +38,6 @@ class TableBatch(Batch, Protocol):
 
     def output(self) -> "Iterator[pa.Table]":
         """The rows with `output_schema`, in order, in tables of moderate size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How windows are named and written. `date_format` is a strftime format of the window's day."""
-
-    format: str
-    date_format: str
 
 
 @dataclass(frozen=True, slots=True)
