@@ -1,0 +1,344 @@
+"""The one loop: exactly once whatever line it dies on, nothing shrinks, nothing unchanged is written."""
+
+import random
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from world import GRACE_SECONDS, START, Killed, Process, World, context
+
+from app.core.errors import Permanent, Rejected, Stopped, Transient
+from app.core.late import fill
+from app.core.runs import Stop
+from app.core.window import Window
+
+MINUTE = timedelta(minutes=1)
+SETTLED = timedelta(seconds=GRACE_SECONDS + 600)
+
+
+def fill_minutes(world: World, minutes: int, devices: tuple[str, ...] = ("a", "b")) -> None:
+    """A point a minute and device from START on."""
+    for minute in range(minutes):
+        for device in devices:
+            world.write(device, START + minute * MINUTE, f"{device}{minute}")
+
+
+def play(world: World, hook: Callable[[str], None] = lambda _: None, *, keeps: bool = False) -> None:
+    """An hour over midnight with runs each five minutes, late points, one process that dies when the hook says so."""
+    process = Process(world, hook, keeps=keeps)
+    for step in range(14):
+        world.now = START + 90 * MINUTE + step * 5 * MINUTE
+        for device in ("a", "b"):
+            world.write(device, world.now - 2 * MINUTE, f"{device}{step}")
+            if step % 7 == 3:
+                world.write(device, world.now - 13 * MINUTE, f"late {device}{step}")
+        try:
+            process.run_until_done()
+        except Killed:
+            process = Process(world, hook, keeps=keeps)
+    world.now += SETTLED
+    Process(world).run_until_done()
+
+
+class Tripwire:
+    """Kills at the n-th effect, once."""
+
+    def __init__(self, fatal: int) -> None:
+        self.seen = 0
+        self.fatal = fatal
+
+    def __call__(self, point: str) -> None:
+        self.seen += 1
+        if self.seen == self.fatal:
+            raise Killed(point)
+
+
+def undisturbed() -> World:
+    world = World()
+    play(world)
+    return world
+
+
+def count_effects() -> int:
+    wire = Tripwire(-1)
+    play(World(), wire)
+    return wire.seen
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_kill_at_any_effect_leaves_every_row_exactly_once(keeps: bool) -> None:  # noqa: FBT001 - pytest's parameter
+    expected = undisturbed()
+    assert expected.exported() == expected.produced(expected.now)
+    for fatal in range(1, count_effects() + 1):
+        world = World()
+        play(world, Tripwire(fatal), keeps=keeps)
+        assert world.exported() == expected.exported(), f"killed at effect {fatal}"
+        assert world.cursors == expected.cursors
+        assert not world.shrunk
+
+
+def test_a_window_that_did_not_change_is_not_written_again() -> None:
+    world = World()
+    fill_minutes(world, 30)
+    world.now = START + 30 * MINUTE
+    Process(world).run_until_done()
+    before = list(world.puts)
+    world.now += MINUTE
+    assert Process(world).run_until_done().windows == 0
+    assert world.puts == before
+
+
+def test_a_late_point_lands_in_its_own_window_once() -> None:
+    world = World()
+    fill_minutes(world, 30, ("a",))
+    world.now = START + 30 * MINUTE
+    process = Process(world)
+    process.run_until_done()
+    late = START + 14 * MINUTE + timedelta(seconds=30)
+    world.write("a", late, "late")
+    before = len(world.puts)
+    process.run_until_done()
+    assert world.puts[before:] == [f"a/{START + 10 * MINUTE:%Y%m%dT%H%M%S}.0"]
+    assert [row for row in world.exported() if row[2] == "late"] == [("a", late, "late")]
+
+
+def test_a_closed_object_never_changes_and_what_comes_later_goes_to_a_delta() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    process = Process(world)
+    process.run_until_done()
+    closed = dict(world.objects)
+    world.write("a", START + 90 * timedelta(seconds=1), "very late")
+    process.run_until_done()
+    assert world.objects == closed
+    report = fill(process.pipeline(), context(), "a", Window(START - 10 * MINUTE, START + 20 * MINUTE), world.now)
+    assert report.late_rows == 1
+    assert closed.items() <= world.objects.items()
+    assert world.exported() == world.produced(world.now)
+    again = fill(process.pipeline(), context(), "a", Window(START, START + 20 * MINUTE), world.now)
+    assert again.windows == 0
+
+
+def test_deltas_survive_a_kill_at_any_effect() -> None:
+    for fatal in range(1, 12):
+        world = World()
+        fill_minutes(world, 10, ("a",))
+        world.now = START + 10 * MINUTE + SETTLED
+        Process(world).run_until_done()
+        span = Window(START, START + 10 * MINUTE)
+        for second in (30, 90):
+            world.write("a", START + timedelta(seconds=second), f"late{second}")
+            wire = Tripwire(fatal)
+            try:
+                fill(Process(world, wire).pipeline(), context(), "a", span, world.now)
+            except Killed:
+                fill(Process(world).pipeline(), context(), "a", span, world.now)
+        assert world.exported() == world.produced(world.now)
+
+
+def test_a_source_that_lost_rows_does_not_take_them_from_the_object() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE
+    process = Process(world)
+    process.run_until_done()
+    before = world.exported()
+    del world.rows["a"][START]
+    world.write("a", START + timedelta(seconds=30), "new")
+    process.run_until_done()
+    world.write("a", START + timedelta(seconds=40), "newer")
+    process.run_until_done()
+    assert not world.shrunk
+    assert set(before) < set(world.exported())
+
+
+def test_shrinking_is_possible_when_it_is_allowed() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE
+    Process(world).run_until_done()
+    del world.rows["a"][START]
+    Process(world, allow_shrink=True).run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_an_object_that_a_person_deleted_comes_back_while_its_window_is_not_closed() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 5 * MINUTE
+    process = Process(world)
+    process.run_until_done()
+    world.objects.clear()
+    world.now = START + 10 * MINUTE + SETTLED
+    process.run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_lost_checkpoints_cost_no_row_and_double_none() -> None:
+    world = World()
+    fill_minutes(world, 30)
+    world.now = START + 30 * MINUTE
+    Process(world).run_until_done()
+    world.cursors.clear()
+    world.records.clear()
+    world.now += SETTLED
+    Process(world).run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_an_outage_of_three_times_the_lookback_is_caught_up_in_bounded_steps() -> None:
+    world = World()
+    fill_minutes(world, 5)
+    world.now = START + 5 * MINUTE
+    process = Process(world)
+    process.run_until_done()
+    fill_minutes(world, 240)
+    world.now = START + 240 * MINUTE
+    first = process.run()
+    assert first.more
+    assert first.windows <= 2 * 5
+    process.run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_a_new_partition_starts_where_the_last_discovery_left_off() -> None:
+    world = World()
+    fill_minutes(world, 5, ("a",))
+    world.now = START + 5 * MINUTE
+    Process(world).run_until_done()
+    fill_minutes(world, 180, ("a", "b"))
+    world.now = START + 180 * MINUTE
+    Process(world).run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_empty_windows_move_the_cursor_without_reads() -> None:
+    world = World()
+    fill_minutes(world, 5, ("a",))
+    world.now = START + 5 * MINUTE
+    process = Process(world)
+    process.run_until_done()
+    reads = len(world.reads)
+    world.now = START + 24 * 60 * MINUTE
+    process.run_until_done()
+    assert len(world.reads) == reads + 1
+    assert world.cursors["a"] >= world.now - SETTLED
+
+
+@pytest.mark.parametrize("error", [Transient("away"), Rejected("bad id", "rename it"), Permanent("no right")])
+def test_one_partition_that_fails_does_not_stop_the_others(error: Exception) -> None:
+    world = World()
+    fill_minutes(world, 10, ("a", "b", "c"))
+    world.now = START + 10 * MINUTE
+    report = Process(world, broken={"b": error}).run()
+    assert [failure.partition for failure in report.failures] == ["b"]
+    assert {name for name, _, _ in world.exported()} == {"a", "c"}
+    assert "b" in world.failures
+    world.now += SETTLED
+    Process(world).run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_a_cause_that_hits_every_partition_ends_the_run_early() -> None:
+    world = World()
+    devices = tuple(f"d{number:02}" for number in range(40))
+    fill_minutes(world, 2, devices)
+    world.now = START + 2 * MINUTE
+    with pytest.raises(Transient):
+        Process(world, broken=dict.fromkeys(devices, Transient("away"))).run()
+    assert len(world.failures) < len(devices)
+
+
+def test_a_stop_ends_the_run_at_a_safe_point_and_the_next_run_goes_on() -> None:
+    world = World()
+    Process(world).run()
+    fill_minutes(world, 120)
+    world.now = START + 120 * MINUTE
+    stop = Stop()
+
+    def stop_soon(_: str) -> None:
+        if len(world.puts) == 3:
+            stop.ask("test")
+
+    with pytest.raises(Stopped):
+        Process(world, stop_soon).run(stop)
+    world.now += SETTLED
+    Process(world).run_until_done()
+    assert world.exported() == world.produced(world.now)
+
+
+def test_a_dry_run_changes_nothing_and_counts_what_would_be_written() -> None:
+    world = World()
+    fill_minutes(world, 10)
+    world.now = START + 10 * MINUTE
+    report = Process(world).run(dry_run=True)
+    assert (report.rows, report.windows) == (20, 2)
+    assert not world.objects
+    assert not world.cursors
+    assert not world.records
+
+
+def test_every_batch_is_closed_unless_it_is_kept_for_the_next_read() -> None:
+    world = World()
+    process = Process(world, keeps=True)
+    for step in range(20):
+        world.now = START + step * 5 * MINUTE
+        world.write("a", world.now, str(step))
+        process.run_until_done()
+    kept = {id(batch) for _, batch in process.kept.values()}
+    assert all(batch.is_closed != (id(batch) in kept) for batch in process.batches)
+
+
+class Turns:
+    """Lets one of several threads take one step at a time, in an order that a seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.condition = threading.Condition()
+        self.waiting: set[int] = set()
+        self.turn = -1
+
+    def hook(self, number: int) -> Callable[[str], None]:
+        def wait(_: str) -> None:
+            with self.condition:
+                self.waiting.add(number)
+                self.condition.notify_all()
+                self.condition.wait_for(lambda: self.turn == number)
+                self.turn = -1
+                self.waiting.discard(number)
+
+        return wait
+
+    def drive(self, threads: list[threading.Thread]) -> None:
+        while any(thread.is_alive() for thread in threads):
+            with self.condition:
+                ready = lambda: len(self.waiting) == sum(t.is_alive() for t in threads) or self.turn == -1  # noqa: E731
+                self.condition.wait_for(ready, timeout=0.01)
+                if self.waiting and self.turn == -1:
+                    self.turn = self.random.choice(sorted(self.waiting))
+                    self.condition.notify_all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_two_processes_at_once_without_any_lease_lose_and_double_nothing(seed: int) -> None:
+    world = World()
+    turns = Turns(seed)
+    for step in range(12):
+        world.now = START + step * 7 * MINUTE
+        for minute in range(7):
+            world.write("a", world.now - minute * MINUTE, f"{step}.{minute}")
+        threads = [
+            threading.Thread(target=Process(world, turns.hook(number), keeps=True).run_until_done)
+            for number in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        turns.drive(threads)
+        for thread in threads:
+            thread.join()
+    world.now += SETTLED
+    Process(world).run_until_done()
+    assert world.exported() == world.produced(world.now)
+    assert not world.shrunk

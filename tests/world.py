@@ -1,0 +1,263 @@
+"""A source, a sink and checkpoints that live in memory and can be stopped before or after each of their effects."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from app.core.errors import Conflict
+from app.core.partitions import Pass, sync_all
+from app.core.ports import Commit, Count, Held, Record
+from app.core.runs import Context, Lease, Report, Stop
+from app.core.sync import Grid, Pipeline
+from app.core.window import Window, windows_between
+
+START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
+WINDOW_SECONDS = 600
+GRACE_SECONDS = 1200
+Row = tuple[datetime, str]
+
+
+class Killed(BaseException):
+    """The process died here."""
+
+
+def nothing(_point: str) -> None:
+    """A hook that lets everything pass."""
+
+
+def windows(start: datetime, end: datetime) -> Iterable[Window]:
+    return windows_between(start, end, WINDOW_SECONDS)
+
+
+@dataclass(slots=True)
+class Rows:
+    """A batch of rows, and whether its reader closed it."""
+
+    held: tuple[Row, ...]
+    reusable: bool = False
+    is_closed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.held)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.held).encode()).hexdigest()
+
+    @property
+    def min_at(self) -> datetime | None:
+        return min((at for at, _ in self.held), default=None)
+
+    @property
+    def max_at(self) -> datetime | None:
+        return max((at for at, _ in self.held), default=None)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@dataclass(slots=True)
+class Bytes:
+    content: tuple[Row, ...]
+    digest: str
+
+    @property
+    def size_bytes(self) -> int:
+        return max(1, len(self.content))
+
+    def close(self) -> None:
+        """Nothing to remove."""
+
+
+@dataclass(slots=True)
+class World:
+    """What outlives a process: the source's rows, the sink's objects, the checkpoints, and the clock."""
+
+    now: datetime = START
+    rows: dict[str, dict[datetime, str]] = field(default_factory=dict)
+    objects: dict[str, tuple[str, tuple[Row, ...], str]] = field(default_factory=dict)
+    cursors: dict[str, datetime] = field(default_factory=dict)
+    records: dict[tuple[str, datetime, int], Record] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    versions: int = 0
+    shrunk: list[str] = field(default_factory=list)
+    reads: list[tuple[str, datetime]] = field(default_factory=list)
+    puts: list[str] = field(default_factory=list)
+
+    def write(self, partition: str, at: datetime, value: str = "v") -> None:
+        """A point arrives at the source."""
+        self.rows.setdefault(partition, {})[at] = value
+
+    def exported(self) -> list[tuple[str, datetime, str]]:
+        """Every row of every object, with repetitions."""
+        return sorted(
+            (key.split("/")[0], at, value) for key, (_, rows, _) in self.objects.items() for at, value in rows
+        )
+
+    def produced(self, until: datetime) -> list[tuple[str, datetime, str]]:
+        """Every row of the source before `until`."""
+        return sorted((name, at, value) for name, rows in self.rows.items() for at, value in rows.items() if at < until)
+
+
+@dataclass(slots=True)
+class Process:
+    """One process of the product: its ports on a world, its memory, and the hook at each effect."""
+
+    world: World
+    hook: Callable[[str], None] = nothing
+    keeps: bool = False
+    broken: Mapping[str, Exception] = field(default_factory=dict)
+    allow_shrink: bool = False
+    kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
+    batches: list[Rows] = field(default_factory=list)
+
+    # Source
+    def partitions(self, since: datetime) -> Sequence[str]:
+        return sorted(self.world.rows)
+
+    def counts(self, partition: str | None, spans: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
+        found: dict[tuple[str, datetime], Count] = {}
+        for name, rows in self.world.rows.items():
+            for window in spans:
+                number = sum(window.start <= at < window.end for at in rows)
+                if number and partition in (None, name):
+                    found[name, window.start] = Count(number, number)
+        return found
+
+    def read(self, partition: str, window: Window, count: Count, kept: Rows | None) -> Rows:
+        if partition in self.broken:
+            raise self.broken[partition]
+        self.hook(f"read {partition}")
+        self.world.reads.append((partition, window.start))
+        rows = self.world.rows.get(partition, {})
+        return self._batch(tuple(sorted((at, value) for at, value in rows.items() if window.start <= at < window.end)))
+
+    def union(self, batch: Rows, held: Iterable[Row]) -> Rows:
+        return self._batch(tuple(sorted({**dict(held), **dict(batch.held)}.items())))
+
+    def missing(self, batch: Rows, held: Iterable[Row]) -> Rows:
+        known = {at for at, _ in held}
+        return self._batch(tuple(row for row in batch.held if row[0] not in known))
+
+    def _batch(self, rows: tuple[Row, ...]) -> Rows:
+        self.batches.append(Rows(rows, reusable=self.keeps))
+        return self.batches[-1]
+
+    # Sink
+    def key(self, partition: str, window: Window, part: int) -> str:
+        return f"{partition}/{window.start:%Y%m%dT%H%M%S}.{part}"
+
+    def head(self, key: str) -> Held | None:
+        if key not in self.world.objects:
+            return None
+        version, rows, digest = self.world.objects[key]
+        return Held(version, digest, len(rows))
+
+    def read_object(self, key: str, version: str) -> tuple[Row, ...]:
+        there = self.world.objects.get(key)
+        if there is None or there[0] != version:
+            raise Conflict(f"{key} changed")
+        return there[1]
+
+    def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
+        return Bytes(batch.held, batch.digest)
+
+    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+        self.hook(f"before put {key}")
+        there = self.world.objects.get(key)
+        if (there[0] if there else None) != expected:
+            raise Conflict(f"{key} is not {expected}")
+        if there and not set(dict(there[1])) <= set(dict(encoded.content)):
+            self.world.shrunk.append(key)
+        self.world.versions += 1
+        version = str(self.world.versions)
+        self.world.objects[key] = (version, encoded.content, encoded.digest)
+        self.world.puts.append(key)
+        self.hook(f"after put {key}")
+        return version
+
+    # Checkpoints
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        return dict(self.world.cursors)
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        found = [r for (name, at, _), r in self.world.records.items() if name == partition and since <= at < until]
+        return sorted(found, key=lambda record: (record.window.start, record.part))
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        self.hook(f"before commit {partition}")
+        for record in commit.records:
+            self.world.records[partition, record.window.start, record.part] = record
+        if commit.cursor_at is not None:
+            known = self.world.cursors.get(partition, commit.cursor_at)
+            self.world.cursors[partition] = max(known, commit.cursor_at)
+        self.hook(f"after commit {partition}")
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        self.world.failures[partition] = message
+
+    def pipeline(self) -> Pipeline[Rows, Bytes]:
+        """This process's pipeline."""
+        return Pipeline(
+            name="test",
+            source=self,
+            sink=_SinkSide(self),
+            checkpoints=self,
+            grid=Grid(
+                lambda start, end: iter(list(windows(start, end))), GRACE_SECONDS, step_windows=4, count_windows=9
+            ),
+            allow_shrink=self.allow_shrink,
+            kept=self.kept,
+        )
+
+    def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:
+        """One run at the world's time, one partition at a time so that effects come in one order."""
+        return sync_all(self.pipeline(), context(stop, dry_run=dry_run), self.how())
+
+    def run_until_done(self) -> Report:
+        """Runs until nothing is left behind."""
+        report = self.run()
+        total = report
+        while report.more:
+            report = self.run()
+            total += replace(report, more=False)
+        return replace(total, more=False)
+
+    def how(self) -> Pass:
+        return Pass(lambda: self.world.now, lambda now: now - timedelta(hours=1), concurrency=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _SinkSide:
+    """The same process under the sink's names: both ports have a `read`."""
+
+    process: Process
+
+    def key(self, partition: str, window: Window, part: int) -> str:
+        return self.process.key(partition, window, part)
+
+    def head(self, key: str) -> Held | None:
+        return self.process.head(key)
+
+    def read(self, key: str, version: str) -> tuple[Row, ...]:
+        return self.process.read_object(key, version)
+
+    def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
+        return self.process.encode(partition, window, batch)
+
+    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+        return self.process.put(key, encoded, expected)
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nothing to show."""
+
+
+def context(stop: Stop | None = None, *, dry_run: bool = False) -> Context:
+    lease = Lease("test", "me", 1, datetime(2100, 1, 1, tzinfo=UTC))
+    return Context("run", lease, stop or Stop(), Silent(), dry_run)
