@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
+from math import isfinite
 from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 from urllib.parse import quote
@@ -33,6 +34,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2
 ANYWHERE_CHARACTERS, WORD_CHARACTERS = 8, 4
 # Repeats are bounded: a hostile message of a megabyte must not cost a minute.
 NAMED = r"(?:password|passwd|pwd|secret\w{0,20}|api_?key|access_?key\w{0,20}|token|signature|X-Amz-Credential)"
+QUOTED = r"[\"']?\s{0,9}[:=]\s{0,9}(?=[\"'])"
 SHAPES = (
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "***"),
     (re.compile(r"\bhw_[a-z0-9_-]{1,40}_[A-Za-z0-9_-]{43}"), "hw_***"),
@@ -44,8 +46,7 @@ SHAPES = (
     (re.compile(r"\b(Token)\s+(?=[^\s\"',;]*[0-9_=-])[^\s\"',;]{8,}", re.IGNORECASE), r"\1 ***"),
     (re.compile(r"(Authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[^\s\"',;]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"://[^\s/\"']*@"), "://***@"),
-    (re.compile(rf"({NAMED}=)[^\s&\"',;)}}]+", re.IGNORECASE), r"\1***"),
-    (re.compile(rf"({NAMED}[\"']?\s*[:=]\s*)([\"']).*?\2", re.IGNORECASE), r"\1\2***\2"),
+    (re.compile(rf"({NAMED}(?:=|{QUOTED}))(?:([\"'])(?!\2).*?\2|[^\s&\"',;)}}]+)", re.IGNORECASE), r"\1***"),
 )
 _run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
 
@@ -115,7 +116,8 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
     def _plain(self, value: object) -> object:
-        return value if value is None or isinstance(value, bool | int) else self._redact(str(value))
+        number = isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value))
+        return value if number or value is None else self._redact(str(value))
 
 
 class TextLines(logging.Formatter):

@@ -7,7 +7,7 @@ are found in one go; no fault shows a secret, nor user and password in a URL.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import version as installed_version
+from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def _derived(found: Found) -> dict[str, Any]:
     values, chosen = found.values, found.chosen
     with_aws_keys = chosen.get("s3.access_key_id") == AWS_NAMES[0]
     return {
-        "service.version": values["service.version"] or installed_version("headwater"),
+        "service.version": values["service.version"] or _installed_version(),
         "service.log_level": "DEBUG" if values["service.debug"] else values["service.log_level"],
         "service.log_file": (
             values["service.log_file"] if "service.log_file" in chosen else values["service.data_dir"] / "app.log"
@@ -136,14 +136,24 @@ def _derived(found: Found) -> dict[str, Any]:
     }
 
 
+def _installed_version() -> str:
+    try:
+        return version("headwater")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
 def _checkpoint_url(values: Mapping[str, Any]) -> SecretStr:
-    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host, CHECKPOINT_DATABASE_URL."""
+    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host, CHECKPOINT_DATABASE_URL.
+
+    libpq takes a percent-encoded path in the place of the host as the folder of a socket.
+    """
     host = values["checkpoint.host"]
     if not host:
         url: SecretStr = values["checkpoint.url"]
         return url
     user, password = values["checkpoint.user"], values["checkpoint.password"].get_secret_value()
     login = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
-    address = f"[{host}]" if ":" in host else host
+    address = f"[{host}]" if ":" in host else quote(host, safe="")
     database = quote(values["checkpoint.database"], safe="")
     return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{values['checkpoint.port']}/{database}")

@@ -33,8 +33,8 @@ DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 class KeyEntry:
     """One configured key. `scopes` are single scopes, groups opened; `expires_at` is the first instant it is dead.
 
-    `s3_prefix` confines the S3 scopes to keys that start with it; it ends with a slash, so that `a` opens no `ab/`; "" =
-    all.
+    `s3_prefix` confines the S3 scopes to keys that start with it; "" = all. It ends with a slash, so that `a` does not
+    open `ab/`.
     """
 
     name: str

@@ -22,9 +22,8 @@ from app.settings.keys import parse_keys
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
-HOST_NAME = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
-)
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*")
 DATE_DIRECTIVE = re.compile(r"%(.?)")
 MAX_PREFIX_BYTES = 512
 AWS_ENDPOINT = "https://s3.amazonaws.com"
@@ -112,7 +111,7 @@ def _database_url(text: str) -> str:
         known = parts.scheme == "postgresql" and len(parts.path) > 1 and (parts.port is None or parts.port > 0)
     except ValueError:
         known = False
-    if "@" in text.partition("://")[2].partition("/")[2]:
+    if "@" in text.partition("://")[2].partition("?")[0].partition("/")[2]:
         raise ValueError("a / stands before the @: percent-encode it in the password as %2F")
     if not known:
         raise ValueError
@@ -133,6 +132,10 @@ def _host(text: str) -> str:
         if HOST_NAME.fullmatch(text):
             return text
     raise ValueError
+
+
+def _database_host(text: str) -> str:
+    return _plain(text) if text.startswith("/") else _host(text)
 
 
 def _bucket(text: str) -> str:
@@ -232,6 +235,7 @@ LOG_LEVEL = Kind(
     "one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
 )
 HOST = Kind(Annotated[str, AfterValidator(_host)], "an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")
+DATABASE_HOST = Kind(Annotated[str, AfterValidator(_database_host)], "a host, or the folder of a socket", "")
 HTTP_URL = Kind(Annotated[str, AfterValidator(_url)], "http://host[:port] or https://host[:port]", "")
 ENDPOINT = Kind(Annotated[str, AfterValidator(_endpoint)], HTTP_URL.allowed, "")
 POSTGRES_URL = Kind(_secret(_database_url), "postgresql://user:password@host:port/name", SecretStr(""), secret=True)

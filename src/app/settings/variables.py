@@ -249,7 +249,7 @@ CHECKPOINT = _of(
     (
         "host",
         "CHECKPOINT_DB_HOST",
-        kinds.HOST,
+        kinds.DATABASE_HOST,
         "",
         "PostgreSQL that keeps checkpoints, runs and leases; beats CHECKPOINT_DATABASE_URL",
         "SQLite in DATA_DIR",

@@ -1,0 +1,161 @@
+"""API keys: what a line grants, who is let in, and that nothing else is."""
+
+import re
+import secrets
+from datetime import UTC, date, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.core.errors import Rejected
+from app.ops.access import Grant, Keyring, new_key
+from app.settings.keys import GROUPS, SCOPES, parse_keys
+
+NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
+DIGEST = "0123456789abcdef" * 4
+
+
+def ring(*lines: str, now: datetime = NOON) -> Keyring:
+    return Keyring(parse_keys(",".join(lines)), lambda: now)
+
+
+def test_a_new_key_opens_what_its_line_grants() -> None:
+    secret, line = new_key("grafana", "analytics:read, ops:read", secrets.token_bytes)
+    grant = ring(line).authenticate(secret)
+    assert grant == Grant("grafana", frozenset({"analytics:read", "ops:read"}))
+    assert grant.allows("ops:read")
+    assert not grant.allows("ops:run")
+
+
+def test_a_new_key_holds_256_random_bits_and_its_line_does_not_hold_them() -> None:
+    secret, line = new_key("ci", "admin", lambda count: bytes(range(count)))
+    assert secret == "hw_ci_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
+    assert secret[6:] not in line
+    assert re.fullmatch(r"ci:admin:[0-9a-f]{64}", line)
+
+
+def test_groups_open_to_scopes() -> None:
+    secret, line = new_key("all", "admin", secrets.token_bytes)
+    grant = ring(line).authenticate(secret)
+    assert grant is not None
+    assert all(grant.allows(scope) for scope in SCOPES)
+    assert all(scope.endswith(":read") for scope in GROUPS["read"])
+    assert "dwh:write" in GROUPS["write"]
+    assert "ops:run" not in GROUPS["write"]
+    assert not grant.allows("admin")
+
+
+def test_a_prefix_confines_and_ends_with_a_slash() -> None:
+    secret, line = new_key("team", "s3:read+s3:write", secrets.token_bytes, s3_prefix="uploads/team-a")
+    grant = ring(line).authenticate(secret)
+    assert grant is not None
+    assert grant.s3_prefix == "uploads/team-a/"
+    assert parse_keys(f"x:read:write:{DIGEST}")[0].s3_prefix == "write/"
+    assert parse_keys(f"x:s3:read:a:b/:{DIGEST}")[0].s3_prefix == "a:b/"
+
+
+def test_a_key_is_good_through_the_day_it_names() -> None:
+    secret, line = new_key("temp", "read", secrets.token_bytes, expires_on=date(2026, 2, 7))
+    assert line.startswith("temp@2026-02-07:read:")
+    assert ring(line, now=datetime(2026, 2, 7, 23, 59, 59, tzinfo=UTC)).authenticate(secret)
+    assert ring(line, now=datetime(2026, 2, 8, tzinfo=UTC)).authenticate(secret) is None
+
+
+def test_two_keys_of_a_name_live_side_by_side_with_their_own_scopes() -> None:
+    (old, old_line), (new, new_line) = (new_key("ci", scope, secrets.token_bytes) for scope in ("read", "dwh:write"))
+    both = ring(old_line, new_line)
+    grants = [both.authenticate(old), both.authenticate(new)]
+    assert [grant.scopes for grant in grants if grant] == [GROUPS["read"], {"dwh:write"}]
+    with pytest.raises(ValueError, match="at most 2"):
+        ring(old_line, new_line, f"ci:read:{DIGEST}")
+
+
+def test_a_key_of_another_name_does_not_open() -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    assert ring(line).authenticate(secret.replace("hw_ci_", "hw_other_")) is None
+    assert ring(line.replace("ci:", "other:", 1)).authenticate(secret) is None
+
+
+def test_a_changed_key_does_not_open() -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    assert ring(line).authenticate(secret[:-1] + ("A" if secret[-1] != "A" else "B")) is None
+    assert ring(line).authenticate(secret + " ") is None
+    assert ring(line).authenticate(secret + "A" * 1000) is None
+
+
+@given(st.text(max_size=300) | st.from_regex(r"hw_ci_[A-Za-z0-9_-]{43}", fullmatch=True))
+def test_nothing_that_was_not_made_opens_or_crashes(presented: str) -> None:
+    assert ring(f"ci:admin:{DIGEST}").authenticate(presented) is None
+    assert Keyring((), lambda: NOON).authenticate(presented) is None
+
+
+@pytest.mark.parametrize("presented", ["\ud800", "hw_ci_\udcff", "", "hw__" + "A" * 43, "hw_ci_" + "\u0661" * 43])
+def test_odd_characters_do_not_crash(presented: str) -> None:
+    assert ring(f"ci:admin:{DIGEST}").authenticate(presented) is None
+
+
+def test_the_stand_in_for_unknown_names_cannot_be_opened() -> None:
+    assert ring(f"ci:admin:{'0' * 64}").authenticate("hw_nobody_" + "A" * 43) is None
+
+
+def test_a_ring_without_keys_is_false() -> None:
+    assert not ring("")
+    assert ring(f"ci:admin:{DIGEST}")
+
+
+def test_entries_are_separated_by_commas_or_newlines() -> None:
+    other = DIGEST[::-1]
+    assert [entry.name for entry in parse_keys(f"\n a:read:{DIGEST} ,\n\nb:read:{other}\n")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("canary", "is not name:scopes"),
+        (f"canary:{DIGEST}", "is not name:scopes"),
+        (f"UPPER:read:{DIGEST}", "the name"),
+        (f":read:{DIGEST}", "the name"),
+        (f"a,b:read:{DIGEST}", "is not name:scopes"),
+        (f"a:fly:{DIGEST}", "a scope is not one of"),
+        (f"a::{DIGEST}", "a scope is not one of"),
+        (f"a:read+:{DIGEST}", "a scope is not one of"),
+        (f"a:s3:{DIGEST}", "a scope is not one of"),
+        ("a:read:canary", "64 hexadecimal"),
+        (f"a:read:{DIGEST}0", "64 hexadecimal"),
+        (f"a:read:../x:{DIGEST}", "S3 prefix"),
+        (f"a:read:/x:{DIGEST}", "S3 prefix"),
+        (f"a@2026-02-30:read:{DIGEST}", "expiry"),
+        (f"a@9999-12-31:read:{DIGEST}", "expiry"),
+        (f"a@:read:{DIGEST}", "expiry"),
+    ],
+)
+def test_a_line_that_cannot_be_read_says_which_and_why_and_is_not_quoted(line: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="entry 2: ") as caught:
+        parse_keys(f"ok:read:{DIGEST[::-1]}\n{line}")
+    assert reason in str(caught.value)
+    assert "canary" not in str(caught.value)
+    assert DIGEST not in str(caught.value)
+
+
+def test_two_lines_of_one_hash_are_refused() -> None:
+    with pytest.raises(ValueError, match="same hash"):
+        parse_keys(f"a:read:{DIGEST},b:admin:{DIGEST}")
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "prefix"),
+    [("A", "read", ""), ("a:b", "read", ""), ("a", "fly", ""), ("a", "read", "x,y"), ("a", "read", "..")],
+)
+def test_a_key_that_no_line_could_say_is_not_made(name: str, scopes: str, prefix: str) -> None:
+    with pytest.raises(Rejected, match="no key for"):
+        new_key(name, scopes, secrets.token_bytes, s3_prefix=prefix)
+
+
+def test_neither_the_hash_nor_the_key_is_in_a_repr() -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    (entry,) = parse_keys(line)
+    text = f"{entry!r} {ring(line)!r} {ring(line).authenticate(secret)!r}"
+    assert line.rpartition(":")[2] not in text
+    assert secret not in text
+    assert str(entry.digest) not in text

@@ -1,0 +1,243 @@
+"""Logs: one line a record, the run it belongs to, and no secret in any of it."""
+
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.errors import BadSettings
+from app.ops.log import JsonLines, Redaction, bound, carried, configure, release
+
+log = logging.getLogger("app.test")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def out() -> Iterator[io.StringIO]:
+    stream = io.StringIO()
+    levels = {name: logging.getLogger(name).level for name in ("", "botocore", "urllib3", "influxdb_client")}
+    configure("DEBUG", "auto", None, secrets=("canary-secret", "p@ss/word", "hush"), stream=stream)
+    yield stream
+    release()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def fail(message: str) -> None:
+    """Log an exception as a run does."""
+
+    def deeper() -> None:
+        raise RuntimeError(message)
+
+    try:
+        deeper()
+    except RuntimeError:
+        log.exception("failed")
+
+
+def last(stream: io.StringIO) -> dict[str, Any]:
+    return lines(stream)[-1]
+
+
+def test_a_record_is_one_json_object_with_its_time_in_utc(out: io.StringIO) -> None:
+    log.warning("wrote %d rows", 7, extra={"rows": 7, "key": "a/b", "seconds": 0.5, "ratio": float("nan")})
+    line = last(out)
+    assert (line["level"], line["message"], line["logger"]) == ("warn", "wrote 7 rows", "app.test")
+    assert (line["rows"], line["key"], line["seconds"], line["ratio"]) == (7, "a/b", 0.5, "nan")
+    assert line["time"].endswith("Z")
+    assert abs(time.time() - time.mktime(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S")) + time.timezone) < 5
+    assert "run_id" not in line
+
+
+def test_a_traceback_is_one_field_of_the_same_line(out: io.StringIO) -> None:
+    fail("bad\nFAKE LINE canary-secret")
+    assert len(out.getvalue().splitlines()) == 1
+    assert "Traceback" in last(out)["exception"]
+    assert "canary" not in out.getvalue()
+
+
+def test_a_message_cannot_start_a_line_of_its_own(out: io.StringIO) -> None:
+    log.info("user %s", 'x\n{"level": "error"}\r\u2028\x1b[31m\x85')
+    assert len(out.getvalue().splitlines()) == 1
+    assert out.getvalue().isascii()
+    assert last(out)["message"] == 'user x\n{"level": "error"}\r\u2028\x1b[31m\x85'
+
+
+def test_a_lone_surrogate_does_not_stop_the_log(out: io.StringIO) -> None:
+    log.info("\ud800")
+    assert last(out)["message"] == "\ud800"
+
+
+def test_arguments_that_do_not_fit_are_not_shown() -> None:
+    record = logging.LogRecord("app", logging.INFO, __file__, 1, "%d rows", ("canary-argument",), None)
+    line = json.loads(JsonLines(Redaction()).format(record))
+    assert line["message"] == "%d rows (its arguments do not fit)"
+    assert "canary" not in str(line)
+
+
+def test_the_run_is_in_each_record_of_its_context(out: io.StringIO) -> None:
+    with bound("r1", "influx_to_s3"):
+        log.info("inside")
+    log.info("outside")
+    inside, outside = lines(out)
+    assert (inside["run_id"], inside["job"]) == ("r1", "influx_to_s3")
+    assert "run_id" not in outside
+
+
+def test_a_thread_says_the_run_only_when_it_was_carried(out: io.StringIO) -> None:
+    with bound("r1", "job"), ThreadPoolExecutor(4) as pool:
+        meeting = threading.Barrier(4)
+
+        def work(number: int) -> int:
+            meeting.wait(5)
+            log.info("carried %d", number)
+            return number
+
+        assert sorted(pool.map(carried(work), range(4))) == [0, 1, 2, 3]
+        pool.submit(log.info, "bare").result()
+    assert [line.get("run_id") for line in lines(out)] == ["r1"] * 4 + [None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "canary-secret",
+        "p@ss/word",
+        "postgresql://u:p%40ss%2Fword@h/n",
+        "password hush!",
+        "AKIACANARYCANARY1234"[:20],
+        "Authorization: Bearer canary.x.y",
+        "{'Authorization': 'Token canary'}",
+        "Authorization: Basic Y2FuYXJ5OmNhbmFyeQ==",
+        "sent Token canary_0123456789",
+        "http://canary:canary@host:8086/x",
+        "https://b/k?X-Amz-Credential=canary%2F2026&X-Amz-Signature=canary&x=1",
+        "?X-Amz-Security-Token=canary",
+        "host=h password=canary dbname=n",
+        '{"secret_key": "canary value", "n": 1}',
+        "{'api_key': 'canary value'}",
+        "hw_ci_" + "canary_" + "A" * 36,
+        "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----",
+    ],
+)
+def test_nothing_that_is_or_looks_like_a_secret_is_written(out: io.StringIO, text: str) -> None:
+    log.info("got %s", text, extra={"where": text, "deep": {"list": [text]}})
+    fail(text)
+    written = out.getvalue()
+    assert "***" in written
+    assert not any(word in written for word in ("canary", "CANARY", "hush", "Y2Fu", "p@ss", "p%40ss"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token expired",
+        "invalid token: expired",
+        "INFLUXDB_TOKEN='': needed because INFLUXDB_URL is set",
+        "http://localhost:8086/api",
+        "hushed voices",
+        "wrote telemetry/device_id=D1/date=2026/02/07/export_120000.parquet",
+        "user@example.org",
+    ],
+)
+def test_ordinary_sentences_stay_whole(out: io.StringIO, text: str) -> None:
+    log.info(text)
+    assert last(out)["message"] == text
+
+
+def test_a_secret_of_three_characters_does_not_blank_the_log() -> None:
+    assert Redaction(("abc", ""))("abcabc") == "abcabc"
+
+
+@pytest.mark.parametrize(
+    "text", ["token", "a" * 9, "secret", "://", "Bearer ", "-----BEGIN PRIVATE KEY-----", 'token="', "password="]
+)
+def test_a_hostile_message_of_a_megabyte_is_redacted_in_no_time(text: str) -> None:
+    hostile = text * (1_000_000 // len(text))
+    started = time.process_time()
+    Redaction(("canary-secret",))(hostile)
+    assert time.process_time() - started < 3
+
+
+def test_sdk_debug_logs_stay_off_whatever_the_level(out: io.StringIO) -> None:
+    for name in ("botocore.auth", "urllib3.connectionpool", "influxdb_client.client.http"):
+        logging.getLogger(name).debug("canary")
+        logging.getLogger(name).warning("said")
+    assert [line["message"] for line in lines(out)] == ["said"] * 3
+
+
+def test_a_terminal_gets_text_with_marked_tracebacks(out: io.StringIO) -> None:
+    del out
+    terminal = Terminal()
+    configure("INFO", "auto", None, stream=terminal)
+    with bound("r1", "job"):
+        log.info("a\nb\u202e", extra={"rows": 7})
+    fail("x\n2026-01-01T00:00:00Z ERROR forged")
+    first, second, *rest = terminal.getvalue().splitlines()
+    assert first.endswith(r"INFO    [job] a\nb\u202e rows=7")
+    assert second.endswith("ERROR   failed")
+    assert rest
+    assert all(line.startswith("    | ") for line in rest)
+
+
+def test_the_format_can_be_chosen(out: io.StringIO) -> None:
+    del out
+    terminal, pipe = Terminal(), io.StringIO()
+    configure("INFO", "json", None, stream=terminal)
+    log.info("x")
+    configure("INFO", "text", None, stream=pipe)
+    log.info("y")
+    assert last(terminal)["message"] == "x"
+    assert pipe.getvalue().endswith("INFO    y\n")
+
+
+def test_the_file_rotates_at_a_megabyte_and_five_are_kept(out: io.StringIO, tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "app.log"
+    path.parent.mkdir()
+    path.write_text("x" * 999_990, encoding="utf-8")
+    for number in range(1, 6):
+        path.with_name(f"app.log.{number}").write_text(str(number), encoding="utf-8")
+    configure("INFO", "auto", path, stream=out)
+    log.info("next")
+    release()
+    assert json.loads(path.read_text(encoding="utf-8"))["message"] == "next"
+    assert path.with_name("app.log.1").stat().st_size == 999_990
+    assert path.with_name("app.log.5").read_text(encoding="utf-8") == "4"
+    assert len(list(path.parent.iterdir())) == 6
+
+
+def test_a_log_file_that_cannot_be_written_is_a_fault_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(BadSettings, match="LOG_FILE="):
+        configure("INFO", "auto", tmp_path / "file" / "app.log", stream=io.StringIO())
+
+
+def test_configuring_twice_writes_once_and_leaves_other_handlers_alone(out: io.StringIO) -> None:
+    other = logging.NullHandler()
+    logging.getLogger().addHandler(other)
+    configure("INFO", "json", None, stream=out)
+    log.info("once")
+    assert len(lines(out)) == 1
+    assert other in logging.getLogger().handlers
+    logging.getLogger().removeHandler(other)
+
+
+def test_a_record_below_the_level_is_not_written(out: io.StringIO) -> None:
+    configure("WARNING", "json", None, stream=out)
+    log.info("no")
+    assert out.getvalue() == ""
