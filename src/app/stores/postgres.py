@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.generators import PQGen
 from psycopg.rows import DictRow, dict_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
