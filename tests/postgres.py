@@ -21,6 +21,7 @@ from app.stores.state import State, open_state
 
 NOBODY = 65534  # PostgreSQL refuses to run as root
 READY_SECONDS = 30.0
+WITH_PASSWORD = "careful"  # a user that must show a password; all others are trusted
 
 
 @dataclass
@@ -67,6 +68,10 @@ class PostgresServer:
             else:
                 return
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> None:
         """A fast stop: sessions are ended, transactions rolled back."""
         self._end(signal.SIGINT)
@@ -101,6 +106,8 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     initialise = [str(server.binaries / "initdb"), "-D", str(server.data), "-U", server.user, "--auth=trust"]
     options = ["-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
     subprocess.run([*initialise, *options], check=True, capture_output=True, **_as_nobody())
+    access = server.data / "pg_hba.conf"
+    access.write_text(f"host all {WITH_PASSWORD} all scram-sha-256\n{access.read_text()}")
     server.start()
     yield server
     server.stop()
