@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -22,11 +24,16 @@ CANARY = "canary-8d1f"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/new/folder/test.db"
+        return lambda: f"sqlite:///{tmp_path}/{uuid4()}/folder/test.db"
     server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.new_database()
+    return server.new_database
+
+
+@pytest.fixture
+def url(new_url: Callable[[], str]) -> str:
+    return new_url()
 
 
 @pytest.fixture
@@ -263,6 +270,21 @@ def test_processes_that_start_at_once_migrate_a_new_database_once(url: str) -> N
     started = [subprocess.Popen([sys.executable, "-c", program, url], stderr=subprocess.PIPE) for _ in range(4)]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in started]
     assert ended == [(b"", 0)] * 4
+
+
+def test_eight_that_first_use_a_new_database_at_the_same_instant_migrate_it_once(
+    new_url: Callable[[], str], tmp_path: Path
+) -> None:
+    together = threading.Barrier(8)
+
+    def first_use(url: str) -> None:
+        with closing(open_state(url, tmp_path)) as state:
+            together.wait(10)
+            state.ping()
+
+    for _ in range(4):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(first_use, [new_url()] * 8))
 
 
 def queries_of(tmp_path: Path, text: str) -> Path:

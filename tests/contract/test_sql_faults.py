@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -247,6 +248,16 @@ def test_two_processes_write_one_sqlite_file_without_being_refused(tmp_path: Pat
     ]
     ended = [(*writer.communicate(timeout=60), writer.returncode) for writer in writers]
     assert [(out.count(b"\n"), err, code) for out, err, code in ended] == [(300, b"", 0)] * 2
+
+
+def test_the_switch_to_wal_waits_for_a_writer_although_sqlite_itself_would_not(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None, check_same_thread=False)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        ending = threading.Timer(0.2, writer.execute, ["COMMIT"])
+        ending.start()
+        with closing(open_state("", tmp_path)) as state:
+            state.ping()
+        ending.join()
 
 
 def test_a_kill_in_the_middle_of_writes_leaves_a_sqlite_file_with_every_commit(tmp_path: Path) -> None:
