@@ -47,12 +47,18 @@ class Echo(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"]))
+            return self._whole(int(self.headers["Content-Length"]))
         pieces = []
         while size := int(self.rfile.readline(), 16):
-            pieces.append(self.rfile.read(size + 2)[:-2])
+            pieces.append(self._whole(size + 2)[:-2])
         self.rfile.readline()
         return b"".join(pieces)
+
+    def _whole(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError("the body ended early")
+        return data
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
