@@ -7,7 +7,7 @@ a fault can be put after any row.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
+from itertools import islice, repeat
 
 from app.demo.flux_tables import TIME, Column, Table
 from app.demo.instants import rfc3339
@@ -94,14 +94,16 @@ class AnnotatedCsv:
         result = "" if "default" in self._dialect.annotations else self._quoted(name)
         delimiter = self._dialect.delimiter
         start = f"{delimiter}{result}{delimiter}{number}{delimiter}"
-        rows = zip(*(self._cells(cells, one.kind) for cells, one in zip(data, columns, strict=True)), strict=True)
+        rows = zip(*(self._cells(cells, one) for cells, one in zip(data, columns, strict=True)), strict=True)
         while batch := list(islice(rows, self._batch_rows)):
             text = "".join(f"{start}{delimiter.join(row)}\r\n" for row in batch)
             yield Piece(text.encode(), len(batch))
 
-    def _cells(self, cells: Iterable[object], kind: str) -> Iterator[str]:
-        write = WRITERS[kind]
-        if kind == "string":
+    def _cells(self, cells: Sequence[object], column: Column) -> Iterator[str]:
+        if column.group:
+            return repeat(self._quoted(_text(cells[0], column.kind)), len(cells))
+        write = WRITERS[column.kind]
+        if column.kind == "string":
             return ("" if cell is None else self._quoted(str(cell)) for cell in cells)
         return ("" if cell is None else write(cell) for cell in cells)
 
@@ -118,10 +120,10 @@ class AnnotatedCsv:
 def decimal_text(value: float) -> str:
     """A float without exponent and without a needless `.0`; `NaN`, `+Inf`, `-Inf`."""
     text = repr(value)
-    if text.endswith(".0"):
-        return text[:-2]
     if "e" in text:
         return format(Decimal(text), "f")
+    if "n" not in text:
+        return text.removesuffix(".0")
     return {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}.get(text, text)
 
 

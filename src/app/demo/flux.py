@@ -6,6 +6,7 @@ right behind it are answered from the index (series, then bisection), so a windo
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from app.demo.annotated_csv import Result
 from app.demo.flux_steps import (
@@ -21,7 +22,9 @@ from app.demo.flux_tables import TIME, Column, Data, FluxError, Table, table
 from app.demo.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
 from app.demo.influx_points import FieldKey, Points, Series
 from app.demo.instants import UNITS_NS
-from app.demo.line_protocol import Value
+
+if TYPE_CHECKING:
+    from app.demo.line_protocol import Value
 
 KINDS = {"float": "double", "integer": "long", "unsigned": "unsignedLong", "string": "string", "boolean": "boolean"}
 SCHEMA = "influxdata/influxdb/schema"

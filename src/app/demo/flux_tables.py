@@ -148,6 +148,8 @@ def pivoted(tables: Iterable[Table]) -> Iterator[Table]:
     """
     groups: dict[object, list[Table]] = {}
     for one in tables:
+        for label in ("_time", "_field", "_value"):
+            one.index(label)
         key = one.key_by_label()
         key.pop("_field", None)
         groups.setdefault(tuple(sorted(key.items())), []).append(one)
@@ -157,31 +159,44 @@ def pivoted(tables: Iterable[Table]) -> Iterator[Table]:
 
 def _pivot(group: list[Table]) -> Iterator[Table]:
     first = group[0]
-    first.index("_time"), first.index("_field"), first.index("_value")
     keys = [column for column in first.columns if column.group and column.label not in ("_field", "_value")]
     values = tuple(first.key_by_label()[column.label] for column in keys)
+    times, fields = _spread(group)
+    for name in fields:
+        if name == "_time" or any(column.label == name for column in keys):
+            message = f'value "{name}" appears in a column key column, but a column named "{name}" already exists'
+            raise FluxError(f"{message}; consider renaming it")
+    columns = [*keys, Column("_time", TIME), *(Column(name, kind) for name, (kind, _) in fields.items())]
+    filled: Data = [[value] * len(times) for value in values]
+    filled.append(times)
+    filled.extend(cells for _, cells in fields.values())
+    yield table(columns, filled, values)
+
+
+def _spread(group: list[Table]) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+    """Times in the order in which they are first met, and type and cells of each field beside them."""
+    loaded = [(one, one.load()) for one in group]
+    times = loaded[0][1][group[0].index("_time")]
+    direct: dict[str, tuple[str, Cells]] = {}
+    for one, data in loaded:
+        name = one.key_by_label().get("_field")
+        if name is None or name in direct or data[one.index("_time")] != times or len(set(times)) != len(times):
+            return _spread_slowly(loaded)
+        direct[str(name)] = one.columns[one.index("_value")].kind, data[one.index("_value")]
+    return times, direct
+
+
+def _spread_slowly(loaded: list[tuple[Table, Data]]) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
     times: dict[Value | None, int] = {}
     fields: dict[str, tuple[str, dict[int, Value | None]]] = {}
-    for one in group:
+    for one, data in loaded:
         kind = one.columns[one.index("_value")].kind
-        data = one.load()
         cells = (data[one.index(label)] for label in ("_field", "_time", "_value"))
         for name, time, value in zip(*cells, strict=True):
-            _check_name(str(name), keys)
             known, column = fields.setdefault(str(name), (kind, {}))
             if known != kind:
                 kinds = f"{FLUX_NAMES[known]} and {FLUX_NAMES[kind]}"
                 raise FluxError(f'schema collision detected: column "{name}" is both of type {kinds}')
             column[times.setdefault(time, len(times))] = value
-    columns = [*keys, Column("_time", TIME), *(Column(name, kind) for name, (kind, _) in fields.items())]
     rows = range(len(times))
-    filled: Data = [[value] * len(times) for value in values]
-    filled.append(list(times))
-    filled.extend([cells.get(row) for row in rows] for _, cells in fields.values())
-    yield table(columns, filled, values)
-
-
-def _check_name(name: str, keys: Iterable[Column]) -> None:
-    if name == "_time" or any(column.label == name for column in keys):
-        message = f'value "{name}" appears in a column key column, but a column named "{name}" already exists'
-        raise FluxError(f"{message}; consider renaming it")
+    return list(times), {name: (kind, [cells.get(row) for row in rows]) for name, (kind, cells) in fields.items()}

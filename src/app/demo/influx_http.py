@@ -8,11 +8,13 @@ import gzip
 import logging
 import socket
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from app.demo.annotated_csv import Piece
@@ -70,13 +72,13 @@ class Server(ThreadingHTTPServer):
         self._lock = Lock()
         super().__init__(address, Handler)
 
-    def process_request(self, request: socket.socket, client_address: object) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Remember the connection, so that `server_close` can end it."""
         with self._lock:
             self._open.add(request)
-        super().process_request(request, client_address)  # type: ignore[arg-type]
+        super().process_request(request, client_address)
 
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+    def shutdown_request(self, request: Any) -> None:
         """Forget a connection that ended."""
         with self._lock:
             self._open.discard(request)
@@ -95,7 +97,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         """A client that went away is no error; anything else is logged with its trace."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError | ValueError):
-            log.error("the InfluxDB simulator failed to answer %s", client_address, exc_info=True)
+            log.error("the InfluxDB simulator failed to answer %s: %s", client_address, traceback.format_exc())
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -7,8 +7,9 @@ arrays beside one array of times, so a million points take some tens of megabyte
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import Lock
 
 from app.demo.line_protocol import Field, Point, Tags, Value
@@ -35,6 +36,12 @@ class Column:
         """Make room for one cell before index `at`."""
         self.present.insert(at, 0)
         self.values.insert(at, "" if self.kind == "string" else 0)  # type: ignore[arg-type]
+
+    def extend(self, length: int, floats: Sequence[float] | None) -> None:
+        """Append these values, or cells without a value."""
+        self.present.extend((b"\0" if floats is None else b"\1") * length)
+        filler = [""] * length if self.kind == "string" else [0] * length
+        self.values.extend(filler if floats is None else floats)  # type: ignore[arg-type]
 
     def set(self, at: int, value: Value) -> None:
         """Write the cell, over an older value as well."""
@@ -71,6 +78,17 @@ class Series:
             if column is None:
                 column = self.columns[key] = Column(one.kind, len(self.times))
             column.set(at, one.value)
+
+    def extend(self, times: Sequence[int], floats: Mapping[str, Sequence[float]]) -> None:
+        """Append points; see `Points.extend`."""
+        ascending = all(earlier < later for earlier, later in pairwise((*self.times[-1:], *times)))
+        if not ascending:
+            raise ValueError(f"times of {self.measurement} do not ascend behind those stored")
+        for name in floats:
+            self.columns.setdefault((name, "float"), Column("float", len(self.times)))
+        self.times.extend(times)
+        for (name, kind), column in self.columns.items():
+            column.extend(len(times), floats.get(name) if kind == "float" else None)
 
     def _place(self, time_ns: int) -> int:
         end = len(self.times)
@@ -118,6 +136,21 @@ class Points:
                     series = self._series[key] = Series(*key)
                 series.write(point.time_ns, point.fields)
         return dropped
+
+    def extend(self, key: tuple[str, Tags], times: Sequence[int], floats: Mapping[str, Sequence[float]]) -> None:
+        """Store many points of one series at once: ascending times, all behind those stored, float fields only.
+
+        For loads of millions of points, which line protocol would take minutes for. Raises ValueError when the times
+        do not ascend, the lengths differ or a field has another type.
+        """
+        measurement, _ = key
+        with self._lock:
+            series = self._series.setdefault(key, Series(*key))
+            shards = {(time_ns + THURSDAY_NS) // SHARD_NS for time_ns in (*times[:1], *times[::1000], *times[-1:])}
+            kinds = [self._types.setdefault((measurement, one, name), "float") for one in shards for name in floats]
+            if set(kinds) - {"float"} or any(len(cells) != len(times) for cells in floats.values()):
+                raise ValueError(f"fields of {measurement} have another type or another length than the times")
+            series.extend(times, floats)
 
     def _conflict(self, point: Point) -> str:
         shard = (point.time_ns + THURSDAY_NS) // SHARD_NS

@@ -8,8 +8,8 @@ and backslash). Texts of the errors are those of a real InfluxDB 1.6.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 Value = float | int | str | bool
 Tags = tuple[tuple[str, str], ...]
@@ -32,8 +32,7 @@ class BadLine(ValueError):
         super().__init__(f"unable to parse '{line}': {reason}")
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One value of a point. `kind` is float, integer, unsigned, string or boolean."""
 
     name: str
@@ -41,8 +40,7 @@ class Field:
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """One row: tags in order of their names, at least one field, nanoseconds since 1970."""
 
     measurement: str
