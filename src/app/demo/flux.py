@@ -1,0 +1,251 @@
+"""Answers a Flux query from the points of one bucket.
+
+Invariant: what a server refuses before its first byte is raised before the first table is made; range and the filters
+right behind it are answered from the index (series, then bisection), so a window costs its own rows only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from app.demo.annotated_csv import Result
+from app.demo.flux_steps import (
+    Bounds,
+    evaluate,
+    labels_of,
+    predicate_argument,
+    run_step,
+    text_argument,
+    undefined,
+)
+from app.demo.flux_tables import TIME, Column, Data, FluxError, Table, table
+from app.demo.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
+from app.demo.influx_points import FieldKey, Points, Series
+from app.demo.instants import UNITS_NS
+
+if TYPE_CHECKING:
+    from app.demo.line_protocol import Value
+
+KINDS = {"float": "double", "integer": "long", "unsigned": "unsignedLong", "string": "string", "boolean": "boolean"}
+SCHEMA = "influxdata/influxdb/schema"
+THIRTY_DAYS_NS = 30 * UNITS_NS["d"]
+MEASUREMENT = Member("_measurement")
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What a query can see: one bucket with its points."""
+
+    name: str
+    points: Points
+    bucket_id: str
+    org_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a pipeline begins: a measurement-and-tags predicate over a span."""
+
+    bounds: Bounds
+    predicates: tuple[Expression, ...] = ()
+
+
+def answer_flux(text: str, bucket: Bucket, now_ns: int) -> Iterator[Result]:
+    """(name, tables) of each result. Raises FluxError or FluxSyntax, some of them only while tables are fetched."""
+    program = parse_flux(text)
+    results: dict[str, Pipeline] = {}
+    for pipeline in program.pipelines:
+        name, calls = _yielded(pipeline)
+        if name in results:
+            raise FluxError(f'tried to produce more than one result with the name "{name}"')
+        used = [call.name for call in calls if call.name.startswith("schema.")]
+        if used and SCHEMA not in program.imports:
+            raise undefined(replace(calls[0], name="schema"))
+        results[name] = calls
+    return ((name, _Run(bucket, now_ns).tables(calls)) for name, calls in results.items())
+
+
+def _yielded(pipeline: Pipeline) -> tuple[str, Pipeline]:
+    if pipeline[-1].name == "yield":
+        return text_argument(pipeline[-1], "name", "_result"), pipeline[:-1]
+    return "_result", pipeline
+
+
+class _Run:
+    """One pipeline on its way."""
+
+    def __init__(self, bucket: Bucket, now_ns: int) -> None:
+        self._bucket = bucket
+        self._points = bucket.points
+        self._now_ns = now_ns
+
+    def tables(self, pipeline: Pipeline) -> Iterable[Table]:
+        if not pipeline:
+            raise FluxError("compilation failed: an empty pipeline")
+        first, *steps = pipeline
+        bounds = (0, self._now_ns)
+        if first.name == "from":
+            tables, bounds, steps = self._from(first, steps)
+        elif first.name == "buckets":
+            tables = iter([self._buckets()])
+        elif first.name in SCHEMA_CALLS:
+            tables = iter(self._schema(first))
+        else:
+            raise undefined(first)
+        for call in steps:
+            tables = run_step(tables, call, bounds)
+        return tables
+
+    def _from(self, first: Call, steps: list[Call]) -> tuple[Iterable[Table], Bounds, list[Call]]:
+        name = self._check_bucket(first)
+        if not steps or steps[0].name != "range":
+            raise FluxError(f"cannot submit unbounded read to \"{name}\"; try bounding 'from' with a call to 'range'")
+        bounds = self._bounds(steps[0])
+        predicates, rest = [], steps[1:]
+        while rest and _pushed_down(rest[0]):
+            predicates.append(predicate_argument(rest.pop(0), "fn"))
+        return self._stored(Source(bounds, tuple(predicates))), bounds, rest
+
+    def _check_bucket(self, call: Call) -> str:
+        name = text_argument(call, "bucket")
+        if name != self._bucket.name:
+            raise FluxError(f'failed to initialize execute state: could not find bucket "{name}"', "not found")
+        return name
+
+    def _bounds(self, call: Call) -> Bounds:
+        start = self._instant(call, "start", None)
+        stop = self._instant(call, "stop", self._now_ns)
+        if start >= stop:
+            raise FluxError('error calling function "range" ' + call.where + ": cannot query an empty range")
+        return start, stop
+
+    def _instant(self, call: Call, name: str, default: int | None) -> int:
+        value = call.arguments.get(name)
+        if (
+            isinstance(value, Literal)
+            and isinstance(value.value, int)
+            and value.kind in ("time", "duration", "integer")
+        ):
+            relative = {"time": 0, "duration": self._now_ns, "integer": 0}[value.kind]
+            return relative + value.value * (UNITS_NS["s"] if value.kind == "integer" else 1)
+        if value == Call("now", {}, getattr(value, "where", "")):
+            return self._now_ns
+        if value is None and default is not None:
+            return default
+        raise FluxError(f'error calling function "range" {call.where}: {name} is missing or not a time')
+
+    def _matching(self, source: Source) -> Iterator[tuple[Series, FieldKey, dict[str, object]]]:
+        start, stop = source.bounds
+        for series in self._points.series(_measurement(source.predicates)):
+            base = {"_start": start, "_stop": stop, "_measurement": series.measurement, **dict(series.tags)}
+            if any(_never(predicate, base) for predicate in source.predicates):
+                continue
+            for key in self._points.fields(series, start, stop):
+                row = {**base, "_field": key[0]}
+                if all(evaluate(predicate, row) is True for predicate in source.predicates):
+                    yield series, key, row
+
+    def _stored(self, source: Source) -> Iterator[Table]:
+        for series, key, _row in self._matching(source):
+            yield self._series_table(series, key, source.bounds)
+
+    def _series_table(self, series: Series, key: FieldKey, bounds: Bounds) -> Table:
+        """Columns in the server's order: _start, _stop, _time, _value, _field, _measurement, tags by name."""
+        tags = [Column(name, "string", group=True) for name, _ in series.tags]
+        columns = (
+            Column("_start", TIME, group=True),
+            Column("_stop", TIME, group=True),
+            Column("_time", TIME),
+            Column("_value", KINDS[key[1]]),
+            Column("_field", "string", group=True),
+            Column("_measurement", "string", group=True),
+            *tags,
+        )
+        values: tuple[Value, ...] = (*bounds, key[0], series.measurement, *(value for _, value in series.tags))
+
+        def load() -> Data:
+            window = self._points.window(series, *bounds, only=[key])
+            cells = window.cells[key]
+            times = list(window.times)
+            if None in cells:
+                times = [time for time, cell in zip(times, cells, strict=True) if cell is not None]
+                cells = [cell for cell in cells if cell is not None]
+            constant: list[list[Value]] = [[value] * len(times) for value in values]
+            return [*constant[:2], times, cells, *constant[2:]]
+
+        return Table(columns, values, load)
+
+    def _buckets(self) -> Table:
+        labels = ("name", "id", "organizationID", "retentionPolicy", "retentionPeriod")
+        columns = [Column(label, "long" if label == "retentionPeriod" else "string") for label in labels]
+        return table(columns, [[self._bucket.name], [self._bucket.bucket_id], [self._bucket.org_id], [""], [0]])
+
+    def _schema(self, call: Call) -> list[Table]:
+        """One sorted column `_value`; no table when there is nothing. The default start is 30 days ago."""
+        self._check_bucket(call)
+        start = self._instant(call, "start", self._now_ns - THIRTY_DAYS_NS)
+        stop = self._instant(call, "stop", self._now_ns)
+        predicates: list[Expression] = []
+        if "predicate" in call.arguments:
+            predicates.append(predicate_argument(call, "predicate"))
+        if "measurement" in call.arguments:
+            measurement = Literal("string", text_argument(call, "measurement"))
+            predicates.append(Operation("==", (MEASUREMENT, measurement)))
+        rows = (row for _, _, row in self._matching(Source((start, stop), tuple(predicates))))
+        found = sorted({value for row in rows for value in SCHEMA_CALLS[call.name](call, row)})
+        return [table([Column("_value", "string")], [found])] if found else []
+
+
+def _tag_value(call: Call, row: Mapping[str, object]) -> list[str]:
+    value = row.get(text_argument(call, "tag"))
+    return [str(value)] if value is not None else []
+
+
+def _label(label: str) -> Callable[[Call, Mapping[str, object]], list[str]]:
+    return lambda _call, row: [str(row[label])]
+
+
+def _tag_keys(_call: Call, row: Mapping[str, object]) -> list[str]:
+    return [*row]
+
+
+SCHEMA_CALLS: Mapping[str, Callable[[Call, Mapping[str, object]], list[str]]] = {
+    "schema.tagValues": _tag_value,
+    "schema.measurementTagValues": _tag_value,
+    "schema.measurements": _label("_measurement"),
+    "schema.fieldKeys": _label("_field"),
+    "schema.measurementFieldKeys": _label("_field"),
+    "schema.tagKeys": _tag_keys,
+    "schema.measurementTagKeys": _tag_keys,
+}
+
+
+def _measurement(predicates: Iterable[Expression]) -> str | None:
+    """The measurement that the predicates ask for, None when they name none."""
+    for predicate in predicates:
+        if isinstance(predicate, Operation) and predicate.sign == "and":
+            found = _measurement(predicate.operands)
+            if found is not None:
+                return found
+        elif isinstance(predicate, Operation) and predicate.sign == "==" and predicate.operands[0] == MEASUREMENT:
+            value = predicate.operands[1]
+            return str(value.value) if isinstance(value, Literal) else None
+    return None
+
+
+def _never(predicate: Expression, base: Mapping[str, object]) -> bool:
+    """True when no field of the series can make the predicate true; spares looking at the fields."""
+    if isinstance(predicate, Operation) and predicate.sign == "and":
+        return any(_never(one, base) for one in predicate.operands)
+    return "_field" not in labels_of(predicate) and evaluate(predicate, base) is not True
+
+
+def _pushed_down(call: Call) -> bool:
+    """True for a filter that the index can answer."""
+    function = call.arguments.get("fn")
+    return (
+        call.name == "filter"
+        and "onEmpty" not in call.arguments
+        and isinstance(function, Function)
+        and labels_of(function.body).isdisjoint({"_time", "_value"})
+    )

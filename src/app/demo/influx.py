@@ -1,0 +1,121 @@
+"""An InfluxDB 2 that runs inside this process: written to by line protocol, read by Flux and InfluxQL.
+
+Invariant: it speaks contracts/influxdb.md to the byte over real HTTP on a loopback port, from points that were really
+written; what it cannot answer as a server would, it refuses.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Event, Lock, Thread
+from typing import Self
+
+from app.demo.faults import Faults
+from app.demo.flux import Bucket
+from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings
+from app.demo.influx_http import Server
+from app.demo.influx_points import Points
+from app.demo.line_protocol import parse_lines
+
+ORG_ID = "0a1b2c3d4e5f6071"
+BUCKET_ID = "1f2e3d4c5b6a7080"
+REMEMBERED_QUERIES = 10_000
+
+
+class InfluxSimulator:
+    """One organisation with one bucket. Use it as a context manager, or `start` and `close` it.
+
+    `faults`: what the next queries shall suffer. `points`: what is stored. `starting`: set it to answer as a server
+    that has not come up yet. `now_ns` is the clock behind `now()` and behind points written without a time.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        token: str = "demo-token",  # noqa: S107 - a simulator on loopback
+        org: str = "demo",
+        bucket: str = "telemetry",
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.token = token
+        self.org = org
+        self.bucket = bucket
+        self.points = Points()
+        self.faults = Faults()
+        self.starting = False
+        self._now_ns = now_ns
+        self._port = port
+        self._queries: deque[AnsweredQuery] = deque(maxlen=REMEMBERED_QUERIES)
+        self._lock = Lock()
+        self._closing = Event()
+        self._server: Server | None = None
+        self._thread: Thread | None = None
+
+    def start(self, host: str = "127.0.0.1") -> Self:
+        """Listen and serve from a thread; a closed simulator may be started again with its points, on the same port."""
+        self._closing.clear()
+        around = Surroundings(
+            self.token,
+            self.org,
+            self._now_ns,
+            self.faults,
+            self._record,
+            self._closing.wait,
+            lambda: self.starting,
+        )
+        api = InfluxApi(Bucket(self.bucket, self.points, BUCKET_ID, ORG_ID), around)
+        self._server = Server((host, self._port), api.respond)
+        self._port = self._server.server_address[1]
+        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="influx-simulator", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop listening and end every connection; nothing when it does not run."""
+        self._closing.set()
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+        self._server = self._thread = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a trailing slash."""
+        if self._server is None:
+            raise RuntimeError("the simulator does not run; start it first")
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
+
+    def write(self, lines: str, precision: str = "ns") -> None:
+        """Store line protocol without HTTP. Raises BadLine, and ValueError when a point was dropped."""
+        dropped = self.points.write(parse_lines(lines, self._now_ns(), precision))
+        if dropped:
+            raise ValueError(f"{len(dropped)} points dropped: {dropped[0]}")
+
+    @property
+    def queries(self) -> tuple[AnsweredQuery, ...]:
+        """Every query that was answered, oldest first; the last 10,000 are kept."""
+        with self._lock:
+            return tuple(self._queries)
+
+    @property
+    def rows_sent(self) -> int:
+        """Rows over all queries on record."""
+        return sum(query.rows for query in self.queries)
+
+    def forget_queries(self) -> None:
+        """Begin a new record."""
+        with self._lock:
+            self._queries.clear()
+
+    def _record(self, query: AnsweredQuery) -> None:
+        with self._lock:
+            self._queries.append(query)
