@@ -18,7 +18,9 @@ VARIABLE = re.compile(r"(?<![\w.$-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?!\w)")
 ASSIGNED = re.compile(r"^#? *([A-Z][A-Z0-9_]*)=|(?<!\w)([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)(?!\w)", re.MULTILINE)
 
 # Names that are not Headwater's own: the platform's, the tools', and parts of others.
-FOREIGN = re.compile(r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+")
+FOREIGN = re.compile(
+    r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+"
+)
 PLACEHOLDERS = {"BUCKET_ID"}
 PLANNED_COMMANDS = {"demo", "run", "backfill", "check", "keys", "serve"}
 

@@ -127,6 +127,7 @@ def _close_due(
     counts = pipeline.source.counts(partition, due)
     records = _records(pipeline, partition, due)
     report, passed, committed = Report(), due[0].start, due[0].start
+    context.progress.advance(total=len(due))
     for window in due:
         context.stop.check()
         record, count = records.get(window.start), counts.get((partition, window.start), NOTHING)

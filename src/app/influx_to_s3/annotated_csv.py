@@ -1,0 +1,266 @@
+"""InfluxDB's annotated CSV to Arrow tables, in memory bounded by the block size and not by the response.
+
+Bytes are cut into blocks at row ends outside quotes, and each block is parsed by Arrow's compiled reader with the types
+of the annotations in force. Rows of many small tables with one schema are collected and parsed together, since a
+response may hold a table per series. Invariants: the same tables come out however the bytes were chunked; a response
+that is cut, malformed or ends in an error table raises, it never yields less in silence.
+
+Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/, details as in flux `csv/result.go`.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from app.core.errors import AppError, Permanent, Transient
+from app.influx_to_s3.reader import TOO_MUCH, QueryTooLarge
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_BYTES = 1 << 20
+NEWLINE, QUOTE = 0x0A, 0x22
+NOT_DATA = frozenset({"", "result", "table"})
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of one schema. `tags` are the columns of the group key: after a pivot, the tags of the series."""
+
+    tags: frozenset[str]
+    table: "pa.Table"
+
+
+def read_blocks(chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """Parse a response body, given as pieces of any size.
+
+    Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
+    QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
+    """
+    parser = _Parser(block_bytes)
+    for piece in _whole_rows(chunks, block_bytes):
+        yield from parser.feed(piece)
+    yield from parser.finish()
+
+
+def error_of(message: str) -> AppError:
+    """An in-band error, sorted by whether repeating or asking for less can help."""
+    shown = message[:300]
+    if any(word in message.lower() for word in TOO_MUCH):
+        return QueryTooLarge(f"InfluxDB gave up inside its answer: {shown}", "a shorter range is tried by itself")
+    return Transient(f"InfluxDB reports an error inside its answer: {shown}", "the window is read again next time")
+
+
+class _Schema:
+    """The annotations and the header row in force: how to parse the rows that follow."""
+
+    def __init__(self, head: bytes) -> None:
+        import pyarrow.csv as pacsv
+
+        rows = list(csv.reader(io.StringIO(head.decode("utf-8"), newline="")))
+        annotations, self.names = {row[0]: row for row in rows[:-1]}, rows[-1]
+        self.is_error = self.names[1:] == ["error", "reference"]
+        if "#datatype" not in annotations or len(set(self.names)) != len(self.names):
+            raise Permanent(
+                f"the answer's header is not annotated CSV: {head[:200]!r}",
+                "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+            )
+        types = dict(zip(self.names, annotations["#datatype"], strict=True))
+        groups = dict(zip(self.names, annotations.get("#group", ()), strict=False))
+        defaults = dict(zip(self.names, annotations.get("#default", ()), strict=False))
+        self.keep = [name for name in self.names if name not in NOT_DATA]
+        self.tags = frozenset(name for name in self.keep if groups.get(name) == "true")
+        self.fill = {name: value for name in self.keep if (value := defaults.get(name, ""))}
+        self._convert = pacsv.ConvertOptions(
+            include_columns=self.keep,
+            column_types={name: _arrow_type(types[name]) for name in self.keep},
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            true_values=["true"],
+            false_values=["false"],
+        )
+
+    def table(self, rows: bytes) -> "pa.Table":
+        """Parse whole rows."""
+        import pyarrow as pa
+        import pyarrow.csv as pacsv
+
+        try:
+            table = pacsv.read_csv(
+                pa.BufferReader(rows),
+                # One block holds all rows, so that newlines inside quotes never meet a block's edge.
+                read_options=pacsv.ReadOptions(
+                    column_names=self.names, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
+                ),
+                convert_options=self._convert,
+            )
+        except pa.ArrowInvalid as error:
+            raise Transient(
+                f"InfluxDB's answer holds a row that does not fit its header: {error}",
+                "the window is read again next time; if it stays, a proxy in between may cut answers",
+            ) from error
+        return _with_bare_newlines(_filled(table, self.fill), rows)
+
+
+def _arrow_type(datatype: str) -> Any:
+    """The Arrow type of a #datatype; durations and base64 stay text."""
+    import pyarrow as pa
+
+    if datatype.startswith("dateTime:RFC3339"):
+        return pa.timestamp("ns", "UTC")
+    plain = {
+        "long": pa.int64(),
+        "unsignedLong": pa.uint64(),
+        "double": pa.float64(),
+        "boolean": pa.bool_(),
+        "dateTime:number": pa.int64(),
+    }
+    return plain.get(datatype, pa.string())
+
+
+def _filled(table: "pa.Table", fill: dict[str, str]) -> "pa.Table":
+    """An empty cell of a column with a #default means that default."""
+    import pyarrow as pa
+
+    for name, value in fill.items():
+        index = table.schema.get_field_index(name)
+        column = table.column(index)
+        default = pa.array([value]).cast(column.type)[0]
+        table = table.set_column(index, table.schema.field(index), column.fill_null(default))
+    return table
+
+
+def _with_bare_newlines(table: "pa.Table", rows: bytes) -> "pa.Table":
+    """The server's writer turns a newline inside a value into CRLF; turn it back."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if QUOTE not in rows or rows.count(b"\n") <= table.num_rows:
+        return table
+    for index, column in enumerate(table.schema):
+        if column.type == pa.string():
+            table = table.set_column(index, column, pc.replace_substring(table.column(index), "\r\n", "\n"))
+    return table
+
+
+class _Parser:
+    """Takes whole rows, keeps the schema in force, and gives blocks of about `block_bytes`."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._schema: _Schema | None = None
+        self._schemas: dict[bytes, _Schema] = {}
+        self._head = b""
+        self._pending: dict[bytes, tuple[_Schema, list[bytes]]] = {}
+        self._pending_bytes = 0
+        self._current = b""
+
+    def feed(self, rows: bytes) -> Iterator[Block]:
+        """Whole rows, annotations and blank lines, in any mixture."""
+        plain = b"#" not in rows and not rows.startswith((b"\r\n", b"\n"))
+        if self._schema and not self._schema.is_error and plain and not self._head and not self._pending:
+            yield Block(self._schema.tags, self._schema.table(rows))
+            return
+        position = 0
+        while position < len(rows):
+            position = self._line(rows, position) if self._in_head(rows, position) else self._rows(rows, position)
+        if self._pending_bytes >= self._block_bytes:
+            yield from self._flush()
+
+    def finish(self) -> Iterator[Block]:
+        """What is left. Raises when the body ended in an error table or inside a header."""
+        yield from self._flush()
+        if self._head or (self._schema and self._schema.is_error):
+            raise Transient("InfluxDB's answer ends inside a header", "the window is read again next time")
+
+    def _in_head(self, rows: bytes, position: int) -> bool:
+        return bool(self._head) or rows.startswith(b"#", position)
+
+    def _line(self, rows: bytes, position: int) -> int:
+        """One annotation row, or the header row that ends them."""
+        end = rows.find(b"\n", position) + 1 or len(rows)
+        line = rows[position:end]
+        self._head += line
+        if not line.startswith(b"#"):
+            known = self._schemas.get(self._head)
+            self._schema = known or self._schemas.setdefault(self._head, _Schema(self._head))
+            self._current, self._head = self._head, b""
+        return end
+
+    def _rows(self, rows: bytes, position: int) -> int:
+        """Data rows up to the next blank line or annotation; then the blank lines."""
+        end = _next_head(rows, position)
+        if end > position:
+            if self._schema is None:
+                raise Permanent(
+                    f"the answer is not annotated CSV: {rows[position : position + 200]!r}",
+                    "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+                )
+            if self._schema.is_error:
+                raise error_of(rows[position:end].decode("utf-8", "replace").strip(" ,\r\n"))
+            self._pending.setdefault(self._current, (self._schema, []))[1].append(rows[position:end])
+            self._pending_bytes += end - position
+        while end < len(rows) and rows[end] in b"\r\n":
+            end += 1
+        return end
+
+    def _flush(self) -> Iterator[Block]:
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        for schema, parts in pending.values():
+            yield Block(schema.tags, schema.table(b"".join(parts)))
+
+
+def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece as it is."""
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size >= block_bytes:
+            block = b"".join(parts)
+            cut = _last_row_end(block)
+            if cut:
+                yield block[:cut]
+            parts, size = [block[cut:]], len(block) - cut
+    if size:
+        block = b"".join(parts)
+        if not _closed(block, 0, len(block)):
+            raise Transient("InfluxDB's answer ends inside a quoted value", "the window is read again next time")
+        yield block
+
+
+def _closed(block: bytes, start: int, end: int) -> bool:
+    """True when no quote is open at `end`, given that none is at `start`. numpy counts 3 times faster than bytes."""
+    import numpy as np
+
+    return (
+        not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1 if end > start else True
+    )
+
+
+def _last_row_end(block: bytes) -> int:
+    """The offset just past the last newline outside quotes, 0 when there is none."""
+    end = len(block)
+    while (end := block.rfind(b"\n", 0, end)) >= 0:
+        if _closed(block, 0, end):
+            return end + 1
+    return 0
+
+
+def _next_head(rows: bytes, position: int) -> int:
+    """The offset of the next blank or annotation line outside quotes, else the length."""
+    if rows.startswith((b"\r\n", b"\n"), position):
+        return position
+    best = len(rows)
+    for mark in (b"\n#", b"\n\r\n", b"\n\n"):
+        found = position
+        while (found := rows.find(mark, found, best)) >= 0:
+            if _closed(rows, position, found):
+                best = found + 1
+                break
+            found += 1
+    return best

@@ -1,0 +1,232 @@
+"""A batch of this pipeline: the ordered rows of one device and window, digested, with bounded memory.
+
+Rows come in order and are cut into blocks of a fixed number of rows. Invariants: the digest depends on the rows alone,
+not on how they were cut when they were read; blocks beyond `memory_rows` wait in a temporary file that has no name, so
+nothing is left behind by a crash.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from app.influx_to_s3.enrich import enrich, output_schema
+from app.influx_to_s3.rows import TAGS, TIMESTAMP, UNKNOWN, common_type, instant_of, instants_of, same_types
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_ROWS = 16_384
+
+
+@dataclass(slots=True)
+class RowBatch:
+    """A finished batch (see `app.core.ports.Batch`). `cells`: the source's counts by bucket, taken before."""
+
+    device: str
+    rows: int
+    digest: str
+    first_ns: int | None
+    last_ns: int | None
+    schema: "pa.Schema"
+    blocks: "Sequence[pa.Table]"
+    spooled: BinaryIO | None = None
+    cells: Mapping[datetime, int] = field(default_factory=dict)
+
+    @property
+    def min_at(self) -> datetime | None:
+        """Oldest event time, to the microsecond below."""
+        return instant_of(self.first_ns)
+
+    @property
+    def max_at(self) -> datetime | None:
+        """Newest event time, to the microsecond below."""
+        return instant_of(self.last_ns)
+
+    @property
+    def reusable(self) -> bool:
+        """Large windows are spooled; reading only their tail is what saves the source work."""
+        return self.spooled is not None
+
+    @property
+    def output_schema(self) -> "pa.Schema":
+        """The documented columns, then this batch's further fields."""
+        return output_schema(self.schema)
+
+    def output(self) -> "Iterator[pa.Table]":
+        """The rows as they are written to an object."""
+        schema = self.output_schema
+        return (enrich(table, self.device, schema) for table in self.tables())
+
+    def tables(self) -> "Iterator[pa.Table]":
+        """The rows in order, block by block, all with `schema`."""
+        import pyarrow as pa
+
+        for block in self._spooled_blocks() if self.spooled else self.blocks:
+            aligned = {
+                column.name: block.column(column.name).cast(column.type, safe=False)
+                if column.name in block.column_names
+                else pa.nulls(block.num_rows, column.type)
+                for column in self.schema
+            }
+            yield pa.table(aligned, schema=self.schema)
+
+    def _spooled_blocks(self) -> "Iterator[pa.Table]":
+        import pyarrow as pa
+
+        if self.spooled is None:
+            return
+        self.spooled.seek(0)
+        source = pa.PythonFile(self.spooled, mode="r")
+        while source.tell() < source.size():
+            with pa.ipc.open_stream(source) as reader:
+                yield reader.read_all()
+
+    def close(self) -> None:
+        """Remove the spool. Idempotent."""
+        self.blocks = ()
+        if self.spooled is not None:
+            self.spooled.close()
+
+
+class Spool:
+    """Collects ordered rows into blocks of BLOCK_ROWS, digests them, and keeps them in memory or in a file."""
+
+    def __init__(self, device: str, directory: Path, memory_rows: int) -> None:
+        self.device = device
+        self._directory = directory
+        self._memory_rows = max(memory_rows, BLOCK_ROWS)
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+        self._blocks: list[pa.Table] = []
+        self._file: BinaryIO | None = None
+        self._types: dict[str, Any] = {}
+        self._digest = hashlib.sha256()
+        self._rows = 0
+        self._first_ns: int | None = None
+        self._last_ns: int | None = None
+
+    def append(self, table: "pa.Table") -> None:
+        """Add rows that are ordered, unique, and later than all rows before. ValueError when they are not later."""
+        if table.num_rows == 0:
+            return
+        instants = instants_of(table)
+        if self._last_ns is not None and int(instants[0]) <= self._last_ns:
+            raise ValueError(f"rows of {self.device} are out of order: {instants[0]} after {self._last_ns}")
+        self._first_ns = int(instants[0]) if self._first_ns is None else self._first_ns
+        self._last_ns = int(instants[-1])
+        self._rows += table.num_rows
+        self._waiting.append(_with_tags(table))
+        self._waiting_rows += table.num_rows
+        if self._waiting_rows >= BLOCK_ROWS:
+            self._cut(whole_blocks_only=True)
+
+    def finish(self, cells: Mapping[datetime, int]) -> RowBatch:
+        """All that was appended, as a batch that owns the spool file."""
+        import pyarrow as pa
+
+        self._cut(whole_blocks_only=False)
+        fields = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
+        schema = pa.schema(
+            [
+                (TIMESTAMP, pa.timestamp("ns", "UTC")),
+                *((tag, pa.string()) for tag in TAGS),
+                *((name, self._types[name]) for name in fields),
+            ]
+        )
+        return RowBatch(
+            device=self.device,
+            rows=self._rows,
+            digest=self._digest.hexdigest(),
+            first_ns=self._first_ns,
+            last_ns=self._last_ns,
+            schema=schema,
+            blocks=tuple(self._blocks),
+            spooled=self._file,
+            cells=cells,
+        )
+
+    def abandon(self) -> None:
+        """Remove what was spooled so far, after an error."""
+        if self._file is not None:
+            self._file.close()
+
+    def _cut(self, *, whole_blocks_only: bool) -> None:
+        import pyarrow as pa
+
+        if not self._waiting:
+            return
+        table = pa.concat_tables(same_types(self._waiting), promote_options="default")
+        end = table.num_rows - table.num_rows % BLOCK_ROWS if whole_blocks_only else table.num_rows
+        for start in range(0, end, BLOCK_ROWS):
+            self._add(table.slice(start, min(BLOCK_ROWS, end - start)).combine_chunks())
+        rest = table.slice(end)
+        self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
+
+    def _add(self, block: "pa.Table") -> None:
+        block = block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
+        for column in block.schema:
+            self._types[column.name] = common_type(self._types.get(column.name, column.type), column.type)
+        _digest_block(self._digest, block)
+        self._blocks.append(block)
+        if self._rows > self._memory_rows:
+            self._spill()
+
+    def _spill(self) -> None:
+        import pyarrow as pa
+
+        if self._file is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._directory, prefix="rows-")  # noqa: SIM115 - the batch closes it
+        for block in self._blocks:
+            with pa.ipc.new_stream(self._file, block.schema) as writer:
+                writer.write_table(block)
+        self._blocks.clear()
+
+
+def _with_tags(table: "pa.Table") -> "pa.Table":
+    """A missing tag is `unknown`; said after merging, so that a known value of the same instant wins."""
+    import pyarrow as pa
+
+    for tag in TAGS:
+        if tag not in table.column_names:
+            table = table.append_column(tag, pa.repeat(pa.scalar(UNKNOWN), table.num_rows))
+        elif table.column(tag).null_count:
+            index = table.schema.get_field_index(tag)
+            table = table.set_column(index, tag, table.column(tag).fill_null(UNKNOWN))
+    return table
+
+
+def _digest_block(digest: Any, block: "pa.Table") -> None:
+    """Feed names, types and values of a block; columns without any value do not count."""
+    for name in sorted(block.column_names):
+        column = block.column(name).combine_chunks()
+        array = column.chunk(0) if hasattr(column, "chunk") else column
+        digest.update(f"{name}\0{array.type}\0{len(array)}\0{array.null_count}\0".encode())
+        for part in _value_bytes(array):
+            digest.update(part)
+
+
+def _value_bytes(array: Any) -> Iterator[Any]:
+    """The values of an array as buffers that are equal exactly when the values are."""
+    import numpy as np
+    import pyarrow as pa
+
+    if array.null_count:
+        yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
+        array = array.fill_null("" if pa.types.is_string(array.type) else 0)
+    if pa.types.is_string(array.type):
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+        yield np.diff(ends)
+        if data is not None:
+            yield memoryview(data)[int(ends[0]) : int(ends[-1])]
+    elif pa.types.is_boolean(array.type):
+        yield np.packbits(array.to_numpy(zero_copy_only=False))
+    elif pa.types.is_timestamp(array.type):
+        yield array.cast(pa.int64()).to_numpy()
+    else:
+        yield array.to_numpy()

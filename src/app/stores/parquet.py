@@ -1,0 +1,218 @@
+"""The shared sink of the pipelines that land rows as objects: Parquet or CSV, one object per window and part.
+
+Key: `{prefix}/device_id={id}/date={date}/export_{HHMMSS}.{parquet|csv}`, all UTC, HHMMSS being the start of the window;
+deltas of late rows take the unused seconds after it. Invariants: the key is a function of partition, window and part
+alone; an object is replaced only while it is the version that was read; metadata names digest and rows of its content.
+"""
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from app.core.errors import Conflict, Rejected
+from app.core.ports import Batch, Held
+from app.core.window import Window
+from app.stores.objects import ObjectInfo, ObjectStore, Put, check_key
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROW_GROUP_ROWS = 128 * 1024
+CSV_BLOCK_BYTES = 1 << 20
+CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
+
+
+class TableBatch(Batch, Protocol):
+    """A batch that can be written as a table."""
+
+    @property
+    def output_schema(self) -> "pa.Schema":
+        """Columns of the object, in order."""
+
+    def output(self) -> "Iterator[pa.Table]":
+        """The rows with `output_schema`, in order, in tables of moderate size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How windows are named and written. `date_format` is a strftime format of the window's day."""
+
+    format: str
+    date_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """An object's bytes in an unnamed temporary file, with the metadata that says what they are."""
+
+    file: BinaryIO
+    size_bytes: int
+    content_type: str
+    metadata: Mapping[str, str]
+
+    def close(self) -> None:
+        """Remove the file. Idempotent."""
+        self.file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class TableSink:
+    """`app.core.ports.Sink` for tables on an object store. `layout_at` gives the layout of a window's start."""
+
+    store: ObjectStore
+    pipeline: str
+    prefix: str
+    layout_at: Callable[[datetime], Layout]
+    spool_directory: Path
+    app_version: str
+    dictionary: tuple[str, ...] = ()
+
+    def key(self, partition: str, window: Window, part: int) -> str:
+        """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
+        layout = self.layout_at(window.start)
+        named_at = window.start + timedelta(seconds=part)
+        if named_at >= window.end:
+            raise Rejected(
+                f"{partition} {window} has no name left for delta {part}", "export the window again elsewhere"
+            )
+        day = window.start.strftime(layout.date_format)
+        name = f"device_id={partition}/date={day}/export_{named_at:%H%M%S}.{layout.format}"
+        return check_key(f"{self.prefix}/{name}" if self.prefix else name)
+
+    def head(self, key: str) -> Held | None:
+        """What is there, with what its writer noted."""
+        info = self.store.head(key)
+        return held_of(info) if info else None
+
+    def read(self, key: str, version: str) -> "Iterator[pa.Table]":
+        """The rows of that version, in order, by way of a local copy: Parquet is read from its end."""
+        with closing(self._temporary()) as file:
+            with self.store.open(key, version) as body:
+                if body is None:
+                    raise Conflict(f"{key} is gone", "nothing to do: the window is read again")
+                while chunk := body.read(CSV_BLOCK_BYTES):
+                    file.write(chunk)
+            file.seek(0)
+            yield from _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file)
+
+    def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
+        """Write the batch to a temporary file. The same rows give the same bytes under one version of pyarrow."""
+        layout = self.layout_at(window.start)
+        metadata = {
+            "pipeline": self.pipeline,
+            "window": str(window),
+            "rows": str(batch.rows),
+            "digest": batch.digest,
+            "app-version": self.app_version,
+        }
+        file = self._temporary()
+        try:
+            if layout.format == "parquet":
+                described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
+                _write_parquet(file, batch, batch.output_schema.with_metadata(described), self.dictionary)
+            else:
+                _write_csv(file, batch)
+            size_bytes = file.seek(0, 2)
+        except BaseException:
+            file.close()
+            raise
+        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
+
+    def put(self, key: str, encoded: EncodedFile, expected: str | None) -> str:
+        """Compare-and-swap: see `app.core.ports.Sink`."""
+        encoded.file.seek(0)
+        return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or ""))
+
+    def _temporary(self) -> BinaryIO:
+        self.spool_directory.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=self.spool_directory, prefix="object-")
+
+
+def held_of(info: ObjectInfo) -> Held:
+    """What an object's metadata says; an object that a person put there says nothing."""
+    rows = info.metadata.get("rows", "")
+    return Held(
+        version=info.etag,
+        digest=info.metadata.get("digest", ""),
+        rows=int(rows) if rows.isdigit() else None,
+        size_bytes=info.size_bytes,
+    )
+
+
+def _write_parquet(file: BinaryIO, batch: TableBatch, schema: "pa.Schema", dictionary: tuple[str, ...]) -> None:
+    """Row groups of equal size whatever the size of the tables that come; dictionary only where values repeat."""
+    import pyarrow.parquet as pq
+
+    names = [name for name in dictionary if name in schema.names]
+    with pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=1, use_dictionary=names, write_statistics=True
+    ) as writer:
+        for group in row_groups(batch.output(), ROW_GROUP_ROWS):
+            writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+
+
+def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
+    """The same rows in tables of exactly `rows`, the last one shorter."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        waiting.append(table)
+        size += table.num_rows
+        while size >= rows:
+            together = pa.concat_tables(waiting)
+            yield together.slice(0, rows)
+            waiting, size = [together.slice(rows)], size - rows
+    if size:
+        yield pa.concat_tables(waiting)
+
+
+def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
+    """RFC 4180 with LF; timestamps in ISO 8601 with nanoseconds and Z; null and empty text are both an empty cell."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as pacsv
+
+    options = pacsv.WriteOptions(include_header=False, quoting_style="needed")
+    header = io.StringIO(newline="")
+    csv.writer(header, lineterminator="\n").writerow(batch.output_schema.names)
+    file.write(header.getvalue().encode())
+    for table in batch.output():
+        for index, column in enumerate(table.schema):
+            if pa.types.is_timestamp(column.type):
+                text = pc.strftime(table.column(index), format="%Y-%m-%dT%H:%M:%SZ", locale="C")
+                table = table.set_column(index, column.name, text)  # noqa: PLW2901 - the same rows, written as text
+        pacsv.write_csv(table, file, write_options=options)
+
+
+def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
+    """Types are inferred, but the timestamp's is said: without it a file with whole seconds would lose nanoseconds."""
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+
+    options: Mapping[str, Any] = {
+        "read_options": pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES, use_threads=False),
+        "parse_options": pacsv.ParseOptions(newlines_in_values=True),
+        "convert_options": pacsv.ConvertOptions(
+            column_types={"timestamp": pa.timestamp("ns", "UTC")}, null_values=[""], strings_can_be_null=True
+        ),
+    }
+    with pacsv.open_csv(file, **options) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
