@@ -1,0 +1,190 @@
+"""The files around the code agree with each other and with their documents: pins, container, Kubernetes, Railway."""
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from needs import absent
+
+ROOT = Path(__file__).resolve().parents[2]
+K8S = ROOT / "deploy" / "k8s"
+MANIFESTS = ("deployment", "service", "configmap", "secret.example", "pvc", "kustomization")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCKERFILE = re.sub(r" \\\n\s*", " ", (ROOT / "Dockerfile").read_text())
+
+
+def manifest(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((K8S / f"{name}.yaml").read_text())
+    return loaded
+
+
+def pod() -> dict[str, Any]:
+    spec: dict[str, Any] = manifest("deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+def container() -> dict[str, Any]:
+    only: dict[str, Any]
+    (only,) = pod()["containers"]
+    return only
+
+
+def instructions(word: str) -> list[str]:
+    return re.findall(rf"^{word} (.+)$", DOCKERFILE, re.MULTILINE)
+
+
+def known_variables() -> str:
+    example = ROOT / ".env.example"
+    if not example.exists():
+        absent(".env.example does not exist yet")
+    return example.read_text()
+
+
+def test_every_package_is_pinned_exactly() -> None:
+    groups = PROJECT["dependency-groups"].values()
+    direct = [*PROJECT["project"]["dependencies"], *(each for group in groups for each in group)]
+    others = PROJECT["tool"]["uv"]["constraint-dependencies"]
+    assert others
+    assert [each for each in (*direct, *others) if not re.fullmatch(r"[\w.\[\]-]+==[\w.]+( ; .+)?", each)] == []
+    assert others == sorted(others)
+
+
+def test_requirements_hold_hashes_and_no_address() -> None:
+    text = (ROOT / "requirements.txt").read_text()
+    entries = re.sub(r" \\\n\s*", " ", text).splitlines()
+    assert [entry for entry in entries if not re.match(r"[\w.\[\]-]+==\S+ .*--hash=sha256:[0-9a-f]{64}$", entry)] == []
+    names = {re.split(r"[=\[]", each)[0] for each in PROJECT["project"]["dependencies"]}
+    assert names <= {entry.split("==")[0] for entry in entries}
+
+
+def test_the_container_copies_what_exists_and_what_the_ignore_file_lets_in() -> None:
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {path for line in instructions("COPY") if "--from" not in line for path in line.split()[:-1]}
+    assert copied == let_in
+    assert {path for path in copied if not (ROOT / path).exists()} == set()
+
+
+def test_the_container_starts_python_itself_so_that_signals_arrive() -> None:
+    (command,) = instructions("CMD")
+    assert json.loads(command) == ["python", "-m", "app"]
+    assert not instructions("ENTRYPOINT")
+
+
+def test_the_container_runs_without_root_and_needs_no_volume_line() -> None:
+    assert instructions("USER") == ["10001:10001"]
+    assert not instructions("VOLUME"), "Railway refuses images with VOLUME"
+
+
+def test_the_container_listens_for_others_keeps_data_apart_and_holds_no_secret() -> None:
+    variables = dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
+    assert variables.items() >= {("HOST", "0.0.0.0"), ("DATA_DIR", "/data"), ("UV_COMPILE_BYTECODE", "1")}  # noqa: S104 - that is the point
+    assert [name for name in variables if re.search("KEY|TOKEN|SECRET|PASSWORD", name)] == []
+
+
+def test_the_containers_own_health_check_is_python_that_compiles() -> None:
+    (check,) = re.findall(r"^HEALTHCHECK .* CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)
+    program, flag, code = json.loads(check)
+    assert (program, flag) == ("python", "-c")
+    compile(code, "HEALTHCHECK", "exec")
+
+
+def test_the_build_uses_the_uv_that_ci_uses() -> None:
+    versions = set(re.findall(r"uv==([\d.]+)", DOCKERFILE + (ROOT / ".ci" / "run").read_text()))
+    assert len(versions) == 1
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_manifest_is_one_yaml_document(name: str) -> None:
+    assert {"apiVersion", "kind"} <= manifest(name).keys()
+
+
+def test_the_kustomization_lists_every_manifest_but_the_example() -> None:
+    listed = set(manifest("kustomization")["resources"])
+    assert listed == {f"{name}.yaml" for name in MANIFESTS} - {"secret.example.yaml", "kustomization.yaml"}
+
+
+def test_the_deployment_has_the_documented_resources_and_probes() -> None:
+    assert container()["resources"] == {
+        "requests": {"memory": "256Mi", "cpu": "250m"},
+        "limits": {"memory": "512Mi", "cpu": "500m"},
+    }
+    probes = {name: container()[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+    assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
+        "startup": "/health",
+        "liveness": "/health",
+        "readiness": "/ready",
+    }
+    table = (ROOT / "docs" / "deploy" / "kubernetes.md").read_text()
+    assert "256Mi requested, 512Mi at most" in table
+    assert "250m requested, 500m at most" in table
+    for name, probe in probes.items():
+        rhythm = f"every {probe['periodSeconds']} s, {probe['failureThreshold']} times"
+        assert f"{name} probe | `{probe['httpGet']['path']}` {rhythm}" in table
+
+
+def test_one_pod_at_a_time_with_time_to_stop() -> None:
+    spec = manifest("deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
+    grace_seconds = int(manifest("configmap")["data"]["SHUTDOWN_GRACE_SECONDS"])
+    assert pod()["terminationGracePeriodSeconds"] == 35
+    assert grace_seconds + 5 <= 35
+    assert grace_seconds < int(tomllib.loads((ROOT / "railway.toml").read_text())["deploy"]["drainingSeconds"])
+
+
+def test_the_pod_may_do_nothing_that_it_need_not() -> None:
+    assert container()["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod()["securityContext"]["runAsNonRoot"] is True
+    assert pod()["securityContext"]["runAsUser"] == 10001
+    assert pod()["automountServiceAccountToken"] is False
+
+
+def test_a_read_only_root_leaves_room_for_data_and_temporary_files() -> None:
+    assert {mount["mountPath"] for mount in container()["volumeMounts"]} == {"/data", "/tmp"}  # noqa: S108 - the pod's own
+    assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in pod()["volumes"]}
+
+
+def test_the_names_that_manifests_refer_to_are_the_ones_they_have() -> None:
+    references = {next(iter(each)): next(iter(each.values()))["name"] for each in container()["envFrom"]}
+    assert references == {
+        "configMapRef": manifest("configmap")["metadata"]["name"],
+        "secretRef": manifest("secret.example")["metadata"]["name"],
+    }
+    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod()["volumes"] if "emptyDir" not in volume]
+    assert claims == [manifest("pvc")["metadata"]["name"]]
+    labels = manifest("deployment")["spec"]["template"]["metadata"]["labels"]
+    assert manifest("service")["spec"]["selector"].items() <= labels.items()
+
+
+def test_the_example_of_the_secret_holds_placeholders_only() -> None:
+    values = manifest("secret.example")["stringData"].values()
+    assert [value for value in values if not re.fullmatch(r"<.+>", value)] == []
+
+
+def test_every_variable_of_the_manifests_and_of_railway_is_known() -> None:
+    known = known_variables()
+    railway = (ROOT / ".railway" / "railway.ts").read_text()
+    names = {
+        *manifest("configmap")["data"],
+        *manifest("secret.example")["stringData"],
+        *re.findall(r"^ +([A-Z][A-Z0-9_]+): ", railway, re.MULTILINE),
+    }
+    own = {name for name in names if not name.startswith("RAILWAY_")}
+    assert {name for name in own if not re.search(rf"\b{name}\b", known)} == set()
+
+
+def test_railway_checks_liveness_and_uses_the_image() -> None:
+    old = tomllib.loads((ROOT / "railway.toml").read_text())
+    assert old["build"] == {"builder": "DOCKERFILE", "dockerfilePath": "Dockerfile"}
+    assert old["deploy"]["healthcheckPath"] == "/health"
+    assert 'healthcheck: "/health"' in (ROOT / ".railway" / "railway.ts").read_text()
+    assert "2026-12-01" in (ROOT / "docs" / "deploy" / "railway.md").read_text()

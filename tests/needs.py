@@ -1,0 +1,26 @@
+"""What a test needs from the machine: absent, it is skipped here and a failure in CI, where everything is installed."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+def needs(command: str) -> Path:
+    """Where `command` is. Skips the test when it is missing; fails it when CI is set, so that CI skips nothing."""
+    found = shutil.which(command)
+    if found is None:
+        absent(f"{command} is not installed: apt-get install {PACKAGES.get(command, command)}")
+    return Path(found)
+
+
+def absent(reason: str) -> NoReturn:
+    """End the test because something is not there: skipped with the reason, failed when CI is set."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason} (CI must not skip this)", pytrace=False)
+    pytest.skip(reason)
+
+
+PACKAGES = {"influxd": "influxdb"}

@@ -1,0 +1,46 @@
+"""Install what a user would install and look at it: `python tools/check_wheel.py`.
+
+Takes the steps of the Dockerfile without its engine: an empty environment, requirements.txt with hashes, then the wheel
+without its dependencies. Fails unless the package imports, its SQL is inside it, and the command line answers.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INSIDE = """
+from importlib.resources import files
+import app
+sql = {path.name for folder in files("app").joinpath("sql").iterdir() for path in folder.iterdir()}
+assert sql, "the wheel holds no SQL"
+"""
+
+
+def main() -> int:
+    """Exit status: 0 when the installed wheel works."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _run("uv", "build", "--quiet", "--wheel", "--out-dir", str(folder), str(ROOT))
+        (wheel,) = folder.glob("*.whl")
+        python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+        _run("uv", "venv", "--quiet", "--no-project", str(folder / "venv"))
+        install = ("uv", "pip", "install", "--quiet", "--python", str(python))
+        _run(*install, "--require-hashes", "-r", str(ROOT / "requirements.txt"))
+        _run(*install, "--no-deps", str(wheel))
+        _run(str(python), "-I", "-c", INSIDE, cwd=folder)
+        if (ROOT / "src" / "app" / "__main__.py").exists():
+            _run(str(python), "-I", "-m", "app", "--help", cwd=folder)
+    return 0
+
+
+def _run(*command: str, cwd: Path = ROOT) -> None:
+    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    if done.returncode:
+        sys.exit(f"failed with status {done.returncode}: {' '.join(command)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
