@@ -4,6 +4,7 @@ Invariants: a partition gets its first cursor committed before anything of it is
 move its start; a new partition starts where the last discovery left off, so what it wrote meanwhile is not missed.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
+
+log = logging.getLogger(__name__)
 
 DISCOVERY = ""  # the partition name under which a pipeline keeps the instant of its last discovery; never a real one
 
@@ -68,8 +71,12 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass, now: datetim
 
 
 def _move(pipeline: Pipeline[B, E], context: Context, partition: str, cursor_at: datetime) -> None:
-    if not context.dry_run:
+    if context.dry_run:
+        return
+    try:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=cursor_at), context.lease)
+    except Rejected as error:
+        log.warning("partition %r cannot have a checkpoint: %s", partition, error)
 
 
 def _live_counts(
@@ -170,5 +177,8 @@ def _failed(
 ) -> Report:
     """Note the failure beside the cursor, which stays. A lost lease or an absent store ends the whole run."""
     if not context.dry_run:
-        pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
+        try:
+            pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
+        except Rejected as unnamed:
+            log.warning("the failure of partition %r cannot be noted beside its cursor: %s", partition, unnamed)
     return Report(failures=(Failure(partition, error.message, error.hint),))

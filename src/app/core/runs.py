@@ -4,6 +4,7 @@ Invariants: a job runs in one process at a time as far as leases can tell, and s
 lease's generation is checked again inside each commit; every started run gets an outcome.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Protocol
 from uuid import uuid4
 
 from app.core.errors import AppError, LeaseLost, Stopped, Transient
+
+log = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
@@ -255,9 +258,12 @@ def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
             except LeaseLost as error:
                 own_stop.ask(error.message)
                 return
-            except Transient:
+            except Transient as error:
                 # The store is away. The lease may still live, and each commit checks it: keep trying.
-                continue
+                log.warning("the lease of %s could not be renewed: %s", lease.name, error)
+            except AppError as error:
+                own_stop.ask(error.message)
+                return
 
     heart = threading.Thread(target=beat, name=f"lease-{lease.name}", daemon=True)
     heart.start()
@@ -273,8 +279,8 @@ def _release(lease: Lease, leases: Leases) -> None:
     """Give the lease back; a store that is away lets it expire by itself, which costs others at most its TTL."""
     try:
         leases.release(lease)
-    except Transient:
-        return
+    except AppError as error:
+        log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)
 
 
 class _Either(Stop):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from typing import Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
@@ -188,7 +188,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
-            with _reading(pipeline, task, key, held) as batch:
+            with _reading(pipeline, task, held) as batch:
                 if batch.rows == 0 if held is None else batch.digest == held.digest:
                     return _unchanged(pipeline, task, key, held, batch)
                 return _store(pipeline, context, task, held, batch)
@@ -249,7 +249,7 @@ def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
 
 
 @contextmanager
-def _reading(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None) -> Iterator[B]:
+def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[B]:
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
@@ -259,7 +259,9 @@ def _reading(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None) 
             kept.close()
     try:
         if held is not None and not pipeline.allow_shrink and _shrank(batch, held):
-            batch = _united(pipeline, key, batch, held)
+            batch = _united(pipeline, task, batch, held)
+        if held is not None and task.record is None:
+            batch = _without_deltas(pipeline, task, batch)
         yield batch
     finally:
         if not pipeline.keeps(batch):
@@ -276,7 +278,20 @@ def _shrank(batch: Batch, held: Held) -> bool:
     return earlier or (held.max_at is not None and held.max_at > batch.max_at)
 
 
-def _united(pipeline: Pipeline[B, E], key: str, batch: B, held: Held) -> B:
+def _united(pipeline: Pipeline[B, E], task: Task, batch: B, held: Held) -> B:
+    key = pipeline.sink.key(task.partition, task.window, 0)
     log.warning("%s holds rows that the source no longer returns (%s held, %d read): kept", key, held.rows, batch.rows)
     with closing(batch):
         return pipeline.source.union(batch, pipeline.sink.read(key, held.version))
+
+
+def _without_deltas(pipeline: Pipeline[B, E], task: Task, batch: B) -> B:
+    """An object that no record knows was written before the state was lost, and may have deltas: leave theirs out."""
+    for part in count(1):
+        key = pipeline.sink.key(task.partition, task.window, part)
+        there = pipeline.sink.head(key)
+        if there is None:
+            break
+        with closing(batch):
+            batch = pipeline.source.missing(batch, pipeline.sink.read(key, there.version))
+    return batch
