@@ -58,12 +58,17 @@ class MemoryCheckpoints:
     def __init__(self, leases: MemoryLeases) -> None:
         self._leases = leases
         self._cursors: dict[tuple[str, str], datetime] = {}
+        self._starts: dict[tuple[str, str], datetime] = {}
         self._records: dict[tuple[str, str], dict[tuple[datetime, int], Record]] = {}
         self.errors: dict[tuple[str, str], str] = {}
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         with self._leases.lock:
             return {partition: at for (name, partition), at in self._cursors.items() if name == pipeline}
+
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        with self._leases.lock:
+            return {partition: at for (name, partition), at in self._starts.items() if name == pipeline}
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         with self._leases.lock:
@@ -77,6 +82,7 @@ class MemoryCheckpoints:
             held = self._records.setdefault(of, {})
             held.update({(record.window.start, record.part): record for record in commit.records})
             if commit.cursor_at is not None:
+                self._starts.setdefault(of, commit.cursor_at)
                 self._cursors[of] = max(commit.cursor_at, self._cursors.get(of, commit.cursor_at))
             self.errors.pop(of, None)
 

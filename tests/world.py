@@ -79,6 +79,7 @@ class World:
     rows: dict[str, dict[datetime, str]] = field(default_factory=dict)
     objects: dict[str, tuple[str, tuple[Row, ...], str]] = field(default_factory=dict)
     cursors: dict[str, datetime] = field(default_factory=dict)
+    starts: dict[str, datetime] = field(default_factory=dict)
     records: dict[tuple[str, datetime, int], Record] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     versions: int = 0
@@ -182,6 +183,9 @@ class Process:
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         return dict(self.world.cursors)
 
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        return dict(self.world.starts)
+
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         found = [r for (name, at, _), r in self.world.records.items() if name == partition and since <= at < until]
         return sorted(found, key=lambda record: (record.window.start, record.part))
@@ -191,6 +195,7 @@ class Process:
         for record in commit.records:
             self.world.records[partition, record.window.start, record.part] = record
         if commit.cursor_at is not None:
+            self.world.starts.setdefault(partition, commit.cursor_at)
             known = self.world.cursors.get(partition, commit.cursor_at)
             self.world.cursors[partition] = max(known, commit.cursor_at)
         self.hook(f"after commit {partition}")

@@ -6,6 +6,12 @@ SELECT device_id, last_exported_at
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND last_exported_at IS NOT NULL;
 
+-- name: starts
+-- Partition and first cursor, for those that have one.
+SELECT device_id, started_at
+FROM export_checkpoints
+WHERE pipeline = :pipeline AND started_at IS NOT NULL;
+
 -- name: records
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
@@ -42,12 +48,13 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
 -- name: save_checkpoint
 -- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.
 INSERT INTO export_checkpoints AS held (
-    pipeline, device_id, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message,
+    pipeline, device_id, started_at, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message,
     created_at, updated_at
 ) VALUES (
-    :pipeline, :partition, :cursor_at, :high_watermark_at, 'ok', :key, :rows, NULL, :now_at, :now_at
+    :pipeline, :partition, :cursor_at, :cursor_at, :high_watermark_at, 'ok', :key, :rows, NULL, :now_at, :now_at
 )
 ON CONFLICT (pipeline, device_id) DO UPDATE SET
+    started_at = coalesce(held.started_at, excluded.started_at),
     last_exported_at = CASE
         WHEN held.last_exported_at > excluded.last_exported_at THEN held.last_exported_at
         ELSE coalesce(excluded.last_exported_at, held.last_exported_at)

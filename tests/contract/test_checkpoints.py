@@ -145,6 +145,15 @@ def test_a_cursor_never_moves_back(store: Store) -> None:
     assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START + 2 * HOUR}
 
 
+def test_the_start_is_the_first_cursor_and_stays(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit([record(1)]), lease)
+    assert dict(store.checkpoints.starts(PIPELINE)) == {}
+    for hours in (1, 2):
+        store.commit(Commit(cursor_at=START + hours * HOUR), lease)
+    assert dict(store.checkpoints.starts(PIPELINE)) == {"d1": START + HOUR}
+
+
 def test_a_commit_without_a_cursor_leaves_it_where_it_is(store: Store) -> None:
     lease = store.lease()
     store.commit(Commit([record(1)]), lease)

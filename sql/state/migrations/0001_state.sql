@@ -1,9 +1,10 @@
 -- Checkpoints, leases, runs and layouts. Valid in SQLite and PostgreSQL; SQLite keeps TIMESTAMPTZ as text of fixed width.
 
--- One row per pipeline and partition. The partition '' is the pipeline itself.
+-- One row per pipeline and partition. `started_at` is its first cursor: nothing before it was ever asked for. The partition '' is the pipeline itself.
 CREATE TABLE export_checkpoints (
     pipeline          TEXT        NOT NULL,
     device_id         TEXT        NOT NULL,
+    started_at        TIMESTAMPTZ,
     last_exported_at  TIMESTAMPTZ,
     high_watermark_at TIMESTAMPTZ,
     status            TEXT        NOT NULL CHECK (status IN ('ok', 'error')),

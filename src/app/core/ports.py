@@ -162,6 +162,9 @@ class Checkpoints(Protocol):
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         """Partition -> everything before this instant is finished."""
 
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """Partition -> the first cursor that was ever committed; nothing before it was asked for."""
+
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
 

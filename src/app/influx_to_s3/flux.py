@@ -180,9 +180,11 @@ def _texts(table: "pa.Table", column: str) -> list[str]:
 
 def _counted(table: "pa.Table") -> Iterator[Counted]:
     """Points without a device tag come in tables without that column."""
+    import pyarrow as pa
+
     columns = table.column_names
     devices = table.column(DEVICE).to_pylist() if DEVICE in columns else [""] * table.num_rows
-    starts = table.column("_time").cast("timestamp[us, UTC]").to_pylist()
+    starts = table.column("_time").cast(pa.timestamp("us", "UTC")).to_pylist()
     fields = table.column("_field").to_pylist()
     values = table.column("_value").to_pylist()
     for device, start, name, value in zip(devices, starts, fields, values, strict=True):

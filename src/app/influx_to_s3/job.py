@@ -5,8 +5,8 @@ cursor, so the two never work on one window. Nothing is connected before the fir
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from app.core.late import fill
@@ -162,21 +162,30 @@ def _reconcile(parts: Parts, context: Context) -> Report:
     """Compare the counts of the last days' closed windows and write what came late. Counted in `late_rows`."""
     now = parts.clock()
     pipeline = _prepare(parts, context)
-    return _fill(parts, context, pipeline, Window(now - timedelta(days=parts.settings.export.reconcile_days), now))
+    since = now - timedelta(days=parts.settings.export.reconcile_days)
+    return _fill(parts, context, pipeline, Window(since, now), parts.checkpoints.starts(NAME))
 
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _prepare(parts, context), span)
+    return _fill(parts, context, _prepare(parts, context), span, {})
 
 
-def _fill(parts: Parts, context: Context, pipeline: Pipeline[RowBatch, EncodedFile], span: Window) -> Report:
+def _fill(
+    parts: Parts,
+    context: Context,
+    pipeline: Pipeline[RowBatch, EncodedFile],
+    span: Window,
+    starts: Mapping[str, datetime],
+) -> Report:
+    """Fill `span` for every partition, from where `starts` says on, up to the partition's cursor."""
     cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name != DISCOVERY}
     partitions = sorted({*cursors, *pipeline.source.partitions(span.start)})
     now = parts.clock()
 
     def one(partition: str) -> Report:
+        since = max(span.start, starts.get(partition, span.start))
         until = min(span.end, cursors.get(partition, span.end))
-        return fill(pipeline, context, partition, replace(span, end=until), now) if until > span.start else Report()
+        return fill(pipeline, context, partition, Window(since, until), now) if until > since else Report()
 
     return isolated(pipeline, context, partitions, one, _pass(parts))

@@ -41,6 +41,10 @@ class SqlCheckpoints:
         """See `Checkpoints.cursors`."""
         return {row["device_id"]: row["last_exported_at"] for row in self._rows("cursors", pipeline=pipeline)}
 
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.starts`."""
+        return {row["device_id"]: row["started_at"] for row in self._rows("starts", pipeline=pipeline)}
+
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`."""
         rows = self._rows("records", pipeline=pipeline, partition=partition, since_at=since, until_at=until)
