@@ -146,7 +146,8 @@ def test_times_keep_nanoseconds_and_lose_trailing_zeros(text: str) -> None:
 
 def test_an_error_table_follows_rows_after_an_empty_line() -> None:
     assert AnnotatedCsv(Dialect(ALL)).error("engine: unexpected EOF") == (
-        b"\r\n#datatype,string,string\r\n#group,true,true\r\n#default,,\r\n,error,reference\r\n,engine: unexpected EOF,\r\n"
+        b"\r\n#datatype,string,string\r\n#group,true,true\r\n#default,,\r\n"
+        b",error,reference\r\n,engine: unexpected EOF,\r\n"
     )
 
 

@@ -173,8 +173,8 @@ def test_closing_ends_a_stall(filled: InfluxSimulator) -> None:
 def test_an_empty_table_may_come_first(filled: InfluxSimulator) -> None:
     filled.faults.add(EmptyTable((("device_id", "D9"),)))
     text = post_flux(filled, QUERY).data.decode()
-    assert "#default,_empty,0,D9,\r\n,result,table,device_id,_value\r\n\r\n" in text
-    assert text.count("\r\n,,0,2026") == 10
+    assert "#default,_result,0,D9,\r\n,result,table,device_id,_value\r\n\r\n" in text
+    assert text.count("\r\n,,1,2026") == 10
 
 
 def test_a_fault_waits_for_a_query_that_it_is_meant_for(filled: InfluxSimulator) -> None:

@@ -49,7 +49,7 @@ QUERIES = [
     f'SELECT "big", "small", "e", "odd", "huge" FROM "m" WHERE {RANGE}',
     f'SELECT * FROM "m" WHERE {RANGE}',
     f'SELECT * FROM "m" WHERE {RANGE} GROUP BY *',
-    f'SELECT "f"::field FROM "m" WHERE {RANGE} AND ("device_id" = \'D1\' OR "device_id" = \'D2\') AND "location" != \'B\'',
+    f"SELECT \"f\" FROM \"m\" WHERE {RANGE} AND (device_id = 'D1' OR device_id = 'D2') AND location != 'B'",
     'SELECT "f" FROM "m" WHERE "device_id" = \'O\\\'X é\'',
     f'SELECT "f"::field FROM "m" WHERE {RANGE} AND "device_id" = \'D2\' ORDER BY time DESC LIMIT 1',
     "SELECT \"f\" FROM \"m\" WHERE time >= '2026-02-07T12:00:00.000000001Z' AND time < '2026-02-07 12:30:01'",
