@@ -9,15 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from app.demo.annotated_csv import Result
-from app.demo.flux_steps import (
-    Bounds,
-    evaluate,
-    labels_of,
-    predicate_argument,
-    run_step,
-    text_argument,
-    undefined,
-)
+from app.demo.flux_arguments import evaluate, labels_of, predicate_argument, text_argument, undefined
+from app.demo.flux_steps import Bounds, run_step
 from app.demo.flux_tables import TIME, Column, Data, FluxError, Table, table
 from app.demo.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
 from app.demo.influx_points import FieldKey, Points, Series

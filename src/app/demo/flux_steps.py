@@ -6,6 +6,16 @@ would answer differently from a server fails instead.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from app.demo.flux_arguments import (
+    evaluate,
+    labels_of,
+    literal_argument,
+    missing,
+    predicate_argument,
+    text_argument,
+    texts_argument,
+    undefined,
+)
 from app.demo.flux_tables import (
     TIME,
     Cells,
@@ -20,21 +30,12 @@ from app.demo.flux_tables import (
     table,
     take,
 )
-from app.demo.flux_text import Call, Expression, Function, Items, Literal, Member, Name, Operation
+from app.demo.flux_text import Call, Expression, Name
 from app.demo.line_protocol import Value
 
 Tables = Iterable[Table]
 Bounds = tuple[int, int]
 Step = Callable[[Tables, Call, Bounds], Tables]
-COMPARE: Mapping[str, Callable[[object, object], bool]] = {
-    "==": lambda left, right: left == right,
-    "!=": lambda left, right: left != right,
-    "<": lambda left, right: left < right,  # type: ignore[operator]
-    "<=": lambda left, right: left <= right,  # type: ignore[operator]
-    ">": lambda left, right: left > right,  # type: ignore[operator]
-    ">=": lambda left, right: left >= right,  # type: ignore[operator]
-}
-TYPE_KINDS: Mapping[type, str] = {float: "double", int: "long", str: "string", bool: "boolean"}
 
 
 def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
@@ -47,93 +48,6 @@ def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
         if name not in known:
             raise FluxError(f"compilation failed: error at {call.where}: unexpected argument {name} of {call.name}")
     return step(tables, call, bounds)
-
-
-def undefined(call: Call) -> FluxError:
-    """What the compiler says of a function that it does not know."""
-    return FluxError(f"compilation failed: error at {call.where}: undefined identifier {call.name}")
-
-
-def text_argument(call: Call, name: str, default: str | None = None) -> str:
-    """A string argument. Raises FluxError when it is missing or something else."""
-    value = call.arguments.get(name)
-    if isinstance(value, Literal) and isinstance(value.value, str):
-        return value.value
-    if value is None and default is not None:
-        return default
-    raise _missing(call, name)
-
-
-def literal_argument(call: Call, name: str, kind: str, default: int | None = None) -> int:
-    """An argument that is an integer, a boolean or a duration in nanoseconds."""
-    value = call.arguments.get(name)
-    if isinstance(value, Literal) and value.kind == kind and isinstance(value.value, int):
-        return value.value
-    if value is None and default is not None:
-        return default
-    raise _missing(call, name)
-
-
-def texts_argument(call: Call, name: str, default: Sequence[str] | None = None) -> tuple[str, ...]:
-    """An argument that is an array of strings."""
-    value = call.arguments.get(name)
-    if value is None and default is not None:
-        return tuple(default)
-    if not isinstance(value, Items):
-        raise _missing(call, name)
-    texts = tuple(one.value for one in value.values if isinstance(one, Literal) and isinstance(one.value, str))
-    if len(texts) != len(value.values):
-        raise _missing(call, name)
-    return texts
-
-
-def predicate_argument(call: Call, name: str) -> Expression:
-    """The body of an argument that is a function of `r`."""
-    value = call.arguments.get(name)
-    if not isinstance(value, Function):
-        raise _missing(call, name)
-    return value.body
-
-
-def _missing(call: Call, name: str) -> FluxError:
-    return FluxError(f"compilation failed: error at {call.where}: missing or wrong argument {name} of {call.name}")
-
-
-def labels_of(expression: Expression) -> frozenset[str]:
-    """The columns that a predicate reads."""
-    if isinstance(expression, Member):
-        return frozenset({expression.label})
-    if isinstance(expression, Operation):
-        return frozenset().union(*map(labels_of, expression.operands))
-    return frozenset()
-
-
-def evaluate(expression: Expression, row: Mapping[str, object]) -> object:
-    """The value of a predicate for a row; None is null, and a column that is missing is null."""
-    if isinstance(expression, Literal):
-        return expression.value
-    if isinstance(expression, Member):
-        return row.get(expression.label)
-    if isinstance(expression, Operation):
-        return _operate(expression, [evaluate(one, row) for one in expression.operands])
-    raise FluxError("compilation failed: a predicate may hold columns, literals and operators only")
-
-
-def _operate(operation: Operation, values: list[object]) -> object:
-    if operation.sign == "exists":
-        return values[0] is not None
-    if operation.sign == "not":
-        return None if values[0] is None else not values[0]
-    if operation.sign == "and":
-        return False if False in values else None if None in values else True
-    if operation.sign == "or":
-        return True if True in values else None if None in values else False
-    left, right = values
-    if left is None or right is None:
-        return None
-    if isinstance(left, str) != isinstance(right, str):
-        raise FluxError("type conflict: string and a number cannot be compared")
-    return COMPARE[operation.sign](left, right)
 
 
 def filter_tables(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
@@ -277,7 +191,7 @@ def _aggregate_window(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Ta
     every = literal_argument(call, "every", "duration")
     function = call.arguments.get("fn")
     if not isinstance(function, Name) or function.text not in {*AGGREGATES, *SELECTORS} or every <= 0:
-        raise _missing(call, "fn")
+        raise missing(call, "fn")
     at_start = text_argument(call, "timeSrc", "_stop") == "_start"
     empty = bool(literal_argument(call, "createEmpty", "boolean", default=True))
     for one in tables:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 from typing import Self
 
-from app.demo.faults import Faults
+from app.demo.faults import CutHere, Faults
 from app.demo.flux import Bucket
 from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings
 from app.demo.influx_http import Server
@@ -61,7 +61,7 @@ class InfluxSimulator:
             self._now_ns,
             self.faults,
             self._record,
-            self._closing.wait,
+            self._wait,
             lambda: self.starting,
         )
         api = InfluxApi(Bucket(self.bucket, self.points, BUCKET_ID, ORG_ID), around)
@@ -115,6 +115,11 @@ class InfluxSimulator:
         """Begin a new record."""
         with self._lock:
             self._queries.clear()
+
+    def _wait(self, seconds: float) -> None:
+        """Wait that long; a simulator that is closed meanwhile ends the connection instead."""
+        if self._closing.wait(seconds):
+            raise CutHere
 
     def _record(self, query: AnsweredQuery) -> None:
         with self._lock:

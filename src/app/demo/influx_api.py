@@ -170,11 +170,8 @@ class InfluxApi:
         writer = AnnotatedCsv(dialect, BATCH_ROWS if getattr(fault, "after_rows", None) is None else 1)
 
         def results() -> Iterator[Result]:
-            first: list[Result] = []
-            if isinstance(fault, EmptyTable):
-                columns = [*(Column(name, "string", group=True) for name, _ in fault.key), Column("_value", "double")]
-                first = [("_empty", [table(columns, [[] for _ in columns], [value for _, value in fault.key])])]
-            return chain(first, answer_flux(text, self._bucket, now_ns))
+            made = answer_flux(text, self._bucket, now_ns)
+            return _with_empty_table(made, fault) if isinstance(fault, EmptyTable) else made
 
         return self._answered(
             _Query(request.path, text, fault, CSV_HEADERS), lambda: writer.pieces(results()), writer.error
@@ -304,6 +301,13 @@ def _guarded(first: Piece, rest: Iterator[Piece], error: Callable[[str], bytes])
         yield from rest
     except FluxError as failure:
         yield Piece(error(failure.message))
+
+
+def _with_empty_table(results: Iterator[Result], fault: EmptyTable) -> Iterator[Result]:
+    """The results, each with a table without rows before its others."""
+    columns = [*(Column(name, "string", group=True) for name, _ in fault.key), Column("_value", "double")]
+    empty = table(columns, [[] for _ in columns], [value for _, value in fault.key])
+    return ((name, chain([empty], tables)) for name, tables in results)
 
 
 def _dialect(given: Mapping[str, object]) -> Dialect:

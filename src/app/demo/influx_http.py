@@ -118,7 +118,11 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         parameters = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        answer = self.server.respond(Request(self.command, url.path, parameters, headers, body))
+        try:
+            answer = self.server.respond(Request(self.command, url.path, parameters, headers, body))
+        except CutHere:
+            self.close_connection = True
+            return
         if isinstance(answer.body, Streamed):
             self._stream(answer, answer.body)
         else:
