@@ -1,0 +1,261 @@
+"""What a variable may hold: a type that checks and converts its text, and the words that say so to a person.
+
+Invariant: `read` raises ValueError whose text says what is allowed and never holds the value that was refused; the
+caller decides how much of that may be shown.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError
+
+from app.settings.keys import parse_keys
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+HOST_NAME = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
+)
+DATE_DIRECTIVE = re.compile(r"%(.?)")
+MAX_PREFIX_BYTES = 512
+AWS_ENDPOINT = "https://s3.amazonaws.com"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`accepts` is a type for pydantic, `allowed` says in words what passes, `empty` stands for an unset variable."""
+
+    accepts: Any
+    allowed: str
+    empty: object = None
+    secret: bool = False
+
+    def read(self, text: str) -> object:
+        """The value that `text` stands for. Raises ValueError that does not quote it."""
+        try:
+            value: object = TypeAdapter(self.accepts).validate_python(text)
+        except ValidationError as error:
+            own = [
+                str(each["ctx"]["error"]) for each in error.errors(include_url=False) if each["type"] == "value_error"
+            ]
+        else:
+            return value
+        raise ValueError(own[0] if own else f"allowed: {self.allowed}")
+
+
+def whole(low: int, high: int) -> Kind:
+    """A whole number from `low` to `high`."""
+    return Kind(Annotated[int, Field(ge=low, le=high)], f"a whole number from {low} to {high}")
+
+
+def seconds(low: float, high: float) -> Kind:
+    """A number of seconds, fractions allowed."""
+    accepts = Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
+    return Kind(accepts, f"a number from {low:g} to {high:g}")
+
+
+def one_of(*words: str) -> Kind:
+    """Exactly one of `words`, in lower case whatever case it was written in."""
+    return Kind(Annotated[Literal[words], BeforeValidator(str.lower)], f"one of {', '.join(words)}")
+
+
+def _plain(text: str) -> str:
+    if CONTROL.search(text):
+        raise ValueError("holds a control character: remove it")
+    return text
+
+
+def _level(text: str) -> str:
+    return {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(text.upper(), text.upper())
+
+
+def _url(text: str) -> str:
+    text = _plain(text).rstrip("/")
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if not known or re.search(r"\s", text):
+        raise ValueError(f"allowed: {HTTP_URL.allowed}")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("user and password do not belong into a URL: take them out and use the variables for them")
+    if parts.query or parts.fragment:
+        raise ValueError("a query or a fragment does not belong here: end the URL before ? or #")
+    return text
+
+
+def _endpoint(text: str) -> str:
+    # Named outright, the global endpoint would pin every region to us-east-1; without it the SDK takes the region's own.
+    url = _url(text)
+    return "" if url.lower() == AWS_ENDPOINT else url
+
+
+def _database_url(text: str) -> str:
+    """`postgresql://...`; the spellings of other tools (`postgres://`, `postgresql+driver://`) mean the same."""
+    text = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", _plain(text))
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme == "postgresql" and len(parts.path) > 1 and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"allowed: {POSTGRES_URL.allowed}")
+    return text
+
+
+def _warehouse_url(text: str) -> str:
+    text = re.sub(r"^sqlite\+\w+://", "sqlite://", text)
+    if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
+        return _plain(text)
+    try:
+        return _database_url(text)
+    except ValueError:
+        raise ValueError(f"allowed: {WAREHOUSE_URL.allowed}") from None
+
+
+def _host(text: str) -> str:
+    try:
+        return str(ip_address(text.strip("[]")))
+    except ValueError:
+        if HOST_NAME.fullmatch(text):
+            return text
+    raise ValueError(f"allowed: {HOST.allowed}")
+
+
+def _bucket(text: str) -> str:
+    if not BUCKET.fullmatch(text) or ".." in text:
+        raise ValueError(f"allowed: {BUCKET_NAME.allowed}")
+    return text
+
+
+def _prefix(text: str) -> str:
+    text = _plain(text).strip("/")
+    if any(segment in ("", ".", "..") for segment in text.split("/")) or len(text.encode()) > MAX_PREFIX_BYTES:
+        raise ValueError(f"allowed: {PREFIX.allowed}")
+    return text
+
+
+def _file_stem(text: str) -> str:
+    if "/" in _plain(text) or "\\" in text or text in (".", "..") or len(text.encode()) > 200:  # noqa: PLR2004 - leaves room for the rest of a 255-byte name
+        raise ValueError(f"allowed: {FILE_STEM.allowed}")
+    return text
+
+
+def _date_format(text: str) -> str:
+    """Directives of fixed width only, so that the days of a device never share a name and sort as they follow."""
+    directives = DATE_DIRECTIVE.findall(text)
+    named = {"Y", "m", "d"} <= set(directives) or {"Y", "j"} <= set(directives)
+    literal = DATE_DIRECTIVE.sub("0", text)
+    plain = re.fullmatch(r"[A-Za-z0-9=._/-]+", literal) and not set(directives) - set("Ymdj")
+    if not named or not plain or any(segment in ("", ".", "..") for segment in literal.split("/")):
+        raise ValueError(f"allowed: {DATE_FORMAT.allowed}")
+    return text
+
+
+def _instant(text: str) -> datetime:
+    try:
+        at = datetime.fromisoformat(text)
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"allowed: {INSTANT.allowed}") from None
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _device_ids(text: str) -> tuple[str, ...]:
+    """`*` anywhere means discovery. An id that can never be a key is taken here: it is refused alone, device by device."""
+    ids = tuple(dict.fromkeys(_list(text)))
+    return () if "*" in ids else ids
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", text):
+        raise ValueError(f"allowed: {ORIGINS.allowed}")
+    return text
+
+
+def _log_file(text: str) -> Path | None:
+    return None if text.lower() in ("off", "none") else Path(text)
+
+
+def _json_object(text: str) -> str:
+    """The JSON text of a key file, also when it came as base64."""
+    if not text.lstrip().startswith("{"):
+        try:
+            text = base64.b64decode(text, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise ValueError(f"allowed: {CREDENTIALS_JSON.allowed}") from None
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ValueError(f"allowed: {CREDENTIALS_JSON.allowed}")
+    return text
+
+
+def _secret(check: Callable[[str], str]) -> Any:
+    return Annotated[SecretStr, BeforeValidator(check)]
+
+
+def _texts(check: Callable[[str], str]) -> Any:
+    return Annotated[tuple[Annotated[str, AfterValidator(check)], ...], BeforeValidator(_list)]
+
+
+def _split(convert: Callable[[str], Sequence[object]]) -> Any:
+    return Annotated[tuple[Any, ...], BeforeValidator(convert)]
+
+
+TEXT = Kind(Annotated[str, AfterValidator(_plain)], "text without control characters", "")
+SECRET = Kind(_secret(_plain), "text without control characters", SecretStr(""), secret=True)
+SECRET_OR_NONE = Kind(_secret(_plain), "text without control characters", None, secret=True)
+FLAG = Kind(bool, "true or false")
+PATH = Kind(Annotated[Path, BeforeValidator(_plain)], "a path")
+LOG_FILE = Kind(Annotated[Any, BeforeValidator(_plain), AfterValidator(_log_file)], "a path, or off")
+LOG_LEVEL = Kind(
+    Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)],
+    "one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
+)
+HOST = Kind(Annotated[str, AfterValidator(_host)], "an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")
+HTTP_URL = Kind(Annotated[str, AfterValidator(_url)], "http://host[:port] or https://host[:port]", "")
+ENDPOINT = Kind(Annotated[str, AfterValidator(_endpoint)], HTTP_URL.allowed, "")
+POSTGRES_URL = Kind(_secret(_database_url), "postgresql://user:password@host:port/name", SecretStr(""), secret=True)
+WAREHOUSE_URL = Kind(
+    _secret(_warehouse_url),
+    "sqlite:///path or postgresql://user:password@host:port/name",
+    SecretStr(""),
+    secret=True,
+)
+BUCKET_NAME = Kind(
+    Annotated[str, AfterValidator(_bucket)],
+    "3 to 63 letters, digits, dots, dashes and underscores: the bare name, without s3:// and without a path",
+    "",
+)
+PREFIX = Kind(Annotated[str, AfterValidator(_prefix)], "names between single slashes, without '.' and '..'", "")
+PREFIXES = Kind(_split(lambda text: [_prefix(part) for part in _list(text)]), PREFIX.allowed + ", by commas", ())
+FILE_STEM = Kind(Annotated[str, AfterValidator(_file_stem)], "the start of a file name, without a slash", "")
+DATE_FORMAT = Kind(
+    Annotated[str, AfterValidator(_date_format)],
+    "%Y with %m and %d, or %Y with %j, and letters, digits, = . _ - and single slashes between them",
+    "",
+)
+INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or instant, such as 2026-02-07T00:00:00Z")
+DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", ())
+LIST = Kind(_texts(_plain), "values by commas", ())
+ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
+API_KEYS = Kind(_split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True)
+CREDENTIALS_JSON = Kind(
+    _secret(_json_object), "the JSON text of the key file, as it is or as base64", None, secret=True
+)
