@@ -1,0 +1,139 @@
+"""Checkpoints in the state database: what was confirmed, per pipeline and partition.
+
+Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a cursor
+and a high watermark never move back, so a repeated older commit undoes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from app.core.ports import Commit, Record
+from app.core.runs import Lease
+from app.core.window import Window
+from app.stores.leases import identity, lost
+from app.stores.sql import Database, Row, Session
+from app.stores.sql_values import storable
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far one partition is: what is finished, the newest event time seen, and why it stands still if it does."""
+
+    partition: str
+    cursor_at: datetime | None
+    high_watermark_at: datetime | None
+    error: str
+    key: str
+    rows: int
+    updated_at: datetime
+
+
+class SqlCheckpoints:
+    """See `app.core.ports.Checkpoints`; `positions` and `late_rows_total` are for the dashboard and the metrics."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`."""
+        return {row["device_id"]: row["last_exported_at"] for row in self._rows("cursors", pipeline=pipeline)}
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """See `Checkpoints.records`."""
+        rows = self._rows("records", pipeline=pipeline, partition=partition, since_at=since, until_at=until)
+        return [_record(row) for row in rows]
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """See `Checkpoints.commit`."""
+        of = {"pipeline": pipeline, "partition": partition}
+        with self._database.transaction() as session:
+            of_now = {**of, "now_at": self._fence(session, lease)}
+            if commit.records:
+                records = [{**of_now, **_columns(record)} for record in commit.records]
+                session.run_many(self._queries["save_record"], records)
+            session.run(self._queries["save_checkpoint"], **of_now, **_summary(commit))
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """See `Checkpoints.fail`."""
+        with self._database.transaction() as session:
+            now_at = self._fence(session, lease)
+            params = {"pipeline": pipeline, "partition": partition, "message": storable(message), "now_at": now_at}
+            session.run(self._queries["save_failure"], **params)
+
+    def positions(self, pipeline: str) -> Sequence[Standing]:
+        """Every partition of the pipeline, by name."""
+        return [
+            Standing(
+                partition=row["device_id"],
+                cursor_at=row["last_exported_at"],
+                high_watermark_at=row["high_watermark_at"],
+                error=row["error_message"] or "",
+                key=row["s3_key"] or "",
+                rows=row["record_count"] or 0,
+                updated_at=row["updated_at"],
+            )
+            for row in self._rows("positions", pipeline=pipeline)
+        ]
+
+    def late_rows_total(self) -> Mapping[str, int]:
+        """Pipeline -> rows that came after their window had closed. Never falls; absent = none."""
+        return {row["pipeline"]: row["late_rows"] for row in self._rows("late_rows")}
+
+    def _fence(self, session: Session, lease: Lease) -> datetime:
+        """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
+        rows = session.rows(self._queries["fence"], **identity(lease))
+        if not rows:
+            raise lost(lease)
+        now_at: datetime = rows[0]["now_at"]
+        return now_at
+
+    def _rows(self, query: str, **params: Any) -> list[Row]:
+        with self._database.transaction(read_only=True) as session:
+            return session.rows(self._queries[query], **params)
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    return {
+        "starts_at": record.window.start,
+        "ends_at": record.window.end,
+        "part": record.part,
+        "key": record.key,
+        "version": record.version,
+        "digest": record.digest,
+        "rows": record.rows,
+        "size_bytes": record.size_bytes,
+        "source_cells": record.source_cells,
+        "min_at": record.min_at,
+        "max_at": record.max_at,
+        "status": "closed" if record.closed else "open",
+    }
+
+
+def _record(row: Row) -> Record:
+    return Record(
+        window=Window(row["starts_at"], row["ends_at"]),
+        part=row["part"],
+        key=row["s3_key"],
+        version=row["version"],
+        digest=row["digest"],
+        rows=row["record_count"],
+        size_bytes=row["size_bytes"],
+        source_cells=row["source_cells"],
+        min_at=row["min_at"],
+        max_at=row["max_at"],
+        closed=row["status"] == "closed",
+    )
+
+
+def _summary(commit: Commit) -> dict[str, Any]:
+    """What a commit says of its partition as a whole: cursor, newest event time, last object."""
+    last = max(commit.records, key=lambda record: (record.window.start, record.part), default=None)
+    return {
+        "cursor_at": commit.cursor_at,
+        "high_watermark_at": max((record.max_at for record in commit.records if record.max_at), default=None),
+        "key": last.key if last else None,
+        "rows": last.rows if last else None,
+    }

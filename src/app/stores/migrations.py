@@ -1,0 +1,121 @@
+"""Migrations: SQL files that are applied once, in order, each in one transaction.
+
+Invariants: an applied migration is recorded in the same transaction, so it is applied whole or not at all; its file
+must not change afterwards; two processes that start at once apply each migration once.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from app.core.errors import Permanent
+from app.stores.sql import BROKEN_INSTALLATION, DIALECTS, Database, Dialect, Session
+
+LOCK = 4_937_238_650_112  # any number that no other program uses for its advisory locks
+CREATE_TABLE = """
+CREATE TABLE headwater_migrations (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)
+"""
+TABLE_EXISTS: dict[Dialect, str] = {
+    "sqlite": "SELECT 1 AS found FROM sqlite_master WHERE type = 'table' AND name = 'headwater_migrations'",
+    "postgres": "SELECT 1 AS found WHERE to_regclass('headwater_migrations') IS NOT NULL",
+}
+# Another process may be migrating for a while, and a migration may take longer than a statement is given otherwise.
+LOCK_POSTGRES = """
+SELECT set_config('lock_timeout', '50s', true), set_config('statement_timeout', '0', true)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file. `name` is folder and file name without suffixes."""
+
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the text, hex."""
+        return sha256(self.sql.encode()).hexdigest()
+
+
+class Migrated:
+    """A `Database` whose migrations are applied before its first transaction, so that a daemon starts while it is away.
+
+    `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._prepared = False
+
+    @property
+    def dialect(self) -> Dialect:
+        """See `Database.dialect`."""
+        return self._database.dialect
+
+    @property
+    def place(self) -> str:
+        """See `Database.place`."""
+        return self._database.place
+
+    @contextmanager
+    def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
+        """See `Database.transaction`; the first one applies the migrations before."""
+        self.prepare()
+        with self._database.transaction(read_only=read_only) as session:
+            yield session
+
+    def prepare(self) -> None:
+        """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""
+        if self._prepared:
+            return
+        with self._lock:
+            if not self._prepared:
+                for migration in migrations(self._folder, self.dialect):
+                    apply(self._database, migration)
+                self._prepared = True
+
+    def close(self) -> None:
+        """See `Database.close`."""
+        self._database.close()
+
+
+def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
+    """The folder's migrations for a dialect, in order. Raises Permanent when one is missing, or there twice."""
+    found: dict[str, Migration] = {}
+    stems: set[str] = set()
+    for path in sorted((folder / "migrations").glob("*.sql")):
+        stem, _, variant = path.name.removesuffix(".sql").partition(".")
+        stems.add(stem)
+        if variant not in ("", *DIALECTS) or (stem in found and variant in ("", dialect)):
+            raise Permanent(f"migration {path.name} is named wrongly or there twice", BROKEN_INSTALLATION)
+        if variant in ("", dialect):
+            found[stem] = Migration(f"{folder.name}/{stem}", path.read_text(encoding="utf-8"))
+    if missing := stems - found.keys():
+        raise Permanent(f"{folder.name}: no {dialect} version of {', '.join(sorted(missing))}", BROKEN_INSTALLATION)
+    return [found[stem] for stem in sorted(found)]
+
+
+def apply(database: Database, migration: Migration) -> None:
+    """Apply and record one migration unless that was done. Raises Permanent when the applied one had another text."""
+    with database.transaction() as session:
+        if database.dialect == "postgres":
+            session.rows(LOCK_POSTGRES)
+            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
+        if not session.rows(TABLE_EXISTS[database.dialect]):
+            session.run(CREATE_TABLE)
+        done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
+        if not done:
+            session.script(migration.sql)
+            record = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
+            session.run(record, name=migration.name, checksum=migration.checksum)
+        elif done[0]["checksum"] != migration.checksum:
+            raise Permanent(
+                f"{database.place}: migration {migration.name} was applied with another text",
+                "this database belongs to another version of Headwater: use that version, or another database",
+            )

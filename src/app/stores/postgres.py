@@ -1,0 +1,232 @@
+"""PostgreSQL as a `Database`: the shared store of several replicas.
+
+Imported by `open_database` only when a PostgreSQL URL is set, so psycopg costs nothing elsewhere. Invariants: a message
+never holds the URL or the password; no call waits for ever, whatever the network and the server do.
+"""
+
+import re
+import select
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.generators import PQGen
+from psycopg.rows import DictRow, dict_row
+
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.stores.connections import Connections
+from app.stores.sql import Dialect, Row
+from app.stores.sql_values import bound
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 60.0
+CONNECTION = {
+    "connect_timeout": "5",
+    "application_name": "headwater",
+    # A peer that vanished is noticed within about 20 s instead of the system's hours.
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "2",
+    "tcp_user_timeout": "20000",
+}
+# Set by a statement and not by `options`, which connection poolers refuse. The last one frees the locks of a process
+# that was paused in mid-transaction; nobody could take over its lease before.
+SESSION = """
+SELECT
+    set_config('TimeZone', 'UTC', false),
+    set_config('statement_timeout', '30s', false),
+    set_config('lock_timeout', '10s', false),
+    set_config('idle_in_transaction_session_timeout', '10s', false)
+"""
+# What must be left alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.
+TOKEN = re.compile(
+    r"""(?P<kept>'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|(?P<tag>\$\w*\$).*?(?P=tag)|::)"""
+    r"""|:(?P<name>[A-Za-z_]\w*)|%""",
+    re.DOTALL,
+)
+REFUSED = re.compile(
+    r"password authentication failed|no password supplied|does not exist|no pg_hba\.conf entry|permission denied"
+    r"|authentication failed|not permitted to log in|certificate verify failed|does not support SSL",
+)
+SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
+SQLSTATE_ACCESS = ("28", "3D", "42501")
+SQLSTATE_VALUE = ("22",)
+
+
+class BoundedConnection(psycopg.Connection[DictRow]):
+    """A connection that gives up waiting: a frozen server keeps its sockets alive and would hold us for ever."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """See psycopg; without a timeout of the caller's, ours."""
+        return super().wait(gen, interval, timeout or ANSWER_SECONDS)
+
+
+class PostgresSession:
+    """See `Session`."""
+
+    def __init__(self, connection: BoundedConnection, errors: "Errors") -> None:
+        self._connection = connection
+        self._errors = errors
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """See `Session.rows`."""
+        with self._errors.translated():
+            return self._connection.execute(_pyformat(sql), bound(params)).fetchall()
+
+    def run(self, sql: str, **params: Any) -> int:
+        """See `Session.run`."""
+        with self._errors.translated():
+            return self._connection.execute(_pyformat(sql), bound(params)).rowcount
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """See `Session.run_many`."""
+        with self._errors.translated(), self._connection.cursor() as cursor:
+            cursor.executemany(_pyformat(sql), [bound(params) for params in many])
+            return max(cursor.rowcount, 0)
+
+    def script(self, sql: str) -> None:
+        """See `Session.script`."""
+        with self._errors.translated():
+            self._connection.execute(sql.encode())
+
+
+class PostgresDatabase:
+    """See `Database`. Raises Permanent when the URL cannot be read."""
+
+    dialect: Dialect = "postgres"
+
+    def __init__(self, url: str, *, variables: str) -> None:
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.Error:
+            # Without the cause: its text repeats parts of the URL.
+            raise Permanent(
+                "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
+            ) from None
+        self._conninfo = make_conninfo("", **{**CONNECTION, **given})
+        self._errors = Errors(_place(given), variables)
+        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive)
+
+    @property
+    def place(self) -> str:
+        """Host, port and database."""
+        return self._errors.place
+
+    @contextmanager
+    def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:
+        """See `Database.transaction`."""
+        connection = self._connections.borrow()
+        try:
+            connection.read_only = read_only
+            yield PostgresSession(connection, self._errors)
+            with self._errors.translated():
+                connection.commit()
+        except BaseException:
+            self._roll_back(connection)
+            raise
+        self._connections.give_back(connection)
+
+    def close(self) -> None:
+        """See `Database.close`."""
+        self._connections.close()
+
+    def _roll_back(self, connection: BoundedConnection) -> None:
+        """Give back a connection that the error left in order, drop one that is lost or still waits for an answer."""
+        try:
+            if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+                connection.close()
+            connection.rollback()
+        except psycopg.Error:
+            self._connections.drop(connection)
+        else:
+            self._connections.give_back(connection)
+
+    def _connect(self) -> BoundedConnection:
+        with self._errors.translated():
+            # Never prepared on the server: behind a pooler the next statement may meet another server session.
+            connection = BoundedConnection.connect(self._conninfo, prepare_threshold=None, row_factory=dict_row)
+            try:
+                connection.execute(SESSION)
+                connection.commit()
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+
+class Errors:
+    """The one place where psycopg's errors become ours."""
+
+    def __init__(self, place: str, variables: str) -> None:
+        self.place = place
+        self._variables = variables
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raises Transient, Permanent or Rejected from a psycopg error."""
+        try:
+            yield
+        except psycopg.Error as error:
+            raise self._error(error) from error
+
+    def _error(self, error: psycopg.Error) -> AppError:
+        state = error.sqlstate or ""
+        message = f"{self.place}: {_first_line(error)}"
+        if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
+            return Rejected(message, "the value is outside of what the database holds: correct it")
+        if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
+            return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
+        if state.startswith(SQLSTATE_PASSING):
+            return Transient(message, "nothing to do if it passes; else look at the server's log and load")
+        if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            return Transient(message, f"check that the server runs and that {self._variables} points to it")
+        return Permanent(message, "this is a fault of the program: please report it")
+
+    @staticmethod
+    def _is_connecting(error: psycopg.Error) -> bool:
+        """A refused connection has no SQLSTATE, only the server's text."""
+        return error.sqlstate is None and isinstance(error, psycopg.OperationalError)
+
+
+def _first_line(error: psycopg.Error) -> str:
+    """What happened, without the values that PostgreSQL adds in its detail lines."""
+    text = error.diag.message_primary or str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _place(given: Mapping[str, Any]) -> str:
+    host = given.get("host") or given.get("hostaddr") or "localhost"
+    name = given.get("dbname") or given.get("user") or ""
+    return f"PostgreSQL at {host}:{given.get('port') or 5432}/{name}"
+
+
+@lru_cache(maxsize=512)
+def _pyformat(sql: str) -> bytes:
+    """`:name` as psycopg's `%(name)s`; quoted text, comments and `::` casts stay. Slices such as [1:n] do not."""
+
+    def replaced(token: re.Match[str]) -> str:
+        if token["name"]:
+            return f"%({token['name']})s"
+        return token[0].replace("%", "%%")
+
+    return TOKEN.sub(replaced, sql).encode()
+
+
+def _alive(connection: BoundedConnection) -> bool:
+    """False when the server has said or closed something on an idle connection, which it does only to end it."""
+    if connection.closed:
+        return False
+    idle: select.poll = select.poll()
+    idle.register(connection.fileno(), select.POLLIN)
+    events: Sequence[tuple[int, int]] = idle.poll(0)
+    return not events
+
+
+def _disconnect(connection: BoundedConnection) -> None:
+    with suppress(psycopg.Error):
+        connection.close()

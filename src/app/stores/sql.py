@@ -1,0 +1,125 @@
+"""SQL stores: one small surface over SQLite and PostgreSQL, and the named queries that run on it.
+
+Invariants: queries are written with `:name` parameters for both dialects; instants go in and come out as aware UTC
+datetimes; no exception of a driver leaves this surface, only Transient, Permanent and Rejected.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from app.core.errors import Permanent
+
+Dialect = Literal["sqlite", "postgres"]
+Row = dict[str, Any]
+
+NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
+DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
+BROKEN_INSTALLATION = "the installation is damaged or a query is missing: install Headwater again"
+
+
+class Session(Protocol):
+    """One open transaction. For the thread that opened it, until its block ends.
+
+    Raises Transient (connection lost, server away, timeout, deadlock), Permanent (access, schema) and Rejected (a value
+    that cannot be stored, such as text with a NUL).
+    """
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """All rows, by column name. A column whose name ends in `_at` is an instant; name others so with AS."""
+
+    def run(self, sql: str, **params: Any) -> int:
+        """The number of rows changed."""
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """The statement once per set of parameters; the number of rows changed."""
+
+    def script(self, sql: str) -> None:
+        """Several statements without parameters, inside this transaction."""
+
+
+class Database(Protocol):
+    """A database that many threads share. Opening it does not connect: the first transaction does."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """Which versions of the named queries to use."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages. Never holds a password."""
+
+    def transaction(self, *, read_only: bool = False) -> AbstractContextManager[Session]:
+        """Commits when the block ends, rolls back when it raises. Do not nest. A lost connection is replaced next time.
+
+        Transient out of the commit itself means that it may or may not have happened: repeat what is idempotent.
+        """
+
+    def close(self) -> None:
+        """Close all connections; a transaction that is still open keeps its own until it ends. Idempotent."""
+
+
+def open_database(url: str, *, variables: str) -> Database:
+    """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`.
+
+    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
+    and is therefore not repeated.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
+        from app.stores.sqlite import SqliteDatabase
+
+        return SqliteDatabase(Path(rest[1:]))
+    if scheme in ("postgresql", "postgres"):
+        from app.stores.postgres import PostgresDatabase
+
+        return PostgresDatabase(url, variables=variables)
+    raise Permanent(
+        f"a database URL that starts with {scheme[:20] if rest else ''!r} is not known",
+        f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",
+    )
+
+
+def sql_directory() -> Path:
+    """The folder of migrations and queries: inside the installed package, else at the root of the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "sql"
+    return installed if installed.is_dir() else package.parent.parent / "sql"
+
+
+def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
+    """Name -> SQL of every `-- name: x` section in the folder's files; `-- name: x (postgres)` is for one dialect only.
+
+    Raises Permanent when a query is missing for this dialect, named twice, empty, or has an unknown dialect.
+    """
+    queries: dict[str, str] = {}
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.sql")):
+        for name, variant, sql in _sections(path):
+            names.add(name)
+            if variant not in ("", dialect):
+                continue
+            if name in queries:
+                raise Permanent(f"{path.name}: query {name} is defined twice for {dialect}", BROKEN_INSTALLATION)
+            queries[name] = sql
+    if missing := names - queries.keys():
+        raise Permanent(f"{folder.name}: no {dialect} version of {', '.join(sorted(missing))}", BROKEN_INSTALLATION)
+    if not names:
+        raise Permanent(f"no SQL queries found at {folder}", BROKEN_INSTALLATION)
+    return queries
+
+
+def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, dialect ("" for all) and SQL of each section; the comment lines that describe it are left out."""
+    text = path.read_text(encoding="utf-8")
+    heads = list(NAMED.finditer(text))
+    for number, head in enumerate(heads):
+        end = heads[number + 1].start() if number + 1 < len(heads) else len(text)
+        lines = text[head.end() : end].splitlines()
+        sql = "\n".join(line for line in lines if not line.lstrip().startswith("--")).strip().removesuffix(";")
+        variant = head["dialect"] or ""
+        if not sql or variant not in ("", *DIALECTS):
+            raise Permanent(f"{path.name}: query {head['name']} is empty or for no known dialect", BROKEN_INSTALLATION)
+        yield head["name"], variant, sql

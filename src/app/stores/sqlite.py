@@ -1,0 +1,192 @@
+"""SQLite as a `Database`: the embedded store of one machine.
+
+Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
+that is killed at any instruction leaves a database that opens again with every committed transaction.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.stores.connections import Connections
+from app.stores.sql import Dialect, Row
+from app.stores.sql_values import INSTANT_SUFFIX, bound, instant_of, instant_text
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 10.0
+PASSING = {
+    sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
+    sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
+    sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
+    sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
+    sqlite3.SQLITE_NOMEM: "give the process more memory",
+    sqlite3.SQLITE_FULL: "free space on the disk that holds DATA_DIR",
+    sqlite3.SQLITE_IOERR: "check the disk that holds DATA_DIR",
+}
+LASTING = {
+    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
+    sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its folder",
+    sqlite3.SQLITE_PERM: "let the user of this process write the database file and its folder",
+    sqlite3.SQLITE_NOTADB: "the file is no SQLite database: move it away or point to another one",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup, or move it away to start anew",
+}
+
+
+class SqliteSession:
+    """See `Session`."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """See `Session.rows`."""
+        cursor = self._execute(sql, params)
+        names = [column[0] for column in cursor.description or ()]
+        found = _translated(self._path, cursor.fetchall)
+        return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
+
+    def run(self, sql: str, **params: Any) -> int:
+        """See `Session.run`."""
+        return self._execute(sql, params).rowcount
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """See `Session.run_many`."""
+        prepared = [_bound(params) for params in many]
+        return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
+
+    def script(self, sql: str) -> None:
+        """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
+        for statement in _statements(sql):
+            self._execute(statement, {})
+
+    def _execute(self, sql: str, params: Mapping[str, Any]) -> sqlite3.Cursor:
+        prepared = _bound(params)
+        return _translated(self._path, lambda: self._connection.execute(sql, prepared))
+
+
+class SqliteDatabase:
+    """See `Database`. The file and its folder are made on first use."""
+
+    dialect: Dialect = "sqlite"
+
+    def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+        self._path = path
+        self._busy_seconds = busy_seconds
+        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close)
+
+    @property
+    def place(self) -> str:
+        """The file."""
+        return f"SQLite at {self._path}"
+
+    @contextmanager
+    def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
+        """See `Database.transaction`."""
+        connection = self._connections.borrow(self._busy_seconds)
+        try:
+            # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
+            self._finish(connection, "BEGIN" if read_only else "BEGIN IMMEDIATE")
+            yield SqliteSession(connection, self._path)
+            self._finish(connection, "COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
+        self._connections.give_back(connection)
+
+    def close(self) -> None:
+        """See `Database.close`."""
+        self._connections.close()
+
+    def _finish(self, connection: sqlite3.Connection, statement: str) -> None:
+        _translated(self._path, lambda: connection.execute(statement))
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            connection.rollback()
+        except sqlite3.Error:
+            self._connections.drop(connection)
+        else:
+            self._connections.give_back(connection)
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Permanent(f"{self.place}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
+        return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
+
+
+def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    try:
+        _use_wal(connection, busy_seconds)
+        # NORMAL with WAL: a power cut may undo the last commits but never tears the file. An undone commit only repeats
+        # an idempotent write, so a flush of the disk per commit buys nothing here.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
+    """WAL lets readers go on while one writes. Two processes that switch a new file at once are refused without any
+    wait (the busy timeout does not cover the switch), so it is tried again here.
+    """
+    deadline = time.monotonic() + busy_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _bound(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: instant_text(value) if isinstance(value, datetime) else value for name, value in bound(params).items()
+    }
+
+
+def _read(name: str, value: Any) -> Any:
+    return instant_of(value) if name.endswith(INSTANT_SUFFIX) and isinstance(value, str) else value
+
+
+def _statements(sql: str) -> Iterator[str]:
+    statement = ""
+    for line in sql.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip():
+        yield statement
+
+
+def _translated(path: Path, action: Callable[[], T]) -> T:
+    """The one place where SQLite's errors become ours."""
+    try:
+        return action()
+    except (sqlite3.Error, OverflowError) as error:
+        raise _error(path, error) from error
+
+
+def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
+    message = f"SQLite at {path}: {error}"
+    if isinstance(error, OverflowError | sqlite3.DataError):
+        return Rejected(message, "the value is outside of what the database holds: correct it")
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte; the others tell details
+    if code in PASSING:
+        return Transient(message, PASSING[code])
+    return Permanent(message, LASTING.get(code, "this is a fault of the program: please report it"))

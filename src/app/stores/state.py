@@ -1,0 +1,53 @@
+"""The state of the product in one database: checkpoints, leases, runs and layouts.
+
+Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.stores.checkpoints import SqlCheckpoints
+from app.stores.layouts import SqlLayouts
+from app.stores.leases import SqlLeases
+from app.stores.migrations import Migrated
+from app.stores.run_records import SqlRuns
+from app.stores.sql import load_queries, open_database, sql_directory
+from app.stores.sqlite import SqliteDatabase
+
+FILE = "state.db"
+VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that the product remembers, on one database."""
+
+    database: Migrated
+    checkpoints: SqlCheckpoints
+    leases: SqlLeases
+    runs: SqlRuns
+    layouts: SqlLayouts
+
+    def ping(self) -> None:
+        """One round trip. Raises Transient or Permanent when the database cannot be used."""
+        with self.database.transaction(read_only=True) as session:
+            session.rows("SELECT 1 AS found")
+
+    def close(self) -> None:
+        """Close all connections. Idempotent."""
+        self.database.close()
+
+
+def open_state(url: str, data_dir: Path) -> State:
+    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
+    folder = sql_directory() / "state"
+    plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
+    database = Migrated(plain, folder)
+    queries = load_queries(folder, database.dialect)
+    return State(
+        database=database,
+        checkpoints=SqlCheckpoints(database, queries),
+        leases=SqlLeases(database, queries),
+        runs=SqlRuns(database, queries),
+        layouts=SqlLayouts(database, queries),
+    )
