@@ -17,7 +17,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from app.core.errors import Rejected
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.window import Window
-from app.ops.worker import Standing, Worker
+from app.ops.worker import Status, Worker
 
 TICK_SECONDS = 5
 STALLED_SECONDS = 30.0
@@ -34,7 +34,7 @@ class JobView:
     """A job as it is shown. `next_run_at` is None when off or paused."""
 
     job: Job
-    standing: Standing
+    status: Status
     next_run_at: datetime | None
     can_backfill: bool
 
@@ -128,10 +128,10 @@ class Scheduler:
             raise Rejected(f"no job is named {name[:80]!r}", f"jobs: {', '.join(self._workers)}") from None
 
     def _view(self, worker: Worker) -> JobView:
-        standing = worker.standing
-        timer = None if standing.state in ("off", "paused") else self._timers.get_job(worker.job.name)
+        status = worker.status
+        timer = None if status.state in ("off", "paused") else self._timers.get_job(worker.job.name)
         at = getattr(timer, "next_run_time", None)
-        return JobView(worker.job, standing, at, worker.job.name in self._backfills and not worker.job.off)
+        return JobView(worker.job, status, at, worker.job.name in self._backfills and not worker.job.off)
 
     def _mover(self, name: str) -> Callable[[datetime], None]:
         def move(at: datetime) -> None:

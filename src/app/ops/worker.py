@@ -52,7 +52,7 @@ def retry_in(run: Run | None, interval_seconds: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Status:
     """Where a job stands: `state` is off, paused, running, waiting or backfill."""
 
     state: str
@@ -148,12 +148,12 @@ class Worker:
         return self._running is not None
 
     @property
-    def standing(self) -> Standing:
+    def status(self) -> Status:
         """Where the job stands now."""
         with self._changed:
             waiting = sum(turn.backfill for turn in self._turns)
             counts = self._tally.counts if self._tally else None
-            return Standing(self._state(), counts, waiting)
+            return Status(self._state(), counts, waiting)
 
     def _state(self) -> str:
         if self.job.off:
