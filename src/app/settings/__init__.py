@@ -18,6 +18,7 @@ from app.settings.groups import (
     ServiceSettings,
     Settings,
 )
+from app.settings.masking import describe, secrets_of
 from app.settings.rules import loopback, warnings
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "S3Settings",
     "ServiceSettings",
     "Settings",
+    "describe",
     "load_settings",
     "loopback",
+    "secrets_of",
     "warnings",
 ]

@@ -41,7 +41,7 @@ def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
     """The settings, checked. A `dotenv` that does not exist is none. Raises BadSettings with every fault."""
     in_file, file_faults = _read_dotenv(dotenv)
     found = _find({**in_file, **_said(environ)})
-    faults = [*file_faults, *found.faults, *broken_rules(found.values, found.chosen)]
+    faults = [*file_faults, *found.faults, *broken_rules(found.values, frozenset(found.chosen.values()))]
     if faults:
         raise BadSettings(tuple(dict.fromkeys(faults)))
     return _assemble(found)
@@ -84,7 +84,7 @@ def _find(said: Mapping[str, str]) -> Found:
 
 
 def _read(variable: Variable, text: str) -> object:
-    """The value of `text`; a trailing comment, which `docker run --env-file` hands on, is cut where the rest is right."""
+    """The value of `text`. A trailing comment, which `docker run --env-file` hands on, is cut where that helps."""
     if not text:
         return variable.kind.empty
     try:

@@ -89,7 +89,8 @@ class ExportSettings:
 class S3Settings:
     """Where objects live. `bucket` "" = a local directory; keys None = the SDK's own chain; `endpoint_url` "" = AWS.
 
-    `prefix` never starts or ends with a slash. `session_token` belongs to the AWS_ pair of keys.
+    `prefix` never starts or ends with a slash; each of `allowed_prefixes` ends with one, so that `startswith` is the
+    whole check, and none = all keys. `session_token` belongs to the AWS_ pair of keys.
     """
 
     bucket: str

@@ -33,7 +33,8 @@ DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 class KeyEntry:
     """One configured key. `scopes` are single scopes, groups opened; `expires_at` is the first instant it is dead.
 
-    `s3_prefix` confines the S3 scopes to keys that start with it; "" = all.
+    `s3_prefix` confines the S3 scopes to keys that start with it; it ends with a slash, so that `a` opens no `ab/`; "" =
+    all.
     """
 
     name: str
@@ -95,7 +96,7 @@ def _split_prefix(body: str) -> tuple[str, str]:
     prefix = body[match.end() + 1 :]
     if ".." in prefix.split("/") or prefix.startswith("/") or not prefix.isprintable():
         raise ValueError("the S3 prefix has a '..' segment, a leading slash or a control character")
-    return match.group(), prefix
+    return match.group(), prefix if not prefix or prefix.endswith("/") else prefix + "/"
 
 
 def _expiry(text: str) -> datetime:

@@ -32,12 +32,16 @@ AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`accepts` is a type for pydantic, `allowed` says in words what passes, `empty` stands for an unset variable."""
+    """`accepts` is a type for pydantic, `allowed` says in words what passes, `empty` stands for an unset variable.
+
+    `secret`: never shown. `obvious`: `allowed` tells a reader of the reference nothing.
+    """
 
     accepts: Any
     allowed: str
     empty: object = None
     secret: bool = False
+    obvious: bool = False
 
     def read(self, text: str) -> object:
         """The value that `text` stands for. Raises ValueError that does not quote it."""
@@ -49,7 +53,7 @@ class Kind:
             ]
         else:
             return value
-        raise ValueError(own[0] if own else f"allowed: {self.allowed}")
+        raise ValueError((own and own[0]) or f"allowed: {self.allowed}")
 
 
 def whole(low: int, high: int) -> Kind:
@@ -86,7 +90,7 @@ def _url(text: str) -> str:
     except ValueError:
         known = False
     if not known or re.search(r"\s", text):
-        raise ValueError(f"allowed: {HTTP_URL.allowed}")
+        raise ValueError
     if parts.username is not None or parts.password is not None:
         raise ValueError("user and password do not belong into a URL: take them out and use the variables for them")
     if parts.query or parts.fragment:
@@ -95,7 +99,7 @@ def _url(text: str) -> str:
 
 
 def _endpoint(text: str) -> str:
-    # Named outright, the global endpoint would pin every region to us-east-1; without it the SDK takes the region's own.
+    # Named outright, the global endpoint pins every region to us-east-1; without it the SDK takes the region's own.
     url = _url(text)
     return "" if url.lower() == AWS_ENDPOINT else url
 
@@ -108,8 +112,10 @@ def _database_url(text: str) -> str:
         known = parts.scheme == "postgresql" and len(parts.path) > 1 and (parts.port is None or parts.port > 0)
     except ValueError:
         known = False
+    if "@" in text.partition("://")[2].partition("/")[2]:
+        raise ValueError("a / stands before the @: percent-encode it in the password as %2F")
     if not known:
-        raise ValueError(f"allowed: {POSTGRES_URL.allowed}")
+        raise ValueError
     return text
 
 
@@ -117,10 +123,7 @@ def _warehouse_url(text: str) -> str:
     text = re.sub(r"^sqlite\+\w+://", "sqlite://", text)
     if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
         return _plain(text)
-    try:
-        return _database_url(text)
-    except ValueError:
-        raise ValueError(f"allowed: {WAREHOUSE_URL.allowed}") from None
+    return _database_url(text)
 
 
 def _host(text: str) -> str:
@@ -129,25 +132,25 @@ def _host(text: str) -> str:
     except ValueError:
         if HOST_NAME.fullmatch(text):
             return text
-    raise ValueError(f"allowed: {HOST.allowed}")
+    raise ValueError
 
 
 def _bucket(text: str) -> str:
     if not BUCKET.fullmatch(text) or ".." in text:
-        raise ValueError(f"allowed: {BUCKET_NAME.allowed}")
+        raise ValueError
     return text
 
 
 def _prefix(text: str) -> str:
     text = _plain(text).strip("/")
     if any(segment in ("", ".", "..") for segment in text.split("/")) or len(text.encode()) > MAX_PREFIX_BYTES:
-        raise ValueError(f"allowed: {PREFIX.allowed}")
+        raise ValueError
     return text
 
 
 def _file_stem(text: str) -> str:
     if "/" in _plain(text) or "\\" in text or text in (".", "..") or len(text.encode()) > 200:  # noqa: PLR2004 - leaves room for the rest of a 255-byte name
-        raise ValueError(f"allowed: {FILE_STEM.allowed}")
+        raise ValueError
     return text
 
 
@@ -158,7 +161,7 @@ def _date_format(text: str) -> str:
     literal = DATE_DIRECTIVE.sub("0", text)
     plain = re.fullmatch(r"[A-Za-z0-9=._/-]+", literal) and not set(directives) - set("Ymdj")
     if not named or not plain or any(segment in ("", ".", "..") for segment in literal.split("/")):
-        raise ValueError(f"allowed: {DATE_FORMAT.allowed}")
+        raise ValueError
     return text
 
 
@@ -167,7 +170,7 @@ def _instant(text: str) -> datetime:
         at = datetime.fromisoformat(text)
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise ValueError(f"allowed: {INSTANT.allowed}") from None
+        raise ValueError from None
 
 
 def _list(text: str) -> list[str]:
@@ -175,14 +178,14 @@ def _list(text: str) -> list[str]:
 
 
 def _device_ids(text: str) -> tuple[str, ...]:
-    """`*` anywhere means discovery. An id that can never be a key is taken here: it is refused alone, device by device."""
+    """`*` anywhere means discovery. An id that cannot be a key is taken here: it is refused alone, device by device."""
     ids = tuple(dict.fromkeys(_list(text)))
     return () if "*" in ids else ids
 
 
 def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", text):
-        raise ValueError(f"allowed: {ORIGINS.allowed}")
+        raise ValueError
     return text
 
 
@@ -196,13 +199,13 @@ def _json_object(text: str) -> str:
         try:
             text = base64.b64decode(text, validate=True).decode()
         except (binascii.Error, UnicodeDecodeError):
-            raise ValueError(f"allowed: {CREDENTIALS_JSON.allowed}") from None
+            raise ValueError from None
     try:
-        read = json.loads(text)
+        is_object = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict):
-        raise ValueError(f"allowed: {CREDENTIALS_JSON.allowed}")
+        is_object = False
+    if not is_object:
+        raise ValueError
     return text
 
 
@@ -218,12 +221,12 @@ def _split(convert: Callable[[str], Sequence[object]]) -> Any:
     return Annotated[tuple[Any, ...], BeforeValidator(convert)]
 
 
-TEXT = Kind(Annotated[str, AfterValidator(_plain)], "text without control characters", "")
-SECRET = Kind(_secret(_plain), "text without control characters", SecretStr(""), secret=True)
-SECRET_OR_NONE = Kind(_secret(_plain), "text without control characters", None, secret=True)
-FLAG = Kind(bool, "true or false")
-PATH = Kind(Annotated[Path, BeforeValidator(_plain)], "a path")
-LOG_FILE = Kind(Annotated[Any, BeforeValidator(_plain), AfterValidator(_log_file)], "a path, or off")
+TEXT = Kind(Annotated[str, AfterValidator(_plain)], "text without control characters", "", obvious=True)
+SECRET = Kind(_secret(_plain), "text without control characters", SecretStr(""), secret=True, obvious=True)
+SECRET_OR_NONE = Kind(_secret(_plain), "text without control characters", None, secret=True, obvious=True)
+FLAG = Kind(bool, "true or false", obvious=True)
+PATH = Kind(Annotated[Path, BeforeValidator(_plain)], "a path", obvious=True)
+LOG_FILE = Kind(Annotated[Any, BeforeValidator(_plain), AfterValidator(_log_file)], "a path, or off", obvious=True)
 LOG_LEVEL = Kind(
     Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)],
     "one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
@@ -244,18 +247,22 @@ BUCKET_NAME = Kind(
     "",
 )
 PREFIX = Kind(Annotated[str, AfterValidator(_prefix)], "names between single slashes, without '.' and '..'", "")
-PREFIXES = Kind(_split(lambda text: [_prefix(part) for part in _list(text)]), PREFIX.allowed + ", by commas", ())
-FILE_STEM = Kind(Annotated[str, AfterValidator(_file_stem)], "the start of a file name, without a slash", "")
+PREFIXES = Kind(_split(lambda text: [_prefix(part) + "/" for part in _list(text)]), PREFIX.allowed + ", by commas", ())
+FILE_STEM = Kind(
+    Annotated[str, AfterValidator(_file_stem)], "the start of a file name, without a slash", "", obvious=True
+)
 DATE_FORMAT = Kind(
     Annotated[str, AfterValidator(_date_format)],
     "%Y with %m and %d, or %Y with %j, and letters, digits, = . _ - and single slashes between them",
     "",
 )
 INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or instant, such as 2026-02-07T00:00:00Z")
-DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", ())
-LIST = Kind(_texts(_plain), "values by commas", ())
+DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", (), obvious=True)
+LIST = Kind(_texts(_plain), "values by commas", (), obvious=True)
 ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
-API_KEYS = Kind(_split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True)
+API_KEYS = Kind(
+    _split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True, obvious=True
+)
 CREDENTIALS_JSON = Kind(
     _secret(_json_object), "the JSON text of the key file, as it is or as base64", None, secret=True
 )

@@ -1,0 +1,205 @@
+"""Logs: one JSON object a line on stdout, text on a terminal, and a rotating file.
+
+Invariants: a record is one line whatever is in its message; no known secret and nothing shaped like one leaves; every
+record made inside `bound`, or in a thread that was given `carried` work there, says which run of which job made it.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import ParamSpec, TextIO, TypeVar
+from urllib.parse import quote
+
+from app.core.errors import BadSettings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FILE_BYTES, FILES_KEPT = 1_000_000, 5
+OURS = ("headwater-stdout", "headwater-file")
+# At DEBUG these write request headers, signatures, tokens and whole bodies: no filter can know all of that.
+TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "influxdb_client", "googleapiclient", "google.auth", "httpx")
+# Railway indexes these four words; anything else counts as info.
+LEVEL_WORDS = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
+STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+ANYWHERE_CHARACTERS, WORD_CHARACTERS = 8, 4
+# Repeats are bounded: a hostile message of a megabyte must not cost a minute.
+NAMED = r"(?:password|passwd|pwd|secret\w{0,20}|api_?key|access_?key\w{0,20}|token|signature|X-Amz-Credential)"
+SHAPES = (
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "***"),
+    (re.compile(r"\bhw_[a-z0-9_-]{1,40}_[A-Za-z0-9_-]{43}"), "hw_***"),
+    (
+        re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|$)", re.DOTALL),
+        "***",
+    ),
+    (re.compile(r"\b(Bearer|Basic)\s+[^\s\"',;]+", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"\b(Token)\s+(?=[^\s\"',;]*[0-9_=-])[^\s\"',;]{8,}", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"(Authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[^\s\"',;]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"://[^\s/\"']*@"), "://***@"),
+    (re.compile(rf"({NAMED}=)[^\s&\"',;)}}]+", re.IGNORECASE), r"\1***"),
+    (re.compile(rf"({NAMED}[\"']?\s*[:=]\s*)([\"']).*?\2", re.IGNORECASE), r"\1\2***\2"),
+)
+_run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
+
+
+@contextmanager
+def bound(run_id: str, job: str) -> Iterator[None]:
+    """Every record of this context says `run_id` and `job` until the end of the block."""
+    token = _run.set((run_id, job))
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+def carried(work: Callable[P, R]) -> Callable[P, R]:
+    """`work`, to be called in another thread as if in this context: threads start with an empty one.
+
+    May be called by several threads at once, each call has its own copy.
+    """
+    context = copy_context()
+
+    def in_context(*args: P.args, **kwargs: P.kwargs) -> R:
+        return context.copy().run(work, *args, **kwargs)
+
+    return in_context
+
+
+class Redaction:
+    """Takes secrets out of texts: the known ones, and what is shaped like one."""
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
+        words = sorted((form for form in forms if len(form) >= WORD_CHARACTERS), key=len, reverse=True)
+        # A short one may be part of an ordinary word; below four characters it would blank everything.
+        known = [re.escape(w) if len(w) >= ANYWHERE_CHARACTERS else rf"(?<!\w){re.escape(w)}(?!\w)" for w in words]
+        self._known = re.compile("|".join(known)) if known else None
+
+    def __call__(self, text: str) -> str:
+        """`text` with `***` in place of each secret."""
+        if self._known:
+            text = self._known.sub("***", text)
+        for shape, instead in SHAPES:
+            text = shape.sub(instead, text)
+        return text
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time, level, message, logger, run_id, job, what `extra` gave, exception."""
+
+    def __init__(self, redact: Redaction) -> None:
+        super().__init__()
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line. ASCII, so that no reader sees a line end or a broken character in it."""
+        run_id, job = _run.get()
+        line: dict[str, object] = {
+            "time": _time(record),
+            "level": LEVEL_WORDS.get(record.levelno, record.levelname.lower()),
+            "message": self._redact(_message(record)),
+            "logger": record.name,
+        }
+        line |= {name: value for name, value in (("run_id", run_id), ("job", job)) if value}
+        line |= {name: self._plain(value) for name, value in _extra(record) if name not in line}
+        if trace := _trace(self, record):
+            line["exception"] = self._redact(trace)
+        return json.dumps(line)
+
+    def _plain(self, value: object) -> object:
+        return value if value is None or isinstance(value, bool | int) else self._redact(str(value))
+
+
+class TextLines(logging.Formatter):
+    """For people: time, level, job, message; a traceback follows on marked lines that cannot pass for records."""
+
+    def __init__(self, redact: Redaction) -> None:
+        super().__init__()
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and the lines of the traceback."""
+        _, job = _run.get()
+        head = f"{_time(record)} {record.levelname:<7} {f'[{job}] ' if job else ''}"
+        extra = "".join(f" {name}={value}" for name, value in _extra(record))
+        lines = [head + _printable(self._redact(_message(record) + extra))]
+        trace = self._redact(_trace(self, record)).split("\n")
+        return "\n".join(lines + [f"    | {_printable(line)}" for line in trace if line])
+
+
+def configure(
+    log_level: str,
+    log_format: str,
+    log_file: Path | None,
+    *,
+    secrets: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> None:
+    """Send every record to stdout (or `stream`) and to the file; may be called again. Raises BadSettings for the file.
+
+    `log_format` auto is text on a terminal and JSON elsewhere; the file holds JSON unless text was asked for.
+    """
+    redact = Redaction(secrets)
+    out = stream or sys.stdout
+    text_out = log_format == "text" or (log_format == "auto" and out.isatty())
+    handlers: list[logging.Handler] = [logging.StreamHandler(out)]
+    if log_file is not None:
+        handlers.append(_rotating(log_file))
+    release()
+    for name, handler, text in zip(OURS, handlers, (text_out, log_format == "text"), strict=False):
+        handler.set_name(name)
+        handler.setFormatter(TextLines(redact) if text else JsonLines(redact))
+        logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(log_level)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def release() -> None:
+    """Take away and close what `configure` set up."""
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if each.get_name() in OURS]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _rotating(path: Path) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+    except OSError as error:
+        fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
+        raise BadSettings([fault]) from error
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The message; one whose arguments do not fit is shown as it was written, since the standard answer prints them."""
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError, KeyError):
+        return f"{record.msg} (its arguments do not fit)"
+
+
+def _extra(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in record.__dict__.items() if name not in STANDARD)
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    traces = [formatter.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
+    return "\n".join([*traces, *([record.stack_info] if record.stack_info else [])])
+
+
+def _printable(text: str) -> str:
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)

@@ -1,0 +1,107 @@
+"""`.env.example` and README's table of variables, written from the one declaration.
+
+`python -m app.settings.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
+stale as a diff and exits 1. Invariant: the text depends on `variables` alone, and `.env.example` sets nothing.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import wrap
+
+from app.core.files import write_durably
+from app.settings.variables import PARTS, Variable
+
+BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
+LINE_CHARACTERS = 118
+HEADING = """\
+# Every setting of Headwater with its default. Nothing here is required: with no setting at all, everything runs on
+# this machine. Copy this file to .env and take the # away from the lines you change. The environment beats .env.
+# Written by `python -m app.settings.reference`; change src/app/settings/variables.py instead.
+"""
+
+
+def env_example() -> str:
+    """The whole text of `.env.example`: every name once, each assignment commented out."""
+    lines, seen = [HEADING], set[str]()
+    for part in PARTS:
+        lines.append(f"# ---- {part.title} ----")
+        for variable in part.variables:
+            if variable.names[0] not in seen:
+                lines.extend((*_comments(variable), f"#{variable.names[0]}={_quoted(variable.default)}"))
+            seen.add(variable.names[0])
+        lines.append("")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """README's tables, one for each part, without the markers."""
+    return "\n".join(line for part in PARTS for line in (f"**{part.title}**", "", *_rows(part.variables), ""))
+
+
+def with_table(readme: str) -> str:
+    """`readme` with what stands between the markers replaced. Raises ValueError when they are not there."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} ... {END}: put both lines where the table belongs")
+    return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+
+
+def main(arguments: Sequence[str], root: Path) -> int:
+    """Rewrite both files under `root`, or with `--check` report the stale ones. The exit code."""
+    readme = root / "README.md"
+    wanted = {root / ".env.example": env_example(), readme: with_table(readme.read_text(encoding="utf-8"))}
+    stale = 0
+    for path, text in wanted.items():
+        there = path.read_text(encoding="utf-8") if path.exists() else ""
+        if there == text:
+            continue
+        stale += 1
+        if "--check" in arguments:
+            sys.stdout.writelines(_difference(path.name, there, text))
+        else:
+            write_durably(path, [text.encode()])
+    return 1 if stale and "--check" in arguments else 0
+
+
+def _rows(variables: Sequence[Variable]) -> Iterator[str]:
+    yield "| variable | default | meaning |"
+    yield "|---|---|---|"
+    for variable in variables:
+        names = ", ".join(f"`{name}`" for name in variable.names)
+        default = f"`{variable.default}`" if variable.default else variable.unset or "unset"
+        yield f"| {names} | {_cell(default)} | {_cell(_sentence(variable))} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _sentence(variable: Variable) -> str:
+    return variable.meaning if variable.kind.obvious else f"{variable.meaning}. Allowed: {variable.kind.allowed}"
+
+
+def _comments(variable: Variable) -> Iterator[str]:
+    yield from (f"# {line}" for line in wrap(variable.meaning, LINE_CHARACTERS))
+    if not variable.kind.obvious:
+        yield f"#   allowed: {variable.kind.allowed}"
+    if variable.unset:
+        yield f"#   unset: {variable.unset}"
+    if variable.names[1:]:
+        yield f"#   also: {', '.join(variable.names[1:])}"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if " " in text else text
+
+
+def _difference(name: str, there: str, wanted: str) -> Iterator[str]:
+    return difflib.unified_diff(
+        there.splitlines(keepends=True), wanted.splitlines(keepends=True), name, f"{name} (from variables.py)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], Path.cwd()))
