@@ -40,7 +40,7 @@ class Refusal:
         return {"error": {**error, "field": self.fault} if self.fault else error}
 
 
-class Refused(Exception):  # noqa: N818 - what the API did, not what broke
+class Refused(Exception):
     """Raised by a route to answer with a refusal."""
 
     def __init__(self, refusal: Refusal) -> None:

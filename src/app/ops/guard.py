@@ -6,7 +6,7 @@ address; a key never comes from a URL. A key that is right is never locked out b
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
@@ -24,6 +24,8 @@ OWN_PAGES = frozenset({"", "none", "same-origin"})
 EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
 SIGN_IN = "send a key as `Authorization: Bearer` or `X-API-Key`; `python -m app keys new` makes one"
+
+OTHER_KEY = "use a key that has this scope; `python -m app keys new NAME --scopes ...` makes one"
 
 
 def needs(scope: str) -> dict[str, str]:
@@ -58,14 +60,12 @@ class Guard:
     keyring: Keyring
     clock: Callable[[], datetime]
     anonymous: bool = False
-    open_paths: Iterable[str] = ()
+    open_calls: frozenset[tuple[str, str]] = frozenset()
     throttle: Throttle = field(default_factory=Throttle)
 
     def grant(self, scope: Scope) -> Grant | None:
-        """Who calls; None for nobody. Raises Refused for a wrong key and for calls that a foreign page started."""
-        fields = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if scope["method"] not in SAFE_METHODS and fields.get(b"sec-fetch-site", "") not in OWN_PAGES:
-            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
+        """Who calls; None for nobody. Raises Refused for a wrong key."""
+        fields = _fields(scope)
         if not self.keyring:
             if not self.anonymous and not _local(fields.get(b"host", "")):
                 raise Refused(
@@ -78,7 +78,7 @@ class Guard:
     def sign_in(self, key: str, scope: Scope) -> Grant:
         """The grant of a key. Raises Refused with 401, or 429 after too many failures of this address."""
         now = self.clock()
-        grant = self.keyring.authenticate(key, now)
+        grant = self.keyring.authenticate(key)
         if grant is not None:
             return grant
         seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
@@ -89,7 +89,9 @@ class Guard:
 
     def admit(self, scope: Scope) -> None:
         """Before anything of the body is read: somebody must call, unless the path is open to all."""
-        if scope["path"] in self.open_paths:
+        if scope["method"] not in SAFE_METHODS and _fields(scope).get(b"sec-fetch-site", "") not in OWN_PAGES:
+            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
+        if self._is_open(scope):
             return
         grant = self.grant(scope)
         if grant is None:
@@ -100,11 +102,18 @@ class Guard:
         """Once the route is known: the caller must have its scope. A route without one is refused."""
         route: Any = scope.get("route")
         wanted = (getattr(route, "openapi_extra", None) or {}).get("x-scope", "")
-        if wanted == OPEN and scope["path"] in self.open_paths:
+        if wanted == OPEN and self._is_open(scope):
             return
         grant = scope.get("state", {}).get("grant")
         if not wanted or not isinstance(grant, Grant) or not grant.allows(wanted):
-            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", SIGN_IN))
+            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
+
+    def _is_open(self, scope: Scope) -> bool:
+        return (scope["method"], scope["path"]) in self.open_calls
+
+
+def _fields(scope: Scope) -> dict[bytes, str]:
+    return {name: value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def presented(fields: dict[bytes, str]) -> str:

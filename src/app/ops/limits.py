@@ -7,14 +7,12 @@ request head, or stops in mid-body, is closed within 15 s.
 import asyncio
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.ops.answers import Asgi, Receive, Refusal, Scope, Send, send_refusal
-
-if TYPE_CHECKING:
-    import asyncio.transports
 
 HEAD_SECONDS = 15.0
 BODY_IDLE_SECONDS = 15.0
@@ -35,7 +33,7 @@ class BodyLimits:
         return self.upload_bytes if path.startswith(self.upload_prefixes) else self.body_bytes
 
 
-class _Cut(Exception):  # noqa: N818 - a signal that ends the reading, never shown
+class _Cut(Exception):
     """The body went over a limit."""
 
 
@@ -84,7 +82,10 @@ class _Body:
 def too_large(limit_bytes: int) -> Refusal:
     """The answer to a body over its limit."""
     return Refusal(
-        413, f"the body is larger than {limit_bytes} bytes", "send less at once; MAX_BODY_BYTES limits it", headers=CLOSE
+        413,
+        f"the body is larger than {limit_bytes} bytes",
+        "send less at once; MAX_BODY_BYTES limits it",
+        headers=CLOSE,
     )
 
 
@@ -125,8 +126,6 @@ class PunctualProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_head(self) -> None:
-        import h11
-
         if self.conn.their_state is not h11.IDLE:
             self._forget()
         elif self._late is None:

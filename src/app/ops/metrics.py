@@ -67,9 +67,7 @@ def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[Series]:
     """`lags`: (job, partition, seconds). The largest ones singly, and for each job its maximum and number."""
     worst = sorted(lags, key=lambda lag: -lag[2])
     singly = [({"job": job, "partition": name}, seconds) for job, name, seconds in worst[:PARTITIONS]]
-    yield Series(
-        "headwater_lag_seconds", "gauge", f"Age of the newest event seen, the {PARTITIONS} largest.", singly
-    )
+    yield Series("headwater_lag_seconds", "gauge", f"Age of the newest event seen, the {PARTITIONS} largest.", singly)
     jobs = sorted({job for job, _, _ in lags})
     most = [({"job": job}, max(s for j, _, s in lags if j == job)) for job in jobs]
     yield Series("headwater_lag_max_seconds", "gauge", "The largest lag of all partitions of a job.", most)

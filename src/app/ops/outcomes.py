@@ -11,6 +11,7 @@ from datetime import datetime
 
 from app.core.errors import AppError
 from app.core.runs import Outcome, Run
+from app.ops.log import bound
 
 LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
 log = logging.getLogger(__name__)
@@ -53,33 +54,25 @@ class Tallies:
 
 def log_run(run: Run, cause: BaseException | None) -> None:
     """One line; the traceback only of what the program did not expect, or at DEBUG."""
-    seconds = (run.ended_at - run.started_at).total_seconds() if run.ended_at else 0.0
     report = run.report
-    told = f"; {run.error} ({run.hint})" if run.error and run.hint else f"; {run.error}" if run.error else ""
+    told = f": {run.error}" + (f" ({run.hint})" if run.hint else "") if run.error else ""
     unexpected = cause is not None and not isinstance(cause, AppError)
-    log.log(
-        LEVELS.get(run.outcome, logging.ERROR),
-        "%s %s: %d rows, %d bytes, %d windows in %.2f s%s",
-        run.job,
-        run.outcome.value,
-        report.rows,
-        report.bytes,
-        report.windows,
-        seconds,
-        told,
-        exc_info=cause if unexpected or log.isEnabledFor(logging.DEBUG) else None,
-        extra={
-            "job": run.job,
-            "run_id": run.run_id,
-            "outcome": run.outcome.value,
-            "rows": report.rows,
-            "bytes": report.bytes,
-            "windows": report.windows,
-            "late_rows": report.late_rows,
-            "seconds": round(seconds, 3),
-            "error": run.error,
-            "hint": run.hint,
-        },
-    )
+    with bound(run.run_id, run.job):
+        log.log(
+            LEVELS.get(run.outcome, logging.ERROR),
+            "%s %s%s",
+            run.job,
+            run.outcome.value,
+            told,
+            exc_info=cause if unexpected or log.isEnabledFor(logging.DEBUG) else None,
+            extra={
+                "outcome": run.outcome.value,
+                "rows": report.rows,
+                "bytes": report.bytes,
+                "windows": report.windows,
+                "late_rows": report.late_rows,
+                "seconds": round((run.ended_at - run.started_at).total_seconds(), 3) if run.ended_at else 0.0,
+            },
+        )
     if isinstance(cause, AppError) and not run.error:
         log.warning("%s: the end of run %s could not be recorded: %s", run.job, run.run_id, cause)

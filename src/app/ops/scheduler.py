@@ -17,6 +17,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from app.core.errors import Rejected
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.window import Window
+from app.ops.log import bound
 from app.ops.worker import Status, Worker
 
 TICK_SECONDS = 5
@@ -48,7 +49,7 @@ class Scheduler:
         self._timers = BackgroundScheduler(
             timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
         )
-        self._workers = {job.name: Worker(job, desk, stop, self._mover(job.name)) for job in jobs}
+        self._workers = {job.name: Worker(named(job), desk, stop, self._mover(job.name)) for job in jobs}
         self._ticked_at = time.monotonic()
         self._closed = threading.Event()
 
@@ -161,4 +162,14 @@ def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> J
     fill = backfills.get(job.name)
     if fill is None:
         raise Rejected(f"job {job.name} has no backfill", "only pipelines with windows can be filled again")
-    return replace(job, work=lambda context: fill(context, span))
+    return named(replace(job, work=lambda context: fill(context, span)))
+
+
+def named(job: Job) -> Job:
+    """`job`, whose log records say which run made them."""
+
+    def work(context: Context) -> Report:
+        with bound(context.run_id, job.name):
+            return job.work(context)
+
+    return replace(job, work=work)
