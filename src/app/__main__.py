@@ -1,0 +1,197 @@
+"""The command line: serve (default), run, backfill, check, demo, keys, runs.
+
+Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
+(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG). Invariant: settings are checked before
+anything heavy is imported, and whatever goes wrong ends as one clear line on stderr.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from app.core.errors import AppError, BadSettings
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+OK, FAILED, USAGE, BUSY, BAD_SETTINGS = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    command: Callable[[argparse.Namespace], int] = given.command
+    try:
+        return command(given)
+    except BadSettings as error:
+        for fault in error.faults:
+            say(fault)
+        return BAD_SETTINGS
+    except AppError as error:
+        say(f"error: {error}")
+        return FAILED
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"{line}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; without one, serve."""
+    top = argparse.ArgumentParser(prog="python -m app", description="Headwater: lands telemetry where people work.")
+    top.set_defaults(command=serve)
+    commands = top.add_subparsers(title="commands", metavar="")
+    commands.add_parser("serve", help="run the jobs and answer HTTP (the default)").set_defaults(command=serve)
+    _add_run(commands)
+    _add_backfill(commands)
+    commands.add_parser("check", help="show the settings and try every system").set_defaults(command=check)
+    demo_ = commands.add_parser("demo", help="everything at once, against simulated systems")
+    demo_.add_argument("--once", action="store_true", help="one round, then end")
+    demo_.add_argument("--port", type=int, default=None, help="where to listen")
+    demo_.set_defaults(command=demo)
+    _add_keys(commands)
+    runs_ = commands.add_parser("runs", help="recent runs, newest first")
+    runs_.add_argument("job", nargs="?", default=None)
+    runs_.add_argument("--limit", type=int, default=20)
+    runs_.set_defaults(command=runs)
+    return top
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run_ = commands.add_parser("run", help="run one job now, until it has nothing left to do")
+    run_.add_argument("job")
+    run_.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    run_.set_defaults(command=run)
+
+
+def _add_backfill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fill = commands.add_parser("backfill", help="fill past windows of a job again")
+    fill.add_argument("job")
+    fill.add_argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC")
+    fill.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
+    fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    fill.set_defaults(command=backfill)
+
+
+def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="new")
+    new = keys.add_parser("new", help="make one: the secret is shown once")
+    new.add_argument("name", help="1 to 40 of a-z, 0-9, - and _")
+    new.add_argument("--scopes", nargs="+", required=True, help="read, write, admin, or single ones such as ops:read")
+    new.add_argument("--s3-prefix", default="", help="confine the S3 scopes to keys that start with this")
+    new.add_argument("--expires", type=date.fromisoformat, default=None, help="last day it is good, YYYY-MM-DD")
+    new.set_defaults(command=new_key)
+
+
+def instant(text: str) -> datetime:
+    """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
+    at = datetime.fromisoformat(text)
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+def configured(*, daemon: bool = False) -> "Settings":
+    """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
+    from app.ops import log
+    from app.settings import load_settings
+    from app.settings.masking import secrets_of
+
+    settings = load_settings(os.environ, Path(".env"))
+    service = settings.service
+    log.configure(
+        service.log_level,
+        service.log_format if daemon else "text",
+        service.log_file if daemon else None,
+        secrets=secrets_of(settings),
+        stream=sys.stdout if daemon else sys.stderr,
+    )
+    return settings
+
+
+def serve(_: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+    settings = configured(daemon=True)
+    from app.main import build
+    from app.ops.daemon import run_daemon
+
+    run_daemon(build(settings), os.environ)
+    return OK
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    """A signal while nothing is served, before or after: the shell's convention for its exit code."""
+    sys.exit(128 + number)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run one job in this process."""
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.run(build(settings), given.job, dry_run=given.dry_run)
+
+
+def backfill(given: argparse.Namespace) -> int:
+    """Fill past windows in this process."""
+    from app.core.window import Window
+
+    if given.start >= given.end:
+        say(f"error: --from {given.start} is not before --to {given.end}")
+        return USAGE
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.backfill(build(settings), given.job, Window(given.start, given.end), dry_run=given.dry_run)
+
+
+def check(_: argparse.Namespace) -> int:
+    """Show the settings and try every system."""
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.check(build(settings))
+
+
+def runs(given: argparse.Namespace) -> int:
+    """Show recent runs."""
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.runs(build(settings), given.job, given.limit)
+
+
+def demo(given: argparse.Namespace) -> int:
+    """Everything against simulators."""
+    from importlib import import_module
+
+    return int(import_module("app.demo.daemon").main(given) or OK)
+
+
+def new_key(given: argparse.Namespace) -> int:
+    """Print a new key and the line for API_KEYS."""
+    import secrets
+
+    from app.ops import access
+
+    presented, line = access.new_key(
+        given.name, "+".join(given.scopes), secrets.token_bytes, s3_prefix=given.s3_prefix, expires_on=given.expires
+    )
+    sys.stdout.write(f"key, shown only now: {presented}\nadd to API_KEYS:     {line}\n")
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

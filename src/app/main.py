@@ -1,0 +1,212 @@
+"""The composition root: settings in, the whole service out. Everything is wired here, by hand.
+
+Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still starts
+and says so.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from pydantic import SecretStr
+
+from app.core.runs import LeaseTerms, RunDesk, Stop
+from app.ops.access import Keyring
+from app.ops.front import Front, Hooks
+from app.ops.guard import Guard
+from app.ops.limits import BodyLimits
+from app.ops.outcomes import Tallies
+from app.ops.probes import Probes
+from app.ops.readiness import Check, Readiness
+from app.ops.scheduler import Scheduler
+from app.ops.service import Headwater, Pipelines
+from app.settings import Settings
+from app.stores.state import State, open_state
+
+if TYPE_CHECKING:
+    from app.ops.answers import Asgi
+    from app.ops.routes import PartitionView
+    from app.stores.objects import ObjectStore
+
+LOOK_KEY = "headwater-readiness"
+ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
+UPLOAD_PREFIXES = ("/s3/",)
+OPEN_CALLS = frozenset(
+    {
+        ("GET", "/"),
+        ("GET", "/health"),
+        ("GET", "/ready"),
+        ("GET", "/assets/dashboard.js"),
+        ("GET", "/assets/dashboard.css"),
+        ("GET", "/assets/icon.svg"),
+        ("POST", "/ops/session"),
+        ("DELETE", "/ops/session"),
+    }
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the slices are built on."""
+
+    settings: Settings
+    state: State
+    store: "ObjectStore"
+    clock: Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What the HTTP side is built on."""
+
+    settings: Settings
+    state: State
+    pipelines: Pipelines
+    scheduler: Scheduler
+    tallies: Tallies
+    readiness: Readiness
+
+
+Wiring = Callable[[Parts], Pipelines]
+
+
+def now() -> datetime:
+    """The clock of the product: aware UTC."""
+    return datetime.now(UTC)
+
+
+def wire(parts: Parts) -> Pipelines:  # noqa: ARG001 - the slices are added here
+    """Every pipeline of the product."""
+    return Pipelines()
+
+
+def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
+    """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
+    state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
+    store = open_store(settings)
+    pipelines = wiring(Parts(settings, state, store, now))
+    stop, tallies = Stop(), Tallies()
+    desk = RunDesk(now, state.leases, state.runs, terms(settings), tallies.ended)
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills)
+    stores = {"checkpoint_store_connected": reached(state), "s3_accessible": probed(store)}
+    ops = Inside(settings, state, pipelines, scheduler, tallies, Readiness(stores))
+    checks = {**stores, **pipelines.checks}
+    return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
+
+
+def open_store(settings: Settings) -> "ObjectStore":
+    """The bucket, or a directory below DATA_DIR when none is set."""
+    s3 = settings.s3
+    if not s3.bucket:
+        from app.stores.local_directory import LocalDirectory
+
+        return LocalDirectory(settings.service.data_dir / "objects")
+    from app.stores.s3 import S3Store, S3Target
+
+    target = S3Target(
+        bucket=s3.bucket,
+        region=s3.region,
+        endpoint_url=s3.endpoint_url,
+        addressing_style=s3.addressing_style,
+        access_key_id=revealed(s3.access_key_id),
+        secret_access_key=revealed(s3.secret_access_key),
+        session_token=revealed(s3.session_token),
+    )
+    return S3Store(target, f"{s3.prefix}/.headwater-probe/{uuid4().hex}".lstrip("/"))
+
+
+def revealed(secret: SecretStr | None) -> str:
+    """The text of a secret; "" for none."""
+    return secret.get_secret_value() if secret else ""
+
+
+def terms(settings: Settings) -> LeaseTerms:
+    """This process as an owner of leases; another one on the same host, or after a restart, is another owner."""
+    owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+    return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
+
+
+def reached(state: State) -> Check:
+    """One round trip to the checkpoint store."""
+
+    def check() -> str:
+        state.ping()
+        return ""
+
+    return check
+
+
+def probed(store: "ObjectStore") -> Check:
+    """A write at first, then a look: the store must not fill with the traces of being watched."""
+    seen = False
+
+    def check() -> str:
+        nonlocal seen
+        if seen:
+            store.head(LOOK_KEY)
+        else:
+            store.probe()
+            seen = True
+        return "" if store.conditional else ONE_REPLICA
+
+    return check
+
+
+def front(service: Inside) -> Front:
+    """The ASGI application; it starts and ends the work of `service`."""
+    readiness = service.readiness
+    access, limits = service.settings.access, service.settings.limits
+    probes = Probes(service.settings.service.version, service.scheduler, readiness, now)
+    guard = Guard(Keyring(access.api_keys, now), now, access.allow_anonymous, OPEN_CALLS)
+
+    def opened() -> None:
+        readiness.start()
+        service.scheduler.start()
+
+    def closed() -> None:
+        readiness.close()
+        stuck = service.scheduler.close(service.settings.service.shutdown_grace_seconds / 4)
+        if stuck:
+            log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
+        service.state.close()
+
+    return Front(
+        {"/health": probes.health, "/ready": probes.ready},
+        guard,
+        BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES),
+        Hooks(opened, lambda: api(service, probes, guard), closed),
+    )
+
+
+def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
+    """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+    from app.ops import dashboard, routes
+    from app.ops.api import About, build_api
+
+    ops = routes.Operations(
+        probes, guard, service.scheduler, service.state.runs, service.tallies, partitions(service), now
+    )
+    about = service.settings.service
+    routers = [dashboard.build(), routes.build(ops)]
+    return build_api(About(about.title, about.version, about.description), routers, guard)
+
+
+def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
+    """How far every partition of every job is, as the checkpoints say."""
+    from app.ops.routes import PartitionView
+
+    def views() -> Sequence[PartitionView]:
+        return [
+            PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
+            for job in service.pipelines.jobs
+            if job.name in service.pipelines.backfills
+            for at in service.state.checkpoints.positions(job.name)
+        ]
+
+    return views

@@ -1,0 +1,37 @@
+"""The daemon: a built service, served until a signal, and then ended in order."""
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from app.ops.server import Serving, serve
+from app.ops.service import Headwater
+from app.settings import warnings
+
+# A job that computes holds the interpreter for this long at most before a request gets its turn.
+SWITCH_SECONDS = 0.002
+log = logging.getLogger(__name__)
+
+
+def run_daemon(service: Headwater, environ: Mapping[str, str]) -> None:
+    """Serve `service`. Ends by raising the stop signal again."""
+    settings = service.settings
+    for warning in warnings(settings, environ):
+        log.warning("%s", warning)
+    for job in service.pipelines.jobs:
+        if job.off:
+            log.info("job %s is off: %s", job.name, job.off)
+    log.info(
+        "%s %s on %s:%d", settings.service.title, settings.service.version, settings.service.host, settings.service.port
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    serving = Serving(
+        host=settings.service.host,
+        port=settings.service.port,
+        forwarded_allow_ips=settings.access.forwarded_allow_ips,
+        grace_seconds=settings.service.shutdown_grace_seconds,
+        ask_stop=service.scheduler.ask_stop,
+        busy=lambda: service.scheduler.busy,
+    )
+    serve(service.app, serving)

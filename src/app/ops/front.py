@@ -1,0 +1,128 @@
+"""The outermost ASGI application: probes at once, everything else through the guarded API.
+
+Invariants: the probes answer before the API is even imported and while its thread pool is full; every answer leaves
+with the security headers; start and end of the process's work are those of the lifespan.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.errors import AppError
+from app.ops.answers import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
+from app.ops.guard import Guard
+from app.ops.limits import BodyLimits, limited
+from app.ops.probes import Answer
+
+SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+# FastAPI's pages take their scripts from this address and start them inline.
+DOCS = (
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; img-src 'self' data: https:; worker-src blob:; "
+    "script-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "style-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
+    "font-src https://fonts.gstatic.com"
+)
+POLICIES = {"/": PAGE, "/docs": DOCS, "/redoc": DOCS}
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+HSTS = (b"strict-transport-security", b"max-age=31536000")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What surrounds the serving. `api` imports and builds the API; `close` ends everything within its time."""
+
+    opened: Callable[[], None]
+    api: Callable[[], Asgi]
+    close: Callable[[], None]
+
+
+class Front:
+    """See the module."""
+
+    def __init__(
+        self, probes: Mapping[str, Callable[[], Answer]], guard: Guard, limits: BodyLimits, hooks: Hooks
+    ) -> None:
+        self._probes = probes
+        self._guard = guard
+        self._limits = limits
+        self._hooks = hooks
+        self._api: asyncio.Future[Asgi] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI call."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, _sealed(scope, send))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await asyncio.to_thread(self._hooks.opened)
+        except AppError as error:
+            log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        self._build()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await asyncio.to_thread(self._hooks.close)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _build(self) -> "asyncio.Future[Asgi]":
+        """Import and build the API in a thread, once; requests that need it wait for it."""
+        if self._api is None:
+            self._api = asyncio.ensure_future(asyncio.to_thread(self._hooks.api))
+        return self._api
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        probe = self._probes.get(scope["path"])
+        if probe is not None and scope["method"] in ("GET", "HEAD"):
+            answer = probe()
+            await send_json(send, answer.status, answer.body, {})
+            return
+        try:
+            self._guard.admit(scope)
+        except Refused as refused:
+            await send_refusal(send, refused.refusal)
+            return
+        await self._delegate(scope, receive, send)
+
+    async def _delegate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        api = await asyncio.shield(self._build())
+        started = False
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await limited(api, scope, receive, noted, self._limits)
+        finally:
+            if not started:
+                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                await send_refusal(send, Refusal(500, BROKEN, BROKEN_HINT))
+
+
+def _sealed(scope: Scope, send: Send) -> Send:
+    """`send` with the security headers on each answer; what the application set itself stays."""
+    policy = POLICIES.get(scope["path"], SAFE).encode()
+    added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
+
+    async def sealed(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            held = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in held}
+            message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
+        await send(message)
+
+    return sealed

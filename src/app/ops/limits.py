@@ -1,0 +1,137 @@
+"""What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
+
+Invariants: a body is counted as it arrives, whatever its Content-Length says; a connection that does not finish its
+request head, or stops in mid-body, is closed within 15 s.
+"""
+
+import asyncio
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.ops.answers import Asgi, Receive, Refusal, Scope, Send, send_refusal
+
+HEAD_SECONDS = 15.0
+BODY_IDLE_SECONDS = 15.0
+BODY_TOTAL_SECONDS = 900.0
+CLOSE = {"Connection": "close"}
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bytes allowed in a body; paths under one of `upload_prefixes` may send `upload_bytes`."""
+
+    body_bytes: int
+    upload_bytes: int
+    upload_prefixes: tuple[str, ...] = ()
+
+    def bytes_for(self, path: str) -> int:
+        """The limit for a path."""
+        return self.upload_bytes if path.startswith(self.upload_prefixes) else self.body_bytes
+
+
+class _Cut(Exception):
+    """The body went over a limit."""
+
+
+class _Body:
+    """The receiving and sending side of one request, watched."""
+
+    def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
+        self._receive, self._send = receive, send
+        self._limit_bytes = limit_bytes
+        self._received_bytes = 0
+        self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
+        self._whole = False
+        self._started = False
+        self.refusal: Refusal | None = None
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        if self._whole:
+            return await self._receive()
+        seconds = min(BODY_IDLE_SECONDS, self._until - asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(seconds):
+                message = await self._receive()
+        except TimeoutError:
+            self._cut(Refusal(408, "the body did not arrive in time", "send it without pauses", headers=CLOSE))
+        self._received_bytes += len(message.get("body", b""))
+        if self._received_bytes > self._limit_bytes:
+            self._cut(too_large(self._limit_bytes))
+        self._whole = not message.get("more_body", False)
+        return message
+
+    def _cut(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        raise _Cut
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Whatever the application says about a body that was cut is left out."""
+        if self.refusal is None:
+            self._started = True
+            await self._send(message)
+
+    async def finish(self) -> None:
+        if self.refusal is not None and not self._started:
+            await send_refusal(self._send, self.refusal)
+
+
+def too_large(limit_bytes: int) -> Refusal:
+    """The answer to a body over its limit."""
+    return Refusal(
+        413,
+        f"the body is larger than {limit_bytes} bytes",
+        "send less at once; MAX_BODY_BYTES limits it",
+        headers=CLOSE,
+    )
+
+
+async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
+    """Call `app` with a body that cannot go over its limits."""
+    limit_bytes = limits.bytes_for(scope["path"])
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    if any(value.isdigit() and int(value) > limit_bytes for value in lengths):
+        await send_refusal(send, too_large(limit_bytes))
+        return
+    body = _Body(receive, send, limit_bytes)
+    try:
+        await app(scope, body.receive, body.send)
+    except Exception:
+        if body.refusal is None:
+            raise
+    await body.finish()
+
+
+class PunctualProtocol(H11Protocol):
+    """uvicorn's own protocol with the one limit it lacks: the head of a request must be there within 15 s."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The clock starts with the connection."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """It is stopped by a whole head, and starts again with the first byte of the next."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is left to be late."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._forget()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

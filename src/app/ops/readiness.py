@@ -1,0 +1,68 @@
+"""Whether the systems outside can be reached, looked at in the background, so that an answer costs nothing.
+
+Invariant: a check that hangs makes only its own answer old, and an answer that is too old counts as a failure.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from app.core.errors import AppError
+
+EVERY_SECONDS = 10.0
+LIMIT_SECONDS = 10.0
+
+Check = Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. `note` is what the check said when it succeeded; `error` and `hint` are empty then."""
+
+    ok: bool
+    note: str = ""
+    error: str = ""
+    hint: str = ""
+
+
+def look(check: Check) -> Finding:
+    """One attempt. A check returns a short note or raises AppError."""
+    try:
+        return Finding(ok=True, note=check())
+    except AppError as error:
+        return Finding(ok=False, error=error.message, hint=error.hint)
+
+
+class Readiness:
+    """One thread per check, each asking every ten seconds."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._checks = checks
+        self._found: dict[str, tuple[Finding, float]] = {}
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Begin to look; until its first answer a check counts as failed."""
+        for name in self._checks:
+            threading.Thread(target=self._watch, args=(name,), name=f"check-{name}", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop looking; a check that hangs is left behind."""
+        self._closed.set()
+
+    def findings(self) -> Mapping[str, Finding]:
+        """The latest answer of each check. No I/O."""
+        now = time.monotonic()
+        return {name: self._latest(name, now) for name in self._checks}
+
+    def _latest(self, name: str, now: float) -> Finding:
+        finding, at = self._found.get(name, (Finding(ok=False, error="not looked at yet", hint="ask again soon"), now))
+        if now - at > EVERY_SECONDS + LIMIT_SECONDS:
+            return Finding(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
+        return finding
+
+    def _watch(self, name: str) -> None:
+        while not self._closed.is_set():
+            self._found[name] = (look(self._checks[name]), time.monotonic())
+            self._closed.wait(EVERY_SECONDS)

@@ -1,0 +1,175 @@
+"""When jobs run. The timers are APScheduler's, whose only home this is; the runs have threads of their own.
+
+Invariants: jobs that are off get no timer; a timer that was missed fires once when it can; when the wall clock steps
+back, timers fire at once instead of waiting for the clock to come round again.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from apscheduler.jobstores.base import JobLookupError
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from app.core.errors import Rejected
+from app.core.runs import Context, Job, Report, RunDesk, Stop
+from app.core.window import Window
+from app.ops.log import bound
+from app.ops.worker import Status, Worker
+
+TICK_SECONDS = 5
+STALLED_SECONDS = 30.0
+JITTER_PARTS = 20
+JITTER_LIMIT_SECONDS = 30
+TICK = "tick"
+
+Backfill = Callable[[Context, Window], Report]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as it is shown. `next_run_at` is None when off or paused."""
+
+    job: Job
+    status: Status
+    next_run_at: datetime | None
+    can_backfill: bool
+
+
+class Scheduler:
+    """Starts jobs when they are due, and on request. All methods may be called from any thread."""
+
+    def __init__(self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill]) -> None:
+        self._stop = stop
+        self._backfills = backfills
+        self._timers = BackgroundScheduler(
+            timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
+        )
+        self._workers = {job.name: Worker(named(job), desk, stop, self._mover(job.name)) for job in jobs}
+        self._ticked_at = time.monotonic()
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Start the timers; every job that can run is looked at at once, spread by its jitter."""
+        logging.getLogger("apscheduler").setLevel(logging.WARNING)
+        now = datetime.now(UTC)
+        for worker in self._able():
+            worker.start()
+            interval = worker.job.interval_seconds
+            jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
+            self._timers.add_job(
+                worker.due, "interval", seconds=interval, jitter=jitter, id=worker.job.name, next_run_time=now
+            )
+        self._timers.add_job(self._tick, "interval", seconds=TICK_SECONDS, id=TICK, next_run_time=now)
+        self._timers.start()
+        threading.Thread(target=self._watch_clock, name="clock-watch", daemon=True).start()
+
+    def ask_stop(self, reason: str) -> None:
+        """No new run starts from now on; running ones end at their next safe point."""
+        self._stop.ask(reason)
+        for worker in self._workers.values():
+            worker.wake()
+
+    def close(self, seconds: float) -> Sequence[str]:
+        """Stop everything within `seconds`; the names of jobs that are stuck and were left behind."""
+        self.ask_stop("the process ends")
+        self._closed.set()
+        if self._timers.running:
+            self._timers.shutdown(wait=False)
+        deadline = time.monotonic() + seconds
+        return [w.job.name for w in self._able() if w.alive and not w.join(deadline - time.monotonic())]
+
+    @property
+    def turning(self) -> bool:
+        """True while timers fire and every job's thread lives, or the process is about to end. No I/O."""
+        return self._stop.asked or (time.monotonic() - self._ticked_at < STALLED_SECONDS and self.running)
+
+    @property
+    def running(self) -> bool:
+        """True while every job's thread lives and no stop was asked for."""
+        return not self._stop.asked and all(worker.alive for worker in self._able())
+
+    @property
+    def busy(self) -> bool:
+        """True while a run goes on."""
+        return any(worker.busy for worker in self._able())
+
+    def views(self) -> Sequence[JobView]:
+        """Every job, also those that are off."""
+        return [self._view(worker) for worker in self._workers.values()]
+
+    def run_now(self, name: str) -> None:
+        """Run `name` as soon as nothing of it runs. Raises Rejected (unknown, off) or Transient (stopping)."""
+        self._worker(name).run_now()
+
+    def pause(self, name: str) -> None:
+        """Skip the timer of `name` until it is resumed or the process restarts."""
+        self._worker(name).pause()
+
+    def resume(self, name: str) -> None:
+        """Follow the timer of `name` again."""
+        self._worker(name).resume()
+
+    def backfill(self, name: str, span: Window) -> None:
+        """Fill `span` once the job is free. Raises Rejected when the job has no backfill."""
+        worker = self._worker(name)
+        worker.backfill(backfill_job(worker.job, self._backfills, span))
+
+    def _able(self) -> Sequence[Worker]:
+        return [worker for worker in self._workers.values() if not worker.job.off]
+
+    def _worker(self, name: str) -> Worker:
+        try:
+            return self._workers[name]
+        except KeyError:
+            raise Rejected(f"no job is named {name[:80]!r}", f"jobs: {', '.join(self._workers)}") from None
+
+    def _view(self, worker: Worker) -> JobView:
+        status = worker.status
+        timer = None if status.state in ("off", "paused") else self._timers.get_job(worker.job.name)
+        at = getattr(timer, "next_run_time", None)
+        return JobView(worker.job, status, at, worker.job.name in self._backfills and not worker.job.off)
+
+    def _mover(self, name: str) -> Callable[[datetime], None]:
+        def move(at: datetime) -> None:
+            try:
+                self._timers.modify_job(name, next_run_time=at)
+            except JobLookupError:
+                log.debug("%s: its timer is gone, the process ends", name)
+
+        return move
+
+    def _tick(self) -> None:
+        self._ticked_at = time.monotonic()
+
+    def _watch_clock(self) -> None:
+        ahead = time.time() - time.monotonic()
+        while not self._closed.wait(TICK_SECONDS):
+            now_ahead = time.time() - time.monotonic()
+            if now_ahead < ahead - TICK_SECONDS:
+                log.warning("the clock stepped back by %.0f s: every timer fires now", ahead - now_ahead)
+                for name in (TICK, *(worker.job.name for worker in self._able())):
+                    self._mover(name)(datetime.now(UTC))
+            ahead = now_ahead
+
+
+def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
+    """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
+    fill = backfills.get(job.name)
+    if fill is None:
+        raise Rejected(f"job {job.name} has no backfill", "only pipelines with windows can be filled again")
+    return named(replace(job, work=lambda context: fill(context, span)))
+
+
+def named(job: Job) -> Job:
+    """`job`, whose log records say which run made them."""
+
+    def work(context: Context) -> Report:
+        with bound(context.run_id, job.name):
+            return job.work(context)
+
+    return replace(job, work=work)

@@ -1,0 +1,135 @@
+"""Jobs for the daemon under test: `python daemon_jobs.py NAME` serves the wiring of that name.
+
+Each job appends to `trace.log` in DATA_DIR when it begins and ends, so that a test sees overlaps across processes.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app import __main__ as command_line
+from app import main
+from app.core.errors import Permanent
+from app.core.ports import Commit
+from app.core.runs import Context, Failure, Job, Report
+from app.core.window import Window
+from app.main import Parts
+from app.ops.service import Pipelines
+
+Work = Callable[[Context], Report]
+
+
+def traced(parts: Parts, name: str, work: Work) -> Work:
+    def run(context: Context) -> Report:
+        path = parts.settings.service.data_dir / "trace.log"
+        note(path, f"begin {name} {os.getpid()}")
+        try:
+            return work(context)
+        finally:
+            note(path, f"end {name} {os.getpid()}")
+
+    return run
+
+
+def note(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(line + "\n")
+
+
+def pausing(seconds: float) -> Work:
+    def work(context: Context) -> Report:
+        context.progress.advance(total=4)
+        for _ in range(4):
+            context.stop.pause(seconds / 4)
+            context.progress.advance(done=1, rows=10)
+        return Report(rows=40, bytes=400, windows=4)
+
+    return work
+
+
+def deaf(_: Context) -> Report:
+    time.sleep(60)
+    return Report()
+
+
+def computing(context: Context) -> Report:
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not context.stop.asked:
+        sum(i * i for i in range(200_000))
+    return Report()
+
+
+def failing(_: Context) -> Report:
+    raise Permanent("bucket 'b' does not exist", "create it, or set S3_BUCKET")
+
+
+def breaking(_: Context) -> Report:
+    raise RuntimeError("unforeseen <b>markup</b>")
+
+
+def partial(_: Context) -> Report:
+    return Report(rows=3, failures=(Failure("dev-1", "cut stream", "look at the source"),))
+
+
+def more_thrice() -> Work:
+    runs = 0
+
+    def work(_: Context) -> Report:
+        nonlocal runs
+        runs += 1
+        return Report(rows=1, more=runs < 3)
+
+    return work
+
+
+def filling(context: Context, span: Window) -> Report:
+    context.progress.advance(total=1)
+    context.stop.pause(0.3)
+    return Report(rows=span.seconds, windows=1)
+
+
+def long_job(parts: Parts) -> Pipelines:
+    return Pipelines((Job("long", 60, traced(parts, "long", pausing(40))),))
+
+
+def stuck_job(parts: Parts) -> Pipelines:
+    return Pipelines((Job("stuck", 60, traced(parts, "stuck", deaf)),))
+
+
+def busy_job(parts: Parts) -> Pipelines:
+    return Pipelines((Job("busy", 60, traced(parts, "busy", computing)),))
+
+
+def quick_jobs(parts: Parts) -> Pipelines:
+    jobs = (
+        Job("quick", 1, traced(parts, "quick", pausing(0.2))),
+        Job("failing", 60, failing),
+        Job("breaking", 60, breaking),
+        Job("partial", 60, partial),
+        Job("more", 60, traced(parts, "more", more_thrice())),
+        Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
+    )
+    return Pipelines(jobs, {"quick": filling})
+
+
+def daily_job(parts: Parts) -> Pipelines:
+    return Pipelines((Job("daily", 86_400, traced(parts, "daily", pausing(0.1))),))
+
+
+def lagging_job(parts: Parts) -> Pipelines:
+    def work(context: Context) -> Report:
+        at = parts.clock().replace(microsecond=0)
+        for name in ("dev-1", "<img src=x onerror=alert(1)>"):
+            parts.state.checkpoints.commit("lagging", name, Commit(cursor_at=at), context.lease)
+        return Report(rows=2)
+
+    return Pipelines((Job("lagging", 60, work),), {"lagging": filling})
+
+
+if __name__ == "__main__":
+    wiring = globals()[sys.argv[1]]
+    build = main.build
+    main.build = lambda settings, _=None: build(settings, wiring)  # type: ignore[assignment]  # the one seam of serve
+    sys.exit(command_line.main(sys.argv[2:]))

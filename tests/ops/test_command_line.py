@@ -1,0 +1,161 @@
+"""The commands as a person calls them: what they print, and their exit codes."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.stores.state import open_state
+from daemon import KEPT, TESTS, free_port
+
+Done = subprocess.CompletedProcess[str]
+
+
+class Shell:
+    """Runs commands in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def command(self, jobs: str, *arguments: str) -> list[str]:
+        return [sys.executable, *([str(TESTS / "daemon_jobs.py"), jobs] if jobs else ["-m", "app"]), *arguments]
+
+    def environ(self, **extra: str) -> dict[str, str]:
+        base = {name: os.environ[name] for name in KEPT if name in os.environ}
+        return {**base, "DATA_DIR": str(self.folder / "data"), **extra}
+
+    def run(self, jobs: str, *arguments: str, **environ: str) -> Done:
+        (self.folder / "data").mkdir(exist_ok=True)
+        return subprocess.run(
+            self.command(jobs, *arguments),
+            env=self.environ(**environ),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:
+    done = shell.run("", "serve", PORT="eighty", EXPORT_WINDOW_SECONDS="7")
+    assert done.returncode == 78
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert "PORT='eighty'" in done.stderr
+    assert "EXPORT_WINDOW_SECONDS='7'" in done.stderr
+
+
+def test_a_public_host_without_keys_does_not_start(shell: Shell) -> None:
+    done = shell.run("", HOST="0.0.0.0")  # noqa: S104 - the point
+    assert done.returncode == 78
+    assert "API_KEYS" in done.stderr
+
+
+def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "app", "serve"],
+        env=shell.environ(PORT="eighty"),
+        cwd=shell.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    for heavy in ("fastapi", "uvicorn", "apscheduler", "pyarrow", "boto3", "psycopg"):
+        assert f" {heavy}\n" not in done.stderr
+
+
+def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:
+    done = shell.run("quick_jobs", "run", "more")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "more ok: 3 rows, 0 bytes, 0 windows, 0 late rows\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "line"),
+    [
+        ("failing", "failing: bucket 'b' does not exist (create it, or set S3_BUCKET)\n"),
+        ("partial", "partial: dev-1: cut stream (look at the source)\n"),
+        ("sleeping", "error: job sleeping is off (set INFLUXDB_URL)\n"),
+    ],
+)
+def test_what_failed_is_one_line_on_stderr_and_exit_code_1(shell: Shell, job: str, line: str) -> None:
+    done = shell.run("quick_jobs", "run", job)
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_a_dry_run_leaves_no_record(shell: Shell) -> None:
+    done = shell.run("quick_jobs", "run", "quick", "--dry-run")
+    assert done.stdout == "quick ok: would write 40 rows, 400 bytes, 4 windows, 0 late rows\n"
+    assert "quick" not in shell.run("quick_jobs", "runs").stdout
+
+
+def test_backfill_takes_instants_in_utc_and_refuses_an_empty_span(shell: Shell) -> None:
+    done = shell.run("quick_jobs", "backfill", "quick", "--from", "2026-02-01", "--to", "2026-02-01T02:00:00+01:00")
+    assert done.stdout.startswith("quick ok: 3600 rows")
+    assert shell.run("quick_jobs", "backfill", "quick", "--from", "2026-02-02", "--to", "2026-02-01").returncode == 2
+    assert shell.run("quick_jobs", "backfill", "quick", "--from", "soon", "--to", "2026-02-01").returncode == 2
+    assert shell.run("quick_jobs", "backfill", "more", "--from", "2026-02-01", "--to", "2026-02-02").returncode == 1
+    assert "quick  ok" in shell.run("quick_jobs", "runs").stdout.replace("   ", "  ")
+
+
+def test_a_job_that_another_process_holds_ends_with_75(shell: Shell, tmp_path: Path) -> None:
+    state = open_state("", tmp_path / "data")
+    assert state.leases.acquire("quick", "somebody", 60)
+    state.close()
+    done = shell.run("quick_jobs", "run", "quick")
+    assert done.returncode == 75
+    assert "another process" in done.stderr
+
+
+def test_a_signal_stops_a_command_at_its_next_safe_point(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    process = subprocess.Popen(
+        shell.command("long_job", "run", "long"),
+        env=shell.environ(),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        while not (tmp_path / "data" / "trace.log").exists():
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 1
+    assert "long: stopped" in said
+
+
+def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shell) -> None:
+    fine = shell.run("quick_jobs", "check")
+    assert fine.returncode == 0
+    for text in ("service.port", "8080", "checkpoint_store_connected  ok", "s3_accessible", "set INFLUXDB_URL"):
+        assert text in fine.stdout
+    away = shell.run("quick_jobs", "check", CHECKPOINT_DATABASE_URL=f"postgresql://u:canary@127.0.0.1:{free_port()}/d")
+    assert away.returncode == 1
+    assert "FAILED" in away.stdout
+    assert "canary" not in away.stdout + away.stderr
+
+
+def test_a_new_key_is_shown_once_with_the_line_that_knows_only_its_hash(shell: Shell) -> None:
+    done = shell.run("", "keys", "new", "grafana", "--scopes", "ops:read", "analytics:read")
+    assert done.returncode == 0
+    secret = done.stdout.splitlines()[0].split()[-1]
+    line = done.stdout.splitlines()[1].split()[-1]
+    assert secret.startswith("hw_grafana_")
+    assert line.endswith(hashlib.sha256(secret.encode()).hexdigest())
+    assert secret not in line
+    assert shell.run("", "keys", "new", "Bad Name", "--scopes", "read").returncode == 1
+    assert shell.run("", "nonsense").returncode == 2

@@ -1,0 +1,81 @@
+"""The smaller parts: metrics text, progress, readiness, throttle."""
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+from app.core.errors import Transient
+from app.core.runs import Outcome, Report, Run
+from app.ops.guard import Throttle
+from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
+from app.ops.outcomes import Tallies
+from app.ops.progress import Counts, Tally
+from app.ops.readiness import Readiness
+
+NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
+
+
+def test_label_values_are_escaped_as_the_format_wants() -> None:
+    text = exposition([Series("x", "gauge", "About.", [({"a": 'q"\\\n'}, 1.5)])])
+    assert text == '# HELP x About.\n# TYPE x gauge\nx{a="q\\"\\\\\\n"} 1.5\n'
+
+
+def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
+    lags = [("job", f"dev-{n}", float(n)) for n in range(1000)]
+    single, most, number = lag_series(lags)
+    assert len(single.samples) == PARTITIONS
+    assert single.samples[0] == ({"job": "job", "partition": "dev-999"}, 999.0)
+    assert most.samples == [({"job": "job"}, 999.0)]
+    assert number.samples == [({"job": "job"}, 1000.0)]
+
+
+def test_runs_are_counted_by_outcome_and_their_reports_are_summed() -> None:
+    tallies = Tallies()
+    for outcome in (Outcome.OK, Outcome.OK, Outcome.FAILED):
+        tallies.ended(Run("r", "job", NOW, NOW, outcome, Report(rows=2, late_rows=1)), None)
+    assert tallies.runs() == {("job", "ok"): 2, ("job", "failed"): 1}
+    assert tallies.sums()["job", "rows"] == 6
+    assert tallies.succeeded_at() == {"job": NOW}
+
+
+def test_a_tally_adds_up_from_many_threads() -> None:
+    seen: list[Counts] = []
+    tally = Tally(seen.append)
+    threads = [threading.Thread(target=lambda: [tally.advance(done=1, rows=2) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tally.counts == Counts(done=2000, rows=4000)
+    assert [each.done for each in seen] == list(range(1, 2001))
+
+
+def test_a_check_that_hangs_makes_only_its_own_answer_fail() -> None:
+    release = threading.Event()
+
+    def hangs() -> str:
+        release.wait(10)
+        return ""
+
+    def fails() -> str:
+        raise Transient("database away", "start it")
+
+    readiness = Readiness({"hangs": hangs, "fails": fails, "fine": lambda: "a note"})
+    readiness.start()
+    deadline = time.monotonic() + 5
+    while not readiness.findings()["fine"].ok and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = readiness.findings()
+    readiness.close()
+    release.set()
+    assert (found["fine"].ok, found["fine"].note) == (True, "a note")
+    assert not found["hangs"].ok
+    assert (found["fails"].error, found["fails"].hint) == ("database away", "start it")
+
+
+def test_ten_failed_sign_ins_a_minute_are_let_pass_and_other_addresses_are_not_affected() -> None:
+    throttle = Throttle()
+    assert [throttle.failed("a", NOW) for _ in range(10)] == [None] * 10
+    assert throttle.failed("a", NOW + timedelta(seconds=15)) == 45.0
+    assert throttle.failed("b", NOW) is None
+    assert throttle.failed("a", NOW + timedelta(seconds=61)) is None

@@ -1,0 +1,248 @@
+"""When a job is due, and that it never overlaps itself: pure decisions, then real timers and real threads."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Rejected, Transient
+from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop
+from app.core.window import Window
+from app.ops.outcomes import Tallies
+from app.ops.scheduler import Backfill, Scheduler
+from app.ops.worker import next_run_at, retry_in
+from app.stores.state import State, open_state
+
+NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
+DAY = 86_400
+
+
+def ended(outcome: Outcome, job: str = "daily", started_at: datetime = NOW) -> Run:
+    return Run(f"{job} {started_at}", job, started_at, started_at, outcome)
+
+
+def test_a_job_that_never_ran_is_due_at_once() -> None:
+    assert next_run_at(None, DAY, NOW) == NOW
+
+
+def test_a_daily_job_is_due_a_day_after_its_last_run_and_at_once_when_overdue() -> None:
+    assert next_run_at(NOW - timedelta(hours=20), DAY, NOW) == NOW + timedelta(hours=4)
+    assert next_run_at(NOW - timedelta(hours=30), DAY, NOW) == NOW
+
+
+def test_a_job_of_each_minute_is_due_at_once_after_a_restart() -> None:
+    assert next_run_at(NOW - timedelta(seconds=5), 60, NOW) == NOW
+
+
+def test_a_run_recorded_by_a_clock_that_was_ahead_delays_by_one_interval_at_most() -> None:
+    assert next_run_at(NOW + timedelta(days=400), DAY, NOW) == NOW + timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "interval", "seconds"),
+    [
+        (None, DAY, 60.0),
+        (ended(Outcome.STOPPED), DAY, 60.0),
+        (ended(Outcome.FAILED), DAY, 900.0),
+        (ended(Outcome.OK), DAY, None),
+        (ended(Outcome.PARTIAL), DAY, None),
+        (None, 60, None),
+        (ended(Outcome.FAILED), 60, None),
+    ],
+)
+def test_a_long_interval_is_cut_short_only_for_runs_that_did_not_come_to_their_end(
+    run: Run | None, interval: int, seconds: float | None
+) -> None:
+    assert retry_in(run, interval) == seconds
+
+
+class Bench:
+    """Schedulers over one SQLite state, as several processes would have them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: list[tuple[Scheduler, State]] = []
+        self.state = open_state("", folder)
+
+    def start(self, jobs: Sequence[Job], owner: str = "a", backfills: dict[str, Backfill] | None = None) -> Scheduler:
+        state = open_state("", self._folder)
+        terms = LeaseTerms(owner, ttl_seconds=10, heartbeat_seconds=2)
+        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, terms, Tallies().ended)
+        scheduler = Scheduler(jobs, desk, Stop(), backfills or {})
+        self._open.append((scheduler, state))
+        scheduler.start()
+        return scheduler
+
+    def close(self) -> None:
+        for scheduler, state in self._open:
+            assert scheduler.close(5) == []
+            state.close()
+        self.state.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+class Meter:
+    """Counts how many runs go on at the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.running = self.most = self.ended = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+                self.ended += 1
+
+    def work(self, seconds: float, report: Callable[[int], Report] = lambda _: Report()) -> Callable[[Context], Report]:
+        def work(context: Context) -> Report:
+            with self.counted():
+                context.stop.pause(seconds)
+            return report(self.ended)
+
+        return work
+
+
+def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "did not come to hold"
+        time.sleep(0.01)
+
+
+def test_a_run_longer_than_its_interval_never_overlaps_itself(bench: Bench) -> None:
+    meter = Meter()
+    scheduler = bench.start([Job("slow", 1, meter.work(0.7))])
+    for _ in range(5):
+        scheduler.run_now("slow")
+        time.sleep(0.1)
+    until(lambda: meter.ended >= 3)
+    assert meter.most == 1
+
+
+def test_two_schedulers_on_one_state_never_run_a_job_at_once(bench: Bench) -> None:
+    meter = Meter()
+    schedulers = [bench.start([Job("shared", 1, meter.work(0.15))], owner) for owner in ("a", "b")]
+    until(lambda: meter.ended >= 1)
+    for _ in range(20):
+        for scheduler in schedulers:
+            scheduler.run_now("shared")
+        time.sleep(0.03)
+    until(lambda: meter.ended >= 4)
+    assert meter.most == 1
+
+
+def test_a_job_with_work_left_runs_again_at_once_until_it_is_done(bench: Bench) -> None:
+    meter = Meter()
+    bench.start([Job("catching-up", 3600, meter.work(0, lambda runs: Report(more=runs < 4)))])
+    until(lambda: meter.ended == 4)
+    time.sleep(0.6)
+    assert meter.ended == 4
+
+
+def test_a_failing_job_is_not_repeated_in_a_tight_loop(bench: Bench) -> None:
+    runs: list[float] = []
+
+    def work(_: Context) -> Report:
+        runs.append(time.monotonic())
+        raise Transient("source away")
+
+    bench.start([Job("failing", 60, work)])
+    until(lambda: len(runs) == 1)
+    time.sleep(0.5)
+    assert len(runs) == 1
+
+
+def test_a_daily_job_that_ran_today_waits_after_a_restart_and_an_overdue_one_runs(bench: Bench) -> None:
+    now = datetime.now(UTC)
+    bench.state.runs.save(ended(Outcome.OK, "fresh", now - timedelta(hours=2)))
+    bench.state.runs.save(ended(Outcome.OK, "overdue", now - timedelta(hours=25)))
+    bench.state.runs.save(ended(Outcome.FAILED, "failed", now - timedelta(hours=2)))
+    meters = {name: Meter() for name in ("fresh", "overdue", "failed")}
+    scheduler = bench.start([Job(name, DAY, meter.work(0)) for name, meter in meters.items()])
+    until(lambda: meters["overdue"].ended == 1 and meters["failed"].ended == 1)
+    assert meters["fresh"].ended == 0
+    view = next(view for view in scheduler.views() if view.job.name == "fresh")
+    assert view.next_run_at is not None
+    assert timedelta(hours=21) < view.next_run_at - now < timedelta(hours=23)
+
+
+def test_a_job_held_by_another_owner_is_tried_again_within_a_minute(bench: Bench) -> None:
+    assert bench.state.leases.acquire("held", "somebody", 60)
+    meter = Meter()
+    scheduler = bench.start([Job("held", DAY, meter.work(0))])
+    soon = datetime.now(UTC) + timedelta(seconds=70)
+    until(lambda: timedelta() < soon - (scheduler.views()[0].next_run_at or soon) < timedelta(seconds=30))
+    assert meter.ended == 0
+
+
+def test_a_paused_job_ignores_its_timer_but_not_a_person(bench: Bench) -> None:
+    meter = Meter()
+    scheduler = bench.start([Job("paused", 1, meter.work(0))])
+    until(lambda: meter.ended >= 1)
+    scheduler.pause("paused")
+    time.sleep(0.1)
+    before = meter.ended
+    time.sleep(1.3)
+    assert meter.ended == before
+    assert scheduler.views()[0].status.state == "paused"
+    scheduler.run_now("paused")
+    until(lambda: meter.ended == before + 1)
+    scheduler.resume("paused")
+    until(lambda: meter.ended >= before + 2)
+
+
+def test_a_backfill_waits_for_the_running_job_and_is_repeated_until_done(bench: Bench) -> None:
+    meter = Meter()
+    spans: list[Window] = []
+
+    def fill(_: Context, span: Window) -> Report:
+        with meter.counted():
+            spans.append(span)
+        return Report(more=len(spans) < 3)
+
+    scheduler = bench.start([Job("filled", 60, meter.work(0.3))], backfills={"filled": fill})
+    until(lambda: meter.running == 1)
+    span = Window(NOW - timedelta(days=1), NOW)
+    scheduler.backfill("filled", span)
+    until(lambda: len(spans) == 3)
+    assert meter.most == 1
+    assert set(spans) == {span}
+
+
+def test_jobs_that_are_off_are_listed_with_their_reason_and_refuse_to_run(bench: Bench) -> None:
+    scheduler = bench.start([Job("sleeping", 60, Meter().work(0), off="set INFLUXDB_URL")])
+    (view,) = scheduler.views()
+    assert (view.status.state, view.job.off, view.next_run_at) == ("off", "set INFLUXDB_URL", None)
+    with pytest.raises(Rejected, match="set INFLUXDB_URL"):
+        scheduler.run_now("sleeping")
+    with pytest.raises(Rejected, match="no job is named"):
+        scheduler.run_now("unknown")
+
+
+def test_after_a_stop_was_asked_for_nothing_starts(bench: Bench) -> None:
+    meter = Meter()
+    scheduler = bench.start([Job("ending", 1, meter.work(5))])
+    until(lambda: meter.running == 1)
+    scheduler.ask_stop("test")
+    until(lambda: meter.ended == 1)
+    with pytest.raises(Transient):
+        scheduler.run_now("ending")
+    assert not scheduler.running
+    assert scheduler.turning
