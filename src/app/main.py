@@ -81,9 +81,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def wire(parts: Parts) -> Pipelines:  # noqa: ARG001 - the slices are added here
+def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
-    return Pipelines()
+    from app.influx_to_s3 import job
+
+    state = parts.state
+    influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    on = bool(parts.settings.influx.url)
+    return Pipelines(influx.jobs, {job.NAME: influx.backfill}, {"influxdb": influx.ping} if on else {})
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
@@ -206,7 +211,7 @@ def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
             PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
             for job in service.pipelines.jobs
             if job.name in service.pipelines.backfills
-            for at in service.state.checkpoints.positions(job.name)
+            for at in service.state.checkpoints.of(job.name)
         ]
 
     return views
