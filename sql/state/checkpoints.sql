@@ -71,7 +71,7 @@ ON CONFLICT (pipeline, device_id) DO UPDATE SET
     error_message = excluded.error_message,
     updated_at = excluded.updated_at;
 
--- name: positions
+-- name: checkpoints_of
 -- How far each partition of a pipeline is, for the dashboard and the lag metric; without the pipeline's own row.
 SELECT
     device_id, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message, updated_at

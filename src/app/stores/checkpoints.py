@@ -18,7 +18,7 @@ from app.stores.sql_values import storable
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Checkpoint:
     """How far one partition is: what is finished, the newest event time seen, and why it stands still if it does."""
 
     partition: str
@@ -31,7 +31,7 @@ class Standing:
 
 
 class SqlCheckpoints:
-    """See `app.core.ports.Checkpoints`; `positions` and `late_rows_total` are for the dashboard and the metrics."""
+    """See `app.core.ports.Checkpoints`; `of` and `late_rows_total` are for the dashboard and the metrics."""
 
     def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
         self._database = database
@@ -63,10 +63,10 @@ class SqlCheckpoints:
             params = {"pipeline": pipeline, "partition": partition, "message": storable(message), "now_at": now_at}
             session.run(self._queries["save_failure"], **params)
 
-    def positions(self, pipeline: str) -> Sequence[Standing]:
+    def of(self, pipeline: str) -> Sequence[Checkpoint]:
         """Every partition of the pipeline, by name."""
         return [
-            Standing(
+            Checkpoint(
                 partition=row["device_id"],
                 cursor_at=row["last_exported_at"],
                 high_watermark_at=row["high_watermark_at"],
@@ -75,7 +75,7 @@ class SqlCheckpoints:
                 rows=row["record_count"] or 0,
                 updated_at=row["updated_at"],
             )
-            for row in self._rows("positions", pipeline=pipeline)
+            for row in self._rows("checkpoints_of", pipeline=pipeline)
         ]
 
     def late_rows_total(self) -> Mapping[str, int]:

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.generators import PQGen
 from psycopg.rows import DictRow, dict_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
@@ -23,7 +23,7 @@ from app.stores.sql_values import bound
 
 T = TypeVar("T")
 
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 60.0  # longer than the server gives a statement, so that its own answer comes first
 CONNECTION = {
     "connect_timeout": "5",
     "application_name": "headwater",
@@ -35,12 +35,12 @@ CONNECTION = {
     "tcp_user_timeout": "20000",
 }
 # Set by a statement and not by `options`, which connection poolers refuse. The last one frees the locks of a process
-# that was paused in mid-transaction; nobody could take over its lease before.
+# that was paused in mid-transaction, before those who wait to take over its lease give up.
 SESSION = """
 SELECT
     set_config('TimeZone', 'UTC', false),
     set_config('statement_timeout', '30s', false),
-    set_config('lock_timeout', '10s', false),
+    set_config('lock_timeout', '15s', false),
     set_config('idle_in_transaction_session_timeout', '10s', false)
 """
 # What must be left alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.
@@ -61,9 +61,11 @@ SQLSTATE_VALUE = ("22",)
 class BoundedConnection(psycopg.Connection[DictRow]):
     """A connection that gives up waiting: a frozen server keeps its sockets alive and would hold us for ever."""
 
+    answer_seconds = ANSWER_SECONDS
+
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """See psycopg; without a timeout of the caller's, ours."""
-        return super().wait(gen, interval, timeout or ANSWER_SECONDS)
+        return super().wait(gen, interval, timeout or self.answer_seconds)
 
 
 class PostgresSession:
@@ -100,7 +102,8 @@ class PostgresDatabase:
 
     dialect: Dialect = "postgres"
 
-    def __init__(self, url: str, *, variables: str) -> None:
+    def __init__(self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS) -> None:
+        self._answer_seconds = answer_seconds
         try:
             given = conninfo_to_dict(url)
         except psycopg.Error:
@@ -150,6 +153,7 @@ class PostgresDatabase:
         with self._errors.translated():
             # Never prepared on the server: behind a pooler the next statement may meet another server session.
             connection = BoundedConnection.connect(self._conninfo, prepare_threshold=None, row_factory=dict_row)
+            connection.answer_seconds = self._answer_seconds
             try:
                 connection.execute(SESSION)
                 connection.commit()

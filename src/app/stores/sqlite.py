@@ -138,8 +138,8 @@ def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
 
 
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
-    """WAL lets readers go on while one writes. Two processes that switch a new file at once are refused without any
-    wait (the busy timeout does not cover the switch), so it is tried again here.
+    """WAL lets readers go on while one writes. The switch of a new file to it is refused without any wait while another
+    process writes or switches (the busy timeout does not cover that), so the waiting is done here.
     """
     deadline = time.monotonic() + busy_seconds
     while True:

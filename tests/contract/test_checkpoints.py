@@ -1,0 +1,260 @@
+"""Every sentence of the `Checkpoints` contract, over memory, SQLite and PostgreSQL."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from app.core.errors import LeaseLost, Rejected
+from app.core.ports import Checkpoints, Commit, Record
+from app.core.runs import Lease, Leases
+from app.core.window import Window
+from app.stores.state import State
+from memory import MemoryCheckpoints, MemoryLeases
+
+HOUR = timedelta(hours=1)
+START = datetime(2026, 2, 7, tzinfo=UTC)
+END = START + timedelta(days=1)
+PIPELINE = "influx_to_s3"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    checkpoints: Checkpoints
+    leases: Leases
+
+    def lease(self, owner: str = "one", ttl_seconds: float = 30.0) -> Lease:
+        lease = self.leases.acquire(PIPELINE, owner, ttl_seconds)
+        assert lease is not None
+        return lease
+
+    def commit(self, commit: Commit, lease: Lease, partition: str = "d1") -> None:
+        self.checkpoints.commit(PIPELINE, partition, commit, lease)
+
+    def records(self, partition: str = "d1") -> list[Record]:
+        return list(self.checkpoints.records(PIPELINE, partition, START, END))
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def store(request: pytest.FixtureRequest, new_state: Callable[[str], State]) -> Store:
+    if request.param == "memory":
+        leases = MemoryLeases()
+        return Store(MemoryCheckpoints(leases), leases)
+    state = new_state(request.param)
+    return Store(state.checkpoints, state.leases)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def state(request: pytest.FixtureRequest, new_state: Callable[[str], State]) -> State:
+    return new_state(request.param)
+
+
+def record(hour: int, part: int = 0) -> Record:
+    start = START + hour * HOUR
+    return Record(
+        window=Window(start, start + HOUR),
+        part=part,
+        key=f"telemetry/device_id=d1/export_{hour:02}000{part}.parquet",
+        version=f'"etag-{hour}-{part}"',
+        digest="ab" * 32,
+        rows=2**33,
+        size_bytes=2**34,
+        source_cells=2**35,
+        min_at=start + timedelta(microseconds=1),
+        max_at=start + timedelta(minutes=59, microseconds=999_999),
+        closed=False,
+    )
+
+
+def test_nothing_is_known_of_a_new_pipeline(store: Store) -> None:
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {}
+    assert store.records() == []
+
+
+def test_a_commit_stores_records_and_cursor_as_they_are(store: Store) -> None:
+    store.commit(Commit([record(1), replace(record(2), closed=True)], START + HOUR), store.lease())
+    assert store.records() == [record(1), replace(record(2), closed=True)]
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START + HOUR}
+
+
+def test_a_record_of_an_empty_object_has_no_event_times(store: Store) -> None:
+    empty = replace(record(1), rows=0, min_at=None, max_at=None)
+    store.commit(Commit([empty]), store.lease())
+    assert store.records() == [empty]
+
+
+def test_instants_come_back_aware_and_in_utc(store: Store) -> None:
+    store.commit(Commit([record(1)], START), store.lease())
+    found = store.records()[0]
+    instants = [found.window.start, found.window.end, found.min_at, found.max_at]
+    instants.extend(store.checkpoints.cursors(PIPELINE).values())
+    assert [instant.utcoffset() for instant in instants if instant] == [timedelta(0)] * 5
+
+
+def test_committing_the_same_again_changes_nothing(store: Store) -> None:
+    lease, commit = store.lease(), Commit([record(1)], START + HOUR)
+    store.commit(commit, lease)
+    store.commit(commit, lease)
+    assert store.records() == [record(1)]
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START + HOUR}
+
+
+def test_a_later_record_of_the_same_part_replaces_the_earlier_one(store: Store) -> None:
+    lease, newer = store.lease(), replace(record(1), version='"new"', rows=7, closed=True)
+    store.commit(Commit([record(1)]), lease)
+    store.commit(Commit([newer]), lease)
+    assert store.records() == [newer]
+
+
+def test_records_come_by_window_start_then_part(store: Store) -> None:
+    shuffled = [record(2, 1), record(1), record(2), record(1, 2), record(1, 1)]
+    store.commit(Commit(shuffled), store.lease())
+    assert store.records() == [record(1), record(1, 1), record(1, 2), record(2), record(2, 1)]
+
+
+def test_records_of_an_interval_start_in_it_and_its_end_is_not_part_of_it(store: Store) -> None:
+    store.commit(Commit([record(hour) for hour in range(5)]), store.lease())
+    found = store.checkpoints.records(PIPELINE, "d1", START + HOUR, START + 3 * HOUR)
+    assert list(found) == [record(1), record(2)]
+
+
+def test_pipelines_and_partitions_do_not_touch_each_other(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit([record(1)], START), lease, "d1")
+    store.commit(Commit([record(2)], END), lease, "d2")
+    store.checkpoints.commit("other", "d1", Commit(cursor_at=END), lease)
+    assert store.records("d1") == [record(1)]
+    assert store.records("d2") == [record(2)]
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START, "d2": END}
+    assert dict(store.checkpoints.cursors("other")) == {"d1": END}
+
+
+@pytest.mark.parametrize("partition", ["", "a'b\"c;--", "100%s", ":name", "gerät/日本", "back\\slash", " lead"])
+def test_any_text_names_a_partition(store: Store, partition: str) -> None:
+    store.commit(Commit([record(1)], START), store.lease(), partition)
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {partition: START}
+    assert store.records(partition) == [record(1)]
+
+
+def test_a_cursor_never_moves_back(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit(cursor_at=START + 2 * HOUR), lease)
+    store.commit(Commit(cursor_at=START + HOUR), lease)
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START + 2 * HOUR}
+
+
+def test_a_commit_without_a_cursor_leaves_it_where_it_is(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit([record(1)]), lease)
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {}
+    store.commit(Commit(cursor_at=START), lease)
+    store.commit(Commit([record(2)]), lease)
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START}
+
+
+def test_a_commit_under_an_expired_lease_is_refused_whole(store: Store) -> None:
+    lease = store.lease(ttl_seconds=0.1)
+    time.sleep(0.15)
+    with pytest.raises(LeaseLost, match=PIPELINE):
+        store.commit(Commit([record(1)], START), lease)
+    assert store.records() == []
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {}
+
+
+def test_a_commit_under_a_lease_that_was_taken_over_is_refused(store: Store) -> None:
+    paused = store.lease("one", ttl_seconds=0.1)
+    time.sleep(0.15)
+    holder = store.lease("two")
+    store.commit(Commit([record(1)], START), holder)
+    with pytest.raises(LeaseLost):
+        store.commit(Commit([replace(record(1), version='"old"')], END), paused)
+    assert store.records() == [record(1)]
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START}
+
+
+def test_a_commit_under_an_old_generation_of_the_same_owner_is_refused(store: Store) -> None:
+    older, newer = store.lease(), store.lease()
+    with pytest.raises(LeaseLost):
+        store.commit(Commit([record(1)]), older)
+    store.commit(Commit([record(1)]), newer)
+
+
+def test_a_commit_under_a_lease_that_nobody_ever_acquired_is_refused(store: Store) -> None:
+    store.lease()
+    foreign = Lease("unknown", "one", 1, END + timedelta(days=9999))
+    with pytest.raises(LeaseLost):
+        store.commit(Commit([record(1)]), foreign)
+
+
+def test_a_commit_under_a_renewed_lease_is_taken_whichever_copy_of_it_is_shown(store: Store) -> None:
+    lease = store.lease(ttl_seconds=0.2)
+    store.leases.renew(lease, 30.0)
+    time.sleep(0.3)
+    store.commit(Commit([record(1)]), lease)
+    assert store.records() == [record(1)]
+
+
+def test_a_failure_keeps_cursor_and_records(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit([record(1)], START), lease)
+    store.checkpoints.fail(PIPELINE, "d1", "the source answered 500", lease)
+    assert store.records() == [record(1)]
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START}
+
+
+def test_a_failure_gives_no_cursor_to_a_partition_that_has_none(store: Store) -> None:
+    store.checkpoints.fail(PIPELINE, "d1", "no", store.lease())
+    assert dict(store.checkpoints.cursors(PIPELINE)) == {}
+
+
+def test_a_failure_under_a_lost_lease_is_refused(store: Store) -> None:
+    older = store.lease()
+    store.lease()
+    with pytest.raises(LeaseLost):
+        store.checkpoints.fail(PIPELINE, "d1", "no", older)
+
+
+def test_a_commit_that_fails_half_way_stores_nothing(state: State) -> None:
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease
+    with pytest.raises(Rejected):
+        state.checkpoints.commit(PIPELINE, "d1", Commit([record(1), replace(record(2), rows=2**70)], START), lease)
+    assert list(state.checkpoints.records(PIPELINE, "d1", START, END)) == []
+    assert dict(state.checkpoints.cursors(PIPELINE)) == {}
+
+
+@pytest.mark.parametrize("partition", ["a\x00b", "a\ud800b"])
+def test_a_partition_that_no_database_stores_is_rejected_by_name(state: State, partition: str) -> None:
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease
+    with pytest.raises(Rejected, match="partition"):
+        state.checkpoints.commit(PIPELINE, partition, Commit(cursor_at=START), lease)
+
+
+def test_a_checkpoint_shows_cursor_watermark_last_object_and_error_until_the_next_commit(state: State) -> None:
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease
+    state.checkpoints.commit(PIPELINE, "", Commit(cursor_at=START), lease)
+    state.checkpoints.commit(PIPELINE, "d1", Commit([record(2), record(1)], START), lease)
+    state.checkpoints.commit(PIPELINE, "d1", Commit([replace(record(1), rows=5)]), lease)
+    state.checkpoints.fail(PIPELINE, "d1", "broken \x00", lease)
+    (failed,) = state.checkpoints.of(PIPELINE)
+    assert (failed.partition, failed.cursor_at, failed.error) == ("d1", START, r"broken \x00")
+    assert failed.high_watermark_at == record(2).max_at
+    assert (failed.key, failed.rows) == (record(1).key, 5)
+    state.checkpoints.commit(PIPELINE, "d1", Commit(), lease)
+    (well,) = state.checkpoints.of(PIPELINE)
+    assert (well.cursor_at, well.error) == (START, "")
+    assert well.updated_at >= failed.updated_at
+
+
+def test_late_rows_are_the_rows_of_all_deltas_by_pipeline(state: State) -> None:
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease
+    assert dict(state.checkpoints.late_rows_total()) == {}
+    deltas = [record(1), replace(record(1, 1), rows=3), replace(record(2, 1), rows=4)]
+    state.checkpoints.commit(PIPELINE, "d1", Commit(deltas), lease)
+    state.checkpoints.commit("other", "d1", Commit([record(1)]), lease)
+    assert dict(state.checkpoints.late_rows_total()) == {PIPELINE: 7}

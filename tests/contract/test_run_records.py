@@ -1,0 +1,94 @@
+"""Every sentence of the `Runs` contract, over memory, SQLite and PostgreSQL."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from app.core.runs import Failure, Outcome, Report, Run, Runs
+from app.stores.run_records import SqlRuns
+from app.stores.sql import load_queries, sql_directory
+from app.stores.state import State
+from memory import MemoryRuns
+
+START = datetime(2026, 2, 7, 23, 59, 59, 123456, tzinfo=UTC)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def state(request: pytest.FixtureRequest, new_state: Callable[[str], State]) -> State:
+    return new_state(request.param)
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def runs(request: pytest.FixtureRequest, new_state: Callable[[str], State]) -> Runs:
+    return MemoryRuns() if request.param == "memory" else new_state(request.param).runs
+
+
+def run(number: int, job: str = "influx_to_s3") -> Run:
+    return Run(f"run-{number:04}", job, START + timedelta(seconds=number))
+
+
+def ended(number: int, job: str = "influx_to_s3") -> Run:
+    report = Report(
+        rows=2**40,
+        bytes=2**41,
+        windows=3,
+        late_rows=4,
+        failures=(Failure("device/ü", 'could "not"\nfinish', "look"), Failure("d2", "nul \x00 inside", "")),
+        more=True,
+    )
+    at = run(number, job)
+    return replace(
+        at, ended_at=at.started_at + timedelta(seconds=1), outcome=Outcome.PARTIAL, report=report, error="e", hint="h"
+    )
+
+
+def test_what_is_saved_comes_back_equal(runs: Runs) -> None:
+    runs.save(run(1))
+    runs.save(ended(2))
+    assert list(runs.recent(None, 10)) == [ended(2), run(1)]
+
+
+def test_saving_is_idempotent_and_replaces_by_run_id(runs: Runs) -> None:
+    runs.save(run(1))
+    runs.save(ended(1))
+    runs.save(ended(1))
+    assert list(runs.recent(None, 10)) == [ended(1)]
+
+
+def test_recent_runs_come_newest_first_and_no_more_than_asked_for(runs: Runs) -> None:
+    for number in (3, 1, 5, 2, 4):
+        runs.save(run(number))
+    assert list(runs.recent(None, 3)) == [run(5), run(4), run(3)]
+    assert list(runs.recent(None, 0)) == []
+
+
+def test_recent_runs_of_one_job_leave_the_others_out(runs: Runs) -> None:
+    runs.save(run(1, "a"))
+    runs.save(run(2, "b"))
+    assert list(runs.recent("a", 10)) == [run(1, "a")]
+    assert list(runs.recent("c", 10)) == []
+    assert len(runs.recent(None, 10)) == 2
+
+
+def test_the_last_ended_run_is_the_newest_that_is_not_running(state: State) -> None:
+    assert state.runs.last_ended("influx_to_s3") is None
+    for saved in (ended(1), ended(2), run(3), ended(4, "other")):
+        state.runs.save(saved)
+    assert state.runs.last_ended("influx_to_s3") == ended(2)
+
+
+def test_only_the_newest_runs_of_a_job_are_kept(state: State) -> None:
+    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=3)
+    runs.save(run(0, "other"))
+    for number in range(1, 8):
+        runs.save(run(number))
+    assert list(runs.recent("influx_to_s3", 10)) == [run(7), run(6), run(5)]
+    assert list(runs.recent("other", 10)) == [run(0, "other")]
+
+
+def test_an_error_text_that_no_database_stores_is_kept_readable(state: State) -> None:
+    state.runs.save(replace(ended(1), error="device a\x00b", hint="lone \ud800"))
+    saved = state.runs.recent(None, 1)[0]
+    assert (saved.error, saved.hint) == (r"device a\x00b", r"lone \ud800")

@@ -1,0 +1,101 @@
+"""Checkpoints, leases and runs in memory, keeping the contracts of the real ones: for tests of the core."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from app.core.errors import LeaseLost
+from app.core.ports import Commit, Record
+from app.core.runs import Lease, Run
+
+
+def wall_clock() -> datetime:
+    return datetime.now(UTC)
+
+
+class MemoryLeases:
+    def __init__(self, clock: Callable[[], datetime] = wall_clock) -> None:
+        self._clock = clock
+        self._held: dict[str, Lease] = {}
+        self.lock = threading.RLock()
+
+    def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
+        with self.lock:
+            held = self._held.get(name)
+            if held is not None and held.owner != owner and held.expires_at > self._clock():
+                return None
+            generation = held.generation + 1 if held else 1
+            self._held[name] = Lease(name, owner, generation, self._expiry(ttl_seconds))
+            return self._held[name]
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
+        with self.lock:
+            self.check(lease)
+            self._held[lease.name] = replace(lease, expires_at=self._expiry(ttl_seconds))
+            return self._held[lease.name]
+
+    def release(self, lease: Lease) -> None:
+        with self.lock:
+            if self._is_held(lease):
+                self._held[lease.name] = replace(lease, expires_at=self._clock())
+
+    def check(self, lease: Lease) -> None:
+        """Raises LeaseLost unless the lease is held and lives."""
+        if not self._is_held(lease):
+            raise LeaseLost(f"the lease {lease.name} (generation {lease.generation}) expired or was taken over")
+
+    def _is_held(self, lease: Lease) -> bool:
+        held = self._held.get(lease.name)
+        same = held is not None and (held.owner, held.generation) == (lease.owner, lease.generation)
+        return held is not None and same and held.expires_at > self._clock()
+
+    def _expiry(self, ttl_seconds: float) -> datetime:
+        return self._clock() + timedelta(seconds=ttl_seconds)
+
+
+class MemoryCheckpoints:
+    def __init__(self, leases: MemoryLeases) -> None:
+        self._leases = leases
+        self._cursors: dict[tuple[str, str], datetime] = {}
+        self._records: dict[tuple[str, str], dict[tuple[datetime, int], Record]] = {}
+        self.errors: dict[tuple[str, str], str] = {}
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        with self._leases.lock:
+            return {partition: at for (name, partition), at in self._cursors.items() if name == pipeline}
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        with self._leases.lock:
+            held = self._records.get((pipeline, partition), {})
+            return [record for (start, _), record in sorted(held.items()) if since <= start < until]
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        of = (pipeline, partition)
+        with self._leases.lock:
+            self._leases.check(lease)
+            held = self._records.setdefault(of, {})
+            held.update({(record.window.start, record.part): record for record in commit.records})
+            if commit.cursor_at is not None:
+                self._cursors[of] = max(commit.cursor_at, self._cursors.get(of, commit.cursor_at))
+            self.errors.pop(of, None)
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        with self._leases.lock:
+            self._leases.check(lease)
+            self.errors[pipeline, partition] = message
+
+
+class MemoryRuns:
+    def __init__(self) -> None:
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+
+    def save(self, run: Run) -> None:
+        with self._lock:
+            self._runs[run.run_id] = run
+
+    def recent(self, job: str | None, limit: int) -> Sequence[Run]:
+        with self._lock:
+            runs = [run for run in self._runs.values() if job in (None, run.job)]
+        return sorted(runs, key=lambda run: (run.started_at, run.run_id), reverse=True)[:limit]
