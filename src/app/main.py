@@ -206,7 +206,7 @@ def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
             PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
             for job in service.pipelines.jobs
             if job.name in service.pipelines.backfills
-            for at in service.state.checkpoints.positions(job.name)
+            for at in service.state.checkpoints.of(job.name)
         ]
 
     return views
