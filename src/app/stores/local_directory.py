@@ -1,0 +1,364 @@
+"""The object store port on a directory of this machine: a key is a path below the root, readable by any other program.
+
+Invariants: a name holds the whole old object or the whole new one, also after a kill or a power cut; check and rename
+happen under one lock of all threads and processes, which is never held while a body is streamed; no symbolic link below
+the root is followed. What has no place in a plain file is kept below `.headwater/`, which is never part of a listing:
+
+    lock      taken around check and rename
+    tmp/      objects that are still being written; leftovers of killed processes go with the next `probe`
+    meta/     content type and metadata, one file per key, named by the key's SHA-256: a name built from the key itself
+              could be too long, or stand where another key needs a folder. It names the ETag it belongs to, is written
+              before the object is renamed and counts only for that ETag: a crash between the two costs the metadata of
+              the old object and never gives an object the metadata of another.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.core.files import replace_durably, sync_directory, sync_file
+from app.stores.objects import CONTROL, ObjectInfo, Put, check_key
+
+HIDDEN = ".headwater"
+LOCK_SECONDS = 30
+LEFTOVER_NS = 24 * 3600 * 10**9
+CHUNK_BYTES = 1 << 20
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+ABSENT = (FileNotFoundError, NotADirectoryError)
+
+log = logging.getLogger(__name__)
+
+
+class LocalDirectory:
+    """Objects below `root`, which is made on the first write. `clock_ns` gives nanoseconds since the epoch.
+
+    An ETag is inode, modification time and size of the file: it needs no store of its own, and a change by another
+    program is seen. Each write is a new file with a later time than the one it replaces, so that it never comes back.
+    Reading a key that is a folder, or below a file, finds nothing; writing it is Rejected.
+    """
+
+    def __init__(self, root: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._root = Path(os.path.realpath(root))
+        self._hidden = self._root / HIDDEN
+        self._clock_ns = clock_ns
+        self._turn = threading.Lock()
+        self._probed = False
+
+    @property
+    def conditional(self) -> bool:
+        """True once `probe` has seen that the root can be written and locked."""
+        return self._probed
+
+    def probe(self) -> None:
+        """Write and lock below the root, and remove what killed processes left there more than a day ago."""
+        with _translated(str(self._root)):
+            with self._spooled([b"probe"]), self._locked():
+                oldest_ns = self._clock_ns() - LEFTOVER_NS
+            for leftover in (self._hidden / "tmp").iterdir():
+                found = _stat(leftover)
+                if found is not None and found.st_mtime_ns < oldest_ns:
+                    leftover.unlink(missing_ok=True)
+        self._probed = True
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Properties, with the metadata unless the file was changed by another program."""
+        path = self._path(key)
+        with _translated(key):
+            info, certain = self._look(key, path)
+            if not certain:  # a writer may stand between the note and the rename: look when there is none
+                with self._locked():
+                    info, _ = self._look(key, path)
+            return info
+
+    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
+        path = self._path(key)
+        with _translated(key), self._spooled(iter(partial(body.read, CHUNK_BYTES), b"")) as spooled, self._locked():
+            held = _stat(path)
+            _check_expected(key, put.expected, held)
+            etag = _later_than(spooled, held)
+            try:
+                _make_folder(path.parent)
+                self._write_note(key, etag, put)
+                replace_durably(spooled, path)
+            except OSError:
+                self._prune(path.parent)
+                raise
+            return etag
+
+    @contextmanager
+    def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        """The file itself: it keeps its bytes for this reader when it is replaced or deleted meanwhile."""
+        path = self._path(key)
+        with _translated(key):
+            file = _open(path)
+        if file is None:
+            yield None
+            return
+        with file:
+            if etag is not None and etag != _etag(os.fstat(file.fileno())):
+                raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
+            yield file
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Depth first, one folder's names in memory at a time."""
+        folder = prefix.rpartition("/")[0]
+        if _can_name_folder(prefix, folder):
+            base = f"{folder}/" if folder else ""
+            start = self._root / folder
+            if os.path.realpath(start) == str(start):
+                yield from self._walk(base, prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove the file, its metadata, and the folders that are empty then."""
+        path = self._path(key)
+        with _translated(key):
+            if _stat(path) is None:
+                return
+            with self._locked():
+                if _stat(path) is not None:
+                    path.unlink()
+                    sync_directory(path.parent)
+                self._note_path(key).unlink(missing_ok=True)
+                self._prune(path.parent)
+
+    def _path(self, key: str) -> Path:
+        check_key(key)
+        _check_encodable(key)
+        if key.split("/", 1)[0] == HIDDEN:
+            raise Rejected(
+                f"object key {key!r} lies in the store's own folder {HIDDEN}", "choose another first segment"
+            )
+        path = self._root / key
+        if os.path.realpath(path) != str(path):
+            raise Rejected(
+                f"object key {key!r} leads through a symbolic link", f"replace the link below {self._root} by a folder"
+            )
+        return path
+
+    @contextmanager
+    def _spooled(self, chunks: Iterable[bytes]) -> Iterator[Path]:
+        """A synced temporary file on the root's file system, with the clock's time: the kernel's own is coarser."""
+        _make_folder(self._hidden / "tmp")
+        path = self._hidden / "tmp" / uuid4().hex
+        try:
+            with path.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                _stamp(file, self._clock_ns())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time: threads of this object wait for each other, processes on the file."""
+        _make_folder(self._hidden)
+        lock = FileLock(self._hidden / "lock", timeout=LOCK_SECONDS, poll_interval=0.005, preserve_lock_file=True)
+        with self._turn:
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise Transient(
+                    f"{lock.lock_file} is held by another process for over {LOCK_SECONDS} s",
+                    "find it with `fuser` on that file",
+                ) from error
+            try:
+                yield
+            finally:
+                lock.release()
+
+    def _look(self, key: str, path: Path) -> tuple[ObjectInfo | None, bool]:
+        """What is there, and whether that is certain: it is not when the note belongs to another version."""
+        found = _stat(path)
+        if found is None:
+            return None, True
+        info = _info(key, found)
+        try:
+            note = json.loads(self._note_path(key).read_bytes())
+        except FileNotFoundError:
+            return info, True
+        if note["etag"] != info.etag:
+            return info, False
+        return replace(info, content_type=note["content_type"], metadata=note["metadata"]), True
+
+    def _note_path(self, key: str) -> Path:
+        return self._hidden / "meta" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+    def _write_note(self, key: str, etag: str, put: Put) -> None:
+        metadata = {name.lower(): value for name, value in put.metadata.items()}
+        note: dict[str, Any] = {"key": key, "etag": etag, "content_type": put.content_type, "metadata": metadata}
+        _make_folder(self._hidden / "meta")
+        with self._spooled([json.dumps(note).encode()]) as spooled:
+            replace_durably(spooled, self._note_path(key))
+
+    def _prune(self, folder: Path) -> None:
+        while folder != self._root:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return
+            folder = folder.parent
+
+    def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
+        for key in self._names(base):
+            if key.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key, prefix)
+            elif key.startswith(prefix):
+                with _translated(key):
+                    found = _stat(self._root / key)
+                if found is not None:
+                    yield _info(key, found)
+
+    def _names(self, base: str) -> Iterable[str]:
+        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
+        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """
+        names = []
+        with _translated(base):
+            try:
+                with os.scandir(self._root / base) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            names.append(f"{base}{entry.name}/")
+                        elif entry.is_file(follow_symlinks=False):
+                            names.append(base + entry.name)
+            except ABSENT:
+                return ()  # removed since its parent was read
+        return sorted(name for name in names if _is_key(name.removesuffix("/")))
+
+
+def _is_key(name: str) -> bool:
+    """Whether a file that somebody put here can be named by a key at all."""
+    if name == HIDDEN:
+        return False
+    try:
+        check_key(name)
+        _check_encodable(name)
+    except Rejected as error:
+        log.warning("left out of a listing: %s", error)
+        return False
+    return True
+
+
+def _check_encodable(key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error
+
+
+def _can_name_folder(prefix: str, folder: str) -> bool:
+    """False for prefixes that no key starts with; they must not be turned into a path."""
+    segments = folder.split("/") if folder else []
+    if any(segment in ("", ".", "..") for segment in segments) or HIDDEN in segments[:1] or prefix.startswith("/"):
+        return False
+    return CONTROL.isdisjoint(prefix) and prefix.encode("utf-8", "replace").decode() == prefix
+
+
+def _check_expected(key: str, expected: str | None, held: os.stat_result | None) -> None:
+    found = "" if held is None else _etag(held)
+    if expected is not None and expected != found:
+        raise Conflict(
+            f"{key}: expected {expected or 'no object'}, found {found or 'none'}", "nothing to do: it is read again"
+        )
+
+
+def _later_than(spooled: Path, held: os.stat_result | None) -> str:
+    """The ETag that `spooled` will have. It is made newer than `held`, also when the clock was set back: the inode may
+    have belonged to an earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
+    """
+    found = spooled.stat()
+    if held is not None and found.st_mtime_ns <= held.st_mtime_ns:
+        with spooled.open("rb+") as file:
+            _stamp(file, held.st_mtime_ns + 1)
+        found = spooled.stat()
+    return _etag(found)
+
+
+def _stamp(file: BinaryIO, at_ns: int) -> None:
+    os.utime(file.fileno(), ns=(at_ns, at_ns))
+    sync_file(file.fileno())
+
+
+def _etag(found: os.stat_result) -> str:
+    return f'"{found.st_ino:x}-{found.st_mtime_ns}-{found.st_size}"'
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    modified_at = EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000)
+    return ObjectInfo(key, found.st_size, _etag(found), modified_at)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """A regular file's properties; None for anything else and for nothing."""
+    try:
+        found = path.lstat()
+    except ABSENT:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _open(path: Path) -> BinaryIO | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hang the reader
+    except ABSENT:
+        return None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    return None
+
+
+def _make_folder(folder: Path) -> None:
+    """With all parents, each made durable."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _said(what, error) from error
+
+
+def _said(what: str, error: OSError) -> AppError:
+    """The file system's refusal as what the caller should do."""
+    text = f"{what}: {error.strerror}"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return Transient(text, "free space on the disk that holds the object directory")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return Permanent(text, "let the service's user write to the object directory, or set DATA_DIR")
+        case errno.EIO:
+            return Permanent(text, "the disk failed: check the kernel's log")
+        case errno.EISDIR | errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
+            return Rejected(text, "another object's key has this key as a folder, or the other way round: rename one")
+        case errno.ENAMETOOLONG | errno.EINVAL | errno.EILSEQ:
+            return Rejected(text, "this file system cannot hold such a name: shorten each segment to 255 bytes")
+        case _:
+            return Transient(text, "check the disk that holds the object directory")

@@ -1,0 +1,478 @@
+"""The object store port on S3 and on stores that speak its protocol; with `dynamo_to_drive.source` the home of boto3.
+
+Invariants: no exception of the SDK leaves this module; a conditional write is sent with its condition, so the store
+decides it atomically; a read stays on the version it began with, however often it has to be resumed.
+Where a fact about the protocol is used, it comes from the S3 API reference or was seen on a real server.
+"""
+
+import io
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC
+from http import HTTPStatus
+from typing import Any, BinaryIO
+
+from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.stores.objects import ObjectInfo, Put, check_key
+
+MAX_PUT_BYTES = 5 << 30
+MAX_METADATA_BYTES = 2048
+RESUMES = 8
+READ_BYTES = 1 << 18
+BUSY_ATTEMPTS = 4
+OTHER_ETAG = '"00000000000000000000000000000000"'
+
+KEYS_HINT = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY"
+RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and put objects under S3_PREFIX"
+BUCKET_HINT = "create the bucket or correct S3_BUCKET"
+REGION_HINT = "set S3_REGION to the bucket's region"
+STYLE_HINT = "check S3_ENDPOINT_URL, and set S3_ADDRESSING_STYLE to path or virtual as the store asks"
+REACH_HINT = "check S3_ENDPOINT_URL and the network; it is tried again"
+AGAIN_HINT = "nothing to do: it is tried again"
+READ_HINT = "nothing to do: it is read again"
+
+HINTS: Mapping[str, str] = {
+    "InvalidAccessKeyId": KEYS_HINT,
+    "SignatureDoesNotMatch": KEYS_HINT,
+    "ExpiredToken": "the temporary credentials ended: renew them",
+    "InvalidToken": "check AWS_SESSION_TOKEN; leave it out for keys that do not end",
+    "AccessDenied": RIGHTS_HINT,
+    "403": RIGHTS_HINT,  # the codes of HEAD, which has no body, are its status
+    "RequestTimeTooSkewed": "set this machine's clock (NTP)",
+    "InvalidBucketName": BUCKET_HINT,
+    "PermanentRedirect": REGION_HINT,
+    "TemporaryRedirect": REGION_HINT,
+    "AuthorizationHeaderMalformed": REGION_HINT,
+    "IllegalLocationConstraintException": REGION_HINT,
+    "301": REGION_HINT,
+    "400": f"{REGION_HINT}; {KEYS_HINT}",
+}
+BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted"})
+PASSING = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "SlowDown", "Throttling"})
+REFUSED = frozenset({"KeyTooLongError", "EntityTooLarge", "MetadataTooLarge", "InvalidObjectState", "InvalidURI"})
+
+PASSING_STATUS = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+    }
+)
+TEXT_LIMIT = 400
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Target:
+    """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
+
+    bucket: str
+    region: str = "us-east-1"
+    endpoint_url: str = ""
+    addressing_style: str = "auto"
+    access_key_id: str = ""
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
+    connect_timeout_seconds: float = 5
+    read_timeout_seconds: float = 60
+    attempts: int = 4
+    connections: int = 16
+    page_keys: int = 1000
+
+
+class S3Store:
+    """Objects of one bucket. `probe_key` names the object that `probe` writes and removes; each process has its own.
+
+    Before `probe` has run, a condition is both sent and checked by a HEAD; where `probe` saw it ignored, only checked.
+    """
+
+    def __init__(self, target: S3Target, probe_key: str) -> None:
+        self._target = target
+        self._probe_key = check_key(probe_key)
+        self._honours: bool | None = None
+        self._bucket_seen = False
+        self._lock = threading.Lock()
+        self._made: Any = None
+
+    @property
+    def conditional(self) -> bool:
+        """True when `probe` saw wrong conditions refused and a right one taken."""
+        return self._honours is True
+
+    def close(self) -> None:
+        """Close idle connections. The store may be used again afterwards."""
+        with self._lock:
+            client, self._made = self._made, None
+        if client is not None:
+            client.close()
+
+    def probe(self) -> None:
+        """Look into the bucket, write, and try each condition on the probe object.
+
+        A listing stands for HeadBucket: it needs no right outside the prefix, and its errors say what is wrong.
+        """
+        self._bucket_seen = False
+        self._see_bucket(self._probe_key.rpartition("/")[0])
+        etag = self._send(self._probe_key, b"probe", Put("text/plain"), {})
+        try:
+            self._honours = (
+                self._status_of({"IfNoneMatch": "*"}) == HTTPStatus.PRECONDITION_FAILED
+                and self._status_of({"IfMatch": OTHER_ETAG}) == HTTPStatus.PRECONDITION_FAILED
+                and self._status_of({"IfMatch": etag}) == HTTPStatus.OK
+            )
+        finally:
+            self._remove_probe()
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """HeadObject."""
+        _check(key)
+        found = self._unless_missing(key, lambda: self._client().head_object(Bucket=self._target.bucket, Key=key))
+        if found is None:
+            return None
+        return ObjectInfo(
+            key,
+            found["ContentLength"],
+            found["ETag"],
+            found["LastModified"].astimezone(UTC),
+            found.get("ContentType", "application/octet-stream"),
+            {name.lower(): value for name, value in found.get("Metadata", {}).items()},
+        )
+
+    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
+        _check(key)
+        _check_headers(key, put)
+        rest = _Rest(body)
+        if rest.size_bytes > MAX_PUT_BYTES:
+            raise Rejected(
+                f"{key}: {rest.size_bytes} bytes are more than the 5 GiB that one upload may have",
+                "set EXPORT_WINDOW_SECONDS to a shorter window",
+            )
+        if put.expected is not None and not self.conditional:
+            self._compare(key, put.expected)
+        return self._send(key, rest, put, {} if self._honours is False else _condition(put.expected))
+
+    @contextmanager
+    def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
+        _check(key)
+        answer = self._get(key, {} if etag is None else {"IfMatch": etag})
+        if answer is None:
+            yield None
+            return
+
+        def resume(position: int) -> Any:
+            return self._get_rest(key, answer["ETag"], position)
+
+        with io.BufferedReader(_Resumed(key, answer, resume), READ_BYTES) as stream:
+            yield stream
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """ListObjectsV2, in the order of the store: S3's is UTF-8; SeaweedFS sorts a slash before all else."""
+        _check_unicode(prefix)
+        what = f"listing of {prefix!r}"
+        question: dict[str, Any] = {"Bucket": self._target.bucket, "Prefix": prefix, "MaxKeys": self._target.page_keys}
+        while True:
+            with self._translated(what):
+                page = self._client().list_objects_v2(**question)
+            for found in page.get("Contents", ()):
+                yield ObjectInfo(found["Key"], found["Size"], found["ETag"], found["LastModified"].astimezone(UTC))
+            if not page["IsTruncated"]:
+                return
+            token = page.get("NextContinuationToken")
+            if not token or token == question.get("ContinuationToken"):
+                raise Transient(f"{what}: the store says that there is more, and not how to get it", STYLE_HINT)
+            question["ContinuationToken"] = token
+
+    def delete(self, key: str) -> None:
+        """DeleteObject; S3 answers the same whether or not there was one."""
+        _check(key)
+        self._unless_missing(key, lambda: self._client().delete_object(Bucket=self._target.bucket, Key=key))
+
+    def _get(self, key: str, conditions: Mapping[str, str]) -> Any:
+        def call() -> Any:
+            return self._client().get_object(Bucket=self._target.bucket, Key=key, **conditions)
+
+        return self._unless_missing(key, call)
+
+    def _get_rest(self, key: str, etag: str, position: int) -> Any:
+        answer = self._get(key, {"IfMatch": etag, "Range": f"bytes={position}-"})
+        if answer is None:
+            raise Conflict(f"{key}: was deleted while it was read", READ_HINT)
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
+            answer["Body"].close()
+            raise Transient(f"{key}: the store does not continue a download that broke off", REACH_HINT)
+        return answer["Body"]
+
+    def _unless_missing(self, key: str, call: Callable[[], Any]) -> Any:
+        """The answer, None for a missing key. A 404 may mean the bucket or a wrong endpoint too: asked once."""
+        from botocore.exceptions import ClientError
+
+        with self._translated(key):
+            try:
+                return call()
+            except ClientError as error:
+                if _status(error) != HTTPStatus.NOT_FOUND or _code(error) == "NoSuchBucket":
+                    raise
+        self._see_bucket(key)
+        return None
+
+    def _see_bucket(self, prefix: str) -> None:
+        if not self._bucket_seen:
+            with self._translated(f"bucket {self._target.bucket!r}"):
+                self._client().list_objects_v2(Bucket=self._target.bucket, Prefix=prefix, MaxKeys=1)
+            self._bucket_seen = True
+
+    def _compare(self, key: str, expected: str) -> None:
+        held = self.head(key)
+        found = "" if held is None else held.etag
+        if found != expected:
+            raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", READ_HINT)
+
+    def _send(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> str:
+        """PutObject. Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its
+        ETag would have to be read again, so that is a Conflict.
+        """
+        from botocore.exceptions import ClientError
+
+        attempts_left = 1 if "IfMatch" in condition else BUSY_ATTEMPTS
+        with self._translated(key, replaces="IfMatch" in condition):
+            while True:
+                attempts_left -= 1
+                try:
+                    return str(self._put_object(key, body, put, condition)["ETag"])
+                except ClientError as error:
+                    if _code(error) not in BUSY or not attempts_left:
+                        raise
+
+    def _put_object(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> Any:
+        return self._client().put_object(
+            Bucket=self._target.bucket,
+            Key=key,
+            Body=body,
+            ContentType=put.content_type,
+            Metadata=dict(put.metadata),
+            **condition,
+        )
+
+    def _status_of(self, condition: Mapping[str, str]) -> int:
+        """How the store answers a write of the probe object: 200, 412, or 501 where it knows no conditions."""
+        from botocore.exceptions import ClientError
+
+        with self._translated(self._probe_key):
+            try:
+                self._put_object(self._probe_key, b"probe", Put("text/plain"), condition)
+            except ClientError as error:
+                if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_IMPLEMENTED):
+                    return _status(error)
+                raise
+        return HTTPStatus.OK
+
+    def _remove_probe(self) -> None:
+        try:
+            self.delete(self._probe_key)
+        except Permanent as error:
+            log.warning("the probe object stays in the bucket: %s", error)
+
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                self._made = _make_client(self._target)
+            return self._made
+
+    @contextmanager
+    def _translated(self, what: str, *, replaces: bool = False) -> Iterator[None]:
+        """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+
+        try:
+            yield
+        except ClientError as error:
+            if replaces and (_code(error) == "NoSuchKey" or _code(error) in BUSY):
+                raise Conflict(f"{what}: {_code(error)}", READ_HINT) from error
+            raise _answered(what, error, self._target) from error
+        except ResponseParserError as error:
+            raise Transient(f"{what}: the answer is not S3's: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
+        except BotoCoreError as error:
+            raise _failed(what, error) from error
+
+
+class _Rest:
+    """What is left of a stream, as a stream of its own: the SDK rewinds to 0 before it sends a body again."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._start = stream.tell()
+        self.size_bytes = stream.seek(0, io.SEEK_END) - self._start
+        stream.seek(self._start)
+
+    def read(self, count: int = -1) -> bytes:
+        return self._stream.read(count)
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = self._start if whence == io.SEEK_SET else 0
+        return self._stream.seek(offset + start, whence) - self._start
+
+
+class _Resumed(io.RawIOBase):
+    """A download that is asked for again from where it broke off, at most RESUMES times, and ends only at its size."""
+
+    def __init__(self, key: str, answer: Mapping[str, Any], resume: Callable[[int], Any]) -> None:
+        self._key = key
+        self._body = answer["Body"]
+        self._size_bytes: int = answer["ContentLength"]
+        self._resume = resume
+        self._position = 0
+        self._resumes_left = RESUMES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = b""
+        while not chunk and self._position < self._size_bytes:
+            chunk = self._read(min(len(buffer), self._size_bytes - self._position))
+        buffer[: len(chunk)] = chunk
+        self._position += len(chunk)
+        return len(chunk)
+
+    def _read(self, count: int) -> bytes:
+        """Some of the next bytes; none when the connection broke and a new one was made."""
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        cause = None
+        try:
+            chunk: bytes = self._body.read(count)
+        except (BotoCoreError, HTTPError, OSError) as error:
+            chunk, cause = b"", error
+        if not chunk:
+            self._body.close()
+            if not self._resumes_left:
+                where = f"at byte {self._position} of {self._size_bytes}"
+                raise Transient(
+                    f"{self._key}: the download broke off {RESUMES + 1} times, now {where}", REACH_HINT
+                ) from cause
+            self._resumes_left -= 1
+            self._body = self._resume(self._position)
+        return chunk
+
+    def close(self) -> None:
+        if not self.closed:
+            self._body.close()
+        super().close()
+
+
+def _make_client(target: S3Target) -> Any:
+    """A client of its own session: sessions are not safe to share between threads, clients are."""
+    import boto3
+    from botocore.config import Config
+
+    # Compatible stores may not know the SDK's newer checksums, and some keep their framing as data.
+    needed = "when_required" if target.endpoint_url else "when_supported"
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": target.attempts},
+        connect_timeout=target.connect_timeout_seconds,
+        read_timeout=target.read_timeout_seconds,
+        max_pool_connections=target.connections,
+        request_checksum_calculation=needed,
+        response_checksum_validation=needed,
+        s3={"addressing_style": target.addressing_style},
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3",
+            region_name=target.region,
+            endpoint_url=target.endpoint_url or None,
+            aws_access_key_id=target.access_key_id or None,
+            aws_secret_access_key=target.secret_access_key or None,
+            aws_session_token=target.session_token or None,
+            config=config,
+        )
+    except ValueError as error:
+        raise Permanent(f"the S3 client cannot be made: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
+
+
+def _check(key: str) -> None:
+    check_key(key)
+    _check_unicode(key)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(f"object key {text!r} is not valid Unicode", "use UTF-8 text") from error
+
+
+def _check_headers(key: str, put: Put) -> None:
+    """They travel as HTTP headers, where other characters are lost, changed or refused, depending on the store."""
+    for text in (put.content_type, *put.metadata, *put.metadata.values()):
+        if not (text.isascii() and text.isprintable() and text == text.strip()):
+            raise Rejected(f"{key}: {text!r} cannot be object metadata", "use printable ASCII without outer spaces")
+    if sum(len(name) + len(value) for name, value in put.metadata.items()) > MAX_METADATA_BYTES:
+        raise Rejected(f"{key}: its metadata is longer than {MAX_METADATA_BYTES} bytes", "shorten it")
+
+
+def _condition(expected: str | None) -> Mapping[str, str]:
+    if expected is None:
+        return {}
+    return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _answered(what: str, error: Any, target: S3Target) -> AppError:
+    """The store's refusal as what the caller should do. Its message is quoted; it never repeats the secret."""
+    code, status = _code(error), _status(error)
+    text = f"{what}: {code}: {error.response.get('Error', {}).get('Message', '')}"[:TEXT_LIMIT]
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return Conflict(text, READ_HINT)
+    if code == "NoSuchBucket":
+        return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
+    if code in REFUSED:
+        return Rejected(text, "change the key or the object; an archived object has to be restored first")
+    if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
+        return Transient(text, AGAIN_HINT, retry_after_seconds=_seconds(headers.get("retry-after", "")))
+    region = headers.get("x-amz-bucket-region", target.region)
+    if region != target.region:
+        return Permanent(f"{text}; bucket {target.bucket!r} is in {region}", f"set S3_REGION to {region}")
+    return Permanent(text, HINTS.get(code, STYLE_HINT))
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text.isdecimal() else None
+
+
+def _failed(what: str, error: Exception) -> AppError:
+    """A call that got no answer as what the caller should do."""
+    from botocore import exceptions as sdk
+
+    text = f"{what}: {error}"[:TEXT_LIMIT]
+    if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
+        return Permanent(text, "install the certificate authority of the store, or set AWS_CA_BUNDLE to its file")
+    if isinstance(error, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
+        return Transient(text, f"check the role of this machine, or set the keys: {KEYS_HINT}")
+    if isinstance(
+        error, (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.FlexibleChecksumError)
+    ):
+        return Transient(text, REACH_HINT)
+    if isinstance(error, sdk.ParamValidationError):
+        return Permanent(text, BUCKET_HINT)
+    return Permanent(text, KEYS_HINT)
