@@ -10,8 +10,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC
+from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ OTHER_ETAG = '"00000000000000000000000000000000"'
 KEYS_HINT = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY"
 RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and put objects under S3_PREFIX"
 BUCKET_HINT = "create the bucket or correct S3_BUCKET"
-REGION_HINT = "set S3_REGION to the bucket's region"
+REGION_HINT = "set S3_REGION to the bucket's region, and S3_ENDPOINT_URL to an address that does not redirect"
 STYLE_HINT = "check S3_ENDPOINT_URL, and set S3_ADDRESSING_STYLE to path or virtual as the store asks"
 REACH_HINT = "check S3_ENDPOINT_URL and the network; it is tried again"
 AGAIN_HINT = "nothing to do: it is tried again"
@@ -48,6 +49,8 @@ HINTS: Mapping[str, str] = {
     "AuthorizationHeaderMalformed": REGION_HINT,
     "IllegalLocationConstraintException": REGION_HINT,
     "301": REGION_HINT,
+    "302": REGION_HINT,
+    "307": REGION_HINT,
     "400": f"{REGION_HINT}; {KEYS_HINT}",
 }
 BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted"})
@@ -118,7 +121,7 @@ class S3Store:
         """
         self._bucket_seen = False
         self._see_bucket(self._probe_key.rpartition("/")[0])
-        etag = self._send(self._probe_key, b"probe", Put("text/plain"), {})
+        etag = self._send(self._probe_key, _Rest(io.BytesIO(b"probe")), Put("text/plain"), {})
         try:
             self._honours = (
                 self._status_of({"IfNoneMatch": "*"}) == HTTPStatus.PRECONDITION_FAILED
@@ -134,14 +137,12 @@ class S3Store:
         found = self._unless_missing(key, lambda: self._client().head_object(Bucket=self._target.bucket, Key=key))
         if found is None:
             return None
-        return ObjectInfo(
-            key,
-            found["ContentLength"],
-            found["ETag"],
-            found["LastModified"].astimezone(UTC),
-            found.get("ContentType", "application/octet-stream"),
-            {name.lower(): value for name, value in found.get("Metadata", {}).items()},
-        )
+        with self._translated(key):
+            return replace(
+                _info(key, found["ContentLength"], found),
+                content_type=found.get("ContentType", "application/octet-stream"),
+                metadata={name.lower(): value for name, value in found.get("Metadata", {}).items()},
+            )
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
@@ -166,10 +167,9 @@ class S3Store:
             yield None
             return
 
-        def resume(position: int) -> Any:
-            return self._get_rest(key, answer["ETag"], position)
-
-        with io.BufferedReader(_Resumed(key, answer, resume), READ_BYTES) as stream:
+        with self._translated(key):
+            raw = _Resumed(key, answer, partial(self._get_rest, key, answer["ETag"]))
+        with io.BufferedReader(raw, READ_BYTES) as stream:
             yield stream
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -180,9 +180,10 @@ class S3Store:
         while True:
             with self._translated(what):
                 page = self._client().list_objects_v2(**question)
-            for found in page.get("Contents", ()):
-                yield ObjectInfo(found["Key"], found["Size"], found["ETag"], found["LastModified"].astimezone(UTC))
-            if not page["IsTruncated"]:
+                found = [_info(entry["Key"], entry["Size"], entry) for entry in page.get("Contents", ())]
+                more = page["IsTruncated"]
+            yield from (info for info in found if info.key.startswith(prefix))  # SeaweedFS takes `a//` for `a/`
+            if not more:
                 return
             token = page.get("NextContinuationToken")
             if not token or token == question.get("ContinuationToken"):
@@ -234,7 +235,7 @@ class S3Store:
         if found != expected:
             raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", READ_HINT)
 
-    def _send(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> str:
+    def _send(self, key: str, body: "_Rest", put: Put, condition: Mapping[str, str]) -> str:
         """PutObject. Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its
         ETag would have to be read again, so that is a Conflict.
         """
@@ -250,7 +251,8 @@ class S3Store:
                     if _code(error) not in BUSY or not attempts_left:
                         raise
 
-    def _put_object(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> Any:
+    def _put_object(self, key: str, body: "_Rest", put: Put, condition: Mapping[str, str]) -> Any:
+        body.seek(0)
         return self._client().put_object(
             Bucket=self._target.bucket,
             Key=key,
@@ -266,7 +268,7 @@ class S3Store:
 
         with self._translated(self._probe_key):
             try:
-                self._put_object(self._probe_key, b"probe", Put("text/plain"), condition)
+                self._put_object(self._probe_key, _Rest(io.BytesIO(b"probe")), Put("text/plain"), condition)
             except ClientError as error:
                 if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_IMPLEMENTED):
                     return _status(error)
@@ -297,7 +299,7 @@ class S3Store:
             if replaces and (_code(error) == "NoSuchKey" or _code(error) in BUSY):
                 raise Conflict(f"{what}: {_code(error)}", READ_HINT) from error
             raise _answered(what, error, self._target) from error
-        except ResponseParserError as error:
+        except (ResponseParserError, KeyError) as error:
             raise Transient(f"{what}: the answer is not S3's: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
         except BotoCoreError as error:
             raise _failed(what, error) from error
@@ -389,7 +391,7 @@ def _make_client(target: S3Target) -> Any:
         s3={"addressing_style": target.addressing_style},
     )
     try:
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             region_name=target.region,
             endpoint_url=target.endpoint_url or None,
@@ -400,6 +402,19 @@ def _make_client(target: S3Target) -> Any:
         )
     except ValueError as error:
         raise Permanent(f"the S3 client cannot be made: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
+    client.meta.events.register("before-call.s3.HeadBucket", _redirect_no_further)
+    return client
+
+
+def _redirect_no_further(context: Mapping[str, Any], **_: Any) -> None:
+    """On a redirect the SDK asks HeadBucket for the region, on whose redirect it asks HeadBucket, and so on: an address
+    that redirects everything (http to https, say) would cost hundreds of requests. Nothing else here calls HeadBucket.
+    """
+    context.get("s3_redirect", {})["redirected"] = True
+
+
+def _info(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
+    return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
 
 
 def _check(key: str) -> None:
