@@ -112,7 +112,8 @@ def open_store(settings: Settings) -> "ObjectStore":
         from app.stores.local_directory import LocalDirectory
 
         return LocalDirectory(settings.service.data_dir / "objects")
-    from app.stores.s3 import S3Store, S3Target
+    from app.stores.s3 import PROBE_FOLDER, S3Store
+    from app.stores.s3_client import S3Target
 
     target = S3Target(
         bucket=s3.bucket,
@@ -123,7 +124,7 @@ def open_store(settings: Settings) -> "ObjectStore":
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
     )
-    return S3Store(target, f"{s3.prefix}/.headwater-probe/{uuid4().hex}".lstrip("/"))
+    return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
 
 
 def revealed(secret: SecretStr | None) -> str:

@@ -8,10 +8,10 @@ Where a fact about the protocol is used, it comes from the S3 API reference or w
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from datetime import UTC
+from datetime import UTC, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
@@ -36,6 +36,8 @@ RESUMES = 8
 READ_BYTES = 1 << 18
 BUSY_ATTEMPTS = 4
 CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+PROBE_FOLDER = ".headwater-probe"
+LEFTOVER = timedelta(hours=1)
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class S3Store:
                 and self._status_of({"IfMatch": etag}) == HTTPStatus.OK
             )
         finally:
-            self._remove_probe()
+            self._remove_probes()
 
     def head(self, key: str) -> ObjectInfo | None:
         """HeadObject."""
@@ -227,8 +229,13 @@ class S3Store:
                 return status_of(error)
         return HTTPStatus.OK
 
-    def _remove_probe(self) -> None:
+    def _remove_probes(self) -> None:
+        """Ours, and in PROBE_FOLDER, which holds nothing else, those of processes that were killed in mid-probe."""
+        folder = self._probe_key.rpartition("/")[0] + "/"
         try:
+            if folder.endswith(f"{PROBE_FOLDER}/"):
+                for key in _old(list(self.list(folder))):
+                    self.delete(key)
             self.delete(self._probe_key)
         except Permanent as error:
             log.warning("the probe object stays in the bucket: %s", error)
@@ -325,6 +332,12 @@ class _Resumed(io.RawIOBase):
 
 def _info(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
+
+
+def _old(probes: Sequence[ObjectInfo]) -> Sequence[str]:
+    """Keys of probes that no process is still at; the newest of them tells the store's own time."""
+    now_at = max((probe.modified_at for probe in probes), default=None)
+    return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
 
 
 def _check(key: str) -> None:
