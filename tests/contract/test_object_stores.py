@@ -20,8 +20,8 @@ import pytest
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore, Put
-from app.stores.s3 import S3Store
+from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.stores.s3 import S3Store, old_probes
 from app.stores.s3_client import S3Target
 from fault_proxy import (
     Fault,
@@ -378,6 +378,13 @@ class TestS3:
             store.probe()
             assert store.conditional
             assert keys(store) == ["k"]
+
+    def test_only_probes_that_no_process_is_still_at_count_as_old(self) -> None:
+        at = datetime(2026, 2, 7, 12, tzinfo=UTC)
+        ages = {"mine": 0, "young": 59, "killed": 61}
+        probes = [ObjectInfo(name, 5, '"e"', at - timedelta(minutes=minutes)) for name, minutes in ages.items()]
+        assert old_probes(probes) == ["killed"]
+        assert old_probes([]) == []
 
     def test_one_500_is_retried(self, remote: S3Store, proxy: FaultProxy) -> None:
         proxy.add(answer(500), "PUT")

@@ -234,7 +234,7 @@ class S3Store:
         folder = self._probe_key.rpartition("/")[0] + "/"
         try:
             if folder.endswith(f"{PROBE_FOLDER}/"):
-                for key in _old(list(self.list(folder))):
+                for key in old_probes(list(self.list(folder))):
                     self.delete(key)
             self.delete(self._probe_key)
         except Permanent as error:
@@ -334,7 +334,7 @@ def _info(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
 
 
-def _old(probes: Sequence[ObjectInfo]) -> Sequence[str]:
+def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
     """Keys of probes that no process is still at; the newest of them tells the store's own time."""
     now_at = max((probe.modified_at for probe in probes), default=None)
     return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
