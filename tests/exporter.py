@@ -34,10 +34,11 @@ class Silent:
 
 @dataclass
 class Exporter:
-    """Two hours after noon of a Saturday unless the test moves `now`. Each `run` is that of a fresh process."""
+    """It is noon of a Saturday until the test moves `now`. Each run is that of a fresh process, unless after `keep`."""
 
     folder: Path
     influx: InfluxSimulator
+    url: str
     store: CountingStore
     state: State
     now: datetime = NOON
@@ -72,7 +73,7 @@ class Exporter:
         """The pipeline as a process that starts now would build it."""
         given = {
             "DATA_DIR": str(self.folder / "data"),
-            "INFLUXDB_URL": self.influx.url,
+            "INFLUXDB_URL": self.url,
             "INFLUXDB_TOKEN": self.influx.token,
             "INFLUXDB_ORG": self.influx.org,
             "INFLUXDB_BUCKET": self.influx.bucket,
@@ -95,10 +96,10 @@ class Exporter:
 
     def well(self, name: str = NAME, **environ: str) -> Run:
         """A run that has to end well, with all its follow-ups."""
-        run = self.run(name, **environ)
+        run = self.run(name, dry_run=False, **environ)
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         while run.report.more:
-            run = self.run(name, **environ)
+            run = self.run(name, dry_run=False, **environ)
             assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run
 
@@ -144,5 +145,5 @@ def exporter_on(store: ObjectStore, folder: Path) -> Iterator[Exporter]:
         influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now)))
         state = open_state("", folder / "data")
         stack.callback(state.close)
-        clock.append(Exporter(folder, influx, CountingStore(store), state))
+        clock.append(Exporter(folder, influx, influx.url, CountingStore(store), state))
         yield clock[0]

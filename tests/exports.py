@@ -43,7 +43,8 @@ def rows_of(store: ObjectStore, key: str) -> list[dict[str, Any]]:
         ]
     found = table(store, key)
     at = found.schema.get_field_index("timestamp")
-    return found.set_column(at, "timestamp", found.column(at).cast(pa.int64())).to_pylist()
+    rows: list[dict[str, Any]] = found.set_column(at, "timestamp", found.column(at).cast(pa.int64())).to_pylist()
+    return rows
 
 
 def nanoseconds(text: str) -> int:

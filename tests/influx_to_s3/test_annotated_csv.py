@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import AppError, Permanent, Transient
 from app.demo.annotated_csv import AnnotatedCsv, Dialect
-from app.demo.flux_tables import TIME, Column, Table
+from app.demo.flux_tables import TIME, Cells, Column, Table
 from app.demo.flux_tables import table as made_table
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import QueryTooLarge
@@ -259,12 +259,12 @@ def tables(draw: st.DrawFn) -> Table:
     number = draw(st.integers(0, 4))
     tag = draw(TEXT.filter(bool))
     columns = [Column("host", "string", group=True), *(Column(f"c{at}", kind) for at, kind in enumerate(kinds))]
-    values = [[tag] * number, *([draw(CELLS[kind]) for _ in range(number)] for kind in kinds)]
+    values: list[Cells] = [[tag] * number, *([draw(CELLS[kind]) for _ in range(number)] for kind in kinds)]
     return made_table(columns, values, [tag])
 
 
 @given(st.lists(st.lists(tables(), max_size=5), max_size=3), st.integers(0, 1 << 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_cutting_and_any_block_size_give_one_result(results: list[list[Table]], seed: int) -> None:
     writer = AnnotatedCsv(Dialect(("datatype", "group", "default")))
     body = b"".join(piece.data for piece in writer.pieces((f"r{n}", one) for n, one in enumerate(results)))

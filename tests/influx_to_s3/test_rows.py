@@ -272,7 +272,7 @@ def tabled(model: Mapping[int, int | None], sizes: Sequence[int]) -> list[pa.Tab
 
 
 @given(MODEL, MODEL, st.lists(st.integers(0, 5), max_size=6), st.lists(st.integers(0, 5), max_size=6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_union_and_missing_are_those_of_dictionaries(
     tmp_path_factory: pytest.TempPathFactory,
     new: dict[int, int | None],
