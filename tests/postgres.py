@@ -1,9 +1,11 @@
 """A real PostgreSQL server from its wheel, run by ourselves so that tests can stop, freeze and restart it."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -101,8 +103,8 @@ class PostgresServer:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    server = PostgresServer(_binaries(), _data_directory(tmp_path_factory), _free_port())
+def postgres_server() -> Iterator[PostgresServer]:
+    server = PostgresServer(_binaries(), _data_directory(), _free_port())
     initialise = [str(server.binaries / "initdb"), "-D", str(server.data), "-U", server.user, "--auth=trust"]
     options = ["-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
     subprocess.run([*initialise, *options], check=True, capture_output=True, **_as_nobody())
@@ -111,6 +113,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     server.start()
     yield server
     server.stop()
+    shutil.rmtree(server.data)
 
 
 @pytest.fixture
@@ -133,16 +136,11 @@ def _binaries() -> Path:
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 
-def _data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the server's user may enter: pytest closes its own to everybody else."""
-    root = tmp_path_factory.mktemp("postgres")
-    data = root / "data"
-    data.mkdir(mode=0o700)
+def _data_directory() -> Path:
+    """A folder of its own: pytest closes its folders to other users, also those of a run that goes on beside."""
+    data = Path(tempfile.mkdtemp(prefix="headwater-postgres-"))
     if os.getuid() == 0:
         os.chown(data, NOBODY, NOBODY)
-        for folder in (root, *root.parents[:2]):
-            if folder.stat().st_uid == 0 and folder.is_relative_to(tmp_path_factory.getbasetemp().parent):
-                folder.chmod(0o711)
     return data
 
 

@@ -9,7 +9,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from types import FrameType
@@ -97,13 +97,15 @@ def instant(text: str) -> datetime:
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
-def configured(*, daemon: bool = False) -> "Settings":
+def configured(
+    environ: Mapping[str, str] = os.environ, dotenv: Path | None = Path(".env"), *, daemon: bool = False
+) -> "Settings":
     """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
     from app.ops import log
     from app.settings import load_settings
     from app.settings.masking import secrets_of
 
-    settings = load_settings(os.environ, Path(".env"))
+    settings = load_settings(environ, dotenv)
     service = settings.service
     log.configure(
         service.log_level,
@@ -174,10 +176,23 @@ def runs(given: argparse.Namespace) -> int:
 
 
 def demo(given: argparse.Namespace) -> int:
-    """Everything against simulators."""
-    from importlib import import_module
+    """Everything against simulators; the daemon's own data is left alone."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+    environ = {**os.environ, **({"PORT": str(given.port)} if given.port is not None else {})}
+    sys.stderr.write("starting the simulated systems and writing some hours of telemetry to them\n")
+    from app.demo.daemon import simulated
 
-    return int(import_module("app.demo.daemon").main(given) or OK)
+    with simulated(environ, live=not given.once) as simulation:
+        settings = configured(simulation, None, daemon=not given.once)
+        from app.main import build
+        from app.ops import commands
+        from app.ops.daemon import run_daemon
+
+        if given.once:
+            return commands.once(build(settings))
+        run_daemon(build(settings), environ)
+    return OK
 
 
 def new_key(given: argparse.Namespace) -> int:

@@ -81,9 +81,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def wire(parts: Parts) -> Pipelines:  # noqa: ARG001 - the slices are added here
+def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
-    return Pipelines()
+    from app.influx_to_s3 import job
+
+    state = parts.state
+    influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    on = bool(parts.settings.influx.url)
+    return Pipelines(influx.jobs, {job.NAME: influx.backfill}, {"influxdb": influx.ping} if on else {})
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
@@ -107,7 +112,8 @@ def open_store(settings: Settings) -> "ObjectStore":
         from app.stores.local_directory import LocalDirectory
 
         return LocalDirectory(settings.service.data_dir / "objects")
-    from app.stores.s3 import S3Store, S3Target
+    from app.stores.s3 import PROBE_FOLDER, S3Store
+    from app.stores.s3_client import S3Target
 
     target = S3Target(
         bucket=s3.bucket,
@@ -118,7 +124,7 @@ def open_store(settings: Settings) -> "ObjectStore":
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
     )
-    return S3Store(target, f"{s3.prefix}/.headwater-probe/{uuid4().hex}".lstrip("/"))
+    return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
 
 
 def revealed(secret: SecretStr | None) -> str:
@@ -206,7 +212,7 @@ def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
             PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
             for job in service.pipelines.jobs
             if job.name in service.pipelines.backfills
-            for at in service.state.checkpoints.positions(job.name)
+            for at in service.state.checkpoints.of(job.name)
         ]
 
     return views

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from app.core.errors import Permanent, Rejected, Transient
+from app.core.errors import Permanent, Transient
 from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 BUCKETS = 30
 OVERFLOW = 4
-CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
 SHORTEST = timedelta(milliseconds=2)
-MAX_ID_BYTES = 255
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -72,8 +70,6 @@ class InfluxSource:
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
         """One question per run of windows of one length. Raises Permanent for an unknown measurement."""
-        if partition is not None:
-            check_device(partition)
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
@@ -88,7 +84,6 @@ class InfluxSource:
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
-        check_device(partition)
         spool = self._spool(partition)
         cells: Mapping[datetime, int] = {}
         try:
@@ -243,19 +238,3 @@ def slices(
             start, points = bucket.start, 0
         points += here
     yield Window(start, span.end), points
-
-
-def check_device(device: str) -> None:
-    """Raises Rejected for an id that cannot be part of a key as it is."""
-    problem = ""
-    if not device or "/" in device or ".." in device:
-        problem = "is empty or holds '/' or '..'"
-    elif not CONTROL.isdisjoint(device):
-        problem = "holds a control character"
-    elif len(device.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
-        problem = "is longer than 255 bytes"
-    if problem:
-        raise Rejected(
-            f"device id {device[:80]!r} {problem}, so it cannot name an object",
-            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
-        )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import FrameType
 
 from app.core.errors import AppError, Rejected
-from app.core.runs import Job, Outcome, Report, Run, Stop, execute
+from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.ops.progress import Tally, bar, logged
 from app.ops.readiness import look
@@ -45,18 +45,52 @@ def _job(service: Headwater, name: str) -> Job:
 
 
 def _finish(service: Headwater, job: Job, *, dry_run: bool) -> int:
-    total = Report()
-    last: Run | None = None
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job.name) as tally:
-        while last is None or (last.report.more and last.outcome is Outcome.OK):
-            last = execute(job, desk, service.stop, tally, dry_run=dry_run)
-            if last is None:
-                sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
-                return BUSY
-            total += last.report
+        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
     service.state.close()
+    if last is None:
+        sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
+        return BUSY
     return _told(job.name, last, total, dry_run=dry_run)
+
+
+def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> tuple[Run | None, Report]:
+    """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
+    total = Report()
+    while True:
+        run = execute(job, desk, stop, tally, dry_run=dry_run)
+        if run is None:
+            return None, total
+        total += replace(run.report, more=False)
+        if dry_run or not run.report.more or run.outcome is not Outcome.OK:
+            return run, total
+
+
+def once(service: Headwater) -> int:
+    """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
+    lines = []
+    fine = True
+    desk = replace(service.desk, ended=_unexpected)
+    with _stoppable(service.stop):
+        for job in (named(job) for job in service.pipelines.jobs if not job.off):
+            with _shown(job.name) as tally:
+                run, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
+            outcome = run.outcome if run else None
+            fine = fine and outcome is Outcome.OK
+            moved = (str(total.windows), str(total.rows), str(total.bytes))
+            lines.append((job.name, outcome.value if outcome else "busy", *moved, run.error if run else ""))
+    service.state.close()
+    _table(("job", "outcome", "objects", "rows", "bytes", "error"), lines)
+    _table(("where", ""), [(name, where) for name, where in _places(service)])
+    return OK if fine else FAILED
+
+
+def _places(service: Headwater) -> Iterator[tuple[str, str]]:
+    settings = service.settings
+    bucket = settings.s3.bucket
+    yield "objects", f"s3://{bucket}/{settings.s3.prefix}" if bucket else str(settings.service.data_dir / "objects")
+    yield "state", "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(settings.service.data_dir)
 
 
 def _told(name: str, last: Run, total: Report, *, dry_run: bool) -> int:

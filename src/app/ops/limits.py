@@ -6,6 +6,7 @@ request head, or stops in mid-body, is closed within 15 s.
 
 import asyncio
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +98,8 @@ async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits:
         await send_refusal(send, too_large(limit_bytes))
         return
     body = _Body(receive, send, limit_bytes)
-    try:
+    with suppress(_Cut):
         await app(scope, body.receive, body.send)
-    except Exception:
-        if body.refusal is None:
-            raise
     await body.finish()
 
 

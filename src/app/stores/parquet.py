@@ -19,13 +19,14 @@ from app.core.errors import Conflict, Permanent, Rejected
 from app.core.ports import Batch, Held
 from app.core.window import Window
 from app.stores.layouts import Layout
-from app.stores.objects import ObjectInfo, ObjectStore, Put, check_key
+from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_ROWS = 128 * 1024
 CSV_BLOCK_BYTES = 1 << 20
+MAX_DEVICE_BYTES = 255
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
 
 
@@ -68,6 +69,7 @@ class TableSink:
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
+        _check_device(partition)
         layout = self.layout_at(window.start)
         named_at = window.start + timedelta(seconds=part)
         if named_at >= window.end:
@@ -125,6 +127,22 @@ class TableSink:
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=self.spool_directory, prefix="object-")
+
+
+def _check_device(device: str) -> None:
+    """Raises Rejected for an id that cannot be part of a key as it is."""
+    problem = ""
+    if not device or "/" in device or ".." in device:
+        problem = "is empty or holds '/' or '..'"
+    elif not CONTROL.isdisjoint(device):
+        problem = "holds a control character"
+    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
+        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
+    if problem:
+        raise Rejected(
+            f"device id {device[:80]!r} {problem}, so it cannot name an object",
+            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
+        )
 
 
 def held_of(info: ObjectInfo) -> Held:

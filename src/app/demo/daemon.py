@@ -1,0 +1,57 @@
+"""The simulated outside systems of `python -m app demo`, and the environment that points the product at them.
+
+Invariant: the demo reads none of the user's settings but where to listen, what to log and where data goes, so it can
+never touch a real system.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.demo.devices import fleet
+from app.demo.feeder import Feeder, http_writer
+from app.demo.influx import InfluxSimulator
+
+DEVICES = 8
+BACKLOG_HOURS = 3
+LIVE_SECONDS = 2.0
+FOLDER = "demo"
+KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", "ALLOW_ANONYMOUS")
+
+
+@contextmanager
+def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str, str]]:
+    """Start the simulators with some hours of data, `live` with more each few seconds; the demo's whole environment."""
+    with InfluxSimulator() as influx:
+        write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
+        feeder = Feeder(write, fleet(DEVICES), backlog_hours=BACKLOG_HOURS, interval_seconds=LIVE_SECONDS)
+        feeder.start()
+        try:
+            if not live:
+                feeder.close()
+            yield {**_kept(environ), **_short_cycle(influx), "DATA_DIR": str(_folder(environ))}
+        finally:
+            feeder.close()
+
+
+def _kept(environ: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: environ[name] for name in KEPT if name in environ}
+
+
+def _folder(environ: Mapping[str, str]) -> Path:
+    """Beside the real data, never among it."""
+    return Path(environ.get("DATA_DIR") or "data") / FOLDER
+
+
+def _short_cycle(influx: InfluxSimulator) -> Mapping[str, str]:
+    """Windows of ten minutes and a run each five seconds: a newcomer sees rows land, settle and close."""
+    return {
+        "INFLUXDB_URL": influx.url,
+        "INFLUXDB_TOKEN": influx.token,
+        "INFLUXDB_ORG": influx.org,
+        "INFLUXDB_BUCKET": influx.bucket,
+        "EXPORT_INTERVAL_SECONDS": "5",
+        "EXPORT_WINDOW_SECONDS": "600",
+        "EXPORT_GRACE_SECONDS": "900",
+        "LOOKBACK_HOURS": str(BACKLOG_HOURS),
+    }
