@@ -59,10 +59,11 @@ class _Schema:
     def __init__(self, head: bytes) -> None:
         import pyarrow.csv as pacsv
 
-        rows = list(csv.reader(io.StringIO(head.decode("utf-8"), newline="")))
+        rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
         annotations, self.names = {row[0]: row for row in rows[:-1]}, rows[-1]
         self.is_error = self.names[1:] == ["error", "reference"]
-        if "#datatype" not in annotations or len(set(self.names)) != len(self.names):
+        typed = len(annotations.get("#datatype", ())) == len(self.names)
+        if not typed or len(set(self.names)) != len(self.names):
             raise Permanent(
                 f"the answer's header is not annotated CSV: {head[:200]!r}",
                 "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
@@ -97,12 +98,13 @@ class _Schema:
                 ),
                 convert_options=self._convert,
             )
+            table = _filled(table, self.fill)
         except pa.ArrowInvalid as error:
             raise Transient(
                 f"InfluxDB's answer holds a row that does not fit its header: {error}",
                 "the window is read again next time; if it stays, a proxy in between may cut answers",
             ) from error
-        return _with_bare_newlines(_filled(table, self.fill), rows)
+        return _with_bare_newlines(table, rows)
 
 
 def _arrow_type(datatype: str) -> Any:
@@ -181,7 +183,9 @@ class _Parser:
 
     def _line(self, rows: bytes, position: int) -> int:
         """One annotation row, or the header row that ends them."""
-        end = rows.find(b"\n", position) + 1 or len(rows)
+        end = rows.find(b"\n", position) + 1
+        while not _closed(rows, position, end):
+            end = rows.find(b"\n", end) + 1
         line = rows[position:end]
         self._head += line
         if not line.startswith(b"#"):
@@ -214,7 +218,7 @@ class _Parser:
 
 
 def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece as it is."""
+    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece may be shorter."""
     parts: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -230,6 +234,8 @@ def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
         block = b"".join(parts)
         if not _closed(block, 0, len(block)):
             raise Transient("InfluxDB's answer ends inside a quoted value", "the window is read again next time")
+        if not block.endswith(b"\n"):
+            raise Transient("InfluxDB's answer ends inside a row", "the window is read again next time")
         yield block
 
 

@@ -65,8 +65,9 @@ def _power_factor(voltage: Any, current: Any, power: Any) -> Any:
 
     volts, amperes, watts = (_floats(column) for column in (voltage, current, power))
     with np.errstate(all="ignore"):
-        factor = np.clip(watts / (volts * amperes), 0.0, 1.0)
-    unknown = ~np.isfinite(factor) | (volts * amperes == 0.0)
+        apparent = volts * amperes
+        factor = np.clip(watts / apparent, 0.0, 1.0)
+    unknown = ~np.isfinite(factor) | (apparent == 0.0)
     return pa.array(factor, mask=unknown)
 
 

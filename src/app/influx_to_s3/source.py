@@ -69,12 +69,14 @@ class InfluxSource:
         return devices
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length."""
+        """One question per run of windows of one length. Raises Permanent for an unknown measurement."""
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
             counted += self._again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
         found = totals(counted)
+        if partition is None and not found:
+            self._check_measurement()
         nameless = sum(count.points for (device, _), count in found.items() if not device)
         if nameless:
             log.warning("%d points of %s have no device_id and cannot be exported", nameless, self._reading.measurement)

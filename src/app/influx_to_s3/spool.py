@@ -104,6 +104,7 @@ class Spool:
         self._blocks: list[pa.Table] = []
         self._file: BinaryIO | None = None
         self._types: dict[str, Any] = {}
+        self._drifts = False
         self._digest = hashlib.sha256()
         self._rows = 0
         self._first_ns: int | None = None
@@ -137,7 +138,7 @@ class Spool:
                 *((name, self._types[name]) for name in fields),
             ]
         )
-        return RowBatch(
+        batch = RowBatch(
             device=self.device,
             rows=self._rows,
             digest=self._digest.hexdigest(),
@@ -148,6 +149,10 @@ class Spool:
             spooled=self._file,
             cells=cells,
         )
+        if self._drifts:
+            # Which block met which type depends on the cutting; with the final types the digest does not.
+            batch.digest = _digest_of(batch.tables())
+        return batch
 
     def abandon(self) -> None:
         """Remove what was spooled so far, after an error."""
@@ -167,9 +172,12 @@ class Spool:
         self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
 
     def _add(self, block: "pa.Table") -> None:
-        block = block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
+        block = _with_values(block)
         for column in block.schema:
-            self._types[column.name] = common_type(self._types.get(column.name, column.type), column.type)
+            known = self._types.setdefault(column.name, column.type)
+            if known != column.type:
+                self._drifts = True
+                self._types[column.name] = common_type(known, column.type)
         _digest_block(self._digest, block)
         self._blocks.append(block)
         if self._rows > self._memory_rows:
@@ -200,6 +208,18 @@ def _with_tags(table: "pa.Table") -> "pa.Table":
     return table
 
 
+def _with_values(block: "pa.Table") -> "pa.Table":
+    """Without the columns that hold nothing."""
+    return block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
+
+
+def _digest_of(blocks: "Iterator[pa.Table]") -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        _digest_block(digest, _with_values(block))
+    return digest.hexdigest()
+
+
 def _digest_block(digest: Any, block: "pa.Table") -> None:
     """Feed names, types and values of a block; columns without any value do not count."""
     for name in sorted(block.column_names):
@@ -217,7 +237,7 @@ def _value_bytes(array: Any) -> Iterator[Any]:
 
     if array.null_count:
         yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
-        array = array.fill_null("" if pa.types.is_string(array.type) else 0)
+        array = array.fill_null(pa.scalar("" if pa.types.is_string(array.type) else 0).cast(array.type))
     if pa.types.is_string(array.type):
         _, offsets, data = array.buffers()
         ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
