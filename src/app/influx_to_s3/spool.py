@@ -66,6 +66,9 @@ class RowBatch:
         import pyarrow as pa
 
         for block in self._spooled_blocks() if self.spooled else self.blocks:
+            if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
+                yield block.select(self.schema.names)
+                continue
             aligned = {
                 column.name: block.column(column.name).cast(column.type, safe=False)
                 if column.name in block.column_names

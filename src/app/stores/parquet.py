@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_ROWS = 128 * 1024
+MEMORY_ROWS = 16 * 1024
 CSV_BLOCK_BYTES = 1 << 20
 MAX_DEVICE_BYTES = 255
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
@@ -43,7 +44,7 @@ class TableBatch(Batch, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """An object's bytes in an unnamed temporary file, with the metadata that says what they are."""
+    """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
 
     file: BinaryIO
     size_bytes: int
@@ -97,7 +98,10 @@ class TableSink:
             yield from _readable(key, _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file))
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to a temporary file. The same rows give the same bytes under one version of pyarrow."""
+        """Write the batch to memory, or to a temporary file when it has more than MEMORY_ROWS.
+
+        The same rows give the same bytes under one version of pyarrow.
+        """
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -106,7 +110,7 @@ class TableSink:
             "digest": batch.digest,
             "app-version": self.app_version,
         }
-        file = self._temporary()
+        file = io.BytesIO() if batch.rows <= MEMORY_ROWS else self._temporary()
         try:
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
