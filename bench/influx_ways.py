@@ -65,7 +65,7 @@ def pieces(body: bytes) -> Iterator[bytes]:
 def parse_ours(url: str, shape: Shape, _: Path) -> Told:
     """`read_blocks` over the bytes in memory."""
     import numpy as np  # noqa: F401 - loaded before the clock starts, as the next ones
-    import pyarrow.compute  # noqa: F401
+    import pyarrow.compute
     import pyarrow.csv  # noqa: F401
 
     from app.influx_to_s3.annotated_csv import read_blocks
