@@ -98,8 +98,8 @@ class InfluxSource:
             raise
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
-        """Adjacent small windows in one question, as long as `batch_rows` suffices for them all."""
-        for run in runs_of_few_rows(counted, self._reading.batch_rows):
+        """Adjacent small windows in one question. An answer is held beside what is cut out of it: half of the rows."""
+        for run in runs_of_few_rows(counted, self._reading.batch_rows // 2):
             tables = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
             for window, count in run:
                 yield (
@@ -233,10 +233,8 @@ def runs_of_one_length(windows: Sequence[Window]) -> Iterator[Window]:
         yield Window(together[0].start, together[-1].end)
 
 
-def runs_of_few_rows(
-    counted: Iterable[tuple[Window, Count]], batch_rows: int
-) -> Iterator[Sequence[tuple[Window, Count]]]:
-    """Adjacent windows of one day together while their points fit in `batch_rows`, any other window alone.
+def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iterator[Sequence[tuple[Window, Count]]]:
+    """Adjacent windows of one day together while they have at most `rows` points, any other window alone.
 
     A day at most: a field may change its type only between shards of the source, and one question must not meet both.
     """
@@ -244,7 +242,7 @@ def runs_of_few_rows(
     points = 0
     for window, count in counted:
         together = run and run[-1][0].end == window.start and run[-1][0].start.date() == window.start.date()
-        if run and (not together or points + count.points > batch_rows):
+        if run and (not together or points + count.points > rows):
             yield run
             run, points = [], 0
         run.append((window, count))
