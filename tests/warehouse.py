@@ -4,7 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Desk:
     """A warehouse with the parts of the product around it, without HTTP."""
 
     warehouse: Warehouse
-    opened: list[Any] = field(default_factory=list)
+    at: datetime = AT
 
     def post(
         self,
@@ -73,7 +73,7 @@ class Desk:
         intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
         with closing(intake.received):
             intake.feed(body)
-            return self.warehouse.insert(table, intake.finish(), Request(AT, **request))
+            return self.warehouse.insert(table, intake.finish(), Request(self.at, **request))
 
     def get(self, table: Table, **params: Any) -> list[dict[str, Any]]:
         text = b"".join(self.read(table, **params).pieces())

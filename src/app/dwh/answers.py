@@ -15,7 +15,7 @@ PIECE_IDS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `would`."""
+    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `count`."""
 
     ids: "array[int]"
     rows: int
