@@ -97,7 +97,7 @@ class InfluxQlReader:
         columns += [f"{identifier(tag)}::tag" for tag in TAGS]
         query = f"SELECT {', '.join(columns)} {self._from} WHERE {_where(device, span)}"
         for series in self._ask(query):
-            yield canonical(_table(series["values"], selected), TIME, frozenset())
+            yield canonical(_table(series["values"], selected), TIME, frozenset(TAGS))
 
     def measurements(self) -> Sequence[str]:
         """See `Reader`."""
@@ -258,8 +258,9 @@ def _table(values: Sequence[Sequence[Any]], selected: Sequence[Selected]) -> "pa
     instants, *columns = zip(*values, strict=True)
     table = {TIME: pa.array(instants, pa.int64()).cast(pa.timestamp("ns", "UTC"))}
     for one, column in zip(selected, columns, strict=False):
+        name = f"{one.name}_field" if one.name in TAGS else one.name  # the tags come under these names themselves
         array = _array(column, one.kind)
-        table[one.name] = _either(table[one.name], array) if one.name in table else array
+        table[name] = _either(table[name], array) if name in table else array
     for tag, column in zip(TAGS, columns[len(selected) :], strict=True):
         table[tag] = pa.array([text or None for text in column], pa.string())
     present = [name for name, array in table.items() if name in (TIME, *TAGS) or array.null_count < len(array)]
