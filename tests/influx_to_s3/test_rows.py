@@ -353,3 +353,14 @@ def test_an_instant_with_nanoseconds_is_cut_to_microseconds_for_the_record(tmp_p
     batch = spooled([rows(1_999, 5_000_001, a=[1, 2])], tmp_path)
     assert batch.min_at == NOON + timedelta(microseconds=1)
     assert batch.max_at == datetime(2026, 2, 7, 12, 0, 0, 5000, tzinfo=UTC)
+
+
+def test_rows_that_are_few_but_fat_are_spilled_and_come_back_as_they_were(tmp_path: Path) -> None:
+    tables = [
+        rows(*range(number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS), note=[text] * BLOCK_ROWS)
+        for number, text in enumerate(["x" * 2100, "x" * 2100, "y"])
+    ]
+    with closing(spooled(tables, tmp_path, memory_rows=10**9)) as batch:
+        assert batch.reusable
+        assert [table.num_rows for table in batch.tables()] == [BLOCK_ROWS] * 3
+        assert [table.column("note")[0].as_py()[0] for table in batch.tables()] == ["x", "x", "y"]

@@ -10,6 +10,7 @@ Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/,
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_BYTES = 1 << 20
-NEWLINE, QUOTE = 0x0A, 0x22
+QUOTE = 0x22
+HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
+BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
 NOT_DATA = frozenset({"", "result", "table"})
 
 
@@ -241,11 +244,11 @@ def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
 
 def _closed(block: bytes, start: int, end: int) -> bool:
     """True when no quote is open at `end`, given that none is at `start`. numpy counts 3 times faster than bytes."""
+    if block.find(b'"', start, end) < 0:
+        return True
     import numpy as np
 
-    return (
-        not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1 if end > start else True
-    )
+    return not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1
 
 
 def _last_row_end(block: bytes) -> int:
@@ -261,12 +264,9 @@ def _next_head(rows: bytes, position: int) -> int:
     """The offset of the next blank or annotation line outside quotes, else the length."""
     if rows.startswith((b"\r\n", b"\n"), position):
         return position
-    best = len(rows)
-    for mark in (b"\n#", b"\n\r\n", b"\n\n"):
-        found = position
-        while (found := rows.find(mark, found, best)) >= 0:
-            if _closed(rows, position, found):
-                best = found + 1
-                break
-            found += 1
-    return best
+    # Most blocks hold no annotation: one look for its mark is much cheaper than a look at the start of every row.
+    pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
+    for found in pattern.finditer(rows, position):
+        if _closed(rows, position, found.start()):
+            return found.end()
+    return len(rows)

@@ -38,8 +38,7 @@ def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.nulls(table.num_rows, pa.int32()).fill_null(0), [device])
-    columns[DEVICE] = columns[DEVICE].cast(pa.string())
+    columns[DEVICE] = pa.repeat(device, table.num_rows)
     for name in MEASURED:
         columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
     columns |= _calendar(table)

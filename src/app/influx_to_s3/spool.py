@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 16_384
+MEMORY_BYTES = 32 << 20
 
 
 @dataclass(slots=True)
@@ -66,6 +67,9 @@ class RowBatch:
         import pyarrow as pa
 
         for block in self._spooled_blocks() if self.spooled else self.blocks:
+            if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
+                yield block.select(self.schema.names)
+                continue
             aligned = {
                 column.name: block.column(column.name).cast(column.type, safe=False)
                 if column.name in block.column_names
@@ -102,6 +106,7 @@ class Spool:
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
         self._blocks: list[pa.Table] = []
+        self._memory_bytes = 0
         self._file: BinaryIO | None = None
         self._types: dict[str, Any] = {}
         self._drifts = False
@@ -180,7 +185,8 @@ class Spool:
                 self._types[column.name] = common_type(known, column.type)
         _digest_block(self._digest, block)
         self._blocks.append(block)
-        if self._rows > self._memory_rows:
+        self._memory_bytes += block.nbytes
+        if self._file or self._rows > self._memory_rows or self._memory_bytes > MEMORY_BYTES:
             self._spill()
 
     def _spill(self) -> None:
@@ -193,6 +199,7 @@ class Spool:
             with pa.ipc.new_stream(self._file, block.schema) as writer:
                 writer.write_table(block)
         self._blocks.clear()
+        self._memory_bytes = 0
 
 
 def _with_tags(table: "pa.Table") -> "pa.Table":

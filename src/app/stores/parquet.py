@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.ports import Batch, Held
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_ROWS = 128 * 1024
+MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 MAX_DEVICE_BYTES = 255
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
@@ -43,7 +44,7 @@ class TableBatch(Batch, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """An object's bytes in an unnamed temporary file, with the metadata that says what they are."""
+    """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
 
     file: BinaryIO
     size_bytes: int
@@ -97,7 +98,10 @@ class TableSink:
             yield from _readable(key, _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file))
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to a temporary file. The same rows give the same bytes under one version of pyarrow."""
+        """Write the batch to memory, from MEMORY_BYTES on to a temporary file.
+
+        The same rows give the same bytes under one version of pyarrow.
+        """
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -126,7 +130,9 @@ class TableSink:
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=self.spool_directory, prefix="object-")
+        folder = str(self.spool_directory)
+        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
+        return cast("BinaryIO", file)
 
 
 def _check_device(device: str) -> None:
