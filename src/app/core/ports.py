@@ -4,7 +4,7 @@ A source yields batches, a sink holds one object per window, checkpoints remembe
 is a contract that every implementation keeps and that one conformance suite checks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -125,6 +125,12 @@ class Source(Protocol[B]):
         """All rows of the window, or an error; never a part of them. `count` was taken before this call.
 
         `kept` is what this process last wrote as the very version that is to be replaced, else None.
+        """
+
+    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[B]:
+        """A batch per window, in this order, each as `read` gives it, in fewer questions.
+
+        Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
     def union(self, batch: B, held: Iterable[Any]) -> B:

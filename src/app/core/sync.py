@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import count, islice, takewhile
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
 from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
@@ -76,13 +76,17 @@ class Pipeline(Generic[B, E]):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far."""
+    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
+
+    `ahead` gives the rows when they may be read together with those of other windows, after all their records.
+    """
 
     partition: str
     window: Window
     count: Count
     record: Record | None
     final: bool
+    ahead: Iterator[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +130,31 @@ def _close_due(
     """Close due windows, oldest first; runs of empty ones cost one count and one commit together."""
     counts = pipeline.source.counts(partition, due)
     records = _records(pipeline, partition, due)
+    work = {w.start: (w, count) for w in due if (count := _to_close(w, records, counts.get((partition, w.start))))}
+    ahead = pipeline.source.read_each(partition, list(work.values()))
     report, passed, committed = Report(), due[0].start, due[0].start
     context.progress.advance(total=len(due))
     for window in due:
         context.stop.check()
-        record, count = records.get(window.start), counts.get((partition, window.start), NOTHING)
-        if (record is None and count != NOTHING) or (record is not None and not record.closed):
+        if window.start in work:
             if report.windows == pipeline.grid.step_windows:
                 report = replace(report, more=True)
                 break
-            report += settle(pipeline, context, Task(partition, window, count, record, final=True), moves_cursor=True)
+            task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=ahead)
+            report += settle(pipeline, context, task, moves_cursor=True)
             committed = window.end
         passed = window.end
         context.progress.advance(done=1)
     if passed > committed and not context.dry_run:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
     return report, passed
+
+
+def _to_close(window: Window, records: Mapping[datetime, Record], count: Count | None) -> Count | None:
+    """What to expect in a window that must be settled; None when it is empty or closed."""
+    record, expected = records.get(window.start), count or NOTHING
+    needed = expected != NOTHING if record is None else not record.closed
+    return expected if needed else None
 
 
 def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
@@ -194,6 +207,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
                 return _store(pipeline, context, task, held, batch)
         except Conflict:
             held = pipeline.sink.head(key)
+            task = replace(task, ahead=None)  # those rows are older than the version that is there now
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
@@ -253,7 +267,8 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
-        batch = pipeline.source.read(task.partition, task.window, task.count, kept)
+        ahead, source = task.ahead, pipeline.source
+        batch = next(ahead) if ahead else source.read(task.partition, task.window, task.count, kept)
     finally:
         if kept is not None:
             kept.close()
