@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from app.core.files import write_durably
+from app.csv_inbox.places import RECORD
 
 KEPT_LOADS = 1000
-RECORD, REVERT = ".json", ".undo"
+REVERT = ".undo"
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 
 
@@ -68,7 +69,8 @@ def load_of(content: Mapping[str, Any]) -> Load:
     """A load from its record; keys of a later version are left out."""
     known = {each.name for each in fields(Load)}
     values: dict[str, Any] = {name: value for name, value in content.items() if name in known}
-    return Load(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Load(**values)
 
 
 def save_load(folder: Path, load: Load) -> None:

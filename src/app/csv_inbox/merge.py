@@ -15,12 +15,24 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from app.core.errors import Permanent
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.incoming import Incoming
-from app.csv_inbox.records import BLOCK_BYTES, Block, Columns, Dialect, Header, Malformed, Offsets, blocks, read_header
+from app.csv_inbox.records import (
+    BLOCK_BYTES,
+    Block,
+    Columns,
+    Dialect,
+    Header,
+    Malformed,
+    Offsets,
+    blocks,
+    filled,
+    read_header,
+)
 
 COPY_BYTES = 1 << 20
 
@@ -216,17 +228,10 @@ class _Merging:
         self._write(block, block.rows[hits])
         self._at += len(block.data)
 
-    def _doubt(self, others: Sequence[Any], held: Any) -> None:
+    def _doubt(self, others: Sequence[Any], held: npt.NDArray[np.bool_]) -> None:
         """A column with a value in any row that stays is not obsolete."""
-        import pyarrow as pa
-        from pyarrow import compute
-
-        stays = pa.array(~held)
-        still = []
-        for place, column in zip(self.doubtful, others, strict=True):
-            if not compute.any(compute.and_(compute.greater(compute.binary_length(column), 0), stays)).as_py():
-                still.append(place)
-        self.doubtful = still
+        columns = zip(self.doubtful, others, strict=True)
+        self.doubtful = [place for place, column in columns if not bool((filled(column) & ~held).any())]
 
     def _meet(self, block: Block, hits: Offsets, values: Sequence[bytes], spool: int) -> None:
         """Count what the file does to rows that are there: a row that comes again to the byte is unchanged."""

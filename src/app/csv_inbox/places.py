@@ -14,11 +14,12 @@ from datetime import datetime
 from pathlib import Path
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.files import sync_file
+from app.core.files import TEMPORARY_SUFFIX, sync_file
 from app.csv_inbox.config import InboxConfig
 
 PENDING = ".pending-"
 TEMPORARY = ".merge.tmp"
+REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -64,15 +65,13 @@ class Places:
 
     def leftovers(self) -> list[Path]:
         """Temporary files and pending links of a merge that was never committed."""
-        own = f".{self.config.merged_file.name}."
-        folders = {self.folder, self.config.metadata_file.parent}
-        found = [
-            path
-            for folder in folders
-            for path in _listed(folder)
-            if path.name.startswith(own) and TEMPORARY in path.name
-        ]
-        return [*found, *(path for path in _listed(self.config.archive_dir) if path.name.startswith(PENDING))]
+        config = self.config
+        own = f".{config.merged_file.name}."
+        folders = {self.folder, config.metadata_file.parent}
+        found = [path for folder in folders for path in _listed(folder) if path.name.startswith((own, f".{own}"))]
+        found += [path for path in (*_listed(self.loads), *_listed(config.rejected_dir)) if _half_written(path)]
+        found = [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)]
+        return [*found, *(path for path in _listed(config.archive_dir) if path.name.startswith(PENDING))]
 
     def make(self) -> None:
         """Create every folder. Raises OSError."""
@@ -83,6 +82,11 @@ class Places:
 
     def _beside(self, name: str) -> Path:
         return self.config.merged_file.with_name(name)
+
+
+def _half_written(path: Path) -> bool:
+    """A reason, its rows or a record that `write_durably` was killed over."""
+    return path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
 
 
 def _listed(folder: Path) -> list[Path]:

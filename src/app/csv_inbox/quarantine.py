@@ -16,9 +16,7 @@ from app.core.files import sync_directory, sync_file, write_durably
 from app.csv_inbox.history import REJECTED, Load, save_load
 from app.csv_inbox.inbox import Candidate
 from app.csv_inbox.incoming import Unmergeable
-from app.csv_inbox.places import Places, printable, unused
-
-REASON, BAD_ROWS = ".reason.json", ".bad_rows.csv"
+from app.csv_inbox.places import BAD_ROWS, REASON, Places, printable, unused
 
 
 def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:

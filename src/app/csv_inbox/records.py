@@ -298,3 +298,12 @@ class Columns:
                 check_utf8=False,
             )
         return self._convert[positions]
+
+
+def filled(column: "pa.ChunkedArray") -> npt.NDArray[np.bool_]:
+    """Which values of a column of bytes are not empty."""
+    parts = [np.zeros(0, np.bool_)]
+    for chunk in column.chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        parts.append(np.diff(offsets) > 0)
+    return np.concatenate(parts)
