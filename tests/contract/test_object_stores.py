@@ -20,8 +20,9 @@ import pytest
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore, Put
-from app.stores.s3 import S3Store, S3Target
+from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.stores.s3 import S3Store, old_probes
+from app.stores.s3_client import S3Target
 from fault_proxy import (
     Fault,
     FaultProxy,
@@ -319,6 +320,12 @@ def shared_remote(shared_target: S3Target) -> Iterator[S3Store]:
         yield store
 
 
+@pytest.fixture(scope="module")
+def hasty(shared_target: S3Target) -> Iterator[S3Store]:
+    with s3_store(replace(shared_target, attempts=1, read_timeout_seconds=0.05)) as store:
+        yield store
+
+
 @pytest.fixture
 def target(shared_target: S3Target, bucket: str) -> S3Target:
     assert bucket == shared_target.bucket
@@ -371,6 +378,13 @@ class TestS3:
             store.probe()
             assert store.conditional
             assert keys(store) == ["k"]
+
+    def test_only_probes_that_no_process_is_still_at_count_as_old(self) -> None:
+        at = datetime(2026, 2, 7, 12, tzinfo=UTC)
+        ages = {"mine": 0, "young": 59, "killed": 61}
+        probes = [ObjectInfo(name, 5, '"e"', at - timedelta(minutes=minutes)) for name, minutes in ages.items()]
+        assert old_probes(probes) == ["killed"]
+        assert old_probes([]) == []
 
     def test_one_500_is_retried(self, remote: S3Store, proxy: FaultProxy) -> None:
         proxy.add(answer(500), "PUT")
@@ -541,7 +555,7 @@ class TestS3:
     @pytest.mark.parametrize(
         "fault", PLAY_ALL, ids=lambda fault: f"{fault.name} {fault.instead and fault.instead.status}"
     )
-    def test_no_foreign_exception_escapes(self, target: S3Target, proxy: FaultProxy, fault: Fault) -> None:
+    def test_no_foreign_exception_escapes(self, hasty: S3Store, proxy: FaultProxy, fault: Fault) -> None:
         uses: tuple[Callable[[S3Store], object], ...] = (
             S3Store.probe,
             keys,
@@ -551,12 +565,11 @@ class TestS3:
             lambda store: put(store, "k", b"12345678", replace(ANY, expected='"x"')),
             lambda store: store.delete("k"),
         )
-        with s3_store(replace(target, attempts=1, read_timeout_seconds=0.05)) as store:
-            for use in uses:
-                proxy.clear()
-                proxy.add(fault, times=100)
-                with suppress(AppError):
-                    use(store)
+        for use in uses:
+            proxy.clear()
+            proxy.add(fault, times=100)
+            with suppress(AppError):
+                use(hasty)
         assert len(proxy.seen) < 60
 
     @pytest.mark.parametrize(
@@ -576,6 +589,23 @@ class TestS3:
             with pytest.raises(Conflict):
                 put(store, "k", b"4", replace(ANY, expected=etag))
             assert get(store, "k") == b"3"
+
+    def test_with_the_sdks_checksums_a_download_that_changed_on_the_way_is_transient(
+        self, target: S3Target, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", target.endpoint_url)
+        with s3_store(replace(target, endpoint_url="")) as store:
+            etag = put(store, "k", b"12345")
+            assert get(store, "k", etag) == b"12345"
+            assert "x-amz-checksum-crc32" in proxy.seen[0].headers
+            headers = {
+                "ETag": etag,
+                "x-amz-checksum-crc32": "AAAAAA==",
+                "Last-Modified": "Sun, 22 Nov 2026 02:42:40 GMT",
+            }
+            proxy.add(answer(200, b"12346", headers), "GET")
+            with pytest.raises(Transient, match="not what was stored"):
+                get(store, "k", etag)
 
     def test_a_key_that_may_not_delete_can_still_probe(self, target: S3Target, proxy: FaultProxy) -> None:
         proxy.add(answer(403, b"<Error><Code>AccessDenied</Code></Error>"), "DELETE")
@@ -773,6 +803,13 @@ class TestLocalDirectory:
             put(local, "a/b/" + "n" * 256, b"1")
         put(local, "n" * 255, b"1")
         assert sorted(path.name for path in root.iterdir()) == [".headwater", "n" * 255]
+
+    def test_a_folder_that_a_killed_writer_left_empty_is_in_nobodys_way(
+        self, local: LocalDirectory, root: Path
+    ) -> None:
+        (root / "a" / "b").mkdir(parents=True)
+        put(local, "a/b", b"1", CREATE)
+        assert keys(local) == ["a/b"]
 
     def test_a_fifo_is_no_object_and_hangs_nobody(self, local: LocalDirectory, root: Path) -> None:
         root.mkdir()

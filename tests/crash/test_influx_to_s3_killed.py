@@ -118,7 +118,7 @@ def test_thirty_kills_lose_no_row_double_none_and_leave_nothing_half_written(
     bucket = seaweed.new_bucket()
     values = environment(source, seaweed, bucket, postgres_server.new_database())
     for _ in range(KILLS):
-        daemon = daemons.start(**values)
+        daemon = daemons.start("", wait=True, key="", **values)
         time.sleep(chance.uniform(0.1, 2.5))
         daemon.kill()
         source.late_points(chance)

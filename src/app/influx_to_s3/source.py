@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BUCKETS = 30
 OVERFLOW = 4
+MAX_SLICE_BYTES = 64 << 20
 SHORTEST = timedelta(milliseconds=2)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -69,12 +70,14 @@ class InfluxSource:
         return devices
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length."""
+        """One question per run of windows of one length. Raises Permanent for an unknown measurement."""
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
             counted += self._again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
         found = totals(counted)
+        if partition is None and not found:
+            self._check_measurement()
         nameless = sum(count.points for (device, _), count in found.items() if not device)
         if nameless:
             log.warning("%d points of %s have no device_id and cannot be exported", nameless, self._reading.measurement)
@@ -163,13 +166,15 @@ class InfluxSource:
     def _collect(self, device: str, span: Window) -> "list[pa.Table]":
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
         tables: list[pa.Table] = []
+        size_bytes = 0
         limit = max(self._reading.batch_rows, BLOCK_ROWS) * OVERFLOW
         rows = 0
         for table in self._reader.rows(device, span):
             tables.append(table)
             rows += table.num_rows
-            if rows > limit:
-                raise QueryTooLarge(f"{device} has over {limit} rows in {span}", "a shorter range is tried by itself")
+            size_bytes += table.nbytes
+            if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
+                raise QueryTooLarge(f"{device} has too many rows in {span}", "a shorter range is tried by itself")
         return [table for table in tables if table.num_rows]
 
     def _check_measurement(self) -> None:
