@@ -88,12 +88,20 @@ def now() -> datetime:
 
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
+    from app.csv_inbox import job as inbox_job
     from app.influx_to_s3 import job
 
     state = parts.state
     influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    inbox = inbox_job.build(parts.settings, parts.clock)
     on = bool(parts.settings.influx.url)
-    return Pipelines(influx.jobs, {job.NAME: influx.backfill}, {"influxdb": influx.ping} if on else {})
+    return Pipelines(
+        jobs=(*influx.jobs, inbox.job),
+        backfills={job.NAME: influx.backfill},
+        checks={"influxdb": influx.ping} if on else {},
+        histories={inbox_job.NAME: inbox.history},
+        undos={inbox_job.NAME: inbox.undo},
+    )
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
@@ -207,7 +215,14 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     from app.ops.api import About, build_api
 
     ops = routes.Operations(
-        probes, guard, service.scheduler, service.state.runs, service.tallies, partitions(service), now
+        probes=probes,
+        guard=guard,
+        scheduler=service.scheduler,
+        runs=service.state.runs,
+        tallies=service.tallies,
+        partitions=partitions(service),
+        histories=service.pipelines.histories,
+        clock=now,
     )
     about = service.settings.service
     routers = [dashboard.build(), routes.build(ops), warehouse_routes(service)]
