@@ -44,6 +44,7 @@ class Exporter:
     now: datetime = NOON
     environ: dict[str, str] = field(default_factory=dict)
     built: Export | None = None
+    prefix: str = "telemetry"
 
     def clock(self) -> datetime:
         return self.now
@@ -78,6 +79,7 @@ class Exporter:
             "INFLUXDB_ORG": self.influx.org,
             "INFLUXDB_BUCKET": self.influx.bucket,
             "INFLUXDB_TIMEOUT_SECONDS": "10",
+            "S3_PREFIX": self.prefix,
             **self.environ,
             **environ,
         }
@@ -123,7 +125,7 @@ class Exporter:
 
     @property
     def keys(self) -> list[str]:
-        return objects(self.store)
+        return objects(self.store, f"{self.prefix}/")
 
     @property
     def cursor(self) -> Any:
@@ -131,7 +133,7 @@ class Exporter:
 
     def check(self, **scope: Any) -> None:
         """The objects hold the source's rows, each once."""
-        assert exported(self.store) == stored(self.influx.points, **scope)
+        assert exported(self.store, f"{self.prefix}/") == stored(self.influx.points, **scope)
 
 
 @pytest.fixture
@@ -139,11 +141,13 @@ def exporter(tmp_path: Path) -> Iterator[Exporter]:
     yield from exporter_on(LocalDirectory(tmp_path / "objects"), tmp_path)
 
 
-def exporter_on(store: ObjectStore, folder: Path) -> Iterator[Exporter]:
+def exporter_on(store: ObjectStore, folder: Path, prefix: str = "telemetry") -> Iterator[Exporter]:
+    """An exporter whose state and spool are in `folder`, and whose objects are below `prefix`."""
     clock: list[Exporter] = []
     with ExitStack() as stack:
         influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now)))
         state = open_state("", folder / "data")
         stack.callback(state.close)
         clock.append(Exporter(folder, influx, influx.url, CountingStore(store), state))
+        clock[0].prefix = prefix
         yield clock[0]

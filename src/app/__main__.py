@@ -1,7 +1,8 @@
-"""The command line: serve (default), run, backfill, check, demo, keys, runs.
+"""The command line: serve (default), run, backfill, undo, check, demo, keys, runs.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
-(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG). Invariant: settings are checked before
+(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
+runs end (`app.core.runs.Exits`). Invariant: settings are checked before
 anything heavy is imported, and whatever goes wrong ends as one clear line on stderr.
 """
 
@@ -58,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     demo_.add_argument("--port", type=int, default=None, help="where to listen")
     demo_.set_defaults(command=demo)
     _add_keys(commands)
-    runs_ = commands.add_parser("runs", help="recent runs, newest first")
+    _add_undo(commands)
+    runs_ = commands.add_parser("runs", help="recent runs, newest first, and what they took in")
     runs_.add_argument("job", nargs="?", default=None)
     runs_.add_argument("--limit", type=int, default=20)
     runs_.set_defaults(command=runs)
@@ -79,6 +81,14 @@ def _add_backfill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     fill.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
     fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
     fill.set_defaults(command=backfill)
+
+
+def _add_undo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    undo_ = commands.add_parser("undo", help="take back what a run did; first shows what that would be")
+    undo_.add_argument("job")
+    undo_.add_argument("run", help="the run's id, or its beginning, as the command runs shows it")
+    undo_.add_argument("--yes", action="store_true", help="do it")
+    undo_.set_defaults(command=undo)
 
 
 def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -155,6 +165,15 @@ def backfill(given: argparse.Namespace) -> int:
     from app.ops import commands
 
     return commands.backfill(build(settings), given.job, Window(given.start, given.end), dry_run=given.dry_run)
+
+
+def undo(given: argparse.Namespace) -> int:
+    """Take back what a run did, in this process."""
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.undo(build(settings), given.job, given.run, do=given.yes)
 
 
 def check(_: argparse.Namespace) -> int:

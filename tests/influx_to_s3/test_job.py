@@ -2,6 +2,7 @@
 
 import io
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import duckdb
 import pandas as pd
@@ -9,10 +10,14 @@ import pytest
 
 from app.core.runs import Outcome
 from app.core.window import next_midnight
+from app.demo.devices import Device, samples
+from app.demo.faults import Cut, ErrorTable
 from app.influx_to_s3.job import NAME, RECONCILE
+from app.stores.local_directory import LocalDirectory
 from app.stores.objects import Put
-from exporter import NOON, Exporter
+from exporter import NOON, Exporter, exporter_on, ns
 from exports import content, exported, rows_of, stored, table
+from influxdb1 import InfluxDB1
 
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
@@ -594,3 +599,85 @@ def test_lost_state_finds_its_objects_again_without_doubling_a_row(exporter: Exp
     exporter.well(LOOKBACK_HOURS="12", EXPORT_GRACE_SECONDS="3600")
     assert exporter.keys == keys
     exporter.check()
+
+
+def test_flux_influxql_and_a_real_influxdb_1_write_the_same_objects(
+    exporter: Exporter, influxdb1: InfluxDB1, tmp_path: Path
+) -> None:
+    device = Device(3, seed=1)
+    lines = "\n".join(sample.line(device.series) for sample in samples(device, ns(NOON), ns(NOON + HOUR)))
+    exporter.influx.write(lines)
+    database = influxdb1.new_database()
+    influxdb1.write(database, lines)
+    exporter.at(hours=3)
+    written = []
+    for number, environ in enumerate(
+        (
+            {},
+            {"INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": exporter.influx.bucket},
+            {"INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": database, "INFLUXDB_URL": influxdb1.url},
+        )
+    ):
+        for one in exporter_on(LocalDirectory(tmp_path / f"objects{number}"), tmp_path / f"{number}"):
+            one.url, one.environ = exporter.url, environ
+            one.at(hours=1)
+            one.well()
+            one.at(hours=3)
+            one.well()
+            written.append({key: content(one.store, key) for key in one.keys})
+    assert list(written[0]) == ["telemetry/device_id=D3/date=2026/02/07/export_120000.parquet"]
+    assert written[1:] == [written[0], written[0]]
+
+
+@pytest.mark.parametrize(
+    "fault", [ErrorTable(3), Cut(3), Cut(3, hidden=True), Cut(0, hidden=True, mid_row=False)], ids=str
+)
+@pytest.mark.parametrize("api", ["flux", "influxql"])
+def test_a_window_whose_answer_fails_is_not_exported_and_made_up_for(
+    exporter: Exporter, fault: ErrorTable | Cut, api: str
+) -> None:
+    exporter.environ |= {"INFLUXDB_API": api, "INFLUXDB_DATABASE": exporter.influx.bucket}
+    for device in ("D1", "D2"):
+        exporter.write_each(NOON, NOON + 10 * MINUTE, device=device)
+    exporter.at(minutes=10)
+    rows = "pivot" if api == "flux" else "::tag"
+    exporter.influx.faults.add(fault, times=4, when=lambda text: "D1" in text and rows in text)
+    run = exporter.run()
+    assert run.outcome is Outcome.PARTIAL
+    assert [failure.partition for failure in run.report.failures] == ["D1"]
+    assert {device for device, _ in exported(exporter.store)} == {"D2"}
+    exporter.well()
+    exporter.check()
+    assert list((exporter.folder / "data" / "spool").iterdir()) == []
+
+
+def test_a_failing_count_fails_the_run_and_moves_nothing(exporter: Exporter) -> None:
+    exporter.write_each(NOON, NOON + 10 * MINUTE)
+    exporter.at(minutes=10)
+    exporter.well()
+    exporter.at(hours=5)
+    exporter.influx.faults.add(Cut(0, hidden=True, mid_row=False), times=4, when=lambda text: "count" in text)
+    assert exporter.run().outcome is Outcome.FAILED
+    assert exporter.cursor == NOON - HOUR
+    exporter.well()
+    exporter.check()
+
+
+def test_the_longest_device_id_is_exported_or_fails_alone(exporter: Exporter) -> None:
+    """A directory takes names of 255 bytes, of which `device_id=` is a part."""
+    longest, fits = "x" * 255, "y" * 245
+    for device in (longest, fits, "D1"):
+        exporter.write(NOON, device)
+    exporter.at(minutes=1)
+    run = exporter.run()
+    assert [failure.partition for failure in run.report.failures] == [longest]
+    assert {device for device, _ in exported(exporter.store)} == {fits, "D1"}
+
+
+def test_an_object_store_that_is_full_or_away_fails_the_run_with_a_hint(exporter: Exporter) -> None:
+    exporter.write(NOON)
+    exporter.at(minutes=1)
+    (exporter.folder / "objects").write_text("a file where the folder should be")
+    run = exporter.run()
+    assert run.outcome is Outcome.FAILED
+    assert run.hint

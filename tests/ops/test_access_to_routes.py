@@ -20,6 +20,7 @@ ROUTES = {
     ("GET", "/ops/jobs"): "ops:read",
     ("GET", "/ops/runs"): "ops:read",
     ("GET", "/ops/partitions"): "ops:read",
+    ("GET", "/ops/history"): "ops:read",
     ("GET", "/metrics"): "ops:read",
     ("POST", "/ops/jobs/{job}/run"): "ops:run",
     ("POST", "/ops/jobs/{job}/pause"): "ops:run",

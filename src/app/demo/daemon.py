@@ -4,11 +4,13 @@ Invariant: the demo reads none of the user's settings but where to listen, what 
 never touch a real system.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from app.demo.devices import fleet
+from app.demo.drops import Drops
 from app.demo.feeder import Feeder, http_writer
 from app.demo.influx import InfluxSimulator
 
@@ -26,12 +28,26 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
         write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
         feeder = Feeder(write, fleet(DEVICES), backlog_hours=BACKLOG_HOURS, interval_seconds=LIVE_SECONDS)
         feeder.start()
+        folder = _folder(environ)
+        drops = Drops(folder / "csv_inbox")
+        drops.drop()
+        drops.drop()
         try:
-            if not live:
+            if live:
+                drops.start()
+            else:
                 feeder.close()
-            yield {**_kept(environ), **_short_cycle(influx), "DATA_DIR": str(_folder(environ))}
+            yield {**_kept(environ), **_short_cycle(influx), **_inbox(folder), "DATA_DIR": str(folder)}
         finally:
+            drops.close()
             feeder.close()
+
+
+def _inbox(folder: Path) -> Mapping[str, str]:
+    """A configuration of its own, so that a config.json in the working directory is left alone."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"required_columns": ["id", "name"], "checksum_wait_seconds": 1}, indent=2))
+    return {"CSV_MONITOR_CONFIG": str(config), "CSV_INBOX_INTERVAL_SECONDS": "5"}
 
 
 def _kept(environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -215,7 +215,7 @@ def _readable(key: str, tables: "Iterator[pa.Table]") -> "Iterator[pa.Table]":
 
     try:
         yield from tables
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
         raise Permanent(
             f"{key} cannot be read: {str(error)[:200]}", "restore an earlier version of the object, or move it away"
         ) from error
