@@ -22,6 +22,7 @@ from pathlib import Path
 from measured import Goal, clean_environ
 
 EAGER = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "duckdb", "boto3", "influxdb_client", "psycopg", "fastapi")
+SERVE = "import sys, runpy; sys.argv = ['app', 'serve']; runpy.run_module('app', run_name='__main__')"
 SETTLED_SECONDS = 2.0
 WAIT_SECONDS = 60.0
 KIB = 1024
@@ -29,8 +30,7 @@ WAYS: Mapping[str, Sequence[str]] = {
     "headwater": ("-m", "app", "serve"),
     "everything imported at start": (
         "-c",
-        f"import {', '.join(EAGER)}, sys, runpy; sys.argv = ['app', 'serve']; "
-        "runpy.run_module('app', run_name='__main__')",
+        f"import {', '.join(EAGER)}\n{SERVE}",
     ),
 }
 
