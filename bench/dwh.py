@@ -1,16 +1,14 @@
-"""POST and GET of /dwh beside SQLAlchemy's ORM, psql's \\copy and Datasette's insert API, in turns.
+r"""POST and GET of /dwh beside SQLAlchemy's ORM, psql's \copy and Datasette's insert API, in turns.
 
     uv run --with sqlalchemy --with datasette python bench/dwh.py [--rows 10000] [--read-rows 100000] [--repeat 5]
 
-The peers are installed for this run only. PostgreSQL is the one from the development wheel, with fsync off for all alike.
-Ours is the whole daemon over HTTP: parsing, checks, staging, upsert, ids. The ORM way is the ordinary one: FastAPI-less,
-pydantic rows of a parsed body, `add_all`, commit. Every run stores rows that are not there yet.
+The peers are installed for this run only. PostgreSQL is the one from the development wheel, with fsync off for all
+alike. Ours is the whole daemon over HTTP: parsing, checks, staging, upsert, ids. The ORM way is a parsed body, models,
+`add_all`, commit, without any HTTP. Every run stores rows that are not there yet.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -80,7 +78,12 @@ def post_goals(seconds: Mapping[str, float], rows: int) -> list[Goal]:
     ours, lite = seconds["PostgreSQL: /dwh"], seconds["SQLite: /dwh"]
     return [
         Goal(f"PostgreSQL, {rows} rows: ORM / ours", seconds["PostgreSQL: ORM"] / ours, 25),
-        Goal(f"PostgreSQL, {rows} rows: ours / psql \\copy", ours / seconds["PostgreSQL: psql \\copy"], 1.5, at_least=False),
+        Goal(
+            f"PostgreSQL, {rows} rows: ours / psql \\copy",
+            ours / seconds["PostgreSQL: psql \\copy"],
+            1.5,
+            at_least=False,
+        ),
         Goal(f"SQLite, {rows} rows: ORM / ours", seconds["SQLite: ORM"] / lite, 10),
         Goal(f"SQLite, {rows} rows: Datasette / ours", seconds["SQLite: Datasette insert"] / lite, 4),
     ]
@@ -92,7 +95,14 @@ def memory_goals(postgres: Daemon, sqlite: Daemon, rows: int) -> list[Goal]:
     for name, daemon in (("PostgreSQL", postgres), ("SQLite", sqlite)):
         before = daemon.reset_peak_mib()
         size_mib = daemon.post(batch(20_000, 50_000_000 + rows)) / 2**20
-        goals.append(Goal(f"{name}: memory of a request / its body of {size_mib:.1f} MiB", (daemon.peak_mib() - before) / size_mib, 4, at_least=False))
+        goals.append(
+            Goal(
+                f"{name}: memory of a request / its body of {size_mib:.1f} MiB",
+                (daemon.peak_mib() - before) / size_mib,
+                4,
+                at_least=False,
+            )
+        )
     return goals
 
 
@@ -117,7 +127,13 @@ def read_goals(ways: tuple[Orm, Daemon, Daemon], rows: int) -> list[Goal]:
         print(f"GET of {rows} rows, {name}: ORM {plain:.2f} s, ours {taken:.2f} s")
         goals += [
             Goal(f"{name}, GET of {rows} rows: ORM / ours", plain / taken, 8),
-            Goal(f"{name}, GET of {rows} rows: memory above idle", daemon.peak_mib() - before, 16, at_least=False, unit=" MiB"),
+            Goal(
+                f"{name}, GET of {rows} rows: memory above idle",
+                daemon.peak_mib() - before,
+                16,
+                at_least=False,
+                unit=" MiB",
+            ),
         ]
     return goals
 

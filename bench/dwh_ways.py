@@ -12,9 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +20,21 @@ from uuid import UUID
 from measured import clean_environ
 
 NOBODY = 65534
-COLUMNS = (
-    "uuid event_type event_time user_id platform device_id event_id language os_name os_version session_id "
-    "start_version version_name"
-).split()
+COLUMNS = [
+    "uuid",
+    "event_type",
+    "event_time",
+    "user_id",
+    "platform",
+    "device_id",
+    "event_id",
+    "language",
+    "os_name",
+    "os_version",
+    "session_id",
+    "start_version",
+    "version_name",
+]
 
 
 def batch(rows: int, first: int) -> list[dict[str, Any]]:
@@ -75,10 +83,14 @@ def call(port: int, path: str, body: bytes, headers: dict[str, str] | None = Non
 def until_up(port: int, path: str) -> None:
     """Wait until a server answers."""
     for _ in range(600):
-        with suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).close()
+        try:
+            call(port, path, b"")
+        except RuntimeError:
+            return  # it answers, if only that this is not for everybody
+        except OSError:
+            time.sleep(0.05)
+        else:
             return
-        time.sleep(0.05)
     raise RuntimeError(f"port {port} does not answer")
 
 
@@ -146,20 +158,23 @@ class Orm:
         import sqlalchemy as sa
         from sqlalchemy import orm
 
-        class Base(orm.DeclarativeBase):
-            pass
-
-        types = {"uuid": sa.Uuid, "event_time": sa.DateTime(timezone=True), "event_id": sa.BigInteger, "session_id": sa.BigInteger}
+        base: Any = orm.declarative_base()
+        types = {
+            "uuid": sa.Uuid,
+            "event_time": sa.DateTime(timezone=True),
+            "event_id": sa.BigInteger,
+            "session_id": sa.BigInteger,
+        }
         columns: dict[str, Any] = {
             name: orm.mapped_column(types.get(name, sa.Text), unique=name == "uuid", nullable=name != "uuid")
             for name in COLUMNS
         }
         identity = orm.mapped_column(sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)
-        self._model: Any = type("Event", (Base,), {"__tablename__": "events_part", "id": identity, **columns})
+        self._model: Any = type("Event", (base,), {"__tablename__": "events_part", "id": identity, **columns})
         self._engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
         self._session = orm.Session
         self._select = sa.select
-        Base.metadata.create_all(self._engine)
+        base.metadata.create_all(self._engine)
 
     def post(self, rows: list[dict[str, Any]]) -> list[int]:
         """A body parsed and checked, stored, the ids read back."""
@@ -168,7 +183,9 @@ class Orm:
         parsed = json.loads(json.dumps({"data": rows}))["data"]
         with self._session(self._engine) as session:
             models = [
-                self._model(**{**row, "uuid": UUID(row["uuid"]), "event_time": datetime.fromisoformat(row["event_time"])})
+                self._model(
+                    **{**row, "uuid": UUID(row["uuid"]), "event_time": datetime.fromisoformat(row["event_time"])}
+                )
                 for row in parsed
             ]
             session.add_all(models)
@@ -206,15 +223,32 @@ class Datasette:
 
         with sqlite3.connect(self._path) as connection:
             columns = ", ".join(f"{name} TEXT" for name in COLUMNS[1:])
-            connection.execute(f"CREATE TABLE events_part (id INTEGER PRIMARY KEY, uuid TEXT NOT NULL UNIQUE, {columns})")  # noqa: S608
+            connection.execute(
+                f"CREATE TABLE events_part (id INTEGER PRIMARY KEY, uuid TEXT NOT NULL UNIQUE, {columns})"
+            )
         connection.close()
         options = ["--setting", "max_insert_rows", "1000000", "--setting", "default_allow_sql", "on", "--root"]
-        command = [sys.executable, "-m", "datasette", str(self._path), "-p", str(self._port), "--secret", "bench", *options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean_environ())
+        command = [
+            sys.executable,
+            "-m",
+            "datasette",
+            str(self._path),
+            "-p",
+            str(self._port),
+            "--secret",
+            "bench",
+            *options,
+        ]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean_environ()
+        )
         until_up(self._port, "/-/versions.json")
         made = subprocess.run(
             [sys.executable, "-m", "datasette", "create-token", "root", "--secret", "bench"],
-            capture_output=True, text=True, check=True, env=clean_environ(),
+            capture_output=True,
+            text=True,
+            check=True,
+            env=clean_environ(),
         )
         self._token = made.stdout.strip()
         return self
@@ -225,7 +259,7 @@ class Datasette:
 
     def post(self, rows: list[dict[str, Any]]) -> None:
         """One request."""
-        body = json.dumps({"rows": rows, "ignore": True, "return": True}).encode()
+        body = json.dumps({"rows": rows, "ignore": True}).encode()
         call(self._port, "/datasette/events_part/-/insert", body, {"Authorization": f"Bearer {self._token}"})
 
 
@@ -236,7 +270,10 @@ class Daemon:
         self._port = free_port()
         self._environ = {
             **clean_environ(),
-            **{"PORT": str(self._port), "DATA_DIR": str(folder), "LOG_FILE": "off", "DWH_DATABASE_URL": url},
+            "PORT": str(self._port),
+            "DATA_DIR": str(folder),
+            "LOG_FILE": "off",
+            "DWH_DATABASE_URL": url,
         }
 
     def __enter__(self) -> Self:
