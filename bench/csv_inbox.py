@@ -1,7 +1,7 @@
-"""The CSV inbox beside pandas, Polars and DuckDB: `uv run --with polars bench/csv_inbox.py [--mb 1000] [--incoming-mb 50]`.
+"""The CSV inbox beside pandas, Polars and DuckDB: `uv run --with polars bench/csv_inbox.py [--mb 1000]`.
 
-Master and incoming file are made from a fixed seed; every second incoming row replaces one, the others are new. Each way
-runs in a process of its own, in turns; Polars is no dependency of the product and belongs to this bench only.
+Master and incoming file are made from a fixed seed; every second incoming row replaces one, the others are new. Each
+way runs in a process of its own, in turns; Polars is no dependency of the product and belongs to this bench only.
 """
 
 import argparse
