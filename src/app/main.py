@@ -83,12 +83,19 @@ def now() -> datetime:
 
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
-    from app.influx_to_s3 import job
+    from app.dynamo_to_drive import job as dynamo_job
+    from app.influx_to_s3 import job as influx_job
 
-    state = parts.state
-    influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
-    on = bool(parts.settings.influx.url)
-    return Pipelines(influx.jobs, {job.NAME: influx.backfill}, {"influxdb": influx.ping} if on else {})
+    settings, state = parts.settings, parts.state
+    influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
+    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    if settings.dynamo.table_name:
+        checks["dynamodb"] = dynamo.ping_table
+        if dynamo.ping_drive is not None:
+            checks["google_drive"] = dynamo.ping_drive
+    backfills = {influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill}
+    return Pipelines((*influx.jobs, *dynamo.jobs), backfills, checks)
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
