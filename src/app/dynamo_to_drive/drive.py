@@ -77,11 +77,15 @@ class DriveService:
         """The `files` API. Raises Permanent for credentials that cannot be used."""
         if not hasattr(self._here, "service"):
             found = credentials(self.given)
-            self._here.service, self._here.token, self._here.found = self._build(found), found.token, found
+            self._here.http = self._connect(found)
+            self._here.service = self._build(self._here.http)
+            self._here.token, self._here.found = found.token, found
         return self._here.service
 
     def forget(self) -> None:
-        """Read the credentials anew next time."""
+        """End this thread's connections and read the credentials anew next time."""
+        if hasattr(self._here, "http"):
+            self._here.http.close()
         self._here.__dict__.clear()
 
     def note_token(self) -> None:
@@ -91,14 +95,17 @@ class DriveService:
             self._here.token = found.token
             keep_token(self.given, found)
 
-    def _build(self, found: Any) -> Any:
+    def _connect(self, found: Any) -> Any:
         import httplib2
         from google_auth_httplib2 import AuthorizedHttp
-        from googleapiclient.discovery import build_from_document
 
         plain = httplib2.Http(timeout=self._timeout_seconds)
         plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 says how much of an upload it has
-        http = AuthorizedHttp(found, http=plain)
+        return AuthorizedHttp(found, http=plain)
+
+    def _build(self, http: Any) -> Any:
+        from googleapiclient.discovery import build_from_document
+
         document = _discovery()
         options: dict[str, Any] = {}
         if self._api_url:

@@ -71,6 +71,7 @@ class Export:
     backfill: Callable[[Context, Window], Report]
     ping_table: Callable[[], str]
     ping_drive: Callable[[], str] | None
+    close: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,15 @@ def build(
         lambda context, span: _backfill(parts, context, span),
         lambda: ping(parts.table),
         (lambda: _ping_drive(parts)) if given else None,
+        lambda: _close(parts),
     )
+
+
+def _close(parts: Parts) -> None:
+    """End the connections of this thread."""
+    parts.table.close()
+    if parts.drive is not None:
+        parts.drive.forget()
 
 
 def _target(settings: Settings) -> Target:

@@ -83,6 +83,13 @@ class Table:
         """Find out anew next time: an index may have come or gone."""
         self._plan, self._separator = None, ""
 
+    def close(self) -> None:
+        """End idle connections. The table may be used again afterwards."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
     def separator(self, plan: Plan) -> str:
         """What stands between date and time in the newest row; T while there is none."""
         if not self._separator:
