@@ -213,6 +213,8 @@ class Drive:
             found = _file(self._again(lambda files: request(files, media).execute()))
         else:
             media = MediaIoBaseUpload(content.body, mimetype="text/csv", chunksize=CHUNK_BYTES, resumable=True)
+            # As bytes: a stream that the transport sends again after a lost connection is empty by then.
+            media.has_stream = lambda: False
             found = _file(self._again(lambda files: self._in_pieces(request(files, media))))
         if (found.md5, found.size_bytes) != (content.md5, content.size_bytes):
             raise Transient(

@@ -72,7 +72,7 @@ def failed(error: Exception) -> AppError:
     from google.auth.exceptions import RefreshError
 
     said = error.args[1] if len(error.args) > 1 and isinstance(error.args[1], dict) else {}
-    if isinstance(error, RefreshError) and said.get("error") in REVOKED:
+    if isinstance(error, RefreshError) and str(said.get("error")) in REVOKED:
         return Permanent(
             f"Google refused the sign-in: {said['error']}: {said.get('error_description', '')}", GRANT_HINT
         )
