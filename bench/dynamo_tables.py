@@ -54,7 +54,10 @@ def item(number: int, items: int, draw: random.Random) -> dict[str, dict[str, st
 def serve(items: int) -> None:
     """Answer until killed; the page follows from the key that is asked for."""
     made = pages(items)
-    starts = {json.loads(body).get("LastEvaluatedKey", {}).get("datetime_utc", {}).get("S"): at for at, body in enumerate(made)}
+    starts = {
+        json.loads(body).get("LastEvaluatedKey", {}).get("datetime_utc", {}).get("S"): at
+        for at, body in enumerate(made)
+    }
 
     def respond(request: Request) -> Answer:
         headers = {"Content-Type": "application/x-amz-json-1.0"}

@@ -125,7 +125,8 @@ def lagging_job(parts: Parts) -> Pipelines:
             parts.state.checkpoints.commit("lagging", name, Commit(cursor_at=at), context.lease)
         return Report(rows=2)
 
-    return Pipelines((Job("lagging", 60, work),), {"lagging": filling})
+    long = Job("long", 60, pausing(40))
+    return Pipelines((Job("lagging", 60, work), long), {"lagging": filling})
 
 
 if __name__ == "__main__":

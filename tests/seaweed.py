@@ -1,6 +1,7 @@
 """A real S3 server from its wheel (SeaweedFS), one for the whole test session, on ports that were free a moment ago."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -79,8 +80,11 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def _running(directory: Path, ports: list[int]) -> Iterator[Seaweed]:
     server = Seaweed(HOST, ports[0])
+    environment = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # of seven volumes a bucket, one is enough
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(_command(directory, server, ports), stdout=log, stderr=log, cwd=directory)
+        process = subprocess.Popen(
+            _command(directory, server, ports), stdout=log, stderr=log, cwd=directory, env=environment
+        )
     try:
         _wait_until_ready(server, process, directory / "log")
         yield server
@@ -122,7 +126,7 @@ def _command(directory: Path, server: Seaweed, ports: list[int]) -> list[str]:
         "-admin.ui=false",
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=64",
-        "-volume.max=20",
+        "-volume.max=1000",
     ]
 
 

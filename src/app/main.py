@@ -16,6 +16,7 @@ from uuid import uuid4
 from pydantic import SecretStr
 
 from app.core.runs import LeaseTerms, RunDesk, Stop
+from app.dwh.store import Warehouse, open_warehouse
 from app.ops.access import Keyring
 from app.ops.front import Front, Hooks
 from app.ops.guard import Guard
@@ -29,6 +30,8 @@ from app.settings import Settings
 from app.stores.state import State, open_state
 
 if TYPE_CHECKING:
+    from fastapi import APIRouter
+
     from app.ops.answers import Asgi
     from app.ops.routes import PartitionView
     from app.stores.objects import ObjectStore
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
 UPLOAD_PREFIXES = ("/s3/",)
+STREAM_PREFIXES = ("/dwh/",)
 OPEN_CALLS = frozenset(
     {
         ("GET", "/"),
@@ -67,6 +71,7 @@ class Inside:
 
     settings: Settings
     state: State
+    warehouse: Warehouse
     pipelines: Pipelines
     scheduler: Scheduler
     tallies: Tallies
@@ -101,13 +106,18 @@ def wire(parts: Parts) -> Pipelines:
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
+    warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
     pipelines = wiring(Parts(settings, state, store, now))
     stop, tallies = Stop(), Tallies()
     desk = RunDesk(now, state.leases, state.runs, terms(settings), tallies.ended)
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills)
-    stores = {"checkpoint_store_connected": reached(state), "s3_accessible": probed(store)}
-    ops = Inside(settings, state, pipelines, scheduler, tallies, Readiness(stores))
+    stores = {
+        "checkpoint_store_connected": reached(state.ping),
+        "s3_accessible": probed(store),
+        "dwh_connected": reached(warehouse.ping),
+    }
+    ops = Inside(settings, state, warehouse, pipelines, scheduler, tallies, Readiness(stores))
     checks = {**stores, **pipelines.checks}
     return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
 
@@ -119,7 +129,8 @@ def open_store(settings: Settings) -> "ObjectStore":
         from app.stores.local_directory import LocalDirectory
 
         return LocalDirectory(settings.service.data_dir / "objects")
-    from app.stores.s3 import S3Store, S3Target
+    from app.stores.s3 import PROBE_FOLDER, S3Store
+    from app.stores.s3_client import S3Target
 
     target = S3Target(
         bucket=s3.bucket,
@@ -130,7 +141,7 @@ def open_store(settings: Settings) -> "ObjectStore":
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
     )
-    return S3Store(target, f"{s3.prefix}/.headwater-probe/{uuid4().hex}".lstrip("/"))
+    return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
 
 
 def revealed(secret: SecretStr | None) -> str:
@@ -144,11 +155,11 @@ def terms(settings: Settings) -> LeaseTerms:
     return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
 
 
-def reached(state: State) -> Check:
-    """One round trip to the checkpoint store."""
+def reached(ping: Callable[[], None]) -> Check:
+    """One round trip to a database."""
 
     def check() -> str:
-        state.ping()
+        ping()
         return ""
 
     return check
@@ -187,11 +198,12 @@ def front(service: Inside) -> Front:
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
         service.state.close()
+        service.warehouse.close()
 
     return Front(
         {"/health": probes.health, "/ready": probes.ready},
         guard,
-        BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES),
+        BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
         Hooks(opened, lambda: api(service, probes, guard), closed),
     )
 
@@ -205,8 +217,19 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         probes, guard, service.scheduler, service.state.runs, service.tallies, partitions(service), now
     )
     about = service.settings.service
-    routers = [dashboard.build(), routes.build(ops)]
+    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service)]
     return build_api(About(about.title, about.version, about.description), routers, guard)
+
+
+def warehouse_routes(service: Inside) -> "APIRouter":
+    """/dwh."""
+    from app.dwh import routes
+    from app.dwh.intake import BatchLimits
+
+    limits, dwh = service.settings.limits, service.settings.dwh
+    batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
+    sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
+    return routes.build(routes.Serving(service.warehouse, sizes, now))
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:

@@ -63,6 +63,48 @@ def test_rows_come_as_written_and_instants_in_utc(database: Database) -> None:
     assert rows[0]["seen_at"].utcoffset() == timedelta(0)
 
 
+AWKWARD = ["", "\\N", "\\.", "a\tb", "a\nb", "\r", "\\", "\\t", "'\"", "ü😀", " x ", "NULL", None]
+
+
+def test_appended_rows_are_the_very_rows_in_their_order(database: Database) -> None:
+    with database.transaction() as session:
+        session.run("CREATE TABLE kinds (n BIGINT, t TEXT, d DOUBLE PRECISION, b BOOLEAN, empty TEXT)")
+        rows = [(n, text, n / 3, None if text is None else n % 2 == 0, None) for n, text in enumerate(AWKWARD)]
+        session.append("kinds", ("n", "t", "d", "b", "empty"), iter(rows))
+        session.append("kinds", ("n", "t"), [(2**63 - 1, "last")])
+        assert list(session.stream("SELECT n, t, d, b, empty FROM kinds ORDER BY n")) == [
+            *rows,
+            (2**63 - 1, "last", None, None, None),
+        ]
+
+
+def test_many_rows_are_appended_and_streamed(database: Database) -> None:
+    with database.transaction() as session:
+        session.append("things", ("id", "name"), ((n, f"name {n}") for n in range(5000)))
+    with database.transaction(read_only=True) as session:
+        streamed = session.stream("SELECT id, name FROM things WHERE id >= :first ORDER BY id", first=10)
+        assert list(streamed) == [(n, f"name {n}") for n in range(10, 5000)]
+
+
+def test_a_row_that_cannot_be_appended_leaves_nothing_of_its_transaction(database: Database) -> None:
+    insert(database, 7)
+    with pytest.raises(AppError), database.transaction() as session:
+        session.append("things", ("id", "name"), [(8, "x"), (7, "again")])
+    with database.transaction(read_only=True) as session:
+        assert list(session.stream("SELECT id FROM things")) == [(7,)]
+
+
+def test_a_source_of_rows_that_fails_leaves_nothing(database: Database) -> None:
+    def failing() -> Iterator[tuple[int, str]]:
+        yield 1, "x"
+        raise KeyError
+
+    with pytest.raises(KeyError), database.transaction() as session:
+        session.append("things", ("id", "name"), failing())
+    assert names(database) == []
+    insert(database, 1)
+
+
 def test_instants_sort_by_time_whatever_their_fraction(database: Database) -> None:
     instants = [AT.replace(microsecond=0), AT.replace(microsecond=1), AT.replace(microsecond=500_000)]
     for number, at in enumerate([instants[2], instants[0], instants[1]]):

@@ -41,7 +41,12 @@ def test_runs_are_counted_by_outcome_and_their_reports_are_summed() -> None:
 def test_a_tally_adds_up_from_many_threads() -> None:
     seen: list[Counts] = []
     tally = Tally(seen.append)
-    threads = [threading.Thread(target=lambda: [tally.advance(done=1, rows=2) for _ in range(500)]) for _ in range(4)]
+
+    def work() -> None:
+        for _ in range(500):
+            tally.advance(done=1, rows=2)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

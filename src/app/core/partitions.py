@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeVar
@@ -161,7 +162,8 @@ def isolated(
 
     total = Report()
     with ThreadPoolExecutor(how.concurrency, thread_name_prefix=pipeline.name) as pool:
-        futures = [pool.submit(attempt, partition) for partition in partitions]
+        # Each thread carries the run's context, which the log reads its run id from.
+        futures = [pool.submit(copy_context().run, attempt, partition) for partition in partitions]
         try:
             for future in futures:
                 total += future.result()

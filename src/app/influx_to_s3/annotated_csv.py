@@ -10,6 +10,7 @@ Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/,
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_BYTES = 1 << 20
-NEWLINE, QUOTE = 0x0A, 0x22
+QUOTE = 0x22
+HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
+BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
 NOT_DATA = frozenset({"", "result", "table"})
 
 
@@ -59,10 +62,11 @@ class _Schema:
     def __init__(self, head: bytes) -> None:
         import pyarrow.csv as pacsv
 
-        rows = list(csv.reader(io.StringIO(head.decode("utf-8"), newline="")))
+        rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
         annotations, self.names = {row[0]: row for row in rows[:-1]}, rows[-1]
         self.is_error = self.names[1:] == ["error", "reference"]
-        if "#datatype" not in annotations or len(set(self.names)) != len(self.names):
+        typed = len(annotations.get("#datatype", ())) == len(self.names)
+        if not typed or len(set(self.names)) != len(self.names):
             raise Permanent(
                 f"the answer's header is not annotated CSV: {head[:200]!r}",
                 "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
@@ -97,12 +101,13 @@ class _Schema:
                 ),
                 convert_options=self._convert,
             )
+            table = _filled(table, self.fill)
         except pa.ArrowInvalid as error:
             raise Transient(
                 f"InfluxDB's answer holds a row that does not fit its header: {error}",
                 "the window is read again next time; if it stays, a proxy in between may cut answers",
             ) from error
-        return _with_bare_newlines(_filled(table, self.fill), rows)
+        return _with_bare_newlines(table, rows)
 
 
 def _arrow_type(datatype: str) -> Any:
@@ -181,7 +186,9 @@ class _Parser:
 
     def _line(self, rows: bytes, position: int) -> int:
         """One annotation row, or the header row that ends them."""
-        end = rows.find(b"\n", position) + 1 or len(rows)
+        end = rows.find(b"\n", position) + 1
+        while not _closed(rows, position, end):
+            end = rows.find(b"\n", end) + 1
         line = rows[position:end]
         self._head += line
         if not line.startswith(b"#"):
@@ -214,7 +221,7 @@ class _Parser:
 
 
 def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece as it is."""
+    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece may be shorter."""
     parts: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -230,16 +237,18 @@ def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
         block = b"".join(parts)
         if not _closed(block, 0, len(block)):
             raise Transient("InfluxDB's answer ends inside a quoted value", "the window is read again next time")
+        if not block.endswith(b"\n"):
+            raise Transient("InfluxDB's answer ends inside a row", "the window is read again next time")
         yield block
 
 
 def _closed(block: bytes, start: int, end: int) -> bool:
     """True when no quote is open at `end`, given that none is at `start`. numpy counts 3 times faster than bytes."""
+    if block.find(b'"', start, end) < 0:
+        return True
     import numpy as np
 
-    return (
-        not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1 if end > start else True
-    )
+    return not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1
 
 
 def _last_row_end(block: bytes) -> int:
@@ -255,12 +264,9 @@ def _next_head(rows: bytes, position: int) -> int:
     """The offset of the next blank or annotation line outside quotes, else the length."""
     if rows.startswith((b"\r\n", b"\n"), position):
         return position
-    best = len(rows)
-    for mark in (b"\n#", b"\n\r\n", b"\n\n"):
-        found = position
-        while (found := rows.find(mark, found, best)) >= 0:
-            if _closed(rows, position, found):
-                best = found + 1
-                break
-            found += 1
-    return best
+    # Most blocks hold no annotation: one look for its mark is much cheaper than a look at the start of every row.
+    pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
+    for found in pattern.finditer(rows, position):
+        if _closed(rows, position, found.start()):
+            return found.end()
+    return len(rows)

@@ -38,8 +38,7 @@ def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.nulls(table.num_rows, pa.int32()).fill_null(0), [device])
-    columns[DEVICE] = columns[DEVICE].cast(pa.string())
+    columns[DEVICE] = pa.repeat(device, table.num_rows)
     for name in MEASURED:
         columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
     columns |= _calendar(table)
@@ -65,8 +64,9 @@ def _power_factor(voltage: Any, current: Any, power: Any) -> Any:
 
     volts, amperes, watts = (_floats(column) for column in (voltage, current, power))
     with np.errstate(all="ignore"):
-        factor = np.clip(watts / (volts * amperes), 0.0, 1.0)
-    unknown = ~np.isfinite(factor) | (volts * amperes == 0.0)
+        apparent = volts * amperes
+        factor = np.clip(watts / apparent, 0.0, 1.0)
+    unknown = ~np.isfinite(factor) | (apparent == 0.0)
     return pa.array(factor, mask=unknown)
 
 

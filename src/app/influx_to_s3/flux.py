@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from app.core.errors import AppError, Transient
+from app.core.errors import AppError, Permanent, Transient
 from app.core.window import Window
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import Counted, Refusal, refusal
@@ -128,6 +128,8 @@ class FluxReader:
             yield
         except ApiException as error:
             raise _refused(self._target, error) from error
+        except urllib3.exceptions.LocationParseError as error:
+            raise Permanent(f"INFLUXDB_URL={self._target.url!r} is no address", "correct INFLUXDB_URL") from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
                 f"InfluxDB at {self._target.url} did not answer within {self._target.timeout_seconds:g} s",
@@ -161,13 +163,16 @@ class FluxReader:
 
 
 def _body(response: Any) -> Iterator[bytes]:
-    """The body's bytes. Where neither chunks nor a length tell its end, the last blank line has to."""
+    """The body's bytes, which are a blank line at least. Where neither chunks nor a length tell its end, the last blank
+    line has to.
+    """
     framed = response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length")
     tail = b""
     for chunk in response.stream(CHUNK_BYTES, decode_content=True):
         tail = (tail + chunk)[-4:]
         yield chunk
-    if not framed and tail not in (b"\r\n", b"") and not tail.endswith((b"\n\r\n", b"\n\n")):
+    ended = tail in (b"\r\n", b"\n") or tail.endswith((b"\n\r\n", b"\n\n"))
+    if not tail or not (framed or ended):
         raise Transient(
             "InfluxDB's answer ends without its closing blank line: it was cut on the way",
             "the window is read again next time; a proxy in between closes connections early",

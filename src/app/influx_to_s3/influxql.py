@@ -97,16 +97,15 @@ class InfluxQlReader:
         columns += [f"{identifier(tag)}::tag" for tag in TAGS]
         query = f"SELECT {', '.join(columns)} {self._from} WHERE {_where(device, span)}"
         for series in self._ask(query):
-            yield canonical(_table(series["values"], selected), TIME, frozenset())
+            yield canonical(_table(series["values"], selected), TIME, frozenset(TAGS))
 
     def measurements(self) -> Sequence[str]:
         """See `Reader`."""
         return sorted(row[0] for series in self._ask("SHOW MEASUREMENTS") for row in series["values"])
 
     def ping(self) -> str:
-        """See `Reader`. SHOW needs the right to read the database."""
-        for _ in self._ask("SHOW MEASUREMENTS LIMIT 1"):
-            pass
+        """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
+        self._fields()
         return f"database {self._target.database} at {self._target.url} by InfluxQL"
 
     def _fields(self) -> Sequence[Selected]:
@@ -117,7 +116,7 @@ class InfluxQlReader:
         return [Selected(name, kind) for name in sorted(kinds) for kind in sorted(_readable(kinds[name]))]
 
     def _ask(self, query: str) -> Iterator[Mapping[str, Any]]:
-        """The series of the answer, chunk by chunk."""
+        """The series of the answer that have values, chunk by chunk."""
         form = {
             "db": self._target.database,
             "q": query,
@@ -141,18 +140,30 @@ class InfluxQlReader:
                 yield from self._series(_lines(response))
 
     def _series(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
-        partial = False
-        for line in lines:
-            document = _document(line)
+        partial = True
+        for line in filter(bytes.strip, lines):
+            document = self._document(line)
             if "error" in document:
                 raise self._failed(document["error"])
-            for result in document.get("results", ()):
+            for result in document["results"]:
                 if "error" in result:
                     raise self._failed(result["error"])
                 partial = bool(result.get("partial"))
-                yield from result.get("series", ())
+                yield from (series for series in result.get("series", ()) if series.get("values"))
         if partial:
             raise Transient("InfluxDB's answer ends although more was announced", "the window is read again next time")
+
+    def _document(self, line: bytes) -> Mapping[str, Any]:
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            raise Transient("InfluxDB's answer ends inside a document", "the window is read again next time") from error
+        if not isinstance(document, dict) or not {"results", "error"} & document.keys():
+            raise Permanent(
+                f"{self._target.url} answers with something else than InfluxQL's results: {line[:100]!r}",
+                "check that INFLUXDB_URL is an InfluxDB server",
+            )
+        return document
 
     def _failed(self, message: str) -> AppError:
         """A statement error, which comes with status 200."""
@@ -163,8 +174,9 @@ class InfluxQlReader:
     def _refused(self, response: Any) -> AppError:
         body = response.read(4096).decode("utf-8", "replace")
         try:
-            message = str(json.loads(body)["error"])
-        except (ValueError, KeyError, TypeError):
+            answer = json.loads(body)
+            message = str(answer.get("error") or answer["message"])
+        except (ValueError, KeyError, AttributeError):
             message = body[:200]
         retry_after = response.headers.get("Retry-After", "")
         return refusal(Refusal(self._target.url, response.status, message, retry_after, self._where_variables))
@@ -241,16 +253,6 @@ def _lines(response: Any) -> Iterator[bytes]:
     yield rest
 
 
-def _document(line: bytes) -> Mapping[str, Any]:
-    if not line.strip():
-        return {}
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise Transient("InfluxDB's answer ends inside a document", "the window is read again next time") from error
-    return document if isinstance(document, dict) else {}
-
-
 def _table(values: Sequence[Sequence[Any]], selected: Sequence[Selected]) -> "pa.Table":
     """Rows of a chunk as columns; the several types of one field meet in one column."""
     import pyarrow as pa
@@ -258,8 +260,9 @@ def _table(values: Sequence[Sequence[Any]], selected: Sequence[Selected]) -> "pa
     instants, *columns = zip(*values, strict=True)
     table = {TIME: pa.array(instants, pa.int64()).cast(pa.timestamp("ns", "UTC"))}
     for one, column in zip(selected, columns, strict=False):
+        name = f"{one.name}_field" if one.name in TAGS else one.name  # the tags come under these names themselves
         array = _array(column, one.kind)
-        table[one.name] = _either(table[one.name], array) if one.name in table else array
+        table[name] = _either(table[name], array) if name in table else array
     for tag, column in zip(TAGS, columns[len(selected) :], strict=True):
         table[tag] = pa.array([text or None for text in column], pa.string())
     present = [name for name, array in table.items() if name in (TIME, *TAGS) or array.null_count < len(array)]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-TOO_MUCH = ("memory", "resource exhausted")
+# The last one: a field has another type in another shard; a span that ends where the shard does has one type each.
+TOO_MUCH = ("memory", "resource exhausted", "schema collision")
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TIMED_OUT, THROTTLED, CLIENT_CLOSED, SERVER_ERROR = (
     401,
     403,

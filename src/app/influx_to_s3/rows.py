@@ -26,17 +26,18 @@ UNKNOWN = "unknown"
 def canonical(table: "pa.Table", time_column: str, tags: frozenset[str]) -> "pa.Table":
     """One answer's columns under their own names: tags other than the documented ones dropped, measured fields float64.
 
-    A field that bears the name of a documented column is kept as `{name}_field`.
+    A field that bears the name of a documented column, and is none of `tags`, is kept as `{name}_field`.
     """
     import pyarrow as pa
 
     columns = {TIMESTAMP: table.column(time_column).cast(pa.timestamp("ns", "UTC"))}
     for name in table.column_names:
-        if name in TAGS:
-            columns[name] = table.column(name).cast(pa.string())
-        elif name in MEASURED and name not in tags:
+        if name in tags:
+            if name in TAGS:
+                columns[name] = table.column(name).cast(pa.string())
+        elif name in MEASURED:
             columns[name] = _as_float(table.column(name))
-        elif name not in tags and name not in (time_column, DEVICE):
+        elif name != time_column:
             columns[f"{name}_field" if name in RESERVED else name] = table.column(name)
     return pa.table(columns)
 
@@ -136,7 +137,7 @@ def nanoseconds_of(instant: datetime) -> int:
 def of_object(table: "pa.Table") -> "pa.Table":
     """Rows that were read back from an object of this pipeline: what was computed from them is dropped."""
     computed = [name for name in (DEVICE, *COMPUTED) if name in table.column_names]
-    return canonical(table.drop_columns(computed), TIMESTAMP, frozenset())
+    return canonical(table.drop_columns(computed), TIMESTAMP, frozenset(TAGS))
 
 
 def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]") -> "Iterator[pa.Table]":

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from app.core.errors import Permanent, Rejected, Transient
+from app.core.errors import Permanent, Transient
 from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 BUCKETS = 30
 OVERFLOW = 4
-CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
+MAX_SLICE_BYTES = 64 << 20
 SHORTEST = timedelta(milliseconds=2)
-MAX_ID_BYTES = 255
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -71,14 +70,14 @@ class InfluxSource:
         return devices
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length."""
-        if partition is not None:
-            check_device(partition)
+        """One question per run of windows of one length. Raises Permanent for an unknown measurement."""
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
             counted += self._again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
         found = totals(counted)
+        if partition is None and not found:
+            self._check_measurement()
         nameless = sum(count.points for (device, _), count in found.items() if not device)
         if nameless:
             log.warning("%d points of %s have no device_id and cannot be exported", nameless, self._reading.measurement)
@@ -86,7 +85,6 @@ class InfluxSource:
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
-        check_device(partition)
         spool = self._spool(partition)
         cells: Mapping[datetime, int] = {}
         try:
@@ -168,13 +166,15 @@ class InfluxSource:
     def _collect(self, device: str, span: Window) -> "list[pa.Table]":
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
         tables: list[pa.Table] = []
+        size_bytes = 0
         limit = max(self._reading.batch_rows, BLOCK_ROWS) * OVERFLOW
         rows = 0
         for table in self._reader.rows(device, span):
             tables.append(table)
             rows += table.num_rows
-            if rows > limit:
-                raise QueryTooLarge(f"{device} has over {limit} rows in {span}", "a shorter range is tried by itself")
+            size_bytes += table.nbytes
+            if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
+                raise QueryTooLarge(f"{device} has too many rows in {span}", "a shorter range is tried by itself")
         return [table for table in tables if table.num_rows]
 
     def _check_measurement(self) -> None:
@@ -241,19 +241,3 @@ def slices(
             start, points = bucket.start, 0
         points += here
     yield Window(start, span.end), points
-
-
-def check_device(device: str) -> None:
-    """Raises Rejected for an id that cannot be part of a key as it is."""
-    problem = ""
-    if not device or "/" in device or ".." in device:
-        problem = "is empty or holds '/' or '..'"
-    elif not CONTROL.isdisjoint(device):
-        problem = "holds a control character"
-    elif len(device.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
-        problem = "is longer than 255 bytes"
-    if problem:
-        raise Rejected(
-            f"device id {device[:80]!r} {problem}, so it cannot name an object",
-            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
-        )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 16_384
+MEMORY_BYTES = 32 << 20
 
 
 @dataclass(slots=True)
@@ -66,6 +67,9 @@ class RowBatch:
         import pyarrow as pa
 
         for block in self._spooled_blocks() if self.spooled else self.blocks:
+            if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
+                yield block.select(self.schema.names)
+                continue
             aligned = {
                 column.name: block.column(column.name).cast(column.type, safe=False)
                 if column.name in block.column_names
@@ -102,8 +106,10 @@ class Spool:
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
         self._blocks: list[pa.Table] = []
+        self._memory_bytes = 0
         self._file: BinaryIO | None = None
         self._types: dict[str, Any] = {}
+        self._drifts = False
         self._digest = hashlib.sha256()
         self._rows = 0
         self._first_ns: int | None = None
@@ -137,7 +143,7 @@ class Spool:
                 *((name, self._types[name]) for name in fields),
             ]
         )
-        return RowBatch(
+        batch = RowBatch(
             device=self.device,
             rows=self._rows,
             digest=self._digest.hexdigest(),
@@ -148,6 +154,10 @@ class Spool:
             spooled=self._file,
             cells=cells,
         )
+        if self._drifts:
+            # Which block met which type depends on the cutting; with the final types the digest does not.
+            batch.digest = _digest_of(batch.tables())
+        return batch
 
     def abandon(self) -> None:
         """Remove what was spooled so far, after an error."""
@@ -167,12 +177,16 @@ class Spool:
         self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
 
     def _add(self, block: "pa.Table") -> None:
-        block = block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
+        block = _with_values(block)
         for column in block.schema:
-            self._types[column.name] = common_type(self._types.get(column.name, column.type), column.type)
+            known = self._types.setdefault(column.name, column.type)
+            if known != column.type:
+                self._drifts = True
+                self._types[column.name] = common_type(known, column.type)
         _digest_block(self._digest, block)
         self._blocks.append(block)
-        if self._rows > self._memory_rows:
+        self._memory_bytes += block.nbytes
+        if self._file or self._rows > self._memory_rows or self._memory_bytes > MEMORY_BYTES:
             self._spill()
 
     def _spill(self) -> None:
@@ -185,6 +199,7 @@ class Spool:
             with pa.ipc.new_stream(self._file, block.schema) as writer:
                 writer.write_table(block)
         self._blocks.clear()
+        self._memory_bytes = 0
 
 
 def _with_tags(table: "pa.Table") -> "pa.Table":
@@ -198,6 +213,18 @@ def _with_tags(table: "pa.Table") -> "pa.Table":
             index = table.schema.get_field_index(tag)
             table = table.set_column(index, tag, table.column(tag).fill_null(UNKNOWN))
     return table
+
+
+def _with_values(block: "pa.Table") -> "pa.Table":
+    """Without the columns that hold nothing."""
+    return block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
+
+
+def _digest_of(blocks: "Iterator[pa.Table]") -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        _digest_block(digest, _with_values(block))
+    return digest.hexdigest()
 
 
 def _digest_block(digest: Any, block: "pa.Table") -> None:
@@ -217,7 +244,7 @@ def _value_bytes(array: Any) -> Iterator[Any]:
 
     if array.null_count:
         yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
-        array = array.fill_null("" if pa.types.is_string(array.type) else 0)
+        array = array.fill_null(pa.scalar("" if pa.types.is_string(array.type) else 0).cast(array.type))
     if pa.types.is_string(array.type):
         _, offsets, data = array.buffers()
         ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]

@@ -6,6 +6,7 @@ request head, or stops in mid-body, is closed within 15 s.
 
 import asyncio
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +19,24 @@ HEAD_SECONDS = 15.0
 BODY_IDLE_SECONDS = 15.0
 BODY_TOTAL_SECONDS = 900.0
 CLOSE = {"Connection": "close"}
+BY_LINE = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "text/csv"})
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Bytes allowed in a body; paths under one of `upload_prefixes` may send `upload_bytes`."""
+    """Bytes allowed in a body. Paths under one of `upload_prefixes` may send `upload_bytes`, and so may those under
+    `stream_prefixes` in a media type that is read line by line.
+    """
 
     body_bytes: int
     upload_bytes: int
     upload_prefixes: tuple[str, ...] = ()
+    stream_prefixes: tuple[str, ...] = ()
 
-    def bytes_for(self, path: str) -> int:
-        """The limit for a path."""
-        return self.upload_bytes if path.startswith(self.upload_prefixes) else self.body_bytes
+    def bytes_for(self, path: str, media_type: str = "") -> int:
+        """The limit for a path and a Content-Type."""
+        by_line = media_type.partition(";")[0].strip().lower() in BY_LINE and path.startswith(self.stream_prefixes)
+        return self.upload_bytes if by_line or path.startswith(self.upload_prefixes) else self.body_bytes
 
 
 class _Cut(Exception):
@@ -91,17 +97,15 @@ def too_large(limit_bytes: int) -> Refusal:
 
 async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
     """Call `app` with a body that cannot go over its limits."""
-    limit_bytes = limits.bytes_for(scope["path"])
+    types = [value for name, value in scope["headers"] if name == b"content-type"]
+    limit_bytes = limits.bytes_for(scope["path"], types[0].decode("latin-1") if types else "")
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(value.isdigit() and int(value) > limit_bytes for value in lengths):
         await send_refusal(send, too_large(limit_bytes))
         return
     body = _Body(receive, send, limit_bytes)
-    try:
+    with suppress(_Cut):
         await app(scope, body.receive, body.send)
-    except Exception:
-        if body.refusal is None:
-            raise
     await body.finish()
 
 

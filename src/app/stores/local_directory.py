@@ -96,6 +96,8 @@ class LocalDirectory:
             try:
                 _make_folder(path.parent)
                 self._write_note(key, etag, put)
+                if path.is_dir():
+                    path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
                 replace_durably(spooled, path)
             except OSError:
                 self._prune(path.parent)
@@ -193,7 +195,7 @@ class LocalDirectory:
         info = _info(key, found)
         try:
             note = json.loads(self._note_path(key).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return info, True
         if note["etag"] != info.etag:
             return info, False

@@ -13,19 +13,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from app.core.errors import Conflict, Rejected
+from app.core.errors import Conflict, Permanent, Rejected
 from app.core.ports import Batch, Held
 from app.core.window import Window
 from app.stores.layouts import Layout
-from app.stores.objects import ObjectInfo, ObjectStore, Put, check_key
+from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP_ROWS = 128 * 1024
+MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
+MAX_DEVICE_BYTES = 255
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
 
 
@@ -42,7 +44,7 @@ class TableBatch(Batch, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """An object's bytes in an unnamed temporary file, with the metadata that says what they are."""
+    """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
 
     file: BinaryIO
     size_bytes: int
@@ -68,6 +70,7 @@ class TableSink:
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
+        _check_device(partition)
         layout = self.layout_at(window.start)
         named_at = window.start + timedelta(seconds=part)
         if named_at >= window.end:
@@ -92,10 +95,13 @@ class TableSink:
                 while chunk := body.read(CSV_BLOCK_BYTES):
                     file.write(chunk)
             file.seek(0)
-            yield from _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file)
+            yield from _readable(key, _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file))
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to a temporary file. The same rows give the same bytes under one version of pyarrow."""
+        """Write the batch to memory, from MEMORY_BYTES on to a temporary file.
+
+        The same rows give the same bytes under one version of pyarrow.
+        """
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -124,7 +130,25 @@ class TableSink:
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=self.spool_directory, prefix="object-")
+        folder = str(self.spool_directory)
+        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
+        return cast("BinaryIO", file)
+
+
+def _check_device(device: str) -> None:
+    """Raises Rejected for an id that cannot be part of a key as it is."""
+    problem = ""
+    if not device or "/" in device or ".." in device:
+        problem = "is empty or holds '/' or '..'"
+    elif not CONTROL.isdisjoint(device):
+        problem = "holds a control character"
+    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
+        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
+    if problem:
+        raise Rejected(
+            f"device id {device[:80]!r} {problem}, so it cannot name an object",
+            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
+        )
 
 
 def held_of(info: ObjectInfo) -> Held:
@@ -185,6 +209,18 @@ def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
         pacsv.write_csv(table, file, write_options=options)
 
 
+def _readable(key: str, tables: "Iterator[pa.Table]") -> "Iterator[pa.Table]":
+    """The tables of a local copy. What cannot be parsed was not written by this sink, or was damaged since."""
+    import pyarrow as pa
+
+    try:
+        yield from tables
+    except (pa.ArrowException, OSError) as error:
+        raise Permanent(
+            f"{key} cannot be read: {str(error)[:200]}", "restore an earlier version of the object, or move it away"
+        ) from error
+
+
 def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -195,17 +231,31 @@ def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
 
 
 def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
-    """Types are inferred, but the timestamp's is said: without it a file with whole seconds would lose nanoseconds."""
+    """Instants, and everything else as the text that it is: inference would look at the first block only, and make
+    numbers of texts such as 007.
+    """
     import pyarrow as pa
     import pyarrow.csv as pacsv
 
+    names = next(csv.reader(io.StringIO(_first_record(file), newline="")), [])
     options: Mapping[str, Any] = {
         "read_options": pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES, use_threads=False),
         "parse_options": pacsv.ParseOptions(newlines_in_values=True),
         "convert_options": pacsv.ConvertOptions(
-            column_types={"timestamp": pa.timestamp("ns", "UTC")}, null_values=[""], strings_can_be_null=True
+            column_types={**dict.fromkeys(names, pa.string()), "timestamp": pa.timestamp("ns", "UTC")},
+            null_values=[""],
+            strings_can_be_null=True,
         ),
     }
     with pacsv.open_csv(file, **options) as reader:
         for batch in reader:
             yield pa.Table.from_batches([batch])
+
+
+def _first_record(file: BinaryIO) -> str:
+    """The header, which ends at the first newline outside quotes. The file stands at its start again."""
+    record = file.readline()
+    while record.count(b'"') % 2 and (line := file.readline()):
+        record += line
+    file.seek(0)
+    return record.decode("utf-8")

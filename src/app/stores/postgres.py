@@ -10,19 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.stores.connections import Connections
+from app.stores.copy_text import copy_text
 from app.stores.sql import Dialect, Row
 from app.stores.sql_values import bound
 
 T = TypeVar("T")
 
+STREAMED_ROWS = 1000
 ANSWER_SECONDS = 60.0  # longer than the server gives a statement, so that its own answer comes first
 CONNECTION = {
     "connect_timeout": "5",
@@ -90,6 +93,23 @@ class PostgresSession:
         with self._errors.translated(), self._connection.cursor() as cursor:
             cursor.executemany(_pyformat(sql), [bound(params) for params in many])
             return max(cursor.rowcount, 0)
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """See `Session.append`: by COPY."""
+        sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
+        with self._errors.translated(), self._connection.cursor() as cursor, cursor.copy(sql.encode()) as copy:
+            for block in copy_text(rows):
+                copy.write(block)
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """See `Session.stream`: by a cursor of the server, so that it holds what was not asked for yet."""
+        with (
+            self._errors.translated(),
+            self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
+        ):
+            cursor.execute(_pyformat(sql), bound(params))
+            while rows := cursor.fetchmany(STREAMED_ROWS):
+                yield from rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`."""

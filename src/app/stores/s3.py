@@ -1,4 +1,4 @@
-"""The object store port on S3 and on stores that speak its protocol; with `dynamo_to_drive.source` the home of boto3.
+"""The object store port on S3 and on stores that speak its protocol.
 
 Invariants: no exception of the SDK leaves this module; a conditional write is sent with its condition, so the store
 decides it atomically; a read stays on the version it began with, however often it has to be resumed.
@@ -8,81 +8,39 @@ Where a fact about the protocol is used, it comes from the S3 API reference or w
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import UTC, timedelta
+from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
-from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.stores.objects import ObjectInfo, Put, check_key
+from app.stores.s3_client import (
+    BUSY,
+    REACH_HINT,
+    READ_HINT,
+    STYLE_HINT,
+    S3Target,
+    code_of,
+    make_client,
+    status_of,
+    translated,
+)
 
 MAX_PUT_BYTES = 5 << 30
 MAX_METADATA_BYTES = 2048
 RESUMES = 8
 READ_BYTES = 1 << 18
 BUSY_ATTEMPTS = 4
+CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+PROBE_FOLDER = ".headwater-probe"
+LEFTOVER = timedelta(hours=1)
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
-KEYS_HINT = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY"
-RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and put objects under S3_PREFIX"
-BUCKET_HINT = "create the bucket or correct S3_BUCKET"
-REGION_HINT = "set S3_REGION to the bucket's region"
-STYLE_HINT = "check S3_ENDPOINT_URL, and set S3_ADDRESSING_STYLE to path or virtual as the store asks"
-REACH_HINT = "check S3_ENDPOINT_URL and the network; it is tried again"
-AGAIN_HINT = "nothing to do: it is tried again"
-READ_HINT = "nothing to do: it is read again"
-
-HINTS: Mapping[str, str] = {
-    "InvalidAccessKeyId": KEYS_HINT,
-    "SignatureDoesNotMatch": KEYS_HINT,
-    "ExpiredToken": "the temporary credentials ended: renew them",
-    "InvalidToken": "check AWS_SESSION_TOKEN; leave it out for keys that do not end",
-    "AccessDenied": RIGHTS_HINT,
-    "403": RIGHTS_HINT,  # the codes of HEAD, which has no body, are its status
-    "RequestTimeTooSkewed": "set this machine's clock (NTP)",
-    "InvalidBucketName": BUCKET_HINT,
-    "PermanentRedirect": REGION_HINT,
-    "TemporaryRedirect": REGION_HINT,
-    "AuthorizationHeaderMalformed": REGION_HINT,
-    "IllegalLocationConstraintException": REGION_HINT,
-    "301": REGION_HINT,
-    "400": f"{REGION_HINT}; {KEYS_HINT}",
-}
-BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted"})
-PASSING = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "SlowDown", "Throttling"})
-REFUSED = frozenset({"KeyTooLongError", "EntityTooLarge", "MetadataTooLarge", "InvalidObjectState", "InvalidURI"})
-
-PASSING_STATUS = frozenset(
-    {
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.CONFLICT,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-    }
-)
-TEXT_LIMIT = 400
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class S3Target:
-    """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
-
-    bucket: str
-    region: str = "us-east-1"
-    endpoint_url: str = ""
-    addressing_style: str = "auto"
-    access_key_id: str = ""
-    secret_access_key: str = field(default="", repr=False)
-    session_token: str = field(default="", repr=False)
-    connect_timeout_seconds: float = 5
-    read_timeout_seconds: float = 60
-    attempts: int = 4
-    connections: int = 16
-    page_keys: int = 1000
 
 
 class S3Store:
@@ -118,7 +76,7 @@ class S3Store:
         """
         self._bucket_seen = False
         self._see_bucket(self._probe_key.rpartition("/")[0])
-        etag = self._send(self._probe_key, b"probe", Put("text/plain"), {})
+        etag = self._send(self._probe_key, _Rest(io.BytesIO(b"probe")), Put("text/plain"), {})
         try:
             self._honours = (
                 self._status_of({"IfNoneMatch": "*"}) == HTTPStatus.PRECONDITION_FAILED
@@ -126,7 +84,7 @@ class S3Store:
                 and self._status_of({"IfMatch": etag}) == HTTPStatus.OK
             )
         finally:
-            self._remove_probe()
+            self._remove_probes()
 
     def head(self, key: str) -> ObjectInfo | None:
         """HeadObject."""
@@ -134,14 +92,12 @@ class S3Store:
         found = self._unless_missing(key, lambda: self._client().head_object(Bucket=self._target.bucket, Key=key))
         if found is None:
             return None
-        return ObjectInfo(
-            key,
-            found["ContentLength"],
-            found["ETag"],
-            found["LastModified"].astimezone(UTC),
-            found.get("ContentType", "application/octet-stream"),
-            {name.lower(): value for name, value in found.get("Metadata", {}).items()},
-        )
+        with self._translated(key):
+            return replace(
+                _info(key, found["ContentLength"], found),
+                content_type=found.get("ContentType", "application/octet-stream"),
+                metadata={name.lower(): value for name, value in found.get("Metadata", {}).items()},
+            )
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
@@ -165,11 +121,9 @@ class S3Store:
         if answer is None:
             yield None
             return
-
-        def resume(position: int) -> Any:
-            return self._get_rest(key, answer["ETag"], position)
-
-        with io.BufferedReader(_Resumed(key, answer, resume), READ_BYTES) as stream:
+        with self._translated(key):
+            raw = _Resumed(key, answer, partial(self._get_rest, key, answer["ETag"]))
+        with io.BufferedReader(raw, READ_BYTES) as stream:
             yield stream
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -180,9 +134,10 @@ class S3Store:
         while True:
             with self._translated(what):
                 page = self._client().list_objects_v2(**question)
-            for found in page.get("Contents", ()):
-                yield ObjectInfo(found["Key"], found["Size"], found["ETag"], found["LastModified"].astimezone(UTC))
-            if not page["IsTruncated"]:
+                found = [_info(entry["Key"], entry["Size"], entry) for entry in page.get("Contents", ())]
+                more = page["IsTruncated"]
+            yield from (info for info in found if info.key.startswith(prefix))  # SeaweedFS takes `a//` for `a/`
+            if not more:
                 return
             token = page.get("NextContinuationToken")
             if not token or token == question.get("ContinuationToken"):
@@ -217,7 +172,7 @@ class S3Store:
             try:
                 return call()
             except ClientError as error:
-                if _status(error) != HTTPStatus.NOT_FOUND or _code(error) == "NoSuchBucket":
+                if status_of(error) != HTTPStatus.NOT_FOUND or code_of(error) == "NoSuchBucket":
                     raise
         self._see_bucket(key)
         return None
@@ -234,7 +189,7 @@ class S3Store:
         if found != expected:
             raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", READ_HINT)
 
-    def _send(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> str:
+    def _send(self, key: str, body: "_Rest", put: Put, condition: Mapping[str, str]) -> str:
         """PutObject. Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its
         ETag would have to be read again, so that is a Conflict.
         """
@@ -247,10 +202,11 @@ class S3Store:
                 try:
                     return str(self._put_object(key, body, put, condition)["ETag"])
                 except ClientError as error:
-                    if _code(error) not in BUSY or not attempts_left:
+                    if code_of(error) not in BUSY or not attempts_left:
                         raise
 
-    def _put_object(self, key: str, body: Any, put: Put, condition: Mapping[str, str]) -> Any:
+    def _put_object(self, key: str, body: "_Rest", put: Put, condition: Mapping[str, str]) -> Any:
+        body.seek(0)
         return self._client().put_object(
             Bucket=self._target.bucket,
             Key=key,
@@ -261,20 +217,25 @@ class S3Store:
         )
 
     def _status_of(self, condition: Mapping[str, str]) -> int:
-        """How the store answers a write of the probe object: 200, 412, or 501 where it knows no conditions."""
+        """How the store answers a write of the probe object: 200, 412, or 400 and 501 where it knows no conditions."""
         from botocore.exceptions import ClientError
 
         with self._translated(self._probe_key):
             try:
-                self._put_object(self._probe_key, b"probe", Put("text/plain"), condition)
+                self._put_object(self._probe_key, _Rest(io.BytesIO(b"probe")), Put("text/plain"), condition)
             except ClientError as error:
-                if _status(error) in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_IMPLEMENTED):
-                    return _status(error)
-                raise
+                if status_of(error) not in CONDITION_ANSWERS:
+                    raise
+                return status_of(error)
         return HTTPStatus.OK
 
-    def _remove_probe(self) -> None:
+    def _remove_probes(self) -> None:
+        """Ours, and in PROBE_FOLDER, which holds nothing else, those of processes that were killed in mid-probe."""
+        folder = self._probe_key.rpartition("/")[0] + "/"
         try:
+            if folder.endswith(f"{PROBE_FOLDER}/"):
+                for key in old_probes(list(self.list(folder))):
+                    self.delete(key)
             self.delete(self._probe_key)
         except Permanent as error:
             log.warning("the probe object stays in the bucket: %s", error)
@@ -282,25 +243,11 @@ class S3Store:
     def _client(self) -> Any:
         with self._lock:
             if self._made is None:
-                self._made = _make_client(self._target)
+                self._made = make_client(self._target)
             return self._made
 
-    @contextmanager
-    def _translated(self, what: str, *, replaces: bool = False) -> Iterator[None]:
-        """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
-        from botocore.exceptions import BotoCoreError, ClientError
-        from botocore.parsers import ResponseParserError
-
-        try:
-            yield
-        except ClientError as error:
-            if replaces and (_code(error) == "NoSuchKey" or _code(error) in BUSY):
-                raise Conflict(f"{what}: {_code(error)}", READ_HINT) from error
-            raise _answered(what, error, self._target) from error
-        except ResponseParserError as error:
-            raise Transient(f"{what}: the answer is not S3's: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
-        except BotoCoreError as error:
-            raise _failed(what, error) from error
+    def _translated(self, what: str, *, replaces: bool = False) -> AbstractContextManager[None]:
+        return translated(what, self._target, replaces=replaces)
 
 
 class _Rest:
@@ -341,6 +288,8 @@ class _Resumed(io.RawIOBase):
         chunk = b""
         while not chunk and self._position < self._size_bytes:
             chunk = self._read(min(len(buffer), self._size_bytes - self._position))
+        if not chunk:
+            self._verify()
         buffer[: len(chunk)] = chunk
         self._position += len(chunk)
         return len(chunk)
@@ -366,40 +315,29 @@ class _Resumed(io.RawIOBase):
             self._body = self._resume(self._position)
         return chunk
 
+    def _verify(self) -> None:
+        """The SDK compares the checksum, where the store sent one, when it is asked for more than there is."""
+        from botocore.exceptions import FlexibleChecksumError
+
+        try:
+            self._body.read(1)
+        except FlexibleChecksumError as error:
+            raise Transient(f"{self._key}: what arrived is not what was stored: {error}", READ_HINT) from error
+
     def close(self) -> None:
         if not self.closed:
             self._body.close()
         super().close()
 
 
-def _make_client(target: S3Target) -> Any:
-    """A client of its own session: sessions are not safe to share between threads, clients are."""
-    import boto3
-    from botocore.config import Config
+def _info(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
+    return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
 
-    # Compatible stores may not know the SDK's newer checksums, and some keep their framing as data.
-    needed = "when_required" if target.endpoint_url else "when_supported"
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": target.attempts},
-        connect_timeout=target.connect_timeout_seconds,
-        read_timeout=target.read_timeout_seconds,
-        max_pool_connections=target.connections,
-        request_checksum_calculation=needed,
-        response_checksum_validation=needed,
-        s3={"addressing_style": target.addressing_style},
-    )
-    try:
-        return boto3.session.Session().client(
-            "s3",
-            region_name=target.region,
-            endpoint_url=target.endpoint_url or None,
-            aws_access_key_id=target.access_key_id or None,
-            aws_secret_access_key=target.secret_access_key or None,
-            aws_session_token=target.session_token or None,
-            config=config,
-        )
-    except ValueError as error:
-        raise Permanent(f"the S3 client cannot be made: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
+
+def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
+    """Keys of probes that no process is still at; the newest of them tells the store's own time."""
+    now_at = max((probe.modified_at for probe in probes), default=None)
+    return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
 
 
 def _check(key: str) -> None:
@@ -427,52 +365,3 @@ def _condition(expected: str | None) -> Mapping[str, str]:
     if expected is None:
         return {}
     return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _answered(what: str, error: Any, target: S3Target) -> AppError:
-    """The store's refusal as what the caller should do. Its message is quoted; it never repeats the secret."""
-    code, status = _code(error), _status(error)
-    text = f"{what}: {code}: {error.response.get('Error', {}).get('Message', '')}"[:TEXT_LIMIT]
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if status == HTTPStatus.PRECONDITION_FAILED:
-        return Conflict(text, READ_HINT)
-    if code == "NoSuchBucket":
-        return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
-    if code in REFUSED:
-        return Rejected(text, "change the key or the object; an archived object has to be restored first")
-    if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
-        return Transient(text, AGAIN_HINT, retry_after_seconds=_seconds(headers.get("retry-after", "")))
-    region = headers.get("x-amz-bucket-region", target.region)
-    if region != target.region:
-        return Permanent(f"{text}; bucket {target.bucket!r} is in {region}", f"set S3_REGION to {region}")
-    return Permanent(text, HINTS.get(code, STYLE_HINT))
-
-
-def _seconds(text: str) -> float | None:
-    return float(text) if text.isdecimal() else None
-
-
-def _failed(what: str, error: Exception) -> AppError:
-    """A call that got no answer as what the caller should do."""
-    from botocore import exceptions as sdk
-
-    text = f"{what}: {error}"[:TEXT_LIMIT]
-    if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
-        return Permanent(text, "install the certificate authority of the store, or set AWS_CA_BUNDLE to its file")
-    if isinstance(error, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
-        return Transient(text, f"check the role of this machine, or set the keys: {KEYS_HINT}")
-    if isinstance(
-        error, (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.FlexibleChecksumError)
-    ):
-        return Transient(text, REACH_HINT)
-    if isinstance(error, sdk.ParamValidationError):
-        return Permanent(text, BUCKET_HINT)
-    return Permanent(text, KEYS_HINT)

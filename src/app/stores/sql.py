@@ -5,7 +5,7 @@ datetimes; no exception of a driver leaves this surface, only Transient, Permane
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +35,16 @@ class Session(Protocol):
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
         """The statement once per set of parameters; the number of rows changed."""
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Put rows into a table by the quickest means of the database. For many rows at once, in bounded memory.
+
+        Values are None, bool, int, float and str, each in the form that the column reads; instants are text. `table`
+        and `columns` are names of the program's own.
+        """
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """Rows as tuples of what the database holds, instants not turned, in bounded memory however many there are."""
 
     def script(self, sql: str) -> None:
         """Several statements without parameters, inside this transaction."""

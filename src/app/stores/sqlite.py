@@ -6,7 +6,7 @@ that is killed at any instruction leaves a database that opens again with every 
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from app.stores.sql_values import INSTANT_SUFFIX, bound, instant_of, instant_tex
 T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
+STREAMED_ROWS = 1000
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
     sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
@@ -60,6 +61,18 @@ class SqliteSession:
         """See `Session.run_many`."""
         prepared = [_bound(params) for params in many]
         return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """See `Session.append`."""
+        places = ", ".join("?" * len(columns))
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
+        _translated(self._path, lambda: self._connection.executemany(sql, rows))
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """See `Session.stream`."""
+        cursor = self._execute(sql, params)
+        while rows := _translated(self._path, lambda: cursor.fetchmany(STREAMED_ROWS)):
+            yield from rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which commits what is open before it starts."""

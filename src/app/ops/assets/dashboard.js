@@ -89,7 +89,8 @@ function chart(runs) {
     return svg("rect", { x, y: 40 - height, width: width * 0.75, height, class: run.outcome }, title);
   });
   const label = `Rows of the last ${shown.length} runs, at most ${number(most)}`;
-  return svg("svg", { class: "chart", viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...bars);
+  const drawn = svg("svg", { class: "chart", viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...bars);
+  return make("figure", "", drawn, make("figcaption", "quiet", `rows per run, at most ${number(most)}`));
 }
 
 function bar(progress) {

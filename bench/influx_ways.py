@@ -1,0 +1,250 @@
+"""The compared ways of the InfluxDB export, each run by name in a process of its own; prints what it did as JSON.
+
+The ordinary ways are written as people write them: one query per device and hour, pandas for the computed columns,
+`to_parquet` per object. Ours is the product's own job with its state in SQLite and its objects in a directory.
+"""
+
+import argparse
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from telemetry import START, WINDOW_SECONDS, Shape, device_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOKEN, ORG, BUCKET, MEASUREMENT = "bench", "bench", "telemetry", "device_telemetry"
+PIECE_BYTES = 1 << 16
+Told = dict[str, Any]
+
+
+def flux(start: datetime, end: datetime, device: str) -> str:
+    """The query that the ordinary ways ask; `device` "" = all."""
+    only = f' and r.device_id == "{device}"' if device else ""
+    return (
+        f'from(bucket: "{BUCKET}") |> range(start: {start:%Y-%m-%dT%H:%M:%SZ}, stop: {end:%Y-%m-%dT%H:%M:%SZ})'
+        f' |> filter(fn: (r) => r._measurement == "{MEASUREMENT}"{only})'
+        ' |> drop(columns: ["_start", "_stop", "_measurement"])'
+        ' |> pivot(rowKey: ["_time"], columnKey: ["_field"], valueColumn: "_value")'
+    )
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(work: Callable[[], int]) -> Told:
+    """The CPU time of `work` alone, and the rows that it says it saw."""
+    before = cpu_seconds()
+    rows = work()
+    return {"work_cpu_seconds": cpu_seconds() - before, "rows": rows}
+
+
+def client(url: str) -> Any:
+    """The client library as its documentation opens it."""
+    from influxdb_client.client.influxdb_client import InfluxDBClient
+
+    return InfluxDBClient(url=url, token=TOKEN, org=ORG, timeout=600_000)
+
+
+# ---- parsing only: one answer over all devices
+
+
+def pieces(body: bytes) -> Iterator[bytes]:
+    """The body as it comes off a connection."""
+    return (body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES))
+
+
+def parse_ours(url: str, shape: Shape, _: Path) -> Told:
+    """`read_blocks` over the bytes in memory."""
+    import numpy as np  # noqa: F401 - loaded before the clock starts, as the next ones
+    import pyarrow.compute
+    import pyarrow.csv  # noqa: F401
+
+    from app.influx_to_s3.annotated_csv import read_blocks
+
+    body = client(url).query_api().query_raw(flux(START, shape.end, "")).read()
+    return timed(lambda: sum(block.table.num_rows for block in read_blocks(pieces(body))))
+
+
+def parse_floor(url: str, _: Shape, __: Path) -> Told:
+    """The same data as plain CSV, types given, by pyarrow alone, on one thread: what no program here can beat."""
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+    import urllib3
+
+    body = urllib3.request("GET", f"{url}/plain").data
+    convert = pacsv.ConvertOptions(column_types={"_time": pa.timestamp("ns", "UTC")}, strings_can_be_null=True)
+    options = pacsv.ReadOptions(use_threads=False)
+    return timed(lambda: int(pacsv.read_csv(pa.BufferReader(body), options, convert_options=convert).num_rows))
+
+
+def parse_data_frame(url: str, shape: Shape, _: Path) -> Told:
+    """`query_data_frame`, less what reading the same bytes over HTTP costs."""
+    import pandas as pd  # noqa: F401 - loaded before the clock starts
+
+    api = client(url).query_api()
+    query = flux(START, shape.end, "")
+    reading = timed(lambda: len(api.query_raw(query).read()))["work_cpu_seconds"]
+    told = timed(lambda: len(api.query_data_frame(query)))
+    return {**told, "work_cpu_seconds": told["work_cpu_seconds"] - reading}
+
+
+# ---- the whole export
+
+
+def export_ours(url: str, shape: Shape, folder: Path) -> Told:
+    """The product's job, run until nothing is left."""
+    sys.meta_path.insert(0, Absent("pandas"))
+    import logging
+
+    from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
+    from app.influx_to_s3 import job
+    from app.settings import load_settings
+    from app.stores.local_directory import LocalDirectory
+    from app.stores.state import open_state
+
+    logging.basicConfig(level=logging.WARNING)
+    environ = {"INFLUXDB_URL": url, "INFLUXDB_TOKEN": TOKEN, "INFLUXDB_ORG": ORG, "INFLUXDB_BUCKET": BUCKET}
+    settings = load_settings({**environ, "DATA_DIR": str(folder), "EXPORT_START": START.isoformat()}, None)
+    now: datetime = shape.end + timedelta(seconds=settings.export.grace_seconds + 60)
+
+    def clock() -> datetime:
+        return now
+
+    state = open_state("", folder)
+    store = LocalDirectory(folder / "objects")
+    export = job.build(settings, state.checkpoints, state.layouts, store, clock)
+    desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
+    rows, more = 0, True
+    while more:
+        run = execute(export.jobs[0], desk, Stop(), Silent())
+        if run is None or run.outcome is not Outcome.OK:
+            sys.exit(f"the export failed: {run}")
+        rows, more = rows + run.report.rows, run.report.more
+    state.close()
+    forbidden = sorted({"pandas", "pyarrow.dataset", "boto3"} & sys.modules.keys())
+    return {"rows": rows, "imported": forbidden}
+
+
+def idle(_: str, __: Shape, ___: Path) -> Told:
+    """Everything imported that an export needs, and nothing done."""
+    sys.meta_path.insert(0, Absent("pandas"))
+    import influxdb_client
+    import numpy as np
+    import pyarrow.compute
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    from app.influx_to_s3 import job
+    from app.settings import load_settings
+    from app.stores import local_directory, state
+
+    imported = (influxdb_client, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)
+    return {"rows": 0, "imported": len(imported)}
+
+
+class Absent:
+    """Hides a package from imports. pyarrow imports pandas wherever it finds it; an installed Headwater has none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Refuse the package, leave the others to the next finder."""
+        if name == self._name:
+            raise ModuleNotFoundError(name=name)
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nothing."""
+
+
+def raised(cause: BaseException | None) -> None:
+    """An error inside a run is an error of the bench."""
+    if cause is not None:
+        raise cause
+
+
+def export_data_frame(url: str, shape: Shape, folder: Path) -> Told:
+    """`query_data_frame` per device and hour, pandas, `to_parquet`."""
+    api = client(url).query_api()
+    rows = 0
+    for device, start, end in spans(shape):
+        frame = api.query_data_frame(flux(start, end, device))
+        rows += write(frame.drop(columns=["result", "table"]), folder, device, start)
+    return {"rows": rows}
+
+
+def export_records(url: str, shape: Shape, folder: Path) -> Told:
+    """`query()` per device and hour, its records into pandas, `to_parquet`."""
+    import pandas as pd
+
+    api = client(url).query_api()
+    rows = 0
+    for device, start, end in spans(shape):
+        tables = api.query(flux(start, end, device))
+        frame = pd.DataFrame([record.values for table in tables for record in table.records])  # noqa: PD011 - not of pandas
+        rows += write(frame.drop(columns=["result", "table"]), folder, device, start)
+    return {"rows": rows}
+
+
+def spans(shape: Shape) -> Iterator[tuple[str, datetime, datetime]]:
+    """Every device and hour."""
+    for number in range(shape.devices):
+        for window in range(shape.windows):
+            start = START + timedelta(seconds=window * WINDOW_SECONDS)
+            yield device_name(number), start, start + timedelta(seconds=WINDOW_SECONDS)
+
+
+def write(frame: "pd.DataFrame", folder: Path, device: str, start: datetime) -> int:
+    """The computed columns, then one object."""
+    frame = frame.rename(columns={"_time": "timestamp"}).sort_values("timestamp")
+    frame["device_type"] = frame["device_type"].fillna("unknown")
+    frame["location"] = frame["location"].fillna("unknown")
+    frame["hour"] = frame["timestamp"].dt.hour
+    frame["day_of_week"] = frame["timestamp"].dt.day_of_week
+    frame["is_weekend"] = frame["day_of_week"] >= 5
+    frame["power_factor"] = (frame["power"] / (frame["voltage"] * frame["current"])).clip(0, 1)
+    path = folder / f"device_id={device}" / f"date={start:%Y/%m/%d}" / f"export_{start:%H%M%S}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(path, compression="zstd", index=False)
+    return len(frame)
+
+
+WAYS: dict[str, Callable[[str, Shape, Path], Told]] = {
+    "parse-ours": parse_ours,
+    "parse-floor": parse_floor,
+    "parse-data-frame": parse_data_frame,
+    "idle": idle,
+    "export-ours": export_ours,
+    "export-data-frame": export_data_frame,
+    "export-records": export_records,
+}
+
+
+def main() -> None:
+    """Run one way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("way", choices=sorted(WAYS))
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    for name in ("devices", "windows", "rows"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    given = parser.parse_args()
+    shape = Shape(given.devices, given.windows, given.rows)
+    print(json.dumps(WAYS[given.way](given.url, shape, given.folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The warehouse: seven tables of product analytics behind /dwh, safe to post to twice."""

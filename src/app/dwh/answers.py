@@ -1,0 +1,56 @@
+"""What a POST is answered with, as a value and as JSON.
+
+Invariant: the answer that is kept under an Idempotency-Key holds all that is needed to give it again.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from app.dwh.faults import RowFault
+
+PIECE_IDS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `count`."""
+
+    ids: "array[int]"
+    rows: int
+    batches: int
+    count: int = -1
+    dry_run: bool = False
+    replayed: bool = False
+
+    @property
+    def inserted_rows(self) -> int:
+        """How many rows were inserted, or would be."""
+        return self.count if self.count >= 0 else len(self.ids)
+
+
+def text_of(done: Inserted) -> str:
+    """What is kept."""
+    return json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
+
+
+def answer_of(text: str) -> Inserted:
+    """What was kept."""
+    held = json.loads(text)
+    return Inserted(array("q", held["ids"]), held["rows"], held["batches"])
+
+
+def body(done: Inserted, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
+    """The JSON, in pieces, since there may be millions of ids. `faults` None: not asked to skip them."""
+    yield b'{"inserted_ids":['
+    for start in range(0, len(done.ids), PIECE_IDS):
+        yield (b"," if start else b"") + ",".join(map(str, done.ids[start : start + PIECE_IDS])).encode()
+    inserted = done.inserted_rows
+    yield f'],"count":{inserted},"batches":{done.batches},"skipped":{done.rows - inserted}'.encode()
+    if done.dry_run:
+        yield b',"dry_run":true'
+    if faults is not None:
+        listed = [{"index": each.index, "field": each.field, "message": each.message} for each in faults]
+        yield f',"errors":{json.dumps(listed)},"error_count":{fault_count}'.encode()
+    yield b"}"

@@ -1,0 +1,204 @@
+"""The warehouse in SQLite or PostgreSQL: rows in, each once, and rows out.
+
+Invariants: a request is one transaction, together with the answer kept under its Idempotency-Key; ids are given in the
+order of the rows; writers of a table take turns, so that overlapping requests neither deadlock nor give up a lock.
+"""
+
+import threading
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from app.core.errors import Transient
+from app.dwh import ddl
+from app.dwh.answers import Inserted, answer_of, text_of
+from app.dwh.faults import BadRequest
+from app.dwh.tables import Table
+from app.stores.migrations import Migrated
+from app.stores.sql import Session, load_queries, open_database, sql_directory
+from app.stores.sqlite import SqliteDatabase
+
+if TYPE_CHECKING:
+    from app.dwh.query import Selection
+
+FILE = "dwh.db"
+VARIABLES = "DWH_DATABASE_URL"
+LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
+TURN_SECONDS = 60.0
+MERGE_ROWS = 20_000
+KEPT_DAYS = 7
+
+
+class Batches(Protocol):
+    """What is to be stored: `rows` of them in all, in `batches` batches, told from others by `digest`."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches they make."""
+
+    @property
+    def digest(self) -> str:
+        """The same for the same request, hex."""
+
+    def read(self) -> Iterator[Iterable[Sequence[Any]]]:
+        """The batches, each as its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How to store: for `caller`, under an Idempotency-Key ("" for none), in earnest or to see what would happen."""
+
+    at: datetime
+    caller: str = ""
+    key: str = ""
+    dry_run: bool = False
+
+
+class _Undo(Exception):
+    """Ends the transaction of a dry run."""
+
+
+class Warehouse:
+    """Seven tables in one database. Connects on first use. Safe to use from many threads."""
+
+    def __init__(self, database: Migrated) -> None:
+        self._database = database
+        self._queries = load_queries(sql_directory() / "dwh", database.dialect)
+        # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
+        self._turn = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return self._database.place
+
+    def ping(self) -> None:
+        """One round trip. Raises Transient or Permanent when the warehouse cannot be used."""
+        with self._database.transaction(read_only=True) as session:
+            session.rows("SELECT 1 AS found")
+
+    def close(self) -> None:
+        """Close all connections. Idempotent."""
+        self._database.close()
+
+    def insert(self, table: Table, batches: Batches, request: Request) -> Inserted:
+        """Store what is not there yet, all or nothing. Raises BadRequest for a key that was used for another request.
+
+        Transient means that it may or may not have been stored: the same request again does no harm.
+        """
+        with suppress(_Undo), self._writing() as session:
+            done = self._once(session, table, batches, request)
+            if request.dry_run:
+                raise _Undo
+        return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True) if request.dry_run else done
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        if self._database.dialect != "sqlite":
+            with self._database.transaction() as session:
+                yield session
+            return
+        if not self._turn.acquire(timeout=TURN_SECONDS):
+            raise Transient("other requests are writing to the warehouse", "send the same request again later")
+        try:
+            with self._database.transaction() as session:
+                yield session
+        finally:
+            self._turn.release()
+
+    def _once(self, session: Session, table: Table, batches: Batches, request: Request) -> Inserted:
+        """The stored answer of an earlier request with the same key, else the rows and then the answer."""
+        if not request.key or request.dry_run:
+            return self._merge(session, table, batches)
+        name = {"caller": request.caller, "key": request.key}
+        fingerprint = f"{table.name}:{batches.digest}"
+        session.run(self._queries["forget_requests"], before_at=request.at - timedelta(days=KEPT_DAYS))
+        if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=request.at):
+            (held,) = session.rows(self._queries["request"], **name)
+            if held["fingerprint"] != fingerprint:
+                raise BadRequest(
+                    422, "this Idempotency-Key was used for another request", "use a new key", "Idempotency-Key"
+                )
+            return replace(answer_of(held["answer"]), replayed=True)
+        done = self._merge(session, table, batches)
+        session.run(self._queries["answer_request"], **name, answer=text_of(done))
+        return done
+
+    def _merge(self, session: Session, table: Table, batches: Batches) -> Inserted:
+        dialect = self._database.dialect
+        session.run(ddl.create_stage(table, dialect))
+        if dialect == "sqlite":
+            session.run(ddl.empty_stage(table, dialect))
+        before = None
+        ids = array("q")
+        for staged in self._stage(session, table, batches):
+            if staged and before is None:
+                before = self._lock(session, table)
+            ids.extend(sorted(row["id"] for row in session.rows(ddl.merge(table)) if row["id"] > (before or 0)))
+            session.run(ddl.empty_stage(table, dialect))
+        return Inserted(ids, batches.rows, batches.batches)
+
+    def _stage(self, session: Session, table: Table, batches: Batches) -> Iterator[int]:
+        """Stage batches; gives the number of staged rows whenever they are to be merged."""
+        columns = [ddl.ORDINAL, *table.names]
+        staged = 0
+        for batch in batches.read():
+            rows = list(united(batch)) if table.updates else batch
+            ordinals = _Counted(rows, staged)
+            session.append(ddl.stage(table), columns, ordinals)
+            staged = ordinals.next
+            if staged >= MERGE_ROWS or table.updates:
+                yield staged
+                staged = 0
+        if staged:
+            yield staged
+
+    def _lock(self, session: Session, table: Table) -> int:
+        """Wait for this table's turn; the largest id until now. Ids that are given from here on are larger."""
+        if self._database.dialect == "postgres":
+            session.rows("SELECT set_config('lock_timeout', '25s', true)")
+            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
+        (row,) = session.rows(f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}")  # noqa: S608 - declared
+        return int(row["newest"])
+
+    @contextmanager
+    def selected(self, selection: "Selection") -> Iterator[Iterator[Sequence[Any]]]:
+        """The rows of a selection, in its order, in bounded memory, from one snapshot; valid inside the block."""
+        with self._database.transaction(read_only=True) as session:
+            yield session.stream(selection.sql(self._database.dialect), **selection.params)
+
+
+class _Counted:
+    """Rows with their ordinal in front. `next` is the one after the last that was taken."""
+
+    def __init__(self, rows: Iterable[Sequence[Any]], first: int) -> None:
+        self._rows = rows
+        self.next = first
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        for row in self._rows:
+            yield (self.next, *row)
+            self.next += 1
+
+
+def united(rows: Iterable[Sequence[Any]]) -> Iterable[Sequence[Any]]:
+    """One row per key, at its first place: of each column the last value that is not null."""
+    found: dict[Any, Sequence[Any]] = {}
+    for row in rows:
+        held = found.get(row[0])
+        found[row[0]] = [new if new is not None else old for new, old in zip(row, held, strict=True)] if held else row
+    return found.values()
+
+
+def open_warehouse(url: str, data_dir: Path) -> Warehouse:
+    """The warehouse at a URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
+    plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
+    return Warehouse(Migrated(plain, sql_directory() / "dwh"))

@@ -1,0 +1,159 @@
+"""The seven tables, declared once: routes, row types, DDL, upsert and OpenAPI are all read from here.
+
+Invariant: the first column of a table is its natural key, required and unique. Every table has `id` and `created_at`
+besides, which the database gives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["uuid", "text", "integer", "bigint", "float", "bool", "json", "instant"]
+
+KEY_CHARACTERS = 512  # an index entry of PostgreSQL holds 2704 bytes
+INTEGER_BITS = {"integer": 31, "bigint": 63}
+WANTED: dict[Kind, str] = {
+    "uuid": "a UUID such as 0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11",
+    "text": "text without NUL",
+    "integer": "an integer of 32 bits",
+    "bigint": "an integer of 64 bits",
+    "float": "a finite number",
+    "bool": "true or false",
+    "json": "any JSON, at most 100 levels deep, without repeated keys and NUL",
+    "instant": "an ISO 8601 instant such as 2026-02-07T12:34:56.789Z; without an offset it is taken as UTC",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. `default` is what an absent or null value becomes; `takes_integers`: text that may come as one."""
+
+    name: str
+    kind: Kind
+    required: bool = False
+    default: bool | None = None
+    takes_integers: bool = False
+
+    @property
+    def wanted(self) -> str:
+        """What a value has to be, for messages."""
+        if self.required and self.kind == "text":
+            return f"text of 1 to {KEY_CHARACTERS} characters, without NUL"
+        return WANTED[self.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table. `number` orders locks; `updates`: a row whose key exists gives it its values that are not null."""
+
+    number: int
+    name: str
+    path: str
+    columns: Sequence[Column]
+    updates: bool = False
+
+    @property
+    def key(self) -> Column:
+        """The natural key."""
+        return self.columns[0]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the columns that a caller gives, in order."""
+        return [column.name for column in self.columns]
+
+    @property
+    def stored(self) -> Sequence[Column]:
+        """All columns, as rows are read back."""
+        return [Column("id", "bigint"), *self.columns, Column("created_at", "instant")]
+
+
+def _texts(names: str) -> tuple[Column, ...]:
+    return tuple(Column(name, "text") for name in names.split())
+
+
+UUID = Column("uuid", "uuid", required=True)
+EVENTS = Table(
+    1,
+    "events_part",
+    "events-part",
+    (
+        UUID,
+        Column("event_type", "text"),
+        Column("event_time", "instant"),
+        Column("user_id", "text", takes_integers=True),
+        Column("platform", "text"),
+        Column("device_id", "text", takes_integers=True),
+        Column("event_id", "bigint"),
+        *_texts("language os_name os_version"),
+        Column("session_id", "bigint"),
+        *_texts("start_version version_name"),
+    ),
+)
+DEVICES = Table(
+    2,
+    "mobile_devices",
+    "mobile-devices",
+    (
+        Column("device_id", "text", required=True, takes_integers=True),
+        *_texts("device_brand device_carrier device_family device_manufacturer device_model device_type"),
+    ),
+    updates=True,
+)
+PERMANENT = Table(
+    3,
+    "permanent_user_properties",
+    "permanent-user-properties",
+    (
+        Column("ehr_id", "bigint", required=True),
+        Column("gender", "text"),
+        Column("cohort_day", "integer"),
+        Column("cohort_week", "integer"),
+        Column("cohort_month", "integer"),
+        Column("registered_via_app", "bool"),
+        Column("source", "text"),
+    ),
+)
+TECHNICAL = Table(
+    4,
+    "technical_data",
+    "technical-data",
+    (
+        UUID,
+        Column("insert_id", "text"),
+        Column("amplitude_attribution_ids", "json"),
+        Column("amplitude_id", "bigint"),
+        Column("is_attribution_event", "bool"),
+        Column("library", "text"),
+        Column("group_properties_json", "json"),
+        Column("groups_json", "json"),
+        Column("plan_json", "json"),
+    ),
+)
+EVENT_PROPERTIES = Table(5, "tmp_event_properties", "event-properties", (UUID, Column("event_properties_json", "json")))
+USER_PROPERTIES = Table(
+    6,
+    "tmp_user_properties",
+    "user-properties",
+    (
+        UUID,
+        Column("user_properties_json", "json"),
+        Column("language", "text"),
+        Column("session_id", "bigint"),
+        Column("start_version", "text"),
+        Column("migrated", "bool", default=False),
+        Column("event_time", "instant"),
+    ),
+)
+LOCATIONS = Table(
+    7,
+    "user_locations",
+    "user-locations",
+    (
+        UUID,
+        Column("location_lat", "float"),
+        Column("location_lng", "float"),
+        *_texts("city country region ip_address"),
+    ),
+)
+TABLES = (EVENTS, DEVICES, PERMANENT, TECHNICAL, EVENT_PROPERTIES, USER_PROPERTIES, LOCATIONS)

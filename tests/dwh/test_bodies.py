@@ -1,0 +1,221 @@
+"""Bodies are cut into rows the same way whatever the blocks they come in; batches are dealt as documented."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.dwh.bodies import Body, Gzip, JsonBody, NdjsonBody
+from app.dwh.csv_body import CsvBody
+from app.dwh.faults import BadRequest
+from app.dwh.intake import Batches, BatchLimits, Intake, Received
+from app.dwh.rows import reader
+from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
+from warehouse import LIMITS, ndjson, rows_of, uuid_of
+
+BIG = 1 << 20
+U = uuid_of(1)
+
+
+def blocks(body: bytes, seed: int) -> list[bytes]:
+    """The body in pieces of random sizes, many of them tiny."""
+    draw = random.Random(seed)  # noqa: S311
+    pieces, start = [], 0
+    while start < len(body):
+        end = start + draw.choice([1, 2, 7, 100, 5000])
+        pieces.append(body[start:end])
+        start = end
+    return pieces
+
+
+def take(table: Table, body: Body, pieces: Sequence[bytes], **how: Any) -> Received:
+    intake = Intake(body, reader(table.name), how.pop("limits", LIMITS), **how)
+    try:
+        for piece in pieces:
+            intake.feed(piece)
+        return intake.finish()
+    except BadRequest:
+        intake.received.close()
+        raise
+
+
+def values(received: Received) -> list[list[Any]]:
+    with closing(received):
+        return [list(row) for batch in received.read() for row in batch]
+
+
+def refused(table: Table, body: Body, sent: bytes, **how: Any) -> BadRequest:
+    with pytest.raises(BadRequest) as caught:
+        take(table, body, [sent], **how)
+    return caught.value
+
+
+ROWS = rows_of(TECHNICAL, 60)
+EXPECTED = values(take(TECHNICAL, JsonBody(BIG), [json.dumps({"data": ROWS}).encode()]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_json_and_ndjson_give_the_same_rows_in_any_blocks(seed: int) -> None:
+    envelope = b' \n{ "data" :\t' + json.dumps(ROWS, indent=seed).encode() + b" }\r\n "
+    assert values(take(TECHNICAL, JsonBody(BIG), blocks(envelope, seed))) == EXPECTED
+    lines = ndjson(ROWS).replace(b"\n", b"\r\n\n")
+    for body in (lines, lines.rstrip()):
+        assert values(take(TECHNICAL, NdjsonBody(BIG), blocks(body, seed))) == EXPECTED
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gzip_in_any_blocks_and_members_gives_the_same_rows(seed: int) -> None:
+    lines = ndjson(ROWS)
+    sent = gzip.compress(lines[:1000]) + gzip.compress(lines[1000:])
+    received = take(TECHNICAL, NdjsonBody(BIG), blocks(sent, seed), gzip=Gzip(BIG))
+    assert values(received) == EXPECTED
+
+
+CELLS = st.text(st.sampled_from('a,";\n\r é'), max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cities=st.lists(CELLS, min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_csv_cells_come_as_written_whatever_they_hold(cities: list[str], seed: int) -> None:
+    quoted = [city.replace('"', '""') for city in cities]
+    lines = [f'{uuid_of(n)},"{city}",{n / 4}' for n, city in enumerate(quoted)]
+    body = "\ufeffuuid,city,location_lat\n" + "\n".join(lines)
+    received = take(LOCATIONS, CsvBody(LOCATIONS, BIG), blocks(body.encode(), seed))
+    expected = [[uuid_of(n), n / 4, None, city or None, None, None, None] for n, city in enumerate(cities)]
+    assert values(received) == expected
+
+
+def test_csv_has_every_kind_of_value() -> None:
+    head = "uuid,plan_json,amplitude_id,is_attribution_event,library"
+    sent = f'{head}\r\n{U.upper()},"{{""a"": [1, ""x""]}}",-7,TRUE,007\r\n{uuid_of(2)},,,,\r\n'
+    assert values(take(TECHNICAL, CsvBody(TECHNICAL, BIG), [sent.encode()])) == [
+        [U, None, None, -7, True, "007", None, None, '{"a":[1,"x"]}'],
+        [uuid_of(2), *[None] * 8],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (f"{U},1.5,,", "amplitude_id"),
+        (f'{U},"1,""library"":""x""",,', "amplitude_id"),
+        (f"{U},,yes,", "is_attribution_event"),
+        (f'{U},,,"{{"', "plan_json"),
+        (f'{U},,,"1,""library"":2"', "plan_json"),
+        (f"{U},,", "3 cells where the header names 4"),
+        (f"{U},,,,", "5 cells where the header names 4"),
+        ("x,,,", "uuid"),
+    ],
+)
+def test_a_bad_cell_is_named(line: str, field: str) -> None:
+    sent = f"uuid,amplitude_id,is_attribution_event,plan_json\n{uuid_of(3)},1,true,[]\n{line}\n"
+    received = take(TECHNICAL, CsvBody(TECHNICAL, BIG), [sent.encode()], skip=True)
+    assert len(values(received)) == 1
+    (fault,) = received.faults
+    assert fault.index == 1
+    assert field in (fault.field, "") or fault.field == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b'{"data":[{}', 400),
+        (b"[" * 100_000, 400),
+        (b'{"data":[NaN]}', 400),
+        (b'{"data":[]}', 400),
+        (b"[]", 422),
+        (b"{}", 422),
+        (b'{"data":{}}', 422),
+        (b'{"data":[{}],"more":1}', 422),
+        (b'{"data":[{"uuid":"x"}],"data":[{"uuid":"y"}]}', 422),
+        (b'{"data":[{"uuid":"x"}]}', 422),
+        (b"\xff\xfe{\x00", 400),
+    ],
+)
+def test_a_json_body_of_another_shape_is_refused(sent: bytes, status: int) -> None:
+    assert refused(EVENTS, JsonBody(BIG), sent).status == status
+
+
+def test_a_second_data_is_not_read_in_silence() -> None:
+    row = json.dumps({"uuid": U})
+    for sent in (f'{{"data":[{row}],"data":[{row}]}}', f'{{"data":[{row}],"data" :[{row}]}}'):
+        assert refused(EVENTS, JsonBody(BIG), sent.encode()).status in (400, 422)
+
+
+@pytest.mark.parametrize(
+    ("body", "sent", "status"),
+    [
+        (NdjsonBody(BIG), b"\n \r\n", 400),
+        (NdjsonBody(1000), b"x" * 2000, 413),
+        (NdjsonBody(1000), b'{"uuid":"' + b"x" * 2000 + b'"}\n', 413),
+        (CsvBody(EVENTS, BIG), b"", 400),
+        (CsvBody(EVENTS, BIG), b"uuid\n", 400),
+        (CsvBody(EVENTS, BIG), b"uuid,colour\n", 422),
+        (CsvBody(EVENTS, BIG), b"uuid,uuid\n", 422),
+        (CsvBody(EVENTS, BIG), b"platform\nx\n", 422),
+        (CsvBody(EVENTS, BIG), b"uuid\n\xff\n", 400),
+        (CsvBody(EVENTS, BIG), b'uuid\n"' + U.encode(), 400),
+        (CsvBody(EVENTS, 1000), b'uuid\n"' + b"x" * 2000, 413),
+        (JsonBody(1000), b" " * 2000, 413),
+    ],
+)
+def test_what_cannot_be_cut_into_rows_is_refused(body: Body, sent: bytes, status: int) -> None:
+    assert refused(EVENTS, body, sent).status == status
+
+
+def test_two_rows_on_a_line_are_not_taken_for_one() -> None:
+    row = json.dumps({"uuid": U}).encode()
+    assert refused(EVENTS, NdjsonBody(BIG), row + b"," + row + b"\n").status == 422
+
+
+def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
+    sent = gzip.compress(ndjson(ROWS))
+    assert refused(TECHNICAL, NdjsonBody(BIG), sent[:-1], gzip=Gzip(BIG)).status == 400
+    assert refused(TECHNICAL, NdjsonBody(BIG), sent + b"junk", gzip=Gzip(BIG)).status == 400
+    assert refused(TECHNICAL, NdjsonBody(BIG), ndjson(ROWS), gzip=Gzip(BIG)).status == 400
+    bomb = zlib.compress(b"\n" * 50_000_000, 9, wbits=31)
+    assert refused(TECHNICAL, NdjsonBody(BIG), bomb, gzip=Gzip(1 << 40)).status == 413
+    assert refused(TECHNICAL, NdjsonBody(BIG), bomb, gzip=Gzip(BIG)).status == 413
+
+
+def dealt(limits: BatchLimits, sizes: Sequence[int], group: int) -> tuple[int, list[int]]:
+    """The number of batches, and the batch of each row, when rows come in groups."""
+    batches, numbers = Batches(limits), []
+    for start in range(0, len(sizes), group):
+        first = batches.count
+        for step, count in enumerate(batches.deal(sizes[start : start + group])):
+            numbers += [first + step] * count
+    return batches.count, numbers
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=1, max_size=60),
+    rows=st.integers(1, 20),
+    size_bytes=st.integers(1, 200),
+    group=st.integers(1, 30),
+)
+def test_batches_are_cut_by_rows_and_then_by_bytes(sizes: list[int], rows: int, size_bytes: int, group: int) -> None:
+    expected: list[int] = []
+    batch = 0
+    for start in range(0, len(sizes), rows):
+        filled = size_bytes
+        for size in sizes[start : start + rows]:
+            if filled + size + 1 > size_bytes:
+                batch, filled = batch + 1, 1
+            filled += size + 1
+            expected.append(batch)
+    assert dealt(BatchLimits(rows, size_bytes), sizes, group) == (batch, expected)
+
+
+def test_a_thousand_five_hundred_rows_are_two_batches() -> None:
+    assert dealt(LIMITS, [50] * 1500, 400)[0] == 2

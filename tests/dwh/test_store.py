@@ -1,0 +1,301 @@
+"""The warehouse on both databases: each row once, in order, all or nothing."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from app.core.errors import AppError
+from app.dwh.faults import BadRequest
+from app.dwh.intake import BatchLimits
+from app.dwh.query import selection
+from app.dwh.store import MERGE_ROWS
+from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNICAL, Table
+from warehouse import AT, Desk, key_of, rows_of, uuid_of
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_what_is_posted_is_read_back_word_for_word(desk: Desk, table: Table) -> None:
+    rows = rows_of(table, 25)
+    done = desk.post(table, rows)
+    assert (list(done.ids), done.inserted_rows, done.batches, done.rows) == (list(range(1, 26)), 25, 1, 25)
+    read = desk.get(table, sort_dir="asc")
+    assert [row.pop("id") for row in read] == list(range(1, 26))
+    assert all(row.pop("created_at").endswith("Z") for row in read)
+    assert read == rows
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_posting_again_inserts_nothing_and_new_rows_only(desk: Desk, table: Table) -> None:
+    desk.post(table, rows_of(table, 10))
+    again = desk.post(table, rows_of(table, 10))
+    assert (list(again.ids), again.rows, again.batches) == ([], 10, 1)
+    more = desk.post(table, rows_of(table, 15, first=5))
+    assert (len(more.ids), more.rows) == (10, 15)
+    keys = [row[table.key.name] for row in desk.get(table)]
+    assert len(keys) == len(set(keys)) == 20
+    assert set(keys) == {key_of(table, number) for number in range(20)}
+
+
+def test_rows_without_values_are_null_and_defaults_hold(desk: Desk) -> None:
+    for table in TABLES:
+        desk.post(table, [{table.key.name: key_of(table, 1)}])
+        (row,) = desk.get(table)
+        expected = {column.name: column.default for column in table.columns[1:]}
+        assert {name: row[name] for name in expected} == expected
+
+
+def test_the_existing_row_wins_but_devices_take_what_is_not_null(desk: Desk) -> None:
+    desk.post(PERMANENT, [{"ehr_id": 1, "gender": "f", "source": None}])
+    desk.post(PERMANENT, [{"ehr_id": 1, "gender": "m", "source": "x"}])
+    assert [(row["gender"], row["source"]) for row in desk.get(PERMANENT)] == [("f", None)]
+    first = desk.post(DEVICES, [{"device_id": "d", "device_brand": "a", "device_model": "m"}])
+    later = desk.post(DEVICES, [{"device_id": "d", "device_brand": "b", "device_type": "t"}])
+    assert (len(first.ids), len(later.ids)) == (1, 0)
+    (row,) = desk.get(DEVICES)
+    assert (row["id"], row["device_brand"], row["device_model"], row["device_type"]) == (1, "b", "m", "t")
+
+
+def test_a_key_twice_in_one_request_is_one_row(desk: Desk) -> None:
+    done = desk.post(PERMANENT, [{"ehr_id": 1, "gender": "a"}, {"ehr_id": 2}, {"ehr_id": 1, "gender": "b"}])
+    assert len(done.ids) == 2
+    assert [row["gender"] for row in desk.get(PERMANENT, ehr_id=1)] == ["a"]
+    devices = [{"device_id": "d", "device_brand": "a", "device_type": "t"}, {"device_id": "d", "device_brand": "b"}]
+    for limits in (BatchLimits(1000, 10**7), BatchLimits(1, 10**7)):
+        desk.post(DEVICES, devices, limits=limits)
+        (row,) = desk.get(DEVICES)
+        assert (row["device_brand"], row["device_type"]) == ("b", "t")
+
+
+def test_upper_case_uuids_are_the_same_rows(desk: Desk) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(10)}])
+    assert not desk.post(LOCATIONS, [{"uuid": uuid_of(10).upper()}]).ids
+
+
+@pytest.mark.parametrize(("rows", "size_bytes", "batches"), [(1000, 10**7, 2), (400, 10**7, 4), (1000, 200, 1500)])
+def test_batches_are_counted_truly(desk: Desk, rows: int, size_bytes: int, batches: int) -> None:
+    done = desk.post(LOCATIONS, rows_of(LOCATIONS, 1500), limits=BatchLimits(rows, size_bytes))
+    assert (done.batches, list(done.ids)) == (batches, list(range(1, 1501)))
+
+
+def test_ids_follow_the_order_of_the_rows_over_many_merges(desk: Desk) -> None:
+    count = 2 * MERGE_ROWS + 500
+    done = desk.post(LOCATIONS, [{"uuid": uuid_of(count - n)} for n in range(count)])
+    assert len(done.ids) == count
+    assert list(done.ids) == sorted(done.ids)
+    newest = desk.get(LOCATIONS, limit=2)
+    assert [row["uuid"] for row in newest] == [uuid_of(1), uuid_of(2)]
+
+
+def test_a_dry_run_says_what_would_happen_and_stores_nothing(desk: Desk) -> None:
+    desk.post(EVENTS, rows_of(EVENTS, 3))
+    done = desk.post(EVENTS, rows_of(EVENTS, 5), dry_run=True, key="k")
+    assert (list(done.ids), done.inserted_rows, done.rows, done.dry_run) == ([], 2, 5, True)
+    assert len(desk.get(EVENTS)) == 3
+    assert desk.post(EVENTS, rows_of(EVENTS, 5), key="k").inserted_rows == 2
+
+
+def test_an_idempotency_key_gives_the_first_answer_again(desk: Desk) -> None:
+    first = desk.post(EVENTS, rows_of(EVENTS, 3), caller="a", key="k")
+    again = desk.post(EVENTS, rows_of(EVENTS, 3), caller="a", key="k")
+    assert (list(again.ids), again.batches, again.rows, again.replayed) == (list(first.ids), 1, 3, True)
+    with pytest.raises(BadRequest, match="another request") as refused:
+        desk.post(EVENTS, rows_of(EVENTS, 4), caller="a", key="k")
+    assert refused.value.status == 422
+    with pytest.raises(BadRequest):
+        desk.post(LOCATIONS, rows_of(LOCATIONS, 3), caller="a", key="k")
+    assert not desk.post(EVENTS, rows_of(EVENTS, 3), caller="b", key="k").replayed
+    assert len(desk.get(EVENTS)) == 3
+
+
+def test_a_key_is_forgotten_after_a_week(desk: Desk) -> None:
+    desk.post(EVENTS, rows_of(EVENTS, 1), key="k")
+    with pytest.raises(BadRequest):
+        desk.post(EVENTS, rows_of(EVENTS, 2), key="k")
+    desk.at = AT + timedelta(days=8)
+    assert not desk.post(EVENTS, rows_of(EVENTS, 2), key="k").replayed
+
+
+@pytest.mark.parametrize("table", [EVENTS, DEVICES], ids=lambda table: table.name)
+def test_sixteen_clients_at_once_store_each_row_once(desk: Desk, table: Table) -> None:
+    """Overlapping rows in different orders: what deadlocks where writers do not take turns."""
+    start = threading.Barrier(16)
+
+    def client(number: int) -> list[int]:
+        ids: list[int] = []
+        start.wait()
+        for step in range(3):
+            rows = rows_of(table, 120, first=(number * 37 + step * 50) % 400)
+            ids += desk.post(table, rows[:: -1 if number % 2 else 1], limits=BatchLimits(50, 10**7)).ids
+        return ids
+
+    with ThreadPoolExecutor(16) as pool:
+        ids = [each for found in pool.map(client, range(16)) for each in found]
+    read = desk.get(table, limit=10_000)
+    assert len(ids) == len(set(ids)) == len(read)
+    assert set(ids) == {row["id"] for row in read}
+    assert len({row[table.key.name] for row in read}) == len(read)
+
+
+def test_one_key_from_many_clients_at_once_is_one_request(desk: Desk) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda _: desk.post(EVENTS, rows_of(EVENTS, 50), key="same"), range(8)))
+    assert {tuple(each.ids) for each in done} == {tuple(done[0].ids)}
+    assert sum(each.replayed for each in done) == 7
+
+
+def test_readers_do_not_wait_for_a_writer(desk: Desk) -> None:
+    desk.post(EVENTS, rows_of(EVENTS, 3))
+    with desk.warehouse._writing() as session:  # noqa: SLF001 - a writer that takes its time
+        session.run("DELETE FROM events_part")
+        assert len(desk.get(EVENTS)) == 3
+
+
+def pages(desk: Desk, table: Table, **params: Any) -> list[dict[str, Any]]:
+    """Follow the links to the end."""
+    rows: list[dict[str, Any]] = []
+    given = [(name, str(value)) for name, value in params.items()]
+    while True:
+        chosen = selection(table, given)
+        page = desk.read(table, **dict(given))
+        rows += json.loads(b"".join(page.pieces()))["rows"]
+        if page.last_id is None:
+            return rows
+        query = chosen.next_page("/dwh/x", page.last_id).partition("?")[2]
+        given = [(name, value) for name, _, value in (part.partition("=") for part in query.split("&"))]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"sort_dir": "asc"}, {"sort_by": "cohort_week"}, {"sort_by": "gender", "sort_dir": "asc"}, {"gender": "f"}],
+)
+def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk, params: dict[str, str]) -> None:
+    rows = [{"ehr_id": n, "gender": [None, "f", "m", "Z"][n % 4], "cohort_week": n % 5 or None} for n in range(53)]
+    desk.post(PERMANENT, rows)
+    whole = desk.get(PERMANENT, limit=1000, **params)
+    assert pages(desk, PERMANENT, limit=7, **params) == whole
+    assert len(whole) == (13 if "gender" in params else 53)
+
+
+def test_orders_are_the_same_in_both_databases(desk: Desk) -> None:
+    genders = ["b", "B", None, "a", "ä", "Z", ""]
+    desk.post(PERMANENT, [{"ehr_id": n, "gender": gender} for n, gender in enumerate(genders)])
+    assert [row["ehr_id"] for row in desk.get(PERMANENT)] == [6, 5, 4, 3, 2, 1, 0]
+    ascending = [row["gender"] for row in desk.get(PERMANENT, sort_by="gender", sort_dir="asc")]
+    assert ascending == ["", "B", "Z", "a", "b", "ä", None]
+    descending = [row["gender"] for row in desk.get(PERMANENT, sort_by="gender")]
+    assert descending == ["ä", "b", "a", "Z", "B", "", None]
+
+
+@pytest.mark.parametrize(
+    ("table", "params", "found"),
+    [
+        (EVENTS, {"pk": 2}, [2]),
+        (EVENTS, {"pk": 99}, []),
+        (EVENTS, {"id": 2, "pk": 2}, [2]),
+        (EVENTS, {"uuid": uuid_of(1).upper()}, [2]),
+        (EVENTS, {"event_time": "2026-02-07T13:34:02.789+01:00"}, [3]),
+        (EVENTS, {"event_time": "2026-02-07 12:34:02.789"}, [3]),
+        (EVENTS, {"event_id": 2**53}, [1]),
+        (EVENTS, {"event_id": 2**53, "session_id": 1}, []),
+        (EVENTS, {"user_id": "text 1 \\ \t\n'\"ü😀"}, [2]),
+        (EVENTS, {"user_id": "x' OR '1'='1"}, []),
+        (LOCATIONS, {"location_lat": 55.755831234567891}, [1]),
+        (TECHNICAL, {"is_attribution_event": "true"}, [3, 1]),
+        (TECHNICAL, {"is_attribution_event": "False"}, [2]),
+        (EVENTS, {"after_id": 3}, [2, 1]),
+        (EVENTS, {"after_id": 1, "sort_dir": "asc"}, [2, 3]),
+        (EVENTS, {"offset": 1, "limit": 1}, [2]),
+        (EVENTS, {"offset": 2**62}, []),
+    ],
+)
+def test_rows_are_found_by_equality(desk: Desk, table: Table, params: dict[str, Any], found: list[int]) -> None:
+    desk.post(table, rows_of(table, 3))
+    assert [row["id"] for row in desk.get(table, **params)] == found
+
+
+@pytest.mark.parametrize(
+    ("params", "status", "fault"),
+    [
+        ({"colour": 1}, 400, "colour"),
+        ({"sort_by": "colour"}, 400, "sort_by"),
+        ({"sort_by": "plan_json"}, 400, "sort_by"),
+        ({"plan_json": "1"}, 400, "plan_json"),
+        ({"sort_dir": "up"}, 400, "sort_dir"),
+        ({"format": "xml"}, 400, "format"),
+        ({"amplitude_id": "x"}, 400, "amplitude_id"),
+        ({"amplitude_id": 2**63}, 400, "amplitude_id"),
+        ({"uuid": "x"}, 400, "uuid"),
+        ({"is_attribution_event": "1"}, 400, "is_attribution_event"),
+        ({"created_at": "now"}, 400, "created_at"),
+        ({"library": "\x00"}, 400, "library"),
+        ({"limit": 0}, 422, "limit"),
+        ({"limit": 10_001}, 422, "limit"),
+        ({"limit": "²"}, 422, "limit"),
+        ({"offset": -1}, 422, "offset"),
+        ({"offset": 10**30}, 422, "offset"),
+        ({"after_id": 1, "sort_by": "library"}, 422, "after_id"),
+        ({"after_id": 1, "offset": 5}, 422, "after_id"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_by_name(params: dict[str, Any], status: int, fault: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        selection(TECHNICAL, [(name, str(value)) for name, value in params.items()])
+    assert (refused.value.status, refused.value.fault) == (status, fault)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_format_holds_the_same_rows(desk: Desk, table: Table, tmp_path: Any) -> None:
+    desk.post(table, rows_of(table, 30))
+    rows = desk.get(table, limit=30)
+    lines = b"".join(desk.read(table, format="ndjson").pieces())
+    assert [json.loads(line) for line in lines.splitlines()] == rows
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"".join(desk.read(table, format="parquet").pieces()))
+    columnar = pq.ParquetFile(path).read().to_pylist()
+    assert [row["id"] for row in columnar] == [row["id"] for row in rows]
+    for column in table.columns:
+        values = [row[column.name] for row in columnar]
+        if column.kind == "json":
+            values = [json.loads(value) for value in values]
+        if column.kind == "instant":
+            values = [f"{value:%Y-%m-%dT%H:%M:%S.%fZ}" for value in values]
+        assert values == [row[column.name] for row in rows]
+
+
+def test_csv_that_was_read_can_be_posted(desk: Desk, tmp_path: Any) -> None:
+    import csv
+
+    desk.post(TECHNICAL, rows_of(TECHNICAL, 5))
+    text = b"".join(desk.read(TECHNICAL, format="csv").pieces()).decode()
+    (tmp_path / "rows.csv").write_text(text, newline="")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    rows = desk.get(TECHNICAL)
+    assert [json.loads(row["plan_json"]) for row in read] == [row["plan_json"] for row in rows]
+    assert [row["is_attribution_event"] for row in read] == [str(row["is_attribution_event"]).lower() for row in rows]
+    assert [row["library"] for row in read] == [row["library"] for row in rows]
+
+
+def test_many_rows_come_as_a_file_with_a_link_to_the_rest(desk: Desk) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(30_000)])
+    page = desk.read(LOCATIONS, format="ndjson", limit=25_000)
+    assert page.last_id == 5001
+    assert b"".join(page.pieces()).count(b"\n") == 25_000
+    rest = desk.read(LOCATIONS, format="ndjson", limit=25_000, after_id=5001)
+    assert (rest.last_id, b"".join(rest.pieces()).count(b"\n")) == (None, 5000)
+
+
+def test_a_merge_that_fails_leaves_nothing(desk: Desk) -> None:
+    with desk.warehouse._writing() as session:  # noqa: SLF001 - a table that somebody changed
+        session.run("ALTER TABLE user_locations RENAME COLUMN region TO area")
+    with pytest.raises(AppError):
+        desk.post(LOCATIONS, rows_of(LOCATIONS, 3), key="k")
+    with desk.warehouse._writing() as session:  # noqa: SLF001
+        session.run("ALTER TABLE user_locations RENAME COLUMN area TO region")
+    assert desk.get(LOCATIONS) == []
+    assert not desk.post(LOCATIONS, rows_of(LOCATIONS, 3), key="k").replayed

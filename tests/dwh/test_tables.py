@@ -1,0 +1,39 @@
+"""The declaration is the one source: migrations and documentation follow from it."""
+
+import pytest
+
+from app.dwh.ddl import migration
+from app.dwh.document import row, stored_row
+from app.dwh.tables import TABLES
+from app.stores.sql import DIALECTS, Dialect, sql_directory
+
+DOCUMENTED = {
+    "events-part": "events_part",
+    "mobile-devices": "mobile_devices",
+    "permanent-user-properties": "permanent_user_properties",
+    "technical-data": "technical_data",
+    "event-properties": "tmp_event_properties",
+    "user-properties": "tmp_user_properties",
+    "user-locations": "user_locations",
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_first_migration_is_what_the_declaration_says(dialect: Dialect) -> None:
+    path = sql_directory() / "dwh" / "migrations" / f"0001_tables.{dialect}.sql"
+    assert path.read_text(encoding="utf-8") == migration(dialect)
+
+
+def test_the_seven_routes_are_the_documented_ones() -> None:
+    assert {table.path: table.name for table in TABLES} == DOCUMENTED
+
+
+def test_the_first_column_of_each_table_is_its_only_required_one() -> None:
+    for table in TABLES:
+        assert [column.required for column in table.columns] == [True] + [False] * (len(table.columns) - 1)
+        assert row(table)["required"] == [table.key.name]
+        assert list(stored_row(table)["properties"]) == ["id", *table.names, "created_at"]
+
+
+def test_locks_and_names_are_told_apart() -> None:
+    assert len({table.number for table in TABLES}) == len({table.name for table in TABLES}) == 7

@@ -1,0 +1,149 @@
+"""The export job as the product builds it, with a source, a store, a state and a clock that belong to the test."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.runs import LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.window import Window
+from app.demo.influx import InfluxSimulator
+from app.influx_to_s3.job import NAME, RECONCILE, Export, build
+from app.settings import load_settings
+from app.stores.local_directory import LocalDirectory
+from app.stores.objects import ObjectStore
+from app.stores.state import State, open_state
+from exports import CountingStore, exported, objects, stored
+
+NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def ns(instant: datetime) -> int:
+    return (instant - EPOCH) // timedelta(microseconds=1) * 1000
+
+
+class Silent:
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nobody looks."""
+
+
+@dataclass
+class Exporter:
+    """It is noon of a Saturday until the test moves `now`. Each run is that of a fresh process, unless after `keep`."""
+
+    folder: Path
+    influx: InfluxSimulator
+    url: str
+    store: CountingStore
+    state: State
+    now: datetime = NOON
+    environ: dict[str, str] = field(default_factory=dict)
+    built: Export | None = None
+
+    def clock(self) -> datetime:
+        return self.now
+
+    def at(self, hours: float = 0, minutes: float = 0) -> datetime:
+        """The clock says so many hours and minutes after noon from now on."""
+        self.now = NOON + timedelta(hours=hours, minutes=minutes)
+        return self.now
+
+    def write(
+        self, at: datetime, device: str = "D1", fields: str = "voltage=230.5,current=2,power=450", **tags: str
+    ) -> None:
+        """A point arrives at the source."""
+        given = {"device_type": "pump", "location": "Plant-A", **tags}
+        series = ",".join(("device_telemetry", f"device_id={device}", *(f"{k}={v}" for k, v in given.items() if v)))
+        self.influx.write(f"{series} {fields} {ns(at)}")
+
+    def write_each(self, start: datetime, end: datetime, every_seconds: float = 60, device: str = "D1") -> int:
+        """Points over a time, each with another value; how many."""
+        number = 0
+        while (at := start + timedelta(seconds=number * every_seconds)) < end:
+            self.write(at, device, f"voltage={200 + number % 50}.25,current=1.5,power={number}")
+            number += 1
+        return number
+
+    def export(self, **environ: str) -> Export:
+        """The pipeline as a process that starts now would build it."""
+        given = {
+            "DATA_DIR": str(self.folder / "data"),
+            "INFLUXDB_URL": self.url,
+            "INFLUXDB_TOKEN": self.influx.token,
+            "INFLUXDB_ORG": self.influx.org,
+            "INFLUXDB_BUCKET": self.influx.bucket,
+            "INFLUXDB_TIMEOUT_SECONDS": "10",
+            **self.environ,
+            **environ,
+        }
+        return build(load_settings(given, None), self.state.checkpoints, self.state.layouts, self.store, self.clock)
+
+    def keep(self, **environ: str) -> None:
+        """From now on all runs are those of one process."""
+        self.built = self.export(**environ)
+
+    def run(self, name: str = NAME, *, dry_run: bool = False, **environ: str) -> Run:
+        export = self.built or self.export(**environ)
+        job = next(job for job in export.jobs if job.name == name)
+        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        assert run is not None
+        return run
+
+    def well(self, name: str = NAME, **environ: str) -> Run:
+        """A run that has to end well, with all its follow-ups."""
+        run = self.run(name, dry_run=False, **environ)
+        assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
+        while run.report.more:
+            run = self.run(name, dry_run=False, **environ)
+            assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
+        return run
+
+    def reconcile(self, **environ: str) -> Run:
+        return self.well(RECONCILE, **environ)
+
+    def backfill(self, start: datetime, end: datetime, **environ: str) -> Run:
+        from app.core.runs import Job
+
+        export = self.built or self.export(**environ)
+        job = Job(NAME, 60, lambda context: export.backfill(context, Window(start, end)))
+        run = execute(job, self._desk(), Stop(), Silent())
+        assert run is not None
+        assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
+        return run
+
+    def _desk(self) -> RunDesk:
+        return RunDesk(
+            lambda: datetime.now(UTC), self.state.leases, self.state.runs, LeaseTerms("test"), lambda _run, _error: None
+        )
+
+    @property
+    def keys(self) -> list[str]:
+        return objects(self.store)
+
+    @property
+    def cursor(self) -> Any:
+        return self.state.checkpoints.cursors(NAME).get("D1")
+
+    def check(self, **scope: Any) -> None:
+        """The objects hold the source's rows, each once."""
+        assert exported(self.store) == stored(self.influx.points, **scope)
+
+
+@pytest.fixture
+def exporter(tmp_path: Path) -> Iterator[Exporter]:
+    yield from exporter_on(LocalDirectory(tmp_path / "objects"), tmp_path)
+
+
+def exporter_on(store: ObjectStore, folder: Path) -> Iterator[Exporter]:
+    clock: list[Exporter] = []
+    with ExitStack() as stack:
+        influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now)))
+        state = open_state("", folder / "data")
+        stack.callback(state.close)
+        clock.append(Exporter(folder, influx, influx.url, CountingStore(store), state))
+        yield clock[0]

@@ -1,0 +1,120 @@
+"""What was exported, read by other programs than the one that wrote it, and beside it what the source holds."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from app.demo.influx_points import Points
+from app.stores.objects import ObjectStore
+
+COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
+NS = 10**9
+Row = tuple[str, int]
+Fields = Mapping[str, Any]
+
+
+def objects(store: ObjectStore, prefix: str = "telemetry/") -> list[str]:
+    """The keys of all exported objects, sorted."""
+    return sorted(info.key for info in store.list(prefix) if ".headwater-probe" not in info.key)
+
+
+def content(store: ObjectStore, key: str) -> bytes:
+    with store.open(key) as body:
+        assert body is not None, f"{key} is gone"
+        return body.read()
+
+
+def table(store: ObjectStore, key: str) -> pa.Table:
+    """A Parquet object as Arrow, with its key-value metadata."""
+    return pq.read_table(io.BytesIO(content(store, key)))
+
+
+def rows_of(store: ObjectStore, key: str) -> list[dict[str, Any]]:
+    """The rows of an object; `timestamp` in nanoseconds. Values of CSV objects that look like numbers are numbers."""
+    if key.endswith(".csv"):
+        text = content(store, key).decode()
+        return [
+            {**{name: _value(cell) for name, cell in row.items()}, "timestamp": nanoseconds(row["timestamp"])}
+            for row in csv.DictReader(io.StringIO(text, newline=""))
+        ]
+    found = table(store, key)
+    at = found.schema.get_field_index("timestamp")
+    rows: list[dict[str, Any]] = found.set_column(at, "timestamp", found.column(at).cast(pa.int64())).to_pylist()
+    return rows
+
+
+def nanoseconds(text: str) -> int:
+    """`2026-02-07T12:00:00.123456789Z` as nanoseconds since the epoch, without a float or datetime in between."""
+    import numpy as np
+
+    return int(np.datetime64(text.removesuffix("Z"), "ns").astype(np.int64))
+
+
+def _value(cell: str) -> Any:
+    if cell in ("", "true", "false"):
+        return {"": None, "true": True, "false": False}[cell]
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def exported(store: ObjectStore, prefix: str = "telemetry/") -> dict[Row, Fields]:
+    """Every row of every object by (device, nanoseconds). Fails when one is there twice or in a wrong object."""
+    found: dict[Row, Fields] = {}
+    for key in objects(store, prefix):
+        device = key.split("device_id=")[1].split("/")[0]
+        for row in rows_of(store, key):
+            slot = (device, row["timestamp"])
+            assert str(row["device_id"]) == device, key
+            assert slot not in found, f"{slot} is in {key} and in an earlier object"
+            found[slot] = _fields(row)
+    return found
+
+
+def _fields(row: Mapping[str, Any]) -> Fields:
+    left_out = ("timestamp", "device_id", *COMPUTED)
+    return {name: value for name, value in row.items() if name not in left_out and value is not None}
+
+
+def stored(points: Points, measurement: str = "device_telemetry", until_ns: int = 1 << 62) -> dict[Row, Fields]:
+    """Every point of the source that can be exported, by (device, nanoseconds), as an export shows it."""
+    return dict(_stored(points, measurement, until_ns))
+
+
+def _stored(points: Points, measurement: str, until_ns: int) -> Iterator[tuple[Row, Fields]]:
+    for series in points.series(measurement):
+        tags = dict(series.tags)
+        if "device_id" not in tags:
+            continue
+        common = {name: tags.get(name, "unknown") for name in ("device_type", "location")}
+        window = points.window(series, 0, until_ns)
+        for row, at in enumerate(window.times):
+            cells = {name: cells[row] for (name, _), cells in window.cells.items() if cells[row] is not None}
+            yield (tags["device_id"], at), {**common, **cells}
+
+
+class CountingStore:
+    """An object store that notes each write, and lets a test step in before it."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self.inner = inner
+        self.puts: list[str] = []
+        self.before_put: Callable[[str], None] = lambda _key: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def conditional(self) -> bool:
+        return self.inner.conditional
+
+    def put(self, key: str, body: Any, put: Any) -> str:
+        self.before_put(key)
+        etag = self.inner.put(key, body, put)
+        self.puts.append(key)
+        return etag

@@ -1,0 +1,117 @@
+"""Warehouses and daemons with a warehouse for the tests of /dwh, on SQLite and on PostgreSQL."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from app.dwh.answers import Inserted
+from app.dwh.bodies import JsonBody
+from app.dwh.intake import BatchLimits, Intake
+from app.dwh.pages import page
+from app.dwh.query import selection
+from app.dwh.rows import reader
+from app.dwh.store import Request, Warehouse, open_warehouse
+from app.dwh.tables import TABLES, Table
+from daemon import Daemons
+
+AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
+BY_NAME = {table.name: table for table in TABLES}
+LIMITS = BatchLimits(1000, 10_000_000)
+
+
+def uuid_of(number: int) -> str:
+    return str(UUID(int=(7 << 100) + number))
+
+
+def key_of(table: Table, number: int) -> Any:
+    return {"uuid": uuid_of(number), "bigint": number, "text": f"device-{number}"}[table.key.kind]
+
+
+def rows_of(table: Table, count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Rows with a value in each column, the same for the same numbers."""
+    values: dict[str, Callable[[int], Any]] = {
+        "text": lambda n: f"text {n} \\ \t\n'\"ü😀",
+        "integer": lambda n: n - 3,
+        "bigint": lambda n: 2**53 + n,
+        "float": lambda n: 55.755831234567891 + n / 7,
+        "bool": lambda n: n % 2 == 0,
+        "json": lambda n: {"a": [1, None, {"b": f'{n} "q" \\'}], "big": 2**64 + n, "f": 0.1},
+        "instant": lambda n: f"2026-02-07T12:34:{n % 60:02}.789000Z",
+    }
+    return [
+        {column.name: key_of(table, n) if column.required else values[column.kind](n) for column in table.columns}
+        for n in range(first, first + count)
+    ]
+
+
+@dataclass
+class Desk:
+    """A warehouse with the parts of the product around it, without HTTP."""
+
+    warehouse: Warehouse
+    at: datetime = AT
+
+    def post(
+        self,
+        table: Table,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        limits: BatchLimits = LIMITS,
+        skip: bool = False,
+        **request: Any,
+    ) -> Inserted:
+        body = json.dumps({"data": rows}).encode()
+        intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
+        with closing(intake.received):
+            intake.feed(body)
+            return self.warehouse.insert(table, intake.finish(), Request(self.at, **request))
+
+    def get(self, table: Table, **params: Any) -> list[dict[str, Any]]:
+        text = b"".join(self.read(table, **params).pieces())
+        rows: list[dict[str, Any]] = json.loads(text)["rows"]
+        return rows
+
+    def read(self, table: Table, **params: Any) -> Any:
+        return page(self.warehouse, selection(table, [(name, str(value)) for name, value in params.items()]))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def warehouse_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/{uuid4()}/dwh.db"
+    return str(request.getfixturevalue("postgres_server").new_database())
+
+
+@pytest.fixture
+def desk(warehouse_url: str, tmp_path: Path) -> Iterator[Desk]:
+    with closing(open_warehouse(warehouse_url, tmp_path)) as warehouse:
+        yield Desk(warehouse)
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One daemon per database for all tests; each test uses keys of its own. Small limits, so that they are met."""
+    environ = {"MAX_BODY_BYTES": "2000000", "MAX_UPLOAD_BYTES": "60000000"}
+    if request.param == "postgres":
+        environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
+    with ExitStack() as stack:
+        daemons = stack.enter_context(closing(Daemons(tmp_path_factory.mktemp("served"))))
+        daemon = daemons.start("", wait=True, key="", **environ)
+        yield stack.enter_context(httpx.Client(base_url=daemon.url, timeout=30))
+
+
+def ndjson(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def packed(body: bytes) -> bytes:
+    return gzip.compress(body, 1)
