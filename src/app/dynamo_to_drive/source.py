@@ -201,7 +201,7 @@ class DynamoSource:
 
     def _fill(self, writer: HourWriter, plan: Plan, window: Window) -> None:
         """Every page of every request, several requests at once; the order of pages does not matter."""
-        method, within, turn = "scan" if plan.scans else "query", self._within(window), threading.Lock()
+        method, within, turn = "scan" if plan.scans else "query", self._within(plan, window), threading.Lock()
 
         def follow(asked: dict[str, Any]) -> None:
             for page in self._table.pages(method, asked, self._stop):
@@ -217,9 +217,12 @@ class DynamoSource:
             for done in [pool.submit(follow, asked) for asked in queries]:
                 done.result()
 
-    def _within(self, window: Window) -> Callable[[list[Item]], list[Item]]:
+    def _within(self, plan: Plan, window: Window) -> Callable[[list[Item]], list[Item]]:
         """Drops the row at the upper end, which BETWEEN includes; text was asked for by prefix and is exact."""
         wanted, instant_of = self._table.target.wanted, reader_of(self._table.target.unit)
+
+        if not plan.scans and plan.timestamp_type == "S":
+            return lambda items: items
 
         def within(items: list[Item]) -> list[Item]:
             return [item for item in items if not _is_at_end(item[wanted.timestamp].N, window, instant_of)]

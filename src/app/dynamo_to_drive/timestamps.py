@@ -42,7 +42,9 @@ def rank(text: str) -> tuple[str, str]:
         rest = text[19:]
         if rest[:1] != ".":
             return text[:19], ""
-        return text[:19], rest[1:].rstrip("Z").partition("+")[0].rstrip("0")
+        if rest[-1] == "Z":
+            return text[:19], rest[1:-1].rstrip("0")
+        return text[:19], rest[1:].partition("+")[0].rstrip("0")
     try:
         number = Decimal(text)
     except InvalidOperation:
