@@ -1,4 +1,4 @@
-"""The command line: serve (default), run, backfill, undo, check, demo, keys, runs.
+"""The command line: serve (default), run, backfill, undo, check, demo, keys, runs, google.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
 (sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     demo_.set_defaults(command=demo)
     _add_keys(commands)
     _add_undo(commands)
+    google_ = commands.add_parser("google", help="sign in to Google once, for the client secrets of an installed app")
+    google_.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    google_.set_defaults(command=google)
     runs_ = commands.add_parser("runs", help="recent runs, newest first, and what they took in")
     runs_.add_argument("job", nargs="?", default=None)
     runs_.add_argument("--limit", type=int, default=20)
@@ -192,6 +195,20 @@ def runs(given: argparse.Namespace) -> int:
     from app.ops import commands
 
     return commands.runs(build(settings), given.job, given.limit)
+
+
+def google(given: argparse.Namespace) -> int:
+    """Ask for a user's consent in a browser and keep the token."""
+    settings = configured()
+    from app.core.errors import Permanent
+    from app.dynamo_to_drive import credentials, job
+
+    where = job.given_of(settings)
+    if where is None:
+        raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    kept = credentials.consent(where, open_browser=not given.no_browser)
+    sys.stdout.write(f"the token is kept in {kept}; it is renewed there\n")
+    return OK
 
 
 def demo(given: argparse.Namespace) -> int:

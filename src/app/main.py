@@ -89,16 +89,22 @@ def now() -> datetime:
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
     from app.csv_inbox import job as inbox_job
-    from app.influx_to_s3 import job
+    from app.dynamo_to_drive import job as dynamo_job
+    from app.influx_to_s3 import job as influx_job
 
-    state = parts.state
-    influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
-    inbox = inbox_job.build(parts.settings, parts.clock)
-    on = bool(parts.settings.influx.url)
+    settings, state = parts.settings, parts.state
+    influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
+    inbox = inbox_job.build(settings, parts.clock)
+    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    if settings.dynamo.table_name:
+        checks["dynamodb"] = dynamo.ping_table
+        if dynamo.ping_drive is not None:
+            checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
-        jobs=(*influx.jobs, inbox.job),
-        backfills={job.NAME: influx.backfill},
-        checks={"influxdb": influx.ping} if on else {},
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job),
+        backfills={influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill},
+        checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
     )

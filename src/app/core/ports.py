@@ -24,6 +24,10 @@ class Count:
     points: int
 
 
+UNCOUNTED = Count(-1, 0)
+"""The source cannot count for less than it costs to read: read, and compare the rows themselves."""
+
+
 class Batch(Protocol):
     """The complete rows of one partition and window, in one canonical order, spooled so that memory stays bounded."""
 
@@ -119,7 +123,10 @@ class Source(Protocol[B]):
         """Every partition that may have rows at or after `since`; each once, sorted."""
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """By (partition, window start); absent = no rows. One partition, or all when it is None."""
+        """By (partition, window start); absent = no rows. One partition, or all when it is None.
+
+        UNCOUNTED for every window where the source cannot count.
+        """
 
     def read(self, partition: str, window: Window, count: Count, kept: B | None) -> B:
         """All rows of the window, or an error; never a part of them. `count` was taken before this call.

@@ -14,7 +14,7 @@ from itertools import count, islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
-from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
+from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
 
@@ -46,6 +46,9 @@ class Pipeline(Generic[B, E]):
 
     `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
     at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
+
+    `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
+    person did to it is seen; such a sink has one object per window, which is replaced also when late rows come.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Pipeline(Generic[B, E]):
     checkpoints: Checkpoints
     grid: Grid
     allow_shrink: bool = False
+    asks_sink: bool = False
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
@@ -167,10 +171,16 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Map
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), live.get(window.start, NOTHING)
-        if record.closed or record.source_cells == count.cells if record else count == NOTHING:
+        if _is_settled(record, count):
             continue
         report += settle(pipeline, context, Task(at.partition, window, count, record, final=False))
     return report
+
+
+def _is_settled(record: Record | None, count: Count) -> bool:
+    if record is None:
+        return count == NOTHING
+    return record.closed or (count != UNCOUNTED and record.source_cells == count.cells)
 
 
 def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> Mapping[datetime, Record]:
@@ -197,7 +207,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
     key = pipeline.sink.key(task.partition, task.window, 0)
-    held = task.record.held if task.record else None
+    held = _known(pipeline, task, key)
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
@@ -212,6 +222,13 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
     )
+
+
+def _known(pipeline: Pipeline[B, E], task: Task, key: str) -> Held | None:
+    """The object as it is known before the source is read."""
+    if pipeline.asks_sink:
+        return pipeline.sink.head(key)
+    return task.record.held if task.record else None
 
 
 def _unchanged(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None, batch: B) -> _Written:
@@ -275,7 +292,7 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     try:
         if held is not None and not pipeline.allow_shrink and _shrank(batch, held):
             batch = _united(pipeline, task, batch, held)
-        if held is not None and task.record is None:
+        if held is not None and task.record is None and not pipeline.asks_sink:
             batch = _without_deltas(pipeline, task, batch)
         yield batch
     finally:
