@@ -249,7 +249,7 @@ class Columns:
         self._read = pyarrow_csv.ReadOptions(
             use_threads=False, column_names=self._names, block_size=2 * LONGEST_RECORD_BYTES + 2 * BLOCK_BYTES
         )
-        self._parse = pyarrow_csv.ParseOptions(delimiter=dialect.delimiter, newlines_in_values=True)
+        self._parse = pyarrow_csv.ParseOptions(delimiter=dialect.delimiter)
         self._convert: dict[tuple[int, ...], Any] = {}
 
     def of(self, block: Block, positions: Sequence[int]) -> "list[pa.ChunkedArray]":
