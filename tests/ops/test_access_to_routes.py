@@ -26,6 +26,20 @@ ROUTES = {
     ("POST", "/ops/jobs/{job}/pause"): "ops:run",
     ("POST", "/ops/jobs/{job}/resume"): "ops:run",
     ("POST", "/ops/jobs/{job}/backfill"): "ops:run",
+    ("GET", "/dwh/events-part"): "dwh:read",
+    ("POST", "/dwh/events-part"): "dwh:write",
+    ("GET", "/dwh/mobile-devices"): "dwh:read",
+    ("POST", "/dwh/mobile-devices"): "dwh:write",
+    ("GET", "/dwh/permanent-user-properties"): "dwh:read",
+    ("POST", "/dwh/permanent-user-properties"): "dwh:write",
+    ("GET", "/dwh/technical-data"): "dwh:read",
+    ("POST", "/dwh/technical-data"): "dwh:write",
+    ("GET", "/dwh/event-properties"): "dwh:read",
+    ("POST", "/dwh/event-properties"): "dwh:write",
+    ("GET", "/dwh/user-properties"): "dwh:read",
+    ("POST", "/dwh/user-properties"): "dwh:write",
+    ("GET", "/dwh/user-locations"): "dwh:read",
+    ("POST", "/dwh/user-locations"): "dwh:write",
 }
 PAGES = ("/openapi.json", "/docs", "/redoc")
 
