@@ -45,7 +45,12 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
     daemon = daemons.start()
     assert daemon.until(lambda: (reply := daemon.get("/ready")).status == 200 and reply.json) == {
         "ready": True,
-        "checks": {"worker_running": True, "checkpoint_store_connected": True, "s3_accessible": True},
+        "checks": {
+            "worker_running": True,
+            "checkpoint_store_connected": True,
+            "s3_accessible": True,
+            "dwh_connected": True,
+        },
     }
     for path in ("/", "/docs", "/redoc", "/openapi.json", "/assets/dashboard.js", "/assets/dashboard.css"):
         assert daemon.get(path).status == 200, path
