@@ -161,6 +161,7 @@ class Answers:
     def __init__(self, held: Held, chunk_bytes: int) -> None:
         self.held = held
         self.chunk_bytes = chunk_bytes
+        self.plain = held.plain()
         self._compressed: dict[tuple[str, Sequence[str]], bytes] = {}
 
     def compressed(self, query: str, annotations: Sequence[str]) -> bytes:
@@ -186,7 +187,7 @@ class Exchange(BaseHTTPRequestHandler):
         """A sign of life, or the plain CSV."""
         if self.path == "/plain":
             self._begin(200, {"Content-Type": "text/csv", "Transfer-Encoding": "chunked"})
-            self._chunks(iter([self._answers.held.plain()]))
+            self._chunks(iter([self._answers.plain]))
         else:
             self._begin(204 if self.path == "/ping" else 404, {"Content-Length": "0"})
 

@@ -80,7 +80,7 @@ def parse_floor(url: str, _: Shape, __: Path) -> Told:
     import pyarrow.csv as pacsv
     import urllib3
 
-    body = urllib3.request("GET", f"{url}/plain").data
+    body = urllib3.request("GET", f"{url}/plain", timeout=600).data
     convert = pacsv.ConvertOptions(column_types={"_time": pa.timestamp("ns", "UTC")}, strings_can_be_null=True)
     options = pacsv.ReadOptions(use_threads=False)
     return timed(lambda: int(pacsv.read_csv(pa.BufferReader(body), options, convert_options=convert).num_rows))

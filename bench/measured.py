@@ -70,8 +70,8 @@ def clean_environ() -> dict[str, str]:
 
 
 def in_turns(ways: Mapping[str, Callable[[], Cost]], repeat: int) -> Mapping[str, Cost]:
-    """Each way once unmeasured, then `repeat` rounds over all of them; medians of each figure by way."""
-    for way in ways.values():
+    """Each way once unmeasured where there are several, then `repeat` rounds over all; medians by way."""
+    for way in ways.values() if len(ways) > 1 else ():
         way()
     rounds = [{name: way() for name, way in ways.items()} for _ in range(repeat)]
     return {name: median([one[name] for one in rounds]) for name in ways}

@@ -1,7 +1,7 @@
 """A source, a sink and checkpoints that live in memory and can be stopped before or after each of their effects."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -134,6 +134,10 @@ class Process:
         self.world.reads.append((partition, window.start))
         rows = self.world.rows.get(partition, {})
         return self._batch(tuple(sorted((at, value) for at, value in rows.items() if window.start <= at < window.end)))
+
+    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[Rows]:
+        """All of them as early as the port allows: when the first is taken."""
+        yield from [self.read(partition, window, count, None) for window, count in counted]
 
     def union(self, batch: Rows, held: Iterable[Row]) -> Rows:
         return self._batch(tuple(sorted({**dict(held), **dict(batch.held)}.items())))

@@ -1,7 +1,8 @@
-"""The command line: serve (default), run, backfill, check, demo, keys, runs.
+"""The command line: serve (default), run, backfill, undo, check, demo, keys, runs, google.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
-(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG). Invariant: settings are checked before
+(sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
+runs end (`app.core.runs.Exits`). Invariant: settings are checked before
 anything heavy is imported, and whatever goes wrong ends as one clear line on stderr.
 """
 
@@ -58,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     demo_.add_argument("--port", type=int, default=None, help="where to listen")
     demo_.set_defaults(command=demo)
     _add_keys(commands)
-    runs_ = commands.add_parser("runs", help="recent runs, newest first")
+    _add_undo(commands)
+    google_ = commands.add_parser("google", help="sign in to Google once, for the client secrets of an installed app")
+    google_.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    google_.set_defaults(command=google)
+    runs_ = commands.add_parser("runs", help="recent runs, newest first, and what they took in")
     runs_.add_argument("job", nargs="?", default=None)
     runs_.add_argument("--limit", type=int, default=20)
     runs_.set_defaults(command=runs)
@@ -79,6 +84,14 @@ def _add_backfill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     fill.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
     fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
     fill.set_defaults(command=backfill)
+
+
+def _add_undo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    undo_ = commands.add_parser("undo", help="take back what a run did; first shows what that would be")
+    undo_.add_argument("job")
+    undo_.add_argument("run", help="the run's id, or its beginning, as the command runs shows it")
+    undo_.add_argument("--yes", action="store_true", help="do it")
+    undo_.set_defaults(command=undo)
 
 
 def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -157,6 +170,15 @@ def backfill(given: argparse.Namespace) -> int:
     return commands.backfill(build(settings), given.job, Window(given.start, given.end), dry_run=given.dry_run)
 
 
+def undo(given: argparse.Namespace) -> int:
+    """Take back what a run did, in this process."""
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+
+    return commands.undo(build(settings), given.job, given.run, do=given.yes)
+
+
 def check(_: argparse.Namespace) -> int:
     """Show the settings and try every system."""
     settings = configured()
@@ -173,6 +195,20 @@ def runs(given: argparse.Namespace) -> int:
     from app.ops import commands
 
     return commands.runs(build(settings), given.job, given.limit)
+
+
+def google(given: argparse.Namespace) -> int:
+    """Ask for a user's consent in a browser and keep the token."""
+    settings = configured()
+    from app.core.errors import Permanent
+    from app.dynamo_to_drive import credentials, job
+
+    where = job.given_of(settings)
+    if where is None:
+        raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    kept = credentials.consent(where, open_browser=not given.no_browser)
+    sys.stdout.write(f"the token is kept in {kept}; it is renewed there\n")
+    return OK
 
 
 def demo(given: argparse.Namespace) -> int:

@@ -88,12 +88,26 @@ def now() -> datetime:
 
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
-    from app.influx_to_s3 import job
+    from app.csv_inbox import job as inbox_job
+    from app.dynamo_to_drive import job as dynamo_job
+    from app.influx_to_s3 import job as influx_job
 
-    state = parts.state
-    influx = job.build(parts.settings, state.checkpoints, state.layouts, parts.store, parts.clock)
-    on = bool(parts.settings.influx.url)
-    return Pipelines(influx.jobs, {job.NAME: influx.backfill}, {"influxdb": influx.ping} if on else {})
+    settings, state = parts.settings, parts.state
+    influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
+    dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
+    inbox = inbox_job.build(settings, parts.clock)
+    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    if settings.dynamo.table_name:
+        checks["dynamodb"] = dynamo.ping_table
+        if dynamo.ping_drive is not None:
+            checks["google_drive"] = dynamo.ping_drive
+    return Pipelines(
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job),
+        backfills={influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill},
+        checks=checks,
+        histories={inbox_job.NAME: inbox.history},
+        undos={inbox_job.NAME: inbox.undo},
+    )
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
@@ -207,7 +221,14 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     from app.ops.api import About, build_api
 
     ops = routes.Operations(
-        probes, guard, service.scheduler, service.state.runs, service.tallies, partitions(service), now
+        probes=probes,
+        guard=guard,
+        scheduler=service.scheduler,
+        runs=service.state.runs,
+        tallies=service.tallies,
+        partitions=partitions(service),
+        histories=service.pipelines.histories,
+        clock=now,
     )
     about = service.settings.service
     routers = [dashboard.build(), routes.build(ops), warehouse_routes(service)]

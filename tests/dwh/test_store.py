@@ -105,7 +105,7 @@ def test_an_idempotency_key_gives_the_first_answer_again(desk: Desk) -> None:
     assert (list(again.ids), again.batches, again.rows, again.replayed) == (list(first.ids), 1, 3, True)
     with pytest.raises(BadRequest, match="another request") as refused:
         desk.post(EVENTS, rows_of(EVENTS, 4), caller="a", key="k")
-    assert refused.value.status == 422
+    assert refused.value.status == 409
     with pytest.raises(BadRequest):
         desk.post(LOCATIONS, rows_of(LOCATIONS, 3), caller="a", key="k")
     assert not desk.post(EVENTS, rows_of(EVENTS, 3), caller="b", key="k").replayed

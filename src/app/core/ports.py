@@ -4,7 +4,7 @@ A source yields batches, a sink holds one object per window, checkpoints remembe
 is a contract that every implementation keeps and that one conformance suite checks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,10 @@ class Count:
 
     cells: int
     points: int
+
+
+UNCOUNTED = Count(-1, 0)
+"""The source cannot count for less than it costs to read: read, and compare the rows themselves."""
 
 
 class Batch(Protocol):
@@ -119,12 +123,21 @@ class Source(Protocol[B]):
         """Every partition that may have rows at or after `since`; each once, sorted."""
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """By (partition, window start); absent = no rows. One partition, or all when it is None."""
+        """By (partition, window start); absent = no rows. One partition, or all when it is None.
+
+        UNCOUNTED for every window where the source cannot count.
+        """
 
     def read(self, partition: str, window: Window, count: Count, kept: B | None) -> B:
         """All rows of the window, or an error; never a part of them. `count` was taken before this call.
 
         `kept` is what this process last wrote as the very version that is to be replaced, else None.
+        """
+
+    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[B]:
+        """A batch per window, in this order, each as `read` gives it, in fewer questions.
+
+        Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
     def union(self, batch: B, held: Iterable[Any]) -> B:

@@ -63,7 +63,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once."""
+    """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
+
+    `notes` are lines for the person who ran it by hand; they are not recorded.
+    """
 
     rows: int = 0
     bytes: int = 0
@@ -71,6 +74,7 @@ class Report:
     late_rows: int = 0
     failures: Sequence[Failure] = ()
     more: bool = False
+    notes: Sequence[str] = ()
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -80,6 +84,7 @@ class Report:
             self.late_rows + other.late_rows,
             (*self.failures, *other.failures),
             self.more or other.more,
+            (*self.notes, *other.notes),
         )
 
 
@@ -155,6 +160,15 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Exits:
+    """Exit codes of a command that ran a job and did not end well; `busy`: another process holds its lease."""
+
+    partial: int = 1
+    failed: int = 1
+    busy: int = 75
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
@@ -165,6 +179,7 @@ class Job:
     interval_seconds: int
     work: Callable[[Context], Report]
     off: str = ""
+    exits: Exits = Exits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import count, islice, takewhile
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
-from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
+from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
 
@@ -46,6 +46,9 @@ class Pipeline(Generic[B, E]):
 
     `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
     at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
+
+    `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
+    person did to it is seen; such a sink has one object per window, which is replaced also when late rows come.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Pipeline(Generic[B, E]):
     checkpoints: Checkpoints
     grid: Grid
     allow_shrink: bool = False
+    asks_sink: bool = False
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
@@ -76,13 +80,17 @@ class Pipeline(Generic[B, E]):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far."""
+    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
+
+    `ahead` gives the rows when they may be read together with those of other windows, after all their records.
+    """
 
     partition: str
     window: Window
     count: Count
     record: Record | None
     final: bool
+    ahead: Iterator[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +134,31 @@ def _close_due(
     """Close due windows, oldest first; runs of empty ones cost one count and one commit together."""
     counts = pipeline.source.counts(partition, due)
     records = _records(pipeline, partition, due)
+    work = {w.start: (w, count) for w in due if (count := _to_close(w, records, counts.get((partition, w.start))))}
+    ahead = pipeline.source.read_each(partition, list(work.values()))
     report, passed, committed = Report(), due[0].start, due[0].start
     context.progress.advance(total=len(due))
     for window in due:
         context.stop.check()
-        record, count = records.get(window.start), counts.get((partition, window.start), NOTHING)
-        if (record is None and count != NOTHING) or (record is not None and not record.closed):
+        if window.start in work:
             if report.windows == pipeline.grid.step_windows:
                 report = replace(report, more=True)
                 break
-            report += settle(pipeline, context, Task(partition, window, count, record, final=True), moves_cursor=True)
+            task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=ahead)
+            report += settle(pipeline, context, task, moves_cursor=True)
             committed = window.end
         passed = window.end
         context.progress.advance(done=1)
     if passed > committed and not context.dry_run:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
     return report, passed
+
+
+def _to_close(window: Window, records: Mapping[datetime, Record], count: Count | None) -> Count | None:
+    """What to expect in a window that must be settled; None when it is empty or closed."""
+    record, expected = records.get(window.start), count or NOTHING
+    needed = expected != NOTHING if record is None else not record.closed
+    return expected if needed else None
 
 
 def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
@@ -154,10 +171,16 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Map
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), live.get(window.start, NOTHING)
-        if record.closed or record.source_cells == count.cells if record else count == NOTHING:
+        if _is_settled(record, count):
             continue
         report += settle(pipeline, context, Task(at.partition, window, count, record, final=False))
     return report
+
+
+def _is_settled(record: Record | None, count: Count) -> bool:
+    if record is None:
+        return count == NOTHING
+    return record.closed or (count != UNCOUNTED and record.source_cells == count.cells)
 
 
 def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> Mapping[datetime, Record]:
@@ -184,7 +207,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
     key = pipeline.sink.key(task.partition, task.window, 0)
-    held = task.record.held if task.record else None
+    held = _known(pipeline, task, key)
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
@@ -194,10 +217,18 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
                 return _store(pipeline, context, task, held, batch)
         except Conflict:
             held = pipeline.sink.head(key)
+            task = replace(task, ahead=None)  # those rows are older than the version that is there now
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
     )
+
+
+def _known(pipeline: Pipeline[B, E], task: Task, key: str) -> Held | None:
+    """The object as it is known before the source is read."""
+    if pipeline.asks_sink:
+        return pipeline.sink.head(key)
+    return task.record.held if task.record else None
 
 
 def _unchanged(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None, batch: B) -> _Written:
@@ -253,14 +284,15 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
-        batch = pipeline.source.read(task.partition, task.window, task.count, kept)
+        ahead, source = task.ahead, pipeline.source
+        batch = next(ahead) if ahead else source.read(task.partition, task.window, task.count, kept)
     finally:
         if kept is not None:
             kept.close()
     try:
         if held is not None and not pipeline.allow_shrink and _shrank(batch, held):
             batch = _united(pipeline, task, batch, held)
-        if held is not None and task.record is None:
+        if held is not None and task.record is None and not pipeline.asks_sink:
             batch = _without_deltas(pipeline, task, batch)
         yield batch
     finally:

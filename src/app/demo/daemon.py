@@ -4,11 +4,16 @@ Invariant: the demo reads none of the user's settings but where to listen, what 
 never touch a real system.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from app.demo import ship
 from app.demo.devices import fleet
+from app.demo.drive import DriveSimulator
+from app.demo.drops import Drops
+from app.demo.dynamo import DynamoSimulator, Table
 from app.demo.feeder import Feeder, http_writer
 from app.demo.influx import InfluxSimulator
 
@@ -22,16 +27,52 @@ KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", 
 @contextmanager
 def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str, str]]:
     """Start the simulators with some hours of data, `live` with more each few seconds; the demo's whole environment."""
-    with InfluxSimulator() as influx:
+    with InfluxSimulator() as influx, ExitStack() as others:
         write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
         feeder = Feeder(write, fleet(DEVICES), backlog_hours=BACKLOG_HOURS, interval_seconds=LIVE_SECONDS)
+        others.callback(feeder.close)
         feeder.start()
-        try:
-            if not live:
-                feeder.close()
-            yield {**_kept(environ), **_short_cycle(influx), "DATA_DIR": str(_folder(environ))}
-        finally:
+        folder = _folder(environ)
+        drops = Drops(folder / "csv_inbox")
+        others.callback(drops.close)
+        drops.drop()
+        drops.drop()
+        if live:
+            drops.start()
+        else:
             feeder.close()
+        measured = _sailing(others, live=live)
+        yield {**_kept(environ), **_short_cycle(influx), **measured, **_inbox(folder), "DATA_DIR": str(folder)}
+
+
+def _sailing(running: ExitStack, *, live: bool) -> Mapping[str, str]:
+    """A ship that writes to DynamoDB, and a shared drive for its hours; started into `running`."""
+    dynamo = running.enter_context(DynamoSimulator([Table(ship.TABLE, ship.KEY, ("S", "S"))]))
+    drive = running.enter_context(DriveSimulator())
+    vessel = ship.Ship(dynamo.put, backlog_hours=BACKLOG_HOURS, clock=ship.now)
+    running.callback(vessel.close)
+    vessel.start()
+    if not live:
+        vessel.close()
+    return {
+        "DYNAMODB_TABLE_NAME": ship.TABLE,
+        "DYNAMODB_ENDPOINT_URL": dynamo.url,
+        "AWS_ACCESS_KEY_ID": dynamo.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": dynamo.secret_access_key,
+        "GOOGLE_CREDENTIALS_JSON": json.dumps(drive.state.tokens.service_account(drive.url)),
+        "GOOGLE_DRIVE_API_URL": drive.url,
+        "GOOGLE_DRIVE_FOLDER_ID": drive.folder_id,
+        "GOOGLE_SHARED_DRIVE_ID": drive.state.shared_drive,
+        "DRIVE_INTERVAL_SECONDS": "5",
+        "DRIVE_CATCHUP_HOURS": str(BACKLOG_HOURS),
+    }
+
+
+def _inbox(folder: Path) -> Mapping[str, str]:
+    """A configuration of its own, so that a config.json in the working directory is left alone."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"required_columns": ["id", "name"], "checksum_wait_seconds": 1}, indent=2))
+    return {"CSV_MONITOR_CONFIG": str(config), "CSV_INBOX_INTERVAL_SECONDS": "5"}
 
 
 def _kept(environ: Mapping[str, str]) -> Mapping[str, str]:

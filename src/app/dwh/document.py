@@ -28,6 +28,7 @@ FAULTS = {
     401: "no key, or one that is not known",
     403: "the key lacks the scope",
     408: "the body did not arrive in time",
+    409: "the Idempotency-Key was used for another request",
     413: "the body or a row is too large",
     415: "a media type or encoding that is not read",
     422: "a row or a parameter is wrong: it is named",

@@ -33,6 +33,7 @@ WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
+OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
 GONE = Response(status_code=400)  # nobody is there to read it
 
 
@@ -60,6 +61,10 @@ def build(serving: Serving) -> APIRouter:
     """The routes of all tables."""
     router = APIRouter(prefix="/dwh", tags=["dwh"])
     for table in TABLES:
+        # First, since the first route of a path answers for its other methods, and knows only its own.
+        router.add_api_route(
+            f"/{table.path}", _other, methods=OTHERS, include_in_schema=False, openapi_extra=needs("dwh:read")
+        )
         router.add_api_route(
             f"/{table.path}",
             _reading(serving, table),
@@ -81,6 +86,10 @@ def build(serving: Serving) -> APIRouter:
             response_class=Response,
         )
     return router
+
+
+async def _other() -> Response:
+    raise Refused(Refusal(405, "this path knows GET and POST", "see /docs", headers={"Allow": "GET, POST"}))
 
 
 @asynccontextmanager

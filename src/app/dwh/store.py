@@ -125,7 +125,7 @@ class Warehouse:
             (held,) = session.rows(self._queries["request"], **name)
             if held["fingerprint"] != fingerprint:
                 raise BadRequest(
-                    422, "this Idempotency-Key was used for another request", "use a new key", "Idempotency-Key"
+                    409, "this Idempotency-Key was used for another request", "use a new key", "Idempotency-Key"
                 )
             return replace(answer_of(held["answer"]), replayed=True)
         done = self._merge(session, table, batches)

@@ -97,6 +97,17 @@ class InfluxSource:
             spool.abandon()
             raise
 
+    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
+        """Adjacent small windows in one question. An answer is held beside what is cut out of it: half of the rows."""
+        for run in runs_of_few_rows(counted, self._reading.batch_rows // 2):
+            tables = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
+            for window, count in run:
+                yield (
+                    self.read(partition, window, count, None)
+                    if tables is None
+                    else self._cut_out(partition, window, count, tables)
+                )
+
     def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
         """`batch` with the held rows whose timestamp it lacks."""
         return self._spooled(batch.device, united(batch.tables(), map(of_object, held)))
@@ -140,14 +151,22 @@ class InfluxSource:
         counted = self._again(lambda: list(self._reader.counts(device, window, every_seconds)))
         return {start: count for (_, start), count in totals(counted).items()}
 
+    def _collect_run(self, device: str, span: Window) -> "list[pa.Table] | None":
+        """None when the windows have to be asked for one by one: what fails for all may do for each."""
+        try:
+            return self._again(lambda: self._collect(device, span))
+        except Permanent:
+            return None
+
+    def _cut_out(self, device: str, window: Window, count: Count, tables: "Sequence[pa.Table]") -> RowBatch:
+        """The batch of one window out of an answer over several."""
+        parts = [part for table in tables if (part := within(table, window)).num_rows]
+        check_points(device, window, sum(part.num_rows for part in parts), count.points)
+        return self._spooled(device, [ordered(parts)] if parts else [])
+
     def _read_whole(self, spool: Spool, span: Window, expected_points: int) -> None:
         """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
-        points = self._read_halving(spool, span)
-        if points < expected_points:
-            raise Transient(
-                f"InfluxDB sent {points} rows of {spool.device} {span} but had counted {expected_points}",
-                "the window is read again next time; if it stays, a proxy in between cuts answers",
-            )
+        check_points(spool.device, span, self._read_halving(spool, span), expected_points)
 
     def _read_halving(self, spool: Spool, span: Window) -> int:
         """The number of points that were appended."""
@@ -189,6 +208,15 @@ class InfluxSource:
         return retry(action, self._patience.policy, self._patience.pauses, self._patience.draw)
 
 
+def check_points(device: str, span: Window, points: int, expected_points: int) -> None:
+    """Raises Transient when fewer points came than were counted before."""
+    if points < expected_points:
+        raise Transient(
+            f"InfluxDB sent {points} rows of {device} {span} but had counted {expected_points}",
+            "the window is read again next time; if it stays, a proxy in between cuts answers",
+        )
+
+
 def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
     """Counts per device and bucket: all values, and as a lower bound of the points the values of the fullest field."""
     fields: dict[tuple[str, datetime], dict[str, int]] = {}
@@ -203,6 +231,37 @@ def runs_of_one_length(windows: Sequence[Window]) -> Iterator[Window]:
     for _, run in groupby(windows, key=lambda window: window.seconds):
         together = list(run)
         yield Window(together[0].start, together[-1].end)
+
+
+def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iterator[Sequence[tuple[Window, Count]]]:
+    """Adjacent windows of one day together while they have at most `rows` points, any other window alone.
+
+    A day at most: a field may change its type only between shards of the source, and one question must not meet both.
+    """
+    run: list[tuple[Window, Count]] = []
+    points = 0
+    for window, count in counted:
+        together = run and run[-1][0].end == window.start and run[-1][0].start.date() == window.start.date()
+        if run and (not together or points + count.points > rows):
+            yield run
+            run, points = [], 0
+        run.append((window, count))
+        points += count.points
+    if run:
+        yield run
+
+
+def within(table: "pa.Table", window: Window) -> "pa.Table":
+    """The rows inside the window, in the order in which they are."""
+    import numpy as np
+    import pyarrow as pa
+
+    instants = instants_of(table)
+    bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
+    if np.all(instants[1:] >= instants[:-1]):
+        first, last = np.searchsorted(instants, bounds).tolist()
+        return table.slice(first, last - first)
+    return table.filter(pa.array((instants >= bounds[0]) & (instants < bounds[1])))
 
 
 def bucket_seconds(window: Window) -> int:

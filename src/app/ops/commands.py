@@ -21,7 +21,7 @@ from app.ops.scheduler import backfill_job, named
 from app.ops.service import Headwater
 from app.settings.masking import describe
 
-OK, FAILED, BUSY = 0, 1, 75
+OK, FAILED = 0, 1
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +33,19 @@ def run(service: Headwater, name: str, *, dry_run: bool) -> int:
 def backfill(service: Headwater, name: str, span: Window, *, dry_run: bool) -> int:
     """Fill the windows of `span`; the exit code."""
     return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), dry_run=dry_run)
+
+
+def undo(service: Headwater, name: str, run_id: str, *, do: bool) -> int:
+    """Take back what run `run_id` of a job did, or only say what that would be; the exit code."""
+    job = _job(service, name)
+    take_back = service.pipelines.undos.get(name)
+    if take_back is None:
+        able = ", ".join(service.pipelines.undos) or "none"
+        raise Rejected(f"job {name} has no undo", f"jobs that keep what it takes: {able}")
+    code = _finish(service, named(replace(job, work=lambda context: take_back(context, run_id))), dry_run=not do)
+    if not do and code == OK:
+        sys.stdout.write("nothing was changed yet: add --yes to do this\n")
+    return code
 
 
 def _job(service: Headwater, name: str) -> Job:
@@ -51,8 +64,10 @@ def _finish(service: Headwater, job: Job, *, dry_run: bool) -> int:
     service.state.close()
     if last is None:
         sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
-        return BUSY
-    return _told(job.name, last, total, dry_run=dry_run)
+        return job.exits.busy
+    _tell(job.name, last, total, dry_run=dry_run)
+    codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
+    return codes.get(last.outcome, job.exits.failed)
 
 
 def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> tuple[Run | None, Report]:
@@ -93,13 +108,14 @@ def _places(service: Headwater) -> Iterator[tuple[str, str]]:
     yield "state", "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(settings.service.data_dir)
 
 
-def _told(name: str, last: Run, total: Report, *, dry_run: bool) -> int:
+def _tell(name: str, last: Run, total: Report, *, dry_run: bool) -> None:
+    for note in total.notes:
+        sys.stdout.write(f"{note}\n")
     would = "would write " if dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
     sys.stdout.write(f"{name} {last.outcome.value}: {would}{counts}\n")
     if last.error:
         sys.stderr.write(f"{name}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
-    return OK if last.outcome is Outcome.OK else FAILED
 
 
 def _unexpected(run: Run, cause: BaseException | None) -> None:
@@ -158,8 +174,20 @@ def runs(service: Headwater, job: str | None, limit: int) -> int:
         for run in found
     ]
     _table(("started", "job", "outcome", "rows", "error"), rows)
+    for name, history in service.pipelines.histories.items():
+        if job in (None, name):
+            lines = history(limit)
+            sys.stdout.write(f"what {name} took in, newest first\n")
+            _table(
+                tuple(lines[0]) if lines else ("nothing yet",), [[_cell(v) for v in line.values()] for line in lines]
+            )
     service.state.close()
     return OK
+
+
+def _cell(value: object) -> str:
+    """A value on one line, whatever characters data brought."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

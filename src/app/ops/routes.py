@@ -21,6 +21,7 @@ from app.ops.metrics import Series, exposition, lag_series, run_series, success_
 from app.ops.outcomes import Tallies
 from app.ops.probes import Answer, Probes
 from app.ops.scheduler import JobView, Scheduler
+from app.ops.service import History
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -51,6 +52,7 @@ class Operations:
     runs: Runs
     tallies: Tallies
     partitions: Callable[[], Sequence[PartitionView]]
+    histories: Mapping[str, History]
     clock: Callable[[], datetime]
 
 
@@ -140,6 +142,11 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         found = [each for each in ops.partitions() if job in (None, each.job)]
         found.sort(key=lambda each: (not each.error, -(lag_seconds(each, now) or 0.0), each.partition))
         return {"total": len(found), "partitions": [_partition(each, now) for each in found[:limit]]}
+
+    @router.get("/ops/history", openapi_extra=READ, summary="What jobs took in lately, file by file, newest first")
+    def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
+        wanted = {name: lines for name, lines in ops.histories.items() if job in (None, name)}
+        return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
     @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
     def metrics() -> Response:

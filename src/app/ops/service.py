@@ -3,24 +3,36 @@
 Invariant: nothing in it has been started.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from app.core.runs import Job, RunDesk, Stop
+from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
 from app.settings import Settings
 from app.stores.state import State
 
+History = Callable[[int], Sequence[Mapping[str, Any]]]
+"""What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
+
+Undo = Callable[[Context, str], Report]
+"""Take back what a run did, given its id or the beginning of it; a dry run says in `notes` what that would be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try."""
+    """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
+
+    `histories` and `undos` are by job name, for those jobs that keep one.
+    """
 
     jobs: Sequence[Job] = ()
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
     checks: Mapping[str, Check] = field(default_factory=dict)
+    histories: Mapping[str, History] = field(default_factory=dict)
+    undos: Mapping[str, Undo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

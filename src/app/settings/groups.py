@@ -153,6 +153,8 @@ class DriveSettings:
     grace_seconds: int
     catchup_hours: int
     late_hours: int
+    allow_shrink: bool
+    escape_formulas: bool
 
 
 @dataclass(frozen=True, slots=True)

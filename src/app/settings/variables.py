@@ -356,6 +356,20 @@ DRIVE = _of(
     ("grace_seconds", "DRIVE_GRACE_SECONDS", kinds.whole(0, 86_400), "600", "how long an hour takes late rows"),
     ("catchup_hours", "DRIVE_CATCHUP_HOURS", kinds.whole(0, 8784), "24", "hours that are made up for after an outage"),
     ("late_hours", "DRIVE_LATE_HOURS", kinds.whole(0, 8784), "6", "past hours that are looked at again every 15 min"),
+    (
+        "allow_shrink",
+        "DRIVE_ALLOW_SHRINK",
+        kinds.FLAG,
+        "false",
+        "let a file lose rows that the table no longer returns (TTL, deletion); else they are kept",
+    ),
+    (
+        "escape_formulas",
+        "CSV_ESCAPE_FORMULAS",
+        kinds.FLAG,
+        "false",
+        "put ' before text that a spreadsheet would take for a formula (= + - @); else data stays as it is",
+    ),
 )
 
 INBOX = _of(

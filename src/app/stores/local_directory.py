@@ -13,6 +13,7 @@ the root is followed. What has no place in a plain file is kept below `.headwate
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -29,14 +30,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
 from app.stores.objects import CONTROL, ObjectInfo, Put, check_key
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
+POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -173,19 +173,14 @@ class LocalDirectory:
     def _locked(self) -> Iterator[None]:
         """One writer at a time: threads of this object wait for each other, processes on the file."""
         _make_folder(self._hidden)
-        lock = FileLock(self._hidden / "lock", timeout=LOCK_SECONDS, poll_interval=0.005, preserve_lock_file=True)
+        path = self._hidden / "lock"
         with self._turn:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
-                lock.acquire()
-            except Timeout as error:
-                raise Transient(
-                    f"{lock.lock_file} is held by another process for over {LOCK_SECONDS} s",
-                    "find it with `fuser` on that file",
-                ) from error
-            try:
+                _lock(descriptor, path)
                 yield
             finally:
-                lock.release()
+                os.close(descriptor)  # gives the lock back
 
     def _look(self, key: str, path: Path) -> tuple[ObjectInfo | None, bool]:
         """What is there, and whether that is certain: it is not when the note belongs to another version."""
@@ -330,6 +325,23 @@ def _open(path: Path) -> BinaryIO | None:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     return None
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Wait for the file's lock. The kernel frees it when the descriptor is closed, however its process ends."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise Transient(
+                    f"{path} is held by another process for over {LOCK_SECONDS} s",
+                    "find it with `fuser` on that file",
+                ) from error
+            time.sleep(POLL_SECONDS)
+        else:
+            return
 
 
 def _make_folder(folder: Path) -> None:

@@ -187,6 +187,23 @@ function showRuns(runs, now) {
   ])));
 }
 
+function cell(name, value, now) {
+  if (name === "at") return moment(value, now);
+  if (name === "outcome") return make("span", `badge ${value}`, value);
+  return typeof value === "number" ? number(value) : String(value ?? "");
+}
+
+function showHistories(histories, now) {
+  const parts = histories.filter((history) => history.entries.length).flatMap(({ job, entries }) => {
+    const names = Object.keys(entries[0]);
+    const heads = names.map((name) => [name, typeof entries[0][name] === "number" ? "number" : name === "error" ? "text" : ""]);
+    const lines = entries.map((entry) => names.map((name) => cell(name, entry[name], now)));
+    return [make("h2", "", `Taken in by ${job}`), make("div", "scroll", table(heads, lines))];
+  });
+  at("histories").replaceChildren(...parts);
+  at("histories").hidden = !parts.length;
+}
+
 function showChecks(ready) {
   const names = { worker_running: "worker", checkpoint_store_connected: "checkpoints", s3_accessible: "objects" };
   const items = Object.entries(ready.checks || {}).map(([name, ok]) => {
@@ -213,12 +230,13 @@ async function refresh() {
   at("sign-in").hidden = true;
   at("board").hidden = false;
   at("sign-out").hidden = !who.keys;
-  const [jobs, runs, partitions] = await Promise.all([
-    ask("GET", "ops/jobs"), ask("GET", "ops/runs?limit=200"), ask("GET", "ops/partitions"),
+  const [jobs, runs, partitions, history] = await Promise.all([
+    ask("GET", "ops/jobs"), ask("GET", "ops/runs?limit=200"), ask("GET", "ops/partitions"), ask("GET", "ops/history?limit=25"),
   ]);
   const now = new Date(jobs.now);
   showJobs(jobs, runs.runs, now);
   showPartitions(partitions, now);
+  showHistories(history.histories, now);
   showRuns(runs.runs, now);
   at("updated").textContent = `updated ${clock(jobs.now).slice(11)}`;
   notice("");

@@ -1,0 +1,98 @@
+"""The CSV inbox beside pandas, Polars and DuckDB: `uv run --with polars bench/csv_inbox.py [--mb 1000]`.
+
+Master and incoming file are made from a fixed seed; every second incoming row replaces one, the others are new. Each
+way runs in a process of its own, in turns; Polars is no dependency of the product and belongs to this bench only.
+"""
+
+import argparse
+import importlib.util
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from measured import Cost, Goal, in_turns, run, table
+
+WAYS = Path(__file__).with_name("csv_ways.py")
+HEAD = "k,name,note,value,empty,code\n"
+KEY_BYTES = 16
+
+
+def row(number: int, noise: str) -> str:
+    """About 100 bytes: a number with leading zeros, an empty cell, some quoting."""
+    note = f'"quoted, {noise}"' if number % 50 == 0 else noise
+    return f"cluster-{number:08d},Plant {number % 977},{note},{number % 1000}.50,,{number % 10000:05d}\n"
+
+
+def fill(path: Path, size_bytes: int, start: int, step: int) -> int:
+    """Write rows until the size is reached; the number after the last."""
+    chance = random.Random(4)
+    noises = ["".join(chance.choices("abcdefghij klmnop", k=48)) for _ in range(1000)]
+    number = start
+    with path.open("w", encoding="utf-8") as file:
+        written = file.write(HEAD)
+        while written < size_bytes:
+            written += file.write("".join(row(number + n * step, noises[n]) for n in range(1000)))
+            number += 1000 * step
+    return number
+
+
+def prepared(folder: Path, given: argparse.Namespace) -> None:
+    """The master, and an incoming file whose first half of rows are spread over it and whose second half are new."""
+    end = fill(folder / "whole.csv", given.mb * 1_000_000, 0, 1)
+    half = given.incoming_mb * 500_000
+    step = max((end * 100) // max(half, 1) // 2, 1)
+    fill(folder / "old.csv", half, 0, step)
+    fill(folder / "new.csv", half, end, 1)
+    with (folder / "incoming.csv").open("w") as out:
+        out.write((folder / "old.csv").read_text() + (folder / "new.csv").read_text().removeprefix(HEAD))
+
+
+def once(way: str, folder: Path) -> Cost:
+    """One merge, on a master as it was."""
+    (folder / "out.csv").unlink(missing_ok=True)
+    if way == "headwater":
+        run(["cp", str(folder / "whole.csv"), str(folder / "master.csv")])
+    return run([sys.executable, str(WAYS), way, str(folder)])
+
+
+def goals(costs: Mapping[str, Cost]) -> list[Goal]:
+    """The figures of the performance page."""
+    ours = costs["headwater"]
+    found = [Goal("peak memory", ours.peak_mib, 80, at_least=False, unit=" MiB, plus the incoming keys")]
+    ratios = {"pandas": (7.0, True), "polars": (1.0, True), "duckdb": (1.0, True)}
+    for way, (limit, at_least) in ratios.items():
+        if way in costs:
+            found.append(Goal(f"cpu of {way} / ours", costs[way].cpu_seconds / ours.cpu_seconds, limit, at_least))
+    found.append(Goal("our cpu / copy", ours.cpu_seconds / costs["copy"].cpu_seconds, 10, at_least=False))
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mb", type=int, default=1000)
+    parser.add_argument("--incoming-mb", type=int, default=50)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--without", nargs="*", default=[], help="ways to leave out")
+    given = parser.parse_args()
+    names = [name for name in ("headwater", "copy", "pandas", "polars", "duckdb") if name not in given.without]
+    if importlib.util.find_spec("polars") is None and "polars" in names:
+        names.remove("polars")
+        print("polars is not installed: uv run --with polars bench/csv_inbox.py")
+    with tempfile.TemporaryDirectory(prefix="bench-csv-") as temporary:
+        folder = Path(temporary)
+        prepared(folder, given)
+        (folder / "master.csv").write_bytes(b"")
+        run(["cp", str(folder / "whole.csv"), str(folder / "master.csv")])
+        ways: dict[str, Callable[[], Cost]] = {name: partial(once, name, folder) for name in names}
+        costs = in_turns(ways, given.repeat)
+    print(f"\nmaster {given.mb} MB, incoming {given.incoming_mb} MB, median of {given.repeat}\n\n{table(costs)}\n")
+    for goal in goals(costs):
+        print(goal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Drive v3 over the files of the simulator: routes, flags, refusals, as contracts/google-drive.md describes them.
+
+Invariants: without the flags for shared drives their files do not exist; a service account owns no storage, so it can
+create on shared drives only; a fault strikes one request and is spent.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
+from app.demo.drive_query import holds
+from app.demo.drive_uploads import Uploads, parts_of
+from app.demo.faults import CutHere
+from app.demo.google_tokens import JSON, Tokens
+from app.demo.influx_http import Answer, Request
+
+FILES = "/drive/v3/files"
+UPLOAD = "/upload/drive/v3/files"
+DEFAULT_FIELDS = frozenset({"kind", "id", "name", "mimeType"})
+LIMIT_BYTES = 5_500_000
+PAGE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class DriveFault:
+    """What one request suffers: a refusal instead of its effect, or after it (`after`), or no answer at all (`cut`)."""
+
+    status: int = 500
+    reason: str = "backendError"
+    message: str = "Internal Error"
+    after: bool = False
+    cut: bool = False
+    html: bool = False
+    newer_style: bool = False
+    stall_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class State:
+    """What the simulator is made of. `my_drive` and `shared_drive` are ids of root folders."""
+
+    files: Files
+    tokens: Tokens
+    uploads: Uploads
+    wait: Callable[[float], object]
+    shared_drive: str = "0ADEMO"
+    my_drive: str = "root"
+    revoked: bool = False
+    full: bool = False
+    stale_lists: int = 0
+    page_files: int = PAGE
+    waiting: list[tuple[DriveFault, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+
+    def take(self, what: str) -> DriveFault | None:
+        """The fault that waits for `METHOD path`, now spent."""
+        with self.lock:
+            self.asked.append(what)
+            for number, (fault, pattern) in enumerate(self.waiting):
+                if re.search(pattern, what):
+                    del self.waiting[number]
+                    return fault
+        return None
+
+
+class Refused(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.answer = refusal(DriveFault(status, reason, message))
+
+
+def refusal(fault: DriveFault) -> Answer:
+    """The error in Google's older or newer style, or the page of a proxy."""
+    if fault.html:
+        return Answer(fault.status, {"Content-Type": "text/html"}, b"<html><title>Error</title></html>")
+    error: dict[str, Any] = {"code": fault.status, "message": fault.message}
+    if fault.newer_style:
+        detail = {
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+            "reason": fault.reason,
+            "domain": "googleapis.com",
+        }
+        error |= {"status": "RESOURCE_EXHAUSTED", "details": [detail]}
+    else:
+        error["errors"] = [{"domain": "global", "reason": fault.reason, "message": fault.message}]
+    return Answer(fault.status, JSON, json.dumps({"error": error}).encode())
+
+
+class DriveApi:
+    """Answers requests on a `State`."""
+
+    def __init__(self, state: State, url: Callable[[], str]) -> None:
+        self._state = state
+        self._url = url
+
+    def respond(self, request: Request) -> Answer:
+        """The answer, with the fault that waits for it. Raises CutHere to end the connection without one."""
+        fault = self._state.take(f"{request.method} {request.path}")
+        if fault is not None:
+            self._state.wait(fault.stall_seconds)
+            if not fault.after:
+                if fault.cut:
+                    raise CutHere
+                return refusal(fault)
+        answer = self._answer(request)
+        if fault is None:
+            return answer
+        if fault.cut:
+            raise CutHere
+        return refusal(fault)
+
+    def _answer(self, request: Request) -> Answer:
+        if request.path in ("/token", "/o/oauth2/auth"):
+            return self._state.tokens.respond(request)
+        if "upload_id" in request.parameters:
+            return self._state.uploads.piece(request)
+        service = self._state.tokens.is_service(request.headers.get("authorization", ""))
+        if service is None:
+            return refusal(DriveFault(401, "authError", "Invalid Credentials"))
+        try:
+            return self._routed(request, service=service)
+        except Refused as refused:
+            return refused.answer
+
+    def _routed(self, request: Request, *, service: bool) -> Answer:
+        path = request.path.removeprefix("/upload")
+        file_id = path.removeprefix(FILES).strip("/")
+        match request.method, file_id:
+            case "GET", "generateIds":
+                made = {"kind": "drive#generatedIds", "space": "drive", "ids": [self._state.files.new_id()]}
+                return _told(made)
+            case "GET", "":
+                return self._list(request.parameters) if path == FILES else self._drives()
+            case "GET", _:
+                return self._get(request, file_id)
+            case "POST", "":
+                return self._received(request, lambda body, data: self._create(request, body, data, service=service))
+            case "PATCH", _:
+                self._visible(request.parameters, file_id)
+                return self._received(request, lambda body, data: self._update(request, file_id, body, data))
+            case "DELETE", _:
+                self._visible(request.parameters, file_id)
+                self._state.files.delete(file_id)
+                return Answer(204)
+        raise Refused(404, "notFound", "Not Found")
+
+    def _received(
+        self,
+        request: Request,
+        store: Callable[[Mapping[str, Any], bytes | None], Answer],
+    ) -> Answer:
+        kind = request.parameters.get("uploadType")
+        if not request.path.startswith(UPLOAD):
+            return store(json.loads(request.body or b"{}"), None)
+        if kind == "resumable":
+
+            def whole(metadata: Mapping[str, Any], content: bytes) -> Answer:
+                try:
+                    return store(metadata, content)
+                except Refused as refused:
+                    return refused.answer
+
+            return self._state.uploads.begin(f"{self._url()}{request.path}", json.loads(request.body or b"{}"), whole)
+        if len(request.body) > LIMIT_BYTES:
+            raise Refused(413, "uploadTooLarge", "use a resumable upload")
+        if kind == "media":
+            return store({}, request.body)
+        try:
+            return store(*parts_of(request))
+        except ValueError as error:
+            raise Refused(400, "badRequest", str(error)) from error
+
+    def _list(self, parameters: Mapping[str, str]) -> Answer:
+        flags = _flag(parameters, "supportsAllDrives") and _flag(parameters, "includeItemsFromAllDrives")
+        if parameters.get("corpora") == "drive":
+            if parameters.get("driveId") != self._state.shared_drive or self._state.revoked:
+                raise Refused(404, "notFound", f"Shared drive not found: {parameters.get('driveId')}")
+            if not flags:
+                raise Refused(403, "teamDrivesParameterUsageRestricted", "includeItemsFromAllDrives is needed")
+        try:
+            asked = holds(parameters.get("q", ""))
+        except ValueError as error:
+            raise Refused(400, "invalid", f"Invalid Value: {error}") from error
+        with self._state.lock:
+            stale, self._state.stale_lists = self._state.stale_lists > 0, max(0, self._state.stale_lists - 1)
+        found = (
+            []
+            if stale
+            else [
+                file
+                for file in self._state.files.matching(asked)
+                if not file.drive_id or (flags and not self._state.revoked)
+            ]
+        )
+        begin = int(parameters.get("pageToken", "0"))
+        end = begin + min(int(parameters.get("pageSize", PAGE)), self._state.page_files)
+        fields = parameters.get("fields", "")
+        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": False}
+        page["files"] = [_selected(file, fields) for file in found[begin:end]]
+        if end < len(found):
+            page["nextPageToken"] = str(end)
+        return _told(page)
+
+    def _drives(self) -> Answer:
+        held = [] if self._state.revoked else [{"kind": "drive#drive", "id": self._state.shared_drive, "name": "Demo"}]
+        return _told({"kind": "drive#driveList", "drives": held})
+
+    def _get(self, request: Request, file_id: str) -> Answer:
+        file = self._visible(request.parameters, file_id)
+        if request.parameters.get("alt") != "media":
+            return _told(_selected(file, request.parameters.get("fields", "")))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+        if asked is None or not file.content:
+            return Answer(200, {"Content-Type": file.mime_type}, file.content)
+        begin, end = int(asked[1]), min(int(asked[2]) + 1, len(file.content))
+        span = {"Content-Range": f"bytes {begin}-{end - 1}/{len(file.content)}", "Content-Type": file.mime_type}
+        return Answer(206, span, file.content[begin:end])
+
+    def _create(self, request: Request, body: Mapping[str, Any], content: bytes | None, *, service: bool) -> Answer:
+        parent = (body.get("parents") or [self._state.my_drive])[0]
+        if parent == "root":
+            parent = self._state.my_drive
+        folder = self._visible(request.parameters, parent)
+        if folder.mime_type != FOLDER_TYPE:
+            raise Refused(403, "insufficientParentPermissions", "Insufficient permissions for the specified parent.")
+        if service and not folder.drive_id:
+            raise Refused(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
+        if self._state.full:
+            raise Refused(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
+        wanted = {
+            "id": body.get("id") or self._state.files.new_id(),
+            "name": body.get("name", "Untitled"),
+            "parent": parent,
+            "drive_id": folder.drive_id,
+            "mime_type": body.get("mimeType", "application/octet-stream"),
+            "properties": body.get("appProperties", {}),
+        }
+        try:
+            made = self._state.files.add(wanted, content or b"")
+        except KeyError as error:
+            raise Refused(409, "fileIdInUse", "A file already exists with the provided ID.") from error
+        return _told(_selected(made, request.parameters.get("fields", "")))
+
+    def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:
+        held = self._visible(request.parameters, file_id)
+        if self._state.full and content is not None:
+            raise Refused(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
+        changes: dict[str, Any] = {} if content is None else {"content": content}
+        if "appProperties" in body:
+            changes["properties"] = {**held.properties, **body["appProperties"]}
+        if "trashed" in body:
+            changes["trashed"] = body["trashed"]
+        if "name" in body:
+            changes["name"] = body["name"]
+        if "addParents" in request.parameters:
+            changes["parent"] = request.parameters["addParents"]
+        return _told(_selected(self._state.files.change(file_id, **changes), request.parameters.get("fields", "")))
+
+    def _visible(self, parameters: Mapping[str, str], file_id: str) -> StoredFile:
+        """The file, for who may see it and says that shared drives are meant."""
+        file = self._state.files.held.get(self._state.my_drive if file_id == "root" else file_id)
+        hidden = (
+            file is not None and file.drive_id and (self._state.revoked or not _flag(parameters, "supportsAllDrives"))
+        )
+        if file is None or hidden:
+            raise Refused(404, "notFound", f"File not found: {file_id}.")
+        return file
+
+
+def _flag(parameters: Mapping[str, str], name: str) -> bool:
+    return parameters.get(name, "").lower() == "true"
+
+
+def _selected(file: StoredFile, fields: str) -> dict[str, Any]:
+    wanted = frozenset(re.findall(r"\w+", fields)) or DEFAULT_FIELDS
+    return {name: value for name, value in file.shown().items() if name in wanted}
+
+
+def _told(document: Mapping[str, Any]) -> Answer:
+    return Answer(200, JSON, json.dumps(document).encode())

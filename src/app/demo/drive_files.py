@@ -1,0 +1,121 @@
+"""What the Google Drive simulator holds: files by id, on shared drives and in My Drive, names as often as you like.
+
+Invariants: an id is used once, also after its file is gone; every change of content makes a new head revision, every
+change at all a greater version. Safe from any thread under `lock`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from hashlib import md5
+from itertools import count
+from threading import RLock
+from typing import Any
+
+FOLDER_TYPE = "application/vnd.google-apps.folder"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One version of a file or folder. `drive_id` "" = My Drive. Folders have no content."""
+
+    file_id: str
+    name: str
+    parent: str
+    drive_id: str
+    mime_type: str
+    created_at: datetime
+    modified_at: datetime
+    version: int
+    revision: str = ""
+    content: bytes = b""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    trashed: bool = False
+
+    def shown(self) -> dict[str, Any]:
+        """As the API tells it, every field."""
+        told: dict[str, Any] = {
+            "kind": "drive#file",
+            "id": self.file_id,
+            "name": self.name,
+            "mimeType": self.mime_type,
+            "parents": [self.parent],
+            "version": str(self.version),
+            "createdTime": _instant(self.created_at),
+            "modifiedTime": _instant(self.modified_at),
+            "trashed": self.trashed,
+            "capabilities": {"canAddChildren": self.mime_type == FOLDER_TYPE, "canEdit": True},
+        }
+        if self.drive_id:
+            told["driveId"] = self.drive_id
+        if self.properties:
+            told["appProperties"] = dict(self.properties)
+        if self.mime_type != FOLDER_TYPE:
+            told["md5Checksum"] = md5(self.content, usedforsecurity=False).hexdigest()
+            told["size"] = str(len(self.content))
+            told["headRevisionId"] = self.revision
+        return told
+
+
+class Files:
+    """All files. `used` are ids that were ever a file's; `made` are ids handed out beforehand."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self.lock = RLock()
+        self.held: dict[str, StoredFile] = {}
+        self.used: set[str] = set()
+        self._clock = clock
+        self._numbers = count(1)
+
+    def new_id(self) -> str:
+        """An id that nothing has."""
+        with self.lock:
+            return f"1demo{next(self._numbers):028d}"
+
+    def add(self, file: Mapping[str, Any], content: bytes = b"") -> StoredFile:
+        """A new file of id, name, parent, drive_id, mime_type and properties. Raises KeyError for a used id."""
+        with self.lock:
+            if file["id"] in self.used:
+                raise KeyError(file["id"])
+            now, number = self._clock(), next(self._numbers)
+            made = StoredFile(
+                file["id"],
+                file["name"],
+                file["parent"],
+                file["drive_id"],
+                file["mime_type"],
+                now,
+                now,
+                number,
+                f"rev{number}",
+                content,
+                file.get("properties", {}),
+            )
+            self.used.add(made.file_id)
+            self.held[made.file_id] = made
+            return made
+
+    def change(self, file_id: str, **changes: Any) -> StoredFile:
+        """The file with changes; new content is a new head revision."""
+        with self.lock:
+            number = next(self._numbers)
+            if "content" in changes:
+                changes["revision"] = f"rev{number}"
+            changed = replace(self.held[file_id], version=number, modified_at=self._clock(), **changes)
+            self.held[file_id] = changed
+            return changed
+
+    def delete(self, file_id: str) -> None:
+        """For good; the id stays used."""
+        with self.lock:
+            del self.held[file_id]
+
+    def matching(self, holds: Callable[[StoredFile], bool]) -> Iterator[StoredFile]:
+        """Every file for which `holds`, oldest first."""
+        with self.lock:
+            found = [file for file in self.held.values() if holds(file)]
+        yield from sorted(found, key=lambda file: (file.created_at, file.version))
+
+
+def _instant(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at.microsecond // 1000:03d}Z"

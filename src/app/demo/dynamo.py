@@ -1,0 +1,200 @@
+"""A DynamoDB that runs inside this process, for the demo: tables with keys, Query, Scan, PutItem, BatchWriteItem.
+
+Invariants: it speaks the JSON 1.0 protocol of contracts/dynamodb.md to the unmodified SDK; a page ends by what was read
+and not by what a filter let through; what it does not understand it refuses.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock, Thread
+from typing import Any, Self
+
+from app.demo.dynamo_expressions import NotUnderstood, condition, sortable
+from app.demo.influx_http import Answer, Request, Server
+
+PAGE_BYTES = 1 << 20
+UNIT_BYTES = 4096
+MISSING = "ResourceNotFoundException"
+INVALID = "ValidationException"
+Item = dict[str, dict[str, Any]]
+
+
+class Refused(Exception):
+    """An error of the protocol: code and message."""
+
+
+@dataclass(slots=True)
+class Table:
+    """Items by key. `key` and `types` name the key's attributes, hash first, and their letters."""
+
+    name: str
+    key: tuple[str, ...]
+    types: tuple[str, ...]
+    items: dict[tuple[Any, ...], Item] = field(default_factory=dict)
+    size_bytes: int = 0
+
+    def put(self, item: Item) -> None:
+        """Insert or replace. Raises Refused when the key is missing or of another type."""
+        for name, letter in zip(self.key, self.types, strict=True):
+            if letter not in item.get(name, {}):
+                raise Refused(INVALID, f"One or more parameter values were invalid: Missing the key {name} in the item")
+        key = tuple(sortable(item[name]) for name in self.key)
+        self.size_bytes += _size(item) - (_size(self.items[key]) if key in self.items else 0)
+        self.items[key] = item
+
+    def described(self) -> dict[str, Any]:
+        """As DescribeTable tells it."""
+        kinds = ("HASH", "RANGE")
+        schema = [{"AttributeName": name, "KeyType": kind} for name, kind in zip(self.key, kinds, strict=False)]
+        types = zip(self.key, self.types, strict=True)
+        return {
+            "TableName": self.name,
+            "TableStatus": "ACTIVE",
+            "KeySchema": schema,
+            "AttributeDefinitions": [{"AttributeName": name, "AttributeType": letter} for name, letter in types],
+            "ItemCount": len(self.items),
+            "TableSizeBytes": self.size_bytes,
+            "BillingModeSummary": {"BillingMode": "PAY_PER_REQUEST"},
+        }
+
+
+class DynamoSimulator:
+    """Some tables under one access key. Use it as a context manager, or `start` and `close` it."""
+
+    def __init__(self, tables: Sequence[Table], *, access_key_id: str = "demo", page_bytes: int = PAGE_BYTES) -> None:
+        self.access_key_id = access_key_id
+        self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
+        self.read_units = 0.0
+        self._tables = {table.name: table for table in tables}
+        self._page_bytes = page_bytes
+        self._lock = Lock()
+        self._port = 0
+        self._server: Server | None = None
+        self._thread: Thread | None = None
+        self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+            "DescribeTable": lambda asked: {"Table": self._table(asked).described()},
+            "PutItem": self._put_item,
+            "BatchWriteItem": self._write_batch,
+            "Query": self._query,
+            "Scan": self._scan,
+        }
+
+    def start(self) -> Self:
+        """Listen and serve from a thread."""
+        self._server = Server(("127.0.0.1", self._port), self._respond)
+        self._port = self._server.server_address[1]
+        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="dynamo-simulator", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop listening and end every connection; nothing when it does not run."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+        self._server = self._thread = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a trailing slash."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def put(self, table: str, items: Sequence[Item]) -> None:
+        """Write items without HTTP."""
+        with self._lock:
+            for item in items:
+                self._tables[table].put(item)
+
+    def _respond(self, request: Request) -> Answer:
+        operation = request.headers.get("x-amz-target", "").rpartition(".")[2]
+        try:
+            if f"Credential={self.access_key_id}/" not in request.headers.get("authorization", ""):
+                return _refusal("UnrecognizedClientException", "The security token included in the request is invalid.")
+            if operation not in self._operations:
+                return _refusal("UnknownOperationException", operation)
+            with self._lock:
+                return _answer(200, self._operations[operation](json.loads(request.body)))
+        except Refused as refused:
+            return _refusal(*refused.args)
+        except (NotUnderstood, KeyError) as error:
+            return _refusal(INVALID, f"not understood: {error}")
+
+    def _table(self, asked: Mapping[str, Any]) -> Table:
+        table = self._tables.get(asked["TableName"])
+        if table is None:
+            raise Refused(MISSING, f"Requested resource not found: Table: {asked['TableName']} not found")
+        return table
+
+    def _put_item(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        self._table(asked).put(asked["Item"])
+        return {}
+
+    def _write_batch(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        for name, requests in asked["RequestItems"].items():
+            for request in requests:
+                self._table({"TableName": name}).put(request["PutRequest"]["Item"])
+        return {"UnprocessedItems": {}}
+
+    def _query(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        if "IndexName" in asked:
+            raise Refused(INVALID, f"The table does not have the specified index: {asked['IndexName']}")
+        table = self._table(asked)
+        holds = condition(asked["KeyConditionExpression"], asked)
+        found = [(key, item) for key, item in table.items.items() if holds(item)]
+        found.sort(key=lambda each: each[0], reverse=not asked.get("ScanIndexForward", True))
+        return self._page(table, asked, found)
+
+    def _scan(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        table, segments = self._table(asked), asked.get("TotalSegments", 1)
+        found = sorted(table.items.items(), key=lambda each: _scattered(each[0]))
+        mine = [each for each in found if _scattered(each[0]) % segments == asked.get("Segment", 0)]
+        return self._page(table, asked, mine)
+
+    def _page(
+        self, table: Table, asked: Mapping[str, Any], found: Sequence[tuple[tuple[Any, ...], Item]]
+    ) -> dict[str, Any]:
+        """What is read from the start key on, up to the page's size; the filter comes after."""
+        start = asked.get("ExclusiveStartKey")
+        if start is not None:
+            after = tuple(sortable(start[name]) for name in table.key)
+            found = found[next((at for at, (key, _) in enumerate(found, 1) if key == after), len(found)) :]
+        read, size_bytes, limit = 0, 0, asked.get("Limit", len(found))
+        while read < min(limit, len(found)) and size_bytes < self._page_bytes:
+            size_bytes += _size(found[read][1])
+            read += 1
+        holds = condition(asked["FilterExpression"], asked) if "FilterExpression" in asked else None
+        items = [item for _, item in found[:read] if holds is None or holds(item)]
+        units = max(1, -(-size_bytes // UNIT_BYTES)) * (1.0 if asked.get("ConsistentRead") else 0.5)
+        self.read_units += units
+        page: dict[str, Any] = {"Items": items, "Count": len(items), "ScannedCount": read}
+        page["ConsumedCapacity"] = {"TableName": table.name, "CapacityUnits": units}
+        if read < len(found):
+            page["LastEvaluatedKey"] = {name: found[read - 1][1][name] for name in table.key} if read else start
+        return page
+
+
+def _scattered(key: tuple[Any, ...]) -> int:
+    """An order that says nothing, as that of a scan."""
+    return zlib.crc32(repr(key).encode())
+
+
+def _size(item: Item) -> int:
+    return sum(len(name) + len(str(next(iter(value.values())))) for name, value in item.items())
+
+
+def _refusal(code: str, message: str) -> Answer:
+    return _answer(400, {"__type": f"com.amazonaws.dynamodb.v20120810#{code}", "message": message})
+
+
+def _answer(status: int, document: Mapping[str, Any]) -> Answer:
+    body = json.dumps(document).encode()
+    return Answer(status, {"Content-Type": "application/x-amz-json-1.0", "x-amz-crc32": str(zlib.crc32(body))}, body)

@@ -1,0 +1,133 @@
+"""Google's sign-in as far as Drive needs it: tokens for service accounts, consent and refresh for installed apps.
+
+Invariants: a token opens nothing after its time or after `expire`; an assertion counts only with the account's own
+signature and a clock near ours. `aud` is not compared, since the client always names Google there.
+"""
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+from app.demo.influx_http import Answer, Request
+
+SKEW_SECONDS = 300
+GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+JSON = {"Content-Type": "application/json; charset=utf-8"}
+
+
+class Tokens:
+    """One service account and one installed app. `lifetime_seconds` is what tokens are good for."""
+
+    def __init__(self, lifetime_seconds: int = 3599) -> None:
+        from cryptography.hazmat.primitives.asymmetric import rsa
+
+        self.lifetime_seconds = lifetime_seconds
+        self.revoked = False
+        self.issued = 0
+        self.client = {"client_id": "demo-client", "client_secret": secrets.token_hex(8)}
+        self.refresh_token = f"1//{secrets.token_hex(8)}"
+        self.email = "headwater@demo.iam.gserviceaccount.com"
+        self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self._live: dict[str, tuple[float, bool]] = {}
+        self._codes: set[str] = set()
+        self._lock = Lock()
+
+    def service_account(self, url: str) -> dict[str, str]:
+        """The key file of the service account, with the token endpoint at `url`."""
+        from cryptography.hazmat.primitives import serialization
+
+        pem = self._key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return {
+            "type": "service_account",
+            "project_id": "demo",
+            "private_key_id": "demo",
+            "private_key": pem.decode(),
+            "client_email": self.email,
+            "client_id": "1",
+            "token_uri": f"{url}/token",
+        }
+
+    def installed(self, url: str) -> dict[str, Any]:
+        """The client secrets of the installed app."""
+        ends = {"auth_uri": f"{url}/o/oauth2/auth", "token_uri": f"{url}/token", "redirect_uris": ["http://localhost"]}
+        return {"installed": {**self.client, "project_id": "demo", **ends}}
+
+    def user(self, url: str) -> dict[str, Any]:
+        """What a consent ends in: a token file of a user."""
+        return {**self.client, "refresh_token": self.refresh_token, "token_uri": f"{url}/token"}
+
+    def is_service(self, authorization: str) -> bool | None:
+        """Whether the bearer is the service account; None for a token that is not good."""
+        with self._lock:
+            until, service = self._live.get(authorization.removeprefix("Bearer "), (0.0, False))
+        return service if until > time.time() else None
+
+    def expire(self) -> None:
+        """End every token now."""
+        with self._lock:
+            self._live.clear()
+
+    def respond(self, request: Request) -> Answer:
+        """`/token` and `/o/oauth2/auth`."""
+        if request.path.endswith("/auth"):
+            return self._consented(request.parameters)
+        form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
+        fault = "invalid_grant" if self.revoked else self._fault(form)
+        if fault:
+            said = {"error": fault, "error_description": "Token has been expired or revoked."}
+            return Answer(400, JSON, json.dumps(said).encode())
+        return Answer(200, JSON, json.dumps(self._issue(form)).encode())
+
+    def _consented(self, parameters: Mapping[str, str]) -> Answer:
+        """The user says yes at once: back to the app with a code."""
+        code = secrets.token_hex(8)
+        with self._lock:
+            self._codes.add(code)
+        back = urlencode({"code": code, "state": parameters.get("state", ""), "scope": parameters.get("scope", "")})
+        return Answer(302, {"Location": f"{parameters['redirect_uri']}?{back}"})
+
+    def _fault(self, form: Mapping[str, str]) -> str:
+        grant = form.get("grant_type")
+        if grant == GRANT:
+            return "" if self._signed(form.get("assertion", "")) else "invalid_grant"
+        if form.get("client_id") != self.client["client_id"]:
+            return "invalid_client"
+        if grant == "refresh_token":
+            return "" if form.get("refresh_token") == self.refresh_token else "invalid_grant"
+        return "" if grant == "authorization_code" and form.get("code") in self._codes else "invalid_grant"
+
+    def _signed(self, assertion: str) -> bool:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric import padding
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        try:
+            head, claims, signature = assertion.split(".")
+            signed = f"{head}.{claims}".encode()
+            self._key.public_key().verify(_bytes(signature), signed, padding.PKCS1v15(), SHA256())
+            said = json.loads(_bytes(claims))
+        except (ValueError, InvalidSignature):
+            return False
+        near = abs(said["iat"] - time.time()) < SKEW_SECONDS
+        return bool(near and said["iss"] == self.email)
+
+    def _issue(self, form: Mapping[str, str]) -> dict[str, Any]:
+        token = f"ya29.{secrets.token_hex(16)}"
+        with self._lock:
+            self.issued += 1
+            self._live[token] = (time.time() + self.lifetime_seconds, form["grant_type"] == GRANT)
+        answer: dict[str, Any] = {"access_token": token, "expires_in": self.lifetime_seconds, "token_type": "Bearer"}
+        if form["grant_type"] == "authorization_code":
+            answer |= {"refresh_token": self.refresh_token, "scope": "https://www.googleapis.com/auth/drive"}
+        return answer
+
+
+def _bytes(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))

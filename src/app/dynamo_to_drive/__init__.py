@@ -1,0 +1,1 @@
+"""DynamoDB to one CSV file per hour on Google Drive, or in a directory."""

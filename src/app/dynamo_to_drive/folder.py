@@ -1,0 +1,104 @@
+"""A local directory as the sink, for a start without Google: the same files under the same names.
+
+Invariant: a file is whole or absent at every instant; its version is the MD5 of its bytes, as on Drive.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from hashlib import md5
+from pathlib import Path
+
+from app.core.errors import Conflict, Permanent
+from app.core.files import write_durably
+from app.core.ports import Held
+from app.core.window import Window
+from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
+from app.dynamo_to_drive.sink import READ_HINT, HourBytes, file_name
+
+BLOCK_BYTES = 1 << 18
+log = logging.getLogger(__name__)
+
+
+class FolderSink:
+    """`app.core.ports.Sink` over a directory, which is made on the first write."""
+
+    def __init__(
+        self, root: Path, prefix: str, instant_of: Callable[[str], datetime | None], *, escaped: bool, dry_run: bool
+    ) -> None:
+        self._root = root
+        self._prefix = prefix
+        self._instant_of = instant_of
+        self._escaped = escaped
+        self._dry_run = dry_run
+
+    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
+        """The file's name."""
+        return file_name(self._prefix, window)
+
+    def head(self, key: str) -> Held | None:
+        """The file with its rows and span counted, or None."""
+        version = self._version(key)
+        if version is None:
+            return None
+        rows, first, last = 0, None, None
+        for row in self._rows(key):
+            last = next(iter(row.values()), "")
+            first = last if first is None else first
+            rows += 1
+        min_at, max_at = (self._instant_of(text) if text else None for text in (first, last))
+        return Held(version, version, rows, min_at, max_at, (self._root / key).stat().st_size)
+
+    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of that version. Raises Conflict when another one is there."""
+        self._check(key, version)
+        yield from self._rows(key)
+        self._check(key, version)
+
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourBytes:  # noqa: ARG002 - the port's words
+        """The batch is the file already."""
+        if self._dry_run:
+            name = file_name(self._prefix, window)
+            log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
+        return HourBytes(batch)
+
+    def put(self, key: str, encoded: HourBytes, expected: str | None) -> str:
+        """Replace the file durably when it is still the expected one."""
+        self._check(key, expected)
+        file = encoded.hour.file
+        file.seek(0)
+        with _translated(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            write_durably(self._root / key, iter(partial(file.read, BLOCK_BYTES), b""))
+        return encoded.hour.digest
+
+    def _check(self, key: str, expected: str | None) -> None:
+        if self._version(key) != expected:
+            raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
+
+    def _version(self, key: str) -> str | None:
+        digest = md5(usedforsecurity=False)
+        with _translated(self._root):
+            try:
+                with (self._root / key).open("rb") as file:
+                    while block := file.read(BLOCK_BYTES):
+                        digest.update(block)
+            except FileNotFoundError:
+                return None
+        return digest.hexdigest()
+
+    def _rows(self, key: str) -> Iterator[Mapping[str, str]]:
+        with _translated(self._root), (self._root / key).open("rb") as file:
+            yield from read_file(lines_in(file), escaped=self._escaped)
+
+
+@contextmanager
+def _translated(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Permanent(
+            f"{root}: {error.strerror or error}", "make DATA_DIR writable, and free space on its disk"
+        ) from error

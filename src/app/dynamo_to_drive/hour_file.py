@@ -1,0 +1,276 @@
+"""The CSV file of one hour: rows come in pages of any order and any columns, one file with a digest comes out.
+
+Invariants: the same rows give the same bytes, however they were paged; memory holds one page and a merge of them, never
+the hour. Pages are spooled as sorted segments; where they follow each other with the same columns, as in a query of a
+sort key, the file is these segments behind a header, and nothing is done twice.
+"""
+
+import csv
+import heapq
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import md5
+from itertools import islice, pairwise
+from typing import BinaryIO
+
+from app.dynamo_to_drive.decode import Item, cell
+from app.dynamo_to_drive.timestamps import rank
+
+LINE_END = "\r\n"  # RFC 4180; and only with it csv.writer quotes a lone carriage return
+MEMORY_BYTES = 1 << 20
+COPY_BYTES = 1 << 18
+MERGE_ROWS = 1000
+MAX_CELL_CHARACTERS = 1 << 24
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+Row = list[str]
+Order = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a file of this table looks like. `key`: attributes that identify a row beside the timestamp.
+
+    `left_out` is no column. `instant_of` reads a timestamp's text; `escape` guards against spreadsheet formulas.
+    """
+
+    timestamp: str
+    key: tuple[str, ...]
+    left_out: str
+    instant_of: Callable[[str], datetime | None]
+    escape: bool = False
+
+    def orders(self, rows: Sequence[Row], places: Sequence[int]) -> list[Order]:
+        """For each row what it is sorted by: instant, then key, then the timestamp's own text."""
+        return [(*rank(row[0]), *[row[place] for place in places], row[0]) for row in rows]
+
+    def places(self, columns: Sequence[str]) -> Sequence[int]:
+        """Where the key's cells are; of a key that no row has, nowhere."""
+        return [columns.index(name) for name in self.key if name in columns]
+
+
+@dataclass(frozen=True, slots=True)
+class HourFile:
+    """The finished file, a `Batch`. `digest` is the MD5 of its bytes, which is what Drive tells too."""
+
+    file: BinaryIO
+    rows: int
+    digest: str
+    size_bytes: int
+    min_at: datetime | None
+    max_at: datetime | None
+    reusable: bool = False
+
+    def close(self) -> None:
+        """Drop the spooled bytes."""
+        self.file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Rows of one page, sorted, as CSV between two offsets of the spool."""
+
+    columns: tuple[str, ...]
+    begin: int
+    end: int
+    rows: int
+    first: Order
+    last: Order
+
+
+class HourWriter:
+    """Takes pages, then makes the file. Close it in any case."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._spool = _temporary()
+        self._segments: list[_Segment] = []
+        self._columns: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Drop the spool."""
+        self._spool.close()
+
+    def add(self, items: Sequence[Item]) -> None:
+        """A page as DynamoDB gave it."""
+        shape = self._shape
+        names = set().union(*items) - {shape.timestamp, shape.left_out}
+        if not names <= set(self._columns[1:]):
+            self._columns = (shape.timestamp, *sorted(names.union(self._columns[1:])))
+        columns = self._columns or (shape.timestamp,)
+        self._keep(columns, [_cells(item, columns) for item in items])
+
+    def add_rows(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """Rows of an earlier file, by column."""
+        given = iter(rows)
+        while some := list(islice(given, MERGE_ROWS)):
+            names = set().union(*some) - {self._shape.timestamp}
+            self._columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
+            self._keep(self._columns, [[row.get(name, "") for name in self._columns] for row in some])
+
+    def _keep(self, columns: tuple[str, ...], rows: list[Row]) -> None:
+        if not rows:
+            return
+        places = self._shape.places(columns)
+        orders = self._shape.orders(rows, places)
+        if any(later <= earlier for earlier, later in pairwise(orders)):
+            both = dict(zip(orders, rows, strict=True))  # of two equal keys the later one stands
+            orders = sorted(both)
+            rows = [both[order] for order in orders]
+        begin = self._spool.seek(0, io.SEEK_END)
+        _write(self._spool, rows)
+        self._segments.append(_Segment(columns, begin, self._spool.tell(), len(rows), orders[0], orders[-1]))
+
+    def finish(self) -> HourFile:
+        """The file of all pages so far; nothing but a header makes no sense, so no rows give an empty file."""
+        shape, segments, whole = self._shape, self._segments, _temporary()
+        if not segments:
+            return _finished(shape, whole, 0, None)
+        columns = segments[-1].columns
+        _write(whole, [_escaped(list(columns)) if shape.escape else list(columns)])
+        if self._runs_on(columns):
+            for segment in segments:
+                _copy(self._spool, whole, segment.begin, segment.end)
+            rows, span = sum(segment.rows for segment in segments), (segments[0].first, segments[-1].last)
+        else:
+            rows, span = self._merge(whole, columns)
+        return _finished(shape, whole, rows, span)
+
+    def _merge(self, whole: BinaryIO, columns: tuple[str, ...]) -> tuple[int, tuple[Order, Order]]:
+        """Write all rows in order; how many there are, and the order of the first and the last."""
+        merged, rows = self._merged(columns), 0
+        orders: list[Order] = []
+        while batch := list(islice(merged, MERGE_ROWS)):
+            rows += len(batch)
+            orders = [*orders[:1], *(order for order, _ in batch)]
+            _write(whole, [_escaped(row) if self._shape.escape else row for _, row in batch])
+        return rows, (orders[0], orders[-1])
+
+    def _runs_on(self, columns: tuple[str, ...]) -> bool:
+        """True when the segments behind each other are the file already."""
+        if self._shape.escape or any(segment.columns != columns for segment in self._segments):
+            return False
+        return all(earlier.last < later.first for earlier, later in pairwise(self._segments))
+
+    def _merged(self, columns: tuple[str, ...]) -> Iterator[tuple[Order, Row]]:
+        """All rows in order; of rows with one key the one that was added last."""
+        streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
+        held: tuple[Order, Row] | None = None
+        for order, _, row in heapq.merge(*streams, key=lambda each: each[:2]):
+            if held is not None and held[0] != order:
+                yield held
+            held = order, row
+        if held is not None:
+            yield held
+
+    def _read(self, number: int, segment: _Segment, columns: tuple[str, ...]) -> Iterator[tuple[Order, int, Row]]:
+        source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
+        places = self._shape.places(columns)
+        for row in _rows(_lines(self._spool, segment.begin, segment.end)):
+            wide = [row[at] if at >= 0 else "" for at in source]
+            yield self._shape.orders([wide], places)[0], number, wide
+
+
+def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
+    """The rows of a finished file, by column. `lines` keep their ends."""
+    rows = _rows(lines)
+    columns = next(rows, [])
+    if escaped:
+        columns = [_plain(name) for name in columns]
+    for row in rows:
+        yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
+
+
+def lines_of(batch: HourFile) -> Iterator[str]:
+    """The text lines of a finished file, with their ends."""
+    return _lines(batch.file, 0, batch.size_bytes)
+
+
+def lines_in(file: BinaryIO) -> Iterator[str]:
+    """The text lines of a whole stream, with their ends."""
+    return _lines(file, 0, file.seek(0, io.SEEK_END))
+
+
+def _cells(item: Item, columns: Sequence[str]) -> Row:
+    get = item.get
+    return ["" if (value := get(name)) is None else value.N if value.N is not None else cell(value) for name in columns]
+
+
+def _escaped(row: Row) -> Row:
+    return [f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text for text in row]
+
+
+def _plain(text: str) -> str:
+    return text.removeprefix("'")
+
+
+def _is_number(text: str) -> bool:
+    """A negative number is no formula."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _temporary() -> BinaryIO:
+    return tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # type: ignore[return-value]
+
+
+def _write(file: BinaryIO, rows: Sequence[Row]) -> None:
+    """As csv.writer does it; rows without anything to quote are only joined, which takes a third of the time."""
+    if not rows:
+        return
+    plain = LINE_END.join(map(",".join, rows))
+    if (
+        '"' not in plain
+        and plain.count(",") == len(rows) * (len(rows[0]) - 1) > 0
+        and plain.count("\n") == plain.count("\r") == len(rows) - 1
+    ):
+        file.write((plain + LINE_END).encode())
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator=LINE_END).writerows(rows)
+    file.write(text.getvalue().encode())
+
+
+def _rows(lines: Iterable[str]) -> Iterator[Row]:
+    csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default is below one item of DynamoDB
+    return csv.reader(lines)
+
+
+def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
+    """Lines of a part of the spool; several readers take turns on it, so each finds its own place again."""
+    while begin < end:
+        file.seek(begin)
+        block = file.read(min(COPY_BYTES, end - begin))
+        cut = block.rfind(b"\n") + 1
+        while not cut and begin + len(block) < end:
+            block += file.read(min(COPY_BYTES, end - begin - len(block)))
+            cut = block.rfind(b"\n") + 1
+        cut = cut or len(block)  # a last line without an end
+        begin += cut
+        yield from io.StringIO(block[:cut].decode(), newline="")
+
+
+def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int) -> None:
+    source.seek(begin)
+    while begin < end:
+        block = source.read(min(COPY_BYTES, end - begin))
+        target.write(block)
+        begin += len(block)
+
+
+def _finished(shape: Shape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:
+    digest = md5(usedforsecurity=False)
+    file.seek(0)
+    size_bytes = 0
+    while block := file.read(COPY_BYTES):
+        digest.update(block)
+        size_bytes += len(block)
+    file.seek(0)
+    min_at, max_at = (shape.instant_of(order[-1]) for order in span) if span else (None, None)
+    return HourFile(file, rows, digest.hexdigest(), size_bytes, min_at, max_at)

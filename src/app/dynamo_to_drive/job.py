@@ -1,0 +1,299 @@
+"""The pipeline put together: live hours each minute, late hours every quarter of an hour, all of a week once a day.
+
+Invariants: live hours are those from the cursor on, late and past ones those before it, so two jobs never build one
+hour; a file is built whole from the table each time, so nothing but the cursor and the files' ids has to be remembered.
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from app.core.errors import LeaseLost, Permanent, Rejected, Transient
+from app.core.partitions import live_windows
+from app.core.ports import UNCOUNTED, Checkpoints, Commit, Record
+from app.core.retry import RetryPolicy
+from app.core.runs import Context, Job, Report
+from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
+from app.core.window import Window, floor_to, windows_between
+from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
+from app.dynamo_to_drive.drive import Drive, DriveService, Patience
+from app.dynamo_to_drive.folder import FolderSink
+from app.dynamo_to_drive.hour_file import HourFile
+from app.dynamo_to_drive.plan import Wanted
+from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place
+from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
+from app.dynamo_to_drive.timestamps import reader_of
+from app.settings import Settings
+
+NAME = "dynamo_to_drive"
+LATE = "dynamo_to_drive_late"
+RECONCILE = "dynamo_to_drive_reconcile"
+LATE_SECONDS = 900
+RECONCILE_SECONDS = 86_400
+HOUR_SECONDS = 3600
+OFF = "off: set DYNAMODB_TABLE_NAME"
+POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
+log = logging.getLogger(__name__)
+
+HourPipeline = Pipeline[HourFile, HourBytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the pipeline is made of. `drive` None = files go to `directory`."""
+
+    settings: Settings
+    table: Table
+    drive: DriveService | None
+    directory: Path
+    folder: FolderOnce
+    checkpoints: Checkpoints
+    clock: Callable[[], datetime]
+    policy: RetryPolicy
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def partition(self) -> str:
+        """Where from and where to: another folder is another partition, with a cursor and file ids of its own."""
+        table = self.settings.dynamo.table_name
+        return f"{table} -> {folder_of(self.settings)}" if self.drive else table
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What `main` wires: the jobs, the backfill, and how to try source and sink."""
+
+    jobs: Sequence[Job]
+    backfill: Callable[[Context, Window], Report]
+    ping_table: Callable[[], str]
+    ping_drive: Callable[[], str] | None
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedIds:
+    """`sink.FileIds` in the checkpoints: the record of an hour holds `id:revision` as its version."""
+
+    checkpoints: Checkpoints
+    partition: str
+    context: Context
+
+    def known(self, key: str) -> str:
+        """The id in the record of the hour that `key` names."""
+        hour = _hour_of(key)
+        records = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
+        return next((each.version.partition(":")[0] for each in records if each.key == key), "")
+
+    def keep(self, key: str, file_id: str) -> None:
+        """Commit a record that says no more than the id; the record of the write replaces it."""
+        record = Record(_hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
+        self.checkpoints.commit(NAME, self.partition, Commit((record,)), self.context.lease)
+
+
+def _hour_of(key: str) -> Window:
+    start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
+    return Window(start, start + timedelta(seconds=HOUR_SECONDS))
+
+
+def folder_of(settings: Settings) -> str:
+    """The folder that takes the files: the one that is set, else the root of the shared drive, else of My Drive."""
+    return settings.drive.folder_id or settings.drive.shared_drive_id or "root"
+
+
+def given_of(settings: Settings) -> Given | None:
+    """The Google credentials of these settings; None = none, files stay on this machine."""
+    drive = settings.drive
+    if drive.credentials_file is None and drive.credentials_json is None:
+        return None
+    text = drive.credentials_json.get_secret_value() if drive.credentials_json else ""
+    return Given(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
+
+
+def build(
+    settings: Settings, checkpoints: Checkpoints, clock: Callable[[], datetime], policy: RetryPolicy = POLICY
+) -> Export:
+    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
+    given = given_of(settings)
+    parts = Parts(
+        settings=settings,
+        table=Table(_target(settings)),
+        drive=DriveService(given, settings.drive.api_url) if given else None,
+        directory=settings.service.data_dir / "drive",
+        folder=FolderOnce(),
+        checkpoints=checkpoints,
+        clock=clock,
+        policy=policy,
+    )
+    off = "" if settings.dynamo.table_name else OFF
+    jobs = (
+        Job(NAME, settings.drive.interval_seconds, lambda context: _live(parts, context), off),
+        Job(LATE, LATE_SECONDS, lambda context: _late(parts, context), off),
+        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
+    )
+    return Export(
+        jobs,
+        lambda context, span: _backfill(parts, context, span),
+        lambda: ping(parts.table),
+        (lambda: _ping_drive(parts)) if given else None,
+        lambda: _close(parts),
+    )
+
+
+def _close(parts: Parts) -> None:
+    """End the connections of this thread."""
+    parts.table.close()
+    if parts.drive is not None:
+        parts.drive.forget()
+
+
+def _target(settings: Settings) -> Target:
+    dynamo = settings.dynamo
+    wanted = Wanted(dynamo.table_name, dynamo.timestamp_attribute, dynamo.partition_values, dynamo.scan_max_bytes)
+    secrets = (dynamo.access_key_id, dynamo.secret_access_key, dynamo.session_token)
+    access_key_id, secret_access_key, session_token = (each.get_secret_value() if each else "" for each in secrets)
+    return Target(
+        wanted=wanted,
+        unit=dynamo.timestamp_unit,
+        region=dynamo.region,
+        endpoint_url=dynamo.endpoint_url,
+        access_key_id=access_key_id,
+        secret_access_key=secret_access_key,
+        session_token=session_token,
+        escape=settings.drive.escape_formulas,
+    )
+
+
+def _pipeline(parts: Parts, context: Context) -> HourPipeline:
+    """The pipeline of one run: its pauses end with that run."""
+    drive = parts.settings.drive
+    return Pipeline(
+        name=NAME,
+        source=DynamoSource(parts.table, parts.partition, context.stop),
+        sink=_sink(parts, context),
+        checkpoints=parts.checkpoints,
+        grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
+        allow_shrink=drive.allow_shrink,
+        asks_sink=True,
+    )
+
+
+def _sink(parts: Parts, context: Context) -> DriveSink | FolderSink:
+    drive, escaped = parts.settings.drive, parts.settings.drive.escape_formulas
+    if parts.drive is None:
+        instant_of = reader_of(parts.settings.dynamo.timestamp_unit)
+        return FolderSink(parts.directory, drive.csv_name_prefix, instant_of, escaped=escaped, dry_run=context.dry_run)
+    # Jitter is no secret: any source of numbers serves.
+    calls = Drive(parts.drive, Patience(parts.policy, context.stop, random.random))
+    place = Place(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, context.dry_run)
+    return DriveSink(calls, place, RecordedIds(parts.checkpoints, parts.partition, context), parts.folder)
+
+
+def _live(parts: Parts, context: Context) -> Report:
+    """Close what is due, bring the current hour and the one in its grace up to date."""
+    now, pipeline = parts.clock(), _pipeline(parts, context)
+    at = Position(parts.partition, _cursor(parts, context, now), now)
+    live = {window.start: UNCOUNTED for window in live_windows(pipeline, now)}
+    return _noted(parts, context, lambda: sync_partition(pipeline, context, at, live))
+
+
+def _noted(parts: Parts, context: Context, work: Callable[[], Report]) -> Report:
+    """Run `work`; a failure is noted beside the cursor, which stays, and raised."""
+    try:
+        return work()
+    except LeaseLost:
+        raise
+    except (Transient, Permanent, Rejected) as error:
+        if parts.drive is not None and isinstance(error, Permanent):
+            parts.drive.forget()
+        if not context.dry_run:
+            parts.checkpoints.fail(NAME, parts.partition, str(error), context.lease)
+        raise
+
+
+def _cursor(parts: Parts, context: Context, now: datetime) -> datetime:
+    """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
+    hours = parts.settings.drive.catchup_hours
+    oldest = floor_to(now - timedelta(hours=hours), HOUR_SECONDS)
+    cursor = parts.checkpoints.cursors(NAME).get(parts.partition)
+    if cursor is not None and cursor >= oldest:
+        return cursor
+    if cursor is not None:
+        log.warning(
+            "hours from %s to %s are older than DRIVE_CATCHUP_HOURS: `python -m app backfill %s --from %s --to %s`",
+            *(cursor, oldest, NAME, cursor.isoformat(), oldest.isoformat()),
+        )
+    if not context.dry_run:
+        parts.checkpoints.commit(NAME, parts.partition, Commit(cursor_at=oldest), context.lease)
+    return oldest
+
+
+def _late(parts: Parts, context: Context) -> Report:
+    """Look at the last hours again that are behind the cursor."""
+    return _again(parts, context, timedelta(hours=parts.settings.drive.late_hours))
+
+
+def _reconcile(parts: Parts, context: Context) -> Report:
+    """Look at the last days again."""
+    return _again(parts, context, timedelta(days=parts.settings.export.reconcile_days))
+
+
+def _again(parts: Parts, context: Context, age: timedelta) -> Report:
+    """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
+    if parts.table.plan().scans:
+        log.info("past hours are not looked at again: each of them would cost a scan; a backfill does it when asked")
+        return Report()
+    since = floor_to(parts.clock() - age, HOUR_SECONDS)
+    first = parts.checkpoints.starts(NAME).get(parts.partition)
+    until = parts.checkpoints.cursors(NAME).get(parts.partition)
+    if first is None or until is None or max(first, since) >= until:
+        return Report()
+    report = _fill(parts, context, Window(max(first, since), until))
+    return replace(report, late_rows=report.rows)
+
+
+def _backfill(parts: Parts, context: Context, span: Window) -> Report:
+    """Bring every hour that overlaps `span` up to the table, to the cursor: what follows belongs to the live job."""
+    until = parts.checkpoints.cursors(NAME).get(parts.partition) or floor_to(parts.clock(), HOUR_SECONDS)
+    end = min(span.end, until)
+    return _fill(parts, context, Window(span.start, end)) if end > span.start else Report()
+
+
+def _fill(parts: Parts, context: Context, span: Window) -> Report:
+    pipeline = _pipeline(parts, context)
+    hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
+    context.progress.advance(total=len(hours))
+
+    def work() -> Report:
+        report = Report()
+        for hour in hours:
+            context.stop.check()
+            known = parts.checkpoints.records(NAME, parts.partition, hour.start, hour.end)
+            record = next(iter(known), None)
+            final = hour.end <= parts.clock() - timedelta(seconds=parts.settings.drive.grace_seconds)
+            report += settle(pipeline, context, Task(parts.partition, hour, UNCOUNTED, record, final=final))
+            context.progress.advance(done=1)
+        return report
+
+    with parts.turn:  # late hours, reconcile and backfill may meet on one hour
+        return _noted(parts, context, work)
+
+
+def _ping_drive(parts: Parts) -> str:
+    """Sign in and look at the folder, as the first run does."""
+    from app.core.runs import Stop
+
+    if parts.drive is None:
+        return ""
+    parts.drive.forget()
+    calls = Drive(parts.drive, Patience(RetryPolicy(attempts=1), Stop(), random.random))
+    place = Place("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
+    drive_id = FolderOnce().drive_id(calls, place)
+    return (
+        f"folder on shared drive {drive_id}"
+        if drive_id
+        else "folder in My Drive: a service account cannot create there"
+    )

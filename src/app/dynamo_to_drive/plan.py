@@ -1,0 +1,118 @@
+"""How a table is read for one hour at the least cost, decided from what DescribeTable says.
+
+Invariant: a plan never leaves rows out. An index serves only when it is active, complete and has every attribute; a
+scan is the last way, is said, and has a limit. The facts are those of contracts/dynamodb.md, sections 2 to 5.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.errors import Permanent
+
+STATIC = "static_partition"
+STATIC_VALUES = ("data",)
+UNIT_BYTES = 4096
+SEGMENTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the settings say about reading."""
+
+    table: str
+    timestamp: str
+    partition_values: Sequence[str]
+    scan_max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way to read. `hash_name` "" = scan. Types are DynamoDB's letters; `key` are the primary key's attributes.
+
+    `left_out` is the one attribute that is the same in all rows, "" when there is none.
+    """
+
+    key: tuple[str, ...]
+    hash_name: str = ""
+    hash_type: str = "S"
+    hash_values: tuple[str, ...] = ()
+    timestamp_type: str = "S"
+    index: str = ""
+    consistent: bool = True
+    left_out: str = ""
+    size_bytes: int = 0
+
+    @property
+    def scans(self) -> bool:
+        """True when each read pays for the whole table."""
+        return not self.hash_name
+
+    @property
+    def scan_units(self) -> int:
+        """Read units of one whole consistent scan, by the size that DynamoDB last told (up to six hours old)."""
+        return -(-self.size_bytes // UNIT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    index: str
+    hashes: Sequence[str]
+    ranges: Sequence[str]
+    consistent: bool
+
+
+def plan_of(table: Mapping[str, Any], wanted: Wanted) -> Plan:
+    """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
+    types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
+    key = tuple(each["AttributeName"] for each in table["KeySchema"])
+    size_bytes = int(table.get("TableSizeBytes") or 0)
+    for way in _ways(table):
+        if way.ranges[:1] != [wanted.timestamp] or len(way.hashes) != 1:
+            continue
+        values = tuple(wanted.partition_values) or (STATIC_VALUES if way.hashes[0] == STATIC else ())
+        if values and types[wanted.timestamp] in "SN":
+            return Plan(
+                key=key,
+                hash_name=way.hashes[0],
+                hash_type=types[way.hashes[0]],
+                hash_values=tuple(dict.fromkeys(values)),
+                timestamp_type=types[wanted.timestamp],
+                index=way.index,
+                consistent=way.consistent,
+                left_out=way.hashes[0] if len(values) == 1 else "",
+                size_bytes=size_bytes,
+            )
+    if size_bytes > wanted.scan_max_bytes:
+        raise Permanent(
+            f"table {wanted.table} can only be scanned, and its {size_bytes} bytes are above {wanted.scan_max_bytes}",
+            advice(table, wanted) + ", or raise DYNAMODB_SCAN_MAX_BYTES and pay for a whole scan per hour and run",
+        )
+    return Plan(key=key, size_bytes=size_bytes)
+
+
+def advice(table: Mapping[str, Any], wanted: Wanted) -> str:
+    """What would let this table be queried instead of scanned."""
+    for way in _ways(table):
+        if way.ranges[:1] == [wanted.timestamp] and len(way.hashes) == 1:
+            return f"set DYNAMODB_PARTITION_VALUES to the values of {way.hashes[0]!r}"
+    return f"add an index with sort key {wanted.timestamp!r} and projection ALL, or set DYNAMODB_TIMESTAMP_ATTRIBUTE"
+
+
+def _ways(table: Mapping[str, Any]) -> Iterator[_Way]:
+    """The table, then its indexes that hold everything; consistent ones first."""
+    yield _way("", table, consistent=True)
+    for index in table.get("LocalSecondaryIndexes") or ():
+        if index["Projection"]["ProjectionType"] == "ALL":
+            yield _way(index["IndexName"], index, consistent=True)
+    for index in table.get("GlobalSecondaryIndexes") or ():
+        complete = index["Projection"]["ProjectionType"] == "ALL" and not index.get("Backfilling")
+        if complete and index.get("IndexStatus", "ACTIVE") == "ACTIVE":
+            yield _way(index["IndexName"], index, consistent=False)
+
+
+def _way(name: str, described: Mapping[str, Any], *, consistent: bool) -> _Way:
+    schema = described["KeySchema"]
+    hashes = [each["AttributeName"] for each in schema if each["KeyType"] == "HASH"]
+    ranges = [each["AttributeName"] for each in schema if each["KeyType"] == "RANGE"]
+    return _Way(name, hashes, ranges, consistent)

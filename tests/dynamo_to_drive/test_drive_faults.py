@@ -1,0 +1,228 @@
+"""What Drive and the network do wrong, against the real client library: one file per name, as if undisturbed."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent, Transient
+from app.demo.drive_api import DriveFault
+from app.dynamo_to_drive import job
+from shipping import START, Shipping, item, shipping
+
+HOUR_12 = "locness_data_20260207_12.csv"
+UPLOAD = "^(POST|PATCH|PUT) /upload"
+FAULTS = (
+    DriveFault(),
+    DriveFault(after=True),
+    DriveFault(cut=True),
+    DriveFault(cut=True, after=True),
+    DriveFault(502, html=True, after=True),
+    DriveFault(403, "userRateLimitExceeded"),
+    DriveFault(429, "RATE_LIMIT_EXCEEDED", newer_style=True),
+    DriveFault(403, "RATE_LIMIT_EXCEEDED", newer_style=True, after=True),
+    DriveFault(401, "authError"),
+)
+
+
+@pytest.fixture
+def ship(tmp_path: Path) -> Iterator[Shipping]:
+    with shipping(tmp_path) as made:
+        made.now = START + timedelta(minutes=5)
+        yield made
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+@pytest.mark.parametrize("where", [UPLOAD, "GET .*generateIds", "GET /drive/v3/files$"])
+def test_one_fault_anywhere_leaves_one_right_file_in_the_same_run(
+    ship: Shipping, fault: DriveFault, where: str
+) -> None:
+    ship.put_rows(START, 5)
+    ship.drive.add_fault(fault, where)
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+    ship.put_rows(START, 8)
+    ship.drive.add_fault(fault, where)
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 9
+
+
+@pytest.mark.parametrize("fault", FAULTS[::3], ids=repr)
+def test_one_fault_of_the_sign_in_leaves_one_right_file_in_the_same_run(ship: Shipping, fault: DriveFault) -> None:
+    ship.put_rows(START, 5)
+    ship.drive.add_fault(fault, "POST /token")
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+
+
+def test_a_drive_that_stays_broken_fails_the_run_and_the_next_one_recovers(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.drive.add_fault(DriveFault(after=True), UPLOAD, times=100)
+    with pytest.raises(Transient):
+        ship.run()
+    partition = next(iter(ship.checkpoints.errors))
+    assert "500" in ship.checkpoints.errors[partition]
+    cursor = ship.checkpoints.cursors(job.NAME)
+    ship.drive.state.waiting.clear()
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+    assert ship.checkpoints.cursors(job.NAME) == cursor
+    assert ship.checkpoints.errors == {}
+
+
+def test_tokens_that_run_out_between_calls_are_renewed(ship: Shipping) -> None:
+    with closing(ship.export()) as export:
+        for number in range(1, 4):
+            ship.put_rows(START, number)
+            ship.drive.state.tokens.expire()
+            export.jobs[0].work(ship.context())
+            assert len(ship.text(HOUR_12).splitlines()) == number + 1
+    assert ship.drive.state.tokens.issued >= 3
+
+
+def large(ship: Shipping) -> bytes:
+    """An hour of more than 5 MB; its file as an undisturbed run makes it."""
+    for minute in range(16):
+        ship.put({**item(START + timedelta(seconds=minute)), "note": {"S": "x" * 380_000}})
+    lines = [f"2026-02-07T12:00:{minute:02d}Z,{'x' * 380_000}" for minute in range(16)]
+    return ("\r\n".join(["datetime_utc,note", *lines]) + "\r\n").encode()
+
+
+def test_a_large_file_goes_up_in_pieces(ship: Shipping) -> None:
+    expected = large(ship)
+    ship.run()
+    assert ship.files == {HOUR_12: expected}
+    assert ship.asked("PUT /upload") == 2
+
+
+@pytest.mark.parametrize("kind", ["503", "lost", "lost last", "kept a part", "session lost", "opening lost"])
+def test_a_large_upload_goes_on_where_drive_has_it(ship: Shipping, kind: str) -> None:
+    expected = large(ship)
+    if kind == "503":
+        ship.drive.add_fault(DriveFault(503), "PUT", times=3)
+    elif kind in ("lost", "lost last"):
+        ship.drive.add_fault(DriveFault(cut=True, after=True), "PUT", times=1 if kind == "lost" else 3)
+    elif kind == "kept a part":
+        ship.drive.state.uploads.keep_bytes = 262_144
+    elif kind == "session lost":
+        ship.drive.add_fault(DriveFault(404, "notFound", after=True), "PUT")
+    else:
+        ship.drive.add_fault(DriveFault(cut=True, after=True), "POST /upload")
+    ship.run()
+    assert ship.files == {HOUR_12: expected}
+
+
+def test_a_download_that_breaks_off_does_not_shrink_the_file(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.run()
+    held = ship.drive.named(HOUR_12)[0]
+    ship.drive.state.files.change(held.file_id, content=held.content + b"2026-02-07T12:30:00Z,99\r\n")
+    ship.drive.add_fault(DriveFault(cut=True), f"GET .*{held.file_id}", times=2)
+    ship.run()
+    assert "T12:30:00Z,99" in ship.text(HOUR_12)
+    assert len(ship.text(HOUR_12).splitlines()) == 7
+
+
+def test_each_refusal_is_one_line_with_the_next_step_and_the_next_run_recovers(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    state = ship.drive.state
+    for name, hint in (("revoked", "Content manager"), ("full", "share a Shared Drive")):
+        setattr(state, name, True)
+        with pytest.raises(Permanent) as refused:
+            ship.run()
+        assert hint in refused.value.hint
+        assert "\n" not in str(refused.value)
+        setattr(state, name, False)
+    state.tokens.revoked = True
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert "invalid_grant" in refused.value.message
+    state.tokens.revoked = False
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+
+
+def test_a_service_account_in_my_drive_is_told_to_use_a_shared_drive(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.extra |= {"GOOGLE_DRIVE_FOLDER_ID": "root", "GOOGLE_SHARED_DRIVE_ID": ""}
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert "service accounts have no storage of their own: share a Shared Drive" in refused.value.hint
+
+
+def test_a_user_may_write_to_my_drive(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.extra |= {"GOOGLE_DRIVE_FOLDER_ID": "", "GOOGLE_SHARED_DRIVE_ID": ""}
+    ship.token = ship.drive.state.tokens.user(ship.drive.url)
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+
+
+def test_client_secrets_without_consent_say_how_to_get_it(ship: Shipping) -> None:
+    ship.token = ship.drive.state.tokens.installed(ship.drive.url)
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert "python -m app google" in refused.value.hint
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"type":"service_account"}', '{"installed":{}}'])
+def test_credentials_of_no_known_shape_are_one_clear_line(ship: Shipping, text: str) -> None:
+    path = ship.folder / "key.json"
+    path.write_text(text)
+    ship.extra |= {"GOOGLE_CREDENTIALS_JSON": "", "GOOGLE_CREDENTIALS_FILE": str(path)}
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert "service account" in refused.value.hint
+
+
+def test_a_kept_token_of_an_installed_app_is_used_and_renewed_in_place(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.token = ship.drive.state.tokens.installed(ship.drive.url)
+    kept = ship.folder / "google_token.json"
+    kept.write_text(json.dumps(ship.drive.state.tokens.user(ship.drive.url)))
+    kept.chmod(0o600)
+    ship.run()
+    assert json.loads(kept.read_text())["token"].startswith("ya29.")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_a_thousand_uploads_under_faults_leave_one_file_per_hour_equal_to_undisturbed_ones(tmp_path: Path) -> None:
+    draw = random.Random(7)  # noqa: S311 - a fixed course of events
+    with shipping(tmp_path / "a") as ship, shipping(tmp_path / "b") as quiet:
+        for world in (ship, quiet):
+            world.extra["DRIVE_CATCHUP_HOURS"] = "30"
+        uploads = step = 0
+        export = ship.export()
+        while uploads < 1000:
+            step += 1
+            at = START + timedelta(seconds=36 * step)
+            row = item(at, temp=str(step))
+            ship.put(row)
+            quiet.put(row)
+            ship.now = at + timedelta(seconds=1)
+            for _ in range(draw.randrange(3)):
+                ship.drive.add_fault(draw.choice(FAULTS), draw.choice([UPLOAD, UPLOAD, "GET"]))
+            if draw.randrange(20) == 0:
+                ship.drive.state.tokens.expire()
+            try:
+                export.jobs[0].work(ship.context())
+            except (Transient, Permanent):
+                assert ship.checkpoints.errors
+            uploads += sum(what.startswith(("POST /upload", "PATCH /upload")) for what in ship.drive.state.asked)
+            ship.drive.state.asked.clear()
+            if step % 100 == 0:  # a new process, which knows nothing but the checkpoints
+                export.close()
+                export = ship.export()
+        export.close()
+        ship.drive.state.waiting.clear()
+        ship.run()
+        quiet.now = ship.now
+        quiet.run()
+        assert ship.files == quiet.files
+        assert len(ship.files) >= 4

@@ -1,0 +1,267 @@
+"""What stands on Drive after runs at several times, whatever rows, people and restarts did in between."""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent, Stopped
+from app.dynamo_to_drive import job
+from shipping import START, Shipping, item, shipping
+
+HOUR_11, HOUR_12 = "locness_data_20260207_11.csv", "locness_data_20260207_12.csv"
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def ship(tmp_path: Path) -> Iterator[Shipping]:
+    with shipping(tmp_path) as made:
+        yield made
+
+
+def test_the_current_hour_is_one_file_with_header_timestamp_first_and_others_in_order(ship: Shipping) -> None:
+    ship.put(item(START, temp="15.0", salinity="35.10"), item(START + 2 * MINUTE, temp="15.1", ph_total="8.1"))
+    ship.now = START + 5 * MINUTE
+    report = ship.run()
+    assert ship.text(HOUR_12) == (
+        "datetime_utc,ph_total,salinity,temp\r\n2026-02-07T12:00:00Z,,35.10,15.0\r\n2026-02-07T12:02:00Z,8.1,,15.1\r\n"
+    )
+    assert (report.rows, report.windows) == (2, 1)
+
+
+def test_an_unchanged_hour_is_not_uploaded_again(ship: Shipping) -> None:
+    ship.put_rows(START, 10)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    version = ship.drive.named(HOUR_12)[0].version
+    for _ in range(3):
+        assert ship.run().windows == 0
+    assert ship.drive.named(HOUR_12)[0].version == version
+
+
+def test_a_row_five_minutes_late_for_the_last_hour_is_in_its_file_after_the_next_run(ship: Shipping) -> None:
+    ship.put_rows(START, 10)
+    ship.now = START + 63 * MINUTE
+    ship.run()
+    ship.put(item(START + 59 * MINUTE, temp="9"))
+    ship.now = START + 65 * MINUTE
+    ship.run()
+    assert "2026-02-07T12:59:00Z,9" in ship.text(HOUR_12)
+
+
+def test_a_row_that_is_overwritten_upstream_is_right_after_the_next_run(ship: Shipping) -> None:
+    ship.put(item(START, temp="1"))
+    ship.now = START + MINUTE
+    ship.run()
+    ship.put(item(START, temp="2"))
+    ship.run()
+    assert ship.text(HOUR_12) == "datetime_utc,temp\r\n2026-02-07T12:00:00Z,2\r\n"
+
+
+def test_a_restart_just_before_the_hour_ends_leaves_both_files_right(ship: Shipping) -> None:
+    ship.put_rows(START + 58 * MINUTE, 30)
+    ship.now = START + 59 * MINUTE + timedelta(seconds=30)
+    ship.run()
+    ship.put_rows(START + 59 * MINUTE, 30)
+    ship.put_rows(START + 60 * MINUTE, 10)
+    ship.now = START + 62 * MINUTE
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 61
+    assert len(ship.text("locness_data_20260207_13.csv").splitlines()) == 11
+
+
+def test_rows_after_the_grace_are_found_by_the_late_job_and_counted(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 30 * MINUTE
+    ship.run()
+    ship.now = START + 75 * MINUTE
+    ship.run()
+    ship.put(item(START + 50 * MINUTE, temp="9"))
+    assert ship.run().windows == 0
+    report = ship.run(job.LATE)
+    assert (report.windows, report.late_rows > 0) == (1, True)
+    assert "T12:50:00Z,9" in ship.text(HOUR_12)
+    assert ship.run(job.LATE).windows == 0
+
+
+def test_a_file_that_a_person_deleted_comes_back(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    before = ship.text(HOUR_12)
+    for remove in ("trash", "delete"):
+        held = ship.drive.named(HOUR_12)[0].file_id
+        if remove == "trash":
+            ship.drive.state.files.change(held, trashed=True)
+        else:
+            ship.drive.state.files.delete(held)
+        assert ship.run().windows == 1
+        assert ship.text(HOUR_12) == before
+
+
+def test_a_file_that_a_person_moved_or_renamed_is_found_by_its_id(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    held = ship.drive.named(HOUR_12)[0]
+    ship.drive.state.files.change(held.file_id, parent=ship.drive.state.shared_drive, name="kept.csv")
+    ship.put(item(START + 4 * MINUTE, temp="9"))
+    ship.run()
+    assert list(ship.files) == ["kept.csv"]
+    assert "T12:04:00Z,9" in ship.text("kept.csv")
+
+
+def test_a_file_that_a_person_edited_is_made_right_again(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    before = ship.text(HOUR_12)
+    ship.drive.state.files.change(ship.drive.named(HOUR_12)[0].file_id, content=b"datetime_utc,temp\r\n")
+    ship.run()
+    assert ship.text(HOUR_12) == before
+
+
+def test_of_two_files_of_a_name_the_oldest_is_updated_and_the_other_trashed(
+    ship: Shipping, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2):
+        of = {"id": f"x{number}", "name": HOUR_12, "parent": ship.drive.folder_id, "mime_type": "text/csv"}
+        ship.drive.state.files.add({**of, "drive_id": ship.drive.state.shared_drive}, b"datetime_utc,temp\r\n")
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    with caplog.at_level(logging.WARNING):
+        ship.run()
+    assert [file.file_id for file in ship.drive.named(HOUR_12)] == ["x1"]
+    assert "more than once" in caplog.text
+
+
+def test_rows_that_the_table_dropped_stay_in_the_file_unless_that_is_allowed(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    before = ship.text(HOUR_12)
+    table = ship.dynamo._tables["underway"]  # noqa: SLF001 - time to live has no call of its own
+    del table.items[next(iter(table.items))]
+    ship.run()
+    assert ship.text(HOUR_12) == before
+    ship.extra["DRIVE_ALLOW_SHRINK"] = "true"
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 5
+
+
+def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    ship.drive.state.stale_lists = 5
+    ship.put_rows(START, 8)
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 9
+
+
+def test_after_an_outage_the_hours_in_between_are_made_up_for_within_the_bound(
+    ship: Shipping, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    for hours in range(1, 6):
+        ship.put_rows(START + timedelta(hours=hours), 3)
+    ship.now = START + timedelta(hours=5, minutes=5)
+    ship.run()
+    assert sorted(name[-6:-4] for name in ship.files) == ["12", "15", "16", "17"]
+    assert "backfill dynamo_to_drive --from 2026-02-07T11:00:00+00:00 --to 2026-02-07T15:00:00+00:00" in caplog.text
+    ship.backfill(START, START + timedelta(hours=3))
+    assert sorted(name[-6:-4] for name in ship.files) == ["12", "13", "14", "15", "16", "17"]
+
+
+def test_a_dry_run_says_files_rows_and_bytes_and_changes_nothing(
+    ship: Shipping, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    with caplog.at_level(logging.INFO):
+        report = ship.run(dry_run=True)
+    assert (report.rows, report.windows) == (5, 1)
+    assert f"{HOUR_12}: would be written, 5 rows, {report.bytes} bytes" in caplog.text
+    assert ship.files == {}
+    assert ship.checkpoints.cursors(job.NAME) == {}
+
+
+def test_without_credentials_the_same_files_stand_in_a_directory(ship: Shipping) -> None:
+    ship.put_rows(START - 30 * MINUTE, 5)
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    google = ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID")
+    ship.extra = dict.fromkeys(google, "")
+    ship.run()
+    folder = ship.folder / "drive"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == ship.files
+    assert sorted(ship.files) == [HOUR_11, HOUR_12]
+    (folder / HOUR_12).unlink()
+    ship.run()
+    assert (folder / HOUR_12).read_bytes() == ship.files[HOUR_12]
+
+
+def test_a_stop_in_mid_run_loses_nothing(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.stop.ask("the process ends")
+    with pytest.raises(Stopped):
+        ship.run()
+    ship.stop = type(ship.stop)()
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 6
+
+
+def test_formulas_are_data_unless_they_are_to_be_escaped(ship: Shipping) -> None:
+    ship.put({**item(START, temp="-1.5"), "note": {"S": "=1+1"}, "who": {"S": "@me"}, "=name": {"S": "'quoted"}})
+    ship.now = START + MINUTE
+    ship.run()
+    assert ship.text(HOUR_12) == "datetime_utc,=name,note,temp,who\r\n2026-02-07T12:00:00Z,'quoted,=1+1,-1.5,@me\r\n"
+    ship.extra["CSV_ESCAPE_FORMULAS"] = "true"
+    ship.run()
+    expected = "datetime_utc,'=name,note,temp,who\r\n2026-02-07T12:00:00Z,''quoted,'=1+1,-1.5,'@me\r\n"
+    assert ship.text(HOUR_12) == expected
+    assert ship.run().windows == 0
+
+
+def test_a_hostile_item_survives_as_valid_csv(ship: Shipping) -> None:
+    digits = "12345678901234567890123456789012345678"
+    ship.put(
+        {
+            **item(START, huge=digits, tiny="1E-130"),
+            'a,"b"\nc\rd': {"S": 'x,"y"\r\nz\r'},
+            "binary": {"B": "AAH/"},
+            "large": {"S": "x" * 390_000},
+            "list": {"L": [{"N": "1.10"}, {"NULL": True}, {"BOOL": False}]},
+            "map": {"M": {"b": {"N": digits}, "a": {"S": "é"}}},
+            "numbers": {"NS": ["10", "9", "1E+2"]},
+            "texts": {"SS": ["b", "a"]},
+            "nothing": {"NULL": True},
+            "nul": {"S": "a\0b"},
+        }
+    )
+    ship.now = START + MINUTE
+    ship.run()
+    csv.field_size_limit(1 << 20)
+    (row,) = csv.DictReader(io.StringIO(ship.text(HOUR_12), newline=""))
+    assert row["huge"] == digits
+    assert row["tiny"] == "1E-130"
+    assert row['a,"b"\nc\rd'] == 'x,"y"\r\nz\r'
+    assert (row["binary"], row["nothing"], row["nul"], len(row["large"])) == ("AAH/", "", "a\0b", 390_000)
+    assert row["list"] == "[1.10,null,false]"
+    assert row["map"] == f'{{"a":"é","b":{digits}}}'
+    assert (row["numbers"], row["texts"]) == ("[9,10,1E+2]", '["a","b"]')
+
+
+def test_a_folder_on_another_drive_than_said_is_one_clear_line(ship: Shipping) -> None:
+    ship.extra["GOOGLE_SHARED_DRIVE_ID"] = "0Aother"
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert refused.value.hint == f"set GOOGLE_SHARED_DRIVE_ID to {ship.drive.state.shared_drive}"

@@ -1,0 +1,121 @@
+"""An inbox in a folder of its own, run as the daemon runs it, and a model of the merge that is obviously right."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from app.core.runs import Context, Lease, Report, Stop
+from app.csv_inbox.config import InboxConfig, configured
+from app.csv_inbox.history import Load, loads
+from app.csv_inbox.job import Work, run, undo
+from app.csv_inbox.places import Places
+
+Table = tuple[list[str], list[list[str]]]
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nothing."""
+
+
+@dataclass
+class World:
+    """One inbox. `wait` is 0, so that a run takes no time."""
+
+    folder: Path
+    config: InboxConfig
+
+    def drop(self, name: str, content: bytes | str) -> Path:
+        path = self.config.watch_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def run(self, *, dry_run: bool = False, stop: Stop | None = None) -> Report:
+        return run(self.work(dry_run=dry_run, stop=stop))
+
+    def take(self, name: str, content: bytes | str) -> Report:
+        """Drop one file and run."""
+        self.drop(name, content)
+        return self.run()
+
+    def undo(self, run_id: str, *, dry_run: bool = False) -> Report:
+        return undo(self.work(dry_run=dry_run), run_id)
+
+    def work(self, *, dry_run: bool = False, stop: Stop | None = None) -> Work:
+        at = datetime.now(UTC)
+        lease = Lease("csv_inbox", "test", 1, at + timedelta(hours=1))
+        context = Context(uuid4().hex, lease, stop or Stop(), Silent(), dry_run=dry_run)
+        return Work(Places(self.config), context, lambda: datetime.now(UTC))
+
+    @property
+    def master(self) -> bytes:
+        return self.config.merged_file.read_bytes()
+
+    @property
+    def metadata(self) -> Any:
+        return json.loads(self.config.metadata_file.read_text(encoding="utf-8"))
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        return loads(Places(self.config).loads, 1000)
+
+    def names(self, folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+    @property
+    def waiting(self) -> list[str]:
+        return self.names(self.config.watch_dir)
+
+    @property
+    def archived(self) -> list[str]:
+        return self.names(self.config.archive_dir)
+
+    @property
+    def rejected(self) -> list[str]:
+        return self.names(self.config.rejected_dir)
+
+    def reason(self, name: str) -> Any:
+        return json.loads((self.config.rejected_dir / f"{name}.reason.json").read_text(encoding="utf-8"))
+
+
+def world(folder: Path, **keys: Any) -> World:
+    """An inbox with these keys, without waiting."""
+    given = {"checksum_wait_seconds": 0, "key_column": "k", **keys}
+    return World(folder, configured(given, folder, ""))
+
+
+def parsed(content: bytes, delimiter: str = ",", encoding: str = "utf-8") -> Table:
+    text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    return rows[0], rows[1:]
+
+
+def model(master: Table | None, incoming: Table, key: str, required: Sequence[str] = ()) -> Table:
+    """The merge in the plainest words: dictionaries by column name, nothing clever."""
+    names, rows = incoming
+    new: dict[str, dict[str, str]] = {}
+    for row in rows:
+        record = dict(zip(names, row, strict=True))
+        new.pop(record[key], None)
+        new[record[key]] = record
+    if master is None:
+        return names, [[record[name] for name in names] for record in new.values()]
+    old_names, old_rows = master
+    kept = [dict(zip(old_names, row, strict=True)) for row in old_rows]
+    records = [record for record in kept if record[key] not in new] + list(new.values())
+    columns = old_names + [name for name in names if name not in old_names]
+    columns = [
+        name
+        for name in columns
+        if name in names or name == key or name in required or any(record.get(name, "") for record in records)
+    ]
+    return columns, [[record.get(name, "") for name in columns] for record in records]

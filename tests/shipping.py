@@ -1,0 +1,108 @@
+"""The pipeline from a simulated DynamoDB to a simulated Drive, run in this process at any instant."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from app.core.retry import RetryPolicy
+from app.core.runs import Context, Lease, Report, Stop
+from app.core.window import Window
+from app.demo.drive import DriveSimulator
+from app.demo.dynamo import DynamoSimulator, Table
+from app.dynamo_to_drive import job
+from app.settings import load_settings
+from memory import MemoryCheckpoints, MemoryLeases
+
+TABLE = "underway"
+KEY = ("static_partition", "datetime_utc")
+START = datetime(2026, 2, 7, 12, 0, tzinfo=UTC)
+QUICK = RetryPolicy(attempts=6, first_seconds=0.001, cap_seconds=0.002)
+
+
+class Silent:
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nobody looks."""
+
+
+def item(at: datetime, **values: str) -> dict[str, dict[str, Any]]:
+    numbers = {name: {"N": value} for name, value in values.items()}
+    return {"static_partition": {"S": "data"}, "datetime_utc": {"S": f"{at:%Y-%m-%dT%H:%M:%SZ}"}, **numbers}
+
+
+@dataclass
+class Shipping:
+    """Table, drive, checkpoints and clock; `run` is one run of a job by a fresh process."""
+
+    dynamo: DynamoSimulator
+    drive: DriveSimulator
+    folder: Path
+    now: datetime = START
+    extra: dict[str, str] = field(default_factory=dict)
+    leases: MemoryLeases = field(default_factory=MemoryLeases)
+    stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = MemoryCheckpoints(self.leases)
+        self.token = self.drive.state.tokens.service_account(self.drive.url)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
+            "DATA_DIR": str(self.folder),
+            "DYNAMODB_TABLE_NAME": TABLE,
+            "DYNAMODB_ENDPOINT_URL": self.dynamo.url,
+            "AWS_ACCESS_KEY_ID": self.dynamo.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.dynamo.secret_access_key,
+            "GOOGLE_CREDENTIALS_JSON": json.dumps(self.token),
+            "GOOGLE_DRIVE_API_URL": self.drive.url,
+            "GOOGLE_DRIVE_FOLDER_ID": self.drive.folder_id,
+            "GOOGLE_SHARED_DRIVE_ID": self.drive.state.shared_drive,
+            "DRIVE_CATCHUP_HOURS": "2",
+            **self.extra,
+        }
+
+    def export(self) -> job.Export:
+        environ = {name: value for name, value in self.environ.items() if value}
+        return job.build(load_settings(environ, None), self.checkpoints, lambda: self.now, QUICK)
+
+    def context(self, *, dry_run: bool = False) -> Context:
+        lease: Lease | None = self.leases.acquire(job.NAME, "test", 3600)
+        assert lease is not None
+        return Context("run", lease, self.stop, Silent(), dry_run)
+
+    def run(self, name: str = job.NAME, *, dry_run: bool = False) -> Report:
+        with closing(self.export()) as export:
+            found = next(each for each in export.jobs if each.name == name)
+            return found.work(self.context(dry_run=dry_run))
+
+    def backfill(self, start: datetime, end: datetime) -> Report:
+        with closing(self.export()) as export:
+            return export.backfill(self.context(), Window(start, end))
+
+    def put(self, *items: dict[str, dict[str, Any]]) -> None:
+        self.dynamo.put(TABLE, items)
+
+    def put_rows(self, start: datetime, number: int, every_seconds: int = 2) -> None:
+        for count in range(number):
+            self.put(item(start + timedelta(seconds=every_seconds * count), temp=f"{15 + count / 1000:.3f}"))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Name -> content; a name that is there twice is an error."""
+        return self.drive.contents()
+
+    def text(self, name: str) -> str:
+        return self.files[name].decode()
+
+    def asked(self, pattern: str) -> int:
+        return sum(pattern in what for what in self.drive.state.asked)
+
+
+@contextmanager
+def shipping(folder: Path, *, key: tuple[str, ...] = KEY, types: tuple[str, ...] = ("S", "S")) -> Iterator[Shipping]:
+    with DynamoSimulator([Table(TABLE, key, types)]) as dynamo, DriveSimulator() as drive:
+        yield Shipping(dynamo, drive, folder)
