@@ -337,7 +337,13 @@ def test_a_put_that_goes_wrong_once_ends_as_one_object_without_a_double(
 
 
 @pytest.mark.parametrize(
-    "fault", [answer(503), black_hole(), lose_answer(), answer_afterwards(500), reset()], ids=lambda f: f.name
+    "fault",
+    [
+        black_hole(),
+        lose_answer(),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (answer(503), answer_afterwards(500))),
+    ],
+    ids=lambda f: f.name,
 )
 def test_a_store_that_stays_broken_fails_the_device_and_is_made_up_for(
     remote: Exporter, proxy: FaultProxy, fault: Fault

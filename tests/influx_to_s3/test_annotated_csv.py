@@ -264,7 +264,7 @@ def tables(draw: st.DrawFn) -> Table:
 
 
 @given(st.lists(st.lists(tables(), max_size=5), max_size=3), st.integers(0, 1 << 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_cutting_and_any_block_size_give_one_result(results: list[list[Table]], seed: int) -> None:
     writer = AnnotatedCsv(Dialect(("datatype", "group", "default")))
     body = b"".join(piece.data for piece in writer.pieces((f"r{n}", one) for n, one in enumerate(results)))

@@ -629,9 +629,7 @@ def test_flux_influxql_and_a_real_influxdb_1_write_the_same_objects(
     assert written[1:] == [written[0], written[0]]
 
 
-@pytest.mark.parametrize(
-    "fault", [ErrorTable(3), Cut(3), Cut(3, hidden=True), Cut(0, hidden=True, mid_row=False)], ids=str
-)
+@pytest.mark.parametrize("fault", [ErrorTable(3), Cut(3, hidden=True)], ids=str)
 @pytest.mark.parametrize("api", ["flux", "influxql"])
 def test_a_window_whose_answer_fails_is_not_exported_and_made_up_for(
     exporter: Exporter, fault: ErrorTable | Cut, api: str
