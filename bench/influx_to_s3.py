@@ -25,8 +25,8 @@ OURS = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
 PARFLUX = "parflux==0.1.0"
 FLOOR, PARSED, FRAME = "pyarrow, plain CSV (floor)", "headwater", "query_data_frame"
 EXPORTED, FRAMES, RECORDS, PEER = "headwater", "query_data_frame + pandas", "query() + pandas", PARFLUX
-MEMORY_SETS = "memory"
-SETS = ("parse", "export", MEMORY_SETS)
+LONGER = "four times the rows a window"
+SETS = ("parse", "export", "memory")
 
 
 @contextmanager
@@ -131,16 +131,19 @@ def remembering(shape: Shape, repeat: int) -> list[Goal]:
     idle = run([sys.executable, str(HERE / "influx_ways.py"), "idle", "--url=", "--folder=.", *shape.arguments()], OURS)
     shapes = {
         "as above": shape,
-        "four times the rows a window": replace(shape, rows=shape.rows * 4),
+        LONGER: replace(shape, rows=shape.rows * 4),
         "four times the windows": replace(shape, windows=shape.windows * 4),
         "all rows in one window": Shape(1, 1, shape.total_rows),
     }
-    costs = {}
+    costs: dict[str, Cost] = {}
     for title, wanted in shapes.items():
         with server(wanted) as url:
             costs[title] = in_turns({title: partial(way, "export-ours", url, wanted, OURS)}, repeat)[title]
             print(f"{title}: {checked(url, wanted)}")
+            if title == LONGER:
+                frames = way("export-data-frame", url, wanted)
     print(f"\n### Memory of the export\n\n{table({'everything imported, nothing done': idle, **costs}, 'rows')}\n")
+    print(f"{FRAMES}, {LONGER}:\n\n{table({FRAMES: frames})}\n")
     first, *others = (cost.peak_mib for cost in costs.values())
     return [
         *(
@@ -149,6 +152,7 @@ def remembering(shape: Shape, repeat: int) -> list[Goal]:
             )
             for title, peak in zip(list(costs)[1:3], others, strict=False)
         ),
+        Goal(f"export, {LONGER}, {FRAMES} against ours", frames.cpu_seconds / costs[LONGER].cpu_seconds, 6, unit=" x"),
         Goal("peak above idle, all rows in one window", others[-1] - idle.peak_mib, 256, at_least=False, unit=" MiB"),
     ]
 
@@ -173,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with empty_folder() as folder:
             program = None if given.no_parflux else installed_parflux(folder)
             goals += exporting(shape, given.repeat, program)
-    if MEMORY_SETS in only:
+    if "memory" in only:
         goals += remembering(shape, given.memory_repeat)
     print("\n### Goals\n")
     for goal in goals:
