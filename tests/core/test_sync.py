@@ -121,6 +121,19 @@ def test_a_closed_object_never_changes_and_what_comes_later_goes_to_a_delta() ->
     assert again.windows == 0
 
 
+def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    process = Process(world)
+    process.run_until_done()
+    world.objects = {key: (f"copy {held[0]}", held[1], held[2]) for key, held in world.objects.items()}
+    world.write("a", START + timedelta(seconds=90), "very late")
+    span = Window(START, START + 10 * MINUTE)
+    assert fill(process.pipeline(), context(), "a", span, world.now).late_rows == 1
+    assert world.exported() == world.produced(world.now)
+
+
 def test_deltas_survive_a_kill_at_any_effect() -> None:
     for fatal in range(1, 12):
         world = World()

@@ -91,8 +91,13 @@ def _append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: 
 
 
 def _rows_of(pipeline: Pipeline[B, E], parts: Sequence[Record]) -> Iterator[Any]:
+    """Rows of all parts as they are there now: a bucket that was copied gives its objects new versions."""
     for part in parts:
-        yield from pipeline.sink.read(part.key, part.version)
+        there = pipeline.sink.head(part.key)
+        if there is None:
+            log.warning("%s is gone: its rows are taken for late ones", part.key)
+        else:
+            yield from pipeline.sink.read(part.key, there.version)
 
 
 def _write_delta(pipeline: Pipeline[B, E], task: Task, key: str, late: B, part: int) -> tuple[Record, int | None]:
