@@ -19,6 +19,8 @@ from fault_proxy import FaultProxy
 from postgres import PostgresServer
 from warehouse import ndjson, packed, rows_of, uuid_of
 
+pytestmark = pytest.mark.slow
+
 LINES = {"Content-Type": "application/x-ndjson"}
 
 

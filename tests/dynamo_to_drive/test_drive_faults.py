@@ -14,6 +14,8 @@ from app.demo.drive_api import DriveFault
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
 
+pytestmark = pytest.mark.slow
+
 HOUR_12 = "locness_data_20260207_12.csv"
 UPLOAD = "^(POST|PATCH|PUT) /upload"
 FAULTS = (
