@@ -27,6 +27,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    # Read when pyarrow is first imported: its own pool keeps some 50 MiB that the system's allocator gives back.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
     try:

@@ -104,7 +104,7 @@ def _reader(settings: Settings) -> Reader:
             bucket=influx.bucket,
             measurement=influx.measurement,
             timeout_seconds=influx.timeout_seconds,
-            connections=settings.export.concurrency,
+            connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
         )
     )
 
@@ -168,7 +168,7 @@ def _reconcile(parts: Parts, context: Context) -> Report:
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _prepare(parts, context), span, {})
+    return _fill(parts, context, _prepare(parts, context), span)
 
 
 def _fill(
@@ -176,15 +176,17 @@ def _fill(
     context: Context,
     pipeline: Pipeline[RowBatch, EncodedFile],
     span: Window,
-    starts: Mapping[str, datetime],
+    starts: Mapping[str, datetime] | None = None,
 ) -> Report:
-    """Fill `span` for every partition, from where `starts` says on, up to the partition's cursor."""
+    """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
     cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name != DISCOVERY}
-    partitions = sorted({*cursors, *pipeline.source.partitions(span.start)})
+    partitions = sorted(
+        starts.keys() & cursors if starts is not None else {*cursors, *pipeline.source.partitions(span.start)}
+    )
     now = parts.clock()
 
     def one(partition: str) -> Report:
-        since = max(span.start, starts.get(partition, span.start))
+        since = max(span.start, starts[partition]) if starts is not None else span.start
         until = min(span.end, cursors.get(partition, span.end))
         return fill(pipeline, context, partition, Window(since, until), now) if until > since else Report()
 
