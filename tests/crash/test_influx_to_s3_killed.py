@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.demo.influx import InfluxSimulator
+from app.stores.s3 import PROBE_FOLDER
 from daemon import Daemons
 from postgres import PostgresServer
 from seaweed import Seaweed
@@ -84,6 +85,8 @@ def exported(seaweed: Seaweed, bucket: str) -> Mapping[str, list[Row]]:
     with closing(seaweed.client()) as client:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for item in page.get("Contents", ()):
+                if PROBE_FOLDER in item["Key"]:
+                    continue  # a process that is killed while it tries the store leaves its probe to a later one
                 body = client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
                 table = pq.read_table(BytesIO(body), columns=["device_id", "timestamp", "voltage"])
                 columns = (table["device_id"], table["timestamp"].cast("int64"), table["voltage"])
