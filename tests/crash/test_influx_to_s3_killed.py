@@ -22,6 +22,7 @@ from seaweed import Seaweed
 DEVICES = 100
 KILLS = 30
 POINTS = 540
+SETTLING = 240  # the points of the last 40 minutes; the grace is an hour
 STEP_NS = 10 * 10**9
 MEASUREMENT = "device_telemetry"
 Row = tuple[str, int, float]
@@ -44,9 +45,11 @@ class Source:
             self.rows |= {(f"D{number}", at, value) for at, value in zip(times, volts, strict=True)}
 
     def late_points(self, chance: random.Random) -> None:
-        """A late point for each of some devices, somewhere in the past hour."""
+        """A late point for each of some devices, in windows that stay within the grace while the test runs."""
         for number in chance.sample(range(DEVICES), 20):
-            at = self.start_ns + chance.randrange(POINTS) * STEP_NS + 500_000 + chance.randrange(1000)
+            at = (
+                self.start_ns + chance.randrange(POINTS - SETTLING, POINTS) * STEP_NS + 500_000 + chance.randrange(1000)
+            )
             tags = f"device_id=D{number},device_type=bulb,location=Plant-A"
             self.simulator.write(f"{MEASUREMENT},{tags} voltage=1.5 {at}")
             self.rows.add((f"D{number}", at, 1.5))
