@@ -12,10 +12,10 @@ from http import HTTPStatus
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from app.core.errors import AppError, Rejected
+from app.core.errors import AppError, Rejected, Transient
 from app.stores.objects import ObjectInfo, Put
 from app.stores.s3 import S3Store, check, check_headers, check_unicode, info_of
-from app.stores.s3_client import code_of, status_of
+from app.stores.s3_client import STYLE_HINT, code_of, status_of
 from app.stores.s3_parts import (
     LEAST_PART_BYTES,
     MIB,
@@ -85,6 +85,8 @@ class S3Transfers:
             objects = [info_of(entry["Key"], entry["Size"], entry) for entry in found.get("Contents", ())]
             prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
             more = found["NextContinuationToken"] if found["IsTruncated"] else ""
+        if more and more == question.continuation:
+            raise Transient(f"listing of {question.prefix!r}: the store gives the same page again", STYLE_HINT)
         # SeaweedFS takes `a//` for `a/`
         return Page(
             [info for info in objects if info.key.startswith(question.prefix)],
