@@ -149,11 +149,14 @@ class _Assembly:
     def __init__(self, store: S3Store, desk: PartDesk, what: tuple[str, Put], stack: ExitStack) -> None:
         self._store, self._desk, self._stack = store, desk, stack
         self._key, self._put = what
-        self._held: list[bytes] = []
-        self._held_bytes = 0
+        self._held = io.BytesIO()  # gives its bytes away without a copy, other than a list that is joined
         self._size_bytes = 0
         self._large = False
         self.parts: S3Parts | None = None
+
+    @property
+    def _held_bytes(self) -> int:
+        return self._held.tell()
 
     def take(self, body: Readable) -> int:
         """All of `body`; how many bytes it had."""
@@ -194,8 +197,7 @@ class _Assembly:
         return part_bytes(self.parts.number if self.parts else 1) - self._held_bytes
 
     def _add(self, data: bytes) -> None:
-        self._held.append(data)
-        self._held_bytes += len(data)
+        self._held.write(data)
         self._size_bytes += len(data)
         if self._held_bytes > LARGE_BYTES and not self._large:
             self._stack.enter_context(self._desk.place())
@@ -213,9 +215,8 @@ class _Assembly:
 
     def rest(self) -> bytes:
         """What is held and was not sent; it is not held any more."""
-        data = b"".join(self._held)
-        self._held, self._held_bytes = [], 0
-        return data
+        held, self._held = self._held, io.BytesIO()
+        return held.getvalue()
 
     def complete(self, *, guarded: bool) -> Stored:
         """Send the rest and make the object."""
