@@ -1,14 +1,12 @@
 """What the second half of the object store port promises, in memory, on a directory and on a real S3 server."""
 
-import io
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.errors import Conflict, Rejected, Transient
 from app.stores.local_directory import LocalDirectory
 from app.stores.local_transfers import LocalTransfers
 from app.stores.objects import ObjectInfo, ObjectStore, Put
 from app.stores.s3 import S3Store
 from app.stores.s3_client import S3Target
-from app.stores.s3_sweep import sweep
 from app.stores.s3_transfers import S3Transfers
 from app.stores.transfers import MARK, Question, Stored, Transfers
-from fault_proxy import Fault, FaultProxy, Request, answer, answer_afterwards, cut_request, lose_answer, reset, truncate
 from memory_objects import MemoryObjects
 from seaweed import Seaweed
 
