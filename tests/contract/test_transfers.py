@@ -3,7 +3,7 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -77,7 +77,6 @@ def target_of(seaweed: Seaweed, bucket: str, url: str = "") -> S3Target:
         addressing_style="path",
         access_key_id=seaweed.access_key,
         secret_access_key=seaweed.secret_key,
-        attempts=2,
     )
 
 
@@ -92,7 +91,7 @@ def outside(seaweed: Seaweed) -> Iterator[Any]:
         yield client
 
 
-def opened(target: S3Target) -> Iterator[Both]:
+def opened(target: S3Target) -> Generator[Both]:
     with closing(S3Store(target, "telemetry/.headwater-probe/test")) as store:
         store.probe()
         with closing(S3Transfers(store)) as transfers:
@@ -267,7 +266,9 @@ class TestEveryStore:
         for key in keys:
             both.write(key, key.encode())
         for prefix in ("p/", "p/b/", "p/c", "nothing/"):
-            objects, prefixes, continuation = [], [], ""
+            objects: list[str] = []
+            prefixes: list[str] = []
+            continuation = ""
             while True:
                 page = both.transfers.page(Question(prefix, delimiter, limit, continuation))
                 assert len(page.objects) + len(page.prefixes) <= limit

@@ -37,7 +37,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> Span:
             return whole
     else:
         first, last = max(size_bytes - int(match[2]), 0), size_bytes - 1
-    if first > last or match[1] + match[2] == "0":
+    if first > last:
         raise NotServed(
             416,
             f"the object has {size_bytes} bytes, and none of them are in that range",

@@ -7,6 +7,7 @@ uploads and the buffers of tables then stay in its heaps, and the daemon keeps s
 import sys
 
 LARGE_BYTES = 1 << 20
+TOP_BYTES = 16 << 20  # less than this makes the heap shrink and grow with every block of a body
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -19,4 +20,4 @@ def give_back_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-        mallopt(M_TRIM_THRESHOLD, LARGE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, TOP_BYTES)
