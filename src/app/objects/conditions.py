@@ -74,12 +74,12 @@ def check_unmatched(fields: Mapping[str, str]) -> None:
 
 def expected_of(fields: Mapping[str, str]) -> str | None:
     """`Put.expected` of an upload. Raises NotServed for conditions that no store can keep."""
-    match, none = fields.get("if-match", "").strip(), fields.get("if-none-match", "").strip()
-    if none and (none != "*" or match):
+    match, none = fields.get("if-match"), fields.get("if-none-match")
+    if none is not None and (none.strip() != "*" or match is not None):
         raise NotServed(422, "an upload knows only `If-None-Match: *`", "send that, or If-Match", fault="If-None-Match")
-    if match and not re.fullmatch(r'"[^"]*"', match):
+    if match is not None and not re.fullmatch(r'"[^"]*"', match.strip()):
         raise NotServed(422, "an upload's If-Match takes one ETag", "send it with its quotes", fault="If-Match")
-    return "" if none else match or None
+    return "" if none is not None else match.strip() if match is not None else None
 
 
 def _named(given: str, etag: str, *, weak: bool) -> bool:

@@ -109,7 +109,7 @@ def upload() -> Mapping[str, Any]:
                 "application/octet-stream": {"schema": binary},
             },
         },
-        "parameters": [field("If-Match", "store only over this ETag")],
+        "parameters": [field("If-Match", "store only over this ETag", '^"[^"]*"$')],
     }
 
 
@@ -124,7 +124,7 @@ def reading() -> Mapping[str, Any]:
     return {"parameters": [field(name, description) for name, description in told.items()]}
 
 
-def field(name: str, description: str) -> Schema:
+def field(name: str, description: str, pattern: str = "") -> Schema:
     """A header field."""
-    schema = {"type": "string", "pattern": "^[!-~]([ -~]*[!-~])?$"}
+    schema = {"type": "string", "pattern": pattern} if pattern else TEXT
     return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}

@@ -30,7 +30,7 @@ class Feed:
         self._closed = False
         self._room = asyncio.Event()
         self._room.set()
-        self._taken = memoryview(b"")
+        self._left = memoryview(b"")
 
     async def offer(self, block: bytes) -> bool:
         """Hand on `block`, then wait for room. False when nobody reads any more."""
@@ -65,9 +65,12 @@ class Feed:
 
     def read(self, count: int, /) -> bytes:
         """See Readable. Raises Transient when the rest does not come."""
-        if not self._taken:
-            self._taken = memoryview(self._take())
-        data, self._taken = self._taken[:count], self._taken[count:]
+        if not self._left:
+            taken = self._take()
+            if len(taken) <= count:
+                return taken
+            self._left = memoryview(taken)
+        data, self._left = self._left[:count], self._left[count:]
         return bytes(data)
 
     def _take(self) -> bytes:

@@ -31,6 +31,8 @@ class Form:
             if event is None:
                 self._finish()
                 return b""
+            if len(event) <= count:
+                return bytes(event)
             self._piece = memoryview(event)
         data, self._piece = self._piece[:count], self._piece[count:]
         return bytes(data)

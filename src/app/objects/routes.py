@@ -16,7 +16,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from app.core.errors import Conflict
+from app.core.errors import Conflict, Rejected
 from app.objects import answers, document
 from app.objects.conditions import check_match, check_unmatched, expected_of, span_of, unchanged
 from app.objects.downloads import Outgoing, opened
@@ -96,6 +96,8 @@ async def _served(request: Request, places: asyncio.Semaphore | None = None) -> 
         yield
     except NotServed as error:
         raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint)) from error
     except Conflict as error:
         asked = {"if-match", "if-none-match"} & set(request.headers)
         hint = "look at the object, then send it again"
