@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -122,7 +123,7 @@ class Postgres:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        self._process.send_signal(signal.SIGINT)  # connections are not waited for
         self._process.wait(30)
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -91,7 +91,7 @@ def test_a_statement_runs_once_per_row(database: Database) -> None:
     with database.transaction() as session:
         rows = ((n, f"%s ? {n}") for n in range(5))
         session.run_rows("INSERT INTO things (id, name) VALUES (?, ?) ON CONFLICT (id) DO NOTHING", rows)
-        found = dict(session.stream("SELECT id, name FROM things"))
+        found = {id_: name for id_, name in session.stream("SELECT id, name FROM things")}  # noqa: C416 - typed
     assert found.pop(2) != "%s ? 2"
     assert found == {n: f"%s ? {n}" for n in (0, 1, 3, 4)}
 

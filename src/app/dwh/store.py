@@ -67,6 +67,19 @@ class _Undo(Exception):
     """Ends the transaction of a dry run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """`rows` are one more than was asked for, if there are so many; `edge` is the last one asked for, and that one."""
+
+    rows: Iterator[Sequence[Any]]
+    edge: Iterator[Sequence[Any]]
+
+    def last_id(self) -> int | None:
+        """The id of the last row when more follow it. For who has not read to the end; costs a search of its own."""
+        found = list(self.edge)
+        return int(found[0][0]) if len(found) > 1 else None
+
+
 class Warehouse:
     """Seven tables in one database. Connects on first use. Safe to use from many threads."""
 
@@ -172,10 +185,15 @@ class Warehouse:
             yield staged
 
     @contextmanager
-    def selected(self, selection: "Selection") -> Iterator[Iterator[Sequence[Any]]]:
-        """The rows of a selection, in its order, in bounded memory, from one snapshot; valid inside the block."""
+    def selected(self, selection: "Selection") -> Iterator["Selected"]:
+        """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
+        dialect = self._database.dialect
         with self._database.transaction(read_only=True) as session:
-            yield session.stream(selection.sql(self._database.dialect), **selection.params)
+            if not self._lite:
+                session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            rows = session.stream(selection.sql(dialect), **selection.params)
+            edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
+            yield Selected(rows, edge)
 
 
 def _turn(session: Session, table: Table) -> int:
