@@ -212,7 +212,7 @@ def test_a_client_that_leaves_in_mid_body_stores_nothing(served: httpx.Client) -
 
 @pytest.mark.slow
 def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: Daemons) -> None:
-    """A gigabyte, said and not said beforehand, packed and not, in one row and in many."""
+    """A gigabyte, said and not said beforehand, packed and not, in one row and in many; then what is no JSON."""
     daemon = daemons.start()
     assert post(daemon, rows_of(EVENTS, 10)).status_code == 200
     before = daemon.rss_mib
@@ -237,8 +237,17 @@ def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: D
     bomb = packed(b" " * (1 << 27))
     for media in ("application/json", "application/x-ndjson"):
         assert refused(bomb, **{"Content-Type": media, "Content-Encoding": "gzip"}) == 413
+    hostile = [
+        b'{"data":' + b"[" * 9_000_000,
+        b'{"data":[{"a":' + b'{"a":' * 1_500_000,
+        b'{"data":[{"event_id":' + b"9" * 9_000_000 + b"}]}",
+        b'{"data":[{"event_id":NaN}]}',
+        b'{"data":[{"uuid":"\xff\xfe"}]}',
+        '{"data":[{}]}'.encode("utf-16"),
+    ]
+    assert {refused(body, **{"Content-Type": "application/json"}) for body in hostile} <= {400, 422}
     assert time.monotonic() - started < 60
-    assert daemon.rss_mib - before < 64
+    assert peak_mib(daemon) - before < 64
 
 
 @pytest.mark.slow
