@@ -7,7 +7,6 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
-import gc
 import os
 import signal
 import sys
@@ -48,8 +47,6 @@ def tune() -> None:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     # numpy's linear algebra, which nothing here uses, would start a thread with buffers for each core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # A collection walks every object of every imported package, an eighth of an export's time at the default of 700.
-    gc.set_threshold(20_000, 20, 100)
 
 
 def say(line: str) -> None:
