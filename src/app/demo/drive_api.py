@@ -14,9 +14,8 @@ from typing import Any
 from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
 from app.demo.drive_query import holds
 from app.demo.drive_uploads import Uploads, parts_of
-from app.demo.faults import CutHere
 from app.demo.google_tokens import JSON, Tokens
-from app.demo.influx_http import Answer, Request
+from app.demo.http import Answer, CutHere, Request
 
 FILES = "/drive/v3/files"
 UPLOAD = "/upload/drive/v3/files"
