@@ -51,6 +51,7 @@ class State:
     revoked: bool = False
     full: bool = False
     stale_lists: int = 0
+    incomplete_lists: int = 0
     page_files: int = PAGE
     waiting: list[tuple[DriveFault, str]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -189,9 +190,13 @@ class DriveApi:
             raise Refused(400, "invalid", f"Invalid Value: {error}") from error
         with self._state.lock:
             stale, self._state.stale_lists = self._state.stale_lists > 0, max(0, self._state.stale_lists - 1)
+            partial, self._state.incomplete_lists = (
+                self._state.incomplete_lists > 0,
+                max(0, self._state.incomplete_lists - 1),
+            )
         found = (
             []
-            if stale
+            if stale or partial
             else [
                 file
                 for file in self._state.files.matching(asked)
@@ -201,7 +206,7 @@ class DriveApi:
         begin = int(parameters.get("pageToken", "0"))
         end = begin + min(int(parameters.get("pageSize", PAGE)), self._state.page_files)
         fields = parameters.get("fields", "")
-        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": False}
+        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": partial}
         page["files"] = [_selected(file, fields) for file in found[begin:end]]
         if end < len(found):
             page["nextPageToken"] = str(end)
