@@ -1,6 +1,7 @@
 """The real process, killed at many points while rows arrive: the files are those of a run that nobody disturbed."""
 
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -70,11 +71,11 @@ def test_a_daemon_told_to_end_in_mid_upload_ends_clean_and_the_next_one_finishes
         first = daemons.start("", wait=True, key="", **environ(ship))
         first.until(lambda: ship.asked(where.rsplit(maxsplit=1)[-1].removeprefix(".*")))
         time.sleep(0.2)  # into the stall
-        assert first.terminate() == 143, first.log
+        assert first.terminate() in (143, -signal.SIGTERM), first.log
         assert "Traceback" not in first.log
         second = daemons.start("", wait=True, key="", **environ(ship))
         second.until(lambda: len(ship.files) == 1 and second.job("dynamo_to_drive")["last_run"])
-        assert second.terminate() == 143, second.log
+        assert second.terminate() in (143, -signal.SIGTERM), second.log
         quiet.now = datetime.now(UTC)
         quiet.run()
         assert ship.files == quiet.files
