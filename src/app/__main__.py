@@ -7,6 +7,7 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -215,6 +216,8 @@ def google(given: argparse.Namespace) -> int:
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is to be seen, also through a pipe
     kept = credentials.consent(where, open_browser=not given.no_browser)
     sys.stdout.write(f"the token is kept in {kept}; it is renewed there\n")
     return OK
