@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Rejected
 from app.objects import answers, document
-from app.objects.conditions import check_match, check_unmatched, expected_of, span_of, unchanged
+from app.objects.conditions import Span, check_match, check_unmatched, expected_of, span_of, unchanged
 from app.objects.downloads import Outgoing, opened
 from app.objects.faults import NotServed, missing
 from app.objects.feed import Feed, carried
@@ -82,15 +82,20 @@ def build(serving: Serving) -> APIRouter:
     return router
 
 
+async def _taken(places: asyncio.Semaphore) -> None:
+    """One of the places; 429 when none becomes free in time."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await places.acquire()
+    except TimeoutError:
+        raise Refused(BUSY) from None
+
+
 @asynccontextmanager
 async def _served(request: Request, places: asyncio.Semaphore | None = None) -> AsyncIterator[None]:
     """A place to work in, and every refusal in the one shape."""
     if places is not None:
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                await places.acquire()
-        except TimeoutError:
-            raise Refused(BUSY) from None
+        await _taken(places)
     try:
         check_query(request.scope["query_string"])
         yield
@@ -142,22 +147,23 @@ def _looking(router: APIRouter, serving: Serving) -> None:
 
 
 class _Streamed(StreamingResponse):
-    """A download whose stream is let go in every case, also when the client left before the first byte."""
+    """A download. Its stream and its place are let go also when the client left before the first byte."""
 
-    def __init__(self, outgoing: Outgoing, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(self, outgoing: Outgoing, places: asyncio.Semaphore, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(outgoing.pieces(), status, headers)
-        self._outgoing = outgoing
+        self._outgoing, self._places = outgoing, places
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._outgoing.close()
+            self._places.release()
 
 
 def _downloading(router: APIRouter, serving: Serving) -> None:
     async def download(request: Request, key: Key) -> Response:
-        async with _served(request, serving.downloads):
+        async with _served(request):
             return await _download(request, serving, _reach(request, serving).reads(key))
 
     router.add_api_route(
@@ -182,17 +188,28 @@ async def _download(request: Request, serving: Serving, key: str) -> Response:
         if unchanged(request.headers, held.etag):
             return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
         span = span_of(request.headers, held)
-        status, headers = 206 if span.part else 200, answers.headers(held, span)
         if request.method == "HEAD":
-            return Response(status_code=status, headers=headers)
+            return Response(status_code=206 if span.part else 200, headers=answers.headers(held, span))
         try:
-            outgoing = await opened(serving.readers, serving.transfers, held, span)
+            return await _streamed(serving, held, span)
         except Conflict:
             if look + 1 == LOOKS:
                 raise
-        else:
-            return _Streamed(outgoing, status, headers)
     raise missing(key)
+
+
+async def _streamed(serving: Serving, held: ObjectInfo, span: Span) -> Response:
+    """The answer that holds a place until it was sent."""
+    await _taken(serving.downloads)
+    response: Response | None = None
+    try:
+        outgoing = await opened(serving.readers, serving.transfers, held, span)
+        headers = answers.headers(held, span)
+        response = _Streamed(outgoing, serving.downloads, 206 if span.part else 200, headers)
+    finally:
+        if response is None:
+            serving.downloads.release()
+    return response
 
 
 def _linking(router: APIRouter, serving: Serving) -> None:
@@ -219,7 +236,7 @@ def _linking(router: APIRouter, serving: Serving) -> None:
         expires: Annotated[int, Query(ge=0, le=MAX_INTEGER)],
         signature: Annotated[str, Query(max_length=200)],
     ) -> Response:
-        async with _served(request, serving.downloads):
+        async with _served(request):
             await serving.ask(serving.links.check, key, serving.clock(), expires, signature)
             return await _download(request, serving, serving.reach.reads(key))
 
