@@ -140,7 +140,7 @@ def whole(form: Form) -> bytes:
 
 @given(data=st.binary(max_size=300), seed=st.integers(0, 1000), noise=st.sampled_from([b"", b"\r\n--b0un", b"--b0und"]))
 def test_the_file_of_a_form_comes_out_as_it_went_in(data: bytes, seed: int, noise: bytes) -> None:
-    data = data.replace(b"\r\n--b0und", b"") + noise
+    data = (data + noise).replace(b"\r\n--b0und", b"")
     body = form_of(("comment", None, b"hello"), ("file", "n.bin", data), ("more", None, b"x"))
     form = Form(Pieces(body, seed), "b0und")
     assert form.content_type == "text/x"
