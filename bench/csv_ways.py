@@ -12,8 +12,9 @@ def headwater(folder: Path) -> None:
     """Ours, the whole step: checks, MD5, spool, merge, undo data, fsync, journal, archive."""
     from app.core.runs import Context, Lease, Stop
     from app.csv_inbox.config import configured
-    from app.csv_inbox.job import Work, run
+    from app.csv_inbox.job import run
     from app.csv_inbox.places import Places
+    from app.csv_inbox.work import Work
 
     class Silent:
         def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:

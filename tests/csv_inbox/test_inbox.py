@@ -284,7 +284,7 @@ def small_disk(folder: Path, kilobytes: int) -> None:
 def test_a_full_disk_leaves_the_master_and_the_file_and_the_next_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
-    small_disk(folder, 1200)
+    small_disk(folder, 1700)
     try:
         here = world(folder)
         here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 50}\n" for n in range(6000)))

@@ -9,15 +9,20 @@ import hashlib
 import os
 import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from app.core.errors import Rejected, Transient
 from app.csv_inbox.config import InboxConfig
+from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.header import Header, read_header
+from app.csv_inbox.keys import Gathering, Keys
 from app.csv_inbox.layout import Layout, united
-from app.csv_inbox.records import Block, Columns, Dialect, Header, Malformed, blocks, read_header
+from app.csv_inbox.records import Block, Offsets, blocks
 
 MOST_FAULTS = 1000
 MEGABYTE = 1 << 20
@@ -71,14 +76,14 @@ class Unsteady(Transient):
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`; `keys`: the last record of each key."""
+    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`."""
 
     identity: Identity
     md5: str
     header: Header
     layout: Layout
     spool: Path
-    keys: dict[bytes, int]
+    keys: Keys
     offsets: "array[int]"
 
     @property
@@ -89,7 +94,14 @@ class Incoming:
     @property
     def duplicates(self) -> int:
         """Rows that a later row of the same file replaces."""
-        return self.rows - len(self.keys)
+        return self.rows - self.keys.count
+
+    def runs(self, rows: Offsets) -> Iterator[tuple[int, int]]:
+        """Where these records, in ascending order, lie in the spool; neighbours make one run."""
+        breaks = np.flatnonzero(np.diff(rows) > 1)
+        first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
+        for start, end in zip(first.tolist(), last.tolist(), strict=True):
+            yield self.offsets[start], self.offsets[end + 1]
 
 
 @dataclass(slots=True)
@@ -101,8 +113,7 @@ class _Reading:
     header: Header
     layout: Layout
     spool: IO[bytes]
-    columns: Columns
-    keys: dict[bytes, int] = field(default_factory=dict)
+    keys: Gathering = field(default_factory=Gathering)
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     faults: list[Fault] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
@@ -147,7 +158,9 @@ def read_incoming(
         if identity_of(os.fstat(file.fileno())) != before:
             raise Unsteady(f"{path.name} changed while it was read", "nothing to do: the next run looks again")
     _judge(reading)
-    return Incoming(before, digest.hexdigest(), reading.header, reading.layout, spool, reading.keys, reading.offsets)
+    return Incoming(
+        before, digest.hexdigest(), reading.header, reading.layout, spool, reading.keys.keys(), reading.offsets
+    )
 
 
 def _refuse_size(size: int, config: InboxConfig) -> None:
@@ -167,7 +180,7 @@ def _read(
             _skip(read, header.size_bytes)
             _refuse_columns(header, config)
             layout = united(master, header, config.key_column, config.required_columns, dialect)
-            reading = _Reading(config, dialect, header, layout, out, Columns(dialect, len(header.names)))
+            reading = _Reading(config, dialect, header, layout, out)
             for block in blocks(read, dialect, 1 + header.lines):
                 _take(reading, block)
         except Malformed as error:
@@ -198,22 +211,16 @@ def _refuse_columns(header: Header, config: InboxConfig) -> None:
 def _take(reading: _Reading, block: Block) -> None:
     """Check one block and spool it."""
     _check_text(reading, block)
-    try:
-        (keys,) = reading.columns.of(block, [reading.header.names.index(reading.config.key_column)])
-    except Malformed as error:
-        found = list(_uneven(reading, block))
-        if not found:
-            raise error from None
-        _blame(reading, block, found)
+    wanted = len(reading.header.names)
+    uneven = [(at, f"{found} fields where the header has {wanted}", None) for at, found in block.uneven(wanted)]
+    if uneven:
+        _blame(reading, block, uneven)
         return
-    values = keys.to_pylist()
-    row = len(reading.offsets) - 1
-    if b"" in values:
-        column = reading.config.key_column
-        empty = [at for at, value in enumerate(values) if not value]
-        rows = block.rows.tolist()
-        _blame(reading, block, [(rows[at], f"the key {column!r} is empty", column) for at in empty])
-    reading.keys.update(zip(values, range(row, row + len(values)), strict=True))
+    column = reading.config.key_column
+    keys = block.cells(reading.header.names.index(column), reading.dialect)
+    empty = block.rows[keys.lengths == 0].tolist()
+    _blame(reading, block, [(at, f"the key {column!r} is empty", column) for at in empty])
+    reading.keys.add(keys)
     _spool(reading, block)
 
 
@@ -234,13 +241,7 @@ def _check_text(reading: _Reading, block: Block) -> None:
     )
 
 
-def _uneven(reading: _Reading, block: Block) -> Iterator[tuple[int, str, str | None]]:
-    wanted = len(reading.header.names)
-    for position, found in reading.columns.uneven(block):
-        yield position, f"{found} fields where the header has {wanted}", None
-
-
-def _blame(reading: _Reading, block: Block, found: list[tuple[int, str, str | None]]) -> None:
+def _blame(reading: _Reading, block: Block, found: Sequence[tuple[int, str, str | None]]) -> None:
     """Remember bad rows, as many as fit."""
     for position, reason, column in found:
         if len(reading.faults) >= MOST_FAULTS:
@@ -286,5 +287,5 @@ def _judge(reading: _Reading) -> None:
         header = delimiter.join(reading.header.fields) + (reading.header.eol or b"\n")
         hint = "correct these rows and put the file into the inbox again; no row of it was merged"
         raise Unmergeable(reading.faults, hint, header, reading.records, reading.more)
-    if not reading.keys:
+    if not reading.keys.rows:
         raise Unmergeable([Fault("it has no rows")], "put a file with at least one row below the header")
