@@ -1,4 +1,4 @@
-"""One merge of one incoming file into one master, done one way, in a process of its own: `csv_ways.py WAY FOLDER`."""
+"""One merge of one file into one master, done one way, in a process of its own: `csv_ways.py WAY FOLDER [FILE]`."""
 
 import shutil
 import sys
@@ -25,7 +25,7 @@ def headwater(folder: Path) -> None:
     lease = Lease("csv_inbox", "bench", 1, datetime.now(UTC))
     work = Work(Places(config), Context(uuid4().hex, lease, Stop(), Silent()), lambda: datetime.now(UTC))
     config.watch_dir.mkdir(exist_ok=True)
-    shutil.copy(folder / "incoming.csv", config.watch_dir / "incoming.csv")
+    shutil.copy(folder / (sys.argv[3] if len(sys.argv) > 3 else "incoming.csv"), config.watch_dir / "incoming.csv")
     report = run(work)
     if report.failures:
         sys.exit(str(report.failures))

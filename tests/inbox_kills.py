@@ -18,7 +18,10 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    *(f"app.csv_inbox.{name}" for name in ("incoming", "merge", "journal", "metadata", "quarantine", "step")),
+    *(
+        f"app.csv_inbox.{name}"
+        for name in ("faults", "identity", "incoming", "merge", "journal", "metadata", "quarantine", "step")
+    ),
 )
 
 

@@ -7,7 +7,6 @@ goes any further; memory grows with the keys of the file and nothing else of it.
 
 import hashlib
 import os
-import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from typing import IO
 
 import numpy as np
 
-from app.core.errors import Rejected, Transient
 from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.faults import Fault, Unmergeable, Unsteady
 from app.csv_inbox.header import Header, read_header
+from app.csv_inbox.identity import Identity, identity_of, open_regular
 from app.csv_inbox.keys import Gathering, Keys
 from app.csv_inbox.layout import Layout, united
 from app.csv_inbox.records import Block, Offsets, blocks
@@ -27,51 +27,6 @@ from app.csv_inbox.records import Block, Offsets, blocks
 MOST_FAULTS = 1000
 MEGABYTE = 1 << 20
 LONGEST_VALUE = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which file this is, and in which state. Equal identities: nothing was written to it in between."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-
-def identity_of(found: os.stat_result) -> Identity:
-    """The identity in an answer of stat."""
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong with a file; `line`, `column` and `value` where they are known."""
-
-    reason: str
-    line: int | None = None
-    column: str | None = None
-    value: str | None = None
-
-
-class Unmergeable(Rejected):
-    """This file goes to quarantine. `records` are the bad rows as they stand, below the header line `header`."""
-
-    def __init__(
-        self, faults: list[Fault], hint: str, header: bytes = b"", records: list[bytes] | None = None, more: int = 0
-    ) -> None:
-        first = faults[0]
-        where = f"line {first.line}: " if first.line else ""
-        others = len(faults) - 1 + more
-        super().__init__(f"{where}{first.reason}" + (f" (and {others} more faults)" if others else ""), hint)
-        self.faults = faults
-        self.header = header
-        self.records = records or []
-        self.more = more
-
-
-class Unsteady(Transient):
-    """The file changed while it was looked at; it is left for the next run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +73,6 @@ class _Reading:
     faults: list[Fault] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
     more: int = 0
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise Unsteady(f"{path.name} is gone", "nothing to do: whoever put it there took it away") from error
-    except OSError as error:
-        raise Unmergeable([Fault(f"it cannot be opened: {error.strerror}")], "put a readable, regular file") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Unmergeable(
-            [Fault("it is no regular file")], "put the file itself into the inbox, not a pipe or a device"
-        )
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def read_incoming(

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from app.core.errors import Transient
 from app.core.runs import Context, Exits, Failure, Job, Report
 from app.csv_inbox.config import load_config
+from app.csv_inbox.faults import Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, loads, shown
-from app.csv_inbox.inbox import Candidate, candidates, unchanged
+from app.csv_inbox.inbox import Candidate, candidates, fingerprint, refusal, unchanged
 from app.csv_inbox.log import logged
 from app.csv_inbox.places import Places, printable, translated
 from app.csv_inbox.work import MEBIBYTE, Work
 
 if TYPE_CHECKING:
-    from app.csv_inbox.incoming import Unmergeable
     from app.settings import Settings
 
 NAME = "csv_inbox"
@@ -119,9 +119,6 @@ def _steady(work: Work) -> Sequence[Candidate]:
 
 
 def _marked(candidate: Candidate) -> Candidate:
-    from app.csv_inbox.inbox import fingerprint
-    from app.csv_inbox.incoming import Unmergeable, Unsteady
-
     try:
         return replace(candidate, md5=fingerprint(candidate))
     except (Unmergeable, Unsteady):
@@ -130,9 +127,6 @@ def _marked(candidate: Candidate) -> Candidate:
 
 def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report]) -> Report:
     """One file: merged, set aside, or left because it changed meanwhile."""
-    from app.csv_inbox.inbox import refusal
-    from app.csv_inbox.incoming import Unmergeable, Unsteady
-
     name = printable(candidate.path.name)
     work.context.progress.advance(total=max(candidate.identity.size // MEBIBYTE, 1))
     try:
@@ -148,7 +142,7 @@ def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report
         return Report(failures=(Failure(name, error.message, error.hint),))
 
 
-def _set_aside(work: Work, candidate: Candidate, error: "Unmergeable") -> str:
+def _set_aside(work: Work, candidate: Candidate, error: Unmergeable) -> str:
     from app.csv_inbox.quarantine import reject
     from app.csv_inbox.step import load_id_of, text_of
 

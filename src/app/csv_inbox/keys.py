@@ -6,6 +6,7 @@ are one only when their bytes are, whatever their hashes; memory is about 50 byt
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,14 @@ def same(left: Cells, right: Cells) -> Truths:
     return equal
 
 
+def firsts(values: npt.NDArray[Any]) -> Offsets:
+    """Where each distinct value is first, in the order of the values. np.unique imports far more of numpy."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    found: Offsets = order[np.append(ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1])]
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys of a file. `hashes` are sorted and distinct; `rows` the last row with it, whose key is that of `cells`.
@@ -107,7 +116,8 @@ class Keys:
 
     def kept_rows(self) -> Offsets:
         """The last row of each key, in the order of the file."""
-        return np.union1d(self.rows, np.fromiter(self.shared.values(), np.int64, len(self.shared)))
+        rows = np.concatenate((self.rows, np.fromiter(self.shared.values(), np.int64, len(self.shared))))
+        return rows[firsts(rows)]
 
     def _places(self, hashes: Hashes) -> Offsets:
         return np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
@@ -145,7 +155,7 @@ class Gathering:
         sieve = np.zeros(1 << bits, np.bool_)
         shift = np.uint64(64 - bits)
         sieve[hashes >> shift] = True
-        groups = len(np.unique(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
+        groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
         return Keys(hashes, rows, cells.taken(rows), shared, by_row, sieve, shift, len(rows) - groups + len(shared))
 
 
@@ -159,5 +169,7 @@ def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
     differs = others[~same(cells.taken(order[others]), cells.taken(lasts[group[others]]))]
     if not len(differs):
         return {}
-    members = order[np.isin(group, group[differs])]
+    apart = np.zeros(len(lasts), np.bool_)
+    apart[group[differs]] = True
+    members = order[apart[group]]
     return {cells.value(int(row)): int(row) for row in np.sort(members)}

@@ -17,7 +17,8 @@ from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.dialect import Dialect, Malformed
 from app.csv_inbox.header import Header, read_header
-from app.csv_inbox.incoming import Incoming, identity_of
+from app.csv_inbox.identity import identity_of
+from app.csv_inbox.incoming import Incoming
 from app.csv_inbox.index import Index, Indexing, Subject, Unfit, fitting
 from app.csv_inbox.narrow import narrowed
 from app.csv_inbox.output import COPY_BYTES, Beat, Output

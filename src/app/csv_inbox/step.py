@@ -14,9 +14,11 @@ from uuid import uuid4
 
 from app.core.errors import Transient
 from app.core.runs import Report
+from app.csv_inbox.faults import Unsteady
 from app.csv_inbox.history import MERGED, Load, revert_file
+from app.csv_inbox.identity import identity_of
 from app.csv_inbox.inbox import Candidate, check_steady, unchanged
-from app.csv_inbox.incoming import MEGABYTE, Incoming, Unsteady, identity_of, read_incoming
+from app.csv_inbox.incoming import MEGABYTE, Incoming, read_incoming
 from app.csv_inbox.index import settle
 from app.csv_inbox.journal import Archiving, Renaming, Step, carry_out, commit, renaming
 from app.csv_inbox.merge import Merged, Plan, master_header, merge

@@ -12,7 +12,7 @@ import numpy as np
 
 from app.csv_inbox.dialect import Dialect
 from app.csv_inbox.incoming import Incoming
-from app.csv_inbox.keys import Hashes, Truths
+from app.csv_inbox.keys import Hashes, Truths, firsts
 from app.csv_inbox.records import Block, Cells, Offsets
 
 READ_BYTES = 1 << 20
@@ -53,9 +53,9 @@ class Tally:
         """Count rows of the master that go, with the row of the file that has the key of each."""
         self.taken += len(rows)
         eol = len(self.layout.eol)
-        distinct, first = np.unique(rows, return_index=True)
-        fresh = first[~self._met[distinct]]
-        self._met[distinct] = True
+        first = firsts(rows)
+        fresh = first[~self._met[rows[first]]]
+        self._met[rows] = True
         lengths = np.fromiter(map(len, records), np.int64, len(records))[fresh] + len(self.padding)
         alike = fresh[self.offsets[rows[fresh] + 1] - self.offsets[rows[fresh]] - eol == lengths]
         if not len(alike):
