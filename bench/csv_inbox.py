@@ -99,7 +99,7 @@ def main() -> None:
         run([sys.executable, __file__, "--make", temporary, *sizes])
         run(["cp", str(folder / "whole.csv"), str(folder / "master.csv")])
         ways: dict[str, Callable[[], Cost]] = {name: partial(once, name, folder) for name in names}
-        costs = in_turns(ways, given.repeat)
+        costs = in_turns(ways, given.repeat) if given.repeat > 1 else {name: way() for name, way in ways.items()}
     print(f"\nmaster {given.mb} MB, incoming {given.incoming_mb} MB, median of {given.repeat}\n\n{table(costs)}\n")
     for goal in goals(costs):
         print(goal)

@@ -29,16 +29,21 @@ _MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1
 
 
 def _words(cells: Cells) -> Hashes:
-    """The little-endian number of 8 bytes at each offset of the data, what lies behind its end being 0."""
-    padded = np.zeros(len(cells.data) + WORD_BYTES, np.uint8)
-    padded[: len(cells.data)] = cells.data
-    return np.ndarray((len(cells.data) + 1,), np.dtype("<u8"), padded, 0, (1,))
+    """The little-endian number of 8 bytes at each offset; the data is copied only when a value ends too near its end."""
+    data = cells.data
+    if int((cells.starts + cells.lengths).max(initial=0)) + WORD_BYTES > len(data):
+        data = np.append(data, np.zeros(WORD_BYTES, np.uint8))
+    return np.ndarray((len(data) - WORD_BYTES + 1,), np.dtype("<u8"), data, 0, (1,))
 
 
-def _word(words: Hashes, cells: Cells, at: int) -> Hashes:
-    """Bytes `at` to `at` + 8 of each value, 0 behind its end."""
-    rest = np.clip(cells.lengths - at, 0, WORD_BYTES)
-    found: Hashes = words[np.where(rest > 0, cells.starts + at, 0)] & _MASKS[rest]
+def _word(words: Hashes, cells: Cells, at: int, shortest: int) -> Hashes:
+    """Bytes `at` to `at` + 8 of each value, 0 behind its end; none is shorter than `shortest`."""
+    found: Hashes
+    if at + WORD_BYTES <= shortest:
+        found = words[cells.starts + at]
+    else:
+        rest = np.minimum(np.maximum(cells.lengths - at, 0), WORD_BYTES)
+        found = words[np.where(rest > 0, cells.starts + at, 0)] & _MASKS[rest]
     return found
 
 
@@ -49,7 +54,7 @@ def hashed(cells: Cells) -> Hashes:
     longest = int(cells.lengths.max(initial=0))
     shortest = int(cells.lengths.min(initial=longest))
     for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
-        mixed = (found ^ _word(words, cells, at)) * _FACTOR
+        mixed = (found ^ _word(words, cells, at, shortest)) * _FACTOR
         mixed ^= mixed >> _HALF
         # A value that ended before is left as it is: its hash must not depend on its neighbours.
         found = mixed if at < shortest else np.where(cells.lengths > at, mixed, found)
@@ -67,7 +72,7 @@ def same(left: Cells, right: Cells) -> Truths:
     longest = int(left.lengths.max(initial=0))
     left_words, right_words = _words(left), _words(right)
     for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
-        equal &= _word(left_words, left, at) == _word(right_words, right, at)
+        equal &= _word(left_words, left, at, 0) == _word(right_words, right, at, 0)
     for place in np.flatnonzero(equal & (left.lengths > LONG_KEY_BYTES)) if longest > LONG_KEY_BYTES else ():
         equal[place] = left.value(int(place)) == right.value(int(place))
     return equal
@@ -145,7 +150,7 @@ class Gathering:
         """All of them; there is at least one."""
         lengths = np.concatenate([NONE, *self._lengths])
         by_row = np.concatenate(self._hashes)
-        cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
+        cells = Cells(np.frombuffer(self._data + bytes(WORD_BYTES), np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row, kind="stable")
         ordered = by_row[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
