@@ -29,7 +29,7 @@ _MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1
 
 
 def _words(cells: Cells) -> Hashes:
-    """The little-endian number of 8 bytes at each offset; the data is copied only when a value ends too near its end."""
+    """The little-endian number of 8 bytes at each offset; copies the data only when a value ends near its end."""
     data = cells.data
     if int((cells.starts + cells.lengths).max(initial=0)) + WORD_BYTES > len(data):
         data = np.append(data, np.zeros(WORD_BYTES, np.uint8))
