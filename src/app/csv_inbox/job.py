@@ -128,7 +128,7 @@ def _marked(candidate: Candidate) -> Candidate:
 def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report]) -> Report:
     """One file: merged, set aside, or left because it changed meanwhile."""
     name = printable(candidate.path.name)
-    work.context.progress.advance(total=max(candidate.identity.size // MEBIBYTE, 1))
+    work.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # it is read, and put behind
     try:
         if candidate.refused:
             raise refusal(candidate)
