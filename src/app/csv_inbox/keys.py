@@ -1,7 +1,7 @@
 """The keys of a file, looked up by the thousand: hashes of 64 bits find candidates, the bytes themselves decide.
 
 Invariants: hashes are the same in every process and version of INDEX_VERSION, since the index keeps them; two keys
-are one only when their bytes are, whatever their hashes; memory is about 50 bytes for each key.
+are one only when their bytes are, whatever their hashes; memory grows with the number of keys only.
 """
 
 import hashlib
