@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from app.analytics.engine import PAD, Engine, literal, relation
+from app.analytics.engine import Engine, Files, literal
 from app.analytics.totals import LATEST
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.stores.objects import ObjectInfo, ObjectStore
@@ -139,11 +139,12 @@ def _faulty(facts: Facts, message: str) -> Facts:
 
 
 def _together(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
-    files = [str(one.file) for one in copies]
+    names = [str(one.file) for one in copies]
+    columns = _columns(engine.rows(SCHEMA.format(literal(names))))
+    instants = frozenset(each["timestamp"] for each in columns.values() if "timestamp" in each)
     parts: dict[str, list[Part]] = {}
-    for name, *values in engine.rows(_aggregates(engine.folder / PAD, files)):
+    for name, *values in engine.rows(_aggregates(Files(engine.folder, names, instants))):
         parts.setdefault(name, []).append(_part(values))
-    columns = _columns(engine.rows(SCHEMA.format(literal(files))))
     return [
         Facts(
             one.facts.key,
@@ -157,7 +158,7 @@ def _together(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
     ]
 
 
-def _aggregates(pad: Path, files: Sequence[str]) -> str:
+def _aggregates(files: Files) -> str:
     values = ", ".join(
         f"{literal(name)}: " + ("epoch_us(timestamp)" if name == "timestamp" else f'"{name}"') for name in LATEST
     )
@@ -167,7 +168,7 @@ def _aggregates(pad: Path, files: Sequence[str]) -> str:
             epoch_us(min(timestamp)), epoch_us(max(timestamp)),
             fsum(voltage), count(voltage), max(temperature), fsum(soc), count(soc),
             max({{{values}}}) FILTER (timestamp IS NOT NULL)
-        FROM {relation(pad, files, named=True)}
+        FROM {files.relation(named=True)}
         GROUP BY filename, device_id, day
     """  # noqa: S608 - names of columns, and files of our own
 

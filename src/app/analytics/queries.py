@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from app.analytics.engine import PAD, Engine, Remote, Unreadable, relation
+from app.analytics.engine import Engine, Files, Remote, Unreadable
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
 from app.analytics.reports import Reads, Report
 from app.analytics.summaries import Summaries
@@ -100,7 +100,7 @@ class Queries:
         """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""
         self.check(report)
         values = {each.name: each.read(each.default) for each in report.parameters}
-        return self._local.columns(report.sql(relation(self._local.folder / PAD, [])), values)
+        return self._local.columns(report.sql(Files(self._local.folder).relation()), values)
 
     def check(self, report: Report) -> None:
         """Raises Permanent for a report that may not or cannot be run."""
@@ -131,7 +131,7 @@ class Queries:
     def _attempt(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
         sources = self._sources(report.reads, values)
         with self._objects.opened(sources) as (engine, names):
-            sql = report.sql(relation(engine.folder / PAD, names))
+            sql = report.sql(Files(engine.folder, names, self._summaries.instants).relation())
             with engine.batches(sql, values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, shape, engine.folder)
         if not self._objects.certain(sources):

@@ -5,6 +5,7 @@ ask the same; the event loop is never held. Every answer says of when it is, wha
 known.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Serving:
 
     analytics: Analytics
     flights: Flights = field(default_factory=Flights)
+    described: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +205,9 @@ def _asked(report: Report, request: Request) -> Asked:
 
 async def _view(serving: Serving) -> View:
     """The last listing; before the first one, wait a while for it."""
-    import asyncio
-
     until = time.monotonic() + FIRST_SECONDS
+    if serving.analytics.summaries.view is None and serving.analytics.refresher.trouble is None:
+        serving.analytics.refresher.hurry()
     while (view := serving.analytics.summaries.view) is None:
         trouble = serving.analytics.refresher.trouble
         if trouble is not None:
@@ -240,8 +242,10 @@ def _text(at: datetime) -> str:
 
 def _listing(serving: Serving) -> Callable[[], Any]:
     async def listing() -> Response:
-        reports = await run_in_threadpool(lambda: [_described(serving, r) for r in serving.analytics.reports.values()])
-        return JSONResponse({"count": len(reports), "reports": reports})
+        if not serving.described:
+            reports = serving.analytics.reports.values()
+            serving.described[:] = await run_in_threadpool(lambda: [_described(serving, each) for each in reports])
+        return JSONResponse({"count": len(serving.described), "reports": serving.described})
 
     return listing
 

@@ -46,7 +46,8 @@ class Refresher:
     def __init__(self, summaries: Summaries, interval_seconds: float) -> None:
         self._summaries = summaries
         self._interval_seconds = interval_seconds
-        self._ended = threading.Event()
+        self._awake = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._turn, name="analytics-refresh", daemon=True)
         self.trouble: AppError | None = None
 
@@ -54,9 +55,14 @@ class Refresher:
         """Begin, a moment after everything else."""
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Refresh now: somebody is waiting."""
+        self._awake.set()
+
     def close(self, seconds: float) -> None:
         """End; a refresh that goes on is waited for that long and no longer."""
-        self._ended.set()
+        self._ended = True
+        self._awake.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -66,7 +72,11 @@ class Refresher:
         """
         pause_seconds = FIRST_SECONDS
         with ThreadPoolExecutor(1, thread_name_prefix="analytics") as one:
-            while not self._ended.wait(pause_seconds):
+            while True:
+                self._awake.wait(pause_seconds)
+                self._awake.clear()
+                if self._ended:
+                    return
                 began = time.monotonic()
                 error = one.submit(self._summaries.refresh).exception()
                 self._note(error)

@@ -79,6 +79,11 @@ class Summaries:
         """The last whole listing; None before the first."""
         return self._view
 
+    @property
+    def instants(self) -> frozenset[str]:
+        """The types that the column `timestamp` has in the objects."""
+        return frozenset(self._view.columns.get("timestamp", ())) if self._view else frozenset()
+
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[Source]:
         """What a query over this device and span has to read; None = not limited."""
         first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
