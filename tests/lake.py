@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.analytics.engine import Engine, Limits
+from app.analytics.engine import Engine, Limits, Remote
 from app.analytics.formats import Shape, of_table
-from app.analytics.queries import LocalObjects, Objects, Queries
+from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import Report, load_reports
 from app.analytics.summaries import Summaries
 from app.analytics.totals import TABLES
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
+from app.stores.s3 import S3Store
+from app.stores.s3_client import S3Target
 from app.stores.sql import sql_directory
 from app.stores.summaries import SqlSummaries
+from seaweed import Seaweed
 
 PREFIX = "telemetry"
 BUILT_IN = ("overview", "daily-summary", "devices", "devices/latest")
@@ -189,10 +193,41 @@ class Lake:
         return b"".join(answer.pieces())
 
     def close(self) -> None:
-        self.engine.close()
+        self.queries.close()
 
 
 def local_lake(folder: Path, facts: SqlSummaries) -> Lake:
     """Over a directory."""
     store = LocalDirectory(folder / "objects")
     return Lake(store, facts, folder, lambda engine: LocalObjects(engine, store.pin))
+
+
+def bucket_lake(server: Seaweed, folder: Path, facts: SqlSummaries, *, whole_bytes: int = WHOLE_BYTES) -> Lake:
+    """Over a bucket of a real server; objects above `whole_bytes` are read in pieces."""
+    bucket = server.new_bucket()
+    target = S3Target(
+        bucket=bucket,
+        endpoint_url=server.endpoint_url,
+        addressing_style="path",
+        access_key_id=server.access_key,
+        secret_access_key=server.secret_key,
+    )
+
+    def remote(whole: bool) -> Remote:  # noqa: FBT001 - as the port has it
+        return Remote(
+            bucket=bucket,
+            prefix=PREFIX,
+            endpoint=f"{server.host}:{server.port}",
+            region="us-east-1",
+            path_style=True,
+            tls=False,
+            access_key_id=server.access_key,
+            secret_access_key=server.secret_key,
+            whole=whole,
+        )
+
+    def objects(engine: Engine) -> Objects:
+        made = partial(Engine, engine.folder, Limits(128, 8, 60))
+        return BucketObjects(remote, made, whole_bytes)
+
+    return Lake(S3Store(target, "probe/key"), facts, folder, objects)

@@ -49,6 +49,8 @@ def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) 
     """Facts of these objects, group by group, the next one fetched meanwhile. Objects that are gone are left out; those
     that were replaced since have the version that is there now. Raises Transient when the store fails.
     """
+    if not infos:
+        return
     with (
         TemporaryDirectory(dir=engine.folder, prefix="copies-") as folder,
         ThreadPoolExecutor(AT_ONCE, thread_name_prefix="analytics-fetch") as pool,

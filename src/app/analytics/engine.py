@@ -155,7 +155,6 @@ def _open_remote(connection: Any, remote: Remote) -> str:
     settings = {
         "force_download": remote.whole,  # one request: the object is one version, whoever replaces it meanwhile
         "s3_url_compatibility_mode": True,  # a key is a name and never a pattern
-        "enable_global_s3_configuration": False,
         "httpfs_connection_caching": True,
         "http_timeout": 20,
         "http_retries": 2,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, Protocol
 
 from app.analytics.engine import Engine, Files, Remote, Unreadable
@@ -35,6 +36,9 @@ class Objects(Protocol):
     def certain(self, sources: Sequence[Source]) -> bool:
         """Whether what was read in `opened` cannot have been of two versions."""
 
+    def close(self) -> None:
+        """Give the memory back."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalObjects:
@@ -57,13 +61,21 @@ class LocalObjects:
         del sources
         return True
 
+    def close(self) -> None:
+        """See `Objects.close`."""
+        self.engine.close()
+
 
 class BucketObjects:
     """Objects of a bucket. `remote(whole)` is how it is reached now; its keys may change from time to time."""
 
-    def __init__(self, remote: Callable[[bool], Remote], make: Callable[[Remote], Engine]) -> None:
+    def __init__(
+        self, remote: Callable[[bool], Remote], make: Callable[[Remote], Engine], whole_bytes: int = WHOLE_BYTES
+    ) -> None:
         self._remote = remote
         self._make = make
+        self._whole_bytes = whole_bytes
+        self._lock = Lock()
         self._engines: dict[bool, Engine] = {}
 
     @contextmanager
@@ -75,16 +87,24 @@ class BucketObjects:
 
     def certain(self, sources: Sequence[Source]) -> bool:
         """See `Objects.certain`: fetched whole, unless one is too large to be held in memory."""
-        return all(source.size_bytes <= WHOLE_BYTES for source in sources)
+        return all(source.size_bytes <= self._whole_bytes for source in sources)
 
     def _engine(self, *, whole: bool) -> Engine:
         remote = self._remote(whole)
-        held = self._engines.get(whole)
-        if held is None or held.remote != remote:
-            self._engines[whole] = self._make(remote)
-            if held is not None:
-                held.close()
-        return self._engines[whole]
+        with self._lock:
+            held = self._engines.get(whole)
+            if held is None or held.remote != remote:
+                self._engines[whole] = self._make(remote)
+                if held is not None:
+                    held.close()
+            return self._engines[whole]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        with self._lock:
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
 
 
 class Queries:
@@ -95,6 +115,11 @@ class Queries:
         self._objects = objects
         self._local = local
         self._checked: set[str] = set()
+
+    def close(self) -> None:
+        """Give the memory of all engines back; a later report opens them anew."""
+        self._objects.close()
+        self._local.close()
 
     def columns(self, report: Report) -> Mapping[str, str]:
         """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""

@@ -151,7 +151,6 @@ class Analytics:
     refresher: Refresher
     workplace: Workplace
     refresh_seconds: float
-    engine: Engine
 
     def start(self) -> None:
         """Begin to refresh."""
@@ -161,7 +160,7 @@ class Analytics:
     def close(self, seconds: float) -> None:
         """End, within `seconds`."""
         self.refresher.close(seconds)
-        self.engine.close()
+        self.queries.close()
         self.workplace.leave()
 
 
@@ -193,7 +192,6 @@ def build(
         refresher=Refresher(summaries, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,
-        engine=local,
     )
 
 
