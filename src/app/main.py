@@ -240,6 +240,8 @@ def front(service: Inside) -> Front:
 
 def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+    from app.analytics import routes as report_routes
+    from app.analytics.asked import Serving
     from app.ops import dashboard, routes
     from app.ops.api import About, build_api
 
@@ -254,8 +256,9 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         clock=now,
     )
     about = service.settings.service
-    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service), report_routes(service)]
-    return build_api(About(about.title, about.version, about.description), routers, guard)
+    serving = Serving(service.analytics)
+    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service), report_routes.build(serving)]
+    return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":
@@ -267,13 +270,6 @@ def warehouse_routes(service: Inside) -> "APIRouter":
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
     sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
     return routes.build(routes.Serving(service.warehouse, sizes, now))
-
-
-def report_routes(service: Inside) -> "APIRouter":
-    """/analytics."""
-    from app.analytics import routes
-
-    return routes.build(service.analytics)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
