@@ -3,11 +3,13 @@
     uv run python bench/analytics.py [--objects 100 1000] [--rows 200] [--clients 1 8 64] [--seconds 3]
 
 Plain DuckDB is a small asynchronous server: one connection, a cursor per request in eight threads, httpfs over a list
-of keys. With its cache it gives wrong answers while objects change, so it is shown without and with it.
+of keys. With its cache it gives wrong answers while objects change, so it is shown without and with it. ROAPI is
+measured too when its program is on the PATH: `uv venv x && uv pip install -p x roapi`, then PATH=$PATH:x/bin.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +31,10 @@ AD_HOC = """
     WHERE device_id = 'D1' AND timestamp >= '2026-01-01 00:00:00+00' AND timestamp < '2026-01-01 12:00:00+00'
     GROUP BY ALL ORDER BY ALL
 """
+
+
+OVERVIEW = """SELECT count(*) AS total_rows, count(DISTINCT device_id) AS device_count,
+    min(timestamp) AS first, max(timestamp) AS last FROM telemetry"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +89,13 @@ def main() -> int:
 def measure(server: Seaweed, work: Path, objects: int, given: Given) -> Sequence[Goal]:
     """All ways over one bucket."""
     bucket = server.new_bucket()
-    place = Place(server, bucket, fill(server, bucket, objects, given.rows), work)
+    (work / "files").mkdir()
+    place = Place(server, bucket, fill(server, bucket, objects, given.rows, work / "files"), work)
     results = {
         "DuckDB, no cache": plain(place, given, cache=False),
         "DuckDB, its cache": plain(place, given, cache=True),
         "headwater": ours(place, given),
+        **({"ROAPI": roapi(place, given)} if shutil.which("roapi") else {}),
     }
     print(f"\n{objects} objects of {given.rows} rows\n")
     print("| way | answer | clients | first s | requests/s | p50 ms | cpu ms a request | /health p99 ms | peak MiB |")
@@ -107,7 +115,12 @@ def goals_of(objects: int, results: Mapping[str, Result], given: Given) -> Seque
     mine, uncached, cached = results["headwater"], results["DuckDB, no cache"], results["DuckDB, its cache"]
     few, many = min(given.clients), max(given.clients)
     overview = mine.loads["/analytics/overview", few]
+    peer = [one for (_, clients), one in results["ROAPI"].loads.items() if clients == few] if "ROAPI" in results else []
     return [
+        *(
+            Goal(f"{objects} objects, overview, {few} client: CPU of ROAPI / ours", one.cpu_ms / overview.cpu_ms, 20)
+            for one in peer
+        ),
         Goal(f"{objects} objects, overview inside the process, p50", overview.inside_ms, 2, at_least=False, unit=" ms"),
         Goal(
             f"{objects} objects, overview, {few} client: CPU of DuckDB per request / ours",
@@ -141,7 +154,7 @@ def plain(place: Place, given: Given, *, cache: bool) -> Result:
     with serving([sys.executable, "-c", PLAIN, str(port), *told, *files], port, {}) as child:
         cold = first(port, "/overview")
         paths = ("/overview", "/adhoc")
-        loads = {(path, n): load(child.pid, port, path, n, given.seconds) for path in paths for n in given.clients}
+        loads = {(path, n): load(child, port, path, n, given.seconds) for path in paths for n in given.clients}
         return Result(cold, loads, peak_mib(child.pid))
 
 
@@ -162,8 +175,19 @@ def ours(place: Place, given: Given) -> Result:
     with serving([sys.executable, "-m", "app"], port, environ) as child:
         cold = first(port, "/analytics/overview")
         paths = ("/analytics/overview", REPORT)
-        loads = {(path, n): load(child.pid, port, path, n, given.seconds) for path in paths for n in given.clients}
+        loads = {(path, n): load(child, port, path, n, given.seconds) for path in paths for n in given.clients}
         return Result(cold, loads, peak_mib(child.pid))
+
+
+def roapi(place: Place, given: Given) -> Result:
+    """ROAPI, which reads a copy of the objects into its memory at its start."""
+    port = free_port()
+    command = ["roapi", "-a", f"127.0.0.1:{port}", "-p", f"127.0.0.1:{free_port()}"]
+    command += ["--addr-flight-sql", f"127.0.0.1:{free_port()}", "-t", f"telemetry={place.work}/files,format=parquet"]
+    path = f"/api/sql\n{OVERVIEW}"
+    with serving(command, port, {"RUST_LOG": "error"}) as child:
+        loads = {(path, n): load(child, port, path, n, given.seconds) for n in given.clients}
+        return Result(0.0, loads, peak_mib(child.pid))
 
 
 def first(port: int, path: str) -> float:

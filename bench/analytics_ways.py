@@ -72,8 +72,8 @@ def free_port() -> int:
         return port
 
 
-def fill(server: Seaweed, bucket: str, objects: int, rows: int) -> Sequence[str]:
-    """Put hourly objects of some devices; their keys."""
+def fill(server: Seaweed, bucket: str, objects: int, rows: int, folder: Path) -> Sequence[str]:
+    """Put hourly objects of some devices, and a copy of each into a folder; their keys."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,6 +94,7 @@ def fill(server: Seaweed, bucket: str, objects: int, rows: int) -> Sequence[str]
             pq.write_table(pa.table(columns), file, compression="zstd")
             name = f"{PREFIX}/device_id=D{device}/date={start:%Y/%m/%d}/export_{start:%H%M%S}.parquet"
             names.append(name)
+            (folder / f"{number}.parquet").write_bytes(file.getvalue())
             pool.submit(client.put_object, Bucket=bucket, Key=name, Body=file.getvalue())
     return names
 
@@ -151,8 +152,12 @@ class Load:
         return self.requests / self.seconds
 
 
-def load(pid: int, port: int, path: str, clients: int, seconds: float) -> Load:
-    """So many clients, each asking again as soon as it was answered, and one that asks /health meanwhile."""
+def load(child: "subprocess.Popen[bytes]", port: int, path: str, clients: int, seconds: float) -> Load:
+    """So many clients, each asking again as soon as it was answered, and one that asks /health meanwhile.
+
+    `path` is asked for; with a line behind it, that is sent as the body of a POST.
+    """
+    pid = child.pid
     before = cpu_seconds(pid)
     began = time.monotonic()
     taken, inside, health = asyncio.run(_load(port, path, clients, seconds))
@@ -180,9 +185,12 @@ async def _load(port: int, path: str, clients: int, seconds: float) -> tuple[lis
 async def _client(port: int, path: str, until: float, pause: float, into: tuple[list[float], list[float]]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     taken, inside = into
+    where, _, body = path.partition("\n")
+    line = f"POST {where} HTTP/1.1\r\nContent-Length: {len(body)}" if body else f"GET {where} HTTP/1.1"
+    request = f"{line}\r\nHost: 127.0.0.1\r\n\r\n{body}".encode()
     while True:
         began = time.monotonic()
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
         await reader.readexactly(int(fields["content-length"]))
