@@ -58,10 +58,12 @@ VALUES (:object_id, :key, :etag, :size_bytes, :rows, :schema_id, :fault)
 ON CONFLICT (object_id) DO NOTHING;
 
 -- name: save_schema
+-- Columns that several objects have are kept once.
 INSERT INTO analytics_schemas (schema_id, columns) VALUES (:schema_id, :columns)
 ON CONFLICT (schema_id) DO NOTHING;
 
 -- name: save_part
+-- Parts of a version never change either.
 INSERT INTO analytics_parts (
     object_id, place, device, day, row_count, min_us, max_us, voltage_sum, voltage_count, temperature_max, soc_sum,
     soc_count, latest
@@ -72,15 +74,19 @@ INSERT INTO analytics_parts (
 ON CONFLICT (object_id, place) DO NOTHING;
 
 -- name: forget_parts (postgres)
+-- Remove the parts of these versions; :ids is a JSON array of texts.
 DELETE FROM analytics_parts WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
 
 -- name: forget_parts (sqlite)
+-- Remove the parts of these versions; :ids is a JSON array of texts.
 DELETE FROM analytics_parts WHERE object_id IN (SELECT value FROM json_each(:ids));
 
 -- name: forget_objects (postgres)
+-- Remove these versions; :ids is a JSON array of texts.
 DELETE FROM analytics_objects WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
 
 -- name: forget_objects (sqlite)
+-- Remove these versions; :ids is a JSON array of texts.
 DELETE FROM analytics_objects WHERE object_id IN (SELECT value FROM json_each(:ids));
 
 -- name: object_ids
@@ -92,4 +98,5 @@ SELECT object_id FROM analytics_objects;
 SELECT sweeps FROM analytics_sweeps WHERE only_row = 1;
 
 -- name: count_sweep
+-- Tell other processes that versions are being removed.
 UPDATE analytics_sweeps SET sweeps = sweeps + 1 WHERE only_row = 1;
