@@ -32,11 +32,13 @@ from app.stores.state import State, open_state
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from app.analytics.service import Analytics
     from app.objects.reach import Reach
     from app.ops.answers import Asgi
     from app.ops.routes import PartitionView
     from app.stores.objects import ObjectStore
     from app.stores.s3 import S3Store
+    from app.stores.s3_client import S3Target
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
@@ -54,6 +56,9 @@ OPEN_CALLS = frozenset(
         ("DELETE", "/ops/session"),
         ("GET", "/s3/shared"),
         ("HEAD", "/s3/shared"),
+        ("GET", "/analytics/explore"),
+        ("GET", "/assets/explore.js"),
+        ("GET", "/assets/explore.css"),
     }
 )
 log = logging.getLogger(__name__)
@@ -77,6 +82,7 @@ class Inside:
     state: State
     warehouse: Warehouse
     store: "ObjectStore"
+    analytics: "Analytics"
     pipelines: Pipelines
     scheduler: Scheduler
     tallies: Tallies
@@ -129,7 +135,8 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "s3_accessible": probed(store),
         "dwh_connected": reached(warehouse.ping),
     }
-    ops = Inside(settings, state, warehouse, store, pipelines, scheduler, tallies, Readiness(stores))
+    analytics = open_analytics(settings, state, store)
+    ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, tallies, Readiness(stores))
     checks = {**stores, **pipelines.checks}
     return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
 
@@ -142,9 +149,16 @@ def open_store(settings: Settings) -> "ObjectStore":
 
         return LocalDirectory(settings.service.data_dir / "objects")
     from app.stores.s3 import PROBE_FOLDER, S3Store
+
+    return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def s3_target(settings: Settings) -> "S3Target":
+    """How the bucket is reached."""
     from app.stores.s3_client import S3Target
 
-    target = S3Target(
+    s3 = settings.s3
+    return S3Target(
         bucket=s3.bucket,
         region=s3.region,
         endpoint_url=s3.endpoint_url,
@@ -153,7 +167,14 @@ def open_store(settings: Settings) -> "ObjectStore":
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
     )
-    return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
+    """/analytics over the objects."""
+    from app.analytics import service
+    from app.stores.s3_client import key_source
+
+    return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 
 
 def sweeps(parts: Parts) -> Sequence[Job]:
@@ -226,10 +247,12 @@ def front(service: Inside) -> Front:
 
     def opened() -> None:
         readiness.start()
+        service.analytics.start()
         service.scheduler.start()
 
     def closed() -> None:
         readiness.close()
+        service.analytics.close(service.settings.service.shutdown_grace_seconds / 8)
         stuck = service.scheduler.close(service.settings.service.shutdown_grace_seconds / 4)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
@@ -246,6 +269,8 @@ def front(service: Inside) -> Front:
 
 def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+    from app.analytics import routes as report_routes
+    from app.analytics.asked import Serving
     from app.ops import dashboard, routes
     from app.ops.api import About, build_api
 
@@ -260,8 +285,15 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         clock=now,
     )
     about = service.settings.service
-    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service), object_routes(service)]
-    return build_api(About(about.title, about.version, about.description), routers, guard)
+    serving = Serving(service.analytics)
+    routers = [
+        dashboard.build(),
+        routes.build(ops),
+        warehouse_routes(service),
+        object_routes(service),
+        report_routes.build(serving),
+    ]
+    return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":

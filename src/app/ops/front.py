@@ -25,7 +25,7 @@ DOCS = (
     "style-src 'self' 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
     "font-src https://fonts.gstatic.com"
 )
-POLICIES = {"/": PAGE, "/docs": DOCS, "/redoc": DOCS}
+POLICIES = {"/": PAGE, "/analytics/explore": PAGE, "/docs": DOCS, "/redoc": DOCS}
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

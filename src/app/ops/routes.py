@@ -101,8 +101,9 @@ def _session(router: APIRouter, guard: Guard) -> None:
     @router.post("/ops/session", openapi_extra=EVERYBODY, summary="Sign in to the dashboard", status_code=204)
     async def sign_in(request: Request, sent: SignIn) -> Response:
         grant = guard.sign_in(sent.key.get_secret_value(), request.scope)
-        if not grant.allows("ops:read"):
-            raise Refused(Refusal(403, "this key may not see the dashboard", "use one with the scope ops:read"))
+        if not any(grant.allows(scope) for scope in ("ops:read", "analytics:read")):
+            hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
+            raise Refused(Refusal(403, "this key may not see any page", hint))
         response = Response(status_code=204)
         secure = request.url.scheme == "https"
         response.set_cookie(

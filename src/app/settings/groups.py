@@ -176,6 +176,16 @@ class DwhSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AnalyticsSettings:
+    """/analytics. `reports_dir` None = only the reports that come with the product."""
+
+    refresh_seconds: float
+    timeout_seconds: float
+    memory_mb: int
+    reports_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class AppMetricaSettings:
     """AppMetrica. `api_key` None = off; then `application_id` is None too."""
 
@@ -213,5 +223,6 @@ class Settings:
     drive: DriveSettings
     inbox: InboxSettings
     dwh: DwhSettings
+    analytics: AnalyticsSettings
     appmetrica: AppMetricaSettings
     amplitude: AmplitudeSettings

@@ -412,6 +412,26 @@ DWH = _of(
     ("max_rows_per_insert", "DWH_MAX_ROWS_PER_INSERT", kinds.whole(1, 1_000_000), "1000", "rows in one INSERT"),
 )
 
+ANALYTICS = _of(
+    "analytics",
+    (
+        "refresh_seconds",
+        "ANALYTICS_REFRESH_SECONDS",
+        kinds.seconds(0.1, 86_400),
+        "10",
+        "time between two looks at which objects are there; one that takes long is followed by a longer pause",
+    ),
+    ("timeout_seconds", "ANALYTICS_TIMEOUT_SECONDS", kinds.seconds(0.1, 3600), "30", "longest that one report may run"),
+    (
+        "memory_mb",
+        "ANALYTICS_MEMORY_MB",
+        kinds.whole(32, 65_536),
+        "128",
+        "memory of reports that run; what needs more goes to DATA_DIR meanwhile",
+    ),
+    ("reports_dir", "ANALYTICS_REPORTS_DIR", kinds.PATH, "", "folder of further reports, one .sql file each", "none"),
+)
+
 APPMETRICA = _of(
     "appmetrica",
     (
@@ -474,6 +494,7 @@ PARTS = (
     Part("Google Drive, the sink of dynamo_to_drive", DRIVE),
     Part("CSV inbox", INBOX),
     Part("Warehouse: /dwh", DWH),
+    Part("Reports: /analytics", ANALYTICS),
     Part("AppMetrica", APPMETRICA),
     Part("Amplitude", AMPLITUDE),
 )

@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs and layouts.
+"""The state of the product in one database: checkpoints, leases, runs, layouts and summaries.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -13,6 +13,7 @@ from app.stores.migrations import Migrated
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
+from app.stores.summaries import SqlSummaries
 
 FILE = "state.db"
 VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
@@ -27,6 +28,7 @@ class State:
     leases: SqlLeases
     runs: SqlRuns
     layouts: SqlLayouts
+    summaries: SqlSummaries
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -50,4 +52,5 @@ def open_state(url: str, data_dir: Path) -> State:
         leases=SqlLeases(database, queries),
         runs=SqlRuns(database, queries),
         layouts=SqlLayouts(database, queries),
+        summaries=SqlSummaries(database, queries),
     )
