@@ -148,6 +148,13 @@ class Progress(Protocol):
         """`done` more units finished, `total` more known to be ahead, `rows` more rows moved. From any thread."""
 
 
+class Unwatched:
+    """Progress that nobody looks at."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nothing to show."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a running job is given."""
