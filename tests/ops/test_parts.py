@@ -5,10 +5,8 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Transient
-from app.core.runs import Outcome, Report, Run
 from app.ops.guard import Throttle
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
-from app.ops.outcomes import Tallies
 from app.ops.progress import Counts, Tally
 from app.ops.readiness import Readiness
 
@@ -27,15 +25,6 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
     assert single.samples[0] == ({"job": "job", "partition": "dev-999"}, 999.0)
     assert most.samples == [({"job": "job"}, 999.0)]
     assert number.samples == [({"job": "job"}, 1000.0)]
-
-
-def test_runs_are_counted_by_outcome_and_their_reports_are_summed() -> None:
-    tallies = Tallies()
-    for outcome in (Outcome.OK, Outcome.OK, Outcome.FAILED):
-        tallies.ended(Run("r", "job", NOW, NOW, outcome, Report(rows=2, late_rows=1)), None)
-    assert tallies.runs() == {("job", "ok"): 2, ("job", "failed"): 1}
-    assert tallies.sums()["job", "rows"] == 6
-    assert tallies.succeeded_at() == {"job": NOW}
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:

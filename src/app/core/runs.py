@@ -102,6 +102,17 @@ class Run:
     hint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """All runs of a job that ever ended with one outcome: how many, what they did together, and when the last ended."""
+
+    job: str
+    outcome: Outcome
+    runs: int
+    report: Report
+    ended_at: datetime
+
+
 class Runs(Protocol):
     """The record of runs."""
 
