@@ -25,6 +25,7 @@ from app.ops.limits import BodyLimits
 from app.ops.outcomes import log_run
 from app.ops.probes import Probes
 from app.ops.readiness import Check, Readiness
+from app.ops.rights import of_database, of_objects
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
 from app.settings import Settings
@@ -133,7 +134,12 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     }
     ops = Inside(settings, state, warehouse, pipelines, scheduler, alerts, Readiness(stores))
     checks = {**stores, **pipelines.checks}
-    return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
+    rights = {
+        "checkpoint_store_connected": of_database(state.database),
+        "s3_accessible": of_objects(store, settings.s3.prefix),
+        "dwh_connected": of_database(warehouse.database),
+    }
+    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
 
 
 def alerting(settings: Settings, pipelines: Pipelines, state: State, terms_: LeaseTerms) -> Alerts:

@@ -15,7 +15,10 @@ from app.core.window import Age, Window, age_of
 
 
 class State(Enum):
-    """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone."""
+    """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
+
+    OPEN: not finished yet, so that what is there may still change. MISSING also: due, and not written yet.
+    """
 
     EMPTY = "empty"
     MISSING = "missing"
@@ -56,10 +59,11 @@ class Chart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When the map is made, and how long windows take late rows."""
+    """When the map is made, how long windows take late rows, and up to where the partition is finished."""
 
     now: datetime
     grace_seconds: float
+    cursor_at: datetime | None = None
 
 
 def cells_of(
@@ -81,11 +85,12 @@ def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], a
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> State:
+    if at.cursor_at is None or window.end > at.cursor_at:
+        is_due = age_of(window, at.now, at.grace_seconds) is Age.DUE
+        return State.MISSING if (is_due or records) and not there else State.OPEN
     gone = [record for record in records if record.key not in there]
     if gone:
         return State.MISSING if len(gone) == len(records) else State.PARTIAL
-    if age_of(window, at.now, at.grace_seconds) is not Age.DUE:
-        return State.OPEN
     known = {record.key: record.version for record in records}
     if any(known.get(key) != version for key, version in there.items()):
         return State.STALE

@@ -320,7 +320,7 @@ def _ping_drive(parts: Parts) -> str:
     place = Place("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
     drive_id = FolderOnce().drive_id(calls, place)
     return (
-        f"folder on shared drive {drive_id}"
+        f"may add files to the folder, on shared drive {drive_id}"
         if drive_id
         else "folder in My Drive: a service account cannot create there"
     )

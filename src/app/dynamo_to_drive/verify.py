@@ -136,6 +136,7 @@ class HourChart:
         if not hours:
             return ()
         records = at.pipeline.checkpoints.records(at.pipeline.name, partition, hours[0].start, hours[-1].end)
+        moment = replace(moment, cursor_at=at.pipeline.checkpoints.cursors(at.pipeline.name).get(partition))
         starts = {at.sink.key(partition, hour, 0): hour.start for hour in hours}
         days = {window_at(hour.start, DAY_SECONDS).start: hour for hour in hours}.values()
         found = [

@@ -113,9 +113,10 @@ class ExportChart:
         if not windows:
             return ()
         records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
+        moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
         days = {window.start.date(): window for window in windows}.values()
         named = [each for day in days for each in ends.sink.listed(partition, day)]
-        return cells_of(windows, records, found_in(windows, named), Moment(now, self.grace_seconds))
+        return cells_of(windows, records, found_in(windows, named), moment)
 
 
 def found_in(windows: Sequence[Window], named: Listing) -> Iterator[Found]:

@@ -43,13 +43,15 @@ class Pipelines:
 class Headwater:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `checks` are all attempts that `python -m app check` makes; only those of stores decide on readiness.
+    `checks` are attempts to reach every system, of which only those of stores decide on readiness; `rights` take the
+    place of those of the same name in `python -m app check`, which tries what the credentials may do.
     """
 
     settings: Settings
     state: State
     pipelines: Pipelines
     checks: Mapping[str, Check]
+    rights: Mapping[str, Check]
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler

@@ -3,12 +3,12 @@
 Invariant: instants are UTC with `Z`, durations are seconds, and a field is never left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from app.core.runs import Run
+from app.core.runs import Report, Run
 from app.ops.scheduler import JobView
 
 
@@ -51,6 +51,11 @@ def job_shown(view: JobView, last: Run | None, *, stale: bool = False) -> Mappin
     }
 
 
+def failures_shown(report: Report) -> Sequence[Mapping[str, str]]:
+    """The first twenty partitions that could not be finished."""
+    return [{"partition": f.partition, "message": f.message, "hint": f.hint} for f in report.failures[:20]]
+
+
 def run_shown(run: Run) -> Mapping[str, Any]:
     """One run, with at most twenty of its failures."""
     report = run.report
@@ -64,7 +69,7 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "bytes": report.bytes,
         "windows": report.windows,
         "late_rows": report.late_rows,
-        "failures": [{"partition": f.partition, "message": f.message, "hint": f.hint} for f in report.failures[:20]],
+        "failures": failures_shown(report),
         "error": run.error,
         "hint": run.hint,
     }
