@@ -49,6 +49,7 @@ OPEN_CALLS = frozenset(
         ("GET", "/health"),
         ("GET", "/ready"),
         ("GET", "/assets/dashboard.js"),
+        ("GET", "/assets/gaps.js"),
         ("GET", "/assets/dashboard.css"),
         ("GET", "/assets/icon.svg"),
         ("POST", "/ops/session"),

@@ -74,7 +74,12 @@ def _looking(router: APIRouter, proof: Proof) -> None:
 
     @router.get("/ops/verifications", openapi_extra=READ, summary="The latest verification of each job")
     def verifications() -> dict[str, Any]:
-        return {"jobs": list(proof.proofs.jobs), "verifications": [_result(each) for each in proof.proofs.results()]}
+        maps = list(proof.atlas.jobs)
+        return {
+            "jobs": list(proof.proofs.jobs),
+            "maps": maps,
+            "verifications": [_result(each) for each in proof.proofs.results()],
+        }
 
 
 def _end(to: datetime | None, now: datetime) -> datetime:

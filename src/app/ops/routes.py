@@ -21,7 +21,7 @@ from app.ops.metrics import Series, exposition, job_series, lag_series, success_
 from app.ops.probes import Answer, Probes
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
-from app.ops.shapes import PartitionView, instant_text, job_shown, lag_seconds, partition_shown, run_shown
+from app.ops.shapes import JobRecord, PartitionView, instant_text, job_shown, lag_seconds, partition_shown, run_shown
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -116,11 +116,14 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     @router.get("/ops/jobs", openapi_extra=READ, summary="Every job, also those that are off, with its last run")
     def jobs() -> dict[str, Any]:
         views = ops.scheduler.views()
-        last = {view.job.name: next(iter(ops.runs.recent(view.job.name, 1)), None) for view in views}
-        return {
-            "now": instant_text(ops.clock()),
-            "jobs": [job_shown(view, last[view.job.name], stale=view.job.name in ops.stale()) for view in views],
-        }
+        totals, stale = ops.totals(), ops.stale()
+
+        def record(name: str) -> JobRecord:
+            last = next(iter(ops.runs.recent(name, 1)), None)
+            return JobRecord(last, [total for total in totals if total.job == name], name in stale)
+
+        shown = [job_shown(view, record(view.job.name)) for view in views]
+        return {"now": instant_text(ops.clock()), "jobs": shown}
 
     @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first")
     def runs(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:

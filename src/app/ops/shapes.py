@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from app.core.runs import Report, Run
+from app.core.runs import Report, Run, Total
 from app.ops.scheduler import JobView
 
 
@@ -34,7 +34,16 @@ def instant_text(at: datetime | None) -> str | None:
     return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def job_shown(view: JobView, last: Run | None, *, stale: bool = False) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What is known of a job beside where it stands: its last run, the sums of all runs, and whether it fell silent."""
+
+    last: Run | None
+    totals: Sequence[Total] = ()
+    stale: bool = False
+
+
+def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
     """A job, where it stands and how its last run went."""
     progress = view.status.progress
     return {
@@ -42,12 +51,15 @@ def job_shown(view: JobView, last: Run | None, *, stale: bool = False) -> Mappin
         "interval_seconds": view.job.interval_seconds,
         "state": view.status.state,
         "off": view.job.off,
-        "stale": stale,
+        "stale": record.stale,
         "next_run_at": instant_text(view.next_run_at),
         "can_backfill": view.can_backfill,
         "queued_backfills": view.status.queued_backfills,
         "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
-        "last_run": last and run_shown(last),
+        "runs_total": sum(total.runs for total in record.totals),
+        "rows_total": sum(total.report.rows for total in record.totals),
+        "late_rows_total": sum(total.report.late_rows for total in record.totals),
+        "last_run": record.last and run_shown(record.last),
     }
 
 
