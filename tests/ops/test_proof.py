@@ -91,12 +91,11 @@ def test_the_command_signs_each_window_and_ends_with_0_only_when_all_are_equal(t
 
 
 def test_a_pause_survives_a_restart_and_a_command_pauses_a_running_daemon(daemons: Daemons, tmp_path: Path) -> None:
-    short = {"LEASE_TTL_SECONDS": "2", "LEASE_HEARTBEAT_SECONDS": "1"}
-    daemon, shell = daemons.start("quick_jobs", **short), Shell(tmp_path)
+    daemon, shell = daemons.start("quick_jobs", LEASE_TTL_SECONDS="2", LEASE_HEARTBEAT_SECONDS="1"), Shell(tmp_path)
     daemon.until(lambda: daemon.job("quick")["runs_total"])
     assert daemon.post("/ops/jobs/quick/pause").status == 202
     daemon.kill()
-    again = daemons.start("quick_jobs", **short)
+    again = daemons.start("quick_jobs", LEASE_TTL_SECONDS="2", LEASE_HEARTBEAT_SECONDS="1")
     again.until(lambda: again.job("quick")["state"] == "paused")
     ended = again.job("quick")["runs_total"]
     assert json.loads(shell.run("quick_jobs", "resume", "quick", "--json").stdout) == {"job": "quick", "paused": False}

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,8 @@ def test_two_daemons_do_each_window_once(pair: Pair) -> None:
         assert daemon.terminate() in (143, -signal.SIGTERM)
     runs = pair.state.runs.recent("influx_to_s3", 1000)
     spans = sorted((run.started_at, run.ended_at) for run in runs if run.ended_at)
-    assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
-    closed = [each for run in runs for each in [run.report.windows]]
-    assert sum(closed) >= pair.objects()
+    assert all(earlier[1] <= later[0] for earlier, later in pairwise(spans))
+    assert sum(run.report.windows for run in runs) >= pair.objects()
     assert {run.outcome for run in runs} <= {Outcome.OK, Outcome.STOPPED}
 
 
