@@ -49,7 +49,7 @@ def of_objects(store: "ObjectStore", prefix: str) -> Check:
             [
                 ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
                 ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
-                ("write and delete", store.probe),
+                ("write", store.probe),
             ]
         )
         holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
