@@ -7,7 +7,7 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
-import gc
+import io
 import os
 import signal
 import sys
@@ -48,8 +48,6 @@ def tune() -> None:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     # numpy's linear algebra, which nothing here uses, would start a thread with buffers for each core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # A collection walks every object of every imported package, an eighth of an export's time at the default of 700.
-    gc.set_threshold(20_000, 20, 100)
 
 
 def say(line: str) -> None:
@@ -309,6 +307,8 @@ def google(given: argparse.Namespace) -> int:
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is to be seen, also through a pipe
     kept = credentials.consent(where, open_browser=not given.no_browser)
     from app.ops import output
 

@@ -664,9 +664,9 @@ from app.stores.objects import Put
 store, done = LocalDirectory(Path(sys.argv[1])), 0
 while done < int(sys.argv[2]):
     info = store.head("sum")
-    with store.open("sum", info.etag if info else None) as stream:
-        found = int(stream.read()) if stream else 0
     try:
+        with store.open("sum", info.etag if info else None) as stream:
+            found = int(stream.read()) if stream else 0
         store.put("sum", io.BytesIO(b"%d" % (found + 1)), Put("text/plain", expected=info.etag if info else ""))
     except Conflict:
         continue
