@@ -46,7 +46,7 @@ ROUTES = {
     ("GET", "/dwh/user-locations"): "dwh:read",
     ("POST", "/dwh/user-locations"): "dwh:write",
 }
-PAGES = ("/openapi.json", "/docs", "/redoc")
+PAGES = ("/openapi.json", "/docs", "/redoc", "/docs/swagger-ui.css")
 
 
 def key(name: str) -> str:
