@@ -10,4 +10,5 @@ INSERT INTO paused_jobs (job, paused_at, paused_by) VALUES (:job, :at, :by)
 ON CONFLICT (job) DO NOTHING;
 
 -- name: resume
+-- The timer is followed again; nothing when the job is not paused.
 DELETE FROM paused_jobs WHERE job = :job;

@@ -60,6 +60,7 @@ ON CONFLICT (job, outcome) DO UPDATE SET
     ended_at = CASE WHEN held.ended_at > excluded.ended_at THEN held.ended_at ELSE excluded.ended_at END;
 
 -- name: totals
+-- All sums.
 SELECT * FROM job_totals ORDER BY job, outcome;
 
 -- name: ended_before
