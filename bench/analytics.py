@@ -20,7 +20,7 @@ from pathlib import Path
 
 from analytics_ways import PLAIN, PREFIX, Load, fill, free_port, load, peak_mib, serving
 from measured import Goal
-from seaweed import SERVICES, Seaweed, running, free_ports
+from seaweed import SERVICES, Seaweed, free_ports, running
 
 QUERIES = Path(__file__).resolve().parent.parent / "sql" / "analytics"
 REPORT = "/analytics/over-time?device_id=D1&from=2026-01-01T00:00:00Z&to=2026-01-01T12:00:00Z&minutes=60"

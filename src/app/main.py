@@ -8,22 +8,24 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, Run, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.access import Keyring
+from app.ops.alerts import Alerts, Rules, Watched
 from app.ops.front import Front, Hooks
 from app.ops.guard import Guard
 from app.ops.limits import BodyLimits
-from app.ops.outcomes import Tallies
+from app.ops.outcomes import log_run
 from app.ops.probes import Probes
 from app.ops.readiness import Check, Readiness
+from app.ops.rights import of_database, of_objects
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
 from app.settings import Settings
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.objects.reach import Reach
     from app.ops.answers import Asgi
-    from app.ops.routes import PartitionView
+    from app.ops.proof_routes import Proof
+    from app.ops.shapes import PartitionView
     from app.stores.objects import ObjectStore
     from app.stores.s3 import S3Store
     from app.stores.s3_client import S3Target
@@ -50,6 +53,7 @@ OPEN_CALLS = frozenset(
         ("GET", "/health"),
         ("GET", "/ready"),
         ("GET", "/assets/dashboard.js"),
+        ("GET", "/assets/gaps.js"),
         ("GET", "/assets/dashboard.css"),
         ("GET", "/assets/icon.svg"),
         ("POST", "/ops/session"),
@@ -85,11 +89,12 @@ class Inside:
     analytics: "Analytics"
     pipelines: Pipelines
     scheduler: Scheduler
-    tallies: Tallies
+    alerts: Alerts
     readiness: Readiness
 
 
 Wiring = Callable[[Parts], Pipelines]
+Ended = Callable[[Run, BaseException | None], None]
 
 
 def now() -> datetime:
@@ -118,6 +123,8 @@ def wire(parts: Parts) -> Pipelines:
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
+        verifications={influx_job.NAME: influx.verification, dynamo_job.NAME: dynamo.verification},
+        charts={influx_job.NAME: influx.chart, dynamo_job.NAME: dynamo.chart},
     )
 
 
@@ -127,18 +134,49 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
     pipelines = wiring(Parts(settings, state, store, now))
-    stop, tallies = Stop(), Tallies()
-    desk = RunDesk(now, state.leases, state.runs, terms(settings), tallies.ended)
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills)
+    stop = Stop()
+    desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
+    alerts = alerting(settings, pipelines, state, desk.terms)
+    desk = replace(desk, ended=both(log_run, alerts.ended))
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
         "checkpoint_store_connected": reached(state.ping),
         "s3_accessible": probed(store),
         "dwh_connected": reached(warehouse.ping),
     }
     analytics = open_analytics(settings, state, store)
-    ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, tallies, Readiness(stores))
+    ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores))
     checks = {**stores, **pipelines.checks}
-    return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
+    rights = {
+        "checkpoint_store_connected": of_database(state.database),
+        "s3_accessible": of_objects(store, settings.s3.prefix),
+        "dwh_connected": of_database(warehouse.database),
+    }
+    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
+
+
+def alerting(settings: Settings, pipelines: Pipelines, state: State, terms_: LeaseTerms) -> Alerts:
+    """Who is told of the ends of runs."""
+    alert = settings.alert
+    pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
+    rules = Rules(
+        service=settings.service.name,
+        webhook_url=alert.webhook_url.get_secret_value(),
+        heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
+        grace_seconds=alert.grace_seconds,
+        grace_by_job=dict(alert.grace_by_job),
+    )
+    return Alerts(rules, Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, terms_, now))
+
+
+def both(first: Ended, second: Ended) -> Ended:
+    """Both are told, in this order."""
+
+    def ended(run: Run, cause: BaseException | None) -> None:
+        first(run, cause)
+        second(run, cause)
+
+    return ended
 
 
 def open_store(settings: Settings) -> "ObjectStore":
@@ -248,11 +286,13 @@ def front(service: Inside) -> Front:
     def opened() -> None:
         readiness.start()
         service.analytics.start()
+        service.alerts.start()
         service.scheduler.start()
 
     def closed() -> None:
         readiness.close()
         service.analytics.close(service.settings.service.shutdown_grace_seconds / 8)
+        service.alerts.close()
         stuck = service.scheduler.close(service.settings.service.shutdown_grace_seconds / 4)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
@@ -271,7 +311,7 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     """The FastAPI application. Imports it, which takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
     from app.analytics.asked import Serving
-    from app.ops import dashboard, routes
+    from app.ops import dashboard, proof_routes, routes
     from app.ops.api import About, build_api
 
     ops = routes.Operations(
@@ -279,7 +319,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         guard=guard,
         scheduler=service.scheduler,
         runs=service.state.runs,
-        tallies=service.tallies,
+        totals=service.state.runs.totals,
+        stale=lambda: service.alerts.stale,
         partitions=partitions(service),
         histories=service.pipelines.histories,
         clock=now,
@@ -289,11 +330,23 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     routers = [
         dashboard.build(),
         routes.build(ops),
+        proof_routes.build(proof(service)),
         warehouse_routes(service),
         object_routes(service),
         report_routes.build(serving),
     ]
     return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
+
+
+def proof(service: Inside) -> "Proof":
+    """Verification, healing and the gap map."""
+    from app.ops.atlas import Atlas
+    from app.ops.proof import Proofs
+    from app.ops.proof_routes import Proof
+
+    pipelines, scheduler = service.pipelines, service.scheduler
+    proofs = Proofs(pipelines.verifications, scheduler.stop, now)
+    return Proof(scheduler, proofs, Atlas(pipelines.charts), pipelines.verifications, now)
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":
@@ -327,7 +380,7 @@ def object_routes(service: Inside) -> "APIRouter":
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
     """How far every partition of every job is, as the checkpoints say."""
-    from app.ops.routes import PartitionView
+    from app.ops.shapes import PartitionView
 
     def views() -> Sequence[PartitionView]:
         return [

@@ -91,6 +91,11 @@ class Warehouse:
         self._turn = threading.Lock()
 
     @property
+    def database(self) -> Migrated:
+        """Where the tables are."""
+        return self._database
+
+    @property
     def place(self) -> str:
         """Where it is, for messages."""
         return self._database.place

@@ -10,6 +10,7 @@ import heapq
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import md5
@@ -17,6 +18,7 @@ from itertools import islice, pairwise
 from operator import itemgetter
 from typing import BinaryIO
 
+from app.core.errors import Permanent
 from app.dynamo_to_drive.rows import Columns, Row
 from app.dynamo_to_drive.timestamps import ascend, rank
 
@@ -184,6 +186,18 @@ def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]
         columns = [_plain(name) for name in columns]
     for row in rows:
         yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What cannot be parsed was not written here, or was damaged since. Raises Permanent for it."""
+    try:
+        yield
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise Permanent(
+            f"{name} is no CSV of ours: {str(error)[:100]}",
+            "restore an earlier revision of the file, move it away, or heal its window",
+        ) from error
 
 
 def lines_of(batch: HourFile) -> Iterator[str]:

@@ -100,6 +100,13 @@ class Table:
             self._separator = separator_of(newest)
         return self._separator
 
+    def look(self, plan: Plan) -> None:
+        """One row at most, by the way that the plan reads: tells whether these keys may."""
+        if plan.scans:
+            self.call("scan", TableName=self.target.wanted.table, Limit=1)
+        else:
+            self._newest(plan)
+
     def _newest(self, plan: Plan) -> str:
         for value in plan.hash_values:
             condition = {"hash": value}
@@ -268,9 +275,10 @@ def ping(table: Table) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     table.forget()
     plan = table.plan()
+    table.look(plan)
     if plan.scans:
-        return f"scan of {plan.size_bytes} bytes for each hour"
-    return f"query on {f'index {plan.index}' if plan.index else 'the table'}"
+        return f"may describe and scan; {plan.size_bytes} bytes for each hour"
+    return f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
 
 
 def _filter(target: Target, hour: Window) -> dict[str, Any]:

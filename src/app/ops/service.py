@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
+from app.core.verify import Verification
 from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
@@ -25,7 +27,7 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
 
-    `histories` and `undos` are by job name, for those jobs that keep one.
+    `histories`, `undos`, `verifications` and `charts` are by job name, for those jobs that have one.
     """
 
     jobs: Sequence[Job] = ()
@@ -33,19 +35,23 @@ class Pipelines:
     checks: Mapping[str, Check] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
+    verifications: Mapping[str, Verification] = field(default_factory=dict)
+    charts: Mapping[str, Chart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Headwater:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `checks` are all attempts that `python -m app check` makes; only those of stores decide on readiness.
+    `checks` are attempts to reach every system, of which only those of stores decide on readiness; `rights` take the
+    place of those of the same name in `python -m app check`, which tries what the credentials may do.
     """
 
     settings: Settings
     state: State
     pipelines: Pipelines
     checks: Mapping[str, Check]
+    rights: Mapping[str, Check]
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler

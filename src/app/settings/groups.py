@@ -208,6 +208,16 @@ class AmplitudeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AlertSettings:
+    """Who is told of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
+
+    webhook_url: SecretStr
+    heartbeat_urls: SecretStr
+    grace_seconds: int
+    grace_by_job: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that was configured, checked."""
 
@@ -226,3 +236,4 @@ class Settings:
     analytics: AnalyticsSettings
     appmetrica: AppMetricaSettings
     amplitude: AmplitudeSettings
+    alert: AlertSettings

@@ -103,6 +103,30 @@ def _endpoint(text: str) -> str:
     return "" if url.lower() == AWS_ENDPOINT else url
 
 
+def _called(text: str) -> str:
+    """An address that is called as it stands, query and all."""
+    return text if _url(_plain(text).partition("?")[0]) and not re.search(r"[\s#]", text) else _url("")
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`job=value` by commas."""
+    pairs = [part.partition("=") for part in _list(text)]
+    if not all(re.fullmatch(r"\w{1,80}", name) and value for name, _, value in pairs):
+        raise ValueError
+    return [(name, value.strip()) for name, _, value in pairs]
+
+
+def _job_urls(text: str) -> str:
+    return ",".join(f"{name}={_called(value)}" for name, value in _pairs(text))
+
+
+def _job_seconds(text: str) -> list[tuple[str, int]]:
+    pairs = [(name, int(value)) for name, value in _pairs(text)]
+    if any(value <= 0 for _, value in pairs):
+        raise ValueError
+    return pairs
+
+
 def _database_url(text: str) -> str:
     """`postgresql://...`; the spellings of other tools (`postgres://`, `postgresql+driver://`) mean the same."""
     text = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", _plain(text))
@@ -267,6 +291,9 @@ ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, 
 API_KEYS = Kind(
     _split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True, obvious=True
 )
+SECRET_URL = Kind(_secret(_called), "https://host/path", SecretStr(""), secret=True)
+JOB_URLS = Kind(_secret(_job_urls), "job=https://host/path, by commas", SecretStr(""), secret=True)
+JOB_SECONDS = Kind(_split(_job_seconds), "job=seconds, by commas", ())
 CREDENTIALS_JSON = Kind(
     _secret(_json_object), "the JSON text of the key file, as it is or as base64", None, secret=True
 )

@@ -3,44 +3,15 @@
 Invariant: this table is the one declaration. Reading, faults, `.env.example` and README's table all come from it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from app.settings import kinds
-from app.settings.kinds import Kind
+from app.settings.alert_variables import ALERT
+from app.settings.variable import Part, Variable
+from app.settings.variable import of as _of
+
+__all__ = ["PARTS", "Part", "Variable"]
 
 YEAR_SECONDS = 366 * 86_400
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """One setting. `goes_to` is `group.field`; `default` is written as a person would, "" = `kind.empty`.
-
-    `unset` says what happens then, where the default does not say it itself.
-    """
-
-    goes_to: str
-    names: tuple[str, ...]
-    kind: Kind
-    default: str
-    meaning: str
-    unset: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The variables of one part of the product, under a title."""
-
-    title: str
-    variables: Sequence[Variable]
-
-
-def _of(group: str, *rows: tuple[str, str, Kind, str, str] | tuple[str, str, Kind, str, str, str]) -> list[Variable]:
-    return [
-        Variable(f"{group}.{field}", tuple(names.split()), kind, default, meaning, *unset)
-        for field, names, kind, default, meaning, *unset in rows
-    ]
 
 
 SERVICE = _of(
@@ -497,4 +468,5 @@ PARTS = (
     Part("Reports: /analytics", ANALYTICS),
     Part("AppMetrica", APPMETRICA),
     Part("Amplitude", AMPLITUDE),
+    Part("Alerts and heartbeats", ALERT),
 )

@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs, layouts and summaries.
+"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses and summaries.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -10,6 +10,7 @@ from app.stores.checkpoints import SqlCheckpoints
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
+from app.stores.pauses import SqlPauses
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
@@ -29,6 +30,7 @@ class State:
     runs: SqlRuns
     layouts: SqlLayouts
     summaries: SqlSummaries
+    pauses: SqlPauses
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -53,4 +55,5 @@ def open_state(url: str, data_dir: Path) -> State:
         runs=SqlRuns(database, queries),
         layouts=SqlLayouts(database, queries),
         summaries=SqlSummaries(database, queries),
+        pauses=SqlPauses(database, queries),
     )
