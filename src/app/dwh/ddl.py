@@ -83,15 +83,21 @@ def empty_stage(table: Table, dialect: Dialect) -> str:
 
 
 def merge(table: Table) -> str:
-    """The upsert of all staged rows, in the order in which they came; gives the id of each row it wrote.
+    """As `upsert`; gives the id of each row it wrote."""
+    return f"{upsert(table)} RETURNING id"
+
+
+def upsert(table: Table, *, past: bool = False) -> str:
+    """The upsert of all staged rows, in the order in which they came. Rows of the `past` add what is not known yet.
 
     `WHERE true` tells SQLite that ON does not begin a join.
     """
     columns = ", ".join(table.names)
     key = table.key.name
-    taken = ", ".join(f"{name} = coalesce(excluded.{name}, {table.name}.{name})" for name in table.names[1:])
+    first, second = (table.name, "excluded") if past else ("excluded", table.name)
+    taken = ", ".join(f"{name} = coalesce({first}.{name}, {second}.{name})" for name in table.names[1:])
     action = f"UPDATE SET {taken}" if table.updates else "NOTHING"
     return (
         f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {stage(table)} WHERE true ORDER BY {ORDINAL} "  # noqa: S608
-        f"ON CONFLICT ({key}) DO {action} RETURNING id"
+        f"ON CONFLICT ({key}) DO {action}"
     )

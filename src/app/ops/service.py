@@ -5,7 +5,7 @@ Invariant: nothing in it has been started.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.ops.front import Front
@@ -13,6 +13,9 @@ from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
 from app.settings import Settings
 from app.stores.state import State
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
@@ -25,7 +28,8 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
 
-    `histories` and `undos` are by job name, for those jobs that keep one.
+    `histories` and `undos` are by job name, for those jobs that keep one. `routers` build the routes of slices that
+    have both jobs and routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -33,6 +37,7 @@ class Pipelines:
     checks: Mapping[str, Check] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
+    routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 
 @dataclass(frozen=True, slots=True)

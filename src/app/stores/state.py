@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs and layouts.
+"""The state of the product in one database: checkpoints, leases, runs, layouts and pulls.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -10,6 +10,7 @@ from app.stores.checkpoints import SqlCheckpoints
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
+from app.stores.pulls import SqlPulls
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
@@ -27,6 +28,7 @@ class State:
     leases: SqlLeases
     runs: SqlRuns
     layouts: SqlLayouts
+    pulls: SqlPulls
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -50,4 +52,5 @@ def open_state(url: str, data_dir: Path) -> State:
         leases=SqlLeases(database, queries),
         runs=SqlRuns(database, queries),
         layouts=SqlLayouts(database, queries),
+        pulls=SqlPulls(database, queries),
     )
