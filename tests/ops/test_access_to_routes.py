@@ -40,6 +40,10 @@ ROUTES = {
     ("POST", "/dwh/user-properties"): "dwh:write",
     ("GET", "/dwh/user-locations"): "dwh:read",
     ("POST", "/dwh/user-locations"): "dwh:write",
+    ("GET", "/amplitude/export"): "pull:read",
+    ("GET", "/appmetrica/ping"): "pull:read",
+    ("POST", "/appmetrica/exports"): "pull:read",
+    ("GET", "/appmetrica/fetch-export"): "pull:read",
 }
 PAGES = ("/openapi.json", "/docs", "/redoc")
 

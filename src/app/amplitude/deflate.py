@@ -23,7 +23,7 @@ STORED_EMPTY = b"\0\0\xff\xff"
 STORED_NEWLINE = b"\0\x01\0\xfe\xff\n"
 LAST_BLOCK = b"\x03\0"
 STORED_HEAD_BITS = 3
-MAX_RATIO, RATIO_FREE_BYTES = 500, 1 << 28
+MAX_RATIO, RATIO_FREE_BYTES = 500, 1 << 26
 NAMES = ("libz.so.1", "libz.so", "libz.dylib", "libz.1.dylib", "zlib1.dll")
 CUT = "nothing to do: the hours are fetched again"
 

@@ -46,16 +46,13 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How hours are pulled. `live`: the cursor moves. `again`: rows are loaded whatever is recorded. `final`: the last
-    look at them.
-    """
+    """How hours are pulled. `live`: the cursor moves. `again`: rows are loaded whatever is recorded."""
 
     live: bool = False
     again: bool = False
-    final: bool = False
 
 
-LIVE, AGAIN, FINAL = Mode(live=True), Mode(again=True), Mode(final=True)
+LIVE, AGAIN, ONCE_MORE = Mode(live=True), Mode(again=True), Mode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ class SourceRun:
 
     def _look_again(self, now: datetime) -> Report:
         """Each day once more, a day after its last hour was due: what the service added since is landed."""
-        until = floor_to(now - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
+        until = settled_at(now)
         since = until - timedelta(days=AGAIN_DAYS)
         days: dict[datetime, list[Record]] = {}
         for record in self.places.checkpoints.records(NAME, self.source, since, until):
@@ -106,7 +103,7 @@ class SourceRun:
                 days.setdefault(floor_to(record.window.start, DAY_SECONDS), []).append(record)
         report = Report()
         for hours in days.values():
-            report += self._pull(Window(hours[0].window.start, hours[-1].window.end), FINAL)
+            report += self._pull(Window(hours[0].window.start, hours[-1].window.end), ONCE_MORE)
         return report
 
     def _pull(self, span: Window, mode: Mode) -> Report:
@@ -135,6 +132,7 @@ class SourceRun:
 
     def _hours(self, span: Window, archive: Archive | None, known: Mapping[datetime, Record], mode: Mode) -> list[Hour]:
         members = archive.hours() if archive is not None else {}
+        settled = settled_at(self.places.clock())
         starts = [span.start + number * HOUR for number in range((span.end - span.start) // HOUR)]
         return [
             Hour(
@@ -144,7 +142,7 @@ class SourceRun:
                 record=known.get(start),
                 past=not mode.live,
                 again=mode.again,
-                final=mode.final,
+                final=start < settled,
             )
             for start in starts
         ]
@@ -168,6 +166,11 @@ class SourceRun:
 def due_at(now: datetime) -> datetime:
     """Hours that end until then can be asked for."""
     return floor_to(now - DUE_AFTER, HOUR_SECONDS)
+
+
+def settled_at(now: datetime) -> datetime:
+    """Days that end until then are looked at for the last time, be it for the first."""
+    return floor_to(now - DUE_AFTER - AGAIN_AFTER, DAY_SECONDS)
 
 
 def _ceiling(instant: datetime) -> datetime:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from app.appmetrica.client import SERVICE, MoreParts, Service, Waiting
 from app.appmetrica.questions import Question, question_of
-from app.core.errors import Permanent, Transient
+from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.stores.pulls import Export, SqlPulls
 
@@ -31,7 +31,6 @@ class Polling:
     interval_seconds: float
     timeout_seconds: float
     longest_seconds: float = LONGEST_PAUSE_SECONDS
-    queue_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class Asking:
         """Step until all is there or the time is over; then what the service said last."""
         waited_seconds, interval_seconds = 0.0, polling.interval_seconds
         while (told := self.step(patience)) is not None and waited_seconds < polling.timeout_seconds:
-            pause_seconds = max(interval_seconds, told.at_least_seconds * polling.queue_factor)
+            pause_seconds = max(interval_seconds, told.at_least_seconds)
             patience.pauses.pause(pause_seconds)
             waited_seconds += pause_seconds
             interval_seconds = min(interval_seconds * SLOWER, max(polling.longest_seconds, polling.interval_seconds))
@@ -138,8 +137,3 @@ def keep_question(pulls: SqlPulls, owner: str, question: Question, now: datetime
     """The export of a question, which has a number from now on. Those that were done with long ago go."""
     pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
     return pulls.add(SERVICE, owner, question.text, now)
-
-
-def patience_error(told: Waiting) -> Transient:
-    """Waiting that has taken too long for one run."""
-    return Transient(f"AppMetrica has no file yet: {told.text}", "nothing to do: the same question is asked again")

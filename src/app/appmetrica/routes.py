@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from app.appmetrica.client import SERVICE, Service, Waiting
 from app.appmetrica.exports import LONGEST_PAUSE_SECONDS, SLOWER, Asking, Patience, asking, keep_question
 from app.appmetrica.merged import merged
-from app.appmetrica.questions import COLUMN, LOCAL, Wish, question, resources
+from app.appmetrica.questions import COLUMN, LOCAL, Wish, question, question_of, resources
 from app.core.errors import AppError
 from app.core.runs import Stop
 from app.ops.answers import Refusal, Refused
@@ -92,7 +92,7 @@ def build(serving: Serving) -> APIRouter:
     ) -> Response:
         service = _configured(serving)
         export = await run_in_threadpool(serving.pulls.find, SERVICE, export_id)
-        if export is None:
+        if export is None or question_of(export.request).span is not None:  # a job's own
             raise Refused(Refusal(404, f"no export has the number {export_id}", "POST /appmetrica/exports gives one"))
         if places.locked():
             raise Refused(BUSY)
@@ -114,11 +114,11 @@ def _ping(serving: Serving) -> dict[str, Any]:
     """Never an error answer: what is wrong is what is asked for."""
     if serving.service is None:
         return {"module": SERVICE, "status": "unconfigured", "message": UNCONFIGURED.hint}
-    calls = {"calls_today": serving.pulls.calls(SERVICE, serving.clock()), "calls_a_day": serving.daily_calls}
     try:
         applications = serving.service.applications()
     except AppError as error:
-        return {"module": SERVICE, "status": "error", "message": error.message, "hint": error.hint, **calls}
+        return {"module": SERVICE, "status": "error", "message": error.message, "hint": error.hint}
+    calls = {"calls_today": serving.pulls.calls(SERVICE, serving.clock()), "calls_a_day": serving.daily_calls}
     if serving.service.application_id not in applications:
         hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
         return {

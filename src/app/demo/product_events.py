@@ -119,7 +119,7 @@ def _received(application_id: int, hour_at: datetime, number: int) -> dict[str, 
     happened_at = received_at - timedelta(seconds=draw.randrange(90), days=draw.choice((0,) * 9 + (5,)))
     properties = {"screen": f"s{number % 7}", "text": 'a "quoted"\nline, and another'}
     return {
-        "event_json": (json.dumps(properties, indent=1), "", "no json {")[min(number % 10, 2)] if number % 2 else "{}",
+        "event_json": {5: "", 7: "no json {", 9: "{}"}.get(number % 12, json.dumps(properties, indent=1)),
         "event_name": draw.choice(TYPES[:4]),
         "event_receive_timestamp": str(int(received_at.timestamp())),
         "event_timestamp": str(int(happened_at.timestamp())),
@@ -136,7 +136,7 @@ def _received(application_id: int, hour_at: datetime, number: int) -> dict[str, 
         "operator_name": "MTS" if person % 2 else "",
         "os_name": "android",
         "os_version": "14",
-        "profile_id": str(10_000 + person) if person % 3 else f"guest-{person}",
+        "profile_id": str(50_000 + person) if person % 3 else f"guest-{person}",
         "app_package_name": "com.example.app",
         "app_version_name": "4.2.0",
         "application_id": str(application_id),
