@@ -74,10 +74,11 @@ class Reader:
 
     def tables(self, block: bytes, seen: Seen, *, careful: bool = False) -> Tables:
         """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
-        events = None if careful or SUSPICIOUS.search(block) else self._at_once(block)
+        events = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
         return self._tables(self._by_line(block, seen, careful=careful) if events is None else events, seen)
 
-    def _at_once(self, block: bytes) -> Sequence[Any] | None:
+    def decoded(self, block: bytes) -> Sequence[Any] | None:
+        """All lines at once, typed; None when one of them cannot be read so."""
         try:
             return self._event.decode_lines(block)
         except UNREADABLE:

@@ -52,7 +52,7 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
         if places.locked():
             raise Refused(BUSY)
         stop = Stop()
-        pieces = _pieces(project, first, last, stop)
+        pieces = week_zip(project, first, last, stop)
         await places.acquire()
         try:
             head = await run_in_threadpool(next, pieces, b"")
@@ -95,7 +95,8 @@ def _day(text: str, name: str) -> date:
         raise Refused(Refusal(422, f"{name}={text} is no day", hint, f"query.{name}")) from None
 
 
-def _pieces(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:
+def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:
+    """The zip of the events of all days from `first` to `last`. Raises what fetching raises."""
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     # Jitter is no secret: any source of numbers serves.
