@@ -8,7 +8,7 @@ import random
 import sys
 from datetime import UTC, datetime, timedelta
 
-from app.demo.influx_http import Answer, Request, Server
+from app.demo.http import Answer, Request, Server
 
 START = datetime(2026, 2, 7, 12, tzinfo=UTC)
 PAGE_ITEMS = 3300
@@ -54,6 +54,7 @@ def item(number: int, items: int, draw: random.Random) -> dict[str, dict[str, st
 def serve(items: int) -> None:
     """Answer until killed; the page follows from the key that is asked for."""
     made = pages(items)
+    last = json.loads(made[-1])["Items"][-1]
     starts = {
         json.loads(body).get("LastEvaluatedKey", {}).get("datetime_utc", {}).get("S"): at
         for at, body in enumerate(made)
@@ -64,6 +65,8 @@ def serve(items: int) -> None:
         if request.headers.get("x-amz-target", "").endswith("DescribeTable"):
             return Answer(200, headers, json.dumps(DESCRIBED).encode())
         asked = json.loads(request.body)
+        if asked.get("Limit") == 1:
+            return Answer(200, headers, json.dumps({"Items": [last], "Count": 1, "ScannedCount": 1}).encode())
         after = asked.get("ExclusiveStartKey", {}).get("datetime_utc", {})
         after = after.get("S") if isinstance(after, dict) else after
         return Answer(200, headers, made[starts[after] + 1 if after else 0])

@@ -21,7 +21,17 @@ from pathlib import Path
 
 from measured import Goal, clean_environ
 
-EAGER = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "duckdb", "boto3", "influxdb_client", "psycopg", "fastapi")
+EAGER = (
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "duckdb",
+    "boto3",
+    "googleapiclient",
+    "influxdb_client",
+    "psycopg",
+    "fastapi",
+)
 SERVE = "import sys, runpy; sys.argv = ['app', 'serve']; runpy.run_module('app', run_name='__main__')"
 SETTLED_SECONDS = 2.0
 WAIT_SECONDS = 60.0

@@ -20,7 +20,7 @@ from measured import Cost, Goal, in_turns, run, table
 from telemetry import Shape
 
 HERE = Path(__file__).parent
-# Arrow's own pool keeps freed memory; the daemon sets the same before anything is imported.
+# As the daemon sets them itself; here also for the ways that only parse.
 OURS = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
 PARFLUX = "parflux==0.1.0"
 FLOOR, PARSED, FRAME = "pyarrow, plain CSV (floor)", "headwater", "query_data_frame"

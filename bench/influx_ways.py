@@ -105,12 +105,14 @@ def export_ours(url: str, shape: Shape, folder: Path) -> Told:
     sys.meta_path.insert(0, Absent("pandas"))
     import logging
 
+    from app.__main__ import tune
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.influx_to_s3 import job
     from app.settings import load_settings
     from app.stores.local_directory import LocalDirectory
     from app.stores.state import open_state
 
+    tune()
     logging.basicConfig(level=logging.WARNING)
     environ = {"INFLUXDB_URL": url, "INFLUXDB_TOKEN": TOKEN, "INFLUXDB_ORG": ORG, "INFLUXDB_BUCKET": BUCKET}
     settings = load_settings({**environ, "DATA_DIR": str(folder), "EXPORT_START": START.isoformat()}, None)
@@ -137,17 +139,17 @@ def export_ours(url: str, shape: Shape, folder: Path) -> Told:
 def idle(_: str, __: Shape, ___: Path) -> Told:
     """Everything imported that an export needs, and nothing done."""
     sys.meta_path.insert(0, Absent("pandas"))
-    import influxdb_client
     import numpy as np
     import pyarrow.compute
     import pyarrow.csv
     import pyarrow.parquet as pq
+    import urllib3
 
     from app.influx_to_s3 import job
     from app.settings import load_settings
     from app.stores import local_directory, state
 
-    imported = (influxdb_client, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)
+    imported = (urllib3, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)
     return {"rows": 0, "imported": len(imported)}
 
 

@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def out() -> Iterator[io.StringIO]:
     stream = io.StringIO()
-    levels = {name: logging.getLogger(name).level for name in ("", "botocore", "urllib3", "influxdb_client")}
+    levels = {name: logging.getLogger(name).level for name in ("", "botocore", "urllib3", "httpx")}
     configure("DEBUG", "auto", None, secrets=("canary-secret", "p@ss/word", "hush"), stream=stream)
     yield stream
     release()
@@ -177,7 +177,7 @@ def test_a_hostile_message_of_a_megabyte_is_redacted_in_no_time(text: str) -> No
 
 
 def test_sdk_debug_logs_stay_off_whatever_the_level(out: io.StringIO) -> None:
-    for name in ("botocore.auth", "urllib3.connectionpool", "influxdb_client.client.http"):
+    for name in ("botocore.auth", "urllib3.connectionpool", "httpx"):
         logging.getLogger(name).debug("canary")
         logging.getLogger(name).warning("said")
     assert [line["message"] for line in lines(out)] == ["said"] * 3

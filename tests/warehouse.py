@@ -16,7 +16,7 @@ import pytest
 from app.dwh.answers import Inserted
 from app.dwh.bodies import JsonBody
 from app.dwh.intake import BatchLimits, Intake
-from app.dwh.pages import page
+from app.dwh.pages import Page
 from app.dwh.query import selection
 from app.dwh.rows import reader
 from app.dwh.store import Request, Warehouse, open_warehouse
@@ -54,6 +54,12 @@ def rows_of(table: Table, count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 @dataclass
+class Got:
+    body: bytes
+    last_id: int | None
+
+
+@dataclass
 class Desk:
     """A warehouse with the parts of the product around it, without HTTP."""
 
@@ -76,12 +82,15 @@ class Desk:
             return self.warehouse.insert(table, intake.finish(), Request(self.at, **request))
 
     def get(self, table: Table, **params: Any) -> list[dict[str, Any]]:
-        text = b"".join(self.read(table, **params).pieces())
-        rows: list[dict[str, Any]] = json.loads(text)["rows"]
+        rows: list[dict[str, Any]] = json.loads(self.read(table, **params).body)["rows"]
         return rows
 
-    def read(self, table: Table, **params: Any) -> Any:
-        return page(self.warehouse, selection(table, [(name, str(value)) for name, value in params.items()]))
+    def read(self, table: Table, **params: Any) -> Got:
+        chosen = selection(table, [(name, str(value)) for name, value in params.items()])
+        with closing(Page(self.warehouse, chosen)) as page:
+            page.produce()
+            page.begin(whole=True)
+            return Got(b"".join(page.pieces()), page.last_id)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -7,6 +7,7 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -27,8 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    # Read when pyarrow is first imported: its own pool keeps some 50 MiB that the system's allocator gives back.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    tune()
     given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
     try:
@@ -40,6 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AppError as error:
         say(f"error: {error}")
         return FAILED
+
+
+def tune() -> None:
+    """What a process of half a core and little memory wants; before anything heavy is imported."""
+    # Arrow's own pool keeps some 50 MiB that the system's allocator gives back.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    # numpy's linear algebra, which nothing here uses, would start a thread with buffers for each core.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def say(line: str) -> None:
@@ -208,6 +216,8 @@ def google(given: argparse.Namespace) -> int:
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is to be seen, also through a pipe
     kept = credentials.consent(where, open_browser=not given.no_browser)
     sys.stdout.write(f"the token is kept in {kept}; it is renewed there\n")
     return OK

@@ -648,8 +648,10 @@ def die(event, arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(die)
-LocalDirectory(Path(sys.argv[1])).put("a/k", io.BytesIO(b"new bytes"), Put("text/new", {"rows": "2"}))
+note = {"rows": "2", "long": "x" * int(sys.argv[3])}
+LocalDirectory(Path(sys.argv[1])).put("a/k", io.BytesIO(b"new bytes"), Put("text/new", note))
 """
+TOO_LONG = 100_000  # for an extended attribute, which holds 64 KiB at most on any file system of Linux
 
 ADD_ONE_BY_ONE = """
 import io, sys
@@ -662,9 +664,9 @@ from app.stores.objects import Put
 store, done = LocalDirectory(Path(sys.argv[1])), 0
 while done < int(sys.argv[2]):
     info = store.head("sum")
-    with store.open("sum", info.etag if info else None) as stream:
-        found = int(stream.read()) if stream else 0
     try:
+        with store.open("sum", info.etag if info else None) as stream:
+            found = int(stream.read()) if stream else 0
         store.put("sum", io.BytesIO(b"%d" % (found + 1)), Put("text/plain", expected=info.etag if info else ""))
     except Conflict:
         continue
@@ -683,11 +685,30 @@ class TestLocalDirectory:
         assert local.conditional
         assert keys(local) == []
 
+    @pytest.mark.parametrize("long", [0, TOO_LONG])
+    def test_metadata_of_any_length_comes_back(self, local: LocalDirectory, root: Path, long: int) -> None:
+        for number in ("1", "2"):
+            put(local, "a/k", number.encode(), Put("text/x", {"rows": number, "long": "x" * long}))
+            info = local.head("a/k")
+            assert info is not None
+            assert (info.content_type, info.metadata) == ("text/x", {"rows": number, "long": "x" * long})
+        (root / "a" / "k").write_bytes(b"changed by another program")
+        info = local.head("a/k")
+        assert info is not None
+        assert info.metadata == {}
+
+    def test_a_kill_before_the_rename_changes_nothing(self, local: LocalDirectory, root: Path) -> None:
+        put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1"}))
+        before = local.head("a/k")
+        assert start(DIE_BEFORE_RENAME, root, "a/k", 0).wait(20) == -signal.SIGKILL
+        assert local.head("a/k") == before
+        assert get(local, "a/k") == b"old bytes"
+
     def test_a_kill_between_note_and_rename_costs_metadata_and_never_lies(
         self, local: LocalDirectory, root: Path
     ) -> None:
-        etag = put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1"}))
-        assert start(DIE_BEFORE_RENAME, root, "a/k").wait(20) == -signal.SIGKILL
+        etag = put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1", "long": "y" * TOO_LONG}))
+        assert start(DIE_BEFORE_RENAME, root, "a/k", TOO_LONG).wait(20) == -signal.SIGKILL
         assert get(local, "a/k", etag) == b"old bytes"
         info = local.head("a/k")
         assert info is not None
@@ -700,14 +721,14 @@ class TestLocalDirectory:
     def test_a_kill_before_the_note_changes_nothing(self, local: LocalDirectory, root: Path) -> None:
         put(local, "a/k", b"old bytes", Put("text/old", {"rows": "1"}))
         before = local.head("a/k")
-        assert start(DIE_BEFORE_RENAME, root, ".json").wait(20) == -signal.SIGKILL
+        assert start(DIE_BEFORE_RENAME, root, ".json", TOO_LONG).wait(20) == -signal.SIGKILL
         assert local.head("a/k") == before
         assert get(local, "a/k") == b"old bytes"
 
     def test_leftovers_of_killed_writers_go_with_a_probe_when_they_are_old(
         self, local: LocalDirectory, root: Path
     ) -> None:
-        assert start(DIE_BEFORE_RENAME, root, "a/k").wait(20) == -signal.SIGKILL
+        assert start(DIE_BEFORE_RENAME, root, "a/k", 0).wait(20) == -signal.SIGKILL
         (leftover,) = (root / ".headwater" / "tmp").iterdir()
         local.probe()
         assert leftover.exists()
@@ -819,7 +840,8 @@ class TestLocalDirectory:
         assert keys(local) == []
 
     def test_deleting_leaves_no_empty_folder_and_no_metadata(self, local: LocalDirectory, root: Path) -> None:
-        put(local, "a/b/c", b"1", Put("text/plain", {"rows": "1"}))
+        put(local, "a/b/c", b"1", Put("text/plain", {"rows": "1", "long": "x" * TOO_LONG}))
+        assert len(list((root / ".headwater" / "meta").iterdir())) == 1
         local.delete("a/b/c")
         assert [path.name for path in root.iterdir()] == [".headwater"]
         assert list((root / ".headwater" / "meta").iterdir()) == []

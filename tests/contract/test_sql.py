@@ -70,8 +70,8 @@ def test_appended_rows_are_the_very_rows_in_their_order(database: Database) -> N
     with database.transaction() as session:
         session.run("CREATE TABLE kinds (n BIGINT, t TEXT, d DOUBLE PRECISION, b BOOLEAN, empty TEXT)")
         rows = [(n, text, n / 3, None if text is None else n % 2 == 0, None) for n, text in enumerate(AWKWARD)]
-        session.append("kinds", ("n", "t", "d", "b", "empty"), iter(rows))
-        session.append("kinds", ("n", "t"), [(2**63 - 1, "last")])
+        assert session.append("kinds", ("n", "t", "d", "b", "empty"), iter(rows)) == len(rows)
+        assert session.append("kinds", ("n", "t"), [(2**63 - 1, "last")]) == 1
         assert list(session.stream("SELECT n, t, d, b, empty FROM kinds ORDER BY n")) == [
             *rows,
             (2**63 - 1, "last", None, None, None),
@@ -84,6 +84,16 @@ def test_many_rows_are_appended_and_streamed(database: Database) -> None:
     with database.transaction(read_only=True) as session:
         streamed = session.stream("SELECT id, name FROM things WHERE id >= :first ORDER BY id", first=10)
         assert list(streamed) == [(n, f"name {n}") for n in range(10, 5000)]
+
+
+def test_a_statement_runs_once_per_row(database: Database) -> None:
+    insert(database, 2)
+    with database.transaction() as session:
+        rows = ((n, f"%s ? {n}") for n in range(5))
+        session.run_rows("INSERT INTO things (id, name) VALUES (?, ?) ON CONFLICT (id) DO NOTHING", rows)
+        found = {id_: name for id_, name in session.stream("SELECT id, name FROM things")}  # noqa: C416 - typed
+    assert found.pop(2) != "%s ? 2"
+    assert found == {n: f"%s ? {n}" for n in (0, 1, 3, 4)}
 
 
 def test_a_row_that_cannot_be_appended_leaves_nothing_of_its_transaction(database: Database) -> None:

@@ -11,8 +11,14 @@ from daemon import Daemons
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise(daemons: Daemons, tmp_path: Path) -> None:
-    daemon = daemons.start()
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_schemathesis_finds_no_fault_of_the_server_and_no_broken_promise(
+    daemons: Daemons, tmp_path: Path, dialect: str, request: pytest.FixtureRequest
+) -> None:
+    environ = {}
+    if dialect == "postgres":
+        environ["DWH_DATABASE_URL"] = request.getfixturevalue("postgres_server").new_database()
+    daemon = daemons.start(**environ)
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         *("run", f"{daemon.url}/openapi.json", "--include-path-regex", "^/dwh/"),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -100,6 +101,29 @@ def test_a_commit_whose_answer_is_lost_is_not_stored_twice(behind: Daemon, proxy
     assert [row["id"] for row in get(behind)["rows"]][::-1] == again.json()["inserted_ids"]
 
 
+def test_a_connection_that_is_cut_in_mid_answer_cuts_the_answer(behind: Daemon, proxy: FaultProxy) -> None:
+    """Its first bytes have left by then, so that no status can tell; before them it is a 503."""
+    for start in range(0, 30_000, 5000):
+        assert post(behind, rows_of(EVENTS, 5000, first=start)).status_code == 200
+    url = f"{behind.url}/dwh/events-part?format=ndjson&limit=100000"
+    for count_bytes, cut in ((1000, False), (3_000_000, True)):
+        proxy.cut()
+        proxy.drop_after(count_bytes)
+        with httpx.stream("GET", url, timeout=60) as answer:
+            assert (answer.status_code, answer.headers.get("transfer-encoding")) == (
+                (200, "chunked") if cut else (503, None)
+            )
+            with pytest.raises(httpx.RemoteProtocolError) if cut else nullcontext():
+                answer.read()
+    whole = httpx.get(url, timeout=60)
+    assert (whole.content.count(b"\n"), whole.headers.get("link")) == (30_000, None)
+    half = httpx.get(url.replace("100000", "15000"), timeout=60)
+    assert (half.content.count(b"\n"), "after_id=15001" in half.headers["link"]) == (15_000, True)
+    with socket.create_connection(("127.0.0.1", behind.port)) as client:
+        client.sendall(b"GET /dwh/events-part?format=ndjson&limit=15000 HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b"content-length: %d\r\n" % len(half.content) in client.recv(4096).lower()
+
+
 def test_while_the_database_is_away_requests_are_503_and_readiness_says_so(behind: Daemon, proxy: FaultProxy) -> None:
     proxy.refuse()
     refused = post(behind, rows_of(EVENTS, 2))
@@ -188,7 +212,7 @@ def test_a_client_that_leaves_in_mid_body_stores_nothing(served: httpx.Client) -
 
 @pytest.mark.slow
 def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: Daemons) -> None:
-    """A gigabyte, said and not said beforehand, packed and not, in one row and in many."""
+    """A gigabyte, said and not said beforehand, packed and not, in one row and in many; then what is no JSON."""
     daemon = daemons.start()
     assert post(daemon, rows_of(EVENTS, 10)).status_code == 200
     before = daemon.rss_mib
@@ -213,8 +237,18 @@ def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: D
     bomb = packed(b" " * (1 << 27))
     for media in ("application/json", "application/x-ndjson"):
         assert refused(bomb, **{"Content-Type": media, "Content-Encoding": "gzip"}) == 413
+    hostile = [
+        b'{"data":' + b"[" * 9_000_000,
+        b'{"data":[{"a":' + b'{"a":' * 1_500_000,
+        b'{"data":[{"event_id":' + b"9" * 9_000_000 + b"}]}",
+        b'{"data":[{"event_id":NaN}]}',
+        b'{"data":[{"uuid":"\xff\xfe"}]}',
+        '{"data":[{}]}'.encode("utf-16"),
+    ]
+    assert {refused(body, **{"Content-Type": "application/json"}) for body in hostile} <= {400, 422}
     assert time.monotonic() - started < 60
     assert daemon.rss_mib - before < 64
+    assert peak_mib(daemon) - before < 96  # all of them in turn; each row or body may have 10 MiB
 
 
 @pytest.mark.slow

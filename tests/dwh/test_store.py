@@ -162,7 +162,7 @@ def pages(desk: Desk, table: Table, **params: Any) -> list[dict[str, Any]]:
     while True:
         chosen = selection(table, given)
         page = desk.read(table, **dict(given))
-        rows += json.loads(b"".join(page.pieces()))["rows"]
+        rows += json.loads(page.body)["rows"]
         if page.last_id is None:
             return rows
         query = chosen.next_page("/dwh/x", page.last_id).partition("?")[2]
@@ -252,10 +252,10 @@ def test_what_cannot_be_asked_for_is_refused_by_name(params: dict[str, Any], sta
 def test_every_format_holds_the_same_rows(desk: Desk, table: Table, tmp_path: Any) -> None:
     desk.post(table, rows_of(table, 30))
     rows = desk.get(table, limit=30)
-    lines = b"".join(desk.read(table, format="ndjson").pieces())
+    lines = desk.read(table, format="ndjson").body
     assert [json.loads(line) for line in lines.splitlines()] == rows
     path = tmp_path / "rows.parquet"
-    path.write_bytes(b"".join(desk.read(table, format="parquet").pieces()))
+    path.write_bytes(desk.read(table, format="parquet").body)
     columnar = pq.ParquetFile(path).read().to_pylist()
     assert [row["id"] for row in columnar] == [row["id"] for row in rows]
     for column in table.columns:
@@ -271,7 +271,7 @@ def test_csv_that_was_read_can_be_posted(desk: Desk, tmp_path: Any) -> None:
     import csv
 
     desk.post(TECHNICAL, rows_of(TECHNICAL, 5))
-    text = b"".join(desk.read(TECHNICAL, format="csv").pieces()).decode()
+    text = desk.read(TECHNICAL, format="csv").body.decode()
     (tmp_path / "rows.csv").write_text(text, newline="")
     with (tmp_path / "rows.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
@@ -285,9 +285,9 @@ def test_many_rows_come_as_a_file_with_a_link_to_the_rest(desk: Desk) -> None:
     desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(30_000)])
     page = desk.read(LOCATIONS, format="ndjson", limit=25_000)
     assert page.last_id == 5001
-    assert b"".join(page.pieces()).count(b"\n") == 25_000
+    assert page.body.count(b"\n") == 25_000
     rest = desk.read(LOCATIONS, format="ndjson", limit=25_000, after_id=5001)
-    assert (rest.last_id, b"".join(rest.pieces()).count(b"\n")) == (None, 5000)
+    assert (rest.last_id, rest.body.count(b"\n")) == (None, 5000)
 
 
 def test_a_merge_that_fails_leaves_nothing(desk: Desk) -> None:

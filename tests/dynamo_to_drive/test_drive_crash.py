@@ -1,9 +1,11 @@
 """The real process, killed at many points while rows arrive: the files are those of a run that nobody disturbed."""
 
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from app.core.window import floor_to
 from app.demo.drive_api import DriveFault
-from daemon import KEPT
+from daemon import KEPT, Daemons
 from shipping import Shipping, item, shipping
 
 KILLS = 6
@@ -56,3 +58,24 @@ def test_a_process_killed_at_many_points_leaves_one_file_per_hour_and_every_row(
         assert [each.returncode for each in done] == [0, 0], done
         assert ship.files == quiet.files
         assert sum(content.count(b"\n") - 1 for content in ship.files.values()) == 10 * KILLS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["POST /upload", "GET .*generateIds", "POST /token"])
+def test_a_daemon_told_to_end_in_mid_upload_ends_clean_and_the_next_one_finishes(tmp_path: Path, where: str) -> None:
+    start = floor_to(datetime.now(UTC), 3600) - timedelta(hours=1)
+    with shipping(tmp_path / "a") as ship, shipping(tmp_path / "b") as quiet, closing(Daemons(tmp_path)) as daemons:
+        for world in (ship, quiet):
+            world.put_rows(start, 20)
+        ship.drive.add_fault(DriveFault(after=True, cut=True, stall_seconds=2), where)
+        first = daemons.start("", wait=True, key="", **environ(ship))
+        first.until(lambda: ship.asked(where.rsplit(maxsplit=1)[-1].removeprefix(".*")))
+        time.sleep(0.2)  # into the stall
+        assert first.terminate() in (143, -signal.SIGTERM), first.log
+        assert "Traceback" not in first.log
+        second = daemons.start("", wait=True, key="", **environ(ship))
+        second.until(lambda: len(ship.files) == 1 and second.job("dynamo_to_drive")["last_run"])
+        assert second.terminate() in (143, -signal.SIGTERM), second.log
+        quiet.now = datetime.now(UTC)
+        quiet.run()
+        assert ship.files == quiet.files

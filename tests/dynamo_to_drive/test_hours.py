@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.errors import Permanent, Stopped
+from app.core.errors import Permanent, Stopped, Transient
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
 
@@ -86,6 +86,52 @@ def test_rows_after_the_grace_are_found_by_the_late_job_and_counted(ship: Shippi
     assert (report.windows, report.late_rows > 0) == (1, True)
     assert "T12:50:00Z,9" in ship.text(HOUR_12)
     assert ship.run(job.LATE).windows == 0
+
+
+def test_rows_after_the_grace_are_found_also_where_only_a_scan_serves(ship: Shipping) -> None:
+    ship.extra["DYNAMODB_TIMESTAMP_ATTRIBUTE"] = "measured"
+
+    def put(minutes: int) -> None:
+        at = START + minutes * MINUTE
+        ship.put({**item(at, temp=str(minutes)), "measured": {"S": f"{at:%Y-%m-%dT%H:%M:%SZ}"}})
+
+    put(10)
+    ship.now = START + 30 * MINUTE
+    ship.run()
+    ship.now = START + 75 * MINUTE
+    ship.run()
+    for minutes, again in ((20, job.LATE), (30, job.RECONCILE)):
+        put(minutes)
+        assert ship.run().windows == 0
+        report = ship.run(again)
+        assert (report.windows, report.late_rows > 0) == (1, True)
+        assert f"T12:{minutes}:00Z" in ship.text(HOUR_12)
+
+
+def test_of_many_files_of_a_name_over_several_pages_of_the_list_the_oldest_is_kept(ship: Shipping) -> None:
+    ship.drive.state.page_files = 2
+    for number in (1, 2, 3, 4, 5):
+        of = {"id": f"x{number}", "name": HOUR_12, "parent": ship.drive.folder_id, "mime_type": "text/csv"}
+        ship.drive.state.files.add({**of, "drive_id": ship.drive.state.shared_drive}, b"datetime_utc,temp\r\n")
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    assert [file.file_id for file in ship.drive.named(HOUR_12)] == ["x1"]
+
+
+def test_a_list_that_drive_calls_incomplete_is_no_reason_for_a_second_file(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    before = ship.files
+    ship.put_rows(START, 8)
+    ship.drive.state.incomplete_lists = 100
+    with pytest.raises(Transient):
+        ship.run()
+    assert ship.files == before
+    ship.drive.state.incomplete_lists = 0
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 9
 
 
 def test_a_file_that_a_person_deleted_comes_back(ship: Shipping) -> None:

@@ -12,6 +12,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Outcome, Stop
 from app.core.window import Window
 from app.demo.faults import Cut, ErrorTable
+from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.job import NAME
 from app.influx_to_s3.source import InfluxSource, Patience, Reading
@@ -49,7 +50,7 @@ def one_process(exporter: Exporter, **environ: str) -> Iterator[None]:
 
 def source_of(exporter: Exporter, batch_rows: int) -> InfluxSource:
     influx = exporter.influx
-    reader = FluxReader(FluxTarget(influx.url, influx.token, influx.org, influx.bucket, KEY[0]))
+    reader = FluxReader(Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, KEY[0]))
     reading = Reading(KEY[0], (), batch_rows, exporter.folder / "spool")
     return InfluxSource(reader, reading, Patience(RetryPolicy(), Stop(), lambda: 0.0))
 

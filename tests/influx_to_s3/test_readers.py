@@ -19,6 +19,7 @@ from app.core.retry import RetryPolicy
 from app.core.window import Window
 from app.demo.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
 from app.demo.influx import InfluxSimulator
+from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget, literal, time_literal
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget, identifier, text_literal
 from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
@@ -36,14 +37,20 @@ M = "device_telemetry"
 Make = Callable[..., Reader]
 
 
-def flux(influx: InfluxSimulator, **more: Any) -> FluxReader:
-    given = {"url": influx.url, "token": influx.token, "org": influx.org, "bucket": influx.bucket, "measurement": M}
-    return FluxReader(FluxTarget(**{"timeout_seconds": 10.0, **given, **more}))
+def flux(
+    influx: InfluxSimulator, *, org: str = "", bucket: str = "", measurement: str = M, **server: Any
+) -> FluxReader:
+    given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
+    return FluxReader(Connection(Server(**given)), FluxTarget(org or influx.org, bucket or influx.bucket, measurement))
 
 
-def influxql(influx: InfluxSimulator, **more: Any) -> InfluxQlReader:
-    given = {"url": influx.url, "token": influx.token, "database": influx.bucket, "measurement": M}
-    return InfluxQlReader(InfluxQlTarget(**{"retention_policy": "", "timeout_seconds": 10.0, **given, **more}))
+def influxql(influx: InfluxSimulator, *, database: str = "", measurement: str = M, **server: Any) -> InfluxQlReader:
+    given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
+    return InfluxQlReader(Connection(Server(**given)), InfluxQlTarget(database or influx.bucket, "", measurement))
+
+
+def influxql_without_credentials(url: str, database: str) -> InfluxQlReader:
+    return InfluxQlReader(Connection(Server(url)), InfluxQlTarget(database, "", M))
 
 
 class Waits:
@@ -127,7 +134,7 @@ def test_both_languages_and_a_real_influxdb_1_give_equal_rows(
     influx.write(LINES)
     database = influxdb1.new_database()
     influxdb1.write(database, LINES)
-    real = InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M))
+    real = influxql_without_credentials(influxdb1.url, database)
     expected = rows(flux(influx))
     assert len(expected) >= 34
     assert rows(influxql(influx)) == expected
@@ -173,7 +180,7 @@ def test_random_points_are_equal_through_every_reader(
     readers: list[Reader] = [
         flux(influx),
         influxql(influx),
-        InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M)),
+        influxql_without_credentials(influxdb1.url, database),
     ]
     for device in ("D0", "D1", "D2"):
         first, *others = (rows(each, device) for each in readers)
@@ -197,7 +204,7 @@ def test_a_field_that_changes_its_type_from_one_week_to_the_next_is_read_whole(
     influx.write(lines)
     database = influxdb1.new_database()
     influxdb1.write(database, lines)
-    readers: tuple[Reader, ...] = (flux(influx), InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M)))
+    readers: tuple[Reader, ...] = (flux(influx), influxql_without_credentials(influxdb1.url, database))
     expected = [
         {"timestamp": -9 * 86_400 * S, "voltage": 1.0, "extra": 1.0, "mixed": "1"},
         {"timestamp": 0, "voltage": 2.5, "extra": 2.5, "mixed": "x"},
@@ -222,7 +229,7 @@ def test_fields_named_like_tags_stand_beside_them_in_both_languages(influx: Infl
 def test_a_real_influxdb_1_keeps_a_field_beside_a_tag_of_its_name(influxdb1: InfluxDB1) -> None:
     database = influxdb1.new_database()
     influxdb1.write(database, f'{M},device_id=D1,location=tag location="field",hour=7 {BASE}')
-    real = InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M))
+    real = influxql_without_credentials(influxdb1.url, database)
     assert rows(real) == [{"timestamp": 0, "location": "tag", "location_field": "field", "hour_field": 7.0}]
 
 
@@ -258,7 +265,7 @@ def test_hostile_values_are_bound(influx: InfluxSimulator, make: Make, device: s
 def test_hostile_ids_are_bound_on_a_real_influxdb_1(influxdb1: InfluxDB1, device: str) -> None:
     database = influxdb1.new_database()
     influxdb1.write(database, f"{M},device_id={device},z=1 voltage=1 {BASE}\n{M},device_id=other voltage=2 {BASE}")
-    reader = InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M))
+    reader = influxql_without_credentials(influxdb1.url, database)
     [name] = [found for found in reader.devices(NOON) if found != "other"]
     assert rows(reader, name) == [{"timestamp": 0, "voltage": 1.0}]
     assert {one.device for one in reader.counts(name, HOUR, 3600)} == {name}
@@ -288,7 +295,7 @@ def test_ping_says_what_answered(influx: InfluxSimulator, influxdb1: InfluxDB1) 
     assert flux(influx).ping() == f"bucket telemetry at {influx.url} by Flux"
     assert influxql(influx).ping() == f"database telemetry at {influx.url} by InfluxQL"
     database = influxdb1.new_database()
-    ping = InfluxQlReader(InfluxQlTarget(influxdb1.url, database, "", M)).ping()
+    ping = influxql_without_credentials(influxdb1.url, database).ping()
     assert ping == f"database {database} at {influxdb1.url} by InfluxQL"
 
 
@@ -319,7 +326,7 @@ def test_a_missing_bucket_and_a_wrong_organisation_are_named(influx: InfluxSimul
 def test_a_missing_database_is_named_by_the_simulator_and_by_a_real_influxdb_1(
     influx: InfluxSimulator, influxdb1: InfluxDB1
 ) -> None:
-    for reader in (influxql(influx, database="nope"), InfluxQlReader(InfluxQlTarget(influxdb1.url, "nope", "", M))):
+    for reader in (influxql(influx, database="nope"), influxql_without_credentials(influxdb1.url, "nope")):
         with pytest.raises(Permanent, match="database not found: nope") as caught:
             reader.ping()
         assert "INFLUXDB_DATABASE='nope'" in caught.value.hint
@@ -588,6 +595,6 @@ def test_a_series_without_values_holds_nothing() -> None:
     with answering(
         f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     ) as url:
-        reader = InfluxQlReader(InfluxQlTarget(url, "db", "", M))
+        reader = influxql_without_credentials(url, "db")
         assert list(reader.measurements()) == []
         assert list(reader.rows("D1", HOUR)) == []

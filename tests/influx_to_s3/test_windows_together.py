@@ -12,6 +12,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Stop
 from app.core.window import Window
 from app.demo.faults import Refuse
+from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.source import InfluxSource, Patience, Reading, runs_of_few_rows
 from exporter import Exporter
@@ -22,7 +23,9 @@ HOURS = [Window(EVENING + timedelta(hours=n), EVENING + timedelta(hours=n + 1)) 
 
 def source_of(exporter: Exporter, batch_rows: int = 20_000) -> InfluxSource:
     influx = exporter.influx
-    reader = FluxReader(FluxTarget(influx.url, influx.token, influx.org, influx.bucket, "device_telemetry"))
+    reader = FluxReader(
+        Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, "device_telemetry")
+    )
     reading = Reading("device_telemetry", (), batch_rows, exporter.folder / "spool")
     return InfluxSource(reader, reading, Patience(RetryPolicy(attempts=1), Stop(), lambda: 0.0))
 

@@ -12,12 +12,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any, Self
 
-from app.demo.annotated_csv import Piece
-from app.demo.faults import CutHere
-from app.demo.influx_http import Answer, Request, Server, Streamed
+from app.demo.http import Answer, CutHere, Piece, Request, Served, Streamed
 from app.demo.product_events import PROJECT, amplitude_events
 
 HOUR = timedelta(hours=1)
@@ -94,27 +92,19 @@ class AmplitudeSimulator:
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
-        self._closing = Event()
-        self._server: Server | None = None
-        self._thread: Thread | None = None
+        self._served = Served("amplitude")
 
     def __enter__(self) -> Self:
-        self._server = Server(("127.0.0.1", 0), self._respond)
-        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="amplitude-simulator", daemon=True)
-        self._thread.start()
+        self._served.start(self._respond)
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._closing.set()
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        self._served.close()
 
     @property
     def url(self) -> str:
         """Where it listens, without a trailing slash."""
-        return f"http://127.0.0.1:{self._server.server_address[1] if self._server else 0}"
+        return self._served.url
 
     def environment(self, *sources: str) -> dict[str, str]:
         """The settings that point the product at it."""
@@ -137,8 +127,7 @@ class AmplitudeSimulator:
         with self.state.lock:
             self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
             fault = self.state.waiting.pop(0) if self.state.waiting else AmplitudeFault()
-        if fault.stall_seconds and self._closing.wait(fault.stall_seconds):
-            raise CutHere
+        self._served.wait(fault.stall_seconds)
         if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
             wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
             kind = {"Content-Type": "text/html"} if fault.html else TEXT

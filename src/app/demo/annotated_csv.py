@@ -10,6 +10,7 @@ from decimal import Decimal
 from itertools import islice, repeat
 
 from app.demo.flux_tables import TIME, Column, Table
+from app.demo.http import Piece
 from app.demo.instants import rfc3339
 
 ANNOTATIONS = frozenset({"datatype", "group", "default"})
@@ -24,14 +25,6 @@ class Dialect:
     annotations: tuple[str, ...] = ()
     delimiter: str = ","
     header: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes of the answer with the number of data rows in them."""
-
-    data: bytes
-    rows: int = 0
 
 
 class AnnotatedCsv:

@@ -12,13 +12,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from threading import Lock, Thread
+from threading import Lock
 from typing import Self
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
-from app.demo.faults import CutHere
-from app.demo.influx_http import Answer, Request, Server
+from app.demo.http import Answer, CutHere, Request, Served
 from app.demo.product_events import appmetrica_rows
 
 HOUR = timedelta(hours=1)
@@ -90,25 +89,19 @@ class AppMetricaSimulator:
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.state = AppMetricaState(clock)
-        self._server: Server | None = None
-        self._thread: Thread | None = None
+        self._served = Served("appmetrica")
 
     def __enter__(self) -> Self:
-        self._server = Server(("127.0.0.1", 0), self._respond)
-        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="appmetrica-simulator", daemon=True)
-        self._thread.start()
+        self._served.start(self._respond)
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        self._served.close()
 
     @property
     def url(self) -> str:
         """Where it listens, without a trailing slash."""
-        return f"http://127.0.0.1:{self._server.server_address[1] if self._server else 0}"
+        return self._served.url
 
     def environment(self) -> dict[str, str]:
         """The settings that point the product at it."""

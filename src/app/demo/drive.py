@@ -6,15 +6,13 @@ refuses, as the service would.
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from threading import Event, Thread
 from typing import Self
 
 from app.demo.drive_api import DriveApi, DriveFault, State
 from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
 from app.demo.drive_uploads import Uploads
-from app.demo.faults import CutHere
 from app.demo.google_tokens import Tokens
-from app.demo.influx_http import Server
+from app.demo.http import Served
 
 
 def _now() -> datetime:
@@ -25,34 +23,21 @@ class DriveSimulator:
     """Use it as a context manager, or `start` and `close` it. `state` is what it holds and what it shall suffer."""
 
     def __init__(self, port: int = 0, *, clock: Callable[[], datetime] = _now, lifetime_seconds: int = 3599) -> None:
-        self._closing = Event()
-        self.state = State(Files(clock), Tokens(lifetime_seconds), Uploads(), self._wait)
+        self._served = Served("drive", port)
+        self.state = State(Files(clock), Tokens(lifetime_seconds), Uploads(), self._served.wait)
         for folder, drive_id in ((self.state.my_drive, ""), (self.state.shared_drive, self.state.shared_drive)):
             self._add_folder(folder, drive_id, "")
         self.folder_id = "1demofolder"
         self._add_folder(self.folder_id, self.state.shared_drive, self.state.shared_drive)
-        self._port = port
-        self._server: Server | None = None
-        self._thread: Thread | None = None
 
     def start(self) -> Self:
         """Listen and serve from a thread."""
-        self._closing.clear()
-        api = DriveApi(self.state, lambda: self.url)
-        self._server = Server(("127.0.0.1", self._port), api.respond)
-        self._port = self._server.server_address[1]
-        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="drive-simulator", daemon=True)
-        self._thread.start()
+        self._served.start(DriveApi(self.state, lambda: self.url).respond)
         return self
 
     def close(self) -> None:
         """Stop listening and end every connection; nothing when it does not run."""
-        self._closing.set()
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-        self._server = self._thread = None
+        self._served.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -63,7 +48,7 @@ class DriveSimulator:
     @property
     def url(self) -> str:
         """Where it listens, without a trailing slash."""
-        return f"http://127.0.0.1:{self._port}"
+        return self._served.url
 
     def add_fault(self, fault: DriveFault, when: str = "", times: int = 1) -> None:
         """The next `times` requests whose `METHOD path` has the pattern `when` in it get the fault."""
@@ -85,8 +70,3 @@ class DriveSimulator:
     def _add_folder(self, file_id: str, drive_id: str, parent: str) -> None:
         of = {"id": file_id, "name": file_id, "parent": parent, "drive_id": drive_id, "mime_type": FOLDER_TYPE}
         self.state.files.add(of)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait that long; a simulator that is closed meanwhile ends the connection instead."""
-        if seconds and self._closing.wait(seconds):
-            raise CutHere

@@ -14,9 +14,8 @@ from typing import Any
 from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
 from app.demo.drive_query import holds
 from app.demo.drive_uploads import Uploads, parts_of
-from app.demo.faults import CutHere
 from app.demo.google_tokens import JSON, Tokens
-from app.demo.influx_http import Answer, Request
+from app.demo.http import Answer, CutHere, Request
 
 FILES = "/drive/v3/files"
 UPLOAD = "/upload/drive/v3/files"
@@ -52,6 +51,7 @@ class State:
     revoked: bool = False
     full: bool = False
     stale_lists: int = 0
+    incomplete_lists: int = 0
     page_files: int = PAGE
     waiting: list[tuple[DriveFault, str]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -190,9 +190,13 @@ class DriveApi:
             raise Refused(400, "invalid", f"Invalid Value: {error}") from error
         with self._state.lock:
             stale, self._state.stale_lists = self._state.stale_lists > 0, max(0, self._state.stale_lists - 1)
+            partial, self._state.incomplete_lists = (
+                self._state.incomplete_lists > 0,
+                max(0, self._state.incomplete_lists - 1),
+            )
         found = (
             []
-            if stale
+            if stale or partial
             else [
                 file
                 for file in self._state.files.matching(asked)
@@ -202,7 +206,7 @@ class DriveApi:
         begin = int(parameters.get("pageToken", "0"))
         end = begin + min(int(parameters.get("pageSize", PAGE)), self._state.page_files)
         fields = parameters.get("fields", "")
-        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": False}
+        page: dict[str, Any] = {"kind": "drive#fileList", "incompleteSearch": partial}
         page["files"] = [_selected(file, fields) for file in found[begin:end]]
         if end < len(found):
             page["nextPageToken"] = str(end)

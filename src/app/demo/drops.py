@@ -4,7 +4,8 @@ Invariant: a file appears under its name only when it is whole; which rows it ho
 """
 
 from pathlib import Path
-from threading import Event, Thread
+
+from app.demo.repeating import Repeating
 
 HEAD = "cluster_name,id,name,value"
 ROWS = 6
@@ -27,9 +28,7 @@ class Drops:
     def __init__(self, folder: Path, every_seconds: float = WRITE_SECONDS) -> None:
         self.number = 0
         self._folder = folder
-        self._every_seconds = every_seconds
-        self._closing = Event()
-        self._thread = Thread(target=self._run, name="demo-drops", daemon=True)
+        self._live = Repeating("drops", self.drop, every_seconds)
 
     def drop(self) -> Path:
         """Write the next file."""
@@ -43,14 +42,8 @@ class Drops:
 
     def start(self) -> None:
         """Go on from a thread of its own."""
-        self._thread.start()
+        self._live.start()
 
     def close(self) -> None:
         """Stop."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._closing.wait(self._every_seconds):
-            self.drop()
+        self._live.close()

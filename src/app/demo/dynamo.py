@@ -8,11 +8,11 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any, Self
 
 from app.demo.dynamo_expressions import NotUnderstood, condition, sortable
-from app.demo.influx_http import Answer, Request, Server
+from app.demo.http import Answer, Request, Served
 
 PAGE_BYTES = 1 << 20
 UNIT_BYTES = 4096
@@ -70,9 +70,7 @@ class DynamoSimulator:
         self._tables = {table.name: table for table in tables}
         self._page_bytes = page_bytes
         self._lock = Lock()
-        self._port = 0
-        self._server: Server | None = None
-        self._thread: Thread | None = None
+        self._served = Served("dynamo")
         self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "DescribeTable": lambda asked: {"Table": self._table(asked).described()},
             "PutItem": self._put_item,
@@ -83,19 +81,12 @@ class DynamoSimulator:
 
     def start(self) -> Self:
         """Listen and serve from a thread."""
-        self._server = Server(("127.0.0.1", self._port), self._respond)
-        self._port = self._server.server_address[1]
-        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="dynamo-simulator", daemon=True)
-        self._thread.start()
+        self._served.start(self._respond)
         return self
 
     def close(self) -> None:
         """Stop listening and end every connection; nothing when it does not run."""
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-        self._server = self._thread = None
+        self._served.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -106,7 +97,7 @@ class DynamoSimulator:
     @property
     def url(self) -> str:
         """Where it listens, without a trailing slash."""
-        return f"http://127.0.0.1:{self._port}"
+        return self._served.url
 
     def put(self, table: str, items: Sequence[Item]) -> None:
         """Write items without HTTP."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 
-from app.demo.annotated_csv import Piece
+from app.demo.http import CutHere, Piece
 
 CODES = {
     400: "invalid",
@@ -80,10 +80,6 @@ class EmptyTable:
 
 Fault = Refuse | ErrorTable | Cut | Stall | ForceGzip | EmptyTable
 Predicate = Callable[[str], bool]
-
-
-class CutHere(Exception):
-    """The connection is to be closed now."""
 
 
 class Faults:

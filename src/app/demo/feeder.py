@@ -11,11 +11,11 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from threading import Event, Thread
 from typing import Self
 
 from app.demo.devices import Device, arrivals
 from app.demo.instants import NS
+from app.demo.repeating import Repeating
 
 BATCH_LINES = 5000
 WRITE_SECONDS = 30
@@ -59,27 +59,21 @@ class Feeder:
         self._write = write
         self._devices = tuple(devices)
         self._backlog_ns = int(backlog_hours * HOUR_NS)
-        self._interval_seconds = interval_seconds
         self._now_ns = now_ns
         self._oldest_ns = self._done_ns = 0
-        self._closing = Event()
-        self._thread: Thread | None = None
+        self._live = Repeating("feeder", self._feed_live, interval_seconds)
 
     def start(self) -> Self:
         """Write the backlog, then begin with the live points."""
         now_ns = self._now_ns()
         self._oldest_ns = self._done_ns = now_ns - self._backlog_ns
         self.feed(now_ns)
-        self._thread = Thread(target=self._run, name="demo-feeder", daemon=True)
-        self._thread.start()
+        self._live.start()
         return self
 
     def close(self) -> None:
         """Stop; what is being written is finished."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+        self._live.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -105,9 +99,8 @@ class Feeder:
             for device, sample in arrivals(self._devices, at_ns, end_ns, self._oldest_ns):
                 yield sample.line(series[device.number])
 
-    def _run(self) -> None:
-        while not self._closing.wait(self._interval_seconds):
-            try:
-                self.feed(self._now_ns())
-            except OSError as error:
-                log.warning("the demo's feeder could not write, and tries again: %s", error)
+    def _feed_live(self) -> None:
+        try:
+            self.feed(self._now_ns())
+        except OSError as error:
+            log.warning("the demo's feeder could not write, and tries again: %s", error)

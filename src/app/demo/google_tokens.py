@@ -1,10 +1,13 @@
 """Google's sign-in as far as Drive needs it: tokens for service accounts, consent and refresh for installed apps.
 
 Invariants: a token opens nothing after its time or after `expire`; an assertion counts only with the account's own
-signature and a clock near ours. `aud` is not compared, since the client always names Google there.
+signature and a clock near ours; a code counts once, for who asked for it. `aud` is not compared, since the client
+always names Google there.
 """
 
 import base64
+import binascii
+import hashlib
 import json
 import secrets
 import time
@@ -13,7 +16,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from app.demo.influx_http import Answer, Request
+from app.demo.http import Answer, Request
 
 SKEW_SECONDS = 300
 GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -34,7 +37,7 @@ class Tokens:
         self.email = "headwater@demo.iam.gserviceaccount.com"
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._live: dict[str, tuple[float, bool]] = {}
-        self._codes: set[str] = set()
+        self._codes: dict[str, tuple[str, str]] = {}
         self._lock = Lock()
 
     def service_account(self, url: str) -> dict[str, str]:
@@ -79,6 +82,7 @@ class Tokens:
         if request.path.endswith("/auth"):
             return self._consented(request.parameters)
         form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
+        form = {**_basic(request.headers.get("authorization", "")), **form}
         fault = "invalid_grant" if self.revoked else self._fault(form)
         if fault:
             said = {"error": fault, "error_description": "Token has been expired or revoked."}
@@ -89,7 +93,7 @@ class Tokens:
         """The user says yes at once: back to the app with a code."""
         code = secrets.token_hex(8)
         with self._lock:
-            self._codes.add(code)
+            self._codes[code] = (parameters["redirect_uri"], parameters.get("code_challenge", ""))
         back = urlencode({"code": code, "state": parameters.get("state", ""), "scope": parameters.get("scope", "")})
         return Answer(302, {"Location": f"{parameters['redirect_uri']}?{back}"})
 
@@ -97,11 +101,19 @@ class Tokens:
         grant = form.get("grant_type")
         if grant == GRANT:
             return "" if self._signed(form.get("assertion", "")) else "invalid_grant"
-        if form.get("client_id") != self.client["client_id"]:
+        if any(form.get(name) != value for name, value in self.client.items()):
             return "invalid_client"
         if grant == "refresh_token":
             return "" if form.get("refresh_token") == self.refresh_token else "invalid_grant"
-        return "" if grant == "authorization_code" and form.get("code") in self._codes else "invalid_grant"
+        return "" if grant == "authorization_code" and self._redeemed(form) else "invalid_grant"
+
+    def _redeemed(self, form: Mapping[str, str]) -> bool:
+        """Whether the code is good: it is asked for once, with the same redirect and the verifier of its challenge."""
+        with self._lock:
+            redirect, challenge = self._codes.pop(form.get("code", ""), ("", ""))
+        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        proven = not challenge or base64.urlsafe_b64encode(digest).decode().rstrip("=") == challenge
+        return bool(redirect) and redirect == form.get("redirect_uri") and proven
 
     def _signed(self, assertion: str) -> bool:
         from cryptography.exceptions import InvalidSignature
@@ -127,6 +139,18 @@ class Tokens:
         if form["grant_type"] == "authorization_code":
             answer |= {"refresh_token": self.refresh_token, "scope": "https://www.googleapis.com/auth/drive"}
         return answer
+
+
+def _basic(authorization: str) -> dict[str, str]:
+    """The client's id and secret where they come in the header, as OAuth libraries send them."""
+    kind, _, encoded = authorization.partition(" ")
+    if kind != "Basic":
+        return {}
+    try:
+        name, _, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return {}
+    return {"client_id": name, "client_secret": secret}
 
 
 def _bytes(text: str) -> bytes:

@@ -7,13 +7,13 @@ written; what it cannot answer as a server would, it refuses.
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Self
 
-from app.demo.faults import CutHere, Faults
+from app.demo.faults import Faults
 from app.demo.flux import Bucket
-from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings
-from app.demo.influx_http import Server
+from app.demo.http import Served
+from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings, refused
 from app.demo.influx_points import Points
 from app.demo.line_protocol import parse_lines
 
@@ -45,40 +45,28 @@ class InfluxSimulator:
         self.faults = Faults()
         self.starting = False
         self._now_ns = now_ns
-        self._port = port
         self._queries: deque[AnsweredQuery] = deque(maxlen=REMEMBERED_QUERIES)
         self._lock = Lock()
-        self._closing = Event()
-        self._server: Server | None = None
-        self._thread: Thread | None = None
+        too_large = refused(413, "unable to read data: points batch is too large")
+        self._served = Served("influx", port, too_large=too_large)
 
-    def start(self, host: str = "127.0.0.1") -> Self:
+    def start(self) -> Self:
         """Listen and serve from a thread; a closed simulator may be started again with its points, on the same port."""
-        self._closing.clear()
         around = Surroundings(
             self.token,
             self.org,
             self._now_ns,
             self.faults,
             self._record,
-            self._wait,
+            self._served.wait,
             lambda: self.starting,
         )
-        api = InfluxApi(Bucket(self.bucket, self.points, BUCKET_ID, ORG_ID), around)
-        self._server = Server((host, self._port), api.respond)
-        self._port = self._server.server_address[1]
-        self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="influx-simulator", daemon=True)
-        self._thread.start()
+        self._served.start(InfluxApi(Bucket(self.bucket, self.points, BUCKET_ID, ORG_ID), around).respond)
         return self
 
     def close(self) -> None:
         """Stop listening and end every connection; nothing when it does not run."""
-        self._closing.set()
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-        self._server = self._thread = None
+        self._served.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -89,10 +77,7 @@ class InfluxSimulator:
     @property
     def url(self) -> str:
         """Where it listens, without a trailing slash."""
-        if self._server is None:
-            raise RuntimeError("the simulator does not run; start it first")
-        host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return self._served.url
 
     def write(self, lines: str, precision: str = "ns") -> None:
         """Store line protocol without HTTP. Raises BadLine, and ValueError when a point was dropped."""
@@ -115,11 +100,6 @@ class InfluxSimulator:
         """Begin a new record."""
         with self._lock:
             self._queries.clear()
-
-    def _wait(self, seconds: float) -> None:
-        """Wait that long; a simulator that is closed meanwhile ends the connection instead."""
-        if self._closing.wait(seconds):
-            raise CutHere
 
     def _record(self, query: AnsweredQuery) -> None:
         with self._lock:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import chain
 from urllib.parse import parse_qs
 
-from app.demo.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Dialect, Piece, Result
+from app.demo.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Dialect, Result
 from app.demo.faults import CODES, Cut, EmptyTable, Fault, Faults, ForceGzip, Refuse, Stall, disturbed
 from app.demo.flux import Bucket, answer_flux
 from app.demo.flux_tables import Column, FluxError, table
 from app.demo.flux_text import FluxSyntax
-from app.demo.influx_http import Answer, Request, Streamed
+from app.demo.http import Answer, Piece, Request, Streamed
 from app.demo.influxql import QlError, answer_influxql
 from app.demo.influxql_json import (
     DEFAULT_CHUNK_ROWS,

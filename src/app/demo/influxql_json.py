@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 
-from app.demo.annotated_csv import Piece
+from app.demo.http import Piece
 from app.demo.influxql import Answered
 from app.demo.instants import UNITS_NS, rfc3339
 

@@ -4,13 +4,13 @@ Invariant: what a row holds depends on seed, second and state of refinement only
 partition, whole seconds, numbers that may be absent.
 """
 
-import logging
 import math
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from threading import Event, Thread
 from typing import Any, Self
+
+from app.demo.repeating import Repeating
 
 TABLE = "locness-underway-summary"
 KEY = ("static_partition", "datetime_utc")
@@ -18,7 +18,6 @@ EVERY_SECONDS = 2
 REFINED_ROWS = 3
 Item = dict[str, dict[str, Any]]
 Put = Callable[[str, Sequence[Item]], None]
-log = logging.getLogger(__name__)
 
 
 def row(at: datetime, *, refined: bool = True) -> Item:
@@ -51,26 +50,20 @@ class Ship:
         self, put: Put, *, backlog_hours: float = 2.0, interval_seconds: float = 4.0, clock: Callable[[], datetime]
     ) -> None:
         self._put = put
-        self._interval_seconds = interval_seconds
         self._clock = clock
         start = clock() - timedelta(hours=backlog_hours)
         self._next_at = start.replace(microsecond=0, second=start.second // EVERY_SECONDS * EVERY_SECONDS)
-        self._closing = Event()
-        self._thread: Thread | None = None
+        self._live = Repeating("ship", lambda: self.sail(clock()), interval_seconds)
 
     def start(self) -> Self:
         """Write the backlog, then go on from a thread."""
         self.sail(self._clock())
-        self._thread = Thread(target=self._run, name="demo-ship", daemon=True)
-        self._thread.start()
+        self._live.start()
         return self
 
     def close(self) -> None:
         """Stop."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+        self._live.close()
 
     def sail(self, now: datetime) -> int:
         """Write what was measured since the last call and refine the rows before; the number of new rows."""
@@ -83,10 +76,6 @@ class Ship:
         fresh = set(new[-REFINED_ROWS:])
         self._put(TABLE, [row(at, refined=at not in fresh) for at in (*before, *new)])
         return len(new)
-
-    def _run(self) -> None:
-        while not self._closing.wait(self._interval_seconds):
-            self.sail(self._clock())
 
 
 def now() -> datetime:

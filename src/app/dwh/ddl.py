@@ -1,4 +1,4 @@
-"""SQL that follows from the declaration of a table: its DDL for both databases, staging, and the upsert.
+"""SQL that follows from the declaration of a table: its DDL for both databases, and the upsert of each.
 
 Invariants: the migrations in `sql/dwh/migrations` are these very texts, which a test checks; every name in them comes
 from the declaration, never from a caller.
@@ -63,41 +63,63 @@ def _column(column: Column, dialect: Dialect) -> str:
 
 
 def stage(table: Table) -> str:
-    """The name of the temporary table that takes rows before they are merged."""
+    """The name of the temporary table that takes rows in PostgreSQL, where COPY knows no conflicts."""
     return f"staged_{table.name}"
 
 
-def create_stage(table: Table, dialect: Dialect) -> str:
-    """A temporary table per connection, made once; it is empty whenever a transaction begins to use it."""
-    types = TYPES[dialect]
-    columns = ", ".join(
-        [f"{ORDINAL} {types['bigint']}", *(f"{each.name} {types[each.kind]}" for each in table.columns)]
-    )
-    end = " ON COMMIT DELETE ROWS" if dialect == "postgres" else ""
-    return f"CREATE TEMP TABLE IF NOT EXISTS {stage(table)} ({columns}){end}"
+def create_stage(table: Table) -> str:
+    """A temporary table per connection, made once; it is empty whenever a transaction begins to use it.
+
+    The server numbers the rows as they come, which costs less than to send their numbers.
+    """
+    types = TYPES["postgres"]
+    columns = ", ".join(f"{each.name} {types[each.kind]}" for each in table.columns)
+    ordinal = f"{ORDINAL} bigint GENERATED ALWAYS AS IDENTITY"
+    return f"CREATE TEMP TABLE IF NOT EXISTS {stage(table)} ({ordinal}, {columns}) ON COMMIT DELETE ROWS"
 
 
-def empty_stage(table: Table, dialect: Dialect) -> str:
+def empty_stage(table: Table) -> str:
     """Remove what was staged, at no cost per row."""
-    return f"TRUNCATE {stage(table)}" if dialect == "postgres" else f"DELETE FROM {stage(table)}"  # noqa: S608
+    return f"TRUNCATE {stage(table)}"
 
 
 def merge(table: Table) -> str:
-    """As `upsert`; gives the id of each row it wrote."""
-    return f"{upsert(table)} RETURNING id"
+    """The upsert of all staged rows, in the order in which they came; `ids` of the rows it wrote, as one text."""
+    columns = ", ".join(table.names)
+    return (
+        f"WITH written AS (INSERT INTO {table.name} ({columns}) "  # noqa: S608 - declared
+        f"SELECT {columns} FROM {stage(table)} ORDER BY {ORDINAL} {_on_conflict(table)} RETURNING id) "
+        "SELECT coalesce(string_agg(id::text, ','), '') AS ids FROM written"
+    )
+
+
+def merge_all(table: Table, *, past: bool) -> str:
+    """As `merge`, without the ids. Rows of the `past` add what is not known yet."""
+    columns = ", ".join(table.names)
+    return (
+        f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {stage(table)} ORDER BY {ORDINAL} "  # noqa: S608
+        f"{_on_conflict(table, past=past)}"
+    )
 
 
 def upsert(table: Table, *, past: bool = False) -> str:
-    """The upsert of all staged rows, in the order in which they came. Rows of the `past` add what is not known yet.
+    """The upsert of one row, its values bound in order. One of the `past` adds what is not known yet."""
+    places = ", ".join("?" * len(table.columns))
+    conflict = _on_conflict(table, past=past)
+    return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({places}) {conflict}"  # noqa: S608
 
-    `WHERE true` tells SQLite that ON does not begin a join.
-    """
-    columns = ", ".join(table.names)
-    key = table.key.name
+
+def newest(table: Table) -> str:
+    """The largest id, 0 for none."""
+    return f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}"  # noqa: S608 - declared
+
+
+def newer(table: Table) -> str:
+    """The ids above `:newest`, in order."""
+    return f"SELECT id FROM {table.name} WHERE id > :newest ORDER BY id"  # noqa: S608 - declared
+
+
+def _on_conflict(table: Table, *, past: bool = False) -> str:
     first, second = (table.name, "excluded") if past else ("excluded", table.name)
     taken = ", ".join(f"{name} = coalesce({first}.{name}, {second}.{name})" for name in table.names[1:])
-    action = f"UPDATE SET {taken}" if table.updates else "NOTHING"
-    return (
-        f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {stage(table)} WHERE true ORDER BY {ORDINAL} "  # noqa: S608
-        f"ON CONFLICT ({key}) DO {action}"
-    )
+    return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"

@@ -6,7 +6,7 @@ Invariant: it promises neither more nor less than the decoder does, which schema
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.dwh.pages import MEDIA
+from app.dwh.formats import MEDIA
 from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, FORMATS, MAX_FILE_ROWS, MAX_OFFSET
 from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Column, Table
 

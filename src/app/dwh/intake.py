@@ -1,7 +1,7 @@
 """One POST, from its bytes to rows that can be stored: checked, cut into batches, spooled.
 
-Invariants: memory is bounded by a group of rows and the spool's part of it, however large the body; nothing of a body
-reaches the database before the last byte was checked.
+Invariants: memory is bounded by the first rows, which are held as they are, a group of rows and the spool's part of it,
+however large the body; nothing of a body reaches the database before the last byte was checked.
 """
 
 import hashlib
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from app.dwh.rows import RowReader, Values
 
-SPOOL_BYTES = 1 << 22
+SPOOL_BYTES = HELD_BYTES = 1 << 22
+HELD_ROWS = 10_000
 MAX_FAULTS = 1000
 LENGTH_BYTES = 8
+Frame = tuple[int, Sequence[Sequence[Any]]]  # the number of a batch, and rows of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,15 @@ class Batches:
 
 @dataclass(slots=True)
 class Received:
-    """What a body came to. `digest` is of its bytes, hex. The caller closes it."""
+    """What a body came to. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes it."""
 
     rows: int = 0
     batches: int = 0
     faults: list[RowFault] = field(default_factory=list)
     fault_count: int = 0
     digest: str = ""
+    size_bytes: int = 0
+    held: list[Frame] = field(default_factory=list)
     spool: Any = field(default_factory=lambda: tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - `close`
 
     def read(self) -> Iterator[Iterator["Values"]]:
@@ -76,15 +80,29 @@ class Received:
         for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
             yield (row for _, rows in frames for row in rows)
 
-    def _frames(self) -> Iterator[tuple[int, Sequence["Values"]]]:
+    def put(self, frame: Frame, size_bytes: int) -> None:
+        """The next rows; `size_bytes` as they came."""
+        self.rows += len(frame[1])
+        self.size_bytes += size_bytes
+        if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
+            self.held.append(frame)
+            return
         import msgspec
 
+        packed = msgspec.msgpack.encode(frame)
+        self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
+
+    def _frames(self) -> Iterator[Frame]:
+        import msgspec
+
+        yield from self.held
         self.spool.seek(0)
         while head := self.spool.read(LENGTH_BYTES):
             yield msgspec.msgpack.decode(self.spool.read(int.from_bytes(head)))
 
     def close(self) -> None:
-        """Free the spool. Idempotent."""
+        """Free the rows. Idempotent."""
+        self.held.clear()
         self.spool.close()
 
 
@@ -127,15 +145,12 @@ class Intake:
         received = self.received
         received.fault_count += len(checked.faults)
         received.faults += checked.faults[: MAX_FAULTS - len(received.faults)]
-        received.rows += len(checked.rows)
-        self._spool(checked.rows, checked.sizes)
+        self._put(checked.rows, checked.sizes)
 
-    def _spool(self, rows: "Sequence[Values]", sizes: Sequence[int]) -> None:
-        import msgspec
-
+    def _put(self, rows: "Sequence[Values]", sizes: Sequence[int]) -> None:
         batch, start = self._batches.count, 0
         for number, length in enumerate(self._batches.deal(sizes)):
+            end = start + length
             if length:
-                frame = msgspec.msgpack.encode((batch + number, rows[start : start + length]))
-                self.received.spool.write(len(frame).to_bytes(LENGTH_BYTES) + frame)
-            start += length
+                self.received.put((batch + number, rows[start:end]), sum(sizes[start:end]))
+            start = end

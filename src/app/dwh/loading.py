@@ -1,61 +1,89 @@
-"""Rows of several tables at once, as a pull brings them: staged first, merged at the end of the same transaction.
+"""Rows of several tables at once, as a pull brings them, in one transaction of the caller's.
 
-Invariants: no lock is held while rows still come; locks are taken in the order of the tables' numbers, so that two
-loads never wait for each other; memory is bounded by one chunk and the devices of a load.
+Invariants: in PostgreSQL no lock is held while rows still come, and locks are taken in the order of the tables'
+numbers, so that two loads never wait for each other; memory is bounded by one chunk and the devices of a load.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
 from typing import Any
 
 from app.dwh import ddl
 from app.dwh.tables import EVENTS, TABLES, Table
-from app.stores.product_mapping import Tables
-from app.stores.sql import Dialect, Session
+from app.stores.product_mapping import Rows, Tables
+from app.stores.sql import Session
 
 BY_NAME = {table.name: table for table in TABLES}
 
 
-def stage(session: Session, dialect: Dialect, chunks: Iterable[Tables]) -> Sequence[Table]:
-    """Stage all rows; the tables that have some, in the order of their numbers."""
+def stage(session: Session, chunks: Iterable[Tables]) -> Sequence[Table]:
+    """Stage all rows in PostgreSQL; the tables that have some, in the order of their numbers."""
     staged: set[str] = set()
-    ordinals = count()
-    latest: dict[Any, dict[str, Any]] = {}
+    latest = Latest()
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
             if name not in staged:
-                session.run(ddl.create_stage(table, dialect))
-                if dialect == "sqlite":
-                    session.run(ddl.empty_stage(table, dialect))
+                session.run(ddl.create_stage(table))
                 staged.add(name)
             if table.updates:
-                _unite(latest, rows.names, rows.rows)
+                latest.add(table, rows)
             else:
-                session.append(ddl.stage(table), [ddl.ORDINAL, *rows.names], _numbered(ordinals, rows.rows))
-    tables = [table for table in TABLES if table.name in staged]
-    for table in (each for each in tables if each.updates):
-        united = ([row.get(name) for name in table.names] for row in latest.values())
-        session.append(ddl.stage(table), [ddl.ORDINAL, *table.names], _numbered(ordinals, united))
-    return tables
+                session.append(ddl.stage(table), rows.names, rows.rows)
+    for table, values in latest.rows():
+        session.append(ddl.stage(table), table.names, values)
+    return [table for table in TABLES if table.name in staged]
 
 
 def merge(session: Session, tables: Sequence[Table], *, past: bool) -> int:
     """Merge what was staged; how many events are new."""
-    written = {table.name: session.run(ddl.upsert(table, past=past)) for table in tables}
+    written = {table.name: session.run(ddl.merge_all(table, past=past)) for table in tables}
     return written.get(EVENTS.name, 0)
 
 
-def _numbered(ordinals: Iterator[int], rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    for row in rows:
-        yield (next(ordinals), *row)
+def one_by_one(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+    """Store all rows in SQLite, by prepared statements; how many events are new."""
+    latest = Latest()
+    (before,) = session.rows(ddl.newest(EVENTS))
+    for chunk in chunks:
+        for name, rows in chunk.items():
+            table = BY_NAME[name]
+            if table.updates:
+                latest.add(table, rows)
+            else:
+                session.run_rows(ddl.upsert(table), _whole(table, rows))
+    for table, values in latest.rows():
+        session.run_rows(ddl.upsert(table, past=past), values)
+    return sum(1 for _ in session.stream(ddl.newer(EVENTS), newest=before["newest"]))
 
 
-def _unite(latest: dict[Any, dict[str, Any]], names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """One row per key, which a database can update once only: of each column the last value that is not null."""
-    seen: Sequence[Any] = ()
-    for row in rows:
-        if row != seen:  # a device mostly sends many events in a row
-            values = {name: value for name, value in zip(names, row, strict=True) if value is not None}
-            latest.setdefault(row[0], {}).update(values)
-            seen = row
+def _whole(table: Table, rows: Rows) -> Iterable[Sequence[Any]]:
+    """Rows with every column of the table, in its order."""
+    if tuple(rows.names) == tuple(table.names):
+        return rows.rows
+    places = [rows.names.index(name) if name in rows.names else None for name in table.names]
+    return ([None if place is None else row[place] for place in places] for row in rows.rows)
+
+
+class Latest:
+    """One row per key of tables that take new values: a statement can update a row once only. The last value that is
+    not null counts.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[Any, dict[str, Any]]] = {}
+
+    def add(self, table: Table, rows: Rows) -> None:
+        """Take rows in."""
+        held = self._found.setdefault(table.name, {})
+        seen: Sequence[Any] = ()
+        for row in rows.rows:
+            if row != seen:  # a device mostly sends many events in a row
+                values = {name: value for name, value in zip(rows.names, row, strict=True) if value is not None}
+                held.setdefault(row[0], {}).update(values)
+                seen = row
+
+    def rows(self) -> Iterator[tuple[Table, Iterable[Sequence[Any]]]]:
+        """Each table with its rows, whole."""
+        for name, held in self._found.items():
+            table = BY_NAME[name]
+            yield table, [[values.get(column) for column in table.names] for values in held.values()]

@@ -1,213 +1,62 @@
-"""Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, in a spool.
+"""Answers to GET: rows are read in one thread at the speed of the database, and sent in another at that of the client.
 
-Invariants: an answer is whole before its first byte is sent, so a fault of the database is an error and never a file
-that ends early; memory is bounded, and a slow reader holds no connection.
+Invariants: what fails before the first byte is sent is an error, what fails later cuts the answer, so that no client
+takes it for whole; memory is bounded, and a slow reader holds no connection.
 """
 
-import csv
-import io
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
-from typing import Any, Protocol
 
-from app.dwh.query import Format, Selection
+from app.dwh.formats import BLOCK_ROWS, WRITERS
+from app.dwh.query import Selection
+from app.dwh.spool import Abandoned, Spool
 from app.dwh.store import Warehouse
-from app.dwh.tables import Column, Table
 
-SPOOL_BYTES = 1 << 22
-PIECE_BYTES = 1 << 18
-BLOCK_ROWS = 1000
-PARQUET_ROWS = 20_000
-MEDIA: dict[Format, str] = {
-    "json": "application/json",
-    "ndjson": "application/x-ndjson",
-    "csv": "text/csv; charset=utf-8",
-    "parquet": "application/vnd.apache.parquet",
-}
-Block = Sequence[Sequence[Any]]
+HEAD_BYTES = PIECE_BYTES = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
 class Page:
-    """An answer, ready to be sent. `last_id` is set when more rows follow."""
+    """One answer: `produce` in one thread, the rest in another. The reader closes it."""
 
-    spool: Any
-    size_bytes: int
-    last_id: int | None
+    def __init__(self, warehouse: Warehouse, selection: Selection) -> None:
+        self._warehouse = warehouse
+        self._selection = selection
+        self._spool = Spool()
+        self.last_id: int | None = None  # set when more rows follow; for who has begun
+
+    def produce(self) -> None:
+        """Read the rows to their end, or until nobody wants them. What goes wrong is the reader's to know."""
+        with suppress(Abandoned), self._spool.written() as spool:
+            self._fill(spool)
+
+    def _fill(self, spool: Spool) -> None:
+        """Write the rows; `last_id` is known when the reader may begin."""
+        chosen = self._selection
+        writer = WRITERS[chosen.format](chosen.table, spool)
+        left, last_id, shown = chosen.limit, 0, False
+        with self._warehouse.selected(chosen) as found:
+            while block := list(islice(found.rows, min(BLOCK_ROWS[chosen.format], left))):
+                writer.write(block)
+                left, last_id = left - len(block), block[-1][0]
+                if not shown and spool.size_bytes >= HEAD_BYTES:
+                    self.last_id, shown = found.last_id(), True
+                    spool.show()
+            if not shown and not left and next(found.rows, None) is not None:
+                self.last_id = last_id
+        writer.close()
+
+    def begin(self, *, whole: bool = False) -> int | None:
+        """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""
+        return self._spool.wait(whole=whole)
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes; the spool is gone afterwards."""
-        with self.spool as spool:
-            while piece := spool.read(PIECE_BYTES):
-                yield piece
-
-
-class Writer(Protocol):
-    """Writes blocks of rows to a file."""
-
-    def write(self, block: Block) -> None:
-        """The next rows."""
+        """The bytes. Raises what the database raised in the middle of it."""
+        sent_bytes = 0
+        while piece := self._spool.read(sent_bytes, PIECE_BYTES):
+            sent_bytes += len(piece)
+            yield piece
 
     def close(self) -> None:
-        """No more rows."""
-
-
-def page(warehouse: Warehouse, selection: Selection) -> Page:
-    """Read a selection to its end. Raises what the database raises."""
-    spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - lives as long as the answer
-    try:
-        writer = WRITERS[selection.format](selection.table, spool)
-        last_id = _fill(writer, warehouse, selection)
-        writer.close()
-        size_bytes = spool.tell()
-        spool.seek(0)
-    except BaseException:
-        spool.close()
-        raise
-    return Page(spool, size_bytes, last_id)
-
-
-def _fill(writer: Writer, warehouse: Warehouse, selection: Selection) -> int | None:
-    """Write the rows; the last id when there was one row more than asked for."""
-    block_rows = PARQUET_ROWS if selection.format == "parquet" else BLOCK_ROWS
-    left, last_id = selection.limit, 0
-    with warehouse.selected(selection) as rows:
-        while left and (block := list(islice(rows, min(block_rows, left)))):
-            writer.write(block)
-            left -= len(block)
-            last_id = block[-1][0]
-        more = not left and next(rows, None) is not None
-    return last_id if more else None
-
-
-def _flags(columns: Sequence[Column]) -> Sequence[int]:
-    return [place for place, column in enumerate(columns) if column.kind == "bool"]
-
-
-def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> Block:
-    """The block with the values at `places` turned; most tables have none."""
-    if not places:
-        return block
-    rows = [list(row) for row in block]
-    for row in rows:
-        for place in places:
-            row[place] = None if row[place] is None else turn(row[place])
-    return rows
-
-
-class Lines:
-    """NDJSON, encoded in compiled code from a row type that holds what the database gave."""
-
-    def __init__(self, table: Table, file: Any) -> None:
-        import msgspec
-
-        names = [column.name for column in table.stored]
-        self._row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
-        self._encode = msgspec.json.Encoder().encode_lines
-        self._flags = _flags(table.stored)
-        self._json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
-        self._raw = msgspec.Raw
-        self.file = file
-
-    def lines(self, block: Block) -> bytes:
-        """Each row with a newline behind it."""
-        block = _turned(_turned(block, self._flags, bool), self._json, self._raw)
-        return self._encode([self._row(*row) for row in block])
-
-    def write(self, block: Block) -> None:
-        """See `Writer.write`."""
-        self.file.write(self.lines(block))
-
-    def close(self) -> None:
-        """See `Writer.close`."""
-
-
-class _Json(Lines):
-    """`{"rows":[...],"count":n}`."""
-
-    def __init__(self, table: Table, file: Any) -> None:
-        super().__init__(table, file)
-        self._rows = 0
-        file.write(b'{"rows":[')
-
-    def write(self, block: Block) -> None:
-        """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
-        self.file.write((b"," if self._rows else b"") + self.lines(block)[:-1].replace(b"\n", b","))
-        self._rows += len(block)
-
-    def close(self) -> None:
-        """See `Writer.close`."""
-        self.file.write(b'],"count":%d}' % self._rows)
-
-
-class _Csv:
-    """A header, then rows; null is an empty cell."""
-
-    def __init__(self, table: Table, file: Any) -> None:
-        self._file = file
-        self._flags = _flags(table.stored)
-        self.write([[column.name for column in table.stored]])
-
-    def write(self, block: Block) -> None:
-        """See `Writer.write`."""
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(_turned(block, self._flags, _flag))
-        self._file.write(text.getvalue().encode())
-
-    def close(self) -> None:
-        """See `Writer.close`."""
-
-
-def _flag(value: Any) -> Any:
-    return value if isinstance(value, str) else str(bool(value)).lower()
-
-
-class _Parquet:
-    """Typed columns; JSON stays text, instants are UTC in microseconds."""
-
-    def __init__(self, table: Table, file: Any) -> None:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetWriter
-
-        types = {
-            "integer": pa.int32(),
-            "bigint": pa.int64(),
-            "float": pa.float64(),
-            "bool": pa.bool_(),
-            "instant": pa.timestamp("us", tz="UTC"),
-        }
-        self._columns = table.stored
-        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
-        self._writer = ParquetWriter(file, self._schema, compression="zstd")
-
-    def write(self, block: Block) -> None:
-        """See `Writer.write`."""
-        import pyarrow as pa
-
-        values = zip(*block, strict=True)
-        arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-
-    def _array(self, column: Column, values: Sequence[Any]) -> Any:
-        import pyarrow as pa
-
-        kind = self._schema.field(column.name).type
-        if column.kind == "instant":
-            return pa.array(values, pa.string()).cast(kind)
-        if column.kind == "bool":
-            return pa.array([None if value is None else bool(value) for value in values], kind)
-        return pa.array(values, kind)
-
-    def close(self) -> None:
-        """See `Writer.close`."""
-        self._writer.close()
-
-
-WRITERS: dict[Format, Callable[[Table, Any], Writer]] = {
-    "json": _Json,
-    "ndjson": Lines,
-    "csv": _Csv,
-    "parquet": _Parquet,
-}
+        """Nobody reads it any more: reading from the database ends with the next block. Idempotent."""
+        self._spool.close()

@@ -41,15 +41,28 @@ class Selection:
     @property
     def params(self) -> Mapping[str, Any]:
         """The values that the SQL names."""
-        page = {"row_limit": self.limit + 1, "row_offset": self.offset}
+        return {**self._named, "row_limit": self.limit + 1, "row_offset": self.offset}
+
+    @property
+    def edge_params(self) -> Mapping[str, Any]:
+        """The values that the SQL of the edge names."""
+        return {**self._named, "row_limit": 2, "row_offset": self.offset + self.limit - 1}
+
+    @property
+    def _named(self) -> Mapping[str, Any]:
         after = {} if self.after_id is None else {"after_id": self.after_id}
-        return {**page, **after, **{f"equal_{name}": value for name, value in self.filters.items()}}
+        return {**after, **{f"equal_{name}": value for name, value in self.filters.items()}}
 
     def sql(self, dialect: Dialect) -> str:
         """The query. Rows without a value come last, and equal ones by id, in both databases."""
-        stored = self.table.stored
-        read = ", ".join(_read(column, dialect) for column in stored)
-        kinds = {column.name: column for column in stored}
+        return self._sql(", ".join(_read(column, dialect) for column in self.table.stored), dialect)
+
+    def edge_sql(self, dialect: Dialect) -> str:
+        """The ids of the last row and of the one behind it, as far as there are such rows."""
+        return self._sql("id", dialect)
+
+    def _sql(self, read: str, dialect: Dialect) -> str:
+        kinds = {column.name: column for column in self.table.stored}
         conditions = [f"{name} = {_bound(kinds[name], dialect)}" for name in self.filters]
         if self.after_id is not None:
             conditions.append(f"id {'<' if self.descending else '>'} :after_id")

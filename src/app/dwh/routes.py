@@ -5,22 +5,27 @@ many clients wait instead of filling memory and the pool of connections.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+from starlette.types import Send
 
-from app.dwh import answers, document, pages
+from app.core.errors import AppError
+from app.dwh import answers, document, formats
 from app.dwh.faults import BadRequest
 from app.dwh.intake import BatchLimits, Intake
 from app.dwh.options import Options, options
-from app.dwh.query import selection
+from app.dwh.pages import Page
+from app.dwh.query import Selection, selection
 from app.dwh.store import Request as Storing
 from app.dwh.store import Warehouse
 from app.dwh.tables import TABLES, Table
@@ -35,6 +40,7 @@ BUSY = Refusal(
 )
 OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
 GONE = Response(status_code=400)  # nobody is there to read it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,32 +101,76 @@ async def _other() -> Response:
 @asynccontextmanager
 async def _place(places: asyncio.Semaphore) -> AsyncIterator[None]:
     """One of the places; 429 when none becomes free in time."""
+    await _acquired(places)
+    try:
+        yield
+    except BadRequest as error:
+        raise _refused(error) from error
+    finally:
+        places.release()
+
+
+async def _acquired(places: asyncio.Semaphore) -> None:
     try:
         async with asyncio.timeout(WAIT_SECONDS):
             await places.acquire()
     except TimeoutError:
         raise Refused(BUSY) from None
-    try:
-        yield
-    except BadRequest as error:
-        raise Refused(Refusal(error.status, error.message, error.hint, error.fault)) from error
-    finally:
-        places.release()
+
+
+def _refused(error: BadRequest) -> Refused:
+    return Refused(Refusal(error.status, error.message, error.hint, error.fault))
 
 
 def _reading(serving: Serving, table: Table) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
-        async with _place(serving.readers):
+        try:
             chosen = selection(table, request.query_params.multi_items())
-            page = await run_in_threadpool(pages.page, serving.warehouse, chosen)
-        headers = {"Content-Length": str(page.size_bytes)}
-        if page.last_id is not None:
-            headers["Link"] = f'<{chosen.next_page(request.url.path, page.last_id)}>; rel="next"'
-        if chosen.format != "json":
-            headers["Content-Disposition"] = f'attachment; filename="{table.name}.{chosen.format}"'
-        return StreamingResponse(page.pieces(), headers=headers, media_type=pages.MEDIA[chosen.format])
+        except BadRequest as error:
+            raise _refused(error) from error
+        with ExitStack() as stack:
+            page = Page(serving.warehouse, chosen)
+            stack.callback(page.close)
+            await _acquired(serving.readers)
+            producing = asyncio.ensure_future(run_in_threadpool(page.produce))
+            # The place is that of the reading from the database, however slowly the client takes the answer.
+            producing.add_done_callback(lambda _: serving.readers.release())
+            # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
+            whole = request.scope["http_version"] == "1.0"
+            size_bytes = await run_in_threadpool(partial(page.begin, whole=whole))
+            headers = _headers(chosen, request.url.path, page.last_id)
+            if size_bytes is not None:
+                headers["Content-Length"] = str(size_bytes)
+            answer = _Sent(page, headers=headers, media_type=formats.MEDIA[chosen.format])
+            stack.pop_all()
+        return answer
 
     return read
+
+
+def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str]:
+    headers = {}
+    if last_id is not None:
+        headers["Link"] = f'<{chosen.next_page(path, last_id)}>; rel="next"'
+    if chosen.format != "json":
+        headers["Content-Disposition"] = f'attachment; filename="{chosen.table.name}.{chosen.format}"'
+    return headers
+
+
+class _Sent(StreamingResponse):
+    """A page on its way. What fails in the middle is logged, and the answer left without its end, as HTTP has it."""
+
+    def __init__(self, page: Page, *, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(page.pieces(), headers=headers, media_type=media_type)
+        self._page = page
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except AppError as error:
+            log.error("an answer of /dwh was cut off: %s", error)  # noqa: TRY400 - the message says it all
+        finally:
+            self._page.close()
 
 
 def _writing(serving: Serving, table: Table) -> Callable[[Request], Any]:

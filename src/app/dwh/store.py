@@ -6,6 +6,7 @@ order of the rows; writers of a table take turns, so that overlapping requests n
 
 import threading
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -67,11 +68,25 @@ class _Undo(Exception):
     """Ends the transaction of a dry run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """`rows` are one more than was asked for, if there are so many; `edge` is the last one asked for, and that one."""
+
+    rows: Iterator[Sequence[Any]]
+    edge: Iterator[Sequence[Any]]
+
+    def last_id(self) -> int | None:
+        """The id of the last row when more follow it. For who has not read to the end; costs a search of its own."""
+        found = list(self.edge)
+        return int(found[0][0]) if len(found) > 1 else None
+
+
 class Warehouse:
     """Seven tables in one database. Connects on first use. Safe to use from many threads."""
 
     def __init__(self, database: Migrated) -> None:
         self._database = database
+        self._lite = database.dialect == "sqlite"
         self._queries = load_queries(sql_directory() / "dwh", database.dialect)
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
@@ -107,14 +122,16 @@ class Warehouse:
         What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
         """
         with self._writing() as session:
-            staged = loading.stage(session, self._database.dialect, chunks)
+            if self._lite:
+                return loading.one_by_one(session, chunks, past=past)
+            staged = loading.stage(session, chunks)
             for table in staged:
-                self._lock(session, table)
+                _turn(session, table)
             return loading.merge(session, staged, past=past)
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        if self._database.dialect != "sqlite":
+        if not self._lite:
             with self._database.transaction() as session:
                 yield session
             return
@@ -145,60 +162,64 @@ class Warehouse:
         return done
 
     def _merge(self, session: Session, table: Table, batches: Batches) -> Inserted:
-        dialect = self._database.dialect
-        session.run(ddl.create_stage(table, dialect))
-        if dialect == "sqlite":
-            session.run(ddl.empty_stage(table, dialect))
-        before = None
-        ids = array("q")
-        for staged in self._stage(session, table, batches):
-            if staged and before is None:
-                before = self._lock(session, table)
-            ids.extend(sorted(row["id"] for row in session.rows(ddl.merge(table)) if row["id"] > (before or 0)))
-            session.run(ddl.empty_stage(table, dialect))
+        ids = self._one_by_one(session, table, batches) if self._lite else self._staged(session, table, batches)
         return Inserted(ids, batches.rows, batches.batches)
+
+    def _one_by_one(self, session: Session, table: Table, batches: Batches) -> "array[int]":
+        """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
+        newest = _newest(session, table)
+        for batch in batches.read():
+            session.run_rows(ddl.upsert(table), batch)
+        return array("q", (id_ for (id_,) in session.stream(ddl.newer(table), newest=newest)))
+
+    def _staged(self, session: Session, table: Table, batches: Batches) -> "array[int]":
+        """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
+        session.run(ddl.create_stage(table))
+        newest = None
+        ids = array("q")
+        for _ in self._stage(session, table, batches):
+            if newest is None:
+                newest = _turn(session, table)
+            (written,) = session.rows(ddl.merge(table))
+            given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
+            ids.extend(given[bisect_right(given, newest) :])
+        return ids
 
     def _stage(self, session: Session, table: Table, batches: Batches) -> Iterator[int]:
         """Stage batches; gives the number of staged rows whenever they are to be merged."""
-        columns = [ddl.ORDINAL, *table.names]
         staged = 0
-        for batch in batches.read():
-            rows = list(united(batch)) if table.updates else batch
-            ordinals = _Counted(rows, staged)
-            session.append(ddl.stage(table), columns, ordinals)
-            staged = ordinals.next
+        for number, batch in enumerate(batches.read()):
+            if number and not staged:
+                session.run(ddl.empty_stage(table))
+            staged += session.append(ddl.stage(table), table.names, united(batch) if table.updates else batch)
             if staged >= MERGE_ROWS or table.updates:
                 yield staged
                 staged = 0
         if staged:
             yield staged
 
-    def _lock(self, session: Session, table: Table) -> int:
-        """Wait for this table's turn; the largest id until now. Ids that are given from here on are larger."""
-        if self._database.dialect == "postgres":
-            session.rows("SELECT set_config('lock_timeout', '25s', true)")
-            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
-        (row,) = session.rows(f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}")  # noqa: S608 - declared
-        return int(row["newest"])
-
     @contextmanager
-    def selected(self, selection: "Selection") -> Iterator[Iterator[Sequence[Any]]]:
-        """The rows of a selection, in its order, in bounded memory, from one snapshot; valid inside the block."""
+    def selected(self, selection: "Selection") -> Iterator["Selected"]:
+        """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
+        dialect = self._database.dialect
         with self._database.transaction(read_only=True) as session:
-            yield session.stream(selection.sql(self._database.dialect), **selection.params)
+            if not self._lite:
+                session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            rows = session.stream(selection.sql(dialect), **selection.params)
+            edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
+            yield Selected(rows, edge)
 
 
-class _Counted:
-    """Rows with their ordinal in front. `next` is the one after the last that was taken."""
+def _turn(session: Session, table: Table) -> int:
+    """Wait for this table's turn in PostgreSQL; the largest id until now. Ids given from here on are larger."""
+    session.rows("SELECT set_config('lock_timeout', '25s', true)")
+    session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
+    return _newest(session, table)
 
-    def __init__(self, rows: Iterable[Sequence[Any]], first: int) -> None:
-        self._rows = rows
-        self.next = first
 
-    def __iter__(self) -> Iterator[Sequence[Any]]:
-        for row in self._rows:
-            yield (self.next, *row)
-            self.next += 1
+def _newest(session: Session, table: Table) -> int:
+    (row,) = session.rows(ddl.newest(table))
+    return int(row["newest"])
 
 
 def united(rows: Iterable[Sequence[Any]]) -> Iterable[Sequence[Any]]:

@@ -15,7 +15,7 @@ from app.dwh.tables import Column
 
 MAX_DEPTH = 100
 MARK = b'":'
-BLANK_MARKS = (b" :", b"\t:", b"\n:", b"\r:")
+BLANKS = (b" ", b"\t", b"\n", b"\r")
 HIDDEN = (rb"\u0000", rb"\u0022", rb"\u003")
 NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -30,7 +30,10 @@ class _Repeated(Exception):
 
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
     """`keys` columns and `json_texts` came from `text`: raise Suspicious unless it has no repeated key and no NUL."""
-    if any(mark in text for mark in (*HIDDEN, *BLANK_MARKS)):
+    # One byte is found ten times quicker than two, and most texts hold neither escapes nor blanks but spaces.
+    if b"\\" in text and any(mark in text for mark in HIDDEN):
+        raise Suspicious
+    if any(blank in text and blank + b":" in text for blank in BLANKS):
         raise Suspicious
     if text.count(MARK) != keys + "\n".join(json_texts).count('":'):
         raise Suspicious

@@ -5,13 +5,14 @@ owner's eyes only, and renewed there; no message holds a secret.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.core.errors import Permanent
+from app.core.errors import Permanent, Transient
 from app.core.files import write_durably
 
 SCOPES = ("https://www.googleapis.com/auth/drive",)
@@ -22,6 +23,7 @@ CONSENT = (
     "run `python -m app google` once on a machine with a browser; elsewhere copy google_token.json into DATA_DIR, "
     "or set GOOGLE_CREDENTIALS_JSON to its text"
 )
+CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the shared drive, and allow access to Drive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,23 @@ def save_token(path: Path, found: Any) -> None:
 
 
 def consent(given: Given, *, open_browser: bool) -> Path:
-    """Ask the user in a browser, once; where the token was kept. Raises Permanent."""
+    """Ask the user in a browser, once; where the token was kept. Raises Permanent, and Transient for a network away."""
     info = document(given)
     client_of(info)
     from google_auth_oauthlib.flow import InstalledAppFlow
+    from oauthlib.oauth2 import OAuth2Error
 
-    flow = InstalledAppFlow.from_client_config(info, list(SCOPES))
-    found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
+    # It logs the request that it waits for, and in that stands the code.
+    logging.getLogger("google_auth_oauthlib.flow").setLevel(logging.WARNING)
+    try:
+        flow = InstalledAppFlow.from_client_config(info, list(SCOPES))
+        found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
+    except (OAuth2Error, Warning) as error:  # a scope that the user took away is raised as a Warning
+        why = getattr(error, "error", "") or type(error).__name__
+        raise Permanent(f"Google gave no consent: {why}", CONSENT_AGAIN) from error
+    except (ValueError, KeyError) as error:
+        raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
+    except OSError as error:
+        raise Transient(f"Google's sign-in was not reached: {type(error).__name__}", "try again") from error
     save_token(given.token_file, found)
     return given.token_file

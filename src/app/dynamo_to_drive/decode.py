@@ -1,7 +1,8 @@
 """DynamoDB's attribute values: from the body of an answer to the text of a cell, without a number ever being a float.
 
-Invariant: a number's text is the one that DynamoDB sent; the same value always gives the same text, so sets and maps,
-which have no order, are sorted. The shapes are those of contracts/dynamodb.md, section 6.
+Invariants: a number's text is the one that DynamoDB sent; the same value always gives the same text, so sets and maps,
+which have no order, are sorted. The items of an answer pass through the SDK as the bytes that came: it does not parse
+them. The shapes are those of contracts/dynamodb.md, section 6.
 """
 
 import json
@@ -11,7 +12,10 @@ from typing import Any
 
 import msgspec
 
-Rest = bytes
+from app.core.errors import Transient
+
+TEXT_LIMIT = 200
+Taken = bytes | msgspec.Raw
 
 
 class Value(msgspec.Struct, gc=False):
@@ -35,7 +39,7 @@ Item = dict[str, Value]
 class _Answer(msgspec.Struct):
     """A page of Query or Scan; what is not named here is dropped."""
 
-    Items: list[Item] = []
+    Items: msgspec.Raw = msgspec.Raw(b"[]")
     Count: int = 0
     ScannedCount: int = 0
     LastEvaluatedKey: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -50,29 +54,35 @@ class _Rest(msgspec.Struct):
 
 
 _ANSWERS = msgspec.json.Decoder(_Answer)
+_ITEMS = msgspec.json.Decoder(list[Item])
 _ENCODER = msgspec.json.Encoder()
 
 
-def split_page(body: bytes) -> tuple[list[Item], Rest]:
-    """The items of a page, and the rest of its document as a body for the SDK. Raises ValueError when it is broken."""
-    page = _ANSWERS.decode(body)
-    rest = _Rest(page.Count, page.ScannedCount, page.LastEvaluatedKey, page.ConsumedCapacity)
-    return page.Items, _ENCODER.encode(rest)
-
-
 def take_items(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """A handler for botocore's `before-parse`: the items are decoded here, all else by the SDK as ever.
+    """A handler for botocore's `before-parse`: the items are put aside as bytes, all else is the SDK's as ever.
 
     A broken body is left to the SDK, which then says what is wrong with it.
     """
     if response_dict["status_code"] != 200:  # noqa: PLR2004 - HTTP's own word for fine
         return
     try:
-        items, rest = split_page(response_dict["body"])
+        page = _ANSWERS.decode(response_dict["body"])
     except ValueError:
         return
-    customized_response_dict["Items"] = items
-    response_dict["body"] = rest
+    rest = _Rest(page.Count, page.ScannedCount, page.LastEvaluatedKey, page.ConsumedCapacity)
+    customized_response_dict["Items"] = page.Items
+    response_dict["body"] = _ENCODER.encode(rest)
+
+
+def items_of(taken: Taken) -> list[Item]:
+    """The items that `take_items` put aside. Raises Transient for what is not of DynamoDB's form."""
+    try:
+        return _ITEMS.decode(taken)
+    except msgspec.DecodeError as error:
+        raise Transient(
+            f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
+            "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is tried again",
+        ) from error
 
 
 def cell(value: Value | None) -> str:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import md5
 from itertools import islice, pairwise
+from operator import itemgetter
 from typing import BinaryIO
 
-from app.dynamo_to_drive.decode import Item, cell
-from app.dynamo_to_drive.timestamps import rank
+from app.dynamo_to_drive.rows import Columns, Row
+from app.dynamo_to_drive.timestamps import ascend, rank
 
 LINE_END = "\r\n"  # RFC 4180; and only with it csv.writer quotes a lone carriage return
 MEMORY_BYTES = 1 << 20
@@ -26,7 +27,6 @@ MERGE_ROWS = 1000
 MAX_CELL_CHARACTERS = 1 << 24
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
-Row = list[str]
 Order = tuple[str, ...]
 
 
@@ -34,12 +34,11 @@ Order = tuple[str, ...]
 class Shape:
     """What a file of this table looks like. `key`: attributes that identify a row beside the timestamp.
 
-    `left_out` is no column. `instant_of` reads a timestamp's text; `escape` guards against spreadsheet formulas.
+    `instant_of` reads a timestamp's text; `escape` guards against spreadsheet formulas.
     """
 
     timestamp: str
     key: tuple[str, ...]
-    left_out: str
     instant_of: Callable[[str], datetime | None]
     escape: bool = False
 
@@ -71,9 +70,9 @@ class HourFile:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Rows of one page, sorted, as CSV between two offsets of the spool."""
+    """Rows of one page, sorted, as they will stand in the file, between two offsets of the spool."""
 
-    columns: tuple[str, ...]
+    columns: Columns
     begin: int
     end: int
     rows: int
@@ -88,74 +87,76 @@ class HourWriter:
         self._shape = shape
         self._spool = _temporary()
         self._segments: list[_Segment] = []
-        self._columns: tuple[str, ...] = ()
+        self._columns: Columns = (shape.timestamp,)
 
     def close(self) -> None:
         """Drop the spool."""
         self._spool.close()
 
-    def add(self, items: Sequence[Item]) -> None:
-        """A page as DynamoDB gave it."""
-        shape = self._shape
-        names = set().union(*items) - {shape.timestamp, shape.left_out}
-        if not names <= set(self._columns[1:]):
-            self._columns = (shape.timestamp, *sorted(names.union(self._columns[1:])))
-        columns = self._columns or (shape.timestamp,)
-        self._keep(columns, [_cells(item, columns) for item in items])
+    def add(self, columns: Columns, rows: Sequence[Row]) -> None:
+        """Rows of a page. `columns` begin with the timestamp, then names in order, all those of earlier pages too."""
+        self._columns = columns
+        if not rows:
+            return
+        rows, first, last = self._in_order(rows, self._shape.places(columns))
+        begin = self._spool.seek(0, io.SEEK_END)
+        _write(self._spool, self._guarded(rows))
+        self._segments.append(_Segment(columns, begin, self._spool.tell(), len(rows), first, last))
 
     def add_rows(self, rows: Iterable[Mapping[str, str]]) -> None:
         """Rows of an earlier file, by column."""
         given = iter(rows)
         while some := list(islice(given, MERGE_ROWS)):
             names = set().union(*some) - {self._shape.timestamp}
-            self._columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
-            self._keep(self._columns, [[row.get(name, "") for name in self._columns] for row in some])
+            columns = (self._shape.timestamp, *sorted(names.union(self._columns[1:])))
+            self.add(columns, [[row.get(name, "") for name in columns] for row in some])
 
-    def _keep(self, columns: tuple[str, ...], rows: list[Row]) -> None:
-        if not rows:
-            return
-        places = self._shape.places(columns)
+    def _in_order(self, rows: Sequence[Row], places: Sequence[int]) -> tuple[Sequence[Row], Order, Order]:
+        """The rows sorted, of two with one key the later one; and the order of the first and of the last."""
+        if ascend(list(map(itemgetter(0), rows))):
+            first, last = self._shape.orders((rows[0], rows[-1]), places)
+            return rows, first, last
         orders = self._shape.orders(rows, places)
         if any(later <= earlier for earlier, later in pairwise(orders)):
-            both = dict(zip(orders, rows, strict=True))  # of two equal keys the later one stands
+            both = dict(zip(orders, rows, strict=True))
             orders = sorted(both)
             rows = [both[order] for order in orders]
-        begin = self._spool.seek(0, io.SEEK_END)
-        _write(self._spool, rows)
-        self._segments.append(_Segment(columns, begin, self._spool.tell(), len(rows), orders[0], orders[-1]))
+        return rows, orders[0], orders[-1]
+
+    def _guarded(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return [_escaped(row) for row in rows] if self._shape.escape else rows
 
     def finish(self) -> HourFile:
         """The file of all pages so far; nothing but a header makes no sense, so no rows give an empty file."""
         shape, segments, whole = self._shape, self._segments, _temporary()
         if not segments:
             return _finished(shape, whole, 0, None)
-        columns = segments[-1].columns
-        _write(whole, [_escaped(list(columns)) if shape.escape else list(columns)])
+        columns = self._columns
+        _write(whole, self._guarded([columns]))
         if self._runs_on(columns):
-            for segment in segments:
-                _copy(self._spool, whole, segment.begin, segment.end)
+            _copy(self._spool, whole)
             rows, span = sum(segment.rows for segment in segments), (segments[0].first, segments[-1].last)
         else:
             rows, span = self._merge(whole, columns)
         return _finished(shape, whole, rows, span)
 
-    def _merge(self, whole: BinaryIO, columns: tuple[str, ...]) -> tuple[int, tuple[Order, Order]]:
+    def _merge(self, whole: BinaryIO, columns: Columns) -> tuple[int, tuple[Order, Order]]:
         """Write all rows in order; how many there are, and the order of the first and the last."""
         merged, rows = self._merged(columns), 0
         orders: list[Order] = []
         while batch := list(islice(merged, MERGE_ROWS)):
             rows += len(batch)
             orders = [*orders[:1], *(order for order, _ in batch)]
-            _write(whole, [_escaped(row) if self._shape.escape else row for _, row in batch])
+            _write(whole, self._guarded([row for _, row in batch]))
         return rows, (orders[0], orders[-1])
 
-    def _runs_on(self, columns: tuple[str, ...]) -> bool:
+    def _runs_on(self, columns: Columns) -> bool:
         """True when the segments behind each other are the file already."""
-        if self._shape.escape or any(segment.columns != columns for segment in self._segments):
+        if any(segment.columns != columns for segment in self._segments):
             return False
         return all(earlier.last < later.first for earlier, later in pairwise(self._segments))
 
-    def _merged(self, columns: tuple[str, ...]) -> Iterator[tuple[Order, Row]]:
+    def _merged(self, columns: Columns) -> Iterator[tuple[Order, Row]]:
         """All rows in order; of rows with one key the one that was added last."""
         streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
         held: tuple[Order, Row] | None = None
@@ -166,11 +167,12 @@ class HourWriter:
         if held is not None:
             yield held
 
-    def _read(self, number: int, segment: _Segment, columns: tuple[str, ...]) -> Iterator[tuple[Order, int, Row]]:
+    def _read(self, number: int, segment: _Segment, columns: Columns) -> Iterator[tuple[Order, int, Row]]:
         source = [segment.columns.index(name) if name in segment.columns else -1 for name in columns]
         places = self._shape.places(columns)
         for row in _rows(_lines(self._spool, segment.begin, segment.end)):
-            wide = [row[at] if at >= 0 else "" for at in source]
+            plain = list(map(_plain, row)) if self._shape.escape else row
+            wide = [plain[at] if at >= 0 else "" for at in source]
             yield self._shape.orders([wide], places)[0], number, wide
 
 
@@ -192,11 +194,6 @@ def lines_of(batch: HourFile) -> Iterator[str]:
 def lines_in(file: BinaryIO) -> Iterator[str]:
     """The text lines of a whole stream, with their ends."""
     return _lines(file, 0, file.seek(0, io.SEEK_END))
-
-
-def _cells(item: Item, columns: Sequence[str]) -> Row:
-    get = item.get
-    return ["" if (value := get(name)) is None else value.N if value.N is not None else cell(value) for name in columns]
 
 
 def _escaped(row: Row) -> Row:
@@ -256,12 +253,10 @@ def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
         yield from io.StringIO(block[:cut].decode(), newline="")
 
 
-def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int) -> None:
-    source.seek(begin)
-    while begin < end:
-        block = source.read(min(COPY_BYTES, end - begin))
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    source.seek(0)
+    while block := source.read(COPY_BYTES):
         target.write(block)
-        begin += len(block)
 
 
 def _finished(shape: Shape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:

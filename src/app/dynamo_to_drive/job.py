@@ -243,9 +243,6 @@ def _reconcile(parts: Parts, context: Context) -> Report:
 
 def _again(parts: Parts, context: Context, age: timedelta) -> Report:
     """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
-    if parts.table.plan().scans:
-        log.info("past hours are not looked at again: each of them would cost a scan; a backfill does it when asked")
-        return Report()
     since = floor_to(parts.clock() - age, HOUR_SECONDS)
     first = parts.checkpoints.starts(NAME).get(parts.partition)
     until = parts.checkpoints.cursors(NAME).get(parts.partition)

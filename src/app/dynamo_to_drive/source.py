@@ -17,10 +17,11 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.ports import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.window import Window
-from app.dynamo_to_drive.decode import Item, cell, take_items
+from app.dynamo_to_drive.decode import Taken, cell, items_of, take_items
 from app.dynamo_to_drive.hour_file import HourFile, HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.plan import SEGMENTS, Plan, Wanted, advice, plan_of
-from app.dynamo_to_drive.timestamps import hour_numbers, hour_prefix, reader_of, separator_of
+from app.dynamo_to_drive.rows import Pages
+from app.dynamo_to_drive.timestamps import hour_numbers, hour_prefix, number_before, reader_of, separator_of
 
 KEYS_HINT = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 CLOCK_HINT = f"{KEYS_HINT}, and this machine's clock (NTP)"
@@ -103,7 +104,7 @@ class Table:
         for value in plan.hash_values:
             condition = {"hash": value}
             found = self.call("query", **self._asked(plan, condition), Limit=1, ScanIndexForward=False)
-            for item in found["Items"]:
+            for item in items_of(found["Items"]):
                 return cell(item[self.target.wanted.timestamp])
         return ""
 
@@ -140,8 +141,8 @@ class Table:
             "ConsistentRead": plan.consistent,
         }
 
-    def pages(self, method: str, asked: dict[str, Any], stop: Stop) -> Iterator[list[Item]]:
-        """Every page of a query or scan, to the end."""
+    def pages(self, method: str, asked: dict[str, Any], stop: Stop) -> Iterator[Taken]:
+        """The items of every page of a query or scan, to the end."""
         while True:
             stop.check()
             page = self.call(method, **asked)
@@ -201,13 +202,14 @@ class DynamoSource:
 
     def _fill(self, writer: HourWriter, plan: Plan, window: Window) -> None:
         """Every page of every request, several requests at once; the order of pages does not matter."""
-        method, within, turn = "scan" if plan.scans else "query", self._within(plan, window), threading.Lock()
+        method, turn = "scan" if plan.scans else "query", threading.Lock()
+        pages = Pages(self._table.target.wanted.timestamp, plan.left_out, self._keeps(plan, window))
 
         def follow(asked: dict[str, Any]) -> None:
-            for page in self._table.pages(method, asked, self._stop):
-                items = within(page)
+            for taken in self._table.pages(method, asked, self._stop):
                 with turn:
-                    writer.add(items)
+                    rows = pages.read(taken)
+                    writer.add(pages.columns, rows)
 
         queries = list(self._table.hour_queries(plan, window))
         if len(queries) == 1:
@@ -217,17 +219,11 @@ class DynamoSource:
             for done in [pool.submit(follow, asked) for asked in queries]:
                 done.result()
 
-    def _within(self, plan: Plan, window: Window) -> Callable[[list[Item]], list[Item]]:
-        """Drops the row at the upper end, which BETWEEN includes; text was asked for by prefix and is exact."""
-        wanted, instant_of = self._table.target.wanted, reader_of(self._table.target.unit)
-
+    def _keeps(self, plan: Plan, window: Window) -> Callable[[str], bool] | None:
+        """Refuses the row at the upper end, which BETWEEN includes; text was asked for by prefix and is exact."""
         if not plan.scans and plan.timestamp_type == "S":
-            return lambda items: items
-
-        def within(items: list[Item]) -> list[Item]:
-            return [item for item in items if not _is_at_end(item[wanted.timestamp].N, window, instant_of)]
-
-        return within
+            return None
+        return number_before(hour_numbers(window, self._table.target.unit)[1])
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
         """Hour by hour: a Query of one hour is the cheapest question there is."""
@@ -265,7 +261,7 @@ class DynamoSource:
     def _shape(self) -> Shape:
         plan, target = self._table.plan(), self._table.target
         key = tuple(name for name in plan.key if name not in (target.wanted.timestamp, plan.left_out))
-        return Shape(target.wanted.timestamp, key, plan.left_out, reader_of(target.unit), target.escape)
+        return Shape(target.wanted.timestamp, key, reader_of(target.unit), target.escape)
 
 
 def ping(table: Table) -> str:
@@ -275,11 +271,6 @@ def ping(table: Table) -> str:
     if plan.scans:
         return f"scan of {plan.size_bytes} bytes for each hour"
     return f"query on {f'index {plan.index}' if plan.index else 'the table'}"
-
-
-def _is_at_end(number: str | None, window: Window, instant_of: Callable[[str], datetime | None]) -> bool:
-    at = instant_of(number) if number is not None else None
-    return at is not None and at >= window.end
 
 
 def _filter(target: Target, hour: Window) -> dict[str, Any]:

@@ -4,9 +4,11 @@ Invariant: text and bounds agree: what `in_hour` finds by prefix or range is exa
 hour, for every writing of UTC (`Z`, `+00:00`, none, any fraction).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from itertools import islice
+from operator import lt
 
 from app.core.errors import Rejected
 from app.core.window import EPOCH, Window
@@ -55,6 +57,33 @@ def rank(text: str) -> tuple[str, str]:
     return f"{whole:020d}", f"{number - whole:f}"[2:].rstrip("0")
 
 
+def ascend(texts: Sequence[str]) -> bool:
+    """True when the texts are of one form and each is later than the one before, so that their ranks ascend as well.
+
+    False says nothing. It asks for the forms that machines write, and takes a tenth of the time of ranks.
+    """
+    lengths = set(map(len, texts))
+    if len(lengths) != 1 or not all(map(lt, texts, islice(texts, 1, None))):
+        return False
+    joined, length = "".join(texts), lengths.pop()
+    if _are_digits(joined):
+        return True
+    if length < len("YYYY-MM-DDTHH:MM:SS"):
+        return False
+    # A column of the texts at a time: what stands at one place in each of them.
+    across = [joined[place::length] for place in (4, *range(19, length))]
+    alike = [len(set(column)) == 1 for column in across]
+    if across[0][:1] != "-" or not alike[0]:
+        return False
+    if across[1:] and across[1][0] == ".":
+        return alike[1] and across[-1][0] == "Z" and alike[-1] and _are_digits("".join(across[2:-1]))
+    return all(alike)
+
+
+def _are_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def _numbered(text: str, per_microsecond: Decimal) -> datetime | None:
     try:
         return EPOCH + int(Decimal(text) * per_microsecond // 1) * MICROSECOND
@@ -72,6 +101,19 @@ def hour_numbers(hour: Window, unit: str) -> tuple[str, str]:
     per_second = PER_SECOND[unit]
     first, last = ((at - EPOCH) // timedelta(seconds=1) * per_second for at in (hour.start, hour.end))
     return str(first), str(last)
+
+
+def number_before(hour_end: str) -> Callable[[str], bool]:
+    """Whether a cell is a number before that one; text, which was asked for by prefix, always is."""
+    end = Decimal(hour_end)
+
+    def is_before(text: str) -> bool:
+        try:
+            return Decimal(text) < end
+        except InvalidOperation:
+            return True
+
+    return is_before
 
 
 def separator_of(text: str) -> str:

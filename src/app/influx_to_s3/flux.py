@@ -1,43 +1,37 @@
-"""Reading InfluxDB 2 by Flux over `/api/v2/query`; the home of influxdb_client.
+"""Reading InfluxDB 2 by Flux over `/api/v2/query`; answers are streamed into `annotated_csv`.
 
-The client library connects and authenticates; answers are streamed raw into `annotated_csv`, since the library's own
-parser cuts nanoseconds and holds everything in memory. Invariants: every value from outside enters a query as an
-escaped string literal; a complete answer or an error; one pool of connections for all threads.
+Invariants: every value from outside enters a query as an escaped string literal; a complete answer or an error.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
-from app.core.errors import AppError, Permanent, Transient
+from app.core.errors import Transient
 from app.core.window import Window
 from app.influx_to_s3.annotated_csv import Block, read_blocks
-from app.influx_to_s3.reader import Counted, Refusal, refusal
+from app.influx_to_s3.connection import Answer, Connection
+from app.influx_to_s3.reader import Counted
 from app.influx_to_s3.rows import DEVICE, canonical
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CHUNK_BYTES = 1 << 16
-CONNECT_MILLISECONDS = 5_000
+HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
+DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00"})
 
 
 @dataclass(frozen=True, slots=True)
 class FluxTarget:
-    """Where to read. `url` without credentials; `token` is secret."""
+    """What to read."""
 
-    url: str
-    token: str
     org: str
     bucket: str
     measurement: str
-    timeout_seconds: float = 120.0
-    connections: int = 8
 
 
 def literal(text: str) -> str:
@@ -53,8 +47,11 @@ def time_literal(instant: datetime) -> str:
 class FluxReader:
     """`Reader` over Flux."""
 
-    def __init__(self, target: FluxTarget) -> None:
+    def __init__(self, connection: Connection, target: FluxTarget) -> None:
+        self._connection = connection
         self._target = target
+        self._variables = f"INFLUXDB_BUCKET={target.bucket!r}, INFLUXDB_ORG={target.org!r}"
+        self._path = f"/api/v2/query?{urlencode({'org': target.org})}"
 
     def devices(self, since: datetime) -> Sequence[str]:
         """See `Reader`. Without an explicit start the server would look back 30 days only."""
@@ -98,7 +95,7 @@ class FluxReader:
         query = f"from(bucket: {literal(self._target.bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
-        return f"bucket {self._target.bucket} at {self._target.url} by Flux"
+        return f"bucket {self._target.bucket} at {self._connection.server.url} by Flux"
 
     def _from(self, device: str | None, span: Window) -> str:
         return (
@@ -112,67 +109,22 @@ class FluxReader:
         return measurement if device is None else f"{measurement} and r.{DEVICE} == {literal(device)}"
 
     def _ask(self, query: str) -> Iterator[Block]:
-        """Stream the answer. Its connection goes back to the pool only when the answer was read to its end."""
-        with self._translated():
-            response = self._queries.query_raw(query, dialect=self._dialect)
-            with closing(response):
-                yield from read_blocks(_body(response))
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """The one place where this library's exceptions become ours."""
-        import urllib3.exceptions
-        from influxdb_client.rest import ApiException
-
-        try:
-            yield
-        except ApiException as error:
-            raise _refused(self._target, error) from error
-        except urllib3.exceptions.LocationParseError as error:
-            raise Permanent(f"INFLUXDB_URL={self._target.url!r} is no address", "correct INFLUXDB_URL") from error
-        except urllib3.exceptions.ReadTimeoutError as error:
-            raise Transient(
-                f"InfluxDB at {self._target.url} did not answer within {self._target.timeout_seconds:g} s",
-                "it is tried again by itself; raise INFLUXDB_TIMEOUT_SECONDS if it stays",
-            ) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise Transient(
-                f"InfluxDB at {self._target.url} cannot be reached or broke off: {type(error).__name__}",
-                "check INFLUXDB_URL and that the server runs; it is tried again by itself",
-            ) from error
-
-    @cached_property
-    def _queries(self) -> Any:
-        from influxdb_client.client.influxdb_client import InfluxDBClient
-
-        client = InfluxDBClient(
-            url=self._target.url,
-            token=self._target.token,
-            org=self._target.org,
-            timeout=(CONNECT_MILLISECONDS, int(self._target.timeout_seconds * 1000)),
-            enable_gzip=True,
-            connection_pool_maxsize=self._target.connections,
-        )
-        return client.query_api()
-
-    @cached_property
-    def _dialect(self) -> Any:
-        from influxdb_client.domain.dialect import Dialect
-
-        return Dialect(header=True, delimiter=",", annotations=["datatype", "group", "default"], comment_prefix="#")
+        """Stream the answer."""
+        question = json.dumps({"query": query, "dialect": DIALECT, "type": "flux"}).encode()
+        with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
+            yield from read_blocks(_body(answer))
 
 
-def _body(response: Any) -> Iterator[bytes]:
+def _body(answer: Answer) -> Iterator[bytes]:
     """The body's bytes, which are a blank line at least. Where neither chunks nor a length tell its end, the last blank
     line has to.
     """
-    framed = response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length")
     tail = b""
-    for chunk in response.stream(CHUNK_BYTES, decode_content=True):
-        tail = (tail + chunk)[-4:]
+    for chunk in answer.chunks:
+        tail = (tail + chunk[-4:])[-4:]
         yield chunk
     ended = tail in (b"\r\n", b"\n") or tail.endswith((b"\n\r\n", b"\n\n"))
-    if not tail or not (framed or ended):
+    if not tail or not (answer.framed or ended):
         raise Transient(
             "InfluxDB's answer ends without its closing blank line: it was cut on the way",
             "the window is read again next time; a proxy in between closes connections early",
@@ -194,19 +146,3 @@ def _counted(table: "pa.Table") -> Iterator[Counted]:
     values = table.column("_value").to_pylist()
     for device, start, name, value in zip(devices, starts, fields, values, strict=True):
         yield Counted(device or "", start.astimezone(UTC), name, value)
-
-
-def _refused(target: FluxTarget, error: Any) -> AppError:
-    """An HTTP error of the library as ours."""
-    where = f"INFLUXDB_BUCKET={target.bucket!r}, INFLUXDB_ORG={target.org!r}"
-    retry_after = (error.headers or {}).get("Retry-After", "")
-    return refusal(Refusal(target.url, error.status or 0, _message(error), retry_after, where))
-
-
-def _message(error: Any) -> str:
-    body = error.body.decode("utf-8", "replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
-    try:
-        parsed = json.loads(body)
-    except ValueError:
-        return body[:200]
-    return str(parsed.get("message", body))[:300] if isinstance(parsed, dict) else body[:200]

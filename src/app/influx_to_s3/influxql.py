@@ -7,15 +7,14 @@ that is new is never counted as read. Invariants: as for `flux`; an answer that 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import EPOCH, Window
+from app.influx_to_s3.connection import OK, Connection
 from app.influx_to_s3.reader import Counted, Refusal, refusal
 from app.influx_to_s3.rows import DEVICE, TAGS, canonical, common_type, nanoseconds_of
 
@@ -23,24 +22,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK_ROWS = 10_000
-CHUNK_BYTES = 1 << 16
-CONNECT_SECONDS = 5.0
-OK = 200
+HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
 TIME = "_time"
 
 
 @dataclass(frozen=True, slots=True)
 class InfluxQlTarget:
-    """Where to read. `url` without credentials; either `token` or `username` and `password`, or neither."""
+    """What to read."""
 
-    url: str
     database: str
     retention_policy: str
     measurement: str
-    token: str = ""
-    username: str = ""
-    password: str = ""
-    timeout_seconds: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +56,11 @@ def identifier(name: str) -> str:
 class InfluxQlReader:
     """`Reader` over InfluxQL."""
 
-    def __init__(self, target: InfluxQlTarget) -> None:
+    def __init__(self, connection: Connection, target: InfluxQlTarget) -> None:
+        self._connection = connection
         self._target = target
         policy = f"{identifier(target.retention_policy)}." if target.retention_policy else ""
+        self._where = f"INFLUXDB_DATABASE={target.database!r}"
         self._from = f"FROM {policy}{identifier(target.measurement)}"
 
     def devices(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the tag index of 1.x knows no time
@@ -106,7 +100,7 @@ class InfluxQlReader:
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
-        return f"database {self._target.database} at {self._target.url} by InfluxQL"
+        return f"database {self._target.database} at {self._connection.server.url} by InfluxQL"
 
     def _fields(self) -> Sequence[Selected]:
         kinds: dict[str, set[str]] = {}
@@ -124,20 +118,8 @@ class InfluxQlReader:
             "chunked": "true",
             "chunk_size": str(CHUNK_ROWS),
         }
-        with self._translated():
-            response = self._pool.request(
-                "POST",
-                f"{self._target.url.rstrip('/')}/query",
-                body=urlencode(form),
-                headers=self._headers,
-                preload_content=False,
-                retries=False,
-                timeout=self._timeout,
-            )
-            with closing(response):
-                if response.status != OK:
-                    raise self._refused(response)
-                yield from self._series(_lines(response))
+        with self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._where) as answer:
+            yield from self._series(_lines(answer.chunks))
 
     def _series(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
         partial = True
@@ -160,7 +142,7 @@ class InfluxQlReader:
             raise Transient("InfluxDB's answer ends inside a document", "the window is read again next time") from error
         if not isinstance(document, dict) or not {"results", "error"} & document.keys():
             raise Permanent(
-                f"{self._target.url} answers with something else than InfluxQL's results: {line[:100]!r}",
+                f"{self._connection.server.url} answers with something else than InfluxQL's results: {line[:100]!r}",
                 "check that INFLUXDB_URL is an InfluxDB server",
             )
         return document
@@ -169,60 +151,7 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if "timeout" in message or "shutdown" in message or "engine" in message:
             return Transient(f"InfluxDB reports: {message}", "it is tried again by itself")
-        return refusal(Refusal(self._target.url, OK, message, "", self._where_variables))
-
-    def _refused(self, response: Any) -> AppError:
-        body = response.read(4096).decode("utf-8", "replace")
-        try:
-            answer = json.loads(body)
-            message = str(answer.get("error") or answer["message"])
-        except (ValueError, KeyError, AttributeError):
-            message = body[:200]
-        retry_after = response.headers.get("Retry-After", "")
-        return refusal(Refusal(self._target.url, response.status, message, retry_after, self._where_variables))
-
-    @property
-    def _where_variables(self) -> str:
-        return f"INFLUXDB_DATABASE={self._target.database!r}"
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """The one place where urllib3's exceptions become ours."""
-        import urllib3.exceptions
-
-        try:
-            yield
-        except urllib3.exceptions.LocationParseError as error:
-            raise Permanent(f"INFLUXDB_URL={self._target.url!r} is no address", "correct INFLUXDB_URL") from error
-        except urllib3.exceptions.HTTPError as error:
-            raise Transient(
-                f"InfluxDB at {self._target.url} cannot be reached or broke off: {type(error).__name__}",
-                "check INFLUXDB_URL and that the server runs; it is tried again by itself",
-            ) from error
-
-    @cached_property
-    def _pool(self) -> Any:
-        import urllib3
-
-        return urllib3.PoolManager(maxsize=8)
-
-    @cached_property
-    def _timeout(self) -> Any:
-        import urllib3
-
-        return urllib3.Timeout(connect=CONNECT_SECONDS, read=self._target.timeout_seconds)
-
-    @cached_property
-    def _headers(self) -> Mapping[str, str]:
-        import urllib3
-
-        headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-        if self._target.token:
-            headers["Authorization"] = f"Token {self._target.token}"
-        elif self._target.username:
-            credentials = f"{self._target.username}:{self._target.password}"
-            headers |= urllib3.make_headers(basic_auth=credentials)
-        return headers
+        return refusal(Refusal(self._connection.server.url, OK, message, "", self._where))
 
 
 def _where(device: str | None, span: Window) -> str:
@@ -244,10 +173,10 @@ def _readable(kinds: set[str]) -> set[str]:
     return kinds - {"integer", "unsigned"} if "float" in kinds else kinds
 
 
-def _lines(response: Any) -> Iterator[bytes]:
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The documents of a chunked answer, which end in newlines."""
     rest = b""
-    for chunk in response.stream(CHUNK_BYTES, decode_content=True):
+    for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
     yield rest

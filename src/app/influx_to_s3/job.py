@@ -16,6 +16,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Report
 from app.core.sync import Grid, Pipeline
 from app.core.window import EPOCH, Window, floor_to
+from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layouts import Layouts, LayoutStore
@@ -83,30 +84,20 @@ def build(
 
 def _reader(settings: Settings) -> Reader:
     influx = settings.influx
-    if influx.api == "influxql":
-        return InfluxQlReader(
-            InfluxQlTarget(
-                url=influx.url,
-                database=influx.database,
-                retention_policy=influx.retention_policy,
-                measurement=influx.measurement,
-                token=influx.token.get_secret_value(),
-                username=influx.username,
-                password=influx.password.get_secret_value(),
-                timeout_seconds=influx.timeout_seconds,
-            )
-        )
-    return FluxReader(
-        FluxTarget(
+    by_influxql = influx.api == "influxql"
+    connection = Connection(
+        Server(
             url=influx.url,
             token=influx.token.get_secret_value(),
-            org=influx.org,
-            bucket=influx.bucket,
-            measurement=influx.measurement,
+            username=influx.username if by_influxql else "",
+            password=influx.password.get_secret_value() if by_influxql else "",
             timeout_seconds=influx.timeout_seconds,
             connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
         )
     )
+    if by_influxql:
+        return InfluxQlReader(connection, InfluxQlTarget(influx.database, influx.retention_policy, influx.measurement))
+    return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement))
 
 
 def _pipeline(parts: Parts, context: Context) -> Pipeline[RowBatch, EncodedFile]:
@@ -123,7 +114,7 @@ def _pipeline(parts: Parts, context: Context) -> Pipeline[RowBatch, EncodedFile]
         layout_at=parts.layouts.at,
         spool_directory=spool,
         app_version=service.version,
-        dictionary=(DEVICE, *TAGS),
+        dictionary=(DEVICE, *TAGS, "hour", "day_of_week"),
     )
     return Pipeline(
         name=NAME,

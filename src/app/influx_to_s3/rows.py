@@ -30,11 +30,11 @@ def canonical(table: "pa.Table", time_column: str, tags: frozenset[str]) -> "pa.
     """
     import pyarrow as pa
 
-    columns = {TIMESTAMP: table.column(time_column).cast(pa.timestamp("ns", "UTC"))}
+    columns = {TIMESTAMP: _as(table.column(time_column), pa.timestamp("ns", "UTC"))}
     for name in table.column_names:
         if name in tags:
             if name in TAGS:
-                columns[name] = table.column(name).cast(pa.string())
+                columns[name] = _as(table.column(name), pa.string())
         elif name in MEASURED:
             columns[name] = _as_float(table.column(name))
         elif name != time_column:
@@ -102,11 +102,18 @@ def common_type(one: Any, other: Any) -> Any:
     return pa.float64() if numeric else pa.string()
 
 
+def _as(column: Any, kind: Any) -> Any:
+    """A cast to its own type copies nothing but takes its time."""
+    return column if column.type == kind else column.cast(kind)
+
+
 def _as_float(column: Any) -> Any:
     """A measured value as float64 whatever the source calls it; text that is no number becomes null."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if column.type == pa.float64():
+        return column
     if not pa.types.is_string(column.type):
         return (
             column.cast(pa.int8()).cast(pa.float64())
@@ -118,10 +125,11 @@ def _as_float(column: Any) -> Any:
 
 
 def instants_of(table: "pa.Table") -> Any:
-    """Timestamps as int64 nanoseconds since the epoch, a numpy array."""
+    """Timestamps as int64 nanoseconds since the epoch, a numpy array; a view where the column is in one piece."""
     import pyarrow as pa
 
-    return table.column(TIMESTAMP).cast(pa.int64()).to_numpy()
+    column = table.column(TIMESTAMP)
+    return (column.chunk(0).view(pa.int64()) if column.num_chunks == 1 else column.cast(pa.int64())).to_numpy()
 
 
 def instant_of(nanoseconds: int | None) -> datetime | None:

@@ -26,7 +26,7 @@ R = TypeVar("R")
 FILE_BYTES, FILES_KEPT = 1_000_000, 5
 OURS = ("headwater-stdout", "headwater-file")
 # At DEBUG these write request headers, signatures, tokens and whole bodies: no filter can know all of that.
-TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "influxdb_client", "googleapiclient", "google.auth", "httpx")
+TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "googleapiclient", "google.auth", "httpx")
 # Railway indexes these four words; anything else counts as info.
 LEVEL_WORDS = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}

@@ -6,16 +6,11 @@ the root is followed. What has no place in a plain file is kept below `.headwate
 
     lock      taken around check and rename
     tmp/      objects that are still being written; leftovers of killed processes go with the next `probe`
-    meta/     content type and metadata, one file per key, named by the key's SHA-256: a name built from the key itself
-              could be too long, or stand where another key needs a folder. It names the ETag it belongs to, is written
-              before the object is renamed and counts only for that ETag: a crash between the two costs the metadata of
-              the old object and never gives an object the metadata of another.
+    meta/     content type and metadata of objects that cannot carry them themselves: see `notes`
 """
 
 import errno
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import stat
@@ -23,15 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
+from app.stores.notes import Notes
 from app.stores.objects import CONTROL, ObjectInfo, Put, check_key
 
 HIDDEN = ".headwater"
@@ -45,6 +41,15 @@ ABSENT = (FileNotFoundError, NotADirectoryError)
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A temporary file as it will be under its name. `noted`: it carries its own note."""
+
+    etag: str
+    modified_at_ns: int
+    noted: bool
+
+
 class LocalDirectory:
     """Objects below `root`, which is made on the first write. `clock_ns` gives nanoseconds since the epoch.
 
@@ -56,6 +61,7 @@ class LocalDirectory:
     def __init__(self, root: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._root = Path(os.path.realpath(root))
         self._hidden = self._root / HIDDEN
+        self._notes = Notes(self._hidden / "meta", self._hidden / "tmp")
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self._probed = False
@@ -68,7 +74,7 @@ class LocalDirectory:
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
         with _translated(str(self._root)):
-            with self._spooled([b"probe"]), self._locked():
+            with self._spooled([b"probe"], Put("text/plain")), self._locked():
                 oldest_ns = self._clock_ns() - LEFTOVER_NS
             for leftover in (self._hidden / "tmp").iterdir():
                 found = _stat(leftover)
@@ -89,13 +95,21 @@ class LocalDirectory:
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
         path = self._path(key)
-        with _translated(key), self._spooled(iter(partial(body.read, CHUNK_BYTES), b"")) as spooled, self._locked():
+        chunks = iter(partial(body.read, CHUNK_BYTES), b"")
+        with _translated(key), self._spooled(chunks, put) as (spooled, first), self._locked():
+            sealed = first
             held = _stat(path)
             _check_expected(key, put.expected, held)
-            etag = _later_than(spooled, held)
+            if held is not None and sealed.modified_at_ns <= held.st_mtime_ns:
+                # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
+                # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
+                with spooled.open("rb+") as file:
+                    sealed = self._seal(file, held.st_mtime_ns + 1, put)
+            etag = sealed.etag
             try:
                 _make_folder(path.parent)
-                self._write_note(key, etag, put)
+                if not sealed.noted:
+                    self._notes.write(key, etag, put)
                 if path.is_dir():
                     path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
                 replace_durably(spooled, path)
@@ -137,7 +151,7 @@ class LocalDirectory:
                 if _stat(path) is not None:
                     path.unlink()
                     sync_directory(path.parent)
-                self._note_path(key).unlink(missing_ok=True)
+                self._notes.remove(key)
                 self._prune(path.parent)
 
     def _path(self, key: str) -> Path:
@@ -155,8 +169,8 @@ class LocalDirectory:
         return path
 
     @contextmanager
-    def _spooled(self, chunks: Iterable[bytes]) -> Iterator[Path]:
-        """A synced temporary file on the root's file system, with the clock's time: the kernel's own is coarser."""
+    def _spooled(self, chunks: Iterable[bytes], put: Put) -> Iterator[tuple[Path, "_Sealed"]]:
+        """A synced temporary file on the root's file system."""
         _make_folder(self._hidden / "tmp")
         path = self._hidden / "tmp" / uuid4().hex
         try:
@@ -164,10 +178,20 @@ class LocalDirectory:
                 for chunk in chunks:
                     file.write(chunk)
                 file.flush()
-                _stamp(file, self._clock_ns())
-            yield path
+                sealed = self._seal(file, self._clock_ns(), put)
+            yield path, sealed
         finally:
             path.unlink(missing_ok=True)
+
+    def _seal(self, file: BinaryIO, at_ns: int, put: Put) -> "_Sealed":
+        """Give the file its time, the clock's since the kernel's own is coarser, and its note; then make it durable."""
+        descriptor = file.fileno()
+        os.utime(descriptor, ns=(at_ns, at_ns))
+        found = os.fstat(descriptor)
+        etag = _etag(found)
+        noted = self._notes.attach(descriptor, etag, put)
+        sync_file(descriptor)
+        return _Sealed(etag, found.st_mtime_ns, noted)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -187,24 +211,7 @@ class LocalDirectory:
         found = _stat(path)
         if found is None:
             return None, True
-        info = _info(key, found)
-        try:
-            note = json.loads(self._note_path(key).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return info, True
-        if note["etag"] != info.etag:
-            return info, False
-        return replace(info, content_type=note["content_type"], metadata=note["metadata"]), True
-
-    def _note_path(self, key: str) -> Path:
-        return self._hidden / "meta" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-
-    def _write_note(self, key: str, etag: str, put: Put) -> None:
-        metadata = {name.lower(): value for name, value in put.metadata.items()}
-        note: dict[str, Any] = {"key": key, "etag": etag, "content_type": put.content_type, "metadata": metadata}
-        _make_folder(self._hidden / "meta")
-        with self._spooled([json.dumps(note).encode()]) as spooled:
-            replace_durably(spooled, self._note_path(key))
+        return self._notes.read(key, path, _info(key, found))
 
     def _prune(self, folder: Path) -> None:
         while folder != self._root:
@@ -279,23 +286,6 @@ def _check_expected(key: str, expected: str | None, held: os.stat_result | None)
         raise Conflict(
             f"{key}: expected {expected or 'no object'}, found {found or 'none'}", "nothing to do: it is read again"
         )
-
-
-def _later_than(spooled: Path, held: os.stat_result | None) -> str:
-    """The ETag that `spooled` will have. It is made newer than `held`, also when the clock was set back: the inode may
-    have belonged to an earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
-    """
-    found = spooled.stat()
-    if held is not None and found.st_mtime_ns <= held.st_mtime_ns:
-        with spooled.open("rb+") as file:
-            _stamp(file, held.st_mtime_ns + 1)
-        found = spooled.stat()
-    return _etag(found)
-
-
-def _stamp(file: BinaryIO, at_ns: int) -> None:
-    os.utime(file.fileno(), ns=(at_ns, at_ns))
-    sync_file(file.fileno())
 
 
 def _etag(found: os.stat_result) -> str:

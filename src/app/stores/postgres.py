@@ -94,12 +94,19 @@ class PostgresSession:
             cursor.executemany(_pyformat(sql), [bound(params) for params in many])
             return max(cursor.rowcount, 0)
 
-    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """See `Session.run_rows`."""
+        with self._errors.translated(), self._connection.cursor() as cursor:
+            cursor.executemany(_pyformat(sql).replace(b"?", b"%s"), rows)
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`: by COPY."""
         sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
-        with self._errors.translated(), self._connection.cursor() as cursor, cursor.copy(sql.encode()) as copy:
-            for block in copy_text(rows):
-                copy.write(block)
+        with self._errors.translated(), self._connection.cursor() as cursor:
+            with cursor.copy(sql.encode()) as copy:
+                for block in copy_text(rows):
+                    copy.write(block)
+            return cursor.rowcount
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """See `Session.stream`: by a cursor of the server, so that it holds what was not asked for yet."""

@@ -62,11 +62,15 @@ class SqliteSession:
         prepared = [_bound(params) for params in many]
         return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
 
-    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """See `Session.run_rows`."""
+        _translated(self._path, lambda: self._connection.executemany(sql, rows))
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`."""
         places = ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
-        _translated(self._path, lambda: self._connection.executemany(sql, rows))
+        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """See `Session.stream`."""

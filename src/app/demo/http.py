@@ -1,7 +1,8 @@
-"""The transport of the InfluxDB simulator: HTTP/1.1 with bodies of known length, or chunked while rows are made.
+"""The transport of every simulator: HTTP/1.1 with bodies of known length, or chunked while they are made.
 
-Invariant: a query is on record before the client can see the end of its answer, so a test may count right after
-reading. Closing the server ends every connection and waits for its threads; nothing is left behind.
+A simulator is a function from `Request` to `Answer`, and a `Served` that puts it behind a loopback port.
+Invariants: what was answered is on record before the client can see the end of it, so a test may count right after
+reading. Closing ends every connection and waits for its threads; nothing is left behind.
 """
 
 import gzip
@@ -13,17 +14,19 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
-
-from app.demo.annotated_csv import Piece
-from app.demo.faults import CutHere
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 GZIP_FROM_BYTES = 1400
 IDLE_SECONDS = 120
+POLL_SECONDS = 0.02
 log = logging.getLogger(__name__)
+
+
+class CutHere(Exception):
+    """The connection is to be closed now: raised by who answers, or by what makes a streamed body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class Request:
     parameters: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of a streamed body with the number of data rows in them."""
+
+    data: bytes
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,52 @@ class Answer:
 
 
 Respond = Callable[[Request], Answer]
+TOO_LARGE = Answer(413, {"Content-Type": "text/plain"}, b"request too large")
+
+
+class Served:
+    """A function that answers, behind a port, from `start` to `close`. Started again it listens on the same port.
+
+    `port` 0 takes a free one. `too_large` answers a body of more than MAX_BODY_BYTES, which is not read.
+    """
+
+    def __init__(self, name: str, port: int = 0, *, too_large: Answer = TOO_LARGE) -> None:
+        self._name = name
+        self._port = port
+        self._too_large = too_large
+        self._closing = Event()
+        self._server: Server | None = None
+        self._thread: Thread | None = None
+
+    def start(self, respond: Respond) -> None:
+        """Listen on the loopback address and serve from a thread per connection."""
+        self._closing.clear()
+        self._server = Server(("127.0.0.1", self._port), respond, self._too_large)
+        self._port = self._server.server_address[1]
+        serve, name = self._server.serve_forever, f"{self._name}-simulator"
+        self._thread = Thread(target=serve, args=(POLL_SECONDS,), name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and end every connection; nothing when it does not run."""
+        self._closing.set()
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+        self._server = self._thread = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, or did when it was closed, without a trailing slash. Raises RuntimeError before `start`."""
+        if not self._port:
+            raise RuntimeError("the simulator does not run; start it first")
+        return f"http://127.0.0.1:{self._port}"
+
+    def wait(self, seconds: float) -> None:
+        """Wait that long while answering; a simulator that is closed meanwhile ends the connection instead."""
+        if seconds and self._closing.wait(seconds):
+            raise CutHere
 
 
 class Server(ThreadingHTTPServer):
@@ -66,8 +123,9 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], respond: Respond) -> None:
+    def __init__(self, address: tuple[str, int], respond: Respond, too_large: Answer = TOO_LARGE) -> None:
         self.respond = respond
+        self.too_large = too_large
         self._open: set[socket.socket] = set()
         self._lock = Lock()
         super().__init__(address, Handler)
@@ -97,7 +155,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         """A client that went away is no error; anything else is logged with its trace."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError | ValueError):
-            log.error("the InfluxDB simulator failed to answer %s: %s", client_address, traceback.format_exc())
+            log.error("the simulator failed to answer %s: %s", client_address, traceback.format_exc())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -123,10 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         except CutHere:
             self.close_connection = True
             return
-        if isinstance(answer.body, Streamed):
-            self._stream(answer, answer.body)
-        else:
-            self._send_whole(answer, answer.body)
+        self._answer(answer)
 
     do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_GET  # noqa: N815 - named by http.server
 
@@ -139,12 +194,16 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if length > MAX_BODY_BYTES:
             self.close_connection = True
-            message = b'{"code":"request too large","message":"unable to read data: points batch is too large"}'
-            headers = {"Content-Type": "application/json; charset=utf-8", "X-Platform-Error-Code": "request too large"}
-            self._send_whole(Answer(413, headers), message)
+            self._answer(self.server.too_large)
             return None
         body = self.rfile.read(length)
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+
+    def _answer(self, answer: Answer) -> None:
+        if isinstance(answer.body, Streamed):
+            self._stream(answer, answer.body)
+        else:
+            self._send_whole(answer, answer.body)
 
     def _send_whole(self, answer: Answer, body: bytes) -> None:
         self._head(answer, None if answer.status in (204, 304) else {"Content-Length": str(len(body))})

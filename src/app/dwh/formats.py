@@ -1,0 +1,162 @@
+"""Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
+
+Invariant: the same rows in each; a writer holds one block at most.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from app.dwh.query import Format
+from app.dwh.tables import Column, Table
+
+BLOCK_ROWS: dict[Format, int] = {"json": 1000, "ndjson": 1000, "csv": 1000, "parquet": 20_000}
+MEDIA: dict[Format, str] = {
+    "json": "application/json",
+    "ndjson": "application/x-ndjson",
+    "csv": "text/csv; charset=utf-8",
+    "parquet": "application/vnd.apache.parquet",
+}
+Block = Sequence[Sequence[Any]]
+
+
+class Writer(Protocol):
+    """Writes blocks of rows to a file."""
+
+    def write(self, block: Block) -> None:
+        """The next rows."""
+
+    def close(self) -> None:
+        """No more rows."""
+
+
+def _flags(columns: Sequence[Column]) -> Sequence[int]:
+    return [place for place, column in enumerate(columns) if column.kind == "bool"]
+
+
+def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> Block:
+    """The block with the values at `places` turned; most tables have none."""
+    if not places:
+        return block
+    rows = [list(row) for row in block]
+    for row in rows:
+        for place in places:
+            row[place] = None if row[place] is None else turn(row[place])
+    return rows
+
+
+class Lines:
+    """NDJSON, encoded in compiled code from a row type that holds what the database gave."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        import msgspec
+
+        names = [column.name for column in table.stored]
+        self._row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
+        self._encode = msgspec.json.Encoder().encode_lines
+        self._flags = _flags(table.stored)
+        self._json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+        self._raw = msgspec.Raw
+        self.file = file
+
+    def lines(self, block: Block) -> bytes:
+        """Each row with a newline behind it."""
+        block = _turned(_turned(block, self._flags, bool), self._json, self._raw)
+        return self._encode([self._row(*row) for row in block])
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`."""
+        self.file.write(self.lines(block))
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+
+class _Json(Lines):
+    """`{"rows":[...],"count":n}`."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        super().__init__(table, file)
+        self._rows = 0
+        file.write(b'{"rows":[')
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
+        self.file.write((b"," if self._rows else b"") + self.lines(block)[:-1].replace(b"\n", b","))
+        self._rows += len(block)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self.file.write(b'],"count":%d}' % self._rows)
+
+
+class _Csv:
+    """A header, then rows; null is an empty cell."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        self._file = file
+        self._flags = _flags(table.stored)
+        self.write([[column.name for column in table.stored]])
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`."""
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(_turned(block, self._flags, _flag))
+        self._file.write(text.getvalue().encode())
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+
+def _flag(value: Any) -> Any:
+    return value if isinstance(value, str) else str(bool(value)).lower()
+
+
+class _Parquet:
+    """Typed columns; JSON stays text, instants are UTC in microseconds."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
+
+        types = {
+            "integer": pa.int32(),
+            "bigint": pa.int64(),
+            "float": pa.float64(),
+            "bool": pa.bool_(),
+            "instant": pa.timestamp("us", tz="UTC"),
+        }
+        self._columns = table.stored
+        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
+        self._writer = ParquetWriter(file, self._schema, compression="zstd")
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`."""
+        import pyarrow as pa
+
+        values = zip(*block, strict=True)
+        arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+
+    def _array(self, column: Column, values: Sequence[Any]) -> Any:
+        import pyarrow as pa
+
+        kind = self._schema.field(column.name).type
+        if column.kind == "instant":
+            return pa.array(values, pa.string()).cast(kind)
+        if column.kind == "bool":
+            return pa.array([None if value is None else bool(value) for value in values], kind)
+        return pa.array(values, kind)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self._writer.close()
+
+
+WRITERS: dict[Format, Callable[[Table, Any], Writer]] = {
+    "json": _Json,
+    "ndjson": Lines,
+    "csv": _Csv,
+    "parquet": _Parquet,
+}

@@ -1,0 +1,100 @@
+"""Bytes between a thread that writes them and one that reads them, each at its own speed.
+
+Invariants: a few MiB are in memory, the rest is in a file without a name in TMPDIR; a reader never waits for a writer
+that has ended, however it ended.
+"""
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.core.errors import AppError, Permanent, Transient
+
+SPOOL_BYTES = 1 << 22
+BROKEN = Permanent("the answer could not be made to its end", "the log says why: please report it")
+
+
+class Abandoned(Exception):
+    """Nobody reads any more."""
+
+
+class Spool:
+    """One writer and one reader."""
+
+    closed = False  # as writers of files look at it
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - `close`
+        self._changed = threading.Condition()
+        self._shown = self._ended = self._abandoned = False
+        self._error: AppError | None = None
+        self.size_bytes = 0
+
+    @contextmanager
+    def written(self) -> Iterator["Spool"]:
+        """Write inside the block; the bytes are whole when it ends, and end in an error when it raises one."""
+        error: AppError | None = BROKEN
+        try:
+            yield self
+            error = None
+        except AppError as raised:
+            error = raised
+        finally:
+            with self._changed:
+                self._ended, self._error = True, error
+                self._changed.notify_all()
+
+    def write(self, piece: bytes) -> int:
+        """Put bytes behind the others. Raises Abandoned, and Transient when the disk takes no more."""
+        with self._changed:
+            if self._abandoned:
+                raise Abandoned
+            try:
+                self._file.seek(self.size_bytes)
+                self._file.write(piece)
+            except OSError as error:
+                raise Transient(
+                    f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
+                ) from error
+            self.size_bytes += len(piece)
+            self._changed.notify_all()
+        return len(piece)
+
+    def flush(self) -> None:
+        """As files have it; there is nothing to do."""
+
+    def tell(self) -> int:
+        """Where the next byte goes."""
+        return self.size_bytes
+
+    def show(self) -> None:
+        """The reader may begin."""
+        with self._changed:
+            self._shown = True
+            self._changed.notify_all()
+
+    def wait(self, *, whole: bool) -> int | None:
+        """Until the reader may begin, or all is there; the size in the latter case. Raises what the writer raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or (self._shown and not whole))
+            if self._ended and self._error:
+                raise self._error
+            return self.size_bytes if self._ended else None
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes from `start` on, as soon as there are some; none at the end. Raises what the writer raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._abandoned or self.size_bytes > start)
+            if self._abandoned:
+                return b""
+            if self.size_bytes == start and self._error:
+                raise self._error
+            self._file.seek(start)
+            return self._file.read(count)
+
+    def close(self) -> None:
+        """Free the bytes; the writer is told at its next write. Idempotent."""
+        with self._changed:
+            self._abandoned = True
+            self._file.close()

@@ -1,0 +1,81 @@
+"""An answer between the thread that reads it from the database and the one that sends it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+
+import pytest
+
+from app.core.errors import AppError, Transient
+from app.dwh.pages import HEAD_BYTES, Page
+from app.dwh.query import selection
+from app.dwh.spool import SPOOL_BYTES, Abandoned, Spool
+from app.dwh.tables import LOCATIONS
+from warehouse import Desk, uuid_of
+
+
+def test_the_reader_begins_before_the_writer_has_ended_and_gets_every_byte() -> None:
+    piece = bytes(range(256)) * 4096
+    begun = threading.Event()
+
+    def write(spool: Spool) -> None:
+        with spool.written():
+            spool.write(piece)
+            spool.show()
+            assert begun.wait(30)
+            for _ in range(SPOOL_BYTES // len(piece) + 2):
+                spool.write(piece)
+
+    with ThreadPoolExecutor(1) as pool, closing(Spool()) as spool:
+        writing = pool.submit(write, spool)
+        assert spool.wait(whole=False) is None
+        read = spool.read(0, 1000)
+        begun.set()
+        while more := spool.read(len(read), 100_000):
+            read += more
+        writing.result(30)
+        assert spool.wait(whole=True) == len(read)
+    assert read == piece * (SPOOL_BYTES // len(piece) + 3)
+
+
+def test_what_was_written_is_read_before_the_error_that_ended_it() -> None:
+    with closing(Spool()) as spool:
+        with suppress(Transient), spool.written():
+            spool.write(b"some")
+            spool.show()
+            raise Transient("lost", "again")
+        assert spool.read(0, 100) == b"some"
+        with pytest.raises(Transient, match="lost"):
+            spool.read(4, 100)
+
+
+def test_a_writer_that_breaks_never_leaves_its_reader_waiting() -> None:
+    with closing(Spool()) as spool:
+        with pytest.raises(KeyError), spool.written():
+            raise KeyError
+        with pytest.raises(AppError, match="could not be made"):
+            spool.wait(whole=False)
+
+
+def test_a_writer_whose_reader_has_left_is_told() -> None:
+    spool = Spool()
+    spool.close()
+    with pytest.raises(Abandoned), spool.written():
+        spool.write(b"x")
+    assert spool.read(0, 1) == b""
+
+
+def test_a_page_that_is_left_frees_its_connection(desk: Desk) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(20_000)])
+    for _ in range(20):  # more than there are connections
+        page = Page(desk.warehouse, selection(LOCATIONS, [("format", "ndjson"), ("limit", "20000")]))
+        page.close()
+        page.produce()
+    assert desk.read(LOCATIONS, format="ndjson", limit=20_000).body.count(b"\n") == 20_000
+
+
+@pytest.mark.parametrize(("limit", "last_id"), [(19_999, 2), (20_000, None), (20_001, None), (3, 19_998)])
+def test_the_link_of_a_long_answer_is_known_before_its_end(desk: Desk, limit: int, last_id: int | None) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(20_000)])
+    got = desk.read(LOCATIONS, format="ndjson", limit=limit)
+    assert (got.last_id, got.body.count(b"\n"), len(got.body) > HEAD_BYTES) == (last_id, min(limit, 20_000), limit > 3)

@@ -1,0 +1,207 @@
+"""Pages of items to the file of an hour: however they are read and paged, the bytes are those of a plain reference."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import timedelta
+from hashlib import md5
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.core.errors import Transient
+from app.core.window import Window
+from app.dynamo_to_drive.decode import Value, cell
+from app.dynamo_to_drive.hour_file import HourWriter, Shape, lines_of, read_file
+from app.dynamo_to_drive.rows import MISSES, Pages
+from app.dynamo_to_drive.timestamps import ascend, hour_numbers, number_before, rank, reader_of
+from shipping import START
+
+AT, HASH = "datetime_utc", "static_partition"
+SHAPE = Shape(AT, ("id",), reader_of("s"))
+GUARDED = Shape(AT, ("id",), reader_of("s"), escape=True)
+FORMS = ("{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S}", "{:%Y-%m-%d %H:%M:%S}.250Z", "{:%Y-%m-%dT%H:%M:%S}.5+00:00")
+
+Item = dict[str, dict[str, Any]]
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
+    ["=1", "'", 'a"b', "a,b", "\r\n"]
+)
+numbers = st.sampled_from(["0", "-1.50", "12345678901234567890123456789012345678", "1E-130", "7"])
+leaves = st.one_of(
+    st.builds(lambda text: {"S": text}, texts),
+    st.builds(lambda text: {"N": text}, numbers),
+    st.just({"B": "AAH/"}),
+    st.builds(lambda flag: {"BOOL": flag}, st.booleans()),
+    st.just({"NULL": True}),
+    st.builds(lambda found: {"SS": found}, st.lists(texts, min_size=1, max_size=3, unique=True)),
+    st.builds(lambda found: {"NS": found}, st.lists(numbers, min_size=1, max_size=3, unique=True)),
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.builds(lambda found: {"L": found}, st.lists(inner, max_size=2))
+        | st.builds(lambda found: {"M": found}, st.dictionaries(texts, inner, max_size=2))
+    ),
+    max_leaves=4,
+)
+names = st.sampled_from(["temp", "id", "ph,total", 'a"b', "line\nend", "é", "=x", "f0", HASH]) | texts.filter(bool)
+plain = st.sampled_from([{"N": "1.5"}, {"N": "2"}, {"S": "x"}, {"S": "y,z"}, {"B": "AA=="}])
+
+
+@st.composite
+def pages(draw: st.DrawFn) -> list[list[Item]]:
+    """Mostly rows of one shape, as machines write them; now and then anything else."""
+    shape = draw(st.dictionaries(st.sampled_from(["temp", "id", "salinity", HASH]), plain, max_size=4))
+    form = draw(st.sampled_from(FORMS))
+    made: list[list[Item]] = []
+    second = 0
+    for _ in range(draw(st.integers(0, 6))):
+        page: list[Item] = []
+        for _ in range(draw(st.integers(0, 4))):
+            second += draw(st.sampled_from([1, 1, 1, 1, 0, -3]))
+            odd = draw(st.integers(0, 9)) == 0
+            others = draw(st.dictionaries(names, values, max_size=3)) if odd else {**shape, **counted(len(page))}
+            at = (draw(st.sampled_from(FORMS)) if odd else form).format(START + timedelta(seconds=second))
+            page.append({**others, AT: {"S": at}})
+        made.append(page)
+    return made
+
+
+def counted(number: int) -> Item:
+    """Tells rows of one key apart, so that the later one is known."""
+    return {"number": {"N": str(number)}}
+
+
+def file_of(found: Sequence[Sequence[Item]], shape: Shape, left_out: str = "") -> bytes:
+    read = Pages(AT, left_out)
+    with closing(HourWriter(shape)) as writer:
+        for page in found:
+            rows = read.read(json.dumps(page).encode())
+            writer.add(read.columns, rows)
+        hour = writer.finish()
+    with hour.file:
+        content = hour.file.read()
+    assert (hour.digest, hour.size_bytes) == (md5(content, usedforsecurity=False).hexdigest(), len(content))
+    return content
+
+
+def reference(items: Sequence[Item], shape: Shape, left_out: str = "") -> bytes:
+    """All rows at once, sorted, the later one of two with a key, by csv.writer."""
+    if not items:
+        return b""
+    columns = [AT, *sorted({name for one in items for name in one} - {AT, left_out})]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for one in items:
+        row = [cell(msgspec.convert(one[name], Value)) if name in one else "" for name in columns]
+        rows[(*rank(row[0]), *(row[columns.index(name)] for name in shape.key if name in columns), row[0])] = row
+    out = io.StringIO()
+    guard = [columns, *(rows[order] for order in sorted(rows))]
+    csv.writer(out, lineterminator="\r\n").writerows([guarded(row) for row in guard] if shape.escape else guard)
+    return out.getvalue().encode()
+
+
+def guarded(row: Sequence[str]) -> list[str]:
+    return [f"'{text}" if text[:1] in tuple("=+-@\t\r'") and not is_number(text) else text for text in row]
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@settings(max_examples=150, deadline=None)
+@given(pages(), st.sampled_from([SHAPE, GUARDED]), st.sampled_from(["", HASH]))
+def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
+    found: list[list[Item]], shape: Shape, left_out: str
+) -> None:
+    items = [one for page in found for one in page]
+    expected = reference(items, shape, left_out)
+    assert file_of(found, shape, left_out) == expected
+    assert file_of([items], shape, left_out) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(pages(), st.sampled_from([SHAPE, GUARDED]))
+def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: Shape) -> None:
+    read = Pages(AT, "")
+    with closing(HourWriter(shape)) as first, closing(HourWriter(shape)) as second:
+        for page in found:
+            rows = read.read(json.dumps(page).encode())
+            first.add(read.columns, rows)
+        once = first.finish()
+        second.add_rows(read_file(lines_of(once), escaped=shape.escape))
+        again = second.finish()
+    with once.file, again.file:
+        assert (again.digest, again.rows) == (once.digest, once.rows)
+
+
+def test_a_table_with_ever_new_attributes_is_read_whole_to_its_end() -> None:
+    found = [
+        [{AT: {"S": f"2026-02-07T12:00:{second:02d}Z"}, f"a{second}": {"N": str(second)}}]
+        for second in range(3 * MISSES)
+    ]
+    assert file_of(found, SHAPE) == reference([one for page in found for one in page], SHAPE)
+
+
+def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -> None:
+    window = Window(START, START + timedelta(hours=1))
+    low, high = hour_numbers(window, "ms")
+    read = Pages("at", "", number_before(high))
+    rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
+    last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
+    assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [
+        [low, "1"],
+        [f"{int(high) - 1}.999", "2"],
+    ]
+    assert read.columns == ("at", "temp")
+    assert read.read(json.dumps(last[:1]).encode()) == []
+    assert read.read(json.dumps(last).encode()) == []
+    assert read.columns == ("at", "temp")
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b'[{"a":5}]', b'{"a":1}', b'[{"a":{"N":1}}]'])
+def test_what_is_no_page_is_transient_also_after_good_ones(body: bytes) -> None:
+    read = Pages(AT, "")
+    for _ in range(2):
+        with pytest.raises(Transient):
+            read.read(body)
+        good = [{AT: {"S": "2026-02-07T12:00:00Z"}, "temp": {"N": "1"}}]
+        assert [list(row) for row in read.read(json.dumps(good).encode())] == [["2026-02-07T12:00:00Z", "1"]]
+
+
+SECONDS = ("2026-02-07T12:00:00", "2026-02-07T12:00:01", "2026-02-07 12:00:00")
+ALIKE = (  # texts of one length, whose own order is not always that of time
+    [second + zone for second in SECONDS for zone in ("+00:00", "-05:00")],
+    [f"{SECONDS[0]}.{tenth}{other}{zone}" for tenth in "05" for other in "0+" for zone in "Z0"],
+    ["10000", "1000²", "10010", "1001²", "1000٣", "1E+03", "1E-03"],
+    [f"1770465600.{tenth}{other}" for tenth in "05" for other in "05"],
+    ["2026-02-07T12:00:00Z", "17704656001234567890", "1770465600.123456789"],
+)
+stamps = st.sampled_from(ALIKE).flatmap(lambda found: st.lists(st.sampled_from(found), min_size=1, max_size=3))
+any_stamps = st.lists(st.text("0123456789-T.Z+ ", max_size=24), min_size=1, max_size=3)
+
+
+@settings(max_examples=400, deadline=None)
+@given((stamps | any_stamps).map(sorted))
+def test_texts_that_ascend_have_ranks_that_ascend(found: list[str]) -> None:
+    if ascend(found):
+        ranks = [rank(text) for text in found]
+        assert all(earlier < later for earlier, later in pairwise(ranks))
+
+
+@pytest.mark.parametrize("form", ["{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S.%f}Z", "{:%Y-%m-%d %H:%M:%S}+00:00"])
+def test_what_machines_write_ascends(form: str) -> None:
+    found = [form.format(START + timedelta(seconds=second, milliseconds=1)) for second in range(0, 4000, 7)]
+    assert ascend(found)
+    assert not ascend(found[::-1])
+    assert not ascend([*found[:3], found[2]])
+    assert ascend([str(number) for number in range(1_770_465_600, 1_770_465_700)])
