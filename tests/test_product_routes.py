@@ -106,6 +106,13 @@ def test_what_goes_wrong_later_ends_the_connection_instead_of_the_file(product: 
     assert product.get(WEEK).status_code == 200, "the place is free again"
 
 
+def test_callers_who_go_away_give_their_places_back(product: Product) -> None:
+    for _ in range(4):
+        with httpx.stream("GET", product.daemon.url + WEEK) as answer:
+            next(answer.iter_raw(10))
+    product.daemon.until(lambda: product.get(WEEK).status_code == 200)
+
+
 def test_ping_says_whether_the_service_answers(product: Product) -> None:
     told = product.get("/appmetrica/ping").json()
     assert {name: told[name] for name in ("module", "status")} == {"module": "appmetrica", "status": "ok"}

@@ -15,6 +15,7 @@ from typing import Annotated, BinaryIO, Literal
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from app.amplitude.archive import opened
 from app.amplitude.client import POLICY, Fetched, Patience, Project
@@ -60,21 +61,33 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
             places.release()
             raise
         headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-        return StreamingResponse(_body(head, pieces, places, stop), headers=headers, media_type="application/zip")
+        answer = _Export(_body(head, pieces), headers=headers, media_type="application/zip")
+        answer.places, answer.stop = places, stop
+        return answer
 
     return router
 
 
-async def _body(head: bytes, pieces: Iterator[bytes], places: asyncio.Semaphore, stop: Stop) -> AsyncIterator[bytes]:
-    """All pieces. A caller who goes away stops the fetching at its next safe point."""
-    try:
-        piece = head
-        while piece:
-            yield piece
-            piece = await run_in_threadpool(next, pieces, b"")
-    finally:
-        stop.ask("the caller went away")
-        places.release()
+class _Export(StreamingResponse):
+    """Gives its place back and stops the fetching at its next safe point, however the answer ends."""
+
+    places: asyncio.Semaphore
+    stop: Stop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.stop.ask("the caller went away")
+            self.places.release()
+
+
+async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    piece = head
+    while piece:
+        yield piece
+        piece = await run_in_threadpool(next, pieces, b"")
 
 
 def _days(start: str, end: str) -> tuple[date, date]:
