@@ -10,12 +10,12 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.core.runs import LeaseTerms, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.access import Keyring
 from app.ops.front import Front, Hooks
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.appmetrica.client import Service
+    from app.objects.reach import Reach
     from app.ops.answers import Asgi
     from app.ops.routes import PartitionView
     from app.stores.objects import ObjectStore
+    from app.stores.s3 import S3Store
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
@@ -52,6 +54,8 @@ OPEN_CALLS = frozenset(
         ("GET", "/assets/icon.svg"),
         ("POST", "/ops/session"),
         ("DELETE", "/ops/session"),
+        ("GET", "/s3/shared"),
+        ("HEAD", "/s3/shared"),
     }
 )
 log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class Inside:
     settings: Settings
     state: State
     warehouse: Warehouse
+    store: "ObjectStore"
     pipelines: Pipelines
     scheduler: Scheduler
     tallies: Tallies
@@ -110,7 +115,7 @@ def wire(parts: Parts) -> Pipelines:
         if dynamo.ping_drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
@@ -141,7 +146,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "s3_accessible": probed(store),
         "dwh_connected": reached(warehouse.ping),
     }
-    ops = Inside(settings, state, warehouse, pipelines, scheduler, tallies, Readiness(stores))
+    ops = Inside(settings, state, warehouse, store, pipelines, scheduler, tallies, Readiness(stores))
     checks = {**stores, **pipelines.checks}
     return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
 
@@ -166,6 +171,30 @@ def open_store(settings: Settings) -> "ObjectStore":
         session_token=revealed(s3.session_token),
     )
     return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def sweeps(parts: Parts) -> Sequence[Job]:
+    """The job that aborts what killed uploads left in a bucket; a directory clears its own leftovers."""
+    store, settings = parts.store, parts.settings
+    if not settings.s3.bucket:
+        return ()
+    from app.objects import job
+
+    def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
+        from app.stores.s3_sweep import sweep as abort
+
+        return abort(cast("S3Store", store), before, ours)
+
+    return (job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock),)
+
+
+def reach(settings: Settings) -> "Reach":
+    """Which keys /s3 may read and write."""
+    from app.objects.reach import Reach
+
+    s3 = settings.s3
+    exports = f"{s3.prefix}/" if s3.prefix else ""
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports)
 
 
 def revealed(secret: SecretStr | None) -> str:
@@ -249,7 +278,7 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     )
     about = service.settings.service
     own = [make() for make in service.pipelines.routers]
-    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service), *own]
+    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service), object_routes(service), *own]
     return build_api(About(about.title, about.version, about.description), routers, guard)
 
 
@@ -286,6 +315,24 @@ def appmetrica_routes(parts: Parts, service: "Service | None") -> "APIRouter":
             daily_calls=given.daily_calls,
         )
     )
+
+
+def object_routes(service: Inside) -> "APIRouter":
+    """/s3."""
+    from app.objects import routes
+    from app.objects.links import SignedLinks, StoreLinks
+    from app.stores.local_directory import LocalDirectory
+
+    store, settings = service.store, service.settings
+    if isinstance(store, LocalDirectory):
+        from app.stores.local_transfers import LocalTransfers
+
+        local = LocalTransfers(store)
+        return routes.build(routes.Serving(store, local, reach(settings), SignedLinks(settings.service.data_dir), now))
+    from app.stores.s3_transfers import S3Transfers
+
+    remote = S3Transfers(cast("S3Store", store))
+    return routes.build(routes.Serving(store, remote, reach(settings), StoreLinks(remote.link), now))
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:

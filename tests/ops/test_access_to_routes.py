@@ -44,6 +44,15 @@ ROUTES = {
     ("GET", "/appmetrica/ping"): "pull:read",
     ("POST", "/appmetrica/exports"): "pull:read",
     ("GET", "/appmetrica/fetch-export"): "pull:read",
+    ("GET", "/s3/objects"): "s3:read",
+    ("GET", "/s3/object-info"): "s3:read",
+    ("GET", "/s3/download"): "s3:read",
+    ("GET", "/s3/link"): "s3:read",
+    ("GET", "/s3/shared"): "open",
+    ("POST", "/s3/upload"): "s3:write",
+    ("PUT", "/s3/update"): "s3:write",
+    ("PATCH", "/s3/patch"): "s3:write",
+    ("DELETE", "/s3/delete"): "s3:delete",
 }
 PAGES = ("/openapi.json", "/docs", "/redoc")
 
