@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -114,11 +115,16 @@ def quick_jobs(parts: Parts) -> Pipelines:
         Job("more", 60, traced(parts, "more", more_thrice())),
         Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
     )
-    return Pipelines(jobs, {"quick": filling})
+    return Pipelines(jobs, {"quick": filling}, routers=main.wire(parts).routers)
 
 
 def daily_job(parts: Parts) -> Pipelines:
     return Pipelines((Job("daily", 86_400, traced(parts, "daily", pausing(0.1))),))
+
+
+def idle_jobs(parts: Parts) -> Pipelines:
+    """The product's own routes, whose jobs do not run by themselves."""
+    return replace(main.wire(parts), jobs=())
 
 
 def lagging_job(parts: Parts) -> Pipelines:

@@ -7,7 +7,7 @@ and says so.
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -34,7 +34,9 @@ from app.stores.state import State, open_state
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from app.amplitude.client import Project
     from app.analytics.service import Analytics
+    from app.appmetrica.client import Service
     from app.objects.reach import Reach
     from app.ops.answers import Asgi
     from app.ops.proof_routes import Proof
@@ -76,6 +78,7 @@ class Parts:
     state: State
     store: "ObjectStore"
     clock: Callable[[], datetime]
+    warehouse: Warehouse
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ def now() -> datetime:
 
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
+    from app.amplitude import job as amplitude_job
+    from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
@@ -112,19 +117,31 @@ def wire(parts: Parts) -> Pipelines:
     influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
     dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
+    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse.load, parts.clock)
+    remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
+    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse.load, parts.clock)
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
         if dynamo.ping_drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *sweeps(parts)),
-        backfills={influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill},
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        backfills={
+            influx_job.NAME: influx.backfill,
+            dynamo_job.NAME: dynamo.backfill,
+            amplitude.name: amplitude.backfill,
+            appmetrica.name: appmetrica.backfill,
+        },
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={influx_job.NAME: influx.verification, dynamo_job.NAME: dynamo.verification},
         charts={influx_job.NAME: influx.chart, dynamo_job.NAME: dynamo.chart},
+        routers=(
+            lambda: amplitude_routes(amplitude.projects),
+            lambda: appmetrica_routes(parts, appmetrica.service),
+        ),
     )
 
 
@@ -133,7 +150,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
-    pipelines = wiring(Parts(settings, state, store, now))
+    pipelines = wiring(Parts(settings, state, store, now, warehouse))
     stop = Stop()
     desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
     alerts = alerting(settings, pipelines, state, desk.terms)
@@ -334,6 +351,7 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         warehouse_routes(service),
         object_routes(service),
         report_routes.build(serving),
+        *(make() for make in service.pipelines.routers),
     ]
     return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
 
@@ -358,6 +376,30 @@ def warehouse_routes(service: Inside) -> "APIRouter":
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
     sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
     return routes.build(routes.Serving(service.warehouse, sizes, now))
+
+
+def amplitude_routes(projects: Mapping[str, "Project"]) -> "APIRouter":
+    """/amplitude."""
+    from app.amplitude import routes
+
+    return routes.build(projects)
+
+
+def appmetrica_routes(parts: Parts, service: "Service | None") -> "APIRouter":
+    """/appmetrica."""
+    from app.appmetrica import routes
+
+    given = parts.settings.appmetrica
+    return routes.build(
+        routes.Serving(
+            service=service,
+            pulls=parts.state.pulls,
+            clock=parts.clock,
+            interval_seconds=given.poll_interval_seconds,
+            timeout_seconds=given.poll_timeout_seconds,
+            daily_calls=given.daily_calls,
+        )
+    )
 
 
 def object_routes(service: Inside) -> "APIRouter":

@@ -5,7 +5,7 @@ Invariant: nothing in it has been started.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
@@ -15,6 +15,9 @@ from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
 from app.settings import Settings
 from app.stores.state import State
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
@@ -27,7 +30,8 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
 
-    `histories`, `undos`, `verifications` and `charts` are by job name, for those jobs that have one.
+    `histories`, `undos`, `verifications` and `charts` are by job name, for those jobs that have one. `routers` build
+    the routes of slices that have both jobs and routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -37,6 +41,7 @@ class Pipelines:
     undos: Mapping[str, Undo] = field(default_factory=dict)
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
+    routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,11 @@ class AppMetricaSettings:
     application_id: int | None
     poll_interval_seconds: float
     poll_timeout_seconds: float
+    daily_calls: int
+    resources: tuple[str, ...]
+    timezone: str
+    interval_seconds: int
+    lookback_days: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +210,8 @@ class AmplitudeSettings:
     web_secret_key: SecretStr | None
     mobile_client_id: SecretStr | None
     mobile_secret_key: SecretStr | None
+    interval_seconds: int
+    lookback_days: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError
 
@@ -26,6 +27,18 @@ LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*")
 DATE_DIRECTIVE = re.compile(r"%(.?)")
 MAX_PREFIX_BYTES = 512
+RECEIVED = (
+    "events",
+    "sessions_starts",
+    "installations",
+    "revenue_events",
+    "ad_revenue_events",
+    "deeplinks",
+    "crashes",
+    "errors",
+    "ecommerce_events",
+)
+"""Resources of AppMetrica whose rows say when they were received."""
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
@@ -236,6 +249,20 @@ def _json_object(text: str) -> str:
     return text
 
 
+def _timezone(text: str) -> str:
+    try:
+        return ZoneInfo(text).key
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ValueError from None
+
+
+def _resources(text: str) -> list[str]:
+    found = list(dict.fromkeys(_list(text.lower())))
+    if set(found) - set(RECEIVED):
+        raise ValueError
+    return found
+
+
 def _secret(check: Callable[[str], str]) -> Any:
     return Annotated[SecretStr, BeforeValidator(check)]
 
@@ -288,6 +315,8 @@ INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or in
 DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", (), obvious=True)
 LIST = Kind(_texts(_plain), "values by commas", (), obvious=True)
 ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
+APPMETRICA_RESOURCES = Kind(_split(_resources), f"some of {', '.join(RECEIVED)}, by commas", ())
+TIMEZONE = Kind(Annotated[str, AfterValidator(_timezone)], "a name of the IANA time zone database", "")
 API_KEYS = Kind(
     _split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True, obvious=True
 )

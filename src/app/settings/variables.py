@@ -5,6 +5,7 @@ Invariant: this table is the one declaration. Reading, faults, `.env.example` an
 
 from app.settings import kinds
 from app.settings.alert_variables import ALERT
+from app.settings.pull_variables import AMPLITUDE, APPMETRICA
 from app.settings.variable import Part, Variable
 from app.settings.variable import of as _of
 
@@ -403,54 +404,6 @@ ANALYTICS = _of(
     ("reports_dir", "ANALYTICS_REPORTS_DIR", kinds.PATH, "", "folder of further reports, one .sql file each", "none"),
 )
 
-APPMETRICA = _of(
-    "appmetrica",
-    (
-        "base_url",
-        "APPMETRICA_BASE_URL",
-        kinds.HTTP_URL,
-        "https://api.appmetrica.yandex.com",
-        "where AppMetrica answers",
-    ),
-    ("api_key", "APPMETRICA_API_KEY", kinds.SECRET_OR_NONE, "", "OAuth token of AppMetrica", "appmetrica is off"),
-    ("application_id", "APPMETRICA_APPLICATION_ID", kinds.whole(1, 2**63 - 1), "", "application to export"),
-    (
-        "poll_interval_seconds",
-        "APPMETRICA_POLL_INTERVAL_SECONDS",
-        kinds.seconds(1, 3600),
-        "5",
-        "time between questions for a file; a day allows 5,000 requests",
-    ),
-    (
-        "poll_timeout_seconds",
-        "APPMETRICA_POLL_TIMEOUT_SECONDS",
-        kinds.seconds(1, 86_400),
-        "300",
-        "how long one call waits; the export itself goes on and can be asked for again",
-    ),
-)
-
-AMPLITUDE = _of(
-    "amplitude",
-    (
-        "base_url",
-        "AMPLITUDE_BASE_URL",
-        kinds.HTTP_URL,
-        "https://amplitude.com",
-        "https://analytics.eu.amplitude.com for EU residency",
-    ),
-    ("web_client_id", "AMPLITUDE_WEB_CLIENT_ID", kinds.SECRET_OR_NONE, "", "API key of the web project", "web is off"),
-    ("web_secret_key", "AMPLITUDE_WEB_SECRET_KEY", kinds.SECRET_OR_NONE, "", "its secret key"),
-    (
-        "mobile_client_id",
-        "AMPLITUDE_MOBILE_CLIENT_ID",
-        kinds.SECRET_OR_NONE,
-        "",
-        "API key of the mobile project",
-        "mobile is off",
-    ),
-    ("mobile_secret_key", "AMPLITUDE_MOBILE_SECRET_KEY", kinds.SECRET_OR_NONE, "", "its secret key"),
-)
 
 PARTS = (
     Part("Service", SERVICE),

@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses and summaries.
+"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses, pulls and summaries.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -11,6 +11,7 @@ from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
 from app.stores.pauses import SqlPauses
+from app.stores.pulls import SqlPulls
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
@@ -31,6 +32,7 @@ class State:
     layouts: SqlLayouts
     summaries: SqlSummaries
     pauses: SqlPauses
+    pulls: SqlPulls
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -56,4 +58,5 @@ def open_state(url: str, data_dir: Path) -> State:
         layouts=SqlLayouts(database, queries),
         summaries=SqlSummaries(database, queries),
         pauses=SqlPauses(database, queries),
+        pulls=SqlPulls(database, queries),
     )
