@@ -1,4 +1,4 @@
-"""One merge of one incoming file into one master, done one way, in a process of its own: `csv_ways.py WAY FOLDER`."""
+"""One merge of one file into one master, done one way, in a process of its own: `csv_ways.py WAY FOLDER [FILE]`."""
 
 import shutil
 import sys
@@ -12,8 +12,9 @@ def headwater(folder: Path) -> None:
     """Ours, the whole step: checks, MD5, spool, merge, undo data, fsync, journal, archive."""
     from app.core.runs import Context, Lease, Stop
     from app.csv_inbox.config import configured
-    from app.csv_inbox.job import Work, run
+    from app.csv_inbox.job import run
     from app.csv_inbox.places import Places
+    from app.csv_inbox.work import Work
 
     class Silent:
         def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
@@ -24,7 +25,7 @@ def headwater(folder: Path) -> None:
     lease = Lease("csv_inbox", "bench", 1, datetime.now(UTC))
     work = Work(Places(config), Context(uuid4().hex, lease, Stop(), Silent()), lambda: datetime.now(UTC))
     config.watch_dir.mkdir(exist_ok=True)
-    shutil.copy(folder / "incoming.csv", config.watch_dir / "incoming.csv")
+    shutil.copy(folder / (sys.argv[3] if len(sys.argv) > 3 else "incoming.csv"), config.watch_dir / "incoming.csv")
     report = run(work)
     if report.failures:
         sys.exit(str(report.failures))

@@ -18,8 +18,10 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    "pyarrow.csv",
-    *(f"app.csv_inbox.{name}" for name in ("incoming", "merge", "journal", "metadata", "quarantine")),
+    *(
+        f"app.csv_inbox.{name}"
+        for name in ("faults", "identity", "incoming", "merge", "journal", "metadata", "quarantine", "step")
+    ),
 )
 
 

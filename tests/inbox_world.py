@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,10 +14,12 @@ from uuid import uuid4
 from app.core.runs import Context, Lease, Report, Stop
 from app.csv_inbox.config import InboxConfig, configured
 from app.csv_inbox.history import Load, loads
-from app.csv_inbox.job import Work, run, undo
+from app.csv_inbox.job import run, undo
 from app.csv_inbox.places import Places
+from app.csv_inbox.work import Work
 
 Table = tuple[list[str], list[list[str]]]
+WORD, FACTOR, OTHER = (1 << 64) - 1, 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 
 
 class Silent:
@@ -88,8 +91,8 @@ class World:
 
 
 def world(folder: Path, **keys: Any) -> World:
-    """An inbox with these keys, without waiting."""
-    given = {"checksum_wait_seconds": 0, "key_column": "k", **keys}
+    """An inbox with these keys, without waiting, and with an index however small the master is."""
+    given = {"checksum_wait_seconds": 0, "key_column": "k", "index_from_mb": 0, **keys}
     return World(folder, configured(given, folder, ""))
 
 
@@ -119,3 +122,26 @@ def model(master: Table | None, incoming: Table, key: str, required: Sequence[st
         if name in names or name == key or name in required or any(record.get(name, "") for record in records)
     ]
     return columns, [[record.get(name, "") for name in columns] for record in records]
+
+
+def colliding(count: int) -> list[bytes]:
+    """Keys of 16 letters of latin-1 whose hashes are one: the second word takes back what the first one did."""
+    chance = random.Random(7)  # noqa: S311 - a fixed seed
+    letters = [byte for byte in range(0x30, 0x100) if not 0x7F <= byte <= 0xA0]
+    seed = 16 * OTHER & WORD
+
+    def mixed(word: int) -> int:
+        found = (seed ^ word) * FACTOR & WORD
+        return found ^ found >> 32
+
+    found: list[bytes] = []
+    target = 0
+    while len(found) < count:
+        first = bytes(chance.choices(letters, k=8))
+        after = mixed(int.from_bytes(first, "little"))
+        if not found:
+            target = after ^ int.from_bytes(bytes(chance.choices(letters, k=8)), "little")
+        second = (after ^ target).to_bytes(8, "little")
+        if all(byte in letters for byte in second):
+            found.append(first + second)
+    return found

@@ -10,19 +10,19 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.core.runs import LeaseTerms, Run, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.access import Keyring
-from app.ops.alerts import Alerts, Rules, Watched
+from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.front import Front, Hooks
 from app.ops.guard import Guard
 from app.ops.limits import BodyLimits
-from app.ops.outcomes import log_run
+from app.ops.outcomes import both, log_run
 from app.ops.probes import Probes
 from app.ops.readiness import Check, Readiness
 from app.ops.rights import of_database, of_objects
@@ -34,10 +34,12 @@ from app.stores.state import State, open_state
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from app.objects.reach import Reach
     from app.ops.answers import Asgi
     from app.ops.proof_routes import Proof
     from app.ops.shapes import PartitionView
     from app.stores.objects import ObjectStore
+    from app.stores.s3 import S3Store
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
@@ -54,6 +56,8 @@ OPEN_CALLS = frozenset(
         ("GET", "/assets/icon.svg"),
         ("POST", "/ops/session"),
         ("DELETE", "/ops/session"),
+        ("GET", "/s3/shared"),
+        ("HEAD", "/s3/shared"),
     }
 )
 log = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ class Inside:
     settings: Settings
     state: State
     warehouse: Warehouse
+    store: "ObjectStore"
     pipelines: Pipelines
     scheduler: Scheduler
     alerts: Alerts
@@ -83,7 +88,6 @@ class Inside:
 
 
 Wiring = Callable[[Parts], Pipelines]
-Ended = Callable[[Run, BaseException | None], None]
 
 
 def now() -> datetime:
@@ -107,7 +111,7 @@ def wire(parts: Parts) -> Pipelines:
         if dynamo.ping_drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *sweeps(parts)),
         backfills={influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill},
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
@@ -125,7 +129,8 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     pipelines = wiring(Parts(settings, state, store, now))
     stop = Stop()
     desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
-    alerts = alerting(settings, pipelines, state, desk.terms)
+    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, desk.terms, now)
+    alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(log_run, alerts.ended))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
@@ -133,7 +138,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "s3_accessible": probed(store),
         "dwh_connected": reached(warehouse.ping),
     }
-    ops = Inside(settings, state, warehouse, pipelines, scheduler, alerts, Readiness(stores))
+    ops = Inside(settings, state, warehouse, store, pipelines, scheduler, alerts, Readiness(stores))
     checks = {**stores, **pipelines.checks}
     rights = {
         "checkpoint_store_connected": of_database(state.database),
@@ -141,30 +146,6 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "dwh_connected": of_database(warehouse.database),
     }
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
-
-
-def alerting(settings: Settings, pipelines: Pipelines, state: State, terms_: LeaseTerms) -> Alerts:
-    """Who is told of the ends of runs."""
-    alert = settings.alert
-    pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
-    rules = Rules(
-        service=settings.service.name,
-        webhook_url=alert.webhook_url.get_secret_value(),
-        heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
-        grace_seconds=alert.grace_seconds,
-        grace_by_job=dict(alert.grace_by_job),
-    )
-    return Alerts(rules, Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, terms_, now))
-
-
-def both(first: Ended, second: Ended) -> Ended:
-    """Both are told, in this order."""
-
-    def ended(run: Run, cause: BaseException | None) -> None:
-        first(run, cause)
-        second(run, cause)
-
-    return ended
 
 
 def open_store(settings: Settings) -> "ObjectStore":
@@ -187,6 +168,30 @@ def open_store(settings: Settings) -> "ObjectStore":
         session_token=revealed(s3.session_token),
     )
     return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def sweeps(parts: Parts) -> Sequence[Job]:
+    """The job that aborts what killed uploads left in a bucket; a directory clears its own leftovers."""
+    store, settings = parts.store, parts.settings
+    if not settings.s3.bucket:
+        return ()
+    from app.objects import job
+
+    def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
+        from app.stores.s3_sweep import sweep as abort
+
+        return abort(cast("S3Store", store), before, ours)
+
+    return (job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock),)
+
+
+def reach(settings: Settings) -> "Reach":
+    """Which keys /s3 may read and write."""
+    from app.objects.reach import Reach
+
+    s3 = settings.s3
+    exports = f"{s3.prefix}/" if s3.prefix else ""
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports)
 
 
 def revealed(secret: SecretStr | None) -> str:
@@ -272,7 +277,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         clock=now,
     )
     about = service.settings.service
-    routers = [dashboard.build(), routes.build(ops), proof_routes.build(proof(service)), warehouse_routes(service)]
+    made = [dashboard.build(), routes.build(ops), proof_routes.build(proof(service))]
+    routers = [*made, warehouse_routes(service), object_routes(service)]
     return build_api(About(about.title, about.version, about.description), routers, guard)
 
 
@@ -296,6 +302,24 @@ def warehouse_routes(service: Inside) -> "APIRouter":
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
     sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
     return routes.build(routes.Serving(service.warehouse, sizes, now))
+
+
+def object_routes(service: Inside) -> "APIRouter":
+    """/s3."""
+    from app.objects import routes
+    from app.objects.links import SignedLinks, StoreLinks
+    from app.stores.local_directory import LocalDirectory
+
+    store, settings = service.store, service.settings
+    if isinstance(store, LocalDirectory):
+        from app.stores.local_transfers import LocalTransfers
+
+        local = LocalTransfers(store)
+        return routes.build(routes.Serving(store, local, reach(settings), SignedLinks(settings.service.data_dir), now))
+    from app.stores.s3_transfers import S3Transfers
+
+    remote = S3Transfers(cast("S3Store", store))
+    return routes.build(routes.Serving(store, remote, reach(settings), StoreLinks(remote.link), now))
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.csv_inbox.places import Places
 from inbox_world import World, model, parsed, world
 
 HERE = Path(__file__).parents[1]
@@ -81,18 +82,23 @@ def check(here: World, undisturbed: bytes) -> None:
     loads = sorted((load.file, load.outcome) for load in here.loads)
     assert loads == [(name, "rejected" if name == "4.csv" else "merged") for name in sorted(FILES)]
     assert not [name for name in here.names(here.folder) if "tmp" in name or "journal" in name]
+    # What is left of the index is right for one more merge, or not used.
+    assert not here.take("6.csv", "k,a,b\n9,after,\nnew,after,1\n").failures
+    assert here.master == b"".join(undisturbed.partition(b"9,last,\n")[::2]) + b"9,after,\nnew,after,1\n"
 
 
 def undisturbed_master(folder: Path) -> bytes:
     here = filled(folder)
     here.run()
-    check(here, here.master)
     expected = parsed(MASTER.encode())
     for name, content in FILES.items():
         if name != "4.csv":
             expected = model(expected, parsed(content.encode()), "k")
-    assert parsed(here.master) == expected
-    return here.master
+    undisturbed = here.master
+    assert parsed(undisturbed) == expected
+    assert Places(here.config).index.exists()
+    check(here, undisturbed)
+    return undisturbed
 
 
 @pytest.mark.slow

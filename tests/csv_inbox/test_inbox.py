@@ -284,7 +284,7 @@ def small_disk(folder: Path, kilobytes: int) -> None:
 def test_a_full_disk_leaves_the_master_and_the_file_and_the_next_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
-    small_disk(folder, 1200)
+    small_disk(folder, 1700)
     try:
         here = world(folder)
         here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 50}\n" for n in range(6000)))
@@ -366,6 +366,20 @@ def test_a_file_replaced_while_it_is_read_is_merged_as_it_is_then(tmp_path: Path
     values = {line.split(",")[1] for line in last.splitlines()[1:]}
     assert here.master.decode() == "k,a\nx,1\n" + last.partition("\n")[2]
     assert len(values) == 1
+
+
+def test_a_full_log_moves_aside_and_five_older_ones_are_kept(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    log = here.config.log_file
+    for number in range(8):
+        if log.exists():
+            with log.open("a") as file:
+                file.write("x" * 1_000_000 + "\n")
+        here.take(f"{number}.csv", f"k,a\n{number},1\n")
+        assert f"{number}.csv: merged" in log.read_text()
+    kept = sorted(path.name for path in tmp_path.glob("csv_watchdog.log*"))
+    assert kept == ["csv_watchdog.log", *(f"csv_watchdog.log.{older}" for older in range(1, 6))]
+    assert "6.csv: merged" in (tmp_path / "csv_watchdog.log.1").read_text()
 
 
 def command(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

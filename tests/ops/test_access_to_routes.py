@@ -45,6 +45,15 @@ ROUTES = {
     ("POST", "/dwh/user-properties"): "dwh:write",
     ("GET", "/dwh/user-locations"): "dwh:read",
     ("POST", "/dwh/user-locations"): "dwh:write",
+    ("GET", "/s3/objects"): "s3:read",
+    ("GET", "/s3/object-info"): "s3:read",
+    ("GET", "/s3/download"): "s3:read",
+    ("GET", "/s3/link"): "s3:read",
+    ("GET", "/s3/shared"): "open",
+    ("POST", "/s3/upload"): "s3:write",
+    ("PUT", "/s3/update"): "s3:write",
+    ("PATCH", "/s3/patch"): "s3:write",
+    ("DELETE", "/s3/delete"): "s3:delete",
 }
 PAGES = ("/openapi.json", "/docs", "/redoc", "/docs/swagger-ui.css")
 

@@ -42,6 +42,7 @@ class InboxConfig:
     log_to_console: bool
     lock_timeout_seconds: float
     undo_keep: int
+    index_from_mb: float
 
 
 def _text(value: Any) -> str:
@@ -123,6 +124,7 @@ KEYS: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
     "log_to_console": (False, _switch),
     "lock_timeout_seconds": (30, _SECONDS),
     "undo_keep": (10, _kept),
+    "index_from_mb": (16, _number(0, "megabytes")),
 }
 """Key -> its default, and what reads a value (raises ValueError with what is allowed)."""
 

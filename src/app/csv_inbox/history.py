@@ -23,7 +23,8 @@ class Load:
     """What became of one file. `load_id` begins with its instant in UTC, so names sort by time.
 
     `revert` says how the merge can be taken back: "rows" (removed rows were kept), "whole" (the old master was),
-    "first" (there was no master), "" (cannot). `size_bytes` and `crc32` are those of the master after it.
+    "first" (there was no master), "" (cannot). `size_bytes` and `mtime_ns` are those of the master after it,
+    `mtime_before_ns` that of the one before.
     """
 
     load_id: str
@@ -47,7 +48,8 @@ class Load:
     kept_bytes: int = 0
     ranges: int = 0
     size_bytes: int = 0
-    crc32: int = 0
+    mtime_ns: int = 0
+    mtime_before_ns: int = 0
 
     def told(self) -> str:
         """One line for people."""

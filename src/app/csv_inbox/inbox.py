@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.incoming import Fault, Identity, Unmergeable, Unsteady, identity_of, open_regular
+from app.csv_inbox.faults import Fault, Unmergeable, Unsteady
+from app.csv_inbox.identity import Identity, identity_of, open_regular
 
 SUFFIX = ".csv"
 CHUNK_BYTES = 1 << 20

@@ -7,17 +7,22 @@ goes any further; memory grows with the keys of the file and nothing else of it.
 
 import hashlib
 import os
-import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from app.core.errors import Rejected, Transient
+import numpy as np
+
 from app.csv_inbox.config import InboxConfig
+from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.faults import Fault, Unmergeable, Unsteady
+from app.csv_inbox.header import Header, read_header
+from app.csv_inbox.identity import Identity, identity_of, open_regular
+from app.csv_inbox.keys import Gathering, Keys
 from app.csv_inbox.layout import Layout, united
-from app.csv_inbox.records import Block, Columns, Dialect, Header, Malformed, blocks, read_header
+from app.csv_inbox.records import Block, Offsets, blocks
 
 MOST_FAULTS = 1000
 MEGABYTE = 1 << 20
@@ -25,60 +30,15 @@ LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Which file this is, and in which state. Equal identities: nothing was written to it in between."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-
-def identity_of(found: os.stat_result) -> Identity:
-    """The identity in an answer of stat."""
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong with a file; `line`, `column` and `value` where they are known."""
-
-    reason: str
-    line: int | None = None
-    column: str | None = None
-    value: str | None = None
-
-
-class Unmergeable(Rejected):
-    """This file goes to quarantine. `records` are the bad rows as they stand, below the header line `header`."""
-
-    def __init__(
-        self, faults: list[Fault], hint: str, header: bytes = b"", records: list[bytes] | None = None, more: int = 0
-    ) -> None:
-        first = faults[0]
-        where = f"line {first.line}: " if first.line else ""
-        others = len(faults) - 1 + more
-        super().__init__(f"{where}{first.reason}" + (f" (and {others} more faults)" if others else ""), hint)
-        self.faults = faults
-        self.header = header
-        self.records = records or []
-        self.more = more
-
-
-class Unsteady(Transient):
-    """The file changed while it was looked at; it is left for the next run."""
-
-
-@dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`; `keys`: the last record of each key."""
+    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`."""
 
     identity: Identity
     md5: str
     header: Header
     layout: Layout
     spool: Path
-    keys: dict[bytes, int]
+    keys: Keys
     offsets: "array[int]"
 
     @property
@@ -89,7 +49,14 @@ class Incoming:
     @property
     def duplicates(self) -> int:
         """Rows that a later row of the same file replaces."""
-        return self.rows - len(self.keys)
+        return self.rows - self.keys.count
+
+    def runs(self, rows: Offsets) -> Iterator[tuple[int, int]]:
+        """Where these records, in ascending order, lie in the spool; neighbours make one run."""
+        breaks = np.flatnonzero(np.diff(rows) > 1)
+        first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
+        for start, end in zip(first.tolist(), last.tolist(), strict=True):
+            yield self.offsets[start], self.offsets[end + 1]
 
 
 @dataclass(slots=True)
@@ -101,28 +68,11 @@ class _Reading:
     header: Header
     layout: Layout
     spool: IO[bytes]
-    columns: Columns
-    keys: dict[bytes, int] = field(default_factory=dict)
+    keys: Gathering = field(default_factory=Gathering)
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     faults: list[Fault] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
     more: int = 0
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise Unsteady(f"{path.name} is gone", "nothing to do: whoever put it there took it away") from error
-    except OSError as error:
-        raise Unmergeable([Fault(f"it cannot be opened: {error.strerror}")], "put a readable, regular file") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Unmergeable(
-            [Fault("it is no regular file")], "put the file itself into the inbox, not a pipe or a device"
-        )
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def read_incoming(
@@ -147,7 +97,9 @@ def read_incoming(
         if identity_of(os.fstat(file.fileno())) != before:
             raise Unsteady(f"{path.name} changed while it was read", "nothing to do: the next run looks again")
     _judge(reading)
-    return Incoming(before, digest.hexdigest(), reading.header, reading.layout, spool, reading.keys, reading.offsets)
+    return Incoming(
+        before, digest.hexdigest(), reading.header, reading.layout, spool, reading.keys.keys(), reading.offsets
+    )
 
 
 def _refuse_size(size: int, config: InboxConfig) -> None:
@@ -167,7 +119,7 @@ def _read(
             _skip(read, header.size_bytes)
             _refuse_columns(header, config)
             layout = united(master, header, config.key_column, config.required_columns, dialect)
-            reading = _Reading(config, dialect, header, layout, out, Columns(dialect, len(header.names)))
+            reading = _Reading(config, dialect, header, layout, out)
             for block in blocks(read, dialect, 1 + header.lines):
                 _take(reading, block)
         except Malformed as error:
@@ -198,22 +150,16 @@ def _refuse_columns(header: Header, config: InboxConfig) -> None:
 def _take(reading: _Reading, block: Block) -> None:
     """Check one block and spool it."""
     _check_text(reading, block)
-    try:
-        (keys,) = reading.columns.of(block, [reading.header.names.index(reading.config.key_column)])
-    except Malformed as error:
-        found = list(_uneven(reading, block))
-        if not found:
-            raise error from None
-        _blame(reading, block, found)
+    wanted = len(reading.header.names)
+    uneven = [(at, f"{found} fields where the header has {wanted}", None) for at, found in block.uneven(wanted)]
+    if uneven:
+        _blame(reading, block, uneven)
         return
-    values = keys.to_pylist()
-    row = len(reading.offsets) - 1
-    if b"" in values:
-        column = reading.config.key_column
-        empty = [at for at, value in enumerate(values) if not value]
-        rows = block.rows.tolist()
-        _blame(reading, block, [(rows[at], f"the key {column!r} is empty", column) for at in empty])
-    reading.keys.update(zip(values, range(row, row + len(values)), strict=True))
+    column = reading.config.key_column
+    keys = block.cells(reading.header.names.index(column), reading.dialect)
+    empty = block.rows[keys.lengths == 0].tolist()
+    _blame(reading, block, [(at, f"the key {column!r} is empty", column) for at in empty])
+    reading.keys.add(keys)
     _spool(reading, block)
 
 
@@ -234,13 +180,7 @@ def _check_text(reading: _Reading, block: Block) -> None:
     )
 
 
-def _uneven(reading: _Reading, block: Block) -> Iterator[tuple[int, str, str | None]]:
-    wanted = len(reading.header.names)
-    for position, found in reading.columns.uneven(block):
-        yield position, f"{found} fields where the header has {wanted}", None
-
-
-def _blame(reading: _Reading, block: Block, found: list[tuple[int, str, str | None]]) -> None:
+def _blame(reading: _Reading, block: Block, found: Sequence[tuple[int, str, str | None]]) -> None:
     """Remember bad rows, as many as fit."""
     for position, reason, column in found:
         if len(reading.faults) >= MOST_FAULTS:
@@ -286,5 +226,5 @@ def _judge(reading: _Reading) -> None:
         header = delimiter.join(reading.header.fields) + (reading.header.eol or b"\n")
         hint = "correct these rows and put the file into the inbox again; no row of it was merged"
         raise Unmergeable(reading.faults, hint, header, reading.records, reading.more)
-    if not reading.keys:
+    if not reading.keys.rows:
         raise Unmergeable([Fault("it has no rows")], "put a file with at least one row below the header")

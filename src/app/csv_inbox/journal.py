@@ -15,7 +15,7 @@ from typing import Any
 from app.core.errors import Permanent
 from app.core.files import sync_directory, write_durably
 from app.csv_inbox.history import Load, load_of, prune, save_load
-from app.csv_inbox.incoming import Identity, identity_of
+from app.csv_inbox.identity import Identity, identity_of
 from app.csv_inbox.places import Places
 
 VERSION = 1

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Permanent
-from app.csv_inbox.records import Dialect, Header
+from app.csv_inbox.dialect import Dialect
+from app.csv_inbox.header import Header
 
 ABSENT = -1
 

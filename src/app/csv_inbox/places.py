@@ -50,6 +50,11 @@ class Places:
         """The folder of the load history, and of what it takes to undo."""
         return self._beside(f".{self.config.merged_file.name}.loads")
 
+    @property
+    def index(self) -> Path:
+        """The index of a large master; without it the next merge takes longer."""
+        return self._beside(f".{self.config.merged_file.name}.index")
+
     def temporary(self, load_id: str, what: str) -> Path:
         """A temporary file of one merge."""
         return self._beside(f".{self.config.merged_file.name}.{load_id}.{what}{TEMPORARY}")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from app.core.files import sync_directory, sync_file, write_durably
+from app.csv_inbox.faults import Unmergeable
 from app.csv_inbox.history import REJECTED, Load, save_load
 from app.csv_inbox.inbox import Candidate
-from app.csv_inbox.incoming import Unmergeable
 from app.csv_inbox.places import BAD_ROWS, REASON, Places, printable, unused
 
 

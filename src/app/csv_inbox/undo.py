@@ -14,12 +14,14 @@ from typing import IO
 from app.core.errors import Rejected
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
+from app.csv_inbox.dialect import Dialect
+from app.csv_inbox.header import read_header
 from app.csv_inbox.history import KEPT_LOADS, MERGED, Load, loads, revert_file, undone
 from app.csv_inbox.journal import Step, carry_out, commit, renaming
-from app.csv_inbox.merge import COPY_BYTES, Content, content_of
 from app.csv_inbox.metadata import write_metadata
+from app.csv_inbox.output import COPY_BYTES
 from app.csv_inbox.places import Places, link_or_copy
-from app.csv_inbox.records import Dialect, blocks, read_header
+from app.csv_inbox.records import blocks
 
 LEAST_CHARACTERS = 4
 
@@ -82,12 +84,12 @@ def undo(undoing: Undoing, load: Load) -> None:
 
 
 def check_master(config: InboxConfig, load: Load) -> None:
-    """Raises Rejected unless the master holds what this merge left behind."""
+    """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
     try:
-        there = content_of(config.merged_file)
+        there = config.merged_file.stat()
     except FileNotFoundError:
-        there = Content(-1, 0)
-    if there != Content(load.size_bytes, load.crc32):
+        there = None
+    if there is None or (there.st_size, there.st_mtime_ns) != (load.size_bytes, load.mtime_ns):
         raise Rejected(
             f"{config.merged_file.name} was changed by something else since {load.file} was merged",
             "put back the file as the merge left it; undoing would destroy what was done since",
@@ -115,6 +117,8 @@ def _splice(undoing: Undoing, load: Load, restored: Path) -> None:
             at = offset + length
         _copy(master, out, load.kept_bytes - master.tell(), undoing.beat)
         out.flush()
+        # As it was in this as well: the merge before tells its master by size and time.
+        os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
         sync_file(out.fileno())
 
 

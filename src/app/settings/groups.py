@@ -103,6 +103,7 @@ class S3Settings:
     session_token: SecretStr | None
     allowed_prefixes: tuple[str, ...]
     routes_write_exports: bool
+    sweep_hours: int
 
 
 @dataclass(frozen=True, slots=True)

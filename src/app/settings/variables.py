@@ -213,6 +213,13 @@ S3 = _of(
         "false",
         "let /s3 write below S3_PREFIX; closed objects are never expected to change",
     ),
+    (
+        "sweep_hours",
+        "S3_SWEEP_HOURS",
+        kinds.whole(0, 8760),
+        "24",
+        "age at which unfinished multipart uploads in the bucket are aborted, by whomever they were begun; 0 = never",
+    ),
 )
 
 CHECKPOINT = _of(

@@ -85,6 +85,7 @@ def make_client(target: S3Target) -> Any:
         max_pool_connections=target.connections,
         request_checksum_calculation=needed,
         response_checksum_validation=needed,
+        signature_version="s3v4",  # links too: the older way of signing them is refused for keys that are escaped
         s3={"addressing_style": target.addressing_style},
     )
     try:

@@ -1,0 +1,116 @@
+"""The pass over the whole master: every record is found, every key looked up, every width checked.
+
+Invariant: it needs nothing but the master, so it is what happens when no index fits, and it writes a new one.
+"""
+
+from typing import IO
+
+import numpy as np
+
+from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.header import Header
+from app.csv_inbox.keys import BLANK, Hashes, hashed
+from app.csv_inbox.output import Output
+from app.csv_inbox.records import Block, Offsets, blocks
+from app.csv_inbox.tally import Tally
+
+DOUBT_BLOCKS = 4
+
+
+def scan(master: IO[bytes], header: Header, tally: Tally, out: Output) -> None:
+    """Write the header and every row that stays. Raises Malformed, OSError and what `out.beat` raises."""
+    _start(master, header, tally, out)
+    at = header.size_bytes
+    for block in blocks(master.read, tally.dialect, 1 + header.lines):
+        out.beat(len(block.data))
+        hashes, hits, rows = _looked_up(block, header, tally)
+        tally.kept += len(block.rows) - len(hits)
+        if tally.doubtful:
+            tally.doubt(block, hits)
+        gone = block.rows[hits]
+        if len(hits):
+            tally.meet(rows, block.records(gone))
+        _write(block, at, gone, tally, out)
+        _index(block, gone, hashes, tally, out)
+        at += len(block.data)
+
+
+def settled(master: IO[bytes], header: Header, tally: Tally) -> bool:
+    """Whether the first rows alone tell that no column is obsolete. Nothing is counted."""
+    if not tally.doubtful:
+        return True
+    master.seek(header.size_bytes)
+    for number, block in enumerate(blocks(master.read, tally.dialect, 1 + header.lines)):
+        _, hits, _ = _looked_up(block, header, tally)
+        tally.doubt(block, hits)
+        if not tally.doubtful or number == DOUBT_BLOCKS:
+            break
+    return not tally.doubtful
+
+
+def _looked_up(block: Block, header: Header, tally: Tally) -> tuple[Hashes, Offsets, Offsets]:
+    """The hash of each row's key, the places of those that the file has, and its row for each."""
+    _check_decodes(block, tally.dialect)
+    block.check_width(len(header.names))
+    cells = block.cells(tally.layout.key, tally.dialect)
+    hashes = hashed(cells)
+    hits, rows = tally.hits(cells, hashes)
+    return hashes, hits, rows
+
+
+def _start(master: IO[bytes], header: Header, tally: Tally, out: Output) -> None:
+    master.seek(0)
+    raw = master.read(header.size_bytes)
+    out.write(tally.layout.header(tally.dialect) if tally.padding or not header.eol else raw)
+    out.kept_bytes = header.size_bytes
+
+
+def _write(block: Block, at: int, gone: Offsets, tally: Tally, out: Output) -> None:
+    """The block without the records that go, every other byte as it is but for fields put behind."""
+    first, last = ranges(block.starts, block.ends, gone)
+    data = block.data
+    if tally.padding:
+        size, stops = len(tally.padding), block.stops[block.rows]
+        data = np.insert(block.array, np.repeat(stops, size), tally.padding[0]).tobytes()
+        first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
+    out.keep(data, at, first.tolist(), last.tolist())
+    if not block.data.endswith(b"\n") and not _last_goes(block, gone):
+        out.write(tally.layout.eol)  # the last record of the master may lack its line end, and rows follow now
+
+
+def ranges(starts: Offsets, ends: Offsets, gone: Offsets) -> tuple[Offsets, Offsets]:
+    """The bounds of what goes; neighbours make one range."""
+    if not len(gone):
+        return gone, gone
+    breaks = np.flatnonzero(np.diff(gone) > 1)
+    first = starts[gone[np.concatenate(([0], breaks + 1))]]
+    last = ends[gone[np.concatenate((breaks, [len(gone) - 1]))]]
+    return first, last
+
+
+def _last_goes(block: Block, gone: Offsets) -> bool:
+    return bool(len(gone)) and int(gone[-1]) == len(block.ends) - 1
+
+
+def _index(block: Block, gone: Offsets, hashes: Hashes, tally: Tally, out: Output) -> None:
+    if out.indexing is None:
+        return
+    entries = np.full(len(block.ends), BLANK, np.uint64)
+    lengths = block.ends - block.starts
+    entries[block.rows] = hashes
+    lengths[block.rows] += len(tally.padding)
+    if not block.data.endswith(b"\n"):
+        lengths[-1] += len(tally.layout.eol)
+    stays = np.ones(len(entries), np.bool_)
+    stays[gone] = False
+    out.indexing.add(entries[stays], lengths[stays])
+
+
+def _check_decodes(block: Block, dialect: Dialect) -> None:
+    if not block.data.isascii():
+        try:
+            block.data.decode(dialect.encoding)
+        except UnicodeDecodeError as error:
+            line = block.line + block.data.count(b"\n", 0, error.start)
+            told = f"the byte 0x{block.data[error.start]:02X} is no text in {dialect.encoding}"
+            raise Malformed(told, line) from error

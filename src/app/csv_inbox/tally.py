@@ -1,0 +1,82 @@
+"""Which rows of the master go because the file has their key, and what the file does to them.
+
+Invariant: each row of the master is asked about once, and each key of the file counts once, however often the master
+has it: as replaced, or as unchanged when its first row there comes again to the byte.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+
+from app.csv_inbox.dialect import Dialect
+from app.csv_inbox.incoming import Incoming
+from app.csv_inbox.keys import Hashes, Truths, firsts
+from app.csv_inbox.records import Block, Cells, Offsets
+
+READ_BYTES = 1 << 20
+
+
+class Tally:
+    """The counts of one merge. `doubtful`: columns in which no row that stays had a value so far."""
+
+    def __init__(self, incoming: Incoming, dialect: Dialect, spool: IO[bytes]) -> None:
+        self.incoming = incoming
+        self.layout = incoming.layout
+        self.dialect = dialect
+        self.padding = dialect.delimiter.encode() * len(incoming.layout.added)
+        self.spool = spool
+        self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from the beginning."""
+        self.doubtful: list[int] = list(self.layout.doubtful)
+        self.kept = self.taken = self.unchanged = 0
+        self._met: Truths = np.zeros(self.incoming.rows, np.bool_)
+
+    @property
+    def met(self) -> int:
+        """How many keys of the file the master had."""
+        return int(np.count_nonzero(self._met))
+
+    def hits(self, cells: Cells, hashes: Hashes) -> tuple[Offsets, Offsets]:
+        """The places of the keys that the file has, and its last row with each."""
+        places = self.incoming.keys.candidates(hashes)
+        if not len(places):
+            return places, places
+        rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
+        return places[rows >= 0], rows[rows >= 0]
+
+    def meet(self, rows: Offsets, records: Sequence[bytes]) -> None:
+        """Count rows of the master that go, with the row of the file that has the key of each."""
+        self.taken += len(rows)
+        eol = len(self.layout.eol)
+        first = firsts(rows)
+        fresh = first[~self._met[rows[first]]]
+        self._met[rows] = True
+        lengths = np.fromiter(map(len, records), np.int64, len(records))[fresh] + len(self.padding)
+        alike = fresh[self.offsets[rows[fresh] + 1] - self.offsets[rows[fresh]] - eol == lengths]
+        if not len(alike):
+            return
+        starts = self.offsets[rows[alike]]
+        held, base = self._held(int(starts.min()), int(self.offsets[rows[alike] + 1].max()))
+        for start, place in zip(starts.tolist(), alike.tolist(), strict=True):
+            record = records[place] + self.padding
+            if held:
+                self.unchanged += held[start - base : start - base + len(record)] == record
+            else:
+                self.unchanged += os.pread(self.spool.fileno(), len(record), start) == record
+
+    def _held(self, start: int, end: int) -> tuple[bytes, int]:
+        """What the file has there, if it is little enough to be read at once."""
+        return (os.pread(self.spool.fileno(), end - start, start) if end - start <= READ_BYTES else b""), start
+
+    def doubt(self, block: Block, hits: Offsets) -> None:
+        """A column with a value in any row that stays is not obsolete."""
+        stays = np.ones(len(block.rows), np.bool_)
+        stays[hits] = False
+        self.doubtful = [
+            place for place in self.doubtful if not bool((block.cells(place, self.dialect).lengths[stays] > 0).any())
+        ]

@@ -1,0 +1,206 @@
+"""The index: used for the very master that it was made for, and never believed."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent, Transient
+from app.csv_inbox.index import HEAD_BYTES
+from app.csv_inbox.job import run
+from app.csv_inbox.output import copied_span
+from app.csv_inbox.places import Places
+from app.csv_inbox.work import Work
+from inbox_world import World, colliding, world
+
+ROWS = 500
+
+
+def begun(folder: Path) -> World:
+    here = world(folder)
+    here.take("0.csv", "k,a\n" + "".join(f"{n},old\n" for n in range(ROWS)))
+    assert Places(here.config).index.exists()
+    return here
+
+
+def overwritten(path: Path, at: int, data: bytes) -> None:
+    """In place, and so that size, inode and time tell nothing."""
+    held = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+    os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
+
+
+def test_rows_that_are_not_pointed_to_are_not_read(tmp_path: Path) -> None:
+    here = begun(tmp_path)
+    overwritten(here.config.merged_file, here.master.index(b"250,old"), b"250,o,d")  # the whole pass would refuse it
+    here.take("1.csv", "k,a\n7,new\n499,new\nmore,new\n")
+    expected = b"k,a\n" + b"".join(b"%d,old\n" % n for n in range(ROWS) if n not in (7, 499))
+    assert here.master == expected.replace(b"250,old", b"250,o,d") + b"7,new\n499,new\nmore,new\n"
+    load = here.loads[0]
+    assert (load.inserted, load.replaced, load.rows_before, load.rows_after) == (1, 2, ROWS, ROWS + 1)
+    here.undo(load.run_id)
+    assert here.master == b"k,a\n" + b"".join(b"%d,old\n" % n for n in range(ROWS)).replace(b"250,old", b"250,o,d")
+
+
+def touched(here: World) -> None:
+    os.utime(here.config.merged_file)
+
+
+def moved(here: World) -> None:
+    held = here.config.merged_file.stat()
+    copy = here.folder / "copy"
+    copy.write_bytes(here.master)
+    os.utime(copy, ns=(held.st_atime_ns, held.st_mtime_ns))
+    copy.replace(here.config.merged_file)
+
+
+def longer(here: World) -> None:
+    with here.config.merged_file.open("ab") as file:
+        file.write(b"by hand,old\n")
+
+
+def test_a_master_that_was_touched_moved_or_edited_is_read_whole(tmp_path: Path) -> None:
+    for number, change in enumerate((touched, moved, longer)):
+        here = begun(tmp_path / str(number))
+        at = here.master.index(b"250,old")
+        overwritten(here.config.merged_file, at, b"250,o,d")
+        change(here)
+        here.drop("1.csv", "k,a\n7,new\n")
+        with pytest.raises(Permanent, match="line 252: 3 fields"):
+            here.run()
+        overwritten(here.config.merged_file, at, b"250,old")
+        here.run()
+        assert here.master.endswith(b"7,new\n")
+        assert here.master.count(b"\n7,") == 1
+
+
+def torn(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def flipped(path: Path) -> None:
+    """Makes the index forget a key, at its other end."""
+    overwritten(path, path.stat().st_size - 12, b"\1")
+
+
+def headless(path: Path) -> None:
+    overwritten(path, 0, bytes(HEAD_BYTES))
+
+
+def nonsense(path: Path) -> None:
+    path.write_bytes(b"[1]")
+
+
+def another(path: Path) -> None:
+    """Hash and length of the first two entries change places."""
+    data = path.read_bytes()
+    overwritten(path, HEAD_BYTES, data[HEAD_BYTES + 12 : HEAD_BYTES + 24] + data[HEAD_BYTES : HEAD_BYTES + 12])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, headless, nonsense, another, empty, gone])
+def test_a_damaged_index_is_worth_nothing_and_is_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    here = begun(tmp_path)
+    index = Places(here.config).index
+    damage(index)
+    here.take("1.csv", "k,a\n0,new\n499,new\n")
+    assert here.master == b"k,a\n" + b"".join(b"%d,old\n" % n for n in range(1, 499)) + b"0,new\n499,new\n"
+    assert (here.loads[0].replaced, here.loads[0].rows_after) == (2, ROWS)
+    here.undo(here.loads[0].run_id)
+    assert here.master == b"k,a\n" + b"".join(b"%d,old\n" % n for n in range(ROWS))
+    here.take("2.csv", "k,a\n1,new\n")
+    overwritten(here.config.merged_file, here.master.index(b"250,old"), b"250,o,d")
+    here.take("3.csv", "k,a\n2,new\n")  # the new one is used
+    assert here.master.endswith(b"1,new\n2,new\n")
+
+
+def test_an_index_of_another_key_column_is_not_used(tmp_path: Path) -> None:
+    begun(tmp_path)
+    other = world(tmp_path, key_column="a")
+    other.take("1.csv", "k,a\nx,old\n")
+    assert other.master == b"k,a\nx,old\n"
+
+
+def test_a_small_master_has_no_index(tmp_path: Path) -> None:
+    here = world(tmp_path, index_from_mb=16)
+    here.take("1.csv", "k,a\nx,old\n")
+    assert not Places(here.config).index.exists()
+
+
+def test_keys_that_share_a_hash_are_merged_each_by_itself(tmp_path: Path) -> None:
+    keys = [key.decode("latin-1") for key in colliding(4)]
+    here = world(tmp_path, csv_encoding="latin-1")
+    here.take("1.csv", "".join(["k,a\n", *(f"{key},1\n" for key in keys[:3])]).encode("latin-1"))
+    for _ in range(2):  # along the index, and without
+        here.take("2.csv", f"k,a\n{keys[1]},2\n{keys[3]},2\n{keys[1]},3\n".encode("latin-1"))
+        lines = [f"{keys[0]},1", f"{keys[2]},1", f"{keys[3]},2", f"{keys[1]},3"]
+        assert here.master.decode("latin-1").splitlines() == ["k,a", *lines]
+        assert (here.loads[0].inserted, here.loads[0].replaced, here.loads[0].duplicates) == (1, 1, 1)
+        here.undo(here.loads[0].run_id)
+
+
+class Meddling:
+    """Progress that somebody else uses to write into the master."""
+
+    def __init__(self, change: Callable[[], None]) -> None:
+        self._change = change
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Change it once the master was looked at."""
+        if done:
+            self._change()
+
+
+def replaced(here: World) -> None:
+    copy = here.folder / "copy"
+    copy.write_bytes(b"k,a\nhand,made\n")
+    copy.replace(here.config.merged_file)
+
+
+@pytest.mark.parametrize("change", [replaced, longer])
+def test_a_master_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, change: Callable[[World], None]) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 100}\n" for n in range(20_000)))
+    here.drop("1.csv", "k,a\n7,new\n")
+    work = here.work()
+    calls: list[bytes] = []
+
+    def once() -> None:
+        if not calls:
+            calls.append(b"")
+            change(here)
+            calls.append(here.master)
+
+    meddled = Work(work.places, replace(work.context, progress=Meddling(once)), work.clock)
+    with pytest.raises(Transient, match="while it was read"):
+        run(meddled)
+    assert here.master == calls[1]
+    assert here.waiting == ["1.csv"]
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
+    here.run()
+    assert here.master.endswith(b"7,new\n")
+
+
+def test_spans_are_copied_between_file_systems_as_well(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10
+    with tempfile.TemporaryFile(dir="/dev/shm") as source, (tmp_path / "out").open("wb", 0) as out:
+        source.write(data)
+        source.flush()
+        at = 100
+        while at < 1000:
+            at += copied_span(source, out, at, 1000 - at)
+        with pytest.raises(EOFError):
+            copied_span(source, out, len(data), 1)
+    assert (tmp_path / "out").read_bytes() == data[100:1000]

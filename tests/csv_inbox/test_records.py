@@ -1,0 +1,111 @@
+"""The fast ways to find fields, values and keys beside the plain ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.keys import LONG_KEY_BYTES, Gathering, hashed, same
+from app.csv_inbox.records import NONE, Block, Cells, Marks, marked, walked
+from inbox_world import colliding
+
+DIALECT = Dialect(",", "latin-1")
+RAW = st.lists(st.sampled_from(["a", ",", '"', '""', '","', "\n", '"\n', ',"', "\r\n", "\r", "5"]), max_size=30)
+
+
+def outcome(data: bytes, *, plain: bool) -> tuple[list[int], list[int]] | str:
+    """Marks up to the last whole record, or the refusal."""
+    try:
+        quotes = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('"'))
+        found: Marks = walked(data, DIALECT, quotes) if plain else marked(data, DIALECT)
+    except Malformed as error:
+        return error.message
+    whole = int(found.lasts[-1]) + 1 if len(found.lasts) else 0
+    return found.at[:whole].tolist(), found.lasts.tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(RAW)
+def test_counting_quotes_finds_the_fields_that_walking_finds(parts: list[str]) -> None:
+    data = "".join([*parts, "\n"]).encode()
+    fast, plain = outcome(data, plain=False), outcome(data, plain=True)
+    # What comes after the last whole record is looked at again with what follows it: a refusal may come earlier there.
+    if isinstance(fast, str) and not isinstance(plain, str):
+        assert b"\r" in data[plain[0][-1] + 1 if plain[0] else 0 :]
+    else:
+        assert fast == plain
+
+
+@settings(max_examples=150, deadline=None)
+@given(RAW)
+def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
+    data = "".join([*parts, "\n"]).encode()
+    try:
+        marks = marked(data, DIALECT)
+    except Malformed:
+        return
+    if not len(marks.lasts):
+        return
+    block = Block(data[: int(marks.at[marks.lasts[-1]]) + 1], marks, 1)
+    records = block.records(block.rows)
+    fields = [[DIALECT.unquoted(field) for field in DIALECT.fields(record)] for record in records]
+    width = len(fields[0]) if fields else 0
+    uneven = [at for at, row in zip(block.rows.tolist(), fields, strict=True) if len(row) != width]
+    assert [at for at, _ in block.uneven(width)] == uneven
+    for place in range(width if not uneven else 0):
+        cells = block.cells(place, DIALECT)
+        assert [cells.value(at) for at in range(len(fields))] == [row[place] for row in fields]
+
+
+def cells_of(values: Sequence[bytes]) -> Cells:
+    lengths = np.array([len(value) for value in values], np.int64)
+    return Cells(np.frombuffer(b"-" + b"".join(values), np.uint8), 1 + np.cumsum(lengths) - lengths, lengths)
+
+
+KEYS = st.binary(max_size=20) | st.sampled_from([b"x" * (LONG_KEY_BYTES + n) for n in range(3)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(KEYS, KEYS), min_size=1, max_size=20))
+def test_the_same_bytes_have_the_same_hash_and_only_they_are_the_same(pairs: list[tuple[bytes, bytes]]) -> None:
+    left, right = cells_of([pair[0] for pair in pairs]), cells_of([pair[1] for pair in pairs])
+    expected = [first == second for first, second in pairs]
+    assert same(left, right).tolist() == expected
+    assert (hashed(left) == hashed(right)).tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(KEYS, min_size=1, max_size=30), st.lists(KEYS, min_size=1, max_size=30))
+def test_the_last_row_of_a_key_is_found_and_of_no_other(held: list[bytes], asked: list[bytes]) -> None:
+    gathering = Gathering()
+    gathering.add(cells_of(held[:5]))
+    gathering.add(cells_of(held[5:]))
+    keys = gathering.keys()
+    last = {key: row for row, key in enumerate(held)}
+    assert keys.count == len(last)
+    assert keys.kept_rows().tolist() == sorted(last.values())
+    cells = cells_of(asked)
+    places = keys.candidates(hashed(cells))
+    rows = keys.last_rows(cells.taken(places), hashed(cells)[places])
+    assert dict(zip(places.tolist(), rows.tolist(), strict=True)) == {
+        place: last[key] for place, key in enumerate(asked) if key in last
+    }
+
+
+def test_keys_that_share_a_hash_stay_apart() -> None:
+    first, second, third = colliding(3)
+    assert len(set(hashed(cells_of([first, second, third])).tolist())) == 1
+    gathering = Gathering()
+    gathering.add(cells_of([first, b"other", second, first]))
+    keys = gathering.keys()
+    assert (keys.count, keys.kept_rows().tolist()) == (3, [1, 2, 3])
+    cells = cells_of([second, first, third, b"none"])
+    places = keys.candidates(hashed(cells))
+    assert places.tolist() == [0, 1, 2]
+    assert keys.last_rows(cells.taken(places), hashed(cells)[places]).tolist() == [2, 3, -1]
+
+
+def test_no_cells_have_no_hashes() -> None:
+    assert len(hashed(Cells(np.zeros(0, np.uint8), NONE, NONE))) == 0
