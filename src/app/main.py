@@ -15,14 +15,14 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.core.runs import Job, LeaseTerms, Run, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.access import Keyring
-from app.ops.alerts import Alerts, Rules, Watched
+from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.front import Front, Hooks
 from app.ops.guard import Guard
 from app.ops.limits import BodyLimits
-from app.ops.outcomes import log_run
+from app.ops.outcomes import both, log_run
 from app.ops.probes import Probes
 from app.ops.readiness import Check, Readiness
 from app.ops.rights import of_database, of_objects
@@ -97,7 +97,6 @@ class Inside:
 
 
 Wiring = Callable[[Parts], Pipelines]
-Ended = Callable[[Run, BaseException | None], None]
 
 
 def now() -> datetime:
@@ -153,7 +152,8 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     pipelines = wiring(Parts(settings, state, store, now, warehouse))
     stop = Stop()
     desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
-    alerts = alerting(settings, pipelines, state, desk.terms)
+    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, desk.terms, now)
+    alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(log_run, alerts.ended))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
@@ -170,30 +170,6 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "dwh_connected": of_database(warehouse.database),
     }
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
-
-
-def alerting(settings: Settings, pipelines: Pipelines, state: State, terms_: LeaseTerms) -> Alerts:
-    """Who is told of the ends of runs."""
-    alert = settings.alert
-    pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
-    rules = Rules(
-        service=settings.service.name,
-        webhook_url=alert.webhook_url.get_secret_value(),
-        heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
-        grace_seconds=alert.grace_seconds,
-        grace_by_job=dict(alert.grace_by_job),
-    )
-    return Alerts(rules, Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, terms_, now))
-
-
-def both(first: Ended, second: Ended) -> Ended:
-    """Both are told, in this order."""
-
-    def ended(run: Run, cause: BaseException | None) -> None:
-        first(run, cause)
-        second(run, cause)
-
-    return ended
 
 
 def open_store(settings: Settings) -> "ObjectStore":

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from app.core.errors import AppError, Permanent, Stopped, Transient
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Leases, LeaseTerms, Outcome, Run, Stop, Total
+from app.settings import Settings
 
 WATCH_SECONDS = 15.0
 SEND_SECONDS = 10.0
@@ -46,6 +47,19 @@ class Rules:
     def limits(self, job: Job) -> tuple[float, float]:
         """Interval and grace of a job, in seconds."""
         return job.interval_seconds, self.grace_by_job.get(job.name, self.grace_seconds)
+
+
+def rules_of(settings: Settings) -> Rules:
+    """The rules as they are configured."""
+    alert = settings.alert
+    pairs = filter(None, alert.heartbeat_urls.get_secret_value().split(","))
+    return Rules(
+        service=settings.service.name,
+        webhook_url=alert.webhook_url.get_secret_value(),
+        heartbeat_urls={job: url for job, _, url in (pair.partition("=") for pair in pairs)},
+        grace_seconds=alert.grace_seconds,
+        grace_by_job=dict(alert.grace_by_job),
+    )
 
 
 class Record(Protocol):

@@ -4,13 +4,25 @@ Invariant: every run that ended is logged exactly once, at the level that says w
 """
 
 import logging
+from collections.abc import Callable
 
 from app.core.errors import AppError
 from app.core.runs import Outcome, Run
 from app.ops.log import bound
 
 LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
+Ended = Callable[[Run, BaseException | None], None]
 log = logging.getLogger(__name__)
+
+
+def both(first: Ended, second: Ended) -> Ended:
+    """Both are told, in this order."""
+
+    def ended(run: Run, cause: BaseException | None) -> None:
+        first(run, cause)
+        second(run, cause)
+
+    return ended
 
 
 def log_run(run: Run, cause: BaseException | None) -> None:
