@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import md5
 from pathlib import Path
 
-from app.core.errors import Conflict, Permanent
+from app.core.errors import Conflict, Permanent, Rejected
 from app.core.files import write_durably
 from app.core.ports import Held
 from app.core.window import Window
@@ -90,8 +90,11 @@ class FolderSink:
         return digest.hexdigest()
 
     def _rows(self, key: str) -> Iterator[Mapping[str, str]]:
-        with _translated(self._root), (self._root / key).open("rb") as file:
-            yield from read_file(lines_in(file), escaped=self._escaped)
+        try:
+            with _translated(self._root), (self._root / key).open("rb") as file:
+                yield from read_file(lines_in(file), escaped=self._escaped)
+        except Rejected as error:
+            raise Rejected(f"{self._root / key} {error.message}", error.hint) from error
 
 
 @contextmanager

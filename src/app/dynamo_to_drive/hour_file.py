@@ -17,6 +17,7 @@ from itertools import islice, pairwise
 from operator import itemgetter
 from typing import BinaryIO
 
+from app.core.errors import Rejected
 from app.dynamo_to_drive.rows import Columns, Row
 from app.dynamo_to_drive.timestamps import ascend, rank
 
@@ -25,6 +26,8 @@ MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
 MAX_CELL_CHARACTERS = 1 << 24
+BYTE_ORDER_MARK = "\ufeff"  # spreadsheets put one before the first name
+TEXT_LIMIT = 200
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 Order = tuple[str, ...]
@@ -177,13 +180,20 @@ class HourWriter:
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
-    """The rows of a finished file, by column. `lines` keep their ends."""
+    """The rows of a finished file, by column. `lines` keep their ends. Raises Rejected for what people made no CSV."""
     rows = _rows(lines)
-    columns = next(rows, [])
-    if escaped:
-        columns = [_plain(name) for name in columns]
-    for row in rows:
-        yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
+    try:
+        columns = next(rows, [])
+        if columns:
+            columns = [columns[0].removeprefix(BYTE_ORDER_MARK), *columns[1:]]
+        if escaped:
+            columns = [_plain(name) for name in columns]
+        for row in rows:
+            yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Rejected(
+            f"is no CSV in UTF-8: {str(error)[:TEXT_LIMIT]}", "move the file away: it is made anew"
+        ) from error
 
 
 def lines_of(batch: HourFile) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from app.core.errors import Conflict, Permanent, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ports import Held
 from app.core.window import Window
 from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
@@ -175,11 +175,18 @@ class DriveSink:
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
 
     def _described(self, found: DriveFile) -> tuple[int, datetime | None, datetime | None]:
-        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted."""
+        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted.
+
+        What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
+        """
         noted = found.properties
         if noted.get("headwaterMd5") == found.md5:
             return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
-        return sum(1 for _ in self._rows(found.file_id)), None, None
+        try:
+            return sum(1 for _ in self._rows(found.file_id)), None, None
+        except Rejected as error:
+            log.warning("%s: %s; it is made anew, what it held is among its versions", found.name, error.message)
+            return 0, None, None
 
     def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
         with closing(tempfile.SpooledTemporaryFile(MEMORY_BYTES)) as spool:

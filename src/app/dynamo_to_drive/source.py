@@ -40,6 +40,7 @@ THROTTLED = frozenset(
 )
 SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
 AGAIN_HINT = "nothing to do: the next run goes on"
+FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is tried again"
 TEXT_LIMIT = 300
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Table:
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
         if self._plan is None:
-            described = self.call("describe_table", TableName=self.target.wanted.table)["Table"]
+            described = self._member(self.call("describe_table", TableName=self.target.wanted.table), "Table")
             self._plan = plan_of(described, self.target.wanted)
             _say(self._plan, described, self.target.wanted)
         return self._plan
@@ -104,7 +105,7 @@ class Table:
         for value in plan.hash_values:
             condition = {"hash": value}
             found = self.call("query", **self._asked(plan, condition), Limit=1, ScanIndexForward=False)
-            for item in items_of(found["Items"]):
+            for item in items_of(self._member(found, "Items")):
                 return cell(item[self.target.wanted.timestamp])
         return ""
 
@@ -146,7 +147,7 @@ class Table:
         while True:
             stop.check()
             page = self.call(method, **asked)
-            yield page["Items"]
+            yield self._member(page, "Items")
             if "LastEvaluatedKey" not in page:
                 return
             asked = {**asked, "ExclusiveStartKey": page["LastEvaluatedKey"]}
@@ -160,6 +161,13 @@ class Table:
         with self._lock:
             self.units += (answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0)
         return answer
+
+    def _member(self, answer: Mapping[str, Any], name: str) -> Any:
+        """What an answer must have. Without it, it is that of something else: taken as empty, it would cost rows."""
+        if name not in answer:
+            where = self.target.endpoint_url or f"DynamoDB in {self.target.region}"
+            raise Transient(f"the answer of {where} holds no {name}", FOREIGN_HINT)
+        return answer[name]
 
     def _made(self) -> Any:
         with self._lock:
