@@ -38,8 +38,9 @@ def test_an_unchanged_hour_is_not_uploaded_again(ship: Shipping) -> None:
     ship.now = START + 5 * MINUTE
     ship.run()
     version = ship.drive.named(HOUR_12)[0].version
-    for _ in range(3):
-        assert ship.run().windows == 0
+    assert ship.run().windows == 0
+    ship.restart()
+    assert ship.run().windows == 0
     assert ship.drive.named(HOUR_12)[0].version == version
 
 
@@ -66,6 +67,7 @@ def test_a_restart_just_before_the_hour_ends_leaves_both_files_right(ship: Shipp
     ship.put_rows(START + 58 * MINUTE, 30)
     ship.now = START + 59 * MINUTE + timedelta(seconds=30)
     ship.run()
+    ship.restart()
     ship.put_rows(START + 59 * MINUTE, 30)
     ship.put_rows(START + 60 * MINUTE, 10)
     ship.now = START + 62 * MINUTE
@@ -246,6 +248,7 @@ def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
     ship.run()
+    ship.restart()
     ship.drive.state.stale_lists = 5
     ship.put_rows(START, 8)
     ship.run()
