@@ -6,15 +6,19 @@ Each job appends to `trace.log` in DATA_DIR when it begins and ends, so that a t
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from app import __main__ as command_line
 from app import main
 from app.core.errors import Permanent
+from app.core.gaps import Cell, State
 from app.core.ports import Commit
-from app.core.runs import Context, Failure, Job, Report
-from app.core.window import Window
+from app.core.runs import Context, Failure, Job, Report, Stop
+from app.core.verify import Content, Slot, content_of
+from app.core.window import Window, windows_between
 from app.main import Parts
 from app.ops.service import Pipelines
 
@@ -111,11 +115,16 @@ def quick_jobs(parts: Parts) -> Pipelines:
         Job("more", 60, traced(parts, "more", more_thrice())),
         Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
     )
-    return Pipelines(jobs, {"quick": filling})
+    return Pipelines(jobs, {"quick": filling}, routers=main.wire(parts).routers)
 
 
 def daily_job(parts: Parts) -> Pipelines:
     return Pipelines((Job("daily", 86_400, traced(parts, "daily", pausing(0.1))),))
+
+
+def idle_jobs(parts: Parts) -> Pipelines:
+    """The product's own routes, whose jobs do not run by themselves."""
+    return replace(main.wire(parts), jobs=())
 
 
 def lagging_job(parts: Parts) -> Pipelines:
@@ -127,6 +136,66 @@ def lagging_job(parts: Parts) -> Pipelines:
 
     long = Job("long", 60, pausing(40))
     return Pipelines((Job("lagging", 60, work), long), {"lagging": filling})
+
+
+class Shelf:
+    """A pipeline whose source has ten rows in each of the last hours, and whose destination is a file an hour."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.root = parts.settings.service.data_dir / "shelf"
+        self.clock = parts.clock
+
+    def open(self, _: Stop) -> "Shelf":
+        return self
+
+    def path(self, slot: Slot) -> Path:
+        return self.root / f"{slot.window.start:%H}.txt"
+
+    def hours(self, span: Window) -> list[Window]:
+        return [hour for hour in windows_between(span.start, span.end, 3600) if hour.end <= self.clock()]
+
+    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+        yield from (
+            Slot(name, hour) for name in self.partitions() for hour in self.hours(span) if partition in (None, name)
+        )
+
+    def source(self, slot: Slot) -> Content:
+        return content_of({"row": f"{slot.window.start:%H}{row}"} for row in range(10))
+
+    def destination(self, slot: Slot) -> Content:
+        path = self.path(slot)
+        return content_of({"row": line} for line in (path.read_text().split() if path.exists() else ()))
+
+    def heal(self, context: Context, slot: Slot) -> Report:
+        self.root.mkdir(exist_ok=True)
+        self.path(slot).write_text("\n".join(f"{slot.window.start:%H}{row}" for row in range(10)))
+        return Report(rows=10, windows=1)
+
+    def partitions(self) -> list[str]:
+        return ["shelf <b>one</b>"]
+
+    def cells(self, partition: str, span: Window) -> list[Cell]:
+        held = [(hour, self.path(Slot(partition, hour)).exists()) for hour in self.hours(span)]
+        return [Cell(hour, State.EQUAL if there else State.MISSING, 10, int(there)) for hour, there in held]
+
+    def work(self, context: Context) -> Report:
+        context.progress.advance(total=2, done=1)
+        context.stop.pause(0.2)
+        now = self.clock()
+        if not self.root.exists():  # only the first run writes: what is missing later is for the test to heal
+            for slot in self.slots(Window(now - timedelta(hours=24), now), None):
+                self.heal(context, slot)
+        return Report(rows=10, windows=1)
+
+
+def shelf(parts: Parts) -> Pipelines:
+    one = Shelf(parts)
+    jobs = (
+        Job("shelf", 60, one.work),
+        Job("failing", 60, failing),
+        Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
+    )
+    return Pipelines(jobs, {"shelf": filling}, verifications={"shelf": one.open}, charts={"shelf": one})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Seaweed:
 def seaweed() -> Iterator[Seaweed]:
     directory = Path(tempfile.mkdtemp(prefix="seaweed-"))
     try:
-        with _running(directory, free_ports(2 * len(SERVICES))) as server:
+        with running(directory, free_ports(2 * len(SERVICES))) as server:
             yield server
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -78,7 +78,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def _running(directory: Path, ports: list[int]) -> Iterator[Seaweed]:
+def running(directory: Path, ports: list[int]) -> Iterator[Seaweed]:
     server = Seaweed(HOST, ports[0])
     environment = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # of seven volumes a bucket, one is enough
     with (directory / "log").open("wb") as log:

@@ -561,6 +561,8 @@ def canaries() -> dict[str, str]:
         "GOOGLE_CREDENTIALS_JSON": key_file,
         "CHECKPOINT_DATABASE_URL": "postgresql://u:canary%2Fdb@h/n",
         "DWH_DATABASE_URL": "postgresql://u:canary%2Fdwh@h/n",
+        "ALERT_WEBHOOK_URL": "https://hooks.example/canary?token=canary",
+        "HEARTBEAT_URLS": "csv_inbox=https://beats.example/canary,influx_to_s3=https://beats.example/canary-2",
     }
     names = [variable.names[0] for part in PARTS for variable in part.variables if variable.kind.secret]
     return {name: special.get(name, f"canary-{name.lower()}") for name in names}

@@ -42,3 +42,31 @@ SELECT * FROM runs WHERE job = :job ORDER BY started_at DESC, run_id DESC LIMIT 
 -- name: last_ended
 -- The newest run of a job that has ended.
 SELECT * FROM runs WHERE job = :job AND ended_at IS NOT NULL ORDER BY started_at DESC, run_id DESC LIMIT 1;
+
+-- name: is_counted
+-- A row when this run has ended before, so that its sums are counted already.
+SELECT 1 AS found FROM runs WHERE run_id = :run_id AND ended_at IS NOT NULL;
+
+-- name: add_total
+-- Add one ended run to the sums of its job and outcome.
+INSERT INTO job_totals AS held (job, outcome, runs, rows, bytes, windows, late_rows, ended_at)
+VALUES (:job, :outcome, 1, :rows, :bytes, :windows, :late_rows, :ended_at)
+ON CONFLICT (job, outcome) DO UPDATE SET
+    runs = held.runs + 1,
+    rows = held.rows + excluded.rows,
+    bytes = held.bytes + excluded.bytes,
+    windows = held.windows + excluded.windows,
+    late_rows = held.late_rows + excluded.late_rows,
+    ended_at = CASE WHEN held.ended_at > excluded.ended_at THEN held.ended_at ELSE excluded.ended_at END;
+
+-- name: totals
+-- All sums.
+SELECT * FROM job_totals ORDER BY job, outcome;
+
+-- name: ended_before
+-- The newest run of a job that ended with a result before another one began.
+SELECT *
+FROM runs
+WHERE job = :job AND run_id <> :run_id AND outcome IN ('ok', 'partial', 'failed') AND started_at <= :started_at
+ORDER BY started_at DESC, run_id DESC
+LIMIT 1;

@@ -1,4 +1,4 @@
-"""The command line: serve (default), run, backfill, undo, check, demo, keys, runs, google.
+"""The command line: serve (default), the jobs' commands, those that look, demo, keys, google.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
 (sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
@@ -63,36 +63,74 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="run the jobs and answer HTTP (the default)").set_defaults(command=serve)
     _add_run(commands)
     _add_backfill(commands)
-    commands.add_parser("check", help="show the settings and try every system").set_defaults(command=check)
+    _add_verify(commands)
+    _add_looking(commands)
     demo_ = commands.add_parser("demo", help="everything at once, against simulated systems")
     demo_.add_argument("--once", action="store_true", help="one round, then end")
     demo_.add_argument("--port", type=int, default=None, help="where to listen")
+    _add_json(demo_)
     demo_.set_defaults(command=demo)
     _add_keys(commands)
     _add_undo(commands)
     google_ = commands.add_parser("google", help="sign in to Google once, for the client secrets of an installed app")
     google_.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    _add_json(google_)
     google_.set_defaults(command=google)
+    return top
+
+
+def _add_json(of: argparse.ArgumentParser) -> None:
+    of.add_argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout")
+
+
+def _add_looking(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    check_ = commands.add_parser("check", help="show the settings, what they switch on, and try every system")
+    check_.set_defaults(command=check)
+    status_ = commands.add_parser("status", help="every job: state, last run, error")
+    status_.set_defaults(command=status)
     runs_ = commands.add_parser("runs", help="recent runs, newest first, and what they took in")
     runs_.add_argument("job", nargs="?", default=None)
     runs_.add_argument("--limit", type=int, default=20)
     runs_.set_defaults(command=runs)
-    return top
+    pause_ = commands.add_parser("pause", help="let a job's timer pass, also after a restart, until it is resumed")
+    resume_ = commands.add_parser("resume", help="follow a job's timer again")
+    for each, command in ((pause_, pause), (resume_, resume)):
+        each.add_argument("job")
+        each.set_defaults(command=command)
+    for each in (check_, status_, runs_, pause_, resume_):
+        _add_json(each)
+
+
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verify_ = commands.add_parser("verify", help="compare both ends of a job by content, window by window")
+    verify_.add_argument("job")
+    _add_span(verify_)
+    verify_.add_argument("--partition", default=None, help="only this one")
+    verify_.add_argument("--heal", action="store_true", help="write again what is missing or differs")
+    verify_.add_argument("--all", action="store_true", dest="every", help="name also the windows that are equal")
+    _add_json(verify_)
+    verify_.set_defaults(command=verify)
+
+
+def _add_span(of: argparse.ArgumentParser) -> None:
+    of.add_argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC")
+    of.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
 
 
 def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run_ = commands.add_parser("run", help="run one job now, until it has nothing left to do")
     run_.add_argument("job")
     run_.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    _add_json(run_)
     run_.set_defaults(command=run)
 
 
 def _add_backfill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     fill = commands.add_parser("backfill", help="fill past windows of a job again")
     fill.add_argument("job")
-    fill.add_argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC")
-    fill.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
+    _add_span(fill)
     fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    _add_json(fill)
     fill.set_defaults(command=backfill)
 
 
@@ -101,6 +139,7 @@ def _add_undo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     undo_.add_argument("job")
     undo_.add_argument("run", help="the run's id, or its beginning, as the command runs shows it")
     undo_.add_argument("--yes", action="store_true", help="do it")
+    _add_json(undo_)
     undo_.set_defaults(command=undo)
 
 
@@ -111,6 +150,7 @@ def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     new.add_argument("--scopes", nargs="+", required=True, help="read, write, admin, or single ones such as ops:read")
     new.add_argument("--s3-prefix", default="", help="confine the S3 scopes to keys that start with this")
     new.add_argument("--expires", type=date.fromisoformat, default=None, help="last day it is good, YYYY-MM-DD")
+    _add_json(new)
     new.set_defaults(command=new_key)
 
 
@@ -163,21 +203,45 @@ def run(given: argparse.Namespace) -> int:
     from app.main import build
     from app.ops import commands
 
-    return commands.run(build(settings), given.job, dry_run=given.dry_run)
+    return commands.run(build(settings), given.job, commands.How(given.dry_run, given.as_json))
 
 
 def backfill(given: argparse.Namespace) -> int:
     """Fill past windows in this process."""
     from app.core.window import Window
 
-    if given.start >= given.end:
-        say(f"error: --from {given.start} is not before --to {given.end}")
+    if _is_empty(given):
         return USAGE
     settings = configured()
     from app.main import build
     from app.ops import commands
 
-    return commands.backfill(build(settings), given.job, Window(given.start, given.end), dry_run=given.dry_run)
+    how = commands.How(given.dry_run, given.as_json)
+    return commands.backfill(build(settings), given.job, Window(given.start, given.end), how)
+
+
+def _is_empty(given: argparse.Namespace) -> bool:
+    """True, and said, when --from is not before --to."""
+    if given.start >= given.end:
+        say(f"error: --from {given.start} is not before --to {given.end}")
+        return True
+    return False
+
+
+def verify(given: argparse.Namespace) -> int:
+    """Compare both ends of a job, and mend what differs when that is asked for."""
+    from app.core.window import Window
+
+    if _is_empty(given):
+        return USAGE
+    settings = configured()
+    from app.main import build
+    from app.ops import commands
+    from app.ops.proof import Healing
+
+    what = Healing(Window(given.start, given.end), given.partition)
+    wanted = commands.Wanted(given.job, what, healing=given.heal, every=given.every)
+    return commands.verify_both(build(settings), wanted, commands.How(as_json=given.as_json))
 
 
 def undo(given: argparse.Namespace) -> int:
@@ -186,25 +250,52 @@ def undo(given: argparse.Namespace) -> int:
     from app.main import build
     from app.ops import commands
 
-    return commands.undo(build(settings), given.job, given.run, do=given.yes)
+    return commands.undo(build(settings), given.job, given.run, commands.How(not given.yes, given.as_json))
 
 
-def check(_: argparse.Namespace) -> int:
+def check(given: argparse.Namespace) -> int:
     """Show the settings and try every system."""
     settings = configured()
     from app.main import build
-    from app.ops import commands
+    from app.ops import inspection
 
-    return commands.check(build(settings))
+    return inspection.check(build(settings), as_json=given.as_json)
+
+
+def status(given: argparse.Namespace) -> int:
+    """Show every job."""
+    settings = configured()
+    from app.main import build
+    from app.ops import inspection
+
+    return inspection.status(build(settings), as_json=given.as_json)
 
 
 def runs(given: argparse.Namespace) -> int:
     """Show recent runs."""
     settings = configured()
     from app.main import build
-    from app.ops import commands
+    from app.ops import inspection
 
-    return commands.runs(build(settings), given.job, given.limit)
+    return inspection.runs(build(settings), given.job, given.limit, as_json=given.as_json)
+
+
+def pause(given: argparse.Namespace) -> int:
+    """Pause a job in every process."""
+    settings = configured()
+    from app.main import build
+    from app.ops import inspection
+
+    return inspection.pause(build(settings), given.job, as_json=given.as_json)
+
+
+def resume(given: argparse.Namespace) -> int:
+    """End a job's pause."""
+    settings = configured()
+    from app.main import build
+    from app.ops import inspection
+
+    return inspection.resume(build(settings), given.job, as_json=given.as_json)
 
 
 def google(given: argparse.Namespace) -> int:
@@ -219,7 +310,10 @@ def google(given: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # the address is to be seen, also through a pipe
     kept = credentials.consent(where, open_browser=not given.no_browser)
-    sys.stdout.write(f"the token is kept in {kept}; it is renewed there\n")
+    from app.ops import output
+
+    text = f"the token is kept in {kept}; it is renewed there"
+    output.show({"token_file": str(kept)}, lambda: output.line(text), as_json=given.as_json)
     return OK
 
 
@@ -238,7 +332,7 @@ def demo(given: argparse.Namespace) -> int:
         from app.ops.daemon import run_daemon
 
         if given.once:
-            return commands.once(build(settings))
+            return commands.once(build(settings), commands.How(as_json=given.as_json))
         run_daemon(build(settings), environ)
     return OK
 
@@ -247,12 +341,14 @@ def new_key(given: argparse.Namespace) -> int:
     """Print a new key and the line for API_KEYS."""
     import secrets
 
-    from app.ops import access
+    from app.ops import access, output
 
     presented, line = access.new_key(
         given.name, "+".join(given.scopes), secrets.token_bytes, s3_prefix=given.s3_prefix, expires_on=given.expires
     )
-    sys.stdout.write(f"key, shown only now: {presented}\nadd to API_KEYS:     {line}\n")
+    text = f"key, shown only now: {presented}\nadd to API_KEYS:     {line}"
+    document = {"name": given.name, "key": presented, "api_keys_entry": line}
+    output.show(document, lambda: output.line(text), as_json=given.as_json)
     return OK
 
 

@@ -7,51 +7,38 @@ and says so.
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.core.runs import LeaseTerms, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
-from app.ops.access import Keyring
-from app.ops.front import Front, Hooks
-from app.ops.guard import Guard
-from app.ops.limits import BodyLimits
-from app.ops.outcomes import Tallies
-from app.ops.probes import Probes
+from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.outcomes import both, log_run
 from app.ops.readiness import Check, Readiness
+from app.ops.rights import of_database, of_objects
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
+from app.serving import Inside, front, reach
 from app.settings import Settings
 from app.stores.state import State, open_state
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
-    from app.ops.answers import Asgi
-    from app.ops.routes import PartitionView
+    from app.amplitude.client import Project
+    from app.analytics.service import Analytics
+    from app.appmetrica.client import Service
     from app.stores.objects import ObjectStore
+    from app.stores.s3 import S3Store
+    from app.stores.s3_client import S3Target
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
-UPLOAD_PREFIXES = ("/s3/",)
-STREAM_PREFIXES = ("/dwh/",)
-OPEN_CALLS = frozenset(
-    {
-        ("GET", "/"),
-        ("GET", "/health"),
-        ("GET", "/ready"),
-        ("GET", "/assets/dashboard.js"),
-        ("GET", "/assets/dashboard.css"),
-        ("GET", "/assets/icon.svg"),
-        ("POST", "/ops/session"),
-        ("DELETE", "/ops/session"),
-    }
-)
 log = logging.getLogger(__name__)
 
 
@@ -63,19 +50,7 @@ class Parts:
     state: State
     store: "ObjectStore"
     clock: Callable[[], datetime]
-
-
-@dataclass(frozen=True, slots=True)
-class Inside:
-    """What the HTTP side is built on."""
-
-    settings: Settings
-    state: State
     warehouse: Warehouse
-    pipelines: Pipelines
-    scheduler: Scheduler
-    tallies: Tallies
-    readiness: Readiness
 
 
 Wiring = Callable[[Parts], Pipelines]
@@ -88,6 +63,8 @@ def now() -> datetime:
 
 def wire(parts: Parts) -> Pipelines:
     """Every pipeline of the product."""
+    from app.amplitude import job as amplitude_job
+    from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
@@ -96,17 +73,31 @@ def wire(parts: Parts) -> Pipelines:
     influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
     dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
+    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse.load, parts.clock)
+    remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
+    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse.load, parts.clock)
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
         if dynamo.ping_drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job),
-        backfills={influx_job.NAME: influx.backfill, dynamo_job.NAME: dynamo.backfill},
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        backfills={
+            influx_job.NAME: influx.backfill,
+            dynamo_job.NAME: dynamo.backfill,
+            amplitude.name: amplitude.backfill,
+            appmetrica.name: appmetrica.backfill,
+        },
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
+        verifications={influx_job.NAME: influx.verification, dynamo_job.NAME: dynamo.verification},
+        charts={influx_job.NAME: influx.chart, dynamo_job.NAME: dynamo.chart},
+        routers=(
+            lambda: amplitude_routes(amplitude.projects),
+            lambda: appmetrica_routes(parts, appmetrica.service),
+        ),
     )
 
 
@@ -115,18 +106,27 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
-    pipelines = wiring(Parts(settings, state, store, now))
-    stop, tallies = Stop(), Tallies()
-    desk = RunDesk(now, state.leases, state.runs, terms(settings), tallies.ended)
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills)
+    pipelines = wiring(Parts(settings, state, store, now, warehouse))
+    stop = Stop()
+    desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
+    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, desk.terms, now)
+    alerts = Alerts(rules_of(settings), watched)
+    desk = replace(desk, ended=both(log_run, alerts.ended))
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
         "checkpoint_store_connected": reached(state.ping),
         "s3_accessible": probed(store),
         "dwh_connected": reached(warehouse.ping),
     }
-    ops = Inside(settings, state, warehouse, pipelines, scheduler, tallies, Readiness(stores))
+    analytics = open_analytics(settings, state, store)
+    ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
     checks = {**stores, **pipelines.checks}
-    return Headwater(settings, state, pipelines, checks, desk, stop, scheduler, front(ops))
+    rights = {
+        "checkpoint_store_connected": of_database(state.database),
+        "s3_accessible": of_objects(store, settings.s3.prefix),
+        "dwh_connected": of_database(warehouse.database),
+    }
+    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
 
 
 def open_store(settings: Settings) -> "ObjectStore":
@@ -137,9 +137,16 @@ def open_store(settings: Settings) -> "ObjectStore":
 
         return LocalDirectory(settings.service.data_dir / "objects")
     from app.stores.s3 import PROBE_FOLDER, S3Store
+
+    return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def s3_target(settings: Settings) -> "S3Target":
+    """How the bucket is reached."""
     from app.stores.s3_client import S3Target
 
-    target = S3Target(
+    s3 = settings.s3
+    return S3Target(
         bucket=s3.bucket,
         region=s3.region,
         endpoint_url=s3.endpoint_url,
@@ -148,7 +155,29 @@ def open_store(settings: Settings) -> "ObjectStore":
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
     )
-    return S3Store(target, f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+
+
+def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
+    """/analytics over the objects."""
+    from app.analytics import service
+    from app.stores.s3_client import key_source
+
+    return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
+
+
+def sweeps(parts: Parts) -> Sequence[Job]:
+    """The job that aborts what killed uploads left in a bucket; a directory clears its own leftovers."""
+    store, settings = parts.store, parts.settings
+    if not settings.s3.bucket:
+        return ()
+    from app.objects import job
+
+    def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
+        from app.stores.s3_sweep import sweep as abort
+
+        return abort(cast("S3Store", store), before, ours)
+
+    return (job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock),)
 
 
 def revealed(secret: SecretStr | None) -> str:
@@ -188,74 +217,25 @@ def probed(store: "ObjectStore") -> Check:
     return check
 
 
-def front(service: Inside) -> Front:
-    """The ASGI application; it starts and ends the work of `service`."""
-    readiness = service.readiness
-    access, limits = service.settings.access, service.settings.limits
-    probes = Probes(service.settings.service.version, service.scheduler, readiness, now)
-    guard = Guard(Keyring(access.api_keys, now), now, access.allow_anonymous, OPEN_CALLS)
+def amplitude_routes(projects: Mapping[str, "Project"]) -> "APIRouter":
+    """/amplitude."""
+    from app.amplitude import routes
 
-    def opened() -> None:
-        readiness.start()
-        service.scheduler.start()
+    return routes.build(projects)
 
-    def closed() -> None:
-        readiness.close()
-        stuck = service.scheduler.close(service.settings.service.shutdown_grace_seconds / 4)
-        if stuck:
-            log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
-        service.state.close()
-        service.warehouse.close()
 
-    return Front(
-        {"/health": probes.health, "/ready": probes.ready},
-        guard,
-        BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
-        Hooks(opened, lambda: api(service, probes, guard), closed),
+def appmetrica_routes(parts: Parts, service: "Service | None") -> "APIRouter":
+    """/appmetrica."""
+    from app.appmetrica import routes
+
+    given = parts.settings.appmetrica
+    return routes.build(
+        routes.Serving(
+            service=service,
+            pulls=parts.state.pulls,
+            clock=parts.clock,
+            interval_seconds=given.poll_interval_seconds,
+            timeout_seconds=given.poll_timeout_seconds,
+            daily_calls=given.daily_calls,
+        )
     )
-
-
-def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
-    """The FastAPI application. Imports it, which takes longer than everything else at the start."""
-    from app.ops import dashboard, routes
-    from app.ops.api import About, build_api
-
-    ops = routes.Operations(
-        probes=probes,
-        guard=guard,
-        scheduler=service.scheduler,
-        runs=service.state.runs,
-        tallies=service.tallies,
-        partitions=partitions(service),
-        histories=service.pipelines.histories,
-        clock=now,
-    )
-    about = service.settings.service
-    routers = [dashboard.build(), routes.build(ops), warehouse_routes(service)]
-    return build_api(About(about.title, about.version, about.description), routers, guard)
-
-
-def warehouse_routes(service: Inside) -> "APIRouter":
-    """/dwh."""
-    from app.dwh import routes
-    from app.dwh.intake import BatchLimits
-
-    limits, dwh = service.settings.limits, service.settings.dwh
-    batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
-    return routes.build(routes.Serving(service.warehouse, sizes, now))
-
-
-def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
-    """How far every partition of every job is, as the checkpoints say."""
-    from app.ops.routes import PartitionView
-
-    def views() -> Sequence[PartitionView]:
-        return [
-            PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
-            for job in service.pipelines.jobs
-            if job.name in service.pipelines.backfills
-            for at in service.state.checkpoints.of(job.name)
-        ]
-
-    return views

@@ -92,3 +92,31 @@ def test_an_error_text_that_no_database_stores_is_kept_readable(state: State) ->
     state.runs.save(replace(ended(1), error="device a\x00b", hint="lone \ud800"))
     saved = state.runs.recent(None, 1)[0]
     assert (saved.error, saved.hint) == (r"device a\x00b", r"lone \ud800")
+
+
+def test_totals_count_each_run_once_when_it_ends_and_outlive_its_record(state: State) -> None:
+    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=1)
+    for saved in (run(1), ended(1), ended(1), run(2), ended(3), ended(4, "other")):
+        runs.save(saved)
+    assert list(runs.recent("influx_to_s3", 10)) == [ended(3)]
+    mine, other = runs.totals()
+    assert (mine.job, mine.outcome, mine.runs, mine.report.rows) == ("influx_to_s3", Outcome.PARTIAL, 2, 2 * 2**40)
+    assert mine.ended_at == ended(3).ended_at
+    assert (other.job, other.runs) == ("other", 1)
+
+
+def test_the_run_that_ended_before_is_the_newest_earlier_one_with_a_result(state: State) -> None:
+    stopped = replace(ended(3), outcome=Outcome.STOPPED)
+    for saved in (ended(1), ended(2, "other"), stopped, ended(4), ended(5)):
+        state.runs.save(saved)
+    assert state.runs.ended_before(ended(4)) == ended(1)
+    assert state.runs.ended_before(ended(1)) is None
+
+
+def test_a_pause_is_known_until_it_is_resumed_and_its_first_word_is_kept(state: State) -> None:
+    state.pauses.pause("a", START, "me")
+    state.pauses.pause("a", START + timedelta(hours=1), "you")
+    state.pauses.resume("b")
+    assert state.pauses.paused() == {"a": START}
+    state.pauses.resume("a")
+    assert state.pauses.paused() == {}

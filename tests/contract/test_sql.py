@@ -277,7 +277,8 @@ def test_migrations_are_applied_once_and_in_order(new_state: Callable[[str], Sta
     again.prepare()
     with state.database.transaction() as session:
         applied = session.rows("SELECT name FROM headwater_migrations ORDER BY name")
-    assert [row["name"] for row in applied] == ["state/0001_state"]
+    names = ["state/0001_state", "state/0002_operations", "state/0003_pulls", "state/0004_summaries"]
+    assert [row["name"] for row in applied] == names
 
 
 def folder_of(tmp_path: Path, **files: str) -> Path:

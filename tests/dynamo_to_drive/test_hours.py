@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.errors import Permanent, Rejected, Stopped, Transient
+from app.core.errors import Permanent, Stopped, Transient
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
 
@@ -186,7 +186,7 @@ def test_a_file_that_a_person_made_unreadable_is_made_anew_with_a_warning(
     with caplog.at_level(logging.WARNING):
         ship.run()
     assert ship.text(HOUR_12) == before
-    assert "is no CSV in UTF-8" in caplog.text
+    assert "is no CSV of ours" in caplog.text
 
 
 def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left(ship: Shipping) -> None:
@@ -197,10 +197,10 @@ def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left
     ship.run()
     path = ship.folder / "drive" / HOUR_12
     path.write_bytes(b"datetime_utc,\xb0C\r\n")
-    with pytest.raises(Rejected) as refused:
+    with pytest.raises(Permanent) as refused:
         ship.run()
-    assert str(path) in refused.value.message
-    assert "made anew" in refused.value.hint
+    assert HOUR_12 in refused.value.message
+    assert "move it away" in refused.value.hint
     path.unlink()
     ship.run()
     assert len(path.read_text().splitlines()) == 6

@@ -292,11 +292,11 @@ def test_a_device_without_points_and_a_measurement_without_fields_give_nothing(
 
 
 def test_ping_says_what_answered(influx: InfluxSimulator, influxdb1: InfluxDB1) -> None:
-    assert flux(influx).ping() == f"bucket telemetry at {influx.url} by Flux"
-    assert influxql(influx).ping() == f"database telemetry at {influx.url} by InfluxQL"
+    assert flux(influx).ping() == f"may read bucket telemetry at {influx.url} by Flux"
+    assert influxql(influx).ping() == f"may read database telemetry at {influx.url} by InfluxQL"
     database = influxdb1.new_database()
     ping = influxql_without_credentials(influxdb1.url, database).ping()
-    assert ping == f"database {database} at {influxdb1.url} by InfluxQL"
+    assert ping == f"may read database {database} at {influxdb1.url} by InfluxQL"
 
 
 @pytest.mark.parametrize("question", ["ping", "rows", "counts", "devices"])

@@ -1,6 +1,7 @@
 """Keys and scopes, route by route, from the OpenAPI document of the running daemon: default deny."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,17 @@ ROUTES = {
     ("POST", "/ops/jobs/{job}/pause"): "ops:run",
     ("POST", "/ops/jobs/{job}/resume"): "ops:run",
     ("POST", "/ops/jobs/{job}/backfill"): "ops:run",
+    ("GET", "/analytics"): "analytics:read",
+    ("GET", "/analytics/schema"): "analytics:read",
+    ("GET", "/analytics/overview"): "analytics:read",
+    ("GET", "/analytics/daily-summary"): "analytics:read",
+    ("GET", "/analytics/devices"): "analytics:read",
+    ("GET", "/analytics/devices/latest"): "analytics:read",
+    ("GET", "/analytics/over-time"): "analytics:read",
+    ("GET", "/ops/gaps"): "ops:read",
+    ("GET", "/ops/verifications"): "ops:read",
+    ("POST", "/ops/jobs/{job}/verify"): "ops:run",
+    ("POST", "/ops/jobs/{job}/heal"): "ops:run",
     ("GET", "/dwh/events-part"): "dwh:read",
     ("POST", "/dwh/events-part"): "dwh:write",
     ("GET", "/dwh/mobile-devices"): "dwh:read",
@@ -40,8 +52,21 @@ ROUTES = {
     ("POST", "/dwh/user-properties"): "dwh:write",
     ("GET", "/dwh/user-locations"): "dwh:read",
     ("POST", "/dwh/user-locations"): "dwh:write",
+    ("GET", "/amplitude/export"): "pull:read",
+    ("GET", "/appmetrica/ping"): "pull:read",
+    ("POST", "/appmetrica/exports"): "pull:read",
+    ("GET", "/appmetrica/fetch-export"): "pull:read",
+    ("GET", "/s3/objects"): "s3:read",
+    ("GET", "/s3/object-info"): "s3:read",
+    ("GET", "/s3/download"): "s3:read",
+    ("GET", "/s3/link"): "s3:read",
+    ("GET", "/s3/shared"): "open",
+    ("POST", "/s3/upload"): "s3:write",
+    ("PUT", "/s3/update"): "s3:write",
+    ("PATCH", "/s3/patch"): "s3:write",
+    ("DELETE", "/s3/delete"): "s3:delete",
 }
-PAGES = ("/openapi.json", "/docs", "/redoc")
+PAGES = ("/openapi.json", "/docs", "/redoc", "/docs/swagger-ui.css")
 
 
 def key(name: str) -> str:
@@ -104,13 +129,29 @@ def test_the_documentation_pages_need_a_key_where_there_are_keys(guarded: Daemon
 
 
 def test_probes_and_the_empty_page_stay_open(guarded: Daemon) -> None:
-    for path in ("/health", "/ready", "/", "/assets/dashboard.js", "/assets/dashboard.css", "/assets/icon.svg"):
+    for path in ("/health", "/ready", "/", "/assets/dashboard.js", "/assets/gaps.js", "/assets/dashboard.css"):
         assert guarded.get(path).status in (200, 503), path
 
 
 def test_an_unknown_path_tells_nothing_without_a_key(guarded: Daemon) -> None:
     assert guarded.get("/nowhere").status == 401
     assert guarded.get("/nowhere", bearer("root")).status == 404
+
+
+def test_every_change_that_is_asked_for_is_in_the_audit_log_and_no_key_is(guarded: Daemon) -> None:
+    guarded.post("/ops/jobs/quick/run?x=%0a", headers=bearer("root"))
+    guarded.post("/ops/jobs/quick/pause", headers=bearer("ops-read"))
+    guarded.post("/ops/jobs/quick/resume")
+    guarded.get("/ops/jobs", bearer("root"))
+    lines = [json.loads(line) for line in guarded.log.splitlines() if '"app.audit"' in line]
+    found = {(line["who"], line["method"], line["path"], line["status"]) for line in lines}
+    assert {
+        ("root", "POST", "/ops/jobs/quick/run", 202),
+        ("ops-read", "POST", "/ops/jobs/quick/pause", 403),
+        ("nobody", "POST", "/ops/jobs/quick/resume", 401),
+    } <= found
+    assert {line["method"] for line in lines} <= {"POST", "DELETE", "PUT", "PATCH"}
+    assert "hw_" not in guarded.log
 
 
 def test_both_headers_carry_a_key_and_a_query_string_does_not(guarded: Daemon) -> None:

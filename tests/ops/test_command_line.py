@@ -1,7 +1,6 @@
 """The commands as a person calls them: what they print, and their exit codes."""
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -11,40 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.stores.state import open_state
-from daemon import KEPT, TESTS, free_port
-
-Done = subprocess.CompletedProcess[str]
-
-
-class Shell:
-    """Runs commands in a folder of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def command(self, jobs: str, *arguments: str) -> list[str]:
-        return [sys.executable, *([str(TESTS / "daemon_jobs.py"), jobs] if jobs else ["-m", "app"]), *arguments]
-
-    def environ(self, **extra: str) -> dict[str, str]:
-        base = {name: os.environ[name] for name in KEPT if name in os.environ}
-        return {**base, "DATA_DIR": str(self.folder / "data"), **extra}
-
-    def run(self, jobs: str, *arguments: str, **environ: str) -> Done:
-        (self.folder / "data").mkdir(exist_ok=True)
-        return subprocess.run(
-            self.command(jobs, *arguments),
-            env=self.environ(**environ),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path)
+from daemon import free_port
+from shell import Shell
 
 
 def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:

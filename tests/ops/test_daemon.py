@@ -1,6 +1,7 @@
 """The real process: probes, stop, jobs over HTTP, limits."""
 
 import json
+import re
 import signal
 import socket
 import statistics
@@ -54,6 +55,8 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
     }
     for path in ("/", "/docs", "/redoc", "/openapi.json", "/assets/dashboard.js", "/assets/dashboard.css"):
         assert daemon.get(path).status == 200, path
+    pages = daemon.get("/").text + daemon.get("/docs").text + daemon.get("/redoc").text
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', pages), "a page asks another server"
     policy = daemon.get("/").headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy
     assert "frame-ancestors 'none'" in policy

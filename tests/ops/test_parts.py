@@ -3,14 +3,21 @@
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
-from app.core.errors import Transient
-from app.core.runs import Outcome, Report, Run
+import pytest
+
+from app.core.errors import Permanent, Transient
+from app.core.runs import LeaseTerms, RunDesk, Stop
 from app.ops.guard import Throttle
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
-from app.ops.outcomes import Tallies
+from app.ops.outcomes import log_run
+from app.ops.probes import Probes
 from app.ops.progress import Counts, Tally
 from app.ops.readiness import Readiness
+from app.ops.rights import tried
+from app.ops.scheduler import STALLED_SECONDS, Scheduler
+from app.stores.state import open_state
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -27,15 +34,6 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
     assert single.samples[0] == ({"job": "job", "partition": "dev-999"}, 999.0)
     assert most.samples == [({"job": "job"}, 999.0)]
     assert number.samples == [({"job": "job"}, 1000.0)]
-
-
-def test_runs_are_counted_by_outcome_and_their_reports_are_summed() -> None:
-    tallies = Tallies()
-    for outcome in (Outcome.OK, Outcome.OK, Outcome.FAILED):
-        tallies.ended(Run("r", "job", NOW, NOW, outcome, Report(rows=2, late_rows=1)), None)
-    assert tallies.runs() == {("job", "ok"): 2, ("job", "failed"): 1}
-    assert tallies.sums()["job", "rows"] == 6
-    assert tallies.succeeded_at() == {"job": NOW}
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:
@@ -84,3 +82,24 @@ def test_ten_failed_sign_ins_a_minute_are_let_pass_and_other_addresses_are_not_a
     assert throttle.failed("a", NOW + timedelta(seconds=15)) == 45.0
     assert throttle.failed("b", NOW) is None
     assert throttle.failed("a", NOW + timedelta(seconds=61)) is None
+
+
+def test_the_rights_that_are_missing_are_named_with_those_that_are_there() -> None:
+    def refused() -> None:
+        raise Permanent("AccessDenied", "allow s3:ListBucket")
+
+    assert tried([("read", lambda: None), ("write", lambda: None)]) == "may read, write"
+    with pytest.raises(Permanent, match="may read; may not list, delete: AccessDenied") as caught:
+        tried([("read", lambda: None), ("list", refused), ("delete", refused)])
+    assert caught.value.hint == "allow s3:ListBucket"
+
+
+def test_health_turns_bad_when_timers_stop_firing(tmp_path: Path) -> None:
+    state = open_state("", tmp_path)
+    desk = RunDesk(lambda: NOW, state.leases, state.runs, LeaseTerms("me"), log_run)
+    scheduler = Scheduler([], desk, Stop(), {}, state.pauses)
+    probes = Probes("1", scheduler, Readiness({}), lambda: NOW)
+    assert probes.health().status == 200
+    scheduler._ticked_at -= STALLED_SECONDS + 1  # noqa: SLF001 - half a minute without a tick
+    assert (probes.health().status, probes.health().body["status"]) == (503, "unhealthy")
+    state.close()

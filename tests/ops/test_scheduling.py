@@ -12,7 +12,7 @@ import pytest
 from app.core.errors import Rejected, Transient
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop
 from app.core.window import Window
-from app.ops.outcomes import Tallies
+from app.ops.outcomes import log_run
 from app.ops.scheduler import Backfill, Scheduler
 from app.ops.worker import next_run_at, retry_in
 from app.stores.state import State, open_state
@@ -71,8 +71,8 @@ class Bench:
     def start(self, jobs: Sequence[Job], owner: str = "a", backfills: dict[str, Backfill] | None = None) -> Scheduler:
         state = open_state("", self._folder)
         terms = LeaseTerms(owner, ttl_seconds=10, heartbeat_seconds=2)
-        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, terms, Tallies().ended)
-        scheduler = Scheduler(jobs, desk, Stop(), backfills or {})
+        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, terms, log_run)
+        scheduler = Scheduler(jobs, desk, Stop(), backfills or {}, state.pauses)
         self._open.append((scheduler, state))
         scheduler.start()
         return scheduler
@@ -196,7 +196,7 @@ def test_a_paused_job_ignores_its_timer_but_not_a_person(bench: Bench) -> None:
     meter = Meter()
     scheduler = bench.start([Job("paused", 1, meter.work(0))])
     until(lambda: meter.ended >= 1)
-    scheduler.pause("paused")
+    scheduler.pause("paused", "me")
     time.sleep(0.1)
     before = meter.ended
     time.sleep(1.3)

@@ -62,10 +62,10 @@ def _fill_window(pipeline: Pipeline[B, E], context: Context, task: Task, known: 
         return settle(pipeline, context, replace(task, record=base))
     if task.count.cells == base.source_cells:
         return Report()
-    return _append_late(pipeline, context, replace(task, record=base), parts)
+    return append_late(pipeline, context, replace(task, record=base), parts)
 
 
-def _append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: Sequence[Record]) -> Report:
+def append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: Sequence[Record]) -> Report:
     """Write what no part holds yet as the next delta. A delta that we did not know of is taken in and read as well."""
     held = list(parts)
     for _ in range(DELTAS):

@@ -102,6 +102,17 @@ class Run:
     hint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """All runs of a job that ever ended with one outcome: how many, what they did together, and when the last ended."""
+
+    job: str
+    outcome: Outcome
+    runs: int
+    report: Report
+    ended_at: datetime
+
+
 class Runs(Protocol):
     """The record of runs."""
 
@@ -146,6 +157,13 @@ class Progress(Protocol):
 
     def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
         """`done` more units finished, `total` more known to be ahead, `rows` more rows moved. From any thread."""
+
+
+class Unwatched:
+    """Progress that nobody looks at."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nothing to show."""
 
 
 @dataclass(frozen=True, slots=True)

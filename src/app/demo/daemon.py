@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from app.demo import ship
+from app.demo import amplitude, appmetrica, ship
 from app.demo.devices import fleet
 from app.demo.drive import DriveSimulator
 from app.demo.drops import Drops
@@ -20,6 +20,7 @@ from app.demo.influx import InfluxSimulator
 DEVICES = 8
 BACKLOG_HOURS = 3
 LIVE_SECONDS = 2.0
+EVENTS_AN_HOUR = 12
 FOLDER = "demo"
 KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", "ALLOW_ANONYMOUS")
 
@@ -42,7 +43,15 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
         else:
             feeder.close()
         measured = _sailing(others, live=live)
-        yield {**_kept(environ), **_short_cycle(influx), **measured, **_inbox(folder), "DATA_DIR": str(folder)}
+        clicked = _clicking(others)
+        yield {
+            **_kept(environ),
+            **_short_cycle(influx),
+            **measured,
+            **clicked,
+            **_inbox(folder),
+            "DATA_DIR": str(folder),
+        }
 
 
 def _sailing(running: ExitStack, *, live: bool) -> Mapping[str, str]:
@@ -65,6 +74,24 @@ def _sailing(running: ExitStack, *, live: bool) -> Mapping[str, str]:
         "GOOGLE_SHARED_DRIVE_ID": drive.state.shared_drive,
         "DRIVE_INTERVAL_SECONDS": "5",
         "DRIVE_CATCHUP_HOURS": str(BACKLOG_HOURS),
+    }
+
+
+def _clicking(running: ExitStack) -> Mapping[str, str]:
+    """Two services that collect product events; started into `running`. Their hours are due later than those of others,
+    as the real services' are.
+    """
+    web = running.enter_context(amplitude.AmplitudeSimulator())
+    web.state.made = amplitude.generated(EVENTS_AN_HOUR)
+    mobile = running.enter_context(appmetrica.AppMetricaSimulator())
+    mobile.state.rows = appmetrica.generated(mobile.state.application_id, EVENTS_AN_HOUR)
+    return {
+        **web.environment(),
+        **mobile.environment(),
+        "AMPLITUDE_INTERVAL_SECONDS": "60",
+        "AMPLITUDE_LOOKBACK_DAYS": "0",
+        "APPMETRICA_INTERVAL_SECONDS": "60",
+        "APPMETRICA_LOOKBACK_DAYS": "1",
     }
 
 

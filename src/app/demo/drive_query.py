@@ -11,6 +11,8 @@ from app.demo.drive_files import StoredFile
 TEXT = r"'((?:[^'\\]|\\.)*)'"
 TERMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], StoredFile], bool]], ...] = (
     (re.compile(rf"name\s*=\s*{TEXT}"), lambda found, file: file.name == _plain(found[1])),
+    # of names, `contains` looks at the beginning of words only; the beginning of the name is what is asked here
+    (re.compile(rf"name\s+contains\s+{TEXT}"), lambda found, file: file.name.startswith(_plain(found[1]))),
     (re.compile(rf"{TEXT}\s+in\s+parents"), lambda found, file: file.parent == _plain(found[1])),
     (re.compile(r"trashed\s*=\s*(true|false)"), lambda found, file: file.trashed == (found[1] == "true")),
     (

@@ -93,10 +93,20 @@ def merge(table: Table) -> str:
     )
 
 
-def upsert(table: Table) -> str:
-    """The upsert of one row, its values bound in order."""
+def merge_all(table: Table, *, past: bool) -> str:
+    """As `merge`, without the ids. Rows of the `past` add what is not known yet."""
+    columns = ", ".join(table.names)
+    return (
+        f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {stage(table)} ORDER BY {ORDINAL} "  # noqa: S608
+        f"{_on_conflict(table, past=past)}"
+    )
+
+
+def upsert(table: Table, *, past: bool = False) -> str:
+    """The upsert of one row, its values bound in order. One of the `past` adds what is not known yet."""
     places = ", ".join("?" * len(table.columns))
-    return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({places}) {_on_conflict(table)}"  # noqa: S608
+    conflict = _on_conflict(table, past=past)
+    return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({places}) {conflict}"  # noqa: S608
 
 
 def newest(table: Table) -> str:
@@ -109,6 +119,7 @@ def newer(table: Table) -> str:
     return f"SELECT id FROM {table.name} WHERE id > :newest ORDER BY id"  # noqa: S608 - declared
 
 
-def _on_conflict(table: Table) -> str:
-    taken = ", ".join(f"{name} = coalesce(excluded.{name}, {table.name}.{name})" for name in table.names[1:])
+def _on_conflict(table: Table, *, past: bool = False) -> str:
+    first, second = (table.name, "excluded") if past else ("excluded", table.name)
+    taken = ", ".join(f"{name} = coalesce({first}.{name}, {second}.{name})" for name in table.names[1:])
     return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"

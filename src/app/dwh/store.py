@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from app.core.errors import Transient
-from app.dwh import ddl
+from app.dwh import ddl, loading
 from app.dwh.answers import Inserted, answer_of, text_of
 from app.dwh.faults import BadRequest
 from app.dwh.tables import Table
 from app.stores.migrations import Migrated
+from app.stores.product_mapping import Tables
 from app.stores.sql import Session, load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
 
@@ -91,6 +92,11 @@ class Warehouse:
         self._turn = threading.Lock()
 
     @property
+    def database(self) -> Migrated:
+        """Where the tables are."""
+        return self._database
+
+    @property
     def place(self) -> str:
         """Where it is, for messages."""
         return self._database.place
@@ -114,6 +120,19 @@ class Warehouse:
             if request.dry_run:
                 raise _Undo
         return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True) if request.dry_run else done
+
+    def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
+        """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.
+
+        What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
+        """
+        with self._writing() as session:
+            if self._lite:
+                return loading.one_by_one(session, chunks, past=past)
+            staged = loading.stage(session, chunks)
+            for table in staged:
+                _turn(session, table)
+            return loading.merge(session, staged, past=past)
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:

@@ -130,9 +130,18 @@ class Drive:
 
     def named(self, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
         """Every file of that name in the folder that is not in the trash, oldest first."""
+        found = self._listed(f"name = '{_quoted(name)}'", name, folder_id, drive_id)
+        return [each for each in found if each.name == name]
+
+    def beginning(self, start: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
+        """Every file in the folder whose name begins so and that is not in the trash, oldest first."""
+        found = self._listed(f"name contains '{_quoted(start)}'", start, folder_id, drive_id)
+        return [each for each in found if each.name.startswith(start)]
+
+    def _listed(self, term: str, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
         where = {"corpora": "drive", "driveId": drive_id} if drive_id else {"corpora": "user"}
         asked = {
-            "q": f"name = '{_quoted(name)}' and '{_quoted(folder_id)}' in parents and trashed = false",
+            "q": f"{term} and '{_quoted(folder_id)}' in parents and trashed = false",
             "fields": f"nextPageToken,incompleteSearch,files({FILE_FIELDS})",
             "pageSize": 100,
             "supportsAllDrives": True,
@@ -144,7 +153,7 @@ class Drive:
             page = self._again(lambda files: files.list(**asked).execute())
             if page.get("incompleteSearch"):
                 raise Transient(f"Drive searched only a part for {name}", "nothing to do: it is asked again")
-            found += [_file(each) for each in page.get("files", ()) if each["name"] == name]
+            found += [_file(each) for each in page.get("files", ())]
             if not page.get("nextPageToken"):
                 return sorted(found, key=lambda each: (each.created, each.file_id))
             asked["pageToken"] = page["nextPageToken"]

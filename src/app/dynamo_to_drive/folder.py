@@ -11,11 +11,11 @@ from functools import partial
 from hashlib import md5
 from pathlib import Path
 
-from app.core.errors import Conflict, Permanent, Rejected
+from app.core.errors import Conflict, Permanent
 from app.core.files import write_durably
 from app.core.ports import Held
 from app.core.window import Window
-from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
+from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file, readable
 from app.dynamo_to_drive.sink import READ_HINT, HourBytes, file_name
 
 BLOCK_BYTES = 1 << 18
@@ -50,6 +50,20 @@ class FolderSink:
             rows += 1
         min_at, max_at = (self._instant_of(text) if text else None for text in (first, last))
         return Held(version, version, rows, min_at, max_at, (self._root / key).stat().st_size)
+
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: the MD5 is version and digest."""
+        version = self._version(key)
+        return None if version is None else Held(version, version)
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`."""
+        start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        with _translated(self._root):
+            names = sorted(path.name for path in self._root.glob("*.csv") if path.name.startswith(start))
+        for name in names:
+            if version := self._version(name):
+                yield name, version
 
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         """The rows of that version. Raises Conflict when another one is there."""
@@ -90,11 +104,8 @@ class FolderSink:
         return digest.hexdigest()
 
     def _rows(self, key: str) -> Iterator[Mapping[str, str]]:
-        try:
-            with _translated(self._root), (self._root / key).open("rb") as file:
-                yield from read_file(lines_in(file), escaped=self._escaped)
-        except Rejected as error:
-            raise Rejected(f"{self._root / key} {error.message}", error.hint) from error
+        with _translated(self._root), (self._root / key).open("rb") as file, readable(key):
+            yield from read_file(lines_in(file), escaped=self._escaped)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import heapq
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import md5
@@ -17,7 +18,7 @@ from itertools import islice, pairwise
 from operator import itemgetter
 from typing import BinaryIO
 
-from app.core.errors import Rejected
+from app.core.errors import Permanent
 from app.dynamo_to_drive.rows import Columns, Row
 from app.dynamo_to_drive.timestamps import ascend, rank
 
@@ -180,19 +181,30 @@ class HourWriter:
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
-    """The rows of a finished file, by column. `lines` keep their ends. Raises Rejected for what people made no CSV."""
+    """The rows of a finished file, by column. `lines` keep their ends. Of others than ours, ask within `readable`."""
     rows = _rows(lines)
+    columns = next(rows, [])
+    if columns:
+        columns = [columns[0].removeprefix(BYTE_ORDER_MARK), *columns[1:]]
+    if escaped:
+        columns = [_plain(name) for name in columns]
+    for row in rows:
+        yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
+
+
+class Unreadable(Permanent):
+    """A file that was not written here, or was damaged since."""
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raises Unreadable for what cannot be parsed."""
     try:
-        columns = next(rows, [])
-        if columns:
-            columns = [columns[0].removeprefix(BYTE_ORDER_MARK), *columns[1:]]
-        if escaped:
-            columns = [_plain(name) for name in columns]
-        for row in rows:
-            yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Rejected(
-            f"is no CSV in UTF-8: {str(error)[:TEXT_LIMIT]}", "move the file away: it is made anew"
+        yield
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise Unreadable(
+            f"{name} is no CSV of ours: {str(error)[:TEXT_LIMIT]}",
+            "restore an earlier revision of the file, move it away, or heal its window",
         ) from error
 
 

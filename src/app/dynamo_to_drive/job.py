@@ -13,12 +13,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
+from app.core.gaps import Chart, Moment
 from app.core.partitions import live_windows
 from app.core.ports import UNCOUNTED, Checkpoints, Commit, Record
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Report
+from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
 from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
-from app.core.window import Window, floor_to, windows_between
+from app.core.verify import Verification
+from app.core.window import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
 from app.dynamo_to_drive.folder import FolderSink
@@ -27,6 +29,7 @@ from app.dynamo_to_drive.plan import Wanted
 from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place
 from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
 from app.dynamo_to_drive.timestamps import reader_of
+from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
 from app.settings import Settings
 
 NAME = "dynamo_to_drive"
@@ -65,10 +68,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `main` wires: the jobs, the backfill, and how to try source and sink."""
+    """What `main` wires: the jobs, the backfill, how both ends are compared and mapped, and how to try them."""
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
+    verification: Verification
+    chart: Chart
     ping_table: Callable[[], str]
     ping_drive: Callable[[], str] | None
     close: Callable[[], None]
@@ -134,9 +139,17 @@ def build(
         Job(LATE, LATE_SECONDS, lambda context: _late(parts, context), off),
         Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
     )
+
+    def moment() -> Moment:
+        return Moment(parts.clock(), settings.drive.grace_seconds)
+
     return Export(
         jobs,
         lambda context, span: _backfill(parts, context, span),
+        lambda stop: HourEnds(
+            _opened(parts, _looking(stop)), lambda context: _opened(parts, context), moment, parts.turn
+        ),
+        HourChart(lambda: _opened(parts, _looking(Stop())), moment),
         lambda: ping(parts.table),
         (lambda: _ping_drive(parts)) if given else None,
         lambda: _close(parts),
@@ -169,16 +182,32 @@ def _target(settings: Settings) -> Target:
 
 def _pipeline(parts: Parts, context: Context) -> HourPipeline:
     """The pipeline of one run: its pauses end with that run."""
+    return _opened(parts, context).pipeline
+
+
+def _opened(parts: Parts, context: Context) -> Opened:
+    drive, sink = parts.settings.drive, _sink(parts, context)
+    pipeline = _joined(parts, context, sink)
+    return Opened(pipeline, sink, parts.partition, drive.escape_formulas)
+
+
+def _joined(parts: Parts, context: Context, sink: DriveSink | FolderSink) -> HourPipeline:
     drive = parts.settings.drive
     return Pipeline(
         name=NAME,
         source=DynamoSource(parts.table, parts.partition, context.stop),
-        sink=_sink(parts, context),
+        sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
         allow_shrink=drive.allow_shrink,
         asks_sink=True,
     )
+
+
+def _looking(stop: Stop) -> Context:
+    """What a pipeline is given that only looks: no lease, and a dry run, which tidies nothing up."""
+    nobody = Lease(NAME, "", 0, EPOCH)
+    return Context("", nobody, stop, Unwatched(), dry_run=True)
 
 
 def _sink(parts: Parts, context: Context) -> DriveSink | FolderSink:
@@ -281,8 +310,6 @@ def _fill(parts: Parts, context: Context, span: Window) -> Report:
 
 def _ping_drive(parts: Parts) -> str:
     """Sign in and look at the folder, as the first run does."""
-    from app.core.runs import Stop
-
     if parts.drive is None:
         return ""
     parts.drive.forget()
@@ -290,7 +317,7 @@ def _ping_drive(parts: Parts) -> str:
     place = Place("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
     drive_id = FolderOnce().drive_id(calls, place)
     return (
-        f"folder on shared drive {drive_id}"
+        f"may add files to the folder, on shared drive {drive_id}"
         if drive_id
         else "folder in My Drive: a service account cannot create there"
     )

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.errors import Conflict, Permanent, Transient
 from app.core.ports import Held
 from app.core.window import Window
 from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
 from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
-from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file
+from app.dynamo_to_drive.hour_file import HourFile, Unreadable, lines_in, read_file, readable
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "nothing to do: it is read again"
@@ -104,6 +104,21 @@ class DriveSink:
         rows, min_at, max_at = self._described(found)
         return Held(_version(found), found.md5, rows, min_at, max_at, found.size_bytes)
 
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: version and MD5."""
+        found = self._find(key)
+        return None if found is None else Held(_version(found), found.md5)
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`; of several of one name, the oldest."""
+        start = file_name(self._place.prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        drive_id = self._folder.drive_id(self._drive, self._place)
+        seen = set[str]()
+        for found in self._drive.beginning(start, self._place.folder_id, drive_id):
+            if found.name not in seen:
+                seen.add(found.name)
+                yield found.name, found.md5
+
     def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
         """The rows of that version. Raises Conflict when another one is there."""
         file_id = version.partition(":")[0]
@@ -184,14 +199,15 @@ class DriveSink:
             return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
         try:
             return sum(1 for _ in self._rows(found.file_id)), None, None
-        except Rejected as error:
+        except Unreadable as error:
             log.warning("%s: %s; it is made anew, what it held is among its versions", found.name, error.message)
             return 0, None, None
 
     def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
         with closing(tempfile.SpooledTemporaryFile(MEMORY_BYTES)) as spool:
             self._drive.download(file_id, spool)  # type: ignore[arg-type]  # a seekable binary file
-            yield from read_file(lines_in(spool), escaped=self._place.escaped)  # type: ignore[arg-type]
+            with readable(file_id):
+                yield from read_file(lines_in(spool), escaped=self._place.escaped)  # type: ignore[arg-type]
 
 
 def _checked(folder: Mapping[str, object], place: Place) -> str:

@@ -95,7 +95,7 @@ class FluxReader:
         query = f"from(bucket: {literal(self._target.bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
-        return f"bucket {self._target.bucket} at {self._connection.server.url} by Flux"
+        return f"may read bucket {self._target.bucket} at {self._connection.server.url} by Flux"
 
     def _from(self, device: str | None, span: Window) -> str:
         return (

@@ -100,7 +100,7 @@ class InfluxQlReader:
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
-        return f"database {self._target.database} at {self._connection.server.url} by InfluxQL"
+        return f"may read database {self._target.database} at {self._connection.server.url} by InfluxQL"
 
     def _fields(self) -> Sequence[Selected]:
         kinds: dict[str, set[str]] = {}

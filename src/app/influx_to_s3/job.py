@@ -6,15 +6,17 @@ cursor, so the two never work on one window. Nothing is connected before the fir
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
+from app.core.gaps import Chart
 from app.core.late import fill
 from app.core.partitions import DISCOVERY, Pass, isolated, sync_all
 from app.core.ports import Checkpoints
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Report
+from app.core.runs import Context, Job, Report, Stop
 from app.core.sync import Grid, Pipeline
+from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
@@ -24,6 +26,7 @@ from app.influx_to_s3.reader import Reader
 from app.influx_to_s3.rows import DEVICE, TAGS
 from app.influx_to_s3.source import InfluxSource, Patience, Reading
 from app.influx_to_s3.spool import RowBatch
+from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.settings import Settings
 from app.stores.layouts import Layout
 from app.stores.objects import ObjectStore
@@ -53,10 +56,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `main` wires: the jobs, the backfill by job name, and how to try the source."""
+    """What `main` wires: the jobs, the backfill, how both ends are compared and mapped, and how to try the source."""
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
+    verification: Verification
+    chart: Chart
     ping: Callable[[], str]
 
 
@@ -79,7 +84,18 @@ def build(
         Job(NAME, export.interval_seconds, lambda context: _sync(parts, context), off),
         Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
     )
-    return Export(jobs, lambda context, span: _backfill(parts, context, span), parts.reader.ping)
+    chart = ExportChart(NAME, _asked(parts), checkpoints, export.grace_seconds)
+    return Export(jobs, lambda context, span: _backfill(parts, context, span), _asked(parts), chart, parts.reader.ping)
+
+
+def _asked(parts: Parts) -> Callable[[Stop], ExportEnds]:
+    """Both ends as they are now, with layouts of their own: a look must not depend on a run going on."""
+
+    def opened(stop: Stop) -> ExportEnds:
+        own = replace(parts, layouts=parts.layouts.fresh())
+        return ExportEnds(_pipeline(_prepared(own, dry_run=True), stop), parts.clock)
+
+    return opened
 
 
 def _reader(settings: Settings) -> Reader:
@@ -100,13 +116,13 @@ def _reader(settings: Settings) -> Reader:
     return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement))
 
 
-def _pipeline(parts: Parts, context: Context) -> Pipeline[RowBatch, EncodedFile]:
+def _pipeline(parts: Parts, stop: Stop) -> Pipeline[RowBatch, EncodedFile]:
     """The pipeline of one run: its pauses end with that run."""
     export, service = parts.settings.export, parts.settings.service
     spool = service.data_dir / SPOOL
     reading = Reading(parts.settings.influx.measurement, export.device_ids, export.batch_size, spool)
     # Jitter is no secret: any source of numbers serves.
-    patience = Patience(RetryPolicy(), context.stop, random.random)
+    patience = Patience(RetryPolicy(), stop, random.random)
     sink = TableSink(
         store=parts.store,
         pipeline=NAME,
@@ -139,10 +155,14 @@ def _pass(parts: Parts) -> Pass:
 
 def _prepare(parts: Parts, context: Context) -> Pipeline[RowBatch, EncodedFile]:
     """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
+    return _pipeline(_prepared(parts, dry_run=context.dry_run), context.stop)
+
+
+def _prepared(parts: Parts, *, dry_run: bool) -> Parts:
     if not parts.store.conditional:
         parts.store.probe()
-    parts.layouts.refresh(parts.clock(), dry_run=context.dry_run)
-    return _pipeline(parts, context)
+    parts.layouts.refresh(parts.clock(), dry_run=dry_run)
+    return parts
 
 
 def _sync(parts: Parts, context: Context) -> Report:

@@ -53,6 +53,10 @@ class Layouts:
         self._wanted = wanted
         self._known: Sequence[Layout] = ()
 
+    def fresh(self) -> "Layouts":
+        """The same, not read yet: for a look that must not depend on a run."""
+        return Layouts(self._store, self._pipeline, self._wanted)
+
     def refresh(self, now: datetime, *, dry_run: bool = False) -> None:
         """Read what is known and add what the settings want. A dry run adds nothing, but shows a first layout."""
         known = list(self._store.layouts(self._pipeline))

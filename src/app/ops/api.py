@@ -5,13 +5,22 @@ Invariant: a router that is given here cannot have an unguarded route, since the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
+from app.core.errors import Permanent
 from app.ops import answers
 from app.ops.guard import Guard, needs
+
+PAGE_PARTS = {
+    "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
+    "swagger-ui.css": "text/css; charset=utf-8",
+    "redoc.standalone.js": "text/javascript; charset=utf-8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,41 @@ def _documentation(api: FastAPI) -> APIRouter:
 
     @router.get("/docs", openapi_extra=read)
     def docs() -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url="openapi.json", title=api.title)
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=api.title,
+            swagger_js_url="docs/swagger-ui-bundle.js",
+            swagger_css_url="docs/swagger-ui.css",
+            swagger_favicon_url="assets/icon.svg",
+        )
 
     @router.get("/redoc", openapi_extra=read)
     def redoc() -> HTMLResponse:
-        return get_redoc_html(openapi_url="openapi.json", title=api.title, with_google_fonts=False)
+        return get_redoc_html(
+            openapi_url="openapi.json",
+            title=api.title,
+            redoc_js_url="docs/redoc.standalone.js",
+            redoc_favicon_url="assets/icon.svg",
+            with_google_fonts=False,
+        )
 
+    for name, media_type in PAGE_PARTS.items():
+        _serve_part(router, name, media_type)
     return router
+
+
+def _serve_part(router: APIRouter, name: str, media_type: str) -> None:
+    """A file of the documentation pages, out of a package of ours: they work without the internet."""
+    path = _page_parts() / name
+
+    @router.get(f"/docs/{name}", openapi_extra=needs("ops:read"))
+    def part() -> FileResponse:
+        return FileResponse(path, media_type=media_type)
+
+
+def _page_parts() -> Path:
+    """The files of fastapi-offline, found without importing it."""
+    spec = find_spec("fastapi_offline")
+    if spec is None or spec.origin is None:
+        raise Permanent("the package fastapi-offline is missing", "install Headwater again")
+    return Path(spec.origin).parent / "static"

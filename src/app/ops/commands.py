@@ -1,4 +1,4 @@
-"""One-off commands in a terminal: run a job, fill past windows, check the systems, list runs.
+"""One-off commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at once.
 
 Invariants: a command takes the same lease as the daemon, so both can be used at once; a signal ends it at the next
 safe point; results go to stdout, faults to stderr as one line with the next step.
@@ -7,45 +7,118 @@ safe point; results go to stdout, faults to stderr as one line with the next ste
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any
 
 from app.core.errors import AppError, Rejected
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
+from app.core.verify import Sign, Verdict, verify
 from app.core.window import Window
+from app.ops import output
 from app.ops.progress import Tally, bar, logged
-from app.ops.readiness import look
+from app.ops.proof import Healing, found, heal_job, shown, summary, told
 from app.ops.scheduler import backfill_job, named
 from app.ops.service import Headwater
-from app.settings.masking import describe
+from app.ops.shapes import failures_shown
 
 OK, FAILED = 0, 1
 log = logging.getLogger(__name__)
 
 
-def run(service: Headwater, name: str, *, dry_run: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a command works and speaks."""
+
+    dry_run: bool = False
+    as_json: bool = False
+
+
+def run(service: Headwater, name: str, how: How) -> int:
     """Run a job until it has nothing left to do; the exit code."""
-    return _finish(service, _job(service, name), dry_run=dry_run)
+    return _finish(service, _job(service, name), how)
 
 
-def backfill(service: Headwater, name: str, span: Window, *, dry_run: bool) -> int:
+def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
     """Fill the windows of `span`; the exit code."""
-    return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), dry_run=dry_run)
+    return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
 
 
-def undo(service: Headwater, name: str, run_id: str, *, do: bool) -> int:
-    """Take back what run `run_id` of a job did, or only say what that would be; the exit code."""
+def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
+    """Take back what run `run_id` of a job did, or in a dry run only say what that would be; the exit code."""
     job = _job(service, name)
     take_back = service.pipelines.undos.get(name)
     if take_back is None:
         able = ", ".join(service.pipelines.undos) or "none"
         raise Rejected(f"job {name} has no undo", f"jobs that keep what it takes: {able}")
-    code = _finish(service, named(replace(job, work=lambda context: take_back(context, run_id))), dry_run=not do)
-    if not do and code == OK:
-        sys.stdout.write("nothing was changed yet: add --yes to do this\n")
+    code = _finish(service, named(replace(job, work=lambda context: take_back(context, run_id))), how)
+    if how.dry_run and code == OK and not how.as_json:
+        output.line("nothing was changed yet: add --yes to do this")
     return code
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to verify. `healing`: mend what differs. `every`: name also the windows that are equal."""
+
+    job: str
+    what: Healing
+    healing: bool
+    every: bool
+
+
+def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
+    """Compare both ends window by window; 0 when all are equal or were mended."""
+    job, verdicts = _job(service, wanted.job), list[Verdict]()
+    verification = found(service.pipelines.verifications, wanted.job)
+
+    def seen(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if not how.as_json and (wanted.every or verdict.sign is not Sign.EQUAL):
+            output.line(_line(verdict))
+
+    if wanted.healing:
+        desk = replace(service.desk, ended=_unexpected)
+        with _stoppable(service.stop):
+            ended = execute(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
+        if ended is None:
+            service.state.close()
+            return _busy(job, as_json=how.as_json)
+        if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
+            service.state.close()
+            raise Rejected(ended.error, ended.hint)
+    else:
+        with _stoppable(service.stop):
+            for verdict in verify(verification(service.stop), wanted.what.span, service.stop, wanted.what.partition):
+                seen(verdict)
+    service.state.close()
+    return _judged(wanted, verdicts, how)
+
+
+def _line(verdict: Verdict) -> str:
+    rows = " ".join(str(end.rows) if end else "?" for end in (verdict.source, verdict.destination))
+    error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
+    return output.cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}")
+
+
+def _judged(wanted: Wanted, verdicts: list[Verdict], how: How) -> int:
+    counts, span = summary(verdicts), wanted.what.span
+    fine = all(each.sign is Sign.EQUAL or each.healed for each in verdicts)
+    healed = sum(each.healed for each in verdicts)
+    document = {
+        "job": wanted.job,
+        "from": f"{span.start:%Y-%m-%dT%H:%M:%SZ}",
+        "to": f"{span.end:%Y-%m-%dT%H:%M:%SZ}",
+        "equal": fine,
+        "counts": counts,
+        "healed": healed,
+        "windows": [shown(each) for each in verdicts if wanted.every or each.sign is not Sign.EQUAL],
+    }
+    text = f"{wanted.job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
+    output.show(document, lambda: output.line(text), as_json=how.as_json)
+    return OK if fine else FAILED
 
 
 def _job(service: Headwater, name: str) -> Job:
@@ -57,17 +130,24 @@ def _job(service: Headwater, name: str) -> Job:
     return named(jobs[name])
 
 
-def _finish(service: Headwater, job: Job, *, dry_run: bool) -> int:
+def _finish(service: Headwater, job: Job, how: How) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job.name) as tally:
-        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
+        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
     service.state.close()
     if last is None:
-        sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
-        return job.exits.busy
-    _tell(job.name, last, total, dry_run=dry_run)
+        return _busy(job, as_json=how.as_json)
+    output.show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
     codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
     return codes.get(last.outcome, job.exits.failed)
+
+
+def _busy(job: Job, *, as_json: bool) -> int:
+    def told_busy() -> None:
+        sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
+
+    output.show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
+    return job.exits.busy
 
 
 def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> tuple[Run | None, Report]:
@@ -82,23 +162,44 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
             return run, total
 
 
-def once(service: Headwater) -> int:
+def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
+    return {
+        "job": last.job,
+        "outcome": last.outcome.value,
+        "dry_run": how.dry_run,
+        "rows": total.rows,
+        "bytes": total.bytes,
+        "windows": total.windows,
+        "late_rows": total.late_rows,
+        "failures": failures_shown(total),
+        "notes": list(total.notes),
+        "error": last.error,
+        "hint": last.hint,
+    }
+
+
+def once(service: Headwater, how: How) -> int:
     """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
-    lines = []
-    fine = True
+    documents = []
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop):
         for job in (named(job) for job in service.pipelines.jobs if not job.off):
             with _shown(job.name) as tally:
-                run, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
-            outcome = run.outcome if run else None
-            fine = fine and outcome is Outcome.OK
-            moved = (str(total.windows), str(total.rows), str(total.bytes))
-            lines.append((job.name, outcome.value if outcome else "busy", *moved, run.error if run else ""))
+                last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
+            documents.append(_document(last, total, how) if last else {"job": job.name, "outcome": "busy"})
     service.state.close()
-    _table(("job", "outcome", "objects", "rows", "bytes", "error"), lines)
-    _table(("where", ""), [(name, where) for name, where in _places(service)])
-    return OK if fine else FAILED
+    places = dict(_places(service))
+    output.show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=how.as_json)
+    return OK if all(each["outcome"] == "ok" for each in documents) else FAILED
+
+
+def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
+    names = ("job", "outcome", "windows", "rows", "bytes", "error")
+    output.table(
+        ("job", "outcome", "objects", "rows", "bytes", "error"),
+        ([str(each.get(name, "")) for name in names] for each in documents),
+    )
+    output.table(("where", ""), places.items())
 
 
 def _places(service: Headwater) -> Iterator[tuple[str, str]]:
@@ -108,12 +209,12 @@ def _places(service: Headwater) -> Iterator[tuple[str, str]]:
     yield "state", "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(settings.service.data_dir)
 
 
-def _tell(name: str, last: Run, total: Report, *, dry_run: bool) -> None:
+def _tell(name: str, last: Run, total: Report, how: How) -> None:
     for note in total.notes:
-        sys.stdout.write(f"{note}\n")
-    would = "would write " if dry_run else ""
+        output.line(note)
+    would = "would write " if how.dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
-    sys.stdout.write(f"{name} {last.outcome.value}: {would}{counts}\n")
+    output.line(f"{name} {last.outcome.value}: {would}{counts}")
     if last.error:
         sys.stderr.write(f"{name}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
 
@@ -147,53 +248,3 @@ def _shown(name: str) -> Iterator[Tally]:
             yield tally
     else:
         yield logged(name)
-
-
-def check(service: Headwater) -> int:
-    """Print the settings, the jobs and one attempt per system; 1 when an attempt fails."""
-    described = describe(service.settings)
-    _table(("setting", "value"), described.items())
-    _table(
-        ("job", "state"), ((job.name, job.off or f"every {job.interval_seconds} s") for job in service.pipelines.jobs)
-    )
-    findings = {name: look(attempt) for name, attempt in service.checks.items()}
-    rows = [
-        (name, "ok" if found.ok else "FAILED", found.note or " - ".join(filter(None, (found.error, found.hint))))
-        for name, found in findings.items()
-    ]
-    _table(("system", "state", "what it said"), rows)
-    service.state.close()
-    return OK if all(found.ok for found in findings.values()) else FAILED
-
-
-def runs(service: Headwater, job: str | None, limit: int) -> int:
-    """Print recent runs."""
-    found = service.state.runs.recent(job, limit)
-    rows = [
-        (f"{run.started_at:%Y-%m-%d %H:%M:%S}Z", run.job, run.outcome.value, str(run.report.rows), run.error)
-        for run in found
-    ]
-    _table(("started", "job", "outcome", "rows", "error"), rows)
-    for name, history in service.pipelines.histories.items():
-        if job in (None, name):
-            lines = history(limit)
-            sys.stdout.write(f"what {name} took in, newest first\n")
-            _table(
-                tuple(lines[0]) if lines else ("nothing yet",), [[_cell(v) for v in line.values()] for line in lines]
-            )
-    service.state.close()
-    return OK
-
-
-def _cell(value: object) -> str:
-    """A value on one line, whatever characters data brought."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=True)]
-        sys.stdout.write("  ".join([*cells, line[-1]]).rstrip() + "\n")
-    sys.stdout.write("\n")

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from app.ops.allocator import give_back_large_blocks
 from app.ops.server import Serving, serve
 from app.ops.service import Headwater
 from app.settings import warnings
@@ -26,6 +27,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str]) -> None:
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
+    give_back_large_blocks()
     serving = Serving(
         host=settings.service.host,
         port=settings.service.port,

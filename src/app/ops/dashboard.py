@@ -13,6 +13,7 @@ from app.ops.guard import OPEN, needs
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/assets/dashboard.js": ("dashboard.js", "text/javascript; charset=utf-8"),
+    "/assets/gaps.js": ("gaps.js", "text/javascript; charset=utf-8"),
     "/assets/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),
     "/assets/icon.svg": ("icon.svg", "image/svg+xml"),
 }

@@ -1,12 +1,16 @@
 """The Prometheus text exposition, version 0.0.4, written by hand: a dozen series do not need a library.
 
-Invariant: the number of series is bounded; of partitions only those that lag most are shown one by one.
+Invariants: the number of series is bounded, of partitions only those that lag most are shown one by one; every counter
+is durable, that is kept in the state.
 Source of the format: the Prometheus documentation, "Exposition formats".
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from app.core.runs import Outcome, Total
+from app.ops.scheduler import JobView
 
 PARTITIONS = 100
 
@@ -41,9 +45,9 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def run_series(runs: Mapping[tuple[str, str], int], sums: Mapping[tuple[str, str], int]) -> Iterator[Series]:
-    """Counters of runs by outcome, and of what they moved."""
-    by_outcome = [({"job": job, "outcome": outcome}, float(n)) for (job, outcome), n in sorted(runs.items())]
+def total_series(totals: Sequence[Total]) -> Iterator[Series]:
+    """Counters of runs by outcome, and of what they moved: sums of the state, which no restart sets back."""
+    by_outcome = [({"job": each.job, "outcome": each.outcome.value}, float(each.runs)) for each in totals]
     yield Series("headwater_runs_total", "counter", "Runs that ended, by outcome.", by_outcome)
     abouts = {
         "rows": "Rows written to a sink.",
@@ -52,15 +56,28 @@ def run_series(runs: Mapping[tuple[str, str], int], sums: Mapping[tuple[str, str
         "late_rows": "Rows that came after their window was closed.",
     }
     for name, about in abouts.items():
-        samples = [({"job": job}, float(n)) for (job, what), n in sorted(sums.items()) if what == name]
-        yield Series(f"headwater_{name}_total", "counter", about, samples)
+        sums: dict[str, float] = {}
+        for each in totals:
+            sums[each.job] = sums.get(each.job, 0.0) + getattr(each.report, name)
+        yield Series(f"headwater_{name}_total", "counter", about, [({"job": job}, n) for job, n in sums.items()])
 
 
-def success_series(succeeded_at: Mapping[str, datetime], now: datetime) -> Series:
+def success_series(totals: Sequence[Total], now: datetime) -> Series:
     """Age of the last success by job."""
-    samples = [({"job": job}, (now - at).total_seconds()) for job, at in sorted(succeeded_at.items())]
+    ages = [(each.job, (now - each.ended_at).total_seconds()) for each in totals if each.outcome is Outcome.OK]
     about = "Seconds since the last run without any failure ended."
-    return Series("headwater_last_success_age_seconds", "gauge", about, samples)
+    return Series("headwater_last_success_age_seconds", "gauge", about, [({"job": job}, age) for job, age in ages])
+
+
+def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Series]:
+    """What each job is at, and whether it fell silent."""
+    able = [view for view in views if not view.job.off]
+    paused = [({"job": view.job.name}, float(view.status.state == "paused")) for view in able]
+    yield Series("headwater_job_paused", "gauge", "1 while a job is paused.", paused)
+    running = [({"job": view.job.name}, float(view.status.state in ("running", "backfill"))) for view in able]
+    yield Series("headwater_job_running", "gauge", "1 while a run of a job goes on in this process.", running)
+    silent = [({"job": view.job.name}, float(view.job.name in stale)) for view in able]
+    yield Series("headwater_job_stale", "gauge", "1 when no run of a job came to its end in time.", silent)
 
 
 def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[Series]:

@@ -1,55 +1,28 @@
-"""What is told of each run: one line in the log, and the counters behind /metrics.
+"""What is told of each run in the log.
 
-Invariant: every run that ended is counted and logged exactly once, at the level that says what a person has to do.
+Invariant: every run that ended is logged exactly once, at the level that says what a person has to do.
 """
 
 import logging
-import threading
-from collections import Counter
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Callable
 
 from app.core.errors import AppError
 from app.core.runs import Outcome, Run
 from app.ops.log import bound
 
 LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
+Ended = Callable[[Run, BaseException | None], None]
 log = logging.getLogger(__name__)
 
 
-class Tallies:
-    """Counters since the start of the process, by job."""
+def both(first: Ended, second: Ended) -> Ended:
+    """Both are told, in this order."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs: Counter[tuple[str, str]] = Counter()
-        self._sums: Counter[tuple[str, str]] = Counter()
-        self._succeeded_at: dict[str, datetime] = {}
+    def ended(run: Run, cause: BaseException | None) -> None:
+        first(run, cause)
+        second(run, cause)
 
-    def ended(self, run: Run, cause: BaseException | None) -> None:
-        """`RunDesk.ended`: count the run and log it."""
-        with self._lock:
-            self._runs[run.job, run.outcome.value] += 1
-            for name in ("rows", "bytes", "windows", "late_rows"):
-                self._sums[run.job, name] += getattr(run.report, name)
-            if run.outcome is Outcome.OK and run.ended_at:
-                self._succeeded_at[run.job] = run.ended_at
-        log_run(run, cause)
-
-    def runs(self) -> Mapping[tuple[str, str], int]:
-        """(job, outcome) -> number of runs."""
-        with self._lock:
-            return dict(self._runs)
-
-    def sums(self) -> Mapping[tuple[str, str], int]:
-        """(job, "rows" | "bytes" | "windows" | "late_rows") -> sum over all runs."""
-        with self._lock:
-            return dict(self._sums)
-
-    def succeeded_at(self) -> Mapping[str, datetime]:
-        """Job -> end of its last run without any failure."""
-        with self._lock:
-            return dict(self._succeeded_at)
+    return ended
 
 
 def log_run(run: Run, cause: BaseException | None) -> None:

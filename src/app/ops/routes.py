@@ -3,7 +3,7 @@
 Invariant: every route declares its scope; what only reads needs `ops:read`, what starts or stops work `ops:run`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -13,15 +13,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError
-from app.core.runs import Run, Runs
+from app.core.runs import Runs, Total
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import COOKIE, OPEN, Guard, needs
-from app.ops.metrics import Series, exposition, lag_series, run_series, success_series
-from app.ops.outcomes import Tallies
+from app.ops.metrics import Series, exposition, job_series, lag_series, success_series, total_series
 from app.ops.probes import Answer, Probes
-from app.ops.scheduler import JobView, Scheduler
+from app.ops.scheduler import Scheduler
 from app.ops.service import History
+from app.ops.shapes import JobRecord, PartitionView, instant_text, job_shown, lag_seconds, partition_shown, run_shown
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -32,17 +32,6 @@ TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionView:
-    """How far one partition is. `error` is empty when it is well."""
-
-    job: str
-    partition: str
-    cursor_at: datetime | None
-    high_watermark_at: datetime | None
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
 class Operations:
     """What the routes look at and act on."""
 
@@ -50,7 +39,8 @@ class Operations:
     guard: Guard
     scheduler: Scheduler
     runs: Runs
-    tallies: Tallies
+    totals: Callable[[], Sequence[Total]]
+    stale: Callable[[], Collection[str]]
     partitions: Callable[[], Sequence[PartitionView]]
     histories: Mapping[str, History]
     clock: Callable[[], datetime]
@@ -101,8 +91,9 @@ def _session(router: APIRouter, guard: Guard) -> None:
     @router.post("/ops/session", openapi_extra=EVERYBODY, summary="Sign in to the dashboard", status_code=204)
     async def sign_in(request: Request, sent: SignIn) -> Response:
         grant = guard.sign_in(sent.key.get_secret_value(), request.scope)
-        if not grant.allows("ops:read"):
-            raise Refused(Refusal(403, "this key may not see the dashboard", "use one with the scope ops:read"))
+        if not any(grant.allows(scope) for scope in ("ops:read", "analytics:read")):
+            hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
+            raise Refused(Refusal(403, "this key may not see any page", hint))
         response = Response(status_code=204)
         secure = request.url.scheme == "https"
         response.set_cookie(
@@ -126,13 +117,19 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     @router.get("/ops/jobs", openapi_extra=READ, summary="Every job, also those that are off, with its last run")
     def jobs() -> dict[str, Any]:
         views = ops.scheduler.views()
-        last = {view.job.name: next(iter(ops.runs.recent(view.job.name, 1)), None) for view in views}
-        return {"now": _text(ops.clock()), "jobs": [_job(view, last[view.job.name]) for view in views]}
+        totals, stale = ops.totals(), ops.stale()
+
+        def record(name: str) -> JobRecord:
+            last = next(iter(ops.runs.recent(name, 1)), None)
+            return JobRecord(last, [total for total in totals if total.job == name], name in stale)
+
+        shown = [job_shown(view, record(view.job.name)) for view in views]
+        return {"now": instant_text(ops.clock()), "jobs": shown}
 
     @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first")
     def runs(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
         found = ops.runs.recent(job, limit)
-        return {"count": len(found), "runs": [_run(run) for run in found]}
+        return {"count": len(found), "runs": [run_shown(run) for run in found]}
 
     @router.get("/ops/partitions", openapi_extra=READ, summary="How far each partition is, largest lag first")
     def partitions(
@@ -141,7 +138,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         now = ops.clock()
         found = [each for each in ops.partitions() if job in (None, each.job)]
         found.sort(key=lambda each: (not each.error, -(lag_seconds(each, now) or 0.0), each.partition))
-        return {"total": len(found), "partitions": [_partition(each, now) for each in found[:limit]]}
+        return {"total": len(found), "partitions": [partition_shown(each, now) for each in found[:limit]]}
 
     @router.get("/ops/history", openapi_extra=READ, summary="What jobs took in lately, file by file, newest first")
     def history(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
@@ -156,26 +153,26 @@ def _reading(router: APIRouter, ops: Operations) -> None:
 def _acting(router: APIRouter, scheduler: Scheduler) -> None:
     @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202)
     def run(job: str) -> dict[str, Any]:
-        scheduler.run_now(_known(scheduler, job))
-        return _accepted(scheduler, job)
+        scheduler.run_now(known(scheduler, job))
+        return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/pause", openapi_extra=RUN, summary="Skip the timer until resumed", status_code=202)
-    def pause(job: str) -> dict[str, Any]:
-        scheduler.pause(_known(scheduler, job))
-        return _accepted(scheduler, job)
+    def pause(job: str, request: Request) -> dict[str, Any]:
+        scheduler.pause(known(scheduler, job), request.scope["state"]["grant"].name)
+        return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/resume", openapi_extra=RUN, summary="Follow the timer again", status_code=202)
     def resume(job: str) -> dict[str, Any]:
-        scheduler.resume(_known(scheduler, job))
-        return _accepted(scheduler, job)
+        scheduler.resume(known(scheduler, job))
+        return accepted(scheduler, job)
 
     @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(_known(scheduler, job), _window(span))
-        return _accepted(scheduler, job)
+        scheduler.backfill(known(scheduler, job), window_of(span))
+        return accepted(scheduler, job)
 
 
-def _known(scheduler: Scheduler, job: str) -> str:
+def known(scheduler: Scheduler, job: str) -> str:
     """`job`, a job that can run; 404 and 409 otherwise."""
     views = {view.job.name: view.job for view in scheduler.views()}
     if job not in views:
@@ -185,22 +182,18 @@ def _known(scheduler: Scheduler, job: str) -> str:
     return job
 
 
-def _window(span: Span) -> Window:
+def window_of(span: Span) -> Window:
+    """The window of a body. Refuses one that is empty or reversed."""
     try:
         return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
     except (ValueError, OverflowError):
         raise Refused(Refusal(422, "from is not before to", "give the older instant as from", "body.from")) from None
 
 
-def _accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
+def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
+    """The answer to what was queued."""
     state = next(view.status.state for view in scheduler.views() if view.job.name == job)
     return {"job": job, "state": state}
-
-
-def lag_seconds(partition: PartitionView, now: datetime) -> float | None:
-    """Age of the newest event seen; None before the first."""
-    newest_at = partition.high_watermark_at
-    return None if newest_at is None else max((now - newest_at).total_seconds(), 0.0)
 
 
 def _series(ops: Operations) -> Sequence[Series]:
@@ -208,63 +201,14 @@ def _series(ops: Operations) -> Sequence[Series]:
     build = [({"version": ops.probes.version}, 1.0)]
     series = [
         Series("headwater_build_info", "gauge", "Version of Headwater.", build),
-        *run_series(ops.tallies.runs(), ops.tallies.sums()),
-        success_series(ops.tallies.succeeded_at(), now),
+        *job_series(ops.scheduler.views(), ops.stale()),
     ]
     checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
     series.append(Series("headwater_check", "gauge", "1 while a system can be reached.", checks))
     try:
-        partitions = ops.partitions()
+        totals, partitions = ops.totals(), ops.partitions()
     except AppError:
-        return series  # the check of the store says why the lag is missing
+        return series  # the check of the store says why the counters are missing
+    series += [*total_series(totals), success_series(totals, now)]
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
-
-
-def _text(at: datetime | None) -> str | None:
-    return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _job(view: JobView, last: Run | None) -> Mapping[str, Any]:
-    progress = view.status.progress
-    return {
-        "name": view.job.name,
-        "interval_seconds": view.job.interval_seconds,
-        "state": view.status.state,
-        "off": view.job.off,
-        "next_run_at": _text(view.next_run_at),
-        "can_backfill": view.can_backfill,
-        "queued_backfills": view.status.queued_backfills,
-        "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
-        "last_run": last and _run(last),
-    }
-
-
-def _run(run: Run) -> Mapping[str, Any]:
-    report = run.report
-    return {
-        "run_id": run.run_id,
-        "job": run.job,
-        "started_at": _text(run.started_at),
-        "ended_at": _text(run.ended_at),
-        "outcome": run.outcome.value,
-        "rows": report.rows,
-        "bytes": report.bytes,
-        "windows": report.windows,
-        "late_rows": report.late_rows,
-        "failures": [{"partition": f.partition, "message": f.message, "hint": f.hint} for f in report.failures[:20]],
-        "error": run.error,
-        "hint": run.hint,
-    }
-
-
-def _partition(partition: PartitionView, now: datetime) -> Mapping[str, Any]:
-    return {
-        "job": partition.job,
-        "partition": partition.partition,
-        "status": "error" if partition.error else "ok",
-        "cursor_at": _text(partition.cursor_at),
-        "high_watermark_at": _text(partition.high_watermark_at),
-        "lag_seconds": lag_seconds(partition, now),
-        "error": partition.error,
-    }

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from app.core.errors import Rejected
+from app.core.errors import AppError, Rejected
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.window import Window
 from app.ops.log import bound
@@ -25,6 +26,20 @@ STALLED_SECONDS = 30.0
 JITTER_PARTS = 20
 JITTER_LIMIT_SECONDS = 30
 TICK = "tick"
+
+
+class Pauses(Protocol):
+    """Which jobs are paused, kept where every process looks. All methods raise AppError."""
+
+    def paused(self) -> Mapping[str, datetime]:
+        """Job -> since when."""
+
+    def pause(self, job: str, at: datetime, by: str) -> None:
+        """Idempotent."""
+
+    def resume(self, job: str) -> None:
+        """Idempotent."""
+
 
 Backfill = Callable[[Context, Window], Report]
 log = logging.getLogger(__name__)
@@ -43,13 +58,17 @@ class JobView:
 class Scheduler:
     """Starts jobs when they are due, and on request. All methods may be called from any thread."""
 
-    def __init__(self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill]) -> None:
+    def __init__(
+        self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: Pauses
+    ) -> None:
+        self._clock = desk.clock
+        self._pauses = pauses
         self._stop = stop
         self._backfills = backfills
         self._timers = BackgroundScheduler(
             timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
         )
-        self._workers = {job.name: Worker(named(job), desk, stop, self._mover(job.name)) for job in jobs}
+        self._workers = {job.name: self._hired(job, desk) for job in jobs}
         self._ticked_at = time.monotonic()
         self._closed = threading.Event()
 
@@ -66,7 +85,7 @@ class Scheduler:
             )
         self._timers.add_job(self._tick, "interval", seconds=TICK_SECONDS, id=TICK, next_run_time=now)
         self._timers.start()
-        threading.Thread(target=self._watch_clock, name="clock-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ask_stop(self, reason: str) -> None:
         """No new run starts from now on; running ones end at their next safe point."""
@@ -82,6 +101,11 @@ class Scheduler:
             self._timers.shutdown(wait=False)
         deadline = time.monotonic() + seconds
         return [w.job.name for w in self._able() if w.alive and not w.join(deadline - time.monotonic())]
+
+    @property
+    def stop(self) -> Stop:
+        """The stop signal of all work."""
+        return self._stop
 
     @property
     def turning(self) -> bool:
@@ -106,18 +130,32 @@ class Scheduler:
         """Run `name` as soon as nothing of it runs. Raises Rejected (unknown, off) or Transient (stopping)."""
         self._worker(name).run_now()
 
-    def pause(self, name: str) -> None:
-        """Skip the timer of `name` until it is resumed or the process restarts."""
-        self._worker(name).pause()
+    def pause(self, name: str, by: str) -> None:
+        """Skip the timer of `name` in every process until it is resumed. Raises Transient while the state is away."""
+        worker = self._worker(name)
+        self._pauses.pause(name, self._clock(), by)
+        worker.follow(paused=True)
 
     def resume(self, name: str) -> None:
-        """Follow the timer of `name` again."""
-        self._worker(name).resume()
+        """Follow the timer of `name` again, in every process."""
+        worker = self._worker(name)
+        self._pauses.resume(name)
+        worker.follow(paused=False)
 
     def backfill(self, name: str, span: Window) -> None:
         """Fill `span` once the job is free. Raises Rejected when the job has no backfill."""
+        self.queue(name, lambda job: backfill_job(job, self._backfills, span))
+
+    def queue(self, name: str, other: Callable[[Job], Job]) -> None:
+        """Run `other(job)`, the job with other work, once the job is free."""
         worker = self._worker(name)
-        worker.backfill(backfill_job(worker.job, self._backfills, span))
+        worker.backfill(other(worker.job))
+
+    def _hired(self, job: Job, desk: RunDesk) -> Worker:
+        def paused() -> bool:
+            return job.name in self._pauses.paused()
+
+        return Worker(named(job), desk, self._stop, self._mover(job.name), paused)
 
     def _able(self) -> Sequence[Worker]:
         return [worker for worker in self._workers.values() if not worker.job.off]
@@ -146,15 +184,27 @@ class Scheduler:
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
 
-    def _watch_clock(self) -> None:
+    def _watch(self) -> None:
+        """Look at the clock and at what other processes paused, in a thread whose waiting holds up nothing."""
         ahead = time.time() - time.monotonic()
+        self._follow_pauses()
         while not self._closed.wait(TICK_SECONDS):
+            self._follow_pauses()
             now_ahead = time.time() - time.monotonic()
             if now_ahead < ahead - TICK_SECONDS:
                 log.warning("the clock stepped back by %.0f s: every timer fires now", ahead - now_ahead)
                 for name in (TICK, *(worker.job.name for worker in self._able())):
                     self._mover(name)(datetime.now(UTC))
             ahead = now_ahead
+
+    def _follow_pauses(self) -> None:
+        try:
+            paused = self._pauses.paused()
+        except AppError as error:
+            log.debug("which jobs are paused cannot be read: %s", error)
+            return
+        for worker in self._able():
+            worker.follow(paused=worker.job.name in paused)
 
 
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:

@@ -5,14 +5,19 @@ Invariant: nothing in it has been started.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
+from app.core.verify import Verification
 from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
 from app.settings import Settings
 from app.stores.state import State
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
@@ -25,7 +30,8 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
 
-    `histories` and `undos` are by job name, for those jobs that keep one.
+    `histories`, `undos`, `verifications` and `charts` are by job name, for those jobs that have one. `routers` build
+    the routes of slices that have both jobs and routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -33,19 +39,24 @@ class Pipelines:
     checks: Mapping[str, Check] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
+    verifications: Mapping[str, Verification] = field(default_factory=dict)
+    charts: Mapping[str, Chart] = field(default_factory=dict)
+    routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Headwater:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `checks` are all attempts that `python -m app check` makes; only those of stores decide on readiness.
+    `checks` are attempts to reach every system, of which only those of stores decide on readiness; `rights` take the
+    place of those of the same name in `python -m app check`, which tries what the credentials may do.
     """
 
     settings: Settings
     state: State
     pipelines: Pipelines
     checks: Mapping[str, Check]
+    rights: Mapping[str, Check]
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler

@@ -75,10 +75,18 @@ class _Turn:
 
 
 class Worker:
-    """The thread of one job. `reschedule(at)` moves the job's timer."""
+    """The thread of one job. `reschedule(at)` moves the job's timer; `paused()` asks the state, and raises AppError."""
 
-    def __init__(self, job: Job, desk: RunDesk, stop: Stop, reschedule: Callable[[datetime], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        desk: RunDesk,
+        stop: Stop,
+        reschedule: Callable[[datetime], None],
+        paused: Callable[[], bool],
+    ) -> None:
         self.job = job
+        self._asks_paused = paused
         self._desk = desk
         self._stop = stop
         self._reschedule = reschedule
@@ -115,17 +123,16 @@ class Worker:
                 )
             self._put(_Turn(job, 0.0, asked=True, backfill=True))
 
-    def pause(self) -> None:
-        """Let the timer pass from now on; what runs now runs to its end."""
+    def follow(self, *, paused: bool) -> None:
+        """Let the timer pass while `paused`, what runs now runs to its end; then follow it again, beginning at once."""
         with self._changed:
-            self._paused = True
-            self._turns = [turn for turn in self._turns if turn.asked]
-
-    def resume(self) -> None:
-        """Follow the timer again, beginning with a look whether the job is due now."""
-        with self._changed:
-            self._paused = False
-        self.due()
+            if paused == self._paused:
+                return
+            self._paused = paused
+            if paused:
+                self._turns = [turn for turn in self._turns if turn.asked]
+        if not paused:
+            self.due()
 
     def wake(self) -> None:
         """Look at the stop signal now."""
@@ -202,7 +209,7 @@ class Worker:
         return None
 
     def _take(self, turn: _Turn) -> None:
-        if not (turn.asked or turn.more or self._is_due()):
+        if not turn.asked and (self._is_paused() or not (turn.more or self._is_due())):
             return
         tally = logged(turn.job.name)
         with self._changed:
@@ -216,6 +223,16 @@ class Worker:
             self._retry_early(run)
         elif run is None:
             self._again(turn, HELD_SECONDS)
+
+    def _is_paused(self) -> bool:
+        """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
+        try:
+            paused = self._asks_paused()
+        except AppError as error:
+            log.debug("%s: whether it is paused cannot be read: %s", self.job.name, error)
+            return self._paused
+        self.follow(paused=paused)
+        return paused
 
     def _is_due(self) -> bool:
         """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""

@@ -4,6 +4,7 @@ from app.settings.environment import load_settings
 from app.settings.groups import (
     AccessSettings,
     AmplitudeSettings,
+    AnalyticsSettings,
     AppMetricaSettings,
     CheckpointSettings,
     DriveSettings,
@@ -24,6 +25,7 @@ from app.settings.rules import loopback, warnings
 __all__ = [
     "AccessSettings",
     "AmplitudeSettings",
+    "AnalyticsSettings",
     "AppMetricaSettings",
     "CheckpointSettings",
     "DriveSettings",

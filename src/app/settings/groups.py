@@ -103,6 +103,7 @@ class S3Settings:
     session_token: SecretStr | None
     allowed_prefixes: tuple[str, ...]
     routes_write_exports: bool
+    sweep_hours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,16 @@ class DwhSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AnalyticsSettings:
+    """/analytics. `reports_dir` None = only the reports that come with the product."""
+
+    refresh_seconds: float
+    timeout_seconds: float
+    memory_mb: int
+    reports_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class AppMetricaSettings:
     """AppMetrica. `api_key` None = off; then `application_id` is None too."""
 
@@ -184,6 +195,11 @@ class AppMetricaSettings:
     application_id: int | None
     poll_interval_seconds: float
     poll_timeout_seconds: float
+    daily_calls: int
+    resources: tuple[str, ...]
+    timezone: str
+    interval_seconds: int
+    lookback_days: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +211,18 @@ class AmplitudeSettings:
     web_secret_key: SecretStr | None
     mobile_client_id: SecretStr | None
     mobile_secret_key: SecretStr | None
+    interval_seconds: int
+    lookback_days: int
+
+
+@dataclass(frozen=True, slots=True)
+class AlertSettings:
+    """Who is told of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
+
+    webhook_url: SecretStr
+    heartbeat_urls: SecretStr
+    grace_seconds: int
+    grace_by_job: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,5 +241,7 @@ class Settings:
     drive: DriveSettings
     inbox: InboxSettings
     dwh: DwhSettings
+    analytics: AnalyticsSettings
     appmetrica: AppMetricaSettings
     amplitude: AmplitudeSettings
+    alert: AlertSettings

@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError
 
@@ -26,6 +27,18 @@ LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*")
 DATE_DIRECTIVE = re.compile(r"%(.?)")
 MAX_PREFIX_BYTES = 512
+RECEIVED = (
+    "events",
+    "sessions_starts",
+    "installations",
+    "revenue_events",
+    "ad_revenue_events",
+    "deeplinks",
+    "crashes",
+    "errors",
+    "ecommerce_events",
+)
+"""Resources of AppMetrica whose rows say when they were received."""
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
@@ -101,6 +114,30 @@ def _endpoint(text: str) -> str:
     # Named outright, the global endpoint pins every region to us-east-1; without it the SDK takes the region's own.
     url = _url(text)
     return "" if url.lower() == AWS_ENDPOINT else url
+
+
+def _called(text: str) -> str:
+    """An address that is called as it stands, query and all."""
+    return text if _url(_plain(text).partition("?")[0]) and not re.search(r"[\s#]", text) else _url("")
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`job=value` by commas."""
+    pairs = [part.partition("=") for part in _list(text)]
+    if not all(re.fullmatch(r"\w{1,80}", name) and value for name, _, value in pairs):
+        raise ValueError
+    return [(name, value.strip()) for name, _, value in pairs]
+
+
+def _job_urls(text: str) -> str:
+    return ",".join(f"{name}={_called(value)}" for name, value in _pairs(text))
+
+
+def _job_seconds(text: str) -> list[tuple[str, int]]:
+    pairs = [(name, int(value)) for name, value in _pairs(text)]
+    if any(value <= 0 for _, value in pairs):
+        raise ValueError
+    return pairs
 
 
 def _database_url(text: str) -> str:
@@ -212,6 +249,20 @@ def _json_object(text: str) -> str:
     return text
 
 
+def _timezone(text: str) -> str:
+    try:
+        return ZoneInfo(text).key
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ValueError from None
+
+
+def _resources(text: str) -> list[str]:
+    found = list(dict.fromkeys(_list(text.lower())))
+    if set(found) - set(RECEIVED):
+        raise ValueError
+    return found
+
+
 def _secret(check: Callable[[str], str]) -> Any:
     return Annotated[SecretStr, BeforeValidator(check)]
 
@@ -264,9 +315,14 @@ INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or in
 DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", (), obvious=True)
 LIST = Kind(_texts(_plain), "values by commas", (), obvious=True)
 ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
+APPMETRICA_RESOURCES = Kind(_split(_resources), f"some of {', '.join(RECEIVED)}, by commas", ())
+TIMEZONE = Kind(Annotated[str, AfterValidator(_timezone)], "a name of the IANA time zone database", "")
 API_KEYS = Kind(
     _split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True, obvious=True
 )
+SECRET_URL = Kind(_secret(_called), "https://host/path", SecretStr(""), secret=True)
+JOB_URLS = Kind(_secret(_job_urls), "job=https://host/path, by commas", SecretStr(""), secret=True)
+JOB_SECONDS = Kind(_split(_job_seconds), "job=seconds, by commas", ())
 CREDENTIALS_JSON = Kind(
     _secret(_json_object), "the JSON text of the key file, as it is or as base64", None, secret=True
 )

@@ -3,44 +3,16 @@
 Invariant: this table is the one declaration. Reading, faults, `.env.example` and README's table all come from it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from app.settings import kinds
-from app.settings.kinds import Kind
+from app.settings.alert_variables import ALERT
+from app.settings.pull_variables import AMPLITUDE, APPMETRICA
+from app.settings.variable import Part, Variable
+from app.settings.variable import of as _of
+
+__all__ = ["PARTS", "Part", "Variable"]
 
 YEAR_SECONDS = 366 * 86_400
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """One setting. `goes_to` is `group.field`; `default` is written as a person would, "" = `kind.empty`.
-
-    `unset` says what happens then, where the default does not say it itself.
-    """
-
-    goes_to: str
-    names: tuple[str, ...]
-    kind: Kind
-    default: str
-    meaning: str
-    unset: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The variables of one part of the product, under a title."""
-
-    title: str
-    variables: Sequence[Variable]
-
-
-def _of(group: str, *rows: tuple[str, str, Kind, str, str] | tuple[str, str, Kind, str, str, str]) -> list[Variable]:
-    return [
-        Variable(f"{group}.{field}", tuple(names.split()), kind, default, meaning, *unset)
-        for field, names, kind, default, meaning, *unset in rows
-    ]
 
 
 SERVICE = _of(
@@ -242,6 +214,13 @@ S3 = _of(
         "false",
         "let /s3 write below S3_PREFIX; closed objects are never expected to change",
     ),
+    (
+        "sweep_hours",
+        "S3_SWEEP_HOURS",
+        kinds.whole(0, 8760),
+        "24",
+        "age at which unfinished multipart uploads in the bucket are aborted, by whomever they were begun; 0 = never",
+    ),
 )
 
 CHECKPOINT = _of(
@@ -412,54 +391,26 @@ DWH = _of(
     ("max_rows_per_insert", "DWH_MAX_ROWS_PER_INSERT", kinds.whole(1, 1_000_000), "1000", "rows in one INSERT"),
 )
 
-APPMETRICA = _of(
-    "appmetrica",
+ANALYTICS = _of(
+    "analytics",
     (
-        "base_url",
-        "APPMETRICA_BASE_URL",
-        kinds.HTTP_URL,
-        "https://api.appmetrica.yandex.com",
-        "where AppMetrica answers",
+        "refresh_seconds",
+        "ANALYTICS_REFRESH_SECONDS",
+        kinds.seconds(0.1, 86_400),
+        "10",
+        "time between two looks at which objects are there; one that takes long is followed by a longer pause",
     ),
-    ("api_key", "APPMETRICA_API_KEY", kinds.SECRET_OR_NONE, "", "OAuth token of AppMetrica", "appmetrica is off"),
-    ("application_id", "APPMETRICA_APPLICATION_ID", kinds.whole(1, 2**63 - 1), "", "application to export"),
+    ("timeout_seconds", "ANALYTICS_TIMEOUT_SECONDS", kinds.seconds(0.1, 3600), "30", "longest that one report may run"),
     (
-        "poll_interval_seconds",
-        "APPMETRICA_POLL_INTERVAL_SECONDS",
-        kinds.seconds(1, 3600),
-        "5",
-        "time between questions for a file; a day allows 5,000 requests",
+        "memory_mb",
+        "ANALYTICS_MEMORY_MB",
+        kinds.whole(32, 65_536),
+        "128",
+        "memory of reports that run; what needs more goes to DATA_DIR meanwhile",
     ),
-    (
-        "poll_timeout_seconds",
-        "APPMETRICA_POLL_TIMEOUT_SECONDS",
-        kinds.seconds(1, 86_400),
-        "300",
-        "how long one call waits; the export itself goes on and can be asked for again",
-    ),
+    ("reports_dir", "ANALYTICS_REPORTS_DIR", kinds.PATH, "", "folder of further reports, one .sql file each", "none"),
 )
 
-AMPLITUDE = _of(
-    "amplitude",
-    (
-        "base_url",
-        "AMPLITUDE_BASE_URL",
-        kinds.HTTP_URL,
-        "https://amplitude.com",
-        "https://analytics.eu.amplitude.com for EU residency",
-    ),
-    ("web_client_id", "AMPLITUDE_WEB_CLIENT_ID", kinds.SECRET_OR_NONE, "", "API key of the web project", "web is off"),
-    ("web_secret_key", "AMPLITUDE_WEB_SECRET_KEY", kinds.SECRET_OR_NONE, "", "its secret key"),
-    (
-        "mobile_client_id",
-        "AMPLITUDE_MOBILE_CLIENT_ID",
-        kinds.SECRET_OR_NONE,
-        "",
-        "API key of the mobile project",
-        "mobile is off",
-    ),
-    ("mobile_secret_key", "AMPLITUDE_MOBILE_SECRET_KEY", kinds.SECRET_OR_NONE, "", "its secret key"),
-)
 
 PARTS = (
     Part("Service", SERVICE),
@@ -474,6 +425,8 @@ PARTS = (
     Part("Google Drive, the sink of dynamo_to_drive", DRIVE),
     Part("CSV inbox", INBOX),
     Part("Warehouse: /dwh", DWH),
+    Part("Reports: /analytics", ANALYTICS),
     Part("AppMetrica", APPMETRICA),
     Part("Amplitude", AMPLITUDE),
+    Part("Alerts and heartbeats", ALERT),
 )

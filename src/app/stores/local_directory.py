@@ -132,6 +132,22 @@ class LocalDirectory:
                 raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
             yield file
 
+    def pin(self, key: str, etag: str, target: Path) -> None:
+        """A second name for that version on the same disk: it stays as it is when the key is replaced or deleted.
+
+        Raises Conflict when the key is no longer that version.
+        """
+        path = self._path(key)
+        with _translated(key):
+            try:
+                target.hardlink_to(path)
+                found = _stat(target)
+            except ABSENT:
+                found = None
+            if found is None or _etag(found) != etag:
+                target.unlink(missing_ok=True)
+                raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Depth first, one folder's names in memory at a time."""
         folder = prefix.rpartition("/")[0]

@@ -7,6 +7,7 @@ alone; an object is replaced only while it is the version that was read; metadat
 
 import csv
 import io
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -28,6 +29,7 @@ ROW_GROUP_ROWS = 128 * 1024
 MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 MAX_DEVICE_BYTES = 255
+NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
 
 
@@ -80,6 +82,15 @@ class TableSink:
         day = window.start.strftime(layout.date_format)
         name = f"device_id={partition}/date={day}/export_{named_at:%H%M%S}.{layout.format}"
         return check_key(f"{self.prefix}/{name}" if self.prefix else name)
+
+    def listed(self, partition: str, window: Window) -> "Iterator[tuple[datetime, ObjectInfo]]":
+        """Every object of the partition on the day of `window`, with the instant of its name. One listing."""
+        folder = self.key(partition, window, 0).rpartition("/")[0]
+        midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
+        for info in self.store.list(f"{folder}/"):
+            if named := NAME.fullmatch(info.key.removeprefix(f"{folder}/")):
+                hours, minutes, seconds = map(int, named.groups())
+                yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
 
     def head(self, key: str) -> Held | None:
         """What is there, with what its writer noted."""

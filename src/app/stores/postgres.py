@@ -89,10 +89,11 @@ class PostgresSession:
             return self._connection.execute(_pyformat(sql), bound(params)).rowcount
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
-        """See `Session.run_many`."""
-        with self._errors.translated(), self._connection.cursor() as cursor:
-            cursor.executemany(_pyformat(sql), [bound(params) for params in many])
-            return max(cursor.rowcount, 0)
+        """See `Session.run_many`. One by one: `executemany` is a pipeline, and a process paused inside one is no
+        idle session to the server, so that its locks would stay for as long as it is paused.
+        """
+        with self._errors.translated():
+            return sum(self._connection.execute(_pyformat(sql), bound(params)).rowcount for params in many)
 
     def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """See `Session.run_rows`."""

@@ -1,6 +1,7 @@
 """The record of runs in the state database.
 
-Invariant: a job's newest runs are kept and older ones go when a run is saved, so the table cannot grow for ever.
+Invariants: a job's newest runs are kept and older ones go when a run is saved, so the table cannot grow for ever; each
+run that ends is added to the totals once, in the transaction that says so.
 """
 
 import json
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from app.core.runs import Failure, Outcome, Report, Run
+from app.core.runs import Failure, Outcome, Report, Run, Total
 from app.stores.sql import Database, Row
 from app.stores.sql_values import storable
 
@@ -26,7 +27,10 @@ class SqlRuns:
     def save(self, run: Run) -> None:
         """See `Runs.save`; the job's oldest runs beyond the kept number go."""
         with self._database.transaction() as session:
+            ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
             session.run(self._queries["save_run"], **_columns(run))
+            if ends:
+                session.run(self._queries["add_total"], **_sums(run))
             session.run(self._queries["prune_runs"], job=run.job, kept_before=self._kept - 1)
 
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
@@ -39,9 +43,30 @@ class SqlRuns:
         """The newest run that has ended, whatever its outcome; None when none has."""
         return next(iter(self._runs("last_ended", job=job)), None)
 
+    def ended_before(self, run: Run) -> Run | None:
+        """The run of the same job before `run` that ended with a result; a stopped one has none."""
+        given = {"job": run.job, "run_id": run.run_id, "started_at": run.started_at}
+        return next(iter(self._runs("ended_before", **given)), None)
+
+    def totals(self) -> Sequence[Total]:
+        """The sums over all runs that ever ended, by job and outcome. They never fall."""
+        with self._database.transaction(read_only=True) as session:
+            return [_total(row) for row in session.rows(self._queries["totals"])]
+
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
         with self._database.transaction(read_only=True) as session:
             return [_run(row) for row in session.rows(self._queries[query], **params)]
+
+
+def _sums(run: Run) -> dict[str, Any]:
+    names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "ended_at")
+    columns = _columns(run)
+    return {name: columns[name] for name in names}
+
+
+def _total(row: Row) -> Total:
+    report = Report(rows=row["rows"], bytes=row["bytes"], windows=row["windows"], late_rows=row["late_rows"])
+    return Total(row["job"], Outcome(row["outcome"]), row["runs"], report, row["ended_at"])
 
 
 def _columns(run: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Invariants: making a client asks nobody on the network while keys are given; eac
 one of the errors that say what the caller should do, with a hint that names the setting to look at.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -85,6 +85,7 @@ def make_client(target: S3Target) -> Any:
         max_pool_connections=target.connections,
         request_checksum_calculation=needed,
         response_checksum_validation=needed,
+        signature_version="s3v4",  # links too: the older way of signing them is refused for keys that are escaped
         s3={"addressing_style": target.addressing_style},
     )
     try:
@@ -101,6 +102,28 @@ def make_client(target: S3Target) -> Any:
         raise Permanent(f"the S3 client cannot be made: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
     client.meta.events.register("before-call.s3.HeadBucket", _redirect_no_further)
     return client
+
+
+def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
+    """Access key, secret key and session token as they are at each call: those of the target, else of the SDK's own
+    chain, which may change from hour to hour. The call raises Permanent when there are none.
+    """
+    found: list[Any] = []
+
+    def keys() -> tuple[str, str, str]:
+        if target.access_key_id:
+            return target.access_key_id, target.secret_access_key, target.session_token
+        import boto3
+
+        with translated(f"keys of bucket {target.bucket!r}", target):
+            if not found:
+                found.append(boto3.session.Session().get_credentials())
+            frozen = found[0].get_frozen_credentials() if found[0] else None
+        if frozen is None:
+            raise Permanent(f"there are no keys for bucket {target.bucket!r}", KEYS_HINT)
+        return frozen.access_key, frozen.secret_key, frozen.token or ""
+
+    return keys
 
 
 def _redirect_no_further(context: Mapping[str, Any], **_: Any) -> None:

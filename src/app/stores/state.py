@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs and layouts.
+"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses, pulls and summaries.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -10,9 +10,12 @@ from app.stores.checkpoints import SqlCheckpoints
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
+from app.stores.pauses import SqlPauses
+from app.stores.pulls import SqlPulls
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
+from app.stores.summaries import SqlSummaries
 
 FILE = "state.db"
 VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
@@ -27,6 +30,9 @@ class State:
     leases: SqlLeases
     runs: SqlRuns
     layouts: SqlLayouts
+    summaries: SqlSummaries
+    pauses: SqlPauses
+    pulls: SqlPulls
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -50,4 +56,7 @@ def open_state(url: str, data_dir: Path) -> State:
         leases=SqlLeases(database, queries),
         runs=SqlRuns(database, queries),
         layouts=SqlLayouts(database, queries),
+        summaries=SqlSummaries(database, queries),
+        pauses=SqlPauses(database, queries),
+        pulls=SqlPulls(database, queries),
     )

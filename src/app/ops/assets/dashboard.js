@@ -8,6 +8,8 @@ const WORDS = { waiting: "waiting", running: "running", backfill: "backfilling",
 let scopes = new Set();
 let jobToFill = "";
 let timer = 0;
+let jobsOn = new Set();
+let mapsDrawn = false;
 
 function make(tag, className, ...children) {
   const node = document.createElement(tag);
@@ -119,10 +121,15 @@ function buttons(job) {
   return row;
 }
 
-function card(job, runs, now) {
+function lagOf(job, partitions) {
+  const lags = partitions.filter((part) => part.job === job.name && part.lag_seconds !== null).map((part) => part.lag_seconds);
+  return lags.length ? Math.max(...lags) : null;
+}
+
+function card(job, runs, partitions, now) {
   const last = job.last_run;
   const idle = job.state === "waiting" && last;
-  const word = idle ? last.outcome : job.state;
+  const word = job.stale ? "stale" : idle ? last.outcome : job.state;
   const badge = make("span", `badge ${word}`, WORDS[word] || word);
   const box = make("article", "card job", make("div", "head", make("h3", "", job.name), badge));
   if (job.state === "off") {
@@ -137,6 +144,9 @@ function card(job, runs, now) {
     facts.append(...term("Last run", "none yet"));
   }
   facts.append(...term("Next run", job.next_run_at ? moment(job.next_run_at, now) : "when resumed"));
+  const lag = lagOf(job, partitions);
+  if (lag !== null) facts.append(...term("Lag", `${span(lag)} at most`));
+  if (job.rows_total) facts.append(...term("Moved", `${number(job.rows_total)} rows in ${number(job.runs_total)} runs`));
   if (job.queued_backfills) facts.append(...term("Backfills", `${job.queued_backfills} waiting`));
   const parts = [facts, bar(job.progress), trouble(last), chart(runs.filter((run) => run.job === job.name)), buttons(job)];
   box.append(...parts.filter(Boolean));
@@ -151,10 +161,10 @@ function table(heads, lines) {
 
 function fill(id, node) { at(id).replaceChildren(node); }
 
-function showJobs(data, runs, now) {
+function showJobs(data, runs, partitions, now) {
   const busy = at("jobs").contains(document.activeElement) ? document.activeElement : null;
   const place = busy ? [...at("jobs").querySelectorAll("button")].indexOf(busy) : -1;
-  const cards = data.jobs.map((job) => card(job, runs, now));
+  const cards = data.jobs.map((job) => card(job, runs, partitions, now));
   const empty = make("p", "empty", "No job is configured. Set INFLUXDB_URL (see README) or try: python -m app demo");
   at("jobs").replaceChildren(...(cards.length ? cards : [empty]));
   if (place >= 0) at("jobs").querySelectorAll("button")[place]?.focus();
@@ -205,7 +215,7 @@ function showHistories(histories, now) {
 }
 
 function showChecks(ready) {
-  const names = { worker_running: "worker", checkpoint_store_connected: "checkpoints", s3_accessible: "objects" };
+  const names = { worker_running: "worker", checkpoint_store_connected: "checkpoints", s3_accessible: "objects", dwh_connected: "warehouse" };
   const items = Object.entries(ready.checks || {}).map(([name, ok]) => {
     const item = make("li", `badge ${ok ? "ok" : "failed"}`, `${names[name] || name} ${ok ? "✓" : "✗"}`);
     item.title = (ready.notes || {})[name] || (ok ? "reached" : "cannot be reached");
@@ -234,12 +244,14 @@ async function refresh() {
     ask("GET", "ops/jobs"), ask("GET", "ops/runs?limit=200"), ask("GET", "ops/partitions"), ask("GET", "ops/history?limit=25"),
   ]);
   const now = new Date(jobs.now);
-  showJobs(jobs, runs.runs, now);
+  jobsOn = new Set(jobs.jobs.filter((job) => job.state !== "off").map((job) => job.name));
+  showJobs(jobs, runs.runs, partitions.partitions, now);
   showPartitions(partitions, now);
   showHistories(history.histories, now);
   showRuns(runs.runs, now);
   at("updated").textContent = `updated ${clock(jobs.now).slice(11)}`;
   notice("");
+  if (!mapsDrawn) { mapsDrawn = true; drawMaps(); }
 }
 
 async function turn() {

@@ -1,0 +1,53 @@
+-- Pulls: questions put to export services, and the calls that a day has had.
+
+-- name: add_export
+-- The next number for a question that has none. A question that is there already keeps its own.
+INSERT INTO pull_exports (export_id, service, owner, request, parts_count, status, created_at)
+SELECT
+    coalesce((SELECT max(export_id) FROM pull_exports), 0) + 1, :service, :owner, :request, :parts_count, 'open',
+    :created_at
+WHERE NOT EXISTS (
+    SELECT 1 FROM pull_exports WHERE service = :service AND owner = :owner AND request = :request
+)
+ON CONFLICT DO NOTHING;
+
+-- name: export_of
+-- A question by its text.
+SELECT export_id, request, parts_count, status, asked_at, created_at
+FROM pull_exports
+WHERE service = :service AND owner = :owner AND request = :request;
+
+-- name: export_by_id
+-- A question by its number.
+SELECT export_id, request, parts_count, status, asked_at, created_at
+FROM pull_exports
+WHERE service = :service AND export_id = :export_id;
+
+-- name: open_exports
+-- Questions of an owner whose file was not taken in yet, oldest first.
+SELECT export_id, request, parts_count, status, asked_at, created_at
+FROM pull_exports
+WHERE service = :service AND owner = :owner AND status = 'open'
+ORDER BY export_id;
+
+-- name: save_export
+-- How far a question is.
+UPDATE pull_exports
+SET parts_count = :parts_count, status = :status, asked_at = :asked_at
+WHERE export_id = :export_id;
+
+-- name: forget_exports
+-- Questions that were done with long ago.
+DELETE FROM pull_exports
+WHERE service = :service AND owner = :owner AND status = 'done' AND created_at < :before_at;
+
+-- name: count_call
+-- One more call today, unless the day has had all that it allows.
+INSERT INTO pull_calls AS held (service, day_at, calls)
+VALUES (:service, :day_at, 1)
+ON CONFLICT (service, day_at) DO UPDATE SET calls = held.calls + 1
+WHERE held.calls < :limit_calls;
+
+-- name: calls_of
+-- Calls of a day.
+SELECT calls FROM pull_calls WHERE service = :service AND day_at = :day_at;

@@ -1,0 +1,102 @@
+-- Summaries: aggregates of every version of every object below the prefix, for /analytics.
+
+-- name: facts (postgres)
+-- What is known of these versions; :ids is a JSON array of texts.
+SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
+FROM analytics_objects AS o
+LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id
+WHERE o.object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
+
+-- name: facts (sqlite)
+-- What is known of these versions; :ids is a JSON array of texts.
+SELECT o.object_id, o.object_key, o.size_bytes, o.row_count, o.fault, s.columns
+FROM analytics_objects AS o
+LEFT JOIN analytics_schemas AS s ON s.schema_id = o.schema_id
+WHERE o.object_id IN (SELECT value FROM json_each(:ids));
+
+-- name: pairs_of_objects (postgres)
+-- Device and day of each part of these versions.
+SELECT DISTINCT device, day FROM analytics_parts
+WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
+
+-- name: pairs_of_objects (sqlite)
+-- Device and day of each part of these versions.
+SELECT DISTINCT device, day FROM analytics_parts WHERE object_id IN (SELECT value FROM json_each(:ids));
+
+-- name: parts_of_pairs (postgres)
+-- Every part of these days of these devices, whatever version it belongs to; :pairs is a JSON array of [device, day].
+SELECT
+    p.object_id, p.device, p.day, p.row_count, p.min_us, p.max_us, p.voltage_sum, p.voltage_count,
+    p.temperature_max, p.soc_sum, p.soc_count, p.latest
+FROM json_array_elements(CAST(:pairs AS json)) AS pair
+INNER JOIN analytics_parts AS p ON p.device = pair ->> 0 AND p.day = CAST(pair ->> 1 AS integer);
+
+-- name: parts_of_pairs (sqlite)
+-- Every part of these days of these devices, whatever version it belongs to; :pairs is a JSON array of [device, day].
+SELECT
+    p.object_id, p.device, p.day, p.row_count, p.min_us, p.max_us, p.voltage_sum, p.voltage_count,
+    p.temperature_max, p.soc_sum, p.soc_count, p.latest
+FROM json_each(:pairs) AS pair
+INNER JOIN analytics_parts AS p
+    ON p.device = json_extract(pair.value, '$[0]') AND p.day = json_extract(pair.value, '$[1]');
+
+-- name: keys
+-- Versions that can be read and have rows of this device (any, when null) in this span of days (open, when null).
+SELECT DISTINCT o.object_id, o.object_key, o.etag, o.size_bytes
+FROM analytics_objects AS o
+INNER JOIN analytics_parts AS p ON p.object_id = o.object_id
+WHERE
+    (CAST(:device AS TEXT) IS NULL OR p.device = :device)
+    AND (CAST(:first_day AS INTEGER) IS NULL OR p.day >= :first_day)
+    AND (CAST(:last_day AS INTEGER) IS NULL OR p.day <= :last_day)
+ORDER BY o.object_key;
+
+-- name: save_object
+-- Facts of a version never change, so a second writer changes nothing.
+INSERT INTO analytics_objects (object_id, object_key, etag, size_bytes, row_count, schema_id, fault)
+VALUES (:object_id, :key, :etag, :size_bytes, :rows, :schema_id, :fault)
+ON CONFLICT (object_id) DO NOTHING;
+
+-- name: save_schema
+-- Columns that several objects have are kept once.
+INSERT INTO analytics_schemas (schema_id, columns) VALUES (:schema_id, :columns)
+ON CONFLICT (schema_id) DO NOTHING;
+
+-- name: save_part
+-- Parts of a version never change either.
+INSERT INTO analytics_parts (
+    object_id, place, device, day, row_count, min_us, max_us, voltage_sum, voltage_count, temperature_max, soc_sum,
+    soc_count, latest
+) VALUES (
+    :object_id, :place, :device, :day, :rows, :min_us, :max_us, :voltage_sum, :voltage_count, :temperature_max, :soc_sum,
+    :soc_count, :latest
+)
+ON CONFLICT (object_id, place) DO NOTHING;
+
+-- name: forget_parts (postgres)
+-- Remove the parts of these versions; :ids is a JSON array of texts.
+DELETE FROM analytics_parts WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
+
+-- name: forget_parts (sqlite)
+-- Remove the parts of these versions; :ids is a JSON array of texts.
+DELETE FROM analytics_parts WHERE object_id IN (SELECT value FROM json_each(:ids));
+
+-- name: forget_objects (postgres)
+-- Remove these versions; :ids is a JSON array of texts.
+DELETE FROM analytics_objects WHERE object_id IN (SELECT json_array_elements_text(CAST(:ids AS json)));
+
+-- name: forget_objects (sqlite)
+-- Remove these versions; :ids is a JSON array of texts.
+DELETE FROM analytics_objects WHERE object_id IN (SELECT value FROM json_each(:ids));
+
+-- name: object_ids
+-- Every version that is known.
+SELECT object_id FROM analytics_objects;
+
+-- name: sweeps
+-- How often versions were removed so far.
+SELECT sweeps FROM analytics_sweeps WHERE only_row = 1;
+
+-- name: count_sweep
+-- Tell other processes that versions are being removed.
+UPDATE analytics_sweeps SET sweeps = sweeps + 1 WHERE only_row = 1;

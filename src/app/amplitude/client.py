@@ -1,0 +1,202 @@
+"""Amplitude's Export API: hours in, archives out, as `/api/2/export` answers.
+
+Invariants: both ends of a question are hours that are included, so neighbouring questions never share one; what is too
+large is halved, in order, down to single hours; one question at a time is put for a project. An archive lies in a file
+without a name, so a killed process leaves nothing behind.
+"""
+
+import base64
+import re
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from http import HTTPStatus
+from pathlib import Path
+from typing import BinaryIO
+
+from app.core.errors import Permanent, Transient
+from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.window import DAY_SECONDS, Window, floor_to
+from app.stores.upstream import Address, Answer, Upstream
+
+HOUR = timedelta(hours=1)
+DAY_HOURS = 24
+TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
+BUSY_SECONDS = 60.0
+POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
+KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is of the region in which the project lives"
+LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API cannot give it"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often and how long to try again, and what ends the waiting."""
+
+    policy: RetryPolicy
+    pauses: Pauses
+    draw: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The answer for `span`; `file` None = it has no events. Whoever takes it closes it."""
+
+    span: Window
+    file: BinaryIO | None
+
+    def close(self) -> None:
+        """Free the file. Idempotent."""
+        if self.file is not None:
+            self.file.close()
+
+
+class _TooLarge(Exception):
+    """The service cannot answer for so many hours at once. `gave_up`: it did not say so, it only took too long."""
+
+    def __init__(self, text: str, *, gave_up: bool) -> None:
+        super().__init__(text)
+        self.gave_up = gave_up
+
+
+@dataclass(slots=True)
+class _Step:
+    """How many hours are asked for at once: halved when that is too much, doubled after a day without trouble."""
+
+    hours: int = DAY_HOURS
+    fine_hours: int = 0
+
+    def refused(self, hours: int) -> None:
+        self.hours, self.fine_hours = max(1, hours // 2), 0
+
+    def answered(self, hours: int) -> None:
+        self.fine_hours += hours
+        if self.fine_hours >= DAY_HOURS and self.hours < DAY_HOURS:
+            self.hours, self.fine_hours = min(DAY_HOURS, self.hours * 2), 0
+
+
+@dataclass(slots=True)
+class Project:
+    """One pair of keys, which is one project. Safe to use from many threads."""
+
+    upstream: Upstream
+    spool: Path
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    _step: _Step = field(default_factory=_Step)
+
+    def fetch_all(self, span: Window, patience: Patience, *, ahead: bool = False) -> Iterator[Fetched]:
+        """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
+        one is used. Raises Transient and Permanent.
+        """
+        pieces = self._pieces(span, patience)
+        return _ahead(pieces) if ahead else pieces
+
+    def _pieces(self, span: Window, patience: Patience) -> Iterator[Fetched]:
+        at = span.start
+        while at < span.end:
+            midnight = floor_to(at, DAY_SECONDS) + timedelta(days=1)
+            piece = Window(at, min(at + self._step.hours * HOUR, midnight, span.end))
+            hours = (piece.end - piece.start) // HOUR
+            try:
+                fetched = self._fetch(piece, patience)
+            except _TooLarge as error:
+                if hours == 1:
+                    raise _hopeless(piece, error) from error
+                self._step.refused(hours)
+                continue
+            self._step.answered(hours)
+            at = piece.end
+            yield fetched
+
+    def _fetch(self, span: Window, patience: Patience) -> Fetched:
+        def once() -> Fetched:
+            with self.turn:
+                return self._asked(span, patience)
+
+        return retry(once, patience.policy, patience.pauses, patience.draw)
+
+    def _asked(self, span: Window, patience: Patience) -> Fetched:
+        last = span.end - HOUR
+        path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={last:%Y%m%dT%H}"
+        # The archive is compressed already: compressing it again on the way would only cost.
+        with self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
+            if answer.status == HTTPStatus.NOT_FOUND:
+                return Fetched(span, None)
+            if answer.status != HTTPStatus.OK:
+                raise _refusal(span, answer)
+            return Fetched(span, self._received(answer, span, patience))
+
+    def _received(self, answer: Answer, span: Window, patience: Patience) -> BinaryIO:
+        """The archive in a file. Raises Transient when it is none."""
+        try:
+            self.spool.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self.spool)  # noqa: SIM115 - `Fetched.close`
+            try:
+                for piece in answer.raw():
+                    file.write(piece)
+                    patience.pauses.pause(0)
+                _check_zip(file, span, answer.header("content-type"))
+            except BaseException:
+                file.close()
+                raise
+        except OSError as error:
+            raise Transient(f"{self.spool}: {error}", "make room on this disk; an archive has up to 4 GB") from error
+        return file
+
+
+def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
+    """The project of a pair of keys."""
+    token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
+    headers = {"Authorization": f"Basic {token}"}
+    return Project(Upstream(Address("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)), spool)
+
+
+def _check_zip(file: BinaryIO, span: Window, kind: str) -> None:
+    """A page of a proxy, and an archive that was cut, may well come with status 200."""
+    if not zipfile.is_zipfile(file):
+        raise Transient(f"the export of {span} is no whole zip but {kind or 'nothing'}", "nothing to do if it passes")
+    file.seek(0)
+
+
+def _ahead(pieces: Iterator[Fetched]) -> Iterator[Fetched]:
+    """One piece in advance, fetched by a thread of its own."""
+    with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
+        upcoming = pool.submit(next, pieces, None)
+        try:
+            while (fetched := upcoming.result()) is not None:
+                upcoming = pool.submit(next, pieces, None)
+                yield fetched
+        finally:
+            upcoming.add_done_callback(lambda done: _dropped(done.result() if not done.exception() else None))
+
+
+def _dropped(fetched: Fetched | None) -> None:
+    if fetched is not None:
+        fetched.close()
+
+
+def _refusal(span: Window, answer: Answer) -> Exception:
+    """What an answer without an archive means."""
+    text = answer.text()
+    said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"
+    match answer.status:
+        case HTTPStatus.BAD_REQUEST if TOO_LARGE.search(text):
+            return _TooLarge(said, gave_up=False)
+        case HTTPStatus.GATEWAY_TIMEOUT:
+            return _TooLarge(said, gave_up=True)
+        case HTTPStatus.TOO_MANY_REQUESTS:
+            seconds = answer.retry_after_seconds or BUSY_SECONDS
+            return Transient(said, "nothing to do: it is asked again", retry_after_seconds=seconds)
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
+            return Permanent(said, KEYS_HINT)
+        case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return Transient(said, "nothing to do if it passes; else see Amplitude's status page")
+    return Permanent(said, "please report it: the service answers in a way that is not known")
+
+
+def _hopeless(hour: Window, error: _TooLarge) -> Exception:
+    """A single hour that cannot be had: said for good, or only this time."""
+    return Transient(str(error), LARGE_HINT) if error.gave_up else Permanent(f"{hour}: {error}", LARGE_HINT)

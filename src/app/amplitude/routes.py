@@ -1,0 +1,144 @@
+"""/amplitude: the events of some days as a zip, one NDJSON entry per ISO week.
+
+Invariants: the zip goes out while later days are still fetched, and nothing larger than a piece of it is in memory;
+what goes wrong before its first byte is an error answer, what goes wrong later ends the connection, so that no client
+takes a part for the whole.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import closing
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Annotated, BinaryIO, Literal
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from app.amplitude.archive import opened
+from app.amplitude.client import POLICY, Fetched, Patience, Project
+from app.amplitude.weekly import name_of, weeks
+from app.core.runs import Stop
+from app.core.window import Window
+from app.ops.answers import Refusal, Refused
+from app.ops.guard import needs
+
+MAX_DAYS = 365
+AT_ONCE = 2
+DAY = r"^\d{8}$"
+Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
+BUSY = Refusal(429, "two exports of Amplitude run already", "try again when one is done", headers={"Retry-After": "30"})
+
+
+def build(projects: Mapping[str, Project]) -> APIRouter:
+    """The routes on the configured projects."""
+    router = APIRouter(prefix="/amplitude", tags=["amplitude"])
+    places = asyncio.Semaphore(AT_ONCE)
+
+    @router.get(
+        "/export",
+        openapi_extra=needs("pull:read"),
+        summary="Events of whole days as a zip with one NDJSON file per ISO week",
+        response_class=Response,
+        responses={200: {"content": {"application/zip": {}}, "description": "`{year}_week_{week}.zip`"}},
+    )
+    async def export(start: Day, end: Day, source: Literal["web", "mobile"]) -> Response:
+        first, last = _days(start, end)
+        project = projects.get(source)
+        if project is None:
+            name = f"AMPLITUDE_{source.upper()}_CLIENT_ID"
+            raise Refused(Refusal(409, f"the source {source} is not configured", f"set {name} and its secret key"))
+        if places.locked():
+            raise Refused(BUSY)
+        stop = Stop()
+        pieces = week_zip(project, first, last, stop)
+        await places.acquire()
+        try:
+            head = await run_in_threadpool(next, pieces, b"")
+        except BaseException:
+            places.release()
+            raise
+        headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
+        answer = _Export(_body(head, pieces), headers=headers, media_type="application/zip")
+        answer.places, answer.stop = places, stop
+        return answer
+
+    return router
+
+
+class _Export(StreamingResponse):
+    """Gives its place back and stops the fetching at its next safe point, however the answer ends."""
+
+    places: asyncio.Semaphore
+    stop: Stop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.stop.ask("the caller went away")
+            self.places.release()
+
+
+async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    piece = head
+    while piece:
+        yield piece
+        piece = await run_in_threadpool(next, pieces, b"")
+
+
+def _days(start: str, end: str) -> tuple[date, date]:
+    """Both days. Raises Refused with 422."""
+    first, last = _day(start, "start"), _day(end, "end")
+    if first > last:
+        raise Refused(Refusal(422, f"start {start} is after end {end}", "give the older day as start", "query.start"))
+    if (last - first).days >= MAX_DAYS:
+        raise Refused(Refusal(422, f"more than {MAX_DAYS} days", "ask for fewer at once", "query.end"))
+    return first, last
+
+
+def _day(text: str, name: str) -> date:
+    try:
+        return datetime.strptime(text + "+0000", "%Y%m%d%z").date()
+    except ValueError:
+        hint = "write it as YYYYMMDD, such as 20240201"
+        raise Refused(Refusal(422, f"{name}={text} is no day", hint, f"query.{name}")) from None
+
+
+def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:
+    """The zip of the events of all days from `first` to `last`. Raises what fetching raises."""
+    start = datetime.combine(first, time(), UTC)
+    days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
+    # Jitter is no secret: any source of numbers serves.
+    patience = Patience(POLICY, stop, random.random)
+    span = Window(start, start + timedelta(days=len(days)))
+    fetched = project.fetch_all(span, patience, ahead=len(days) > 1)
+    return _joined(weeks(_streams(fetched), days))
+
+
+def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:
+    """The same bytes in pieces that are worth a trip to a thread. The first one waits for the first day."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        if len(held) >= size_bytes:
+            yield bytes(held)
+            held.clear()
+    if held:
+        yield bytes(held)
+
+
+def _streams(fetched: Iterator[Fetched]) -> Iterator[tuple[datetime, BinaryIO]]:
+    """Every member of every archive, by hour."""
+    for each in fetched:
+        with closing(each):
+            if each.file is None:
+                continue
+            with opened(each.file, each.span) as archive:
+                for hour_at, members in archive.hours().items():
+                    for member in members:
+                        with archive.open(member) as stream:
+                            yield hour_at, stream

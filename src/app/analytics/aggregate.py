@@ -1,0 +1,200 @@
+"""Facts of many objects at once: each is fetched in the very version that was listed, and DuckDB aggregates them
+together.
+
+Invariants: facts are never ascribed to another version than the one they were read from; memory and disk stay bounded
+however large an object is; an object that cannot be read is a fact too, and hinders no other.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+from app.analytics.engine import Engine, Files, literal
+from app.analytics.totals import LATEST
+from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.stores.objects import ObjectInfo, ObjectStore
+from app.stores.summaries import NO_DAY, PART_FIELDS, Facts, Part
+
+AT_ONCE = 16  # as many connections as the store keeps
+GROUP_OBJECTS = 64
+GROUP_BYTES = 64 << 20
+PIECE_BYTES = 1 << 20
+ATTEMPTS = 3
+SCHEMA = "SELECT file_name, name, duckdb_type, num_children FROM parquet_schema({})"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What was found. `unread` could not be fetched, which is no fact of the object: it is tried again another time."""
+
+    read: Sequence[Facts]
+    unread: Sequence[Facts] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One object on its way. Without a local copy, `refused` says why the store did not hand it out."""
+
+    facts: Facts
+    file: Path | None = None
+    refused: AppError | None = None
+
+
+def aggregated(store: ObjectStore, engine: Engine, infos: Sequence[ObjectInfo]) -> Iterator[Group]:
+    """Facts of these objects, group by group, the next one fetched meanwhile. Objects that are gone are left out; those
+    that were replaced since have the version that is there now. Raises Transient when the store fails.
+    """
+    if not infos:
+        return
+    with (
+        TemporaryDirectory(dir=engine.folder, prefix="copies-") as folder,
+        ThreadPoolExecutor(AT_ONCE, thread_name_prefix="analytics-fetch") as pool,
+    ):
+        waiting: list[Any] | None = None
+        for group in _groups(infos):
+            ahead = [pool.submit(_fetch, store, Path(folder), info) for info in group]
+            if waiting is not None:
+                yield _facts(engine, waiting)
+            waiting = ahead
+        if waiting is not None:
+            yield _facts(engine, waiting)
+
+
+def _groups(infos: Sequence[ObjectInfo]) -> Iterator[Sequence[ObjectInfo]]:
+    group: list[ObjectInfo] = []
+    size_bytes = 0
+    for info in infos:
+        if group and (len(group) == GROUP_OBJECTS or size_bytes + info.size_bytes > GROUP_BYTES):
+            yield group
+            group, size_bytes = [], 0
+        group.append(info)
+        size_bytes += info.size_bytes
+    if group:
+        yield group
+
+
+def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> Fetched | None:
+    """A local copy of the version that was listed, or of the one that is there now; None for an object that is gone."""
+    wanted: ObjectInfo | None = info
+    for _ in range(ATTEMPTS):
+        if wanted is None:
+            return None
+        facts = Facts(wanted.key, wanted.etag, wanted.size_bytes)
+        try:
+            file = _copy(store, folder, wanted)
+        except Conflict:
+            wanted = store.head(wanted.key)
+        except (Permanent, Rejected) as error:
+            return Fetched(_faulty(facts, error.message), refused=error)
+        else:
+            return Fetched(facts, file) if file else None
+    raise Transient(f"{info.key}: is replaced faster than it can be read", "nothing to do: it is read again")
+
+
+def _copy(store: ObjectStore, folder: Path, info: ObjectInfo) -> Path | None:
+    file = folder / f"{uuid4().hex}.parquet"
+    try:
+        with store.open(info.key, info.etag) as body, file.open("xb") as copy:
+            if body is None:
+                file.unlink()
+                return None
+            while piece := body.read(PIECE_BYTES):
+                copy.write(piece)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
+    fetched: list[Fetched] = [one for future in futures if (one := future.result()) is not None]
+    refused = [one for one in fetched if one.refused]
+    if refused and len(refused) == len(fetched) and isinstance(refused[0].refused, Permanent):
+        raise refused[0].refused
+    copies = [one for one in fetched if one.file]
+    group = Group(_read(engine, copies), [one.facts for one in refused])
+    for one in copies:
+        Path(str(one.file)).unlink()
+    return group
+
+
+def _read(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
+    """All in one query; one by one when that fails, to find which cannot be read."""
+    if not copies:
+        return []
+    try:
+        return _together(engine, copies)
+    except Transient as error:
+        if len(copies) == 1:
+            facts = copies[0].facts
+            return [_faulty(facts, error.message.replace(str(copies[0].file), facts.key))]
+    return [facts for one in copies for facts in _read(engine, [one])]
+
+
+def _faulty(facts: Facts, message: str) -> Facts:
+    return Facts(facts.key, facts.etag, facts.size_bytes, fault=message)
+
+
+def _together(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
+    names = [str(one.file) for one in copies]
+    columns = _columns(engine.rows(SCHEMA.format(literal(names))))
+    instants = frozenset(each["timestamp"] for each in columns.values() if "timestamp" in each)
+    parts: dict[str, list[Part]] = {}
+    for name, *values in engine.rows(_aggregates(Files(engine.folder, names, instants))):
+        parts.setdefault(name, []).append(_part(values))
+    return [
+        Facts(
+            one.facts.key,
+            one.facts.etag,
+            one.facts.size_bytes,
+            rows=sum(part.rows for part in parts.get(str(one.file), ())),
+            columns=columns.get(str(one.file), {}),
+            parts=sorted(parts.get(str(one.file), ()), key=lambda part: (part.device, part.day)),
+        )
+        for one in copies
+    ]
+
+
+def _aggregates(files: Files) -> str:
+    values = ", ".join(
+        f"{literal(name)}: " + ("epoch_us(timestamp)" if name == "timestamp" else f'"{name}"') for name in LATEST
+    )
+    return f"""
+        SELECT
+            filename, device_id, CAST(timestamp AS DATE) - DATE '1970-01-01' AS day, count(*),
+            epoch_us(min(timestamp)), epoch_us(max(timestamp)),
+            fsum(voltage), count(voltage), max(temperature), fsum(soc), count(soc),
+            max({{{values}}}) FILTER (timestamp IS NOT NULL)
+        FROM {files.relation(named=True)}
+        GROUP BY filename, device_id, day
+    """  # noqa: S608 - names of columns, and files of our own
+
+
+def _part(values: Sequence[Any]) -> Part:
+    device, day, *numbers, latest = values
+    newest = None if latest is None else tuple(latest[name] for name in LATEST)
+    named = zip(PART_FIELDS, (json.dumps(device), NO_DAY if day is None else day, *numbers), strict=True)
+    return Part(**dict(named), latest=newest)
+
+
+def _columns(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, Mapping[str, str]]:
+    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first."""
+    found: dict[str, dict[str, str]] = {}
+    awaited: list[int] = []  # children still to come, of each element on the way down
+    for file, name, kind, children in rows:
+        if file not in found:
+            found[file], awaited = {}, [children or 0]
+            continue
+        if len(awaited) == 1:
+            found[file][name] = kind or "STRUCT"
+        awaited[-1] -= 1
+        if children:
+            awaited.append(children)
+        while len(awaited) > 1 and awaited[-1] == 0:
+            awaited.pop()
+    return found

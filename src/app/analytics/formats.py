@@ -1,0 +1,252 @@
+"""Rows as the bytes of an answer: JSON, CSV, Parquet or an Excel sheet.
+
+Invariants: an answer is whole before its first byte is sent; its memory is bounded by a spool; instants are ISO 8601
+with Z in text and UTC in types; what is no number (NaN, infinity) is null in JSON; nothing in a cell becomes a formula.
+"""
+
+import io
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from hashlib import blake2b
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from app.analytics.totals import Table
+from app.core.errors import Rejected
+
+MEDIA: Mapping[str, str] = {
+    "json": "application/json",
+    "csv": "text/csv; charset=utf-8",
+    "parquet": "application/vnd.apache.parquet",
+    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+}
+MAX_ROWS: Mapping[str, int] = {"json": 200_000, "csv": 5_000_000, "parquet": 5_000_000, "xlsx": 100_000}
+BATCH_ROWS = 10_000
+MEMORY_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
+
+
+class Answer:
+    """The bytes of an answer, in memory or in a file without a name. Any number of readers may read it at once."""
+
+    def __init__(self, spool: Any) -> None:
+        self.size_bytes = spool.seek(0, io.SEEK_END)
+        self._spool = spool
+        self._lock = Lock()
+        weakref.finalize(self, spool.close)
+        digest = blake2b(digest_size=16)
+        for piece in self.pieces():
+            digest.update(piece)
+        self.etag = f'"{digest.hexdigest()}"'
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes, in order."""
+        for start in range(0, self.size_bytes, PIECE_BYTES):
+            with self._lock:
+                self._spool.seek(start)
+                piece: bytes = self._spool.read(PIECE_BYTES)
+            yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself."""
+
+    format: str
+    answer: str
+    warnings: Sequence[Mapping[str, str]] = ()
+
+
+def of_table(table: Table, shape: Shape, folder: Path) -> Answer:
+    """The answer with these rows."""
+    _check_rows(len(table.rows), shape)
+    if shape.format == "json":
+        names = [name for name, _ in table.columns]
+        return _spooled(folder, lambda spool: _write_json(spool, names, [table.rows], shape))
+    return of_batches(_arrow(table).to_reader(BATCH_ROWS), shape, folder)
+
+
+def of_batches(reader: Any, shape: Shape, folder: Path) -> Answer:
+    """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them."""
+    batches = _counted(reader, shape)
+    if shape.format == "json":
+        blocks = (_rows(batch) for batch in batches)
+        return _spooled(folder, lambda spool: _write_json(spool, reader.schema.names, blocks, shape))
+    write: Callable[[Any, Any, Iterable[Any]], None] = WRITERS[shape.format]
+    schema = _plain(reader.schema)
+    return _spooled(folder, lambda spool: write(spool, schema, (_cast(batch, schema) for batch in batches)))
+
+
+def _spooled(folder: Path, write: Callable[[Any], None]) -> Answer:
+    spool = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - the answer closes it
+    try:
+        write(spool)
+        return Answer(spool)
+    except BaseException:
+        spool.close()
+        raise
+
+
+def _counted(reader: Any, shape: Shape) -> Iterator[Any]:
+    count = 0
+    for batch in reader:
+        count += batch.num_rows
+        _check_rows(count, shape)
+        yield batch
+
+
+def _check_rows(count: int, shape: Shape) -> None:
+    if count > MAX_ROWS[shape.format]:
+        raise Rejected(
+            f"the answer has more than {MAX_ROWS[shape.format]} rows, too many for {shape.format}",
+            "narrow the parameters, or ask for format=parquet",
+        )
+
+
+def _plain(schema: Any) -> Any:
+    """The schema with instants in UTC without a zone, and without dictionaries."""
+    import pyarrow as pa
+
+    return pa.schema([(column.name, _plain_type(column.type)) for column in schema])
+
+
+def _plain_type(kind: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us")
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _cast(batch: Any, schema: Any) -> Any:
+    import pyarrow as pa
+
+    columns = [column.cast(field.type, safe=False) for column, field in zip(batch.columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _rows(batch: Any) -> Sequence[tuple[Any, ...]]:
+    return list(zip(*(column.to_pylist() for column in _cast(batch, _plain(batch.schema)).columns), strict=True))
+
+
+def _arrow(table: Table) -> Any:
+    import pyarrow as pa
+
+    types = {
+        "text": pa.string(),
+        "integer": pa.int64(),
+        "number": pa.float64(),
+        "instant": pa.timestamp("us"),
+        "date": pa.date32(),
+    }
+    schema = pa.schema([(name, types[kind]) for name, kind in table.columns])
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(schema)
+    return pa.table(
+        [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)], schema=schema
+    )
+
+
+def said(value: Any) -> Any:
+    """A value as it stands in JSON."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case None | int() | str():
+            return value
+        case datetime():
+            return f"{value.replace(tzinfo=None).isoformat()}Z"
+        case date():
+            return value.isoformat()
+        case _:
+            return _said_deep(value)
+
+
+def _said_deep(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): said(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [said(each) for each in value]
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _write_json(spool: Any, names: Sequence[str], blocks: Iterable[Sequence[tuple[Any, ...]]], shape: Shape) -> None:
+    import msgspec
+
+    encode = msgspec.json.encode
+    tail = b',"warnings":' + encode(list(shape.warnings)) if shape.warnings else b""
+    if shape.answer == "object":
+        first = next((row for block in blocks for row in block), None)
+        row = first or (None,) * len(names)
+        spool.write(encode({name: said(value) for name, value in zip(names, row, strict=True)})[:-1] + tail + b"}")
+        return
+    count = 0
+    spool.write(b"{%s:[" % encode(shape.answer))
+    for block in blocks:
+        lines = encode([{name: said(value) for name, value in zip(names, row, strict=True)} for row in block])
+        spool.write((b"," if count and block else b"") + lines[1:-1])
+        count += len(block)
+    spool.write(b'],"count":%d%s}' % (count, tail))
+
+
+def _write_csv(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as pacsv
+
+    as_text = {column.name for column in schema if pa.types.is_timestamp(column.type)}
+    nested = {column.name for column in schema if pa.types.is_nested(column.type)}
+    written = pa.schema([(c.name, pa.string() if c.name in as_text | nested else c.type) for c in schema])
+    with pacsv.CSVWriter(spool, written, write_options=pacsv.WriteOptions(quoting_style="needed")) as writer:
+        for batch in batches:
+            columns = [
+                pc.strftime(values, format="%Y-%m-%dT%H:%M:%SZ", locale="C")
+                if name in as_text
+                else _json_texts(values)
+                if name in nested
+                else values
+                for name, values in zip(schema.names, batch.columns, strict=True)
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=written))
+
+
+def _json_texts(values: Any) -> Any:
+    import msgspec
+    import pyarrow as pa
+
+    return pa.array(
+        [None if value is None else msgspec.json.encode(said(value)).decode() for value in values.to_pylist()],
+        pa.string(),
+    )
+
+
+def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    utc = pa.schema([(c.name, pa.timestamp("us", "UTC") if pa.types.is_timestamp(c.type) else c.type) for c in schema])
+    with ParquetWriter(spool, utc, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(_cast(batch, utc))
+
+
+def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
+    """By pandas. Text stays text, also where it looks like a formula or a link."""
+    import pandas as pd
+    import pyarrow as pa
+
+    frame = pa.Table.from_batches(list(batches), schema=schema).to_pandas(timestamp_as_object=False)
+    plain = {"strings_to_formulas": False, "strings_to_urls": False, "nan_inf_to_errors": True, "in_memory": True}
+    with pd.ExcelWriter(spool, engine="xlsxwriter", engine_kwargs={"options": plain}) as writer:
+        frame.to_excel(writer, index=False, sheet_name="report", freeze_panes=(1, 0))
+
+
+WRITERS: Mapping[str, Callable[[Any, Any, Iterable[Any]], None]] = {
+    "csv": _write_csv,
+    "parquet": _write_parquet,
+    "xlsx": _write_xlsx,
+}

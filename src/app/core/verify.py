@@ -1,0 +1,188 @@
+"""Proof of delivery: what both ends of a pipeline hold, window by window, compared by content and mended on request.
+
+Invariants: both ends are read anew, so nothing that was remembered can hide a fault; a digest does not depend on the
+order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import blake2b
+from typing import Protocol
+
+from app.core.errors import AppError, LeaseLost, Stopped
+from app.core.runs import Context, Failure, Report, Stop
+from app.core.window import Window
+
+LANE_BYTES = 8
+LANES = 2
+LANE = 1 << (8 * LANE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one end holds of a window: the number of rows, and the sums of two 64-bit hashes per row as hex."""
+
+    rows: int = 0
+    digest: str = "0" * (2 * LANES * LANE_BYTES)
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """The two sums."""
+        half = 2 * LANE_BYTES
+        return int(self.digest[:half], 16), int(self.digest[half:], 16)
+
+    def __add__(self, other: "Content") -> "Content":
+        pairs = zip(self.sums, other.sums, strict=True)
+        return content_from(self.rows + other.rows, *(one + two for one, two in pairs))
+
+
+NOTHING = Content()
+
+
+def content_from(rows: int, *sums: int) -> Content:
+    """The content with these sums, whatever they grew to."""
+    return Content(rows, "".join(f"{each % LANE:0{2 * LANE_BYTES}x}" for each in sums))
+
+
+def content_of(rows: Iterable[Mapping[str, str]]) -> Content:
+    """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
+    number = one = two = 0
+    for row in rows:
+        cells = repr(sorted((name, text) for name, text in row.items() if text))
+        hashed = blake2b(cells.encode("utf-8", "surrogatepass"), digest_size=LANES * LANE_BYTES).digest()
+        one += int.from_bytes(hashed[:LANE_BYTES])
+        two += int.from_bytes(hashed[LANE_BYTES:])
+        number += 1
+    return content_from(number, one, two)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slot:
+    """One window of one partition."""
+
+    partition: str
+    window: Window
+
+    def __str__(self) -> str:
+        return f"{self.partition} {self.window}"
+
+
+class Sign(Enum):
+    """The result for one window, in the signs that `rclone check` made known."""
+
+    EQUAL = "="
+    MISSING = "-"
+    EXTRA = "+"
+    DIFFERS = "*"
+    ERROR = "!"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One window compared. An end that could not be read is None, and `error` and `hint` say why."""
+
+    slot: Slot
+    sign: Sign
+    source: Content | None = None
+    destination: Content | None = None
+    error: str = ""
+    hint: str = ""
+    healed: bool = False
+
+
+class Ends(Protocol):
+    """Both ends of one pipeline, for one verification. For one thread. Methods raise AppError.
+
+    `Stopped` ends the verification; any other error counts for the window alone.
+    """
+
+    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+        """Every ended window of `span` by partition, oldest first; of one partition, or of all when it is None."""
+
+    def source(self, slot: Slot) -> Content:
+        """What the source returns now for the window, as it would be written."""
+
+    def destination(self, slot: Slot) -> Content:
+        """What the destination really holds under the window's names, read to the last byte."""
+
+    def heal(self, context: Context, slot: Slot) -> Report:
+        """Make the destination hold what the source returns, and commit that. Under the job's lease. Idempotent."""
+
+
+Verification = Callable[[Stop], Ends]
+"""Opens both ends of a pipeline; its pauses end with the stop."""
+
+
+def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -> Iterator[Verdict]:
+    """A verdict per window. What is not equal is looked at twice, since a run may have written in between."""
+    for slot in ends.slots(span, partition):
+        stop.check()
+        verdict = compare(ends, slot)
+        yield verdict if verdict.sign is Sign.EQUAL else compare(ends, slot)
+
+
+def compare(ends: Ends, slot: Slot) -> Verdict:
+    """Both ends of one window, the destination first: rows that come in between are then late, never extra."""
+    destination = source = None
+    try:
+        destination = ends.destination(slot)
+        source = ends.source(slot)
+    except (Stopped, LeaseLost):
+        raise
+    except AppError as error:
+        return Verdict(slot, Sign.ERROR, source, destination, error.message, error.hint)
+    return Verdict(slot, sign_of(source, destination), source, destination)
+
+
+def sign_of(source: Content, destination: Content) -> Sign:
+    """The one sign that says how the two ends stand to each other."""
+    if source == destination:
+        return Sign.EQUAL
+    if not destination.rows:
+        return Sign.MISSING
+    return Sign.DIFFERS if source.rows else Sign.EXTRA
+
+
+def heal(
+    ends: Ends, span: Window, context: Context, told: Callable[[Verdict], None], partition: str | None = None
+) -> Report:
+    """Verify `span` and mend what differs; a window that is still not equal afterwards is a failure of the report."""
+    report = Report()
+    for verdict in verify(ends, span, context.stop, partition):
+        context.progress.advance(done=1)
+        if verdict.sign is Sign.EQUAL:
+            told(verdict)
+            continue
+        mended, after = _mend(ends, context, verdict)
+        told(after)
+        report += mended
+        if not after.healed:
+            report += Report(failures=(Failure(str(verdict.slot), *why(after)),))
+    return report
+
+
+def why(verdict: Verdict) -> tuple[str, str]:
+    """What is wrong with a window, and the next step."""
+    if verdict.error:
+        return verdict.error, verdict.hint
+    words = {Sign.MISSING: "missing at the destination", Sign.EXTRA: "only at the destination"}
+    source, destination = verdict.source or NOTHING, verdict.destination or NOTHING
+    counts = f"{source.rows} rows at the source, {destination.rows} at the destination"
+    hint = "rows that the source no longer returns are kept on purpose; else run verify with --heal"
+    return f"{words.get(verdict.sign, 'differs')}: {counts}", hint
+
+
+def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdict]:
+    try:
+        report = ends.heal(context, verdict.slot)
+    except (Stopped, LeaseLost):
+        raise
+    except AppError as error:
+        return Report(), Verdict(
+            verdict.slot, verdict.sign, verdict.source, verdict.destination, error.message, error.hint
+        )
+    after = compare(ends, verdict.slot)
+    if after.sign is not Sign.EQUAL:
+        return report, after
+    return report, Verdict(verdict.slot, verdict.sign, after.source, after.destination, healed=True)

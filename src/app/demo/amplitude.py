@@ -1,0 +1,206 @@
+"""Amplitude's Export API inside this process, as contracts/amplitude.md describes it, faults included.
+
+Invariants: it answers over HTTP on a loopback port; both ends of a range are included; hours that are not settled are
+left out; the same hours give the same events, in members that sort by name in another order than in time.
+"""
+
+import base64
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from threading import Lock
+from typing import Any, Self
+
+from app.demo.http import Answer, CutHere, Piece, Request, Served, Streamed
+from app.demo.product_events import PROJECT, amplitude_events
+
+HOUR = timedelta(hours=1)
+PATH = "/api/2/export"
+TEXT = {"Content-Type": "text/plain"}
+LARGE = (
+    b"The file size of the exported data is too large. Shorten the time ranges and try again. The limit size is 4GB."
+)
+SETTLED_AFTER = timedelta(hours=2)
+MAX_DAYS = 365
+
+Parts = Sequence[bytes]
+"""The members of an hour, each a gzip file."""
+
+
+@dataclass(frozen=True, slots=True)
+class AmplitudeFault:
+    """What one request suffers: another status, a page instead of the archive, an archive that is cut, or a wait."""
+
+    status: int = 200
+    body: bytes = b""
+    retry_after_seconds: int | None = None
+    html: bool = False
+    cut_bytes: int | None = None
+    stall_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class AmplitudeState:
+    """What the simulator holds. `limit_hours`: longer ranges are refused with `limit_status`, 400 or 504.
+
+    `made` gives the members of an hour that has no events of its own in `events`.
+    """
+
+    keys: Mapping[str, tuple[str, str]]
+    clock: Callable[[], datetime]
+    made: Callable[[str, datetime], Parts] = lambda _source, _hour: ()
+    events: dict[tuple[str, datetime], list[dict[str, Any]]] = field(default_factory=dict)
+    limit_hours: int = MAX_DAYS * 24
+    limit_status: int = 400
+    waiting: list[AmplitudeFault] = field(default_factory=list)
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+
+    def parts(self, source: str, hour_at: datetime) -> Parts:
+        """The members of an hour."""
+        events = self.events.get((source, hour_at))
+        return packed(events) if events else self.made(source, hour_at)
+
+
+def packed(events: Sequence[Mapping[str, Any]]) -> Parts:
+    """Events as members: two of them, the first of two gzip streams, and an empty one."""
+    lines = [json.dumps(event).encode() + b"\n" for event in events]
+    half, quarter = len(lines) // 2, len(lines) // 4
+    first = gzip.compress(b"".join(lines[:quarter]), 6, mtime=0) + gzip.compress(
+        b"".join(lines[quarter:half]), 1, mtime=0
+    )
+    # Its last line has no end.
+    return [first, gzip.compress(b"".join(lines[half:]).rstrip(b"\n"), 6, mtime=0), gzip.compress(b"", mtime=0)]
+
+
+def generated(events_an_hour: int) -> Callable[[str, datetime], Parts]:
+    """Hours of made events; none in the hours that divide by five, so that empty ones are seen as well."""
+
+    def parts(source: str, hour_at: datetime) -> Parts:
+        number = int(hour_at.timestamp()) // 3600
+        return packed(amplitude_events(source, hour_at, events_an_hour)) if number % 5 else ()
+
+    return parts
+
+
+class AmplitudeSimulator:
+    """Use it as a context manager. `state` is what it holds and what it shall suffer."""
+
+    def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
+        self._served = Served("amplitude")
+
+    def __enter__(self) -> Self:
+        self._served.start(self._respond)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._served.close()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a trailing slash."""
+        return self._served.url
+
+    def environment(self, *sources: str) -> dict[str, str]:
+        """The settings that point the product at it."""
+        pairs = {source: self.state.keys[source] for source in sources or ("web", "mobile")}
+        named = {f"AMPLITUDE_{source.upper()}_CLIENT_ID": pair[0] for source, pair in pairs.items()}
+        secret = {f"AMPLITUDE_{source.upper()}_SECRET_KEY": pair[1] for source, pair in pairs.items()}
+        return {"AMPLITUDE_BASE_URL": self.url, **named, **secret}
+
+    def add_fault(self, fault: AmplitudeFault, times: int = 1) -> None:
+        """The next `times` requests get the fault."""
+        with self.state.lock:
+            self.state.waiting.extend([fault] * times)
+
+    def _respond(self, request: Request) -> Answer:
+        source = self._source(request.headers.get("authorization", ""))
+        if source is None:
+            return Answer(401, TEXT, b"")
+        if request.path != PATH:
+            return Answer(404, TEXT, b"not found")
+        with self.state.lock:
+            self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
+            fault = self.state.waiting.pop(0) if self.state.waiting else AmplitudeFault()
+        self._served.wait(fault.stall_seconds)
+        if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
+            wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
+            kind = {"Content-Type": "text/html"} if fault.html else TEXT
+            return Answer(fault.status, {**kind, **wait}, b"<html>nginx</html>" if fault.html else fault.body)
+        return self._export(source, request, fault)
+
+    def _source(self, authorization: str) -> str | None:
+        for source, pair in self.state.keys.items():
+            if authorization == f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}":
+                return source
+        return None
+
+    def _export(self, source: str, request: Request, fault: AmplitudeFault) -> Answer:
+        try:
+            first, last = (
+                datetime.strptime(request.parameters[name] + "+0000", "%Y%m%dT%H%z") for name in ("start", "end")
+            )
+        except (KeyError, ValueError):
+            return Answer(400, TEXT, b"Invalid start or end")
+        hours = (last - first) // HOUR + 1
+        if hours < 1 or hours > MAX_DAYS * 24:
+            return Answer(400, TEXT, b"The time range may not exceed 365 days.")
+        if hours > self.state.limit_hours:
+            return Answer(self.state.limit_status, TEXT, LARGE if self.state.limit_status == 400 else b"")  # noqa: PLR2004 - HTTP
+        until = self.state.clock() - SETTLED_AFTER
+        starts = [first + number * HOUR for number in range(hours) if first + (number + 1) * HOUR <= until]
+        found = {at: parts for at in starts if (parts := self.state.parts(source, at))}
+        if not found:
+            return Answer(404, TEXT, b"Raw data files were not found.")
+        pieces = _cut(_zipped(found), fault.cut_bytes)
+        body = Streamed(pieces, lambda _rows, _bytes, _whole: None)
+        return Answer(200, {"Content-Type": "application/zip"}, body)
+
+
+def _zipped(hours: Mapping[datetime, Parts]) -> Iterator[Piece]:
+    """A zip, made while it is sent; members by name, as the service has them."""
+    members = {
+        f"{PROJECT}/{PROJECT}_{at:%Y-%m-%d}_{at.hour}#{number}.json.gz": part
+        for at, parts in hours.items()
+        for number, part in enumerate(parts)
+    }
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in sorted(members):
+            made.writestr(zipfile.ZipInfo(name), members[name])
+            yield Piece(sink.taken())
+    yield Piece(sink.taken())
+
+
+def _cut(pieces: Iterator[Piece], cut_bytes: int | None) -> Iterator[Piece]:
+    left = cut_bytes
+    for piece in pieces:
+        if left is not None and len(piece.data) >= left:
+            yield Piece(piece.data[:left])
+            raise CutHere
+        left = None if left is None else left - len(piece.data)
+        yield piece
+
+
+class _Sink(io.RawIOBase):
+    """What a zip is written to and taken from at once."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._held += data
+        return len(data)
+
+    def taken(self) -> bytes:
+        out = bytes(self._held)
+        self._held.clear()
+        return out

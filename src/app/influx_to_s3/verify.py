@@ -1,0 +1,127 @@
+"""Both ends of the export read anew: points as they would be written, and objects as they are; and the gap map.
+
+Invariant: what is compared is every column of every row, those that were computed included, so an object is equal only
+when it is what would be written today.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+
+from app.core.gaps import Cell, Found, Moment, cells_of
+from app.core.heal import heal_window
+from app.core.partitions import DISCOVERY
+from app.core.ports import Checkpoints
+from app.core.runs import Context, Report, Stop
+from app.core.sync import Pipeline
+from app.core.verify import NOTHING, Content, Slot
+from app.core.window import Window
+from app.influx_to_s3.spool import RowBatch
+from app.stores.objects import ObjectInfo
+from app.stores.parquet import EncodedFile, TableSink
+from app.stores.row_sums import content_of_tables
+
+ExportPipeline = Pipeline[RowBatch, EncodedFile]
+Listing = Sequence[tuple[datetime, ObjectInfo]]
+NOT_LISTED: tuple[tuple[str, str], Listing] = (("", ""), ())
+
+
+@dataclass(slots=True)
+class ExportEnds:
+    """`app.core.verify.Ends` over the export. Holds the listing of one partition and day."""
+
+    pipeline: ExportPipeline
+    clock: Callable[[], datetime]
+    listed: tuple[tuple[str, str], Listing] = NOT_LISTED
+    looked_at: Slot | None = None
+
+    @property
+    def sink(self) -> TableSink:
+        """The sink, whose listing the port does not have."""
+        sink = self.pipeline.sink
+        if not isinstance(sink, TableSink):
+            raise TypeError(f"an export lands in tables, not in {type(sink).__name__}")
+        return sink
+
+    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+        """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
+        now = self.clock()
+        devices = [partition] if partition is not None else self._devices(span)
+        for device in devices:
+            for window in self.pipeline.grid.windows(span.start, min(span.end, now)):
+                if window.end <= now:
+                    yield Slot(device, window)
+
+    def _devices(self, span: Window) -> Sequence[str]:
+        known = self.pipeline.checkpoints.cursors(self.pipeline.name).keys() - {DISCOVERY}
+        return sorted({*known, *self.pipeline.source.partitions(span.start)})
+
+    def source(self, slot: Slot) -> Content:
+        """See `Ends.source`."""
+        source = self.pipeline.source
+        count = source.counts(slot.partition, [slot.window]).get((slot.partition, slot.window.start))
+        if count is None:
+            return NOTHING
+        with closing(source.read(slot.partition, slot.window, count, None)) as batch:
+            return content_of_tables(batch.output(), as_text=self._as_text(slot.window))
+
+    def destination(self, slot: Slot) -> Content:
+        """See `Ends.destination`: the object and its deltas, none of which need a record."""
+        total = NOTHING
+        for named_at, info in self._listing(slot):
+            if slot.window.start <= named_at < slot.window.end:
+                tables = self.sink.read(info.key, info.etag)
+                total += content_of_tables(tables, as_text=self._as_text(slot.window))
+        return total
+
+    def heal(self, context: Context, slot: Slot) -> Report:
+        """See `Ends.heal`."""
+        self.listed = NOT_LISTED
+        return heal_window(self.pipeline, context, slot.partition, slot.window, self.clock())
+
+    def _as_text(self, window: Window) -> bool:
+        return self.sink.layout_at(window.start).format == "csv"
+
+    def _listing(self, slot: Slot) -> Listing:
+        """The day's listing, made once; a second look at the same window makes it anew."""
+        day = (slot.partition, f"{slot.window.start:%Y%m%d}")
+        if self.listed[0] != day or self.looked_at == slot:
+            self.listed = (day, tuple(self.sink.listed(slot.partition, slot.window)))
+        self.looked_at = slot
+        return self.listed[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportChart:
+    """`app.core.gaps.Chart` over the export; `opened` gives its ends as they are now."""
+
+    name: str
+    opened: Callable[[Stop], ExportEnds]
+    checkpoints: Checkpoints
+    grace_seconds: float
+
+    def partitions(self) -> Sequence[str]:
+        """See `Chart.partitions`."""
+        return sorted(self.checkpoints.cursors(self.name).keys() - {DISCOVERY})
+
+    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+        """See `Chart.cells`: one listing per day."""
+        ends = self.opened(Stop())
+        now = ends.clock()
+        windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
+        if not windows:
+            return ()
+        records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
+        moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
+        days = {window.start.date(): window for window in windows}.values()
+        named = [each for day in days for each in ends.sink.listed(partition, day)]
+        return cells_of(windows, records, found_in(windows, named), moment)
+
+
+def found_in(windows: Sequence[Window], named: Listing) -> Iterator[Found]:
+    """Each object under the window that holds the instant of its name."""
+    for named_at, info in named:
+        window = next((each for each in windows if each.start <= named_at < each.end), None)
+        if window is not None:
+            yield Found(window.start, info.key, info.etag)

@@ -1,0 +1,100 @@
+"""A body on its way from the event loop to the thread that stores it.
+
+Invariants: neither side waits for the other beyond the bytes in between, and these are bounded; the thread sees the end
+of the body only when all of it came, and an error in every other case.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from app.core.errors import Transient
+
+WAKE_BYTES = 1 << 18
+HIGH_BYTES = 1 << 19
+T = TypeVar("T")
+
+
+class Feed:
+    """Bytes in between. `offer`, `end`, `lose` and `left` belong to the loop, `read` to the thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._turn = threading.Condition()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._ended = False
+        self._lost = False
+        self._closed = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._left = memoryview(b"")
+
+    async def offer(self, block: bytes) -> bool:
+        """Hand on `block`, then wait for room. False when nobody reads any more."""
+        with self._turn:  # held for a moment only, also by the thread
+            self._held.append(block)
+            self._held_bytes += len(block)
+            if self._held_bytes >= WAKE_BYTES:
+                self._turn.notify()
+            if self._held_bytes >= HIGH_BYTES and not self._closed:
+                self._room.clear()
+        await self._room.wait()
+        return not self._closed
+
+    def end(self) -> None:
+        """All of the body came."""
+        with self._turn:
+            self._ended = True
+            self._turn.notify()
+
+    def lose(self) -> None:
+        """The rest of the body does not come; nothing after `end`."""
+        with self._turn:
+            self._lost = not self._ended
+            self._turn.notify()
+
+    def left(self, work: "asyncio.Future[Any]") -> None:
+        """The thread is done with the body; what it failed with is looked at here, also when nobody waits for it."""
+        self._closed = True
+        self._room.set()
+        if not work.cancelled():
+            work.exception()
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable. Raises Transient when the rest does not come."""
+        if not self._left:
+            taken = self._take()
+            if len(taken) <= count:
+                return taken
+            self._left = memoryview(taken)
+        data, self._left = self._left[:count], self._left[count:]
+        return bytes(data)
+
+    def _take(self) -> bytes:
+        with self._turn:
+            self._turn.wait_for(lambda: self._held_bytes >= WAKE_BYTES or self._ended or self._lost)
+            if self._lost:
+                raise Transient("the client went away before the end of the body", "send it again")
+            held, self._held, self._held_bytes = self._held, [], 0
+        self._loop.call_soon_threadsafe(self._room.set)
+        return b"".join(held)
+
+
+async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Feed], T]) -> T:
+    """What `work` makes of the body. When it raises, the rest of the body is left unread."""
+    loop = asyncio.get_running_loop()
+    feed = Feed(loop)
+    future = loop.run_in_executor(threads, work, feed)
+    future.add_done_callback(feed.left)
+    try:
+        async for block in blocks:
+            if not await feed.offer(block):
+                break
+        else:
+            feed.end()
+        return await asyncio.shield(future)
+    finally:
+        feed.lose()

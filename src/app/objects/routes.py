@@ -1,0 +1,343 @@
+"""/s3: list, look, download, upload, update, patch, delete, link.
+
+Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block, each
+with one of few places, so that many slow clients cost little and keep nobody else waiting.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from app.core.errors import Conflict, Rejected
+from app.objects import answers, document
+from app.objects.conditions import Span, check_match, check_unmatched, expected_of, span_of, unchanged
+from app.objects.downloads import Outgoing, opened
+from app.objects.faults import NotServed, missing
+from app.objects.feed import Feed, carried
+from app.objects.form import Form, boundary_of
+from app.objects.links import Links
+from app.objects.media import media_type
+from app.objects.reach import Reach, check_query
+from app.ops.answers import Refusal, Refused
+from app.ops.guard import OPEN, needs
+from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.stores.transfers import MAX_PAGE, Question, Readable, Stored, Transfers
+
+READERS, WRITERS, DOWNLOADS = 16, 64, 100
+WAIT_SECONDS = 30.0
+LOOKS = 3
+LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
+MAX_INTEGER = (1 << 63) - 1
+GONE = Response(status_code=400)  # nobody is there to read it
+BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
+T = TypeVar("T")
+Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
+Work = Callable[[Readable, str], Stored]
+"""Stores a body that came with this content type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the routes act on."""
+
+    store: ObjectStore
+    transfers: Transfers
+    reach: Reach
+    links: Links
+    clock: Callable[[], datetime]
+    readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
+    writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "s3-write"))
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
+    downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DOWNLOADS))
+
+    async def ask(self, call: Callable[..., T], *given: Any) -> T:
+        """Call the store in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, call, *given)
+
+    async def held(self, key: str) -> ObjectInfo:
+        """What stands at `key`. Raises NotServed with 404."""
+        found = await self.ask(self.store.head, key)
+        if found is None:
+            raise missing(key)
+        return found
+
+
+def build(serving: Serving) -> APIRouter:
+    """All routes."""
+    router = APIRouter(prefix="/s3", tags=["s3"])
+    _looking(router, serving)
+    _downloading(router, serving)
+    _linking(router, serving)
+    _uploading(router, serving)
+    _patching(router, serving)
+    _deleting(router, serving)
+    return router
+
+
+async def _taken(places: asyncio.Semaphore) -> None:
+    """One of the places; 429 when none becomes free in time."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await places.acquire()
+    except TimeoutError:
+        raise Refused(BUSY) from None
+
+
+@asynccontextmanager
+async def _served(request: Request, places: asyncio.Semaphore | None = None) -> AsyncIterator[None]:
+    """A place to work in, and every refusal in the one shape."""
+    if places is not None:
+        await _taken(places)
+    try:
+        check_query(request.scope["query_string"])
+        yield
+    except NotServed as error:
+        raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint)) from error
+    except Conflict as error:
+        asked = {"if-match", "if-none-match"} & set(request.headers)
+        hint = "look at the object, then send it again"
+        raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
+    finally:
+        if places is not None:
+            places.release()
+
+
+def _reach(request: Request, serving: Serving) -> Reach:
+    return replace(serving.reach, own=request.scope["state"]["grant"].s3_prefix)
+
+
+def _looking(router: APIRouter, serving: Serving) -> None:
+    @router.get(
+        "/objects",
+        summary="Objects below a prefix, in order",
+        openapi_extra=needs("s3:read"),
+        responses=document.answers(document.LISTED),
+    )
+    async def objects(
+        request: Request,
+        prefix: str = "",
+        delimiter: Annotated[str, Query(max_length=100)] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+        continuation: Annotated[str, Query(max_length=4096)] = "",
+    ) -> Response:
+        async with _served(request):
+            question = Question(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
+            return JSONResponse(answers.listed(question, await serving.ask(serving.transfers.page, question)))
+
+    @router.get(
+        "/object-info",
+        summary="Whether there is an object, and its properties",
+        openapi_extra=needs("s3:read"),
+        responses=document.answers(document.INFO),
+    )
+    async def object_info(request: Request, key: Key) -> Response:
+        async with _served(request):
+            known = _reach(request, serving).reads(key)
+            return JSONResponse(answers.info(known, await serving.ask(serving.store.head, known)))
+
+
+class _Streamed(StreamingResponse):
+    """A download. Its stream and its place are let go also when the client left before the first byte."""
+
+    def __init__(self, outgoing: Outgoing, places: asyncio.Semaphore, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(outgoing.pieces(), status, headers)
+        self._outgoing, self._places = outgoing, places
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._outgoing.close()
+            self._places.release()
+
+
+def _downloading(router: APIRouter, serving: Serving) -> None:
+    async def download(request: Request, key: Key) -> Response:
+        async with _served(request):
+            return await _download(request, serving, _reach(request, serving).reads(key))
+
+    router.add_api_route(
+        "/download",
+        download,
+        methods=["GET"],
+        summary="The bytes of an object or of a range of it",
+        openapi_extra={**needs("s3:read"), **document.reading()},
+        responses=document.download(),
+        response_class=Response,
+    )
+    router.add_api_route(
+        "/download", download, methods=["HEAD"], openapi_extra=needs("s3:read"), include_in_schema=False
+    )
+
+
+async def _download(request: Request, serving: Serving, key: str) -> Response:
+    """What is replaced between the look and the first byte is looked at again."""
+    for look in range(LOOKS):
+        held = await serving.held(key)
+        check_match(request.headers, held.etag)
+        if unchanged(request.headers, held.etag):
+            return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
+        span = span_of(request.headers, held)
+        if request.method == "HEAD":
+            return Response(status_code=206 if span.part else 200, headers=answers.headers(held, span))
+        try:
+            return await _streamed(serving, held, span)
+        except Conflict:
+            if look + 1 == LOOKS:
+                raise
+    raise missing(key)
+
+
+async def _streamed(serving: Serving, held: ObjectInfo, span: Span) -> Response:
+    """The answer that holds a place until it was sent."""
+    await _taken(serving.downloads)
+    response: Response | None = None
+    try:
+        outgoing = await opened(serving.readers, serving.transfers, held, span)
+        headers = answers.headers(held, span)
+        response = _Streamed(outgoing, serving.downloads, 206 if span.part else 200, headers)
+    finally:
+        if response is None:
+            serving.downloads.release()
+    return response
+
+
+def _linking(router: APIRouter, serving: Serving) -> None:
+    @router.get(
+        "/link",
+        summary="A link that reads one object for a while without a key",
+        openapi_extra=needs("s3:read"),
+        responses=document.answers(document.LINKED, (404,)),
+    )
+    async def link(
+        request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
+    ) -> Response:
+        async with _served(request):
+            held = await serving.held(_reach(request, serving).reads(key))
+            now = serving.clock()
+            made = await serving.ask(serving.links.make, held.key, now, expires)
+            url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
+            until = answers.instant(now + timedelta(seconds=expires))
+            return JSONResponse({"key": held.key, "url": url, "expires_at": until})
+
+    async def shared(
+        request: Request,
+        key: Key,
+        expires: Annotated[int, Query(ge=0, le=MAX_INTEGER)],
+        signature: Annotated[str, Query(max_length=200)],
+    ) -> Response:
+        async with _served(request):
+            await serving.ask(serving.links.check, key, serving.clock(), expires, signature)
+            return await _download(request, serving, serving.reach.reads(key))
+
+    router.add_api_route(
+        "/shared",
+        shared,
+        methods=["GET"],
+        summary="What a link leads to",
+        openapi_extra={**needs(OPEN), **document.reading()},
+        responses=document.download(),
+        response_class=Response,
+    )
+    router.add_api_route("/shared", shared, methods=["HEAD"], openapi_extra=needs(OPEN), include_in_schema=False)
+
+
+def _uploading(router: APIRouter, serving: Serving) -> None:
+    @router.post(
+        "/upload",
+        summary="Create or replace an object",
+        openapi_extra={**needs("s3:write"), **document.upload()},
+        responses=document.answers(document.STORED, document.BODY),
+    )
+    async def upload(request: Request, key: Key) -> Response:
+        async with _served(request, serving.uploads):
+            known, expected = _reach(request, serving).writes(key), expected_of(request.headers)
+            return await _written(request, serving, known, expected)
+
+    @router.put(
+        "/update",
+        summary="Replace an object that exists",
+        openapi_extra={**needs("s3:write"), **document.upload()},
+        responses=document.answers(document.STORED, (404, *document.BODY)),
+    )
+    async def update(request: Request, key: Key) -> Response:
+        async with _served(request, serving.uploads):
+            held = await _to_change(request, serving, key)
+            return await _written(request, serving, held.key, held.etag)
+
+
+async def _to_change(request: Request, serving: Serving, key: str) -> ObjectInfo:
+    held = await serving.held(_reach(request, serving).writes(key))
+    check_match(request.headers, held.etag)
+    check_unmatched(request.headers)
+    return held
+
+
+async def _written(request: Request, serving: Serving, key: str, expected: str | None) -> Response:
+    def work(body: Readable, media: str) -> Stored:
+        return serving.transfers.write(key, body, Put(media_type(media, key), {}, expected))
+
+    done = await _received(request, serving, work)
+    return GONE if done is None else JSONResponse(answers.stored(key, done))
+
+
+async def _received(request: Request, serving: Serving, work: Work) -> Stored | None:
+    """What `work` makes of the body, which is a form or bare; None when the client went away."""
+    boundary = boundary_of(request.headers)
+
+    def store(feed: Feed) -> Stored:
+        if boundary is None:
+            return work(feed, request.headers.get("content-type", ""))
+        form = Form(feed, boundary)
+        return work(form, form.content_type)
+
+    try:
+        return await carried(request.stream(), serving.writers, store)
+    except ClientDisconnect:
+        return None
+
+
+def _patching(router: APIRouter, serving: Serving) -> None:
+    @router.patch(
+        "/patch",
+        summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
+        openapi_extra={**needs("s3:write"), **document.upload()},
+        responses=document.answers(document.PATCHED, (404, 416, *document.BODY)),
+    )
+    async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
+        async with _served(request, serving.uploads):
+            held = await _to_change(request, serving, key)
+            if offset > held.size_bytes:
+                raise NotServed(
+                    416,
+                    f"offset {offset} is behind the end of {held.size_bytes} bytes",
+                    "patch at the end to append",
+                    fault="offset",
+                    headers={"Content-Range": f"bytes */{held.size_bytes}"},
+                )
+            done = await _received(request, serving, lambda body, _: serving.transfers.patch(held, offset, body))
+            return GONE if done is None else JSONResponse(answers.patched(held.key, done, offset))
+
+
+def _deleting(router: APIRouter, serving: Serving) -> None:
+    @router.delete(
+        "/delete",
+        summary="Delete an object",
+        openapi_extra=needs("s3:delete"),
+        responses=document.answers(document.DELETED, (404, 412)),
+    )
+    async def delete(request: Request, key: Key) -> Response:
+        async with _served(request):
+            held = await _to_change(request, serving, key)
+            await serving.ask(serving.store.delete, held.key)
+            return JSONResponse({"key": held.key, "deleted": True})

@@ -1,0 +1,73 @@
+"""What the configured credentials may really do: each right is tried, for `python -m app check`.
+
+Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from app.core.errors import AppError, Permanent
+from app.ops.readiness import Check
+from app.stores.sql import Database
+
+if TYPE_CHECKING:
+    from app.stores.objects import ObjectStore
+
+ABSENT = "headwater-check-of-rights"
+POSTGRES = """
+SELECT current_setting('server_version') AS version, current_user AS name, current_schema() AS place,
+    has_schema_privilege(current_schema(), 'CREATE') AS creates
+"""
+log = logging.getLogger(__name__)
+
+Attempt = tuple[str, Callable[[], object]]
+
+
+def tried(attempts: Sequence[Attempt]) -> str:
+    """What may be done, when all attempts succeed. Raises Permanent that names those that fail and why."""
+    may, refused = [], list[tuple[str, AppError]]()
+    for name, attempt in attempts:
+        try:
+            attempt()
+            may.append(name)
+        except AppError as error:
+            refused.append((name, error))
+    if refused:
+        names = ", ".join(name for name, _ in refused)
+        _, first = refused[0]
+        has = f"may {', '.join(may)}; " if may else ""
+        raise Permanent(f"{has}may not {names}: {first.message}", first.hint)
+    return f"may {', '.join(may)}"
+
+
+def of_objects(store: "ObjectStore", prefix: str) -> Check:
+    """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
+
+    def check() -> str:
+        said = tried(
+            [
+                ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
+                ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
+                ("write", store.probe),
+            ]
+        )
+        holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
+        return f"{said}; {holds}"
+
+    return check
+
+
+def of_database(database: Database) -> Check:
+    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended."""
+
+    def check() -> str:
+        with database.transaction() as session:
+            if database.dialect == "sqlite":
+                version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
+                return f"SQLite {version}: may read and write"
+            found = session.rows(POSTGRES)[0]
+        creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
+        return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
+
+    return check

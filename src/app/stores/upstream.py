@@ -1,0 +1,110 @@
+"""GET requests to the one configured address of an outside service. httpx has its home here.
+
+Invariants: no exception of httpx leaves this module; a redirect is never followed, so what is configured is what is
+called; no message holds a credential; a body that ends early is an error, not an end.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.core.errors import Transient
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_SECONDS = 10.0
+TEXT_BYTES = 2000
+PIECE_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a service answers and how it knows us. `variable` is the setting that holds `base_url`, for hints.
+
+    `headers` hold the credential. `read_seconds`: the longest silence; services build archives before the first byte.
+    """
+
+    service: str
+    base_url: str
+    variable: str
+    headers: Mapping[str, str]
+    read_seconds: float = 300.0
+
+
+class Answer:
+    """The head of an answer, and its body as it comes. Valid inside the block of `Upstream.get`."""
+
+    def __init__(self, response: "httpx.Response") -> None:
+        self._response = response
+        self.status: int = response.status_code
+
+    def header(self, name: str) -> str:
+        """A header's value; "" when there is none."""
+        return str(self._response.headers.get(name, ""))
+
+    def raw(self) -> Iterator[bytes]:
+        """The body in pieces, as it was sent: still compressed when `content-encoding` says so."""
+        return self._response.iter_raw(PIECE_BYTES)
+
+    def text(self) -> str:
+        """The beginning of the body as one printable line, for messages."""
+        found = bytearray()
+        for piece in self._response.iter_bytes():
+            found += piece
+            if len(found) >= TEXT_BYTES:
+                break
+        text = found[:TEXT_BYTES].decode("utf-8", "replace")
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+    @property
+    def retry_after_seconds(self) -> float | None:
+        """How long the service asks to wait; None when it does not say."""
+        value = self.header("retry-after").strip()
+        return float(value) if value.isdigit() else None
+
+
+class Upstream:
+    """One service. Connects on first use; safe to use from many threads."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._lock = threading.Lock()
+        self._made: httpx.Client | None = None
+
+    def close(self) -> None:
+        """Close idle connections. It may be used again afterwards."""
+        with self._lock:
+            client, self._made = self._made, None
+        if client is not None:
+            client.close()
+
+    @contextmanager
+    def get(self, path: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+        """Ask for `path`, its query included. Any status is an answer; Transient for none or a part."""
+        import httpx
+
+        client = self._client()
+        try:
+            with client.stream("GET", self.address.base_url + path, headers=dict(headers)) as response:
+                yield Answer(response)
+        except httpx.HTTPError as error:
+            what = str(error) or type(error).__name__
+            raise Transient(
+                f"{self.address.service} at {self.address.base_url}: {what}",
+                f"nothing to do if it passes; else check {self.address.variable} and the network",
+            ) from error
+
+    def _client(self) -> "httpx.Client":
+        import httpx
+
+        with self._lock:
+            if self._made is None:
+                # Its line for each request would drown the log, where a run has one.
+                logging.getLogger("httpx").setLevel(logging.WARNING)
+                timeout = httpx.Timeout(self.address.read_seconds, connect=CONNECT_SECONDS)
+                self._made = httpx.Client(headers=dict(self.address.headers), timeout=timeout, follow_redirects=False)
+            return self._made

@@ -1,0 +1,200 @@
+"""Lines of an export as rows of the seven tables."""
+
+import json
+from typing import Any
+
+import pytest
+
+from app.amplitude.events import BLOCK_BYTES, Seen, blocks, reader
+from app.core.errors import Permanent
+from app.dwh.tables import TABLES
+from app.stores.product_mapping import mapping
+
+ID = "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11"
+SAMPLE: dict[str, Any] = {
+    "$insert_id": "abc-1",
+    "$schema": 12,
+    "adid": None,
+    "amplitude_attribution_ids": ["x", "y"],
+    "amplitude_id": 2**53 + 1,
+    "app": 187520,
+    "city": "Berlin",
+    "client_event_time": "2022-01-01 03:04:05.678000",
+    "country": "Germany",
+    "data": {"path": "/2/httpapi"},
+    "device_brand": "Apple",
+    "device_carrier": None,
+    "device_family": "Apple iPhone",
+    "device_id": "D-1",
+    "device_manufacturer": "Apple",
+    "device_model": "iPhone14,2",
+    "device_type": "Apple iPhone",
+    "event_id": 7,
+    "event_properties": {"price": 1.5, "big": 2**60},
+    "event_time": "2022-01-01 03:04:05.678000",
+    "event_type": "open",
+    "group_properties": {},
+    "groups": {"plan": ["free"]},
+    "ip_address": "203.0.113.7",
+    "is_attribution_event": "true",
+    "language": "German",
+    "library": "amplitude-ios/8",
+    "location_lat": 52.5,
+    "location_lng": None,
+    "os_name": "ios",
+    "os_version": "15.1",
+    "plan": None,
+    "platform": "iOS",
+    "region": "Land Berlin",
+    "session_id": -1,
+    "start_version": "1.0",
+    "user_id": None,
+    "user_properties": {"EHR_ID": "42", "Gender": "Female", "cohort_day": 3, "registered_via_app": "via app"},
+    "uuid": ID.upper(),
+    "version_name": "4.2",
+    "nobody_said_that": {"a": [1]},
+}
+
+
+def tables(*lines: Any, careful: bool = False, seen: Seen | None = None) -> dict[str, list[dict[str, Any]]]:
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    made = reader().tables(b"\n".join(texts) + b"\n", seen or Seen(), careful=careful)
+    return {name: [dict(zip(rows.names, row, strict=True)) for row in rows.rows] for name, rows in made.items()}
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_real_event_goes_to_all_seven_tables(careful: bool) -> None:  # noqa: FBT001 - both ways give the same
+    made = tables(SAMPLE, careful=careful)
+    at = "2022-01-01T03:04:05.678000Z"
+    assert made["events_part"] == [
+        {
+            "uuid": ID,
+            "event_type": "open",
+            "event_time": at,
+            "user_id": None,
+            "platform": "iOS",
+            "device_id": "D-1",
+            "event_id": 7,
+            "language": "German",
+            "os_name": "ios",
+            "os_version": "15.1",
+            "session_id": -1,
+            "start_version": "1.0",
+            "version_name": "4.2",
+        }
+    ]
+    assert made["mobile_devices"][0]["device_model"] == "iPhone14,2"
+    person = made["permanent_user_properties"][0]
+    assert person["ehr_id"] == 42
+    assert (person["gender"], person["cohort_day"], person["registered_via_app"]) == ("female", 3, True)
+    technical = made["technical_data"][0]
+    assert json.loads(technical["amplitude_attribution_ids"]) == ["x", "y"]
+    assert (technical["amplitude_id"], technical["is_attribution_event"], technical["plan_json"]) == (
+        2**53 + 1,
+        True,
+        None,
+    )
+    assert json.loads(made["tmp_event_properties"][0]["event_properties_json"]) == {"price": 1.5, "big": 2**60}
+    assert made["tmp_user_properties"][0]["migrated"] is False
+    assert made["tmp_user_properties"][0]["event_time"] == at
+    assert (made["user_locations"][0]["location_lat"], made["user_locations"][0]["region"]) == (52.5, "Land Berlin")
+
+
+@pytest.mark.parametrize("service", ["amplitude", "appmetrica"])
+def test_the_mapping_names_tables_and_columns_that_there_are(service: str) -> None:
+    for name, places in mapping(service).places.items():
+        table = next(each for each in TABLES if each.name == name)
+        assert set(places) <= set(table.names)
+        assert next(iter(places)) == table.key.name
+    assert set(mapping(service).places) == {table.name for table in TABLES}
+    assert all(set(mapping("amplitude").places[table.name]) == set(table.names) for table in TABLES)
+
+
+@pytest.mark.parametrize(
+    ("given", "record"), [(7, 7), ("7", 7), (7.0, 7), (None, None), ("N/A", None), ("no ehr", None), ("no_ehr", None)]
+)
+def test_a_health_record_is_a_number_or_none(given: Any, record: int | None) -> None:
+    made = tables({**SAMPLE, "user_properties": {"EHR_ID": given}})
+    assert [row["ehr_id"] for row in made.get("permanent_user_properties", [])] == ([] if record is None else [record])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *(("via app", True), ("1", True), (1, True), (True, True)),
+        *(("0", False), (0, False), (False, False), ("unknown", None), ("N/A", None), (None, None)),
+    ],
+)
+def test_how_somebody_registered_is_said_in_many_ways(given: Any, said: bool | None) -> None:  # noqa: FBT001 - expected
+    made = tables({**SAMPLE, "user_properties": {"EHR_ID": 1, "registered_via_app": given}})
+    assert made["permanent_user_properties"][0]["registered_via_app"] is said
+
+
+def test_the_older_name_of_the_gender_serves_when_the_newer_one_is_absent() -> None:
+    made = tables({**SAMPLE, "user_properties": {"EHR_ID": 1, "gender": "MALE"}})
+    assert made["permanent_user_properties"][0]["gender"] == "male"
+
+
+@pytest.mark.parametrize("text", ["2022-01-01 03:04:05", "2022-01-01T04:04:05.0+01:00", "2022-01-01 03:04:05.000"])
+def test_instants_come_in_several_forms(text: str) -> None:
+    assert tables({**SAMPLE, "event_time": text})["events_part"][0]["event_time"] == "2022-01-01T03:04:05.000000Z"
+
+
+NASTY = [
+    b'{"uuid":"%s","event_type":"a\\u0000b","city":"x\\ud800y","event_properties":{"k\\u0000":"\\udc00"}}',
+    b'{"uuid":"%s","event_id":123456789012345678901234567890,"amplitude_id":1e400,"event_properties":{"n":1e400}}',
+    b'{"uuid":"%s","session_id":NaN,"location_lat":-Infinity,"event_properties":{"n":NaN}}',
+    b'{"uuid":"%s","device_id":{"a":1},"user_properties":[1],"groups":"text","event_type":["x"],"user_id":7}',
+    b'{"uuid":"%s","event_properties":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}",
+    b'{"uuid":"%s","uuid":"%s","event_type":"first","event_type":"last"}',
+]
+
+
+@pytest.mark.parametrize("line", NASTY)
+def test_what_no_database_stores_is_mended_and_the_event_kept(line: bytes) -> None:
+    seen = Seen()
+    made = tables(line.replace(b"%s", ID.encode()), SAMPLE, seen=seen)
+    assert (seen.rows, seen.fault_rows) == (2, 0)
+    text = json.dumps(made)
+    assert "\\u0000" not in text
+    assert "\\ud800" not in text
+    assert "Infinity" not in text
+    for row in made["tmp_event_properties"]:
+        json.loads(row["event_properties_json"], parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[]", b"{", b'"text"', b'{"uuid":null}', b'{"uuid":"7"}', b"{}", b"9" * 5000, b"[" * 9000]
+)
+def test_a_line_that_is_no_event_is_counted_and_no_other_is_lost(line: bytes) -> None:
+    seen = Seen()
+    made = tables(SAMPLE, line, {**SAMPLE, "uuid": ID.replace("0", "1")}, seen=seen)
+    assert len(made["events_part"]) == 2
+    assert (seen.rows, seen.fault_rows) == (2, 1)
+
+
+def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart() -> None:
+    events = [{**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"} for number in range(50)]
+
+    def digest(found: list[dict[str, Any]]) -> str:
+        seen = Seen()
+        tables(*found, seen=seen)
+        return seen.digest
+
+    assert digest(events) == digest(events[::-1])
+    assert len({digest(events), digest(events[1:]), digest([*events, events[0]])}) == 3
+
+
+def test_lines_are_found_whatever_the_pieces_are() -> None:
+    text = b"".join(b'{"n":%d}\n' % number for number in range(200_000)) + b'{"n":-1}'
+    for size in (1 << 10, 99_991, len(text)):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        found = list(blocks(pieces))
+        assert b"".join(found) == text
+        assert all(block.endswith(b"\n") for block in found[:-1])
+        assert size == len(text) or max(map(len, found)) < BLOCK_BYTES + size + 100
+
+
+def test_a_line_without_an_end_does_not_fill_memory() -> None:
+    with pytest.raises(Permanent, match="larger than"):
+        list(blocks(b"x" * (1 << 20) for _ in range(100)))

@@ -1,0 +1,196 @@
+"""/analytics as a client sees it, from the real daemon."""
+
+import csv
+import hashlib
+import io
+import random
+import re
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from app.stores.local_directory import LocalDirectory
+from app.stores.objects import Put
+from daemon import Daemon, Daemons
+from lake import exported, flat
+
+START = datetime(2026, 2, 1, tzinfo=UTC)
+OWN = """-- title: How many rows, by a limit
+-- param least: number = 0: only voltages above
+-- param on: date: only this day
+SELECT device_id, count(*) AS n, now() AS asked, [1, 2] AS list, {'a': NULL} AS nested
+FROM read_parquet({{S3_PATH}})
+WHERE voltage > $least AND ($on IS NULL OR CAST(timestamp AS DATE) = $on)
+GROUP BY device_id ORDER BY device_id
+"""
+
+
+def put(folder: Path, key: str, content: bytes) -> None:
+    LocalDirectory(folder / "data" / "objects").put(f"telemetry/{key}", io.BytesIO(content), Put("x"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("analytics")
+    draw = random.Random(1)  # noqa: S311 - test data
+    for hour in range(3):
+        start = START.replace(hour=hour)
+        put(folder, f"device_id==D{hour}/date=2026/02/01/e.parquet", exported(f"=D{hour}", start, 30, draw=draw))
+    put(folder, "day_001.parquet", flat(START.replace(tzinfo=None), 20, draw=draw))
+    put(folder, "broken.parquet", b"PAR1 no")
+    (folder / "reports").mkdir()
+    (folder / "reports" / "my_own.sql").write_text(OWN)
+    (folder / "reports" / "wrong.sql").write_text("SELECT * FROM read_text('/etc/passwd')")
+    started = Daemons(folder)
+    yield started.start(ANALYTICS_REPORTS_DIR=str(folder / "reports"), ANALYTICS_REFRESH_SECONDS="0.2")
+    started.close()
+
+
+def fetched(daemon: Daemon, path: str) -> bytes:
+    with urllib.request.urlopen(daemon.url + path, timeout=30) as answer:  # noqa: S310 - loopback
+        content: bytes = answer.read()
+        return content
+
+
+def test_the_four_built_in_answers_have_the_documented_shape_under_both_paths(served: Daemon) -> None:
+    overview = served.get("/analytics/overview").json
+    assert overview["total_rows"] == 110
+    assert overview.keys() == {"total_rows", "device_count", "min_timestamp", "max_timestamp", "warnings"}
+    assert overview["min_timestamp"] == "2026-02-01T00:00:00Z"
+    daily = served.get("/analytics/daily-summary").json
+    assert daily["count"] == len(daily["data"])
+    assert daily["data"][0].keys() == {
+        "device_id", "date", "avg_voltage", "max_temperature", "avg_soc", "row_count",
+    }  # fmt: skip
+    devices = served.get("/analytics/devices").json
+    assert devices["devices"][0].keys() == {"device_id", "first_seen", "last_seen", "total_records"}
+    latest = served.get("/analytics/devices/latest").json
+    names = {"device_id", "timestamp", "voltage", "current", "power", "temperature", "soc"}
+    assert names <= latest["data"][0].keys()
+    for path in ("overview", "daily-summary", "devices", "devices/latest"):
+        assert served.get(f"/{path}").json == served.get(f"/analytics/{path}").json
+
+
+def test_an_object_that_cannot_be_read_is_named_in_warnings(served: Daemon) -> None:
+    reply = served.get("/analytics/devices")
+    (warning,) = reply.json["warnings"]
+    assert warning["object"] == "telemetry/broken.parquet"
+    assert reply.headers["X-Warnings"] == "1"
+
+
+def test_every_answer_says_of_when_it_is_what_it_took_and_how_it_is_known(served: Daemon) -> None:
+    for path in ("/analytics/overview", "/analytics/over-time", "/analytics/devices?scan=true"):
+        reply = served.get(path)
+        assert datetime.fromisoformat(reply.headers["X-Data-As-Of"]) <= datetime.now(UTC)
+        assert "dur=" in reply.headers["Server-Timing"]
+        again = served.get(path, {"If-None-Match": reply.headers["ETag"]})
+        assert (again.status, again.text) == (304, "")
+        assert again.headers["ETag"] == reply.headers["ETag"]
+        assert served.get(path, {"If-None-Match": '"other"'}).status == 200
+
+
+def test_summaries_and_scans_say_the_same(served: Daemon) -> None:
+    for path in ("overview", "devices", "devices/latest"):
+        assert served.get(f"/analytics/{path}").json == served.get(f"/analytics/{path}?scan=true").json
+
+
+def test_all_formats_hold_the_same_rows(served: Daemon) -> None:
+    for path in ("/analytics/devices", "/analytics/over-time"):
+        rows: Any = served.get(path).json
+        listed = rows.get("devices") or rows["data"]
+        csv_rows = list(csv.DictReader(io.StringIO(fetched(served, f"{path}?format=csv").decode())))
+        parquet = pq.read_table(io.BytesIO(fetched(served, f"{path}?format=parquet"))).to_pylist()
+        with zipfile.ZipFile(io.BytesIO(fetched(served, f"{path}?format=xlsx"))) as sheet:
+            texts = re.findall(r"<t[^>]*>([^<]*)</t>", sheet.read("xl/sharedStrings.xml").decode())
+            cells = sheet.read("xl/worksheets/sheet1.xml").decode()
+        ids = [row["device_id"] for row in listed]
+        assert [row["device_id"] for row in csv_rows] == ids
+        assert [row["device_id"] for row in parquet] == ids
+        assert texts[: len(listed[0])] == list(listed[0])
+        assert [text for text in texts[len(listed[0]) :] if text in ids] == list(dict.fromkeys(ids))
+        assert "<f>" not in cells, "what looks like a formula is text"
+
+
+def test_a_file_in_the_folder_is_a_report_with_typed_parameters(served: Daemon) -> None:
+    reply = served.get("/analytics/my-own?least=200&on=2026-02-01")
+    assert reply.status == 200, reply.text
+    assert reply.json["data"][0]["nested"] == {"a": None}
+    assert reply.json["data"][0]["asked"].endswith("Z")
+    assert served.get("/analytics/my-own?least=1000").json["count"] == 0
+    for wrong in ("least=many", "on=2026-02-31", "other=1", "least=1&least=2", "format=doc", "scan=true"):
+        refused = served.get(f"/analytics/my-own?{wrong}")
+        assert refused.status == 422, wrong
+        assert refused.json["error"]["hint"]
+    for how in ("csv", "parquet", "xlsx"):
+        assert fetched(served, f"/analytics/my-own?format={how}")
+
+
+def test_the_list_names_parameters_and_columns_and_what_is_wrong_with_a_report(served: Daemon) -> None:
+    listed = {each["name"]: each for each in served.get("/analytics").json["reports"]}
+    assert listed.keys() == {
+        "overview", "daily_summary", "devices", "device_latest", "over_time", "my_own", "wrong",
+    }  # fmt: skip
+    assert [each["name"] for each in listed["my_own"]["parameters"]] == ["least", "on"]
+    assert listed["daily_summary"]["columns"][1] == {"name": "date", "type": "DATE"}
+    assert "read_text" in listed["wrong"]["fault"]["message"]
+    refused = served.get("/analytics/wrong")
+    assert refused.status == 502
+    assert "read_text" in refused.json["error"]["message"]
+
+
+def test_the_schema_names_every_column_with_its_types_and_how_many_objects_have_it(served: Daemon) -> None:
+    schema = served.get("/analytics/schema").json
+    columns = {each["name"]: each for each in schema["columns"]}
+    assert columns["voltage"]["types"] == {"DOUBLE": 3, "INTEGER": 1}
+    assert columns["soc"]["objects"] == 1
+    assert (schema["objects"], schema["rows"]) == (5, 110)
+
+
+def test_the_page_and_its_parts_come_from_here_and_nowhere_else(served: Daemon) -> None:
+    page = served.get("/analytics/explore")
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    for path in ("/assets/explore.js", "/assets/explore.css"):
+        assert served.get(path).status == 200
+    for text in (page.text, served.get("/assets/explore.js").text, served.get("/assets/explore.css").text):
+        assert "https://" not in text
+    assert 'href="analytics/explore"' in served.get("/").text
+
+
+def test_changes_are_seen_within_the_refresh_and_a_killed_daemon_goes_on(daemons: Daemons, tmp_path: Path) -> None:
+    draw = random.Random(2)  # noqa: S311 - test data
+    daemon = daemons.start(ANALYTICS_REFRESH_SECONDS="0.2")
+    assert daemon.get("/overview").json == {
+        "total_rows": 0, "device_count": 0, "min_timestamp": None, "max_timestamp": None,
+    }  # fmt: skip
+    assert "duckdb" not in Path(f"/proc/{daemon.process.pid}/maps").read_text(), "an empty prefix needs no DuckDB"
+    put(tmp_path, "day_001.parquet", exported("D1", START, 30, draw=draw))
+    daemon.until(lambda: daemon.get("/overview").json["total_rows"] == 30)
+    daemon.kill()
+    put(tmp_path, "day_001.parquet", exported("D1", START, 40, draw=draw))
+    put(tmp_path, "day_002.parquet", exported("D2", START, 5, draw=draw))
+    again = daemons.start(ANALYTICS_REFRESH_SECONDS="0.2")
+    assert again.get("/overview").json["total_rows"] == 45
+    assert len([each for each in (tmp_path / "data" / "analytics").iterdir() if each.is_dir()]) == 1
+    again.terminate()
+    third = daemons.start()
+    assert third.get("/devices").json["count"] == 2
+    assert "duckdb" not in Path(f"/proc/{third.process.pid}/maps").read_text(), "nothing is read twice"
+
+
+def test_a_key_for_reports_opens_the_page_and_nothing_else(daemons: Daemons) -> None:
+    secret = "hw_reader_" + "r" * 43
+    entry = f"reader:analytics:read:{hashlib.sha256(secret.encode()).hexdigest()}"
+    daemon = daemons.start(API_KEYS=entry)
+    assert daemon.get("/analytics/explore").status == 200
+    assert daemon.get("/analytics").status == 401
+    session = daemon.post("/ops/session", {"key": secret})
+    assert session.status == 204
+    cookie = {"Cookie": session.headers["Set-Cookie"].split(";")[0]}
+    assert daemon.get("/analytics/devices", cookie).status == 200
+    assert daemon.get("/ops/jobs", cookie).status == 403

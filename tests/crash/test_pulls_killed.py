@@ -1,0 +1,94 @@
+"""The real process is killed over and over while it pulls; tables and objects end up as if it had not been."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.demo import amplitude, appmetrica
+from pulling import Clock, landed
+
+KILLS = 50
+JOBS = ("amplitude", "appmetrica")
+
+
+@pytest.fixture
+def services() -> Iterator[Mapping[str, str]]:
+    """Both services; AppMetrica has late rows, Amplitude hours of several members."""
+    now = datetime.now(UTC)
+    with ExitStack() as stack:
+        web = stack.enter_context(amplitude.AmplitudeSimulator(clock=lambda: now))
+        web.state.made = amplitude.generated(40)
+        mobile = stack.enter_context(appmetrica.AppMetricaSimulator(clock=lambda: now))
+        mobile.state.rows = appmetrica.generated(mobile.state.application_id, 60)
+        mobile.state.questions = 1
+        yield {**web.environment("web"), **mobile.environment(), "APPMETRICA_LOOKBACK_DAYS": "4"}
+
+
+def start(job: str, services: Mapping[str, str], folder: Path) -> "subprocess.Popen[str]":
+    environ = {
+        **os.environ,
+        **services,
+        "DATA_DIR": str(folder),
+        "LEASE_TTL_SECONDS": "1",
+        "LEASE_HEARTBEAT_SECONDS": "0.3",
+    }
+    command = [sys.executable, "-m", "app", "run", job]
+    return subprocess.Popen(
+        command, env=environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run_to_the_end(job: str, services: Mapping[str, str], folder: Path) -> None:
+    """A lease of a killed process runs out by itself."""
+    deadline = time.monotonic() + 60
+    while True:
+        process = start(job, services, folder)
+        told, _ = process.communicate(timeout=100)
+        if process.returncode == 0:
+            return
+        assert process.returncode == os.EX_TEMPFAIL, told
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def outcome(folder: Path) -> Any:
+    with landed(folder, Clock(datetime.now(UTC))) as made:
+        weeks = {key: body for key, body in made.objects("amplitude/").items() if key.endswith(".zip")}
+        hours = made.lines("amplitude/web/hours/") | made.lines("appmetrica/")
+        return made.tables(), weeks, hours, made.state.checkpoints.cursors("amplitude")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_fifty_kills_leave_what_one_clean_pull_leaves(services: Mapping[str, str], tmp_path: Path) -> None:
+    chance = random.Random(7)  # noqa: S311 - moments to kill at, no secret
+    folder, calm = tmp_path / "killed", tmp_path / "calm"
+    folder.mkdir()
+    calm.mkdir()
+    killed = 0
+    for number in range(KILLS):
+        process = start(JOBS[number % 2], services, folder)
+        with process:
+            time.sleep(chance.uniform(0.3, 1.1))
+            killed += process.poll() is None
+            process.kill()
+    for job in JOBS:
+        run_to_the_end(job, services, folder)
+        run_to_the_end(job, services, calm)
+    assert killed > KILLS // 2
+    tables, *others = outcome(calm)
+    assert len(tables["events_part"]) > 3000
+    disturbed, *after = outcome(folder)
+    for name, rows in tables.items():
+        assert disturbed[name] == rows, name
+    assert after == others
+    assert timedelta(0) < datetime.now(UTC) - others[2]["web"] < timedelta(hours=5)

@@ -1,0 +1,85 @@
+"""An object store in memory, both halves of its port: the plainest thing that keeps the contract."""
+
+import io
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import BinaryIO
+
+from app.core.errors import Conflict
+from app.stores.local_transfers import page_of
+from app.stores.objects import ObjectInfo, Put, check_key
+from app.stores.transfers import Page, Question, Readable, Stored
+
+
+class MemoryObjects:
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._held: dict[str, tuple[ObjectInfo, bytes]] = {}
+
+    @property
+    def conditional(self) -> bool:
+        return True
+
+    def probe(self) -> None:
+        pass
+
+    def head(self, key: str) -> ObjectInfo | None:
+        check_key(key).encode()
+        found = self._held.get(key)
+        return found and found[0]
+
+    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        return self.write(key, body, put).etag
+
+    @contextmanager
+    def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
+        check_key(key)
+        found = self._held.get(key)
+        if found and etag not in (None, found[0].etag):
+            raise Conflict(f"{key}: is no longer {etag}")
+        yield found and io.BytesIO(found[1])
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for key in sorted(self._held):
+            if key.startswith(prefix):
+                yield self._held[key][0]
+
+    def delete(self, key: str) -> None:
+        with self._turn:
+            self._held.pop(check_key(key), None)
+
+    def write(self, key: str, body: Readable, put: Put) -> Stored:
+        check_key(key).encode()
+        data = b"".join(iter(lambda: body.read(1 << 16), b""))
+        with self._turn:
+            held = self._held.get(key)
+            if put.expected not in (None, held[0].etag if held else ""):
+                raise Conflict(f"{key}: is not {put.expected}")
+            metadata = {name.lower(): value for name, value in put.metadata.items()}
+            etag = f'"{next(self._numbers)}"'
+            info = ObjectInfo(key, len(data), etag, datetime.now(UTC), put.content_type, metadata)
+            self._held[key] = (info, data)
+        return Stored(etag, len(data))
+
+    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+        with self.open(held.key, held.etag) as old:
+            if old is None:
+                raise Conflict(f"{held.key}: is gone")
+            whole = bytearray(old.read())
+        new = b"".join(iter(lambda: body.read(1 << 16), b""))
+        whole[offset : offset + len(new)] = new
+        return self.write(held.key, io.BytesIO(bytes(whole)), Put(held.content_type, held.metadata, held.etag))
+
+    @contextmanager
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:
+        with self.open(held.key, held.etag) as stream:
+            if stream is None:
+                raise Conflict(f"{held.key}: is gone")
+            yield io.BytesIO(stream.read()[first : first + count])
+
+    def page(self, question: Question) -> Page:
+        return page_of(self.list(question.prefix), question)

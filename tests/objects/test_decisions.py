@@ -1,0 +1,253 @@
+"""What a request asks for, without any server: ranges, conditions, keys, forms, names, types."""
+
+import asyncio
+import io
+import random
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.core.errors import Transient
+from app.objects.conditions import check_match, expected_of, span_of, unchanged
+from app.objects.faults import NotServed
+from app.objects.feed import Feed, carried
+from app.objects.form import Form, boundary_of
+from app.objects.links import SignedLinks, disposition
+from app.objects.media import media_type
+from app.objects.reach import Reach, check_query
+from app.stores.objects import ObjectInfo
+
+AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
+HELD = ObjectInfo("k", 10, '"e"', AT)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("bytes=0-0", (0, 1)),
+        ("bytes=0-", (0, 10)),
+        ("bytes=3-5", (3, 3)),
+        ("bytes=9-99", (9, 1)),
+        ("bytes=-3", (7, 3)),
+        ("bytes=-99", (0, 10)),
+    ],
+)
+def test_ranges_are_cut_to_the_object(given: str, wanted: tuple[int, int]) -> None:
+    span = span_of({"range": given}, HELD)
+    assert (span.first, span.count, span.part) == (*wanted, True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "bytes=", "bytes=-", "bytes=5-3", "bytes=0-1,3-4", "items=0-1", "bytes=a-b", "bytes=" + "9" * 40 + "-"],
+)
+def test_what_is_no_range_means_the_whole_object(given: str) -> None:
+    assert not span_of({"range": given}, HELD).part
+
+
+@pytest.mark.parametrize("given", ["bytes=10-", "bytes=10-20", "bytes=-0"])
+def test_a_range_behind_the_end_is_416_with_the_size(given: str) -> None:
+    with pytest.raises(NotServed) as caught:
+        span_of({"range": given}, HELD)
+    assert (caught.value.status, caught.value.headers) == (416, {"Content-Range": "bytes */10"})
+    with pytest.raises(NotServed):
+        span_of({"range": "bytes=-5"}, ObjectInfo("k", 0, '"e"', AT))
+
+
+def test_a_range_of_another_version_means_the_whole_object() -> None:
+    assert span_of({"range": "bytes=0-1", "if-range": '"e"'}, HELD).part
+    assert not span_of({"range": "bytes=0-1", "if-range": '"x"'}, HELD).part
+    assert not span_of({"range": "bytes=0-1", "if-range": "Sat, 07 Feb 2026 12:00:00 GMT"}, HELD).part
+
+
+def test_conditions_name_versions() -> None:
+    assert [unchanged({"if-none-match": given}, '"e"') for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
+    assert [unchanged(fields, '"e"') for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [
+        False
+    ] * 3
+    check_match({"if-match": '"a", "e"'}, '"e"')
+    for other in ('"x"', 'W/"e"', "e"):
+        with pytest.raises(NotServed) as caught:
+            check_match({"if-match": other}, '"e"')
+        assert caught.value.status == 412
+    assert (expected_of({}), expected_of({"if-none-match": "*"}), expected_of({"if-match": '"e"'})) == (None, "", '"e"')
+    for fields in ({"if-match": "*"}, {"if-match": '"a","b"'}, {"if-none-match": '"e"'}, {"if-match": 'W/"e"'}):
+        with pytest.raises(NotServed):
+            expected_of(fields)
+
+
+def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only() -> None:
+    reach = Reach(("a/", "telemetry/"), "telemetry/", "a/b/")
+    assert reach.writes("a/b/c") == "a/b/c"
+    for key in ("a/c", "b/x", "a", "a/b"):
+        with pytest.raises(NotServed) as caught:
+            reach.reads(key)
+        assert caught.value.status == 403
+    exports = Reach((), "telemetry/")
+    assert exports.reads("telemetry/x") == "telemetry/x"
+    assert exports.writes("telemetry") == "telemetry"
+    with pytest.raises(NotServed, match="read-only"):
+        exports.writes("telemetry/x")
+    assert Reach((), None).writes("telemetry/x")
+    with pytest.raises(NotServed):
+        Reach((), "").writes("any")
+    with pytest.raises(NotServed):
+        reach.lists("a/")
+    assert reach.lists("a/b/") == "a/b/"
+    assert [Reach(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a/../b", "..", "a\nb", "a\x7f", "k" * 1025, ".headwater/x"])
+def test_keys_that_cannot_be_are_422(key: str) -> None:
+    with pytest.raises(NotServed) as caught:
+        Reach().reads(key)
+    assert (caught.value.status, caught.value.fault) == (422, "key")
+
+
+def test_a_query_that_is_not_utf8_is_refused() -> None:
+    check_query(b"key=%C3%BC+x")
+    with pytest.raises(NotServed):
+        check_query(b"key=%ff")
+
+
+def form_of(*parts: tuple[str, str | None, bytes], boundary: str = "b0und") -> bytes:
+    body = b""
+    for name, filename, data in parts:
+        file = f'; filename="{filename}"' if filename is not None else ""
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n'
+        body += head.encode() + (b"Content-Type: text/x\r\n\r\n" if file else b"\r\n") + data + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode()
+
+
+class Pieces:
+    """A body that comes in pieces of random sizes."""
+
+    def __init__(self, data: bytes, seed: int) -> None:
+        self._stream, self._draw = io.BytesIO(data), random.Random(seed)  # noqa: S311
+
+    def read(self, count: int, /) -> bytes:
+        return self._stream.read(self._draw.randint(1, min(count, 50)))
+
+
+def whole(form: Form) -> bytes:
+    return b"".join(iter(lambda: form.read(7), b""))
+
+
+@given(data=st.binary(max_size=300), seed=st.integers(0, 1000), noise=st.sampled_from([b"", b"\r\n--b0un", b"--b0und"]))
+def test_the_file_of_a_form_comes_out_as_it_went_in(data: bytes, seed: int, noise: bytes) -> None:
+    data = (data + noise).replace(b"\r\n--b0und", b"")
+    body = form_of(("comment", None, b"hello"), ("file", "n.bin", data), ("more", None, b"x"))
+    form = Form(Pieces(body, seed), "b0und")
+    assert form.content_type == "text/x"
+    assert whole(form) == data
+    assert form.read(1) == b""
+
+
+@given(cut=st.integers(0, 200), seed=st.integers(0, 100))
+def test_a_form_that_breaks_off_is_never_whole(cut: int, seed: int) -> None:
+    body = form_of(("file", "n", b"0123456789" * 5))
+    end = body.rindex(b"--b0und--") + len(b"--b0und--")
+    with pytest.raises(NotServed) as caught:
+        whole(Form(Pieces(body[: min(cut, end - 3)], seed), "b0und"))
+    assert caught.value.status in (400, 422)
+
+
+@pytest.mark.parametrize(
+    "body", [form_of(("comment", None, b"x")), form_of(("file", "a", b"1"), ("other", "b", b"2")), b"", b"nonsense"]
+)
+def test_a_form_without_exactly_one_file_is_refused(body: bytes) -> None:
+    with pytest.raises(NotServed):
+        whole(Form(io.BytesIO(body), "b0und"))
+
+
+def test_a_content_type_says_whether_it_is_a_form() -> None:
+    assert boundary_of({}) is None
+    assert boundary_of({"content-type": "text/csv"}) is None
+    assert boundary_of({"content-type": 'Multipart/Form-Data; boundary="a b"'}) == "a b"
+    for given_type in ("multipart/form-data", "multipart/mixed; boundary=x"):
+        with pytest.raises(NotServed):
+            boundary_of({"content-type": given_type})
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "wanted"),
+    [
+        ("text/x-mine", "a.csv", "text/x-mine"),
+        ("", "a.csv", "text/csv"),
+        ("application/x-www-form-urlencoded", "a/b.parquet", "application/vnd.apache.parquet"),
+        ("application/octet-stream", "noending", "application/octet-stream"),
+        ("tëxt", "a.json", "application/json"),
+        ("", "a.csv.gz", "application/octet-stream"),
+    ],
+)
+def test_the_type_is_what_was_said_or_what_the_ending_says(said: str, key: str, wanted: str) -> None:
+    assert media_type(said, key) == wanted
+
+
+def test_a_download_is_named_as_its_key_ends_and_nothing_breaks_out_of_the_header() -> None:
+    assert disposition("a/b.csv") == 'attachment; filename="b.csv"'
+    assert disposition('a/ü".csv') == "attachment; filename=\"__.csv\"; filename*=UTF-8''%C3%BC%22.csv"
+
+
+def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
+    links = SignedLinks(tmp_path / "data")
+    path = links.make("a b/ü+%.csv", AT, 60)
+    signature = path.rpartition("=")[2]
+    expires = int((AT + timedelta(seconds=60)).timestamp())
+    links.check("a b/ü+%.csv", AT + timedelta(seconds=59), expires, signature)
+    SignedLinks(tmp_path / "data").check("a b/ü+%.csv", AT, expires, signature)
+    wrong = [
+        ("a b/ü+%.csv", AT + timedelta(seconds=60), expires, signature),
+        ("a b/ü+%.csv", AT, expires + 1, signature),
+        ("other", AT, expires, signature),
+        ("a b/ü+%.csv", AT, expires, ""),
+        ("a b/ü+%.csv", AT, expires, "\ud800ü"),
+    ]
+    for key, now, until, signed in wrong:
+        with pytest.raises(NotServed):
+            links.check(key, now, until, signed)
+    secret = tmp_path / "data" / "link.key"
+    assert secret.stat().st_mode & 0o077 == 0
+    assert len(list(secret.parent.iterdir())) == 1
+    secret.unlink()
+    with pytest.raises(NotServed):
+        links.check("a b/ü+%.csv", AT, expires, signature)
+
+
+async def blocks(data: bytes, size: int, *, breaks: bool = False) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), size):
+        await asyncio.sleep(0)
+        yield data[start : start + size]
+    if breaks:
+        raise ConnectionError("gone")
+
+
+def test_a_body_reaches_the_thread_whole_or_not_at_all() -> None:
+    data = random.Random(1).randbytes(3_000_000)  # noqa: S311
+    seen: list[BaseException] = []
+
+    def take(feed: Feed) -> bytes:
+        try:
+            return b"".join(iter(lambda: feed.read(100_000), b""))
+        except Transient as error:
+            seen.append(error)
+            raise
+
+    def refuse(feed: Feed) -> bytes:
+        feed.read(10)
+        raise NotServed(422, "no", "no")
+
+    with ThreadPoolExecutor(1) as threads:
+        for size in (1, 65_536, 1_000_000):
+            sent = data[: size * 5000]
+            assert asyncio.run(carried(blocks(sent, size), threads, take)) == sent
+        with pytest.raises(ConnectionError):
+            asyncio.run(carried(blocks(data, 65_536, breaks=True), threads, take))
+        with pytest.raises(NotServed):
+            asyncio.run(carried(blocks(data, 65_536), threads, refuse))
+    assert len(seen) == 1

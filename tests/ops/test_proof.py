@@ -1,0 +1,149 @@
+"""Verification and healing as people start them, over HTTP and by command; pauses and counters outlive a process."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import TESTS, Daemon, Daemons
+from shell import Shell
+
+SPAN_HOURS = 24
+
+
+def span() -> dict[str, str]:
+    now = datetime.now(UTC)
+    return {"from": (now - timedelta(hours=SPAN_HOURS)).isoformat(), "to": now.isoformat()}
+
+
+def verified(daemon: Daemon) -> Any:
+    assert daemon.post("/ops/jobs/shelf/verify", span()).status == 202
+    return daemon.until(
+        lambda: next(
+            (each for each in daemon.get("/ops/verifications").json["verifications"] if each["ended_at"]), None
+        )
+    )
+
+
+def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp_path: Path) -> None:
+    daemon = daemons.start("shelf")
+    daemon.until(lambda: daemon.job("shelf")["runs_total"])
+    shelf = tmp_path / "data" / "shelf"
+    gone, changed = sorted(shelf.iterdir())[:2]
+    gone.unlink()
+    changed.write_text(changed.read_text()[:-3])
+    found = verified(daemon)
+    assert {window["sign"] for window in found["windows"]} == {"-", "*"}
+    assert found["counts"]["-"] == found["counts"]["*"] == 1
+    (line,) = daemon.get("/ops/gaps?job=shelf&hours=24").json["partitions"]
+    assert [cell["state"] for cell in line["cells"]].count("missing") == 1
+    lost = next(window for window in found["windows"] if window["sign"] == "-")
+    part = {"from": lost["start"], "to": lost["end"], "partition": lost["partition"]}
+    assert daemon.post("/ops/jobs/shelf/heal", part).status == 202
+    daemon.until(gone.exists)
+    daemon.until(lambda: daemon.job("shelf")["state"] == "waiting")
+    (line,) = daemon.get("/ops/gaps?job=shelf&hours=24").json["partitions"]
+    assert {cell["state"] for cell in line["cells"]} == {"equal"}
+    assert set(verified(daemon)["counts"]) == {"=", "*"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/ops/jobs/failing/verify", span(), 400),
+        ("/ops/jobs/sleeping/verify", span(), 409),
+        ("/ops/jobs/nobody/heal", span(), 404),
+        ("/ops/jobs/shelf/verify", {"from": "2020-01-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}, 422),
+        ("/ops/jobs/shelf/heal", {**span(), "partition": "x" * 301}, 422),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(daemons: Daemons, path: str, body: Any, status: int) -> None:
+    daemon = daemons.start("shelf")
+    assert daemon.post(path, body).status == status
+    assert daemon.get("/ops/gaps?job=failing").status == 400
+    assert daemon.get("/ops/gaps?job=shelf&to=0001-01-01T00:00:00%2B01:00").status == 422
+
+
+def test_the_command_signs_each_window_and_ends_with_0_only_when_all_are_equal(tmp_path: Path) -> None:
+    shell, given = Shell(tmp_path), span()
+    command = ("verify", "shelf", "--from", given["from"], "--to", given["to"])
+    shell.run("shelf", "run", "shelf")
+    fine = shell.run("shelf", *command)
+    assert (fine.returncode, fine.stderr) == (0, "")
+    assert "windows: 2" in fine.stdout
+    assert fine.stdout.count("\n") == 1
+    lost = sorted((tmp_path / "data" / "shelf").iterdir())[5]
+    lost.unlink()
+    found = shell.run("shelf", *command)
+    assert found.returncode == 1
+    assert found.stdout.splitlines()[0].startswith("- shelf <b>one</b> ")
+    document = json.loads(shell.run("shelf", *command, "--json").stdout)
+    assert (document["equal"], document["counts"]["-"], len(document["windows"])) == (False, 1, 1)
+    healed = shell.run("shelf", *command, "--heal", "--json")
+    assert healed.returncode == 0, healed.stderr
+    assert json.loads(healed.stdout)["healed"] == 1
+    assert lost.exists()
+    assert shell.run("shelf", "verify", "failing", "--from", "2026-01-01", "--to", "2026-01-02").returncode == 1
+
+
+def test_a_pause_survives_a_restart_and_a_command_pauses_a_running_daemon(daemons: Daemons, tmp_path: Path) -> None:
+    daemon, shell = daemons.start("quick_jobs", LEASE_TTL_SECONDS="2", LEASE_HEARTBEAT_SECONDS="1"), Shell(tmp_path)
+    daemon.until(lambda: daemon.job("quick")["runs_total"])
+    assert daemon.post("/ops/jobs/quick/pause").status == 202
+    daemon.kill()
+    again = daemons.start("quick_jobs", LEASE_TTL_SECONDS="2", LEASE_HEARTBEAT_SECONDS="1")
+    again.until(lambda: again.job("quick")["state"] == "paused")
+    ended = again.job("quick")["runs_total"]
+    assert json.loads(shell.run("quick_jobs", "resume", "quick", "--json").stdout) == {"job": "quick", "paused": False}
+    again.until(lambda: again.job("quick")["runs_total"] > ended)
+    assert shell.run("quick_jobs", "pause", "quick").returncode == 0
+    again.until(lambda: again.job("quick")["state"] == "paused")
+    states = {
+        each["name"]: each["state"] for each in json.loads(shell.run("quick_jobs", "status", "--json").stdout)["jobs"]
+    }
+    assert (states["quick"], states["sleeping"]) == ("paused", "off")
+    assert shell.run("quick_jobs", "pause", "nobody").returncode == 1
+
+
+def test_counters_do_not_start_anew_with_the_process(daemons: Daemons) -> None:
+    daemon = daemons.start("daily_job")
+    line = 'headwater_rows_total{job="daily"} 40'
+    daemon.until(lambda: line in daemon.get("/metrics").text)
+    daemon.terminate()
+    again = daemons.start("daily_job")
+    again.until(lambda: line in again.get("/metrics").text)
+    assert 'headwater_runs_total{job="daily",outcome="ok"} 1' in again.get("/metrics").text
+
+
+COMMANDS = (
+    ("run", "quick"),
+    ("run", "failing"),
+    ("run", "quick", "--dry-run"),
+    ("backfill", "quick", "--from", "2026-02-01", "--to", "2026-02-02"),
+    ("runs",),
+    ("status",),
+    ("check",),
+    ("keys", "new", "me", "--scopes", "read"),
+)
+
+
+def test_with_json_every_command_prints_one_document_and_nothing_else(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    (tmp_path / "data").mkdir()
+    going = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "daemon_jobs.py"), "quick_jobs", *command, "--json"],
+            env=shell.environ(),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for command in COMMANDS
+    ]
+    for command, process in zip(COMMANDS, going, strict=True):
+        document = json.loads(process.communicate(timeout=60)[0])
+        assert isinstance(document, dict), command

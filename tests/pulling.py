@@ -1,0 +1,207 @@
+"""Both pulls against their simulators, in this process and at any instant: a pause moves the clock, nobody waits."""
+
+import gzip
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from app.amplitude import job as amplitude_job
+from app.amplitude.client import POLICY, Patience, project
+from app.amplitude.hours import Places as AmplitudePlaces
+from app.amplitude.hours import SourceRun
+from app.appmetrica import job as appmetrica_job
+from app.appmetrica.client import SERVICE, Service, service
+from app.appmetrica.exports import Polling
+from app.appmetrica.hours import Places as AppMetricaPlaces
+from app.appmetrica.hours import ResourceRun
+from app.core.runs import Context, Report, Stop
+from app.core.window import Window
+from app.demo.amplitude import AmplitudeSimulator
+from app.demo.appmetrica import AppMetricaSimulator
+from app.dwh.store import Warehouse, open_warehouse
+from app.dwh.tables import TABLES
+from app.stores.local_directory import LocalDirectory
+from app.stores.state import State, open_state
+from app.stores.upstream import Upstream
+
+START = datetime(2026, 2, 11, 6, 0, tzinfo=UTC)  # a Wednesday
+HOUR = timedelta(hours=1)
+
+
+class Silent:
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nobody looks."""
+
+
+class Clock(Stop):
+    """A clock that moves only when somebody pauses; also the stop signal."""
+
+    def __init__(self, now: datetime = START) -> None:
+        super().__init__()
+        self.now = now
+        self.paused: list[float] = []
+        self.at_pause: Callable[[float], None] = lambda _seconds: None
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def pause(self, seconds: float) -> None:
+        if seconds:
+            self.paused.append(seconds)
+            self.now += timedelta(seconds=seconds)
+            self.at_pause(seconds)
+        self.check()
+
+
+@dataclass
+class Landed:
+    """Where pulls land: state, warehouse and objects below one folder."""
+
+    folder: Path
+    clock: Clock
+    state: State = field(init=False)
+    warehouse: Warehouse = field(init=False)
+    store: LocalDirectory = field(init=False)
+    warehouse_url: str = ""
+    asked: list[Upstream] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state = open_state("", self.folder)
+        self.warehouse = open_warehouse(self.warehouse_url, self.folder)
+        self.store = LocalDirectory(self.folder / "objects")
+
+    def close(self) -> None:
+        for upstream in self.asked:
+            upstream.close()
+        self.state.close()
+        self.warehouse.close()
+
+    def context(self, name: str, *, dry_run: bool = False) -> Context:
+        lease = self.state.leases.acquire(name, "test", 3600)
+        assert lease is not None
+        return Context("run", lease, self.clock, Silent(), dry_run)
+
+    def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "AmplitudePull":
+        spool = self.folder / "spool"
+        places = AmplitudePlaces(
+            self.state.checkpoints, self.store, self.warehouse.load, spool, self.clock, POLICY, lookback_days
+        )
+        keys = simulator.state.keys
+        projects = {source: project(simulator.url, *keys[source], spool) for source in sources or ("web",)}
+        self.asked += [each.upstream for each in projects.values()]
+        return AmplitudePull(self, places, projects)
+
+    def appmetrica(self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000) -> "MetricaPull":
+        spool = self.folder / "spool"
+
+        def count() -> None:
+            self.state.pulls.count_call(SERVICE, calls, self.clock())
+
+        asked = service(simulator.url, simulator.state.token, simulator.state.application_id, spool, count)
+        self.asked.append(asked.upstream)
+        places = AppMetricaPlaces(
+            checkpoints=self.state.checkpoints,
+            pulls=self.state.pulls,
+            store=self.store,
+            load=self.warehouse.load,
+            spool=spool,
+            clock=self.clock,
+            polling=Polling(5, 300),
+            lookback_days=lookback_days,
+            zone=appmetrica_job.Zone(asked, "").find,
+            refused=set(),
+        )
+        return MetricaPull(self, places, asked)
+
+    def rows(self, table: str, columns: str = "*") -> list[dict[str, Any]]:
+        """All rows, as the warehouse gives them back, without what depends on when they were stored."""
+        names = next(each for each in TABLES if each.name == table).names
+        wanted = ", ".join(names) if columns == "*" else columns
+        with self.warehouse._database.transaction(read_only=True) as session:  # noqa: SLF001 - to look at what is there
+            return session.rows(f"SELECT {wanted} FROM {table} ORDER BY {names[0]}")  # noqa: S608 - declared names
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        return {table.name: self.rows(table.name) for table in TABLES}
+
+    def objects(self, prefix: str = "") -> dict[str, bytes]:
+        found = {}
+        for info in self.store.list(prefix):
+            with self.store.open(info.key) as stream:
+                assert stream is not None
+                found[info.key] = stream.read()
+        return found
+
+    def lines(self, prefix: str) -> dict[str, list[bytes]]:
+        """The lines of gzip objects, sorted: a service gives no order of rows."""
+        return {key: sorted(gzip.decompress(body).splitlines()) for key, body in self.objects(prefix).items()}
+
+
+@dataclass
+class AmplitudePull:
+    landed: Landed
+    places: AmplitudePlaces
+    projects: Mapping[str, Any]
+
+    def run(self, *, dry_run: bool = False) -> Report:
+        context = self.landed.context("amplitude", dry_run=dry_run)
+        return amplitude_job.every_source(self.places, self.projects, context, SourceRun.bring)
+
+    def to_the_end(self) -> Report:
+        report = self.run()
+        while report.more:
+            report = self.run()
+        return report
+
+    def fill(self, start: datetime, end: datetime) -> Report:
+        context = self.landed.context("amplitude")
+        return amplitude_job.every_source(self.places, self.projects, context, lambda run: run.fill(Window(start, end)))
+
+    def patience(self) -> Patience:
+        return Patience(POLICY, self.landed.clock, random.random)
+
+
+@dataclass
+class MetricaPull:
+    landed: Landed
+    places: AppMetricaPlaces
+    service: Service
+    resources: Sequence[str] = ("events",)
+
+    def run(self, *, dry_run: bool = False) -> Report:
+        context = self.landed.context("appmetrica", dry_run=dry_run)
+        return appmetrica_job.every_resource(self.places, self.service, self.resources, context, ResourceRun.bring)
+
+    def to_the_end(self) -> Report:
+        report = self.run()
+        while report.more:
+            report = self.run()
+        return report
+
+    def fill(self, start: datetime, end: datetime) -> Report:
+        context = self.landed.context("appmetrica")
+
+        def work(run: ResourceRun) -> Report:
+            return run.fill(Window(start, end))
+
+        return appmetrica_job.every_resource(self.places, self.service, self.resources, context, work)
+
+
+@contextmanager
+def landed(folder: Path, clock: Clock | None = None, warehouse_url: str = "") -> Iterator[Landed]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(Landed(folder, clock or Clock(), warehouse_url=warehouse_url)) as made:
+        yield made
+
+
+@contextmanager
+def pulling(folder: Path) -> Iterator[tuple[Landed, AmplitudeSimulator, AppMetricaSimulator]]:
+    """One clock for all of them."""
+    with ExitStack() as stack:
+        clock = Clock()
+        made = stack.enter_context(landed(folder, clock))
+        web = stack.enter_context(AmplitudeSimulator(clock=clock))
+        yield made, web, stack.enter_context(AppMetricaSimulator(clock=clock))
