@@ -102,6 +102,7 @@ def killed(runner: Runner, ship: Shipping, fault: DriveFault | None, where: str,
     os.kill(pid, signal.SIGKILL)
     assert runner.ended() in (-signal.SIGKILL, 0)
     ship.drive.state.waiting.clear()
+    ship.drive.state.stale_lists = 2  # Drive's lists may lack what was made a moment ago
 
 
 def before(now: datetime) -> datetime:
