@@ -102,7 +102,6 @@ def parse_data_frame(url: str, shape: Shape, _: Path) -> Told:
 
 def export_ours(url: str, shape: Shape, folder: Path) -> Told:
     """The product's job, run until nothing is left."""
-    sys.meta_path.insert(0, Absent("pandas"))
     import logging
 
     from app.__main__ import tune
@@ -138,7 +137,9 @@ def export_ours(url: str, shape: Shape, folder: Path) -> Told:
 
 def idle(_: str, __: Shape, ___: Path) -> Told:
     """Everything imported that an export needs, and nothing done."""
-    sys.meta_path.insert(0, Absent("pandas"))
+    from app.__main__ import tune
+
+    tune()
     import numpy as np
     import pyarrow.compute
     import pyarrow.csv
@@ -151,18 +152,6 @@ def idle(_: str, __: Shape, ___: Path) -> Told:
 
     imported = (urllib3, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)
     return {"rows": 0, "imported": len(imported)}
-
-
-class Absent:
-    """Hides a package from imports. pyarrow imports pandas wherever it finds it; an installed Headwater has none."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, *_: object) -> None:
-        """Refuse the package, leave the others to the next finder."""
-        if name == self._name:
-            raise ModuleNotFoundError(name=name)
 
 
 class Silent:

@@ -22,7 +22,6 @@ from seaweed import Seaweed
 DEVICES = 100
 KILLS = 30
 POINTS = 540
-SETTLING = 240  # the points of the last 40 minutes; the grace is an hour
 STEP_NS = 10 * 10**9
 MEASUREMENT = "device_telemetry"
 Row = tuple[str, int, float]
@@ -45,11 +44,9 @@ class Source:
             self.rows |= {(f"D{number}", at, value) for at, value in zip(times, volts, strict=True)}
 
     def late_points(self, chance: random.Random) -> None:
-        """A late point for each of some devices, in windows that stay within the grace while the test runs."""
+        """A late point for each of some devices, in windows that still settle and in windows that may be closed."""
         for number in chance.sample(range(DEVICES), 20):
-            at = (
-                self.start_ns + chance.randrange(POINTS - SETTLING, POINTS) * STEP_NS + 500_000 + chance.randrange(1000)
-            )
+            at = self.start_ns + chance.randrange(POINTS) * STEP_NS + 500_000 + chance.randrange(1000)
             tags = f"device_id=D{number},device_type=bulb,location=Plant-A"
             self.simulator.write(f"{MEASUREMENT},{tags} voltage=1.5 {at}")
             self.rows.add((f"D{number}", at, 1.5))
@@ -97,11 +94,28 @@ def exported(seaweed: Seaweed, bucket: str) -> Mapping[str, list[Row]]:
     return objects
 
 
+def by_window(objects: Mapping[str, list[Row]]) -> Mapping[str, list[Row]]:
+    """The rows of each window, those of its deltas among them; a delta's name differs in the seconds alone."""
+    windows: dict[str, list[Row]] = {}
+    for key, rows in objects.items():
+        windows.setdefault(key.removesuffix(".parquet")[:-2], []).extend(rows)
+    return {name: sorted(rows) for name, rows in windows.items()}
+
+
+def told(rows: set[Row], source: Source) -> list[str]:
+    """Rows with their age in minutes from the start of the data, to tell which windows they belong to."""
+    return [f"{device} +{(at - source.start_ns) / 6e10:.2f} min {value}" for device, at, value in sorted(rows)[:20]]
+
+
 def run_to_the_end(values: Mapping[str, str], folder: str) -> None:
+    """The job, and then the reconcile: it adds what came into a window after that had closed."""
     environ = {**os.environ, **values, "DATA_DIR": folder}
-    command = [sys.executable, "-m", "app", "run", "influx_to_s3"]
-    done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for job in ("influx_to_s3", "influx_to_s3_reconcile"):
+        command = [sys.executable, "-m", "app", "run", job]
+        done = subprocess.run(
+            command, env=environ, cwd=folder, capture_output=True, text=True, timeout=110, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run_when_free(values: Mapping[str, str], folder: str) -> None:
@@ -133,9 +147,10 @@ def test_thirty_kills_lose_no_row_double_none_and_leave_nothing_half_written(
     objects = exported(seaweed, bucket)
     rows = [row for held in objects.values() for row in held]
     assert len(rows) == len(set(rows))
-    assert set(rows) == source.rows
+    assert told(source.rows - set(rows), source) == []
+    assert told(set(rows) - source.rows, source) == []
 
     undisturbed = seaweed.new_bucket()
     calm = environment(source, seaweed, undisturbed, postgres_server.new_database())
     run_to_the_end(calm, str(tmp_path_factory.mktemp("calm")))
-    assert exported(seaweed, undisturbed) == objects
+    assert by_window(exported(seaweed, undisturbed)) == by_window(objects)

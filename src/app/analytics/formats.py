@@ -26,6 +26,13 @@ MEDIA: Mapping[str, str] = {
     "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
 }
 MAX_ROWS: Mapping[str, int] = {"json": 200_000, "csv": 5_000_000, "parquet": 5_000_000, "xlsx": 100_000}
+SHEET = {
+    "constant_memory": True,
+    "strings_to_formulas": False,
+    "strings_to_urls": False,
+    "default_date_format": "yyyy-mm-dd hh:mm:ss",
+}
+IN_CELLS = (str, bool, int, float, datetime)
 BATCH_ROWS = 10_000
 MEMORY_BYTES = 1 << 20
 PIECE_BYTES = 1 << 18
@@ -235,14 +242,33 @@ def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
 
 
 def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
-    """By pandas. Text stays text, also where it looks like a formula or a link."""
-    import pandas as pd
-    import pyarrow as pa
+    """Row by row, so that memory is bounded. Text stays text, also where it looks like a formula or a link."""
+    import xlsxwriter
 
-    frame = pa.Table.from_batches(list(batches), schema=schema).to_pandas(timestamp_as_object=False)
-    plain = {"strings_to_formulas": False, "strings_to_urls": False, "nan_inf_to_errors": True, "in_memory": True}
-    with pd.ExcelWriter(spool, engine="xlsxwriter", engine_kwargs={"options": plain}) as writer:
-        frame.to_excel(writer, index=False, sheet_name="report", freeze_panes=(1, 0))
+    with xlsxwriter.Workbook(spool, SHEET) as book:
+        sheet = book.add_worksheet("report")
+        sheet.freeze_panes(1, 0)
+        days = book.add_format({"num_format": "yyyy-mm-dd"})
+        sheet.write_row(0, 0, schema.names, book.add_format({"bold": True}))
+        rows = (row for batch in batches for row in _rows(batch))
+        for number, row in enumerate(rows, 1):
+            for column, value in enumerate(row):
+                _write_cell(sheet, (number, column), value, days)
+
+
+def _write_cell(sheet: Any, place: tuple[int, int], value: Any, days: Any) -> None:
+    """An empty cell for null and for what is no number."""
+    if type(value) is date:
+        sheet.write_datetime(*place, value, days)
+    elif value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+        sheet.write(*place, value if isinstance(value, IN_CELLS) else _text(value))
+
+
+def _text(value: Any) -> str:
+    import msgspec
+
+    found = said(value)
+    return found if isinstance(found, str) else msgspec.json.encode(found).decode()
 
 
 WRITERS: Mapping[str, Callable[[Any, Any, Iterable[Any]], None]] = {
