@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ def item(at: datetime, **values: str) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Shipping:
-    """Table, drive, checkpoints and clock; `run` is one run of a job by a fresh process."""
+    """Table, drive, checkpoints and clock; `run` is one run of a job by a process that lives until `restart`."""
 
     dynamo: DynamoSimulator
     drive: DriveSimulator
@@ -44,6 +44,7 @@ class Shipping:
     extra: dict[str, str] = field(default_factory=dict)
     leases: MemoryLeases = field(default_factory=MemoryLeases)
     stop: Stop = field(default_factory=Stop)
+    running: tuple[dict[str, str], job.Export] | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = MemoryCheckpoints(self.leases)
@@ -75,13 +76,25 @@ class Shipping:
         return Context("run", lease, self.stop, Silent(), dry_run)
 
     def run(self, name: str = job.NAME, *, dry_run: bool = False) -> Report:
-        with closing(self.export()) as export:
-            found = next(each for each in export.jobs if each.name == name)
-            return found.work(self.context(dry_run=dry_run))
+        found = next(each for each in self._running().jobs if each.name == name)
+        return found.work(self.context(dry_run=dry_run))
 
     def backfill(self, start: datetime, end: datetime) -> Report:
-        with closing(self.export()) as export:
-            return export.backfill(self.context(), Window(start, end))
+        return self._running().backfill(self.context(), Window(start, end))
+
+    def restart(self) -> None:
+        """The next run is by a new process, which knows nothing but the checkpoints."""
+        if self.running is not None:
+            self.running[1].close()
+            self.running = None
+
+    def _running(self) -> job.Export:
+        """The process with the settings of now; others need a restart."""
+        environ = self.environ
+        if self.running is None or self.running[0] != environ:
+            self.restart()
+            self.running = environ, self.export()
+        return self.running[1]
 
     def put(self, *items: dict[str, dict[str, Any]]) -> None:
         self.dynamo.put(TABLE, items)
@@ -105,4 +118,8 @@ class Shipping:
 @contextmanager
 def shipping(folder: Path, *, key: tuple[str, ...] = KEY, types: tuple[str, ...] = ("S", "S")) -> Iterator[Shipping]:
     with DynamoSimulator([Table(TABLE, key, types)]) as dynamo, DriveSimulator() as drive:
-        yield Shipping(dynamo, drive, folder)
+        ship = Shipping(dynamo, drive, folder)
+        try:
+            yield ship
+        finally:
+            ship.restart()

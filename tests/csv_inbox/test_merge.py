@@ -45,7 +45,7 @@ def shown_counts(here: World) -> tuple[int, ...]:
     return load.inserted, load.replaced, load.unchanged, load.duplicates, load.rows_before, load.rows_after
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(tables(), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans()), min_size=1, max_size=4)
 )

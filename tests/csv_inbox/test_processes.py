@@ -61,6 +61,7 @@ def test_two_processes_at_the_same_moment_merge_each_file_once(tmp_path: Path) -
     assert not list(inbox.iterdir())
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_shows_how_far_the_merge_is_and_goes_again(tmp_path: Path) -> None:
     inbox = configured(tmp_path)
     with (inbox / "long.csv").open("w") as file:

@@ -45,6 +45,7 @@ def asking(drive: DriveSimulator, folder: Path) -> Iterator[tuple["subprocess.Po
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_consent_is_kept_for_its_owner_only_and_opens_drive(tmp_path: Path) -> None:
     with shipping(tmp_path) as ship:
         ship.token = ship.drive.state.tokens.installed(ship.drive.url)
@@ -66,7 +67,12 @@ def test_a_consent_is_kept_for_its_owner_only_and_opens_drive(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "said", [{"error": "access_denied"}, {"code": "made up"}, {"code": "x", "state": "of another"}]
+    "said",
+    [
+        {"error": "access_denied"},
+        pytest.param({"code": "made up"}, marks=pytest.mark.slow),
+        pytest.param({"code": "x", "state": "of another"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_consent_that_is_not_given_is_one_line_with_the_next_step_and_keeps_nothing(
     tmp_path: Path, said: dict[str, str]

@@ -38,8 +38,9 @@ def test_an_unchanged_hour_is_not_uploaded_again(ship: Shipping) -> None:
     ship.now = START + 5 * MINUTE
     ship.run()
     version = ship.drive.named(HOUR_12)[0].version
-    for _ in range(3):
-        assert ship.run().windows == 0
+    assert ship.run().windows == 0
+    ship.restart()
+    assert ship.run().windows == 0
     assert ship.drive.named(HOUR_12)[0].version == version
 
 
@@ -66,6 +67,7 @@ def test_a_restart_just_before_the_hour_ends_leaves_both_files_right(ship: Shipp
     ship.put_rows(START + 58 * MINUTE, 30)
     ship.now = START + 59 * MINUTE + timedelta(seconds=30)
     ship.run()
+    ship.restart()
     ship.put_rows(START + 59 * MINUTE, 30)
     ship.put_rows(START + 60 * MINUTE, 10)
     ship.now = START + 62 * MINUTE
@@ -171,6 +173,49 @@ def test_a_file_that_a_person_edited_is_made_right_again(ship: Shipping) -> None
     assert ship.text(HOUR_12) == before
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "latin-1"])
+def test_a_file_that_a_person_made_unreadable_is_made_anew_with_a_warning(
+    ship: Shipping, caplog: pytest.LogCaptureFixture, coding: str
+) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    before = ship.text(HOUR_12)
+    broken = ("datetime_utc,°C\r\n" + "2026-02-07T12:30:00Z,1\r\n" * 9).encode(coding)
+    ship.drive.state.files.change(ship.drive.named(HOUR_12)[0].file_id, content=broken)
+    with caplog.at_level(logging.WARNING):
+        ship.run()
+    assert ship.text(HOUR_12) == before
+    assert "is no CSV of ours" in caplog.text
+
+
+def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left(ship: Shipping) -> None:
+    google = ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID")
+    ship.extra = dict.fromkeys(google, "")
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    path = ship.folder / "drive" / HOUR_12
+    path.write_bytes(b"datetime_utc,\xb0C\r\n")
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert HOUR_12 in refused.value.message
+    assert "move it away" in refused.value.hint
+    path.unlink()
+    ship.run()
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_a_row_that_a_person_added_with_a_spreadsheet_stays_under_its_columns(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    saved = f"\ufeff{ship.text(HOUR_12)}2026-02-07T12:30:00Z,99\r\n".encode()
+    ship.drive.state.files.change(ship.drive.named(HOUR_12)[0].file_id, content=saved)
+    ship.run()
+    assert ship.files[HOUR_12] == saved.removeprefix(b"\xef\xbb\xbf")
+
+
 def test_of_two_files_of_a_name_the_oldest_is_updated_and_the_other_trashed(
     ship: Shipping, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +248,7 @@ def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
     ship.run()
+    ship.restart()
     ship.drive.state.stale_lists = 5
     ship.put_rows(START, 8)
     ship.run()

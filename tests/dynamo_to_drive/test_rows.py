@@ -118,7 +118,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]), st.sampled_from(["", HASH]))
 def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
     found: list[list[Item]], shape: Shape, left_out: str
@@ -129,7 +129,7 @@ def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
     assert file_of([items], shape, left_out) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]))
 def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: Shape) -> None:
     read = Pages(AT, "")
@@ -142,6 +142,36 @@ def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]],
         again = second.finish()
     with once.file, again.file:
         assert (again.digest, again.rows) == (once.digest, once.rows)
+
+
+def page_of(letters: dict[str, str], rows: int) -> bytes:
+    """A page as machines write it; the letter of each attribute is the same in all rows."""
+    made = [
+        {AT: {"S": f"2026-02-07T12:00:{row:02d}Z"}, **{name: {letter: "AA=="} for name, letter in letters.items()}}
+        for row in range(rows)
+    ]
+    return json.dumps(made).encode()
+
+
+def test_pages_of_a_known_shape_are_read_in_one_step_and_others_are_not() -> None:
+    """By what the rows are: those of one step are tuples, those that are read value by value are lists."""
+    read, shape = Pages(AT, ""), {"temp": "N", "note": "S", "body": "B"}
+    steps = [
+        {type(row) for row in read.read(page_of(letters, 3))}
+        for letters in (
+            shape,  # unknown yet
+            shape,
+            {name: shape[name] for name in reversed(shape)},  # in another order
+            {"temp": "N"},  # fewer
+            {**shape, "new": "N"},  # one more
+            shape,
+            {**shape, "temp": "S"},  # another type
+            shape,
+        )
+    ]
+    assert [step == {list} for step in steps[:7]] == [True, False, False, False, True, False, True]
+    assert read.read(page_of(shape, 1)) == [["2026-02-07T12:00:00Z", "AA==", "", "AA==", "AA=="]]
+    assert read._misses == 2  # noqa: SLF001 - rows with a column of two types are lists in either way
 
 
 def test_a_table_with_ever_new_attributes_is_read_whole_to_its_end() -> None:
@@ -190,7 +220,7 @@ stamps = st.sampled_from(ALIKE).flatmap(lambda found: st.lists(st.sampled_from(f
 any_stamps = st.lists(st.text("0123456789-T.Z+ ", max_size=24), min_size=1, max_size=3)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given((stamps | any_stamps).map(sorted))
 def test_texts_that_ascend_have_ranks_that_ascend(found: list[str]) -> None:
     if ascend(found):

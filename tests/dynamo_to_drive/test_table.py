@@ -137,6 +137,15 @@ def test_throttling_and_lost_answers_are_waited_for_and_an_outage_is_transient(p
             text_of(proxy.port, Wanted("faulty", "datetime_utc", (), 0))
 
 
+@pytest.mark.parametrize("body", [b"{}", b"<html>a proxy</html>", b'{"Items":5,"Count":0}'])
+def test_an_answer_of_something_else_is_not_an_empty_hour(port: int, body: bytes) -> None:
+    with FaultProxy("127.0.0.1", port) as proxy:
+        proxy.add(answer(200, body), times=5)
+        with pytest.raises(Transient) as refused:
+            text_of(proxy.port, Wanted("any", "at", (), 0))
+    assert "DYNAMODB_ENDPOINT_URL" in refused.value.hint
+
+
 def test_wrong_keys_are_one_clear_line_and_the_cursor_stays(tmp_path: Path) -> None:
     with shipping(tmp_path) as ship:
         ship.extra["AWS_ACCESS_KEY_ID"] = "wrong"

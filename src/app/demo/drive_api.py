@@ -26,7 +26,10 @@ PAGE = 100
 
 @dataclass(frozen=True, slots=True)
 class DriveFault:
-    """What one request suffers: a refusal instead of its effect, or after it (`after`), or no answer at all (`cut`)."""
+    """What one request suffers: a refusal instead of its effect, or after it (`after`), or no answer at all (`cut`).
+
+    It comes `stall_seconds` late; with `after`, the effect is there before that.
+    """
 
     status: int = 500
     reason: str = "backendError"
@@ -55,6 +58,7 @@ class State:
     page_files: int = PAGE
     waiting: list[tuple[DriveFault, str]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    faults_taken: int = 0
     lock: Lock = field(default_factory=Lock)
 
     def take(self, what: str) -> DriveFault | None:
@@ -64,6 +68,7 @@ class State:
             for number, (fault, pattern) in enumerate(self.waiting):
                 if re.search(pattern, what):
                     del self.waiting[number]
+                    self.faults_taken += 1
                     return fault
         return None
 
@@ -103,15 +108,11 @@ class DriveApi:
     def respond(self, request: Request) -> Answer:
         """The answer, with the fault that waits for it. Raises CutHere to end the connection without one."""
         fault = self._state.take(f"{request.method} {request.path}")
-        if fault is not None:
-            self._state.wait(fault.stall_seconds)
-            if not fault.after:
-                if fault.cut:
-                    raise CutHere
-                return refusal(fault)
-        answer = self._answer(request)
         if fault is None:
-            return answer
+            return self._answer(request)
+        if fault.after:
+            self._answer(request)
+        self._state.wait(fault.stall_seconds)
         if fault.cut:
             raise CutHere
         return refusal(fault)
@@ -179,11 +180,9 @@ class DriveApi:
 
     def _list(self, parameters: Mapping[str, str]) -> Answer:
         flags = _flag(parameters, "supportsAllDrives") and _flag(parameters, "includeItemsFromAllDrives")
-        if parameters.get("corpora") == "drive":
-            if parameters.get("driveId") != self._state.shared_drive or self._state.revoked:
-                raise Refused(404, "notFound", f"Shared drive not found: {parameters.get('driveId')}")
-            if not flags:
-                raise Refused(403, "teamDrivesParameterUsageRestricted", "includeItemsFromAllDrives is needed")
+        known = parameters.get("driveId") == self._state.shared_drive and not self._state.revoked
+        if parameters.get("corpora") == "drive" and not known:
+            raise Refused(404, "notFound", f"Shared drive not found: {parameters.get('driveId')}")
         try:
             asked = holds(parameters.get("q", ""))
         except ValueError as error:
@@ -200,7 +199,7 @@ class DriveApi:
             else [
                 file
                 for file in self._state.files.matching(asked)
-                if not file.drive_id or (flags and not self._state.revoked)
+                if (flags and not self._state.revoked if file.drive_id else parameters.get("corpora") != "drive")
             ]
         )
         begin = int(parameters.get("pageToken", "0"))

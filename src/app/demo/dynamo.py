@@ -5,6 +5,7 @@ and not by what a filter let through; what it does not understand it refuses.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from app.demo.http import Answer, Request, Served
 
 PAGE_BYTES = 1 << 20
 UNIT_BYTES = 4096
+EQUAL = re.compile(r"(#\w+)\s*=\s*:")
+NAME = re.compile(r"#\w+")
 MISSING = "ResourceNotFoundException"
 INVALID = "ValidationException"
 Item = dict[str, dict[str, Any]]
@@ -138,7 +141,12 @@ class DynamoSimulator:
     def _query(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         if "IndexName" in asked:
             raise Refused(INVALID, f"The table does not have the specified index: {asked['IndexName']}")
-        table = self._table(asked)
+        table, names = self._table(asked), asked.get("ExpressionAttributeNames", {})
+        if table.key[0] not in (names[each] for each in EQUAL.findall(asked["KeyConditionExpression"])):
+            raise Refused(INVALID, f"Query condition missed key schema element: {table.key[0]}")
+        for name in NAME.findall(asked.get("FilterExpression", "")):
+            if names[name] in table.key:
+                raise Refused(INVALID, f"Filter Expression can only contain non-primary key attributes: {names[name]}")
         holds = condition(asked["KeyConditionExpression"], asked)
         found = [(key, item) for key, item in table.items.items() if holds(item)]
         found.sort(key=lambda each: each[0], reverse=not asked.get("ScanIndexForward", True))
@@ -158,18 +166,20 @@ class DynamoSimulator:
         if start is not None:
             after = tuple(sortable(start[name]) for name in table.key)
             found = found[next((at for at, (key, _) in enumerate(found, 1) if key == after), len(found)) :]
-        read, size_bytes, limit = 0, 0, asked.get("Limit", len(found))
-        while read < min(limit, len(found)) and size_bytes < self._page_bytes:
+        read, size_bytes, limit, full = 0, 0, asked.get("Limit"), False
+        while read < len(found) and not full:
             size_bytes += _size(found[read][1])
             read += 1
+            full = read == limit or size_bytes >= self._page_bytes
         holds = condition(asked["FilterExpression"], asked) if "FilterExpression" in asked else None
         items = [item for _, item in found[:read] if holds is None or holds(item)]
         units = max(1, -(-size_bytes // UNIT_BYTES)) * (1.0 if asked.get("ConsistentRead") else 0.5)
         self.read_units += units
         page: dict[str, Any] = {"Items": items, "Count": len(items), "ScannedCount": read}
-        page["ConsumedCapacity"] = {"TableName": table.name, "CapacityUnits": units}
-        if read < len(found):
-            page["LastEvaluatedKey"] = {name: found[read - 1][1][name] for name in table.key} if read else start
+        if asked.get("ReturnConsumedCapacity", "NONE") != "NONE":
+            page["ConsumedCapacity"] = {"TableName": table.name, "CapacityUnits": units}
+        if full:  # whether more follows is not known then: the next page may be empty
+            page["LastEvaluatedKey"] = {name: found[read - 1][1][name] for name in table.key}
         return page
 
 

@@ -37,9 +37,9 @@ Item = dict[str, Value]
 
 
 class _Answer(msgspec.Struct):
-    """A page of Query or Scan; what is not named here is dropped."""
+    """A page of Query or Scan; what is not named here is dropped. Without items it is none."""
 
-    Items: msgspec.Raw = msgspec.Raw(b"[]")
+    Items: msgspec.Raw
     Count: int = 0
     ScannedCount: int = 0
     LastEvaluatedKey: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.dynamo_to_drive.credentials import Given, credentials, keep_token
-from app.dynamo_to_drive.drive_errors import answered, failed
+from app.dynamo_to_drive.drive_errors import AGAIN_HINT, answered, failed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,6 @@ T = TypeVar("T")
 RESUMABLE_BYTES = 5_000_000
 CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory
 DOWNLOAD_BYTES = 8 << 20
-TIMEOUT_SECONDS = 30
 NO_PROGRESS = 6
 GONE = (404, 410)
 FOLDER_TYPE = "application/vnd.google-apps.folder"
@@ -67,7 +66,7 @@ class Content:
 class DriveService:
     """The client library behind `given`, at `api_url` ("" = Google's). One connection per thread: it is not safe."""
 
-    def __init__(self, given: Given, api_url: str = "", timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, given: Given, api_url: str, timeout_seconds: float) -> None:
         self.given = given
         self._api_url = api_url
         self._timeout_seconds = timeout_seconds
@@ -262,7 +261,9 @@ class Drive:
                 made = self._service.made()
                 result = call(made.files())
                 self._service.note_token()
-                return result
+            if isinstance(result, str):  # what the library hands over when it is no JSON
+                raise Transient("Drive's answer cannot be read: it is no JSON", AGAIN_HINT)
+            return result
 
         return retry(once, self._patience.policy, self._patience.pauses, self._patience.draw)
 

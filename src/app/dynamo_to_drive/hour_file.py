@@ -27,6 +27,8 @@ MEMORY_BYTES = 1 << 20
 COPY_BYTES = 1 << 18
 MERGE_ROWS = 1000
 MAX_CELL_CHARACTERS = 1 << 24
+BYTE_ORDER_MARK = "\ufeff"  # spreadsheets put one before the first name
+TEXT_LIMIT = 200
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 Order = tuple[str, ...]
@@ -179,23 +181,29 @@ class HourWriter:
 
 
 def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]]:
-    """The rows of a finished file, by column. `lines` keep their ends."""
+    """The rows of a finished file, by column. `lines` keep their ends. Of others than ours, ask within `readable`."""
     rows = _rows(lines)
     columns = next(rows, [])
+    if columns:
+        columns = [columns[0].removeprefix(BYTE_ORDER_MARK), *columns[1:]]
     if escaped:
         columns = [_plain(name) for name in columns]
     for row in rows:
         yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
 
 
+class Unreadable(Permanent):
+    """A file that was not written here, or was damaged since."""
+
+
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """What cannot be parsed was not written here, or was damaged since. Raises Permanent for it."""
+    """Raises Unreadable for what cannot be parsed."""
     try:
         yield
     except (csv.Error, UnicodeDecodeError) as error:
-        raise Permanent(
-            f"{name} is no CSV of ours: {str(error)[:100]}",
+        raise Unreadable(
+            f"{name} is no CSV of ours: {str(error)[:TEXT_LIMIT]}",
             "restore an earlier revision of the file, move it away, or heal its window",
         ) from error
 

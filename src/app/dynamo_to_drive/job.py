@@ -126,7 +126,7 @@ def build(
     parts = Parts(
         settings=settings,
         table=Table(_target(settings)),
-        drive=DriveService(given, settings.drive.api_url) if given else None,
+        drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
         folder=FolderOnce(),
         checkpoints=checkpoints,

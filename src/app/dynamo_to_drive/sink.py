@@ -17,7 +17,7 @@ from app.core.ports import Held
 from app.core.window import Window
 from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
 from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
-from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file, readable
+from app.dynamo_to_drive.hour_file import HourFile, Unreadable, lines_in, read_file, readable
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "nothing to do: it is read again"
@@ -190,11 +190,18 @@ class DriveSink:
             raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
 
     def _described(self, found: DriveFile) -> tuple[int, datetime | None, datetime | None]:
-        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted."""
+        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted.
+
+        What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
+        """
         noted = found.properties
         if noted.get("headwaterMd5") == found.md5:
             return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
-        return sum(1 for _ in self._rows(found.file_id)), None, None
+        try:
+            return sum(1 for _ in self._rows(found.file_id)), None, None
+        except Unreadable as error:
+            log.warning("%s: %s; it is made anew, what it held is among its versions", found.name, error.message)
+            return 0, None, None
 
     def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
         with closing(tempfile.SpooledTemporaryFile(MEMORY_BYTES)) as spool:

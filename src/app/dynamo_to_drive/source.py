@@ -1,46 +1,28 @@
 """DynamoDB as a source: one table, one partition, one hour at a time; with `stores.s3` the home of boto3.
 
 Invariants: every page is followed until LastEvaluatedKey is absent, also an empty one; signing and retries are
-botocore's, only the items are decoded here; no exception of the SDK leaves this module.
+botocore's, only the items are decoded here; no exception of the SDK leaves this module (`dynamo_errors`).
 """
 
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from app.core.errors import AppError, Permanent, Transient
+from app.core.errors import Permanent
 from app.core.ports import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.window import Window
 from app.dynamo_to_drive.decode import Taken, cell, items_of, take_items
+from app.dynamo_to_drive.dynamo_errors import member, translated
 from app.dynamo_to_drive.hour_file import HourFile, HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.plan import SEGMENTS, Plan, Wanted, advice, plan_of
 from app.dynamo_to_drive.rows import Pages
 from app.dynamo_to_drive.timestamps import hour_numbers, hour_prefix, number_before, reader_of, separator_of
 
-KEYS_HINT = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-CLOCK_HINT = f"{KEYS_HINT}, and this machine's clock (NTP)"
-HINTS: Mapping[str, str] = {
-    "ResourceNotFoundException": "check DYNAMODB_TABLE_NAME and AWS_REGION, and that the index still exists",
-    "AccessDeniedException": "allow dynamodb:DescribeTable, Query and Scan on the table and its indexes",
-    "UnrecognizedClientException": KEYS_HINT,
-    "MissingAuthenticationTokenException": KEYS_HINT,
-    "IncompleteSignatureException": KEYS_HINT,
-    "InvalidSignatureException": CLOCK_HINT,
-    "ExpiredTokenException": "the temporary credentials ended: renew AWS_SESSION_TOKEN",
-    "ValidationException": "check DYNAMODB_TIMESTAMP_ATTRIBUTE, DYNAMODB_TIMESTAMP_UNIT and DYNAMODB_PARTITION_VALUES",
-}
-THROTTLED = frozenset(
-    {"ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "LimitExceededException"}
-)
-SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
-AGAIN_HINT = "nothing to do: the next run goes on"
-TEXT_LIMIT = 300
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +42,11 @@ class Target:
     connect_timeout_seconds: float = 5
     read_timeout_seconds: float = 20
 
+    @property
+    def where(self) -> str:
+        """The service, for messages."""
+        return self.endpoint_url or f"DynamoDB in {self.region}"
+
 
 class Table:
     """The table behind a client that is made on first use, and what was found out about it. Safe from any thread."""
@@ -75,7 +62,8 @@ class Table:
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
         if self._plan is None:
-            described = self.call("describe_table", TableName=self.target.wanted.table)["Table"]
+            answer = self.call("describe_table", TableName=self.target.wanted.table)
+            described = member(answer, "Table", self.target.where)
             self._plan = plan_of(described, self.target.wanted)
             _say(self._plan, described, self.target.wanted)
         return self._plan
@@ -111,7 +99,7 @@ class Table:
         for value in plan.hash_values:
             condition = {"hash": value}
             found = self.call("query", **self._asked(plan, condition), Limit=1, ScanIndexForward=False)
-            for item in items_of(found["Items"]):
+            for item in items_of(member(found, "Items", self.target.where)):
                 return cell(item[self.target.wanted.timestamp])
         return ""
 
@@ -153,7 +141,7 @@ class Table:
         while True:
             stop.check()
             page = self.call(method, **asked)
-            yield page["Items"]
+            yield member(page, "Items", self.target.where)
             if "LastEvaluatedKey" not in page:
                 return
             asked = {**asked, "ExclusiveStartKey": page["LastEvaluatedKey"]}
@@ -162,7 +150,7 @@ class Table:
         """One request. Raises Transient or Permanent."""
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
-        with _translated(self.target):
+        with translated(self.target.wanted.table, self.target.where):
             answer = getattr(self._made(), method)(**asked)
         with self._lock:
             self.units += (answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0)
@@ -333,42 +321,3 @@ def _make_client(target: Target) -> Any:
     for name in ("Query", "Scan"):
         client.meta.events.register(f"before-parse.dynamodb.{name}", take_items)
     return client
-
-
-@contextmanager
-def _translated(target: Target) -> Iterator[None]:
-    """What the SDK raises, as what the caller should do about it."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as error:
-        raise _answered(target, error) from error
-    except BotoCoreError as error:
-        raise _failed(target, error) from error
-
-
-def _answered(target: Target, error: Any) -> AppError:
-    said, status = (
-        error.response.get("Error") or {},
-        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
-    )
-    code = str(said.get("Code") or status)
-    text = f"table {target.wanted.table!r}: {code}: {str(said.get('Message') or '')[:TEXT_LIMIT]}"
-    if code in THROTTLED:
-        return Transient(text, SLOW_HINT)
-    if status >= 500:  # noqa: PLR2004 - HTTP's own border
-        return Transient(text, AGAIN_HINT)
-    return Permanent(text, HINTS.get(code, "check the table, the region and the keys"))
-
-
-def _failed(target: Target, error: Exception) -> AppError:
-    from botocore import exceptions as sdk
-
-    text = f"table {target.wanted.table!r}: {str(error)[:TEXT_LIMIT]}"
-    if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError):
-        return Permanent(text, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role")
-    if isinstance(error, sdk.ParamValidationError):
-        return Permanent(text, "check DYNAMODB_TABLE_NAME and DYNAMODB_PARTITION_VALUES")
-    where = target.endpoint_url or f"DynamoDB in {target.region}"
-    return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is tried again")

@@ -149,6 +149,7 @@ class DriveSettings:
     folder_id: str
     shared_drive_id: str
     api_url: str
+    timeout_seconds: float
     csv_name_prefix: str
     interval_seconds: int
     grace_seconds: int

@@ -325,6 +325,13 @@ DRIVE = _of(
     ("shared_drive_id", "GOOGLE_SHARED_DRIVE_ID", kinds.TEXT, "", "shared drive of that folder", "My Drive"),
     ("api_url", "GOOGLE_DRIVE_API_URL", kinds.HTTP_URL, "", "URL of a test server", "Google"),
     (
+        "timeout_seconds",
+        "GOOGLE_DRIVE_TIMEOUT_SECONDS",
+        kinds.seconds(0.1, 3600),
+        "30",
+        "longest silence of Drive in one call",
+    ),
+    (
         "csv_name_prefix",
         "CSV_NAME_PREFIX",
         kinds.FILE_STEM,
