@@ -123,6 +123,7 @@ def test_ping_says_whether_the_service_answers(product: Product) -> None:
     assert "APPMETRICA_API_KEY" in told["hint"]
 
 
+@pytest.mark.slow
 def test_an_export_is_waited_for_over_a_restart(product: Product) -> None:
     product.mobile.state.questions = 4
     number = product.client.post("/appmetrica/exports", json=WANTED).json()["export_id"]

@@ -162,6 +162,7 @@ def test_the_page_and_its_parts_come_from_here_and_nowhere_else(served: Daemon) 
     assert 'href="analytics/explore"' in served.get("/").text
 
 
+@pytest.mark.slow
 def test_changes_are_seen_within_the_refresh_and_a_killed_daemon_goes_on(daemons: Daemons, tmp_path: Path) -> None:
     draw = random.Random(2)  # noqa: S311 - test data
     daemon = daemons.start(ANALYTICS_REFRESH_SECONDS="0.2")

@@ -66,6 +66,7 @@ def count_effects() -> int:
     return wire.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_kill_at_any_effect_leaves_every_row_exactly_once(keeps: bool) -> None:  # noqa: FBT001 - pytest's parameter
     expected = undisturbed()

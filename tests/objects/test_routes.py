@@ -236,6 +236,7 @@ def test_an_upload_that_breaks_off_stores_nothing(objects: httpx.Client) -> None
     assert not objects.get("/object-info", params={"key": key}).json()["exists"]
 
 
+@pytest.mark.slow
 def test_a_keys_own_prefix_and_the_allowed_prefixes_confine_it(daemons: Daemons, seaweed: Seaweed) -> None:
     secrets = {name: f"hw_{name}_{(name * 43)[:43]}" for name in ("own", "all", "reader")}
     digest = {name: hashlib.sha256(secret.encode()).hexdigest() for name, secret in secrets.items()}

@@ -147,6 +147,7 @@ def test_a_redirect_is_not_followed_and_an_error_names_no_more_than_the_host(lis
     assert [path for _, path, _ in listener.seen] == ["/secret-path"]
 
 
+@pytest.mark.slow
 def test_silence_is_told_once_by_one_of_two_processes_and_so_is_its_end(listener: Listener, state: State) -> None:
     clock = [NOW]
     jobs = [Job("export", 60, lambda _: Report()), Job("paused", 60, lambda _: Report())]

@@ -248,6 +248,7 @@ def test_an_overdue_daily_job_runs_after_a_restart_and_a_fresh_one_waits(daemons
     assert len(trace(tmp_path)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
 def test_two_daemons_on_one_state_never_run_a_job_at_once(
     daemons: Daemons, tmp_path: Path, dialect: str, request: pytest.FixtureRequest

@@ -68,6 +68,7 @@ def test_what_cannot_be_verified_is_refused(daemons: Daemons, path: str, body: A
     assert daemon.get("/ops/gaps?job=shelf&to=0001-01-01T00:00:00%2B01:00").status == 422
 
 
+@pytest.mark.slow
 def test_the_command_signs_each_window_and_ends_with_0_only_when_all_are_equal(tmp_path: Path) -> None:
     shell, given = Shell(tmp_path), span()
     command = ("verify", "shelf", "--from", given["from"], "--to", given["to"])
@@ -90,6 +91,7 @@ def test_the_command_signs_each_window_and_ends_with_0_only_when_all_are_equal(t
     assert shell.run("shelf", "verify", "failing", "--from", "2026-01-01", "--to", "2026-01-02").returncode == 1
 
 
+@pytest.mark.slow
 def test_a_pause_survives_a_restart_and_a_command_pauses_a_running_daemon(daemons: Daemons, tmp_path: Path) -> None:
     daemon, shell = daemons.start("quick_jobs", LEASE_TTL_SECONDS="2", LEASE_HEARTBEAT_SECONDS="1"), Shell(tmp_path)
     daemon.until(lambda: daemon.job("quick")["runs_total"])
