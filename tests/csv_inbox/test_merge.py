@@ -45,7 +45,8 @@ def shown_counts(here: World) -> tuple[int, ...]:
     return load.inserted, load.replaced, load.unchanged, load.duplicates, load.rows_before, load.rows_after
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(tables(), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans()), min_size=1, max_size=4)
 )
@@ -73,7 +74,7 @@ def test_any_sequence_of_files_gives_what_the_model_gives_and_can_be_taken_back(
             assert (here.config.merged_file.read_bytes() if here.config.merged_file.exists() else None) == before
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.lists(st.text(alphabet='ab",\n\r', max_size=4), min_size=2, max_size=2), min_size=1, max_size=6),
     st.booleans(),

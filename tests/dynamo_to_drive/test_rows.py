@@ -118,7 +118,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]), st.sampled_from(["", HASH]))
 def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
     found: list[list[Item]], shape: Shape, left_out: str
@@ -129,7 +129,7 @@ def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
     assert file_of([items], shape, left_out) == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]))
 def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: Shape) -> None:
     read = Pages(AT, "")
@@ -220,7 +220,7 @@ stamps = st.sampled_from(ALIKE).flatmap(lambda found: st.lists(st.sampled_from(f
 any_stamps = st.lists(st.text("0123456789-T.Z+ ", max_size=24), min_size=1, max_size=3)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given((stamps | any_stamps).map(sorted))
 def test_texts_that_ascend_have_ranks_that_ascend(found: list[str]) -> None:
     if ascend(found):
