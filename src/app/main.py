@@ -73,9 +73,9 @@ def wire(parts: Parts) -> Pipelines:
     influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
     dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
-    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse.load, parts.clock)
+    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
-    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse.load, parts.clock)
+    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse, parts.clock)
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
@@ -92,8 +92,18 @@ def wire(parts: Parts) -> Pipelines:
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
-        verifications={influx_job.NAME: influx.verification, dynamo_job.NAME: dynamo.verification},
-        charts={influx_job.NAME: influx.chart, dynamo_job.NAME: dynamo.chart},
+        verifications={
+            influx_job.NAME: influx.verification,
+            dynamo_job.NAME: dynamo.verification,
+            amplitude.name: amplitude.verification,
+            appmetrica.name: appmetrica.verification,
+        },
+        charts={
+            influx_job.NAME: influx.chart,
+            dynamo_job.NAME: dynamo.chart,
+            amplitude.name: amplitude.chart,
+            appmetrica.name: appmetrica.chart,
+        },
         routers=(
             lambda: amplitude_routes(amplitude.projects),
             lambda: appmetrica_routes(parts, appmetrica.service),

@@ -41,6 +41,12 @@ def test_posting_again_inserts_nothing_and_new_rows_only(desk: Desk, table: Tabl
     assert set(keys) == {key_of(table, number) for number in range(20)}
 
 
+def test_it_tells_how_many_of_some_events_it_holds(desk: Desk) -> None:
+    desk.post(EVENTS, rows_of(EVENTS, 30))
+    assert desk.warehouse.known([]) == 0
+    assert desk.warehouse.known({uuid_of(number) for number in range(20, 2000)}) == 10
+
+
 def test_rows_without_values_are_null_and_defaults_hold(desk: Desk) -> None:
     for table in TABLES:
         desk.post(table, [{table.key.name: key_of(table, 1)}])
