@@ -1,7 +1,7 @@
 """Proof of delivery of hours and weeks: what was done to objects or rows is named exactly, and mended exactly."""
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator
 from app.demo.product_events import amplitude_event, amplitude_events
 from app.stores.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
-from seaweed import target
+from seaweed import Seaweed, target
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 DAY = timedelta(days=1)
@@ -25,15 +25,9 @@ WEEK = "amplitude/web/2026_week_6.zip"
 World = tuple[Landed, AmplitudeSimulator, AmplitudePull]
 
 
-@pytest.fixture(params=["local directory", pytest.param("s3", marks=pytest.mark.slow)])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    """Nine days of which a whole week has its object; an event each few hours, one hour with many."""
-    if request.param == "local directory":
-        yield from worlds(tmp_path)
-        return
-    seaweed = request.getfixturevalue("seaweed")
-    with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as bucket:
-        yield from worlds(tmp_path, bucket=bucket)
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    yield from worlds(tmp_path)
 
 
 def worlds(folder: Path, **given: Any) -> Iterator[World]:
@@ -147,3 +141,17 @@ def test_a_service_that_cannot_be_asked_is_an_error_of_those_hours_alone(world: 
     assert made.signs(pull.verification, Window(MONDAY, MONDAY + 3 * HOUR)) == {"web 02 00": "!"}
     assert made.signs(pull.verification, Window(MONDAY - DAY, MONDAY - HOUR)) == {}
     assert made.signs(pull.verification, Window(made.clock.now, made.clock.now + HOUR)) == {}
+
+
+ON_A_SERVER = (
+    test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly,
+    test_what_only_the_objects_have_stays_and_what_the_service_added_lands,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ON_A_SERVER, ids=lambda check: check.__name__.removeprefix("test_"))
+def test_on_an_s3_server(check: Callable[[World], None], seaweed: Seaweed, tmp_path: Path) -> None:
+    with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as bucket:
+        for made in worlds(tmp_path, bucket=bucket):
+            check(made)

@@ -1,7 +1,7 @@
 """Proof of delivery of AppMetrica's hours: what was done to objects or rows is named exactly, and mended exactly."""
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from app.core.window import Window
 from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
 from app.stores.s3 import S3Store
 from pulling import HOUR, START, Landed, MetricaPull, pulling
-from seaweed import target
+from seaweed import Seaweed, target
 
 FIRST = START - timedelta(days=1)
 SPAN = Window(FIRST, START + HOUR)
@@ -23,14 +23,9 @@ NAME = "1234567:events"
 World = tuple[Landed, AppMetricaSimulator, MetricaPull]
 
 
-@pytest.fixture(params=["local directory", pytest.param("s3", marks=pytest.mark.slow)])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    if request.param == "local directory":
-        yield from worlds(tmp_path)
-        return
-    seaweed = request.getfixturevalue("seaweed")
-    with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as bucket:
-        yield from worlds(tmp_path, bucket=bucket)
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    yield from worlds(tmp_path)
 
 
 def worlds(folder: Path, **given: Any) -> Iterator[World]:
@@ -138,3 +133,17 @@ def test_a_file_that_takes_long_is_gone_on_with_by_the_next_verification(world: 
     simulator.state.questions = 1
     simulator.state.unknown = frozenset({"windows_aid"})
     assert made.signs(pull.verification, day) == {}, "a column that is not given any more was empty"
+
+
+ON_A_SERVER = (
+    test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly,
+    test_what_the_service_dropped_stays_and_what_it_added_lands,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ON_A_SERVER, ids=lambda check: check.__name__.removeprefix("test_"))
+def test_on_an_s3_server(check: Callable[[World], None], seaweed: Seaweed, tmp_path: Path) -> None:
+    with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as bucket:
+        for made in worlds(tmp_path, bucket=bucket):
+            check(made)
