@@ -67,14 +67,9 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert made.mend("amplitude", pull.verification, SPAN) == (type(report)(), [])
     states = PullChart(pull.places).cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
     assert {cell.state for cell in states} == {State.EQUAL, State.EMPTY}
-
-
-def test_a_truncated_file_with_its_old_metadata_and_a_week_that_is_gone_are_mended(world: World) -> None:
-    made, _, pull = world
-    before = made.objects()
     if not made.bucket:
         with (made.folder / "objects" / key(10)).open("rb+") as file:
-            file.truncate(30)
+            file.truncate(30)  # its metadata stays beside it
     made.put(WEEK, None)
     made.mend("amplitude", pull.verification, SPAN)
     assert made.objects() == before
@@ -135,12 +130,12 @@ def test_what_only_the_objects_have_stays_and_what_the_service_added_lands(world
     assert made.objects()[key(20)] == b"half of it", "what is lost at both ends is not written over"
 
 
-def test_a_service_that_cannot_be_asked_is_an_error_of_those_hours_alone(world: World) -> None:
-    made, simulator, pull = world
-    simulator.add_fault(AmplitudeFault(403, b"no"), times=2)
-    assert made.signs(pull.verification, Window(MONDAY, MONDAY + 3 * HOUR)) == {"web 02 00": "!"}
-    assert made.signs(pull.verification, Window(MONDAY - DAY, MONDAY - HOUR)) == {}
-    assert made.signs(pull.verification, Window(made.clock.now, made.clock.now + HOUR)) == {}
+def test_a_service_that_cannot_be_asked_is_an_error_of_those_hours_alone(tmp_path: Path) -> None:
+    with pulling(tmp_path) as (made, simulator, _):
+        pull = made.amplitude(simulator)
+        simulator.add_fault(AmplitudeFault(403, b"no"), times=2)
+        assert made.signs(pull.verification, Window(MONDAY, MONDAY + 3 * HOUR)) == {"web 02 00": "!"}
+        assert made.signs(pull.verification, Window(made.clock.now, made.clock.now + HOUR)) == {}
 
 
 ON_A_SERVER = (
