@@ -23,6 +23,7 @@ from app.ops.readiness import Check, Readiness
 from app.ops.rights import of_database, of_objects
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
+from app.ops.shapes import Calls
 from app.serving import Inside, front, reach
 from app.settings import Settings
 from app.stores.state import State, open_state
@@ -104,11 +105,18 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
             lambda: amplitude_routes(amplitude.projects),
             lambda: appmetrica_routes(parts, appmetrica.service),
         ),
     )
+
+
+def calls_of(parts: Parts, service: str) -> Calls:
+    """What a service that allows only so many calls was asked."""
+    today, ever = parts.state.pulls.calls_ever(service, parts.clock())
+    return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:

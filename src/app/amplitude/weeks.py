@@ -85,8 +85,8 @@ class Weeks:
                 if stream is None:
                     raise Permanent(
                         f"{hour.key} is gone, and with it the week cannot be made again",
-                        f"python -m app backfill amplitude --from {hour.window.start:%Y-%m-%dT%H} "
-                        f"--to {hour.window.end:%Y-%m-%dT%H}",
+                        f"python -m app verify amplitude --from {hour.window.start:%Y-%m-%dT%H} "
+                        f"--to {hour.window.end:%Y-%m-%dT%H} --heal",
                     )
                 yield hour.window.start, stream
 
