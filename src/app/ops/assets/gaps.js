@@ -114,9 +114,9 @@ async function drawMaps() {
     if (!at("board").hidden && !document.hidden && !at("heal").open) {
       const { jobs, maps, verifications } = await ask("GET", "ops/verifications");
       const on = maps.filter((job) => jobsOn.has(job));
+      at("delivery").hidden = !on.length; // before the cards, which ask how wide it is
       const cards = await Promise.all(on.map((job) => mapCard(job, verifications, new Date())));
       at("maps").replaceChildren(...cards);
-      at("delivery").hidden = !on.length;
       if (Date.now() < quickUntil || verifications.some((result) => !result.ended_at)) wait = QUICK_MS;
     }
   } catch { wait = MAP_EVERY_MS; }
