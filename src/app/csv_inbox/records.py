@@ -19,7 +19,7 @@ Offsets = npt.NDArray[np.int64]
 Octets = npt.NDArray[np.uint8]
 Read = Callable[[int], bytes]
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 24
 LF, CR, QUOTE = 10, 13, 34
 NONE = np.zeros(0, np.int64)
