@@ -102,11 +102,11 @@ def merge_all(table: Table, *, past: bool) -> str:
     )
 
 
-def upsert(table: Table, *, past: bool = False) -> str:
-    """The upsert of one row, its values bound in order. One of the `past` adds what is not known yet."""
-    places = ", ".join("?" * len(table.columns))
+def upsert(table: Table, *, past: bool = False, rows: int = 1) -> str:
+    """The upsert of one row or several, their values bound in order. Those of the `past` add what is not known yet."""
+    places = ", ".join([f"({', '.join('?' * len(table.columns))})"] * rows)
     conflict = _on_conflict(table, past=past)
-    return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({places}) {conflict}"  # noqa: S608
+    return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES {places} {conflict}"  # noqa: S608
 
 
 def newest(table: Table) -> str:
@@ -117,6 +117,23 @@ def newest(table: Table) -> str:
 def newer(table: Table) -> str:
     """The ids above `:newest`, in order."""
     return f"SELECT id FROM {table.name} WHERE id > :newest ORDER BY id"  # noqa: S608 - declared
+
+
+def newer_own(table: Table) -> str:
+    """As `newer` in PostgreSQL, without rows that came from elsewhere: `now()` is when the transaction began."""
+    return f"SELECT id FROM {table.name} WHERE id > :newest AND created_at = now() ORDER BY id"  # noqa: S608 - declared
+
+
+def span(table: Table) -> str:
+    """The first and the last id above `:newest`, null for none. Two searches in the index, however many there are."""
+    of = f"FROM {table.name} WHERE id > :newest"
+    return f"SELECT (SELECT min(id) {of}) AS first, (SELECT max(id) {of}) AS last"
+
+
+def known(table: Table) -> str:
+    """Whether one of `:keys` is there, in PostgreSQL."""
+    keys = f":keys::{TYPES['postgres'][table.key.kind]}[]"
+    return f"SELECT EXISTS (SELECT FROM {table.name} WHERE {table.key.name} = ANY({keys})) AS known"  # noqa: S608
 
 
 def _on_conflict(table: Table, *, past: bool = False) -> str:
