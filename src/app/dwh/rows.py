@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -53,6 +54,7 @@ class RowReader:
         self._decode = _decoder(table, _field)
         self._decode_whole = _decoder(table, _whole_field)
         self._turns = [values.turn(column) for column in table.columns]
+        self._values_of = [attrgetter(column.name) for column in table.columns]
         self._whole_turns = [values.turn_present(column) for column in table.columns]
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
@@ -76,7 +78,8 @@ class RowReader:
 
     def _whole(self, slices: Sequence[Slice]) -> Sequence[Values]:
         """Rows that have every column, as those of most callers: nothing has to be looked for and filled in."""
-        columns: list[Values] = list(zip(*map(astuple, map(self._decode_whole, slices)), strict=True))
+        rows = list(map(self._decode_whole, slices))
+        columns: list[Values] = [list(map(value_of, rows)) for value_of in self._values_of]
         if self._key.kind == "uuid":
             values.check_uuids(columns[0])
         return [turn(column) if turn else column for turn, column in zip(self._whole_turns, columns, strict=True)]
