@@ -1,6 +1,6 @@
 """Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
 
-Invariant: the same rows in each; a writer holds one block at most.
+Invariant: the same rows in each; a writer holds one block, of Parquet one row group, at most.
 """
 
 import csv
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from app.dwh.query import Format, Selection
 from app.dwh.tables import Column, Table
 
-BLOCK_ROWS: dict[Format, int] = {"json": 1000, "ndjson": 1000, "csv": 1000, "parquet": 20_000}
+PARQUET_ROWS = 20_000
 MEDIA: dict[Format, str] = {
     "json": "application/json",
     "ndjson": "application/x-ndjson",
@@ -134,14 +134,21 @@ class _Parquet:
         self._columns = table.stored
         self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
         self._writer = ParquetWriter(file, self._schema, compression="zstd")
+        self._held: list[Sequence[Any]] = []
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+        """See `Writer.write`. A row group takes many blocks."""
+        self._held += block
+        if len(self._held) >= PARQUET_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
         import pyarrow as pa
 
-        values = zip(*block, strict=True)
+        values = zip(*self._held, strict=True)
         arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._held.clear()
 
     def _array(self, column: Column, values: Sequence[Any]) -> Any:
         import pyarrow as pa
@@ -155,6 +162,8 @@ class _Parquet:
 
     def close(self) -> None:
         """See `Writer.close`."""
+        if self._held:
+            self._flush()
         self._writer.close()
 
 

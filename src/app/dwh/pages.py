@@ -6,9 +6,8 @@ takes it for whole; memory is bounded, and a slow reader holds no connection.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 
-from app.dwh.formats import BLOCK_ROWS, writer
+from app.dwh.formats import writer
 from app.dwh.query import Selection
 from app.dwh.spool import Abandoned, Spool
 from app.dwh.store import Warehouse
@@ -36,14 +35,15 @@ class Page:
         out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))
         left, last_id, shown = chosen.limit, 0, False
         with self._warehouse.selected(chosen) as found:
-            while block := list(islice(found.rows, min(BLOCK_ROWS[chosen.format], left))):
-                out.write(block)
-                left, last_id = left - len(block), block[-1][0]
+            for block in found.blocks:
+                if asked := block[:left]:
+                    out.write(asked)
+                    left, last_id = left - len(asked), asked[-1][0]
+                if len(asked) < len(block) and not shown:
+                    self.last_id = last_id
                 if not shown and spool.size_bytes >= HEAD_BYTES:
                     self.last_id, shown = found.last_id(), True
                     spool.show()
-            if not shown and not left and next(found.rows, None) is not None:
-                self.last_id = last_id
         out.close()
 
     def begin(self, *, whole: bool = False) -> int | None:

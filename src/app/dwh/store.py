@@ -50,9 +50,11 @@ class _Undo(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """`rows` are one more than was asked for, if there are so many; `edge` is the last one asked for, and that one."""
+    """`blocks` of rows hold one more than was asked for, if there are so many; `edge` is the last one asked for, and
+    that one.
+    """
 
-    rows: Iterator[Sequence[Any]]
+    blocks: Iterator[Sequence[Sequence[Any]]]
     edge: Iterator[Sequence[Any]]
 
     def last_id(self) -> int | None:
@@ -160,9 +162,9 @@ class Warehouse:
         with self._database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            rows = session.stream(selection.sql(dialect), **selection.params)
+            blocks = session.blocks(selection.sql(dialect), **selection.params)
             edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
-            yield Selected(rows, edge)
+            yield Selected(blocks, edge)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:

@@ -9,6 +9,7 @@ import select
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -126,14 +127,18 @@ class PostgresSession:
             return cursor.rowcount
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
-        """See `Session.stream`: by a cursor of the server, so that it holds what was not asked for yet."""
+        """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`: by a cursor of the server, so that it holds what was not asked for yet."""
         with (
             self._errors.translated(),
             self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
         ):
             cursor.execute(_pyformat(sql), bound(params))
             while rows := cursor.fetchmany(STREAMED_ROWS):
-                yield from rows
+                yield rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`."""

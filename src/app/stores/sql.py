@@ -57,6 +57,9 @@ class Session(Protocol):
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """Rows as tuples of what the database holds, instants not turned, in bounded memory however many there are."""
 
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """As `stream`, some rows at a time, since each step of a generator costs as much as a value."""
+
     def script(self, sql: str) -> None:
         """Several statements without parameters, inside this transaction."""
 

@@ -90,9 +90,13 @@ class SqliteSession:
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`."""
         cursor = self._execute(sql, params)
         while rows := _translated(self._path, lambda: cursor.fetchmany(STREAMED_ROWS)):
-            yield from rows
+            yield rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
