@@ -1,7 +1,7 @@
 """/analytics put together: the folder of this process, the engines, and the thread that keeps the summaries fresh.
 
-Invariants: building touches nothing; DuckDB is imported when a request or a new object needs it, so an idle daemon over
-an empty bucket never has it; nothing that ends a refresh ends the refreshing.
+Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from the
+first request on, and after every later start, summaries are kept fresh; nothing that ends a refresh ends the refreshing.
 """
 
 import fcntl
@@ -41,10 +41,13 @@ Keys = tuple[str, str, str]
 
 
 class Refresher:
-    """Refreshes the summaries while the process serves. `trouble` says why the last attempt failed, if it did."""
+    """Refreshes the summaries while the process serves, from the first `hurry` on, or at once when `is_asked` says that
+    there was one in an earlier process. `trouble` says why the last attempt failed, if it did.
+    """
 
-    def __init__(self, summaries: Summaries, interval_seconds: float) -> None:
+    def __init__(self, summaries: Summaries, is_asked: Callable[[], bool], interval_seconds: float) -> None:
         self._summaries = summaries
+        self._is_asked = is_asked
         self._interval_seconds = interval_seconds
         self._awake = threading.Event()
         self._ended = False
@@ -72,6 +75,9 @@ class Refresher:
         """
         pause_seconds = FIRST_SECONDS
         with ThreadPoolExecutor(1, thread_name_prefix="analytics") as one:
+            asked = one.submit(self._is_asked)
+            if asked.exception() is None and not asked.result():  # a failure is that of the refresh too, which tells it
+                self._awake.wait()
             while True:
                 self._awake.wait(pause_seconds)
                 self._awake.clear()
@@ -189,7 +195,7 @@ def build(
         reports=load_reports(_folders(analytics.reports_dir)),
         summaries=summaries,
         queries=Queries(summaries, objects, local),
-        refresher=Refresher(summaries, analytics.refresh_seconds),
+        refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,
     )

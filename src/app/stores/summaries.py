@@ -145,6 +145,11 @@ class SqlSummaries:
             for row in session.stream(self._queries["object_ids"]):
                 yield int(row[0], 16)
 
+    def is_asked(self) -> bool:
+        """Whether anything is known, of whatever version."""
+        with self._database.transaction(read_only=True) as session:
+            return bool(session.rows(self._queries["is_asked"])[0]["asked"])
+
     def sweeps(self) -> int:
         """How often versions were forgotten, by anybody."""
         with self._database.transaction(read_only=True) as session:
