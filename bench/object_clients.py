@@ -1,54 +1,29 @@
 """Slow clients of /s3, and what /health takes meanwhile."""
 
 import asyncio
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+
+import health
 
 STEP_BYTES = 4096
 STEP_SECONDS = 0.05
-ASK_SECONDS = 0.01
 PROMISED_BYTES = 1 << 30
 KEY = "object"
 
 
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """Milliseconds that /health took."""
-
-    p50_ms: float
-    p99_ms: float
-
-
-def waits(port: int, clients: int, seconds: float) -> Waits:
+def waits(port: int, clients: int, seconds: float) -> health.Waits:
     """Half of the clients send a body, half read an object, 80 KiB a second each."""
     return asyncio.run(_waits(port, clients, seconds))
 
 
-async def _waits(port: int, clients: int, seconds: float) -> Waits:
+async def _waits(port: int, clients: int, seconds: float) -> health.Waits:
     slow = [asyncio.ensure_future((_sends if number % 2 else _reads)(port, number)) for number in range(clients)]
     await asyncio.sleep(1)
-    taken = await _asks(port, time.monotonic() + seconds)
+    taken = await health.waits(port, seconds)
     for each in slow:
         if each.done():
             each.result()
         each.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
-    return Waits(statistics.median(taken), statistics.quantiles(taken, n=100)[98])
-
-
-async def _asks(port: int, until: float) -> Sequence[float]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    taken = []
-    while time.monotonic() < until:
-        began = time.perf_counter()
-        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
-        taken.append((time.perf_counter() - began) * 1000)
-        await asyncio.sleep(ASK_SECONDS)
-    writer.close()
     return taken
 
 

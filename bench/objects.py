@@ -101,8 +101,8 @@ def measure(folder: Path, store: seaweed.Seaweed, started: daemons.Daemons, give
     costs |= in_turns(patch, max(given.repeat // 2, 1))
     print(f"{given.mb} MiB\n{table(costs)}")
     for clients in (0, SLOW_CLIENTS):
-        health = waits(served.port, clients, given.slow_seconds)
-        print(f"/health beside {clients} slow clients: p50 {health.p50_ms:.1f} ms, p99 {health.p99_ms:.1f} ms")
+        taken = waits(served.port, clients, given.slow_seconds)
+        print(f"/health beside {clients} slow clients: p50 {taken.p50_ms:.1f} ms, p99 {taken.p99_ms:.1f} ms")
     return goals_of(costs)
 
 
