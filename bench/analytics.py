@@ -9,22 +9,20 @@ measured too when its program is on the PATH: `uv venv x && uv pip install -p x 
 
 import argparse
 import json
-import random
 import shutil
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from analytics_news import News, news
-from analytics_ways import PLAIN, PREFIX, Load, cpu_seconds, fill, free_port, hourly, load, peak_mib, serving
-from measured import Goal
+from analytics_ways import PLAIN, PREFIX, Load, fill, free_port, load, peak_mib, serving
+from measured import Goal, run
 from seaweed import SERVICES, Seaweed, free_ports, running
 
+NEWS = Path(__file__).with_name("analytics_news.py")
 QUERIES = Path(__file__).resolve().parent.parent / "sql" / "analytics"
 REPORT = "/analytics/over-time?device_id=D1&from=2026-01-01T00:00:00Z&to=2026-01-01T12:00:00Z&minutes=60"
 AD_HOC = """
@@ -36,7 +34,6 @@ AD_HOC = """
 """
 
 
-REFRESH_SECONDS = 1
 MANY_OBJECTS = 3000  # what the goal of 1,000 times is stated for
 OVERVIEW = """SELECT count(*) AS total_rows, count(DISTINCT device_id) AS device_count,
     min(timestamp) AS first, max(timestamp) AS last FROM telemetry"""
@@ -68,7 +65,6 @@ class Result:
     cold_seconds: float
     loads: Mapping[tuple[str, int], Load]
     peak: float
-    news: News | None = None
 
 
 def main() -> int:
@@ -113,11 +109,9 @@ def measure(server: Seaweed, work: Path, objects: int, given: Given) -> Sequence
                 f"| {way} | {name} | {clients} | {result.cold_seconds:.2f} | {one.rate:,.1f} | {one.p50_ms:.1f} "
                 f"| {one.cpu_ms:.2f} | {one.health_p99_ms:.0f} | {result.peak:.0f} |"
             )
-    if told := results["headwater"].news:
-        print(
-            f"\na new object beside {objects}: seen after {told.seen_seconds:.2f} s (listed every {REFRESH_SECONDS} s), "
-            f"CPU {told.object_ms:.0f} ms; a listing that finds nothing: {told.listing_ms:.0f} ms"
-        )
+    given_news = [bucket, server.endpoint_url, server.access_key, server.secret_key, str(objects)]
+    told = run([sys.executable, str(NEWS), str(work / "news"), *given_news]).told
+    print(f"\nCPU of a new object: {told['object_ms']:.0f} ms; of the listing: {told['listing_ms']:.0f} ms")
     return goals_of(objects, results, given)
 
 
@@ -177,7 +171,6 @@ def ours(place: Place, given: Given) -> Result:
         "DATA_DIR": str(place.work / "data"),
         "LOG_LEVEL": "WARNING",
         "LOG_FILE": "off",
-        "ANALYTICS_REFRESH_SECONDS": str(REFRESH_SECONDS),
         "S3_BUCKET": place.bucket,
         "S3_PREFIX": PREFIX,
         "S3_ENDPOINT_URL": place.server.endpoint_url,
@@ -188,14 +181,7 @@ def ours(place: Place, given: Given) -> Result:
         cold = first(port, "/analytics/overview")
         paths = ("/analytics/overview", REPORT)
         loads = {(path, n): load(child, port, path, n, given.seconds) for path in paths for n in given.clients}
-        with closing(place.server.client()) as client:
-
-            def put(number: int) -> None:
-                key, content = hourly(len(place.keys) + number, given.rows, random.Random(number))
-                client.put_object(Bucket=place.bucket, Key=key, Body=content)
-
-            told = news(port, lambda: cpu_seconds(child.pid), put, REFRESH_SECONDS)
-        return Result(cold, loads, peak_mib(child.pid), told)
+        return Result(cold, loads, peak_mib(child.pid))
 
 
 def roapi(place: Place, given: Given) -> Result:

@@ -1,67 +1,55 @@
-"""What a new object costs a daemon that has many already."""
+"""What a new object costs summaries that have many: `analytics_news.py STATE BUCKET ENDPOINT KEY SECRET OBJECTS`."""
 
+import io
 import json
+import random
 import statistics
+import sys
 import time
-import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from analytics_ways import PREFIX, hourly
+from app.analytics.engine import Engine, Limits
+from app.analytics.summaries import Summaries
+from app.stores.objects import Put
+from app.stores.s3 import S3Store
+from app.stores.s3_client import S3Target
+from app.stores.state import open_state
 
 ROUNDS = 5
-ROUND_SECONDS = 3.0
-POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class News:
-    """Seconds until a new object is answered; CPU of a listing that finds nothing, and what one more object adds."""
-
-    seen_seconds: float
-    listing_ms: float
-    object_ms: float
-
-
-def news(port: int, cpu_seconds: Callable[[], float], put: Callable[[int], None], every_seconds: float) -> News:
-    """Rounds of equal length, without a new object and with one by `put(number)`; medians. The daemon lists every
-    `every_seconds`.
-    """
-    quiet, busy, seen = [], [], []
-    for number in range(ROUNDS):
-        quiet.append(_spent(cpu_seconds, lambda: None))
-        before = _rows(port)
-        began = time.monotonic()
-
-        def changed(number: int = number, before: int = before, began: float = began) -> None:
-            put(number)
-            while _rows(port) == before:
-                time.sleep(POLL_SECONDS)
-            seen.append(time.monotonic() - began)
-
-        busy.append(_spent(cpu_seconds, changed))
-    nothing = statistics.median(quiet)
-    polls_ms = 1000 * _poll_cpu(port, cpu_seconds) * statistics.median(seen) / POLL_SECONDS
-    return News(
-        statistics.median(seen),
-        nothing * 1000 * every_seconds / ROUND_SECONDS,
-        (statistics.median(busy) - nothing) * 1000 - polls_ms,
+def main() -> None:
+    """Refresh with nothing new and with one new object, in turns; print the medians of CPU as JSON."""
+    folder, bucket, endpoint, key, secret, objects = sys.argv[1:]
+    target = S3Target(
+        bucket, endpoint_url=endpoint, addressing_style="path", access_key_id=key, secret_access_key=secret
     )
+    store = S3Store(target, "probe/key")
+    work = Path(folder) / "work"
+    work.mkdir(parents=True)
+    state = open_state("", Path(folder))
+    engine = Engine(work, Limits(128, 2, 60))
+    summaries = Summaries(store, state.summaries, engine, PREFIX, lambda: datetime.now(UTC))
+    summaries.refresh()
+    nothing, one_new = [], []
+    for number in range(ROUNDS):
+        nothing.append(refreshed_ms(summaries))
+        name, content = hourly(int(objects) + number, 200, random.Random(number))
+        store.put(name, io.BytesIO(content), Put("application/vnd.apache.parquet"))
+        one_new.append(refreshed_ms(summaries))
+    engine.close()
+    listing_ms = statistics.median(nothing)
+    print(json.dumps({"listing_ms": listing_ms, "object_ms": statistics.median(one_new) - listing_ms}))
 
 
-def _spent(cpu_seconds: Callable[[], float], work: Callable[[], None]) -> float:
-    before, until = cpu_seconds(), time.monotonic() + ROUND_SECONDS
-    work()
-    time.sleep(max(until - time.monotonic(), 0))
-    return cpu_seconds() - before
+def refreshed_ms(summaries: Summaries) -> float:
+    """CPU of one refresh."""
+    before = time.process_time()
+    summaries.refresh()
+    return (time.process_time() - before) * 1000
 
 
-def _poll_cpu(port: int, cpu_seconds: Callable[[], float], count: int = 300) -> float:
-    """CPU of one question for the rows."""
-    before = cpu_seconds()
-    for _ in range(count):
-        _rows(port)
-    return (cpu_seconds() - before) / count
-
-
-def _rows(port: int) -> int:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/analytics/overview", timeout=60) as answer:
-        return int(json.load(answer)["total_rows"])
+if __name__ == "__main__":
+    main()
