@@ -1,5 +1,7 @@
 """Runs `python -m app run dynamo_to_drive` in processes that may be killed: one `FOLDER` a line on stdin.
 
+`command.json` in the folder may name another command.
+
 The pid is answered; it stays that process's until an empty line asks for the exit code. Each is forked after all
 imports, so that many runs do not take minutes; `environ.json` in the folder is its environment.
 """
@@ -34,7 +36,8 @@ def child(folder: Path) -> int:
     quiet = os.open(folder / "said.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(quiet, stream)
-    return main(["run", "dynamo_to_drive"])
+    named = folder / "command.json"
+    return main(json.loads(named.read_text()) if named.exists() else ["run", "dynamo_to_drive"])
 
 
 def say(answer: object) -> None:

@@ -1,6 +1,7 @@
 """Both pulls against their simulators, in this process and at any instant: a pause moves the clock, nobody waits."""
 
 import gzip
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -10,21 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from app.amplitude import job as amplitude_job
+from app.amplitude import verify as amplitude_verify
 from app.amplitude.client import POLICY, Patience, project
 from app.amplitude.hours import Places as AmplitudePlaces
 from app.amplitude.hours import SourceRun
 from app.appmetrica import job as appmetrica_job
+from app.appmetrica import verify as appmetrica_verify
 from app.appmetrica.client import SERVICE, Service, service
 from app.appmetrica.exports import Polling
 from app.appmetrica.hours import Places as AppMetricaPlaces
 from app.appmetrica.hours import ResourceRun
+from app.appmetrica.questions import resources
 from app.core.runs import Context, Report, Stop
+from app.core.verify import Sign, Verdict, Verification, heal, verify
 from app.core.window import Window
 from app.demo.amplitude import AmplitudeSimulator
 from app.demo.appmetrica import AppMetricaSimulator
 from app.dwh.store import Warehouse, open_warehouse
 from app.dwh.tables import TABLES
 from app.stores.local_directory import LocalDirectory
+from app.stores.objects import ObjectStore, Put
 from app.stores.state import State, open_state
 from app.stores.upstream import Upstream
 
@@ -65,14 +71,15 @@ class Landed:
     clock: Clock
     state: State = field(init=False)
     warehouse: Warehouse = field(init=False)
-    store: LocalDirectory = field(init=False)
+    store: ObjectStore = field(init=False)
     warehouse_url: str = ""
+    bucket: ObjectStore | None = None
     asked: list[Upstream] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = open_state("", self.folder)
         self.warehouse = open_warehouse(self.warehouse_url, self.folder)
-        self.store = LocalDirectory(self.folder / "objects")
+        self.store = self.bucket or LocalDirectory(self.folder / "objects")
 
     def close(self) -> None:
         for upstream in self.asked:
@@ -135,6 +142,25 @@ class Landed:
                 found[info.key] = stream.read()
         return found
 
+    def put(self, key: str, body: bytes | None) -> None:
+        """Replace an object as another program would, or delete it."""
+        if body is None:
+            self.store.delete(key)
+        else:
+            self.store.put(key, io.BytesIO(body), Put("application/octet-stream"))
+
+    def mend(self, job: str, verification: Verification, span: Window) -> tuple[Report, list[Verdict]]:
+        """Heal; the verdicts that are not equal."""
+        told: list[Verdict] = []
+        context = self.context(job)
+        report = heal(verification(context.stop), span, context, told.append)
+        return report, [each for each in told if each.healed or each.sign is not Sign.EQUAL]
+
+    def signs(self, verification: Verification, span: Window) -> dict[str, str]:
+        """The sign of every window that is not equal, by partition and start."""
+        found = verify(verification(self.clock), span, self.clock)
+        return {name_of(each): each.sign.value for each in found if each.sign is not Sign.EQUAL}
+
     def lines(self, prefix: str) -> dict[str, list[bytes]]:
         """The lines of gzip objects, sorted: a service gives no order of rows."""
         return {key: sorted(gzip.decompress(body).splitlines()) for key, body in self.objects(prefix).items()}
@@ -159,6 +185,9 @@ class AmplitudePull:
     def fill(self, start: datetime, end: datetime) -> Report:
         context = self.landed.context("amplitude")
         return amplitude_job.every_source(self.places, self.projects, context, lambda run: run.fill(Window(start, end)))
+
+    def verification(self, stop: Stop) -> amplitude_verify.PullEnds:
+        return amplitude_verify.PullEnds(self.places, self.projects, self.landed.warehouse.known, stop)
 
     def patience(self) -> Patience:
         return Patience(POLICY, self.landed.clock, random.random)
@@ -189,19 +218,27 @@ class MetricaPull:
 
         return appmetrica_job.every_resource(self.places, self.service, self.resources, context, work)
 
+    def verification(self, stop: Stop) -> appmetrica_verify.PullEnds:
+        known = [resources()[name] for name in self.resources]
+        return appmetrica_verify.PullEnds(self.places, self.service, known, self.landed.warehouse.known, stop)
+
+
+def name_of(verdict: Verdict) -> str:
+    return f"{verdict.slot.partition} {verdict.slot.window.start:%d %H}"
+
 
 @contextmanager
-def landed(folder: Path, clock: Clock | None = None, warehouse_url: str = "") -> Iterator[Landed]:
+def landed(folder: Path, clock: Clock | None = None, warehouse_url: str = "", **given: Any) -> Iterator[Landed]:
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(Landed(folder, clock or Clock(), warehouse_url=warehouse_url)) as made:
+    with closing(Landed(folder, clock or Clock(), warehouse_url=warehouse_url, **given)) as made:
         yield made
 
 
 @contextmanager
-def pulling(folder: Path) -> Iterator[tuple[Landed, AmplitudeSimulator, AppMetricaSimulator]]:
+def pulling(folder: Path, **given: Any) -> Iterator[tuple[Landed, AmplitudeSimulator, AppMetricaSimulator]]:
     """One clock for all of them."""
     with ExitStack() as stack:
         clock = Clock()
-        made = stack.enter_context(landed(folder, clock))
+        made = stack.enter_context(landed(folder, clock, **given))
         web = stack.enter_context(AmplitudeSimulator(clock=clock))
         yield made, web, stack.enter_context(AppMetricaSimulator(clock=clock))

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
+
+if TYPE_CHECKING:
+    from app.stores.s3_client import S3Target
 
 HOST = "127.0.0.1"
 READY_SECONDS = 40
@@ -56,6 +59,22 @@ class Seaweed:
             aws_secret_access_key=self.secret_key,
             config=Config(s3={"addressing_style": "path"}, connect_timeout=2, retries={"total_max_attempts": 1}),
         )
+
+
+def target(seaweed: Seaweed, bucket: str) -> "S3Target":
+    """How the product reaches a bucket of the server."""
+    from app.stores.s3_client import S3Target
+
+    return S3Target(
+        bucket=bucket,
+        endpoint_url=seaweed.endpoint_url,
+        addressing_style="path",
+        access_key_id=seaweed.access_key,
+        secret_access_key=seaweed.secret_key,
+        read_timeout_seconds=1,
+        connect_timeout_seconds=1,
+        attempts=2,
+    )
 
 
 @pytest.fixture(scope="session")

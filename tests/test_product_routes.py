@@ -117,6 +117,15 @@ def test_ping_says_whether_the_service_answers(product: Product) -> None:
     told = product.get("/appmetrica/ping").json()
     assert {name: told[name] for name in ("module", "status")} == {"module": "appmetrica", "status": "ok"}
     assert told["calls_today"] >= 1
+    lines = [
+        line.rsplit(" ", 1) for line in product.get("/metrics").text.splitlines() if line.startswith("headwater_calls")
+    ]
+    counted = {name.partition("{")[0]: float(value) for name, value in lines}
+    assert counted == {
+        "headwater_calls_total": told["calls_today"],
+        "headwater_calls_today": told["calls_today"],
+        "headwater_calls_limit": told["calls_a_day"],
+    }
     product.mobile.add_fault(AppMetricaFault(401, b"no"))
     told = product.get("/appmetrica/ping").json()
     assert told["status"] == "error"

@@ -23,7 +23,6 @@ from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
 from app.stores.parquet import ROW_GROUP_ROWS, TableSink
 from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target
 from exporter import NOON, Exporter, exporter_on, ns
 from exports import content, exported, rows_of, stored
 from fault_proxy import (
@@ -37,7 +36,7 @@ from fault_proxy import (
     reset,
     truncate,
 )
-from seaweed import Seaweed
+from seaweed import Seaweed, target
 
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
@@ -49,19 +48,6 @@ FORMATS = ("parquet", "csv")
 @pytest.fixture(scope="module")
 def bucket(seaweed: Seaweed) -> str:
     return seaweed.new_bucket()
-
-
-def target(seaweed: Seaweed, bucket: str) -> S3Target:
-    return S3Target(
-        bucket=bucket,
-        endpoint_url=seaweed.endpoint_url,
-        addressing_style="path",
-        access_key_id=seaweed.access_key,
-        secret_access_key=seaweed.secret_key,
-        read_timeout_seconds=1,
-        connect_timeout_seconds=1,
-        attempts=2,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -49,5 +49,6 @@ ON CONFLICT (service, day_at) DO UPDATE SET calls = held.calls + 1
 WHERE held.calls < :limit_calls;
 
 -- name: calls_of
--- Calls of a day.
-SELECT calls FROM pull_calls WHERE service = :service AND day_at = :day_at;
+-- Calls of a day, and of all days.
+SELECT coalesce(sum(CASE WHEN day_at = :day_at THEN calls END), 0) AS calls, coalesce(sum(calls), 0) AS calls_ever
+FROM pull_calls WHERE service = :service;

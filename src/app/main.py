@@ -23,6 +23,7 @@ from app.ops.readiness import Check, Readiness
 from app.ops.rights import of_database, of_objects
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
+from app.ops.shapes import Calls
 from app.serving import Inside, front, reach
 from app.settings import Settings
 from app.stores.state import State, open_state
@@ -73,9 +74,9 @@ def wire(parts: Parts) -> Pipelines:
     influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
     dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
-    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse.load, parts.clock)
+    amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
-    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse.load, parts.clock)
+    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse, parts.clock)
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
@@ -92,13 +93,30 @@ def wire(parts: Parts) -> Pipelines:
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
-        verifications={influx_job.NAME: influx.verification, dynamo_job.NAME: dynamo.verification},
-        charts={influx_job.NAME: influx.chart, dynamo_job.NAME: dynamo.chart},
+        verifications={
+            influx_job.NAME: influx.verification,
+            dynamo_job.NAME: dynamo.verification,
+            amplitude.name: amplitude.verification,
+            appmetrica.name: appmetrica.verification,
+        },
+        charts={
+            influx_job.NAME: influx.chart,
+            dynamo_job.NAME: dynamo.chart,
+            amplitude.name: amplitude.chart,
+            appmetrica.name: appmetrica.chart,
+        },
+        calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
             lambda: amplitude_routes(amplitude.projects),
             lambda: appmetrica_routes(parts, appmetrica.service),
         ),
     )
+
+
+def calls_of(parts: Parts, service: str) -> Calls:
+    """What a service that allows only so many calls was asked."""
+    today, ever = parts.state.pulls.calls_ever(service, parts.clock())
+    return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:

@@ -119,12 +119,13 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         stale=lambda: service.alerts.stale,
         partitions=partitions(service),
         histories=service.pipelines.histories,
+        calls=service.pipelines.calls,
         clock=service.clock,
     )
     about = service.settings.service
     serving = Serving(service.analytics)
     routers = [
-        dashboard.build(),
+        dashboard.build(guard, lambda: routes.overview(ops)),
         routes.build(ops),
         proof_routes.build(proof(service)),
         warehouse_routes(service),

@@ -175,6 +175,8 @@ def test_the_calls_of_a_day_are_counted_and_never_exceeded(world: World) -> None
     report = pull.run()
     assert "all 10 calls of this day" in report.failures[0].message
     assert len(simulator.state.asked) == 10
+    assert made.state.pulls.calls_ever("appmetrica", made.clock()) == (10, 10)
+    assert made.state.pulls.calls_ever("appmetrica", made.clock() + timedelta(days=1)) == (0, 10)
     assert made.state.pulls.calls("appmetrica", made.clock()) == 10
     simulator.state.questions = 2
     made.clock.now = datetime(2026, 2, 12, 0, 20, tzinfo=UTC)

@@ -104,6 +104,27 @@ def test_a_row_that_cannot_be_appended_leaves_nothing_of_its_transaction(databas
         assert list(session.stream("SELECT id FROM things")) == [(7,)]
 
 
+def test_new_rows_are_appended_by_column_and_none_of_them_beside_a_key_that_is_there(database: Database) -> None:
+    insert(database, 7)
+    with database.transaction() as session:
+        blocks = [([n, n + 10], [text, None]) for n, text in enumerate(AWKWARD, 100)]
+        assert session.append_new("things", ("id", "name"), [([1, 2], ["a", "b"])]) == 2
+        assert session.append_new("things", ("id", "name"), iter([([3], ["c"]), ([4, 7], ["d", "again"])])) is None
+        assert session.append_new("things", ("id", "name"), iter([([5, 5], ["e", "e"])])) is None
+        session.run("CREATE TABLE texts (n BIGINT, t TEXT)")
+        assert session.append_new("texts", ("n", "t"), iter(blocks)) == 2 * len(blocks)
+    with database.transaction(read_only=True) as session:
+        assert [id_ for (id_,) in session.stream("SELECT id FROM things ORDER BY id")] == [1, 2, 7]
+        found = [text for (text,) in session.stream("SELECT t FROM texts WHERE n < 113 AND t IS NOT NULL")]
+        assert set(found) == set(AWKWARD) - {None}
+
+
+def test_what_else_fails_while_new_rows_are_appended_is_an_error(database: Database) -> None:
+    with pytest.raises(AppError), database.transaction() as session:
+        session.append_new("things", ("id", "no_such_column"), [([1], ["a"])])
+    insert(database, 1)
+
+
 def test_a_source_of_rows_that_fails_leaves_nothing(database: Database) -> None:
     def failing() -> Iterator[tuple[int, str]]:
         yield 1, "x"

@@ -221,10 +221,10 @@ def test_a_master_that_cannot_be_read_stops_everything_and_is_never_overwritten(
 
 def test_a_master_far_larger_than_a_block_is_merged_in_pieces(tmp_path: Path) -> None:
     here = world(tmp_path)
-    rows = [f'key-{n:06d},"{n}","text\n{n}",{"x" * 40}' for n in range(70_000)]
+    rows = [f'key-{n:06d},"{n}","text\n{n}",{"x" * 40}' for n in range(80_000)]
     here.take("1.csv", "\n".join(["k,a,b,c", *rows]) + "\n")
     assert len(here.master) > 5 * records.BLOCK_BYTES
-    gone = dict.fromkeys(n for n in range(70_000) if n % 7 == 0 or 30_000 < n < 30_400)
+    gone = dict.fromkeys(n for n in range(80_000) if n % 7 == 0 or 30_000 < n < 30_400)
     here.take("2.csv", "\n".join(["k,a,b,c", *(f"key-{n:06d},,," for n in gone)]) + "\n")
     left = [row for n, row in enumerate(rows) if n not in gone]
     assert here.master.decode() == "\n".join(["k,a,b,c", *left, *(f"key-{n:06d},,," for n in gone)]) + "\n"

@@ -49,7 +49,7 @@ def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
     if not len(marks.lasts):
         return
     block = Block(data[: int(marks.at[marks.lasts[-1]]) + 1], marks, 1)
-    records = block.records(block.rows)
+    records = [block.record(position) for position in block.rows.tolist()]
     fields = [[DIALECT.unquoted(field) for field in DIALECT.fields(record)] for record in records]
     width = len(fields[0]) if fields else 0
     uneven = [at for at, row in zip(block.rows.tolist(), fields, strict=True) if len(row) != width]

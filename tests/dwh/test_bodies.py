@@ -182,7 +182,7 @@ def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
     assert refused(TECHNICAL, NdjsonBody(BIG), sent[:-1], gzip=Gzip(BIG)).status == 400
     assert refused(TECHNICAL, NdjsonBody(BIG), sent + b"junk", gzip=Gzip(BIG)).status == 400
     assert refused(TECHNICAL, NdjsonBody(BIG), ndjson(ROWS), gzip=Gzip(BIG)).status == 400
-    bomb = zlib.compress(b"\n" * 50_000_000, 9, wbits=31)
+    bomb = zlib.compress((b" " * 1023 + b"\n") * 20_000, 9, wbits=31)
     assert refused(TECHNICAL, NdjsonBody(BIG), bomb, gzip=Gzip(1 << 40)).status == 413
     assert refused(TECHNICAL, NdjsonBody(BIG), bomb, gzip=Gzip(BIG)).status == 413
 

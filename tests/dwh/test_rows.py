@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from app.dwh.faults import RowFault
 from app.dwh.rows import reader
 from app.dwh.strict import repeated_key
 from app.dwh.tables import TABLES
+from app.dwh.values import instant_texts
+from app.stores.sql_values import instant_text
 from warehouse import BY_NAME, rows_of, uuid_of
 
 U = uuid_of(1)
@@ -152,6 +155,43 @@ def test_a_hundred_levels_are_read() -> None:
     for _ in range(100):
         deep = [deep]
     assert one("technical_data", plan_json=deep)["plan_json"].count("[") == 100
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "x" * 36,
+        U.replace("-", "0"),
+        U.replace("-", "_"),
+        f" {U[1:]}",
+        f"{U[:8]} -{U[10:]}",
+        f"-{U[1:]}",
+        f"{U[:9]}-{U[10:]}",
+        f"{U[:-1]}\uff11",
+        f"{U[:-1]}\n",
+        U[:-1],
+        f"{U}0",
+    ],
+)
+def test_a_bad_uuid_is_found_among_whole_rows(key: str) -> None:
+    rows = rows_of(BY_NAME["user_locations"], 3)
+    rows[1]["uuid"] = key
+    (found,) = read("user_locations", *map(json.dumps, rows)).faults
+    assert (found.index, found.field) == (1, "uuid")
+
+
+INSTANTS = st.datetimes(timezones=st.none() | st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))]))
+
+
+@given(
+    instants=st.lists(INSTANTS.filter(lambda at: 1 < at.year < 9999), min_size=1, max_size=20),
+    whole_seconds=st.booleans(),
+)
+def test_instants_are_the_same_together_and_one_by_one(instants: list[datetime], *, whole_seconds: bool) -> None:
+    if whole_seconds:
+        instants = [at.replace(microsecond=0) for at in instants]
+    aware = [at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC) for at in instants]
+    assert list(instant_texts(instants)) == list(map(instant_text, aware))
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)

@@ -41,6 +41,12 @@ def test_posting_again_inserts_nothing_and_new_rows_only(desk: Desk, table: Tabl
     assert set(keys) == {key_of(table, number) for number in range(20)}
 
 
+def test_it_tells_how_many_of_some_events_it_holds(desk: Desk) -> None:
+    desk.post(EVENTS, rows_of(EVENTS, 30))
+    assert desk.warehouse.known([]) == 0
+    assert desk.warehouse.known({uuid_of(number) for number in range(20, 2000)}) == 10
+
+
 def test_rows_without_values_are_null_and_defaults_hold(desk: Desk) -> None:
     for table in TABLES:
         desk.post(table, [{table.key.name: key_of(table, 1)}])
@@ -89,6 +95,47 @@ def test_ids_follow_the_order_of_the_rows_over_many_merges(desk: Desk) -> None:
     assert list(done.ids) == sorted(done.ids)
     newest = desk.get(LOCATIONS, limit=2)
     assert [row["uuid"] for row in newest] == [uuid_of(1), uuid_of(2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "known"),
+    [
+        (60, 0),
+        (60, 31),
+        (60, 59),
+        pytest.param(2 * MERGE_ROWS + 500, 30, marks=pytest.mark.slow),
+        pytest.param(2 * MERGE_ROWS + 500, 2 * MERGE_ROWS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_that_is_there_anywhere_in_a_request_is_left_out_alone(desk: Desk, count: int, known: int) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(known), "city": "first"}])
+    done = desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(count)])
+    assert (done.inserted_rows, done.rows) == (count - 1, count)
+    rows = desk.read(LOCATIONS, format="csv", limit=count, sort_dir="asc").body.decode().splitlines()[1:]
+    order = [row.split(",")[:2] for row in rows]
+    assert order[0] == ["1", uuid_of(known)]
+    assert [uuid for _, uuid in order[1:]] == [uuid_of(n) for n in range(count) if n != known]
+    assert [int(id_) for id_, _ in order[1:]] == list(done.ids)
+
+
+def test_ids_are_told_truly_when_rows_come_from_elsewhere_meanwhile(desk: Desk) -> None:
+    desk.post(PERMANENT, rows_of(PERMANENT, 3))
+    with desk.warehouse._writing() as session:  # noqa: SLF001 - somebody else's statements
+        session.run("DELETE FROM permanent_user_properties")
+        session.run("INSERT INTO permanent_user_properties (ehr_id) VALUES (-1)")
+    assert list(desk.post(PERMANENT, rows_of(PERMANENT, 2)).ids) == [5, 6]
+
+
+@pytest.mark.parametrize("table", [EVENTS, PERMANENT], ids=lambda table: table.name)
+def test_lines_are_the_same_bytes_in_whatever_order_they_are_read(desk: Desk, table: Table) -> None:
+    texts = ["", "\x01\x1f\x7f", '"\\/', "\n\r\t\b\f", "\u2028", None]
+    rows = [{table.key.name: key_of(table, n), table.names[1]: text} for n, text in enumerate(texts)]
+    desk.post(table, rows + rows_of(table, 4, first=len(texts)))
+    by_id, by_key = (
+        sorted(desk.read(table, format="ndjson", sort_by=name).body.splitlines()) for name in ("id", table.key.name)
+    )
+    assert by_id == by_key
+    assert len(by_id) == len(texts) + 4
 
 
 def test_a_dry_run_says_what_would_happen_and_stores_nothing(desk: Desk) -> None:

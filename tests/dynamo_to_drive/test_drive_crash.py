@@ -152,6 +152,28 @@ def test_a_process_killed_in_each_request_leaves_one_file_as_if_undisturbed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before its effect", "before its answer"])
+def test_healing_that_is_killed_in_each_request_is_finished_by_the_next(
+    tmp_path: Path, runner: Runner, *, after: bool
+) -> None:
+    hour = before(datetime.now(UTC))
+    with shipping(tmp_path / "a") as ship:
+        written(hour, 0, ship)
+        runner.run(ship)
+        ((name, content),) = ship.files.items()
+        span = ["--from", f"{hour:%Y-%m-%dT%H:%M:%SZ}", "--to", f"{hour + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"]
+        (ship.folder / "command.json").write_text(json.dumps(["verify", "dynamo_to_drive", *span, "--heal"]))
+        for where in REQUESTS[2:]:
+            files = ship.drive.state.files
+            (file,) = files.matching(lambda file: file.name == name and not file.trashed)
+            lost = "POST /upload" in where or "generateIds" in where
+            files.change(file.file_id, **({"trashed": True} if lost else {"content": content[:-40]}))
+            killed(runner, ship, DriveFault(after=after, cut=True, stall_seconds=STALL_SECONDS), where)
+            runner.run(ship)
+            assert ship.files == {name: content}, where
+
+
+@pytest.mark.slow
 def test_a_process_killed_just_after_an_upload_was_answered_leaves_one_file_as_if_undisturbed(
     tmp_path: Path, runner: Runner
 ) -> None:

@@ -94,6 +94,20 @@ def test_the_example_of_the_contract_gives_its_rows_with_types_and_tags() -> Non
     assert block.table.column("host").to_pylist() == ["A", "A"]
 
 
+def test_a_tag_that_is_known_gives_no_column_and_a_field_of_its_name_does() -> None:
+    columns = ("_time", TIME), ("device_id", "string"), ("voltage", "double")
+    rows_of_one = b",,0,2026-02-02T00:00:00Z,D1,1.5\r\n\r\n"
+    tag, field = (
+        [
+            block.table.column_names
+            for block in read_blocks([head(*columns, groups=groups) + rows_of_one], known=frozenset({"device_id"}))
+        ]
+        for groups in ("false,true,false", "false,false,false")
+    )
+    assert tag == [["_time", "voltage"]]
+    assert field == [["_time", "device_id", "voltage"]]
+
+
 def test_an_answer_without_tables_is_one_blank_line_and_no_error() -> None:
     assert parsed(b"\r\n") == []
 

@@ -2,8 +2,10 @@
 
 import io
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,10 @@ from app.core.verify import Sign, Slot, Verdict, heal, verify
 from app.core.window import Window
 from app.influx_to_s3.job import NAME, Export
 from app.stores.objects import Put
-from exporter import NOON, Exporter, Silent
+from app.stores.s3 import S3Store
+from exporter import NOON, Exporter, Silent, exporter_on
 from exports import content
+from seaweed import Seaweed, target
 
 HOUR = timedelta(hours=1)
 SPAN = Window(NOON - 6 * HOUR, NOON + HOUR)
@@ -70,13 +74,17 @@ def forget(exporter: Exporter) -> None:
 
 @pytest.fixture(params=["parquet", "csv"])
 def full(request: pytest.FixtureRequest, exporter: Exporter) -> Exporter:
+    return filled(exporter, request.param)
+
+
+def filled(exporter: Exporter, form: str) -> Exporter:
     """Six closed hours of two devices, one of them with a delta."""
-    exporter.environ = {"EXPORT_FORMAT": request.param, "LOOKBACK_HOURS": "6", "EXPORT_GRACE_SECONDS": "0"}
+    exporter.environ = {"EXPORT_FORMAT": form, "LOOKBACK_HOURS": "6", "EXPORT_GRACE_SECONDS": "0"}
     for device in ("D1", "D2"):
         exporter.write_each(NOON - 6 * HOUR, NOON - 2 * HOUR, 300, device)
         exporter.write_each(NOON - HOUR, NOON, 600, device)
     # more than float64 holds, which the reader of CSV objects in these tests does not hold either
-    count = 2**53 + 1 if request.param == "parquet" else 42
+    count = 2**53 + 1 if form == "parquet" else 42
     exporter.write(NOON - 5 * HOUR + timedelta(seconds=7), "D2", f'voltage=1,count={count}i,note="a,\\"b\n",on=true')
     exporter.well()
     exporter.write(NOON - 4 * HOUR + timedelta(seconds=1), "D1", "voltage=2.5")
@@ -179,3 +187,18 @@ def test_the_gap_map_shows_what_the_listing_shows(full: Exporter) -> None:
     assert after == [State.MISSING, State.STALE, State.PARTIAL, State.EQUAL, State.EMPTY, State.EQUAL]
     full.at(minutes=30)
     assert chart.cells("D1", SPAN)[-1].state is State.OPEN
+
+
+ON_A_SERVER = (
+    test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly,
+    test_a_lost_delta_and_its_lost_window_are_written_again_without_a_double,
+    test_the_gap_map_shows_what_the_listing_shows,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ON_A_SERVER, ids=lambda check: check.__name__.removeprefix("test_"))
+def test_on_an_s3_server(check: Callable[[Exporter], None], seaweed: Seaweed, tmp_path: Path) -> None:
+    with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as store:
+        for made in exporter_on(store, tmp_path):
+            check(filled(made, "parquet"))

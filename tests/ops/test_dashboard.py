@@ -1,8 +1,10 @@
 """The dashboard in a real browser: signing in, running, pausing, verifying, healing, on a desk and on a phone."""
 
 import hashlib
+import re
 from pathlib import Path
 
+import httpx
 import pytest
 
 from browser import Browser
@@ -47,18 +49,26 @@ def test_an_operator_signs_in_runs_pauses_verifies_and_heals(
     browser.until("document.querySelectorAll('.mapcard .cell').length >= 23")
     assert browser.run("document.querySelectorAll('.mapcard b').length") == 0, "a partition's name became markup"
 
-    lost = sorted((tmp_path / "data" / "shelf").iterdir())[3]
+    shelf = sorted((tmp_path / "data" / "shelf").iterdir())
+    lost, other = shelf[3], shelf[6]
     text = lost.read_text()
     lost.unlink()
+    other.unlink()
     browser.click("document.querySelector('.mapcard .row button')")
-    browser.until("document.querySelector('.proof')?.innerText.includes('1 missing')")
+    browser.until("document.querySelector('.proof')?.innerText.includes('2 missing')")
     browser.until("!!document.querySelector('button.cell.missing')", 60)
     browser.click("document.querySelector('button.cell.missing')")
     browser.until("document.getElementById('heal').open")
     browser.click("document.getElementById('heal-start')")
     daemon.until(lost.exists)
     assert lost.read_text() == text
-    browser.until("document.querySelectorAll('.mapcard .cell.missing').length === 0", 60)
+    browser.until("document.querySelector('.proof').innerText.includes('1 missing')")
+    browser.until("document.querySelectorAll('.mapcard .cell.missing').length === 1")
+    browser.click(button("document.querySelector('.verdicts')", "Heal"))
+    daemon.until(other.exists)
+    browser.until("!document.querySelector('.verdicts')")
+    browser.until("document.querySelectorAll('.mapcard .cell.missing').length === 0")
+    assert "missing" not in browser.run("document.querySelector('.proof').innerText")
 
     browser.click(button(card("shelf"), "Resume"))
     browser.until(f"!!{button(card('shelf'), 'Pause')}")
@@ -80,3 +90,17 @@ def test_who_may_only_read_sees_everything_and_can_press_nothing(browser: Browse
     browser.until("document.querySelectorAll('.mapcard .cell').length >= 23", 60)
     assert browser.run("[...document.querySelectorAll('#board button')].filter(x => !x.disabled).length") == 0
     assert "Next: create it, or set S3_BUCKET" in browser.run("document.body.innerText").replace("\n", " ")
+
+
+def test_without_a_script_the_page_shows_jobs_to_who_may_see_them_and_to_nobody_else(daemons: Daemons) -> None:
+    daemon = daemons.start("quick_jobs", key=KEY, API_KEYS=entry("ops:read"))
+    daemon.until(lambda: (daemon.job("breaking")["last_run"] or {}).get("error") and daemon.job("failing")["last_run"])
+    page = daemon.get("/").text
+    assert re.findall(r"<h3>(\w+)</h3>", page) == [job["name"] for job in daemon.get("/ops/jobs").json["jobs"]]
+    assert "create it, or set S3_BUCKET" in page
+    assert '<div id="board">' in page
+    assert "unforeseen &lt;b&gt;markup" in page, "what an error says is text"
+    for key in ("", KEY[:-1] + "x"):
+        stranger = httpx.get(daemon.url, headers={"X-API-Key": key} if key else {})
+        assert "<h3>" not in stranger.text
+        assert '<div id="board" hidden>' in stranger.text

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.core.runs import LeaseTerms, RunDesk, Stop
+from app.core.runs import Job, LeaseTerms, Report, RunDesk, Stop
+from app.ops.cards import cards
 from app.ops.guard import Throttle
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
 from app.ops.outcomes import log_run
@@ -16,7 +17,9 @@ from app.ops.probes import Probes
 from app.ops.progress import Counts, Tally
 from app.ops.readiness import Readiness
 from app.ops.rights import tried
-from app.ops.scheduler import STALLED_SECONDS, Scheduler
+from app.ops.scheduler import STALLED_SECONDS, JobView, Scheduler
+from app.ops.shapes import Calls, JobRecord, job_shown
+from app.ops.worker import Status
 from app.stores.state import open_state
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -34,6 +37,15 @@ def test_only_the_partitions_that_lag_most_are_shown_singly() -> None:
     assert single.samples[0] == ({"job": "job", "partition": "dev-999"}, 999.0)
     assert most.samples == [({"job": "job"}, 999.0)]
     assert number.samples == [({"job": "job"}, 1000.0)]
+
+
+def test_a_card_says_how_many_calls_a_service_has_had() -> None:
+    view = JobView(Job("pull", 3600, lambda _: Report()), Status("waiting", None, 0), NOW, can_backfill=False)
+    shown = job_shown(view, JobRecord(None, calls=Calls(1234, 5000, 99_999)))
+    assert shown["calls"] == {"today": 1234, "a_day": 5000}
+    text = cards({"jobs": [shown, job_shown(view, JobRecord(None))]})
+    assert text.count("<dt>Calls</dt><dd>1,234 of 5,000 today</dd>") == 1
+    assert text.count("<dt>Next run</dt><dd>2026-02-07 12:00:00Z</dd>") == 2
 
 
 def test_a_tally_adds_up_from_many_threads() -> None:

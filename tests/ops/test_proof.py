@@ -48,6 +48,8 @@ def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp
     daemon.until(lambda: daemon.job("shelf")["state"] == "waiting")
     (line,) = daemon.get("/ops/gaps?job=shelf&hours=24").json["partitions"]
     assert {cell["state"] for cell in line["cells"]} == {"equal"}
+    (told,) = daemon.get("/ops/verifications").json["verifications"]
+    assert ([window["sign"] for window in told["windows"]], set(told["counts"])) == (["*"], {"=", "*"})
     assert set(verified(daemon)["counts"]) == {"=", "*"}
 
 

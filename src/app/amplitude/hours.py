@@ -8,7 +8,7 @@ two; asked earlier, it would give a part of it that looks like all.
 import random
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from app.core.runs import Context, Report
 from app.core.window import DAY_SECONDS, Window, floor_to
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Load
+from app.stores.raw_objects import Keep
 
 HOUR_SECONDS = 3600
 DUE_AFTER = timedelta(hours=2, minutes=30)
@@ -84,6 +85,14 @@ class SourceRun:
             return Report()
         return self._pull(Window(start, end), AGAIN) + self._make_weeks(days_of(Window(start, end)))
 
+    def mend(self, archive: Archive, keep: Keep) -> Report:
+        """Land the hour of an archive anew and store its object as `keep` does. The cursor does not move."""
+        span = archive.span
+        records = self.places.checkpoints.records(NAME, self.source, span.start, span.end)
+        (hour,) = self._hours(span, archive, {record.window.start: record for record in records}, AGAIN)
+        record, new = land(replace(self._grounds, keep=keep), archive, hour)
+        return replace(self._commit(hour, record, new, AGAIN), windows=1) + self._make_weeks(days_of(span))
+
     def _begin(self, now: datetime) -> datetime:
         """The Monday of the week in which the lookback begins, so that every object of a week is a whole one."""
         day = floor_to(now - timedelta(days=self.places.lookback_days), DAY_SECONDS)
@@ -119,9 +128,13 @@ class SourceRun:
                 report += self._land_all(fetched, known, mode)
         return report
 
+    @property
+    def _grounds(self) -> Grounds:
+        places = self.places
+        return Grounds(places.store, places.load, places.spool, self.context.stop.check, self.context.dry_run)
+
     def _land_all(self, fetched: Fetched, known: Mapping[datetime, Record], mode: Mode) -> Report:
-        places, stop = self.places, self.context.stop
-        grounds = Grounds(places.store, places.load, places.spool, stop.check, self.context.dry_run)
+        stop, grounds = self.context.stop, self._grounds
         report = Report()
         with nullcontext() if fetched.file is None else opened(fetched.file, fetched.span) as archive:
             for hour in self._hours(fetched.span, archive, known, mode):

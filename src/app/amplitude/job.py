@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from app.amplitude.client import POLICY, Project, project
 from app.amplitude.hours import Places, SourceRun
 from app.amplitude.landing import NAME
+from app.amplitude.verify import PullChart, PullEnds
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
-from app.core.runs import Context, Failure, Job, Report
+from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.window import Window
 from app.settings import Settings
 from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load
+from app.stores.product_loading import Events
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -30,21 +31,23 @@ Work = Callable[[SourceRun], Report]
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What `main` wires: the job, its backfill, and the projects, which the route asks as well."""
+    """What `main` wires: the job, its backfill and proof, and the projects, which the route asks as well."""
 
     name: str
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
     projects: Mapping[str, Project]
+    verification: Callable[[Stop], PullEnds]
+    chart: PullChart
 
 
 def build(
-    settings: Settings, checkpoints: Checkpoints, store: ObjectStore, load: Load, clock: Callable[[], datetime]
+    settings: Settings, checkpoints: Checkpoints, store: ObjectStore, warehouse: Events, clock: Callable[[], datetime]
 ) -> Pull:
     """The pipeline as it is configured; its job is `off` while no source has its keys."""
     given = settings.amplitude
     spool = settings.service.data_dir / SPOOL
-    places = Places(checkpoints, store, load, spool, clock, POLICY, given.lookback_days)
+    places = Places(checkpoints, store, warehouse.load, spool, clock, POLICY, given.lookback_days)
     known = projects(settings)
     job = Job(
         NAME,
@@ -53,7 +56,12 @@ def build(
         "" if known else OFF,
     )
     return Pull(
-        NAME, (job,), lambda context, span: every_source(places, known, context, lambda run: run.fill(span)), known
+        name=NAME,
+        jobs=(job,),
+        backfill=lambda context, span: every_source(places, known, context, lambda run: run.fill(span)),
+        projects=known,
+        verification=lambda stop: PullEnds(places, known, warehouse.known, stop),
+        chart=PullChart(places),
     )
 
 

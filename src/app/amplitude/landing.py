@@ -20,7 +20,7 @@ from app.core.window import Window
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Load, load_in_turns
 from app.stores.product_mapping import Tables
-from app.stores.raw_objects import RawObject, keep
+from app.stores.raw_objects import Keep, RawObject, keep
 
 if TYPE_CHECKING:
     from app.amplitude.events import Seen
@@ -34,13 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Grounds:
-    """Where hours land. `safe_point` raises Stopped when a stop was asked for."""
+    """Where hours land. `safe_point` raises Stopped when a stop was asked for; `keep` is how objects are stored."""
 
     store: ObjectStore
     load: Load
     spool: Path
     safe_point: Callable[[], None]
     dry_run: bool = False
+    keep: Keep = keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def land(grounds: Grounds, archive: Archive | None, hour: Hour) -> tuple[Record,
         record = _record(hour, seen, file.seek(0, 2))
         if not grounds.dry_run:
             what = RawObject(NAME, hour.key, hour.window, GZIP, record.rows, record.digest)
-            held = keep(grounds.store, cast("BinaryIO", file), what)
+            held = grounds.keep(grounds.store, cast("BinaryIO", file), what)
             rows = seen.rows if held.rows is None else held.rows
             record = replace(record, version=held.version, size_bytes=held.size_bytes, rows=rows, digest=held.digest)
     return record, new

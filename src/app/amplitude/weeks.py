@@ -15,11 +15,11 @@ from typing import BinaryIO, cast
 
 from app.amplitude.weekly import WEEK, monday, name_of, weeks
 from app.core.errors import Permanent
-from app.core.ports import Checkpoints, Commit, Record
+from app.core.ports import Checkpoints, Commit, Held, Record
 from app.core.runs import Context
 from app.core.window import DAY_SECONDS, Window, floor_to
 from app.stores.objects import ObjectStore
-from app.stores.raw_objects import RawObject, keep
+from app.stores.raw_objects import Keep, RawObject, in_place_of, keep
 
 PIPELINE = "amplitude_weeks"
 HOURS = "amplitude"
@@ -42,38 +42,38 @@ class Weeks:
             return 0
         return sum(self._one(context, source, first) for first in sorted({monday(day) for day in days}))
 
-    def _one(self, context: Context, source: str, first: date) -> int:
-        start = datetime.combine(first, time(), UTC)
-        window = Window(start, start + WEEK)
-        hours = _complete(self.checkpoints.records(HOURS, source, window.start, window.end))
-        held = next(iter(self.checkpoints.records(PIPELINE, source, window.start, window.end)), None)
-        digest = hashlib.sha256("".join(f"{hour.window}{hour.digest}" for hour in hours).encode()).hexdigest()
-        if not hours or (held is not None and held.digest == digest):
-            return 0
-        record = self._store(context, source, window, hours, digest)
-        self.checkpoints.commit(PIPELINE, source, Commit((record,)), context.lease)
-        return record.size_bytes
+    def hours(self, source: str, window: Window) -> Sequence[Record]:
+        """The hours that the object of a week should hold: those of days that were pulled whole."""
+        return _complete(self.checkpoints.records(HOURS, source, window.start, window.end))
 
-    def _store(self, context: Context, source: str, window: Window, hours: Sequence[Record], digest: str) -> Record:
-        rows = sum(hour.rows for hour in hours)
-        key = f"{HOURS}/{source}/{name_of(window.start.date())}.zip"
+    def mend(self, context: Context, source: str, window: Window, version: str) -> int:
+        """Make the object of a week anew in place of that version; the bytes that were stored."""
+        hours = self.hours(source, window)
+        if not hours:
+            span = f"--from {window.start:%Y-%m-%d} --to {window.end:%Y-%m-%d}"
+            raise Permanent(f"no day of {source} {window} is known", f"python -m app backfill amplitude {span}")
+        return self._store(context, source, window, in_place_of(version))
+
+    def _one(self, context: Context, source: str, first: date) -> int:
+        window = week_of(first)
+        hours = self.hours(source, window)
+        held = next(iter(self.checkpoints.records(PIPELINE, source, window.start, window.end)), None)
+        if not hours or (held is not None and held.digest == _digest(hours)):
+            return 0
+        return self._store(context, source, window, keep)
+
+    def _store(self, context: Context, source: str, window: Window, how: Keep) -> int:
+        hours = self.hours(source, window)
+        what = RawObject(
+            PIPELINE, week_key(source, window), window, ZIP, sum(hour.rows for hour in hours), _digest(hours)
+        )
         with tempfile.TemporaryFile(dir=self.spool) as file:
             file.writelines(weeks(self._streams(context, hours), [window.start.date()]))
-            _check_size(key, file.tell())
-            held = keep(self.store, cast("BinaryIO", file), RawObject(PIPELINE, key, window, ZIP, rows, digest))
-        return Record(
-            window=window,
-            part=0,
-            key=key,
-            version=held.version,
-            digest=digest,
-            rows=rows,
-            size_bytes=held.size_bytes,
-            source_cells=len(hours),
-            min_at=hours[0].window.start,
-            max_at=hours[-1].window.end,
-            closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
-        )
+            _check_size(what.key, file.tell())
+            held = how(self.store, cast("BinaryIO", file), what)
+        record = _record(what, held, hours)
+        self.checkpoints.commit(PIPELINE, source, Commit((record,)), context.lease)
+        return record.size_bytes
 
     def _streams(self, context: Context, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:
         for hour in hours:
@@ -85,10 +85,41 @@ class Weeks:
                 if stream is None:
                     raise Permanent(
                         f"{hour.key} is gone, and with it the week cannot be made again",
-                        f"python -m app backfill amplitude --from {hour.window.start:%Y-%m-%dT%H} "
-                        f"--to {hour.window.end:%Y-%m-%dT%H}",
+                        f"python -m app verify amplitude --from {hour.window.start:%Y-%m-%dT%H} "
+                        f"--to {hour.window.end:%Y-%m-%dT%H} --heal",
                     )
                 yield hour.window.start, stream
+
+
+def week_of(day: date) -> Window:
+    """The ISO week of a day."""
+    start = datetime.combine(monday(day), time(), UTC)
+    return Window(start, start + WEEK)
+
+
+def week_key(source: str, window: Window) -> str:
+    """`amplitude/{source}/{year}_week_{week}.zip`."""
+    return f"{HOURS}/{source}/{name_of(window.start.date())}.zip"
+
+
+def _digest(hours: Sequence[Record]) -> str:
+    return hashlib.sha256("".join(f"{hour.window}{hour.digest}" for hour in hours).encode()).hexdigest()
+
+
+def _record(what: RawObject, held: Held, hours: Sequence[Record]) -> Record:
+    return Record(
+        window=what.window,
+        part=0,
+        key=what.key,
+        version=held.version,
+        digest=what.digest,
+        rows=what.rows,
+        size_bytes=held.size_bytes,
+        source_cells=len(hours),
+        min_at=hours[0].window.start,
+        max_at=hours[-1].window.end,
+        closed=all(hour.closed for hour in hours) and hours[-1].window.end == what.window.end,
+    )
 
 
 def _complete(records: Sequence[Record]) -> Sequence[Record]:

@@ -26,7 +26,7 @@ from app.core.window import Window, floor_to
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Load, load_in_turns
 from app.stores.pulls import Export, SqlPulls
-from app.stores.raw_objects import RawObject, keep
+from app.stores.raw_objects import Keep, RawObject, keep
 
 NAME = "appmetrica"
 EVENTS = "events"
@@ -76,7 +76,7 @@ class ResourceRun:
         export = self._under_way(cursor)
         if export is None:
             span = Window(cursor - HOUR, min(due, cursor + STEP))
-            export = keep_question(self.places.pulls, self.partition, self._question(span), now)
+            export = self._kept(self.partition, span, now)
         report = self._land(export, cursor)
         span_end = _span(export).end
         return report + Report(more=span_end < due and not self.context.dry_run)
@@ -90,7 +90,7 @@ class ResourceRun:
         while at < end and not report.more:
             hours = Window(at, min(at + STEP, end))
             owner = f"{self.partition}:backfill"
-            report += self._land(keep_question(self.places.pulls, owner, self._question(hours), now), None)
+            report += self._land(self._kept(owner, hours, now), None)
             at = hours.end
         return report
 
@@ -114,10 +114,9 @@ class ResourceRun:
                 self.places.pulls.save(replace(export, done=True))
         return found
 
-    def _question(self, span: Window) -> Question:
-        application_id, places = self.service.application_id, self.places
-        columns = [column for column in self.resource.columns if column not in places.refused]
-        return received_in(application_id, replace(self.resource, columns=tuple(columns)), span, places.zone())
+    def _kept(self, owner: str, span: Window, now: datetime) -> Export:
+        question = question_for(self.places, self.service.application_id, self.resource, span)
+        return keep_question(self.places.pulls, owner, question, now)
 
     def _land(self, export: Export, cursor: datetime | None) -> Report:
         """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet."""
@@ -136,16 +135,8 @@ class ResourceRun:
                 return report
         except Refused as error:
             places.pulls.save(replace(export, done=True))
-            self._leave_out(error)
+            leave_out(self.places, self.resource, error)
             return Report(more=not self.context.dry_run)
-
-    def _leave_out(self, error: Refused) -> None:
-        """Do without the column that the service does not know. Raises `error` when that is none to do without."""
-        named = set(re.findall(r"\w+", error.text)) & set(self.resource.columns)
-        if len(named) != 1 or named & {*NEEDED, self.resource.received}:
-            raise error
-        self.places.refused.update(named)
-        log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
 
     def _land_all(self, under_way: Asking, cursor: datetime | None) -> Report:
         question = under_way.question
@@ -176,19 +167,30 @@ class ResourceRun:
         if self.resource.name == EVENTS and hour.rows:
             new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live)
         self.context.progress.advance(rows=new)
-        landed = self._record(hour, closed=record is not None)
+        landed = self._record(hour, keep, closed=record is not None)
         self._commit(Commit((landed,), hour.window.end if live else None))
         late = new if record is not None and not again else 0
         return Report(rows=new, bytes=0 if same else landed.size_bytes, windows=int(not same), late_rows=late)
 
-    def _record(self, hour: HourFile, *, closed: bool) -> Record:
+    def mend(self, hour: HourFile, record: Record | None, how: Keep) -> Report:
+        """Land an hour anew and store its object as `how` does. The cursor does not move."""
+        if self.context.dry_run:
+            return Report(windows=1)
+        new = 0
+        if self.resource.name == EVENTS and hour.rows:
+            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=True)
+        landed = self._record(hour, how, closed=record is not None and record.closed)
+        self._commit(Commit((landed,)))
+        return Report(rows=new, bytes=landed.size_bytes, windows=1)
+
+    def _record(self, hour: HourFile, how: Keep, *, closed: bool) -> Record:
         """The object is stored, unless the hour is empty; what is there then."""
         key = hour_key(self.resource.name, self.service.application_id, hour.window)
         record = Record(hour.window, 0, key, "", hour.digest, hour.rows, 0, hour.rows, None, None, closed)
         if not hour.rows:
             return record
         what = RawObject(NAME, key, hour.window, GZIP, hour.rows, hour.digest)
-        held = keep(self.places.store, hour.file, what)
+        held = how(self.places.store, hour.file, what)
         return replace(
             record,
             version=held.version,
@@ -198,6 +200,21 @@ class ResourceRun:
             min_at=hour.window.start,
             max_at=hour.window.end,
         )
+
+
+def question_for(places: Places, application_id: int, resource: Resource, span: Window) -> Question:
+    """What was received in whole hours, without the columns that the service did not know."""
+    columns = tuple(column for column in resource.columns if column not in places.refused)
+    return received_in(application_id, replace(resource, columns=columns), span, places.zone())
+
+
+def leave_out(places: Places, resource: Resource, error: Refused) -> None:
+    """Do without the column that the service does not know. Raises `error` when that is none to do without."""
+    named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
+    if len(named) != 1 or named & {*NEEDED, resource.received}:
+        raise error
+    places.refused.update(named)
+    log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
 
 
 def hour_key(resource: str, application_id: int, window: Window) -> str:

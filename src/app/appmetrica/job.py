@@ -15,13 +15,14 @@ from app.appmetrica.client import SERVICE, Service, service
 from app.appmetrica.exports import Polling
 from app.appmetrica.hours import NAME, Places, ResourceRun
 from app.appmetrica.questions import resources
+from app.appmetrica.verify import PullChart, PullEnds
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
-from app.core.runs import Context, Failure, Job, Report
+from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.window import Window
 from app.settings import Settings
 from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load
+from app.stores.product_loading import Events
 from app.stores.pulls import SqlPulls
 
 SPOOL = "spool"
@@ -40,16 +41,18 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What `main` wires: the job, its backfill, and the service (None = off), which the routes ask as well."""
+    """What `main` wires: the job, its backfill and proof, and the service (None = off), which routes ask as well."""
 
     name: str
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
     service: Service | None
+    verification: Callable[[Stop], PullEnds]
+    chart: PullChart
 
 
 def build(
-    settings: Settings, remembered: Remembered, store: ObjectStore, load: Load, clock: Callable[[], datetime]
+    settings: Settings, remembered: Remembered, store: ObjectStore, warehouse: Events, clock: Callable[[], datetime]
 ) -> Pull:
     """The pipeline as it is configured; its job is `off` without a token."""
     given = settings.appmetrica
@@ -58,7 +61,7 @@ def build(
         checkpoints=remembered.checkpoints,
         pulls=remembered.pulls,
         store=store,
-        load=load,
+        load=warehouse.load,
         spool=settings.service.data_dir / SPOOL,
         clock=clock,
         polling=Polling(given.poll_interval_seconds, given.poll_timeout_seconds),
@@ -68,7 +71,20 @@ def build(
     )
     each = partial(every_resource, places, asked, given.resources)
     job = Job(NAME, given.interval_seconds, lambda context: each(context, ResourceRun.bring), "" if asked else OFF)
-    return Pull(NAME, (job,), lambda context, span: each(context, lambda run: run.fill(span)), asked)
+
+    def verification(stop: Stop) -> PullEnds:
+        if asked is None:
+            raise Permanent("AppMetrica is not configured", OFF)
+        return PullEnds(places, asked, [resources()[name] for name in given.resources], warehouse.known, stop)
+
+    return Pull(
+        name=NAME,
+        jobs=(job,),
+        backfill=lambda context, span: each(context, lambda run: run.fill(span)),
+        service=asked,
+        verification=verification,
+        chart=PullChart(places),
+    )
 
 
 def _service(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime]) -> Service | None:

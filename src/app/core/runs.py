@@ -190,7 +190,7 @@ class Exits:
 class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
-    `work` is synchronous and may be called again at any time; it raises AppError.
+    `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
     """
 
     name: str
@@ -198,6 +198,7 @@ class Job:
     work: Callable[[Context], Report]
     off: str = ""
     exits: Exits = Exits()
+    unit: str = "window"
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,13 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
     def history(limit: int) -> Sequence[Mapping[str, Any]]:
         return [shown(load) for load in loads(places.loads, limit)]
 
-    job = Job(NAME, settings.inbox.interval_seconds, lambda context: run(Work(places, context, clock)), exits=EXITS)
+    job = Job(
+        NAME,
+        settings.inbox.interval_seconds,
+        lambda context: run(Work(places, context, clock)),
+        exits=EXITS,
+        unit="MiB",
+    )
     return Inbox(job, history, lambda context, run_id: undo(Work(places, context, clock), run_id))
 
 

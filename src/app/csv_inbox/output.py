@@ -6,10 +6,13 @@ Invariant: what is kept is written as the bytes that it was, in its order; all o
 import errno
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import IO, Any
 
+import numpy as np
+
 from app.csv_inbox.index import Indexing
+from app.csv_inbox.records import Offsets
 
 COPY_BYTES = 1 << 20
 SPAN_BYTES = 1 << 25
@@ -34,21 +37,19 @@ class Output:
         while rest:
             rest = rest[self.file.write(rest) :]
 
-    def keep(self, data: bytes, at: int, first: Sequence[int], last: Sequence[int]) -> None:
+    def keep(self, data: bytes, at: int, first: Offsets, last: Offsets) -> None:
         """Append what lies at `at` in the old master, without the ranges from each of `first` to that of `last`."""
-        view = memoryview(data)
-        parts = []
-        done = 0
-        for start, end in zip(first, last, strict=True):
-            parts.append(view[done:start])
-            done = end
-            self.kept_bytes -= end - start
-            if self._removed is not None:
-                self._removed.write(view[start:end])
-                self.ranges.extend((at + start, end - start))
-        parts.append(view[done:])
         self.kept_bytes += len(data)
-        self.write(b"".join(parts) if done else view)
+        if not len(first):
+            self.write(data)
+            return
+        starts, ends = first.tolist(), last.tolist()
+        self.write(b"".join([data[start:end] for start, end in zip([0, *ends], [*starts, len(data)], strict=True)]))
+        lengths = last - first
+        self.kept_bytes -= int(lengths.sum())
+        if self._removed is not None:
+            self._removed.write(b"".join([data[start:end] for start, end in zip(starts, ends, strict=True)]))
+            self.ranges.frombytes(np.stack((first + at, lengths), axis=1).astype(np.int64).tobytes())
 
     def copy(self, master: IO[bytes], start: int, end: int) -> None:
         """Append a span of the old master. Raises EOFError when it ends before."""

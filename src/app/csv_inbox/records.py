@@ -19,7 +19,7 @@ Offsets = npt.NDArray[np.int64]
 Octets = npt.NDArray[np.uint8]
 Read = Callable[[int], bytes]
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 24
 LF, CR, QUOTE = 10, 13, 34
 NONE = np.zeros(0, np.int64)
@@ -161,8 +161,20 @@ class Block:
             return np.arange(len(self.ends))
         return np.flatnonzero(self.stops > self.starts)
 
+    @cached_property
+    def _grid(self) -> Offsets | None:
+        """The marks of each record in a row of its own; None where records have unequal numbers of fields."""
+        lasts = self.marks.lasts
+        width = int(lasts[0]) + 1 if len(lasts) else 0
+        if not width or not np.array_equal(lasts, np.arange(width - 1, width * len(lasts), width)):
+            return None
+        found: Offsets = self.marks.at[: width * len(lasts)].reshape(-1, width)
+        return found
+
     def uneven(self, width: int) -> Iterator[tuple[int, int]]:
         """Position and number of fields of each row that has not `width` of them."""
+        if self._grid is not None and self._grid.shape[1] == width:
+            return
         widths = np.diff(self.marks.lasts, prepend=-1)[self.rows]
         for place in np.flatnonzero(widths != width):
             yield int(self.rows[place]), int(widths[place])
@@ -175,13 +187,21 @@ class Block:
 
     def cells(self, place: int, dialect: Dialect) -> Cells:
         """The values of a column, one for each of `rows`, all of which have that column and the same width."""
-        at, lasts = self.marks.at, self.marks.lasts[self.rows]
-        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
-        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
-        stops = np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
+        starts, stops = self._bounds(place)
         if not len(self.marks.quotes):
             return Cells(self.array, starts, stops - starts)
         return self._unquoted(starts, stops, dialect)
+
+    def _bounds(self, place: int) -> tuple[Offsets, Offsets]:
+        """Where a column's field starts and stops in each of `rows`, quotes included."""
+        grid = self._grid
+        if grid is not None and len(self.rows) == len(grid):
+            starts = self.starts if place == 0 else grid[:, place - 1] + 1
+            return starts, self.stops if place == grid.shape[1] - 1 else grid[:, place]
+        at, lasts = self.marks.at, self.marks.lasts[self.rows]
+        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
+        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
+        return starts, np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
 
     def _unquoted(self, starts: Offsets, stops: Offsets, dialect: Dialect) -> Cells:
         quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
@@ -205,10 +225,6 @@ class Block:
     def record(self, position: int) -> bytes:
         """One record without its line end."""
         return self.data[int(self.starts[position]) : int(self.stops[position])]
-
-    def records(self, positions: Offsets) -> list[bytes]:
-        """Several of them."""
-        return [self.data[start:stop] for start, stop in _pairs(self.starts, self.stops, positions)]
 
 
 def _pairs(starts: Offsets, stops: Offsets, places: Offsets) -> Iterator[tuple[int, int]]:

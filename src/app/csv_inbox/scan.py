@@ -29,7 +29,7 @@ def scan(master: IO[bytes], header: Header, tally: Tally, out: Output) -> None:
             tally.doubt(block, hits)
         gone = block.rows[hits]
         if len(hits):
-            tally.meet(rows, block.records(gone))
+            tally.meet(rows, block, gone)
         _write(block, at, gone, tally, out)
         _index(block, gone, hashes, tally, out)
         at += len(block.data)
@@ -73,7 +73,7 @@ def _write(block: Block, at: int, gone: Offsets, tally: Tally, out: Output) -> N
         size, stops = len(tally.padding), block.stops[block.rows]
         data = np.insert(block.array, np.repeat(stops, size), tally.padding[0]).tobytes()
         first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-    out.keep(data, at, first.tolist(), last.tolist())
+    out.keep(data, at, first, last)
     if not block.data.endswith(b"\n") and not _last_goes(block, gone):
         out.write(tally.layout.eol)  # the last record of the master may lack its line end, and rows follow now
 

@@ -79,20 +79,17 @@ class _Skipping:
             raise Unfit
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        hits, rows, records = self._confirmed(data, starts[places], ends[places], hashes[places])
-        self._tally.meet(rows, records)
+        hits = self._met(data, starts[places], ends[places], hashes[places])
         gone = places[hits]
         self.copy()
         self._out.beat(size)
         first, last = ranges(starts, ends, gone)
-        self._out.keep(data, self.end, first.tolist(), last.tolist())
+        self._out.keep(data, self.end, first, last)
         self.start = self.end = self.end + size
         return gone
 
-    def _confirmed(
-        self, data: bytes, starts: Offsets, ends: Offsets, hashes: Hashes
-    ) -> tuple[Offsets, Offsets, list[bytes]]:
-        """Which of these records have a key of the file, the file's row for each, and the records themselves."""
+    def _met(self, data: bytes, starts: Offsets, ends: Offsets, hashes: Hashes) -> Offsets:
+        """Which of these records have a key of the file; those are counted."""
         raw = b"".join([data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
         try:
             block = Block(raw, marked(raw, self._tally.dialect), 0)
@@ -105,4 +102,5 @@ class _Skipping:
         if not np.array_equal(hashed(cells), hashes):
             raise Unfit
         hits, rows = self._tally.hits(cells, hashes)
-        return hits, rows, block.records(block.rows[hits])
+        self._tally.meet(rows, block, block.rows[hits])
+        return hits

@@ -6,6 +6,7 @@ has it: as replaced, or as unchanged when its first row there comes again to the
 
 import os
 from collections.abc import Sequence
+from operator import eq
 from typing import IO
 
 import numpy as np
@@ -49,29 +50,29 @@ class Tally:
         rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
         return places[rows >= 0], rows[rows >= 0]
 
-    def meet(self, rows: Offsets, records: Sequence[bytes]) -> None:
-        """Count rows of the master that go, with the row of the file that has the key of each."""
+    def meet(self, rows: Offsets, block: Block, positions: Offsets) -> None:
+        """Count records of the master that go, with the row of the file that has the key of each."""
         self.taken += len(rows)
-        eol = len(self.layout.eol)
         first = firsts(rows)
         fresh = first[~self._met[rows[first]]]
         self._met[rows] = True
-        lengths = np.fromiter(map(len, records), np.int64, len(records))[fresh] + len(self.padding)
-        alike = fresh[self.offsets[rows[fresh] + 1] - self.offsets[rows[fresh]] - eol == lengths]
-        if not len(alike):
-            return
-        starts = self.offsets[rows[alike]]
-        held, base = self._held(int(starts.min()), int(self.offsets[rows[alike] + 1].max()))
-        for start, place in zip(starts.tolist(), alike.tolist(), strict=True):
-            record = records[place] + self.padding
-            if held:
-                self.unchanged += held[start - base : start - base + len(record)] == record
-            else:
-                self.unchanged += os.pread(self.spool.fileno(), len(record), start) == record
+        starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
+        there = self.offsets[rows[fresh]]
+        lengths = self.offsets[rows[fresh] + 1] - there - len(self.layout.eol)
+        alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
+        if len(alike):
+            bounds = zip(starts[alike].tolist(), stops[alike].tolist(), strict=True)
+            records = [block.data[start:stop] + self.padding for start, stop in bounds]
+            self.unchanged += self._same(records, there[alike])
 
-    def _held(self, start: int, end: int) -> tuple[bytes, int]:
-        """What the file has there, if it is little enough to be read at once."""
-        return (os.pread(self.spool.fileno(), end - start, start) if end - start <= READ_BYTES else b""), start
+    def _same(self, records: Sequence[bytes], starts: Offsets) -> int:
+        """How many of the records the file has to the byte, each where it starts; there is at least one."""
+        base, end = int(starts.min()), int(starts.max()) + max(map(len, records))
+        pairs = zip(starts.tolist(), records, strict=True)
+        if end - base > READ_BYTES:
+            return sum(os.pread(self.spool.fileno(), len(record), start) == record for start, record in pairs)
+        held = os.pread(self.spool.fileno(), end - base, base)
+        return sum(map(eq, records, [held[start - base : start - base + len(record)] for start, record in pairs]))
 
     def doubt(self, block: Block, hits: Offsets) -> None:
         """A column with a value in any row that stays is not obsolete."""

@@ -43,9 +43,12 @@ def answer_of(text: str) -> Inserted:
 
 def body(done: Inserted, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
     """The JSON, in pieces, since there may be millions of ids. `faults` None: not asked to skip them."""
+    import msgspec
+
     yield b'{"inserted_ids":['
     for start in range(0, len(done.ids), PIECE_IDS):
-        yield (b"," if start else b"") + ",".join(map(str, done.ids[start : start + PIECE_IDS])).encode()
+        ids = msgspec.json.encode(done.ids[start : start + PIECE_IDS].tolist())
+        yield (b"," if start else b"") + ids[1:-1]
     inserted = done.inserted_rows
     yield f'],"count":{inserted},"batches":{done.batches},"skipped":{done.rows - inserted}'.encode()
     if done.dry_run:

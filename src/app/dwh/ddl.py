@@ -34,9 +34,10 @@ IDENTITY: dict[Dialect, str] = {
     "sqlite": "id INTEGER PRIMARY KEY AUTOINCREMENT",
 }
 # In SQLite the text has the width of every instant that we write, so that its order is the order in time.
+SQLITE_NOW = "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now')"
 CREATED: dict[Dialect, str] = {
     "postgres": "created_at timestamptz NOT NULL DEFAULT now()",
-    "sqlite": "created_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%f000Z', 'now'))",
+    "sqlite": f"created_at TEXT NOT NULL DEFAULT ({SQLITE_NOW})",
 }
 ORDINAL = "n"
 
@@ -109,6 +110,16 @@ def upsert(table: Table, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({places}) {conflict}"  # noqa: S608
 
 
+def upsert_many(table: Table, rows: int) -> str:
+    """The upsert of several rows in SQLite: bound are `created_at` of all, then their values in order.
+
+    Many rows a statement, and an instant that is not made for each of them, take a third of the time away.
+    """
+    places = ", ".join([f"(?1{', ?' * len(table.columns)})"] * rows)
+    names = ", ".join(("created_at", *table.names))
+    return f"INSERT INTO {table.name} ({names}) VALUES {places} {_on_conflict(table)}"  # noqa: S608 - declared
+
+
 def newest(table: Table) -> str:
     """The largest id, 0 for none."""
     return f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}"  # noqa: S608 - declared
@@ -117,6 +128,23 @@ def newest(table: Table) -> str:
 def newer(table: Table) -> str:
     """The ids above `:newest`, in order."""
     return f"SELECT id FROM {table.name} WHERE id > :newest ORDER BY id"  # noqa: S608 - declared
+
+
+def newer_own(table: Table) -> str:
+    """As `newer` in PostgreSQL, without rows that came from elsewhere: `now()` is when the transaction began."""
+    return f"SELECT id FROM {table.name} WHERE id > :newest AND created_at = now() ORDER BY id"  # noqa: S608 - declared
+
+
+def span(table: Table) -> str:
+    """The first and the last id above `:newest`, null for none. Two searches in the index, however many there are."""
+    of = f"FROM {table.name} WHERE id > :newest"
+    return f"SELECT (SELECT min(id) {of}) AS first, (SELECT max(id) {of}) AS last"
+
+
+def known(table: Table) -> str:
+    """Whether one of `:keys` is there, in PostgreSQL."""
+    keys = f":keys::{TYPES['postgres'][table.key.kind]}[]"
+    return f"SELECT EXISTS (SELECT FROM {table.name} WHERE {table.key.name} = ANY({keys})) AS known"  # noqa: S608
 
 
 def _on_conflict(table: Table, *, past: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
 
-Invariant: the same rows in each; a writer holds one block at most.
+Invariant: the same rows in each; a writer holds one block, of Parquet one row group, at most.
 """
 
 import csv
@@ -8,10 +8,10 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from app.dwh.query import Format
+from app.dwh.query import Format, Selection
 from app.dwh.tables import Column, Table
 
-BLOCK_ROWS: dict[Format, int] = {"json": 1000, "ndjson": 1000, "csv": 1000, "parquet": 20_000}
+PARQUET_ROWS = 20_000
 MEDIA: dict[Format, str] = {
     "json": "application/json",
     "ndjson": "application/x-ndjson",
@@ -46,49 +46,53 @@ def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> 
     return rows
 
 
-class Lines:
-    """NDJSON, encoded in compiled code from a row type that holds what the database gave."""
+def _encoder(table: Table) -> Callable[[Block], bytes]:
+    """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
+    import msgspec
 
-    def __init__(self, table: Table, file: Any) -> None:
-        import msgspec
+    names = [column.name for column in table.stored]
+    row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
+    encode = msgspec.json.Encoder().encode_lines
+    flags = _flags(table.stored)
+    json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), json, msgspec.Raw)])
 
-        names = [column.name for column in table.stored]
-        self._row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
-        self._encode = msgspec.json.Encoder().encode_lines
-        self._flags = _flags(table.stored)
-        self._json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
-        self._raw = msgspec.Raw
-        self.file = file
 
-    def lines(self, block: Block) -> bytes:
-        """Each row with a newline behind it."""
-        block = _turned(_turned(block, self._flags, bool), self._json, self._raw)
-        return self._encode([self._row(*row) for row in block])
+def _made(block: Block) -> bytes:
+    """As `_encoder`, of lines that the database has made; beside each, its id."""
+    return ("\n".join([line for _, line in block]) + "\n").encode()
+
+
+class _Lines:
+    """NDJSON."""
+
+    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
+        self._file, self._lines = file, lines
 
     def write(self, block: Block) -> None:
         """See `Writer.write`."""
-        self.file.write(self.lines(block))
+        self._file.write(self._lines(block))
 
     def close(self) -> None:
         """See `Writer.close`."""
 
 
-class _Json(Lines):
+class _Json:
     """`{"rows":[...],"count":n}`."""
 
-    def __init__(self, table: Table, file: Any) -> None:
-        super().__init__(table, file)
+    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
+        self._file, self._lines = file, lines
         self._rows = 0
         file.write(b'{"rows":[')
 
     def write(self, block: Block) -> None:
         """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
-        self.file.write((b"," if self._rows else b"") + self.lines(block)[:-1].replace(b"\n", b","))
+        self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
         self._rows += len(block)
 
     def close(self) -> None:
         """See `Writer.close`."""
-        self.file.write(b'],"count":%d}' % self._rows)
+        self._file.write(b'],"count":%d}' % self._rows)
 
 
 class _Csv:
@@ -130,14 +134,21 @@ class _Parquet:
         self._columns = table.stored
         self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
         self._writer = ParquetWriter(file, self._schema, compression="zstd")
+        self._held: list[Sequence[Any]] = []
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+        """See `Writer.write`. A row group takes many blocks."""
+        self._held += block
+        if len(self._held) >= PARQUET_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
         import pyarrow as pa
 
-        values = zip(*block, strict=True)
+        values = zip(*self._held, strict=True)
         arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._held.clear()
 
     def _array(self, column: Column, values: Sequence[Any]) -> Any:
         import pyarrow as pa
@@ -151,12 +162,17 @@ class _Parquet:
 
     def close(self) -> None:
         """See `Writer.close`."""
+        if self._held:
+            self._flush()
         self._writer.close()
 
 
-WRITERS: dict[Format, Callable[[Table, Any], Writer]] = {
-    "json": _Json,
-    "ndjson": Lines,
-    "csv": _Csv,
-    "parquet": _Parquet,
-}
+def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
+    """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
+    table = selection.table
+    if selection.format == "csv":
+        return _Csv(table, file)
+    if selection.format == "parquet":
+        return _Parquet(table, file)
+    lines = _made if made else _encoder(table)
+    return (_Json if selection.format == "json" else _Lines)(file, lines)

@@ -8,7 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from app.dwh.bodies import EMPTY, Body, Gzip
@@ -17,13 +17,14 @@ from app.dwh.faults import RowFault
 if TYPE_CHECKING:
     from msgspec import Raw
 
-    from app.dwh.rows import RowReader, Values
+    from app.dwh.rows import RowReader
+    from app.dwh.values import Values
 
 SPOOL_BYTES = HELD_BYTES = 1 << 22
 HELD_ROWS = 10_000
 MAX_FAULTS = 1000
 LENGTH_BYTES = 8
-Frame = tuple[int, Sequence[Sequence[Any]]]  # the number of a batch, and rows of it
+Frame = tuple[int, Sequence[Sequence[Any]]]  # the number of a batch, and rows of it, by column
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,15 @@ class Received:
     def read(self) -> Iterator[Iterator["Values"]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""
         for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
-            yield (row for _, rows in frames for row in rows)
+            yield chain.from_iterable(zip(*columns, strict=True) for _, columns in frames)
+
+    def blocks(self) -> Iterator[Sequence["Values"]]:
+        """All rows, some at a time, by column."""
+        return (columns for _, columns in self._frames())
 
     def put(self, frame: Frame, size_bytes: int) -> None:
         """The next rows; `size_bytes` as they came."""
-        self.rows += len(frame[1])
+        self.rows += len(frame[1][0])
         self.size_bytes += size_bytes
         if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
             self.held.append(frame)
@@ -145,12 +150,13 @@ class Intake:
         received = self.received
         received.fault_count += len(checked.faults)
         received.faults += checked.faults[: MAX_FAULTS - len(received.faults)]
-        self._put(checked.rows, checked.sizes)
+        self._put(checked.columns, checked.sizes)
 
-    def _put(self, rows: "Sequence[Values]", sizes: Sequence[int]) -> None:
+    def _put(self, columns: "Sequence[Values]", sizes: Sequence[int]) -> None:
         batch, start = self._batches.count, 0
         for number, length in enumerate(self._batches.deal(sizes)):
             end = start + length
             if length:
-                self.received.put((batch + number, rows[start:end]), sum(sizes[start:end]))
+                part = columns if length == len(sizes) else [column[start:end] for column in columns]
+                self.received.put((batch + number, part), sum(sizes[start:end]))
             start = end

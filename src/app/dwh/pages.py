@@ -6,14 +6,13 @@ takes it for whole; memory is bounded, and a slow reader holds no connection.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 
-from app.dwh.formats import BLOCK_ROWS, WRITERS
+from app.dwh.formats import writer
 from app.dwh.query import Selection
 from app.dwh.spool import Abandoned, Spool
 from app.dwh.store import Warehouse
 
-HEAD_BYTES = PIECE_BYTES = 1 << 18
+HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
 
 
 class Page:
@@ -33,18 +32,19 @@ class Page:
     def _fill(self, spool: Spool) -> None:
         """Write the rows; `last_id` is known when the reader may begin."""
         chosen = self._selection
-        writer = WRITERS[chosen.format](chosen.table, spool)
+        out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))
         left, last_id, shown = chosen.limit, 0, False
         with self._warehouse.selected(chosen) as found:
-            while block := list(islice(found.rows, min(BLOCK_ROWS[chosen.format], left))):
-                writer.write(block)
-                left, last_id = left - len(block), block[-1][0]
+            for block in found.blocks:
+                if asked := block[:left]:
+                    out.write(asked)
+                    left, last_id = left - len(asked), asked[-1][0]
+                if len(asked) < len(block) and not shown:
+                    self.last_id = last_id
                 if not shown and spool.size_bytes >= HEAD_BYTES:
                     self.last_id, shown = found.last_id(), True
                     spool.show()
-            if not shown and not left and next(found.rows, None) is not None:
-                self.last_id = last_id
-        writer.close()
+        out.close()
 
     def begin(self, *, whole: bool = False) -> int | None:
         """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""

@@ -53,8 +53,20 @@ class Selection:
         after = {} if self.after_id is None else {"after_id": self.after_id}
         return {**after, **{f"equal_{name}": value for name, value in self.filters.items()}}
 
+    def is_made(self, dialect: Dialect) -> bool:
+        """Whether the database makes the JSON of each row. SQLite does so for less than its values cost one by one; but
+        it writes 15 digits of a float, reads all of a JSON value again, and does it for every row before it sorts.
+        """
+        is_json = dialect == "sqlite" and self.format in ("json", "ndjson") and self.sort_by == "id"
+        return is_json and not any(column.kind in ("float", "json") for column in self.table.columns)
+
     def sql(self, dialect: Dialect) -> str:
-        """The query. Rows without a value come last, and equal ones by id, in both databases."""
+        """The query: columns in their order, or id and JSON where it is made. Rows without a value come last, and equal
+        ones by id, in both databases.
+        """
+        if self.is_made(dialect):
+            pairs = ", ".join(f"'{column.name}', {_in_json(column)}" for column in self.table.stored)
+            return self._sql(f"id, json_object({pairs}) AS line", dialect)
         return self._sql(", ".join(_read(column, dialect) for column in self.table.stored), dialect)
 
     def edge_sql(self, dialect: Dialect) -> str:
@@ -97,6 +109,12 @@ def _read(column: Column, dialect: Dialect) -> str:
     if column.kind == "instant":
         return f"""to_char({column.name}, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS {column.name}"""
     return f"{column.name}::text AS {column.name}" if column.kind in ("uuid", "json") else column.name
+
+
+def _in_json(column: Column) -> str:
+    """What stands for the column in SQLite's `json_object`."""
+    flag = f"json(CASE {column.name} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
+    return flag if column.kind == "bool" else column.name
 
 
 def _bound(column: Column, dialect: Dialect) -> str:

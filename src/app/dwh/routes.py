@@ -7,7 +7,7 @@ many clients wait instead of filling memory and the pool of connections.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,8 +21,9 @@ from starlette.types import Send
 
 from app.core.errors import AppError
 from app.dwh import answers, document, formats
+from app.dwh.answers import Inserted
 from app.dwh.faults import BadRequest
-from app.dwh.intake import BatchLimits, Intake
+from app.dwh.intake import BatchLimits, Intake, Received
 from app.dwh.options import Options, options
 from app.dwh.pages import Page
 from app.dwh.query import Selection, selection
@@ -204,11 +205,17 @@ async def _stored(serving: Serving, table: Table, request: Request, given: tuple
     received = await run_in_threadpool(intake.finish)
     caller = request.scope["state"]["grant"].name
     storing = Storing(serving.clock(), caller, chosen.key, chosen.dry_run)
-    done = await run_in_threadpool(serving.warehouse.insert, table, received, storing)
+    done = await run_in_threadpool(_insert, serving.warehouse, table, received, storing)
     faults = received.faults if chosen.skip else None
     headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
     content = answers.body(done, faults, received.fault_count)
     return StreamingResponse(content, headers=headers, media_type="application/json")
+
+
+def _insert(warehouse: Warehouse, table: Table, received: Received, storing: Storing) -> Inserted:
+    """To free many rows takes a while, which the event loop should not wait for."""
+    with closing(received):
+        return warehouse.insert(table, received, storing)
 
 
 async def _blocks(request: Request) -> AsyncIterator[bytes]:

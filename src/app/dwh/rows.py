@@ -7,21 +7,21 @@ with its field. Source of the types: https://jcristharif.com/msgspec/supported-t
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 from msgspec.structs import astuple
 
-from app.dwh import strict
+from app.dwh import strict, values
 from app.dwh.faults import RowFault
-from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Column, Table
-from app.stores.sql_values import instant_text
+from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Column, Table
+from app.dwh.values import UUID_CHARACTERS, Turn, Values
 
 Slice = bytes | Raw
-Values = Sequence[Any]
 
 UUID_PATTERN = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}\Z"
 UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -33,11 +33,16 @@ FIELD_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Rows that can be stored, with the size of each as it came, and those that cannot."""
+    """Rows that can be stored, by column, with the size of each as it came, and those that cannot."""
 
-    rows: Sequence[Values]
+    columns: Sequence[Values]
     sizes: Sequence[int]
     faults: Sequence[RowFault] = field(default_factory=tuple)
+
+    @property
+    def rows(self) -> Sequence[Values]:
+        """The good rows."""
+        return list(zip(*self.columns, strict=True))
 
 
 class RowReader:
@@ -45,28 +50,45 @@ class RowReader:
 
     def __init__(self, table: Table) -> None:
         self._columns = {column.name: column for column in table.columns}
-        fields = [_field(column) for column in table.columns]
-        row: Any = msgspec.defstruct(f"Row_{table.name}", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
-        self._decode: Callable[[Slice], Any] = msgspec.json.Decoder(row).decode
-        self._turns = [_turn(column) for column in table.columns]
+        self._key = table.key
+        self._decode = _decoder(table, _field)
+        self._decode_whole = _decoder(table, _whole_field)
+        self._turns = [values.turn(column) for column in table.columns]
+        self._values_of = [attrgetter(column.name) for column in table.columns]
+        self._whole_turns = [values.turn_present(column) for column in table.columns]
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
     def read(self, slices: Sequence[Slice], first: int) -> Checked:
         """Rows that stand next to each other in a body, the first with the index `first`."""
         try:
-            rows = self._together(slices)
+            columns = self._together(slices)
         except (*UNREADABLE, strict.Suspicious, OverflowError):
             return self._one_by_one(slices, first)
-        return Checked(rows, list(map(len, slices)))
+        return Checked(columns, list(map(len, slices)))
 
     def _together(self, slices: Sequence[Slice]) -> Sequence[Values]:
         """All of them at once. Raises Suspicious when something can only be told row by row."""
+        try:
+            columns, keys = self._whole(slices), len(slices) * len(self._columns)
+        except UNREADABLE:
+            columns, keys = self._sparse(slices)
+        json_texts = [value for position in self._json for value in columns[position] if value]
+        strict.check_keys(b",".join(slices), keys, json_texts)
+        return columns
+
+    def _whole(self, slices: Sequence[Slice]) -> Sequence[Values]:
+        """Rows that have every column, as those of most callers: nothing has to be looked for and filled in."""
+        rows = list(map(self._decode_whole, slices))
+        columns: list[Values] = [list(map(value_of, rows)) for value_of in self._values_of]
+        if self._key.kind == "uuid":
+            values.check_uuids(columns[0])
+        return [turn(column) if turn else column for turn, column in zip(self._whole_turns, columns, strict=True)]
+
+    def _sparse(self, slices: Sequence[Slice]) -> tuple[Sequence[Values], int]:
+        """Rows that lack some columns, and how many keys they have."""
         columns: list[Values] = list(zip(*map(astuple, map(self._decode, slices)), strict=True))
-        text = b",".join(slices)
         keys = len(slices) * len(columns) - sum(column.count(UNSET) for column in columns)
-        columns = [turn(column) for turn, column in zip(self._turns, columns, strict=True)]
-        strict.check_keys(text, keys, [value for position in self._json for value in columns[position] if value])
-        return list(zip(*columns, strict=True))
+        return [turn(column) for turn, column in zip(self._turns, columns, strict=True)], keys
 
     def _one_by_one(self, slices: Sequence[Slice], first: int) -> Checked:
         rows: list[Values] = []
@@ -79,18 +101,18 @@ class RowReader:
                 sizes.append(len(each))
             else:
                 faults.append(fault)
-        return Checked(rows, sizes, tuple(faults))
+        return Checked(list(zip(*rows, strict=True)), sizes, tuple(faults))
 
-    def _turned(self, row: Slice) -> Sequence[tuple[Callable[[Values], Values], Values]]:
+    def _turned(self, row: Slice) -> Sequence[tuple[Turn, Values]]:
         return [(turn, (value,)) for turn, value in zip(self._turns, astuple(self._decode(row)), strict=True)]
 
     def _fault(self, row: Slice, index: int) -> RowFault | None:
         """What is wrong with one row; None when nothing is."""
         try:
-            values = self._turned(row)
+            turned_row = self._turned(row)
         except UNREADABLE as error:
             return self._unread(index, error)
-        for column, (turn, value) in zip(self._columns.values(), values, strict=True):
+        for column, (turn, value) in zip(self._columns.values(), turned_row, strict=True):
             try:
                 (turned,) = turn(value)
             except (*UNREADABLE, strict.Suspicious, OverflowError):
@@ -117,9 +139,21 @@ class RowReader:
 @lru_cache(maxsize=16)
 def reader(table_name: str) -> RowReader:
     """The reader of a table; made once, since a typed decoder takes a while to make."""
-    from app.dwh.tables import TABLES
-
     return RowReader(next(table for table in TABLES if table.name == table_name))
+
+
+def _decoder(table: Table, field_of: Callable[[Column], Any]) -> Callable[[Slice], Any]:
+    fields = [field_of(column) for column in table.columns]
+    row: Any = msgspec.defstruct(f"Row_{table.name}", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
+    return msgspec.json.Decoder(row).decode
+
+
+def _whole_field(column: Column) -> Any:
+    """Required, though it may be null. The pattern of a UUID costs more than to check all of them together."""
+    if column.kind == "uuid":
+        return column.name, Annotated[str, Meta(min_length=UUID_CHARACTERS, max_length=UUID_CHARACTERS)]
+    kind = _type(column)
+    return column.name, kind if column.required or column.kind == "json" else kind | None
 
 
 def _field(column: Column) -> Any:
@@ -139,39 +173,3 @@ def _type(column: Column) -> Any:
         return text | int if column.takes_integers else text
     uuid: Any = Annotated[str, Meta(pattern=UUID_PATTERN)]
     return {"uuid": uuid, "float": float, "bool": bool, "json": Raw, "instant": datetime}[column.kind]
-
-
-def _turn(column: Column) -> Callable[[Values], Values]:
-    """What the values of a column become: plain values in the form that both databases read."""
-    if column.kind == "uuid":
-        return lambda values: [value.lower() for value in values]
-    if column.kind == "instant":
-        return lambda values: [_instant(value) if value else None for value in values]
-    if column.kind == "json":
-        return lambda values: [_json(value) if value else None for value in values]
-    if column.takes_integers:
-        return lambda values: [None if value is None or value is UNSET else _text(value) for value in values]
-    default = column.default
-    return lambda values: [default if value is None or value is UNSET else value for value in values]
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else str(value)
-    if len(text) > KEY_CHARACTERS and not isinstance(value, str):
-        raise strict.Suspicious
-    return text
-
-
-def _instant(at: datetime) -> str:
-    if at.tzinfo is None:  # in UTC, and twice as quick as to make it aware
-        return at.isoformat("T", "microseconds") + "Z"
-    return instant_text(at if at.tzinfo is UTC else at.astimezone(UTC))
-
-
-def _json(raw: Raw) -> str | None:
-    """The value without its blanks. Decoded and encoded anew, which also finds what is no Unicode and no number."""
-    value = msgspec.json.decode(raw)
-    if value is None:
-        return None
-    strict.check_depth(raw, value)
-    return msgspec.json.encode(value).decode()

@@ -1,11 +1,12 @@
 """Bytes between a thread that writes them and one that reads them, each at its own speed.
 
-Invariants: a few MiB are in memory, the rest is in a file without a name in TMPDIR; a reader never waits for a writer
-that has ended, however it ended.
+Invariants: what the reader has not taken yet is in memory up to a few MiB, the rest in a file without a name in TMPDIR;
+bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
 """
 
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,10 @@ class Spool:
     closed = False  # as writers of files look at it
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - `close`
+        self._held: deque[bytes] = deque()
+        self._held_bytes = 0
+        self._file = tempfile.SpooledTemporaryFile(1)  # noqa: SIM115 - `close`. A file with the first byte
+        self._file_bytes = self._file_read_bytes = 0
         self._changed = threading.Condition()
         self._shown = self._ended = self._abandoned = False
         self._error: AppError | None = None
@@ -50,16 +54,24 @@ class Spool:
         with self._changed:
             if self._abandoned:
                 raise Abandoned
-            try:
-                self._file.seek(self.size_bytes)
-                self._file.write(piece)
-            except OSError as error:
-                raise Transient(
-                    f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
-                ) from error
+            if self._file_bytes or self._held_bytes + len(piece) > SPOOL_BYTES:
+                self._spill(piece)
+            else:
+                self._held.append(piece)
+                self._held_bytes += len(piece)
             self.size_bytes += len(piece)
             self._changed.notify_all()
         return len(piece)
+
+    def _spill(self, piece: bytes) -> None:
+        try:
+            self._file.seek(self._file_bytes)
+            self._file.write(piece)
+        except OSError as error:
+            raise Transient(
+                f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
+            ) from error
+        self._file_bytes += len(piece)
 
     def flush(self) -> None:
         """As files have it; there is nothing to do."""
@@ -83,18 +95,41 @@ class Spool:
             return self.size_bytes if self._ended else None
 
     def read(self, start: int, count: int) -> bytes:
-        """Bytes from `start` on, as soon as there are some; none at the end. Raises what the writer raised."""
+        """The next bytes, `start` of which were read before: `count`, fewer or none at the end. Raises what the writer
+        raised.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._abandoned or self.size_bytes > start)
+            self._changed.wait_for(lambda: self._ended or self._abandoned or self.size_bytes >= start + count)
             if self._abandoned:
                 return b""
             if self.size_bytes == start and self._error:
                 raise self._error
-            self._file.seek(start)
-            return self._file.read(count)
+            return self._from_memory(count) or self._from_file(count)
+
+    def _from_memory(self, count: int) -> bytes:
+        taken: list[bytes] = []
+        while self._held and count > 0:
+            piece = self._held.popleft()
+            if len(piece) > count:
+                self._held.appendleft(piece[count:])
+                piece = piece[:count]
+            taken.append(piece)
+            count -= len(piece)
+            self._held_bytes -= len(piece)
+        return b"".join(taken)
+
+    def _from_file(self, count: int) -> bytes:
+        """The file is used anew from its start when the reader has caught up."""
+        self._file.seek(self._file_read_bytes)
+        piece = self._file.read(min(count, self._file_bytes - self._file_read_bytes))
+        self._file_read_bytes += len(piece)
+        if self._file_read_bytes == self._file_bytes:
+            self._file_bytes = self._file_read_bytes = 0
+        return piece
 
     def close(self) -> None:
         """Free the bytes; the writer is told at its next write. Idempotent."""
         with self._changed:
             self._abandoned = True
+            self._held.clear()
             self._file.close()

@@ -4,20 +4,21 @@ Invariants: a request is one transaction, together with the answer kept under it
 order of the rows; writers of a table take turns, so that overlapping requests neither deadlock nor give up a lock.
 """
 
+import json
 import threading
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
-from app.dwh import ddl, loading
+from app.dwh import inserting, loading
 from app.dwh.answers import Inserted, answer_of, text_of
 from app.dwh.faults import BadRequest
+from app.dwh.inserting import Batches
 from app.dwh.tables import Table
 from app.stores.migrations import Migrated
 from app.stores.product_mapping import Tables
@@ -29,29 +30,9 @@ if TYPE_CHECKING:
 
 FILE = "dwh.db"
 VARIABLES = "DWH_DATABASE_URL"
-LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
 TURN_SECONDS = 60.0
 MERGE_ROWS = 20_000
 KEPT_DAYS = 7
-
-
-class Batches(Protocol):
-    """What is to be stored: `rows` of them in all, in `batches` batches, told from others by `digest`."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-
-    @property
-    def batches(self) -> int:
-        """How many batches they make."""
-
-    @property
-    def digest(self) -> str:
-        """The same for the same request, hex."""
-
-    def read(self) -> Iterator[Iterable[Sequence[Any]]]:
-        """The batches, each as its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +51,11 @@ class _Undo(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """`rows` are one more than was asked for, if there are so many; `edge` is the last one asked for, and that one."""
+    """`blocks` of rows hold one more than was asked for, if there are so many; `edge` is the last one asked for, and
+    that one.
+    """
 
-    rows: Iterator[Sequence[Any]]
+    blocks: Iterator[Sequence[Sequence[Any]]]
     edge: Iterator[Sequence[Any]]
 
     def last_id(self) -> int | None:
@@ -131,8 +114,14 @@ class Warehouse:
                 return loading.one_by_one(session, chunks, past=past)
             staged = loading.stage(session, chunks)
             for table in staged:
-                _turn(session, table)
+                inserting.turn(session, table)
             return loading.merge(session, staged, past=past)
+
+    def known(self, uuids: Collection[str]) -> int:
+        """How many of these events are there; each counts once. A few thousand at a time at most."""
+        with self._database.transaction(read_only=True) as session:
+            (found,) = session.rows(self._queries["known_events"], uuids=json.dumps(sorted(uuids)))
+        return int(found["events"])
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
@@ -167,41 +156,11 @@ class Warehouse:
         return done
 
     def _merge(self, session: Session, table: Table, batches: Batches) -> Inserted:
-        ids = self._one_by_one(session, table, batches) if self._lite else self._staged(session, table, batches)
+        if self._lite:
+            ids = inserting.in_sqlite(session, table, batches)
+        else:
+            ids = inserting.in_postgres(session, table, batches, MERGE_ROWS)
         return Inserted(ids, batches.rows, batches.batches)
-
-    def _one_by_one(self, session: Session, table: Table, batches: Batches) -> "array[int]":
-        """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
-        newest = _newest(session, table)
-        for batch in batches.read():
-            session.run_rows(ddl.upsert(table), batch)
-        return array("q", (id_ for (id_,) in session.stream(ddl.newer(table), newest=newest)))
-
-    def _staged(self, session: Session, table: Table, batches: Batches) -> "array[int]":
-        """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
-        session.run(ddl.create_stage(table))
-        newest = None
-        ids = array("q")
-        for _ in self._stage(session, table, batches):
-            if newest is None:
-                newest = _turn(session, table)
-            (written,) = session.rows(ddl.merge(table))
-            given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
-            ids.extend(given[bisect_right(given, newest) :])
-        return ids
-
-    def _stage(self, session: Session, table: Table, batches: Batches) -> Iterator[int]:
-        """Stage batches; gives the number of staged rows whenever they are to be merged."""
-        staged = 0
-        for number, batch in enumerate(batches.read()):
-            if number and not staged:
-                session.run(ddl.empty_stage(table))
-            staged += session.append(ddl.stage(table), table.names, united(batch) if table.updates else batch)
-            if staged >= MERGE_ROWS or table.updates:
-                yield staged
-                staged = 0
-        if staged:
-            yield staged
 
     @contextmanager
     def selected(self, selection: "Selection") -> Iterator["Selected"]:
@@ -210,30 +169,9 @@ class Warehouse:
         with self._database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            rows = session.stream(selection.sql(dialect), **selection.params)
+            blocks = session.blocks(selection.sql(dialect), **selection.params)
             edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
-            yield Selected(rows, edge)
-
-
-def _turn(session: Session, table: Table) -> int:
-    """Wait for this table's turn in PostgreSQL; the largest id until now. Ids given from here on are larger."""
-    session.rows("SELECT set_config('lock_timeout', '25s', true)")
-    session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCKS + table.number)
-    return _newest(session, table)
-
-
-def _newest(session: Session, table: Table) -> int:
-    (row,) = session.rows(ddl.newest(table))
-    return int(row["newest"])
-
-
-def united(rows: Iterable[Sequence[Any]]) -> Iterable[Sequence[Any]]:
-    """One row per key, at its first place: of each column the last value that is not null."""
-    found: dict[Any, Sequence[Any]] = {}
-    for row in rows:
-        held = found.get(row[0])
-        found[row[0]] = [new if new is not None else old for new, old in zip(row, held, strict=True)] if held else row
-    return found.values()
+            yield Selected(blocks, edge)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:

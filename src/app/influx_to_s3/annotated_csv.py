@@ -36,13 +36,15 @@ class Block:
     table: "pa.Table"
 
 
-def read_blocks(chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Parse a response body, given as pieces of any size.
+def read_blocks(
+    chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES, known: frozenset[str] = frozenset()
+) -> Iterator[Block]:
+    """Parse a response body, given as pieces of any size. Tags that are `known` already are not made into columns.
 
     Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
     QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
     """
-    parser = _Parser(block_bytes)
+    parser = _Parser(block_bytes, known)
     for piece in _whole_rows(chunks, block_bytes):
         yield from parser.feed(piece)
     yield from parser.finish()
@@ -59,7 +61,7 @@ def error_of(message: str) -> AppError:
 class _Schema:
     """The annotations and the header row in force: how to parse the rows that follow."""
 
-    def __init__(self, head: bytes) -> None:
+    def __init__(self, head: bytes, known: frozenset[str]) -> None:
         import pyarrow.csv as pacsv
 
         rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
@@ -74,8 +76,8 @@ class _Schema:
         types = dict(zip(self.names, annotations["#datatype"], strict=True))
         groups = dict(zip(self.names, annotations.get("#group", ()), strict=False))
         defaults = dict(zip(self.names, annotations.get("#default", ()), strict=False))
-        self.keep = [name for name in self.names if name not in NOT_DATA]
-        self.tags = frozenset(name for name in self.keep if groups.get(name) == "true")
+        self.tags = frozenset(name for name in self.names if name not in NOT_DATA and groups.get(name) == "true")
+        self.keep = [name for name in self.names if name not in NOT_DATA | (self.tags & known)]
         self.fill = {name: value for name in self.keep if (value := defaults.get(name, ""))}
         self._convert = pacsv.ConvertOptions(
             include_columns=self.keep,
@@ -154,8 +156,9 @@ def _with_bare_newlines(table: "pa.Table", rows: bytes) -> "pa.Table":
 class _Parser:
     """Takes whole rows, keeps the schema in force, and gives blocks of about `block_bytes`."""
 
-    def __init__(self, block_bytes: int) -> None:
+    def __init__(self, block_bytes: int, known: frozenset[str]) -> None:
         self._block_bytes = block_bytes
+        self._known = known
         self._schema: _Schema | None = None
         self._schemas: dict[bytes, _Schema] = {}
         self._head = b""
@@ -192,8 +195,8 @@ class _Parser:
         line = rows[position:end]
         self._head += line
         if not line.startswith(b"#"):
-            known = self._schemas.get(self._head)
-            self._schema = known or self._schemas.setdefault(self._head, _Schema(self._head))
+            met = self._schemas.get(self._head)
+            self._schema = met or self._schemas.setdefault(self._head, _Schema(self._head, self._known))
             self._current, self._head = self._head, b""
         return end
 

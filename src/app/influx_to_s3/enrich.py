@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HOUR_NS = 3_600_000_000_000
 DAY_NS = 24 * HOUR_NS
-FRIDAY = 4
+THURSDAY, FRIDAY = 3, 4
 
 
 def output_schema(rows: "pa.Schema") -> "pa.Schema":
@@ -52,9 +52,23 @@ def _calendar(table: "pa.Table") -> dict[str, Any]:
     import pyarrow as pa
 
     instants = instants_of(table)
+    if len(instants) and instants[0] // HOUR_NS == instants[-1] // HOUR_NS:  # rows are in order: all of one hour
+        return _of_one_hour(int(instants[0]), len(instants))
     hour = (instants // HOUR_NS % 24).astype(np.int32)
-    day = ((instants // DAY_NS + 3) % 7).astype(np.int32)
+    day = ((instants // DAY_NS + THURSDAY) % 7).astype(np.int32)
     return {"hour": pa.array(hour), "day_of_week": pa.array(day), "is_weekend": pa.array(day > FRIDAY)}
+
+
+def _of_one_hour(instant: int, rows: int) -> dict[str, Any]:
+    """What `_calendar` gives for `rows` instants of the hour that holds `instant`."""
+    import pyarrow as pa
+
+    hour, day = instant // HOUR_NS % 24, (instant // DAY_NS + THURSDAY) % 7
+    return {
+        "hour": pa.repeat(pa.scalar(hour, pa.int32()), rows),
+        "day_of_week": pa.repeat(pa.scalar(day, pa.int32()), rows),
+        "is_weekend": pa.repeat(pa.scalar(day > FRIDAY), rows),
+    }
 
 
 def _power_factor(voltage: Any, current: Any, power: Any) -> Any:

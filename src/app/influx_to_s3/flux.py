@@ -79,7 +79,7 @@ class FluxReader:
             ' |> drop(columns: ["_start", "_stop", "_measurement"])'
             ' |> pivot(rowKey: ["_time"], columnKey: ["_field"], valueColumn: "_value")'
         )
-        for block in self._ask(query):
+        for block in self._ask(query, known=frozenset({DEVICE})):
             yield canonical(block.table, "_time", block.tags)
 
     def measurements(self) -> Sequence[str]:
@@ -108,11 +108,11 @@ class FluxReader:
         measurement = f"r._measurement == {literal(self._target.measurement)}"
         return measurement if device is None else f"{measurement} and r.{DEVICE} == {literal(device)}"
 
-    def _ask(self, query: str) -> Iterator[Block]:
-        """Stream the answer."""
+    def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[Block]:
+        """Stream the answer, without columns of the `known` tags."""
         question = json.dumps({"query": query, "dialect": DIALECT, "type": "flux"}).encode()
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
-            yield from read_blocks(_body(answer))
+            yield from read_blocks(_body(answer), known=known)
 
 
 def _body(answer: Answer) -> Iterator[bytes]:

@@ -130,7 +130,7 @@ def _pipeline(parts: Parts, stop: Stop) -> Pipeline[RowBatch, EncodedFile]:
         layout_at=parts.layouts.at,
         spool_directory=spool,
         app_version=service.version,
-        dictionary=(DEVICE, *TAGS, "hour", "day_of_week"),
+        dictionary=(DEVICE, *TAGS),
     )
     return Pipeline(
         name=NAME,

@@ -132,7 +132,7 @@ def _job(service: Headwater, name: str) -> Job:
 
 def _finish(service: Headwater, job: Job, how: How) -> int:
     desk = replace(service.desk, ended=_unexpected)
-    with _stoppable(service.stop), _shown(job.name) as tally:
+    with _stoppable(service.stop), _shown(job) as tally:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
     service.state.close()
     if last is None:
@@ -184,7 +184,7 @@ def once(service: Headwater, how: How) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop):
         for job in (named(job) for job in service.pipelines.jobs if not job.off):
-            with _shown(job.name) as tally:
+            with _shown(job) as tally:
                 last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
             documents.append(_document(last, total, how) if last else {"job": job.name, "outcome": "busy"})
     service.state.close()
@@ -242,9 +242,9 @@ def _stoppable(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(name: str) -> Iterator[Tally]:
+def _shown(job: Job) -> Iterator[Tally]:
     if sys.stderr.isatty():
-        with bar(name) as tally:
+        with bar(job.name, job.unit) as tally:
             yield tally
     else:
-        yield logged(name)
+        yield logged(job.name)

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from app.core.runs import Outcome, Total
 from app.ops.scheduler import JobView
+from app.ops.shapes import Calls
 
 PARTITIONS = 100
 
@@ -60,6 +61,16 @@ def total_series(totals: Sequence[Total]) -> Iterator[Series]:
         for each in totals:
             sums[each.job] = sums.get(each.job, 0.0) + getattr(each.report, name)
         yield Series(f"headwater_{name}_total", "counter", about, [({"job": job}, n) for job, n in sums.items()])
+
+
+def call_series(calls: Mapping[str, Calls]) -> Iterator[Series]:
+    """What services that allow only so many calls were asked."""
+    ever = [({"job": job}, float(each.ever)) for job, each in calls.items()]
+    yield Series("headwater_calls_total", "counter", "Calls to a service that counts them.", ever)
+    today = [({"job": job}, float(each.today)) for job, each in calls.items()]
+    yield Series("headwater_calls_today", "gauge", "Calls since midnight UTC.", today)
+    a_day = [({"job": job}, float(each.a_day)) for job, each in calls.items()]
+    yield Series("headwater_calls_limit", "gauge", "Calls that a day may have.", a_day)
 
 
 def success_series(totals: Sequence[Total], now: datetime) -> Series:

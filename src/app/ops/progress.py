@@ -59,11 +59,11 @@ def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> Tally:
 
 
 @contextmanager
-def bar(job: str) -> Iterator[Tally]:
+def bar(job: str, unit: str) -> Iterator[Tally]:
     """A tally shown as a progress bar on stderr, removed at the end."""
     from tqdm import tqdm
 
-    with tqdm(desc=job, unit="part", leave=False, dynamic_ncols=True) as shown:
+    with tqdm(desc=job, unit=unit, leave=False, dynamic_ncols=True) as shown:
 
         def told(counts: Counts) -> None:
             shown.total = max(counts.total, counts.done) or None

@@ -41,6 +41,19 @@ class Result:
         kept = verdict.sign is not Sign.EQUAL and len(self.windows) < SHOWN
         return replace(self, counts=counts, windows=(*self.windows, verdict) if kept else self.windows)
 
+    def with_mended(self, verdict: Verdict) -> "Result":
+        """The result after healing looked at one of its windows: what is equal now is not among them any more."""
+        before = next((each for each in self.windows if each.slot == verdict.slot), None)
+        if before is None:
+            return self
+        after = Sign.EQUAL if verdict.healed else verdict.sign
+        counts = Counter(self.counts)
+        counts[before.sign.value] -= 1
+        counts[after.value] += 1
+        kept = (verdict,) if after is not Sign.EQUAL else ()
+        windows = [now for each in self.windows for now in ((each,) if each is not before else kept)]
+        return replace(self, counts={sign: n for sign, n in counts.items() if n}, windows=windows)
+
 
 class Proofs:
     """The latest verification of each job. Methods may be called from any thread."""
@@ -71,6 +84,13 @@ class Proofs:
                 raise Transient(f"{job} is being verified already", "wait for its result")
             self._results[job] = Result(job, span, self._clock())
         threading.Thread(target=self._compare, args=(job, verification), name=f"verify-{job}", daemon=True).start()
+
+    def mended(self, job: str, verdict: Verdict) -> None:
+        """Healing came past a window: the latest result of the job says how it is now."""
+        with self._lock:
+            known = self._results.get(job)
+            if known is not None and known.ended_at is not None:
+                self._results[job] = known.with_mended(verdict)
 
     def _compare(self, job: str, verification: Verification) -> None:
         result = self._results[job]

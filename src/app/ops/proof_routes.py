@@ -12,7 +12,7 @@ from fastapi import APIRouter, Body, Query
 from pydantic import AwareDatetime, Field
 
 from app.core.gaps import Cell
-from app.core.verify import Verification
+from app.core.verify import Verdict, Verification
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused
 from app.ops.atlas import Asked, Atlas
@@ -105,7 +105,13 @@ def _acting(router: APIRouter, proof: Proof) -> None:
     def heal(job: str, part: Annotated[Part, Body()]) -> dict[str, Any]:
         verification = found(proof.verifications, known(proof.scheduler, job))
         what = Healing(_bounded(part), part.partition)
-        proof.scheduler.queue(job, lambda of: heal_job(of, verification, what))
+
+        def seen(verdict: Verdict) -> None:
+            proof.proofs.mended(job, verdict)
+            if verdict.healed:
+                proof.atlas.forget(job)
+
+        proof.scheduler.queue(job, lambda of: heal_job(of, verification, what, seen))
         proof.atlas.forget(job)
         return accepted(proof.scheduler, job)
 

@@ -17,11 +17,20 @@ from app.core.runs import Runs, Total
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import COOKIE, OPEN, Guard, needs
-from app.ops.metrics import Series, exposition, job_series, lag_series, success_series, total_series
+from app.ops.metrics import Series, call_series, exposition, job_series, lag_series, success_series, total_series
 from app.ops.probes import Answer, Probes
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
-from app.ops.shapes import JobRecord, PartitionView, instant_text, job_shown, lag_seconds, partition_shown, run_shown
+from app.ops.shapes import (
+    Calls,
+    JobRecord,
+    PartitionView,
+    instant_text,
+    job_shown,
+    lag_seconds,
+    partition_shown,
+    run_shown,
+)
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -43,6 +52,7 @@ class Operations:
     stale: Callable[[], Collection[str]]
     partitions: Callable[[], Sequence[PartitionView]]
     histories: Mapping[str, History]
+    calls: Mapping[str, Callable[[], Calls]]
     clock: Callable[[], datetime]
 
 
@@ -116,15 +126,7 @@ def _session(router: APIRouter, guard: Guard) -> None:
 def _reading(router: APIRouter, ops: Operations) -> None:
     @router.get("/ops/jobs", openapi_extra=READ, summary="Every job, also those that are off, with its last run")
     def jobs() -> dict[str, Any]:
-        views = ops.scheduler.views()
-        totals, stale = ops.totals(), ops.stale()
-
-        def record(name: str) -> JobRecord:
-            last = next(iter(ops.runs.recent(name, 1)), None)
-            return JobRecord(last, [total for total in totals if total.job == name], name in stale)
-
-        shown = [job_shown(view, record(view.job.name)) for view in views]
-        return {"now": instant_text(ops.clock()), "jobs": shown}
+        return overview(ops)
 
     @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first")
     def runs(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
@@ -148,6 +150,19 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
     def metrics() -> Response:
         return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
+
+
+def overview(ops: Operations) -> dict[str, Any]:
+    """Every job as JSON. Raises what the state raises."""
+    totals, stale = ops.totals(), ops.stale()
+
+    def record(name: str) -> JobRecord:
+        last = next(iter(ops.runs.recent(name, 1)), None)
+        calls = ops.calls[name]() if name in ops.calls else None
+        return JobRecord(last, [total for total in totals if total.job == name], name in stale, calls)
+
+    shown = [job_shown(view, record(view.job.name)) for view in ops.scheduler.views()]
+    return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
 def _acting(router: APIRouter, scheduler: Scheduler) -> None:
@@ -207,8 +222,9 @@ def _series(ops: Operations) -> Sequence[Series]:
     series.append(Series("headwater_check", "gauge", "1 while a system can be reached.", checks))
     try:
         totals, partitions = ops.totals(), ops.partitions()
+        calls = {job: of() for job, of in ops.calls.items()}
     except AppError:
         return series  # the check of the store says why the counters are missing
-    series += [*total_series(totals), success_series(totals, now)]
+    series += [*total_series(totals), success_series(totals, now), *call_series(calls)]
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]

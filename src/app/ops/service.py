@@ -13,6 +13,7 @@ from app.core.verify import Verification
 from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
+from app.ops.shapes import Calls
 from app.settings import Settings
 from app.stores.state import State
 
@@ -30,8 +31,8 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
 
-    `histories`, `undos`, `verifications` and `charts` are by job name, for those jobs that have one. `routers` build
-    the routes of slices that have both jobs and routes; they are called once, when the API is built.
+    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `routers`
+    build the routes of slices that have both jobs and routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -41,6 +42,7 @@ class Pipelines:
     undos: Mapping[str, Undo] = field(default_factory=dict)
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
+    calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
     routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 

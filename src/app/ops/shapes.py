@@ -35,12 +35,24 @@ def instant_text(at: datetime | None) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """What a job's service was asked: calls of this day UTC, how many a day may have, and calls of all days."""
+
+    today: int
+    a_day: int
+    ever: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What is known of a job beside where it stands: its last run, the sums of all runs, and whether it fell silent."""
+    """What is known of a job beside where it stands: its last run, the sums of all runs, whether it fell silent, and
+    the calls of a service that allows only so many.
+    """
 
     last: Run | None
     totals: Sequence[Total] = ()
     stale: bool = False
+    calls: Calls | None = None
 
 
 def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
@@ -59,6 +71,7 @@ def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
         "runs_total": sum(total.runs for total in record.totals),
         "rows_total": sum(total.report.rows for total in record.totals),
         "late_rows_total": sum(total.report.late_rows for total in record.totals),
+        "calls": record.calls and {"today": record.calls.today, "a_day": record.calls.a_day},
         "last_run": record.last and run_shown(record.last),
     }
 

@@ -166,7 +166,7 @@ EXPORT = _of(
         "let an object lose rows that the source no longer returns (retention); else they are kept",
     ),
     ("reconcile_days", "RECONCILE_DAYS", kinds.whole(0, 3660), "7", "days that the daily search for late rows covers"),
-    ("concurrency", "EXPORT_CONCURRENCY", kinds.whole(1, 64), "4", "devices that are exported at once"),
+    ("concurrency", "EXPORT_CONCURRENCY", kinds.whole(1, 64), "2", "devices that are exported at once"),
 )
 
 S3 = _of(

@@ -18,8 +18,12 @@ def copy_text(rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
     """Blocks of whole lines. Values are None, bool, int, float and str."""
     each = iter(rows)
     while block := list(islice(each, BLOCK_ROWS)):
-        columns = [_texts(column) for column in zip(*block, strict=True)]
-        yield ("\n".join(map("\t".join, zip(*columns, strict=True))) + "\n").encode()
+        yield block_text(list(zip(*block, strict=True)))
+
+
+def block_text(columns: Sequence[Sequence[Any]]) -> bytes:
+    """The lines of some rows, which are given by column."""
+    return ("\n".join(map("\t".join, zip(*map(_texts, columns), strict=True))) + "\n").encode()
 
 
 def _texts(column: Sequence[Any]) -> Sequence[str]:

@@ -9,6 +9,7 @@ import select
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.stores.connections import Connections
-from app.stores.copy_text import copy_text
+from app.stores.copy_text import block_text, copy_text
 from app.stores.sql import Dialect, Row
 from app.stores.sql_values import bound
 
@@ -95,29 +96,49 @@ class PostgresSession:
         with self._errors.translated():
             return sum(self._connection.execute(_pyformat(sql), bound(params)).rowcount for params in many)
 
-    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.run_rows`."""
         with self._errors.translated(), self._connection.cursor() as cursor:
             cursor.executemany(_pyformat(sql).replace(b"?", b"%s"), rows)
+            return cursor.rowcount
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`: by COPY."""
-        sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
-        with self._errors.translated(), self._connection.cursor() as cursor:
-            with cursor.copy(sql.encode()) as copy:
-                for block in copy_text(rows):
-                    copy.write(block)
+        with self._errors.translated():
+            return self._copied(table, columns, copy_text(rows))
+
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """See `Session.append_new`: by COPY, inside a savepoint."""
+        with self._errors.translated():
+            self._connection.execute(b"SAVEPOINT appending")
+            try:
+                count = self._copied(table, columns, map(block_text, blocks))
+            except psycopg.errors.UniqueViolation:
+                self._connection.execute(b"ROLLBACK TO SAVEPOINT appending")
+                count = None
+            self._connection.execute(b"RELEASE SAVEPOINT appending")
+            return count
+
+    def _copied(self, table: str, columns: Sequence[str], texts: Iterable[bytes]) -> int:
+        with self._connection.cursor() as cursor:
+            with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode()) as copy:
+                for text in texts:
+                    copy.write(text)
             return cursor.rowcount
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
-        """See `Session.stream`: by a cursor of the server, so that it holds what was not asked for yet."""
+        """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`: by a cursor of the server, so that it holds what was not asked for yet."""
         with (
             self._errors.translated(),
             self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
         ):
             cursor.execute(_pyformat(sql), bound(params))
             while rows := cursor.fetchmany(STREAMED_ROWS):
-                yield from rows
+                yield rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`."""

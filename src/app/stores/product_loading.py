@@ -3,7 +3,7 @@
 Invariant: an event's rows go to all tables in one transaction.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
@@ -21,6 +21,35 @@ class Load(Protocol):
 
         Raises Transient, Permanent, and Rejected for a value that the database does not take.
         """
+
+
+class Known(Protocol):
+    """The warehouse: which events it holds."""
+
+    def __call__(self, uuids: Collection[str]) -> int:
+        """How many of these events are there; each counts once. A few thousand at a time at most."""
+
+
+class Events(Protocol):
+    """What pulls ask of the warehouse."""
+
+    @property
+    def load(self) -> Load:
+        """See `Load`."""
+
+    @property
+    def known(self) -> Known:
+        """See `Known`."""
+
+
+def lost(known: Known, tables: Tables) -> int:
+    """How many events of a chunk the warehouse does not hold."""
+    rows = tables.get(EVENTS_TABLE)
+    if not rows:
+        return 0
+    place = rows.names.index("uuid")
+    uuids = {str(row[place]) for row in rows.rows}
+    return len(uuids) - known(uuids)
 
 
 def load_in_turns(load: Load, tables: Iterator[Tables], *, past: bool) -> int:

@@ -83,8 +83,12 @@ class SqlPulls:
 
     def calls(self, service: str, now: datetime) -> int:
         """How many calls this day has had."""
-        found = self._rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
-        return int(found[0]["calls"]) if found else 0
+        return self.calls_ever(service, now)[0]
+
+    def calls_ever(self, service: str, now: datetime) -> tuple[int, int]:
+        """How many calls this day has had, and all days together, which is never less than it was."""
+        (found,) = self._rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
+        return int(found["calls"]), int(found["calls_ever"])
 
     def _rows(self, query: str, **params: object) -> list[Row]:
         with self._database.transaction(read_only=True) as session:

@@ -36,8 +36,11 @@ class Session(Protocol):
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
         """The statement once per set of parameters; the number of rows changed."""
 
-    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """The statement once per row, whose values stand for its `?`, as they are; in bounded memory. See `append`."""
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+        """The statement once per row, whose values stand for its `?`, as they are; in bounded memory. See `append`.
+
+        The number of rows changed.
+        """
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """Put rows into a table by the quickest means of the database, in bounded memory; how many there were.
@@ -46,8 +49,16 @@ class Session(Protocol):
         and `columns` are names of the program's own.
         """
 
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """As `append`, of blocks of rows by column. None, and nothing of it stored, when a key is there already: the
+        transaction goes on as if it had not been asked for.
+        """
+
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """Rows as tuples of what the database holds, instants not turned, in bounded memory however many there are."""
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """As `stream`, some rows at a time, since each step of a generator costs as much as a value."""
 
     def script(self, sql: str) -> None:
         """Several statements without parameters, inside this transaction."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
+TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
     sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
@@ -62,9 +64,9 @@ class SqliteSession:
         prepared = [_bound(params) for params in many]
         return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
 
-    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.run_rows`."""
-        _translated(self._path, lambda: self._connection.executemany(sql, rows))
+        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
 
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`."""
@@ -72,11 +74,29 @@ class SqliteSession:
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
         return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
 
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """See `Session.append_new`."""
+        rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
+        self._execute("SAVEPOINT appending", {})
+        count = None
+        try:
+            count = self.append(table, columns, rows)
+        except AppError as error:
+            if getattr(error.__cause__, "sqlite_errorcode", None) not in TAKEN:
+                raise
+            self._execute("ROLLBACK TO appending", {})
+        self._execute("RELEASE appending", {})
+        return count
+
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
         """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`."""
         cursor = self._execute(sql, params)
         while rows := _translated(self._path, lambda: cursor.fetchmany(STREAMED_ROWS)):
-            yield from rows
+            yield rows
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which commits what is open before it starts."""

@@ -147,6 +147,7 @@ function card(job, runs, partitions, now) {
   const lag = lagOf(job, partitions);
   if (lag !== null) facts.append(...term("Lag", `${span(lag)} at most`));
   if (job.rows_total) facts.append(...term("Moved", `${number(job.rows_total)} rows in ${number(job.runs_total)} runs`));
+  if (job.calls) facts.append(...term("Calls", `${number(job.calls.today)} of ${number(job.calls.a_day)} today`));
   if (job.queued_backfills) facts.append(...term("Backfills", `${job.queued_backfills} waiting`));
   const parts = [facts, bar(job.progress), trouble(last), chart(runs.filter((run) => run.job === job.name)), buttons(job)];
   box.append(...parts.filter(Boolean));
@@ -239,6 +240,7 @@ async function refresh() {
   scopes = new Set(who.scopes);
   at("sign-in").hidden = true;
   at("board").hidden = false;
+  at("rest").hidden = false;
   at("sign-out").hidden = !who.keys;
   const [jobs, runs, partitions, history] = await Promise.all([
     ask("GET", "ops/jobs"), ask("GET", "ops/runs?limit=200"), ask("GET", "ops/partitions"), ask("GET", "ops/history?limit=25"),

@@ -3,6 +3,8 @@
 // Uses the parts of dashboard.js, which is loaded before.
 
 const MAP_EVERY_MS = 15000;
+const QUICK_MS = 1500;
+const QUICK_FOR_MS = 30000;
 const CELL_PX = 17;
 const STATES = {
   equal: ["equal", "as confirmed"], open: ["open", "not closed yet"], empty: ["empty", "nothing was to be written"],
@@ -14,6 +16,7 @@ const HEALABLE = new Set(["missing", "partial", "stale"]);
 let hoursShown = 24;
 let mapTimer = 0;
 let toHeal = null;
+let quickUntil = 0;
 
 const shortTime = (text) => text.slice(5, 16).replace("T", " ");
 
@@ -71,12 +74,19 @@ function proofOf(result, now) {
     const why = each.error ? `: ${each.error}` : "";
     const item = make("li", "", make("code", "", each.sign), ` ${each.partition} ${shortTime(each.start)}: ${SIGNS[each.sign]}, ${rows}${why} `);
     if (result.ended_at) {
-      item.append(button("Heal", true, () => ask("POST", `ops/jobs/${encodeURIComponent(result.job)}/heal`, { from: each.start, to: each.end, partition: each.partition })));
+      item.append(button("Heal", true, () => heal(result.job, { from: each.start, to: each.end, partition: each.partition })));
     }
     list.append(item);
   }
   if (result.windows.length) box.append(list);
   return box;
+}
+
+async function heal(job, body) {
+  await ask("POST", `ops/jobs/${encodeURIComponent(job)}/heal`, body);
+  quickUntil = Date.now() + QUICK_FOR_MS;
+  clearTimeout(mapTimer);
+  mapTimer = setTimeout(drawMaps, QUICK_MS);
 }
 
 function verifyButton(job) {
@@ -104,10 +114,10 @@ async function drawMaps() {
     if (!at("board").hidden && !document.hidden && !at("heal").open) {
       const { jobs, maps, verifications } = await ask("GET", "ops/verifications");
       const on = maps.filter((job) => jobsOn.has(job));
+      at("delivery").hidden = !on.length; // before the cards, which ask how wide it is
       const cards = await Promise.all(on.map((job) => mapCard(job, verifications, new Date())));
       at("maps").replaceChildren(...cards);
-      at("delivery").hidden = !on.length;
-      if (verifications.some((result) => !result.ended_at)) wait = 1500;
+      if (Date.now() < quickUntil || verifications.some((result) => !result.ended_at)) wait = QUICK_MS;
     }
   } catch { wait = MAP_EVERY_MS; }
   mapTimer = setTimeout(drawMaps, wait);
@@ -128,10 +138,9 @@ at("heal-cancel").addEventListener("click", () => at("heal").close());
 at("heal-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   try {
-    await ask("POST", `ops/jobs/${encodeURIComponent(toHeal.job)}/heal`, toHeal.body);
+    await heal(toHeal.job, toHeal.body);
     at("heal").close();
     await turn();
-    setTimeout(drawMaps, 1500);
   } catch (error) { at("heal-error").textContent = error.message; }
 });
 addEventListener("resize", () => { clearTimeout(mapTimer); mapTimer = setTimeout(drawMaps, 400); });
