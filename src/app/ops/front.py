@@ -82,7 +82,7 @@ class Front:
         """Import and build the API in a thread, once; requests that need it wait for it.
 
         One that failed is built again with the next request: imports beside other threads may fail by chance, as
-        CPython's AST constructor did up to 3.11.7 (gh-106905).
+        the AST constructor of CPython 3.11.7 was seen to (gh-106905).
         """
         if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
             self._api = asyncio.ensure_future(asyncio.to_thread(self._hooks.api))
