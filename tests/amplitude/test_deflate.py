@@ -100,6 +100,7 @@ def test_a_changed_byte_is_an_error(way: str, at: int) -> None:
         list(WAYS[way]().add(io.BytesIO(bytes(packed))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bomb_is_stopped(way: str) -> None:
     packer = zlib.compressobj(9, wbits=31)

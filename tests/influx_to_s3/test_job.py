@@ -345,6 +345,7 @@ def test_a_device_that_appears_later_is_exported_from_its_first_row(exporter: Ex
     exporter.check()
 
 
+@pytest.mark.slow
 def test_after_an_outage_of_three_times_the_lookback_everything_is_exported(exporter: Exporter) -> None:
     exporter.write_each(NOON - HOUR, NOON, every_seconds=600)
     exporter.write_each(NOON - HOUR, NOON, every_seconds=600, device="D2")

@@ -68,6 +68,7 @@ def test_a_dry_run_leaves_no_record(shell: Shell) -> None:
     assert "quick" not in shell.run("quick_jobs", "runs").stdout
 
 
+@pytest.mark.slow
 def test_backfill_takes_instants_in_utc_and_refuses_an_empty_span(shell: Shell) -> None:
     done = shell.run("quick_jobs", "backfill", "quick", "--from", "2026-02-01", "--to", "2026-02-01T02:00:00+01:00")
     assert done.stdout.startswith("quick ok: 3600 rows")
@@ -105,6 +106,7 @@ def test_a_signal_stops_a_command_at_its_next_safe_point(shell: Shell, tmp_path:
     assert "long: stopped" in said
 
 
+@pytest.mark.slow
 def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shell) -> None:
     fine = shell.run("quick_jobs", "check")
     assert fine.returncode == 0

@@ -77,6 +77,7 @@ def test_with_postgresql_away_the_process_is_healthy_and_not_ready(daemons: Daem
     assert "canary" not in daemon.log + jobs.text
 
 
+@pytest.mark.slow
 def test_a_stop_signal_ends_a_long_job_at_its_next_safe_point(daemons: Daemons, tmp_path: Path) -> None:
     daemon = daemons.start("long_job")
     daemon.until(lambda: trace(tmp_path))
@@ -91,6 +92,7 @@ def test_a_stop_signal_ends_a_long_job_at_its_next_safe_point(daemons: Daemons, 
     assert "Traceback" not in daemon.log
 
 
+@pytest.mark.slow
 def test_a_job_that_hears_no_stop_does_not_hold_up_the_exit(daemons: Daemons, tmp_path: Path) -> None:
     daemon = daemons.start("stuck_job", SHUTDOWN_GRACE_SECONDS="2")
     daemon.until(lambda: trace(tmp_path))
@@ -180,6 +182,7 @@ def test_metrics_count_runs_and_name_the_build(shared: Daemon) -> None:
     assert 'headwater_check{check="checkpoint_store_connected"} 1' in text
 
 
+@pytest.mark.slow
 def test_partitions_tell_how_far_they_are_and_a_killed_daemon_goes_on(daemons: Daemons) -> None:
     daemon = daemons.start("lagging_job")
     found = daemon.until(lambda: daemon.get("/ops/partitions").json["partitions"])
@@ -236,6 +239,7 @@ def test_half_a_head_and_half_a_body_are_closed_within_fifteen_seconds(shared: D
     assert endings["body"][1].startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.slow
 def test_an_overdue_daily_job_runs_after_a_restart_and_a_fresh_one_waits(daemons: Daemons, tmp_path: Path) -> None:
     state = open_state("", tmp_path / "data")
     old = datetime.now(UTC) - timedelta(hours=30)

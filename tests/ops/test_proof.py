@@ -113,6 +113,7 @@ def test_a_pause_survives_a_restart_and_a_command_pauses_a_running_daemon(daemon
     assert shell.run("quick_jobs", "pause", "nobody").returncode == 1
 
 
+@pytest.mark.slow
 def test_counters_do_not_start_anew_with_the_process(daemons: Daemons) -> None:
     daemon = daemons.start("daily_job")
     line = 'headwater_rows_total{job="daily"} 40'
@@ -135,6 +136,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_with_json_every_command_prints_one_document_and_nothing_else(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     (tmp_path / "data").mkdir()
