@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import health
 from measured import clean_environ
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -74,29 +75,32 @@ def free_port() -> int:
 
 def fill(server: Seaweed, bucket: str, objects: int, rows: int, folder: Path) -> Sequence[str]:
     """Put hourly objects of some devices, and a copy of each into a folder; their keys."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     draw = random.Random(1)
     names: list[str] = []
     with closing(server.client()) as client, ThreadPoolExecutor(8) as pool:
         for number in range(objects):
-            device, hour = number % DEVICES, number // DEVICES
-            start = START + timedelta(hours=hour)
-            times = [start + timedelta(seconds=3600 * row / rows) for row in range(rows)]
-            columns: dict[str, Any] = {
-                "timestamp": pa.array(times, pa.timestamp("ns", "UTC")),
-                "device_id": [f"D{device}"] * rows,
-                **{name: [draw.random() for _ in times] for name in ("voltage", "current", "power", "temperature")},
-                "soc": [draw.random() for _ in times],
-            }
-            file = io.BytesIO()
-            pq.write_table(pa.table(columns), file, compression="zstd")
-            name = f"{PREFIX}/device_id=D{device}/date={start:%Y/%m/%d}/export_{start:%H%M%S}.parquet"
+            name, content = hourly(number, rows, draw)
             names.append(name)
-            (folder / f"{number}.parquet").write_bytes(file.getvalue())
-            pool.submit(client.put_object, Bucket=bucket, Key=name, Body=file.getvalue())
+            (folder / f"{number}.parquet").write_bytes(content)
+            pool.submit(client.put_object, Bucket=bucket, Key=name, Body=content)
     return names
+
+
+def hourly(number: int, rows: int, draw: random.Random) -> tuple[str, bytes]:
+    """Key and content of one object: an hour of one device."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    device, start = number % DEVICES, START + timedelta(hours=number // DEVICES)
+    times = [start + timedelta(seconds=3600 * row / rows) for row in range(rows)]
+    columns: dict[str, Any] = {
+        "timestamp": pa.array(times, pa.timestamp("ns", "UTC")),
+        "device_id": [f"D{device}"] * rows,
+        **{name: [draw.random() for _ in times] for name in ("voltage", "current", "power", "temperature", "soc")},
+    }
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, compression="zstd")
+    return f"{PREFIX}/device_id=D{device}/date={start:%Y/%m/%d}/export_{start:%H%M%S}.parquet", file.getvalue()
 
 
 @contextmanager
@@ -160,7 +164,7 @@ def load(child: "subprocess.Popen[bytes]", port: int, path: str, clients: int, s
     pid = child.pid
     before = cpu_seconds(pid)
     began = time.monotonic()
-    taken, inside, health = asyncio.run(_load(port, path, clients, seconds))
+    taken, inside, health_p99_ms = asyncio.run(_load(port, path, clients, seconds))
     used = cpu_seconds(pid) - before
     return Load(
         requests=len(taken),
@@ -168,21 +172,21 @@ def load(child: "subprocess.Popen[bytes]", port: int, path: str, clients: int, s
         p50_ms=statistics.median(taken) * 1000,
         cpu_ms=used / len(taken) * 1000,
         inside_ms=statistics.median(inside) if inside else 0.0,
-        health_p99_ms=sorted(health)[int(len(health) * 0.99)] * 1000,
+        health_p99_ms=health_p99_ms,
     )
 
 
-async def _load(port: int, path: str, clients: int, seconds: float) -> tuple[list[float], list[float], list[float]]:
+async def _load(port: int, path: str, clients: int, seconds: float) -> tuple[list[float], list[float], float]:
     until = time.monotonic() + seconds
     taken: list[float] = []
     inside: list[float] = []
-    health: list[float] = []
-    asking = [_client(port, path, until, 0.0, (taken, inside)) for _ in range(clients)]
-    await asyncio.gather(*asking, _client(port, "/health", until, 0.02, (health, [])))
-    return taken, inside, health
+    asking = [_client(port, path, until, (taken, inside)) for _ in range(clients)]
+    waiting = asyncio.ensure_future(health.waits(port, seconds))
+    await asyncio.gather(*asking)
+    return taken, inside, (await waiting).p99_ms
 
 
-async def _client(port: int, path: str, until: float, pause: float, into: tuple[list[float], list[float]]) -> None:
+async def _client(port: int, path: str, until: float, into: tuple[list[float], list[float]]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     taken, inside = into
     where, _, body = path.partition("\n")
@@ -201,5 +205,4 @@ async def _client(port: int, path: str, until: float, pause: float, into: tuple[
             inside.append(float(fields["server-timing"].rpartition("=")[2]))
         if time.monotonic() > until:
             break
-        await asyncio.sleep(pause)
     writer.close()

@@ -1,10 +1,10 @@
 """/s3 beside boto3's own transfer, up and down, and a patch of one byte beside get, splice and put, in turns.
 
-    uv run python bench/objects.py [--mb 1024] [--repeat 5]
+    uv run python bench/objects.py [--mb 1024] [--repeat 5] [--slow-seconds 10]
 
 The store is SeaweedFS from its wheel, on this machine, and its own work is most of the time, alike for all ways. Ours
 is curl and the daemon together; its memory is what the daemon's peak is above the idle daemon. boto3's way is
-`upload_file` and `download_file` at their defaults.
+`upload_file` and `download_file` at their defaults. At the end 50 slow clients send and read while /health is asked.
 """
 
 import argparse
@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import daemon as daemons
 import seaweed
 from measured import Cost, Goal, in_turns, run, table
+from object_clients import KEY, waits
 
 MIB = 1 << 20
+SLOW_CLIENTS = 50
 WAYS = Path(__file__).with_name("object_ways.py")
 TICKS = os.sysconf("SC_CLK_TCK")
 Ways = Mapping[str, Callable[[], Cost]]
@@ -33,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--slow-seconds", type=float, default=10)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -77,30 +80,40 @@ def measure(folder: Path, store: seaweed.Seaweed, started: daemons.Daemons, give
     def ours(path: str, *curl: str) -> Cost:
         return through(served, [f"{served.url}/s3/{path}", *curl])
 
-    form = ("-F", f"file=@{sent}")
-    up: Ways = {"boto3 up": lambda: boto("up"), "/s3/upload": lambda: ours("upload?key=object", *form)}
+    upload = f"upload?key={KEY}"
+    up: Ways = {
+        "boto3 up": lambda: boto("up"),
+        "/s3/upload, form": lambda: ours(upload, "-F", f"file=@{sent}"),
+        "/s3/upload, bare": lambda: ours(upload, "-X", "POST", "-T", str(sent)),
+    }
     costs = dict(in_turns(up, given.repeat))
     down: Ways = {
         "boto3 down": lambda: boto("down"),
-        "/s3/download": lambda: ours("download?key=object", "-o", str(back)),
+        "/s3/download": lambda: ours(f"download?key={KEY}", "-o", str(back)),
     }
     costs |= in_turns(down, given.repeat)
     if digest(sent) != digest(back):
         sys.exit("what came back is not what was sent")
     patch: Ways = {
         "get, splice, put": lambda: boto("splice"),
-        "/s3/patch": lambda: ours(f"patch?key=object&offset={middle}", "-X", "PATCH", "--data-binary", "x"),
+        "/s3/patch": lambda: ours(f"patch?key={KEY}&offset={middle}", "-X", "PATCH", "--data-binary", "x"),
     }
     costs |= in_turns(patch, max(given.repeat // 2, 1))
     print(f"{given.mb} MiB\n{table(costs)}")
+    for clients in (0, SLOW_CLIENTS):
+        taken = waits(served.port, clients, given.slow_seconds)
+        print(f"/health beside {clients} slow clients: p50 {taken.p50_ms:.1f} ms, p99 {taken.p99_ms:.1f} ms")
     return goals_of(costs)
 
 
 def goals_of(costs: Mapping[str, Cost]) -> list[Goal]:
     """The figures of the specification."""
-    up, down, patch = (costs[name] for name in ("/s3/upload", "/s3/download", "/s3/patch"))
+    up, bare, down, patch = (
+        costs[name] for name in ("/s3/upload, form", "/s3/upload, bare", "/s3/download", "/s3/patch")
+    )
     return [
-        Goal("upload, boto3's time / ours", costs["boto3 up"].wall_seconds / up.wall_seconds, 0.85),
+        Goal("upload of a form, boto3's time / ours", costs["boto3 up"].wall_seconds / up.wall_seconds, 0.85),
+        Goal("upload of bare bytes, boto3's time / ours", costs["boto3 up"].wall_seconds / bare.wall_seconds, 0.85),
         Goal("download, boto3's time / ours", costs["boto3 down"].wall_seconds / down.wall_seconds, 0.85),
         Goal("upload, above idle", up.peak_mib, 64, at_least=False, unit=" MiB"),
         Goal("download, above idle", down.peak_mib, 16, at_least=False, unit=" MiB"),

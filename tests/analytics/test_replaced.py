@@ -18,7 +18,7 @@ from lake import Lake, bucket_lake, local_lake, parquet
 OBJECTS = 12
 VERSIONS = 8
 QUERIES = 25
-PAUSE_SECONDS = {"directory": 0.04, "bucket": 0.04, "bucket in pieces": 0.4}
+PAUSE_SECONDS = {"directory": 0.004, "bucket": 0.04, "bucket in pieces": 0.4}
 
 
 def version(number: int, value: int) -> bytes:

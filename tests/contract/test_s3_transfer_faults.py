@@ -1,5 +1,6 @@
 """What networks and stores do wrong while an object is sent in parts or patched: right, or a clear error."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -159,6 +160,30 @@ def test_a_write_that_comes_between_look_and_complete_is_a_conflict(remote: Both
     with pytest.raises(Conflict):
         remote.transfers.patch(held, 16 * MIB, Interrupted(b"mine"))
     assert remote.read("k") == b"somebody else's"
+
+
+def test_all_parts_of_a_patch_but_the_last_are_alike(remote: Both, proxy: FaultProxy) -> None:
+    sizes: dict[str, int] = {}
+
+    def note(request: Request) -> bool:
+        if request.method == "PUT" and "partNumber=" in request.path:
+            first, _, last = request.headers.get("x-amz-copy-source-range", "").removeprefix("bytes=").partition("-")
+            count = int(last) - int(first) + 1 if last else int(request.headers["content-length"])
+            sizes[re.findall(r"partNumber=(\d+)", request.path)[0]] = count
+        return False
+
+    data = SIXTEEN + SIXTEEN[: MIB + 3]
+    remote.write("k", data)
+    proxy.add(answer(500), fits=note, times=100)
+    for offset, new in ((9 * MIB + 5, b"x"), (0, b"front"), (len(data), SIXTEEN[: 9 * MIB]), (26 * MIB, b"at the end")):
+        sizes.clear()
+        remote.transfers.patch(remote.held("k"), offset, Trickle(new))
+        data = data[:offset] + new + data[offset + len(new) :]
+        assert remote.read("k") == data
+        *alike, last = [sizes[number] for number in sorted(sizes, key=int)]
+        assert set(alike) == {8 * MIB}
+        assert last <= 8 * MIB
+        assert sum(alike) + last == len(data)
 
 
 @pytest.mark.slow

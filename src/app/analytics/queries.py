@@ -29,8 +29,8 @@ class Objects(Protocol):
 
     @contextmanager
     def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
-        """An engine, and the names by which it reads these versions, good until the block ends. Raises Conflict when
-        one of them is gone already.
+        """An engine, and the names by which it reads these objects, good until the block ends: whole versions, the
+        listed ones or newer. May raise Conflict when one of them is gone already.
         """
 
     def certain(self, sources: Sequence[Source]) -> bool:
@@ -42,19 +42,19 @@ class Objects(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalObjects:
-    """Objects of a directory. `pin(key, etag, target)` links a version."""
+    """Objects of a directory. `pin(key, target)` links the version that is there; None when there is none."""
 
     engine: Engine
-    pin: Callable[[str, str, Path], None]
+    pin: Callable[[str, Path], str | None]
 
     @contextmanager
     def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
-        """See `Objects.opened`."""
+        """See `Objects.opened`. A whole version that is newer than the listed one serves as well, and an object that is
+        gone is left out: the answer is of now, however fast objects are replaced.
+        """
         with TemporaryDirectory(dir=self.engine.folder, prefix="pins-") as folder:
-            files = [Path(folder) / f"{number}.parquet" for number in range(len(sources))]
-            for source, file in zip(sources, files, strict=True):
-                self.pin(source.key, source.etag, file)
-            yield self.engine, [str(file) for file in files]
+            files = [(source.key, Path(folder) / f"{number}.parquet") for number, source in enumerate(sources)]
+            yield self.engine, [str(file) for key, file in files if self.pin(key, file) is not None]
 
     def certain(self, sources: Sequence[Source]) -> bool:
         """See `Objects.certain`: a link stays what it is."""

@@ -6,14 +6,15 @@ of the body only when all of it came, and an error in every other case.
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from app.core.errors import Transient
 
-WAKE_BYTES = 1 << 18
-HIGH_BYTES = 1 << 19
+WAKE_BYTES = 1 << 19
+HIGH_BYTES = 1 << 20
 T = TypeVar("T")
 
 
@@ -30,7 +31,7 @@ class Feed:
         self._closed = False
         self._room = asyncio.Event()
         self._room.set()
-        self._left = memoryview(b"")
+        self._taken: deque[bytes] = deque()
 
     async def offer(self, block: bytes) -> bool:
         """Hand on `block`, then wait for room. False when nobody reads any more."""
@@ -64,23 +65,23 @@ class Feed:
             work.exception()
 
     def read(self, count: int, /) -> bytes:
-        """See Readable. Raises Transient when the rest does not come."""
-        if not self._left:
-            taken = self._take()
-            if len(taken) <= count:
-                return taken
-            self._left = memoryview(taken)
-        data, self._left = self._left[:count], self._left[count:]
-        return bytes(data)
+        """See Readable: blocks as they came, uncut where they fit. Raises Transient when the rest does not come."""
+        if not self._taken:
+            self._take()
+        block = self._taken.popleft() if self._taken else b""
+        if len(block) > count:
+            self._taken.appendleft(block[count:])
+            block = block[:count]
+        return block
 
-    def _take(self) -> bytes:
+    def _take(self) -> None:
         with self._turn:
             self._turn.wait_for(lambda: self._held_bytes >= WAKE_BYTES or self._ended or self._lost)
             if self._lost:
                 raise Transient("the client went away before the end of the body", "send it again")
-            held, self._held, self._held_bytes = self._held, [], 0
+            self._taken.extend(self._held)
+            self._held, self._held_bytes = [], 0
         self._loop.call_soon_threadsafe(self._room.set)
-        return b"".join(held)
 
 
 async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Feed], T]) -> T:

@@ -79,8 +79,12 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _build(self) -> "asyncio.Future[Asgi]":
-        """Import and build the API in a thread, once; requests that need it wait for it."""
-        if self._api is None:
+        """Import and build the API in a thread, once; requests that need it wait for it.
+
+        One that failed is built again with the next request: imports beside other threads may fail by chance, as
+        the AST constructor of CPython 3.11.7 was seen to (gh-106905).
+        """
+        if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
             self._api = asyncio.ensure_future(asyncio.to_thread(self._hooks.api))
         return self._api
 

@@ -1,7 +1,6 @@
 """What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
 
-Invariants: a body is counted as it arrives, whatever its Content-Length says; a connection that does not finish its
-request head, or stops in mid-body, is closed within 15 s.
+Invariant: a body is counted as it arrives, whatever its Content-Length says, and is cut when it pauses for 15 s.
 """
 
 import asyncio
@@ -10,12 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from app.ops.answers import Asgi, Receive, Refusal, Scope, Send, send_refusal
 
-HEAD_SECONDS = 15.0
 BODY_IDLE_SECONDS = 15.0
 BODY_TOTAL_SECONDS = 900.0
 CLOSE = {"Connection": "close"}
@@ -107,35 +102,3 @@ async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits:
     with suppress(_Cut):
         await app(scope, body.receive, body.send)
     await body.finish()
-
-
-class PunctualProtocol(H11Protocol):
-    """uvicorn's own protocol with the one limit it lacks: the head of a request must be there within 15 s."""
-
-    _late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The clock starts with the connection."""
-        super().connection_made(transport)
-        self._watch_head()
-
-    def data_received(self, data: bytes) -> None:
-        """It is stopped by a whole head, and starts again with the first byte of the next."""
-        super().data_received(data)
-        self._watch_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is left to be late."""
-        self._forget()
-        super().connection_lost(exc)
-
-    def _watch_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            self._forget()
-        elif self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _forget(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None

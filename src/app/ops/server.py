@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from app.ops.answers import Asgi
-from app.ops.limits import PunctualProtocol
+from app.ops.protocol import PunctualProtocol
 
 LINGER_SECONDS = 0.5
 CONNECTIONS = 500

@@ -132,21 +132,20 @@ class LocalDirectory:
                 raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
             yield file
 
-    def pin(self, key: str, etag: str, target: Path) -> None:
-        """A second name for that version on the same disk: it stays as it is when the key is replaced or deleted.
-
-        Raises Conflict when the key is no longer that version.
+    def pin(self, key: str, target: Path) -> str | None:
+        """A second name for the version that is there, on the same disk: it stays as it is when the key is replaced or
+        deleted. The version's ETag, None when there is no object.
         """
         path = self._path(key)
         with _translated(key):
             try:
                 target.hardlink_to(path)
-                found = _stat(target)
             except ABSENT:
-                found = None
-            if found is None or _etag(found) != etag:
-                target.unlink(missing_ok=True)
-                raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
+                return None
+            found = _stat(target)
+            if found is None:
+                target.unlink()
+            return None if found is None else _etag(found)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Depth first, one folder's names in memory at a time."""

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +29,7 @@ MOST_PARTS = 10_000
 GROWTH = ((4_000, 8 * MIB), (7_000, 16 * MIB), (MOST_PARTS, 32 * MIB))
 AT_ONCE = 4
 LARGE_AT_ONCE = 6
+COMPLETING = 64
 WAIT_SECONDS = 30.0
 NO_COPIES = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 
@@ -64,6 +65,10 @@ class PartDesk:
         self._parts = threading.BoundedSemaphore(at_once)
         self._large = threading.BoundedSemaphore(large_at_once)
         self._threads = ThreadPoolExecutor(at_once, "s3-part")
+        self._turn = threading.Lock()
+        self._completing = [threading.Lock() for _ in range(COMPLETING)]
+        self._places_taken = 0
+        self._spare: list[bytearray] = []
         self.copies: bool | None = None
         """Whether the store copies parts itself; None before the first one."""
 
@@ -72,10 +77,34 @@ class PartDesk:
         """The right to hold a part in memory. Raises Transient when none becomes free in time."""
         if not self._large.acquire(timeout=WAIT_SECONDS):
             raise Transient("too many large uploads at once", "send the same request again later")
+        with self._turn:
+            self._places_taken += 1
         try:
             yield
         finally:
+            with self._turn:
+                self._places_taken -= 1
+                if not self._places_taken:
+                    self._spare.clear()
             self._large.release()
+
+    def buffer(self, size_bytes: int) -> bytearray:
+        """Room for a part, used before if possible: fresh memory costs more than what is put into it."""
+        with self._turn:
+            while self._spare:
+                if len(spare := self._spare.pop()) == size_bytes:
+                    return spare
+        return bytearray(size_bytes)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """Let another part use `buffer`; kept only while somebody holds a place."""
+        with self._turn:
+            if self._places_taken:
+                self._spare.append(buffer)
+
+    def completing(self, key: str) -> threading.Lock:
+        """One at a time for each key: SeaweedFS looks at the version and makes the object in two steps."""
+        return self._completing[hash(key) % COMPLETING]
 
     def start(self, call: Callable[[], Any]) -> "Future[Any]":
         """Run `call` in a thread as soon as there is room for one more part."""
@@ -109,8 +138,8 @@ class S3Parts:
         """The number of the next part."""
         return len(self._sent) + 1
 
-    def send(self, data: bytes) -> None:
-        """The next part."""
+    def send(self, data: bytearray) -> None:
+        """The next part. `data` is used again once it was sent."""
         self._start("upload_part", {"Body": data})
 
     def copy(self, held: ObjectInfo, first: int, count: int) -> bool:
@@ -136,8 +165,15 @@ class S3Parts:
                 future.result()  # raises early what one of them met
         self._under_way = [future for future in self._under_way if not future.done()]
         place = self._place | {"PartNumber": self.number}
-        self._sent.append(self._desk.start(lambda: self._part(operation, place, given)))
+        self._sent.append(self._desk.start(lambda: self._sent_part(operation, place, given)))
         self._under_way.append(self._sent[-1])
+
+    def _sent_part(self, operation: str, place: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        try:
+            return self._part(operation, place, given)
+        finally:
+            if "Body" in given:
+                self._desk.give_back(given["Body"])
 
     def _part(self, operation: str, place: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What Complete has to know of the part; None when the store does not know the operation."""
@@ -174,13 +210,14 @@ class S3Parts:
         """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
-        if expected is not None and not guarded:
-            self._store.compare(self._key, expected)
-        try:
-            answer = self._complete(parts, condition_of(expected) if guarded else {})
-        except AppError as error:
-            found = settled(self._store, self._key, self._put, error)
-            return Stored(found.etag, size_bytes, None, guarded)
+        with nullcontext() if expected is None else self._desk.completing(self._key):
+            if expected is not None and not guarded:
+                self._store.compare(self._key, expected)
+            try:
+                answer = self._complete(parts, condition_of(expected) if guarded else {})
+            except AppError as error:
+                found = settled(self._store, self._key, self._put, error)
+                return Stored(found.etag, size_bytes, None, guarded)
         return Stored(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
 
     def _complete(self, parts: list[Mapping[str, Any]], condition: Mapping[str, str]) -> Any:
@@ -243,7 +280,7 @@ def honours_conditions(store: S3Store, key: str) -> bool:
     store.put(key, io.BytesIO(b"probe"), Put("text/plain"))
     try:
         with begun(store, desk, key, marked(put)) as parts:
-            parts.send(b"probe")
+            parts.send(bytearray(b"probe"))
             parts.complete(5, guarded=True)
     except Conflict:
         return True

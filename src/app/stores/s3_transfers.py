@@ -9,7 +9,6 @@ import threading
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from http import HTTPStatus
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import AppError, Rejected, Transient
@@ -17,7 +16,6 @@ from app.stores.objects import ObjectInfo, Put
 from app.stores.s3 import S3Store, check, check_headers, check_unicode, info_of
 from app.stores.s3_client import STYLE_HINT, code_of, status_of
 from app.stores.s3_parts import (
-    LEAST_PART_BYTES,
     MIB,
     PartDesk,
     S3Parts,
@@ -34,9 +32,7 @@ if TYPE_CHECKING:
 
 LARGE_BYTES = MIB
 STEP_BYTES = MIB
-COPY_LEAST_BYTES = 8 * MIB
-COPY_BYTES = 256 * MIB
-MOST_COPIES = 1000
+PARTS_OF_OLD = 4_000
 
 
 class S3Transfers:
@@ -66,9 +62,10 @@ class S3Transfers:
         put = Put(held.content_type, metadata, held.etag)
 
         def fill(assembly: "_Assembly") -> None:
+            assembly.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
             assembly.keep(held, 0, offset)
             end = offset + assembly.take(body)
-            assembly.keep(held, end, held.size_bytes - end)
+            assembly.keep(held, end, held.size_bytes - end, last=True)
 
         return self._assembled(held.key, put, fill)
 
@@ -127,7 +124,7 @@ class S3Transfers:
             guarded = put.expected is not None and self._guards()
             return replace(assembly.complete(guarded=guarded), guarded=guarded or put.expected is None)
 
-    def _put(self, key: str, data: bytes, put: Put) -> Stored:
+    def _put(self, key: str, data: bytearray, put: Put) -> Stored:
         guarded = put.expected is None or self._store.conditional
         try:
             etag, version_id = self._store.put_version(key, io.BytesIO(data), put)
@@ -149,14 +146,12 @@ class _Assembly:
     def __init__(self, store: S3Store, desk: PartDesk, what: tuple[str, Put], stack: ExitStack) -> None:
         self._store, self._desk, self._stack = store, desk, stack
         self._key, self._put = what
-        self._held = io.BytesIO()  # gives its bytes away without a copy, other than a list that is joined
+        self._held = bytearray()  # room for a whole part once the object is large
+        self._held_bytes = 0
         self._size_bytes = 0
         self._large = False
+        self.least_part_bytes = 0
         self.parts: S3Parts | None = None
-
-    @property
-    def _held_bytes(self) -> int:
-        return self._held.tell()
 
     def take(self, body: Readable) -> int:
         """All of `body`; how many bytes it had."""
@@ -165,43 +160,46 @@ class _Assembly:
             self._add(data)
         return self._size_bytes - before
 
-    def keep(self, held: ObjectInfo, first: int, count: int) -> None:
-        """The bytes `[first, first + count)` of the version that is replaced; nothing when `count` is not positive."""
-        if count >= COPY_LEAST_BYTES:
-            missing = max(LEAST_PART_BYTES - self._held_bytes, 0) if self._held_bytes else 0
-            self._read(held, first, missing)
-            if self._copy(held, first + missing, count - missing):
-                return
-            first, count = first + missing, count - missing
-        self._read(held, first, count)
+    def keep(self, held: ObjectInfo, first: int, count: int, *, last: bool = False) -> None:
+        """The bytes `[first, first + count)` of the version that is replaced; nothing when `count` is not positive.
+
+        What fills a part is copied; what shares one with other bytes is read, since all parts but the `last` are alike.
+        """
+        started = min(self._room_bytes(), count) if self._held_bytes else 0
+        self._read(held, first, started)
+        copied = self._copy(held, first + started, count - started, last=last) if count > 0 else 0
+        self._read(held, first + started + copied, count - started - copied)
 
     def _read(self, held: ObjectInfo, first: int, count: int) -> None:
         if count > 0:
             with self._store.open_span(held, first, count) as stream:
                 self.take(stream)
 
-    def _copy(self, held: ObjectInfo, first: int, count: int) -> bool:
-        """In pieces that the store can copy side by side. False when it cannot copy at all."""
-        parts = self._begin()
-        if self._held_bytes:
-            self._flush(parts)
-        pieces = min(-(-count // COPY_BYTES), MOST_COPIES)
-        edges = [first + count * piece // pieces for piece in range(pieces + 1)]
-        for start, end in pairwise(edges):
-            if not parts.copy(held, start, end - start):
-                return False
-            self._size_bytes += end - start
-        return True
+    def _copy(self, held: ObjectInfo, first: int, count: int, *, last: bool) -> int:
+        """How many of the bytes the store copied; fewer when they fill no part, or when it cannot copy at all."""
+        copied = 0
+        while (size_bytes := self._room_bytes()) <= count - copied or (copied and last and copied < count):
+            size_bytes = min(size_bytes, count - copied)
+            if not self._begin().copy(held, first + copied, size_bytes):
+                break
+            copied += size_bytes
+            self._size_bytes += size_bytes
+        return copied
 
     def _room_bytes(self) -> int:
-        return part_bytes(self.parts.number if self.parts else 1) - self._held_bytes
+        return max(part_bytes(self.parts.number if self.parts else 1), self.least_part_bytes) - self._held_bytes
 
     def _add(self, data: bytes) -> None:
-        self._held.write(data)
-        self._size_bytes += len(data)
-        if self._held_bytes > LARGE_BYTES and not self._large:
+        end = self._held_bytes + len(data)
+        if end > LARGE_BYTES and not self._large:
             self._stack.enter_context(self._desk.place())
             self._large = True
+        if self._large and end > len(self._held):
+            held, self._held = self._held, self._desk.buffer(self._held_bytes + self._room_bytes())
+            self._held[: len(held)] = held
+        self._held[self._held_bytes : end] = data
+        self._held_bytes = end
+        self._size_bytes += len(data)
         if not self._room_bytes():
             self._flush(self._begin())
 
@@ -213,10 +211,13 @@ class _Assembly:
     def _flush(self, parts: S3Parts) -> None:
         parts.send(self.rest())
 
-    def rest(self) -> bytes:
+    def rest(self) -> bytearray:
         """What is held and was not sent; it is not held any more."""
-        held, self._held = self._held, io.BytesIO()
-        return held.getvalue()
+        held, count = self._held, self._held_bytes
+        self._held, self._held_bytes = bytearray(), 0
+        if count < len(held):
+            del held[count:]  # gives the memory back without a copy
+        return held
 
     def complete(self, *, guarded: bool) -> Stored:
         """Send the rest and make the object."""
