@@ -1,7 +1,7 @@
 """/analytics put together: the folder of this process, the engines, and the thread that keeps the summaries fresh.
 
 Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from the
-first request on, and after every later start, summaries are kept fresh; nothing that ends a refresh ends the refreshing.
+first request on, also after later starts, summaries are kept fresh; nothing that ends a refresh ends the refreshing.
 """
 
 import fcntl
