@@ -197,7 +197,7 @@ def configured(
 def serve(_: argparse.Namespace) -> int:
     """Serve until a signal."""
     for number in SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _end)
     settings = configured(daemon=True)
     from app.main import build
     from app.ops.daemon import run_daemon
@@ -206,8 +206,17 @@ def serve(_: argparse.Namespace) -> int:
     return OK
 
 
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """A signal while nothing is served, before or after: the shell's convention for its exit code.
+
+    At once, since nothing is open then: an exception that is raised wherever the program happens to be is swallowed
+    inside callbacks of the interpreter, as those of its imports, and the signal is lost with it.
+    """
+    os._exit(128 + number)
+
+
 def _leave(number: int, _: FrameType | None) -> NoReturn:
-    """A signal while nothing is served, before or after: the shell's convention for its exit code."""
+    """As `_end`, for what has to be taken down first."""
     sys.exit(128 + number)
 
 
