@@ -475,6 +475,7 @@ def test_csv_objects_hold_the_same_rows_and_keep_what_the_source_forgot(exporter
     assert b'"007"' in content(exporter.store, key)
 
 
+@pytest.mark.slow
 def test_large_csv_objects_with_sparse_columns_are_united_too(exporter: Exporter) -> None:
     exporter.environ |= {"EXPORT_FORMAT": "csv", "EXPORT_BATCH_SIZE": "100000"}
     rows = 30_000  # more than one block of the CSV reader

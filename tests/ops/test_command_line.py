@@ -62,6 +62,7 @@ def test_what_failed_is_one_line_on_stderr_and_exit_code_1(shell: Shell, job: st
     assert (done.returncode, done.stderr) == (1, line)
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_no_record(shell: Shell) -> None:
     done = shell.run("quick_jobs", "run", "quick", "--dry-run")
     assert done.stdout == "quick ok: would write 40 rows, 400 bytes, 4 windows, 0 late rows\n"

@@ -102,6 +102,7 @@ def test_a_job_that_hears_no_stop_does_not_hold_up_the_exit(daemons: Daemons, tm
     assert "left behind" in daemon.log
 
 
+@pytest.mark.slow
 def test_while_it_stops_it_still_answers_and_says_that_it_is_not_ready(daemons: Daemons, tmp_path: Path) -> None:
     daemon = daemons.start("stuck_job", SHUTDOWN_GRACE_SECONDS="3")
     daemon.until(lambda: trace(tmp_path) and daemon.get("/ready").status == 200)

@@ -126,6 +126,7 @@ def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_longer_than_its_interval_never_overlaps_itself(bench: Bench) -> None:
     meter = Meter()
     scheduler = bench.start([Job("slow", 1, meter.work(0.7))])
