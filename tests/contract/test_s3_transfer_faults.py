@@ -28,6 +28,8 @@ from fault_proxy import (
 )
 from seaweed import Seaweed
 
+pytestmark = pytest.mark.slow
+
 SLOW_DOWN = answer(503, b"<Error><Code>SlowDown</Code></Error>", {"Retry-After": "3"})
 LATE_ERROR = answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
 

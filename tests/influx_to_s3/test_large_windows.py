@@ -18,6 +18,8 @@ from app.influx_to_s3.job import NAME
 from app.influx_to_s3.source import InfluxSource, Patience, Reading
 from exporter import NOON, Exporter, ns
 
+pytestmark = pytest.mark.slow
+
 KEY = ("device_telemetry", (("device_id", "D1"), ("device_type", "pump"), ("location", "A")))
 FIRST, STEP_NS = 17_000, 10**8  # half an hour at ten points a second, which is more than a block of the spool
 MINUTE = timedelta(minutes=1)
