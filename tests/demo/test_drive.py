@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import md5
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -61,6 +62,26 @@ def client() -> Iterator[Client]:
         made.sign_in()
         yield made
         made.connection.close()
+
+
+def test_with_a_folder_files_outlive_their_service_and_no_id_is_used_twice(tmp_path: Path) -> None:
+    with DriveSimulator(folder=tmp_path) as first:
+        files = first.state.files
+        of = {"parent": first.folder_id, "drive_id": first.state.shared_drive, "mime_type": "text/csv"}
+        files.add({**of, "id": "a", "name": "a.csv", "properties": {"rows": "1"}}, b"1,\xff\r\n")
+        files.add({**of, "id": "../b", "name": "b.csv"})
+        kept = files.change("a", content=b"2\r\n")
+        files.delete("../b")
+        handed_out = files.new_id()
+    with DriveSimulator(folder=tmp_path) as second:
+        found = second.state.files
+        assert found.held["a"] == kept
+        assert found.held.keys() == files.held.keys()
+        assert second.contents() == {"a.csv": b"2\r\n"}
+        assert found.new_id() > handed_out
+        assert found.change("a", name="c.csv").version > kept.version
+        with pytest.raises(KeyError):
+            found.add({**of, "id": "../b", "name": "b.csv"})
 
 
 def reason(told: Any) -> str:

@@ -22,6 +22,7 @@ BACKLOG_HOURS = 3
 LIVE_SECONDS = 2.0
 EVENTS_AN_HOUR = 12
 FOLDER = "demo"
+DRIVE = "drive"
 KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", "ALLOW_ANONYMOUS")
 
 
@@ -42,7 +43,7 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
             drops.start()
         else:
             feeder.close()
-        measured = _sailing(others, live=live)
+        measured = _sailing(others, folder / DRIVE, live=live)
         clicked = _clicking(others)
         yield {
             **_kept(environ),
@@ -54,10 +55,13 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
         }
 
 
-def _sailing(running: ExitStack, *, live: bool) -> Mapping[str, str]:
-    """A ship that writes to DynamoDB, and a shared drive for its hours; started into `running`."""
+def _sailing(running: ExitStack, kept: Path, *, live: bool) -> Mapping[str, str]:
+    """A ship that writes to DynamoDB, and a shared drive for its hours; started into `running`.
+
+    The other systems make the same data anew each time; what is on the drive, the product has put there.
+    """
     dynamo = running.enter_context(DynamoSimulator([Table(ship.TABLE, ship.KEY, ("S", "S"))]))
-    drive = running.enter_context(DriveSimulator())
+    drive = running.enter_context(DriveSimulator(folder=kept))
     vessel = ship.Ship(dynamo.put, backlog_hours=BACKLOG_HOURS, clock=ship.now)
     running.callback(vessel.close)
     vessel.start()

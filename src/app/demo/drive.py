@@ -6,6 +6,7 @@ refuses, as the service would.
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Self
 
 from app.demo.drive_api import DriveApi, DriveFault, State
@@ -20,13 +21,23 @@ def _now() -> datetime:
 
 
 class DriveSimulator:
-    """Use it as a context manager, or `start` and `close` it. `state` is what it holds and what it shall suffer."""
+    """Use it as a context manager, or `start` and `close` it. `state` is what it holds and what it shall suffer.
 
-    def __init__(self, port: int = 0, *, clock: Callable[[], datetime] = _now, lifetime_seconds: int = 3599) -> None:
+    Files stay in `folder` for the next one; None = they end with this one.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        clock: Callable[[], datetime] = _now,
+        lifetime_seconds: int = 3599,
+        folder: Path | None = None,
+    ) -> None:
         self._served = Served("drive", port)
-        self.state = State(Files(clock), Tokens(lifetime_seconds), Uploads(), self._served.wait)
-        for folder, drive_id in ((self.state.my_drive, ""), (self.state.shared_drive, self.state.shared_drive)):
-            self._add_folder(folder, drive_id, "")
+        self.state = State(Files(clock, folder), Tokens(lifetime_seconds), Uploads(), self._served.wait)
+        for root, drive_id in ((self.state.my_drive, ""), (self.state.shared_drive, self.state.shared_drive)):
+            self._add_folder(root, drive_id, "")
         self.folder_id = "1demofolder"
         self._add_folder(self.folder_id, self.state.shared_drive, self.state.shared_drive)
 
@@ -68,5 +79,6 @@ class DriveSimulator:
         return by_name
 
     def _add_folder(self, file_id: str, drive_id: str, parent: str) -> None:
-        of = {"id": file_id, "name": file_id, "parent": parent, "drive_id": drive_id, "mime_type": FOLDER_TYPE}
-        self.state.files.add(of)
+        if file_id not in self.state.files.held:
+            of = {"id": file_id, "name": file_id, "parent": parent, "drive_id": drive_id, "mime_type": FOLDER_TYPE}
+            self.state.files.add(of)

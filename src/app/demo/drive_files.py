@@ -1,16 +1,22 @@
 """What the Google Drive simulator holds: files by id, on shared drives and in My Drive, names as often as you like.
 
 Invariants: an id is used once, also after its file is gone; every change of content makes a new head revision, every
-change at all a greater version. Safe from any thread under `lock`.
+change at all a greater version. Safe from any thread under `lock`. With a folder to keep them in, all of this holds
+over the ends of processes too, however they end: the service that is simulated outlives its callers as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from hashlib import md5
+from hashlib import md5, sha256
 from itertools import count
+from pathlib import Path
 from threading import RLock
 from typing import Any
+
+import msgspec
+
+from app.core.files import write_durably
 
 FOLDER_TYPE = "application/vnd.google-apps.folder"
 
@@ -58,14 +64,18 @@ class StoredFile:
 
 
 class Files:
-    """All files. `used` are ids that were ever a file's; `made` are ids handed out beforehand."""
+    """All files. `used` are ids that were ever a file's. Each is kept in a file of `folder`; None = nowhere."""
 
-    def __init__(self, clock: Callable[[], datetime]) -> None:
+    def __init__(self, clock: Callable[[], datetime], folder: Path | None = None) -> None:
         self.lock = RLock()
         self.held: dict[str, StoredFile] = {}
         self.used: set[str] = set()
         self._clock = clock
-        self._numbers = count(1)
+        self._folder = folder
+        # By the time, where there were processes before: ids that they handed out may be asked for still.
+        self._numbers = count(1 if folder is None else int(clock().timestamp() * 1000))
+        if folder is not None:
+            self._recall(folder)
 
     def new_id(self) -> str:
         """An id that nothing has."""
@@ -91,8 +101,7 @@ class Files:
                 content,
                 file.get("properties", {}),
             )
-            self.used.add(made.file_id)
-            self.held[made.file_id] = made
+            self._hold(made.file_id, made)
             return made
 
     def change(self, file_id: str, **changes: Any) -> StoredFile:
@@ -102,19 +111,38 @@ class Files:
             if "content" in changes:
                 changes["revision"] = f"rev{number}"
             changed = replace(self.held[file_id], version=number, modified_at=self._clock(), **changes)
-            self.held[file_id] = changed
+            self._hold(file_id, changed)
             return changed
 
     def delete(self, file_id: str) -> None:
         """For good; the id stays used."""
         with self.lock:
-            del self.held[file_id]
+            self._hold(file_id, None)
 
     def matching(self, holds: Callable[[StoredFile], bool]) -> Iterator[StoredFile]:
         """Every file for which `holds`, oldest first."""
         with self.lock:
             found = [file for file in self.held.values() if holds(file)]
         yield from sorted(found, key=lambda file: (file.created_at, file.version))
+
+    def _hold(self, file_id: str, file: StoredFile | None) -> None:
+        """What the id stands for from now on; None = the file is gone."""
+        if self._folder is not None:
+            kept = self._folder / f"{sha256(file_id.encode()).hexdigest()}.json"
+            write_durably(kept, [msgspec.json.encode((file_id, file))])
+        self.used.add(file_id)
+        if file is None:
+            del self.held[file_id]
+        else:
+            self.held[file_id] = file
+
+    def _recall(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kept in folder.glob("*.json"):
+            file_id, file = msgspec.json.decode(kept.read_bytes(), type=tuple[str, StoredFile | None])
+            self.used.add(file_id)
+            if file is not None:
+                self.held[file_id] = file
 
 
 def _instant(at: datetime) -> str:
