@@ -76,7 +76,7 @@ def read_errors() -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise Transient(f"the export is no whole zip: {error or type(error).__name__}", AGAIN) from error
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # what zipfile raises for encryption, and for methods of packing that it lacks
         raise Permanent(f"the export is a zip of a kind that cannot be read: {error}", "please report it") from error
 
 

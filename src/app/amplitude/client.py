@@ -7,7 +7,6 @@ without a name, so a killed process leaves nothing behind.
 
 import base64
 import re
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import BinaryIO
 from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.window import DAY_SECONDS, Window, floor_to
-from app.stores.upstream import Address, Answer, Upstream
+from app.stores.upstream import Address, Answer, Upstream, receiving
 
 HOUR = timedelta(hours=1)
 DAY_HOURS = 24
@@ -131,19 +130,11 @@ class Project:
 
     def _received(self, answer: Answer, span: Window, patience: Patience) -> BinaryIO:
         """The archive in a file. Raises Transient when it is none."""
-        try:
-            self.spool.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=self.spool)  # noqa: SIM115 - `Fetched.close`
-            try:
-                for piece in answer.raw():
-                    file.write(piece)
-                    patience.pauses.pause(0)
-                _check_zip(file, span, answer.header("content-type"))
-            except BaseException:
-                file.close()
-                raise
-        except OSError as error:
-            raise Transient(f"{self.spool}: {error}", "make room on this disk; an archive has up to 4 GB") from error
+        with receiving(self.spool, "an archive, which has up to 4 GB") as file:
+            for piece in answer.raw():
+                file.write(piece)
+                patience.pauses.pause(0)
+            _check_zip(file, span, answer.header("content-type"))
         return file
 
 

@@ -8,7 +8,7 @@ takes a part for the whole.
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, BinaryIO, Literal
 
@@ -55,11 +55,10 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
         stop = Stop()
         pieces = week_zip(project, first, last, stop)
         await places.acquire()
-        try:
+        with ExitStack() as undo:
+            undo.callback(places.release)
             head = await run_in_threadpool(next, pieces, b"")
-        except BaseException:
-            places.release()
-            raise
+            undo.pop_all()
         headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
         answer = _Export(_body(head, pieces), headers=headers, media_type="application/zip")
         answer.places, answer.stop = places, stop

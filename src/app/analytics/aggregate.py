@@ -8,8 +8,10 @@ however large an object is; an object that cannot be read is a fact too, and hin
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
@@ -98,16 +100,14 @@ def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> Fetched | None
 
 def _copy(store: ObjectStore, folder: Path, info: ObjectInfo) -> Path | None:
     file = folder / f"{uuid4().hex}.parquet"
-    try:
-        with store.open(info.key, info.etag) as body, file.open("xb") as copy:
+    with ExitStack() as undo:
+        undo.callback(file.unlink, missing_ok=True)
+        with store.open(info.key, info.etag) as body:
             if body is None:
-                file.unlink()
                 return None
-            while piece := body.read(PIECE_BYTES):
-                copy.write(piece)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
+            with file.open("xb") as copy:
+                copyfileobj(body, copy, PIECE_BYTES)
+        undo.pop_all()
     return file
 
 

@@ -9,6 +9,7 @@ import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date, datetime
 from hashlib import blake2b
@@ -91,12 +92,12 @@ def of_batches(reader: Any, shape: Shape, folder: Path) -> Answer:
 
 def _spooled(folder: Path, write: Callable[[Any], None]) -> Answer:
     spool = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - the answer closes it
-    try:
+    with ExitStack() as undo:
+        undo.callback(spool.close)
         write(spool)
-        return Answer(spool)
-    except BaseException:
-        spool.close()
-        raise
+        answer = Answer(spool)
+        undo.pop_all()
+    return answer
 
 
 def _counted(reader: Any, shape: Shape) -> Iterator[Any]:

@@ -6,7 +6,6 @@ what the service says is never taken for a file, and a file that ends early neve
 
 import json
 import re
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.core.errors import Permanent, Transient
-from app.stores.upstream import Address, Answer, Upstream
+from app.stores.upstream import Address, Answer, Upstream, receiving
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -92,20 +91,12 @@ class Service:
                 return _listed(answer)
 
     def _received(self, answer: Answer) -> BinaryIO:
-        try:
-            self.spool.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=self.spool)  # noqa: SIM115 - the caller's to close
-            try:
-                packed = answer.header("content-encoding").lower() == "gzip"
-                measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
-                pieces = answer.raw()
-                file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
-                file.seek(0)
-            except BaseException:
-                file.close()
-                raise
-        except OSError as error:
-            raise Transient(f"{self.spool}: {error}", "make room on this disk") from error
+        with receiving(self.spool, "a file of many rows") as file:
+            packed = answer.header("content-encoding").lower() == "gzip"
+            measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
+            pieces = answer.raw()
+            file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
+            file.seek(0)
         return file
 
 

@@ -7,6 +7,7 @@ Invariant: a batch holds at least as many points as the source counted before, o
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
@@ -85,17 +86,13 @@ class InfluxSource:
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
-        spool = self._spool(partition)
         cells: Mapping[datetime, int] = {}
-        try:
+        with self._spool(partition) as spool:
             if count.points <= self._reading.batch_rows:
                 self._read_whole(spool, window, count.points)
             else:
                 cells = self._read_large(spool, window, kept)
             return spool.finish(cells)
-        except BaseException:
-            spool.abandon()
-            raise
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
         """Adjacent small windows in one question. An answer is held beside what is cut out of it: half of the rows."""
@@ -120,18 +117,20 @@ class InfluxSource:
         instants = np.concatenate(known) if known else np.empty(0, np.int64)
         return self._spooled(batch.device, (lacking(table, instants) for table in batch.tables()))
 
-    def _spool(self, device: str) -> Spool:
-        return Spool(device, self._reading.spool_directory, self._reading.batch_rows)
+    @contextmanager
+    def _spool(self, device: str) -> Iterator[Spool]:
+        """What is not finished inside the block is removed."""
+        spool = Spool(device, self._reading.spool_directory, self._reading.batch_rows)
+        with ExitStack() as undo:
+            undo.callback(spool.abandon)
+            yield spool
+            undo.pop_all()
 
     def _spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
-        spool = self._spool(device)
-        try:
+        with self._spool(device) as spool:
             for table in tables:
                 spool.append(table)
             return spool.finish({})
-        except BaseException:
-            spool.abandon()
-            raise
 
     def _read_large(self, spool: Spool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""

@@ -6,6 +6,7 @@ after one was found lost, all idle ones are dropped too, so that one outage is o
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Generic, TypeVar
 
 from app.core.errors import Permanent, Transient
@@ -40,11 +41,11 @@ class Connections(Generic[C]):
                 f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
                 "look for slow statements or a slow disk; the next attempt may succeed",
             )
-        try:
-            return self._idle_one() or self._connect()
-        except BaseException:
-            self._places.release()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self._places.release)
+            connection = self._idle_one() or self._connect()
+            undo.pop_all()
+        return connection
 
     def _idle_one(self) -> C | None:
         while True:

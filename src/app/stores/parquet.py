@@ -10,7 +10,7 @@ import io
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -123,16 +123,15 @@ class TableSink:
             "app-version": self.app_version,
         }
         file = self._temporary()
-        try:
+        with ExitStack() as undo:
+            undo.callback(file.close)
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
                 _write_parquet(file, batch, batch.output_schema.with_metadata(described), self.dictionary)
             else:
                 _write_csv(file, batch)
             size_bytes = file.seek(0, 2)
-        except BaseException:
-            file.close()
-            raise
+            undo.pop_all()
         return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
 
     def put(self, key: str, encoded: EncodedFile, expected: str | None) -> str:

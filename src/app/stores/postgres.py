@@ -7,7 +7,7 @@ never holds the URL or the password; no call waits for ever, whatever the networ
 import re
 import select
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar
@@ -173,14 +173,13 @@ class PostgresDatabase:
     def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:
         """See `Database.transaction`."""
         connection = self._connections.borrow()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._roll_back, connection)
             connection.read_only = read_only
             yield PostgresSession(connection, self._errors)
             with self._errors.translated():
                 connection.commit()
-        except BaseException:
-            self._roll_back(connection)
-            raise
+            undo.pop_all()
         self._connections.give_back(connection)
 
     def close(self) -> None:
@@ -202,13 +201,12 @@ class PostgresDatabase:
         with self._errors.translated():
             # Never prepared on the server: behind a pooler the next statement may meet another server session.
             connection = BoundedConnection.connect(self._conninfo, prepare_threshold=None, row_factory=dict_row)
-            connection.answer_seconds = self._answer_seconds
-            try:
+            with ExitStack() as undo:
+                undo.callback(connection.close)
+                connection.answer_seconds = self._answer_seconds
                 connection.execute(SESSION)
                 connection.commit()
-            except BaseException:
-                connection.close()
-                raise
+                undo.pop_all()
             return connection
 
 

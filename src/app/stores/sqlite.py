@@ -7,7 +7,7 @@ that is killed at any instruction leaves a database that opens again with every 
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -127,14 +127,13 @@ class SqliteDatabase:
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
         connection = self._connections.borrow(self._busy_seconds)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._roll_back, connection)
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
             self._finish(connection, "BEGIN" if read_only else "BEGIN IMMEDIATE")
             yield SqliteSession(connection, self._path)
             self._finish(connection, "COMMIT")
-        except BaseException:
-            self._roll_back(connection)
-            raise
+            undo.pop_all()
         self._connections.give_back(connection)
 
     def close(self) -> None:
@@ -162,15 +161,14 @@ class SqliteDatabase:
 
 def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
-    try:
+    with ExitStack() as undo:
+        undo.callback(connection.close)
         _use_wal(connection, busy_seconds)
         # NORMAL with WAL: a power cut may undo the last commits but never tears the file. An undone commit only repeats
         # an idempotent write, so a flush of the disk per commit buys nothing here.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
-    except BaseException:
-        connection.close()
-        raise
+        undo.pop_all()
     return connection
 
 

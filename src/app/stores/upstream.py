@@ -5,11 +5,13 @@ called; no message holds a credential; a body that ends early is an error, not a
 """
 
 import logging
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from app.core.errors import Transient
 
@@ -65,6 +67,22 @@ class Answer:
         """How long the service asks to wait; None when it does not say."""
         value = self.header("retry-after").strip()
         return float(value) if value.isdigit() else None
+
+
+@contextmanager
+def receiving(spool: Path, size: str) -> Iterator[BinaryIO]:
+    """A temporary file for a body of `size`, in words; whoever has it when the block has ended well closes it.
+
+    Raises Transient when the disk refuses it.
+    """
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            file = undo.enter_context(tempfile.TemporaryFile(dir=spool))
+            yield cast("BinaryIO", file)
+            undo.pop_all()
+    except OSError as error:
+        raise Transient(f"{spool}: {error}", f"make room on this disk for {size}") from error
 
 
 class Upstream:
