@@ -3,14 +3,27 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from app.core.errors import Rejected, Transient
-from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop
+from app.core.runs import (
+    Context,
+    Job,
+    Lease,
+    Leases,
+    LeaseTerms,
+    Outcome,
+    Report,
+    Run,
+    RunDesk,
+    Stop,
+    Unwatched,
+    execute,
+)
 from app.core.window import Window
 from app.ops.outcomes import log_run
 from app.ops.scheduler import Backfill, Scheduler
@@ -89,6 +102,45 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path)
     yield made
     made.close()
+
+
+def test_the_times_of_a_run_lie_within_its_lease_so_that_runs_of_two_daemons_never_overlap(tmp_path: Path) -> None:
+    with closing(open_state("", tmp_path)) as state:
+        leases = TimedLeases(state.leases)
+        terms = LeaseTerms("a", ttl_seconds=10, heartbeat_seconds=2)
+        desk = RunDesk(lambda: datetime.now(UTC), leases, state.runs, terms, log_run)
+        for work in (lambda _: Report(), failing):
+            run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+            assert run is not None
+            assert run.ended_at is not None
+            assert leases.held_from < run.started_at <= run.ended_at < leases.held_until
+            assert [kept.ended_at for kept in state.runs.recent("job", 1)] == [run.ended_at]
+
+
+def failing(_: Context) -> Report:
+    raise Rejected("no", "nothing to do")
+
+
+class TimedLeases:
+    """Leases that note when one is held, and take long over giving it out and back."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self.held_from = self.held_until = NOW
+
+    def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
+        lease = self._leases.acquire(name, owner, ttl_seconds)
+        time.sleep(0.002)
+        self.held_from = datetime.now(UTC)
+        return lease
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
+        return self._leases.renew(lease, ttl_seconds)
+
+    def release(self, lease: Lease) -> None:
+        time.sleep(0.002)
+        self.held_until = datetime.now(UTC)
+        self._leases.release(lease)
 
 
 class Meter:

@@ -233,14 +233,19 @@ def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run:
         if lease is None:
             return None
         with _renewed(lease, desk, stop) as own_stop:
+            # Both times are taken while the lease is held: on one clock no two recorded runs of a job overlap.
+            run = replace(run, started_at=desk.clock())
             if not dry_run:
                 desk.runs.save(run)
-            report = job.work(Context(run.run_id, lease, own_stop, progress, dry_run))
+            try:
+                report = job.work(Context(run.run_id, lease, own_stop, progress, dry_run))
+            finally:
+                run = replace(run, ended_at=desk.clock())
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error
         run = _failed(run, error)
-    run = replace(run, ended_at=desk.clock())
+    run = replace(run, ended_at=run.ended_at or desk.clock())
     if not dry_run:
         cause = _save(run, desk.runs) or cause
     desk.ended(run, cause)
