@@ -89,12 +89,15 @@ class PostgresServer:
     def freeze(self) -> Callable[[], None]:
         """Stop the server's processes without closing anything; call the result to let them go on."""
         assert self._process is not None
-        pids = [self._process.pid, *_children(self._process.pid)]
+        server = self._process.pid
+        # The server is stopped first and goes on last: only it can reap a child, whose pid would then be nobody's.
+        os.kill(server, signal.SIGSTOP)
+        pids = _children(server)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
 
         def thaw() -> None:
-            for pid in pids:
+            for pid in (*pids, server):
                 os.kill(pid, signal.SIGCONT)
 
         return thaw
