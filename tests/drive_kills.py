@@ -2,15 +2,15 @@
 
 `command.json` in the folder may name another command.
 
-The pid is answered; it stays that process's until an empty line asks for the exit code. Each is forked after all
-imports, so that many runs do not take minutes; `environ.json` in the folder is its environment.
+See `forked`; `environ.json` in the folder is the environment.
 """
 
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
+
+from forked import answer
 
 USED_LATER = (
     "boto3",
@@ -40,24 +40,5 @@ def child(folder: Path) -> int:
     return main(json.loads(named.read_text()) if named.exists() else ["run", "dynamo_to_drive"])
 
 
-def say(answer: object) -> None:
-    sys.stdout.write(f"{answer}\n")
-    sys.stdout.flush()
-
-
-def main() -> int:
-    for name in USED_LATER:
-        importlib.import_module(name)
-    say("ready")
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(child(Path(line.strip())))
-        say(pid)
-        sys.stdin.readline()
-        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(USED_LATER, lambda line: child(Path(line)), until_asked=True))

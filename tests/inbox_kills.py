@@ -1,16 +1,15 @@
 """Runs the inbox in processes that are killed: `python inbox_kills.py`, one question `FOLDER N` a line on stdin.
 
 The run ends with SIGKILL just before its Nth event on a file of the folder; 0 leaves the killing to whoever reads the
-pid that is answered first. Forked after all imports, so that 200 runs do not take minutes; Arrow itself is used in the
-forks only, since threads do not come along.
+pid that is answered first. See `forked`.
 """
 
-import importlib
 import os
 import signal
 import sys
 from pathlib import Path
 
+from forked import answer
 from inbox_world import world
 
 WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.scandir", "os.listdir", "os.utime"})
@@ -39,31 +38,14 @@ def killing(folder: Path, at: int) -> None:
     sys.addaudithook(hook)
 
 
-def child(folder: Path, at: int) -> int:
+def child(line: str) -> int:
+    where, _, number = line.rpartition(" ")
+    folder, at = Path(where), max(int(number), 0)
     if at:
         killing(folder, at)
     world(folder, key_column="k").run()
     return 0
 
 
-def say(answer: object) -> None:
-    sys.stdout.write(f"{answer}\n")
-    sys.stdout.flush()
-
-
-def main() -> int:
-    for name in USED_LATER:
-        importlib.import_module(name)
-    say("ready")
-    for line in sys.stdin:
-        where, _, number = line.strip().rpartition(" ")
-        pid = os.fork()
-        if pid == 0:
-            os._exit(child(Path(where), max(int(number), 0)))
-        say(pid)
-        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(USED_LATER, child, until_asked=False))

@@ -40,6 +40,7 @@ OPEN_CALLS = frozenset(
         ("GET", "/"),
         ("GET", "/health"),
         ("GET", "/ready"),
+        ("GET", "/assets/elements.js"),
         ("GET", "/assets/dashboard.js"),
         ("GET", "/assets/gaps.js"),
         ("GET", "/assets/dashboard.css"),

@@ -156,7 +156,7 @@ def test_the_schema_names_every_column_with_its_types_and_how_many_objects_have_
 def test_the_page_and_its_parts_come_from_here_and_nowhere_else(served: Daemon) -> None:
     page = served.get("/analytics/explore")
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-    for path in ("/assets/explore.js", "/assets/explore.css"):
+    for path in ("/assets/elements.js", "/assets/explore.js", "/assets/explore.css"):
         assert served.get(path).status == 200
     for text in (page.text, served.get("/assets/explore.js").text, served.get("/assets/explore.css").text):
         assert "https://" not in text

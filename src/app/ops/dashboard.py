@@ -18,6 +18,7 @@ from app.ops.cards import cards
 from app.ops.guard import OPEN, Guard, needs
 
 ASSETS = {
+    "/assets/elements.js": ("elements.js", "text/javascript; charset=utf-8"),
     "/assets/dashboard.js": ("dashboard.js", "text/javascript; charset=utf-8"),
     "/assets/gaps.js": ("gaps.js", "text/javascript; charset=utf-8"),
     "/assets/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),

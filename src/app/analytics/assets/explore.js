@@ -11,20 +11,6 @@ let shown = null;
 let measure = "";
 let asking = 0;
 
-function make(tag, className, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
-  return node;
-}
-
-function svg(tag, attributes, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
 async function ask(path, options = {}) {
   const answer = await fetch(`../${path}`, { credentials: "same-origin", ...options });
   const text = await answer.text();
