@@ -21,6 +21,8 @@ from exports import CountingStore, exported, objects, stored
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+MINUTE = timedelta(minutes=1)
 
 
 def ns(instant: datetime) -> int:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from app.demo.influx_points import Points
 from app.stores.objects import ObjectStore
 
+FORMATS = ("parquet", "csv")
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
 NS = 10**9
 Row = tuple[str, int]

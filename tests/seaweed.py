@@ -87,6 +87,12 @@ def seaweed() -> Iterator[Seaweed]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def bucket(seaweed: Seaweed) -> str:
+    """A bucket for the tests of one module."""
+    return seaweed.new_bucket()
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that are free now; all are held at once while they are chosen, so that they differ."""
     with ExitStack() as stack:

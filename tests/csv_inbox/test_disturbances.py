@@ -1,0 +1,169 @@
+"""What happens to an inbox meanwhile: files that change, a second process, a stop, disks that are full or read-only."""
+
+import os
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from app.core.errors import Permanent, Stopped, Transient
+from app.core.runs import Stop
+from inbox_world import World, world
+
+
+def test_a_file_that_still_grows_is_left_and_the_others_go_on(tmp_path: Path) -> None:
+    here = world(tmp_path, checksum_wait_seconds=0.6)
+    here.drop("whole.csv", "k,a\nx,1\n")
+    path = here.drop("growing.csv", "k,a\ny,1\n")
+    grown = threading.Timer(0.2, lambda: path.write_text("k,a\ny,1\nz,2\n"))
+    grown.start()
+    report = here.run()
+    grown.join()
+    assert here.master == b"k,a\nx,1\n"
+    assert here.waiting == ["growing.csv"]
+    assert any("still being written" in note for note in report.notes)
+    assert not report.failures
+    here.run()
+    assert here.master == b"k,a\nx,1\ny,1\nz,2\n"
+
+
+def test_a_rewrite_of_the_same_size_and_time_is_seen_by_its_md5(tmp_path: Path) -> None:
+    here = world(tmp_path, checksum_wait_seconds=0.6)
+    path = here.drop("sly.csv", "k,a\ny,1\n")
+    os.utime(path, (100, 100))
+
+    def rewrite() -> None:
+        with path.open("r+") as file:
+            file.write("k,a\ny,2\n")
+        os.utime(path, (100, 100))
+
+    sly = threading.Timer(0.2, rewrite)
+    sly.start()
+    here.run()
+    sly.join()
+    assert here.waiting == ["sly.csv"]
+    assert not here.config.merged_file.exists()
+
+
+def test_two_processes_at_once_take_turns_and_the_one_that_waits_too_long_says_so(tmp_path: Path) -> None:
+    here = world(tmp_path, lock_timeout_seconds=0.3)
+    here.drop("1.csv", "k,a\nx,1\n")
+    with (
+        FileLock(f"{here.config.merged_file}.lock"),
+        pytest.raises(Transient, match=r"final_clusters_data\.csv\.lock") as told,
+    ):
+        here.run()
+    assert "lock_timeout_seconds" in told.value.hint
+    assert here.waiting == ["1.csv"]
+    here.run()
+    assert here.waiting == []
+
+
+def test_a_stop_in_mid_merge_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,1\n")
+    before = here.master
+    here.drop("1.csv", "k,a\nx,2\n")
+    stop = Stop()
+    stop.ask("test")
+    with pytest.raises(Stopped):
+        here.run(stop=stop)
+    assert here.master == before
+    assert here.waiting == ["1.csv"]
+
+
+def small_disk(folder: Path, kilobytes: int) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system needs root to be mounted")
+
+
+def test_a_full_disk_leaves_the_master_and_the_file_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    small_disk(folder, 1700)
+    try:
+        here = world(folder)
+        here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 50}\n" for n in range(6000)))
+        before = here.master
+        here.drop("1.csv", "k,a\n" + "".join(f"{n},new\n" for n in range(0, 6000, 2)))
+        filler = folder / "filler"
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        for left in range(0, free, 24 * 1024):
+            filler.write_bytes(b"\0" * (free - left))
+            with suppress(Transient):
+                here.run()
+                break
+            assert here.master == before
+            assert here.waiting == ["1.csv"]
+            assert not [name for name in here.names(folder) if ".tmp" in name]
+        filler.unlink()
+        here.run()
+        assert here.waiting == []
+        assert here.metadata["row_count"] == 6000
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_may_not_be_written_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
+    here = world(tmp_path / "fixed")
+    here.take("0.csv", "k,a\nx,1\n")
+    here.drop("1.csv", "k,a\nx,2\n")
+    bound = ["mount", "--bind", str(tmp_path / "fixed"), str(tmp_path / "fixed")]
+    if subprocess.run(bound, check=False).returncode:
+        pytest.skip("a read-only file system needs root to be mounted")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path / "fixed")], check=True)
+        with pytest.raises(Permanent, match="Read-only"):
+            here.run()
+        assert here.master == b"k,a\nx,1\n"
+    finally:
+        subprocess.run(["umount", str(tmp_path / "fixed")], check=True)
+    here.run()
+    assert here.master == b"k,a\nx,2\n"
+
+
+def test_an_archive_on_another_file_system_works_the_same(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    small_disk(other, 1000)
+    try:
+        here = world(tmp_path, archive_dir="other/archive", rejected_dir="other/rejected")
+        here.take("0.csv", "k,a\nx,1\n")
+        here.take("bad.csv", "nothing\n")
+        assert here.waiting == []
+        assert len(here.archived) == 1
+        assert "bad.csv" in here.rejected
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
+
+
+def test_a_file_replaced_while_it_is_read_is_merged_as_it_is_then(tmp_path: Path) -> None:
+    here: World = world(tmp_path, checksum_wait_seconds=0.2)
+    here.take("0.csv", "k,a\nx,1\n")
+    stopping = threading.Event()
+
+    def replace_often() -> None:
+        number = 0
+        while not stopping.is_set():
+            fresh = tmp_path / "fresh"
+            fresh.write_text("k,a\n" + "".join(f"{n},{number}\n" for n in range(500)))
+            fresh.replace(here.config.watch_dir / "moving.csv")
+            number += 1
+            time.sleep(0.01)
+
+    writer = threading.Thread(target=replace_often)
+    writer.start()
+    for _ in range(4):
+        here.run()
+    stopping.set()
+    writer.join()
+    last = (here.config.watch_dir / "moving.csv").read_text()
+    here.run()
+    values = {line.split(",")[1] for line in last.splitlines()[1:]}
+    assert here.master.decode() == "k,a\nx,1\n" + last.partition("\n")[2]
+    assert len(values) == 1

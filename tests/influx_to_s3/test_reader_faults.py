@@ -1,0 +1,239 @@
+"""What a server, a network or another program does wrong: what may pass, what is for a person, what asks for less."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from app.core.errors import AppError, Permanent, Transient
+from app.demo.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
+from app.demo.influx import InfluxSimulator
+from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
+from exporter import NOON
+from influx_readers import HOUR, LINES, Make, flux, influxql, influxql_without_credentials, rows
+from influxdb1 import InfluxDB1
+
+
+@pytest.mark.parametrize("question", ["ping", "rows", "counts", "devices"])
+def test_a_wrong_token_is_for_a_person_and_named_by_its_variable(make: Make, question: str) -> None:
+    reader = make(token="wrong-canary")
+    questions: Mapping[str, Callable[[], object]] = {
+        "ping": reader.ping,
+        "rows": lambda: rows(reader),
+        "counts": lambda: list(reader.counts(None, HOUR, 60)),
+        "devices": lambda: reader.devices(NOON),
+    }
+    with pytest.raises(Permanent, match="401") as caught:
+        questions[question]()
+    assert "INFLUXDB_TOKEN" in caught.value.hint
+    assert "wrong-canary" not in str(caught.value)
+
+
+def test_a_missing_bucket_and_a_wrong_organisation_are_named(influx: InfluxSimulator) -> None:
+    with pytest.raises(Permanent, match='could not find bucket "nope"') as caught:
+        flux(influx, bucket="nope").ping()
+    assert "INFLUXDB_BUCKET='nope'" in caught.value.hint
+    with pytest.raises(Permanent, match="organization not found") as caught:
+        flux(influx, org="nope").ping()
+    assert "INFLUXDB_ORG='nope'" in caught.value.hint
+
+
+def test_a_missing_database_is_named_by_the_simulator_and_by_a_real_influxdb_1(
+    influx: InfluxSimulator, influxdb1: InfluxDB1
+) -> None:
+    for reader in (influxql(influx, database="nope"), influxql_without_credentials(influxdb1.url, "nope")):
+        with pytest.raises(Permanent, match="database not found: nope") as caught:
+            reader.ping()
+        assert "INFLUXDB_DATABASE='nope'" in caught.value.hint
+
+
+PASSING = [
+    Refuse(429, "too many requests", retry_after_seconds=3),
+    Refuse(400, "queue length exceeded", code="invalid"),
+    Refuse(408, "deadline exceeded"),
+    Refuse(499, "client went away", code="x"),
+    Refuse(500),
+    Refuse(502, html=True),
+    Refuse(503, "unavailable"),
+    Refuse(504, html=True),
+]
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=str)
+def test_what_may_pass_is_transient(influx: InfluxSimulator, reader: Reader, fault: Refuse) -> None:
+    influx.write(LINES)
+    influx.faults.add(fault)
+    with pytest.raises(Transient) as caught:
+        rows(reader)
+    assert caught.value.retry_after_seconds == fault.retry_after_seconds
+    assert rows(reader)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 413, 422])
+def test_other_refusals_are_for_a_person(influx: InfluxSimulator, reader: Reader, status: int) -> None:
+    influx.faults.add(Refuse(status, "no"))
+    with pytest.raises(Permanent, match=f"answers {status}: no") as caught:
+        reader.ping()
+    assert "INFLUXDB_" in caught.value.hint
+
+
+@pytest.mark.parametrize("message", ["memory allocation limit reached: limit 10 bytes", "resource exhausted: x"])
+def test_a_refusal_about_memory_asks_for_less(influx: InfluxSimulator, reader: Reader, message: str) -> None:
+    influx.faults.add(Refuse(400, message))
+    with pytest.raises(QueryTooLarge):
+        rows(reader)
+
+
+def test_a_retry_after_that_is_a_date_is_no_number() -> None:
+    error = refusal(Refusal("http://x", 429, "slow", "Wed, 21 Oct 2026 07:28:00 GMT", ""))
+    assert isinstance(error, Transient)
+    assert error.retry_after_seconds is None
+
+
+def test_a_server_that_still_starts_is_transient(influx: InfluxSimulator, reader: Reader) -> None:
+    influx.starting = True
+    with pytest.raises(Transient, match="503"):
+        reader.ping()
+
+
+def test_a_server_that_is_away_is_transient(make: Make) -> None:
+    with pytest.raises(Transient, match="cannot be reached"):
+        make(url="http://127.0.0.1:9").ping()
+
+
+def test_an_address_that_is_none_is_for_a_person(make: Make) -> None:
+    with pytest.raises(Permanent, match="INFLUXDB_URL"):
+        make(url="http://[::1").ping()
+
+
+@pytest.mark.parametrize("after", [0, 1, 15, 10_000])
+def test_an_error_inside_the_answer_is_an_error(influx: InfluxSimulator, reader: Reader, after: int) -> None:
+    influx.write(LINES)
+    influx.faults.add(ErrorTable(after))
+    with pytest.raises(Transient, match="engine: unexpected EOF"):
+        rows(reader)
+
+
+def test_an_error_about_memory_inside_the_answer_asks_for_less(influx: InfluxSimulator, reader: Reader) -> None:
+    influx.write(LINES)
+    influx.faults.add(ErrorTable(5, "memory allocation limit reached"))
+    with pytest.raises(QueryTooLarge):
+        rows(reader)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("mid_row", [False, True])
+@pytest.mark.parametrize("after", [0, 7, 33])
+def test_a_cut_answer_is_transient_also_when_the_cut_is_hidden(
+    influx: InfluxSimulator,
+    reader: Reader,
+    after: int,
+    mid_row: bool,  # noqa: FBT001 - a parameter of the test
+    hidden: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    influx.write(LINES)
+    cut = Cut(after, hidden=hidden, mid_row=mid_row)
+    questions: tuple[Callable[[], object], ...] = (
+        lambda: rows(reader),
+        lambda: list(reader.counts(None, HOUR, 60)),
+    )
+    for question in questions:
+        whole = question()
+        influx.faults.add(cut)
+        try:
+            assert question() == whole  # a cut behind all that matters takes nothing away
+            assert (hidden, after) == (True, 33)
+        except Transient:
+            assert question() == whole
+
+
+@pytest.mark.parametrize("after", [None, 5])
+def test_a_stall_is_transient_within_the_timeout(influx: InfluxSimulator, make: Make, after: int | None) -> None:
+    influx.write(LINES)
+    influx.faults.add(Stall(20, after))
+    started = time.monotonic()
+    with pytest.raises(Transient):
+        rows(make(timeout_seconds=0.3))
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("fault", [ForceGzip(), EmptyTable((("device_id", "D1"), ("location", "a,b")))], ids=str)
+def test_compression_and_empty_tables_change_nothing(influx: InfluxSimulator, reader: Reader, fault: Fault) -> None:
+    influx.write(LINES)
+    expected = rows(reader)
+    influx.faults.add(fault)
+    assert rows(reader) == expected
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A server that says the same to everybody and closes the connection; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        request = connection.recv(65_536)
+                        while b"\r\n\r\n" not in request or request.endswith(b"\r\n\r\n"):
+                            request += connection.recv(65_536)
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.0 200 OK\r\nContent-Type: text/csv\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/csv\r\nConnection: close\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200",
+        b"",
+    ],
+)
+def test_an_answer_of_nothing_at_all_is_no_answer(make: Make, answer: bytes) -> None:
+    with answering(answer) as url:
+        reader = make(url=url)
+        with pytest.raises(Transient):
+            list(reader.counts(None, HOUR, 60))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>Sign in</html>", b"{}", b"null", b"[1]", b"\xff\xfe"],
+)
+def test_another_program_at_the_address_gives_an_error_of_ours(make: Make, body: bytes) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body) + 1}\r\n\r\n".encode()
+    with answering(head + body + b"\n") as url:
+        reader = make(url=url)
+        for question in (
+            lambda: list(reader.counts(None, HOUR, 60)),
+            lambda: rows(reader),
+            reader.measurements,
+        ):
+            with pytest.raises(AppError):
+                question()
+
+
+def test_a_series_without_values_holds_nothing() -> None:
+    body = b'{"results":[{"statement_id":0,"series":[{"name":"m","columns":["fieldKey","fieldType"]}]}]}\n'
+    with answering(
+        f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    ) as url:
+        reader = influxql_without_credentials(url, "db")
+        assert list(reader.measurements()) == []
+        assert list(reader.rows("D1", HOUR)) == []
