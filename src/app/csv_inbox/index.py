@@ -1,4 +1,4 @@
-"""The index beside a large master: for each of its records the hash of the key and the length, 12 bytes.
+"""The index beside a large master: for each of its records half the hash of the key and the length, 8 bytes.
 
 Invariants: it is a cache and no part of the commit: it is used only for the very file it was made for (inode, size and
 modification time), and what it says about a row is checked against the row before anything follows from it. It is not
@@ -10,15 +10,18 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from app.csv_inbox.keys import BLANK, INDEX_VERSION, Hashes
+from app.csv_inbox.keys import INDEX_VERSION, Hashes
 from app.csv_inbox.records import Offsets
 
-ENTRY = np.dtype([("key", "<u8"), ("length", "<u4")])
+ENTRY = np.dtype("<u8")
+"""The upper half is that of the hash, BLANK for a record that is no row; the lower half is the length."""
+LENGTH = np.uint64((1 << 32) - 1)
 HEAD_BYTES = 4096
 PIECE_RECORDS = 1 << 16
 
@@ -40,32 +43,43 @@ class Subject:
 class Index:
     """An open index that fits its master."""
 
-    file: IO[bytes]
+    file: BufferedReader
     records: int
     rows: int
     crc32: int
 
-    def pieces(self) -> Iterator[tuple[Hashes, Offsets]]:
-        """Hash and length of each record, many at a time. Raises Unfit at the latest behind the last piece."""
+    def pieces(self) -> Iterator[Hashes]:
+        """The entries, many at a time, each piece good until the next. Raises Unfit at the latest behind the last."""
         crc, left = 0, self.records
+        held = np.empty(min(left, PIECE_RECORDS), ENTRY)
         self.file.seek(HEAD_BYTES)
         while left:
-            data = self.file.read(min(left, PIECE_RECORDS) * ENTRY.itemsize)
-            if not data or len(data) % ENTRY.itemsize:
+            entries: Hashes = held[:left]
+            data = entries.data.cast("B")
+            if self.file.readinto(data) != len(data):
                 raise Unfit
             crc = zlib.crc32(data, crc)
-            entries = np.frombuffer(data, ENTRY)
             left -= len(entries)
-            yield np.ascontiguousarray(entries["key"]), entries["length"].astype(np.int64)
+            yield entries
         if crc != self.crc32:
             raise Unfit
+
+
+def entries_of(hashes: Hashes, lengths: Offsets) -> Hashes:
+    """The entries of records with these hashes of keys, which may be BLANK, and these lengths."""
+    return (hashes & ~LENGTH) | lengths.view(np.uint64)
+
+
+def lengths_in(entries: Hashes) -> Offsets:
+    """The lengths in these entries."""
+    return (entries & LENGTH).view(np.int64)
 
 
 def _identity(found: os.stat_result) -> list[int]:
     return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-def fitting(file: IO[bytes], master: os.stat_result, subject: Subject) -> Index | None:
+def fitting(file: BufferedReader, master: os.stat_result, subject: Subject) -> Index | None:
     """The index in this open file, if it is that of the master as it is now. Raises OSError."""
     head = _head(file.read(HEAD_BYTES))
     wanted = {"version": INDEX_VERSION, "master": _identity(master), "subject": _told(subject)}
@@ -96,14 +110,12 @@ class Indexing:
         self._crc = self._records = self._rows = 0
         file.write(bytes(HEAD_BYTES))
 
-    def add(self, hashes: Hashes, lengths: Offsets) -> None:
-        """The next records; the hash of one that is no row is BLANK."""
-        entries = np.empty(len(hashes), ENTRY)
-        entries["key"], entries["length"] = hashes, lengths
-        data = entries.tobytes()
+    def add(self, entries: Hashes) -> None:
+        """The next records."""
+        data = entries.astype(ENTRY, copy=False).data.cast("B")
         self._crc = zlib.crc32(data, self._crc)
-        self._records += len(hashes)
-        self._rows += int(np.count_nonzero(hashes != BLANK))
+        self._records += len(entries)
+        self._rows += int(np.count_nonzero(entries > LENGTH))
         self._file.write(data)
 
     def restart(self) -> None:

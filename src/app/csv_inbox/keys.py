@@ -16,15 +16,19 @@ from app.csv_inbox.records import NONE, Cells, Offsets
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 WORD_BYTES = 8
 LONG_KEY_BYTES = 64
-SIEVE_BITS_LEAST, SIEVE_BITS_MOST = 12, 23
+LONG_VALUE_BYTES = 512
+SIEVE_BITS_LEAST, SIEVE_BITS_MOST = 12, 22
+"""The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
+DEEPEST = 32
 BLANK = np.uint64(0)
-"""Stands for a record that is no row; no key has this hash."""
+"""Stands for a record that is no row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
 
 _FACTOR, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _HALF = np.uint64(32)
+_LEAST = np.uint64(1 << 32)
 _MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1], np.uint64)
 
 
@@ -62,19 +66,25 @@ def hashed(cells: Cells) -> Hashes:
         digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES).digest()
         found[place] = int.from_bytes(digest, "little")
     found *= _OTHER
-    found[found == BLANK] = 1
+    found[found < _LEAST] |= _LEAST
     return found
 
 
 def same(left: Cells, right: Cells) -> Truths:
     """Which pairs of values are the same bytes."""
     equal: Truths = left.lengths == right.lengths
-    longest = int(left.lengths.max(initial=0))
+    places = np.flatnonzero(equal)
+    longest = int(left.lengths[places].max(initial=0))
     left_words, right_words = _words(left), _words(right)
-    for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
-        equal &= _word(left_words, left, at, 0) == _word(right_words, right, at, 0)
-    for place in np.flatnonzero(equal & (left.lengths > LONG_KEY_BYTES)) if longest > LONG_KEY_BYTES else ():
-        equal[place] = left.value(int(place)) == right.value(int(place))
+    for at in range(0, min(longest, LONG_VALUE_BYTES), WORD_BYTES):
+        pair = left.taken(places), right.taken(places)
+        alike = _word(left_words, pair[0], at, 0) == _word(right_words, pair[1], at, 0)
+        equal[places[~alike]] = False
+        places = places[alike & (pair[0].lengths > at + WORD_BYTES)]
+        if not len(places):
+            break
+    for place in places.tolist():
+        equal[place] = left.value(place) == right.value(place)
     return equal
 
 
@@ -84,6 +94,42 @@ def firsts(values: npt.NDArray[Any]) -> Offsets:
     ordered = values[order]
     found: Offsets = order[np.append(ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1])]
     return found
+
+
+class _Sieve:
+    """Sorted, distinct hashes by their first bits: which may be there at all, and where each would be."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        bits = int(np.clip((8 * len(hashes)).bit_length(), SIEVE_BITS_LEAST, SIEVE_BITS_MOST))
+        self._hashes = hashes
+        self._shift = np.uint64(64 - bits)
+        self._holes = np.zeros(1 << bits, np.bool_)
+        self._holes[_numbers(hashes, self._shift)] = True
+        # Few enough hashes share their first bits that stepping from the first of them beats bisecting all.
+        self._step_shift = np.uint64(64 - min(len(hashes).bit_length(), bits))
+        counts = np.bincount(_numbers(hashes, self._step_shift), minlength=1 << 64 - int(self._step_shift))
+        self._firsts = (np.cumsum(counts) - counts).astype(np.int32)
+        self._depth = int(counts.max())
+
+    def passed(self, hashes: Hashes) -> Offsets:
+        """The places of those that may be there."""
+        return np.flatnonzero(self._holes[_numbers(hashes, self._shift)])
+
+    def places(self, hashes: Hashes) -> Offsets:
+        """Where each is, or else where a greater one is or the last."""
+        last = len(self._hashes) - 1
+        if self._depth > DEEPEST:
+            return np.minimum(np.searchsorted(self._hashes, hashes), last)
+        found = np.minimum(self._firsts[_numbers(hashes, self._step_shift)].astype(np.int64), last)
+        for _ in range(self._depth):
+            found += self._hashes[found] < hashes
+            np.minimum(found, last, out=found)
+        return found
+
+
+def _numbers(hashes: Hashes, shift: np.uint64) -> Offsets:
+    """The first bits of each, signed: others numpy converts one by one where it looks places up, at twice the time."""
+    return (hashes >> shift).view(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +144,22 @@ class Keys:
     cells: Cells
     shared: dict[bytes, int]
     by_row: Hashes
-    sieve: Truths
-    shift: np.uint64
     count: int
+    _sieve: "_Sieve"
 
     def candidates(self, hashes: Hashes) -> Offsets:
-        """The places of the hashes that are those of a key here; few others are looked at closely."""
-        passed = np.flatnonzero(self.sieve[hashes >> self.shift])
-        if not len(passed):
-            return passed
-        wanted = hashes[passed]
-        found: Offsets = passed[self.hashes[self._places(wanted)] == wanted]
+        """The places of the hashes whose upper half is that of a key here; few others are looked at closely.
+
+        What the lower half is does not matter.
+        """
+        passed = self._sieve.passed(hashes)
+        halves = hashes[passed] >> _HALF
+        found: Offsets = passed[self.hashes[self._sieve.places(halves << _HALF)] >> _HALF == halves]
         return found
 
     def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
         """The last row here with the key of each candidate, -1 where it only looked alike."""
-        places = self._places(hashes)
+        places = self._sieve.places(hashes)
         found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
         for place in np.flatnonzero(found < 0) if self.shared else ():
             found[place] = self.shared.get(cells.value(int(place)), -1)
@@ -123,9 +169,6 @@ class Keys:
         """The last row of each key, in the order of the file."""
         rows = np.concatenate((self.rows, np.fromiter(self.shared.values(), np.int64, len(self.shared))))
         return rows[firsts(rows)]
-
-    def _places(self, hashes: Hashes) -> Offsets:
-        return np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
 
 
 @dataclass(slots=True)
@@ -151,17 +194,20 @@ class Gathering:
         lengths = np.concatenate([NONE, *self._lengths])
         by_row = np.concatenate(self._hashes)
         cells = Cells(np.frombuffer(self._data + bytes(WORD_BYTES), np.uint8), np.cumsum(lengths) - lengths, lengths)
-        order = np.argsort(by_row, kind="stable")
+        order = np.argsort(by_row)
+        if not _distinct(by_row[order]):  # the quick way does not keep the order of what is equal
+            order = np.argsort(by_row, kind="stable")
         ordered = by_row[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
         rows, hashes = order[is_last], ordered[is_last]
         shared = _shared(cells, order, is_last)
-        bits = int(np.clip((16 * len(hashes)).bit_length(), SIEVE_BITS_LEAST, SIEVE_BITS_MOST))
-        sieve = np.zeros(1 << bits, np.bool_)
-        shift = np.uint64(64 - bits)
-        sieve[hashes >> shift] = True
         groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
-        return Keys(hashes, rows, cells.taken(rows), shared, by_row, sieve, shift, len(rows) - groups + len(shared))
+        count = len(rows) - groups + len(shared)
+        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, _Sieve(hashes))
+
+
+def _distinct(ordered: Hashes) -> bool:
+    return bool((ordered[1:] != ordered[:-1]).all())
 
 
 def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:

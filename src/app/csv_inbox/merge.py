@@ -19,7 +19,7 @@ from app.csv_inbox.dialect import Dialect, Malformed
 from app.csv_inbox.header import Header, read_header
 from app.csv_inbox.identity import identity_of
 from app.csv_inbox.incoming import Incoming
-from app.csv_inbox.index import Index, Indexing, Subject, Unfit, fitting
+from app.csv_inbox.index import Index, Indexing, Subject, Unfit, entries_of, fitting
 from app.csv_inbox.narrow import narrowed
 from app.csv_inbox.output import COPY_BYTES, Beat, Output
 from app.csv_inbox.scan import scan, settled
@@ -186,7 +186,7 @@ def _append(tally: Tally, out: Output) -> None:
             out.beat(len(piece))
             out.write(piece)
     if out.indexing is not None:
-        out.indexing.add(keys.by_row[rows], tally.offsets[rows + 1] - tally.offsets[rows])
+        out.indexing.add(entries_of(keys.by_row[rows], tally.offsets[rows + 1] - tally.offsets[rows]))
 
 
 def _finished(tally: Tally, out: Output, config: InboxConfig, plan: Plan) -> os.stat_result:

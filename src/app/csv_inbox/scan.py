@@ -9,6 +9,7 @@ import numpy as np
 
 from app.csv_inbox.dialect import Dialect, Malformed
 from app.csv_inbox.header import Header
+from app.csv_inbox.index import entries_of
 from app.csv_inbox.keys import BLANK, Hashes, hashed
 from app.csv_inbox.output import Output
 from app.csv_inbox.records import Block, Offsets, blocks
@@ -67,7 +68,7 @@ def _start(master: IO[bytes], header: Header, tally: Tally, out: Output) -> None
 
 def _write(block: Block, at: int, gone: Offsets, tally: Tally, out: Output) -> None:
     """The block without the records that go, every other byte as it is but for fields put behind."""
-    first, last = ranges(block.starts, block.ends, gone)
+    first, last = ranges(block.starts[gone], block.ends[gone])
     data = block.data
     if tally.padding:
         size, stops = len(tally.padding), block.stops[block.rows]
@@ -78,14 +79,10 @@ def _write(block: Block, at: int, gone: Offsets, tally: Tally, out: Output) -> N
         out.write(tally.layout.eol)  # the last record of the master may lack its line end, and rows follow now
 
 
-def ranges(starts: Offsets, ends: Offsets, gone: Offsets) -> tuple[Offsets, Offsets]:
-    """The bounds of what goes; neighbours make one range."""
-    if not len(gone):
-        return gone, gone
-    breaks = np.flatnonzero(np.diff(gone) > 1)
-    first = starts[gone[np.concatenate(([0], breaks + 1))]]
-    last = ends[gone[np.concatenate((breaks, [len(gone) - 1]))]]
-    return first, last
+def ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
+    """The bounds of what goes, records in their order; neighbours make one range."""
+    apart = starts[1:] != ends[:-1]
+    return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
 
 def _last_goes(block: Block, gone: Offsets) -> bool:
@@ -95,15 +92,15 @@ def _last_goes(block: Block, gone: Offsets) -> bool:
 def _index(block: Block, gone: Offsets, hashes: Hashes, tally: Tally, out: Output) -> None:
     if out.indexing is None:
         return
-    entries = np.full(len(block.ends), BLANK, np.uint64)
     lengths = block.ends - block.starts
-    entries[block.rows] = hashes
     lengths[block.rows] += len(tally.padding)
     if not block.data.endswith(b"\n"):
         lengths[-1] += len(tally.layout.eol)
-    stays = np.ones(len(entries), np.bool_)
-    stays[gone] = False
-    out.indexing.add(entries[stays], lengths[stays])
+    if len(hashes) < len(lengths):  # some records are no rows
+        hashes, found = np.full(len(lengths), BLANK), hashes
+        hashes[block.rows] = found
+    entries = entries_of(hashes, lengths)
+    out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
 
 
 def _check_decodes(block: Block, dialect: Dialect) -> None:

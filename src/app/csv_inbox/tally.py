@@ -5,16 +5,14 @@ has it: as replaced, or as unchanged when its first row there comes again to the
 """
 
 import os
-from collections.abc import Sequence
-from operator import eq
 from typing import IO
 
 import numpy as np
 
 from app.csv_inbox.dialect import Dialect
 from app.csv_inbox.incoming import Incoming
-from app.csv_inbox.keys import Hashes, Truths, firsts
-from app.csv_inbox.records import Block, Cells, Offsets
+from app.csv_inbox.keys import Hashes, Truths, firsts, same
+from app.csv_inbox.records import Block, Cells, Octets, Offsets
 
 READ_BYTES = 1 << 20
 
@@ -61,18 +59,27 @@ class Tally:
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.layout.eol)
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
         if len(alike):
-            bounds = zip(starts[alike].tolist(), stops[alike].tolist(), strict=True)
-            records = [block.data[start:stop] + self.padding for start, stop in bounds]
+            records = Cells(block.array, starts[alike], (stops - starts)[alike])
             self.unchanged += self._same(records, there[alike])
 
-    def _same(self, records: Sequence[bytes], starts: Offsets) -> int:
-        """How many of the records the file has to the byte, each where it starts; there is at least one."""
-        base, end = int(starts.min()), int(starts.max()) + max(map(len, records))
-        pairs = zip(starts.tolist(), records, strict=True)
-        if end - base > READ_BYTES:
-            return sum(os.pread(self.spool.fileno(), len(record), start) == record for start, record in pairs)
-        held = os.pread(self.spool.fileno(), end - base, base)
-        return sum(map(eq, records, [held[start - base : start - base + len(record)] for start, record in pairs]))
+    def _same(self, records: Cells, starts: Offsets) -> int:
+        """How many of the records the file has, padded, each where it starts; there is at least one."""
+        held, places = self._spooled(starts, records.lengths + len(self.padding))
+        alike = same(records, Cells(held, places, records.lengths))
+        if self.padding:
+            sizes = np.full(len(places), len(self.padding))
+            padding = Cells(np.frombuffer(self.padding, np.uint8), np.zeros(len(places), np.int64), sizes)
+            alike &= same(Cells(held, places + records.lengths, sizes), padding)
+        return int(np.count_nonzero(alike))
+
+    def _spooled(self, starts: Offsets, lengths: Offsets) -> tuple[Octets, Offsets]:
+        """What the spool has there, and where in it each begins: all between them, unless that is too much."""
+        base, end = int(starts.min()), int((starts + lengths).max())
+        if end - base <= READ_BYTES:
+            return np.frombuffer(os.pread(self.spool.fileno(), end - base, base), np.uint8), starts - base
+        pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+        pieces = b"".join([os.pread(self.spool.fileno(), length, start) for start, length in pairs])
+        return np.frombuffer(pieces, np.uint8), np.cumsum(lengths) - lengths
 
     def doubt(self, block: Block, hits: Offsets) -> None:
         """A column with a value in any row that stays is not obsolete."""
