@@ -20,6 +20,7 @@ INDEX_VERSION = 2
 WORD_BYTES = 8
 LONG_KEY_BYTES = 64
 LONG_VALUE_BYTES = 512
+FEW_PAIRS = 16
 SIEVE_BITS_LEAST, SIEVE_BITS_MOST = 12, 22
 """The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
 DEEPEST = 32
@@ -77,12 +78,12 @@ def same(left: Cells, right: Cells) -> Truths:
     longest = int(left.lengths[places].max(initial=0))
     left_words, right_words = _words(left), _words(right)
     for at in range(0, min(longest, LONG_VALUE_BYTES), WORD_BYTES):
+        if len(places) <= FEW_PAIRS:
+            break
         pair = left.taken(places), right.taken(places)
         alike = _word(left_words, pair[0], at, 0) == _word(right_words, pair[1], at, 0)
         equal[places[~alike]] = False
         places = places[alike & (pair[0].lengths > at + WORD_BYTES)]
-        if not len(places):
-            break
     for place in places.tolist():
         equal[place] = left.value(place) == right.value(place)
     return equal
@@ -96,7 +97,7 @@ def firsts(values: npt.NDArray[Any]) -> Offsets:
     return found
 
 
-class _Sieve:
+class Sieve:
     """Sorted, distinct hashes by their first bits: which may be there at all, and where each would be."""
 
     def __init__(self, hashes: Hashes) -> None:
@@ -108,8 +109,9 @@ class _Sieve:
         # Few enough hashes share their first bits that stepping from the first of them beats bisecting all.
         self._step_shift = np.uint64(64 - min(len(hashes).bit_length(), bits))
         counts = np.bincount(_numbers(hashes, self._step_shift), minlength=1 << 64 - int(self._step_shift))
-        self._firsts = (np.cumsum(counts) - counts).astype(np.int32)
         self._depth = int(counts.max())
+        self._firsts = np.zeros(len(counts), np.int32)
+        np.cumsum(counts[:-1], out=self._firsts[1:])
 
     def passed(self, hashes: Hashes) -> Offsets:
         """The places of those that may be there."""
@@ -145,21 +147,21 @@ class Keys:
     shared: dict[bytes, int]
     by_row: Hashes
     count: int
-    _sieve: "_Sieve"
+    sieve: Sieve
 
     def candidates(self, hashes: Hashes) -> Offsets:
         """The places of the hashes whose upper half is that of a key here; few others are looked at closely.
 
         What the lower half is does not matter.
         """
-        passed = self._sieve.passed(hashes)
+        passed = self.sieve.passed(hashes)
         halves = hashes[passed] >> _HALF
-        found: Offsets = passed[self.hashes[self._sieve.places(halves << _HALF)] >> _HALF == halves]
+        found: Offsets = passed[self.hashes[self.sieve.places(halves << _HALF)] >> _HALF == halves]
         return found
 
     def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
         """The last row here with the key of each candidate, -1 where it only looked alike."""
-        places = self._sieve.places(hashes)
+        places = self.sieve.places(hashes)
         found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
         for place in np.flatnonzero(found < 0) if self.shared else ():
             found[place] = self.shared.get(cells.value(int(place)), -1)
@@ -190,10 +192,13 @@ class Gathering:
         self.rows += len(cells.lengths)
 
     def keys(self) -> Keys:
-        """All of them; there is at least one."""
+        """All of them; there is at least one, and none is added afterwards."""
         lengths = np.concatenate([NONE, *self._lengths])
         by_row = np.concatenate(self._hashes)
-        cells = Cells(np.frombuffer(self._data + bytes(WORD_BYTES), np.uint8), np.cumsum(lengths) - lengths, lengths)
+        self._lengths.clear()
+        self._hashes.clear()
+        self._data += bytes(WORD_BYTES)
+        cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row)
         if not _distinct(by_row[order]):  # the quick way does not keep the order of what is equal
             order = np.argsort(by_row, kind="stable")
@@ -203,7 +208,7 @@ class Gathering:
         shared = _shared(cells, order, is_last)
         groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
         count = len(rows) - groups + len(shared)
-        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, _Sieve(hashes))
+        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, Sieve(hashes))
 
 
 def _distinct(ordered: Hashes) -> bool:

@@ -6,7 +6,7 @@ Invariant: what is kept is written as the bytes that it was, in its order; all o
 import errno
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from app.csv_inbox.records import Offsets
 
 COPY_BYTES = 1 << 20
 SPAN_BYTES = 1 << 25
-MOST_PARTS = 1024
 NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 Beat = Callable[[int], None]
 
@@ -40,21 +39,16 @@ class Output:
 
     def keep(self, data: bytes | memoryview, at: int, first: Offsets, last: Offsets) -> None:
         """Append what lies at `at` in the old master, without the ranges from each of `first` to that of `last`."""
+        self.kept_bytes += len(data) - int((last - first).sum())
+        if not len(first):
+            self.write(data)
+            return
         held, starts, ends = memoryview(data), first.tolist(), last.tolist()
-        stays = [held[start:end] for start, end in zip([0, *ends], [*starts, len(held)], strict=True)]
-        for place in range(0, len(stays), MOST_PARTS):
-            self._write_all(stays[place : place + MOST_PARTS])
-        lengths = last - first
-        self.kept_bytes += len(held) - int(lengths.sum())
-        if self._removed is not None and len(first):
+        # Joined before they are written: the kernel takes many short pieces at half the speed of one long one.
+        self.write(b"".join([held[start:end] for start, end in zip([0, *ends], [*starts, len(held)], strict=True)]))
+        if self._removed is not None:
             self._removed.write(b"".join([held[start:end] for start, end in zip(starts, ends, strict=True)]))
-            self.ranges.frombytes(np.stack((first + at, lengths), axis=1).astype(np.int64).tobytes())
-
-    def _write_all(self, parts: Sequence[memoryview]) -> None:
-        """Append them in one call, and in more what the system did not take at once."""
-        written = os.writev(self.file.fileno(), parts)
-        if written < sum(map(len, parts)):
-            self.write(memoryview(b"".join(parts))[written:])
+            self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
 
     def copy(self, master: IO[bytes], start: int, end: int) -> None:
         """Append a span of the old master. Raises EOFError when it ends before."""

@@ -15,6 +15,7 @@ from app.csv_inbox.output import Output
 from app.csv_inbox.records import Block, Offsets, blocks
 from app.csv_inbox.tally import Tally
 
+SCAN_BYTES = 1 << 21
 DOUBT_BLOCKS = 4
 
 
@@ -22,7 +23,7 @@ def scan(master: IO[bytes], header: Header, tally: Tally, out: Output) -> None:
     """Write the header and every row that stays. Raises Malformed, OSError and what `out.beat` raises."""
     _start(master, header, tally, out)
     at = header.size_bytes
-    for block in blocks(master.read, tally.dialect, 1 + header.lines):
+    for block in blocks(master.read, tally.dialect, 1 + header.lines, SCAN_BYTES):
         out.beat(len(block.data))
         hashes, hits, rows = _looked_up(block, header, tally)
         tally.kept += len(block.rows) - len(hits)

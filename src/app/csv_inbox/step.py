@@ -107,10 +107,11 @@ def _read_and_merge(work: Work, candidate: Candidate, source: Source, temporary:
 
 
 def _keep_freed() -> None:
-    """Have the C library keep the memory of one block for the next one.
+    """Have the C library keep the memory of one block for the next.
 
-    glibc hands memory back once twice the largest block ever freed lies idle, and the kernel clears each page again when
-    it is asked for anew: for every megabyte merged some hundred pages. What is freed here was never touched.
+    glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page of
+    it again: a hundred pages for every megabyte merged. The daemon sets its own limits. What is freed here was never
+    touched.
     """
     bytearray(KEPT_BYTES)
 
