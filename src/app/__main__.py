@@ -7,7 +7,6 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
-import gc
 import io
 import os
 import signal
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 OK, FAILED, USAGE, BUSY, BAD_SETTINGS = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
-COLLECT_AFTER = 20_000
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -64,8 +62,6 @@ def tune() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # pyarrow and DuckDB import pandas wherever it is installed, 91 MiB for nothing: here it is never asked for.
     sys.meta_path.insert(0, Absent("pandas"))
-    # Modules, classes and tables are no cycles: looking for some after every 700 objects costs a twentieth of all CPU.
-    gc.set_threshold(COLLECT_AFTER, 20, 20)
 
 
 def say(line: str) -> None:
