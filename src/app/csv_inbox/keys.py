@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.csv_inbox.records import NONE, Cells, Offsets
+from app.csv_inbox.records import NONE, Cells, Offsets, spread
 
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
@@ -184,9 +184,7 @@ class Gathering:
 
     def add(self, cells: Cells) -> None:
         """The keys of the next rows."""
-        ends = np.cumsum(cells.lengths)
-        inner = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - cells.lengths, cells.lengths)
-        self._data += cells.data[np.repeat(cells.starts, cells.lengths) + inner].tobytes()
+        self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
         self._lengths.append(cells.lengths)
         self._hashes.append(hashed(cells))
         self.rows += len(cells.lengths)
