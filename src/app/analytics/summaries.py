@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from threading import Lock
 from types import MappingProxyType
@@ -30,10 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one listing showed. `number` grows with each change; `as_of` with each listing."""
+    """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
+    each listing.
+    """
 
     number: int
     as_of: datetime
+    versions: Collection[int]
     days: Mapping[Pair, Part]
     objects: int
     rows: int
@@ -44,7 +47,9 @@ class View:
 
 @dataclass(slots=True)
 class _State:
-    """What the refreshing thread holds. `touched`: pairs whose sum is not up to date yet."""
+    """What the refreshing thread holds, half of a listing at times. `touched`: pairs whose sum is not up to date yet;
+    `moved`: something came or went since the last view.
+    """
 
     current: dict[int, int] = field(default_factory=dict)
     days: dict[Pair, Part] = field(default_factory=dict)
@@ -55,6 +60,7 @@ class _State:
     rows: int = 0
     size_bytes: int = 0
     turn: int = 0
+    moved: bool = False
     number: int = 0
     sweeps: int | None = None
 
@@ -85,28 +91,28 @@ class Summaries:
         return frozenset(self._view.columns.get("timestamp", ())) if self._view else frozenset()
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[Source]:
-        """What a query over this device and span has to read; None = not limited."""
+        """What a query over this device and span has to read, all of one view; None = not limited."""
+        view = self._view
+        if view is None:
+            return []
         first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
-        current = self._state.current
-        return [source for source in found if source.version in current]
+        return [source for source in found if source.version in view.versions]
 
     def holds(self, sources: Sequence[Source]) -> bool:
-        """Whether all of them are still current."""
-        return all(source.version in self._state.current for source in sources)
+        """Whether the last view has all of them."""
+        view = self._view
+        return view is not None and all(source.version in view.versions for source in sources)
 
     def refresh(self) -> View:
         """List, learn what is new, drop what is gone, add up anew what that touched. Raises what the stores raise."""
         with self._lock:
             for _ in range(2):
-                state = self._state
                 as_of = self._clock()
-                before = (len(state.current), state.size_bytes)
                 unread = self._list(as_of)
-                changed = bool(state.touched) or before != (len(state.current), state.size_bytes)
                 self._add_up()
                 if self._all_kept():
-                    return self._publish(as_of, unread, changed=changed)
+                    return self._publish(as_of, unread)
             raise Transient("what is known of objects is removed by others all the time", "look for a second Headwater")
 
     def _listed(self) -> Iterator[ObjectInfo]:
@@ -157,6 +163,7 @@ class Summaries:
     def _take(self, version: int, known: Known) -> None:
         state = self._state
         if version not in state.current:
+            state.moved = True
             state.rows += known.rows
             state.size_bytes += known.size_bytes
             state.schemas[known.columns] += 1
@@ -170,6 +177,7 @@ class Summaries:
         state = self._state
         known = self._facts.known(versions)
         state.touched |= self._facts.pairs(versions)
+        state.moved = True
         for version in versions:
             del state.current[version]
             state.faults.pop(version, None)
@@ -208,22 +216,26 @@ class Summaries:
                 state.leaving.append((later, version))
         state.sweeps = sweeps
         if missing:
-            self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving)
+            self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving, moved=True)
         return not missing
 
-    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]], *, changed: bool) -> View:
+    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
+        """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
         state = self._state
         self._forget(as_of)
         held = self._view
         faults = sorted([*state.faults.values(), *unread])
-        if held and not changed and held.faults == faults:
-            view = View(held.number, as_of, held.days, held.objects, held.rows, held.size_bytes, held.columns, faults)
+        if held and not state.moved:
+            state.number += faults != held.faults
+            view = replace(held, number=state.number, as_of=as_of, faults=faults)
         else:
             state.number += 1
-            columns = _columns(state.schemas)
             days = MappingProxyType(dict(state.days))
-            view = View(state.number, as_of, days, len(state.current), state.rows, state.size_bytes, columns, faults)
+            versions, columns = frozenset(state.current), _columns(state.schemas)
+            sums = (len(versions), state.rows, state.size_bytes)
+            view = View(state.number, as_of, versions, days, *sums, columns, faults)
         self._view = view
+        state.moved = False
         return view
 
     def _forget(self, now: datetime) -> None:
