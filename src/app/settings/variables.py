@@ -406,7 +406,7 @@ ANALYTICS = _of(
         "ANALYTICS_MEMORY_MB",
         kinds.whole(32, 65_536),
         "128",
-        "memory of reports that run; what needs more goes to DATA_DIR meanwhile",
+        "memory of DuckDB, once for a directory and up to three times for a bucket; what needs more goes to DATA_DIR",
     ),
     ("reports_dir", "ANALYTICS_REPORTS_DIR", kinds.PATH, "", "folder of further reports, one .sql file each", "none"),
 )
