@@ -17,11 +17,12 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from shutil import copyfileobj
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -37,6 +38,8 @@ LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ABSENT = (FileNotFoundError, NotADirectoryError)
+# Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
+UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +136,8 @@ class LocalDirectory:
             yield file
 
     def pin(self, key: str, target: Path) -> str | None:
-        """A second name for the version that is there, on the same disk: it stays as it is when the key is replaced or
-        deleted. The version's ETag, None when there is no object.
+        """A second name for the version that is there, which stays as it is when the key is replaced or deleted; a copy
+        where there can be no second name. The version's ETag, None when there is no object.
         """
         path = self._path(key)
         with _translated(key):
@@ -142,6 +145,10 @@ class LocalDirectory:
                 target.hardlink_to(path)
             except ABSENT:
                 return None
+            except OSError as error:
+                if error.errno not in UNLINKABLE:
+                    raise
+                return _copied(path, target)
             found = _stat(target)
             if found is None:
                 target.unlink()
@@ -332,6 +339,19 @@ def _open(path: Path) -> BinaryIO | None:
     return None
 
 
+def _copied(path: Path, target: Path) -> str | None:
+    """The ETag of what was copied, which is one version: an open file keeps its bytes when its name is replaced."""
+    file = _open(path)
+    if file is None:
+        return None
+    with file, ExitStack() as undo:
+        undo.callback(target.unlink, missing_ok=True)
+        with target.open("xb") as copy:
+            copyfileobj(file, copy, CHUNK_BYTES)
+        undo.pop_all()
+        return _etag(os.fstat(file.fileno()))
+
+
 def _lock(descriptor: int, path: Path) -> None:
     """Wait for the file's lock. The kernel frees it when the descriptor is closed, however its process ends."""
     deadline = time.monotonic() + LOCK_SECONDS
@@ -370,7 +390,7 @@ def _said(what: str, error: OSError) -> AppError:
     text = f"{what}: {error.strerror}"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return Transient(text, "free space on the disk that holds the object directory")
+            return Transient(text, "free space on the disks that hold the object directory and DATA_DIR")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Permanent(text, "let the service's user write to the object directory, or set DATA_DIR")
         case errno.EIO:
