@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from app.analytics.faults import written
 from app.analytics.totals import Table
 from app.core.errors import Rejected
 
@@ -98,7 +99,8 @@ def _spooled(folder: Path, write: Callable[[Any], None]) -> Answer:
     spool = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - the answer closes it
     with ExitStack() as undo:
         undo.callback(spool.close)
-        write(spool)
+        with written():
+            write(spool)
         answer = Answer(spool)
         undo.pop_all()
     return answer
