@@ -28,7 +28,7 @@ from uuid import uuid4
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
 from app.stores.notes import Notes
-from app.stores.objects import CONTROL, ObjectInfo, Put, check_key
+from app.stores.objects import CONTROL, Batch, ObjectInfo, Put, check_key, in_batches
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
@@ -155,6 +155,11 @@ class LocalDirectory:
             start = self._root / folder
             if os.path.realpath(start) == str(start):
                 yield from self._walk(base, prefix)
+
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+        """As listed: each file is looked at."""
+        del objects
+        return in_batches(self.list(prefix))
 
     def delete(self, key: str) -> None:
         """Remove the file, its metadata, and the folders that are empty then."""
