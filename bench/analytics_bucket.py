@@ -36,10 +36,25 @@ class Bucket:
         self.held: dict[str, bytes] = {}
         self.latency_seconds = latency_seconds
         self.listed = 0
+        self.pages: dict[tuple[str, ...], bytes] = {}
 
     def listing(self, asked: dict[str, str]) -> bytes:
-        """One page."""
+        """One page, made once while nothing below its prefix changes."""
         self.listed += 1
+        of = (
+            asked.get("prefix", ""),
+            *(asked.get(name, "") for name in ("continuation-token", "delimiter", "max-keys")),
+        )
+        if of not in self.pages:
+            self.pages[of] = self.page(asked)
+        return self.pages[of]
+
+    def changed(self, name: str) -> None:
+        """Pages that may hold this name are made anew."""
+        self.pages = {of: page for of, page in self.pages.items() if not name.startswith(of[0])}
+
+    def page(self, asked: dict[str, str]) -> bytes:
+        """One page."""
         prefix, limit = asked.get("prefix", ""), int(asked.get("max-keys", "1000"))
         at = bisect_left(self.names, asked.get("continuation-token", prefix))
         entries: list[str] = []
@@ -95,6 +110,8 @@ class Bucket:
         if not name and method == "GET":
             await asyncio.sleep(self.latency_seconds)
             return (200, str(self.listed).encode(), "") if "listed" in asked else (200, self.listing(asked), "")
+        if method in ("PUT", "DELETE"):
+            self.changed(name)
         if method == "PUT":
             if name not in self.held:
                 insort(self.names, name)

@@ -118,7 +118,8 @@ class Summaries:
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
-        for batch in self._store.batches(self._folder, len(state.current)):
+        expected = len(state.current) or self._facts.count()
+        for batch in self._store.batches(self._folder, expected):
             packed = state.batches.get(batch.digest)
             if packed is None:
                 packed, is_known = self._look(batch.infos(), unread)

@@ -62,7 +62,7 @@ def _array(packed: bytes) -> Any:
 def _sorted(packed: bytes) -> bytes:
     import numpy as np
 
-    found: bytes = np.unique(_array(packed)).tobytes()
+    found: bytes = np.sort(_array(packed)).tobytes()
     return found
 
 

@@ -264,7 +264,8 @@ class S3Store:
         with self._lock:
             if self._made is None:
                 self._made = make_client(self.target)
-                self._made.meta.events.register("before-parse.s3.ListObjectsV2", take_entries)
+                # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
+                self._made.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
             return self._made
 
     def translated(self, what: str, *, replaces: bool = False) -> AbstractContextManager[None]:

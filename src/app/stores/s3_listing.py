@@ -27,7 +27,7 @@ TAKEN = "HeadwaterEntries"
 FIRST, LAST = b"<Contents>", b"</Contents>"
 ROOT = re.compile(rb"<ListBucketResult\b[^>]*>")
 ENCODED = b"<EncodingType>url</EncodingType>"
-OTHERS = (b"<!", b"IsTruncated", b"ContinuationToken", b"CommonPrefixes", b"EncodingType")
+OTHERS = (b"<!--", b"<![CDATA[", b"IsTruncated", b"ContinuationToken", b"CommonPrefixes", b"EncodingType")
 TEXT = r"[^<&\x00-\x1f]*"
 MORE = "".join(f"(?:<{name}>[A-Z0-9_]*</{name}>)*" for name in ("ChecksumAlgorithm", "ChecksumType", "StorageClass"))
 PLAIN = re.compile(
@@ -102,7 +102,7 @@ def take_entries(response_dict: dict[str, Any], customized_response_dict: dict[s
         return
     head, entries, tail = body[:begin], body[begin:end], body[end:]
     root = ROOT.search(head)
-    if root is None or OTHERS[0] in head or any(other in entries for other in OTHERS):
+    if root is None or b"<!" in head or any(other in entries for other in OTHERS):
         return
     encoded = ENCODED in head or ENCODED in tail
     customized_response_dict[TAKEN] = Entries(head[: root.end()], entries, encoded)

@@ -84,7 +84,7 @@ class Source:
 
 
 PART_FIELDS = tuple(each.name for each in fields(Part))[:-1]
-"""All but `latest`, in the order of the query."""
+"""All but `latest`, in the order of the class and of the query."""
 
 
 def version_of(key: str, etag: str) -> Version:
@@ -104,10 +104,8 @@ class SqlSummaries:
         found: dict[Version, Known] = {}
         with self._database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
-                for row in session.rows(self._queries["facts"], ids=ids):
-                    found[bytes.fromhex(row["object_id"])] = Known(
-                        row["object_key"], row["size_bytes"], row["row_count"], row["fault"], row["columns"] or "{}"
-                    )
+                for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
+                    found[bytes.fromhex(version)] = Known(key, size_bytes, rows, fault, columns or "{}")
         return found
 
     def save(self, many: Sequence[Facts]) -> None:
@@ -141,6 +139,12 @@ class SqlSummaries:
         with self._database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
             return [Source(bytes.fromhex(version), *others) for version, *others in rows]
+
+    def count(self) -> int:
+        """How many versions are known."""
+        with self._database.transaction(read_only=True) as session:
+            count: int = session.rows(self._queries["count_objects"])[0]["objects"]
+            return count
 
     def versions(self) -> Iterator[Version]:
         """Every version that is known."""
@@ -179,7 +183,7 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
 
 def _part(row: Sequence[Any]) -> Part:
     latest = None if row[11] is None else tuple(json.loads(row[11]))
-    return Part(**dict(zip(PART_FIELDS, row[1:11], strict=True)), latest=latest)
+    return Part(*row[1:11], latest=latest)
 
 
 def _schema(facts: Facts) -> str:
