@@ -183,7 +183,7 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
 
 def _part(row: Sequence[Any]) -> Part:
     latest = None if row[11] is None else tuple(json.loads(row[11]))
-    return Part(*row[1:11], latest=latest)
+    return Part(*(*row[1:11], latest))
 
 
 def _schema(facts: Facts) -> str:
