@@ -108,7 +108,7 @@ def pause_after(taken_seconds: float, used_seconds: float, interval_seconds: flo
     but a listing of very many objects must not take more than a fifth of one core. Waiting for a network takes none.
     """
     busy_seconds = min(taken_seconds, used_seconds)
-    return max(interval_seconds - 2 * taken_seconds, SHARE * busy_seconds, LEAST_SECONDS)
+    return max(interval_seconds - 2 * taken_seconds, SHARE * busy_seconds, min(LEAST_SECONDS, interval_seconds))
 
 
 @dataclass(frozen=True, slots=True)
