@@ -3,7 +3,6 @@
 The browser has a profile of its own below the test's folder, reaches loopback only, and is ended by its pid.
 """
 
-import base64
 import json
 import os
 import subprocess
@@ -137,12 +136,6 @@ class Browser:
         place = self.run(f"(() => {{ const box = ({script}).getBoundingClientRect(); return {middle}; }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self._page("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
-
-    def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
-        path.write_bytes(
-            base64.b64decode(self._page("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"])
-        )
 
     def close(self) -> None:
         self._process.kill()

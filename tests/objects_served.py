@@ -44,11 +44,6 @@ def held_parts(seaweed: Seaweed, bucket: str) -> list[str]:
         return [each["Key"] for each in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
 
 
-def written_mib(daemon: Daemon) -> float:
-    lines = Path(f"/proc/{daemon.process.pid}/io").read_text().splitlines()
-    return next(int(line.split()[1]) / MIB for line in lines if line.startswith("write_bytes"))
-
-
 def peak_mib(daemon: Daemon) -> float:
     lines = Path(f"/proc/{daemon.process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))

@@ -287,7 +287,7 @@ def test_a_million_rows_are_read_a_window_at_a_time(influx: InfluxSimulator) -> 
     for number in range(10):
         influx.points.extend(("m", (("device_id", f"D{number}"),)), times, dict.fromkeys("abcd", values))
     assert len(influx.points) == 1_000_000
-    began = time.monotonic()
+    began = time.process_time()  # the simulator runs in this process
     got = post_flux(influx, QUERY.replace("|> pivot", '|> filter(fn: (r) => r.device_id == "D7") |> pivot'))
     assert rows(got.data) == 720
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2

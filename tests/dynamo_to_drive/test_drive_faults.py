@@ -237,6 +237,7 @@ def test_a_kept_token_of_an_installed_app_is_used_and_renewed_in_place(ship: Shi
     assert len(ship.text(HOUR_12).splitlines()) == 6
 
 
+@pytest.mark.timeout(300)
 def test_a_thousand_uploads_under_faults_leave_one_file_per_hour_equal_to_undisturbed_ones(tmp_path: Path) -> None:
     """Each upload suffers every third time, and each other call now and then; five uploads an hour, in 200 hours."""
     draw = random.Random(7)  # noqa: S311 - a fixed course of events

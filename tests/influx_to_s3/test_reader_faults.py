@@ -157,7 +157,7 @@ def test_a_stall_is_transient_within_the_timeout(influx: InfluxSimulator, make: 
     started = time.monotonic()
     with pytest.raises(Transient):
         rows(make(timeout_seconds=0.3))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize("fault", [ForceGzip(), EmptyTable((("device_id", "D1"), ("location", "a,b")))], ids=str)

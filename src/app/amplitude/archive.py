@@ -7,17 +7,18 @@ ever used as a path; whatever is wrong with the file is one of our errors.
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
 from app.core.window import Window
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
 HOUR = timedelta(hours=1)
+T = TypeVar("T")
 AGAIN = "nothing to do: the export is fetched again"
 
 
@@ -56,7 +57,7 @@ class Archive:
     @contextmanager
     def open(self, member: Member) -> Iterator[BinaryIO]:
         """The member's bytes, which are gzip; its checksum is compared at the end."""
-        with read_errors(), self._archive.open(member.name) as stream:
+        with read_errors(), readable(lambda: self._archive.open(member.name)) as stream:
             yield cast("BinaryIO", stream)
 
 
@@ -64,7 +65,7 @@ class Archive:
 def opened(file: BinaryIO, span: Window) -> Iterator[Archive]:
     """The export in `file`. Raises Transient when it is no zip, or not a whole one."""
     with read_errors():
-        archive = zipfile.ZipFile(file)
+        archive = readable(lambda: zipfile.ZipFile(file))
     with archive:
         yield Archive(archive, span)
 
@@ -76,7 +77,13 @@ def read_errors() -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise Transient(f"the export is no whole zip: {error or type(error).__name__}", AGAIN) from error
-    except RuntimeError as error:  # what zipfile raises for encryption, and for methods of packing that it lacks
+
+
+def readable(opening: Callable[[], T]) -> T:
+    """What opening a zip or an entry of one gives. Raises Permanent for a kind of zip that zipfile lacks."""
+    try:
+        return opening()
+    except RuntimeError as error:  # of encryption; NotImplementedError, of versions and methods of packing, is one
         raise Permanent(f"the export is a zip of a kind that cannot be read: {error}", "please report it") from error
 
 

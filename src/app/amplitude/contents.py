@@ -14,7 +14,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO, cast
 
-from app.amplitude.archive import Archive, read_errors
+from app.amplitude.archive import Archive, read_errors, readable
 from app.amplitude.deflate import inflated
 from app.core.errors import Permanent, Transient
 from app.core.verify import NOTHING, Content, content_of
@@ -77,9 +77,9 @@ class Objects:
     def week(self, info: ObjectInfo) -> Content:
         """What the object of a week holds."""
         total = NOTHING
-        with self._downloaded(info) as file, read_errors(), zipfile.ZipFile(file) as archive:
+        with self._downloaded(info) as file, read_errors(), readable(lambda: zipfile.ZipFile(file)) as archive:
             for name in archive.namelist():
-                with archive.open(name) as entry:
+                with readable(lambda name=name: archive.open(name)) as entry:  # type: ignore[misc]  # bound now
                     pieces = iter(lambda entry=entry: entry.read(PIECE_BYTES), b"")  # type: ignore[misc]  # bound now
                     total += content_of_events(_blocks(pieces, self.safe_point))
         return total

@@ -65,9 +65,3 @@ def duration_ns(text: str) -> int:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"not a duration: {text!r}")
     return sum(int(number) * UNITS_NS[unit] for number, unit in parts)
-
-
-def as_ns(at: datetime) -> int:
-    """Nanoseconds of an aware datetime."""
-    elapsed = at - EPOCH
-    return (elapsed.days * 86_400 + elapsed.seconds) * NS + elapsed.microseconds * 1000

@@ -95,8 +95,8 @@ class InfluxSource:
             return spool.finish(cells)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
-        """Adjacent small windows in one question. An answer is held beside what is cut out of it: half of the rows."""
-        for run in runs_of_few_rows(counted, self._reading.batch_rows // 2):
+        """Adjacent small windows in one question of a batch at most; what is cut out is held beside the answer."""
+        for run in runs_of_few_rows(counted, self._reading.batch_rows):
             tables = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
             for window, count in run:
                 yield (

@@ -23,7 +23,6 @@ from app.stores.s3_client import AGAIN_HINT, code_of, status_of
 from app.stores.transfers import MARK, Stored
 
 MIB = 1 << 20
-LEAST_PART_BYTES = 5 * MIB
 MOST_PARTS = 10_000
 # Up to 31 GiB all parts but the last are alike, which some stores ask for; then they grow, and 171 GiB fit.
 GROWTH = ((4_000, 8 * MIB), (7_000, 16 * MIB), (MOST_PARTS, 32 * MIB))

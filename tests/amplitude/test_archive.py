@@ -1,0 +1,72 @@
+"""Exports that are no zip as it should be: each is one of our errors, and says whether fetching it again can help."""
+
+import io
+import struct
+import zipfile
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from app.amplitude.archive import opened
+from app.core.errors import AppError, Permanent, Transient
+from app.core.window import Window
+
+HOUR_AT = datetime(2026, 2, 7, 9, tzinfo=UTC)
+SPAN = Window(HOUR_AT, HOUR_AT + timedelta(hours=1))
+NAME = "100/100_2026-02-07_9#0.json.gz"
+TEXT = b"not compressed, so that each byte of it can be found" * 20
+LOCAL, CENTRAL = b"PK\x03\x04", b"PK\x01\x02"
+
+
+def export(name: str = NAME) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(name, TEXT)
+    return held.getvalue()
+
+
+def with_field(body: bytes, at: int, value: int) -> bytes:
+    """The field that stands `at` bytes into the local header, and two further in the central one."""
+    changed = bytearray(body)
+    struct.pack_into("<H", changed, body.index(LOCAL) + at, value)
+    struct.pack_into("<H", changed, body.index(CENTRAL) + at + 2, value)
+    return bytes(changed)
+
+
+def read(body: bytes) -> bytes:
+    with opened(io.BytesIO(body), SPAN) as archive:
+        members = [member for found in archive.hours().values() for member in found]
+        with archive.open(members[0]) as stream:
+            return stream.read()
+
+
+def test_a_whole_export_is_read() -> None:
+    assert read(export()) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (b"<html>sign in</html>", Transient, "no whole zip"),
+        (export()[:-30], Transient, "no whole zip"),
+        (export().replace(TEXT, TEXT[:-1] + b"!"), Transient, "no whole zip: Bad CRC-32"),
+        (with_field(export(), 6, 1), Permanent, "a kind that cannot be read: .* encrypted"),
+        (with_field(export(), 8, 99), Permanent, "a kind that cannot be read: .* compression method"),
+        (with_field(export(), 4, 99), Permanent, "a kind that cannot be read: zip file version 9.9"),
+        (export("100/somewhere/else.txt"), Permanent, "which tells no hour"),
+        (export(NAME.replace("-07_9", "-08_9")), Permanent, "which is of another time"),
+    ],
+    ids=["no zip", "cut", "changed byte", "encrypted", "unknown method", "newer version", "odd name", "another day"],
+)
+def test_what_is_wrong_with_an_export_is_one_of_our_errors(body: bytes, kind: type[AppError], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        read(body)
+
+
+def test_an_error_of_whoever_reads_is_not_taken_for_one_of_the_zip() -> None:
+    with (
+        pytest.raises(RuntimeError, match="of the reader"),
+        opened(io.BytesIO(export()), SPAN) as archive,
+        archive.open(archive.hours()[HOUR_AT][0]),
+    ):
+        raise RuntimeError("of the reader")
