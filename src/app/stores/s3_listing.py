@@ -36,6 +36,7 @@ PLAIN = re.compile(
 )
 AT_ONCE = 8
 WIDE_PAGES = 8
+FOLDERS_A_PAGE = 2
 PARTS = 4096
 
 Fields = Sequence[str]
@@ -132,14 +133,14 @@ def listed(ask: Ask, prefix: str) -> Iterator[ObjectInfo]:
 
 
 def batches(ask: Ask, prefix: str, pages: int) -> Iterator[Batch]:
-    """Every object below `prefix`, a page at a time in no order. Where about so many `pages` are expected and not more
-    folders than that, the folders are listed side by side.
+    """Every object below `prefix`, a page at a time in no order. Where about so many `pages` are expected and not many
+    more folders, the folders are listed side by side.
     """
     questions: Sequence[Question] = [{"Prefix": prefix}]
     if pages >= WIDE_PAGES:
         top = ask({"Prefix": prefix, "Delimiter": "/"})
         folders = [one["Prefix"] for one in top.get("CommonPrefixes", ()) if one["Prefix"].startswith(prefix)]
-        if not _truncated(top) and 1 < len(folders) <= pages:
+        if not _truncated(top) and 1 < len(folders) <= FOLDERS_A_PAGE * pages:
             yield _batch(prefix, top)
             questions = [{"Prefix": folder} for folder in folders]
     for question, page in _side_by_side(ask, questions):
