@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from app.analytics.queries import Queries
-from app.analytics.summaries import CHUNK, Summaries
+from app.analytics.summaries import Summaries
 from app.core.errors import Transient
-from app.stores.objects import ObjectInfo
+from app.stores.objects import Batch
 from app.stores.state import State
 from lake import PREFIX, Lake, exported, local_lake
 
@@ -55,7 +55,7 @@ class Watched:
 
 
 class Failing:
-    """The store; after so many `good` listings, one shows the first object, a page long, and fails."""
+    """The store; after so many `good` listings, one shows the first object and fails."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -64,13 +64,13 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
         self.good -= 1
         if self.good >= 0:
-            yield from self._store.list(prefix)
+            yield from self._store.batches(prefix, objects)
             return
         first = next(self._store.list(prefix))
-        yield from [first] * CHUNK
+        yield Batch(b"", lambda: [first])
         raise Transient("the second page failed")
 
 

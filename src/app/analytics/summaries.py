@@ -8,22 +8,24 @@ days.
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import compress, islice
 from threading import Lock
 from types import MappingProxyType
 
 from app.analytics.aggregate import aggregated
 from app.analytics.engine import Engine
 from app.analytics.totals import merged
+from app.analytics.versions import Versions
 from app.core.errors import Transient
 from app.stores.objects import ObjectInfo, ObjectStore
-from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, version_of
+from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
 
-CHUNK = 2000
+SOME = 2000
 PAIRS = 500
-ROUNDS = 250  # small numbers are shared objects, so that a mark costs no memory
+SUFFIX = ".parquet"
 KEPT = timedelta(hours=1)
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class View:
 
     number: int
     as_of: datetime
-    versions: Collection[int]
+    versions: Versions
     days: Mapping[Pair, Part]
     objects: int
     rows: int
@@ -47,19 +49,20 @@ class View:
 
 @dataclass(slots=True)
 class _State:
-    """What the refreshing thread holds, half of a listing at times. `touched`: pairs whose sum is not up to date yet;
-    `moved`: something came or went since the last view.
+    """What the refreshing thread holds, half of a listing at times. `batches`: the versions of each batch of the last
+    whole listing, by digest; `moved`: something came or went since the last view; `touched`: pairs whose sum is not up
+    to date yet.
     """
 
-    current: dict[int, int] = field(default_factory=dict)
+    current: Versions = field(default_factory=Versions)
+    batches: Mapping[bytes, bytes] = field(default_factory=dict)
     days: dict[Pair, Part] = field(default_factory=dict)
     touched: set[Pair] = field(default_factory=set)
-    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+    faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
-    leaving: deque[tuple[datetime, int]] = field(default_factory=deque)
+    leaving: deque[tuple[datetime, Version]] = field(default_factory=deque)
     rows: int = 0
     size_bytes: int = 0
-    turn: int = 0
     moved: bool = False
     number: int = 0
     sweeps: int | None = None
@@ -97,12 +100,12 @@ class Summaries:
             return []
         first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
-        return [source for source in found if source.version in view.versions]
+        return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[Source]) -> bool:
         """Whether the last view has all of them."""
         view = self._view
-        return view is not None and all(source.version in view.versions for source in sources)
+        return view is not None and all(view.versions.among([source.version for source in sources]))
 
     def refresh(self) -> View:
         """List, learn what is new, drop what is gone, add up anew what that touched. Raises what the stores raise."""
@@ -115,71 +118,84 @@ class Summaries:
                     return self._publish(as_of, unread)
             raise Transient("what is known of objects is removed by others all the time", "look for a second Headwater")
 
-    def _listed(self) -> Iterator[ObjectInfo]:
-        """Parquet objects below the prefix; names that begin with `_` or `.` are other programs' own."""
-        for info in self._store.list(self._folder):
-            names = info.key.removeprefix(self._folder).split("/")
-            if names[-1].lower().endswith(".parquet") and not any(name.startswith(("_", ".")) for name in names):
-                yield info
-
     def _list(self, as_of: datetime) -> Sequence[tuple[str, str]]:
-        """Bring `current` up to the store; what could not be fetched."""
+        """Bring `current` up to the store; what could not be fetched. A batch that was there the last time, every
+        version of it known, is not even read.
+        """
         state = self._state
-        state.turn = (state.turn + 1) % ROUNDS
         unread: list[tuple[str, str]] = []
-        waiting: list[ObjectInfo] = []
-        for info in self._listed():
-            version = version_of(info.key, info.etag)
-            if version in state.current:
-                state.current[version] = state.turn
-                continue
-            waiting.append(info)
-            if len(waiting) == CHUNK:
-                unread += self._learn(waiting)
-                waiting = []
-        unread += self._learn(waiting)
-        self._drop([version for version, turn in state.current.items() if turn != state.turn], as_of)
+        seen: dict[bytes, bytes] = {}
+        others: list[bytes] = []
+        expected = len(state.current) or self._facts.count()
+        for batch in self._store.batches(self._folder, expected):
+            packed = state.batches.get(batch.digest)
+            if packed is None:
+                packed, is_known = self._look(batch.infos(), unread)
+                if not batch.digest or not is_known:
+                    others.append(packed)
+                    continue
+            seen[batch.digest] = packed
+        if others or state.moved or seen.keys() != state.batches.keys():
+            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
+        state.batches = seen
         return unread
 
-    def _learn(self, infos: Sequence[ObjectInfo]) -> Sequence[tuple[str, str]]:
-        if not infos:
-            return []
-        by_version = {version_of(info.key, info.etag): info for info in infos}
-        known = self._facts.known(by_version)
-        self._state.touched |= self._facts.pairs(known)
+    def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
+        """The versions that are there, and whether those are all that were listed. What is new is learnt, what cannot
+        be fetched is added to `unread`.
+        """
+        by_version = {version_of(info.key, info.etag): info for info in infos if self._is_ours(info.key)}
+        versions = list(by_version)
+        here = set(compress(versions, self._state.current.among(versions)))
+        fresh = {version: info for version, info in by_version.items() if version not in here}
+        if fresh:
+            here |= self._learn(fresh, unread)
+        return b"".join(here), here >= by_version.keys()
+
+    def _is_ours(self, key: str) -> bool:
+        """Parquet objects; names that begin with `_` or `.` are other programs' own."""
+        path = f"/{key.removeprefix(self._folder)}"
+        return path[-len(SUFFIX) :].lower() == SUFFIX and "/_" not in path and "/." not in path
+
+    def _learn(self, infos: Mapping[Version, ObjectInfo], unread: list[tuple[str, str]]) -> set[Version]:
+        """The versions that were taken: those given, or newer ones that had taken their place."""
+        state = self._state
+        known = self._facts.known(infos)
+        state.touched |= self._facts.pairs(known)
         for version, one in known.items():
             self._take(version, one)
-        unread: list[tuple[str, str]] = []
-        fresh = [info for version, info in by_version.items() if version not in known]
-        for group in aggregated(self._store, self._engine, fresh):
+        taken = set(known)
+        for group in aggregated(self._store, self._engine, [infos[version] for version in infos.keys() - taken]):
             self._facts.save(group.read)
             for facts in group.read:
-                columns = json.dumps(dict(facts.columns))
-                self._state.touched |= {(part.device, part.day) for part in facts.parts}
-                self._take(facts.version, Known(facts.key, facts.size_bytes, facts.rows, facts.fault, columns))
+                state.touched |= {(part.device, part.day) for part in facts.parts}
+                taken.add(facts.version)
+                if not any(state.current.among([facts.version])):
+                    columns = json.dumps(dict(facts.columns))
+                    self._take(facts.version, Known(facts.key, facts.size_bytes, facts.rows, facts.fault, columns))
             unread += [(facts.key, facts.fault) for facts in group.unread]
-        return unread
+        return taken
 
-    def _take(self, version: int, known: Known) -> None:
+    def _take(self, version: Version, known: Known) -> None:
         state = self._state
-        if version not in state.current:
-            state.moved = True
-            state.rows += known.rows
-            state.size_bytes += known.size_bytes
-            state.schemas[known.columns] += 1
-            if known.fault:
-                state.faults[version] = (known.key, known.fault)
-        state.current[version] = state.turn
+        state.moved = True
+        state.rows += known.rows
+        state.size_bytes += known.size_bytes
+        state.schemas[known.columns] += 1
+        if known.fault:
+            state.faults[version] = (known.key, known.fault)
+        state.current.add(version)
 
-    def _drop(self, versions: Collection[int], as_of: datetime) -> None:
+    def _drop(self, versions: Sequence[Version], as_of: datetime) -> None:
+        """Count out what is no longer current."""
         if not versions:
             return
         state = self._state
         known = self._facts.known(versions)
         state.touched |= self._facts.pairs(versions)
         state.moved = True
+        state.current.drop(versions)
         for version in versions:
-            del state.current[version]
             state.faults.pop(version, None)
             state.leaving.append((as_of + KEPT, version))
             if version in known:
@@ -192,8 +208,9 @@ class Summaries:
         touched = sorted(state.touched)
         for start in range(0, len(touched), PAIRS):
             pairs = touched[start : start + PAIRS]
-            parts = (part for version, part in self._facts.parts(pairs) if version in state.current)
-            found = merged(parts)
+            kept = self._facts.parts(pairs)
+            is_current = state.current.among([version for version, _ in kept])
+            found = merged(part for _, part in compress(kept, is_current))
             for pair in pairs:
                 state.days.pop(pair, None)
             state.days.update(found)
@@ -207,17 +224,17 @@ class Summaries:
         sweeps = self._facts.sweeps()
         if state.sweeps == sweeps:
             return True
-        missing = set(state.current)
         later = self._clock() + KEPT
-        for version in self._facts.versions():
-            if version in missing:
-                missing.discard(version)
-            else:
-                state.leaving.append((later, version))
+        kept = 0
+        versions = self._facts.versions()
+        while some := list(islice(versions, SOME)):
+            is_current = state.current.among(some)
+            kept += sum(is_current)
+            state.leaving += [(later, version) for version, one in zip(some, is_current, strict=True) if not one]
         state.sweeps = sweeps
-        if missing:
+        if kept < len(state.current):
             self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving, moved=True)
-        return not missing
+        return kept == len(state.current)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
         """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
@@ -231,7 +248,7 @@ class Summaries:
         else:
             state.number += 1
             days = MappingProxyType(dict(state.days))
-            versions, columns = frozenset(state.current), _columns(state.schemas)
+            versions, columns = state.current.copy(), _columns(state.schemas)
             sums = (len(versions), state.rows, state.size_bytes)
             view = View(state.number, as_of, versions, days, *sums, columns, faults)
         self._view = view
@@ -244,7 +261,7 @@ class Summaries:
         due = []
         while state.leaving and state.leaving[0][0] <= now:
             due.append(state.leaving.popleft()[1])
-        gone = [version for version in due if version not in state.current]
+        gone = [version for version, one in zip(due, state.current.among(due), strict=True) if not one]
         if gone and self._facts.forget(gone) == (state.sweeps or 0) + 1:
             state.sweeps = (state.sweeps or 0) + 1  # else somebody else did so too, which is looked at next time
 
