@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def hourly(number: int, rows: int, draw: random.Random) -> tuple[str, bytes]:
     return f"{PREFIX}/device_id=D{device}/date={start:%Y/%m/%d}/export_{start:%H%M%S}.parquet", file.getvalue()
 
 
+def into_sqlite(files: Sequence[Path], database: Path) -> None:
+    """The rows of all files in one table, along the index that the reports need."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE telemetry (timestamp TEXT, device_id TEXT, voltage, current, power, temperature, soc)"
+        )
+        for file in files:
+            table = pq.read_table(file)
+            seconds = table["timestamp"].cast(pa.timestamp("us")).to_pylist()
+            rows = zip(
+                (at.isoformat() for at in seconds), *(column.to_pylist() for column in table.columns[1:]), strict=True
+            )
+            connection.executemany("INSERT INTO telemetry VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.execute("CREATE INDEX by_device ON telemetry (device_id, timestamp)")
+
+
 @contextmanager
 def serving(command: Sequence[str], port: int, environ: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     """A server until the block ends."""
@@ -113,6 +133,9 @@ def serving(command: Sequence[str], port: int, environ: Mapping[str, str]) -> It
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
+            except urllib.error.HTTPError as error:
+                error.close()
+                break  # it answers, if not to this
             except (urllib.error.URLError, OSError):
                 if time.monotonic() > until or child.poll() is not None:
                     sys.exit(f"{command[0]} does not answer")
@@ -197,7 +220,7 @@ async def _client(port: int, path: str, until: float, into: tuple[list[float], l
         writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
-        await reader.readexactly(int(fields["content-length"]))
+        await _body(reader, fields)
         if " 200 " not in head.split("\r\n")[0] + " ":
             sys.exit(f"{path}: {head}")
         taken.append(time.monotonic() - began)
@@ -206,3 +229,12 @@ async def _client(port: int, path: str, until: float, into: tuple[list[float], l
         if time.monotonic() > until:
             break
     writer.close()
+
+
+async def _body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> None:
+    if "content-length" in fields:
+        await reader.readexactly(int(fields["content-length"]))
+        return
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        await reader.readexactly(size + 2)
+    await reader.readuntil(b"\r\n")

@@ -171,7 +171,7 @@ class Shelf:
         self.path(slot).write_text("\n".join(f"{slot.window.start:%H}{row}" for row in range(10)))
         return Report(rows=10, windows=1)
 
-    def partitions(self) -> list[str]:
+    def partitions(self, _: Window | None = None) -> list[str]:
         return ["shelf <b>one</b>"]
 
     def cells(self, partition: str, span: Window) -> list[Cell]:

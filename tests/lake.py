@@ -211,6 +211,8 @@ def bucket_lake(server: Seaweed, folder: Path, facts: SqlSummaries, *, whole_byt
         addressing_style="path",
         access_key_id=server.access_key,
         secret_access_key=server.secret_key,
+        attempts=1,
+        page_keys=2,
     )
 
     def remote(whole: bool) -> Remote:  # noqa: FBT001 - as the port has it

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from app.core.errors import Conflict
 from app.stores.local_transfers import page_of
-from app.stores.objects import ObjectInfo, Put, check_key
+from app.stores.objects import Batch, ObjectInfo, Put, check_key, in_batches
 from app.stores.transfers import Page, Question, Readable, Stored
 
 
@@ -47,6 +47,10 @@ class MemoryObjects:
         for key in sorted(self._held):
             if key.startswith(prefix):
                 yield self._held[key][0]
+
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+        del objects
+        return in_batches(self.list(prefix))
 
     def delete(self, key: str) -> None:
         with self._turn:

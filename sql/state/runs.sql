@@ -62,11 +62,3 @@ ON CONFLICT (job, outcome) DO UPDATE SET
 -- name: totals
 -- All sums.
 SELECT * FROM job_totals ORDER BY job, outcome;
-
--- name: ended_before
--- The newest run of a job that ended with a result before another one began.
-SELECT *
-FROM runs
-WHERE job = :job AND run_id <> :run_id AND outcome IN ('ok', 'partial', 'failed') AND started_at <= :started_at
-ORDER BY started_at DESC, run_id DESC
-LIMIT 1;

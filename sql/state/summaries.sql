@@ -93,6 +93,10 @@ DELETE FROM analytics_objects WHERE object_id IN (SELECT value FROM json_each(:i
 -- Every version that is known.
 SELECT object_id FROM analytics_objects;
 
+-- name: count_objects
+-- How many versions are known.
+SELECT count(*) AS objects FROM analytics_objects;
+
 -- name: is_asked
 -- Whether anything was ever learnt, which is so only when somebody asked.
 SELECT EXISTS (SELECT 1 FROM analytics_objects) AS asked;

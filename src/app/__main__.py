@@ -1,4 +1,4 @@
-"""The command line: serve (default), the jobs' commands, those that look, demo, keys, google.
+"""The command line: what each command does. Its arguments stand in `app.arguments`.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
 (sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, date, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from app.arguments import Work, parser
 from app.core.errors import AppError, BadSettings
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     tune()
-    given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    given = parser(COMMANDS).parse_args(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = given.command
     try:
         return command(given)
@@ -67,111 +67,6 @@ def tune() -> None:
 def say(line: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{line}\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All commands; without one, serve."""
-    top = argparse.ArgumentParser(prog="python -m app", description="Headwater: lands telemetry where people work.")
-    top.set_defaults(command=serve)
-    commands = top.add_subparsers(title="commands", metavar="")
-    commands.add_parser("serve", help="run the jobs and answer HTTP (the default)").set_defaults(command=serve)
-    _add_run(commands)
-    _add_backfill(commands)
-    _add_verify(commands)
-    _add_looking(commands)
-    demo_ = commands.add_parser("demo", help="everything at once, against simulated systems")
-    demo_.add_argument("--once", action="store_true", help="one round, then end")
-    demo_.add_argument("--port", type=int, default=None, help="where to listen")
-    _add_json(demo_)
-    demo_.set_defaults(command=demo)
-    _add_keys(commands)
-    _add_undo(commands)
-    google_ = commands.add_parser("google", help="sign in to Google once, for the client secrets of an installed app")
-    google_.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
-    _add_json(google_)
-    google_.set_defaults(command=google)
-    return top
-
-
-def _add_json(of: argparse.ArgumentParser) -> None:
-    of.add_argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout")
-
-
-def _add_looking(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    check_ = commands.add_parser("check", help="show the settings, what they switch on, and try every system")
-    check_.set_defaults(command=check)
-    status_ = commands.add_parser("status", help="every job: state, last run, error")
-    status_.set_defaults(command=status)
-    runs_ = commands.add_parser("runs", help="recent runs, newest first, and what they took in")
-    runs_.add_argument("job", nargs="?", default=None)
-    runs_.add_argument("--limit", type=int, default=20)
-    runs_.set_defaults(command=runs)
-    pause_ = commands.add_parser("pause", help="let a job's timer pass, also after a restart, until it is resumed")
-    resume_ = commands.add_parser("resume", help="follow a job's timer again")
-    for each, command in ((pause_, pause), (resume_, resume)):
-        each.add_argument("job")
-        each.set_defaults(command=command)
-    for each in (check_, status_, runs_, pause_, resume_):
-        _add_json(each)
-
-
-def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verify_ = commands.add_parser("verify", help="compare both ends of a job by content, window by window")
-    verify_.add_argument("job")
-    _add_span(verify_)
-    verify_.add_argument("--partition", default=None, help="only this one")
-    verify_.add_argument("--heal", action="store_true", help="write again what is missing or differs")
-    verify_.add_argument("--all", action="store_true", dest="every", help="name also the windows that are equal")
-    _add_json(verify_)
-    verify_.set_defaults(command=verify)
-
-
-def _add_span(of: argparse.ArgumentParser) -> None:
-    of.add_argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC")
-    of.add_argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included")
-
-
-def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    run_ = commands.add_parser("run", help="run one job now, until it has nothing left to do")
-    run_.add_argument("job")
-    run_.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
-    _add_json(run_)
-    run_.set_defaults(command=run)
-
-
-def _add_backfill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    fill = commands.add_parser("backfill", help="fill past windows of a job again")
-    fill.add_argument("job")
-    _add_span(fill)
-    fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
-    _add_json(fill)
-    fill.set_defaults(command=backfill)
-
-
-def _add_undo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    undo_ = commands.add_parser("undo", help="take back what a run did; first shows what that would be")
-    undo_.add_argument("job")
-    undo_.add_argument("run", help="the run's id, or its beginning, as the command runs shows it")
-    undo_.add_argument("--yes", action="store_true", help="do it")
-    _add_json(undo_)
-    undo_.set_defaults(command=undo)
-
-
-def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="new")
-    new = keys.add_parser("new", help="make one: the secret is shown once")
-    new.add_argument("name", help="1 to 40 of a-z, 0-9, - and _")
-    new.add_argument("--scopes", nargs="+", required=True, help="read, write, admin, or single ones such as ops:read")
-    new.add_argument("--s3-prefix", default="", help="confine the S3 scopes to keys that start with this")
-    new.add_argument("--expires", type=date.fromisoformat, default=None, help="last day it is good, YYYY-MM-DD")
-    _add_json(new)
-    new.set_defaults(command=new_key)
-
-
-def instant(text: str) -> datetime:
-    """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
-    at = datetime.fromisoformat(text)
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
 def configured(
@@ -373,6 +268,23 @@ def new_key(given: argparse.Namespace) -> int:
     document = {"name": given.name, "key": presented, "api_keys_entry": line}
     output.show(document, lambda: output.line(text), as_json=given.as_json)
     return OK
+
+
+COMMANDS: Work = {
+    "serve": serve,
+    "run": run,
+    "backfill": backfill,
+    "verify": verify,
+    "undo": undo,
+    "check": check,
+    "status": status,
+    "runs": runs,
+    "pause": pause,
+    "resume": resume,
+    "google": google,
+    "demo": demo,
+    "keys": new_key,
+}
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     pipelines = wiring(Parts(settings, state, store, now, warehouse))
     stop = Stop()
     desk = RunDesk(now, state.leases, state.runs, terms(settings), log_run)
-    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.leases, desk.terms, now)
+    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.alerts, now)
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(log_run, alerts.ended))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)

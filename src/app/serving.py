@@ -19,6 +19,7 @@ from app.ops.probes import Probes
 from app.ops.readiness import Readiness
 from app.ops.scheduler import Scheduler
 from app.ops.service import Pipelines
+from app.ops.stopping import steps_of
 from app.settings import Settings
 from app.stores.state import State
 
@@ -77,6 +78,7 @@ def front(service: Inside) -> Front:
     """The ASGI application; it starts and ends the work of `service`."""
     readiness = service.readiness
     access, limits = service.settings.access, service.settings.limits
+    steps = steps_of(service.settings.service.shutdown_grace_seconds)
     probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
     guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous, OPEN_CALLS)
 
@@ -88,9 +90,9 @@ def front(service: Inside) -> Front:
 
     def closed() -> None:
         readiness.close()
-        service.analytics.close(service.settings.service.shutdown_grace_seconds / 8)
+        service.analytics.close(steps.refresh)
         service.alerts.close()
-        stuck = service.scheduler.close(service.settings.service.shutdown_grace_seconds / 4)
+        stuck = service.scheduler.close(steps.stuck)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
         service.state.close()

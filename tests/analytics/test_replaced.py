@@ -17,8 +17,8 @@ from lake import Lake, bucket_lake, local_lake, parquet
 
 OBJECTS = 12
 VERSIONS = 8
-QUERIES = 25
-PAUSE_SECONDS = {"directory": 0.004, "bucket": 0.04, "bucket in pieces": 0.4}
+QUERIES = 15
+PAUSE_SECONDS = {"directory": 0.02, "bucket": 0.04, "bucket in pieces": 0.4}
 
 
 def version(number: int, value: int) -> bytes:
@@ -70,9 +70,9 @@ def test_no_answer_is_of_half_a_version(
     with closing(made) as lake, written(lake, PAUSE_SECONDS[kind]):
         answered = 0
         for _ in range(QUERIES):
-            lake.summaries.refresh()
-            assert_whole(lake.from_summaries("daily-summary"))
             try:
+                lake.summaries.refresh()
+                assert_whole(lake.from_summaries("daily-summary"))
                 assert_whole(lake.from_objects("daily-summary"))
             except Transient:
                 continue

@@ -149,6 +149,9 @@ HEADS = {
     "-- path: ../x\nSELECT 1": "other words",
     "-- path: schema\nSELECT 1": "other words",
     "-- reads: power > $x\nSELECT 1": "declared parameters",
+    "-- param n: integer = 1\n-- reads: device_id = $n\nSELECT $n": "declare `param n: text`",
+    "-- param d: date\n-- reads: timestamp >= $d\nSELECT $d": "declare `param d: timestamp`",
+    "-- param t: text\n-- reads: timestamp < $t\nSELECT $t": "`reads: timestamp < $t` with t, which is text",
     "SELECT * FROM read_parquet('{{S3_PATH}}/x')": "read_parquet",
     "SELECT '{{OTHER}}'": "read_parquet",
 }

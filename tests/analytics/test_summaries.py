@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from app.analytics.engine import Engine, Limits
 from app.analytics.summaries import Summaries
+from app.core.errors import Transient
 from app.stores.state import State
+from fault_proxy import FaultProxy, answer
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, exported, flat, local_lake, parquet, same, scanned
 from seaweed import Seaweed
 
@@ -72,12 +75,55 @@ def test_a_bucket_gives_the_same_answers_as_plain_duckdb(
         draw = random.Random(3)  # noqa: S311 - test data
         for odd in ("with space & plus+.parquet", "star*?[a].parquet", "percent%20.parquet", "a'b/ü=1.parquet"):
             lake.put(odd, exported("D9", START, 20, draw=draw))
-        for _ in range(3):
-            for _ in range(4):
+        for number in range(12):
+            device = f"D{number % 3}"
+            lake.put(f"device_id={device}/{number}.parquet", exported(device, START, 3, draw=draw))
+        for _ in range(4):
+            for _ in range(3):
                 changed(lake, draw)
             assert_right(lake, tmp_path)
             for path in BUILT_IN:
                 assert same(lake.from_objects(path), lake.from_summaries(path)), path
+
+
+def proxied(proxy: FaultProxy, seaweed: Seaweed) -> Seaweed:
+    return replace(seaweed, host=proxy.host, port=proxy.port)
+
+
+def test_a_listing_that_breaks_off_leaves_nothing_behind(
+    seaweed: Seaweed, new_state: Callable[[str], State], tmp_path: Path
+) -> None:
+    with (
+        FaultProxy(seaweed.host, seaweed.port) as proxy,
+        closing(bucket_lake(proxied(proxy, seaweed), tmp_path / "lake", new_state("sqlite").summaries)) as lake,
+    ):
+        draw = random.Random(12)  # noqa: S311 - test data
+        for name in ("b", "c", "d"):
+            lake.put(f"{name}.parquet", exported("D1", START, 5, draw=draw))
+        assert_right(lake, tmp_path)
+        lake.put("a.parquet", exported("D2", START, 5, draw=draw))
+        proxy.add(answer(503), "GET", "*continuation-token=*")
+        with pytest.raises(Transient):
+            lake.summaries.refresh()
+        lake.delete("a.parquet")
+        assert_right(lake, tmp_path)
+
+
+def test_an_object_that_could_not_be_fetched_is_fetched_later_though_no_page_has_changed(
+    seaweed: Seaweed, new_state: Callable[[str], State], tmp_path: Path
+) -> None:
+    with (
+        FaultProxy(seaweed.host, seaweed.port) as proxy,
+        closing(bucket_lake(proxied(proxy, seaweed), tmp_path / "lake", new_state("sqlite").summaries)) as lake,
+    ):
+        draw = random.Random(13)  # noqa: S311 - test data
+        for name in ("b", "c", "d"):
+            lake.put(f"{name}.parquet", exported("D1", START, 5, draw=draw))
+        proxy.add(answer(403, b"<Error><Code>AccessDenied</Code></Error>"), "GET", "*/c.parquet*")
+        view = lake.summaries.refresh()
+        assert (view.objects, [key for key, _ in view.faults]) == (2, [f"{PREFIX}/c.parquet"])
+        assert_right(lake, tmp_path)
+        assert not lake.summaries.refresh().faults
 
 
 def test_an_object_that_is_large_is_read_in_pieces_and_still_right(

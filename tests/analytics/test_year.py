@@ -51,6 +51,7 @@ def plain(folder: Path) -> Mapping[str, Sequence[tuple[Any, ...]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_year_of_hourly_objects_of_mixed_schemas_is_what_plain_duckdb_says(
     new_state: Callable[[str], State], tmp_path: Path
 ) -> None:

@@ -8,12 +8,14 @@ import sys
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from app.core.errors import Rejected, Transient
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import Put
+from needs import absent
 from object_stores import ANY, CREATE, get, keys, put
 
 
@@ -255,3 +257,29 @@ class TestLocalDirectory:
             local.delete("k")
             assert stream is not None
             assert stream.read() == b"old"
+
+    @pytest.mark.parametrize("disk", ["the same disk", "another disk"])
+    def test_a_pinned_version_stays_when_its_key_is_replaced_or_deleted(
+        self, disk: str, local: LocalDirectory, tmp_path: Path
+    ) -> None:
+        with TemporaryDirectory(dir=tmp_path if disk == "the same disk" else another_disk(tmp_path)) as folder:
+            target = Path(folder) / "pinned"
+            etag = put(local, "a/k", b"old" * 1_000_000)
+            assert local.pin("a/k", target) == etag
+            put(local, "a/k", b"new")
+            local.delete("a/k")
+            assert target.read_bytes() == b"old" * 1_000_000
+            assert [local.pin(key, Path(folder) / "none") for key in ("a/k", "a", "b")] == [None] * 3
+            put(local, "a/k", b"x")
+            assert [local.pin(key, Path(folder) / "none") for key in ("a", "a/k/b")] == [None] * 2, (
+                "a folder; below a file"
+            )
+            assert list(Path(folder).iterdir()) == [target]
+
+
+def another_disk(folder: Path) -> Path:
+    """Where a file of `folder` can have no second name."""
+    for other in (Path("/dev/shm"), Path("/tmp"), Path.home()):  # noqa: S108 - a folder of random name is made there
+        if os.access(other, os.W_OK) and other.stat().st_dev != folder.stat().st_dev:
+            return other
+    return absent("there is no second file system to write to")

@@ -105,14 +105,6 @@ def test_totals_count_each_run_once_when_it_ends_and_outlive_its_record(state: S
     assert (other.job, other.runs) == ("other", 1)
 
 
-def test_the_run_that_ended_before_is_the_newest_earlier_one_with_a_result(state: State) -> None:
-    stopped = replace(ended(3), outcome=Outcome.STOPPED)
-    for saved in (ended(1), ended(2, "other"), stopped, ended(4), ended(5)):
-        state.runs.save(saved)
-    assert state.runs.ended_before(ended(4)) == ended(1)
-    assert state.runs.ended_before(ended(1)) is None
-
-
 def test_a_pause_is_known_until_it_is_resumed_and_its_first_word_is_kept(state: State) -> None:
     state.pauses.pause("a", START, "me")
     state.pauses.pause("a", START + timedelta(hours=1), "you")
@@ -120,3 +112,15 @@ def test_a_pause_is_known_until_it_is_resumed_and_its_first_word_is_kept(state: 
     assert state.pauses.paused() == {"a": START}
     state.pauses.resume("a")
     assert state.pauses.paused() == {}
+
+
+def test_an_alert_is_begun_by_one_and_ended_by_one_and_not_by_what_came_before_it(state: State) -> None:
+    later = START + timedelta(hours=1)
+    assert [state.alerts.begin("a", "stale", at) for at in (START, later)] == [True, False]
+    assert state.alerts.begin("a", "failed", later)
+    assert state.alerts.told() == {("a", "stale"): START, ("a", "failed"): later}
+    assert not state.alerts.end("a", START)
+    assert not state.alerts.end("b", later)
+    assert [state.alerts.end("a", later, "stale") for _ in range(2)] == [True, False]
+    assert [state.alerts.end("a", later + timedelta(seconds=1)) for _ in range(2)] == [True, False]
+    assert state.alerts.told() == {}

@@ -4,12 +4,16 @@ import json
 import re
 import shlex
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from app.amplitude import hours as amplitude_hours
+from app.appmetrica import hours as appmetrica_hours
+from app.settings import load_settings
 from needs import absent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +101,35 @@ def test_the_containers_own_health_check_is_python_that_compiles() -> None:
 def test_the_build_uses_the_uv_that_ci_uses() -> None:
     versions = set(re.findall(r"uv==([\d.]+)", DOCKERFILE + (ROOT / ".ci" / "run").read_text()))
     assert len(versions) == 1
+
+
+def alert_rules() -> dict[str, str]:
+    """Expression by name."""
+    (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus-rules.yaml").read_text())["groups"]
+    return {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+def test_every_alert_has_its_place_in_the_runbook() -> None:
+    named = set(re.findall(r"Headwater[A-Z]\w+", (ROOT / "docs" / "runbook.md").read_text()))
+    assert named == set(alert_rules())
+
+
+@pytest.mark.parametrize(
+    ("job", "alert", "due_after"),
+    [
+        ("amplitude", "HeadwaterLagAmplitude", amplitude_hours.DUE_AFTER),
+        ("appmetrica", "HeadwaterLagAppMetrica", appmetrica_hours.DUE_AFTER),
+    ],
+)
+def test_the_limit_of_a_pull_is_above_the_lag_that_it_has_by_nature(job: str, alert: str, due_after: timedelta) -> None:
+    rules = alert_rules()
+    interval_seconds = getattr(load_settings({}, None), job).interval_seconds
+    by_nature = due_after.total_seconds() + 3600 + interval_seconds
+    assert f'="{job}"' in rules[alert]
+    assert by_nature + 15 * 60 < float(rules[alert].rpartition(">")[2])
+    (others,) = re.findall(r"{(.+)}", rules["HeadwaterLag"])
+    excluded = dict(re.findall(r'(\w+)!~"([^"]+)"', others))
+    assert all(re.fullmatch(excluded[label], job) for label in ("job", "exported_job"))
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app.core.errors import Rejected
 from app.core.gaps import State
 from app.core.runs import Job, Outcome, Run, Stop, execute
 from app.core.verify import Sign, Slot, Verdict, heal, verify
@@ -101,6 +102,14 @@ def test_a_whole_export_is_equal_window_by_window(full: Exporter) -> None:
     assert rows["D1", hour(4)] == 13
     assert rows["D2", hour(5)] == 13
     assert rows["D1", hour(2)] == 0
+
+
+def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: Exporter) -> None:
+    ends = full.export().verification(Stop())
+    with pytest.raises(Rejected, match="no partition is named 'D11'") as caught:
+        list(verify(ends, SPAN, Stop(), "D11"))
+    assert caught.value.hint.startswith("partitions: D1")
+    assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Sign.EQUAL}
 
 
 def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly(full: Exporter) -> None:

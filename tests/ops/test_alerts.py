@@ -1,6 +1,7 @@
 """Who is told what and when: decisions first, then the thread against a server that notes what it is asked."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +10,14 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from app.core.errors import Permanent
-from app.core.runs import Job, LeaseTerms, Outcome, Report, Run
-from app.ops.alerts import Alerts, Rules, Watched, is_stale, post, turn_of
+from app.core.runs import Job, Outcome, Report, Run
+from app.ops.addresses import Heartbeats, post
+from app.ops.alerts import Alerts, Rules, Watched, is_stale
 from app.stores.state import State, open_state
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -24,26 +27,6 @@ def run(number: int, outcome: Outcome, job: str = "export") -> Run:
     at = NOW + timedelta(minutes=number)
     error = "bucket is gone" if outcome is not Outcome.OK else ""
     return Run(f"r{number}", job, at, at, outcome, Report(rows=3), error, "create it" if error else "")
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "turn"),
-    [
-        (None, Outcome.FAILED, "failed"),
-        (Outcome.OK, Outcome.FAILED, "failed"),
-        (Outcome.OK, Outcome.PARTIAL, "failed"),
-        (Outcome.FAILED, Outcome.FAILED, ""),
-        (Outcome.PARTIAL, Outcome.FAILED, ""),
-        (Outcome.FAILED, Outcome.OK, "recovered"),
-        (Outcome.FAILED, Outcome.STOPPED, ""),
-        (Outcome.OK, Outcome.OK, ""),
-        (None, Outcome.OK, ""),
-    ],
-)
-def test_a_turn_for_the_worse_or_the_better_is_told_and_its_repetition_is_not(
-    before: Outcome | None, now: Outcome, turn: str
-) -> None:
-    assert turn_of(run(2, now), run(1, before) if before else None) == turn
 
 
 def test_a_job_is_stale_after_interval_and_grace_and_a_fresh_process_gets_its_grace() -> None:
@@ -90,6 +73,11 @@ class Listener:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def hooks(self) -> list[Any]:
+        """The bodies that the webhook was sent."""
+        return [body for _, path, body in list(self.seen) if path.startswith("/hook")]
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -114,29 +102,121 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_failure_recovery_and_heartbeats_reach_their_addresses_in_order(listener: Listener, state: State) -> None:
-    rules = Rules("water", f"{listener.url}/hook?token=s", {"export": f"{listener.url}/beat"})
-    jobs = [Job("export", 60, lambda _: Report()), Job("other", 60, lambda _: Report(), off="set X")]
-    watched = Watched(jobs, state.pauses.paused, state.runs, state.leases, LeaseTerms("me"), lambda: NOW)
-    with closing(Alerts(rules, watched)) as alerts:
-        alerts.start()
-        outcomes = (Outcome.OK, Outcome.FAILED, Outcome.FAILED, Outcome.STOPPED, Outcome.OK, Outcome.OK)
-        for number, outcome in enumerate(outcomes):
-            state.runs.save(run(number, outcome))
-            alerts.ended(run(number, outcome), None)
-        until(lambda: len(listener.seen) >= 5)
-    assert [(method, path) for method, path, _ in listener.seen] == [
-        ("GET", "/beat"),
-        ("POST", "/hook?token=s"),
-        ("GET", "/beat"),
-        ("POST", "/hook?token=s"),
-        ("GET", "/beat"),
-    ]
-    failed, recovered = (body for _, path, body in listener.seen if path.startswith("/hook"))
-    assert failed["event"] == "failed"
-    assert (failed["job"], failed["message"], failed["hint"]) == ("export", "bucket is gone", "create it")
+class Process:
+    """The alerts of one process over the state that all share, and a clock that all follow."""
+
+    def __init__(self, listener: Listener, state: State, clock: list[datetime], **rules: Any) -> None:
+        self.listener = listener
+        jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
+        watched = Watched(jobs, state.pauses.paused, state.runs, state.alerts, lambda: clock[0])
+        self.alerts = Alerts(Rules("water", f"{listener.url}/hook?token=s", **rules), watched)
+        self.alerts.start()
+
+    def end(self, *runs: Run) -> None:
+        for each in runs:
+            self.alerts.ended(each, None)
+
+    def settle(self) -> None:
+        """Until all before this was told: the first sentinel wakes the thread, which then looks; the second says so."""
+        for _ in range(2):
+            job = f"sentinel {uuid4()}"
+            self.end(run(0, Outcome.FAILED, job))
+            until(lambda job=job: any(body["job"] == job for body in self.listener.hooks))  # type: ignore[misc]
+
+    def close(self) -> None:
+        self.alerts.close()
+
+
+class Processes:
+    """Starts processes on one state; `told` is what people read."""
+
+    def __init__(self, listener: Listener, state: State) -> None:
+        self.listener, self.state = listener, state
+        self.clock = [NOW]
+        self.started: list[Process] = []
+
+    def start(self, **rules: Any) -> Process:
+        self.started.append(Process(self.listener, self.state, self.clock, **rules))
+        return self.started[-1]
+
+    def pass_by(self, seconds: float) -> None:
+        """Time passes, and every process has looked once more."""
+        self.clock[0] += timedelta(seconds=seconds)
+        for each in self.started:
+            each.settle()
+
+    @property
+    def told(self) -> list[tuple[str, str]]:
+        told = [(body["event"], body["job"]) for body in self.listener.hooks]
+        return [each for each in told if not each[1].startswith("sentinel")]
+
+    def close(self) -> None:
+        for each in self.started:
+            each.close()
+
+
+@pytest.fixture
+def processes(listener: Listener, state: State) -> Iterator[Processes]:
+    with closing(Processes(listener, state)) as made:
+        yield made
+
+
+def test_a_turn_for_the_worse_or_the_better_is_told_and_its_repetition_is_not(processes: Processes) -> None:
+    ok, partial, failed, stopped = Outcome.OK, Outcome.PARTIAL, Outcome.FAILED, Outcome.STOPPED
+    cases = {
+        (failed,): ["failed"],
+        (ok, failed): ["failed"],
+        (ok, partial, failed): ["failed"],
+        (failed, partial, ok): ["failed", "recovered"],
+        (failed, failed, stopped, ok, ok): ["failed", "recovered"],
+        (failed, ok, partial, ok): ["failed", "recovered"] * 2,
+        (ok, stopped, ok): [],
+    }
+    process = processes.start()
+    for place, outcomes in enumerate(cases):
+        process.end(*(run(number, outcome, f"job {place}") for number, outcome in enumerate(outcomes)))
+    process.settle()
+    told = [[event for event, job in processes.told if job == f"job {place}"] for place in range(len(cases))]
+    assert told == list(cases.values())
+
+
+def test_what_is_told_says_what_to_do_and_heartbeats_are_called(processes: Processes) -> None:
+    beat = f"{processes.listener.url}/beat"
+    process = processes.start(heartbeat_urls={"export": beat})
+    process.end(run(1, Outcome.FAILED), run(2, Outcome.OK))
+    process.settle()
+    until(lambda: ("GET", "/beat", None) in processes.listener.seen)
+    failed, recovered = (body for body in processes.listener.hooks if body["job"] == "export")
+    assert (failed["event"], failed["message"], failed["hint"]) == ("failed", "bucket is gone", "create it")
     assert "water: export failed: bucket is gone Next: create it" in failed["text"]
-    assert (recovered["event"], recovered["run_id"]) == ("recovered", "r4")
+    assert (recovered["event"], recovered["run_id"]) == ("recovered", "r2")
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+
+def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> None:
+    process = processes.start(heartbeat_urls={"inbox": deaf})
+    process.end(*(run(number, Outcome.OK, "inbox") for number in range(3)), run(3, Outcome.FAILED))
+    process.settle()
+    assert processes.told == [("failed", "export")]
+
+
+def test_a_heartbeat_is_tried_once_and_a_dead_one_does_not_silence_the_others(listener: Listener, deaf: str) -> None:
+    listener.status = 503
+    urls = {"dead": deaf, "busy": f"{listener.url}/busy", "live": f"{listener.url}/live"}
+    with closing(Heartbeats(urls, seconds=0.2)) as heartbeats:
+        for job in ("dead", "busy", "live", "nobody"):
+            heartbeats.beat(job)
+        heartbeats.start()
+        until(lambda: len(listener.seen) == 2)
+        heartbeats.beat("live")
+        until(lambda: len(listener.seen) == 3)
+    assert [path for _, path, _ in listener.seen] == ["/busy", "/live", "/live"]
 
 
 def test_a_redirect_is_not_followed_and_an_error_names_no_more_than_the_host(listener: Listener) -> None:
@@ -147,32 +227,47 @@ def test_a_redirect_is_not_followed_and_an_error_names_no_more_than_the_host(lis
     assert [path for _, path, _ in listener.seen] == ["/secret-path"]
 
 
-@pytest.mark.slow
-def test_silence_is_told_once_by_one_of_two_processes_and_so_is_its_end(listener: Listener, state: State) -> None:
-    clock = [NOW]
-    jobs = [Job("export", 60, lambda _: Report()), Job("paused", 60, lambda _: Report())]
-    state.pauses.pause("paused", NOW, "me")
-    rules = Rules("water", f"{listener.url}/hook", grace_by_job={"export": 30.0})
-    both = [
-        Alerts(
-            rules,
-            Watched(jobs, state.pauses.paused, state.runs, state.leases, LeaseTerms(owner), lambda: clock[0]),
-        )
-        for owner in ("one", "two")
-    ]
+def test_neither_a_pause_nor_a_restart_ends_a_silence_or_tells_it_again(processes: Processes, state: State) -> None:
+    processes.start(grace_seconds=30.0)
+    state.runs.save(run(0, Outcome.OK, "inbox"))
     state.runs.save(run(0, Outcome.OK))
-    for alerts in both:
-        alerts.start()
-    clock[0] = NOW + timedelta(seconds=100)
-    until(lambda: all("export" in alerts.stale for alerts in both))
-    until(lambda: len(listener.seen) >= 1)
-    state.runs.save(run(10, Outcome.OK))
-    clock[0] = NOW + timedelta(seconds=120)
-    until(lambda: not any(alerts.stale for alerts in both))
-    until(lambda: len(listener.seen) >= 2)
-    for alerts in both:
-        alerts.close()
-    assert [(body["event"], body["job"]) for _, _, body in listener.seen] == [
-        ("stale", "export"),
-        ("recovered", "export"),
-    ]
+    state.pauses.pause("inbox", NOW, "me")
+    processes.pass_by(100)
+    assert processes.told == [("stale", "export")]
+    state.pauses.pause("export", NOW, "me")
+    processes.pass_by(100)
+    state.pauses.resume("export")
+    processes.pass_by(100)
+    processes.start(grace_seconds=30.0)
+    processes.pass_by(100)
+    assert all("export" in each.alerts.stale for each in processes.started)
+    assert processes.told == [("stale", "export")]
+
+
+def test_a_recovery_is_told_once_whether_a_run_or_a_look_ends_it(processes: Processes, state: State) -> None:
+    first, second = (processes.start(grace_seconds=30.0) for _ in range(2))
+    for job in ("export", "inbox"):
+        state.runs.save(run(1, Outcome.FAILED, job))
+        first.end(run(1, Outcome.FAILED, job))
+    processes.pass_by(200)
+    began = [("failed", "export"), ("failed", "inbox"), ("stale", "export"), ("stale", "inbox")]
+    assert sorted(processes.told) == began
+    for job in ("export", "inbox"):
+        state.runs.save(run(6, Outcome.OK, job))
+    second.end(run(6, Outcome.OK))
+    processes.pass_by(200)
+    first.end(run(6, Outcome.OK, "inbox"))
+    processes.pass_by(1)
+    assert sorted(processes.told) == sorted([*began, ("recovered", "export"), ("recovered", "inbox")])
+
+
+def test_a_partial_run_ends_a_silence_without_a_word_of_recovery(processes: Processes, state: State) -> None:
+    process = processes.start(grace_seconds=30.0)
+    processes.pass_by(100)
+    for number, outcome in ((2, Outcome.PARTIAL), (40, Outcome.OK)):
+        state.runs.save(run(number, outcome))
+        process.end(run(number, outcome))
+        processes.pass_by(20)
+        if outcome is Outcome.PARTIAL:
+            assert ("export", "stale") not in state.alerts.told()
+    assert [event for event, job in processes.told if job == "export"] == ["stale", "failed", "recovered"]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from app.ops.readiness import Readiness
 from app.ops.rights import tried
 from app.ops.scheduler import STALLED_SECONDS, JobView, Scheduler
 from app.ops.shapes import Calls, JobRecord, job_shown
+from app.ops.stopping import steps_of
 from app.ops.worker import Status
 from app.stores.state import open_state
 
@@ -104,6 +106,11 @@ def test_the_rights_that_are_missing_are_named_with_those_that_are_there() -> No
     with pytest.raises(Permanent, match="may read; may not list, delete: AccessDenied") as caught:
         tried([("read", lambda: None), ("list", refused), ("delete", refused)])
     assert caught.value.hint == "allow s3:ListBucket"
+
+
+@pytest.mark.parametrize("grace_seconds", [1, 2, 25, 3600])
+def test_a_stop_in_which_every_step_takes_all_of_its_time_ends_within_the_grace(grace_seconds: int) -> None:
+    assert sum(astuple(steps_of(grace_seconds))) <= grace_seconds * 7 / 8
 
 
 def test_health_turns_bad_when_timers_stop_firing(tmp_path: Path) -> None:

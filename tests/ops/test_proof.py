@@ -3,25 +3,35 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app import main
+from app.core.errors import Rejected
+from app.core.verify import Sign, Slot, Verdict
+from app.core.window import Window
+from app.ops.commands import How, Wanted, verify_both
+from app.ops.proof import Healing, Result
 from daemon import TESTS, Daemon, Daemons
+from daemon_jobs import shelf
+from given_settings import loaded
 from shell import Shell
 
 SPAN_HOURS = 24
 
 
 def span() -> dict[str, str]:
-    now = datetime.now(UTC)
-    return {"from": (now - timedelta(hours=SPAN_HOURS)).isoformat(), "to": now.isoformat()}
+    """Whole hours that have ended by now: what is written after this call holds them all, also when an hour begins."""
+    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    return {"from": (end - timedelta(hours=SPAN_HOURS)).isoformat(), "to": end.isoformat()}
 
 
-def verified(daemon: Daemon) -> Any:
-    assert daemon.post("/ops/jobs/shelf/verify", span()).status == 202
+def verified(daemon: Daemon, within: dict[str, str]) -> Any:
+    assert daemon.post("/ops/jobs/shelf/verify", within).status == 202
     return daemon.until(
         lambda: next(
             (each for each in daemon.get("/ops/verifications").json["verifications"] if each["ended_at"]), None
@@ -30,13 +40,14 @@ def verified(daemon: Daemon) -> Any:
 
 
 def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp_path: Path) -> None:
+    within, folder = span(), tmp_path / "data" / "shelf"
     daemon = daemons.start("shelf")
     daemon.until(lambda: daemon.job("shelf")["runs_total"])
-    shelf = tmp_path / "data" / "shelf"
-    gone, changed = sorted(shelf.iterdir())[:2]
+    end = datetime.fromisoformat(within["to"])
+    gone, changed = (folder / f"{end - timedelta(hours=back):%H}.txt" for back in (6, 7))
     gone.unlink()
     changed.write_text(changed.read_text()[:-3])
-    found = verified(daemon)
+    found = verified(daemon, within)
     assert {window["sign"] for window in found["windows"]} == {"-", "*"}
     assert found["counts"]["-"] == found["counts"]["*"] == 1
     (line,) = daemon.get("/ops/gaps?job=shelf&hours=24").json["partitions"]
@@ -50,7 +61,8 @@ def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp
     assert {cell["state"] for cell in line["cells"]} == {"equal"}
     (told,) = daemon.get("/ops/verifications").json["verifications"]
     assert ([window["sign"] for window in told["windows"]], set(told["counts"])) == (["*"], {"=", "*"})
-    assert set(verified(daemon)["counts"]) == {"=", "*"}
+    again = verified(daemon, within)
+    assert (set(again["counts"]), again["equal"]) == ({"=", "*"}, False)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +73,7 @@ def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp
         ("/ops/jobs/nobody/heal", span(), 404),
         ("/ops/jobs/shelf/verify", {"from": "2020-01-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}, 422),
         ("/ops/jobs/shelf/heal", {**span(), "partition": "x" * 301}, 422),
+        ("/ops/jobs/shelf/heal", {**span(), "partition": "shelf"}, 400),
     ],
 )
 def test_what_cannot_be_verified_is_refused(daemons: Daemons, path: str, body: Any, status: int) -> None:
@@ -122,6 +135,54 @@ def test_counters_do_not_start_anew_with_the_process(daemons: Daemons) -> None:
     again = daemons.start("daily_job")
     again.until(lambda: line in again.get("/metrics").text)
     assert 'headwater_runs_total{job="daily",outcome="ok"} 1' in again.get("/metrics").text
+
+
+AWAY = {
+    "DYNAMODB_TABLE_NAME": "cycles",
+    "DYNAMODB_ENDPOINT_URL": "http://127.0.0.1:9",
+    "AMPLITUDE_WEB_CLIENT_ID": "key",
+    "AMPLITUDE_WEB_SECRET_KEY": "secret",
+    "AMPLITUDE_BASE_URL": "http://127.0.0.1:9",
+    "APPMETRICA_API_KEY": "token",
+    "APPMETRICA_APPLICATION_ID": "1234567",
+    "APPMETRICA_BASE_URL": "http://127.0.0.1:9",
+}
+LAST_DAY = Window(datetime.now(UTC) - timedelta(days=1), datetime.now(UTC))
+
+
+@pytest.mark.parametrize(
+    ("job", "typo", "known"),
+    [("dynamo_to_drive", "cycle", "cycles"), ("amplitude", "wbe", "web"), ("appmetrica", "events", "1234567:events")],
+)
+def test_a_partition_that_is_not_known_is_refused_with_those_that_are(
+    tmp_path: Path, job: str, typo: str, known: str
+) -> None:
+    service = main.build(loaded(AWAY, DATA_DIR=str(tmp_path)))
+    for healing in (False, True):
+        wanted = Wanted(job, Healing(LAST_DAY, typo), healing=healing, every=False)
+        with pytest.raises(Rejected, match=f"no partition is named '{typo}'") as caught:
+            verify_both(service, wanted, How())
+        assert known in caught.value.hint
+    assert not service.state.runs.recent(job, 1)
+    service.state.close()
+
+
+def test_nothing_compared_is_not_equal_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    later = Window(LAST_DAY.end + timedelta(days=1), LAST_DAY.end + timedelta(days=2))
+    wanted = Wanted("shelf", Healing(later), healing=False, every=False)
+    service = main.build(loaded(DATA_DIR=str(tmp_path)), shelf)
+    assert verify_both(service, wanted, How()) == 0
+    assert capsys.readouterr().out.startswith("shelf: nothing was compared: ")
+    assert verify_both(service, wanted, How(as_json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is None
+
+
+def test_a_result_over_http_is_equal_only_when_something_was_compared() -> None:
+    begun = Result("shelf", LAST_DAY, LAST_DAY.end)
+    slot = Slot("one", LAST_DAY)
+    same, lost = (begun.with_verdict(Verdict(slot, sign)) for sign in (Sign.EQUAL, Sign.MISSING))
+    assert [replace(each, ended_at=LAST_DAY.end).equal for each in (begun, same, lost)] == [None, True, False]
+    assert [begun.equal, same.equal, replace(same, ended_at=LAST_DAY.end, error="broke off").equal] == [None] * 3
 
 
 COMMANDS = (

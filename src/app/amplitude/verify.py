@@ -55,6 +55,10 @@ class PullEnds:
     _day: Given | None = None
     _held: ExitStack = field(default_factory=ExitStack)
 
+    def partitions(self, _: Window) -> Sequence[str]:
+        """See `Ends.partitions`: those that are configured."""
+        return sorted(each for source in self.projects for each in (source, source + WEEKS))
+
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: hours that can be asked for, and weeks that lie in the span whole."""
         end = min(span.end, due_at(self.places.clock()))

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from app.analytics.engine import Engine, Files, literal
+from app.analytics.faults import Unreadable, Wrong, written
 from app.analytics.totals import LATEST
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.stores.objects import ObjectInfo, ObjectStore
@@ -105,7 +106,7 @@ def _copy(store: ObjectStore, folder: Path, info: ObjectInfo) -> Path | None:
         with store.open(info.key, info.etag) as body:
             if body is None:
                 return None
-            with file.open("xb") as copy:
+            with written(), file.open("xb") as copy:
                 copyfileobj(body, copy, PIECE_BYTES)
         undo.pop_all()
     return file
@@ -129,7 +130,7 @@ def _read(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
         return []
     try:
         return _together(engine, copies)
-    except Transient as error:
+    except (Unreadable, Wrong) as error:
         if len(copies) == 1:
             facts = copies[0].facts
             return [_faulty(facts, error.message.replace(str(copies[0].file), facts.key))]

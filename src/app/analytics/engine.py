@@ -2,7 +2,7 @@
 
 Invariants: after the set-up nothing can be changed, loaded, attached or reached but the objects below the prefix and
 the folder of this process; only a single SELECT is run, whose tables are the rows of objects or its own; nothing is
-downloaded, since the one extension comes with a package. This is DuckDB's home: its exceptions end here.
+downloaded, since the one extension comes with a package. This is DuckDB's home: its exceptions end here, see `faults`.
 """
 
 import json
@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from app.analytics.faults import MESSAGE_CHARACTERS, translated
 from app.analytics.reports import RELATION
-from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.errors import Permanent, Rejected
 
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
@@ -24,9 +25,7 @@ ZONED_TYPE = "TIMESTAMP WITH TIME ZONE"
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999
 TEXTS = ("device_id", "device_type", "location")
 NUMBERS = ("voltage", "current", "power", "temperature", "soc", "power_factor")
-MESSAGE_CHARACTERS = 300
 SPILL = "1GB"
-RETRY_HINT = "nothing to do: it is read again; if it stays so, look at the object that is named"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +51,6 @@ class Remote:
     secret_access_key: str = field(repr=False)
     session_token: str = field(default="", repr=False)
     whole: bool = True
-
-
-class Unreadable(Transient):
-    """An object could not be read, or changed while it was: list again, then read again."""
 
 
 class Engine:
@@ -100,7 +95,7 @@ class Engine:
 
     @contextmanager
     def _cursor(self, seconds: float | None) -> Iterator[Any]:
-        with translated(self.limits), self._instance().cursor() as cursor:
+        with translated(seconds), self._instance().cursor() as cursor:
             timer = threading.Timer(seconds, cursor.interrupt) if seconds else None
             if timer:
                 timer.daemon = True
@@ -289,35 +284,3 @@ def _check_node(node: Mapping[str, Any], own: set[str]) -> None:
 
 def _refused(what: str) -> Rejected:
     return Rejected(f"{what} is not for reports"[:MESSAGE_CHARACTERS], "read FROM read_parquet({{S3_PATH}}) only")
-
-
-@contextmanager
-def translated(limits: Limits) -> Iterator[None]:
-    """Every exception of DuckDB as what the caller should do."""
-    import duckdb
-
-    try:
-        yield
-    except (duckdb.Error, UnicodeDecodeError, OSError) as error:
-        # UnicodeDecodeError: a message that quotes bytes of a torn read; OSError: what pyarrow makes of DuckDB's errors
-        raise _error(error, limits) from error
-
-
-def _error(error: Exception, limits: Limits) -> AppError:
-    import duckdb
-
-    text = str(error).split("\n", 1)[0][:MESSAGE_CHARACTERS]
-    if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
-        return Transient(
-            f"the report took longer than {limits.seconds:g} s",
-            "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS",
-        )
-    if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
-        return Permanent(
-            f"the report needs more memory or disk: {text}", "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
-        )
-    if isinstance(error, (duckdb.ParserException, duckdb.PermissionException, duckdb.NotImplementedException)):
-        return Permanent(f"the report cannot be run: {text}", "correct its SQL file")
-    if isinstance(error, UnicodeDecodeError):
-        return Unreadable("an object changed while it was read", RETRY_HINT)
-    return Unreadable(text, RETRY_HINT)

@@ -1,7 +1,9 @@
 """Rows as the bytes of an answer: JSON, CSV, Parquet or an Excel sheet.
 
 Invariants: an answer is whole before its first byte is sent; its memory is bounded by a spool; instants are ISO 8601
-with Z in text and UTC in types; what is no number (NaN, infinity) is null in JSON; nothing in a cell becomes a formula.
+with Z in text and UTC in types; what is no number (NaN, infinity) is null in JSON; a decimal is a number wherever a
+number can be. Nothing in a cell of a sheet becomes a formula. CSV is left as it is, because it is data for programs: a
+text that begins with = is a formula to a spreadsheet that opens it.
 """
 
 import io
@@ -12,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date, datetime
+from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from app.analytics.faults import written
 from app.analytics.totals import Table
 from app.core.errors import Rejected
 
@@ -33,7 +37,8 @@ SHEET = {
     "strings_to_urls": False,
     "default_date_format": "yyyy-mm-dd hh:mm:ss",
 }
-IN_CELLS = (str, bool, int, float, datetime)
+IN_CELLS = (str, bool, int, float, Decimal, datetime)
+WHOLE = range(-(1 << 63), 1 << 63)
 BATCH_ROWS = 10_000
 MEMORY_BYTES = 1 << 20
 PIECE_BYTES = 1 << 18
@@ -94,7 +99,8 @@ def _spooled(folder: Path, write: Callable[[Any], None]) -> Answer:
     spool = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - the answer closes it
     with ExitStack() as undo:
         undo.callback(spool.close)
-        write(spool)
+        with written():
+            write(spool)
         answer = Answer(spool)
         undo.pop_all()
     return answer
@@ -166,12 +172,20 @@ def said(value: Any) -> Any:
             return value if math.isfinite(value) else None
         case None | int() | str():
             return value
+        case Decimal():
+            return _number(value)
         case datetime():
             return f"{value.replace(tzinfo=None).isoformat()}Z"
         case date():
             return value.isoformat()
         case _:
             return _said_deep(value)
+
+
+def _number(value: Decimal) -> int | float:
+    """Sums of whole numbers, and literals such as 1.5, come as decimals from DuckDB."""
+    is_whole = value.as_tuple().exponent == 0 and int(value) in WHOLE
+    return int(value) if is_whole else float(value)
 
 
 def _said_deep(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Reports run by DuckDB over exactly the objects that are there, and never over half of one version.
 
-Invariants: in a directory every file is pinned by a link before it is read; in a bucket every object is fetched whole
-by one request, and where one is too large for that, the answer counts only if no object has changed meanwhile. Whatever
-goes wrong with an object, the objects are listed again and the report is run again, a bounded number of times.
+Invariants: in a directory every file is pinned by a link, or copied, before it is read; in a bucket every object is
+fetched whole by one request, and where one is too large for that, the answer counts only if no object has changed
+meanwhile. Whatever goes wrong with an object, the objects are listed again and the report run again, a few times only;
+what is wrong with a report is told at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
-from app.analytics.engine import Engine, Files, Remote, Unreadable
+from app.analytics.engine import Engine, Files, Remote
+from app.analytics.faults import RETRY_HINT, Unbound, Unreadable, Wrong
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
 from app.analytics.reports import Reads, Report
 from app.analytics.summaries import Summaries
@@ -42,7 +44,7 @@ class Objects(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalObjects:
-    """Objects of a directory. `pin(key, target)` links the version that is there; None when there is none."""
+    """Objects of a directory. `pin(key, target)` links or copies the version that is there; None when there is none."""
 
     engine: Engine
     pin: Callable[[str, Path], str | None]
@@ -125,7 +127,8 @@ class Queries:
         """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""
         self.check(report)
         values = {each.name: each.read(each.default) for each in report.parameters}
-        return self._local.columns(report.sql(Files(self._local.folder).relation()), values)
+        with _named(report):
+            return self._local.columns(report.sql(Files(self._local.folder).relation()), values)
 
     def check(self, report: Report) -> None:
         """Raises Permanent for a report that may not or cannot be run."""
@@ -133,7 +136,8 @@ class Queries:
             return
         declared = {each.name for each in report.parameters}
         try:
-            used = self._local.check(report.sql())
+            with _named(report):
+                used = self._local.check(report.sql())
         except (Rejected, Unreadable) as error:
             raise Permanent(f"report {report.name}.sql: {error.message}", error.hint) from error
         if used != declared:
@@ -142,11 +146,14 @@ class Queries:
         self._checked.add(report.text)
 
     def run(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
-        """The answer over all rows that are there."""
+        """The answer over all rows that are there. Raises Permanent when the report is wrong, Transient when an object
+        cannot be read, or is replaced, each time.
+        """
         self.check(report)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._attempt(report, values, shape)
+                with _named(report):
+                    return self._attempt(report, values, shape)
             except (Unreadable, Conflict):
                 if attempt == ATTEMPTS:
                     raise
@@ -156,8 +163,8 @@ class Queries:
     def _attempt(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
         sources = self._sources(report.reads, values)
         with self._objects.opened(sources) as (engine, names):
-            sql = report.sql(Files(engine.folder, names, self._summaries.instants).relation())
-            with engine.batches(sql, values, BATCH_ROWS) as reader:
+            relation = Files(engine.folder, names, self._summaries.instants).relation()
+            with _fitting(engine, relation), engine.batches(report.sql(relation), values, BATCH_ROWS) as reader:
                 answer = of_batches(reader, shape, engine.folder)
         if not self._objects.certain(sources):
             self._summaries.refresh()
@@ -170,3 +177,25 @@ class Queries:
             return values[name] if name else None
 
         return self._summaries.sources(value(reads.device), value(reads.since), value(reads.until))
+
+
+@contextmanager
+def _named(report: Report) -> Iterator[None]:
+    """What is wrong with a report, with its name."""
+    try:
+        yield
+    except Wrong as error:
+        raise Permanent(f"report {report.name}.sql cannot be run: {error.message}", error.hint) from error
+
+
+@contextmanager
+def _fitting(engine: Engine, relation: str) -> Iterator[None]:
+    """When the report does not fit the rows, look whether it is the objects that no longer fit together."""
+    try:
+        yield
+    except Unbound as error:
+        try:
+            engine.columns(f"SELECT * FROM {relation}", {})  # noqa: S608 - our own
+        except Wrong as fault:
+            raise Unreadable(fault.message, RETRY_HINT) from error
+        raise

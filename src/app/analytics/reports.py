@@ -26,6 +26,7 @@ PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
 FIELD = re.compile(r"^-- *(title|path|param|reads|answer|summary)\b:? *(.*)$")
 PARAM = re.compile(r"(?P<name>\w+): *(?P<kind>\w+)(?: *= *(?P<default>[^:]*?|'[^']*'))?(?:: *(?P<meaning>.*))?")
 LIMIT = re.compile(r"(device_id *=|timestamp *>=|timestamp *<) *\$(\w+)")
+LIMITS: Mapping[str, str] = {"device_id=": "text", "timestamp>=": "timestamp", "timestamp<": "timestamp"}
 RESERVED = frozenset({"format", "scan"})
 TAKEN = frozenset({"schema", "explore"})
 MAX_TEXT = 1000
@@ -171,7 +172,7 @@ def parse(name: str, text: str) -> Report:
         description=" ".join(words),
         text=text,
         parameters=(parameters := [_parameter(name, line) for line in head.get("param", ())]),
-        reads=_reads(name, _last(head, "reads", ""), {each.name for each in parameters}),
+        reads=_reads(name, _last(head, "reads", ""), {each.name: each.kind for each in parameters}),
         answer=_last(head, "answer", "data"),
         summary=_last(head, "summary", ""),
     )
@@ -194,17 +195,22 @@ def _parameter(report: str, line: str) -> Parameter:
     return parameter
 
 
-def _reads(report: str, line: str, names: set[str]) -> Reads:
+def _reads(report: str, line: str, kinds: Mapping[str, str]) -> Reads:
+    """`kinds` of the parameters: a limit must be of the column's kind, which it is compared with."""
     limits = {}
     for part in filter(None, (each.strip() for each in line.split(","))):
         found = LIMIT.fullmatch(part)
-        if not found or found[2] not in names:
+        what = found[1].replace(" ", "") if found else ""
+        if not found or found[2] not in kinds:
             raise _fault(
                 report,
                 f"cannot read `reads: {part[:80]}`",
                 "write device_id = $x, timestamp >= $x, timestamp < $x with declared parameters",
             )
-        limits[found[1].replace(" ", "")] = found[2]
+        if kinds[found[2]] != LIMITS[what]:
+            wanted = f"declare `param {found[2]}: {LIMITS[what]}`, or leave this out of `reads`"
+            raise _fault(report, f"`reads: {part[:80]}` with {found[2]}, which is {kinds[found[2]]}", wanted)
+        limits[what] = found[2]
     return Reads(limits.get("device_id=", ""), limits.get("timestamp>=", ""), limits.get("timestamp<", ""))
 
 

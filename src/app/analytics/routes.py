@@ -137,6 +137,8 @@ def _answering(serving: Serving, report: Report) -> Callable[[Request], Any]:
         if unchanged(found, request.headers.get("if-none-match", "")):
             del headers["Content-Length"]
             return Response(status_code=304, headers=headers)
+        if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may wait for one answer
+            return Response(b"".join(found.pieces()), headers=headers, media_type=MEDIA[asked.format])
         return StreamingResponse(found.pieces(), headers=headers, media_type=MEDIA[asked.format])
 
     return answer

@@ -33,6 +33,7 @@ FOLDER = "analytics"
 LOCK = "lock"
 LOCAL_THREADS, REMOTE_THREADS = 2, 8
 FIRST_SECONDS = 1.0
+LEAST_SECONDS = 1.0
 SHARE = 4
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,7 @@ class Refresher:
             self._thread.join(seconds)
 
     def _turn(self) -> None:
-        """Each refresh runs in a thread of its own, so that whatever it raises ends there and is told. One that takes
-        long is followed by a longer pause: a listing of very many objects must not take all of the processor.
-        """
+        """Each refresh runs in a thread of its own, so that whatever it raises ends there and is told."""
         pause_seconds = FIRST_SECONDS
         with ThreadPoolExecutor(1, thread_name_prefix="analytics") as one:
             asked = one.submit(self._is_asked)
@@ -83,10 +82,11 @@ class Refresher:
                 self._awake.clear()
                 if self._ended:
                     return
-                began = time.monotonic()
+                began, used = time.monotonic(), time.process_time()
                 error = one.submit(self._summaries.refresh).exception()
                 self._note(error)
-                pause_seconds = max(self._interval_seconds, SHARE * (time.monotonic() - began))
+                taken = time.monotonic() - began
+                pause_seconds = pause_after(taken, time.process_time() - used, self._interval_seconds)
 
     def _note(self, error: BaseException | None) -> None:
         if error is None:
@@ -99,6 +99,16 @@ class Refresher:
         if self.trouble is None or self.trouble.message != trouble.message:
             log.warning("analytics: answers stay as they are: %s", trouble, exc_info=None if known else error)
         self.trouble = trouble
+
+
+def pause_after(taken_seconds: float, used_seconds: float, interval_seconds: float) -> float:
+    """How long to wait after a refresh that took so long, while the process used so much of the processor.
+
+    What comes just after its folder was listed is seen by the next listing, so that both have to fit into the interval;
+    but a listing of very many objects must not take more than a fifth of one core. Waiting for a network takes none.
+    """
+    busy_seconds = min(taken_seconds, used_seconds)
+    return max(interval_seconds - 2 * taken_seconds, SHARE * busy_seconds, min(LEAST_SECONDS, interval_seconds))
 
 
 @dataclass(frozen=True, slots=True)

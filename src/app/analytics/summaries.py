@@ -8,32 +8,37 @@ days.
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import compress, islice
 from threading import Lock
 from types import MappingProxyType
 
 from app.analytics.aggregate import aggregated
 from app.analytics.engine import Engine
 from app.analytics.totals import merged
+from app.analytics.versions import Versions
 from app.core.errors import Transient
 from app.stores.objects import ObjectInfo, ObjectStore
-from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, version_of
+from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
 
-CHUNK = 2000
+SOME = 2000
 PAIRS = 500
-ROUNDS = 250  # small numbers are shared objects, so that a mark costs no memory
+SUFFIX = ".parquet"
 KEPT = timedelta(hours=1)
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one listing showed. `number` grows with each change; `as_of` with each listing."""
+    """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
+    each listing.
+    """
 
     number: int
     as_of: datetime
+    versions: Versions
     days: Mapping[Pair, Part]
     objects: int
     rows: int
@@ -44,17 +49,21 @@ class View:
 
 @dataclass(slots=True)
 class _State:
-    """What the refreshing thread holds. `touched`: pairs whose sum is not up to date yet."""
+    """What the refreshing thread holds, half of a listing at times. `batches`: the versions of each batch of the last
+    whole listing, by digest; `moved`: something came or went since the last view; `touched`: pairs whose sum is not up
+    to date yet.
+    """
 
-    current: dict[int, int] = field(default_factory=dict)
+    current: Versions = field(default_factory=Versions)
+    batches: Mapping[bytes, bytes] = field(default_factory=dict)
     days: dict[Pair, Part] = field(default_factory=dict)
     touched: set[Pair] = field(default_factory=set)
-    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+    faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
-    leaving: deque[tuple[datetime, int]] = field(default_factory=deque)
+    leaving: deque[tuple[datetime, Version]] = field(default_factory=deque)
     rows: int = 0
     size_bytes: int = 0
-    turn: int = 0
+    moved: bool = False
     number: int = 0
     sweeps: int | None = None
 
@@ -85,93 +94,108 @@ class Summaries:
         return frozenset(self._view.columns.get("timestamp", ())) if self._view else frozenset()
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[Source]:
-        """What a query over this device and span has to read; None = not limited."""
+        """What a query over this device and span has to read, all of one view; None = not limited."""
+        view = self._view
+        if view is None:
+            return []
         first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
-        current = self._state.current
-        return [source for source in found if source.version in current]
+        return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[Source]) -> bool:
-        """Whether all of them are still current."""
-        return all(source.version in self._state.current for source in sources)
+        """Whether the last view has all of them."""
+        view = self._view
+        return view is not None and all(view.versions.among([source.version for source in sources]))
 
     def refresh(self) -> View:
         """List, learn what is new, drop what is gone, add up anew what that touched. Raises what the stores raise."""
         with self._lock:
             for _ in range(2):
-                state = self._state
                 as_of = self._clock()
-                before = (len(state.current), state.size_bytes)
                 unread = self._list(as_of)
-                changed = bool(state.touched) or before != (len(state.current), state.size_bytes)
                 self._add_up()
                 if self._all_kept():
-                    return self._publish(as_of, unread, changed=changed)
+                    return self._publish(as_of, unread)
             raise Transient("what is known of objects is removed by others all the time", "look for a second Headwater")
 
-    def _listed(self) -> Iterator[ObjectInfo]:
-        """Parquet objects below the prefix; names that begin with `_` or `.` are other programs' own."""
-        for info in self._store.list(self._folder):
-            names = info.key.removeprefix(self._folder).split("/")
-            if names[-1].lower().endswith(".parquet") and not any(name.startswith(("_", ".")) for name in names):
-                yield info
-
     def _list(self, as_of: datetime) -> Sequence[tuple[str, str]]:
-        """Bring `current` up to the store; what could not be fetched."""
+        """Bring `current` up to the store; what could not be fetched. A batch that was there the last time, every
+        version of it known, is not even read.
+        """
         state = self._state
-        state.turn = (state.turn + 1) % ROUNDS
         unread: list[tuple[str, str]] = []
-        waiting: list[ObjectInfo] = []
-        for info in self._listed():
-            version = version_of(info.key, info.etag)
-            if version in state.current:
-                state.current[version] = state.turn
-                continue
-            waiting.append(info)
-            if len(waiting) == CHUNK:
-                unread += self._learn(waiting)
-                waiting = []
-        unread += self._learn(waiting)
-        self._drop([version for version, turn in state.current.items() if turn != state.turn], as_of)
+        seen: dict[bytes, bytes] = {}
+        others: list[bytes] = []
+        expected = len(state.current) or self._facts.count()
+        for batch in self._store.batches(self._folder, expected):
+            packed = state.batches.get(batch.digest)
+            if packed is None:
+                packed, is_known = self._look(batch.infos(), unread)
+                if not batch.digest or not is_known:
+                    others.append(packed)
+                    continue
+            seen[batch.digest] = packed
+        if others or state.moved or seen.keys() != state.batches.keys():
+            self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
+        state.batches = seen
         return unread
 
-    def _learn(self, infos: Sequence[ObjectInfo]) -> Sequence[tuple[str, str]]:
-        if not infos:
-            return []
-        by_version = {version_of(info.key, info.etag): info for info in infos}
-        known = self._facts.known(by_version)
-        self._state.touched |= self._facts.pairs(known)
+    def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
+        """The versions that are there, and whether those are all that were listed. What is new is learnt, what cannot
+        be fetched is added to `unread`.
+        """
+        by_version = {version_of(info.key, info.etag): info for info in infos if self._is_ours(info.key)}
+        versions = list(by_version)
+        here = set(compress(versions, self._state.current.among(versions)))
+        fresh = {version: info for version, info in by_version.items() if version not in here}
+        if fresh:
+            here |= self._learn(fresh, unread)
+        return b"".join(here), here >= by_version.keys()
+
+    def _is_ours(self, key: str) -> bool:
+        """Parquet objects; names that begin with `_` or `.` are other programs' own."""
+        path = f"/{key.removeprefix(self._folder)}"
+        return path[-len(SUFFIX) :].lower() == SUFFIX and "/_" not in path and "/." not in path
+
+    def _learn(self, infos: Mapping[Version, ObjectInfo], unread: list[tuple[str, str]]) -> set[Version]:
+        """The versions that were taken: those given, or newer ones that had taken their place."""
+        state = self._state
+        known = self._facts.known(infos)
+        state.touched |= self._facts.pairs(known)
         for version, one in known.items():
             self._take(version, one)
-        unread: list[tuple[str, str]] = []
-        fresh = [info for version, info in by_version.items() if version not in known]
-        for group in aggregated(self._store, self._engine, fresh):
+        taken = set(known)
+        for group in aggregated(self._store, self._engine, [infos[version] for version in infos.keys() - taken]):
             self._facts.save(group.read)
             for facts in group.read:
-                columns = json.dumps(dict(facts.columns))
-                self._state.touched |= {(part.device, part.day) for part in facts.parts}
-                self._take(facts.version, Known(facts.key, facts.size_bytes, facts.rows, facts.fault, columns))
+                state.touched |= {(part.device, part.day) for part in facts.parts}
+                taken.add(facts.version)
+                if not any(state.current.among([facts.version])):
+                    columns = json.dumps(dict(facts.columns))
+                    self._take(facts.version, Known(facts.key, facts.size_bytes, facts.rows, facts.fault, columns))
             unread += [(facts.key, facts.fault) for facts in group.unread]
-        return unread
+        return taken
 
-    def _take(self, version: int, known: Known) -> None:
+    def _take(self, version: Version, known: Known) -> None:
         state = self._state
-        if version not in state.current:
-            state.rows += known.rows
-            state.size_bytes += known.size_bytes
-            state.schemas[known.columns] += 1
-            if known.fault:
-                state.faults[version] = (known.key, known.fault)
-        state.current[version] = state.turn
+        state.moved = True
+        state.rows += known.rows
+        state.size_bytes += known.size_bytes
+        state.schemas[known.columns] += 1
+        if known.fault:
+            state.faults[version] = (known.key, known.fault)
+        state.current.add(version)
 
-    def _drop(self, versions: Collection[int], as_of: datetime) -> None:
+    def _drop(self, versions: Sequence[Version], as_of: datetime) -> None:
+        """Count out what is no longer current."""
         if not versions:
             return
         state = self._state
         known = self._facts.known(versions)
         state.touched |= self._facts.pairs(versions)
+        state.moved = True
+        state.current.drop(versions)
         for version in versions:
-            del state.current[version]
             state.faults.pop(version, None)
             state.leaving.append((as_of + KEPT, version))
             if version in known:
@@ -184,8 +208,9 @@ class Summaries:
         touched = sorted(state.touched)
         for start in range(0, len(touched), PAIRS):
             pairs = touched[start : start + PAIRS]
-            parts = (part for version, part in self._facts.parts(pairs) if version in state.current)
-            found = merged(parts)
+            kept = self._facts.parts(pairs)
+            is_current = state.current.among([version for version, _ in kept])
+            found = merged(part for _, part in compress(kept, is_current))
             for pair in pairs:
                 state.days.pop(pair, None)
             state.days.update(found)
@@ -199,31 +224,35 @@ class Summaries:
         sweeps = self._facts.sweeps()
         if state.sweeps == sweeps:
             return True
-        missing = set(state.current)
         later = self._clock() + KEPT
-        for version in self._facts.versions():
-            if version in missing:
-                missing.discard(version)
-            else:
-                state.leaving.append((later, version))
+        kept = 0
+        versions = self._facts.versions()
+        while some := list(islice(versions, SOME)):
+            is_current = state.current.among(some)
+            kept += sum(is_current)
+            state.leaving += [(later, version) for version, one in zip(some, is_current, strict=True) if not one]
         state.sweeps = sweeps
-        if missing:
-            self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving)
-        return not missing
+        if kept < len(state.current):
+            self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving, moved=True)
+        return kept == len(state.current)
 
-    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]], *, changed: bool) -> View:
+    def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
+        """Show what was found, in one step; where nothing has changed, all but the times is the last view's."""
         state = self._state
         self._forget(as_of)
         held = self._view
         faults = sorted([*state.faults.values(), *unread])
-        if held and not changed and held.faults == faults:
-            view = View(held.number, as_of, held.days, held.objects, held.rows, held.size_bytes, held.columns, faults)
+        if held and not state.moved:
+            state.number += faults != held.faults
+            view = replace(held, number=state.number, as_of=as_of, faults=faults)
         else:
             state.number += 1
-            columns = _columns(state.schemas)
             days = MappingProxyType(dict(state.days))
-            view = View(state.number, as_of, days, len(state.current), state.rows, state.size_bytes, columns, faults)
+            versions, columns = state.current.copy(), _columns(state.schemas)
+            sums = (len(versions), state.rows, state.size_bytes)
+            view = View(state.number, as_of, versions, days, *sums, columns, faults)
         self._view = view
+        state.moved = False
         return view
 
     def _forget(self, now: datetime) -> None:
@@ -232,7 +261,7 @@ class Summaries:
         due = []
         while state.leaving and state.leaving[0][0] <= now:
             due.append(state.leaving.popleft()[1])
-        gone = [version for version in due if version not in state.current]
+        gone = [version for version, one in zip(due, state.current.among(due), strict=True) if not one]
         if gone and self._facts.forget(gone) == (state.sweeps or 0) + 1:
             state.sweeps = (state.sweeps or 0) + 1  # else somebody else did so too, which is looked at next time
 

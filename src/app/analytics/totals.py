@@ -78,12 +78,11 @@ def _at(microseconds: int | None) -> datetime | None:
 
 def _devices(days: Mapping[Pair, Part]) -> Mapping[str, list[Part]]:
     """Device id -> its parts, oldest first; by code point, as DuckDB sorts. Rows without a device are left out."""
-    found: dict[str, list[Part]] = {}
-    for pair in sorted(days, key=lambda pair: pair[1]):
-        device = json.loads(pair[0])
-        if device is not None:
-            found.setdefault(device, []).append(days[pair])
-    return dict(sorted(found.items()))
+    by_text: dict[str, list[Part]] = {}
+    for part in sorted(days.values(), key=lambda part: part.day):
+        by_text.setdefault(part.device, []).append(part)
+    found = {json.loads(text): parts for text, parts in by_text.items()}
+    return {device: found[device] for device in sorted(device for device in found if device is not None)}
 
 
 def overview(days: Mapping[Pair, Part]) -> Table:

@@ -74,6 +74,10 @@ class PullEnds:
     _given: Given | None = None
     _held: ExitStack = field(default_factory=ExitStack)
 
+    def partitions(self, _: Window) -> Sequence[str]:
+        """See `Ends.partitions`: those that are configured."""
+        return sorted(self._name(resource) for resource in self.resources)
+
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: hours that can be asked for."""
         end = floor_to(min(span.end, due_at(self.places.clock())), HOUR_SECONDS)

@@ -4,19 +4,20 @@ Invariants: both ends are read anew, so nothing that was remembered can hide a f
 order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
 from typing import Protocol
 
-from app.core.errors import AppError, LeaseLost, Stopped
+from app.core.errors import AppError, LeaseLost, Rejected, Stopped
 from app.core.runs import Context, Failure, Report, Stop
 from app.core.window import Window
 
 LANE_BYTES = 8
 LANES = 2
 LANE = 1 << (8 * LANE_BYTES)
+NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,9 @@ class Ends(Protocol):
     `Stopped` ends the verification; any other error counts for the window alone.
     """
 
+    def partitions(self, span: Window) -> Sequence[str]:
+        """Every partition that may have windows in `span`, sorted."""
+
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """Every ended window of `span` by partition, oldest first; of one partition, or of all when it is None."""
 
@@ -115,11 +119,24 @@ Verification = Callable[[Stop], Ends]
 
 
 def verify(ends: Ends, span: Window, stop: Stop, partition: str | None = None) -> Iterator[Verdict]:
-    """A verdict per window. What is not equal is looked at twice, since a run may have written in between."""
+    """A verdict per window. What is not equal is looked at twice, since a run may have written in between.
+
+    Raises Rejected for a partition that is not known.
+    """
+    refuse_unknown(ends, span, partition)
     for slot in ends.slots(span, partition):
         stop.check()
         verdict = compare(ends, slot)
         yield verdict if verdict.sign is Sign.EQUAL else compare(ends, slot)
+
+
+def refuse_unknown(ends: Ends, span: Window, partition: str | None) -> None:
+    """Raises Rejected for a partition that is not known: comparing nothing must not look as if all were well."""
+    if partition is None or partition in (known := ends.partitions(span)):
+        return
+    others = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+    hint = f"partitions: {', '.join(known[:NAMED]) or 'none yet'}{others}"
+    raise Rejected(f"no partition is named {partition[:80]!r}", hint)
 
 
 def compare(ends: Ends, slot: Slot) -> Verdict:

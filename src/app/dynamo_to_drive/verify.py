@@ -57,6 +57,10 @@ class HourEnds:
     clock: Callable[[], "Moment"]
     turn: threading.Lock
 
+    def partitions(self, _: Window) -> Sequence[str]:
+        """The one."""
+        return [self.at.partition]
+
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`; there is the one partition."""
         now = self.clock().now

@@ -44,18 +44,19 @@ class ExportEnds:
             raise TypeError(f"an export lands in tables, not in {type(sink).__name__}")
         return sink
 
+    def partitions(self, span: Window) -> Sequence[str]:
+        """See `Ends.partitions`."""
+        known = self.pipeline.checkpoints.cursors(self.pipeline.name).keys() - {DISCOVERY}
+        return sorted({*known, *self.pipeline.source.partitions(span.start)})
+
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
         now = self.clock()
-        devices = [partition] if partition is not None else self._devices(span)
+        devices = [partition] if partition is not None else self.partitions(span)
         for device in devices:
             for window in self.pipeline.grid.windows(span.start, min(span.end, now)):
                 if window.end <= now:
                     yield Slot(device, window)
-
-    def _devices(self, span: Window) -> Sequence[str]:
-        known = self.pipeline.checkpoints.cursors(self.pipeline.name).keys() - {DISCOVERY}
-        return sorted({*known, *self.pipeline.source.partitions(span.start)})
 
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`."""

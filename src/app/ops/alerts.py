@@ -1,7 +1,7 @@
 """Telling people and monitors: a webhook when a job begins to fail, recovers or falls silent, a heartbeat per job.
 
-Invariants: only addresses from the settings are called, a redirect is never followed, no job waits for an answer; what
-is told is decided from the record of runs, so a restart tells nothing twice, and of several processes one tells it.
+Invariants: only addresses from the settings are called, and no job waits for an answer; what was told is kept in the
+state until it is over, so neither a restart, a pause nor another process tells it twice; a heartbeat delays no alert.
 """
 
 import logging
@@ -14,20 +14,18 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from app.core.errors import AppError, Permanent, Stopped, Transient
+from app.core.errors import AppError, Stopped
 from app.core.retry import RetryPolicy, retry
-from app.core.runs import Job, Leases, LeaseTerms, Outcome, Run, Stop, Total
+from app.core.runs import Job, Outcome, Run, Stop, Total
+from app.ops.addresses import Heartbeats, post
 from app.settings import Settings
 
 WATCH_SECONDS = 15.0
-SEND_SECONDS = 10.0
 WAITING = 1000
-LEASE = "alerts"
 POLICY = RetryPolicy(attempts=4, first_seconds=1.0, cap_seconds=20.0)
 BAD = (Outcome.FAILED, Outcome.PARTIAL)
 DONE = (Outcome.OK, Outcome.PARTIAL)
 FAILED, RECOVERED, STALE = "failed", "recovered", "stale"
-REFUSED = 300
 log = logging.getLogger(__name__)
 
 
@@ -65,31 +63,32 @@ def rules_of(settings: Settings) -> Rules:
 class Record(Protocol):
     """What is asked of the record of runs."""
 
-    def ended_before(self, run: Run) -> Run | None:
-        """The run of the same job before `run` that ended with a result."""
-
     def totals(self) -> Sequence[Total]:
         """Sums by job and outcome, with the end of the last run of each."""
 
 
+class Told(Protocol):
+    """What people were told of a job and is not over yet, shared by all processes. All methods raise AppError."""
+
+    def told(self) -> Mapping[tuple[str, str], datetime]:
+        """Job and event -> since when."""
+
+    def begin(self, job: str, event: str, at: datetime) -> bool:
+        """True for the one caller who is first and has to tell; False while it is told already."""
+
+    def end(self, job: str, before: datetime, event: str | None = None) -> bool:
+        """Whatever was told of `job` before that instant is over, or only `event`. True for the one who ended it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What is watched: the jobs, which of them are paused, the record, and the leases that let one process tell."""
+    """What is watched: the jobs, which of them are paused, the record of runs, and what was told of them."""
 
     jobs: Sequence[Job]
     paused: Callable[[], Collection[str]]
     record: Record
-    leases: Leases
-    terms: LeaseTerms
+    told: Told
     clock: Callable[[], datetime]
-
-
-def turn_of(run: Run, before: Run | None) -> str:
-    """FAILED when a job begins to fail, RECOVERED when it is well again, "" when nothing turned."""
-    was_bad = before is not None and before.outcome in BAD
-    if run.outcome in BAD:
-        return "" if was_bad else FAILED
-    return RECOVERED if was_bad and run.outcome is Outcome.OK else ""
 
 
 def is_stale(last_at: datetime | None, started_at: datetime, limits: tuple[float, float], now: datetime) -> bool:
@@ -99,6 +98,15 @@ def is_stale(last_at: datetime | None, started_at: datetime, limits: tuple[float
     """
     interval, grace = (timedelta(seconds=each) for each in limits)
     return now - started_at > grace and now - (last_at or started_at) > interval + grace
+
+
+def last_ends(totals: Sequence[Total], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
+    """Job -> end of its last run with one of these outcomes."""
+    last: dict[str, datetime] = {}
+    for total in totals:
+        if total.outcome in outcomes:
+            last[total.job] = max(total.ended_at, last.get(total.job, total.ended_at))
+    return last
 
 
 class Alerts:
@@ -112,6 +120,7 @@ class Alerts:
         self._started_at = watched.clock()
         self._stale: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
+        self._heartbeats = Heartbeats(rules.heartbeat_urls)
 
     @property
     def stale(self) -> Collection[str]:
@@ -123,13 +132,19 @@ class Alerts:
         for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._watched.jobs}:
             log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is no job", name)
         self._thread.start()
+        self._heartbeats.start()
 
     def close(self) -> None:
         """Tell no more; what is on its way is left behind."""
+        self._heartbeats.close()
         self._stop.ask("the process ends")
 
     def ended(self, run: Run, _: BaseException | None) -> None:
         """A run ended."""
+        if run.outcome is Outcome.OK:
+            self._heartbeats.beat(run.job)
+        if not self._rules.webhook_url:
+            return
         try:
             self._ended.put_nowait(run)
         except queue.Full:
@@ -150,37 +165,43 @@ class Alerts:
                 self._look(now)
 
     def _heed(self, run: Run) -> None:
-        if run.outcome is Outcome.OK and (url := self._rules.heartbeat_urls.get(run.job)):
-            self._send(url, None)
-        if not self._rules.webhook_url:
-            return
-        turn = turn_of(run, self._watched.record.ended_before(run))
-        if turn:
-            message = run.error if turn == FAILED else f"{run.report.rows} rows moved"
-            self._tell(turn, run.job, message, {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value})
+        """Bad runs open an alert, the first good one after them ends all that is open of its job."""
+        at = run.ended_at or self._watched.clock()
+        more = {"hint": run.hint, "run_id": run.run_id, "outcome": run.outcome.value}
+        if run.outcome in BAD and self._watched.told.begin(run.job, FAILED, at):
+            self._tell(FAILED, run.job, run.error, more)
+        if run.outcome is Outcome.OK and self._watched.told.end(run.job, at):
+            self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
     def _look(self, now: datetime) -> None:
-        """Which jobs are stale; only the process that holds the lease tells it."""
+        """Which jobs are stale, and what is over without a run that was heeded here: another process's, a command's."""
         try:
-            stale = self._stale_now(now)
-            fresh, over = stale - self._stale, self._stale - stale
-            self._stale = stale
-            if not self._rules.webhook_url or not (fresh or over) or not self._may_tell():
-                return
+            totals = self._watched.record.totals()
+            self._stale = self._stale_now(last_ends(totals, DONE), now)
+            if self._rules.webhook_url:
+                self._tell_over(totals)
+                self._tell_stale(now)
         except AppError as error:
             log.debug("alerts: the record cannot be read: %s", error)
-            return
-        for name in sorted(fresh):
-            hint = "look at the dashboard and at /ready; `python -m app check` tries every system"
-            self._tell(STALE, name, "no run came to its end in time", {"hint": hint})
-        for name in sorted(over):
-            self._tell(RECOVERED, name, "runs come to their end again", {})
 
-    def _stale_now(self, now: datetime) -> frozenset[str]:
-        last: dict[str, datetime] = {}
-        for total in self._watched.record.totals():
-            if total.outcome in DONE:
-                last[total.job] = max(total.ended_at, last.get(total.job, total.ended_at))
+    def _tell_stale(self, now: datetime) -> None:
+        known = self._watched.told.told()
+        for name in sorted(self._stale):
+            if (name, STALE) not in known and self._watched.told.begin(name, STALE, now):
+                hint = "look at the dashboard and at /ready; `python -m app check` tries every system"
+                self._tell(STALE, name, "no run came to its end in time", {"hint": hint})
+
+    def _tell_over(self, totals: Sequence[Total]) -> None:
+        """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
+        good, done = last_ends(totals, (Outcome.OK,)), last_ends(totals, DONE)
+        for (name, event), told_at in self._watched.told.told().items():
+            if (at := good.get(name)) and at > told_at:
+                if self._watched.told.end(name, at):
+                    self._tell(RECOVERED, name, "runs come to their end again", {})
+            elif event == STALE and (at := done.get(name)) and at > told_at:
+                self._watched.told.end(name, at, STALE)
+
+    def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
         paused = self._watched.paused()
         return frozenset(
             job.name
@@ -189,10 +210,6 @@ class Alerts:
             and job.name not in paused
             and is_stale(last.get(job.name), self._started_at, self._rules.limits(job), now)
         )
-
-    def _may_tell(self) -> bool:
-        terms = self._watched.terms
-        return self._watched.leases.acquire(LEASE, terms.owner, max(terms.ttl_seconds, 2 * WATCH_SECONDS)) is not None
 
     def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> None:
         """`text` is what chat services show; the other fields are for programs."""
@@ -209,26 +226,10 @@ class Alerts:
         }
         self._send(self._rules.webhook_url, body)
 
-    def _send(self, url: str, body: Mapping[str, Any] | None) -> None:
+    def _send(self, url: str, body: Mapping[str, Any]) -> None:
         try:
             retry(lambda: post(url, body), POLICY, self._stop, random.random)
         except Stopped:
             return
         except AppError as error:
             log.warning("%s was not told: %s", urlsplit(url).hostname, error)
-
-
-def post(url: str, body: Mapping[str, Any] | None) -> None:
-    """POST JSON, or GET without a body. Raises Transient or Permanent, whose texts hold no more than the host."""
-    import urllib3
-
-    host = urlsplit(url).hostname
-    try:
-        with urllib3.PoolManager(retries=False, timeout=SEND_SECONDS, headers={"User-Agent": "headwater"}) as pool:
-            answer = pool.request("POST" if body is not None else "GET", url, json=body, redirect=False)
-    except urllib3.exceptions.HTTPError as error:
-        raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
-    if answer.status in (408, 429) or answer.status >= 500:  # noqa: PLR2004 - HTTP's own numbers
-        raise Transient(f"{host} answers {answer.status}", "nothing to do: it is tried again")
-    if answer.status >= REFUSED:
-        raise Permanent(f"{host} answers {answer.status}", "check the address; redirects are not followed")

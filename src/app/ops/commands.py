@@ -15,7 +15,7 @@ from typing import Any
 
 from app.core.errors import AppError, Rejected
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
-from app.core.verify import Sign, Verdict, verify
+from app.core.verify import Sign, Verdict, refuse_unknown, verify
 from app.core.window import Window
 from app.ops import output
 from app.ops.progress import Tally, bar, logged
@@ -70,7 +70,7 @@ class Wanted:
 
 
 def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
-    """Compare both ends window by window; 0 when all are equal or were mended."""
+    """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
     job, verdicts = _job(service, wanted.job), list[Verdict]()
     verification = found(service.pipelines.verifications, wanted.job)
 
@@ -80,6 +80,7 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
             output.line(_line(verdict))
 
     if wanted.healing:
+        refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
         desk = replace(service.desk, ended=_unexpected)
         with _stoppable(service.stop):
             ended = execute(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
@@ -111,12 +112,14 @@ def _judged(wanted: Wanted, verdicts: list[Verdict], how: How) -> int:
         "job": wanted.job,
         "from": f"{span.start:%Y-%m-%dT%H:%M:%SZ}",
         "to": f"{span.end:%Y-%m-%dT%H:%M:%SZ}",
-        "equal": fine,
+        "equal": fine if verdicts else None,
         "counts": counts,
         "healed": healed,
         "windows": [shown(each) for each in verdicts if wanted.every or each.sign is not Sign.EQUAL],
     }
     text = f"{wanted.job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
+    if not verdicts:
+        text = f"{wanted.job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
     output.show(document, lambda: output.line(text), as_json=how.as_json)
     return OK if fine else FAILED
 

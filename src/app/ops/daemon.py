@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from app.ops.allocator import give_back_large_blocks
 from app.ops.server import Serving, serve
 from app.ops.service import Headwater
+from app.ops.stopping import steps_of
 from app.settings import warnings
 
 # A job that computes holds the interpreter for this long at most before a request gets its turn.
@@ -32,7 +33,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str]) -> None:
         host=settings.service.host,
         port=settings.service.port,
         forwarded_allow_ips=settings.access.forwarded_allow_ips,
-        grace_seconds=settings.service.shutdown_grace_seconds,
+        steps=steps_of(settings.service.shutdown_grace_seconds),
         ask_stop=service.scheduler.ask_stop,
         busy=lambda: service.scheduler.busy,
     )

@@ -35,6 +35,13 @@ class Result:
     error: str = ""
     hint: str = ""
 
+    @property
+    def equal(self) -> bool | None:
+        """Whether all windows are equal; None while that is not known, and when nothing was compared."""
+        if self.ended_at is None or self.error or not self.counts:
+            return None
+        return self.counts.keys() == {Sign.EQUAL.value}
+
     def with_verdict(self, verdict: Verdict) -> "Result":
         """The result with one more window."""
         counts = {**self.counts, verdict.sign.value: self.counts.get(verdict.sign.value, 0) + 1}

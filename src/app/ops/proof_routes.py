@@ -12,7 +12,7 @@ from fastapi import APIRouter, Body, Query
 from pydantic import AwareDatetime, Field
 
 from app.core.gaps import Cell
-from app.core.verify import Verdict, Verification
+from app.core.verify import Verdict, Verification, refuse_unknown
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused
 from app.ops.atlas import Asked, Atlas
@@ -105,6 +105,7 @@ def _acting(router: APIRouter, proof: Proof) -> None:
     def heal(job: str, part: Annotated[Part, Body()]) -> dict[str, Any]:
         verification = found(proof.verifications, known(proof.scheduler, job))
         what = Healing(_bounded(part), part.partition)
+        refuse_unknown(verification(proof.scheduler.stop), what.span, what.partition)
 
         def seen(verdict: Verdict) -> None:
             proof.proofs.mended(job, verdict)
@@ -141,6 +142,7 @@ def _result(result: Result) -> Mapping[str, Any]:
         "to": instant_text(result.span.end),
         "started_at": instant_text(result.started_at),
         "ended_at": instant_text(result.ended_at),
+        "equal": result.equal,
         "counts": dict(result.counts),
         "windows": [shown(each) for each in result.windows],
         "error": result.error,

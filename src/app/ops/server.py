@@ -1,8 +1,8 @@
 """Serving: uvicorn with our limits, and a stop that lets running work come to its next safe point.
 
 Invariants: from the stop signal on /ready answers 503 and no run starts, while requests are still answered until
-running jobs have ended or half of the grace has passed; a second signal ends the waiting; the process then ends with
-the signal's own status.
+running jobs have ended or their share of the grace has passed; a second signal ends the waiting; the process then
+ends with the signal's own status.
 """
 
 import time
@@ -14,6 +14,7 @@ import uvicorn
 
 from app.ops.answers import Asgi
 from app.ops.protocol import PunctualProtocol
+from app.ops.stopping import Steps
 
 LINGER_SECONDS = 0.5
 CONNECTIONS = 500
@@ -26,7 +27,7 @@ class Serving:
     host: str
     port: int
     forwarded_allow_ips: tuple[str, ...]
-    grace_seconds: float
+    steps: Steps
     ask_stop: Callable[[str], None]
     busy: Callable[[], bool]
 
@@ -60,7 +61,7 @@ class DrainingServer(uvicorn.Server):
 
     def _drained(self) -> bool:
         waited = time.monotonic() - self._asked_at
-        return waited >= self._serving.grace_seconds / 2 or (waited >= LINGER_SECONDS and not self._serving.busy())
+        return waited >= self._serving.steps.jobs or (waited >= LINGER_SECONDS and not self._serving.busy())
 
 
 def serve(app: Asgi, serving: Serving) -> None:
@@ -77,7 +78,7 @@ def serve(app: Asgi, serving: Serving) -> None:
         server_header=False,
         forwarded_allow_ips=list(serving.forwarded_allow_ips),
         limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=max(int(serving.grace_seconds / 4), 1),
+        timeout_graceful_shutdown=serving.steps.requests,  # type: ignore[arg-type]  # asyncio's, which takes fractions
     )
     DrainingServer(config, serving).run()
 

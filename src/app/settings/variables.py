@@ -398,7 +398,7 @@ ANALYTICS = _of(
         "ANALYTICS_REFRESH_SECONDS",
         kinds.seconds(0.1, 86_400),
         "10",
-        "time between two looks at which objects are there; one that takes long is followed by a longer pause",
+        "time within which a change of the objects is to be seen; above some 200,000 objects it takes longer",
     ),
     ("timeout_seconds", "ANALYTICS_TIMEOUT_SECONDS", kinds.seconds(0.1, 3600), "30", "longest that one report may run"),
     (
@@ -406,7 +406,7 @@ ANALYTICS = _of(
         "ANALYTICS_MEMORY_MB",
         kinds.whole(32, 65_536),
         "128",
-        "memory of reports that run; what needs more goes to DATA_DIR meanwhile",
+        "memory of DuckDB, once for a directory and up to three times for a bucket; what needs more goes to DATA_DIR",
     ),
     ("reports_dir", "ANALYTICS_REPORTS_DIR", kinds.PATH, "", "folder of further reports, one .sql file each", "none"),
 )

@@ -11,24 +11,25 @@ the root is followed. What has no place in a plain file is kept below `.headwate
 
 import errno
 import fcntl
-import logging
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from shutil import copyfileobj
 from typing import BinaryIO
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
+from app.stores.local_listing import ABSENT, Listing, check_encodable
 from app.stores.notes import Notes
-from app.stores.objects import CONTROL, ObjectInfo, Put, check_key
+from app.stores.objects import Batch, ObjectInfo, Put, check_key, in_batches
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
@@ -36,9 +37,8 @@ POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-ABSENT = (FileNotFoundError, NotADirectoryError)
-
-log = logging.getLogger(__name__)
+# Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
+UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class LocalDirectory:
         self._root = Path(os.path.realpath(root))
         self._hidden = self._root / HIDDEN
         self._notes = Notes(self._hidden / "meta", self._hidden / "tmp")
+        self._listing = Listing(self._root, HIDDEN, _info, _translated)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self._probed = False
@@ -133,8 +134,8 @@ class LocalDirectory:
             yield file
 
     def pin(self, key: str, target: Path) -> str | None:
-        """A second name for the version that is there, on the same disk: it stays as it is when the key is replaced or
-        deleted. The version's ETag, None when there is no object.
+        """A second name for the version that is there, which stays as it is when the key is replaced or deleted; a copy
+        where there can be no second name. The version's ETag, None when there is no object.
         """
         path = self._path(key)
         with _translated(key):
@@ -142,6 +143,10 @@ class LocalDirectory:
                 target.hardlink_to(path)
             except ABSENT:
                 return None
+            except OSError as error:
+                if error.errno not in UNLINKABLE:
+                    raise
+                return _copied(path, target)
             found = _stat(target)
             if found is None:
                 target.unlink()
@@ -149,12 +154,12 @@ class LocalDirectory:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Depth first, one folder's names in memory at a time."""
-        folder = prefix.rpartition("/")[0]
-        if _can_name_folder(prefix, folder):
-            base = f"{folder}/" if folder else ""
-            start = self._root / folder
-            if os.path.realpath(start) == str(start):
-                yield from self._walk(base, prefix)
+        return self._listing.below(prefix)
+
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+        """As listed: each file is looked at."""
+        del objects
+        return in_batches(self.list(prefix))
 
     def delete(self, key: str) -> None:
         """Remove the file, its metadata, and the folders that are empty then."""
@@ -171,7 +176,7 @@ class LocalDirectory:
 
     def _path(self, key: str) -> Path:
         check_key(key)
-        _check_encodable(key)
+        check_encodable(key)
         if key.split("/", 1)[0] == HIDDEN:
             raise Rejected(
                 f"object key {key!r} lies in the store's own folder {HIDDEN}", "choose another first segment"
@@ -238,62 +243,6 @@ class LocalDirectory:
                 return
             folder = folder.parent
 
-    def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        for key in self._names(base):
-            if key.endswith("/"):
-                if key.startswith(prefix) or prefix.startswith(key):
-                    yield from self._walk(key, prefix)
-            elif key.startswith(prefix):
-                with _translated(key):
-                    found = _stat(self._root / key)
-                if found is not None:
-                    yield _info(key, found)
-
-    def _names(self, base: str) -> Iterable[str]:
-        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
-        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
-        """
-        names = []
-        with _translated(base):
-            try:
-                with os.scandir(self._root / base) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            names.append(f"{base}{entry.name}/")
-                        elif entry.is_file(follow_symlinks=False):
-                            names.append(base + entry.name)
-            except ABSENT:
-                return ()  # removed since its parent was read
-        return sorted(name for name in names if _is_key(name.removesuffix("/")))
-
-
-def _is_key(name: str) -> bool:
-    """Whether a file that somebody put here can be named by a key at all."""
-    if name == HIDDEN:
-        return False
-    try:
-        check_key(name)
-        _check_encodable(name)
-    except Rejected as error:
-        log.warning("left out of a listing: %s", error)
-        return False
-    return True
-
-
-def _check_encodable(key: str) -> None:
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise Rejected(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error
-
-
-def _can_name_folder(prefix: str, folder: str) -> bool:
-    """False for prefixes that no key starts with; they must not be turned into a path."""
-    segments = folder.split("/") if folder else []
-    if any(segment in ("", ".", "..") for segment in segments) or HIDDEN in segments[:1] or prefix.startswith("/"):
-        return False
-    return CONTROL.isdisjoint(prefix) and prefix.encode("utf-8", "replace").decode() == prefix
-
 
 def _check_expected(key: str, expected: str | None, held: os.stat_result | None) -> None:
     found = "" if held is None else _etag(held)
@@ -330,6 +279,19 @@ def _open(path: Path) -> BinaryIO | None:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     return None
+
+
+def _copied(path: Path, target: Path) -> str | None:
+    """The ETag of what was copied, which is one version: an open file keeps its bytes when its name is replaced."""
+    file = _open(path)
+    if file is None:
+        return None
+    with file, ExitStack() as undo:
+        undo.callback(target.unlink, missing_ok=True)
+        with target.open("xb") as copy:
+            copyfileobj(file, copy, CHUNK_BYTES)
+        undo.pop_all()
+        return _etag(os.fstat(file.fileno()))
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -370,7 +332,7 @@ def _said(what: str, error: OSError) -> AppError:
     text = f"{what}: {error.strerror}"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return Transient(text, "free space on the disk that holds the object directory")
+            return Transient(text, "free space on the disks that hold the object directory and DATA_DIR")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Permanent(text, "let the service's user write to the object directory, or set DATA_DIR")
         case errno.EIO:

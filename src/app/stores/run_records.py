@@ -43,11 +43,6 @@ class SqlRuns:
         """The newest run that has ended, whatever its outcome; None when none has."""
         return next(iter(self._runs("last_ended", job=job)), None)
 
-    def ended_before(self, run: Run) -> Run | None:
-        """The run of the same job before `run` that ended with a result; a stopped one has none."""
-        given = {"job": run.job, "run_id": run.run_id, "started_at": run.started_at}
-        return next(iter(self._runs("ended_before", **given)), None)
-
     def totals(self) -> Sequence[Total]:
         """The sums over all runs that ever ended, by job and outcome. They never fall."""
         with self._database.transaction(read_only=True) as session:

@@ -11,24 +11,24 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from datetime import UTC, timedelta
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.stores.objects import ObjectInfo, Put, check_key
+from app.stores.objects import Batch, ObjectInfo, Put, check_key
 from app.stores.s3_client import (
     BUSY,
     REACH_HINT,
     READ_HINT,
-    STYLE_HINT,
     S3Target,
     code_of,
     make_client,
     status_of,
     translated,
 )
+from app.stores.s3_listing import Question, batches, info_of, listed, take_entries
 from app.stores.s3_streams import Rest, Resumed
 
 MAX_PUT_BYTES = 5 << 30
@@ -146,20 +146,20 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """ListObjectsV2, in the order of the store: S3's is UTF-8; SeaweedFS sorts a slash before all else."""
         check_unicode(prefix)
-        what = f"listing of {prefix!r}"
-        question: dict[str, Any] = {"Bucket": self.target.bucket, "Prefix": prefix, "MaxKeys": self.target.page_keys}
-        while True:
-            with self.translated(what):
-                page = self.client().list_objects_v2(**question)
-                found = [info_of(entry["Key"], entry["Size"], entry) for entry in page.get("Contents", ())]
-                more = page["IsTruncated"]
-            yield from (info for info in found if info.key.startswith(prefix))  # SeaweedFS takes `a//` for `a/`
-            if not more:
-                return
-            token = page.get("NextContinuationToken")
-            if not token or token == question.get("ContinuationToken"):
-                raise Transient(f"{what}: the store says that there is more, and not how to get it", STYLE_HINT)
-            question["ContinuationToken"] = token
+        return listed(self.page, prefix)
+
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+        """A page is a batch; the folders of a large listing are asked for side by side."""
+        check_unicode(prefix)
+        return batches(self.page, prefix, objects // self.target.page_keys)
+
+    def page(self, question: Question) -> Mapping[str, Any]:
+        """One ListObjectsV2. Its entries are read by `infos_of`."""
+        with self.translated(f"listing of {question['Prefix']!r}"):
+            page: Mapping[str, Any] = self.client().list_objects_v2(
+                **{"Bucket": self.target.bucket, "MaxKeys": self.target.page_keys, **question}
+            )
+        return page
 
     def delete(self, key: str) -> None:
         """DeleteObject; S3 answers the same whether or not there was one."""
@@ -264,16 +264,13 @@ class S3Store:
         with self._lock:
             if self._made is None:
                 self._made = make_client(self.target)
+                # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
+                self._made.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
             return self._made
 
     def translated(self, what: str, *, replaces: bool = False) -> AbstractContextManager[None]:
         """See `s3_client.translated`."""
         return translated(what, self.target, replaces=replaces)
-
-
-def info_of(key: str, size_bytes: int, found: Mapping[str, Any]) -> ObjectInfo:
-    """An entry of a listing or the head of an object."""
-    return ObjectInfo(key, size_bytes, found["ETag"], found["LastModified"].astimezone(UTC))
 
 
 def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:

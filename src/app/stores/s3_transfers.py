@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from app.core.errors import AppError, Rejected, Transient
 from app.stores.objects import ObjectInfo, Put
-from app.stores.s3 import S3Store, check, check_headers, check_unicode, info_of
+from app.stores.s3 import S3Store, check, check_headers, check_unicode
 from app.stores.s3_client import STYLE_HINT, code_of, status_of
+from app.stores.s3_listing import infos_of
 from app.stores.s3_parts import (
     MIB,
     PartDesk,
@@ -79,7 +80,7 @@ class S3Transfers:
         asked = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
         with self._store.translated(f"listing of {question.prefix!r}"):
             found = self._listed(question, {name: value for name, value in asked.items() if value})
-            objects = [info_of(entry["Key"], entry["Size"], entry) for entry in found.get("Contents", ())]
+            objects = infos_of(found)
             prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
             more = found["NextContinuationToken"] if found["IsTruncated"] else ""
         if more and more == question.continuation:

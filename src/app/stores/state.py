@@ -1,4 +1,4 @@
-"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses, pulls and summaries.
+"""The state of the product in one database: checkpoints, leases, runs, layouts, pauses, open alerts, pulls, summaries.
 
 Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 """
@@ -6,6 +6,7 @@ Invariant: nothing is connected or migrated before the first use, so the daemon 
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.stores.alerts import SqlAlerts
 from app.stores.checkpoints import SqlCheckpoints
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
@@ -33,6 +34,7 @@ class State:
     summaries: SqlSummaries
     pauses: SqlPauses
     pulls: SqlPulls
+    alerts: SqlAlerts
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -59,4 +61,5 @@ def open_state(url: str, data_dir: Path) -> State:
         summaries=SqlSummaries(database, queries),
         pauses=SqlPauses(database, queries),
         pulls=SqlPulls(database, queries),
+        alerts=SqlAlerts(database, queries),
     )

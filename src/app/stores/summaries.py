@@ -17,6 +17,9 @@ from app.stores.sql_values import storable
 NO_DAY = -(1 << 30)  # of rows without an instant
 SOME = 500
 
+Version = bytes
+"""One version of one object, see `version_of`."""
+
 Pair = tuple[str, int]
 """A device, as JSON text, and a day, counted from 1970-01-01."""
 
@@ -54,7 +57,7 @@ class Facts:
     parts: Sequence[Part] = ()
 
     @property
-    def version(self) -> int:
+    def version(self) -> Version:
         """See `version_of`."""
         return version_of(self.key, self.etag)
 
@@ -74,19 +77,19 @@ class Known:
 class Source:
     """A version that a query has to read."""
 
-    version: int
+    version: Version
     key: str
     etag: str
     size_bytes: int
 
 
 PART_FIELDS = tuple(each.name for each in fields(Part))[:-1]
-"""All but `latest`, in the order of the query."""
+"""All but `latest`, in the order of the class and of the query."""
 
 
-def version_of(key: str, etag: str) -> int:
-    """128 bits that stand for one version of one object: small in memory, and no two versions share them."""
-    return int.from_bytes(blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest())
+def version_of(key: str, etag: str) -> Version:
+    """16 bytes that stand for one version of one object: small in memory, and no two versions share them."""
+    return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
 
 
 class SqlSummaries:
@@ -96,15 +99,13 @@ class SqlSummaries:
         self._database = database
         self._queries = queries
 
-    def known(self, versions: Collection[int]) -> Mapping[int, Known]:
+    def known(self, versions: Collection[Version]) -> Mapping[Version, Known]:
         """Those of `versions` that are known."""
-        found: dict[int, Known] = {}
+        found: dict[Version, Known] = {}
         with self._database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
-                for row in session.rows(self._queries["facts"], ids=ids):
-                    found[int(row["object_id"], 16)] = Known(
-                        row["object_key"], row["size_bytes"], row["row_count"], row["fault"], row["columns"] or "{}"
-                    )
+                for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
+                    found[bytes.fromhex(version)] = Known(key, size_bytes, rows, fault, columns or "{}")
         return found
 
     def save(self, many: Sequence[Facts]) -> None:
@@ -118,7 +119,7 @@ class SqlSummaries:
             session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
             session.run_many(self._queries["save_object"], [_object_row(facts) for facts in many])
 
-    def pairs(self, versions: Collection[int]) -> set[Pair]:
+    def pairs(self, versions: Collection[Version]) -> set[Pair]:
         """Device and day of every part of these versions."""
         with self._database.transaction(read_only=True) as session:
             return {
@@ -127,23 +128,29 @@ class SqlSummaries:
                 for row in session.rows(self._queries["pairs_of_objects"], ids=ids)
             }
 
-    def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[int, Part]]:
+    def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, Part]]:
         """Version and part of all parts of these pairs; versions that are no longer current are among them."""
         with self._database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
-            return [(int(row[0], 16), _part(row)) for row in rows]
+            return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
 
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[Source]:
         """All that have rows of this device in these days, by key."""
         with self._database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
-            return [Source(int(version, 16), *others) for version, *others in rows]
+            return [Source(bytes.fromhex(version), *others) for version, *others in rows]
 
-    def versions(self) -> Iterator[int]:
+    def count(self) -> int:
+        """How many versions are known."""
+        with self._database.transaction(read_only=True) as session:
+            count: int = session.rows(self._queries["count_objects"])[0]["objects"]
+            return count
+
+    def versions(self) -> Iterator[Version]:
         """Every version that is known."""
         with self._database.transaction(read_only=True) as session:
             for row in session.stream(self._queries["object_ids"]):
-                yield int(row[0], 16)
+                yield bytes.fromhex(row[0])
 
     def is_asked(self) -> bool:
         """Whether anything is known, of whatever version."""
@@ -156,7 +163,7 @@ class SqlSummaries:
             count: int = session.rows(self._queries["sweeps"])[0]["sweeps"]
             return count
 
-    def forget(self, versions: Collection[int]) -> int:
+    def forget(self, versions: Collection[Version]) -> int:
         """Remove what is known of these versions; the number of sweeps then. Idempotent."""
         with self._database.transaction() as session:
             session.run(self._queries["count_sweep"])
@@ -167,16 +174,16 @@ class SqlSummaries:
             return count
 
 
-def _id_lists(versions: Collection[int]) -> Iterator[str]:
+def _id_lists(versions: Collection[Version]) -> Iterator[str]:
     """JSON arrays of at most SOME ids."""
-    ids = [f"{version:032x}" for version in versions]
+    ids = [version.hex() for version in versions]
     for start in range(0, len(ids), SOME):
         yield json.dumps(ids[start : start + SOME])
 
 
 def _part(row: Sequence[Any]) -> Part:
     latest = None if row[11] is None else tuple(json.loads(row[11]))
-    return Part(**dict(zip(PART_FIELDS, row[1:11], strict=True)), latest=latest)
+    return Part(*(*row[1:11], latest))
 
 
 def _schema(facts: Facts) -> str:
@@ -189,7 +196,7 @@ def _digest(text: str) -> str:
 
 def _object_row(facts: Facts) -> Row:
     return {
-        "object_id": f"{facts.version:032x}",
+        "object_id": facts.version.hex(),
         "key": facts.key,
         "etag": facts.etag,
         "size_bytes": facts.size_bytes,
@@ -202,7 +209,7 @@ def _object_row(facts: Facts) -> Row:
 def _part_rows(facts: Facts) -> Iterator[Row]:
     for place, part in enumerate(facts.parts):
         yield {
-            "object_id": f"{facts.version:032x}",
+            "object_id": facts.version.hex(),
             "place": place,
             "device": part.device,
             "day": part.day,

@@ -59,7 +59,7 @@ function mapOf(data) {
 }
 
 function counts(result) {
-  return Object.entries(result.counts).map(([sign, n]) => `${number(n)} ${SIGNS[sign]}`).join(", ") || "no window yet";
+  return Object.entries(result.counts).map(([sign, n]) => `${number(n)} ${SIGNS[sign]}`).join(", ") || (result.ended_at ? "nothing was compared: no window has ended yet" : "no window yet");
 }
 
 function proofOf(result, now) {

@@ -1,0 +1,108 @@
+"""The listing of an object directory: every file that a key can name, in the order of S3.
+
+Invariants: no symbolic link is followed; what a key cannot name is left out and told; one folder's names are in memory
+at a time.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from app.core.errors import Rejected
+from app.stores.objects import CONTROL, MAX_KEY_BYTES, ObjectInfo, check_key
+
+ABSENT = (FileNotFoundError, NotADirectoryError)
+log = logging.getLogger(__name__)
+
+InfoOf = Callable[[str, os.stat_result], ObjectInfo]
+Translated = Callable[[str], AbstractContextManager[None]]
+
+
+class Listing:
+    """Of all below `root`, but for the folder `hidden` in it."""
+
+    def __init__(self, root: Path, hidden: str, info_of: InfoOf, translated: Translated) -> None:
+        self._root = str(root)
+        self._hidden = hidden
+        self._info_of = info_of
+        self._translated = translated
+
+    def below(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Depth first."""
+        folder = prefix.rpartition("/")[0]
+        if self._can_name_folder(prefix, folder):
+            start = f"{self._root}/{folder}" if folder else self._root
+            if os.path.realpath(start) == start:
+                yield from self._walk(f"{folder}/" if folder else "", prefix)
+
+    def _can_name_folder(self, prefix: str, folder: str) -> bool:
+        """False for prefixes that no key starts with; they must not be turned into a path."""
+        segments = folder.split("/") if folder else []
+        if any(segment in ("", ".", "..") for segment in segments) or self._hidden in segments[:1]:
+            return False
+        if prefix.startswith("/"):
+            return False
+        return CONTROL.isdisjoint(prefix) and prefix.encode("utf-8", "replace").decode() == prefix
+
+    def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
+        for key in self._names(base):
+            if key.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key, prefix)
+            elif key.startswith(prefix):
+                found = self._stat(key)
+                if found is not None:
+                    yield self._info_of(key, found)
+
+    def _stat(self, key: str) -> os.stat_result | None:
+        try:
+            found = os.lstat(f"{self._root}/{key}")
+        except ABSENT:
+            return None
+        except OSError:
+            with self._translated(key):
+                raise
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def _names(self, base: str) -> Sequence[str]:
+        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
+        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """
+        names = []
+        with self._translated(base):
+            try:
+                with os.scandir(f"{self._root}/{base}") as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            names.append(f"{base}{entry.name}/")
+                        elif entry.is_file(follow_symlinks=False):
+                            names.append(base + entry.name)
+            except ABSENT:
+                return ()  # removed since its parent was read
+        return sorted(name for name in names if self._is_key(name.removesuffix("/")))
+
+    def _is_key(self, name: str) -> bool:
+        """Whether a file that somebody put here can be named by a key at all. A name that the file system gave has no
+        segment that a key may not have, so that usual ones need no closer look.
+        """
+        if name == self._hidden:
+            return False
+        if name.isascii() and name.isprintable() and len(name) <= MAX_KEY_BYTES:
+            return True
+        try:
+            check_encodable(check_key(name))
+        except Rejected as error:
+            log.warning("left out of a listing: %s", error)
+            return False
+        return True
+
+
+def check_encodable(key: str) -> None:
+    """Raises Rejected for a key that has no UTF-8."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error

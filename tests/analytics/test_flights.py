@@ -1,0 +1,60 @@
+"""What is kept of answers: for a time, small ones, and nothing longer than it can be given."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from app.analytics.flights import KEPT_BYTES, Flights
+from app.analytics.formats import Answer
+
+
+class Made:
+    """Answers in files of a folder, which say whether anybody still has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[object] = []
+
+    def __call__(self, size_bytes: int) -> Answer:
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - the answer closes it
+        file.truncate(size_bytes)
+        self._files.append(file)
+        return Answer(file)
+
+    @property
+    def open_files(self) -> int:
+        return sum(not file.closed for file in self._files)  # type: ignore[attr-defined]
+
+
+def test_an_answer_is_given_again_for_its_time_and_its_file_goes_with_the_next_question(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        flights, made = Flights(), Made(tmp_path)
+        for number in range(5):
+            await flights.answer(number, lambda: made(10), 0.05)
+        lasting = await flights.answer("lasting", lambda: made(20), 60)
+        assert flights.held("lasting") is lasting
+        await asyncio.sleep(0.1)
+        assert flights.held("another") is None
+        assert made.open_files == 1
+        assert flights.held("lasting") is lasting
+        await flights.answer("short", lambda: made(10), 0)
+        await flights.answer("next", lambda: made(10), 60)
+        assert made.open_files == 2, "what lands drops what is over too"
+
+    asyncio.run(scenario())
+
+
+def test_a_large_answer_is_given_to_who_waits_for_it_and_not_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        flights, made = Flights(), Made(tmp_path)
+        first, second = await asyncio.gather(
+            *(flights.answer("large", lambda: made(KEPT_BYTES + 1), 60) for _ in range(2))
+        )
+        assert first is second
+        assert flights.held("large") is None
+        await flights.answer("small", lambda: made(KEPT_BYTES), 60)
+        assert flights.held("small") is not None
+        del first, second
+        assert made.open_files == 1
+
+    asyncio.run(scenario())

@@ -1,0 +1,49 @@
+"""What stands in an answer for each kind of value."""
+
+import io
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import duckdb
+
+from app.analytics.formats import Shape, of_batches
+
+NUMBERS = """
+    SELECT sum(1::BIGINT) AS whole, 1.5 AS part, -7.00::DECIMAL(9, 2) AS places, 1::HUGEINT AS huge,
+        (1::HUGEINT << 100) AS large, NULL::DECIMAL(9, 2) AS absent, [1.5] AS list, {'sum': sum(2)} AS nested
+"""
+
+
+def answer(sql: str, how: str, folder: Path) -> bytes:
+    with duckdb.connect() as connection:
+        reader = connection.execute(sql).to_arrow_reader(10)
+        return b"".join(of_batches(reader, Shape(how, "data"), folder).pieces())
+
+
+def test_sums_of_whole_numbers_and_decimals_are_numbers_in_json(tmp_path: Path) -> None:
+    (row,) = json.loads(answer(NUMBERS, "json", tmp_path))["data"]
+    assert row == {
+        "whole": 1, "part": 1.5, "places": -7.0, "huge": 1, "large": 2.0**100, "absent": None, "list": [1.5],
+        "nested": {"sum": 2},
+    }  # fmt: skip
+    assert [type(row[name]) for name in ("whole", "huge", "places", "large")] == [int, int, float, float]
+
+
+def test_sums_of_whole_numbers_and_decimals_are_numbers_in_a_sheet(tmp_path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(answer(NUMBERS, "xlsx", tmp_path))) as sheet:
+        cells = sheet.read("xl/worksheets/sheet1.xml").decode()
+    found = dict(re.findall(r'<c r="([A-H]2)"><v>([^<]*)</v>', cells))
+    assert {place: float(value) for place, value in found.items()} == {
+        "A2": 1, "B2": 1.5, "C2": -7, "D2": 1, "E2": float(f"{2.0**100:.16G}"),
+    }  # fmt: skip
+
+
+def test_a_text_that_looks_like_a_formula_stays_text_in_a_sheet_and_as_it_is_in_csv(tmp_path: Path) -> None:
+    sql = "SELECT '=1+1' AS text"
+    with zipfile.ZipFile(io.BytesIO(answer(sql, "xlsx", tmp_path))) as sheet:
+        cells = sheet.read("xl/worksheets/sheet1.xml").decode()
+    assert "<t>=1+1</t>" in cells
+    assert "<f>" not in cells
+    assert answer(sql, "csv", tmp_path).splitlines()[1] in (b"=1+1", b'"=1+1"')
