@@ -198,9 +198,9 @@ def test_a_commit_under_a_lease_that_nobody_ever_acquired_is_refused(store: Stor
 
 
 def test_a_commit_under_a_renewed_lease_is_taken_whichever_copy_of_it_is_shown(store: Store) -> None:
-    lease = store.lease(ttl_seconds=1.0)
+    lease = store.lease(ttl_seconds=0.6)
     store.leases.renew(lease, 30.0)
-    time.sleep(1.05)
+    time.sleep(0.65)
     store.commit(Commit([record(1)]), lease)
     assert store.records() == [record(1)]
 

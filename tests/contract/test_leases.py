@@ -14,7 +14,7 @@ from memory import MemoryLeases
 
 LONG = 30.0
 SHORT = 0.15
-ENOUGH = 1.0  # for two questions, also of a busy machine
+ENOUGH = 0.6  # for two questions, also of a busy machine
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])

@@ -99,6 +99,7 @@ def command(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
     )
 
 
+@pytest.mark.slow
 def test_the_documented_example_works_from_the_command_line_with_its_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(
