@@ -14,7 +14,7 @@ from app.stores.state import State
 from lake import BUILT_IN, KNOWN, ORACLE, exported, flat, local_lake, same
 
 START = datetime(2025, 2, 7, tzinfo=UTC)
-HOURS = {"D1": 365 * 24, "D2": 40 * 24, "D3": 24}
+HOURS = {"D1": 365 * 24, "D2": 10 * 24, "D3": 24}
 
 
 def write(folder: Path) -> None:

@@ -140,7 +140,7 @@ def test_thirty_kills_lose_no_row_double_none_and_leave_nothing_half_written(
     values = environment(source, seaweed, bucket, postgres_server.new_database())
     for _ in range(KILLS):
         daemon = daemons.start("", wait=True, key="", **values)
-        time.sleep(chance.uniform(0.1, 2.5))
+        time.sleep(chance.uniform(0.1, 1.5))
         daemon.kill()
         source.late_points(chance)
     folder = tmp_path_factory.mktemp("end")

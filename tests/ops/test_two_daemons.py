@@ -1,5 +1,6 @@
 """Two real daemons on one PostgreSQL: each window once, take-over from a killed one, and a paused one that wakes up."""
 
+import fcntl
 import os
 import signal
 import time
@@ -55,6 +56,23 @@ class Pair:
 
     def objects(self) -> int:
         return sum(1 for _ in self.store.list("telemetry/device_id="))
+
+    def pause(self, daemon: Daemon) -> None:
+        """Stop a process at a moment at which it does not hold the folder's lock, for which all other writers wait."""
+        lock = self.folder / "data" / "objects" / ".headwater" / "lock"
+        while True:
+            os.kill(daemon.process.pid, signal.SIGSTOP)
+            daemon.until(
+                lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            )
+            with lock.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.kill(daemon.process.pid, signal.SIGCONT)
+                    time.sleep(0.01)
+                else:
+                    return
 
     def is_whole(self) -> bool:
         """Every point of the source is in the objects, each once: `exported` fails for doubles."""
@@ -113,7 +131,7 @@ def test_the_other_daemon_takes_over_from_a_killed_holder_within_the_lease_time(
 def test_a_process_that_wakes_up_after_its_lease_cannot_commit(pair: Pair) -> None:
     first = pair.start()
     first.until(lambda: pair.objects() > 20, 90)
-    os.kill(first.process.pid, signal.SIGSTOP)
+    pair.pause(first)
     try:
         second = pair.start()
         second.until(pair.is_whole, 150)
