@@ -86,44 +86,38 @@ def test_a_bucket_gives_the_same_answers_as_plain_duckdb(
                 assert same(lake.from_objects(path), lake.from_summaries(path)), path
 
 
-def proxied(proxy: FaultProxy, seaweed: Seaweed) -> Seaweed:
-    return replace(seaweed, host=proxy.host, port=proxy.port)
+@pytest.fixture
+def between(seaweed: Seaweed, new_state: Callable[[str], State], tmp_path: Path) -> Iterator[tuple[Lake, FaultProxy]]:
+    """Three objects in a bucket that is reached through a proxy."""
+    with FaultProxy(seaweed.host, seaweed.port) as proxy:
+        reached = replace(seaweed, host=proxy.host, port=proxy.port)
+        with closing(bucket_lake(reached, tmp_path / "lake", new_state("sqlite").summaries)) as lake:
+            draw = random.Random(12)  # noqa: S311 - test data
+            for name in ("b", "c", "d"):
+                lake.put(f"{name}.parquet", exported("D1", START, 5, draw=draw))
+            yield lake, proxy
 
 
-def test_a_listing_that_breaks_off_leaves_nothing_behind(
-    seaweed: Seaweed, new_state: Callable[[str], State], tmp_path: Path
-) -> None:
-    with (
-        FaultProxy(seaweed.host, seaweed.port) as proxy,
-        closing(bucket_lake(proxied(proxy, seaweed), tmp_path / "lake", new_state("sqlite").summaries)) as lake,
-    ):
-        draw = random.Random(12)  # noqa: S311 - test data
-        for name in ("b", "c", "d"):
-            lake.put(f"{name}.parquet", exported("D1", START, 5, draw=draw))
-        assert_right(lake, tmp_path)
-        lake.put("a.parquet", exported("D2", START, 5, draw=draw))
-        proxy.add(answer(503), "GET", "*continuation-token=*")
-        with pytest.raises(Transient):
-            lake.summaries.refresh()
-        lake.delete("a.parquet")
-        assert_right(lake, tmp_path)
+def test_a_listing_that_breaks_off_leaves_nothing_behind(between: tuple[Lake, FaultProxy], tmp_path: Path) -> None:
+    lake, proxy = between
+    assert_right(lake, tmp_path)
+    lake.put("a.parquet", exported("D2", START, 5, draw=random.Random(12)))  # noqa: S311 - test data
+    proxy.add(answer(503), "GET", "*continuation-token=*")
+    with pytest.raises(Transient):
+        lake.summaries.refresh()
+    lake.delete("a.parquet")
+    assert_right(lake, tmp_path)
 
 
 def test_an_object_that_could_not_be_fetched_is_fetched_later_though_no_page_has_changed(
-    seaweed: Seaweed, new_state: Callable[[str], State], tmp_path: Path
+    between: tuple[Lake, FaultProxy], tmp_path: Path
 ) -> None:
-    with (
-        FaultProxy(seaweed.host, seaweed.port) as proxy,
-        closing(bucket_lake(proxied(proxy, seaweed), tmp_path / "lake", new_state("sqlite").summaries)) as lake,
-    ):
-        draw = random.Random(13)  # noqa: S311 - test data
-        for name in ("b", "c", "d"):
-            lake.put(f"{name}.parquet", exported("D1", START, 5, draw=draw))
-        proxy.add(answer(403, b"<Error><Code>AccessDenied</Code></Error>"), "GET", "*/c.parquet*")
-        view = lake.summaries.refresh()
-        assert (view.objects, [key for key, _ in view.faults]) == (2, [f"{PREFIX}/c.parquet"])
-        assert_right(lake, tmp_path)
-        assert not lake.summaries.refresh().faults
+    lake, proxy = between
+    proxy.add(answer(403, b"<Error><Code>AccessDenied</Code></Error>"), "GET", "*/c.parquet*")
+    view = lake.summaries.refresh()
+    assert (view.objects, [key for key, _ in view.faults]) == (2, [f"{PREFIX}/c.parquet"])
+    assert_right(lake, tmp_path)
+    assert not lake.summaries.refresh().faults
 
 
 def test_an_object_that_is_large_is_read_in_pieces_and_still_right(

@@ -1,4 +1,4 @@
-"""Hourly objects over a year beside files of the other layout: the four reports say what plain DuckDB says."""
+"""A year of hourly objects beside files of the other layout: the four reports say what plain DuckDB says."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ from app.stores.state import State
 from lake import BUILT_IN, KNOWN, ORACLE, exported, flat, local_lake, same
 
 START = datetime(2025, 2, 7, tzinfo=UTC)
-HOURS = {"D1": range(0, 365 * 24, 3), "D2": range(10 * 24), "D3": range(24)}
+HOURS = {"D1": 365 * 24, "D2": 40 * 24, "D3": 24}
 
 
 def write(folder: Path) -> None:
     """As other programs do: the store need not have written what it lists."""
     draw = random.Random(8)  # noqa: S311 - test data
     for device, hours in HOURS.items():
-        for number in hours:
+        for number in range(hours):
             start = START + timedelta(hours=number)
             path = folder / f"device_id={device}/date={start:%Y/%m/%d}/export_{start:%H%M%S}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def test_a_year_of_hourly_objects_of_mixed_schemas_is_what_plain_duckdb_says(
     with closing(local_lake(tmp_path / "lake", new_state("sqlite").summaries)) as lake:
         folder = tmp_path / "lake" / "objects" / "telemetry"
         write(folder)
-        assert lake.summaries.refresh().objects == sum(map(len, HOURS.values())) + 12
+        assert lake.summaries.refresh().objects == sum(HOURS.values()) + 12
         expected = plain(folder)
         for path in BUILT_IN:
             assert same(lake.from_summaries(path), expected[path]), path

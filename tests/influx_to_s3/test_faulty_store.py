@@ -32,19 +32,6 @@ from seaweed import Seaweed, target
 
 
 @pytest.fixture(scope="module")
-def shared_proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
-    with FaultProxy(seaweed.host, seaweed.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
-    shared_proxy.seen.clear()
-    yield shared_proxy
-    shared_proxy.clear()
-
-
-@pytest.fixture(scope="module")
 def shared_remote(seaweed: Seaweed, shared_proxy: FaultProxy, bucket: str) -> Iterator[S3Store]:
     with closing(S3Store(replace(target(seaweed, bucket), endpoint_url=shared_proxy.url), "probe")) as store:
         store.probe()

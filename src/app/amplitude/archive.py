@@ -83,7 +83,7 @@ def readable(opening: Callable[[], T]) -> T:
     """What opening a zip or an entry of one gives. Raises Permanent for a kind of zip that zipfile lacks."""
     try:
         return opening()
-    except RuntimeError as error:  # of encryption; NotImplementedError, of versions and methods of packing, is one
+    except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
         raise Permanent(f"the export is a zip of a kind that cannot be read: {error}", "please report it") from error
 
 
