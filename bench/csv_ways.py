@@ -43,7 +43,7 @@ def floor(folder: Path) -> None:
 
     hashlib.md5((folder / "incoming.csv").read_bytes(), usedforsecurity=False)
     with (folder / ".master.csv.index").open("rb", 0) as source, (folder / "out.index").open("wb", 0) as out:
-        while piece := source.read(1 << 20):
+        while piece := source.read(1 << 18):
             zlib.crc32(piece)
             out.write(piece)
             zlib.crc32(piece)
@@ -55,7 +55,7 @@ def floor(folder: Path) -> None:
 def copy(folder: Path) -> None:
     """The measure of the goals: read and write the bytes."""
     with (folder / "master.csv").open("rb", 0) as source, (folder / "out.csv").open("wb", 0) as out:
-        while piece := source.read(1 << 20):
+        while piece := source.read(1 << 18):
             out.write(piece)
 
 

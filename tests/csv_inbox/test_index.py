@@ -1,7 +1,6 @@
 """The index: used for the very master that it was made for, and never believed."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,21 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
+from app.csv_inbox import skip
 from app.csv_inbox.index import HEAD_BYTES
 from app.csv_inbox.job import run
-from app.csv_inbox.output import copied_span
 from app.csv_inbox.places import Places
 from app.csv_inbox.work import Work
 from inbox_world import World, colliding, world
 
 ROWS = 500
+
+
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways along the index: rows that may go are close together, or far apart."""
+    if request.param == "sparse":
+        monkeypatch.setattr(skip, "APART_BYTES", 0)
 
 
 def begun(folder: Path) -> World:
@@ -191,16 +197,3 @@ def test_a_master_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, chan
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
     here.run()
     assert here.master.endswith(b"7,new\n")
-
-
-def test_spans_are_copied_between_file_systems_as_well(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 10
-    with tempfile.TemporaryFile(dir="/dev/shm") as source, (tmp_path / "out").open("wb", 0) as out:
-        source.write(data)
-        source.flush()
-        at = 100
-        while at < 1000:
-            at += copied_span(source, out, at, 1000 - at)
-        with pytest.raises(EOFError):
-            copied_span(source, out, len(data), 1)
-    assert (tmp_path / "out").read_bytes() == data[100:1000]

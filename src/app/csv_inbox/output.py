@@ -3,11 +3,11 @@
 Invariant: what is kept is written as the bytes that it was, in its order; all of it, or an OSError.
 """
 
-import errno
+import itertools
 import os
 from array import array
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from app.csv_inbox.index import Indexing
 from app.csv_inbox.records import Offsets
 
 COPY_BYTES = 1 << 20
-SPAN_BYTES = 1 << 25
-NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+JOIN_BYTES = 1 << 19
+HELD_BYTES = 1 << 18
+"""What is copied is written in pieces of this size, aligned to it: the kernel looks for as much memory in one piece as
+an aligned write is long, and above half a megabyte that can cost ten times the write itself.
+"""
 Beat = Callable[[int], None]
 
 
@@ -30,33 +33,57 @@ class Output:
         self.ranges = array("q")
         self._removed = removed
         self.beat = beat
+        self._held = memoryview(bytearray(HELD_BYTES))
+        self._filled = self._written = 0
 
-    def write(self, data: Any) -> None:
-        """Append bytes, all of them: the system may take less at once, before it says that the disk is full."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes, all of them."""
+        self._flush()
+        self._put(memoryview(data))
 
-    def keep(self, data: bytes | memoryview, at: int, first: Offsets, last: Offsets) -> None:
-        """Append what lies at `at` in the old master, without the ranges from each of `first` to that of `last`."""
+    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
+        """Append what lay in the old master, without the ranges from each of `first` to that of `last`."""
         self.kept_bytes += len(data) - int((last - first).sum())
         if not len(first):
             self.write(data)
             return
-        held, starts, ends = memoryview(data), first.tolist(), last.tolist()
         # Joined before they are written: the kernel takes many short pieces at half the speed of one long one.
-        self.write(b"".join([held[start:end] for start, end in zip([0, *ends], [*starts, len(held)], strict=True)]))
-        if self._removed is not None:
-            self._removed.write(b"".join([held[start:end] for start, end in zip(starts, ends, strict=True)]))
-            self.ranges.frombytes(np.stack((first + at, last - first), axis=1).astype(np.int64).tobytes())
+        held, done = memoryview(data), 0
+        for starts, ends in _together(first, last):
+            stays = zip([done, *ends[:-1]], starts, strict=True)
+            self.write(b"".join([held[start:end] for start, end in stays]))
+            done = ends[-1]
+        self.write(held[done:])
+
+    def note(self, removed: Callable[[], bytes], first: Offsets, last: Offsets) -> None:
+        """Remember what was taken out of the old master, if anybody wants it, and which ranges of it that was."""
+        if self._removed is not None and len(first):
+            self._removed.write(removed())
+            self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
 
     def copy(self, master: IO[bytes], start: int, end: int) -> None:
         """Append a span of the old master. Raises EOFError when it ends before."""
         self.kept_bytes += end - start
         while start < end:
-            copied = copied_span(master, self.file, start, min(end - start, SPAN_BYTES))
-            start += copied
-            self.beat(copied)
+            room = HELD_BYTES - (self._written + self._filled) % HELD_BYTES
+            count = os.preadv(master.fileno(), [self._held[self._filled :][: min(room, end - start)]], start)
+            if not count:
+                raise EOFError
+            start += count
+            self._filled += count
+            self.beat(count)
+            if count == room:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Write what `copy` held back: it writes whole, aligned pieces, which cost the kernel least."""
+        held, self._filled = self._held[: self._filled], 0
+        self._put(held)
+
+    def _put(self, rest: memoryview) -> None:
+        self._written += len(rest)
+        while rest:  # the system may take less at once, before it says that the disk is full
+            rest = rest[self.file.write(rest) :]
 
     def restart(self) -> None:
         """Forget everything that was written."""
@@ -66,32 +93,27 @@ class Output:
                 file.truncate()
         if self.indexing is not None:
             self.indexing.restart()
-        self.kept_bytes = 0
+        self.kept_bytes = self._filled = self._written = 0
         self.ranges = array("q")
 
     def finish(self) -> None:
-        """Make what it takes to come back durable: the ranges follow the removed bytes."""
+        """Write what is left, and make what it takes to come back durable: the ranges follow the removed bytes."""
+        self._flush()
         if self._removed is not None:
             self._removed.write(self.ranges.tobytes())
             self._removed.flush()
             os.fsync(self._removed.fileno())
 
 
-def copied_span(source: IO[bytes], out: IO[bytes], start: int, size: int) -> int:
-    """How many bytes from `start` were appended to `out`, 1 to `size`; in the kernel, where file systems let it.
+def cut(data: bytes | memoryview, first: Offsets, last: Offsets) -> bytes:
+    """The ranges from each of `first` to that of `last`, joined."""
+    held = memoryview(data)
+    return b"".join([held[start:end] for start, end in zip(first.tolist(), last.tolist(), strict=True)])
 
-    Raises EOFError behind the end of the source, and OSError.
-    """
-    if hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(source.fileno(), out.fileno(), size, offset_src=start)
-        except OSError as error:
-            if error.errno not in NO_COPY_RANGE:
-                raise
-            copied = 0
-        if copied:
-            return copied
-    data = os.pread(source.fileno(), min(size, COPY_BYTES), start)
-    if not data:
-        raise EOFError
-    return out.write(data)
+
+def _together(first: Offsets, last: Offsets) -> Iterator[tuple[list[int], list[int]]]:
+    """The ranges, as many at a time as end within some bytes: what is joined should stay in the processor's cache."""
+    edges = np.searchsorted(last, np.arange(JOIN_BYTES, int(last[-1]), JOIN_BYTES)).tolist()
+    for low, high in itertools.pairwise([0, *edges, len(last)]):
+        if low < high:
+            yield first[low:high].tolist(), last[low:high].tolist()

@@ -11,7 +11,7 @@ from app.csv_inbox.dialect import Dialect, Malformed
 from app.csv_inbox.header import Header
 from app.csv_inbox.index import entries_of
 from app.csv_inbox.keys import BLANK, Hashes, hashed
-from app.csv_inbox.output import Output
+from app.csv_inbox.output import Output, cut
 from app.csv_inbox.records import Block, Offsets, blocks
 from app.csv_inbox.tally import Tally
 
@@ -75,7 +75,8 @@ def _write(block: Block, at: int, gone: Offsets, tally: Tally, out: Output) -> N
         size, stops = len(tally.padding), block.stops[block.rows]
         data = np.insert(block.array, np.repeat(stops, size), tally.padding[0]).tobytes()
         first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
-    out.keep(data, at, first, last)
+    out.keep(data, first, last)
+    out.note(lambda: cut(data, first, last), first + at, last + at)
     if not block.data.endswith(b"\n") and not _last_goes(block, gone):
         out.write(tally.layout.eol)  # the last record of the master may lack its line end, and rows follow now
 

@@ -5,6 +5,7 @@ index says; where it has not, or where the lengths do not add up to the master, 
 """
 
 import os
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
@@ -13,12 +14,14 @@ from app.csv_inbox.dialect import Malformed
 from app.csv_inbox.header import Header
 from app.csv_inbox.index import LENGTH, Index, Unfit, lengths_in
 from app.csv_inbox.keys import Hashes, hashed
-from app.csv_inbox.output import Output
+from app.csv_inbox.output import Output, cut
 from app.csv_inbox.records import LONGEST_RECORD_BYTES, NONE, Block, Offsets, marked
 from app.csv_inbox.scan import ranges
 from app.csv_inbox.tally import Tally
 
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 23
+APART_BYTES = 1 << 16
+"""Records that may go and lie further apart than this are read alone; what is between them is copied in long pieces."""
 MOST_BYTES = 4 * LONGEST_RECORD_BYTES
 
 
@@ -42,7 +45,7 @@ class _Skipping:
         self._tally = tally
         self._out = out
         self._held = memoryview(bytearray(CHUNK_BYTES))
-        self._chunk(header.size_bytes, NONE, NONE, NONE.view(np.uint64))
+        self._chunk(header.size_bytes, NONE, NONE.view(np.uint64))
 
     def end(self) -> None:
         """Nothing may be left."""
@@ -51,76 +54,106 @@ class _Skipping:
 
     def piece(self, entries: Hashes) -> None:
         """The next records."""
-        lengths = lengths_in(entries)
-        places = self._tally.incoming.keys.candidates(entries)
-        if len(places):
-            gone = self._looked_at(entries, np.cumsum(lengths), places)
-            entries = np.delete(entries, gone) if len(gone) else entries
-        else:
-            self._copy(int(lengths.sum()))
-        if self._out.indexing is not None:
-            self._out.indexing.add(entries)
-
-    def _copy(self, size: int) -> None:
-        """Write bytes in which there is nothing to look at."""
+        ends = np.cumsum(lengths_in(entries))
+        size = int(ends[-1])
         if self._at + size > self._size:
             raise Unfit
+        places = self._tally.incoming.keys.candidates(entries)
+        asked = lengths_in(entries[places])
+        if len(places) * APART_BYTES <= size and int(asked.sum()) <= CHUNK_BYTES:
+            gone = self._sparse(entries, ends, places)
+        else:
+            gone = self._dense(entries, ends, places)
+        if self._out.indexing is not None:
+            self._out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
+
+    def _sparse(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
+        """Read the records at these places alone, copy what lies between those that go; which these are."""
+        asked, base = entries[places], self._at
+        lengths, stops = lengths_in(asked), ends[places] + base
+        starts = stops - lengths
+        raw = b"".join([bytes(self._read(start, end - start)) for start, end in _pairs(starts, stops)])
+        hits = self._met(raw, lengths, asked)
+        first, last = ranges(starts[hits], stops[hits])
+        for start, end in _pairs(first, last):
+            self._copy(start)
+            self._at = end
+        self._copy(base + int(ends[-1]))
+        self._out.note(lambda: _taken(raw, lengths, hits), first, last)
+        return places[hits]
+
+    def _copy(self, end: int) -> None:
+        """Write the master up to there."""
         try:
-            self._out.copy(self._master, self._at, self._at + size)
+            self._out.copy(self._master, self._at, end)
         except EOFError as error:
             raise Unfit from error
-        self._at += size
+        self._at = end
 
-    def _looked_at(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
-        """Write records, some megabytes at a time or one that is longer; which of those at these places go."""
+    def _dense(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
+        """Read all records, some megabytes at a time or one that is longer; which of those at these places go."""
         gone = []
         first = done = 0
         while first < len(entries):
             last = max(int(np.searchsorted(ends, done + CHUNK_BYTES, "right")), first + 1)
             low, high = np.searchsorted(places, (first, last)).tolist()
             asked = places[low:high]
-            chosen, stops = entries[asked], ends[asked] - done
-            gone.append(asked[self._chunk(int(ends[last - 1]) - done, stops - lengths_in(chosen), stops, chosen)])
+            gone.append(asked[self._chunk(int(ends[last - 1]) - done, ends[asked] - done, entries[asked])])
             first, done = last, int(ends[last - 1])
         return np.concatenate(gone)
 
-    def _chunk(self, size: int, starts: Offsets, ends: Offsets, entries: Hashes) -> Offsets:
+    def _chunk(self, size: int, stops: Offsets, asked: Hashes) -> Offsets:
         """Write that many bytes, but not those of these records that go; which these are."""
-        data = self._read(size)
-        hits = self._met(data, starts, ends, entries) if len(entries) else NONE
+        data, lengths = self._read(self._at, size), lengths_in(asked)
+        starts = stops - lengths
+        raw = cut(data, starts, stops)
+        hits = self._met(raw, lengths, asked)
+        first, last = ranges(starts[hits], stops[hits])
         self._out.beat(size)
-        self._out.keep(data, self._at, *ranges(starts[hits], ends[hits]))
+        self._out.keep(data, first, last)
+        self._out.note(lambda: _taken(raw, lengths, hits), first + self._at, last + self._at)
         self._at += size
         return hits
 
-    def _read(self, size: int) -> memoryview:
-        """The next bytes of the master, good until the next call."""
+    def _read(self, at: int, size: int) -> memoryview:
+        """Bytes of the master, good until the next call."""
         if size > MOST_BYTES:
             raise Unfit
         if size > len(self._held):
             self._held = memoryview(bytearray(size))
         data, done = self._held[:size], 0
         while done < size:
-            count = os.preadv(self._master.fileno(), [data[done:]], self._at + done)
+            count = os.preadv(self._master.fileno(), [data[done:]], at + done)
             if not count:
                 raise Unfit
             done += count
         return data
 
-    def _met(self, data: memoryview, starts: Offsets, ends: Offsets, entries: Hashes) -> Offsets:
+    def _met(self, raw: bytes, lengths: Offsets, asked: Hashes) -> Offsets:
         """Which of these records have a key of the file; those are counted."""
-        raw = b"".join([data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+        if not len(asked):
+            return NONE
         try:
             block = Block(raw, marked(raw, self._tally.dialect), 0)
             block.check_width(self._width)
         except Malformed as error:
             raise Unfit from error
-        if len(block.rows) != len(entries) or not np.array_equal(block.ends, np.cumsum(ends - starts)):
+        if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
             raise Unfit
         cells = block.cells(self._tally.layout.key, self._tally.dialect)
         hashes = hashed(cells)
-        if ((hashes ^ entries) > LENGTH).any():
+        if ((hashes ^ asked) > LENGTH).any():
             raise Unfit
         hits, rows = self._tally.hits(cells, hashes)
         self._tally.meet(rows, block, block.rows[hits])
         return hits
+
+
+def _pairs(first: Offsets, last: Offsets) -> Iterator[tuple[int, int]]:
+    return zip(first.tolist(), last.tolist(), strict=True)
+
+
+def _taken(raw: bytes, lengths: Offsets, hits: Offsets) -> bytes:
+    """The bytes of those records of `raw`."""
+    ends = np.cumsum(lengths)
+    return raw if len(hits) == len(lengths) else cut(raw, (ends - lengths)[hits], ends[hits])
