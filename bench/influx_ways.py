@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,7 @@ def parsed(body: bytes) -> Any:
     return pacsv.read_csv(pa.BufferReader(body), pacsv.ReadOptions(use_threads=False), convert_options=convert)
 
 
-def export_ours(url: str, shape: Shape, folder: Path) -> Told:
+def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     """The product's job, run until nothing is left."""
     import logging
 
@@ -148,7 +149,8 @@ def export_ours(url: str, shape: Shape, folder: Path) -> Told:
     tune()
     logging.basicConfig(level=logging.WARNING)
     environ = {"INFLUXDB_URL": url, "INFLUXDB_TOKEN": TOKEN, "INFLUXDB_ORG": ORG, "INFLUXDB_BUCKET": BUCKET}
-    settings = load_settings({**environ, "DATA_DIR": str(folder), "EXPORT_START": START.isoformat()}, None)
+    environ |= {"DATA_DIR": str(folder), "EXPORT_START": START.isoformat()}
+    settings = load_settings({**environ, **variables}, None)
     now: datetime = shape.end + timedelta(seconds=settings.export.grace_seconds + 60)
 
     def clock() -> datetime:
@@ -254,6 +256,7 @@ WAYS: dict[str, Callable[[str, Shape, Path], Told]] = {
     "idle": idle,
     "export-floor": export_floor,
     "export-ours": export_ours,
+    "export-ours-one": partial(export_ours, EXPORT_CONCURRENCY="1"),
     "export-data-frame": export_data_frame,
     "export-records": export_records,
 }
