@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +17,7 @@ import pytest
 from app.core.errors import Permanent
 from app.core.runs import Job, Outcome, Report, Run
 from app.ops.addresses import Heartbeats, post
-from app.ops.alerts import Alerts, Rules, Watched, is_stale
+from app.ops.alerts import Alerts, Rules, Told, Watched, is_stale
 from app.stores.state import State, open_state
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -105,10 +105,12 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
 class Process:
     """The alerts of one process over the state that all share, and a clock that all follow."""
 
-    def __init__(self, listener: Listener, state: State, clock: list[datetime], **rules: Any) -> None:
+    def __init__(
+        self, listener: Listener, state: State, clock: list[datetime], told: Told | None = None, **rules: Any
+    ) -> None:
         self.listener = listener
         jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
-        watched = Watched(jobs, state.pauses.paused, state.runs, state.alerts, lambda: clock[0])
+        watched = Watched(jobs, state.pauses.paused, state.runs, told or state.alerts, lambda: clock[0])
         self.alerts = Alerts(Rules("water", f"{listener.url}/hook?token=s", **rules), watched)
         self.alerts.start()
 
@@ -206,6 +208,15 @@ def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> No
     assert processes.told == [("failed", "export")]
 
 
+def test_who_ends_a_run_calls_no_address_itself(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    callers: list[str] = []
+    monkeypatch.setattr("app.ops.addresses.post", lambda *_: callers.append(threading.current_thread().name))
+    process = processes.start(heartbeat_urls={"export": "http://127.0.0.1:1/"})
+    process.end(run(0, Outcome.OK))
+    until(lambda: callers)
+    assert callers == ["heartbeats"]
+
+
 def test_a_heartbeat_is_tried_once_and_a_dead_one_does_not_silence_the_others(listener: Listener, deaf: str) -> None:
     listener.status = 503
     urls = {"dead": deaf, "busy": f"{listener.url}/busy", "live": f"{listener.url}/live"}
@@ -259,6 +270,31 @@ def test_a_recovery_is_told_once_whether_a_run_or_a_look_ends_it(processes: Proc
     first.end(run(6, Outcome.OK, "inbox"))
     processes.pass_by(1)
     assert sorted(processes.told) == sorted([*began, ("recovered", "export"), ("recovered", "inbox")])
+
+
+class Slow:
+    """What was told, for one who looks and then finds that another has ended all of it meanwhile."""
+
+    def __init__(self, state: State) -> None:
+        self.begin, self.end = state.alerts.begin, state.alerts.end
+        self._state = state
+
+    def told(self) -> Mapping[tuple[str, str], datetime]:
+        found = self._state.alerts.told()
+        for job, event in found:
+            assert self._state.alerts.end(job, NOW + timedelta(days=1), event)
+        return found
+
+
+def test_who_did_not_end_an_alert_tells_no_recovery(processes: Processes, state: State) -> None:
+    process = processes.start(told=Slow(state))
+    state.runs.save(run(1, Outcome.FAILED))
+    process.end(run(1, Outcome.FAILED))
+    until(lambda: ("export", "failed") in state.alerts.told())
+    state.runs.save(run(2, Outcome.OK))
+    processes.pass_by(200)
+    assert not state.alerts.told().keys() & {("export", "failed")}
+    assert processes.told == [("failed", "export")]
 
 
 def test_a_partial_run_ends_a_silence_without_a_word_of_recovery(processes: Processes, state: State) -> None:
