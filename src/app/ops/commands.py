@@ -86,7 +86,7 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
             ended = execute(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
         if ended is None:
             service.state.close()
-            return _busy(job, as_json=how.as_json)
+            return _busy(service, job, as_json=how.as_json)
         if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
             service.state.close()
             raise Rejected(ended.error, ended.hint)
@@ -139,15 +139,18 @@ def _finish(service: Headwater, job: Job, how: How) -> int:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
     service.state.close()
     if last is None:
-        return _busy(job, as_json=how.as_json)
+        return _busy(service, job, as_json=how.as_json)
     output.show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
     codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
     return codes.get(last.outcome, job.exits.failed)
 
 
-def _busy(job: Job, *, as_json: bool) -> int:
+def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
+    seconds = service.desk.terms.ttl_seconds
+
     def told_busy() -> None:
-        sys.stderr.write(f"{job.name}: another process runs this job now; try again when it is done\n")
+        until = f"when it is done, or in {seconds:g} s if it was killed"
+        sys.stderr.write(f"{job.name}: another process runs this job now; try again {until}\n")
 
     output.show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
     return job.exits.busy
