@@ -146,8 +146,10 @@ def proof(service: Inside) -> "Proof":
     from app.ops.proof_routes import Proof
 
     pipelines, scheduler = service.pipelines, service.scheduler
-    proofs = Proofs(pipelines.verifications, scheduler.stop, service.clock)
-    return Proof(scheduler, proofs, Atlas(pipelines.charts), pipelines.verifications, service.clock)
+    atlas = Atlas(pipelines.charts)
+    # Who has just verified a job should not see a map that was drawn before.
+    proofs = Proofs(pipelines.verifications, scheduler.stop, service.clock, looked=atlas.forget)
+    return Proof(scheduler, proofs, atlas, pipelines.verifications, service.clock)
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":

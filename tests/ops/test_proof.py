@@ -43,6 +43,8 @@ def test_a_lost_window_is_found_named_and_mended_over_http(daemons: Daemons, tmp
     within, folder = span(), tmp_path / "data" / "shelf"
     daemon = daemons.start("shelf")
     daemon.until(lambda: daemon.job("shelf")["runs_total"])
+    (line,) = daemon.get("/ops/gaps?job=shelf&hours=24").json["partitions"]
+    assert {cell["state"] for cell in line["cells"]} == {"equal"}
     end = datetime.fromisoformat(within["to"])
     gone, changed = (folder / f"{end - timedelta(hours=back):%H}.txt" for back in (6, 7))
     gone.unlink()

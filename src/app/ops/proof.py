@@ -63,12 +63,19 @@ class Result:
 
 
 class Proofs:
-    """The latest verification of each job. Methods may be called from any thread."""
+    """The latest verification of each job; `looked` is called at the end of one, before it is told. From any thread."""
 
-    def __init__(self, verifications: Mapping[str, Verification], stop: Stop, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        verifications: Mapping[str, Verification],
+        stop: Stop,
+        clock: Callable[[], datetime],
+        looked: Callable[[str], None],
+    ) -> None:
         self._verifications = verifications
         self._stop = stop
         self._clock = clock
+        self._looked = looked
         self._lock = threading.Lock()
         self._results: dict[str, Result] = {}
 
@@ -110,6 +117,7 @@ class Proofs:
         except AppError as error:
             broken = (error.message, error.hint)
         finally:
+            self._looked(job)
             self._keep(replace(result, ended_at=self._clock(), error=broken[0], hint=broken[1]))
         log.info("%s verified: %s", job, told(result.counts))
 
