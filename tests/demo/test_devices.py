@@ -56,7 +56,7 @@ def test_every_sample_arrives_once_and_in_order() -> None:
 def test_the_feeder_writes_its_backlog_over_http_and_then_live_points(influx: InfluxSimulator) -> None:
     now = [NOON_NS]
     write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
-    with Feeder(write, fleet(4), backlog_hours=1, interval_seconds=30, now_ns=lambda: now[0]) as feeder:
+    with Feeder(write, fleet(4), oldest_ns=now[0] - HOUR_NS, interval_seconds=30, now_ns=lambda: now[0]) as feeder:
         backlog = feeder.written
         assert backlog == len(influx.points) > 2000
         assert feeder.feed(NOON_NS + 60 * SECOND_NS) > 20
@@ -72,7 +72,9 @@ def test_the_feeder_writes_its_backlog_over_http_and_then_live_points(influx: In
 def test_the_feeder_goes_on_after_the_database_was_away(influx: InfluxSimulator) -> None:
     write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
     now = [NOON_NS]
-    with Feeder(write, fleet(2), backlog_hours=0.1, interval_seconds=0.01, now_ns=lambda: now[0]) as feeder:
+    with Feeder(
+        write, fleet(2), oldest_ns=now[0] - HOUR_NS // 10, interval_seconds=0.01, now_ns=lambda: now[0]
+    ) as feeder:
         before = feeder.written
         influx.close()
         now[0] += 120 * SECOND_NS

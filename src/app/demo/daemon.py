@@ -7,8 +7,10 @@ never touch a real system.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from app.core.window import floor_to
 from app.demo import amplitude, appmetrica, ship
 from app.demo.devices import fleet
 from app.demo.drive import DriveSimulator
@@ -16,9 +18,13 @@ from app.demo.drops import Drops
 from app.demo.dynamo import DynamoSimulator, Table
 from app.demo.feeder import Feeder, http_writer
 from app.demo.influx import InfluxSimulator
+from app.demo.instants import NS
 
 DEVICES = 8
 BACKLOG_HOURS = 3
+MOST_HOURS = 12
+WINDOW_SECONDS = 600
+BEGAN = "began"
 LIVE_SECONDS = 2.0
 EVENTS_AN_HOUR = 12
 FOLDER = "demo"
@@ -31,10 +37,12 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
     """Start the simulators with some hours of data, `live` with more each few seconds; the demo's whole environment."""
     with InfluxSimulator() as influx, ExitStack() as others:
         write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
-        feeder = Feeder(write, fleet(DEVICES), backlog_hours=BACKLOG_HOURS, interval_seconds=LIVE_SECONDS)
+        folder = _folder(environ)
+        began = began_at(folder / BEGAN, ship.now())
+        oldest_ns = int(began.timestamp()) * NS
+        feeder = Feeder(write, fleet(DEVICES), oldest_ns=oldest_ns, interval_seconds=LIVE_SECONDS)
         others.callback(feeder.close)
         feeder.start()
-        folder = _folder(environ)
         drops = Drops(folder / "csv_inbox")
         others.callback(drops.close)
         drops.drop()
@@ -43,7 +51,7 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
             drops.start()
         else:
             feeder.close()
-        measured = _sailing(others, folder / DRIVE, live=live)
+        measured = _sailing(others, folder / DRIVE, began, live=live)
         clicked = _clicking(others)
         yield {
             **_kept(environ),
@@ -55,14 +63,31 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
         }
 
 
-def _sailing(running: ExitStack, kept: Path, *, live: bool) -> Mapping[str, str]:
+def began_at(path: Path, now: datetime) -> datetime:
+    """The oldest instant of the simulated data: as in the last demo here, so that it finds what it exported again, or
+    some hours ago in the first one and long after the last.
+    """
+    fresh = floor_to(now - timedelta(hours=BACKLOG_HOURS), WINDOW_SECONDS)
+    try:
+        began = datetime.fromisoformat(path.read_text().strip()).astimezone(UTC)
+    except (FileNotFoundError, ValueError):
+        began = fresh
+    if not fresh - timedelta(hours=MOST_HOURS) <= began <= now:
+        began = fresh
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(began.isoformat())
+    return began
+
+
+def _sailing(running: ExitStack, kept: Path, began: datetime, *, live: bool) -> Mapping[str, str]:
     """A ship that writes to DynamoDB, and a shared drive for its hours; started into `running`.
 
     The other systems make the same data anew each time; what is on the drive, the product has put there.
     """
     dynamo = running.enter_context(DynamoSimulator([Table(ship.TABLE, ship.KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))
-    vessel = ship.Ship(dynamo.put, backlog_hours=BACKLOG_HOURS, clock=ship.now)
+    backlog_hours = (ship.now() - began) / timedelta(hours=1)
+    vessel = ship.Ship(dynamo.put, backlog_hours=backlog_hours, clock=ship.now)
     running.callback(vessel.close)
     vessel.start()
     if not live:
@@ -123,7 +148,7 @@ def _short_cycle(influx: InfluxSimulator) -> Mapping[str, str]:
         "INFLUXDB_ORG": influx.org,
         "INFLUXDB_BUCKET": influx.bucket,
         "EXPORT_INTERVAL_SECONDS": "5",
-        "EXPORT_WINDOW_SECONDS": "600",
+        "EXPORT_WINDOW_SECONDS": str(WINDOW_SECONDS),
         "EXPORT_GRACE_SECONDS": "900",
         "LOOKBACK_HOURS": str(BACKLOG_HOURS),
     }

@@ -42,8 +42,8 @@ def http_writer(url: str, *, token: str, org: str, bucket: str) -> Write:
 class Feeder:
     """Writes the samples of `devices` until it is closed.
 
-    `start` returns when the backlog of `backlog_hours` is written; live points follow from a thread, every
-    `interval_seconds`. A write that fails is tried again with the next ones; `written` counts lines.
+    `start` returns when all since `oldest_ns` is written; live points follow from a thread, every `interval_seconds`. A
+    write that fails is tried again with the next ones; `written` counts lines.
     """
 
     def __init__(
@@ -51,23 +51,20 @@ class Feeder:
         write: Write,
         devices: Sequence[Device],
         *,
-        backlog_hours: float = 1.0,
+        oldest_ns: int,
         interval_seconds: float = 2.0,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.written = 0
         self._write = write
         self._devices = tuple(devices)
-        self._backlog_ns = int(backlog_hours * HOUR_NS)
         self._now_ns = now_ns
-        self._oldest_ns = self._done_ns = 0
+        self._oldest_ns = self._done_ns = oldest_ns
         self._live = Repeating("feeder", self._feed_live, interval_seconds)
 
     def start(self) -> Self:
         """Write the backlog, then begin with the live points."""
-        now_ns = self._now_ns()
-        self._oldest_ns = self._done_ns = now_ns - self._backlog_ns
-        self.feed(now_ns)
+        self.feed(self._now_ns())
         self._live.start()
         return self
 
