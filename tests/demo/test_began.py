@@ -18,7 +18,7 @@ def test_the_data_of_a_second_demo_begins_where_that_of_the_first_did(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "held", ["", "yesterday", "2026-11-22", "2027-01-01T00:00:00+00:00", "2026-11-21T00:00:00+00:00"]
+    "held", ["", "yesterday", "2026-11-20", "2027-01-01T00:00:00+00:00", "2026-11-21T00:00:00+00:00"]
 )
 def test_a_beginning_that_is_unreadable_to_come_or_long_ago_is_made_anew(tmp_path: Path, held: str) -> None:
     path = tmp_path / "began"
