@@ -197,3 +197,17 @@ def test_a_master_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, chan
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
     here.run()
     assert here.master.endswith(b"7,new\n")
+
+
+def test_a_master_that_is_cut_while_it_is_read_is_left_as_it_is(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 100}\n" for n in range(40_000)))
+    here.drop("1.csv", "k,a\n39999,new\n")
+    work = here.work()
+    cut = here.master[: len(here.master) // 2]
+    cutting = Meddling(lambda: os.truncate(here.config.merged_file, len(cut)))
+    with pytest.raises((Permanent, Transient), match="master"):
+        run(Work(work.places, replace(work.context, progress=cutting), work.clock))
+    assert here.master == cut
+    assert here.waiting == ["1.csv"]
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
