@@ -15,12 +15,15 @@ from typing import Protocol
 from uuid import uuid4
 
 from app.core.errors import AppError, LeaseLost, Stopped, Transient
+from app.core.ledger import Ledger, fault_of
 
 log = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
-    """How a run ended. PARTIAL: some partitions failed, the others are done. STOPPED: goes on next time."""
+    """How a run ended. PARTIAL: some partitions failed or rows were set aside, the others are done. STOPPED: goes on
+    next time.
+    """
 
     RUNNING = "running"
     OK = "ok"
@@ -65,7 +68,8 @@ class Failure:
 class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
-    `notes` are lines for the person who ran it by hand; they are not recorded.
+    `notes` are lines for the person who ran it by hand; they are not recorded. `ledger` accounts for every row that was
+    counted at the source.
     """
 
     rows: int = 0
@@ -75,6 +79,7 @@ class Report:
     failures: Sequence[Failure] = ()
     more: bool = False
     notes: Sequence[str] = ()
+    ledger: Ledger = field(default_factory=Ledger)
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -85,6 +90,7 @@ class Report:
             (*self.failures, *other.failures),
             self.more or other.more,
             (*self.notes, *other.notes),
+            self.ledger + other.ledger,
         )
 
 
@@ -253,17 +259,16 @@ def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run:
 
 
 def _reported(run: Run, report: Report) -> Run:
-    first = next(iter(report.failures), None)
-    if first is None:
+    """Ok only when no partition failed and the ledger accounts for every row."""
+    if report.failures:
+        first = report.failures[0]
+        others = f" and {len(report.failures) - 1} more" if len(report.failures) > 1 else ""
+        error, hint = f"{first.partition}{others}: {first.message}", first.hint
+    elif fault := fault_of(report.ledger):
+        error, hint = fault
+    else:
         return replace(run, outcome=Outcome.OK, report=report)
-    others = f" and {len(report.failures) - 1} more" if len(report.failures) > 1 else ""
-    return replace(
-        run,
-        outcome=Outcome.PARTIAL,
-        report=report,
-        error=f"{first.partition}{others}: {first.message}",
-        hint=first.hint,
-    )
+    return replace(run, outcome=Outcome.PARTIAL, report=report, error=error, hint=hint)
 
 
 def _failed(run: Run, error: Exception) -> Run:

@@ -1,0 +1,66 @@
+"""A run whose ledger does not close is not ok; what was set aside before does not make it partial again."""
+
+from app.core.ledger import ALL, Ledger, SetAside, Tally, fault_of, from_json, ledger_of, sampled, to_json
+
+
+def test_a_ledger_that_closes_has_no_fault() -> None:
+    ledger = ledger_of(Tally(counted=6, read=6, new=3, already_there=1, corrected=1, waiting=1), unit="items")
+    assert ledger.closes
+    assert fault_of(ledger) is None
+
+
+def test_a_row_that_is_lost_in_one_field_is_named_even_when_another_field_has_one_too_many() -> None:
+    ledger = Ledger("values", {"a": Tally(counted=3, new=2), "b": Tally(counted=3, new=4)})
+    assert ledger.total.gap == 0
+    assert not ledger.closes
+    fault = fault_of(ledger)
+    assert fault is not None
+    assert fault[0].startswith("1 values of a are not accounted for: 3 counted, 2 new")
+
+
+def test_what_is_newly_set_aside_is_a_fault_and_what_was_set_aside_before_is_not() -> None:
+    before = ledger_of(Tally(counted=2), SetAside("device id cannot name an object", 2, 0, "a/b"), unit="values")
+    now = ledger_of(Tally(counted=2), SetAside("no device tag", 2, 2, "m voltage=1 5"), unit="values")
+    assert before.closes
+    assert fault_of(before) is None
+    fault = fault_of(before + now)
+    assert fault is not None
+    assert fault[0] == "2 values set aside: no device tag, for example m voltage=1 5"
+
+
+def test_ledgers_add_up_by_field_reason_and_partition() -> None:
+    one = Ledger("values", {"a": Tally(counted=1, waiting=1)}, (SetAside("x", 1, 0, "s"),)).of_partition("D1")
+    other = Ledger("values", {"a": Tally(counted=2, new=2), "b": Tally(counted=1, new=1)}, (SetAside("x", 2, 1),))
+    both = one + other.of_partition("D2")
+    assert both.fields == {"a": Tally(counted=3, new=2, waiting=1), "b": Tally(counted=1, new=1)}
+    assert both.set_aside == (SetAside("x", 3, 1, "s"),)
+    assert list(both.partitions) == ["D1"], "a partition whose rows all landed is not worth naming"
+
+
+def test_a_ledger_survives_its_json() -> None:
+    with_fields = Ledger("values", {"a": Tally(counted=1, waiting=1)}, (SetAside("x", 1, 0, "s"),)).of_partition("D1")
+    without = ledger_of(Tally(counted=6, read=6, new=6), unit="items")
+    assert from_json(to_json(with_fields)) == with_fields
+    assert from_json(to_json(without)) == without
+    assert from_json({}) == Ledger()
+    assert to_json(without)["counted"] == 6
+    assert to_json(without)["fields"] == {}
+
+
+def test_the_record_of_a_run_stays_short() -> None:
+    fields = {f"f{i:03}": Tally(counted=1, new=1) for i in range(300)}
+    ledger = sum(
+        (
+            Ledger("values", fields).__add__(Ledger("values", fields, (), {f"D{i}": Tally(corrected=1)}))
+            for i in range(99)
+        ),
+        Ledger(),
+    )
+    assert len(ledger.fields) == 100
+    assert ledger.total.counted == ledger.total.new == 300 * 2 * 99
+    assert len(ledger.partitions) == 20
+    assert len(sampled("x\n" * 1000)) < 250
+
+
+def test_without_fields_all_is_one_entry() -> None:
+    assert list(ledger_of(Tally(), unit="lines").fields) == [ALL]
