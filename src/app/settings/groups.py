@@ -59,6 +59,8 @@ class InfluxSettings:
     org: str
     bucket: str
     measurement: str
+    device_tag: str
+    ignored_tags: tuple[str, ...]
     api: Literal["flux", "influxql"]
     database: str
     retention_policy: str
@@ -69,7 +71,10 @@ class InfluxSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """The export to objects. `device_ids` empty = discovery from the tag; `start` is aware UTC."""
+    """The export to objects. `device_ids` empty = discovery from the tag; `start` is aware UTC.
+
+    `timestamp_unit` None: the unit of the tree, "us" for a new one. `column_types`: (column, type) pairs.
+    """
 
     interval_seconds: int
     batch_size: int
@@ -80,6 +85,8 @@ class ExportSettings:
     window_seconds: int
     grace_seconds: int
     date_format: str
+    timestamp_unit: Literal["us", "ns"] | None
+    column_types: tuple[tuple[str, str], ...]
     allow_shrink: bool
     reconcile_days: int
     concurrency: int
