@@ -26,7 +26,7 @@ E = TypeVar("E", bound=Encoded)
 
 log = logging.getLogger(__name__)
 
-DISCOVERY = ""  # a row of older versions, which kept the instant of their last discovery there; never a real partition
+UNNAMED = ""  # the rows that name no partition; older versions kept the instant of their last discovery there
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(hours=1)
 
@@ -103,7 +103,10 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, cursors[partition], how.now)
-        sync_partition(pipeline, context, at, live.get(partition, {}), done)
+        if pipeline.refused and not _can_be_named(pipeline, partition, how.now):
+            done(pipeline.refused(context, at, live.get(partition, {})))
+        else:
+            sync_partition(pipeline, context, at, live.get(partition, {}), done)
         context.progress.advance(done=1)
 
     def left(partition: str) -> Report:
@@ -112,11 +115,21 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     return isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
 
 
+def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
+    try:
+        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+    except Rejected as error:
+        log.debug("%r: %s", partition, error)
+        return False
+    return True
+
+
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
     """Partition -> cursor, for all that are known or newly discovered; new ones are committed first."""
     known = dict(pipeline.checkpoints.cursors(pipeline.name))
-    known.pop(DISCOVERY, None)
-    for partition in pipeline.source.partitions(how.first_at):
+    if not pipeline.refused:
+        known.pop(UNNAMED, None)
+    for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
             known[partition] = how.first_at
             _begin(pipeline, context, partition, how.first_at)

@@ -52,6 +52,7 @@ class Pipeline(Generic[B, E]):
     person did to it is seen; such a sink has one object per window, which is replaced also when late rows come.
 
     `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
     name: str
@@ -63,6 +64,7 @@ class Pipeline(Generic[B, E]):
     asks_sink: bool = False
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
+    refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
     unit: str = "values"
 
     def keep(self, task: "Task", version: str, batch: B) -> None:

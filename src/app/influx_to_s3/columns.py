@@ -7,7 +7,8 @@ engines such as Spark and DuckDB do not tell them apart. Invariant: what has a c
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import count
 
 from app.influx_to_s3.layout_file import DOUBLE, EVER, INTEGER, TEXT, Column, LayoutFile, Tree, added
@@ -96,6 +97,11 @@ class Columns:
         """The field's column of this name, None when it is none."""
         return self._by_name.get(name)
 
+    def describe(self, name: str) -> Mapping[bytes, bytes]:
+        """What a column stands for, as metadata of its Parquet field, so that the layout can be made from objects."""
+        kind, source = self._descriptions.get(name, ("", ""))
+        return {b"headwater": f"{kind}={source}".encode("utf-8", "surrogatepass")} if kind else {}
+
     def overflow_kind(self, name: str) -> str | None:
         """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
         return self._overflow_kinds.get(name)
@@ -124,15 +130,18 @@ class Columns:
         self._tags = frozenset((*TAGS, *tags.values()))
         self._overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
         self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in self._overflows.items()}
+        self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
         self._by_name = {each.name: each for each in fields}
         overflow_sources = {
-            name: self._by_name[column].source for (_, column), name in self._overflows.items() if column in self._by_name
+            name: self._by_name[column].source
+            for (_, column), name in self._overflows.items()
+            if column in self._by_name
         }
         self._sources = {**{each.name: each.source for each in fields}, **overflow_sources}
         self._fields = {each.source: each for each in fields}
 
 
-def named(kind: str, source: str, taken: Set[str]) -> str:
+def named(kind: str, source: str, taken: AbstractSet[str]) -> str:
     """A free column name for a tag, a field, or the overflow of a column."""
     suffix = {"tag": "_tag", "field": "_field"}.get(kind, f"_{kind.removesuffix(' of')}")
     wanted = source if kind in ("tag", "field") and source not in taken else f"{source}{suffix}"
@@ -147,11 +156,10 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def type_of(kinds: Iterable[str]) -> str:
-    """The type of a field that is first seen with these types at once: numbers meet in double, else the first counts."""
+    """The type of a field that is first seen with several types: numbers meet in double, else the first counts."""
     kinds = list(dict.fromkeys(kinds))
     if DOUBLE in kinds:
         return DOUBLE
     if INTEGER in kinds:
         return INTEGER
     return kinds[0]
-

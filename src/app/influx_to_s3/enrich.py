@@ -2,13 +2,12 @@
 
 Order: timestamp, device_id, device_type, location, voltage, current, power, temperature, hour, day_of_week, is_weekend,
 power_factor, then further tags and further fields, each alphabetically. Invariant: a column has the same type in every
-object of a layout, whatever a window holds; the documented ones exist even when the source has no such field (then null).
+object of a layout, whatever a window holds; the documented ones exist even without such a field (then null).
 """
 
-from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
-from app.influx_to_s3.columns import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP
+from app.influx_to_s3.columns import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.rows import instants_of
 
 if TYPE_CHECKING:
@@ -19,10 +18,10 @@ DAY_NS = 24 * HOUR_NS
 THURSDAY, FRIDAY = 3, 4
 
 
-def output_schema(rows: "pa.Schema", tags: Set[str]) -> "pa.Schema":
-    """The columns of an object whose canonical rows have the schema `rows`; `tags` are the names of tag columns.
+def output_schema(rows: "pa.Schema", columns: Columns) -> "pa.Schema":
+    """The columns of an object whose canonical rows have the schema `rows`.
 
-    device_id has dictionary type, as readers of a tree take the `device_id=` in its paths: pandas merges the two only then.
+    device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
     """
     import pyarrow as pa
 
@@ -34,7 +33,10 @@ def output_schema(rows: "pa.Schema", tags: Set[str]) -> "pa.Schema":
             *((name, pa.string()) for name in TAGS),
             *((name, pa.float64()) for name in MEASURED),
             *zip(COMPUTED, (pa.int32(), pa.int32(), pa.bool_(), pa.float64()), strict=True),
-            *((each.name, each.type) for each in sorted(others, key=lambda each: (each.name not in tags, each.name))),
+            *(
+                pa.field(each.name, each.type, metadata=columns.describe(each.name))
+                for each in sorted(others, key=lambda each: (each.name not in columns.tags, each.name))
+            ),
         ]
     )
 

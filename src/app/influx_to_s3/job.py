@@ -4,42 +4,41 @@ Invariants: the job owns the live windows, from the cursor on; reconcile, backfi
 the cursor, so they never work on one window at once. Nothing is connected before the first run.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from app.core.errors import Permanent
 from app.core.gaps import Chart
 from app.core.late import fill
-from app.core.ledger import Ledger
-from app.core.partitions import DISCOVERY, Backoff, Pass, isolated, sync_all
+from app.core.partitions import Backoff, Pass, isolated, sync_all
 from app.core.ports import Checkpoints
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window
+from app.influx_to_s3.accounting import OutsidePoints, RefusedPartition, is_nameable, refuse_wrong_settings
 from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout_file import LayoutFile, Tree
 from app.influx_to_s3.recovery import tree_of_data
-from app.influx_to_s3.rewrite import rewrite
+from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
 from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
 from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.stores.layouts import Layout
-from app.stores.parquet import EncodedFile, TableSink, check_device
+from app.stores.parquet import EncodedFile, TableSink
 
 if TYPE_CHECKING:
-    from app.influx_to_s3.reader import Inventory, Reader
+    from app.influx_to_s3.reader import Reader
     from app.settings import Settings
     from app.stores.layouts import SqlLayouts
     from app.stores.objects import ObjectStore
+    from app.stores.set_aside import SetAsideStore
 
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"
@@ -47,8 +46,6 @@ RECONCILE_SECONDS = 86_400
 SPOOL = "spool"
 OFF = "off: set INFLUXDB_URL"
 LOOK_KEY = "headwater-readiness"
-NAMED = 20
-log = logging.getLogger(__name__)
 
 Kept = dict[tuple[str, datetime], tuple[str, RowBatch]]
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
@@ -56,21 +53,27 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the pipeline is made of; `kept` is this process's memory of large open windows."""
+    """What the pipeline is made of.
+
+    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `backoff`, partitions that
+    failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
+    """
 
     settings: "Settings"
     reader: "Reader"
     checkpoints: Checkpoints
     layout_file: LayoutFile
     store: "ObjectStore"
+    aside: Aside
     clock: Callable[[], datetime]
     kept: Kept = field(default_factory=dict)
     backoff: Backoff = field(default_factory=Backoff)
+    refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `main` wires: the jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
+    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
@@ -97,35 +100,50 @@ def build(
     checkpoints: Checkpoints,
     layouts: "SqlLayouts",
     store: "ObjectStore",
+    *,
+    set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
 ) -> Export:
     """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set."""
-    export = settings.export
+    export, influx = settings.export, settings.influx
 
     def make(now: datetime) -> Tree:
-        first_start_at = export.start or now - timedelta(hours=export.lookback_hours)
-        wanted = _wanted(settings, None)
-        return tree_of_data(store, settings.s3.prefix, NAME, checkpoints, layouts, wanted, first_start_at, now)
+        return tree_of_data(
+            store,
+            settings.s3.prefix,
+            kept=layouts.layouts(NAME),
+            starts=checkpoints.starts(NAME).values(),
+            wanted=_wanted(settings, None),
+            first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
+            now=now,
+        )
 
-    layout_file = LayoutFile(store, settings.s3.prefix, make)
-    parts = Parts(settings, _reader(settings), checkpoints, layout_file, store, clock)
-    off = "" if settings.influx.url else OFF
+    parts = Parts(
+        settings=settings,
+        reader=_reader(settings),
+        checkpoints=checkpoints,
+        layout_file=LayoutFile(store, settings.s3.prefix, make),
+        store=store,
+        aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
+        clock=clock,
+    )
+    off = "" if influx.url else OFF
     jobs = (
         Job(NAME, export.interval_seconds, lambda context: _sync(parts, context), off),
         Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
     )
 
-    def opened(stop: Stop) -> ExportEnds:
+    def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, now.columns, now.tree.first_start_at, parts.clock)
+        return ExportEnds(now.pipeline, now.sink, parts.clock)
 
     return Export(
         jobs,
         lambda context, span: _backfill(parts, context, span),
         lambda context, span: _rewrite(parts, context, span),
-        opened,
-        ExportChart(NAME, opened, checkpoints, export.grace_seconds),
+        ends,
+        ExportChart(NAME, ends, checkpoints, export.grace_seconds),
         parts.reader.ping,
     )
 
@@ -191,7 +209,6 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
     )
-    aside = _aside(parts)
     pipeline = Pipeline(
         name=NAME,
         source=source,
@@ -200,20 +217,14 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         grid=Grid(tree.windows, export.grace_seconds),
         allow_shrink=export.allow_shrink,
         kept=parts.kept,
-        set_aside=lambda device, window, batch: aside.keep_values(OTHER_VALUE, device, window, batch.disagreements),
+        set_aside=lambda device, window, batch: parts.aside.keep_values(
+            OTHER_VALUE, device, window, batch.disagreements
+        ),
+        refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
+            pipeline, source, context, at, live
+        ),
     )
     return Opened(tree, now, columns, source, sink, pipeline)
-
-
-def _aside(parts: Parts) -> Aside:
-    settings = parts.settings
-    return Aside(
-        parts.store,
-        settings.s3.prefix,
-        measurement=settings.influx.measurement,
-        device_tag=settings.influx.device_tag,
-        max_bytes=settings.set_aside.max_bytes,
-    )
 
 
 def _pass(parts: Parts, opened: Opened) -> Pass:
@@ -231,7 +242,61 @@ def _pass(parts: Parts, opened: Opened) -> Pass:
 
 
 def _sync(parts: Parts, context: Context) -> Report:
+    """Bring every device up to date, and account for points that no window of this run holds."""
     opened = _open(parts, context.stop, dry_run=context.dry_run)
-    refuse_wrong_settings(parts, opened)
+    absent = refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at)
     report = sync_all(opened.pipeline, context, _pass(parts, opened))
-    return report
+    failures = tuple(Failure(device, *why) for device, why in absent.items())
+    outside = OutsidePoints(parts.aside, parts.refused).account(opened.pipeline, opened.source, context, opened.now)
+    return report + Report(failures=failures) + outside
+
+
+def _reconcile(parts: Parts, context: Context) -> Report:
+    """Compare the counts of the last days' closed windows and write what came late. Counted in `late_rows`."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    since = opened.now - timedelta(days=parts.settings.export.reconcile_days)
+    return _fill(parts, context, opened, Window(since, opened.now), parts.checkpoints.starts(NAME))
+
+
+def _backfill(parts: Parts, context: Context, span: Window) -> Report:
+    """Bring the due windows of `span` up to the source; the live cursor does not move."""
+    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span)
+
+
+def _fill(
+    parts: Parts, context: Context, opened: Opened, span: Window, starts: Mapping[str, datetime] | None = None
+) -> Report:
+    """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
+    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if is_nameable(name)}
+    found = starts.keys() & cursors if starts is not None else {*cursors, *opened.source.partitions(span.start)}
+    partitions = sorted(filter(is_nameable, found))
+
+    def one(partition: str, done: Done) -> None:
+        since = max(span.start, starts[partition]) if starts is not None else span.start
+        until = min(span.end, cursors.get(partition, span.end))
+        if until > since:
+            done(fill(opened.pipeline, context, partition, Window(since, until), opened.now))
+
+    return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+
+
+def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
+    """Re-encode the objects of closed windows from themselves, in today's unit, names and types."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+
+    def one(device: str, done: Done) -> None:
+        rewrite(
+            opened.pipeline,
+            opened.source,
+            opened.sink,
+            opened.columns,
+            context,
+            device=device,
+            span=span,
+            now=opened.now,
+            done=done,
+        )
+
+    devices = devices_in(opened.sink)
+    context.progress.advance(total=len(devices))
+    return isolated(opened.pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))

@@ -1,17 +1,18 @@
 """`_headwater/layout.json` beside the data: the only truth of how a tree's objects are cut, named and typed.
 
 It holds the history of window length, format, date format and timestamp unit, the columns with their types, the first
-start of the installation and the sealed day. The state's copy is never asked, so that a state that is lost or older than
-the bucket cannot cut the same rows a second time under other names.
+start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or older than the
+bucket cannot cut the same rows a second time under other names.
 
-Invariants: the file changes by compare-and-swap only. A run writes no window of a day later than the sealed day that it
-read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two ways. What is first
-seen (a column) is added before it is first written and holds for all days.
+Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day that it
+read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two ways. What is
+first seen (a column) is added before it is first written and holds for all days.
 """
 
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
@@ -162,7 +163,9 @@ class LayoutFile:
             except Conflict:
                 continue  # another process, or our own write whose answer was lost: read again and see
             return changed
-        raise Transient(f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried")
+        raise Transient(
+            f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
+        )
 
     def _create(self, tree: Tree) -> Tree:
         """The first tree, unless another process was quicker."""
@@ -179,10 +182,8 @@ class LayoutFile:
         """Today as the store's clock says, told by a write of what is there anyway."""
         found = self._read()
         if found is not None:
-            try:
+            with suppress(Conflict):  # another process wrote it just now, which tells the time as well
                 self._put(*found)
-            except Conflict:
-                pass  # another process wrote it just now, which tells the time as well
         info = self._store.head(self.key)
         return info.modified_at.astimezone(UTC).date() if info else EVER
 
@@ -205,7 +206,9 @@ class LayoutFile:
 
     def _put(self, tree: Tree, expected: str) -> None:
         text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
-        self._store.put(self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), Put("application/json", {}, expected))
+        self._store.put(
+            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), Put("application/json", {}, expected)
+        )
 
 
 def to_json(tree: Tree) -> Mapping[str, Any]:

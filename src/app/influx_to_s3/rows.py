@@ -121,7 +121,7 @@ def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]
 
 
 def _held(values: Any, kind: str) -> Any:
-    """The values as `kind` where that changes none of them, else null. Numbers are the same whatever type holds them."""
+    """The values as `kind` where that changes none of them, else null; a number is the same whatever type holds it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -134,7 +134,9 @@ def _held(values: Any, kind: str) -> Any:
         return pc.if_else(exact, values, None).cast(target)
     if kind in (INTEGER, UNSIGNED) and whole:
         low, high = (0, (1 << 63) - 1)
-        exact = pc.less_equal(values, pa.scalar(high, values.type)) if _unsigned(values) else pc.greater_equal(values, low)
+        exact = (
+            pc.less_equal(values, pa.scalar(high, values.type)) if _unsigned(values) else pc.greater_equal(values, low)
+        )
         return pc.if_else(exact, values, None).cast(target)
     if kind in (INTEGER, UNSIGNED) and pa.types.is_floating(values.type):
         return _whole_numbers(values, target)
@@ -156,11 +158,15 @@ def _whole_numbers(values: Any, target: Any) -> Any:
     floats = array.to_numpy(zero_copy_only=False)
     low = 0 if target == pa.uint64() else -EXACT
     with np.errstate(invalid="ignore"):
-        fits = (np.trunc(floats) == floats) & (floats >= low) & (floats <= EXACT) & ~((floats == 0) & np.signbit(floats))
+        fits = (
+            (np.trunc(floats) == floats) & (floats >= low) & (floats <= EXACT) & ~((floats == 0) & np.signbit(floats))
+        )
     return pa.array(np.where(fits, floats, 0).astype(np.int64), mask=~fits).cast(target)
 
 
-def ordered(tables: Sequence["pa.Table"], columns: Columns) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
+def ordered(
+    tables: Sequence["pa.Table"], columns: Columns
+) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
     """The rows of all tables in canonical order, each identity once; what disagreed, and by field how many values were
     there twice.
     """

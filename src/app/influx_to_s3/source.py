@@ -41,7 +41,6 @@ from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NO_DEVICE = "(no\ndevice tag)"  # the partition of points without the tag; no tag value holds a newline
 BUCKETS = 30
 OVERFLOW = 4
 MAX_SLICE_BYTES = 64 << 20
@@ -75,11 +74,17 @@ class InfluxSource:
         self._spool_directory = spool_directory
         self._pauses = pauses
         self._policy = policy
+        self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
         """The configured devices that exist, or every one that has points at or after `since`."""
-        found = self.again(lambda: self._reader.devices(since))
+        found = self._found(since)
         return found if not self._devices else sorted(set(self._devices) & {*found, *self._older(found)})
+
+    @property
+    def reader(self) -> Reader:
+        """What this source asks."""
+        return self._reader
 
     def absent(self, since: datetime) -> Sequence[str]:
         """The configured devices without any point, ever."""
@@ -87,15 +92,20 @@ class InfluxSource:
 
     def _older(self, found: Sequence[str]) -> Sequence[str]:
         """A configured device may have been silent for long; it exists all the same."""
-        return self.again(lambda: self._reader.devices(EPOCH)) if set(self._devices) - set(found) else ()
+        return self._found(EPOCH) if set(self._devices) - set(found) else ()
+
+    def _found(self, since: datetime) -> Sequence[str]:
+        """Every value of the device tag, asked once in the life of this source, which is a run."""
+        if since not in self._known:
+            self._known[since] = self.again(lambda: self._reader.devices(since))
+        return self._known[since]
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length. Points without the device tag come under NO_DEVICE."""
+        """One question per run of windows of one length. Points without the device tag are partition ""."""
         counted: list[Counted] = []
-        device = device_of(partition) if partition is not None else None
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
-            counted += self.again(lambda s=span, n=every_seconds: list(self._reader.counts(device, s, n)))  # type: ignore[misc]
+            counted += self.again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
         return totals(counted)
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
@@ -122,7 +132,7 @@ class InfluxSource:
     def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
         """`batch` with the held rows whose identity it lacks. What was counted and read stays that of `batch`."""
         rows = (of_object(table, self._columns) for table in held)
-        united_batch = self._spooled(batch.device, united(batch.tables(), rows, self._columns))
+        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns))
         return replace(united_batch, accounts=batch.accounts, disagreements=batch.disagreements)
 
     def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
@@ -132,7 +142,7 @@ class InfluxSource:
         columns = self._columns
         known = [identities_of(of_object(table, columns), columns) for table in held]
         identities = np.concatenate(known) if known else np.empty(0, np.uint64)
-        return self._spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+        return self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
 
     @contextmanager
     def _spool(self, device: str) -> Iterator[Spool]:
@@ -143,7 +153,8 @@ class InfluxSource:
             yield spool
             undo.pop_all()
 
-    def _spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
+    def spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
+        """A batch of rows that stand in canonical order already."""
         with self._spool(device) as spool:
             for table in tables:
                 spool.append(table)
@@ -179,7 +190,7 @@ class InfluxSource:
     def _cut_out(self, device: str, window: Window, count: Count, blocks: Sequence[Points]) -> RowBatch:
         """The batch of one window out of an answer over several."""
         with self._spool(device) as spool:
-            self._take(spool, window, count, [part for block in blocks if len(part := within(block, window).points.times)])
+            self._take(spool, window, count, [within(block, window) for block in blocks])
             return spool.finish({}, count.fields)
 
     def _read_whole(self, spool: Spool, span: Window, count: Count) -> None:
@@ -221,7 +232,7 @@ class InfluxSource:
 
     def _empty_texts(self, device: str, span: Window, fields: Iterable[str]) -> Sequence[Points]:
         """Points whose text is empty, which Flux's answer shows as absent."""
-        reader, device = self._reader, device_of(device)
+        reader = self._reader
         asked = [self.again(lambda name=name: list(reader.empty_texts(device, span, name))) for name in sorted(fields)]  # type: ignore[misc]
         return [block for blocks in asked for block in blocks]
 
@@ -238,22 +249,21 @@ class InfluxSource:
         blocks: list[Points] = []
         size_bytes = rows = 0
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
-        for block in self._reader.rows(device_of(device), span):
+        for block in self._reader.rows(device, span):
             blocks.append(block)
             rows += len(block.times)
-            size_bytes += sum(values.nbytes for values in (block.times, *block.tags.values(), *dict(block.fields).values()))
+            size_bytes += sum(
+                values.nbytes for values in (block.times, *block.tags.values(), *dict(block.fields).values())
+            )
             if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
-                raise QueryTooLarge(f"{device} has too many rows in {span}", "no action needed; a shorter range is read")
+                raise QueryTooLarge(
+                    f"{device} has too many rows in {span}", "no action needed; a shorter range is read"
+                )
         return blocks
 
     def again(self, action: Callable[[], T]) -> T:
         """`action`, retried while it fails for a cause that may pass."""
         return retry(action, self._policy, self._pauses, random)
-
-
-def device_of(partition: str) -> str:
-    """The device that a reader is asked for; "" for the points without the device tag."""
-    return "" if partition == NO_DEVICE else partition
 
 
 def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
@@ -270,7 +280,7 @@ def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
     """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
     fields: dict[tuple[str, datetime], dict[str, int]] = {}
     for one in counted:
-        bucket = fields.setdefault((intern(one.device) or NO_DEVICE, one.start_at), {})
+        bucket = fields.setdefault((intern(one.device), one.start_at), {})
         name = intern(one.field)
         bucket[name] = bucket.get(name, 0) + one.values
     return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}

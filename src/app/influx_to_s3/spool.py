@@ -8,7 +8,7 @@ nothing is left behind by a crash.
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -43,7 +43,7 @@ class RowBatch:
     first_ns: int | None
     last_ns: int | None
     schema: "pa.Schema"
-    tags: Set[str]
+    columns: Columns
     has_nanos: bool
     blocks: "Sequence[pa.Table]"
     spooled: BinaryIO | None = None
@@ -73,7 +73,7 @@ class RowBatch:
     @property
     def output_schema(self) -> "pa.Schema":
         """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds."""
-        return output_schema(self.schema, self.tags)
+        return output_schema(self.schema, self.columns)
 
     def output(self) -> "Iterator[pa.Table]":
         """The rows as they are written to an object."""
@@ -154,7 +154,9 @@ class Spool:
         if self._waiting_rows >= BLOCK_ROWS:
             self._cut(whole_blocks_only=True)
 
-    def note(self, read: Mapping[str, int], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()) -> None:
+    def note(
+        self, read: Mapping[str, int], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()
+    ) -> None:
         """By field: values that were read for the rows, and those of them that stand in no row of their own."""
         self._read.update(read)
         self._twice.update(twice)
@@ -180,7 +182,7 @@ class Spool:
             first_ns=self._first_ns,
             last_ns=self._last_ns,
             schema=schema,
-            tags=self.columns.tags,
+            columns=self.columns,
             has_nanos=self._has_nanos,
             blocks=tuple(self._blocks),
             spooled=self._file,

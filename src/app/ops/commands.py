@@ -46,6 +46,15 @@ def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
     return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
 
 
+def rewrite(service: Headwater, name: str, span: Window, how: How) -> int:
+    """Re-encode the objects of `span` from themselves; the exit code."""
+    job, work = _job(service, name), service.pipelines.rewrites.get(name)
+    if work is None:
+        able = ", ".join(service.pipelines.rewrites) or "none"
+        raise Rejected(f"job {name} has no rewrite", f"jobs whose objects can be re-encoded: {able}")
+    return _finish(service, named(replace(job, work=lambda context: work(context, span))), how)
+
+
 def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
     """Take back what run `run_id` of a job did, or in a dry run only say what that would be; the exit code."""
     job = _job(service, name)

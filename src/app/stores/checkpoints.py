@@ -4,6 +4,7 @@ Invariants: a commit is one transaction that starts with the lease, so a process
 and a high watermark never move back, so a repeated older commit undoes nothing.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,6 +114,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
+        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
 
@@ -129,6 +131,7 @@ def _record(row: Row) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed",
+        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
     )
 
 

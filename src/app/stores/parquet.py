@@ -80,7 +80,7 @@ class TableSink:
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
-        _check_device(partition)
+        check_device(partition)
         layout = self.layout_at(window.start)
         named_at = window.start + timedelta(seconds=part)
         if named_at >= window.end:
@@ -131,6 +131,7 @@ class TableSink:
             "rows": str(batch.rows),
             "digest": batch.digest,
             "app-version": self.app_version,
+            "timestamp-unit": layout.timestamp_unit,
         }
         file = self._temporary()
         with ExitStack() as undo:
@@ -161,7 +162,7 @@ class TableSink:
         return cast("BinaryIO", file)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises Rejected for an id that cannot be part of a key as it is."""
     problem = ""
     if not device or "/" in device or ".." in device:
