@@ -32,6 +32,7 @@ class FluxTarget:
     org: str
     bucket: str
     measurement: str
+    device_tag: str = "device_id"
 
 
 def literal(text: str) -> str:

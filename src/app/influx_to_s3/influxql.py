@@ -33,6 +33,7 @@ class InfluxQlTarget:
     database: str
     retention_policy: str
     measurement: str
+    device_tag: str = "device_id"
 
 
 @dataclass(frozen=True, slots=True)
