@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# The last one: a field has another type in another shard; a span that ends where the shard does has one type each.
-TOO_MUCH = ("memory", "resource exhausted", "schema collision")
-UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TIMED_OUT, THROTTLED, CLIENT_CLOSED, SERVER_ERROR = (
+# `schema collision`: a field has several types in the span. `max-select`: limits of 1.x on series, buckets and points.
+TOO_MUCH = ("memory", "resource exhausted", "schema collision", "max-select")
+UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TIMED_OUT, THROTTLED, CLIENT_CLOSED, SERVER_ERROR, NOT_IMPLEMENTED = (
     401,
     403,
     404,
@@ -25,6 +25,7 @@ UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TIMED_OUT, THROTTLED, CLIENT_CLOSED, SERVER_
     429,
     499,
     500,
+    501,
 )
 INVENTORY_DEVICES = 20
 
@@ -127,15 +128,17 @@ def refusal(refused: Refusal) -> AppError:
     """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`)."""
     told = f"InfluxDB at {refused.url} answers {refused.status}: {refused.message}"
     said = refused.message.lower()
-    passing = refused.status in (TIMED_OUT, THROTTLED, CLIENT_CLOSED) or refused.status >= SERVER_ERROR
+    passing = refused.status in (TIMED_OUT, THROTTLED, CLIENT_CLOSED) or (
+        refused.status >= SERVER_ERROR and refused.status != NOT_IMPLEMENTED
+    )
     if passing or "queue length exceeded" in said:
         asked_seconds = float(refused.retry_after) if refused.retry_after.isdigit() else None
-        return Transient(told, "it is tried again by itself", retry_after_seconds=asked_seconds)
+        return Transient(told, "no action needed: it is retried", retry_after_seconds=asked_seconds)
     if any(word in said for word in TOO_MUCH):
-        return QueryTooLarge(told, "a shorter range is tried by itself")
+        return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {
-        0: "no secure connection: check INFLUXDB_URL and its certificate",
-        UNAUTHORIZED: "the token is refused: set INFLUXDB_TOKEN to one that may read the data",
+        0: "check INFLUXDB_URL and the certificate of the server",
+        UNAUTHORIZED: "set INFLUXDB_TOKEN, or the user name and password, to credentials that may read the data",
         FORBIDDEN: f"give the token the right to read; now {refused.where}",
         NOT_FOUND: f"check {refused.where} and that the token may read it",
     }
