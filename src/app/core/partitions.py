@@ -80,7 +80,8 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a pass is made. `first_at` is where a new partition begins.
+    """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
+    anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
 
     `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
     partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run.
@@ -89,6 +90,7 @@ class Pass:
     now: datetime
     first_at: datetime
     probe: Callable[[], None]
+    nothing_found: Callable[[], None]
     backoff: Backoff = field(default_factory=Backoff)
     concurrency: int = 4
     transient_limit: int = 5
@@ -98,7 +100,9 @@ class Pass:
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
     cursors = _cursors(pipeline, context, how)
-    live = live_counts(pipeline, how.now) if cursors else {}
+    live = live_counts(pipeline, how.now)
+    if not any(live.values()):
+        how.nothing_found()
     context.progress.advance(total=len(cursors))
 
     def one(partition: str, done: Done) -> None:

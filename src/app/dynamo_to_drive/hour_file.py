@@ -11,7 +11,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import md5
 from itertools import islice, pairwise
@@ -19,6 +19,7 @@ from operator import itemgetter
 from typing import BinaryIO
 
 from app.core.errors import Permanent
+from app.core.ledger import Tally
 from app.dynamo_to_drive.rows import Columns, Row
 from app.dynamo_to_drive.timestamps import ascend, rank
 
@@ -66,6 +67,7 @@ class HourFile:
     min_at: datetime | None
     max_at: datetime | None
     reusable: bool = False
+    accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     def close(self) -> None:
         """Drop the spooled bytes."""

@@ -43,31 +43,31 @@ def is_nameable(device: str) -> bool:
     return True
 
 
-def refuse_wrong_settings(
-    source: InfluxSource, settings: Settings, first_start_at: datetime
-) -> Mapping[str, tuple[str, str]]:
-    """Configured devices that do not exist, each with message and hint.
+def absent_devices(source: InfluxSource, settings: Settings, first_start_at: datetime) -> Mapping[str, tuple[str, str]]:
+    """Configured devices without any point, each with message and hint."""
+    absent = source.absent(first_start_at) if settings.export.device_ids else ()
+    if not absent:
+        return {}
+    influx = settings.influx
+    there = _named(source.again(source.reader.inventory).devices) or "none"
+    message = f"no point of {influx.measurement!r} has this value of the tag {influx.device_tag!r}"
+    return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 
-    Raises Permanent, with what there is, when nothing is found because a setting names something that does not exist.
-    An empty source is no fault.
+
+def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_at: datetime) -> None:
+    """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
+    does not exist while others do; an empty source, or one without points in the span asked, is no fault.
     """
     influx, wanted = settings.influx, settings.export.device_ids
-    absent = source.absent(first_start_at) if wanted else ()
-    if source.partitions(first_start_at):
-        if not absent:
-            return {}
-        there = _named(source.again(source.reader.inventory).devices)
-        message = f"no point of {influx.measurement!r} has this value of the tag {influx.device_tag!r}"
-        return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
     inventory = source.again(source.reader.inventory)
-    fault = _fault(inventory, measurement=influx.measurement, tag=influx.device_tag, wanted=wanted)
+    exist = not wanted or bool(source.partitions(first_start_at))
+    fault = _fault(inventory, measurement=influx.measurement, tag=influx.device_tag, wanted=() if exist else wanted)
     if fault:
         raise Permanent(*fault)
-    return {}
 
 
 def _fault(there: Inventory, *, measurement: str, tag: str, wanted: Sequence[str]) -> tuple[str, str] | None:
-    """Message and hint when a setting is wrong; None when the source is empty, or has nothing in the span asked."""
+    """Message and hint when a setting is wrong, else None. `wanted`: configured devices, when none of them exists."""
     if there.measurements and measurement not in there.measurements:
         known = _named(there.measurements)
         return f"measurement {measurement!r} does not exist", f"set INFLUXDB_MEASUREMENT to one of: {known}"
@@ -81,7 +81,7 @@ def _fault(there: Inventory, *, measurement: str, tag: str, wanted: Sequence[str
             f"no point of measurement {measurement!r} has the tag {tag!r}",
             f"set INFLUXDB_DEVICE_TAG to the tag that names the device; tags are: {_named(there.tags) or 'none'}",
         )
-    if there.devices and wanted and not set(wanted) & set(there.devices):
+    if there.devices and wanted:
         return (
             f"none of the devices in DEVICE_IDS ({_named(wanted)}) has a point in {measurement!r}",
             f"correct DEVICE_IDS, or set it to *; devices are: {_named(there.devices)}",

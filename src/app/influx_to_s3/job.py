@@ -18,7 +18,13 @@ from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window
-from app.influx_to_s3.accounting import OutsidePoints, RefusedPartition, is_nameable, refuse_wrong_settings
+from app.influx_to_s3.accounting import (
+    OutsidePoints,
+    RefusedPartition,
+    absent_devices,
+    is_nameable,
+    refuse_wrong_settings,
+)
 from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
@@ -236,6 +242,7 @@ def _pass(parts: Parts, opened: Opened) -> Pass:
         now=opened.now,
         first_at=opened.tree.first_start_at,
         probe=probe,
+        nothing_found=lambda: refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at),
         backoff=parts.backoff,
         concurrency=parts.settings.export.concurrency,
     )
@@ -244,8 +251,8 @@ def _pass(parts: Parts, opened: Opened) -> Pass:
 def _sync(parts: Parts, context: Context) -> Report:
     """Bring every device up to date, and account for points that no window of this run holds."""
     opened = _open(parts, context.stop, dry_run=context.dry_run)
-    absent = refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at)
     report = sync_all(opened.pipeline, context, _pass(parts, opened))
+    absent = absent_devices(opened.source, parts.settings, opened.tree.first_start_at)
     failures = tuple(Failure(device, *why) for device, why in absent.items())
     outside = OutsidePoints(parts.aside, parts.refused).account(opened.pipeline, opened.source, context, opened.now)
     return report + Report(failures=failures) + outside
