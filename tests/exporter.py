@@ -16,6 +16,7 @@ from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
+from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
 from exports import CountingStore, exported, objects, stored
 
@@ -85,7 +86,11 @@ class Exporter:
             **self.environ,
             **environ,
         }
-        return build(load_settings(given, None), self.state.checkpoints, self.state.layouts, self.store, self.clock)
+        settings = load_settings(given, None)
+        aside = SetAsideStore(self.store, folder_of(self.prefix), settings.set_aside.max_bytes)
+        return build(
+            settings, self.state.checkpoints, self.state.layouts, self.store, set_aside=aside, clock=self.clock
+        )
 
     def keep(self, **environ: str) -> None:
         """From now on all runs are those of one process."""
