@@ -140,7 +140,7 @@ class InfluxQlReader:
             tags=self._names(f"SHOW TAG KEYS {self._from()}"),
             fields=sorted({one.name for one in self._fields()}),
             devices=self._names(f"{values} WHERE time >= {FIRST_NS} LIMIT {INVENTORY_DEVICES}"),
-            policies=[name for name in others if name != own and self._has_points(name)],
+            policies=tuple(name for name in others if name != own and self._has_points(name)),
         )
 
     def ping(self) -> str:
