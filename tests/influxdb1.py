@@ -3,7 +3,6 @@
 Invariant: one process per test session, ended by its own pid; each test takes a database of its own.
 """
 
-import shutil
 import socket
 import subprocess
 import time
@@ -17,6 +16,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+
+from needs import needs
 
 CONFIG = """
 reporting-disabled = true
@@ -79,9 +80,7 @@ def influxdb1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxDB1]:
 @contextmanager
 def running_influxdb1(root: Path, more: str = "") -> Iterator[InfluxDB1]:
     """A server with its files in `root` and `more` lines in its configuration."""
-    program = shutil.which("influxd")
-    if program is None:
-        pytest.skip("no influxd on PATH: install the package influxdb to compare with a real InfluxDB 1.x")
+    program = needs("influxd")
     http, rpc = free_ports(2)
     (root / "influxdb.conf").write_text(CONFIG.format(root=root, http=http, rpc=rpc, more=more))
     with (root / "influxd.log").open("wb") as log:

@@ -60,9 +60,9 @@ def test_both_languages_and_a_real_influxdb_1_give_equal_points(influx: InfluxSi
     assert others == [first, first]
     assert [each.devices(NOON - DAY) for each in readers] == [["D1", "D2"]] * 3
     for device in (None, "D1"):
-        first, *others = (counted(each, device) for each in readers)
-        assert others == [first, first]
-        assert first["D1", "voltage", NOON] == 31
+        counts, *other_counts = (counted(each, device) for each in readers)
+        assert other_counts == [counts, counts]
+        assert counts["D1", "voltage", NOON] == 31
 
 
 def test_points_that_differ_in_a_further_tag_stay_apart_and_keep_it(influx: InfluxSimulator, make: Make) -> None:

@@ -54,17 +54,15 @@ class AnnotatedCsv:
         return ("\r\n" + "".join(map(self._line, rows))).encode()
 
     def _result(self, name: str, tables: Iterable[Table]) -> Iterator[Piece]:
-        known: list[tuple[str, str]] | None = None
+        known: tuple[Column, ...] | None = None
         started = False
         for number, one in enumerate(tables):
             data = one.load()
             empty = not data or not len(data[0])
-            # As the server's own encoder: a table that differs in its group key only gets no header of its own.
-            schema = [(column.label, column.kind) for column in one.columns]
-            if empty or schema != known:
+            if empty or one.columns != known:
                 head = self._head(name, one, number if empty else None)
                 yield Piece((b"\r\n" if started else b"") + head)
-            started, known = True, None if empty else schema
+            started, known = True, None if empty else one.columns
             if not empty:
                 yield from self._rows(name, number, one.columns, data)
 
