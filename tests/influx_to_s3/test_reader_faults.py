@@ -141,6 +141,16 @@ def test_a_server_that_renames_nothing_is_read_by_plain_names_and_the_group_key(
         assert rows(flux(influx, url=url)) == expected
 
 
+def test_an_answer_without_the_columns_that_were_asked_for_is_an_error_of_ours(influx: InfluxSimulator) -> None:
+    body = b"#datatype,string,long,double\r\n#group,false,false,false\r\n#default,_result,,\r\n"
+    with answering(plain_answer(body + b",result,table,x\r\n,,0,1\r\n\r\n")) as url:
+        reader = flux(influx, url=url)
+        for question in (lambda: rows(reader), lambda: list(reader.counts("D1", HOUR, 60))):
+            with pytest.raises(Permanent, match="lacks the column _"):
+                question()
+        assert list(reader.devices(NOON)) == []
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 501])
 def test_where_nobody_may_look_at_buckets_a_shard_group_is_taken_for_a_day(status: int) -> None:
     with InfluxSimulator() as influx, answering_gets_with(influx, status) as url:

@@ -224,6 +224,17 @@ def test_a_limit_of_buckets_is_met_by_shorter_questions(tmp_path: Path) -> None:
         assert counted(reader, "D1", Window(NOON, NOON + DAY), 60).total() == 48
 
 
+def test_a_limit_of_series_is_no_sign_of_an_empty_measurement(tmp_path: Path) -> None:
+    with running_influxdb1(tmp_path, "[coordinator]\n  max-select-series = 1") as server:
+        database = server.new_database()
+        server.write(database, f"{M},device_id=D1 v=1 {BASE}\n{M},device_id=D2 v=1 {BASE}")
+        reader = influxql_without_credentials(server.url, database)
+        assert reader.inventory().has_points
+        with pytest.raises(QueryTooLarge, match="max-select-series"):
+            counted(reader)
+        assert counted(reader, "D2") == {("D2", "v", NOON): 1}
+
+
 def test_what_one_bucket_is_too_much_for_is_said() -> None:
     asked: list[Window] = []
 
@@ -344,7 +355,7 @@ def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @given(points())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_reader_gives_what_was_written_in_many_more_cases(
     influxdb1: InfluxDB1, given_points: list[Point]
 ) -> None:

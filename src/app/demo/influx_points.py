@@ -133,7 +133,9 @@ class Points:
         dropped = []
         with self._lock:
             for given in points:
-                point = given._replace(fields=tuple(one for one in given.fields if one.name != "time"))
+                point = given
+                if any(one.name == "time" for one in given.fields):
+                    point = given._replace(fields=tuple(one for one in given.fields if one.name != "time"))
                 reason = self._conflict(point)
                 if reason:
                     dropped.append(reason)
