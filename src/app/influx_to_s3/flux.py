@@ -5,6 +5,7 @@ question crosses the bound of a shard group, behind which the server would leave
 """
 
 import json
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
 DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00"})
-KEYWORDS = frozenset({"and", "or", "not", "exists", "if", "then", "else", "in", "empty", "return"}) | {
-    *("import", "package", "option", "builtin", "test", "testcase")
-}
+KEYWORD = re.compile(
+    "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
+)
 SCHEMA = 'import "influxdata/influxdb/schema"\n'
 # Flux keeps times as nanoseconds in 64 bits; what lies beyond would wrap around.
 FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
@@ -63,7 +64,7 @@ def time_literal(instant: datetime) -> str:
 
 def column_of_row(name: str) -> str:
     """The value of a column in a predicate over `r`."""
-    plain = name.isascii() and name.isidentifier() and name not in KEYWORDS
+    plain = name.isascii() and name.isidentifier() and not KEYWORD.fullmatch(name)
     return f"r.{name}" if plain else f"r[{literal(name)}]"
 
 
@@ -102,7 +103,7 @@ class FluxReader:
                     yield from self._counted(block, every_seconds)
                 yield None
 
-        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
@@ -134,7 +135,7 @@ class FluxReader:
             )
             for block in self._ask(query, known=self._device_columns):
                 points = self._points(block)
-                [values] = [column for name, column in points.fields if name == "_value"]
+                values = dict(points.fields)["_value"]
                 empty = pc.is_null(values)
                 if values.type == pa.string() and pc.any(empty).as_py():
                     tags = {name: column.filter(empty) for name, column in points.tags.items()}
@@ -228,9 +229,9 @@ class FluxReader:
         if any(name.startswith(token) for name in block.names):
             names = [name.removeprefix(token).removeprefix(token) for name in block.names]
             keyed = [name.startswith(token * 2) for name in block.names]
-            time_at = block.names.index(f"{token * 2}_time")
+            time_at = _place(block, f"{token * 2}_time")
         else:
-            names, keyed, time_at = list(block.names), list(block.grouped), block.names.index("_time")
+            names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
         columns = [
             (name, is_tag, column)
             for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
@@ -260,7 +261,16 @@ class FluxReader:
 
 
 def _column(block: Block, name: str) -> "pa.ChunkedArray":
-    return block.columns[block.names.index(name)]
+    return block.columns[_place(block, name)]
+
+
+def _place(block: Block, name: str) -> int:
+    if name not in block.names:
+        raise Permanent(
+            f"InfluxDB's answer lacks the column {name}: it has {', '.join(block.names)}",
+            "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+        )
+    return block.names.index(name)
 
 
 def _body(answer: Answer) -> Iterator[bytes]:

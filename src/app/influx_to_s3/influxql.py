@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import EPOCH, Window
 from app.influx_to_s3.connection import OK, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, Refusal, refusal
+from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, QueryTooLarge, Refusal, refusal
 from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
@@ -81,7 +81,11 @@ class InfluxQlReader:
         self._tag = identifier(target.device_tag)
 
     def devices(self, since: datetime) -> Sequence[str]:
-        """See `Reader`; 1.x knows the time of a tag's value by its shard. 3 looks back a day without a condition."""
+        """See `Reader`. Without a condition InfluxDB 3 looks back one day.
+
+        1.x knows the time of a value by its shard at best; with its index in memory it gives every value as soon as the
+        database has a shard that late.
+        """
         query = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag} WHERE time >= {_nanoseconds(since)}"
         return sorted({row[1] for series in self._ask(query) for row in series["values"] if row[1]})
 
@@ -100,7 +104,7 @@ class InfluxQlReader:
                 else:
                     yield from self._counted(series, None)
 
-        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
+        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. A field that has several types in several shards is selected once as each of them."""
@@ -119,7 +123,7 @@ class InfluxQlReader:
                 yield from batch.add(series)
             yield from batch.finish()
 
-    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:  # noqa: ARG002 - see there
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:  # noqa: ARG002 - none whatever is asked
         """See `Reader`: JSON tells an empty text from none."""
         return iter(())
 
@@ -140,7 +144,7 @@ class InfluxQlReader:
             tags=self._names(f"SHOW TAG KEYS {self._from()}"),
             fields=sorted({one.name for one in self._fields()}),
             devices=self._names(f"{values} WHERE time >= {FIRST_NS} LIMIT {INVENTORY_DEVICES}"),
-            policies=[name for name in others if name != own and self._has_points(name)],
+            policies=tuple(name for name in others if name != own and self._has_points(name)),
         )
 
     def ping(self) -> str:
@@ -149,7 +153,10 @@ class InfluxQlReader:
         return f"may read database {self._target.database} at {self._connection.server.url} by InfluxQL"
 
     def _has_points(self, policy: str) -> bool:
-        return any(True for _ in self._ask(f"SELECT * {self._from(policy)} LIMIT 1"))
+        try:
+            return any(True for _ in self._ask(f"SELECT * {self._from(policy)} LIMIT 1"))
+        except QueryTooLarge:  # there are more series than the server may read at once
+            return True
 
     def _names(self, query: str) -> Sequence[str]:
         """The last column of a SHOW statement, sorted."""
