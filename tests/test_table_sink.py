@@ -22,6 +22,7 @@ from app.stores.parquet import ROW_GROUP_ROWS, TableSink
 from app.stores.s3 import S3Store
 from exporter import HOUR, NOON, ns
 from exports import FORMATS, content, rows_of
+from influx_points import columns_of
 from seaweed import Seaweed, target
 
 WINDOW = Window(NOON, NOON + HOUR)
@@ -67,10 +68,10 @@ def make(store: ObjectStore, tmp_path: Path) -> Callable[..., TableSink]:
 def batch(folder: Path, fields: Mapping[str, Sequence[Any]], step_ns: int = 10**9) -> RowBatch:
     """Rows of D1 in WINDOW, one a second."""
     number = len(next(iter(fields.values())))
-    spool = Spool("D1", folder, 10**6)
+    spool = Spool("D1", folder, 10**6, columns_of())
     times = pa.array([ns(NOON) + n * step_ns + 7 for n in range(number)]).cast(pa.timestamp("ns", "UTC"))
     spool.append(pa.table({"timestamp": times, **fields}))
-    return spool.finish({})
+    return spool.finish({}, {})
 
 
 ROWS: Mapping[str, Sequence[Any]] = {
@@ -166,7 +167,7 @@ def test_only_the_version_that_was_asked_for_is_read(make: Callable[..., TableSi
 def test_no_rows_are_an_object_with_columns_only(make: Callable[..., TableSink], tmp_path: Path, kind: str) -> None:
     sink = make(format=kind)
     key = sink.key("D1", WINDOW, 0)
-    version = put(sink, key, Spool("D1", tmp_path / "rows", 0).finish({}))
+    version = put(sink, key, Spool("D1", tmp_path / "rows", 0, columns_of()).finish({}, {}))
     assert sum(table.num_rows for table in sink.read(key, version)) == 0
     assert rows_of(sink.store, key) == []
 
