@@ -28,7 +28,7 @@ IGNORED = ("schema_version", "enrichment_status")
 
 def tree_of(*columns: Column) -> Tree:
     """A tree that began at noon."""
-    tree = first_tree(LAYOUT, NOON, NOON)
+    tree = first_tree(LAYOUT, NOON)
     return Tree(tree.first_start_at, tree.sealed_day, tree.layouts, columns)
 
 
