@@ -1,5 +1,6 @@
 """The export job as the product builds it, with a source, a store, a state and a clock that belong to the test."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
 from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
-from exports import CountingStore, exported, objects, stored
+from exports import CountingStore, content, exported, objects, stored
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -133,6 +134,11 @@ class Exporter:
     @property
     def keys(self) -> list[str]:
         return objects(self.store, f"{self.prefix}/")
+
+    @property
+    def layout(self) -> Any:
+        """What stands in the layout file beside the data."""
+        return json.loads(content(self.store, f"{self.prefix}/_headwater/layout.json"))
 
     @property
     def cursor(self) -> Any:
