@@ -154,11 +154,13 @@ def exporter(tmp_path: Path) -> Iterator[Exporter]:
     yield from exporter_on(LocalDirectory(tmp_path / "objects"), tmp_path)
 
 
-def exporter_on(store: ObjectStore, folder: Path, prefix: str = "telemetry") -> Iterator[Exporter]:
-    """An exporter whose state and spool are in `folder`, and whose objects are below `prefix`."""
+def exporter_on(
+    store: ObjectStore, folder: Path, prefix: str = "telemetry", shard: timedelta = timedelta(days=7)
+) -> Iterator[Exporter]:
+    """An exporter whose state and spool are in `folder`, and whose objects are below `prefix`. `shard`: the source's."""
     clock: list[Exporter] = []
     with ExitStack() as stack:
-        influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now)))
+        influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now), shard_ns=ns(EPOCH + shard)))
         state = open_state("", folder / "data")
         stack.callback(state.close)
         clock.append(Exporter(folder, influx, influx.url, CountingStore(store), state))
