@@ -15,6 +15,8 @@ from app.demo.drive import DriveSimulator
 from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.settings import load_settings
+from app.stores.local_directory import LocalDirectory
+from app.stores.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases
 
 TABLE = "underway"
@@ -68,7 +70,8 @@ class Shipping:
 
     def export(self) -> job.Export:
         environ = {name: value for name, value in self.environ.items() if value}
-        return job.build(load_settings(environ, None), self.checkpoints, lambda: self.now, QUICK)
+        set_aside = SetAsideStore(LocalDirectory(self.folder / "objects"), folder_of(job.NAME))
+        return job.build(load_settings(environ, None), self.checkpoints, set_aside, lambda: self.now, QUICK)
 
     def context(self, *, dry_run: bool = False) -> Context:
         lease: Lease | None = self.leases.acquire(job.NAME, "test", 3600)

@@ -73,7 +73,7 @@ def wire(parts: Parts) -> Pipelines:
 
     settings, state = parts.settings, parts.state
     influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
-    dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
+    dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)

@@ -140,7 +140,7 @@ class DynamoSettings:
     secret_access_key: SecretStr | None
     session_token: SecretStr | None
     timestamp_attribute: str
-    timestamp_unit: Literal["s", "ms", "us"]
+    timestamp_unit: Literal["auto", "s", "ms", "us"]
     partition_values: tuple[str, ...]
     scan_max_bytes: int
 

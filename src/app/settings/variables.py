@@ -301,9 +301,9 @@ DYNAMO = _of(
     (
         "timestamp_unit",
         "DYNAMODB_TIMESTAMP_UNIT",
-        kinds.one_of("s", "ms", "us"),
-        "s",
-        "unit of that attribute where it is a number",
+        kinds.one_of("auto", "s", "ms", "us"),
+        "auto",
+        "unit of that attribute where it is a number; auto tells it from the size of each number",
     ),
     (
         "partition_values",
