@@ -1,5 +1,6 @@
 """How a table is read: against moto, an independent DynamoDB; and what is decided from DescribeTable."""
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from app.core.errors import Permanent, Transient
 from app.core.ports import UNCOUNTED
 from app.core.runs import Stop
 from app.core.window import Window
+from app.dynamo_to_drive.decode import items_of
 from app.dynamo_to_drive.plan import Plan, Wanted, plan_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target
 from fault_proxy import FaultProxy, answer, lose_answer
@@ -144,6 +146,20 @@ def test_an_answer_of_something_else_is_not_an_empty_hour(port: int, body: bytes
         with pytest.raises(Transient) as refused:
             text_of(proxy.port, Wanted("any", "at", (), 0))
     assert "DYNAMODB_ENDPOINT_URL" in refused.value.hint
+
+
+def test_an_empty_key_to_go_on_from_ends_a_listing_and_an_empty_page_with_a_key_does_not(port: int) -> None:
+    def page(last: dict[str, Any], *at: str) -> bytes:
+        items = [{"id": {"S": each}} for each in at]
+        return json.dumps({"Items": items, "Count": len(at), "ScannedCount": 1, "LastEvaluatedKey": last}).encode()
+
+    with FaultProxy("127.0.0.1", port) as proxy:
+        table = Table(Target(Wanted("any", "at", (), 0), "s", "us-east-1", f"http://127.0.0.1:{proxy.port}", "a", "b"))
+        for body in (page({"id": {"S": "0"}}), page({"id": {"S": "1"}}, "1"), page({}, "2")):
+            proxy.add(answer(200, body))
+        found = [items_of(taken) for taken in table.pages("scan", {"TableName": "any"}, Stop())]
+        table.close()
+    assert [[item["id"].S for item in each] for each in found] == [[], ["1"], ["2"]]
 
 
 def test_wrong_keys_are_one_clear_line_and_the_cursor_stays(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ DIGITS = {"s": 0, "ms": 3, "us": 6}
 """Decimal digits below the second, by unit; smaller units come later."""
 PLAUSIBLE = (10**9, 10**10)
 """Seconds from 2001 to 2286: in these years the size of a number tells its unit."""
+YEARS = range(2, 9999)  # those of which hours before and after have names too
 FURTHEST = timedelta(hours=14)  # no place on earth is further from UTC
 
 NO_ATTRIBUTE = "no timestamp attribute"
@@ -148,9 +149,10 @@ def _calendar(found: re.Match[str]) -> Reading:
 
 def _at(start: datetime, passed: timedelta, fraction: str) -> Reading:
     try:
-        return Reading(start + passed + timedelta(microseconds=int(fraction[:6].ljust(6, "0"))), fraction)
+        at = start + passed + timedelta(microseconds=int(fraction[:6].ljust(6, "0")))
     except OverflowError:
         return Reading(None, reason=OUTSIDE)
+    return Reading(at, fraction) if at.year in YEARS else Reading(None, reason=OUTSIDE)
 
 
 class Hour:
