@@ -79,6 +79,7 @@ def ours(url: str) -> Reading:
     from app.core.ports import UNCOUNTED
     from app.core.runs import Stop
     from app.core.window import Window
+    from app.dynamo_to_drive.accounts import Accounts
     from app.dynamo_to_drive.plan import Wanted
     from app.dynamo_to_drive.source import DynamoSource, Table, Target
 
@@ -86,7 +87,7 @@ def ours(url: str) -> Reading:
     table.plan()
 
     def read() -> int:
-        source = DynamoSource(table, "bench", Stop())
+        source = DynamoSource(table, "bench", Stop(), Accounts("datetime_utc"), START + timedelta(hours=1))
         hour = source.read("bench", Window(START, START + timedelta(hours=1)), UNCOUNTED, None)
         hour.close()
         return hour.rows

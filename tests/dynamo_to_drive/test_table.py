@@ -14,6 +14,7 @@ from app.core.errors import Permanent, Transient
 from app.core.ports import UNCOUNTED
 from app.core.runs import Stop
 from app.core.window import Window
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.decode import items_of
 from app.dynamo_to_drive.plan import Plan, Wanted, plan_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target
@@ -52,7 +53,8 @@ def make_table(port: int, name: str, key: tuple[str, ...], types: str, **more: A
 def text_of(port: int, wanted: Wanted, unit: str = "s") -> str:
     table = Table(Target(wanted, unit, "us-east-1", f"http://127.0.0.1:{port}", "a", "b"))
     try:
-        hour = DynamoSource(table, "p", Stop()).read("p", HOUR, UNCOUNTED, None)
+        source = DynamoSource(table, "p", Stop(), Accounts(wanted.timestamp), HOUR.end)
+        hour = source.read("p", HOUR, UNCOUNTED, None)
         with hour.file:
             return hour.file.read().decode()
     finally:

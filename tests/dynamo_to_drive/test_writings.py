@@ -8,7 +8,7 @@ import re
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from moto.server import ThreadedMotoServer
 
 from app.core.errors import Permanent
 from app.core.ledger import ALL, Tally, fault_of
+from app.core.verify import Sign, verify
+from app.core.window import Window
 from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
@@ -136,8 +138,9 @@ def test_a_producer_that_changes_its_writing_is_noticed_by_a_process_that_goes_o
         put(ship, iso(at, zone, text))
     ship.now = START + 41 * MINUTE
     ship.run()
-    ship.now = START + 62 * MINUTE  # a look around is due, for what sorts before the newest item
-    ship.run()
+    for minute in (62, 63):  # the first run of an hour looks around, for what sorts before the newest item
+        ship.now = START + minute * MINUTE
+        ship.run()
     assert len(rows(ship)["12"]) == 43
 
 
@@ -150,6 +153,21 @@ def test_an_hour_whose_items_all_have_an_offset_is_found_also_when_it_is_the_fir
     ship.run()
     ship.backfill(START - 20 * HOUR, START + 20 * HOUR)
     assert {hour: len(each) for hour, each in rows(ship).items()} == {"12": 6, "13": 6, "14": 6, "02": 1, "03": 1}
+
+
+def test_an_hour_that_has_another_offset_among_its_own_is_found_where_later_hours_show_it(ship: Shipping) -> None:
+    put(ship, *(iso(START + minute * MINUTE, form="%Y-%m-%dT%H:%M:%SZ") for minute in range(0, 40 * 60, 10)))
+    put(ship, *(iso(START + minute * MINUTE, BERLIN) for minute in range(20 * 60 + 5, 30 * 60, 10)))
+    ship.now = START + 41 * HOUR
+    ship.extra["DRIVE_CATCHUP_HOURS"] = "1"
+    ship.run()
+    ship.restart()
+    ship.backfill(START, START + 40 * HOUR)
+    names = {path.name: path.read_bytes().count(b"\n") - 1 for path in (ship.folder / "drive").glob("*.csv")}
+    assert sorted(names.values()) == [6] * 30 + [12] * 10
+    with closing(ship.export()) as export:
+        found = verify(export.verification(ship.stop), Window(START, START + 40 * HOUR), ship.stop)
+        assert {each.sign for each in found} == {Sign.EQUAL}
 
 
 def test_rows_that_an_earlier_version_put_by_their_local_hour_go_to_their_own(ship: Shipping) -> None:

@@ -146,8 +146,6 @@ class Accounts:
         """The ledger, after the texts of what was set aside are kept in `store`; None = they are not."""
         entries = [self._entry(reason, partition, store) for reason in sorted(self._reasons)]
         total = sum((hour.tally for hour in self._hours.values()), Tally(self._unplaced, self._unplaced))
-        if not total.counted and not entries:
-            return ledger_of(total, unit=UNIT)
         return ledger_of(total, *entries, unit=UNIT).of_partition(partition)
 
     def _entry(self, reason: str, partition: str, store: SetAsideStore | None) -> SetAside:

@@ -195,7 +195,7 @@ def _joined(parts: Parts, context: Context, sink: DriveSink | FolderSink, accoun
     drive = parts.settings.drive
     return Pipeline(
         name=NAME,
-        source=DynamoSource(parts.table, parts.partition, context.stop, accounts),
+        source=DynamoSource(parts.table, parts.partition, context.stop, accounts, parts.clock()),
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
@@ -295,7 +295,7 @@ def _fill(parts: Parts, context: Context, span: Window) -> Report:
     hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
     context.progress.advance(total=len(hours))
 
-    def work() -> Report:
+    def each() -> Report:
         report = Report()
         for hour in hours:
             context.stop.check()
@@ -305,6 +305,13 @@ def _fill(parts: Parts, context: Context, span: Window) -> Report:
             report += settle(opened.pipeline, context, Task(parts.partition, hour, UNCOUNTED, record, final=final))
             context.progress.advance(done=1)
         return report
+
+    def work() -> Report:
+        seen, report = parts.table.traits, each()
+        if parts.table.traits == seen:
+            return report
+        context.progress.advance(total=len(hours))
+        return report + each()  # earlier hours may have items of the writing that only a later one showed
 
     with parts.turn:  # late hours, reconcile and backfill may meet on one hour
         return _noted(parts, context, opened.accounts, work)

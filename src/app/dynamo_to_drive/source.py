@@ -222,14 +222,17 @@ class WantedItems:
         self._accounts = accounts
 
     def has_all(self, texts: Sequence[str]) -> bool:
+        """See `Wanted`."""
         return self._hour.has_all(texts)
 
     def has(self, text: str) -> bool | None:
+        """See `Wanted`."""
         is_inside, reading = self._hour.place(text)
         self.traits |= reading.traits
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
+        """See `Wanted`; the accounts are told of an item without an hour."""
         text = timed(item, self._accounts.attribute)
         is_inside, reading = (False, Reading(None)) if text is None else self._hour.place(text)
         self.traits |= reading.traits
@@ -240,17 +243,18 @@ class WantedItems:
 
 
 class DynamoSource:
-    """`app.core.ports.Source` over a table, for one run. `partition` is the one name under which checkpoints are kept.
-
-    `accounts` is told of every item that was read.
+    """`app.core.ports.Source` over a table, for one run that began at `now`. `partition` is the one name under which
+    checkpoints are kept; `accounts` is told of every item that was read.
     """
 
-    def __init__(self, table: Table, partition: str, stop: Stop, accounts: Accounts | None = None) -> None:
+    def __init__(self, table: Table, partition: str, stop: Stop, accounts: Accounts, now: datetime) -> None:
         self._table = table
         self._partition = partition
         self._stop = stop
-        self._accounts = accounts or Accounts(table.target.wanted.timestamp)
+        self._accounts = accounts
+        self._now = now
         self._newest: Newest | None = None
+        self._asked = set[Window]()
 
     def partitions(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the port's word
         """The one."""
@@ -280,13 +284,14 @@ class DynamoSource:
         return hour
 
     def _read_query(self, plan: Plan, window: Window) -> HourFile:
-        """The hour in all writings that were seen. In every other one too: once for the first hour of a run and for
-        one that seems to be empty, and when an item shows a writing that was not asked for.
+        """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
+        open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
         """
-        is_first, is_text = self._newest is None, plan.timestamp_type == "S"
         newest = self._newest = self._newest or self.look(plan)
-        traits = self._table.traits
-        if is_text and is_first and self._table.looks_around(window):
+        is_text, traits = plan.timestamp_type == "S", self._table.traits
+        is_doubtful = not self._asked or window in self._asked or window.end > self._now
+        self._asked.add(window)
+        if is_text and is_doubtful and self._table.looks_around(window):
             traits = EVERY_TRAIT
         hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, traits, newest.number))
         if is_text and (wanted.traits - traits or (not hour.rows and self._table.looks_around(window))):
@@ -443,7 +448,7 @@ def ping(table: Table) -> str:
         is_readable = len(items) > wanted.unreadable or not items
         way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
     else:
-        is_readable = DynamoSource(table, "", Stop(), accounts).look(plan).is_readable
+        is_readable = DynamoSource(table, "", Stop(), accounts, EPOCH).look(plan).is_readable
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
         raise unreadable(accounts, times)
