@@ -126,7 +126,7 @@ def serving(items: int) -> Iterator[str]:
 
 
 def read_units() -> None:
-    """Six new rows among 20,000: what Query and Scan read."""
+    """Six new rows among 20,000: what Query and Scan read, and what the look around costs once an hour."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from shipping import shipping
 
@@ -143,7 +143,12 @@ def read_units() -> None:
                 ship.now = START + timedelta(minutes=30)
                 ship.extra = {**extra, "DRIVE_CATCHUP_HOURS": "0"}
                 ship.run()
-                print(f"read units of one run, 6 new rows among 20,000: {name} {ship.dynamo.read_units:g}")
+                first = ship.dynamo.read_units
+                ship.run()
+                again = ship.dynamo.read_units - first
+                print(
+                    f"read units of one run, 6 new rows among 20,000: {name} {again:g}, the first of an hour {first:g}"
+                )
 
 
 def told(costs: Mapping[str, Cost]) -> str:

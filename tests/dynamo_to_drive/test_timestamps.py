@@ -117,6 +117,20 @@ def test_any_text_is_read_or_has_a_reason_and_a_place_in_the_order(text: str) ->
         assert not Hour(times, HOUR).has_all([text]) or Hour(times, HOUR).place(text)[0]
 
 
+LETTERS = st.sampled_from("0123456789:.-+TZ t\n٣")
+alike = st.sampled_from(["2026-02-07T12:00:00Z", "2026-02-07 12:59:59.25+00:00", "2026-02-07T12:30:00", "1770465600"])
+
+
+@settings(max_examples=600, deadline=None)
+@given(alike, st.lists(st.tuples(st.integers(0, 30), LETTERS), max_size=4))
+def test_texts_that_are_told_by_their_columns_are_all_of_the_hour(text: str, changes: list[tuple[int, str]]) -> None:
+    hour = Hour(Times(), HOUR)
+    texts = [text, *(f"{text[: at % len(text)]}{letter}{text[at % len(text) + 1 :]}" for at, letter in changes)]
+    for given_texts in (texts, texts[::-1]):
+        assert not hour.has_all(given_texts) or all(hour.place(each)[0] for each in texts)
+    assert hour.has_all([text] * 3)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

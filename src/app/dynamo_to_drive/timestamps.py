@@ -42,6 +42,7 @@ ISO = re.compile(
 )
 PLAIN = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-5][0-9](?:\.([0-9]+))?(?:Z|\+00:00)?")
 NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,4})?")
+SIXTIES = (14, 17)  # where YYYY-MM-DDTHH:MM:SS has the tens of minutes and of seconds
 UTC_ZONES = ("", "Z", "+00:00")
 
 
@@ -162,7 +163,8 @@ class Hour:
         self._times = times
         self._window = window
         day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
-        self._plain = re.compile(rf"{day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|\+00:00)?").fullmatch
+        plain = rf"({day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?)(?:Z|\+00:00)?"
+        self._plain = re.compile(plain).fullmatch
         bounds = {unit: _bounds(window, unit) for unit in (DIGITS if times.unit == AUTO else (times.unit,))}
         self._numbers = {
             len(high): (low, high) for unit, (low, high) in bounds.items() if unit_of(Decimal(low)) == unit
@@ -170,18 +172,38 @@ class Hour:
 
     def has_all(self, texts: Sequence[str]) -> bool:
         """True when each is certainly of this hour. False says nothing."""
-        if all(map(self._plain, texts)):
-            return True
         lengths = set(map(len, texts))
-        if len(lengths) != 1 or not _are_digits("".join(texts)):
-            return False
-        low, high = self._numbers.get(lengths.pop(), ("", ""))
-        return len(low) == len(high) and low <= min(texts) and max(texts) < high
+        if len(lengths) != 1:
+            return all(map(self._plain, texts))
+        joined, length = "".join(texts), lengths.pop()
+        if plain := self._plain(texts[0]):
+            return _are_alike(texts[0], plain.end(1), joined)
+        low, high = self._numbers.get(length, ("", ""))
+        return _are_digits(joined) and len(low) == len(high) and low <= min(texts) and max(texts) < high
 
     def place(self, text: str) -> tuple[bool, Reading]:
         """Whether `text` is of this hour, and what it says."""
         reading = self._times.read(text)
         return reading.at is not None and self._window.start <= reading.at < self._window.end, reading
+
+
+def _are_alike(first: str, zone: int, joined: str) -> bool:
+    """True when all texts, of one length, are as the `first` but for minutes, seconds and fraction, up to the zone.
+
+    A column of the texts at a time, which takes a fifth of the time of a look at each.
+    """
+    length = len(first)
+    for place, letter in enumerate(first):
+        column = joined[place::length]
+        if place in SIXTIES:
+            is_alike = not column.strip("012345")
+        elif SIXTIES[0] < place < zone and letter.isdigit():
+            is_alike = _are_digits(column)
+        else:
+            is_alike = column == letter * len(column)
+        if not is_alike:
+            return False
+    return True
 
 
 def _bounds(hour: Window, unit: str) -> tuple[str, str]:
