@@ -87,7 +87,7 @@ def ours(url: str) -> Reading:
     table.plan()
 
     def read() -> int:
-        source = DynamoSource(table, "bench", Stop(), Accounts("datetime_utc"), START + timedelta(hours=1))
+        source = DynamoSource(table, "bench", Stop(), accounts=Accounts("datetime_utc"), now=START + timedelta(hours=1))
         hour = source.read("bench", Window(START, START + timedelta(hours=1)), UNCOUNTED, None)
         hour.close()
         return hour.rows

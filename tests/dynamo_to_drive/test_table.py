@@ -53,7 +53,7 @@ def make_table(port: int, name: str, key: tuple[str, ...], types: str, **more: A
 def text_of(port: int, wanted: Wanted, unit: str = "s") -> str:
     table = Table(Target(wanted, unit, "us-east-1", f"http://127.0.0.1:{port}", "a", "b"))
     try:
-        source = DynamoSource(table, "p", Stop(), Accounts(wanted.timestamp), HOUR.end)
+        source = DynamoSource(table, "p", Stop(), accounts=Accounts(wanted.timestamp), now=HOUR.end)
         hour = source.read("p", HOUR, UNCOUNTED, None)
         with hour.file:
             return hour.file.read().decode()

@@ -66,7 +66,8 @@ class Shape:
 class HourFile:
     """The finished file, a `Batch`. `digest` is the MD5 of its bytes, which is what Drive tells too.
 
-    `repeated`: how often a row was added that was there already. `window` is the hour where it is known.
+    `repeated`: how often a row was added that was there already. `window` is the hour where it is known;
+    `elsewhere` has timestamps of items that look as if they were of it and are not.
     """
 
     shape: Shape
@@ -78,6 +79,7 @@ class HourFile:
     max_at: datetime | None
     repeated: int = 0
     window: Window | None = None
+    elsewhere: frozenset[str] = frozenset()
     reusable: bool = False
 
     def close(self) -> None:

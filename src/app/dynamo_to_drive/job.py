@@ -183,19 +183,20 @@ def _target(settings: Settings) -> Target:
     )
 
 
-def _opened(parts: Parts, context: Context) -> Opened:
-    """The pipeline of one run, with its accounts: its pauses end with that run."""
+def _opened(parts: Parts, context: Context, span: Window | None = None) -> Opened:
+    """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
     accounts = Accounts(parts.settings.dynamo.timestamp_attribute)
     sink = _sink(parts, context, accounts)
-    pipeline = _joined(parts, context, sink, accounts)
+    source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
+    pipeline = _joined(parts, source, sink)
     return Opened(pipeline, sink, parts.partition, parts.settings.drive.escape_formulas, accounts)
 
 
-def _joined(parts: Parts, context: Context, sink: DriveSink | FolderSink, accounts: Accounts) -> HourPipeline:
+def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) -> HourPipeline:
     drive = parts.settings.drive
     return Pipeline(
         name=NAME,
-        source=DynamoSource(parts.table, parts.partition, context.stop, accounts, parts.clock()),
+        source=source,
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
@@ -223,8 +224,9 @@ def _sink(parts: Parts, context: Context, accounts: Accounts) -> DriveSink | Fol
 
 def _live(parts: Parts, context: Context) -> Report:
     """Close what is due, bring the current hour and the one in its grace up to date."""
-    now, opened = parts.clock(), _opened(parts, context)
+    now = parts.clock()
     at = Position(parts.partition, _cursor(parts, context, now), now)
+    opened = _opened(parts, context, Window(at.cursor_at, now) if at.cursor_at < now else None)
     live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
     work = partial(sync_partition, opened.pipeline, context, at, live)
     return _noted(parts, context, opened.accounts, work)
@@ -291,7 +293,7 @@ def _backfill(parts: Parts, context: Context, span: Window) -> Report:
 
 
 def _fill(parts: Parts, context: Context, span: Window) -> Report:
-    opened = _opened(parts, context)
+    opened = _opened(parts, context, span)
     hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
     context.progress.advance(total=len(hours))
 

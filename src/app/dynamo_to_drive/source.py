@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import Permanent
+from app.core.ledger import sampled
 from app.core.ports import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.window import EPOCH, Window, window_at
@@ -213,11 +214,15 @@ class Newest(NamedTuple):
 
 
 class WantedItems:
-    """`rows.Wanted`: the items of one hour. Not safe from several threads."""
+    """`rows.Wanted`: the items of one hour. Not safe from several threads.
+
+    `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
+    """
 
     def __init__(self, hour: Hour, accounts: Accounts) -> None:
         self.traits = set[Trait]()
         self.unreadable = 0
+        self.elsewhere = set[str]()
         self._hour = hour
         self._accounts = accounts
 
@@ -227,32 +232,48 @@ class WantedItems:
 
     def has(self, text: str) -> bool | None:
         """See `Wanted`."""
-        is_inside, reading = self._hour.place(text)
-        self.traits |= reading.traits
+        is_inside, reading = self._placed(text)
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
         """See `Wanted`; the accounts are told of an item without an hour."""
         text = timed(item, self._accounts.attribute)
-        is_inside, reading = (False, Reading(None)) if text is None else self._hour.place(text)
-        self.traits |= reading.traits
+        is_inside, reading = (False, Reading(None)) if text is None else self._placed(text)
         if reading.at is None:
             self.unreadable += 1
             self._accounts.unplaced(item, reading.reason or UNREADABLE)
         return is_inside
 
+    def _placed(self, text: str) -> tuple[bool, Reading]:
+        is_inside, reading = self._hour.place(text)
+        self.traits |= reading.traits
+        if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
+            self.elsewhere.add(text)
+        return is_inside, reading
+
 
 class DynamoSource:
     """`app.core.ports.Source` over a table, for one run that began at `now`. `partition` is the one name under which
-    checkpoints are kept; `accounts` is told of every item that was read.
+    checkpoints are kept; `accounts` is told of every item that was read. `span`: the hours that the run brings up to
+    date, all of them.
     """
 
-    def __init__(self, table: Table, partition: str, stop: Stop, accounts: Accounts, now: datetime) -> None:
+    def __init__(
+        self,
+        table: Table,
+        partition: str,
+        stop: Stop,
+        *,
+        accounts: Accounts,
+        now: datetime,
+        span: Window | None = None,
+    ) -> None:
         self._table = table
         self._partition = partition
         self._stop = stop
         self._accounts = accounts
         self._now = now
+        self._span = span
         self._newest: Newest | None = None
         self._asked = set[Window]()
 
@@ -340,7 +361,7 @@ class DynamoSource:
         names = sorted(set().union(*items))
         seen = f"values seen: {', '.join(values[:NAMED])}" if values else f"attributes seen: {', '.join(names[:NAMED])}"
         raise Permanent(
-            f"no item has {plan.hash_name} {' or '.join(map(repr, plan.hash_values[:NAMED]))}; {seen}",
+            f"no item has {plan.hash_name} {' or '.join(map(repr, plan.hash_values[:NAMED]))}; {sampled(seen)}",
             f"set DYNAMODB_PARTITION_VALUES to the values of {plan.hash_name!r}, or {ATTRIBUTE_HINT}",
         )
 
@@ -363,7 +384,7 @@ class DynamoSource:
                         writer.add(pages.columns, rows)
 
             _together(follow, list(requests))
-            hour = replace(writer.finish(), window=window)
+            hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
         self._accounts.read(window, pages.rows, hour.repeated)
         return hour, wanted, pages.items
 
@@ -374,19 +395,22 @@ class DynamoSource:
     def union(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
         """The rows of both; where both have a key, the table's row."""
         with closing(self._writer()) as writer:
-            writer.add_rows(row for row in held if not self._is_misplaced(batch.window, row))
+            writer.add_rows(row for row in held if not self._is_misplaced(batch, row))
             writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
             self._accounts.only_held(batch.window, united.rows - batch.rows)
         return united
 
-    def _is_misplaced(self, window: Window | None, row: Mapping[str, str]) -> bool:
-        """True for a row whose offset was once taken for nothing: it is in the file of its own hour now."""
-        at, _, _, traits = self._table.target.times.read(row.get(self._accounts.attribute, ""))
-        if window is None or at is None or Trait.OFFSET not in traits:
+    def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
+        """True for a row whose offset an earlier version took for nothing. Only where the table still has it, and this
+        run brings its own hour up to date: then it is there, and would be here a second time.
+        """
+        text = row.get(self._accounts.attribute, "")
+        if self._span is None or text not in batch.elsewhere:
             return False
-        return not window.start <= at < window.end
+        at = self._table.target.times.read(text).at
+        return at is not None and self._span.start <= at < self._span.end
 
     def missing(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
         """The rows of the batch whose timestamp and key the held ones lack."""
@@ -448,7 +472,7 @@ def ping(table: Table) -> str:
         is_readable = len(items) > wanted.unreadable or not items
         way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
     else:
-        is_readable = DynamoSource(table, "", Stop(), accounts, EPOCH).look(plan).is_readable
+        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=EPOCH).look(plan).is_readable
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
         raise unreadable(accounts, times)

@@ -157,12 +157,16 @@ def _at(start: datetime, passed: timedelta, fraction: str) -> Reading:
 
 
 class Hour:
-    """Which texts are instants of one hour; the forms that machines write are told without being read whole."""
+    """Which texts are instants of one hour; the forms that machines write are told without being read whole.
+
+    `beginnings` are those of its texts in UTC.
+    """
 
     def __init__(self, times: Times, window: Window) -> None:
         self._times = times
         self._window = window
         day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
+        self.beginnings = f"{day}T{hour}", f"{day} {hour}"
         plain = rf"({day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?)(?:Z|\+00:00)?"
         self._plain = re.compile(plain).fullmatch
         bounds = {unit: _bounds(window, unit) for unit in (DIGITS if times.unit == AUTO else (times.unit,))}
