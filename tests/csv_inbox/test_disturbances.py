@@ -63,6 +63,33 @@ def test_two_processes_at_once_take_turns_and_the_one_that_waits_too_long_says_s
     assert here.waiting == []
 
 
+def test_a_stop_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
+    here = world(tmp_path, lock_timeout_seconds=60)
+    here.drop("1.csv", "k,a\nx,1\n")
+    stop = Stop()
+    asked = threading.Timer(0.3, lambda: stop.ask("test"))
+    asked.start()
+    with FileLock(f"{here.config.merged_file}.lock"), pytest.raises(Stopped):
+        here.run(stop=stop)
+    asked.join()
+
+
+def test_a_full_archive_is_the_folder_that_is_named(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    small_disk(other, 100)
+    try:
+        here = world(tmp_path, archive_dir="other/archive")
+        here.drop("1.csv", "k,a\n" + "x,1\n" * 100_000)
+        with pytest.raises(Transient, match="No space left") as told:
+            here.run()
+        assert str(here.config.archive_dir) in told.value.message
+        assert str(here.config.watch_dir) not in told.value.message
+        assert here.waiting == ["1.csv"]
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
+
+
 def test_a_stop_in_mid_merge_leaves_everything_as_it_was(tmp_path: Path) -> None:
     here = world(tmp_path)
     here.take("0.csv", "k,a\nx,1\n")

@@ -56,8 +56,8 @@ def test_a_bad_file_with_a_long_name_is_set_aside_with_reason_and_rows_and_stops
     assert len(reasons) == 2
     for reason in reasons:
         stem = reason.removesuffix(".reason.json")
-        content = (here.config.rejected_dir / stem).read_bytes()
-        assert (here.config.rejected_dir / f"{stem}.bad_rows.csv").read_bytes() == content
+        bad = (here.config.rejected_dir / stem).read_bytes()
+        assert (here.config.rejected_dir / f"{stem}.bad_rows.csv").read_bytes() == bad
     short_enough(here)
 
 

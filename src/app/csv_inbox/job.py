@@ -139,7 +139,8 @@ def _steady(work: Work) -> Sequence[Candidate]:
     steady = [each for each in found if unchanged(each)]
     for each in found:
         name = printable(each.path.name)
-        log.debug("%s: %d bytes, %s for %g s", name, each.identity.size, _state(each in steady), waits)
+        state = "unchanged" if each in steady else "changed"
+        log.debug("%s: %d bytes, size and time %s after %g s", name, each.identity.size, state, waits)
         if each not in steady:
             work.tell(f"{name}: still being written, left for the next run")
     for old in (old for old in late if old.is_steady()):
@@ -148,10 +149,6 @@ def _steady(work: Work) -> Sequence[Candidate]:
         elif (taken := take_in(work, old)) is not None:
             steady.append(taken)
     return in_order(steady)
-
-
-def _state(steady: bool) -> str:  # noqa: FBT001
-    return "size, time and MD5 unchanged" if steady else "changed"
 
 
 def _marked(work: Work, candidate: Candidate) -> Candidate:

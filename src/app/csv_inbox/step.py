@@ -117,8 +117,14 @@ def _read_and_merge(work: Work, candidate: Candidate, source: Source, temporary:
     incoming = read_incoming(candidate.path, header, config, temporary("rows"), beat)
     check_steady(candidate, incoming.md5)
     log.debug(
-        "%s: %d rows in %d bytes, %d distinct keys; master %s",
-        *(printable(candidate.path.name), incoming.counted, incoming.identity.size, incoming.keys.count),
+        "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
+        *(
+            printable(candidate.path.name),
+            "unchanged" if candidate.md5 else "read once",
+            incoming.counted,
+            incoming.identity.size,
+            incoming.keys.count,
+        ),
         f"with {len(header.names)} columns" if header else "not there yet",
     )
     size = incoming.offsets[-1] + (master.stat().st_size if master else 0)
