@@ -16,7 +16,7 @@ from app.csv_inbox.faults import NOT_REGULAR, Fault, Unmergeable, Unsteady
 from app.csv_inbox.identity import Identity, identity_of, open_regular, read_some
 
 SUFFIX = ".csv"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ def candidate(path: Path) -> Candidate | None:
     elif not stat.S_ISREG(found.st_mode):
         refused = "it is no regular file"
     return Candidate(path, identity_of(found), refused)
+
+
+def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
+    """Above what the configuration allows."""
+    return size_bytes > config.max_file_size_mb * MEGABYTE
 
 
 def unchanged(before: Candidate) -> bool:

@@ -33,13 +33,13 @@ from app.csv_inbox.faults import (
 )
 from app.csv_inbox.header import Header, columns, read_incoming_header
 from app.csv_inbox.identity import Identity, identity_of, open_regular, read_some
+from app.csv_inbox.inbox import is_too_large
 from app.csv_inbox.keys import Gathering, Keys
 from app.csv_inbox.layout import Layout, united
 from app.csv_inbox.records import LONGEST_RECORD_BYTES, Block, Offsets, blocks
 from app.csv_inbox.spreadsheet import without_blank_records, without_surplus
 
 MOST_FAULTS = 1000
-MEGABYTE = 1 << 20
 LONGEST_VALUE = 200
 CORRECT = "correct the file and put it into the inbox again"
 log = logging.getLogger(__name__)
@@ -142,11 +142,6 @@ def read_incoming(
         reading.counted,
         reading.unended_bytes,
     )
-
-
-def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
-    """Above what the configuration allows."""
-    return size_bytes > config.max_file_size_mb * MEGABYTE
 
 
 def _read(

@@ -18,7 +18,7 @@ from app.core.runs import Context, Exits, Failure, Job, Report
 from app.csv_inbox.config import load_config
 from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, loads, shown
-from app.csv_inbox.inbox import Candidate, candidates, fingerprint, in_order, refusal, unchanged
+from app.csv_inbox.inbox import Candidate, candidates, fingerprint, in_order, is_too_large, refusal, unchanged
 from app.csv_inbox.log import logged
 from app.csv_inbox.places import REFUSED, Places, printable, translated
 from app.csv_inbox.work import MEBIBYTE, UNIT, Work
@@ -136,12 +136,14 @@ def _steady(work: Work) -> Sequence[Candidate]:
     found = [_marked(work, each) if waits else each for each in candidates(work.config)]
     if waits and (late or any(not each.refused for each in found)):
         work.context.stop.pause(waits)
-    steady = [each for each in found if unchanged(each)]
+    steady = []
     for each in found:
-        name = printable(each.path.name)
-        state = "unchanged" if each in steady else "changed"
+        name, same = printable(each.path.name), unchanged(each)
+        state = "unchanged" if same else "changed"
         log.debug("%s: %d bytes, size and time %s after %g s", name, each.identity.size, state, waits)
-        if each not in steady:
+        if same:
+            steady.append(each)
+        else:
             work.tell(f"{name}: still being written, left for the next run")
     for old in (old for old in late if old.is_steady()):
         if work.context.dry_run:
@@ -152,8 +154,6 @@ def _steady(work: Work) -> Sequence[Candidate]:
 
 
 def _marked(work: Work, candidate: Candidate) -> Candidate:
-    from app.csv_inbox.incoming import is_too_large
-
     if candidate.refused or is_too_large(candidate.identity.size, work.config):
         return candidate  # reading it to the end would keep the others waiting
     try:
@@ -180,6 +180,9 @@ def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report
             where = "would be rejected" if work.context.dry_run else _set_aside(work, candidate, error)
         except Stuck as stuck:
             return _left(work, name, stuck)
+        except Unsteady as gone:
+            work.tell(f"{name}: {gone.message}")
+            return Report()
         work.told.append(f"{name}: {where}: {error}")
         rows = max(error.rows, 1)
         ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind, rows, rows, name), unit=UNIT)
@@ -195,7 +198,7 @@ def _left(work: Work, name: str, error: Stuck) -> Report:
 
 
 def _set_aside(work: Work, candidate: Candidate, error: Unmergeable) -> str:
-    """Where it went. Raises Stuck when it may not be moved there, and OSError."""
+    """Where it went. Raises Stuck when it may not be moved there, Unsteady when it is gone, and OSError."""
     from app.csv_inbox.quarantine import reject
     from app.csv_inbox.step import load_id_of, text_of
 

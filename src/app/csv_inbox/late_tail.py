@@ -17,13 +17,11 @@ from typing import IO
 from app.core.files import bounded_name, sync_file
 from app.csv_inbox.dialect import Dialect, Malformed
 from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
-from app.csv_inbox.header import read_incoming_header
 from app.csv_inbox.history import KEPT_LOADS, MERGED, Load, loads, save_load
 from app.csv_inbox.identity import PIECE_BYTES, Identity, identity_of, md5_of, open_regular, read_some
 from app.csv_inbox.inbox import SUFFIX, Candidate, candidate
 from app.csv_inbox.journal import Step, carry_out, commit, renaming
 from app.csv_inbox.places import Places, placed, printable
-from app.csv_inbox.records import blocks
 from app.csv_inbox.work import Work
 
 log = logging.getLogger(__name__)
@@ -121,6 +119,9 @@ def _target(work: Work, each: Grown, start: int) -> Path:
 
 def _unended_bytes(work: Work, path: Path, tail_bytes: int) -> int:
     """The size of a last row without a line end; of the whole tail where that cannot be told."""
+    from app.csv_inbox.header import read_incoming_header  # with numpy, which a run that finds nothing does not need
+    from app.csv_inbox.records import blocks
+
     dialect = Dialect(work.config.csv_delimiter, work.config.csv_encoding)
     with path.open("rb") as file:
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.files import bounded_name, sync_directory, sync_file, write_durably
-from app.csv_inbox.faults import Stuck, Unmergeable
+from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, save_load
 from app.csv_inbox.inbox import Candidate
 from app.csv_inbox.places import BAD_ROWS, REASON, REJECTED_BYTES, Places, placed, printable, stamp
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:
     """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
 
-    Raises OSError, and Stuck for what can only lie where it is.
+    Raises OSError, Unsteady when it is gone, and Stuck for what can only lie where it is.
     """
     name = candidate.path.name
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
@@ -103,7 +103,9 @@ def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:
 def _move(source: Path, target: Path) -> None:
     try:
         source.rename(target)
-    except OSError:
+    except OSError as error:
+        if not os.path.lexists(source):
+            raise Unsteady("it was to be set aside and is gone", "no action needed; somebody took it away") from error
         if not _other_device(source, target):
             raise
         _copy(source, target)

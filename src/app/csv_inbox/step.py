@@ -19,8 +19,8 @@ from app.core.runs import Report
 from app.csv_inbox.faults import Unsteady
 from app.csv_inbox.history import MERGED, Load, revert_file
 from app.csv_inbox.identity import identity_of
-from app.csv_inbox.inbox import Candidate, check_steady, unchanged
-from app.csv_inbox.incoming import MEGABYTE, Incoming, read_incoming
+from app.csv_inbox.inbox import MEGABYTE, Candidate, check_steady, unchanged
+from app.csv_inbox.incoming import Incoming, read_incoming
 from app.csv_inbox.index import settle
 from app.csv_inbox.journal import Archiving, Renaming, Step, carry_out, commit, renaming
 from app.csv_inbox.merge import Merged, Plan, master_header, merge
@@ -211,7 +211,12 @@ def _watched(load: Load, archiving: Archiving, incoming: Incoming) -> Load:
 def _archiving(work: Work, candidate: Candidate, incoming: Incoming, load_id: str, at: datetime) -> Archiving:
     """The archive's hold on the very file that was read. Raises Unsteady."""
     pending = work.places.pending(load_id)
-    link_or_copy(candidate.path, pending)
+    try:
+        link_or_copy(candidate.path, pending)
+    except FileNotFoundError as error:
+        if candidate.path.exists():  # the archive is what is missing
+            raise
+        raise Unsteady(f"{candidate.path.name} is gone", "no action needed; somebody took it away") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
         raise Unsteady(
             f"{candidate.path.name} was replaced while it was read", "no action needed; the next run merges it"
