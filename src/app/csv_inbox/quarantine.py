@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from app.core.files import bounded_name, sync_directory, sync_file, write_durably
+from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
 from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, save_load
 from app.csv_inbox.inbox import Candidate
@@ -123,9 +123,12 @@ def _copy(source: Path, target: Path) -> None:
     elif stat.S_ISLNK(mode):
         target.symlink_to(source.readlink())
     elif stat.S_ISREG(mode):
-        shutil.copy2(source, target)
-        with target.open("rb") as file:
+        # Under a name that a restart removes, so that a copy that was cut never passes for the file.
+        temporary = target.with_name(f".{target.name}{REASON}{TEMPORARY_SUFFIX}")
+        shutil.copy2(source, temporary)
+        with temporary.open("rb") as file:
             sync_file(file.fileno())
+        temporary.rename(target)
     else:
         raise Stuck("it cannot go to another file system", "remove it from the inbox, or set rejected_dir on its disk")
 
