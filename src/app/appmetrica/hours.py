@@ -165,7 +165,7 @@ class ResourceRun:
             return Report(rows=hour.rows, windows=int(not same))
         new = hour.rows if not same else 0
         if self.resource.name == EVENTS and hour.rows:
-            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live)
+            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live).new
         self.context.progress.advance(rows=new)
         landed = self._record(hour, keep, closed=record is not None)
         self._commit(Commit((landed,), hour.window.end if live else None))
@@ -178,7 +178,7 @@ class ResourceRun:
             return Report(windows=1)
         new = 0
         if self.resource.name == EVENTS and hour.rows:
-            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=True)
+            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=True).new
         landed = self._record(hour, how, closed=record is not None and record.closed)
         self._commit(Commit((landed,)))
         return Report(rows=new, bytes=landed.size_bytes, windows=1)
