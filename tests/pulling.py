@@ -129,6 +129,7 @@ class Landed:
             lookback_days=lookback_days,
             zone=appmetrica_job.Zone(asked, "").find,
             refused=set(),
+            set_aside=SetAsideStore(self.store, folder_of("appmetrica"), 1 << 26),
         )
         return MetricaPull(self, places, asked)
 
