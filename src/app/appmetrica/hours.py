@@ -92,7 +92,10 @@ class ResourceRun:
         export = self._under_way(cursor)
         if export is None:
             is_narrowed = cursor < self.places.checkpoints.cursors(NARROWED).get(self.partition, cursor)
-            span = Window(cursor - HOUR, min(due, cursor + (HOUR if is_narrowed else STEP)))
+            before = self.places.checkpoints.records(NAME, self.partition, cursor - HOUR, cursor)
+            # An hour that was set aside would fail this question as well.
+            start = cursor - HOUR if all(map(was_had, before)) else cursor
+            span = Window(start, min(due, cursor + (HOUR if is_narrowed else STEP)))
             export = self._kept(self.partition, span, now)
         report = self._land(export, cursor)
         return report + Report(more=_span(export).end < due and not self.context.dry_run)
