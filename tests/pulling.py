@@ -110,7 +110,9 @@ class Landed:
         self.asked += [each.upstream for each in projects.values()]
         return AmplitudePull(self, places, projects)
 
-    def appmetrica(self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000) -> "MetricaPull":
+    def appmetrica(
+        self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000, recount_days: int = 0
+    ) -> "MetricaPull":
         spool = self.folder / "spool"
 
         def count() -> None:
@@ -130,6 +132,8 @@ class Landed:
             zone=appmetrica_job.Zone(asked, "").find,
             refused=set(),
             set_aside=SetAsideStore(self.store, folder_of("appmetrica"), 1 << 26),
+            recount_days=recount_days,
+            daily_calls=calls,
         )
         return MetricaPull(self, places, asked)
 

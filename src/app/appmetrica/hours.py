@@ -25,6 +25,7 @@ from app.appmetrica.csv_rows import BadRow
 from app.appmetrica.exports import Asking, Patience, Polling, TooManyParts, asking, keep_question
 from app.appmetrica.questions import Question, Resource, question_of, received_in
 from app.appmetrica.records import HOUR, HOUR_SECONDS, NEEDED, HourFile, Reading, by_hour, tables
+from app.appmetrica.recount import recount
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.ledger import Tally, ledger_of
 from app.core.ports import Checkpoints, Commit, Record
@@ -66,6 +67,8 @@ class Places:
     zone: Callable[[], ZoneInfo]
     refused: set[str]
     set_aside: SetAsideStore
+    recount_days: int
+    daily_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class ResourceRun:
         cursor = self.places.checkpoints.cursors(NAME).get(self.partition) or self._begin(now)
         due = due_at(now)
         if cursor >= due:
-            return Report()
+            return self._recount()
         export = self._under_way(cursor)
         if export is None:
             is_narrowed = cursor < self.places.checkpoints.cursors(NARROWED).get(self.partition, cursor)
@@ -98,7 +101,18 @@ class ResourceRun:
             span = Window(start, min(due, cursor + (HOUR if is_narrowed else STEP)))
             export = self._kept(self.partition, span, now)
         report = self._land(export, cursor)
-        return report + Report(more=_span(export).end < due and not self.context.dry_run)
+        if report.more or _span(export).end < due:
+            return report + Report(more=not self.context.dry_run)
+        return report + self._recount()
+
+    def _recount(self) -> Report:
+        """Look for rows that came late, once all that is due was pulled."""
+        return Report() if self.context.dry_run else recount(self, NAME, UNIT)
+
+    def pull_late(self, span: Window) -> Report:
+        """Pull hours that have more rows now than when they landed. `more`: the file is not there yet."""
+        export = self._kept(f"{self.partition}:late", span, self.places.clock())
+        return self._land(export, None, late=True)
 
     def fill(self, span: Window) -> Report:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
@@ -184,8 +198,11 @@ class ResourceRun:
             return self.resource.name, f"{application_id}_of_no_hour"
         return self.resource.name, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
 
-    def _land(self, export: Export, cursor: datetime | None) -> Report:
-        """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet."""
+    def _land(self, export: Export, cursor: datetime | None, *, late: bool = False) -> Report:
+        """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet.
+
+        Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
+        """
         places = self.places
         # Jitter is no secret: any source of numbers serves.
         patience = Patience(self.context.stop, random.random)
@@ -200,7 +217,7 @@ class ResourceRun:
                 if told is not None:
                     log.info("%s: no file yet, it is asked for again: %s", self.partition, told.text)
                     return Report(more=not self.context.dry_run, notes=(f"{self.partition}: {told.text}",))
-                report = self._land_all(under_way, cursor)
+                report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not self.context.dry_run:
                     under_way.finish()
                 return report
@@ -209,7 +226,7 @@ class ResourceRun:
             leave_out(self.places, self.resource, error)
             return Report(more=not self.context.dry_run)
 
-    def _land_all(self, under_way: Asking, cursor: datetime | None) -> Report:
+    def _land_all(self, under_way: Asking, cursor: datetime | None, *, again: bool) -> Report:
         question, span, places = under_way.question, _span(under_way.export), self.places
         records = places.checkpoints.records(NAME, self.partition, span.start, span.end)
         known = {record.window.start: record for record in records}
@@ -244,7 +261,7 @@ class ResourceRun:
                     live = cursor is not None and hour.window.start >= cursor
                     record = known.get(hour.window.start)
                     whole = not reading.lacking
-                    done, given = self._one(hour, record, live=live, again=cursor is None, whole=whole)
+                    done, given = self._one(hour, record, live=live, again=again, whole=whole)
                     report, loaded = report + done, loaded + given
                 if self.context.dry_run:
                     return report

@@ -70,6 +70,8 @@ def build(
         lookback_days=given.lookback_days,
         zone=Zone(asked, given.timezone).find,
         refused=set(),
+        recount_days=given.recount_days,
+        daily_calls=given.daily_calls,
         # A row that is too large is kept whole, whatever the limit for many small ones.
         set_aside=SetAsideStore(store, folder_of(NAME), max(settings.set_aside.max_bytes, KEPT_ROW_BYTES + 1)),
     )

@@ -143,7 +143,7 @@ def by_hour(
         reading = Reading(list(hours.values()))
         for part in parts:
             reading.lacking = {*reading.lacking, *(set(columns) - set(part.header) if part.header else ())}
-            _check_columns(part.header, {received, *needed})
+            check_columns(part.header, {received, *needed})
             _sort(part, names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
         for hour in hours.values():
             hour.close_text()
@@ -153,7 +153,8 @@ def by_hour(
             hour.file.close()
 
 
-def _check_columns(header: Row, needed: Collection[str]) -> None:
+def check_columns(header: Row, needed: Collection[str]) -> None:
+    """Raise Permanent when a file with rows has not all columns that are needed."""
     lacking = sorted(set(needed) - set(header)) if header else []
     if lacking:
         raise Permanent(
