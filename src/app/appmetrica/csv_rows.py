@@ -7,6 +7,7 @@ KEPT_ROW_BYTES. A record ends with the first line end up to which its quotes are
 
 import csv
 import gzip
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from app.core.errors import Permanent
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
+BUFFER_BYTES = 1 << 18
 BOM = b"\xef\xbb\xbf"
 
 NOT_TEXT = "invalid UTF-8"
@@ -45,7 +47,8 @@ class CsvRows:
     def __init__(self, file: BinaryIO) -> None:
         csv.field_size_limit(KEPT_ROW_BYTES)  # the default is below one stack trace of a crash
         file.seek(0)
-        self._stream = cast("BinaryIO", gzip.open(file, "rb"))  # noqa: SIM115 - it holds nothing but `file`
+        packed = cast("io.RawIOBase", gzip.open(file, "rb"))  # noqa: SIM115 - it holds nothing but `file`
+        self._stream = io.BufferedReader(packed, BUFFER_BYTES)  # finds lines in compiled code
         self._back = deque[bytes]()
         self.number, self.raw = 0, b""
         first = self._line()
