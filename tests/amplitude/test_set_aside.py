@@ -1,19 +1,22 @@
 """Hours and lines that cannot be had or read: they are set aside and named, all others land, and nothing stops."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from app.amplitude.events import REFUSED
 from app.amplitude.hours import ABOVE_LIMIT, KEEPS_FAILING
 from app.amplitude.verify import PullChart
+from app.core.errors import Rejected
 from app.core.gaps import State
 from app.core.ledger import fault_of
 from app.core.window import Window
 from app.demo.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator
 from app.demo.product_events import amplitude_event, amplitude_events
+from app.stores.product_mapping import Tables
 from pulling import HOUR, START, AmplitudePull, Landed, pulling
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
@@ -165,6 +168,28 @@ def test_an_hour_that_landed_is_not_lost_when_its_second_look_fails(world: World
     made.clock.now += timedelta(days=4)
     assert not pull.run().failures
     assert 200 not in gaps(pull)
+    assert uuids(made) == given(simulator)
+
+
+def test_an_event_that_only_the_warehouse_refuses_is_set_aside_alone(world: World) -> None:
+    made, simulator, pull = world
+    load, refused = made.warehouse.load, amplitude_event("web", MONDAY, 1)["uuid"]
+
+    def refusing(chunks: Iterable[Tables], *, past: bool) -> int:
+        held = list(chunks)
+        if any(row[0] == refused for chunk in held for row in chunk["events_part"].rows):
+            raise Rejected("the value is outside of what the database holds")
+        return load(held, past=past)
+
+    made.warehouse.load = refusing  # type: ignore[method-assign,assignment]  # the port itself, not a patch of a module
+    report = made.amplitude(simulator, lookback_days=4).run()
+    assert {one.reason: one.new for one in report.ledger.newly_set_aside} == {REFUSED: 1}
+    assert (report.ledger.closes, report.failures) == (True, ())
+    assert uuids(made) == given(simulator) - {refused}
+    (body,) = made.objects("amplitude/_set_aside/").values()
+    assert json.loads(body)["uuid"] == refused
+    made.warehouse.load = load  # type: ignore[method-assign]
+    assert not pull.fill(MONDAY, MONDAY + HOUR).failures
     assert uuids(made) == given(simulator)
 
 

@@ -199,6 +199,33 @@ def test_a_row_of_a_day_that_was_not_asked_for_is_set_aside(world: World) -> Non
     assert report.ledger.closes
 
 
+def test_rows_that_only_land_as_objects_are_accounted_for_as_well(world: World) -> None:
+    made, simulator, pull = world
+    simulator.state.lines[FIRST + 3 * HOUR] = [b"one,two"]
+    pull.resources = ("revenue_events",)
+    ledger = pull.to_the_end().ledger
+    rows = 25 * (ROWS + 1)
+    assert (ledger.closes, ledger.total.counted, ledger.total.new, ledger.total.set_aside) == (True, rows + 1, rows, 1)
+    assert sum(len(lines) - 1 for lines in made.lines("appmetrica/revenue_events/").values()) == rows
+    ledger = pull.fill(SPAN.start, SPAN.end).ledger
+    assert (ledger.closes, ledger.total.new, ledger.total.already_there) == (True, 0, rows)
+
+
+def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World) -> None:
+    made, simulator, pull = world
+    simulator.state.lines[FIRST + 3 * HOUR] = [b"one,two"]
+    blocked = made.folder / "objects" / "appmetrica"
+    blocked.mkdir(parents=True)
+    (blocked / "_set_aside").write_text("a file where a folder should be")
+    assert "could not be set aside" in pull.run().failures[0].message
+    assert not made.rows("events_part")
+    (blocked / "_set_aside").unlink()
+    pull = made.appmetrica(simulator)
+    assert not pull.to_the_end().failures
+    assert len(made.objects("appmetrica/_set_aside/")) == 1
+    assert len(made.rows("events_part")) == 25 * (ROWS + 1)
+
+
 def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
     from app.appmetrica.questions import resources
 

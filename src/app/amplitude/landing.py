@@ -115,6 +115,7 @@ def land(grounds: Grounds, archive: Archive | None, hour: Hour) -> Landed:
             reading = _read(grounds, file, _refusing(hour, refused))
             if reading.seen.digest == hour.record.digest:
                 record = _same(hour.record, final=hour.final)
+                record = replace(record, source_cells=record.rows + reading.seen.fault_rows)
                 return Landed(record, 0, _ledger(grounds, reading, Loaded(hour.record.rows), refused))
             refused.close()
         reading, loaded = _load(grounds, hour, file, refused)
@@ -214,7 +215,7 @@ def _load(grounds: Grounds, hour: Hour, file: BinaryIO, refused: RefusedLines) -
 
 
 def _load_each(grounds: Grounds, hour: Hour, file: BinaryIO, reading: _Reading) -> Loaded:
-    """Load block by block, and line by line where the warehouse refuses a block; the line that it refuses is none."""
+    """Load line by line: the warehouse refuses some event even when it is mended, and that one alone is refused."""
     from app.amplitude.events import REFUSED, Seen, reader
 
     done, seen = Loaded(), reading.seen

@@ -134,17 +134,17 @@ def by_hour(
     Rows of hours just beside the span are left out: where clocks are put back, two hours have one name, and the service
     gives both. Raises Permanent when a part lacks a column that is `needed`.
     """
-    parts = [CsvRows(file) for file in files]
-    names = [*columns, *dict.fromkeys(name for part in parts for name in part.header if name not in columns)]
+    headers = [CsvRows(file).header for file in files]
+    names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
     count = (span.end - span.start) // HOUR
     starts = [span.start + number * HOUR for number in range(count)]
     hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in starts}
     try:
         reading = Reading(list(hours.values()))
-        for part in parts:
-            reading.lacking = {*reading.lacking, *(set(columns) - set(part.header) if part.header else ())}
-            check_columns(part.header, {received, *needed})
-            _sort(part, names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
+        for file, header in zip(files, headers, strict=True):
+            reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
+            check_columns(header, {received, *needed})
+            _sort(CsvRows(file), names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
         for hour in hours.values():
             hour.close_text()
         yield reading

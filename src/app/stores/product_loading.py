@@ -53,7 +53,7 @@ def lost(known: Known, tables: Tables) -> int:
     return len(uuids) - known(uuids)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """What became of events that were given to the warehouse: `given` of them, `new` for the first time."""
 
