@@ -135,6 +135,19 @@ def test_columns_are_read_by_name(world: World, columns: Callable[[Sequence[str]
     assert {"city", "event_name"} <= set(header)
 
 
+def test_a_backfill_stores_an_object_that_was_deleted(world: World) -> None:
+    made, _, pull = world
+    pull.to_the_end()
+    before = made.lines("appmetrica/")
+    made.put(next(iter(before)), None)
+    report = pull.fill(SPAN.start, SPAN.end)
+    assert (report.rows, fault_of(report.ledger)) == (0, None)
+    assert report.notes == (
+        f"1234567:events: 25 hours asked for again: 0 records are new, {25 * (ROWS + 1)} were there",
+    )
+    assert made.lines("appmetrica/") == before
+
+
 def test_a_column_without_which_rows_cannot_be_told_apart_is_named_and_waited_for(world: World) -> None:
     made, simulator, pull = world
     simulator.state.columns = lambda asked: [name for name in asked if name != "session_id"]

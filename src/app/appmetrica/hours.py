@@ -290,7 +290,8 @@ class ResourceRun:
         else what has as many rows already stays as it is.
         """
         had = record if record is not None and was_had(record) else None
-        same = had is not None and (had.digest == hour.digest or (not whole and had.rows >= hour.rows > 0))
+        stays = had is not None and not whole and had.rows >= hour.rows > 0
+        same = had is not None and (had.digest == hour.digest or stays)
         self.context.progress.advance(done=1)
         if had is not None and same and not again:
             looked_at = replace(had, closed=True, source_cells=max(had.source_cells, had.rows + hour.refused))
@@ -302,7 +303,7 @@ class ResourceRun:
         loaded = Loaded()
         if self.resource.name == EVENTS and hour.rows:
             loaded = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live)
-        landed = had if had is not None and same else self._record(hour, keep, closed=had is not None)
+        landed = had if had is not None and stays else self._record(hour, keep, closed=had is not None)
         landed = replace(landed, source_cells=landed.rows + hour.refused)
         self._commit(Commit((landed,), hour.window.end if live else None))
         if self.resource.name != EVENTS:
