@@ -1,6 +1,7 @@
 """Lines of an export as rows of the seven tables."""
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -233,6 +234,7 @@ def test_a_line_is_too_large_by_its_length_alone_and_its_neighbours_stay(more: i
         (b'{"uuid":"%s","city":"x"', NOT_JSON),
         (b'{"uuid":"%s"}{}', NOT_JSON),
         (b'["%s"]', NOT_JSON),
+        (b'{"uuid":"%s"}{"uuid":"%s"}', NOT_JSON),
         (b'{"uuid":"%s0"}', NO_UUID),
     ],
 )
@@ -248,9 +250,32 @@ def test_a_refused_line_keeps_its_bytes_its_reason_and_its_place(line: bytes, re
     assert "rich" not in told[0][2]
 
 
+def test_an_event_that_is_broken_over_two_lines_is_two_lines_that_are_not_events() -> None:
+    told: list[bytes] = []
+    seen = Seen(lambda _reason, line, _place: told.append(line))
+    tables(SAMPLE, b'{"uuid":"%s",\n"city":"x"}' % ID.encode(), seen=seen)
+    assert (seen.rows, seen.lines) == (1, 3)
+    assert told == [b'{"uuid":"%s",' % ID.encode(), b'"city":"x"}']
+
+
 @pytest.mark.parametrize("member", [b'"cohort_day":1e400', b'"source":123456789012345678901234567890', b'"Gender":NaN'])
 def test_a_number_that_no_column_holds_does_not_cost_its_event(member: bytes) -> None:
     seen = Seen()
     made = tables(b'{"uuid":"%s","user_properties":{"EHR_ID":7,%s}}' % (ID.encode(), member), SAMPLE, seen=seen)
     assert (seen.rows, seen.fault_rows) == (2, 0)
     assert [row["ehr_id"] for row in made["permanent_user_properties"]] == [7, 42]
+
+
+def test_a_changed_byte_costs_its_line_at_most_and_each_line_is_counted_once() -> None:
+    chance = random.Random(5)  # noqa: S311 - places and bytes to change, no secret
+    lines = [json.dumps({**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"}).encode() for number in range(20)]
+    text = b"\n".join(lines) + b"\n"
+    for _ in range(400):
+        at, byte = chance.randrange(len(text)), chance.choice(b'\xfc"\n,\0\r{9\\')
+        changed = text[:at] + bytes([byte]) * chance.choice((1, 30)) + text[at + chance.randrange(2) :]
+        seen, counted = Seen(), 0
+        for block in blocks([changed]):
+            counted += lines_in(block)
+            reader().tables(block, seen)
+        assert seen.lines == counted
+        assert seen.rows >= len(lines) - 2

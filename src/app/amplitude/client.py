@@ -133,7 +133,7 @@ class Project:
             try:
                 fetched = self._fetch(piece, replace(patience, policy=policy))
             except (_TooLarge, Transient, Permanent) as error:
-                fault = _hopeless(piece, error) if isinstance(error, _TooLarge) else error
+                fault = _hopeless(error) if isinstance(error, _TooLarge) else error
                 narrower = isinstance(error, _TooLarge) or past_faults
                 if not narrower or isinstance(error, _Refused | _Busy) or (hours == 1 and not past_faults):
                     raise fault from error
@@ -227,9 +227,9 @@ def _refusal(span: Window, answer: Answer) -> Exception:
     return Permanent(said, "please report it: the service answers in a way that is not known")
 
 
-def _hopeless(hour: Window, error: _TooLarge) -> AppError:
+def _hopeless(error: _TooLarge) -> AppError:
     """A single hour that cannot be had: said for good, or only this time."""
-    return Transient(str(error), LARGE_HINT) if error.gave_up else HourTooLarge(f"{hour}: {error}", LARGE_HINT)
+    return Transient(str(error), LARGE_HINT) if error.gave_up else HourTooLarge(str(error), LARGE_HINT)
 
 
 def _shorter(policy: RetryPolicy) -> RetryPolicy:

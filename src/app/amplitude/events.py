@@ -127,10 +127,12 @@ class Reader:
         """All lines at once, as columns by path; None when one of them is no event that can be read so."""
         try:
             block.decode()  # the decoder does not look into members that nobody reads
-            columns = self._columns_of(self._event.decode_lines(block))
+            events = self._event.decode_lines(block)
+            columns = self._columns_of(events)
         except UNREADABLE:
             return None
-        return None if None in columns["uuid"] else columns
+        # The decoder takes an object that goes on in the next line, which makes one event of two lines.
+        return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
     def _by_line(self, block: bytes, seen: Seen, *, careful: bool) -> Sequence[Any]:
         events = []

@@ -281,7 +281,7 @@ class SourceRun:
                 content_type=ZIP if evidence else LINES,
                 reason=ABOVE_LIMIT if isinstance(fault, HourTooLarge) else KEEPS_FAILING,
                 number=1,
-                sample=f"{self.source} {window}: {fault.message}",
+                sample=f"{self.source}: {fault.message}",
             )
             ledger = ledger_of(one, kept.entry, unit=UNIT)
             log.warning("%s %s is set aside: %s", self.source, window, fault)
