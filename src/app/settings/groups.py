@@ -208,6 +208,7 @@ class AppMetricaSettings:
     timezone: str
     interval_seconds: int
     lookback_days: int
+    recount_days: int
 
 
 @dataclass(frozen=True, slots=True)
