@@ -21,7 +21,7 @@ WRONG = re.compile(
     r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
 )
 # What is said of objects' bytes: names of objects end in .parquet, and where none is named, one of these words is.
-OF_OBJECTS = re.compile(r"parquet|corrupt|unicode|bitpacked|stats size", re.IGNORECASE)
+OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
 
 
 class Unreadable(Transient):
