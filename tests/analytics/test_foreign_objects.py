@@ -338,6 +338,7 @@ NAMED: Mapping[str, tuple[bytes, str]] = {
     "nothing": (b"", "neither Parquet nor CSV"),
     "cut.parq": (exported("D1", START, 9, draw=random.Random(2))[:-9], ""),  # noqa: S311 - test data
     "000001_0": (b"PAR1 and nothing else", ""),
+    "bytes.parquet": (parquet({"device_id": [b"D\xff"], "timestamp": [TIMES[0]]}), ""),
 }  # fmt: skip
 
 

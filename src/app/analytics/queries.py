@@ -180,19 +180,18 @@ class Queries:
         report is wrong, Transient when no object can be read, or they are replaced each time.
         """
         self.check(report)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with _named(report):
+        with _named(report):
+            for _ in range(ATTEMPTS - 1):
+                try:
                     return self._answer(report, values, shape)
-            except (Unreadable, Conflict) as error:
-                if attempt == ATTEMPTS:
-                    if not self._find_broken(report, values, shape):
-                        raise
-                    with _named(report):
-                        return self._answer(report, values, shape)
-                last = error
-                self._summaries.refresh()
-        raise AssertionError("the last attempt returns or raises") from last
+                except (Unreadable, Conflict):
+                    self._summaries.refresh()
+            try:
+                return self._answer(report, values, shape)
+            except (Unreadable, Conflict):
+                if not self._find_broken(report, values, shape):
+                    raise
+            return self._answer(report, values, shape)
 
     def _answer(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
         """Without the objects that are known to be broken; where the report does not fit, without those whose columns
@@ -226,43 +225,52 @@ class Queries:
 
     def _known_broken(self, report: Report, sources: Sequence[Source]) -> LeftOut:
         """Those of the sources with which this report went wrong a while ago."""
-        if not self._broken:
-            return {}
         now = time.monotonic()
-        self._broken = {key: held for key, held in self._broken.items() if held[1] > now}
-        held = {source.version: (source.key, self._broken.get((report.path, source.version))) for source in sources}
-        return {version: (key, found[0]) for version, (key, found) in held.items() if found}
+        held = {
+            version: text
+            for (path, version), (text, until) in self._broken.items()
+            if until > now and path == report.path
+        }
+        return (
+            {source.version: (source.key, held[source.version]) for source in sources if source.version in held}
+            if held
+            else {}
+        )
 
     def _find_broken(self, report: Report, values: Mapping[str, Any], shape: Shape) -> bool:
         """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
         there is none, or too many, or the search takes too long.
         """
-        until = time.monotonic() + self._local.limits.seconds
-        sources = self._sources(report.reads, values)
-        waiting, broken, is_any_right = [sources], dict[Version, str](), False
+        began = time.monotonic()
+        waiting = [self._sources(report.reads, values)]
+        broken: dict[Version, str] = {}
+        is_any_right = False
         while waiting:
             part = waiting.pop()
-            message = (
-                next(filter(None, (self._trouble(report, values, shape, part) for _ in range(2))), "") if part else ""
-            )
-            is_any_right |= bool(part) and not message
-            if message and len(part) > 1:
+            trouble = self._trouble(report, values, shape, part) and self._trouble(report, values, shape, part)
+            if not trouble:
+                is_any_right |= bool(part)
+            elif len(part) > 1:
                 waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
-            elif message:
-                broken[part[0].version] = message
-            if len(broken) > BROKEN or time.monotonic() > until:
+            elif part:
+                broken[part[0].version] = trouble
+            if len(broken) > BROKEN or time.monotonic() - began > self._local.limits.seconds:
                 return False
-        if not is_any_right:
+        if not broken or not is_any_right:
             return False
-        self._broken |= {(report.path, one): (text, time.monotonic() + BROKEN_SECONDS) for one, text in broken.items()}
-        return bool(broken)
+        now = time.monotonic()
+        found = {(report.path, version): (text, now + BROKEN_SECONDS) for version, text in broken.items()}
+        self._broken = {**{key: held for key, held in self._broken.items() if held[1] > now}, **found}
+        return True
 
     def _trouble(self, report: Report, values: Mapping[str, Any], shape: Shape, sources: Sequence[Source]) -> str:
-        """Why the report cannot be run over these; "" when it can."""
+        """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
         try:
             self._attempt(report, values, shape, sources, {})
         except (Unreadable, Conflict) as error:
             return error.message
+        except Wrong:
+            return ""
         return ""
 
     def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[Source]:

@@ -27,7 +27,7 @@ PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999
 CSV = "header = true, auto_detect = false, delim = ',', quote = '\"', escape = '\"', nullstr = ''"
 
-# ISO 8601 in its many forms, and 07.02.2026, become the one form that DuckDB reads. 01/02/2026 is ambiguous: left alone.
+# ISO 8601 in its many forms, and 07.02.2026, as the one form that DuckDB reads. 01/02/2026 is ambiguous: left alone.
 REWRITTEN = (
     (r"^(\d{1,2})\.(\d{1,2})\.(\d{4})", r"\3-\2-\1"),
     (r"^(\d{4})[./](\d{1,2})[./](\d{1,2})", r"\1-\2-\3"),

@@ -235,7 +235,7 @@ class Summaries:
         state = self._state
         self._forget(as_of)
         held = self._view
-        faults = sorted([*state.faults.values(), *unread])
+        faults = sorted([*state.faults.values(), *unread], key=lambda each: (each[1] == OTHER, each))
         if held and not state.moved:
             state.number += faults != held.faults
             view = replace(held, number=state.number, as_of=as_of, faults=faults)
