@@ -153,7 +153,7 @@ def test_a_device_in_the_file_wins_over_the_path(lake: Lake, tmp_path: Path) -> 
 
 
 def test_columns_called_filename_date_and_as_ours_are_ordinary_columns(lake: Lake, tmp_path: Path) -> None:
-    more = {"filename": "fw.bin", "date": "a date", "file_of_row": "mine", "File_of_row_": 1.5}
+    more = {"filename": "fw.bin", "date": "a date", "file_of_row": "mine", "File_of_row_": 1.5, "rows": 1, "path": "p"}
     rows = frame(**more)
     lake.put("device_id=D1/date=2026/02/07/own.parquet", plain(rows))
     rows.to_parquet(tmp_path / "tree", partition_cols=["device_id"])
@@ -324,6 +324,15 @@ def test_csv_is_read_as_the_export_writes_it(lake: Lake, tmp_path: Path) -> None
     assert asked(lake, f"SELECT sum(size) AS n {OWN}")[0] == [{"n": 28}]
 
 
+def test_csv_by_pandas_is_read_with_its_index_and_names_that_are_there_twice(lake: Lake, tmp_path: Path) -> None:
+    lake.put("indexed.csv", frame().to_csv().encode())
+    lake.put("twice.csv", b"timestamp,device_id,note,note,\n2026-02-07 00:00:00+00:00,D3,a,b,\n")
+    more = parquet({"device_id": ["D3"], "timestamp": [START.replace(tzinfo=None)]})
+    assert_same(lake, tmp_path, [plain(frame()), more])
+    assert faults(lake) == {}
+    assert asked(lake, f"SELECT note, note_1 {OWN} WHERE device_id = 'D3'")[0] == [{"note": "a", "note_1": "b"}]
+
+
 NAMED: Mapping[str, tuple[bytes, str]] = {
     "semicolons.csv": (b"timestamp;device_id\n2026-02-07;D1\n", "is CSV without a column timestamp"),
     "inventory.csv": (b"device_id,owner\nD1,me\n", "is CSV without a column timestamp"),
@@ -331,7 +340,7 @@ NAMED: Mapping[str, tuple[bytes, str]] = {
     "latin-header.csv": (b"timestamp,device_id,gr\xf6\xdfe\n", "UTF-8"),
     "ragged.csv": (b"timestamp,device_id\n2026-02-07,D1\n2026-02-07\n", "CSV Error on Line: 3"),
     "open.csv": (b'timestamp,device_id\n2026-02-07,"D1\n', "CSV Error"),
-    "empty.csv": (b"", "first line"),
+    "empty.csv": (b"", "its first line has no names"),
     "cut.csv.gz": (gzip.compress(b"timestamp,device_id\n" * 900)[:30], ""),
     "rows.jsonl": (b'{"device_id": "D1"}\n', "neither Parquet nor CSV"),
     "export": (b"device_id", "neither Parquet nor CSV"),

@@ -29,16 +29,28 @@ def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Co
 
 
 def _of_csv(file: str) -> Columns:
-    """All are text. DuckDB names a column that differs from another in case only otherwise, which is not done here."""
+    """All are text; a column without a name gets one, as the index that pandas writes first."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(io.StringIO(_first_record(text), newline=""), strict=True), [])
     except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as error:
         raise Unreadable(f"{file}: its first line is not CSV in UTF-8: {error}", HINT) from error
-    if not header or len(set(header)) < len(header) or "" in header:
-        raise Unreadable(f"{file}: its first line has no name, or one twice", HINT)
-    return dict.fromkeys(header, "VARCHAR")
+    if not any(header):
+        raise Unreadable(f"{file}: its first line has no names", HINT)
+    columns: dict[str, str] = {}
+    for place, name in enumerate(header):
+        columns[_free(columns, name or f"column{place}")] = "VARCHAR"
+    return columns
+
+
+def _free(columns: Columns, name: str) -> str:
+    """The name, with a number when it is there already."""
+    number, own = 0, name
+    while own in columns:
+        number += 1
+        own = f"{name}_{number}"
+    return own
 
 
 def _first_record(text: io.TextIOBase) -> str:
@@ -50,9 +62,7 @@ def _first_record(text: io.TextIOBase) -> str:
 
 
 def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, dict[str, str]]:
-    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first. A name
-    that is there twice gets a number.
-    """
+    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first."""
     found: dict[str, dict[str, str]] = {}
     awaited: list[int] = []  # children still to come, of each element on the way down
     for file, name, kind, children in rows:
@@ -60,10 +70,7 @@ def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapp
             found[file], awaited = {}, [children or 0]
             continue
         if len(awaited) == 1:
-            columns, number = found[file], 0
-            while (own := f"{name}_{number}" if number else name) in columns:
-                number += 1
-            columns[own] = kind or NESTED
+            found[file][_free(found[file], name)] = kind or NESTED
         awaited[-1] -= 1
         if children:
             awaited.append(children)
