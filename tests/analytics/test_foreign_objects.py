@@ -272,6 +272,23 @@ def test_columns_in_other_case_are_understood_and_twins_are_named(lake: Lake, tm
     assert faults(lake) == {"twins.parquet": "has voltage and Voltage and VOLTAGE: voltage is read as voltage"}
 
 
+def test_a_column_without_a_name_hides_no_other(lake: Lake, tmp_path: Path) -> None:
+    rows = frame(C2=list("abcdef"), c3=1.5, C15=list("ghijkl"), c14=[[1.0]] * 6)
+    lake.put("named.parquet", plain(rows))
+    for place, values in (("first", [1.5] * 6), ("last", [["x"]] * 6)):
+        columns = {name: pa.array(frame()[name]) for name in frame()}
+        unnamed = {"": pa.array(values)}
+        lake.put(
+            f"device_id=D9/{place}.parquet",
+            parquet({**unnamed, **columns} if place == "first" else {**columns, **unnamed}),
+        )
+    assert_same(lake, tmp_path, [plain(frame())] * 3)
+    note = "has a column without a name, which no report can read"
+    assert faults(lake) == {f"device_id=D9/{place}.parquet": note for place in ("first", "last")}
+    found, _ = asked(lake, f'SELECT "C2", c3, "C15", c14 {OWN} WHERE c3 IS NOT NULL ORDER BY "C2" LIMIT 1')
+    assert found == [{"C2": "a", "c3": 1.5, "C15": "g", "c14": [1.0]}]
+
+
 def test_names_are_told_apart_as_duckdb_does(tmp_path: Path) -> None:
     for number, names in enumerate(
         (["a", "A"], ["A_1", "a", "A", "a"], ["B", "A_1", "a_1", "A", "a_2", "a"], ["Ü", "ü"])
@@ -362,6 +379,19 @@ def test_what_cannot_be_read_is_named_each_with_its_reason(lake: Lake, tmp_path:
         assert reason in found[key], (key, found[key])
         assert found[key]
         assert str(tmp_path) not in found[key]
+
+
+def test_an_object_that_needs_more_memory_than_there_is_is_named_and_tried_again(lake: Lake, tmp_path: Path) -> None:
+    lake.put("good.parquet", plain(frame()))
+    text = pa.array(["x" * (48 << 20)] * 4)
+    large = {"device_id": ["D9"] * 4, "timestamp": TIMES[:4], "location": text}
+    file = io.BytesIO()
+    pq.write_table(pa.table(large), file, compression="zstd", use_dictionary=False)
+    lake.put("large.parquet", file.getvalue())
+    assert_same(lake, tmp_path, [plain(frame())])
+    assert "large.parquet" in faults(lake)
+    assert "needs more memory or disk" in faults(lake)["large.parquet"]
+    assert lake.facts.count() == 1, "nothing is kept of what may be read another time"
 
 
 def test_parquet_under_other_names_is_read(lake: Lake, tmp_path: Path) -> None:

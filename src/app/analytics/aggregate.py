@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from app.analytics.engine import Engine
-from app.analytics.faults import Unreadable, Wrong, written
+from app.analytics.faults import TooLarge, Unreadable, Wrong, written
 from app.analytics.object_columns import File, file_of, format_of, suffix_of
 from app.analytics.relation import file_column, literal, lost_values, relation
 from app.analytics.schemas import schemas
@@ -38,7 +38,9 @@ NOTE_CHARACTERS = 300
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What was found. `unread` could not be fetched, which is no fact of the object: it is tried again another time."""
+    """What was found. `unread` could not be fetched or held, which is no fact of the object: it is tried again another
+    time.
+    """
 
     read: Sequence[Facts]
     unread: Sequence[Facts] = ()
@@ -128,23 +130,36 @@ def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
         raise refused[0].refused
     copies = [one for one in fetched if one.file]
     others = [one.facts for one in fetched if not one.refused and not one.file]
-    group = Group([*_read(engine, copies), *others], [one.facts for one in refused])
+    found = _read(engine, copies)
+    group = Group([*found.read, *others], [*found.unread, *(one.facts for one in refused)])
     for one in copies:
         Path(str(one.file)).unlink()
     return group
 
 
-def _read(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
-    """All in one query; one by one when that fails, to find which cannot be read."""
+def _read(engine: Engine, copies: Sequence[Fetched]) -> Group:
+    """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
+    is may find more another time, when no report runs.
+    """
     if not copies:
-        return []
+        return Group([])
     try:
-        return _together(engine, copies)
+        return Group(_together(engine, copies))
     except (Unreadable, Wrong) as error:
         if len(copies) == 1:
-            facts = copies[0].facts
-            return [_faulty(facts, error.message.replace(str(copies[0].file), facts.key))]
-    return [facts for one in copies for facts in _read(engine, [one])]
+            return Group([_named(copies[0], error)])
+    except TooLarge as error:
+        if len(copies) == 1:
+            return Group([], [_named(copies[0], error)])
+    groups = [_read(engine, [one]) for one in copies]
+    return Group(
+        [facts for group in groups for facts in group.read], [facts for group in groups for facts in group.unread]
+    )
+
+
+def _named(one: Fetched, error: AppError) -> Facts:
+    """What is wrong with it, by its key and not by that of the copy."""
+    return _faulty(one.facts, error.message.replace(str(one.file), one.facts.key))
 
 
 def _faulty(facts: Facts, message: str) -> Facts:

@@ -32,6 +32,10 @@ class Wrong(Permanent):
     """What was to be run cannot be, over whole objects: the report is wrong."""
 
 
+class TooLarge(Permanent):
+    """More memory or disk is needed than there may be."""
+
+
 class Unbound(Wrong):
     """A name or a type does not fit. Unless objects that changed since they were listed do not fit together."""
 
@@ -75,7 +79,7 @@ def _error(error: Exception, seconds: float | None) -> AppError:
         return _full(text)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
         hint = "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
-        return Permanent(f"the report needs more memory or disk: {text}", hint)
+        return TooLarge(f"needs more memory or disk: {text}", hint)
     if isinstance(error, UnicodeDecodeError):
         return Unreadable("an object changed while it was read", RETRY_HINT)
     if not WRONG.match(text) or OF_OBJECTS.search(said):

@@ -67,7 +67,7 @@ class Reading:
     def further(self) -> Mapping[str, str]:
         """Lower case -> name in DuckDB, of the columns that are not documented."""
         taken = {name.lower() for name in self.source.values()}
-        return {name.lower(): name for name in self.types if name.lower() not in taken}
+        return {name.lower(): name for name in self.types if name and name.lower() not in taken}
 
     @cached_property
     def lower_names(self) -> frozenset[str]:
@@ -78,8 +78,13 @@ class Reading:
     def kind(self) -> tuple[object, ...]:
         """Equal for files that one query can read, but for columns that are not documented."""
         renamed = tuple(sorted((name, own) for name, own in self.source.items() if name != own.lower()))
-        header = tuple(self.types) if self.is_csv else ()
+        header = tuple(self.types) if self.is_csv or self.has_unnamed else ()
         return instant_kind(self.type_of(INSTANT)), renamed, self.has_bytes, self.from_path, header
+
+    @property
+    def has_unnamed(self) -> bool:
+        """Whether a column has no name; DuckDB makes one up, which may be that of another column."""
+        return "" in self.types
 
     @property
     def has_bytes(self) -> bool:
@@ -142,6 +147,8 @@ def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> R
             source[name] = twins[0][1]
         if len(twins) > 1:
             notes.append(f"has {' and '.join(own for own, _ in twins)}: {twins[0][0]} is read as {name}")
+    if "" in columns:
+        notes.append("has a column without a name, which no report can read")
     from_path = tuple(name for name in in_path if name not in source)
     missing = [name for name in ("device_id", INSTANT) if name not in source and name not in from_path]
     notes += [f"has no column {name}: its rows count as those without one" for name in missing]

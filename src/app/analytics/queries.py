@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from app.analytics.engine import Engine, Remote
-from app.analytics.faults import RETRY_HINT, Unbound, Unreadable, Wrong
+from app.analytics.faults import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
 from app.analytics.object_columns import File, family, file_of, suffix_of
 from app.analytics.relation import relation
@@ -285,6 +285,8 @@ def _named(report: Report) -> Iterator[None]:
     """What is wrong with a report, with its name."""
     try:
         yield
+    except TooLarge as error:
+        raise Permanent(f"report {report.name} {error.message}", error.hint) from error
     except Wrong as error:
         raise Permanent(f"report {report.name}.sql cannot be run: {error.message}", error.hint) from error
 

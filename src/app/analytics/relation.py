@@ -150,10 +150,15 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
             file_name = given_column or file_column(files)
             joined = _path_join(files, own, file_name)
             hidden += [] if given_column else [file_name]
-    without = f"EXCLUDE ({', '.join(map(quoted, hidden))}) " if hidden else ""
     typed = ", ".join(f"{expression} AS {quoted(name)}" for name, expression in replaced.items())
     source = raw_rows(folder, files, file_name)
-    return f"(SELECT rows.* {without}REPLACE ({typed}) FROM {source}{joined})"  # noqa: S608 - own names, files as literals
+    if own is not None and own.has_unnamed:
+        named = [*(each for each in own.further.values() if each not in replaced), *filter(None, [given_column])]
+        columns = ", ".join([f"rows.{quoted(each)}" for each in named] + [typed])
+    else:
+        without = f"EXCLUDE ({', '.join(map(quoted, hidden))}) " if hidden else ""
+        columns = f"rows.* {without}REPLACE ({typed})"
+    return f"(SELECT {columns} FROM {source}{joined})"  # noqa: S608 - own names, files as literals
 
 
 def _path_join(files: Sequence[File], own: Reading, file_name: str) -> str:
