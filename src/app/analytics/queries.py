@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from app.analytics.engine import Engine, Remote
 from app.analytics.faults import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
-from app.analytics.object_columns import File, family, file_of, suffix_of
+from app.analytics.object_columns import File, family, file_of, format_of, suffix_of
 from app.analytics.relation import relation
 from app.analytics.reports import Reads, Report
 from app.analytics.schemas import schemas
@@ -34,6 +34,7 @@ WHOLE_BYTES = 16 << 20
 BROKEN = 20  # more than that are no single objects' fault
 BROKEN_SECONDS = 600.0
 WARNINGS = 20
+STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not that of count(*) or of a product
 LeftOut = Mapping[Version, tuple[str, str]]
 """Version -> key and reason."""
 
@@ -112,12 +113,17 @@ class BucketObjects:
     @contextmanager
     def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`."""
-        engine = self._engine(whole=self.certain(sources))
+        engine = self._engine(whole=self._whole(sources))
         bucket = engine.remote.bucket if engine.remote else ""
         yield engine, [file_of(f"s3://{bucket}/{source.key}", source.key, source.columns) for source in sources]
 
     def certain(self, sources: Sequence[Source]) -> bool:
-        """See `Objects.certain`: fetched whole, unless one is too large to be held in memory."""
+        """See `Objects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version of
+        CSV may have other columns, which nothing in its rows tells.
+        """
+        return self._whole(sources) and not any(format_of(source.key) == "csv" for source in sources)
+
+    def _whole(self, sources: Sequence[Source]) -> bool:
         return all(source.size_bytes <= self._whole_bytes for source in sources)
 
     def _engine(self, *, whole: bool) -> Engine:
@@ -231,11 +237,7 @@ class Queries:
             for (path, version), (text, until) in self._broken.items()
             if until > now and path == report.path
         }
-        return (
-            {source.version: (source.key, held[source.version]) for source in sources if source.version in held}
-            if held
-            else {}
-        )
+        return {one.version: (one.key, held[one.version]) for one in sources if one.version in held} if held else {}
 
     def _find_broken(self, report: Report, values: Mapping[str, Any], shape: Shape) -> bool:
         """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
@@ -331,11 +333,12 @@ def odd_ones(text: str, sources: Sequence[Source]) -> Iterator[LeftOut]:
     """
     kinds: dict[str, dict[str, list[Source]]] = {}
     words = {word.lower() for word in re.findall(r"\w+", text)}
+    is_all = STAR.search(text) is not None
     for source in sources:
         own = file_of("", source.key, source.columns).reading
         for name, known in own.further.items():
             kind = family(own.types[known])
-            if kind and not own.is_csv and ("*" in text or name in words):
+            if kind and not own.is_csv and (is_all or name in words):
                 kinds.setdefault(name, {}).setdefault(kind, []).append(source)
     differing = {
         name: sorted(found.items(), key=lambda each: -len(each[1])) for name, found in kinds.items() if len(found) > 1
