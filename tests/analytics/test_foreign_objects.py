@@ -19,6 +19,7 @@ import pytest
 
 from app.analytics.formats import Shape
 from app.analytics.object_columns import distinct, path_texts
+from app.analytics.queries import odd_ones
 from app.analytics.relation import literal
 from app.analytics.reports import parse
 from app.stores.state import State
@@ -457,6 +458,19 @@ def test_a_column_of_differing_kinds_is_text_and_where_that_does_not_do_the_fewe
     assert [warning["object"] for warning in warnings] == [f"{PREFIX}/2.parquet", f"{PREFIX}/3.parquet"]
     assert warnings[0]["message"] == "left out of this report: its column hum is VARCHAR, and number elsewhere"
     assert faults(lake) == {}
+
+
+@pytest.mark.parametrize("text", ["count(*)", "2 * hum", "count(*), x.hum"])
+def test_only_columns_that_a_report_names_decide_what_is_left_out(text: str, lake: Lake) -> None:
+    for number, values in enumerate(([1] * 6, [2] * 6, ["x"] * 6)):
+        lake.put(f"{number}.parquet", plain(frame(hum=1.5, other=values)))
+    lake.summaries.refresh()
+    sources = lake.summaries.sources(None, None, None)
+    assert list(odd_ones(f"SELECT {text} {OWN}", sources)) == []
+    for whole in ("SELECT *", "SELECT hum, t.*", "SELECT avg(Other)"):
+        most, fewest = odd_ones(f"{whole} {OWN}", sources)
+        assert [key for key, _ in most.values()] == [f"{PREFIX}/2.parquet"]
+        assert [key for key, _ in fewest.values()] == [f"{PREFIX}/0.parquet", f"{PREFIX}/1.parquet"]
 
 
 def test_an_object_whose_further_column_is_damaged_is_left_out_of_reports_that_read_it(lake: Lake) -> None:

@@ -142,7 +142,7 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
     hidden: list[str] = []
     file_name, joined = given_column, ""
     if own is not None:
-        hidden += [name for documented, name in own.source.items() if name.lower() != documented]
+        hidden += [own_name for name, own_name in own.source.items() if own_name.lower() != name]
         for name, kind in casts.items():
             if known := own.further.get(name):
                 replaced[known] = f"TRY_CAST(rows.{quoted(known)} AS {kind})"
