@@ -28,7 +28,7 @@ from app.objects.media import media_type
 from app.objects.reach import Reach, check_query
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import OPEN, needs
-from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.stores.objects import BadKey, ObjectInfo, ObjectStore, Put
 from app.stores.transfers import MAX_PAGE, Question, Readable, Stored, Transfers
 
 READERS, WRITERS, DOWNLOADS = 16, 64, 100
@@ -102,7 +102,8 @@ async def _served(request: Request, places: asyncio.Semaphore | None = None) -> 
     except NotServed as error:
         raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
     except Rejected as error:
-        raise Refused(Refusal(422, error.message, error.hint)) from error
+        fault = "key" if isinstance(error, BadKey) else ""
+        raise Refused(Refusal(422, error.message, error.hint, fault)) from error
     except Conflict as error:
         asked = {"if-match", "if-none-match"} & set(request.headers)
         hint = "look at the object, then send it again"
@@ -272,12 +273,12 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
     )
     async def update(request: Request, key: Key) -> Response:
         async with _served(request, serving.uploads):
-            held = await _to_change(request, serving, key)
+            held = await _to_change(request, serving, _reach(request, serving).writes(key))
             return await _written(request, serving, held.key, held.etag)
 
 
 async def _to_change(request: Request, serving: Serving, key: str) -> ObjectInfo:
-    held = await serving.held(_reach(request, serving).writes(key))
+    held = await serving.held(key)
     check_match(request.headers, held.etag)
     check_unmatched(request.headers)
     return held
@@ -316,7 +317,7 @@ def _patching(router: APIRouter, serving: Serving) -> None:
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
         async with _served(request, serving.uploads):
-            held = await _to_change(request, serving, key)
+            held = await _to_change(request, serving, _reach(request, serving).writes(key))
             if offset > held.size_bytes:
                 raise NotServed(
                     416,
@@ -338,6 +339,6 @@ def _deleting(router: APIRouter, serving: Serving) -> None:
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):
-            held = await _to_change(request, serving, key)
+            held = await _to_change(request, serving, _reach(request, serving).deletes(key))
             await serving.ask(serving.store.delete, held.key)
             return JSONResponse({"key": held.key, "deleted": True})
