@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 USED = 0.9
-CLOSED_AT_ONCE = 20  # one of so many connections
+SPARE = 80  # descriptors for connections that are accepted before the first of them enters
+AT_WORK = 2
+CLOSED_SHARE, CLOSED_LEAST = 20, 32  # at once: one of so many, since to look at all of them takes a while
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ class Room:
 
     def __init__(self, connections: int, descriptors: int) -> None:
         self._connections = int(connections * USED)
-        self._descriptors = int(descriptors * USED)
+        self._descriptors = min(int(descriptors * USED), descriptors - SPARE)
         self._leaving: set[Waiting] = set()
 
     def enter(self, newest: Waiting, descriptor: int, all_of: Iterable[Waiting], count: int) -> bool:
@@ -43,18 +45,22 @@ class Room:
         """
         if count < self._connections and descriptor < self._descriptors:
             return True
-        if self._leaving:  # room is being made: their descriptors are free in the next turn of the event loop
+        return self.make(each for each in all_of if each is not newest)
+
+    def make(self, all_of: Iterable[Waiting]) -> bool:
+        """Close some connections; whether any could be. Also for when not one more descriptor is to be had."""
+        if self._leaving:  # they are about to be free, in the next turn of the event loop
             return True
-        idle = [each for each in all_of if each.rank < 2 and each is not newest]  # noqa: PLR2004 - see `rank`
+        idle = [each for each in all_of if each.rank < AT_WORK]
         idle.sort(key=lambda each: (each.rank, each.asked_at))
-        victims = idle[: max(count // CLOSED_AT_ONCE, 1)]
+        victims = idle[: max(self._connections // CLOSED_SHARE, CLOSED_LEAST)]
         self._leaving.update(victims)
         for victim in victims:
             victim.drop()
         if victims:
             log.warning("nine tenths of all connections are used: %d without a request were closed", len(victims))
         else:
-            log.warning("all connections are at work: a new one is answered 503")
+            log.warning("all connections are at work: new ones are answered 503")
         return bool(victims)
 
     def left(self, connection: Waiting) -> None:

@@ -55,8 +55,9 @@ class Serving:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which goes on answering while jobs come to their end."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+    def __init__(self, config: uvicorn.Config, serving: Serving, room: Room) -> None:
         super().__init__(config)
+        self._room = room
         self._serving = serving
         self._signal = 0
         self._asked_at = 0.0
@@ -72,7 +73,7 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then the port of the probes, and a queue as long as the kernel allows."""
-        asyncio.get_running_loop().set_exception_handler(_told)
+        asyncio.get_running_loop().set_exception_handler(self._told)
         await super().startup(sockets)
         if self._serving.health_port is not None:
             await self._listen_for_probes(self._serving.health_port)
@@ -103,6 +104,15 @@ class DrainingServer(uvicorn.Server):
             sys.exit(CANNOT_LISTEN)
         self.servers.append(server)
 
+    def _told(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+        """asyncio tells of each connection that it cannot accept, with a traceback: thousands of them a second."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in OUT_OF:
+            log.warning("no connection can be accepted: %s", error.strerror)
+            self._room.make(cast("set[PunctualProtocol]", self.server_state.connections))
+        else:
+            loop.default_exception_handler(dict(context))
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: True when it is time to end."""
         if counter % TICKS_A_SECOND == 0:
@@ -123,11 +133,12 @@ class DrainingServer(uvicorn.Server):
 
 def serve(app: Asgi, serving: Serving) -> None:
     """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on."""
+    room = Room(CONNECTIONS, raised_descriptors())
     config = uvicorn.Config(
         app,
         host=listening_host(serving.host),
         port=serving.port,
-        http=cast("Any", partial(PunctualProtocol, Room(CONNECTIONS, raised_descriptors()))),
+        http=cast("Any", partial(PunctualProtocol, room)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -137,7 +148,7 @@ def serve(app: Asgi, serving: Serving) -> None:
         backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=serving.steps.requests,  # type: ignore[arg-type]  # asyncio's, which takes fractions
     )
-    DrainingServer(config, serving).run()
+    DrainingServer(config, serving, room).run()
 
 
 def listening_host(host: str) -> str:
@@ -165,12 +176,3 @@ def _only_probes(app: Any) -> Asgi:
             await send_refusal(send, Refusal(404, "this port answers probes alone", f"ask {' or '.join(PATHS)}"))
 
     return probes
-
-
-def _told(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """asyncio tells of each connection that it cannot accept, with a traceback: two thousand of them a second."""
-    error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in OUT_OF:
-        log.warning("no connection can be accepted: %s", error.strerror)
-    else:
-        loop.default_exception_handler(dict(context))
