@@ -15,6 +15,7 @@ from app import __main__ as command_line
 from app import main
 from app.core.errors import Permanent
 from app.core.gaps import Cell, State
+from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.ports import Commit
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.verify import Content, Slot, content_of
@@ -77,6 +78,13 @@ def partial(_: Context) -> Report:
     return Report(rows=3, failures=(Failure("dev-1", "cut stream", "look at the source"),))
 
 
+def counting(_: Context) -> Report:
+    """Two values are set aside, whose sample holds markup, a line end and an escape of a terminal."""
+    tally = Tally(counted=18, read=18, new=12, already_there=4)
+    sample = "m <b>voltage</b>=1\n\x1b[31m5 password=hunter2 \ud800"
+    return Report(rows=12, ledger=ledger_of(tally, SetAside("no device tag", 2, 2, sample), unit="values"))
+
+
 def more_thrice() -> Work:
     runs = 0
 
@@ -112,6 +120,7 @@ def quick_jobs(parts: Parts) -> Pipelines:
         Job("failing", 60, failing),
         Job("breaking", 60, breaking),
         Job("partial", 60, partial),
+        Job("counting", 60, counting),
         Job("more", 60, traced(parts, "more", more_thrice())),
         Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
     )

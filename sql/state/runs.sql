@@ -3,10 +3,10 @@
 -- name: save_run
 -- Insert or replace the record of one run.
 INSERT INTO runs (
-    run_id, job, started_at, ended_at, outcome, rows, bytes, windows, late_rows, failures, more, error, hint
+    run_id, job, started_at, ended_at, outcome, rows, bytes, windows, late_rows, failures, more, error, hint, ledger
 ) VALUES (
     :run_id, :job, :started_at, :ended_at, :outcome, :rows, :bytes, :windows, :late_rows, :failures, :more, :error,
-    :hint
+    :hint, :ledger
 )
 ON CONFLICT (run_id) DO UPDATE SET
     job = excluded.job,
@@ -20,7 +20,8 @@ ON CONFLICT (run_id) DO UPDATE SET
     failures = excluded.failures,
     more = excluded.more,
     error = excluded.error,
-    hint = excluded.hint;
+    hint = excluded.hint,
+    ledger = excluded.ledger;
 
 -- name: prune_runs
 -- Keep the newest runs of a job. Without that many the inner query is NULL and nothing goes.
@@ -62,3 +63,13 @@ ON CONFLICT (job, outcome) DO UPDATE SET
 -- name: totals
 -- All sums.
 SELECT * FROM job_totals ORDER BY job, outcome;
+
+-- name: add_ledger_total
+-- Add one ended run's entry to the sums of its job.
+INSERT INTO ledger_totals AS held (job, entry, reason, total)
+VALUES (:job, :entry, :reason, :number)
+ON CONFLICT (job, entry, reason) DO UPDATE SET total = held.total + excluded.total;
+
+-- name: ledger_totals
+-- All sums of ledgers.
+SELECT job, entry, reason, total FROM ledger_totals ORDER BY job, entry, reason;

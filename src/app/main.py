@@ -7,7 +7,7 @@ and says so.
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from app.stores.objects import ObjectStore
     from app.stores.s3 import S3Store
     from app.stores.s3_client import S3Target
+    from app.stores.set_aside import SetAsideStore
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
@@ -184,18 +185,42 @@ def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "A
 
 
 def sweeps(parts: Parts) -> Sequence[Job]:
-    """The job that aborts what killed uploads left in a bucket; a directory clears its own leftovers."""
-    store, settings = parts.store, parts.settings
-    if not settings.s3.bucket:
-        return ()
+    """The jobs that delete what was set aside long ago, and abort what killed uploads left in a bucket (a directory
+    clears its own leftovers).
+    """
     from app.objects import job
+
+    store, settings = parts.store, parts.settings
+    folders = {name: set_aside(parts, start) for name, start in set_aside_starts(settings)}
+    kept = job.build_set_aside(folders, settings.set_aside.days, parts.clock)
+    if not settings.s3.bucket:
+        return (kept,)
 
     def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
         from app.stores.s3_sweep import sweep as abort
 
         return abort(cast("S3Store", store), before, ours)
 
-    return (job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock),)
+    return (kept, job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock))
+
+
+def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Each pipeline that is on and sets rows aside in the object store, and what its folder lies below."""
+    if settings.influx.url:
+        yield "influx_to_s3", settings.s3.prefix
+    if settings.dynamo.table_name:
+        yield "dynamo_to_drive", "dynamo_to_drive"
+    if settings.amplitude.web_client_id or settings.amplitude.mobile_client_id:
+        yield "amplitude", "amplitude"
+    if settings.appmetrica.api_key:
+        yield "appmetrica", "appmetrica"
+
+
+def set_aside(parts: Parts, start: str) -> "SetAsideStore":
+    """Where the pipeline whose objects lie below `start` keeps what it sets aside."""
+    from app.stores.set_aside import SetAsideStore, folder_of
+
+    return SetAsideStore(parts.store, folder_of(start), parts.settings.set_aside.max_bytes)
 
 
 def revealed(secret: SecretStr | None) -> str:

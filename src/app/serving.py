@@ -119,6 +119,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         scheduler=service.scheduler,
         runs=service.state.runs,
         totals=service.state.runs.totals,
+        ledger_totals=service.state.runs.ledger_totals,
+        last_ended=service.state.runs.last_ended,
         stale=lambda: service.alerts.stale,
         partitions=partitions(service),
         histories=service.pipelines.histories,

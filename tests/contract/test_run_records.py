@@ -6,12 +6,19 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.core.runs import Failure, Outcome, Report, Run, Runs
+from app.core.ledger import Ledger, SetAside, Tally
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Runs
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, sql_directory
 from app.stores.state import State
 from memory import MemoryRuns
 
+LEDGER = Ledger(
+    "values",
+    {"a ü": Tally(counted=2**40, read=7, new=2**40 - 6, already_there=1, corrected=2, set_aside=3)},
+    (SetAside("no device tag", 2, 1, 'm "v"=1'), SetAside("instant out of range", 1, 0)),
+    {"D1": Tally(counted=3, set_aside=3)},
+)
 START = datetime(2026, 2, 7, 23, 59, 59, 123456, tzinfo=UTC)
 
 
@@ -37,6 +44,7 @@ def ended(number: int, job: str = "influx_to_s3") -> Run:
         late_rows=4,
         failures=(Failure("device/ü", 'could "not"\nfinish', "look"), Failure("d2", "nul \x00 inside", "")),
         more=True,
+        ledger=LEDGER,
     )
     at = run(number, job)
     return replace(
@@ -103,6 +111,31 @@ def test_totals_count_each_run_once_when_it_ends_and_outlive_its_record(state: S
     assert (mine.job, mine.outcome, mine.runs, mine.report.rows) == ("influx_to_s3", Outcome.PARTIAL, 2, 2 * 2**40)
     assert mine.ended_at == ended(3).ended_at
     assert (other.job, other.runs) == ("other", 1)
+
+
+def test_ledgers_are_summed_once_per_run_in_the_transaction_that_ends_it_and_outlive_its_record(state: State) -> None:
+    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=1)
+    assert list(runs.ledger_totals()) == []
+    for saved in (run(1), ended(1), ended(1), ended(2), ended(3, "other")):
+        runs.save(saved)
+    runs.save(replace(ended(4, "no ledger"), report=Report(rows=1)))
+    mine = [total for total in runs.ledger_totals() if total.job == "influx_to_s3"]
+    assert mine == [
+        LedgerTotal("influx_to_s3", "corrected", "", 4),
+        LedgerTotal("influx_to_s3", "new", "", 2 * (2**40 - 6)),
+        LedgerTotal("influx_to_s3", "set_aside", "instant out of range", 0),
+        LedgerTotal("influx_to_s3", "set_aside", "no device tag", 2),
+    ]
+    assert {total.job for total in runs.ledger_totals()} == {"influx_to_s3", "other"}
+
+
+def test_a_ledger_with_any_text_can_be_kept(state: State) -> None:
+    hostile = "a\x00b\ud800\n'"
+    ledger = Ledger("values", {hostile: Tally(counted=1, set_aside=1)}, (SetAside("x", 1, 1, hostile),))
+    state.runs.save(replace(ended(1), report=Report(ledger=ledger.of_partition(hostile))))
+    saved = state.runs.recent(None, 1)[0].report.ledger
+    assert saved.total == ledger.total
+    assert saved.set_aside[0].sample == r"a\x00b\ud800 '"
 
 
 def test_a_pause_is_known_until_it_is_resumed_and_its_first_word_is_kept(state: State) -> None:

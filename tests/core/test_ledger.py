@@ -1,6 +1,8 @@
 """A run whose ledger does not close is not ok; what was set aside before does not make it partial again."""
 
-from app.core.ledger import ALL, Ledger, SetAside, Tally, fault_of, from_json, ledger_of, sampled, to_json
+import json
+
+from app.core.ledger import ALL, Ledger, SetAside, Tally, fault_of, from_json, ledger_of, sampled, summary_of, to_json
 
 
 def test_a_ledger_that_closes_has_no_fault() -> None:
@@ -64,3 +66,37 @@ def test_the_record_of_a_run_stays_short() -> None:
 
 def test_without_fields_all_is_one_entry() -> None:
     assert list(ledger_of(Tally(), unit="lines").fields) == [ALL]
+
+
+def test_the_line_for_people_leaves_out_what_is_zero_and_names_reasons_with_a_sample() -> None:
+    assert summary_of(Ledger()) == ""
+    assert summary_of(ledger_of(Tally(), unit="items")) == "0 items counted"
+    plain = ledger_of(Tally(counted=18, read=18, new=12, already_there=6), unit="values")
+    assert summary_of(plain) == "18 values counted: 12 new, 6 already there"
+    odd = ledger_of(Tally(counted=9, corrected=1, waiting=2), SetAside("no device tag", 3, 1, "m v=1 5"), unit="values")
+    assert summary_of(odd) == (
+        "9 values counted: 1 corrected, 3 set aside (3 no device tag, 1 of them new, for example m v=1 5), "
+        "2 waiting, 3 NOT ACCOUNTED FOR"
+    )
+
+
+def test_gaps_of_two_fields_do_not_cancel_out() -> None:
+    ledger = Ledger("values", {"a": Tally(counted=3, new=2), "b": Tally(counted=3, new=4)})
+    assert ledger.gap == 2
+    assert summary_of(ledger).endswith("2 NOT ACCOUNTED FOR")
+
+
+def test_what_belongs_to_no_field_survives_the_json_beside_fields() -> None:
+    mixed = Ledger("values", {"a": Tally(counted=2, new=2)}) + ledger_of(
+        Tally(counted=3), SetAside("no device tag", 3, 3), unit="values"
+    )
+    assert from_json(to_json(mixed)) == mixed
+
+
+def test_text_from_outside_is_one_printable_line_and_can_be_encoded() -> None:
+    hostile = "a\nb\x1b[31m\ud800\u202e\x00" + "x" * 10_000
+    assert sampled(hostile).startswith(r"a b\x1b[31m\ud800\u202e\x00xxx")
+    assert len(sampled(hostile)) < 210
+    ledger = Ledger("values", {hostile: Tally(counted=1, set_aside=1)}, (SetAside("x", 1, 1, hostile),))
+    shown = json.dumps(to_json(ledger.of_partition(hostile)), ensure_ascii=False)
+    assert shown.encode()

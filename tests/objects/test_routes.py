@@ -155,11 +155,17 @@ def test_strange_keys_are_kept_to_the_letter_and_bad_ones_refused(objects: httpx
     assert objects.get("/download").status_code == 422
 
 
-def test_exports_are_read_only(objects: httpx.Client) -> None:
-    refused = upload(objects, "telemetry/x", b"1")
-    assert refused.status_code == 403
-    assert "S3_ROUTES_WRITE_EXPORTS" in refused.json()["error"]["hint"]
-    assert objects.delete("/delete", params={"key": "telemetry/x"}).status_code == 403
+@pytest.mark.parametrize("name", ["x", "_headwater/layout.json", "_set_aside/D1/export_120000.no-device-tag.txt"])
+def test_exports_and_what_lies_beside_them_are_read_only(objects: httpx.Client, name: str) -> None:
+    key = f"telemetry/{name}"
+    for refused in (
+        upload(objects, key, b"1"),
+        objects.put("/update", params={"key": key}, content=b"1"),
+        objects.patch("/patch", params={"key": key, "offset": 0}, content=b"1"),
+        objects.delete("/delete", params={"key": key}),
+    ):
+        assert refused.status_code == 403
+        assert "S3_ROUTES_WRITE_EXPORTS" in refused.json()["error"]["hint"]
 
 
 def test_listings_have_folders_and_pages(objects: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 """The commands as a person calls them: what they print, and their exit codes."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -47,6 +48,27 @@ def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:
     done = shell.run("quick_jobs", "run", "more")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "more ok: 3 rows, 0 bytes, 0 windows, 0 late rows\n"
+
+
+def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(shell: Shell) -> None:
+    sample = r"m <b>voltage</b>=1 \x1b[31m5 password=hunter2 \ud800"
+    reason = f"2 no device tag, 2 of them new, for example {sample}"
+    said = f"18 values counted: 12 new, 4 already there, 2 set aside ({reason})"
+    done = shell.run("quick_jobs", "run", "counting")
+    assert done.returncode == 1, "something was newly set aside"
+    assert done.stdout.splitlines() == ["counting partial: 12 rows, 0 bytes, 0 windows, 0 late rows", said]
+    assert said in shell.run("quick_jobs", "runs", "counting").stdout
+    document = json.loads(shell.run("quick_jobs", "run", "counting", "--json").stdout)
+    (recorded, *_) = json.loads(shell.run("quick_jobs", "runs", "counting", "--json").stdout)["runs"]
+    for found in (document, recorded):
+        assert found["ledger_text"] == said
+        assert {name: found["ledger"][name] for name in ("counted", "new", "set_aside", "closes")} == {
+            "counted": 18,
+            "new": 12,
+            "set_aside": 2,
+            "closes": True,
+        }
+        assert found["ledger"]["reasons"] == [{"reason": "no device tag", "number": 2, "new": 2, "sample": sample}]
 
 
 @pytest.mark.parametrize(

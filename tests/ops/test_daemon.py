@@ -186,6 +186,34 @@ def test_metrics_count_runs_and_name_the_build(shared: Daemon) -> None:
     assert 'headwater_check{check="checkpoint_store_connected"} 1' in text
 
 
+def test_the_ledger_of_a_run_is_in_its_record_the_log_and_the_metrics(shared: Daemon) -> None:
+    shared.until(lambda: (shared.job("counting")["last_run"] or {}).get("ended_at"))
+    runs = shared.get("/ops/runs?job=counting").json
+    schema = shared.get("/openapi.json").json["paths"]["/ops/runs"]["get"]["responses"]["200"]
+    described = schema["content"]["application/json"]["schema"]["properties"]["runs"]["items"]["properties"]
+    run = runs["runs"][0]
+    assert set(run) == set(described)
+    assert set(run["ledger"]) == set(described["ledger"]["properties"])
+    assert set(run["ledger"]["reasons"][0]) == set(described["ledger"]["properties"]["reasons"]["items"]["properties"])
+    assert (run["outcome"], run["ledger"]["set_aside"]) == ("partial", 2)
+    (line,) = [found for found in map(json.loads, shared.log.splitlines()) if found.get("counted") is not None]
+    assert (line["job"], line["counted"], line["new"], line["already_there"]) == ("counting", 18, 12, 4)
+    assert (line["corrected"], line["set_aside"], line["waiting"], line["ledger_closes"]) == (0, 2, 0, True)
+    assert "hunter2" not in shared.log, "a sample is redacted"
+    text = shared.get("/metrics").text
+    for sample in (
+        'headwater_ledger_total{job="counting",entry="new"} 12',
+        'headwater_ledger_total{job="counting",entry="corrected"} 0',
+        'headwater_ledger_total{job="counting",entry="set_aside"} 2',
+        'headwater_set_aside_total{job="counting",reason="no device tag"} 2',
+        'headwater_waiting{job="counting"} 0',
+        'headwater_set_aside{job="counting"} 2',
+        'headwater_ledger_gap{job="counting"} 0',
+    ):
+        assert f"{sample}\n" in text
+    assert 'headwater_ledger_gap{job="failing"}' not in text, "it failed before it could count"
+
+
 @pytest.mark.slow
 def test_partitions_tell_how_far_they_are_and_a_killed_daemon_goes_on(daemons: Daemons) -> None:
     daemon = daemons.start("lagging_job")

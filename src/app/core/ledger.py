@@ -75,9 +75,14 @@ class Ledger:
         return sum(self.fields.values(), Tally())
 
     @property
+    def gap(self) -> int:
+        """How much is not accounted for, or there although never counted, in all fields: they do not cancel out."""
+        return sum(abs(tally.gap) for tally in self.fields.values())
+
+    @property
     def closes(self) -> bool:
         """True when each field's sum holds."""
-        return all(tally.gap == 0 for tally in self.fields.values())
+        return self.gap == 0
 
     @property
     def newly_set_aside(self) -> Sequence[SetAside]:
@@ -114,8 +119,9 @@ def ledger_of(tally: Tally, *set_aside: SetAside, unit: str) -> Ledger:
 
 
 def sampled(text: str) -> str:
-    """A sample as it is kept: one line of bounded length."""
-    line = " ".join(text.split())
+    r"""A sample as it is kept: one line of bounded length; what cannot be printed is shown as `\x1b`, `\ud800`."""
+    words = " ".join(text[: 4 * SAMPLE_CHARACTERS].split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     return line if len(line) <= SAMPLE_CHARACTERS else f"{line[:SAMPLE_CHARACTERS]}..."
 
 
@@ -135,9 +141,33 @@ def fault_of(ledger: Ledger) -> tuple[str, str] | None:
         return f"{abs(gap)} {ledger.unit}{of} are {wrong}: {sums}", hint
     for one in ledger.newly_set_aside:
         others = f", and {len(ledger.newly_set_aside) - 1} other reasons" if len(ledger.newly_set_aside) > 1 else ""
-        sample = f", for example {one.sample}" if one.sample else ""
+        sample = f", for example {sampled(one.sample)}" if one.sample else ""
         return f"{one.new} {ledger.unit} set aside: {one.reason}{sample}{others}", "look at what was set aside"
     return None
+
+
+def summary_of(ledger: Ledger) -> str:
+    """One line for people: `18 values counted: 12 new, 6 already there`; "" for a run that kept no ledger."""
+    if not ledger:
+        return ""
+    total = ledger.total
+    reasons = "; ".join(map(_reason_text, ledger.set_aside))
+    said = (
+        (total.new, "new"),
+        (total.already_there, "already there"),
+        (total.corrected, "corrected"),
+        (total.set_aside, "set aside" + (f" ({reasons})" if reasons else "")),
+        (total.waiting, "waiting"),
+        (ledger.gap, "NOT ACCOUNTED FOR"),
+    )
+    parts = ", ".join(f"{number} {what}" for number, what in said if number)
+    return f"{total.counted} {ledger.unit} counted{f': {parts}' if parts else ''}"
+
+
+def _reason_text(one: SetAside) -> str:
+    new = "" if one.new == 0 else f", {one.new} of them new"
+    sample = f", for example {sampled(one.sample)}" if one.sample else ""
+    return f"{one.number} {one.reason}{new}{sample}"
 
 
 def to_json(ledger: Ledger) -> Mapping[str, Any]:
@@ -148,11 +178,11 @@ def to_json(ledger: Ledger) -> Mapping[str, Any]:
         "closes": ledger.closes,
         **{name: getattr(total, name) for name in TALLY_NAMES},
         "reasons": [
-            {"reason": one.reason, "number": one.number, "new": one.new, "sample": one.sample}
+            {"reason": one.reason, "number": one.number, "new": one.new, "sample": sampled(one.sample)}
             for one in ledger.set_aside
         ],
-        "fields": {name: _tally_to_json(tally) for name, tally in ledger.fields.items() if name != ALL},
-        "partitions": {name: _tally_to_json(tally) for name, tally in ledger.partitions.items()},
+        "fields": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.fields.items() if name != ALL},
+        "partitions": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.partitions.items()},
     }
 
 
@@ -161,13 +191,19 @@ def from_json(document: Mapping[str, Any]) -> Ledger:
     if not document:
         return Ledger()
     named = {name: Tally(**tally) for name, tally in document["fields"].items()}
-    unnamed = {ALL: Tally(**{name: document[name] for name in TALLY_NAMES})} if not named else {}
+    of_named = sum(named.values(), Tally())
+    rest = Tally(**{name: document[name] - getattr(of_named, name) for name in TALLY_NAMES})
     return Ledger(
         document["unit"],
-        named or unnamed,
+        {ALL: rest, **named} if rest != Tally() or not named else named,
         tuple(SetAside(**one) for one in document["reasons"]),
         {name: Tally(**tally) for name, tally in document["partitions"].items()},
     )
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, which no encoding knows, as they are written in Python."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _tally_to_json(tally: Tally) -> Mapping[str, int]:

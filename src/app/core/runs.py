@@ -119,6 +119,18 @@ class Total:
     ended_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerTotal:
+    """What the ledgers of all runs of a job add up to in one entry: `new`, `corrected`, or newly `set_aside` for one
+    reason ("" for the other entries).
+    """
+
+    job: str
+    entry: str
+    reason: str
+    total: int
+
+
 class Runs(Protocol):
     """The record of runs."""
 

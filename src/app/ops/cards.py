@@ -38,6 +38,8 @@ def _facts(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     last, calls = job["last_run"], job["calls"]
     yield "Every", f"{job['interval_seconds']:,} s"
     yield "Last run", f"{_clock(last['started_at'])}, {last['rows']:,} rows" if last else "none yet"
+    if last and last["ledger_text"]:
+        yield "Ledger", last["ledger_text"]
     yield "Next run", _clock(job["next_run_at"]) if job["next_run_at"] else "when resumed"
     if job["rows_total"]:
         yield "Moved", f"{job['rows_total']:,} rows in {job['runs_total']:,} runs"

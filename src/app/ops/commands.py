@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from app.core.errors import AppError, Rejected
+from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown, verify
 from app.core.window import Window
@@ -177,6 +178,8 @@ def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
         "bytes": total.bytes,
         "windows": total.windows,
         "late_rows": total.late_rows,
+        "ledger": to_json(total.ledger),
+        "ledger_text": summary_of(total.ledger),
         "failures": failures_shown(total),
         "notes": list(total.notes),
         "error": last.error,
@@ -221,6 +224,8 @@ def _tell(name: str, last: Run, total: Report, how: How) -> None:
     would = "would write " if how.dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
     output.line(f"{name} {last.outcome.value}: {would}{counts}")
+    if total.ledger:
+        output.line(output.cell(summary_of(total.ledger)))
     if last.error:
         sys.stderr.write(f"{name}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.core.errors import Rejected
+from app.core.ledger import summary_of
 from app.core.runs import Outcome, Run
 from app.ops import output
 from app.ops.readiness import Finding, look
@@ -65,10 +66,10 @@ def runs(service: Headwater, job: str | None, limit: int, *, as_json: bool) -> i
 
     def told() -> None:
         rows = [
-            (_instant(run), run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), _why(run))
+            (_instant(run), run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), _told_of(run))
             for run in found
         ]
-        output.table(("started", "run", "job", "outcome", "rows", "error"), rows)
+        output.table(("started", "run", "job", "outcome", "rows", "ledger; error"), rows)
         for name, lines in histories.items():
             output.line(f"what {name} took in, newest first")
             head = tuple(lines[0]) if lines else ("nothing yet",)
@@ -83,8 +84,9 @@ def _instant(run: Run) -> str:
     return f"{run.started_at:%Y-%m-%d %H:%M:%S}Z"
 
 
-def _why(run: Run | None) -> str:
-    return "" if run is None or not run.error else f"{run.error}{f' ({run.hint})' if run.hint else ''}"
+def _told_of(run: Run) -> str:
+    error = f"{run.error} ({run.hint})" if run.hint else run.error
+    return "; ".join(filter(None, (summary_of(run.report.ledger), error)))
 
 
 def status(service: Headwater, *, as_json: bool) -> int:

@@ -5,11 +5,12 @@ is durable, that is kept in the state.
 Source of the format: the Prometheus documentation, "Exposition formats".
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from app.core.runs import Outcome, Total
+from app.core.ledger import Ledger
+from app.core.runs import LedgerTotal, Outcome, Total
 from app.ops.scheduler import JobView
 from app.ops.shapes import Calls
 
@@ -61,6 +62,28 @@ def total_series(totals: Sequence[Total]) -> Iterator[Series]:
         for each in totals:
             sums[each.job] = sums.get(each.job, 0.0) + getattr(each.report, name)
         yield Series(f"headwater_{name}_total", "counter", about, [({"job": job}, n) for job, n in sums.items()])
+
+
+def ledger_series(totals: Sequence[LedgerTotal], last: Mapping[str, Ledger]) -> Iterator[Series]:
+    """Counters of what ledgers say, which are sums of the state, and gauges of the last ended run of each job."""
+    jobs = sorted({each.job for each in totals})
+    sums = {(job, entry): 0.0 for job in jobs for entry in ("new", "corrected", "set_aside")}
+    for each in totals:
+        sums[each.job, each.entry] += each.total
+    entries = [({"job": job, "entry": entry}, number) for (job, entry), number in sums.items()]
+    about = "What runs found new, corrected, or set aside for the first time, in the unit of the job's ledger."
+    yield Series("headwater_ledger_total", "counter", about, entries)
+    reasons = [({"job": each.job, "reason": each.reason}, float(each.total)) for each in totals if each.reason]
+    about = "What runs set aside for the first time, by reason."
+    yield Series("headwater_set_aside_total", "counter", about, reasons)
+    gauges: Mapping[str, tuple[str, Callable[[Ledger], int]]] = {
+        "waiting": ("What the last run left for a later one.", lambda ledger: ledger.total.waiting),
+        "set_aside": ("What the last run saw that is set aside.", lambda ledger: ledger.total.set_aside),
+        "ledger_gap": ("What the last run counted and cannot account for; 0 is well.", lambda ledger: ledger.gap),
+    }
+    for name, (about, of) in gauges.items():
+        now = [({"job": job}, float(of(ledger))) for job, ledger in last.items()]
+        yield Series(f"headwater_{name}", "gauge", about, now)
 
 
 def call_series(calls: Mapping[str, Calls]) -> Iterator[Series]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from app.core.errors import AppError
+from app.core.ledger import TALLY_NAMES
 from app.core.runs import Outcome, Run
 from app.ops.log import bound
 
@@ -29,6 +30,8 @@ def log_run(run: Run, cause: BaseException | None) -> None:
     """One line; the traceback only of what the program did not expect, or at DEBUG."""
     report = run.report
     told = f": {run.error}" + (f" ({run.hint})" if run.hint else "") if run.error else ""
+    ledger = report.ledger
+    entries = {name: getattr(ledger.total, name) for name in TALLY_NAMES} if ledger else {}
     unexpected = cause is not None and not isinstance(cause, AppError)
     with bound(run.run_id, run.job):
         log.log(
@@ -44,6 +47,8 @@ def log_run(run: Run, cause: BaseException | None) -> None:
                 "bytes": report.bytes,
                 "windows": report.windows,
                 "late_rows": report.late_rows,
+                **entries,
+                **({"ledger_closes": ledger.closes} if ledger else {}),
                 "seconds": round((run.ended_at - run.started_at).total_seconds(), 3) if run.ended_at else 0.0,
             },
         )

@@ -13,12 +13,23 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError
-from app.core.runs import Runs, Total
+from app.core.ledger import Ledger
+from app.core.runs import LedgerTotal, Run, Runs, Total
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import COOKIE, OPEN, Guard, needs
-from app.ops.metrics import Series, call_series, exposition, job_series, lag_series, success_series, total_series
+from app.ops.metrics import (
+    Series,
+    call_series,
+    exposition,
+    job_series,
+    lag_series,
+    ledger_series,
+    success_series,
+    total_series,
+)
 from app.ops.probes import Answer, Probes
+from app.ops.run_schema import RUNS_ANSWER
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.ops.shapes import (
@@ -49,6 +60,8 @@ class Operations:
     scheduler: Scheduler
     runs: Runs
     totals: Callable[[], Sequence[Total]]
+    ledger_totals: Callable[[], Sequence[LedgerTotal]]
+    last_ended: Callable[[str], Run | None]
     stale: Callable[[], Collection[str]]
     partitions: Callable[[], Sequence[PartitionView]]
     histories: Mapping[str, History]
@@ -128,7 +141,7 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     def jobs() -> dict[str, Any]:
         return overview(ops)
 
-    @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first")
+    @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first", responses=RUNS_ANSWER)
     def runs(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
         found = ops.runs.recent(job, limit)
         return {"count": len(found), "runs": [run_shown(run) for run in found]}
@@ -223,8 +236,15 @@ def _series(ops: Operations) -> Sequence[Series]:
     try:
         totals, partitions = ops.totals(), ops.partitions()
         calls = {job: of() for job, of in ops.calls.items()}
+        ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
     except AppError:
         return series  # the check of the store says why the counters are missing
-    series += [*total_series(totals), success_series(totals, now), *call_series(calls)]
+    series += [*total_series(totals), success_series(totals, now), *ledgers, *call_series(calls)]
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
+
+
+def _last_ledgers(ops: Operations) -> Mapping[str, Ledger]:
+    """The ledger of the last ended run of each job; without those that ended before they could keep one."""
+    ended = (ops.last_ended(view.job.name) for view in ops.scheduler.views() if not view.job.off)
+    return {run.job: run.report.ledger for run in ended if run is not None and run.report.ledger}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from app.core.ledger import summary_of, to_json
 from app.core.runs import Report, Run, Total
 from app.ops.scheduler import JobView
 
@@ -94,6 +95,8 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "bytes": report.bytes,
         "windows": report.windows,
         "late_rows": report.late_rows,
+        "ledger": to_json(report.ledger),
+        "ledger_text": summary_of(report.ledger),
         "failures": failures_shown(report),
         "error": run.error,
         "hint": run.hint,

@@ -108,6 +108,14 @@ class S3Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAsideSettings:
+    """What runs set aside and keep in the object store. `days` 0 = for ever."""
+
+    days: int
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSettings:
     """Where the state is kept. `url` "" = SQLite at `data_dir / "state.db"`, else postgresql://."""
 
@@ -236,6 +244,7 @@ class Settings:
     influx: InfluxSettings
     export: ExportSettings
     s3: S3Settings
+    set_aside: SetAsideSettings
     checkpoint: CheckpointSettings
     lease: LeaseSettings
     dynamo: DynamoSettings

@@ -231,6 +231,24 @@ S3 = _of(
     ),
 )
 
+SET_ASIDE = _of(
+    "set_aside",
+    (
+        "days",
+        "SET_ASIDE_DAYS",
+        kinds.whole(0, 3660),
+        "90",
+        "days that rows which a run set aside are kept in _set_aside/; 0 = for ever",
+    ),
+    (
+        "max_bytes",
+        "SET_ASIDE_MAX_BYTES",
+        kinds.whole(1024, GIB),
+        str(16 << 20),
+        "largest object in _set_aside/; rows beyond it are only counted",
+    ),
+)
+
 CHECKPOINT = _of(
     "checkpoint",
     (
@@ -427,6 +445,7 @@ PARTS = (
     Part("InfluxDB, the source of influx_to_s3", INFLUX),
     Part("Export, how influx_to_s3 cuts and names", EXPORT),
     Part("S3 or a compatible store: exports, /s3, /analytics", S3),
+    Part("Set aside: rows that a run could not take", SET_ASIDE),
     Part("Checkpoints", CHECKPOINT),
     Part("Leases, for several replicas", LEASE),
     Part("DynamoDB, the source of dynamo_to_drive", DYNAMO),

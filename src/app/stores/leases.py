@@ -1,6 +1,8 @@
 """Leases in the state database, timed by its own clock: the clocks of the replicas may differ as they like.
 
-Invariant: each change is one statement; the generation of a name grows with every acquisition and is never used again.
+Invariants: each change is one statement; the generation of a name grows with every acquisition and is never used again;
+owners are stored with the mark of this format of the state, so that a process of an older version, which writes none,
+takes no lease (see migration 0006).
 """
 
 from collections.abc import Mapping
@@ -9,6 +11,7 @@ from app.core.errors import LeaseLost
 from app.core.runs import Lease
 from app.stores.sql import Database, Row
 
+FORMAT = "v2|"
 LOST_HINT = "nothing to do: the process that holds it goes on; several takeovers in a row mean a stalled machine"
 
 
@@ -21,7 +24,7 @@ class SqlLeases:
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
         """See `Leases.acquire`."""
-        found = self._changed("acquire", name=name, owner=owner, ttl_seconds=float(ttl_seconds))
+        found = self._changed("acquire", name=name, owner=FORMAT + owner, ttl_seconds=float(ttl_seconds))
         return Lease(name, owner, found["generation"], found["expires_at"]) if found else None
 
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
@@ -43,7 +46,7 @@ class SqlLeases:
 
 def identity(lease: Lease) -> dict[str, object]:
     """What tells a lease from those before and after it. Its expiry is the database's to know."""
-    return {"name": lease.name, "owner": lease.owner, "generation": lease.generation}
+    return {"name": lease.name, "owner": FORMAT + lease.owner, "generation": lease.generation}
 
 
 def lost(lease: Lease) -> LeaseLost:

@@ -1,11 +1,12 @@
 """Migrations: SQL files that are applied once, in order, each in one transaction.
 
 Invariants: an applied migration is recorded in the same transaction, so it is applied whole or not at all; its file
-must not change afterwards; two processes that start at once apply each migration once.
+must not change afterwards; two processes that start at once apply each migration once; a database that a newer version
+has migrated is not touched.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -76,8 +77,9 @@ class Migrated:
             return
         with self._lock:
             if not self._prepared:
-                for migration in migrations(self._folder, self.dialect):
-                    apply(self._database, migration)
+                wanted = migrations(self._folder, self.dialect)
+                for migration in wanted:
+                    apply(self._database, migration, {each.name for each in wanted})
                 self._prepared = True
 
     def close(self) -> None:
@@ -101,14 +103,18 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
     return [found[stem] for stem in sorted(found)]
 
 
-def apply(database: Database, migration: Migration) -> None:
-    """Apply and record one migration unless that was done. Raises Permanent when the applied one had another text."""
+def apply(database: Database, migration: Migration, known: Collection[str]) -> None:
+    """Apply and record one migration unless that was done. `known`: the names of all migrations of its folder.
+
+    Raises Permanent when the applied one had another text, and when one was applied that is not known here.
+    """
     with database.transaction() as session:
         if database.dialect == "postgres":
             session.rows(LOCK_POSTGRES)
             session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
+        _refuse_newer(database.place, session, migration.name.partition("/")[0], known)
         done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
         if not done:
             session.script(migration.sql)
@@ -119,3 +125,14 @@ def apply(database: Database, migration: Migration) -> None:
                 f"{database.place}: migration {migration.name} was applied with another text",
                 "this database belongs to another version of Headwater: use that version, or another database",
             )
+
+
+def _refuse_newer(place: str, session: Session, folder: str, known: Collection[str]) -> None:
+    """An older version would write what the newer one no longer understands, or read it wrongly."""
+    rows = session.rows("SELECT name FROM headwater_migrations ORDER BY name")
+    newer = [row["name"] for row in rows if row["name"].startswith(f"{folder}/") and row["name"] not in known]
+    if newer:
+        raise Permanent(
+            f"{place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
+            "start that version, or restore a backup that was made before the upgrade",
+        )

@@ -5,11 +5,12 @@ run that ends is added to the totals once, in the transaction that says so.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from app.core.runs import Failure, Outcome, Report, Run, Total
+from app.core.ledger import from_json, to_json
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
 from app.stores.sql import Database, Row
 from app.stores.sql_values import storable
 
@@ -31,6 +32,7 @@ class SqlRuns:
             session.run(self._queries["save_run"], **_columns(run))
             if ends:
                 session.run(self._queries["add_total"], **_sums(run))
+                session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
             session.run(self._queries["prune_runs"], job=run.job, kept_before=self._kept - 1)
 
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
@@ -48,6 +50,11 @@ class SqlRuns:
         with self._database.transaction(read_only=True) as session:
             return [_total(row) for row in session.rows(self._queries["totals"])]
 
+    def ledger_totals(self) -> Sequence[LedgerTotal]:
+        """The sums of the ledgers of all runs that ever ended, by job, entry and reason. They never fall."""
+        with self._database.transaction(read_only=True) as session:
+            return [LedgerTotal(**row) for row in session.rows(self._queries["ledger_totals"])]
+
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
         with self._database.transaction(read_only=True) as session:
             return [_run(row) for row in session.rows(self._queries[query], **params)]
@@ -57,6 +64,17 @@ def _sums(run: Run) -> dict[str, Any]:
     names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "ended_at")
     columns = _columns(run)
     return {name: columns[name] for name in names}
+
+
+def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
+    """What a run adds to the sums. A job whose run kept a ledger has its entries also while they are 0."""
+    ledger = run.report.ledger
+    if ledger:
+        of = {"job": run.job, "reason": ""}
+        yield {**of, "entry": "new", "number": ledger.total.new}
+        yield {**of, "entry": "corrected", "number": ledger.total.corrected}
+    for one in ledger.set_aside:
+        yield {"job": run.job, "entry": "set_aside", "reason": storable(one.reason), "number": one.new}
 
 
 def _total(row: Row) -> Total:
@@ -79,6 +97,7 @@ def _columns(run: Run) -> dict[str, Any]:
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
+        "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
     }
 
 
@@ -90,6 +109,7 @@ def _run(row: Row) -> Run:
         late_rows=row["late_rows"],
         failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
         more=bool(row["more"]),
+        ledger=from_json(json.loads(row["ledger"])),
     )
     outcome = Outcome(row["outcome"])
     return Run(

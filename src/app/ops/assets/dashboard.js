@@ -129,6 +129,7 @@ function card(job, runs, partitions, now) {
   } else {
     facts.append(...term("Last run", "none yet"));
   }
+  if (last && last.ledger_text) facts.append(...term("Ledger", last.ledger_text));
   facts.append(...term("Next run", job.next_run_at ? moment(job.next_run_at, now) : "when resumed"));
   const lag = lagOf(job, partitions);
   if (lag !== null) facts.append(...term("Lag", `${span(lag)} at most`));
@@ -176,11 +177,11 @@ function showRuns(runs, now) {
     fill("runs", make("p", "empty", "No run yet. Jobs start by themselves; “Run now” starts one at once."));
     return;
   }
-  const heads = [["Started", ""], ["Job", ""], ["Outcome", ""], ["Took", "number"], ["Rows", "number"], ["Bytes", "number"], ["Windows", "number"], ["Error", "text"]];
+  const heads = [["Started", ""], ["Job", ""], ["Outcome", ""], ["Took", "number"], ["Rows", "number"], ["Bytes", "number"], ["Windows", "number"], ["Ledger", "text"], ["Error", "text"]];
   fill("runs", table(heads, runs.slice(0, 25).map((run) => [
     moment(run.started_at, now), run.job, make("span", `badge ${run.outcome}`, run.outcome),
     run.ended_at ? `${((new Date(run.ended_at) - new Date(run.started_at)) / 1000).toFixed(1)} s` : "–",
-    number(run.rows), size(run.bytes), number(run.windows), run.hint ? `${run.error}. Next: ${run.hint}` : run.error,
+    number(run.rows), size(run.bytes), number(run.windows), run.ledger_text, run.hint ? `${run.error}. Next: ${run.hint}` : run.error,
   ])));
 }
 

@@ -1,0 +1,94 @@
+-- Checkpoints: what is confirmed, per pipeline and partition (device_id). Instants in a result are named with _at.
+
+-- name: cursors
+-- Partition and cursor, for those that have one: a partition that only ever failed has none.
+SELECT device_id, last_exported_at
+FROM export_checkpoints
+WHERE pipeline = :pipeline AND last_exported_at IS NOT NULL;
+
+-- name: starts
+-- Partition and first cursor, for those that have one.
+SELECT device_id, started_at
+FROM export_checkpoints
+WHERE pipeline = :pipeline AND started_at IS NOT NULL;
+
+-- name: records
+-- The records of windows that start in [since_at, until_at), by window start, then part.
+SELECT
+    window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status
+FROM export_windows
+WHERE
+    pipeline = :pipeline AND device_id = :partition
+    AND window_start >= :since_at AND window_start < :until_at
+ORDER BY window_start, part;
+
+-- name: save_record
+-- Insert or replace the record of one object.
+INSERT INTO export_windows (
+    pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, updated_at
+) VALUES (
+    :pipeline, :partition, :starts_at, :part, :ends_at, :key, :version, :digest, :rows, :size_bytes,
+    :source_cells, :min_at, :max_at, :status, :now_at
+)
+ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
+    window_end = excluded.window_end,
+    s3_key = excluded.s3_key,
+    version = excluded.version,
+    digest = excluded.digest,
+    record_count = excluded.record_count,
+    size_bytes = excluded.size_bytes,
+    source_cells = excluded.source_cells,
+    min_at = excluded.min_at,
+    max_at = excluded.max_at,
+    status = excluded.status,
+    updated_at = excluded.updated_at;
+
+-- name: save_checkpoint
+-- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.
+INSERT INTO export_checkpoints AS held (
+    pipeline, device_id, started_at, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message,
+    created_at, updated_at
+) VALUES (
+    :pipeline, :partition, :cursor_at, :cursor_at, :high_watermark_at, 'ok', :key, :rows, NULL, :now_at, :now_at
+)
+ON CONFLICT (pipeline, device_id) DO UPDATE SET
+    started_at = coalesce(held.started_at, excluded.started_at),
+    last_exported_at = CASE
+        WHEN held.last_exported_at > excluded.last_exported_at THEN held.last_exported_at
+        ELSE coalesce(excluded.last_exported_at, held.last_exported_at)
+    END,
+    high_watermark_at = CASE
+        WHEN held.high_watermark_at > excluded.high_watermark_at THEN held.high_watermark_at
+        ELSE coalesce(excluded.high_watermark_at, held.high_watermark_at)
+    END,
+    status = 'ok',
+    s3_key = coalesce(excluded.s3_key, held.s3_key),
+    record_count = coalesce(excluded.record_count, held.record_count),
+    error_message = NULL,
+    updated_at = excluded.updated_at;
+
+-- name: save_failure
+-- The partition could not go on. Its cursor stays; without one it gets none.
+INSERT INTO export_checkpoints (pipeline, device_id, status, error_message, created_at, updated_at)
+VALUES (:pipeline, :partition, 'error', :message, :now_at, :now_at)
+ON CONFLICT (pipeline, device_id) DO UPDATE SET
+    status = 'error',
+    error_message = excluded.error_message,
+    updated_at = excluded.updated_at;
+
+-- name: checkpoints_of
+-- How far each partition of a pipeline is, for the dashboard and the lag metric; without the pipeline's own row.
+SELECT
+    device_id, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message, updated_at
+FROM export_checkpoints
+WHERE pipeline = :pipeline AND device_id <> ''
+ORDER BY device_id;
+
+-- name: late_rows
+-- Rows in delta objects per pipeline. Closed objects never change, so the sum never falls.
+SELECT pipeline, CAST(sum(record_count) AS BIGINT) AS late_rows
+FROM export_windows
+WHERE part > 0
+GROUP BY pipeline;

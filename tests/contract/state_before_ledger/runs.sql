@@ -1,0 +1,64 @@
+-- The record of runs.
+
+-- name: save_run
+-- Insert or replace the record of one run.
+INSERT INTO runs (
+    run_id, job, started_at, ended_at, outcome, rows, bytes, windows, late_rows, failures, more, error, hint
+) VALUES (
+    :run_id, :job, :started_at, :ended_at, :outcome, :rows, :bytes, :windows, :late_rows, :failures, :more, :error,
+    :hint
+)
+ON CONFLICT (run_id) DO UPDATE SET
+    job = excluded.job,
+    started_at = excluded.started_at,
+    ended_at = excluded.ended_at,
+    outcome = excluded.outcome,
+    rows = excluded.rows,
+    bytes = excluded.bytes,
+    windows = excluded.windows,
+    late_rows = excluded.late_rows,
+    failures = excluded.failures,
+    more = excluded.more,
+    error = excluded.error,
+    hint = excluded.hint;
+
+-- name: prune_runs
+-- Keep the newest runs of a job. Without that many the inner query is NULL and nothing goes.
+DELETE FROM runs
+WHERE
+    job = :job
+    AND started_at < (
+        SELECT started_at FROM runs WHERE job = :job ORDER BY started_at DESC LIMIT 1 OFFSET :kept_before
+    );
+
+-- name: recent_runs
+-- The newest runs of all jobs.
+SELECT * FROM runs ORDER BY started_at DESC, run_id DESC LIMIT :limit;
+
+-- name: recent_runs_of_job
+-- The newest runs of one job.
+SELECT * FROM runs WHERE job = :job ORDER BY started_at DESC, run_id DESC LIMIT :limit;
+
+-- name: last_ended
+-- The newest run of a job that has ended.
+SELECT * FROM runs WHERE job = :job AND ended_at IS NOT NULL ORDER BY started_at DESC, run_id DESC LIMIT 1;
+
+-- name: is_counted
+-- A row when this run has ended before, so that its sums are counted already.
+SELECT 1 AS found FROM runs WHERE run_id = :run_id AND ended_at IS NOT NULL;
+
+-- name: add_total
+-- Add one ended run to the sums of its job and outcome.
+INSERT INTO job_totals AS held (job, outcome, runs, rows, bytes, windows, late_rows, ended_at)
+VALUES (:job, :outcome, 1, :rows, :bytes, :windows, :late_rows, :ended_at)
+ON CONFLICT (job, outcome) DO UPDATE SET
+    runs = held.runs + 1,
+    rows = held.rows + excluded.rows,
+    bytes = held.bytes + excluded.bytes,
+    windows = held.windows + excluded.windows,
+    late_rows = held.late_rows + excluded.late_rows,
+    ended_at = CASE WHEN held.ended_at > excluded.ended_at THEN held.ended_at ELSE excluded.ended_at END;
+
+-- name: totals
+-- All sums.
+SELECT * FROM job_totals ORDER BY job, outcome;
