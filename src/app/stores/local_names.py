@@ -40,12 +40,12 @@ class Names:
         twins = [unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name), name.upper()]
         try:
             path.touch(exist_ok=False)
-            found = self._names_in(self._scratch)
-            return name in found and not any((self._scratch / twin).exists() for twin in twins)
+            kept = name in self._names_in(self._scratch)
+            twice = any((self._scratch / twin).exists() for twin in twins)
+            path.unlink()
         except OSError:
             return False  # not even this name: each one is looked at
-        finally:
-            path.unlink(missing_ok=True)
+        return kept and not twice
 
 
 def spelled(root: Path, key: str, names_in: NamesIn) -> bool:
