@@ -16,7 +16,7 @@ from app.settings.keys import KeyEntry
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """The process itself. `log_file` None = no file."""
+    """The process itself. `log_file` None = no file, `health_port` None = probes on `port` alone."""
 
     name: str
     title: str
@@ -25,6 +25,7 @@ class ServiceSettings:
     debug: bool
     host: str
     port: int
+    health_port: int | None
     log_level: str
     log_format: Literal["auto", "json", "text"]
     log_file: Path | None
