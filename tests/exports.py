@@ -22,7 +22,7 @@ Fields = Mapping[str, Any]
 def objects(store: ObjectStore, prefix: str = "telemetry/") -> list[str]:
     """The keys of all exported objects, sorted; without what lies beside the data."""
     keys = (info.key for info in store.list(prefix) if ".headwater-probe" not in info.key)
-    return sorted(key for key in keys if not key.removeprefix(prefix).startswith("_"))
+    return sorted(key for key in keys if "/_headwater/" not in key and "/_set_aside/" not in key)
 
 
 def content(store: ObjectStore, key: str) -> bytes:

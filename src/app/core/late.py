@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from app.core.errors import Conflict, Transient
-from app.core.ledger import Ledger
+from app.core.ledger import Ledger, SetAside
 from app.core.ports import Batch, Commit, Encoded, Record
 from app.core.runs import Context, Report
 from app.core.sync import NOTHING, Pipeline, Task, already_there, settle
@@ -76,7 +76,7 @@ def append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: S
         with closing(pipeline.source.read(task.partition, task.window, task.count, None)) as batch:
             late = pipeline.source.missing(batch, _rows_of(pipeline, held))
             with closing(late):
-                ledger = _account(pipeline, context, task, batch, late)
+                ledger = Ledger(pipeline.unit, late.accounts, _set_aside(pipeline, context, task, batch))
                 if late.rows == 0:
                     return _note_count(pipeline, context, task, held, Report(ledger=ledger))
                 if context.dry_run:
@@ -93,14 +93,10 @@ def append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: S
     )
 
 
-def _account(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B, late: B) -> Ledger:
-    """Values of late rows are new; what the other rows hold is there already."""
-    fields = {}
-    for name, tally in batch.accounts.items():
-        new = late.accounts[name].new if name in late.accounts else 0
-        fields[name] = replace(tally, new=new, already_there=tally.already_there + tally.new - new)
-    aside = pipeline.set_aside(task.partition, task.window, batch) if pipeline.set_aside and not context.dry_run else ()
-    return Ledger(pipeline.unit, fields, aside)
+def _set_aside(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B) -> Sequence[SetAside]:
+    if pipeline.set_aside is None or context.dry_run:
+        return ()
+    return pipeline.set_aside(task.partition, task.window, batch)
 
 
 def _rows_of(pipeline: Pipeline[B, E], parts: Sequence[Record]) -> Iterator[Any]:

@@ -6,7 +6,8 @@ nothing asks what there is, and fails when a setting is wrong.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
@@ -16,8 +17,8 @@ from app.core.ports import Commit, Count
 from app.core.runs import Context, Report
 from app.core.sync import Pipeline, Position, waiting
 from app.core.window import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import Counted, Inventory
-from app.influx_to_s3.set_aside import CLOCK_NOT_SET, NO_DEVICE_TAG, REFUSED_ID, Aside
+from app.influx_to_s3.reader import Counted, Inventory, Points
+from app.influx_to_s3.set_aside import CLOCK_NOT_SET, NO_DEVICE_TAG, REFUSED_ID, Aside, values_in
 from app.influx_to_s3.source import InfluxSource, totals
 from app.influx_to_s3.spool import RowBatch
 from app.settings import Settings
@@ -140,7 +141,7 @@ class RefusedPartition:
         if self._known.get((device, window.start)) == count.cells or context.dry_run:
             return _accounted(pipeline, count.fields, SetAside(reason, count.cells, 0, sample))
         is_known = bool(device) and self._aside.knows(device)
-        kept, read = self._aside.keep_points(reason, device, window, source.reader.rows(device, window))
+        kept, read = self._aside.keep_points(reason, device, window, _points(source, device, window, count))
         if kept.key:
             self._known[device, window.start] = count.cells
         log.debug("%r %s: %d values set aside: %s", device, window, kept.number, reason)
@@ -148,6 +149,17 @@ class RefusedPartition:
         return _accounted(
             pipeline, read, SetAside(reason, kept.number, 0 if is_known else kept.new, sample or kept.entry.sample)
         )
+
+
+def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[Points]:
+    """All points of a window; texts that are empty, which Flux's answer shows as absent, as points of their own."""
+    read: Counter[str] = Counter()
+    for block in source.reader.rows(device, window):
+        read.update(values_in(block))
+        yield block
+    for field, values in count.fields.items():
+        if read[field] < values:
+            yield from source.reader.empty_texts(device, window, field)
 
 
 def _accounted(pipeline: ExportPipeline, fields: Mapping[str, int], aside: SetAside) -> Report:

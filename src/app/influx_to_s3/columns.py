@@ -73,15 +73,18 @@ class Columns:
         key = (f"{kind} of", column.name)
         if key not in self._overflows:
             self._add([(*key, kind)])
+            widen = (
+                ""
+                if column.name in MEASURED
+                else f"; to widen the column, set EXPORT_COLUMN_TYPES={column.name}={kind}"
+            )
             log.warning(
-                "values of field %r do not fit its column %s (%s): they are written to %s; to widen the column, set "
-                "EXPORT_COLUMN_TYPES=%s=%s",
+                "values of field %r do not fit its column %s (%s): they are written to %s%s",
                 column.source,
                 column.name,
                 column.types[-1][1],
                 self._overflows[key],
-                column.name,
-                kind,
+                widen,
             )
         return self._overflows[key]
 

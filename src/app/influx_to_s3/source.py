@@ -18,6 +18,7 @@ from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
+from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
@@ -106,8 +107,18 @@ class InfluxSource:
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
-            counted += self.again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
+            counted += self._counted(partition, span, every_seconds)
         return totals(counted)
+
+    def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[Counted]:
+        """A server that limits the series of one question is asked for each device."""
+        try:
+            return self.again(lambda: list(self._reader.counts(partition, span, every_seconds)))
+        except QueryTooLarge:
+            if partition is not None:
+                raise
+            devices = ("", *self._found(span.start))
+            return [each for device in devices for each in self._counted(device, span, every_seconds)]
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
@@ -137,13 +148,23 @@ class InfluxSource:
         return replace(united_batch, accounts=batch.accounts, disagreements=batch.disagreements)
 
     def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """The rows of `batch` whose identity no held row has. Holds 8 bytes per held row."""
+        """The rows of `batch` whose identity no held row has; what it leaves out is accounted for as already there.
+
+        Holds 8 bytes per held row.
+        """
         import numpy as np
 
         columns = self._columns
         known = [identities_of(of_object(table, columns), columns) for table in held]
         identities = np.concatenate(known) if known else np.empty(0, np.uint64)
-        return self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+        rest = self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+
+        def account(name: str, tally: Tally) -> Tally:
+            new = rest.accounts[name].new if name in rest.accounts else 0
+            return replace(tally, new=new, already_there=tally.already_there + tally.new - new)
+
+        accounts = {name: account(name, tally) for name, tally in batch.accounts.items()}
+        return replace(rest, accounts=accounts, disagreements=batch.disagreements)
 
     @contextmanager
     def _spool(self, device: str) -> Iterator[Spool]:
