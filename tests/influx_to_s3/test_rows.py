@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -518,10 +519,14 @@ def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_li
     # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
     held = phases(0, number + 5, columns, value=2.0, names="23")[0]
     cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
+    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
+    batch = replace(batch, accounts={"voltage": read})
     with closing(batch), closing(influx.union(batch, cut)) as union:
+        assert union.accounts == {"voltage": read}
         found = rows_in(union.tables())
         with closing(influx.missing(batch, cut)) as missing:
             left = rows_in(missing.tables())
+            assert missing.accounts == {"voltage": replace(read, new=number, already_there=2 * number)}
         with closing(influx.spooled("D1", blocks)) as again:
             assert (again.rows, again.digest) == (batch.rows, batch.digest)
     assert len(found) == 3 * number + 2 * 5
