@@ -82,7 +82,7 @@ class Runner:
 
 @pytest.fixture
 def runner() -> Iterator[Runner]:
-    command = [sys.executable, str(TESTS / "drive_kills.py")]
+    command = [sys.executable, str(TESTS / "app_kills.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
