@@ -60,7 +60,7 @@ class AmplitudeWorld:
         aside = set_aside(folder, JOB)
         if folder == self.killed:  # lines that the source has no more were set aside while it had them
             aside &= set_aside(self.calm, JOB)
-        return delivered(folder, f"{JOB}/{SOURCE}/hours/") + aside
+        return delivered(folder, f"{JOB}/{SOURCE}/hours/", BAD_LINES) + aside
 
     def source_rows(self) -> int:
         # In an object and in the table of events.

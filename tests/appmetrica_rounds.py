@@ -61,7 +61,7 @@ class AppMetricaWorld:
         aside = set_aside(folder, JOB)
         if folder == self.killed:  # lines that the source has no more were set aside while it had them
             aside &= set_aside(self.calm, JOB)
-        return delivered(folder, f"{JOB}/events/") + aside
+        return delivered(folder, f"{JOB}/events/", BAD_LINES) + aside
 
     def source_rows(self) -> int:
         # In an object and in the table of events.

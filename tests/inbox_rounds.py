@@ -78,7 +78,8 @@ class InboxWorld:
         here = self.killed if folder == self.killed.folder else self.calm
         names, rows = parsed(here.master)
         found = Counter(f"row {sorted(zip(names, row, strict=True))}" for row in rows)
-        found.update(f"archived {path.read_text()}" for path in here.config.archive_dir.iterdir())
+        # Without its journal a file that is archived already may be merged once more, which changes nothing.
+        found.update({f"archived {path.read_text()}" for path in here.config.archive_dir.iterdir()})
         told = (REASON, BAD_ROWS)
         found.update(
             f"rejected {path.read_text()}"

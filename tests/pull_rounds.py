@@ -1,6 +1,7 @@
 """What the programs that kill the two pulls share; see `kill_rounds`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,10 +23,11 @@ def backfill(job: str, now: datetime) -> tuple[str, ...]:
     return ("backfill", job, "--from", f"{start:%Y-%m-%dT%H:%M:%SZ}", "--to", f"{end:%Y-%m-%dT%H:%M:%SZ}")
 
 
-def delivered(folder: Path, hours: str) -> Counter[str]:
-    """Lines of the objects below `hours`, and rows of the warehouse."""
+def delivered(folder: Path, hours: str, bad_lines: Sequence[bytes]) -> Counter[str]:
+    """Lines of the objects below `hours`, and rows of the warehouse. Bad lines are told of by what was set aside."""
     with landed(folder, Clock(datetime.now(UTC))) as made:
-        found = Counter(f"{key} {line!r}" for key, lines in made.lines(hours).items() for line in lines)
+        lines = ((key, line) for key, each in made.lines(hours).items() for line in each)
+        found = Counter(f"{key} {line!r}" for key, line in lines if line not in bad_lines)
         for table, rows in made.tables().items():
             found.update(f"{table} {row}" for row in rows)
     return found

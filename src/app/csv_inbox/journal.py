@@ -3,6 +3,9 @@
 Order: everything new is on the disk under temporary names, and the archive holds the input by a pending link, before
 the journal appears by an atomic rename. From then on the step has happened; what is left to do are renames that can be
 repeated. Without a journal nothing has happened, and every temporary file goes. fsync is never retried.
+
+Journal, metadata and history may be lost or restored from a backup at any time; master, archive and inbox say what is
+left to do then. Only a file that lies nowhere but in the archive's pending link stops recovery.
 """
 
 import json
@@ -16,7 +19,7 @@ from typing import Any
 from app.core.errors import Permanent
 from app.core.files import bounded_name, sync_directory, write_durably
 from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
-from app.csv_inbox.history import Load, load_of, prune, save_load
+from app.csv_inbox.history import KEPT_LOADS, Load, load_of, loads, prune, save_load
 from app.csv_inbox.identity import Identity, identity_of, md5_of, open_regular
 from app.csv_inbox.places import Places
 
@@ -69,10 +72,17 @@ def commit(places: Places, step: Step) -> None:
     write_durably(places.journal, [json.dumps(_plain(step, places.folder), indent=1).encode("ascii")])
 
 
-def carry_out(places: Places, step: Step) -> None:
-    """Do what the step says; what is done already is skipped, so it can be repeated after any crash."""
-    for each in step.renamings:
-        _rename(each)
+def carry_out(places: Places, step: Step) -> bool:
+    """Do what the step says; what is done already is skipped, so it can be repeated after any crash.
+
+    False when it was given up. Raises Permanent when neither can be done.
+    """
+    lost = [each for each in step.renamings if not _rename(each)]
+    if any(each.target == places.config.merged_file for each in lost) or _removes_a_later_master(places, step):
+        _give_up(places, step)
+        return False
+    for each in lost:
+        log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
     for path in step.removals:
         path.unlink(missing_ok=True)
     _sync({path.parent for path in (*(each.target for each in step.renamings), *step.removals)})
@@ -82,17 +92,48 @@ def carry_out(places: Places, step: Step) -> None:
     prune(places.loads, places.config.undo_keep)
     places.journal.unlink()
     sync_directory(places.folder)
+    return True
 
 
-def _rename(each: Renaming) -> None:
+def _rename(each: Renaming) -> bool:
+    """True once the target is the file of the step; False when that is gone, or was replaced since."""
     if each.temporary.exists():
         each.temporary.replace(each.target)
         log.debug("renamed %s to %s", each.temporary.name, each.target)
-    elif not each.target.exists() or each.target.stat().st_ino != each.inode:
+        return True
+    return each.target.exists() and each.target.stat().st_ino == each.inode
+
+
+def _give_up(places: Places, step: Step) -> None:
+    """End a step whose master is gone: the journal is an old one, or somebody put another master there.
+
+    An input that is in the archive was merged, one that is still in the inbox is merged again. Raises Permanent for one
+    that is in neither.
+    """
+    archiving, master = step.archiving, places.config.merged_file.name
+    if archiving and archiving.pending.exists() and not _is_merged(archiving):
         raise Permanent(
-            f"a committed step cannot be completed: {each.temporary.name} is gone, {each.target.name} is another file",
+            f"a committed step cannot be completed: {step.renamings[0].temporary.name} is gone, {master} is another file",
             "put both back as they were, or remove the merge journal beside the master if the master is right as it is",
         )
+    log.warning("the journal of %s is of an earlier master: %s stays as it is", step.load.file, master)
+    if archiving and os.path.lexists(archiving.target) and not _is_recorded(places, step.load):
+        save_load(places.loads, step.load)
+    places.journal.unlink()
+    sync_directory(places.folder)
+
+
+def _removes_a_later_master(places: Places, step: Step) -> bool:
+    """True when an undo would take away a master that is not as the merge left it that is taken back."""
+    master = places.config.merged_file
+    if master not in step.removals or not master.exists():
+        return False
+    found = master.stat()
+    return (found.st_size, found.st_mtime_ns) != (step.load.size_bytes, step.load.mtime_ns)
+
+
+def _is_recorded(places: Places, load: Load) -> bool:
+    return any(each.load_id == load.load_id for each in loads(places.loads, KEPT_LOADS))
 
 
 def _archive(each: Archiving) -> None:
@@ -145,13 +186,13 @@ def _sync(folders: Iterable[Path]) -> None:
 
 def recover(places: Places) -> Load | None:
     """Complete what was committed, remove what was not; the load that was completed. Raises Permanent, OSError."""
-    step = pending_step(places)
+    step, done = pending_step(places), False
     if step is not None:
         places.loads.mkdir(exist_ok=True)
-        carry_out(places, step)
+        done = carry_out(places, step)
     for path in places.leftovers():
         path.unlink(missing_ok=True)
-    return step.load if step else None
+    return step.load if step and done else None
 
 
 def pending_step(places: Places) -> Step | None:

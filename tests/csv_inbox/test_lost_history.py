@@ -1,0 +1,120 @@
+"""What lies beside the master is lost, or restored from a backup, at any moment of a merge: nothing stops, nothing is
+lost, nothing comes twice.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import Permanent
+from app.csv_inbox.places import Places
+from inbox_kills import child, killing
+from inbox_world import World, world
+
+OLD, NEW = "k,a\nx,1\ny,1\n", "k,a\ny,2\nz,2\n"
+BEFORE_COMMIT = 32
+MERGED = b"k,a\nx,1\ny,2\nz,2\n"
+
+
+def begun(folder: Path) -> Iterator[World]:
+    """Inboxes in which the merge of the second file was killed after its commit, before every other of its events."""
+    for event in range(BEFORE_COMMIT, 1000, 2):
+        here = world(folder / str(event))
+        here.take("old.csv", OLD)
+        here.drop("new.csv", NEW)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child(f"{here.folder} {event}"))
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            return
+        if Places(here.config).journal.exists():
+            yield here
+
+
+def check(here: World, master: bytes = MERGED) -> None:
+    assert here.master == master
+    assert here.waiting == []
+    assert not Places(here.config).journal.exists()
+    # A file that is archived already may be merged once more, which changes nothing.
+    assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {OLD, NEW}
+
+
+def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(tmp_path: Path) -> None:
+    number = 0
+    for here in begun(tmp_path):
+        number += 1
+        shutil.rmtree(Places(here.config).loads)
+        here.config.metadata_file.unlink(missing_ok=True)
+        Places(here.config).index.unlink(missing_ok=True)
+        here.run()
+        check(here)
+    assert number > 5
+
+
+def test_without_its_journal_a_merge_is_completed_or_done_again(tmp_path: Path) -> None:
+    for here in begun(tmp_path):
+        Places(here.config).journal.unlink()
+        here.run()
+        check(here)
+
+
+def test_a_journal_that_is_set_back_changes_nothing(tmp_path: Path) -> None:
+    for here in begun(tmp_path):
+        journal = Places(here.config).journal
+        old = journal.read_bytes()
+        here.run()
+        here.take("last.csv", "k,a\ny,3\n")
+        after, archived, history = here.master, here.archived, here.loads
+        journal.write_bytes(old)
+        here.run()
+        assert not journal.exists()
+        assert (here.master, here.archived, here.loads) == (after, archived, history)
+
+
+def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(tmp_path: Path) -> None:
+    outcomes = []
+    for here in begun(tmp_path):
+        before = here.folder / "before.csv"
+        before.write_text(OLD)
+        for path in here.folder.glob(".*.master.merge.tmp"):
+            path.unlink()
+        before.replace(here.config.merged_file)
+        is_held = bool(here.waiting)
+        here.run()
+        outcomes.append(is_held)
+        check(here, MERGED if is_held else OLD.encode())
+    assert True in outcomes
+
+
+def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_the_inbox(tmp_path: Path) -> None:
+    here = next(begun(tmp_path))
+    (tmp_path / "another.csv").write_text("k,a\nw,9\n")
+    (tmp_path / "another.csv").replace(here.config.watch_dir / "new.csv")
+    next(here.folder.glob(".*.master.merge.tmp")).unlink()
+    with pytest.raises(Permanent, match="a committed step cannot be completed"):
+        here.run()
+    assert here.waiting == ["new.csv"]
+
+
+def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("old.csv", OLD)
+    run_id = here.loads[0].run_id
+    journal, event = Places(here.config).journal, 0
+    while not journal.exists():
+        event += 1
+        pid = os.fork()
+        if pid == 0:
+            killing(here.folder, event)
+            here.undo(run_id)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+    old = journal.read_bytes()
+    here.run()
+    here.take("new.csv", NEW)
+    journal.write_bytes(old)
+    here.run()
+    assert here.master == NEW.encode()
