@@ -4,7 +4,7 @@ lost, nothing comes twice.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,22 +99,43 @@ def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_th
     assert here.waiting == ["new.csv"]
 
 
-def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:
-    here = world(tmp_path)
-    here.take("old.csv", OLD)
-    run_id = here.loads[0].run_id
+def journal_of(here: World, work: Callable[[], object]) -> bytes:
+    """What `work` commits, which is killed just after that."""
     journal, event = Places(here.config).journal, 0
     while not journal.exists():
         event += 1
         pid = os.fork()
         if pid == 0:
             killing(here.folder, event)
-            here.undo(run_id)
+            work()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
-    old = journal.read_bytes()
+    return journal.read_bytes()
+
+
+def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("old.csv", OLD)
+    run_id = here.loads[0].run_id
+    old = journal_of(here, lambda: here.undo(run_id))
     here.run()
     here.take("new.csv", NEW)
-    journal.write_bytes(old)
+    Places(here.config).journal.write_bytes(old)
     here.run()
     assert here.master == NEW.encode()
+
+
+def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    with here.drop("slow.csv", "k,a\nx,1\n").open("a", 1) as writer:
+        here.run()
+        writer.write("y,2\n")
+        old = journal_of(here, here.run)
+        here.run()
+        writer.write("z,2\n")
+        here.run()
+        here.take("newer.csv", "k,a\ny,3\nz,3\n")
+        Places(here.config).journal.write_bytes(old)
+        here.run()
+        here.run()
+    assert here.master == b"k,a\nx,1\ny,3\nz,3\n"

@@ -49,7 +49,7 @@ class Archiving:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Everything that is left to do once it is committed."""
+    """Everything that is left to do once it is committed. The first renaming is what it is for: without it, nothing."""
 
     renamings: Sequence[Renaming]
     removals: Sequence[Path]
@@ -77,12 +77,13 @@ def carry_out(places: Places, step: Step) -> bool:
 
     False when it was given up. Raises Permanent when neither can be done.
     """
-    lost = [each for each in step.renamings if not _rename(each)]
-    if any(each.target == places.config.merged_file for each in lost) or _removes_a_later_master(places, step):
+    first, *others = step.renamings or [None]
+    if _removes_a_later_master(places, step) or (first and not _rename(first)):
         _give_up(places, step)
         return False
-    for each in lost:
-        log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
+    for each in others:
+        if not _rename(each):
+            log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
     for path in step.removals:
         path.unlink(missing_ok=True)
     _sync({path.parent for path in (*(each.target for each in step.renamings), *step.removals)})
@@ -105,18 +106,19 @@ def _rename(each: Renaming) -> bool:
 
 
 def _give_up(places: Places, step: Step) -> None:
-    """End a step whose master is gone: the journal is an old one, or somebody put another master there.
+    """End a step whose first file is gone: the journal is an old one, or somebody put another file there.
 
     An input that is in the archive was merged, one that is still in the inbox is merged again. Raises Permanent for one
     that is in neither.
     """
-    archiving, master = step.archiving, places.config.merged_file.name
+    archiving = step.archiving
     if archiving and archiving.pending.exists() and not _is_merged(archiving):
+        new, old = step.renamings[0].temporary.name, step.renamings[0].target.name
         raise Permanent(
-            f"a committed step cannot be completed: {step.renamings[0].temporary.name} is gone, {master} is another file",
+            f"a committed step cannot be completed: {new} is gone, {old} is another file",
             "put both back as they were, or remove the merge journal beside the master if the master is right as it is",
         )
-    log.warning("the journal of %s is of an earlier master: %s stays as it is", step.load.file, master)
+    log.warning("%s: the journal does not fit what is there; the master stays as it is", step.load.file)
     if archiving and os.path.lexists(archiving.target) and not _is_recorded(places, step.load):
         save_load(places.loads, step.load)
     places.journal.unlink()
