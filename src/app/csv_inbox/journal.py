@@ -77,11 +77,10 @@ def carry_out(places: Places, step: Step) -> bool:
 
     False when it was given up. Raises Permanent when neither can be done.
     """
-    first, *others = step.renamings or [None]
-    if _removes_a_later_master(places, step) or (first and not _rename(first)):
+    if _removes_a_later_master(places, step) or not all(map(_rename, step.renamings[:1])):
         _give_up(places, step)
         return False
-    for each in others:
+    for each in step.renamings[1:]:
         if not _rename(each):
             log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
     for path in step.removals:
