@@ -160,8 +160,7 @@ class Life:
         act, pattern = self.chance.randrange(4), self.chance.choice([*self.world.remembered, ""])
         patterns = [pattern] if pattern else self.world.remembered
         if act == 0:
-            _remove(self.killed, patterns)
-            self.counts["taken_away"] += 1
+            self.counts["taken_away"] += _remove(self.killed, patterns)
         elif act == 1 and self.killed.exists():
             shutil.rmtree(backup, ignore_errors=True)
             _copy(self.killed, backup, self.world.remembered)
@@ -208,9 +207,12 @@ def _closes(answer: str) -> bool:
     return bool(document.get("ledger", {}).get("closes", True))
 
 
-def _remove(folder: Path, patterns: Sequence[str]) -> None:
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+def _remove(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether anything was there."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return bool(found)
 
 
 def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
