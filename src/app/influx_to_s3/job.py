@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from app.core.gaps import Chart
 from app.core.late import fill
 from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.ports import Checkpoints
+from app.core.ports import ALL_TAGS, Checkpoints
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, Pipeline
@@ -229,6 +229,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
             pipeline, source, context, at, live
         ),
+        outdated=lambda batch, held: held.tags != ALL_TAGS and not batch.is_plain,
     )
     return Opened(tree, now, columns, source, sink, pipeline)
 

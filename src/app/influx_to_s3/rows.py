@@ -344,39 +344,92 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
         ) from error
 
 
-def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns) -> "Iterator[pa.Table]":
-    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
-    streams = [_Ahead(iter(new)), _Ahead(iter(held))]
+def united(
+    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, *, lost_tags: bool = False
+) -> "Iterator[pa.Table]":
+    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken.
+
+    `lost_tags`: the held rows were written without their further tags, so one that has none gives way to any row of
+    `new` with its instant and documented tags.
+    """
+    streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
         if first is not None and second is not None:
-            second = lacking(second, identities_of(first, columns), columns)
+            loosely = identities_of(first, TAGS) if lost_tags else None
+            second = _not_superseded(second, identities_of(first, columns.tags), loosely, columns)
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
-def lacking(table: "pa.Table", identities: Any, columns: Columns) -> "pa.Table":
-    """The rows of `table` whose identity is not among `identities` (see `identities_of`)."""
+def _not_superseded(held: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
+    """The held rows that newer ones with these identities, or `loosely` these documented tags, do not stand for."""
     import numpy as np
     import pyarrow as pa
 
-    return table.filter(pa.array(~np.isin(identities_of(table, columns), identities)))
+    superseded = np.isin(identities_of(held, columns.tags), identities)
+    if loosely is not None:
+        superseded |= lacks_further_tags(held, columns) & np.isin(identities_of(held, TAGS), loosely)
+    return held.filter(pa.array(~superseded))
 
 
-def identities_of(table: "pa.Table", columns: Columns) -> Any:
-    """64 bits per row for timestamp and tags, a numpy array. Rows of one set of tags never share a number.
+def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
+    """For each row, true when it has no tag besides the documented ones; a numpy array."""
+    import numpy as np
+
+    lacks = np.ones(table.num_rows, bool)
+    for name in columns.tags & set(table.column_names) - set(TAGS):
+        lacks &= table.column(name).is_null().to_numpy()
+    return lacks
+
+
+def lacking(table: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
+    """The rows of `table` whose identity is not among `identities` (see `identities_of`), and not among `loosely` when
+    only the documented tags are looked at.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    known = np.isin(identities_of(table, columns.tags), identities)
+    if len(loosely):
+        known |= np.isin(identities_of(table, TAGS), loosely)
+    return table.filter(pa.array(~known))
+
+
+def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
+    """64 bits per row for timestamp and these tags, a numpy array. Rows of one set of tags never share a number.
 
     A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
     """
     import numpy as np
 
     total = np.zeros(table.num_rows, np.uint64)
-    for name in sorted(columns.tags & set(table.column_names)):
+    for name in sorted(set(tags) & set(table.column_names)):
         column = table.column(name).combine_chunks()
         bits, _ = text_bits(column)
         valid = column.is_valid().to_numpy(zero_copy_only=False)
         total += np.where(valid, mixed(bits ^ seed_of(b"identity", name)), np.uint64(0))
     return mixed(instants_of(table).view(np.uint64)) ^ mixed(total)
+
+
+def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
+    """The same ordered rows, cut so that the rows of an instant, which differ in tags, stand in one table."""
+    import numpy as np
+    import pyarrow as pa
+
+    waiting: pa.Table | None = None
+    for table in tables:
+        rest = table
+        if waiting is not None and rest.num_rows:
+            more = int(np.searchsorted(instants_of(rest), instants_of(waiting)[-1], side="right"))
+            if more:
+                waiting = pa.concat_tables([waiting, rest.slice(0, more)], promote_options="default").combine_chunks()
+                rest = rest.slice(more)
+            if rest.num_rows:
+                yield waiting
+        waiting = rest if rest.num_rows else waiting
+    if waiting is not None:
+        yield waiting
 
 
 class _Ahead:
