@@ -49,7 +49,16 @@ def build(uv: Path, git: Path, folder: Path) -> None:
     run(git, "archive", f"--output={archive}", COMMIT, folder=REPOSITORY)
     run(Path("tar"), "-xf", str(archive), "-C", str(source), folder=folder)
     run(uv, "build", "--quiet", "--wheel", "--out-dir", str(wheels), folder=source)
-    run(uv, "venv", "--quiet", "--relocatable", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", str(venv), folder=folder)
+    run(
+        uv,
+        "venv",
+        "--quiet",
+        "--relocatable",
+        "--python",
+        f"{sys.version_info[0]}.{sys.version_info[1]}",
+        str(venv),
+        folder=folder,
+    )
     [wheel] = wheels.glob("headwater-*.whl")
     requirements = str(source / "requirements.txt")
     install = ("pip", "install", "--quiet", "--python", str(venv / "bin" / "python"))

@@ -3,33 +3,23 @@
 The last version is the real one, from its wheel; it exports from a real influxd and is killed in mid-export at random.
 """
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from app.core.window import EPOCH, floor_to
-from app.influx_to_s3.job import NAME, RECONCILE
-from app.stores.local_directory import LocalDirectory
+from app.core.window import EPOCH
 from app.stores.objects import ObjectStore
-from app.stores.s3 import S3Store
 from app.stores.state import State, open_state
 from exports import objects, rows_of
 from influxdb1 import InfluxDB1
-from postgres import PostgresServer
-from seaweed import Seaweed, target
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 HOURS = 8  # of history, in shards of an hour, so that a field may change its type
@@ -93,7 +83,10 @@ class Installation:
         with (self.folder / f"{'old' if old else 'new'}.log").open("ab") as log:
             return subprocess.Popen(
                 self.command(self.old if old else Path(sys.executable), *arguments),
-                env=self.env(**environ), cwd=self.folder, stdout=log, stderr=log,
+                env=self.env(**environ),
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
             )
 
     def kill_at_random(self, chance: random.Random, *arguments: str, old: bool = False, least: float = 0.6) -> None:
@@ -122,9 +115,8 @@ class Installation:
 
     def closed(self) -> Mapping[str, str]:
         """Every object that the state says is closed, with its version."""
-        with closing(self.state()) as state:
-            with state.database.transaction(read_only=True) as session:
-                rows = session.rows("SELECT s3_key, version FROM export_windows WHERE status = 'closed'")
+        with closing(self.state()) as state, state.database.transaction(read_only=True) as session:
+            rows = session.rows("SELECT s3_key, version FROM export_windows WHERE status = 'closed'")
         return {row["s3_key"]: row["version"] for row in rows}
 
 

@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -16,15 +17,25 @@ from hypothesis import strategies as st
 from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.window import Window
-from app.influx_to_s3.columns import MEASURED, Columns
+from app.influx_to_s3.columns import MEASURED, TAGS, Columns
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united
+from app.influx_to_s3.rows import (
+    canonical,
+    identities_of,
+    lacking,
+    lacks_further_tags,
+    of_object,
+    ordered,
+    united,
+    whole_instants,
+)
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
 COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
+NO_IDENTITIES = np.empty(0, np.uint64)
 UNKNOWN = {"device_type": "unknown", "location": "unknown"}
 
 
@@ -482,8 +493,40 @@ def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column
     held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
     found = [(row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns))]
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
-    rest = lacking(new[0], identities_of(held[0], columns), columns)
+    rest = lacking(new[0], identities_of(held[0], columns.tags), NO_IDENTITIES, columns)
     assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+
+
+def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_documented_tags() -> None:
+    columns = columns_of()
+    phases = [points(0, 5, tags={"phase": phase}, voltage=[1.0, 1.0]) for phase in ("L1", "L2")]
+    elsewhere = points(0, tags={"location": "x", "phase": "L1"}, voltage=[1.0])
+    new = [in_order([*phases, elsewhere], columns)[0]]
+    held = [in_order([points(0, 3, voltage=[3.0, 3.0]), points(0, tags={"phase": "L3"}, voltage=[4.0])], columns)[0]]
+    found = rows_in(united(new, held, columns, lost_tags=True))
+    told = [(row["timestamp"], row["location"], row.get("phase"), row["voltage"]) for row in found]
+    assert told == [
+        (0, "unknown", "L1", 1.0), (0, "unknown", "L2", 1.0), (0, "unknown", "L3", 4.0), (0, "x", "L1", 1.0),
+        (3, "unknown", None, 3.0), (5, "unknown", "L1", 1.0), (5, "unknown", "L2", 1.0),
+    ]  # fmt: skip
+    loosely = identities_of(held[0], TAGS)[lacks_further_tags(held[0], columns)]
+    rest = rows_in([lacking(new[0], NO_IDENTITIES, loosely, columns)])
+    assert [(row["timestamp"], row["location"], row["phase"]) for row in rest] == [
+        (0, "x", "L1"), (5, "unknown", "L1"), (5, "unknown", "L2"),
+    ]  # fmt: skip
+
+
+def test_rows_of_one_instant_stand_in_one_table_however_they_were_cut() -> None:
+    columns = columns_of()
+    phases = [points(0, 5, 9, tags={"phase": phase}, v=[1.0] * 3) for phase in ("L1", "L2", "L3")]
+    whole = in_order(phases, columns)[0]
+    for size in range(1, 10):
+        tables = list(whole_instants(whole.slice(start, size) for start in range(0, 9, size)))
+        assert rows_in(tables) == rows_in([whole])
+        last = [table.column("timestamp")[-1].value for table in tables]
+        first = [table.column("timestamp")[0].value for table in tables]
+        assert all(end < start for end, start in zip(last, first[1:], strict=False))
+    assert list(whole_instants([whole.slice(0, 0)])) == []
 
 
 def test_no_two_tag_sets_share_an_identity() -> None:
@@ -493,7 +536,7 @@ def test_no_two_tag_sets_share_an_identity() -> None:
         {"location": "x"}, {"device_type": "x"},
     ]  # fmt: skip
     tables = [canonical(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
-    found = [identity for table in tables for identity in identities_of(table, columns).tolist()]
+    found = [identity for table in tables for identity in identities_of(table, columns.tags).tolist()]
     assert len(set(found)) == len(found) == 2 * len(sets)
 
 
@@ -555,3 +598,18 @@ def test_rows_that_are_few_but_fat_are_spilled_and_come_back_as_they_were(tmp_pa
         assert batch.reusable
         assert [table.num_rows for table in batch.tables()] == [BLOCK_ROWS] * 3
         assert [table.column("note")[0].as_py()[0] for table in batch.tables()] == ["x", "x", "y"]
+
+
+def test_blocks_that_end_inside_an_instant_are_united_and_told_apart_all_the_same(tmp_path: Path) -> None:
+    columns = columns_of()
+    phases = ("L1", "L2", "L3")
+    times = range(BLOCK_ROWS // 2)
+    blocks = [points(*times, tags={"phase": phase}, v=[1.0] * len(times)) for phase in phases]
+    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
+    with closing(spooled([in_order(blocks, columns)[0]], tmp_path, columns=columns)) as batch:
+        assert BLOCK_ROWS % len(phases)
+        with closing(influx.union(batch, batch.output())) as union:
+            assert (union.rows, union.digest) == (batch.rows, batch.digest)
+        few = [table.filter(pa.compute.equal(table["phase"], "L2")) for table in batch.output()]
+        with closing(influx.missing(batch, few)) as missing:
+            assert missing.rows == batch.rows * 2 // 3

@@ -109,6 +109,10 @@ class Columns:
         """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
         return self._overflow_kinds.get(name)
 
+    def overflow_of(self, name: str) -> Column | None:
+        """The field's column that could not hold the values of the column `name`; None when it is no overflow."""
+        return self._overflow_of.get(name)
+
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
         """Add columns of (kind, source, type) to the file before anything is written into them."""
         with self._lock:
@@ -136,11 +140,10 @@ class Columns:
         self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in self._overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
         self._by_name = {each.name: each for each in fields}
-        overflow_sources = {
-            name: self._by_name[column].source
-            for (_, column), name in self._overflows.items()
-            if column in self._by_name
+        self._overflow_of = {
+            name: self._by_name[column] for (_, column), name in self._overflows.items() if column in self._by_name
         }
+        overflow_sources = {name: column.source for name, column in self._overflow_of.items()}
         self._sources = {**{each.name: each.source for each in fields}, **overflow_sources}
         self._fields = {each.source: each for each in fields}
 

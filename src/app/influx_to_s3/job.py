@@ -29,7 +29,7 @@ from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.layout_file import LayoutFile, Tree
+from app.influx_to_s3.layout_file import LayoutFile, Tree, as_on
 from app.influx_to_s3.recovery import tree_of_data
 from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
@@ -179,8 +179,11 @@ def _reader(settings: "Settings") -> "Reader":
     return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement, influx.device_tag))
 
 
-def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
-    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
+def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, datetime], Tree] | None = None) -> Opened:
+    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
+
+    `change(tree, now)` is made to the layout before anything is read or written.
+    """
     if not parts.store.conditional:
         parts.store.probe()
     settings, export = parts.settings, parts.settings.export
@@ -188,6 +191,8 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
     tree, now = parts.layout_file.begin(
         parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
     )
+    if change is not None:
+        tree = change(tree, now) if dry_run else parts.layout_file.change(lambda tree: change(tree, now))
     columns = Columns(
         tree,
         device_tag=settings.influx.device_tag,
@@ -288,8 +293,17 @@ def _fill(
 
 
 def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
-    """Re-encode the objects of closed windows from themselves, in today's unit, names and types."""
-    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    """Re-encode the objects of closed windows from themselves, in today's unit, names and types.
+
+    The layout says so first, for whole days of which every window is due: what is written there later is then alike.
+    """
+
+    def change(tree: Tree, now: datetime) -> Tree:
+        due_at = now - timedelta(seconds=parts.settings.export.grace_seconds)
+        first, end = (span.start - datetime.resolution).date() + timedelta(days=1), min(span.end, due_at).date()
+        return as_on(tree, now.date(), first=first, end=end) if first < end else tree
+
+    opened = _open(parts, context.stop, dry_run=context.dry_run, change=change)
 
     def one(device: str, done: Done) -> None:
         rewrite(

@@ -309,18 +309,18 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
         if name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED):
             continue
         values = table.column(name)
-        if name in columns.tags or (overflow := columns.overflow_kind(name)) == TEXT:
+        if name in columns.tags:
             _put(rows, name, [("", values)])
             continue
-        if overflow:
-            _put(rows, name, [("", _parsed(name, values, overflow) if is_csv else values)])
-            continue
-        if columns.by_name(name) is None:
+        column = columns.overflow_of(name) or columns.by_name(name)
+        if column is None:
             columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
-        column = columns.by_name(name) or columns.field(name)
+            column = columns.by_name(name) or columns.field(name)
         kind = column.type_on(day)
-        fitting = _fitting(_parsed(name, values, kind) if is_csv else values, kind, partial(columns.overflow, column))
-        _put(rows, column.name, fitting)
+        if is_csv:
+            values = _parsed(name, values, columns.overflow_kind(name) or kind)
+        # What did not fit when it was written may fit the type that the column has for this day by now.
+        _put(rows, column.name, _fitting(values, kind, partial(columns.overflow, column)))
     return pa.table(rows)
 
 
