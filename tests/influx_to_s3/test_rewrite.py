@@ -73,7 +73,7 @@ def test_past_days_get_the_unit_and_the_types_of_today_and_the_same_rows(two_day
     assert signs(exporter) == {Sign.EQUAL}
     assert any("count_double" in fields for fields in before.values())
     shown = exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=True, **NEW)
-    written = exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, **NEW)
+    written = exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW)
     assert shown.report.rows == written.report.rows == len(before)
     for key in exporter.keys:
         schema = table(exporter.store, key).schema
@@ -87,13 +87,13 @@ def test_past_days_get_the_unit_and_the_types_of_today_and_the_same_rows(two_day
     }
     assert signs(exporter) == {Sign.EQUAL}
     left = versions(exporter)
-    assert exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, **NEW).report.rows == 0
+    assert exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW).report.rows == 0
     assert versions(exporter) == left
 
 
 def test_what_comes_late_is_written_like_the_day_that_was_rewritten(two_days_later: Exporter) -> None:
     exporter = two_days_later
-    exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, **NEW)
+    exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW)
     exporter.write(NOON + HOUR + 7 * MINUTE, "D2", "count=0.25")
     assert exporter.reconcile(**NEW).report.late_rows == 1
     *_, late = [key for key in exporter.keys if "D2" in key and "export_1300" in key]
@@ -105,7 +105,7 @@ def test_what_comes_late_is_written_like_the_day_that_was_rewritten(two_days_lat
 def test_a_rewrite_of_a_part_of_a_day_leaves_its_unit_and_types(two_days_later: Exporter) -> None:
     exporter = two_days_later
     before, layout = versions(exporter), exporter.layout
-    assert exporter.rewrite(MIDNIGHT + HOUR, MIDNIGHT + DAY, **NEW).report.rows == 0
+    assert exporter.rewrite(MIDNIGHT + HOUR, MIDNIGHT + DAY, dry_run=False, **NEW).report.rows == 0
     assert (versions(exporter), exporter.layout) == (before, layout)
 
 
@@ -125,7 +125,7 @@ def test_a_rewrite_that_dies_at_any_write_goes_on_where_it_stopped(two_days_late
         exporter.store.before_put = die
         before = versions(exporter)
         with suppress(Killed):
-            exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, **NEW, EXPORT_CONCURRENCY="1")
+            exporter.rewrite(MIDNIGHT, MIDNIGHT + DAY, dry_run=False, **NEW, EXPORT_CONCURRENCY="1")
         changed = sum(before[key] != version for key, version in versions(exporter).items())
         exporter.store.before_put = lambda _key: None
         if not changed:

@@ -14,12 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.errors import Permanent
 from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.window import Window
 from app.influx_to_s3.columns import MEASURED, TAGS, Columns
+from app.influx_to_s3.layout_file import EVER, INTEGER, Column
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.rows import (
+    as_now_typed,
     canonical,
     identities_of,
     lacking,
@@ -32,6 +35,7 @@ from app.influx_to_s3.rows import (
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.stores.parquet import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
 COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
@@ -481,6 +485,30 @@ def test_a_column_that_only_objects_of_an_older_version_have_keeps_its_name() ->
     back = of_object(rows(0, old=[1.5], hour_field=[3]), columns)
     assert rows_in([back]) == [{"timestamp": 0, **UNKNOWN, "old": 1.5, "hour_field": 3}]
     assert rows_in([canonical(points(0, old=[2.5]), columns)]) == [{"timestamp": 0, **UNKNOWN, "old": 2.5}]
+
+
+def test_what_a_csv_object_of_an_older_version_holds_is_guessed_and_never_refused() -> None:
+    columns = columns_of(Column("count", "field", "count", ((EVER, INTEGER),)))
+    texts = ["5", "-0.5", "007", "broken", "true", None]
+    older = rows(*range(6), count=texts).replace_schema_metadata({**CSV_ROWS, **LOST_TAGS})
+    found = rows_in([of_object(older, columns)])
+    names = ("count", "count_double", "count_text")
+    assert [[row.get(name) for name in names if row.get(name) is not None] for row in found] == [
+        [5], [-0.5], ["007"], ["broken"], ["true"], [],
+    ]  # fmt: skip
+    with pytest.raises(Permanent, match="holds text where integer is expected"):
+        of_object(older.replace_schema_metadata(CSV_ROWS), columns)
+
+
+def test_an_object_of_an_older_version_is_compared_in_the_types_that_its_columns_have_now() -> None:
+    columns = columns_of(Column("count", "field", "count", ((EVER, INTEGER),)))
+    older = rows(0, 1, count=[5.0, 0.5], hour=[12, 12]).replace_schema_metadata(LOST_TAGS)
+    assert rows_in([as_now_typed(older, columns)]) == [
+        {"timestamp": 0, **UNKNOWN, "count": 5, "hour": 12},
+        {"timestamp": 1, **UNKNOWN, "count_double": 0.5, "hour": 12},
+    ]  # fmt: skip
+    newer = older.replace_schema_metadata(None)
+    assert as_now_typed(newer, columns) is newer
 
 
 def test_a_union_of_nothing_is_nothing() -> None:

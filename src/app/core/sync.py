@@ -228,13 +228,20 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dic
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), left.get(window.start, NOTHING)
-        if _is_settled(record, count):
+        if _is_settled(record, count) and not _is_of_older_version(pipeline, record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
         else:
             done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
         left.pop(window.start, None)
     left.clear()  # what is before the cursor was closed earlier
+
+
+def _is_of_older_version(pipeline: Pipeline[B, E], record: Record | None, count: Count) -> bool:
+    """True for an open object that an older version wrote, perhaps without what tells its rows apart: read it once."""
+    if pipeline.outdated is None or record is None or count == NOTHING:
+        return False
+    return not (record.closed or record.fields)
 
 
 def _is_settled(record: Record | None, count: Count) -> bool:

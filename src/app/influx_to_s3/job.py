@@ -141,7 +141,7 @@ def build(
     def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, parts.clock)
+        return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
 
     return Export(
         jobs,

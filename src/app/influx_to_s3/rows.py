@@ -17,7 +17,7 @@ from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, U
 from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.set_aside import Disagreement
-from app.stores.parquet import CSV_ROWS
+from app.stores.parquet import CSV_ROWS, lost_tags_in
 from app.stores.row_sums import mixed, seed_of, text_bits
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 IGNORED = "\0"  # before the name of an ignored tag, while rows are put in order; no name at a source begins with it
 GROUP = "\0\0group"
 DAY_NS = 86_400_000_000_000
+GUESSES = (
+    (INTEGER, r"^-?(0|[1-9]\d{0,17})$"),
+    (DOUBLE, r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"),
+    (BOOLEAN, "^(true|false)$"),
+)
 EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
@@ -295,7 +300,8 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
 
     Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
-    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so.
+    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so, unless
+    an older version wrote it, whose columns had another type in each object.
     """
     import pyarrow as pa
 
@@ -317,10 +323,14 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
             columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
             column = columns.by_name(name) or columns.field(name)
         kind = column.type_on(day)
-        if is_csv:
-            values = _parsed(name, values, columns.overflow_kind(name) or kind)
+        parts = [values]
+        if is_csv and lost_tags_in(table):
+            parts = list(_guessed(values, kind))
+        elif is_csv:
+            parts = [_parsed(name, values, columns.overflow_kind(name) or kind)]
         # What did not fit when it was written may fit the type that the column has for this day by now.
-        _put(rows, column.name, _fitting(values, kind, partial(columns.overflow, column)))
+        for part in parts:
+            _put(rows, column.name, _fitting(part, kind, partial(columns.overflow, column)))
     return pa.table(rows)
 
 
@@ -335,6 +345,34 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
             f"column {name!r} of a CSV object holds text where {kind} is expected: {str(error)[:100]}",
             f"set EXPORT_COLUMN_TYPES={name}=text, or restore an earlier version of the object",
         ) from error
+
+
+def as_now_typed(table: "pa.Table", columns: Columns) -> "pa.Table":
+    """An object of an older version as it would be written now; what was computed stays as it is. Any other as it is.
+
+    Older versions gave a column another type in each object.
+    """
+    if not lost_tags_in(table):
+        return table
+    rows = of_object(table, columns)
+    for name in (DEVICE, *COMPUTED):
+        if name in table.column_names:
+            rows = rows.append_column(name, table.column(name))
+    return rows
+
+
+def _guessed(values: Any, kind: str) -> Iterator[Any]:
+    """Text of a CSV object as `kind`; what it cannot be as a number or truth value, and else as text."""
+    import pyarrow.compute as pc
+
+    rest = values
+    for each, pattern in GUESSES if kind != TEXT else ():
+        fits = pc.fill_null(pc.match_substring_regex(rest, pattern), False)  # noqa: FBT003 - Arrow's own signature
+        if pc.any(fits).as_py():
+            yield pc.if_else(fits, rest, None).cast(arrow_type(each))
+            rest = pc.if_else(fits, None, rest)
+    if rest.null_count < len(rest) or kind == TEXT:
+        yield rest
 
 
 def united(
