@@ -4,10 +4,10 @@ Kept in HEADWATER_LAST_VERSION, else below ~/.cache, so that only the first run 
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,9 @@ def last_version() -> Path:
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER.parent) as made:
         build(uv, git, Path(made))
-        # Whole or not at all: another process may have built it meanwhile, which serves as well.
-        if not FOLDER.exists():
-            shutil.move(Path(made) / "venv", FOLDER)
+        with suppress(OSError):  # another process was quicker, which serves as well
+            (Path(made) / "venv").rename(FOLDER)
+    assert python.exists()
     return python
 
 
