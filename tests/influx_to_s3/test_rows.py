@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -544,17 +545,55 @@ def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_do
     ]  # fmt: skip
 
 
-def test_rows_of_one_instant_stand_in_one_table_however_they_were_cut() -> None:
+@given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[int], sizes: list[int]) -> None:
+    table = rows(*sorted(instants), n=pa.array(range(len(instants)), pa.int64()))
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(table.slice(at, size))
+        at += size
+    whole = list(whole_instants([*pieces, table.slice(at)]))
+    seen = [{row["timestamp"] for row in rows_in([one])} for one in whole]
+    assert all(one for one in seen)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+    assert rows_in(whole) == rows_in([table])
+
+
+def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
+    """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
+    instants = range(first, last)
+    blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
+    return [in_order(blocks, columns)[0]]
+
+
+def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_like_others(tmp_path: Path) -> None:
     columns = columns_of()
-    phases = [points(0, 5, 9, tags={"phase": phase}, v=[1.0] * 3) for phase in ("L1", "L2", "L3")]
-    whole = in_order(phases, columns)[0]
-    for size in range(1, 10):
-        tables = list(whole_instants(whole.slice(start, size) for start in range(0, 9, size)))
-        assert rows_in(tables) == rows_in([whole])
-        last = [table.column("timestamp")[-1].value for table in tables]
-        first = [table.column("timestamp")[0].value for table in tables]
-        assert all(end < start for end, start in zip(last, first[1:], strict=False))
-    assert list(whole_instants([whole.slice(0, 0)])) == []
+    number = BLOCK_ROWS // 2
+    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
+    batch = influx.spooled("D1", phases(0, number, columns))
+    blocks = list(batch.tables())
+    assert blocks[0].column("timestamp")[-1] == blocks[1].column("timestamp")[0]
+    # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
+    held = phases(0, number + 5, columns, value=2.0, names="23")[0]
+    cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
+    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
+    batch = replace(batch, accounts={"voltage": read})
+    with closing(batch), closing(influx.union(batch, cut)) as union:
+        assert union.accounts == {"voltage": read}
+        found = rows_in(union.tables())
+        with closing(influx.missing(batch, cut)) as missing:
+            left = rows_in(missing.tables())
+            assert missing.accounts == {"voltage": replace(read, new=number, already_there=2 * number)}
+        with closing(influx.spooled("D1", blocks)) as again:
+            assert (again.rows, again.digest) == (batch.rows, batch.digest)
+    assert len(found) == 3 * number + 2 * 5
+    assert {(row["timestamp"], row["phase"]) for row in found} == {
+        *((at, f"L{name}") for at in range(number) for name in "123"),
+        *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
+    }
+    assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
+    assert [(row["timestamp"], row["phase"]) for row in left] == [(at, "L1") for at in range(number)]
 
 
 def test_no_two_tag_sets_share_an_identity() -> None:
@@ -626,18 +665,3 @@ def test_rows_that_are_few_but_fat_are_spilled_and_come_back_as_they_were(tmp_pa
         assert batch.reusable
         assert [table.num_rows for table in batch.tables()] == [BLOCK_ROWS] * 3
         assert [table.column("note")[0].as_py()[0] for table in batch.tables()] == ["x", "x", "y"]
-
-
-def test_blocks_that_end_inside_an_instant_are_united_and_told_apart_all_the_same(tmp_path: Path) -> None:
-    columns = columns_of()
-    phases = ("L1", "L2", "L3")
-    times = range(BLOCK_ROWS // 2)
-    blocks = [points(*times, tags={"phase": phase}, v=[1.0] * len(times)) for phase in phases]
-    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
-    with closing(spooled([in_order(blocks, columns)[0]], tmp_path, columns=columns)) as batch:
-        assert BLOCK_ROWS % len(phases)
-        with closing(influx.union(batch, batch.output())) as union:
-            assert (union.rows, union.digest) == (batch.rows, batch.digest)
-        few = [table.filter(pa.compute.equal(table["phase"], "L2")) for table in batch.output()]
-        with closing(influx.missing(batch, few)) as missing:
-            assert missing.rows == batch.rows * 2 // 3

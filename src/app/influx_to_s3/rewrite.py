@@ -20,7 +20,7 @@ from app.core.sync import Done
 from app.core.window import DAY_SECONDS, Age, Window, age_of, windows_between
 from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.recovery import KEY
-from app.influx_to_s3.rows import of_object, ordered, whole_instants
+from app.influx_to_s3.rows import of_object, ordered
 from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
 from app.stores.parquet import held_of
@@ -67,7 +67,7 @@ def rewrite(
             if there is None or there.etag != info.etag:
                 raise Conflict(f"{info.key}: changed while it was rewritten", "run the rewrite again")
             rows = (of_object(table, columns) for table in sink.read(info.key, info.etag) if table.num_rows)
-            spooled = source.spooled(device, (ordered([table], columns)[0] for table in whole_instants(rows)))
+            spooled = source.spooled(device, (ordered([table], columns)[0] for table in rows))
             # What lost tags once has lost them still.
             with closing(replace(spooled, has_all_tags=held_of(there).tags == ALL_TAGS)) as batch:
                 done(

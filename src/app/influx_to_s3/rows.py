@@ -393,6 +393,29 @@ def united(
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
+def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
+    """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
+    import numpy as np
+    import pyarrow as pa
+
+    rest: list[pa.Table] = []
+    for table in tables:
+        if table.num_rows == 0:
+            continue
+        instants = instants_of(table)
+        last = int(np.searchsorted(instants, instants[-1], side="left"))
+        if last:
+            yield pa.concat_tables([*rest, table.slice(0, last)], promote_options="default")
+            rest = [table.slice(last)]
+        elif rest and instants_of(rest[0])[0] != instants[0]:
+            yield pa.concat_tables(rest, promote_options="default")
+            rest = [table]
+        else:
+            rest.append(table)
+    if rest:
+        yield pa.concat_tables(rest, promote_options="default")
+
+
 def _not_superseded(held: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
     """The held rows that newer ones with these identities, or `loosely` these documented tags, do not stand for."""
     import numpy as np
@@ -441,26 +464,6 @@ def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
         valid = column.is_valid().to_numpy(zero_copy_only=False)
         total += np.where(valid, mixed(bits ^ seed_of(b"identity", name)), np.uint64(0))
     return mixed(instants_of(table).view(np.uint64)) ^ mixed(total)
-
-
-def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
-    """The same ordered rows, cut so that the rows of an instant, which differ in tags, stand in one table."""
-    import numpy as np
-    import pyarrow as pa
-
-    waiting: pa.Table | None = None
-    for table in tables:
-        rest = table
-        if waiting is not None and rest.num_rows:
-            more = int(np.searchsorted(instants_of(rest), instants_of(waiting)[-1], side="right"))
-            if more:
-                waiting = pa.concat_tables([waiting, rest.slice(0, more)], promote_options="default").combine_chunks()
-                rest = rest.slice(more)
-            if rest.num_rows:
-                yield waiting
-        waiting = rest if rest.num_rows else waiting
-    if waiting is not None:
-        yield waiting
 
 
 class _Ahead:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from app.core.ledger import Tally
 from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import instant_of, instants_of, whole_instants
+from app.influx_to_s3.rows import instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ class RowBatch:
         return (enrich(table, self.device, schema) for table in self.tables())
 
     def tables(self) -> "Iterator[pa.Table]":
-        """The rows in order, in tables of about a block, all with `schema`; none ends inside an instant."""
+        """The rows in order, block by block, all with `schema`."""
         import pyarrow as pa
 
-        for block in whole_instants(self._spooled_blocks() if self.spooled else self.blocks):
+        for block in self._spooled_blocks() if self.spooled else self.blocks:
             if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
                 yield block.select(self.schema.names)
                 continue
