@@ -157,7 +157,7 @@ def exporter(tmp_path: Path) -> Iterator[Exporter]:
 def exporter_on(
     store: ObjectStore, folder: Path, prefix: str = "telemetry", shard: timedelta = timedelta(days=7)
 ) -> Iterator[Exporter]:
-    """An exporter whose state and spool are in `folder`, and whose objects are below `prefix`. `shard`: the source's."""
+    """An exporter with state and spool in `folder` and objects below `prefix`. `shard`: the source's duration."""
     clock: list[Exporter] = []
     with ExitStack() as stack:
         influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now), shard_ns=ns(EPOCH + shard)))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,10 +139,10 @@ def in_set_aside(exporter: Exporter, ignored: tuple[str, ...]) -> Iterator[Cell]
 
 @contextmanager
 def exporting(api: str, influxdb1: InfluxDB1, lines: str) -> Iterator[tuple[Exporter, dict[str, str]]]:
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        made = exporter_on(LocalDirectory(folder / "objects"), folder, shard=timedelta(days=1))
-        exporter = next(made)
+        make = contextmanager(exporter_on)
+        exporter = stack.enter_context(make(LocalDirectory(folder / "objects"), folder, shard=timedelta(days=1)))
         environ = {"EXPORT_START": f"{START:%Y-%m-%dT%H:%M:%SZ}"}
         if api == "influxql":
             database = influxdb1.new_database("WITH SHARD DURATION 1d")
@@ -150,10 +150,7 @@ def exporting(api: str, influxdb1: InfluxDB1, lines: str) -> Iterator[tuple[Expo
             environ |= {"INFLUXDB_API": api, "INFLUXDB_URL": influxdb1.url, "INFLUXDB_DATABASE": database}
         else:
             exporter.influx.write(lines)
-        try:
-            yield exporter, environ
-        finally:
-            made.close()
+        yield exporter, environ
 
 
 def check(api: str, influxdb1: InfluxDB1, some: Mapping[tuple[Tags, int], Mapping[str, Any]], ignored: str) -> None:

@@ -237,7 +237,9 @@ def isolated(
         return sum(parts, Report())
 
     def wait(partition: str) -> Report:
-        return Report(failures=(how.backoff.last_failure(partition),)) + left(partition)
+        report = left(partition)
+        failures = (how.backoff.last_failure(partition), *report.failures)
+        return replace(report, failures=failures, ledger=report.ledger.of_partition(partition))
 
     well, again, still = how.backoff.turns(partitions, how.now)
     with ThreadPoolExecutor(how.concurrency, thread_name_prefix=pipeline.name) as pool:

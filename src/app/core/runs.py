@@ -209,6 +209,7 @@ class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
+    `busy_seconds`: how long a command waits while another process runs the job.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Job:
     off: str = ""
     exits: Exits = Exits()
     unit: str = "window"
+    busy_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

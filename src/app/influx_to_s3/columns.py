@@ -117,7 +117,8 @@ class Columns:
                 columns: list[Column] = []
                 for kind, source, type_ in new:
                     name = named(kind, source, {*OURS, *(each.name for each in (*tree.columns, *columns))})
-                    columns.append(Column(name, kind, source, ((EVER, self._types.get(name, type_)),)))
+                    wanted = self._types.get(name, type_) if kind == "field" else type_
+                    columns.append(Column(name, kind, source, ((EVER, wanted),)))
                 return added(tree, columns)
 
             self._take(self._file.change(change) if self._file else change(self._tree))

@@ -121,7 +121,6 @@ def build(
             starts=checkpoints.starts(NAME).values(),
             wanted=_wanted(settings, None),
             first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
-            now=now,
         )
 
     parts = Parts(

@@ -71,10 +71,10 @@ class Tree:
             yield from windows_between(since, min(until, end), layout.window_seconds)
 
 
-def first_tree(wanted: Layout, first_start_at: datetime, now: datetime) -> Tree:
-    """The tree of a new installation, which begins on the grid."""
+def first_tree(wanted: Layout, first_start_at: datetime) -> Tree:
+    """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
     layout = replace(wanted, effective_at=EPOCH)
-    return Tree(floor_to(first_start_at, layout.window_seconds), now.date(), (layout,))
+    return Tree(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
 
 
 def sealed(tree: Tree, day: date) -> Tree:
@@ -132,20 +132,18 @@ class LayoutFile:
         A day is sealed by the store's own clock at the earliest: a host whose clock is ahead waits, so that one wrong
         clock cannot seal a year. A dry run changes nothing.
         """
-        found = self._read()
-        tree = found[0] if found else self._make(now)
         today = now.date()
 
-        def change(tree: Tree) -> Tree:
-            return with_types(with_layout(tree, wanted(tree), today), types, today)
+        def changed(tree: Tree, day: date) -> Tree:
+            return sealed(with_types(with_layout(tree, wanted(tree), day), types, day), day)
 
+        found = self._read()
         if dry_run:
-            return sealed(change(tree), today), now
-        if found is None:
-            tree = self._create(tree)
-        if today > tree.sealed_day or change(tree) != tree:
-            day = min(today, self._store_day()) if today > tree.sealed_day else tree.sealed_day
-            tree = self.change(lambda each: sealed(change(each), day))
+            return changed(found[0] if found else self._make(now), today), now
+        tree = found[0] if found else self._create(now)
+        day = min(today, self._store_day()) if today > tree.sealed_day else tree.sealed_day
+        if changed(tree, day) != tree:
+            tree = self.change(lambda each: changed(each, day))
         return tree, min(now, _midnight(tree.sealed_day + timedelta(days=1)))
 
     def change(self, change: Callable[[Tree], Tree]) -> Tree:
@@ -167,8 +165,12 @@ class LayoutFile:
             f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
         )
 
-    def _create(self, tree: Tree) -> Tree:
-        """The first tree, unless another process was quicker."""
+    def _create(self, now: datetime) -> Tree:
+        """The first tree, unless another process was quicker.
+
+        The first start is counted from the store's clock where the host's is ahead: rows before it are never exported.
+        """
+        tree = self._make(now)
         try:
             self._put(tree, "")
         except Conflict:
@@ -176,7 +178,11 @@ class LayoutFile:
             if found is None:
                 raise
             return found[0]
-        return tree
+        latest_at = _midnight(self._store_day() + timedelta(days=1))
+        if now <= latest_at:
+            return tree
+        first_start_at = min(tree.first_start_at, self._make(latest_at).first_start_at)
+        return self.change(lambda each: replace(each, first_start_at=first_start_at))
 
     def _store_day(self) -> date:
         """Today as the store's clock says, told by a write of what is there anyway."""
@@ -188,15 +194,22 @@ class LayoutFile:
         return info.modified_at.astimezone(UTC).date() if info else EVER
 
     def _read(self) -> tuple[Tree, str] | None:
-        info = self._store.head(self.key)
-        if info is None:
-            return None
-        with self._store.open(self.key, info.etag) as body:
-            if body is None:
-                raise Transient(f"{self.key} is gone", "no action needed; it is retried")
-            text = body.read()
+        for _ in range(CONFLICTS):
+            info = self._store.head(self.key)
+            if info is None:
+                return None
+            try:
+                with self._store.open(self.key, info.etag) as body:
+                    text = body.read() if body else None
+            except Conflict:
+                continue  # replaced between the two questions
+            if text is not None:
+                return self._parsed(text), info.etag
+        raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
+
+    def _parsed(self, text: bytes) -> Tree:
         try:
-            return from_json(json.loads(text)), info.etag
+            return from_json(json.loads(text))
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise Permanent(
                 f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
@@ -245,7 +258,7 @@ def from_json(document: Mapping[str, Any]) -> Tree:
         raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
     layouts = tuple(
         Layout(
-            datetime.fromisoformat(each["from"]),
+            _instant(each["from"]),
             int(each["window_seconds"]),
             str(each["format"]),
             str(each["date_format"]),
@@ -256,11 +269,18 @@ def from_json(document: Mapping[str, Any]) -> Tree:
     if not layouts:
         raise ValueError("it holds no layout")
     return Tree(
-        datetime.fromisoformat(document["first_start"]),
+        _instant(document["first_start"]),
         date.fromisoformat(document["sealed_day"]),
         layouts,
         tuple(map(_column, document["columns"])),
     )
+
+
+def _instant(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.utcoffset() != timedelta(0):
+        raise ValueError(f"{text!r} is not a UTC instant: it must end with Z")
+    return at
 
 
 def _column(each: Mapping[str, Any]) -> Column:

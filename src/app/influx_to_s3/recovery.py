@@ -45,7 +45,6 @@ def tree_of_data(
     starts: Iterable[datetime],
     wanted: Layout,
     first_start_at: datetime,
-    now: datetime,
 ) -> Tree:
     """The tree as the data show it, or a new one when there are none.
 
@@ -53,7 +52,7 @@ def tree_of_data(
     """
     seen = _look(store, prefix, wanted.date_format)
     if seen.oldest_at is None:
-        tree = first_tree(wanted, min([first_start_at, *starts]), now)
+        tree = first_tree(wanted, min([first_start_at, *starts]))
         return replace(
             tree, layouts=tuple(replace(each, timestamp_unit=wanted.timestamp_unit) for each in kept) or tree.layouts
         )
@@ -72,7 +71,7 @@ def tree_of_data(
     )
     return Tree(
         first_start_at=first,
-        sealed_day=max(now.date(), *seen.days),
+        sealed_day=max(seen.days),
         layouts=tuple(replace(each, timestamp_unit=unit) for each in layouts),
         columns=columns_of(schemas),
     )

@@ -128,25 +128,18 @@ def _held(values: Any, kind: str) -> Any:
     target = arrow_type(kind)
     if values.type == target:
         return values
-    whole = pa.types.is_integer(values.type)
-    if kind == DOUBLE and whole:
-        exact = pc.and_(pc.less_equal(values, EXACT), pc.greater_equal(values, 0 if _unsigned(values) else -EXACT))
-        return pc.if_else(exact, values, None).cast(target)
-    if kind in (INTEGER, UNSIGNED) and whole:
-        low, high = (0, (1 << 63) - 1)
-        exact = (
-            pc.less_equal(values, pa.scalar(high, values.type)) if _unsigned(values) else pc.greater_equal(values, low)
+    whole, unsigned = pa.types.is_integer(values.type), pa.types.is_unsigned_integer(values.type)
+    low, high = (-EXACT, EXACT) if kind == DOUBLE else (0, (1 << 63) - 1)
+    if whole and kind in (DOUBLE, INTEGER, UNSIGNED):
+        # Bounds of the values' own type: Arrow compares unsigned with plain Python integers as signed ones.
+        exact = pc.and_(
+            pc.less_equal(values, pa.scalar(high, values.type)),
+            pc.greater_equal(values, pa.scalar(max(low, 0) if unsigned else low, values.type)),
         )
-        return pc.if_else(exact, values, None).cast(target)
+        return pc.if_else(exact, values, pa.scalar(None, values.type)).cast(target)
     if kind in (INTEGER, UNSIGNED) and pa.types.is_floating(values.type):
         return _whole_numbers(values, target)
     return pa.nulls(len(values), target)
-
-
-def _unsigned(values: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_unsigned_integer(values.type))
 
 
 def _whole_numbers(values: Any, target: Any) -> Any:

@@ -40,8 +40,13 @@ def line(measurement: str, tags: Mapping[str, str], fields: Mapping[str, Any], i
     series = "".join(
         f",{name.translate(NAME_ESCAPES)}={text.translate(NAME_ESCAPES)}" for name, text in sorted(tags.items())
     )
-    values = ",".join(f"{name.translate(NAME_ESCAPES)}={_value(value)}" for name, value in sorted(fields.items()))
+    values = ",".join(f"{_field_key(name)}={_value(value)}" for name, value in sorted(fields.items()))
     return f"{measurement.translate(MEASUREMENT_ESCAPES)}{series} {values} {instant_ns}"
+
+
+def _field_key(name: str) -> str:
+    r"""In a field's key InfluxDB reads `\"` as `"` alone, unlike in a tag."""
+    return name.translate(NAME_ESCAPES).replace('\\"', '\\\\"')
 
 
 def _value(value: Any) -> str:

@@ -7,6 +7,7 @@ safe point; results go to stdout, faults to stderr as one line with the next ste
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from app.ops.service import Headwater
 from app.ops.shapes import failures_shown
 
 OK, FAILED = 0, 1
+LEASE_POLL_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
 
@@ -170,12 +172,22 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
     """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
     total = Report()
     while True:
-        run = execute(job, desk, stop, tally, dry_run=dry_run)
+        run = _waited_for(job, desk, stop, tally, dry_run=dry_run)
         if run is None:
             return None, total
         total += replace(run.report, more=False)
         if dry_run or not run.report.more or run.outcome is not Outcome.OK:
             return run, total
+
+
+def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> Run | None:
+    """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`."""
+    give_up_at = time.monotonic() + job.busy_seconds
+    while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:
+        if stop.asked or time.monotonic() >= give_up_at:
+            return None
+        time.sleep(LEASE_POLL_SECONDS)
+    return run
 
 
 def _document(last: Run, total: Report, how: How) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from app.settings.keys import KeyEntry
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """The process itself. `log_file` None = no file."""
+    """The process itself. `log_file` None = no file, `health_port` None = probes on `port` alone."""
 
     name: str
     title: str
@@ -25,6 +25,7 @@ class ServiceSettings:
     debug: bool
     host: str
     port: int
+    health_port: int | None
     log_level: str
     log_format: Literal["auto", "json", "text"]
     log_file: Path | None
@@ -147,7 +148,7 @@ class DynamoSettings:
     secret_access_key: SecretStr | None
     session_token: SecretStr | None
     timestamp_attribute: str
-    timestamp_unit: Literal["s", "ms", "us"]
+    timestamp_unit: Literal["auto", "s", "ms", "us"]
     partition_values: tuple[str, ...]
     scan_max_bytes: int
 
@@ -215,6 +216,7 @@ class AppMetricaSettings:
     timezone: str
     interval_seconds: int
     lookback_days: int
+    recount_days: int
 
 
 @dataclass(frozen=True, slots=True)

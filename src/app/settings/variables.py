@@ -30,6 +30,14 @@ SERVICE = _of(
     ("debug", "DEBUG", kinds.FLAG, "false", "log at level DEBUG, whatever LOG_LEVEL says"),
     ("host", "HOST", kinds.HOST, "127.0.0.1", "address to listen on; one that others can reach needs API_KEYS"),
     ("port", "PORT", kinds.whole(1, 65_535), "8080", "port to listen on; platforms such as Railway set it"),
+    (
+        "health_port",
+        "HEALTH_PORT",
+        kinds.whole(1, 65_535),
+        "",
+        "second port that answers /health and /ready alone; PORT answers them too, before any limit",
+        "none",
+    ),
     ("log_level", "LOG_LEVEL LOGGING_LEVEL", kinds.LOG_LEVEL, "INFO", "least level that is logged"),
     (
         "log_format",
@@ -339,9 +347,9 @@ DYNAMO = _of(
     (
         "timestamp_unit",
         "DYNAMODB_TIMESTAMP_UNIT",
-        kinds.one_of("s", "ms", "us"),
-        "s",
-        "unit of that attribute where it is a number",
+        kinds.one_of("auto", "s", "ms", "us"),
+        "auto",
+        "unit of that attribute where it is a number; auto tells it from the size of each number",
     ),
     (
         "partition_values",

@@ -167,6 +167,8 @@ def check_device(device: str) -> None:
     problem = ""
     if not device or "/" in device or ".." in device:
         problem = "is empty or holds '/' or '..'"
+    elif "\\" in device:
+        problem = "holds a backslash, which some stores take for a slash"
     elif not CONTROL.isdisjoint(device):
         problem = "holds a control character"
     elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:

@@ -1,9 +1,11 @@
 """SQLite as a `Database`: the embedded store of one machine.
 
 Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
-that is killed at any instruction leaves a database that opens again with every committed transaction.
+that is killed at any instruction leaves a database that opens again with every committed transaction; its files are for
+their owner alone.
 """
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,8 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
+BESIDE = ("-wal", "-shm", "-journal")
+OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
@@ -163,6 +167,8 @@ def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
     with ExitStack() as undo:
         undo.callback(connection.close)
+        connection.execute("PRAGMA schema_version")  # makes the file
+        _keep_to_owner(path)
         _use_wal(connection, busy_seconds)
         # NORMAL with WAL: a power cut may undo the last commits but never tears the file. An undone commit only repeats
         # an idempotent write, so a flush of the disk per commit buys nothing here.
@@ -170,6 +176,19 @@ def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
         connection.execute("PRAGMA foreign_keys = ON")
         undo.pop_all()
     return connection
+
+
+def _keep_to_owner(path: Path) -> None:
+    """0600 for a file of ours and, when it is from an earlier version, those that SQLite keeps beside it; new ones have
+    the mode of the file. By name: to open and close the file here would give up the locks of other connections.
+    """
+    for name in (path, *(path.with_name(path.name + suffix) for suffix in BESIDE)):
+        try:
+            found = name.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & OTHERS:
+                name.chmod(OWNER_ONLY)
+        except FileNotFoundError:
+            pass  # SQLite has none, or has just removed it
 
 
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
