@@ -41,13 +41,16 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
         kinds.setdefault(name, []).append(kind_of(values.type))
     columns.see(points.tags, {name: type_of(some) for name, some in kinds.items()})
     day = day_of(times_of(points.times))
-    table = {TIMESTAMP: points.times, **{name: _constant(UNKNOWN, len(points.times)) for name in TAGS}}
+    table = {TIMESTAMP: points.times}
     for tag, texts in points.tags.items():
         if tag in columns.ignored:
             table[IGNORED + tag] = texts
         else:
             name = columns.tag(tag)
             table[name] = texts.fill_null(UNKNOWN) if name in TAGS and texts.null_count else texts
+    for name in TAGS:
+        if name not in table:
+            table[name] = _constant(UNKNOWN, len(points.times))
     for field, values in points.fields:
         column = columns.field(field)
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
