@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.core.runs import LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
@@ -117,11 +117,15 @@ class Exporter:
         return self.well(RECONCILE, **environ)
 
     def backfill(self, start: datetime, end: datetime, **environ: str) -> Run:
-        from app.core.runs import Job
-
         export = self.built or self.export(**environ)
-        job = Job(NAME, 60, lambda context: export.backfill(context, Window(start, end)))
-        run = execute(job, self._desk(), Stop(), Silent())
+        return self._past(Job(NAME, 60, lambda context: export.backfill(context, Window(start, end))))
+
+    def rewrite(self, start: datetime, end: datetime, environ: dict[str, str], *, dry_run: bool = False) -> Run:
+        export = self.export(**environ)
+        return self._past(Job(NAME, 60, lambda context: export.rewrite(context, Window(start, end))), dry_run=dry_run)
+
+    def _past(self, job: Job, *, dry_run: bool = False) -> Run:
+        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run

@@ -109,6 +109,10 @@ class Columns:
         """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
         return self._overflow_kinds.get(name)
 
+    def overflowing(self, name: str) -> Column | None:
+        """The field's column whose values that it cannot hold stand in the column `name`."""
+        return self._overflowing.get(name)
+
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
         """Add columns of (kind, source, type) to the file before anything is written into them."""
         with self._lock:
@@ -136,12 +140,11 @@ class Columns:
         self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in self._overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
         self._by_name = {each.name: each for each in fields}
-        overflow_sources = {
-            name: self._by_name[column].source
-            for (_, column), name in self._overflows.items()
-            if column in self._by_name
+        self._overflowing = {
+            name: self._by_name[column] for (_, column), name in self._overflows.items() if column in self._by_name
         }
-        self._sources = {**{each.name: each.source for each in fields}, **overflow_sources}
+        columns_of_fields = {**{each.name: each for each in fields}, **self._overflowing}
+        self._sources = {name: each.source for name, each in columns_of_fields.items()}
         self._fields = {each.source: each for each in fields}
 
 

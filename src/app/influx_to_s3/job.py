@@ -7,6 +7,7 @@ the cursor, so they never work on one window at once. Nothing is connected befor
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from app.core.gaps import Chart
@@ -17,7 +18,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, Pipeline
 from app.core.verify import Verification
-from app.core.window import EPOCH, Window
+from app.core.window import DAY_SECONDS, EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
     OutsidePoints,
     RefusedPartition,
@@ -29,7 +30,7 @@ from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.layout_file import LayoutFile, Tree
+from app.influx_to_s3.layout_file import LayoutFile, Tree, rewritten
 from app.influx_to_s3.recovery import tree_of_data
 from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
@@ -179,8 +180,11 @@ def _reader(settings: "Settings") -> "Reader":
     return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement, influx.device_tag))
 
 
-def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
-    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
+def _open(parts: Parts, stop: Stop, *, dry_run: bool, again: Window | None = None) -> Opened:
+    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
+
+    `again`: whole days whose objects are to be rewritten.
+    """
     if not parts.store.conditional:
         parts.store.probe()
     settings, export = parts.settings, parts.settings.export
@@ -188,6 +192,10 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
     tree, now = parts.layout_file.begin(
         parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
     )
+    if again is not None:
+        first, last = again.start.date(), (again.end - datetime.resolution).date()
+        change = partial(rewritten, first=first, last=last)
+        tree = change(tree) if dry_run else parts.layout_file.change(change)
     columns = Columns(
         tree,
         device_tag=settings.influx.device_tag,
@@ -287,8 +295,17 @@ def _fill(
 
 
 def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
-    """Re-encode the objects of closed windows from themselves, in today's unit, names and types."""
-    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    """Re-encode the objects of whole days, all of whose windows are closed, from themselves, in today's unit and types.
+
+    The layout says so for these days first: whoever writes one of their objects meanwhile writes it as today as well.
+    """
+    grace = timedelta(seconds=parts.settings.export.grace_seconds)
+    start = floor_to(span.start, DAY_SECONDS)
+    end = floor_to(min(span.end + timedelta(days=1) - datetime.resolution, parts.clock() - grace), DAY_SECONDS)
+    if start >= end:
+        return Report()
+    span = Window(start, end)
+    opened = _open(parts, context.stop, dry_run=context.dry_run, again=span)
 
     def one(device: str, done: Done) -> None:
         rewrite(

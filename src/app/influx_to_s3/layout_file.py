@@ -108,6 +108,28 @@ def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
     return tree if columns == tree.columns else replace(tree, columns=columns)
 
 
+def rewritten(tree: Tree, first: date, last: date) -> Tree:
+    """With the unit and types that stand last also for the days from `first` to `last`, whose objects are rewritten."""
+    after, unit = last + timedelta(days=1), tree.layouts[-1].timestamp_unit
+    starts = {*(each.effective_at for each in tree.layouts), _midnight(first), _midnight(after)}
+    layouts: list[Layout] = []
+    for at in sorted(starts):
+        layout = replace(tree.layout_at(at), effective_at=at)
+        layout = replace(layout, timestamp_unit=unit) if first <= at.date() <= last else layout
+        if not layouts or layout != replace(layouts[-1], effective_at=at):
+            layouts.append(layout)
+
+    def retyped(column: Column) -> Column:
+        types: list[tuple[date, str]] = []
+        for day in sorted({*(since for since, _ in column.types), first, after}):
+            kind = column.types[-1][1] if first <= day <= last else column.type_on(day)
+            if not types or types[-1][1] != kind:
+                types.append((day, kind))
+        return replace(column, types=tuple(types))
+
+    return replace(tree, layouts=tuple(layouts), columns=tuple(map(retyped, tree.columns)))
+
+
 def _next_free(tree: Tree, today: date) -> date:
     return max(tree.sealed_day, today) + timedelta(days=1)
 

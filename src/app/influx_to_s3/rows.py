@@ -297,7 +297,8 @@ def nanoseconds_of(instant: datetime) -> int:
 def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
 
-    Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
+    Values of an object with other types move to the overflow as those of the source do, and out of it where the column
+    holds them now. A CSV object holds text only:
     what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so.
     """
     import pyarrow as pa
@@ -311,19 +312,17 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     for name in table.column_names:
         if name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED):
             continue
-        values = table.column(name)
-        if name in columns.tags or (overflow := columns.overflow_kind(name)) == TEXT:
-            _put(rows, name, [("", values)])
-            continue
-        if overflow:
-            _put(rows, name, [("", _parsed(name, values, overflow) if is_csv else values)])
-            continue
-        if columns.by_name(name) is None:
+        values, overflow = table.column(name), columns.overflow_kind(name)
+        column = columns.overflowing(name) or columns.by_name(name)
+        if column is None and overflow is None and name not in columns.tags:
             columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
-        column = columns.by_name(name) or columns.field(name)
-        kind = column.type_on(day)
-        fitting = _fitting(_parsed(name, values, kind) if is_csv else values, kind, partial(columns.overflow, column))
-        _put(rows, column.name, fitting)
+            column = columns.field(name)
+        if is_csv:
+            values = _parsed(name, values, overflow or (column.type_on(day) if column else TEXT))
+        if column is None:
+            _put(rows, name, [("", values)])
+        else:
+            _put(rows, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
     return pa.table(rows)
 
 
