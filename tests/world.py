@@ -163,7 +163,9 @@ class Process:
     def missing(self, batch: Rows, held: Iterable[Row]) -> Rows:
         known = {at for at, _ in held}
         rows = tuple(row for row in batch.held if row[0] not in known)
-        return self._batch(rows, Tally(counted=len(rows), read=len(rows), new=len(rows)))
+        tally = batch.accounts[VALUE]
+        left_out = len(batch.held) - len(rows)
+        return self._batch(rows, replace(tally, new=len(rows), already_there=tally.already_there + left_out))
 
     def _batch(self, rows: tuple[Row, ...], tally: Tally) -> Rows:
         self.batches.append(Rows(rows, reusable=self.keeps, accounts={VALUE: tally}))

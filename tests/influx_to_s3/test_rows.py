@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.core.ports import Count
 from app.core.window import Window
 from app.influx_to_s3.columns import MEASURED, Columns
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united
+from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united, whole_instants
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
@@ -484,6 +485,57 @@ def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
     rest = lacking(new[0], identities_of(held[0], columns), columns)
     assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+
+
+@given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[int], sizes: list[int]) -> None:
+    table = rows(*sorted(instants), n=pa.array(range(len(instants)), pa.int64()))
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(table.slice(at, size))
+        at += size
+    whole = list(whole_instants([*pieces, table.slice(at)]))
+    seen = [{row["timestamp"] for row in rows_in([one])} for one in whole]
+    assert all(one for one in seen)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+    assert rows_in(whole) == rows_in([table])
+
+
+def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
+    """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
+    instants = range(first, last)
+    blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
+    return [in_order(blocks, columns)[0]]
+
+
+def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_like_others(tmp_path: Path) -> None:
+    columns = columns_of()
+    number = BLOCK_ROWS // 2
+    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
+    batch = influx.spooled("D1", phases(0, number, columns))
+    blocks = list(batch.tables())
+    assert blocks[0].column("timestamp")[-1] == blocks[1].column("timestamp")[0]
+    # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
+    held = phases(0, number + 5, columns, value=2.0, names="23")[0]
+    cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
+    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
+    batch = replace(batch, accounts={"voltage": read})
+    with closing(batch), closing(influx.union(batch, cut)) as union:
+        assert union.accounts == {"voltage": read}
+        found = rows_in(union.tables())
+        with closing(influx.missing(batch, cut)) as missing:
+            left = rows_in(missing.tables())
+            assert missing.accounts == {"voltage": replace(read, new=number, already_there=2 * number)}
+        with closing(influx.spooled("D1", blocks)) as again:
+            assert (again.rows, again.digest) == (batch.rows, batch.digest)
+    assert len(found) == 3 * number + 2 * 5
+    assert {(row["timestamp"], row["phase"]) for row in found} == {
+        *((at, f"L{name}") for at in range(number) for name in "123"),
+        *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
+    }
+    assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
+    assert [(row["timestamp"], row["phase"]) for row in left] == [(at, "L1") for at in range(number)]
 
 
 def test_no_two_tag_sets_share_an_identity() -> None:

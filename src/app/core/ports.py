@@ -156,7 +156,7 @@ class Source(Protocol[B]):
         """`batch` with the rows of `held` whose key it lacks. Closes neither; the caller closes the result."""
 
     def missing(self, batch: B, held: Iterable[Any]) -> B:
-        """The rows of `batch` whose key is not in `held`."""
+        """The rows of `batch` whose key is not in `held`; what is left out counts as already there."""
 
 
 class Sink(Protocol[B_contra, E]):
