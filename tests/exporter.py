@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.core.runs import LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
@@ -123,7 +123,6 @@ class Exporter:
         return self._past("rewrite", start, end, dry_run=dry_run, **environ)
 
     def _past(self, command: str, start: datetime, end: datetime, *, dry_run: bool, **environ: str) -> Run:
-        from app.core.runs import Job
 
         export = self.built or self.export(**environ)
         job = Job(NAME, 60, lambda context: getattr(export, command)(context, Window(start, end)))

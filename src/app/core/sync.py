@@ -347,7 +347,8 @@ def _account(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B, w
     fields = {}
     for name, tally in batch.accounts.items():
         held = min(before.get(name, 0), tally.new) if written.stored_bytes else tally.new
-        fields[name] = replace(tally, new=tally.new - held, already_there=tally.already_there + held)
+        moved = replace(tally, new=tally.new - held, already_there=tally.already_there + held) if held else tally
+        fields[name] = moved
     aside = pipeline.set_aside(task.partition, task.window, batch) if pipeline.set_aside and not context.dry_run else ()
     return Ledger(pipeline.unit, fields, aside)
 

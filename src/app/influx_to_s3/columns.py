@@ -139,11 +139,10 @@ class Columns:
         tag_columns = {**{name: name for name in TAGS if name != self._device_tag}, **tags}
         overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
         overflow_of = {name: by_name[column] for (_, column), name in overflows.items() if column in by_name}
-        of_overflows = {name: column.source for name, column in overflow_of.items()}
         self._tree = tree
         self._tags = frozenset((*TAGS, *tags.values()))
         self._tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
-        self._sources = {**{each.name: each.source for each in fields}, **of_overflows}
+        self._sources = {name: each.source for name, each in {**by_name, **overflow_of}.items()}
         self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
         self._overflow_of = overflow_of

@@ -45,14 +45,17 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
     for name, values in points.fields:
         kinds.setdefault(name, []).append(kind_of(values.type))
     columns.see(points.tags, {name: type_of(some) for name, some in kinds.items()})
-    day = day_of(times_of(points.times))
-    table = {TIMESTAMP: points.times, **{name: _constant(UNKNOWN, len(points.times)) for name in TAGS}}
+    day = day_of(points.times)
+    table = {TIMESTAMP: points.times}
     for tag, texts in points.tags.items():
         if tag in columns.ignored:
             table[IGNORED + tag] = texts
         else:
             name = columns.tag(tag)
             table[name] = texts.fill_null(UNKNOWN) if name in TAGS and texts.null_count else texts
+    for name in TAGS:
+        if name not in table:
+            table[name] = _constant(UNKNOWN, len(points.times))
     for field, values in points.fields:
         column = columns.field(field)
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
@@ -281,9 +284,9 @@ def times_of(times: Any) -> Any:
     return times.view(pa.int64()).to_numpy()
 
 
-def day_of(instants: Any) -> date:
-    """The UTC day of the first of some instants, which all are of that day."""
-    return (EPOCH + timedelta(days=int(instants[0]) // DAY_NS)).date() if len(instants) else EPOCH.date()
+def day_of(times: Any) -> date:
+    """The UTC day of the first of some timestamps in nanoseconds, which all are of that day."""
+    return (EPOCH + timedelta(days=times[0].value // DAY_NS)).date() if len(times) else EPOCH.date()
 
 
 def instant_of(nanoseconds: int | None) -> datetime | None:
@@ -309,7 +312,7 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     for tag in TAGS:
         has = tag in table.column_names
         rows[tag] = table.column(tag).fill_null(UNKNOWN) if has else _constant(UNKNOWN, table.num_rows)
-    day = day_of(instants_of(table))
+    day = day_of(table.column(TIMESTAMP))
     is_csv = CSV_ROWS.items() <= (table.schema.metadata or {}).items()
     for name in table.column_names:
         if name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED):

@@ -227,7 +227,9 @@ def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
     import pyarrow as pa
 
     index = table.schema.get_field_index(TIMESTAMP)
-    instants = table.column(index).cast(pa.int64()).to_numpy()
+    times = table.column(index)
+    times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
+    instants = times.view(pa.int64()).to_numpy()
     micros = instants // 1000  # rounds down, also before 1970, so that the rest is never negative
     table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
     return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
