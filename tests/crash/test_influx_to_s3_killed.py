@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.demo.influx import InfluxSimulator
-from app.stores.s3 import PROBE_FOLDER
 from daemon import Daemons
 from postgres import PostgresServer
 from seaweed import Seaweed
@@ -74,6 +73,7 @@ def environment(source: Source, seaweed: Seaweed, bucket: str, database: str) ->
         "EXPORT_INTERVAL_SECONDS": "1",
         "EXPORT_WINDOW_SECONDS": "600",
         "EXPORT_GRACE_SECONDS": "3600",
+        "EXPORT_TIMESTAMP_UNIT": "ns",
         "LOOKBACK_HOURS": "2",
         "LEASE_TTL_SECONDS": "1",
         "LEASE_HEARTBEAT_SECONDS": "0.3",
@@ -86,8 +86,8 @@ def exported(seaweed: Seaweed, bucket: str) -> Mapping[str, list[Row]]:
     with closing(seaweed.client()) as client:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for item in page.get("Contents", ()):
-                if PROBE_FOLDER in item["Key"]:
-                    continue  # a process that is killed while it tries the store leaves its probe to a later one
+                if "/date=" not in item["Key"]:
+                    continue  # the layout file, and the probe of a process that was killed while it tried the store
                 body = client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
                 table = pq.read_table(BytesIO(body), columns=["device_id", "timestamp", "voltage"])
                 columns = (table["device_id"], table["timestamp"].cast("int64"), table["voltage"])

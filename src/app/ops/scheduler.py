@@ -14,6 +14,7 @@ from typing import Protocol
 
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
 
 from app.core.errors import AppError, Rejected
 from app.core.runs import Context, Job, Report, RunDesk, Stop
@@ -55,6 +56,19 @@ class JobView:
     can_backfill: bool
 
 
+class Every(IntervalTrigger):  # type: ignore[misc]  # the library has no types
+    """Each `seconds`, apart by `jitter`. Intervals that were missed are left out.
+
+    APScheduler's own trigger names every one of them before one is run for all: after a jump of the clock by decades
+    that takes hours, in which nothing runs.
+    """
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
+        """See `apscheduler.triggers.base.BaseTrigger`."""
+        at: datetime | None = super().get_next_fire_time(previous_fire_time, now)
+        return super().get_next_fire_time(now, now) if at is not None and at <= now else at
+
+
 class Scheduler:
     """Starts jobs when they are due, and on request. All methods may be called from any thread."""
 
@@ -80,10 +94,9 @@ class Scheduler:
             worker.start()
             interval = worker.job.interval_seconds
             jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
-            self._timers.add_job(
-                worker.due, "interval", seconds=interval, jitter=jitter, id=worker.job.name, next_run_time=now
-            )
-        self._timers.add_job(self._tick, "interval", seconds=TICK_SECONDS, id=TICK, next_run_time=now)
+            trigger = Every(seconds=interval, jitter=jitter, timezone=UTC)
+            self._timers.add_job(worker.due, trigger, id=worker.job.name, next_run_time=now)
+        self._timers.add_job(self._tick, Every(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now)
         self._timers.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
