@@ -5,6 +5,7 @@ safe point; results go to stdout, faults to stderr as one line with the next ste
 """
 
 import logging
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -84,9 +85,8 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
         refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
         desk = replace(service.desk, ended=_unexpected)
         with _stoppable(service.stop):
-            ended = execute(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
+            ended = _run_once(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
         if ended is None:
-            service.state.close()
             return _busy(service, job, as_json=how.as_json)
         if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
             service.state.close()
@@ -138,19 +138,20 @@ def _finish(service: Headwater, job: Job, how: How) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
-    service.state.close()
     if last is None:
         return _busy(service, job, as_json=how.as_json)
+    service.state.close()
     output.show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
     codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
     return codes.get(last.outcome, job.exits.failed)
 
 
 def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
-    seconds = service.desk.terms.ttl_seconds
+    seconds = math.ceil(service.desk.leases.remaining_seconds(job.name))
+    service.state.close()
 
     def told_busy() -> None:
-        until = f"when it is done, or in {seconds:g} s if it was killed"
+        until = "when it is done" + (f", or in {seconds} s if it was killed" if seconds else "")
         sys.stderr.write(f"{job.name}: another process runs this job now; try again {until}\n")
 
     output.show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
@@ -161,12 +162,26 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
     """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
     total = Report()
     while True:
-        run = execute(job, desk, stop, tally, dry_run=dry_run)
+        run = _run_once(job, desk, stop, tally, dry_run=dry_run)
         if run is None:
             return None, total
         total += replace(run.report, more=False)
         if dry_run or not run.report.more or run.outcome is not Outcome.OK:
             return run, total
+
+
+def _run_once(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool = False) -> Run | None:
+    """See `execute`. A lease that a clock gave out that was ahead is watched here until it can be taken over: the next
+    command would only begin to watch anew.
+    """
+    run = execute(job, desk, stop, tally, dry_run=dry_run)
+    seconds = 0.0 if run else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
+    if seconds:
+        sys.stderr.write(f"{job.name}: the clock was set back since another process took this job: ")
+        sys.stderr.write(f"watching for {seconds:g} s whether that process still runs\n")
+        stop.pause(seconds)
+        run = execute(job, desk, stop, tally, dry_run=dry_run)
+    return run
 
 
 def _document(last: Run, total: Report, how: How) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""One job's own thread: it runs what is asked of it, one after the other.
+"""One job's own thread: it runs what its timer or a person asks of it, one after the other.
 
 Invariants: a job never overlaps itself in this process, whoever asks (timer, person, backfill); work that stopped at
 its time limit goes on soon, but never in a tight loop; the thread is a daemon, so a stuck run cannot hold up the exit.
+The timer is of the monotonic clock: however the wall clock jumps, missed intervals are one turn, and none is waited for.
 """
 
 import logging
@@ -10,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.runs import Job, Outcome, Run, RunDesk, Stop, execute
@@ -21,20 +21,19 @@ HELD_SECONDS = 60.0
 RETRY_SECONDS = 900.0
 STORE_AWAY_SECONDS = 5.0
 BACKFILLS = 10
-HISTORY_RUNS = 50
+JITTER_PARTS = 20
+JITTER_LIMIT_SECONDS = 30
 log = logging.getLogger(__name__)
 
 
-def next_run_at(last_started_at: datetime | None, interval_seconds: float, now: datetime) -> datetime:
-    """When a job is due whose last finished run began at `last_started_at`: at once when that is overdue or unknown.
+def due_in(since_done_seconds: float | None, interval_seconds: float) -> float:
+    """Seconds until a job is due whose last finished run began so long ago; 0 when overdue or unknown.
 
-    Short intervals are always due at once, since a minute's job costs nothing to repeat. Never further away than one
-    interval, whatever the clock was when the run was recorded.
+    Short intervals are always due at once, since a minute's job costs nothing to repeat.
     """
-    if last_started_at is None or interval_seconds < LONG_SECONDS:
-        return now
-    interval = timedelta(seconds=interval_seconds)
-    return min(max(last_started_at + interval, now), now + interval)
+    if since_done_seconds is None or interval_seconds < LONG_SECONDS:
+        return 0.0
+    return max(interval_seconds - since_done_seconds, 0.0)
 
 
 def retry_in(run: Run | None, interval_seconds: float) -> float | None:
@@ -75,34 +74,32 @@ class _Turn:
 
 
 class Worker:
-    """The thread of one job. `reschedule(at)` moves the job's timer; `paused()` asks the state, and raises AppError."""
+    """The thread of one job. `paused()` asks the state, and raises AppError."""
 
-    def __init__(
-        self,
-        job: Job,
-        desk: RunDesk,
-        stop: Stop,
-        reschedule: Callable[[datetime], None],
-        paused: Callable[[], bool],
-    ) -> None:
+    def __init__(self, job: Job, desk: RunDesk, stop: Stop, paused: Callable[[], bool]) -> None:
         self.job = job
         self._asks_paused = paused
         self._desk = desk
         self._stop = stop
-        self._reschedule = reschedule
         self._changed = threading.Condition()
         self._turns: list[_Turn] = []
+        self._timer_at = time.monotonic()
         self._running: _Turn | None = None
         self._tally: Tally | None = None
         self._paused = False
         self._thread = threading.Thread(target=self._loop, name=f"job-{job.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin to take turns."""
+        """Begin to take turns; whether the job is due is looked at at once."""
         self._thread.start()
 
+    @property
+    def timer_seconds(self) -> float:
+        """Until the timer fires."""
+        return max(self._timer_at - time.monotonic(), 0.0)
+
     def due(self) -> None:
-        """The timer fired: run once, unless paused. A wake during a run means one more run after it."""
+        """As if the timer fired: run once when it is due, unless paused. During a run: once more after it."""
         with self._changed:
             if not self._paused:
                 self._put(_Turn(self.job, 0.0))
@@ -199,14 +196,29 @@ class Worker:
         with self._changed:
             while not self._stop.asked:
                 now = time.monotonic()
+                if self._timer_at <= now:
+                    self._wind(now)
+                    self.due()
                 ready = next((turn for turn in self._turns if turn.not_before <= now), None)
                 if ready is not None:
                     self._turns.remove(ready)
                     self._running = ready
                     return ready
-                soonest = min((turn.not_before for turn in self._turns), default=None)
-                self._changed.wait(None if soonest is None else soonest - now)
+                self._changed.wait(min([self._timer_at, *(turn.not_before for turn in self._turns)]) - now)
         return None
+
+    def _wind(self, now: float) -> None:
+        """Set the timer an interval on, apart from other processes'; intervals that were missed are left out."""
+        interval = self.job.interval_seconds
+        jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
+        following = self._timer_at + interval
+        following = following if following > now else now + interval
+        self._timer_at = following + random.uniform(-jitter, jitter)  # noqa: S311 - replicas apart, not a secret
+
+    def _fire_in(self, seconds: float) -> None:
+        """Move the timer."""
+        with self._changed:
+            self._timer_at = time.monotonic() + seconds
 
     def _take(self, turn: _Turn) -> None:
         if not turn.asked and (self._is_paused() or not (turn.more or self._is_due())):
@@ -238,22 +250,15 @@ class Worker:
         """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
         if self.job.interval_seconds < LONG_SECONDS:
             return True
-        now = self._desk.clock()
         try:
-            due_at = next_run_at(self._last_started_at(), self.job.interval_seconds, now)
+            seconds = due_in(self._desk.runs.since_done_seconds(self.job.name), self.job.interval_seconds)
         except AppError as error:
             log.debug("%s: when it ran last cannot be read: %s", self.job.name, error)
-            self._reschedule(now + timedelta(seconds=STORE_AWAY_SECONDS))
+            self._fire_in(STORE_AWAY_SECONDS)
             return False
-        if due_at > now:
-            self._reschedule(due_at)
-            return False
-        return True
-
-    def _last_started_at(self) -> datetime | None:
-        """Start of the last run that came to its end; failed, stopped and killed ones do not count."""
-        runs = self._desk.runs.recent(self.job.name, HISTORY_RUNS)
-        return next((run.started_at for run in runs if run.outcome in (Outcome.OK, Outcome.PARTIAL)), None)
+        if seconds > 0:
+            self._fire_in(seconds)
+        return seconds == 0
 
     def _go_on(self, turn: _Turn, run: Run) -> None:
         """There is work left: go on at once, or a little later when a part of it fails each time."""
@@ -268,4 +273,4 @@ class Worker:
     def _retry_early(self, run: Run | None) -> None:
         seconds = retry_in(run, self.job.interval_seconds)
         if seconds is not None and not self._stop.asked:
-            self._reschedule(self._desk.clock() + timedelta(seconds=seconds))
+            self._fire_in(seconds)

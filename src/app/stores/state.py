@@ -8,6 +8,7 @@ from pathlib import Path
 
 from app.stores.alerts import SqlAlerts
 from app.stores.checkpoints import SqlCheckpoints
+from app.stores.clocks import SqlClocks
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
@@ -35,6 +36,7 @@ class State:
     pauses: SqlPauses
     pulls: SqlPulls
     alerts: SqlAlerts
+    clocks: SqlClocks
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -62,4 +64,5 @@ def open_state(url: str, data_dir: Path) -> State:
         pauses=SqlPauses(database, queries),
         pulls=SqlPulls(database, queries),
         alerts=SqlAlerts(database, queries),
+        clocks=SqlClocks(database, queries),
     )
