@@ -2,7 +2,7 @@
 
 Invariants: a job never overlaps itself in this process, whoever asks (timer, person, backfill); work that stopped at
 its time limit goes on soon, but never in a tight loop; the thread is a daemon, so a stuck run cannot hold up the exit.
-The timer is of the monotonic clock: however the wall clock jumps, missed intervals are one turn, and none is waited for.
+its time limit goes on soon, never in a tight loop; the thread is a daemon, so a stuck run cannot hold up the exit.
 """
 
 import logging

@@ -5,7 +5,7 @@ them; they are told of until a run has set them right.
 """
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from app.stores.sql import Database, Session
 
@@ -33,6 +33,23 @@ class SqlClocks:
         for row in rows:
             ahead[row["job"]] = max((row["latest_at"] - now).total_seconds(), ahead.get(row["job"], 0.0))
         return ahead
+
+    def note(self) -> str:
+        """What is wrong with clocks, for a person; "" for nothing."""
+        skew = (datetime.now(UTC) - self.now()).total_seconds()
+        notes = [f"{job} stands {spoken(seconds)} ahead of now" for job, seconds in self.ahead_seconds().items()]
+        if abs(skew) > AHEAD.total_seconds():
+            way = "ahead of" if skew > 0 else "behind"
+            notes.insert(0, f"this machine's clock is {spoken(abs(skew))} {way} the database's")
+        return f"check the clock: {', '.join(notes)}" if notes else ""
+
+
+def spoken(seconds: float) -> str:
+    """A length of time in the largest unit that it has two of."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def now_of(session: Session, queries: Mapping[str, str]) -> datetime:

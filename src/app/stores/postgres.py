@@ -21,7 +21,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.stores.connections import Connections
 from app.stores.copy_text import block_text, copy_text
-from app.stores.sql import Dialect, Row
+from app.stores.sql import Damaged, Dialect, Row
 from app.stores.sql_values import bound
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ REFUSED = re.compile(
 SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
 SQLSTATE_ACCESS = ("28", "3D", "42501")
 SQLSTATE_VALUE = ("22",)
+SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
 
 
 class BoundedConnection(psycopg.Connection[DictRow]):
@@ -144,6 +145,9 @@ class PostgresSession:
         """See `Session.script`."""
         with self._errors.translated():
             self._connection.execute(sql.encode())
+
+    def check(self) -> None:
+        """See `Session.check`: the server looks after what it stores."""
 
 
 class PostgresDatabase:
@@ -232,6 +236,8 @@ class Errors:
             return Rejected(message, "the value is outside of what the database holds: correct it")
         if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
             return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
+        if state in SQLSTATE_GONE:
+            return Damaged(message)
         if state.startswith(SQLSTATE_PASSING):
             return Transient(message, "nothing to do if it passes; else look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):

@@ -17,6 +17,7 @@ from app.stores.pulls import SqlPulls
 from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
+from app.stores.state_file import StateFile
 from app.stores.summaries import SqlSummaries
 
 FILE = "state.db"
@@ -28,6 +29,7 @@ class State:
     """Everything that the product remembers, on one database."""
 
     database: Migrated
+    file: StateFile | None
     checkpoints: SqlCheckpoints
     leases: SqlLeases
     runs: SqlRuns
@@ -43,6 +45,16 @@ class State:
         with self.database.transaction(read_only=True) as session:
             session.rows("SELECT 1 AS found")
 
+    def check(self) -> None:
+        """As `ping`, and look at all that is stored. Transient when that was damaged: it was replaced."""
+        with self.database.transaction(read_only=True) as session:
+            session.check()
+
+    def note(self) -> str:
+        """What a person should know of the state though it can be used; "" for nothing."""
+        notes = [self.file.note if self.file else "", self.clocks.note()]
+        return "; ".join(filter(None, notes))
+
     def close(self) -> None:
         """Close all connections. Idempotent."""
         self.database.close()
@@ -52,10 +64,12 @@ def open_state(url: str, data_dir: Path) -> State:
     """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
-    database = Migrated(plain, folder)
+    file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
+    database = Migrated(plain, folder, file)
     queries = load_queries(folder, database.dialect)
     return State(
         database=database,
+        file=file,
         checkpoints=SqlCheckpoints(database, queries),
         leases=SqlLeases(database, queries),
         runs=SqlRuns(database, queries),
