@@ -16,6 +16,13 @@ def needs(command: str) -> Path:
     return Path(found)
 
 
+def faketime_library() -> Path:
+    """The library that gives a process another wall clock, for `LD_PRELOAD`."""
+    needs("faketime")
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    return found[0] if found else absent("libfaketimeMT.so.1 is not below /usr/lib: apt-get install faketime")
+
+
 def absent(reason: str) -> NoReturn:
     """End the test because something is not there: skipped with the reason, failed when CI is set."""
     if os.environ.get("CI"):

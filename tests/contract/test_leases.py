@@ -240,3 +240,14 @@ def test_only_a_database_with_a_clock_of_its_own_says_when_a_lease_was_acquired(
         assert lease.acquired_at is not None
         assert lease.expires_at - lease.acquired_at <= timedelta(seconds=LONG)
         assert abs(lease.acquired_at - state.clocks.now()) < timedelta(seconds=5)
+
+
+def test_jobs_go_by_the_clock_of_the_database_as_a_lease_tells_it_else_by_this_machines(state: State) -> None:
+    before = state.clock()
+    assert abs(before - datetime.now(UTC)) < timedelta(seconds=1)
+    far = datetime(2031, 5, 5, tzinfo=UTC)
+    state.clock.follow(far)
+    assert timedelta() <= state.clock() - far < timedelta(seconds=5)
+    assert state.leases.acquire("job", "one", LONG)
+    near = abs(state.clock() - datetime.now(UTC)) < timedelta(seconds=5)
+    assert near == (state.database.dialect == "postgres"), "SQLite has no clock to tell"

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from app.core.errors import LeaseLost
 from app.core.runs import Lease
+from app.stores.clocks import StateClock
 from app.stores.sql import Database, Row
 
 FORMAT = "v2|"
@@ -38,9 +39,10 @@ class _Sighting:
 class SqlLeases:
     """See `app.core.runs.Leases`."""
 
-    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+    def __init__(self, database: Database, queries: Mapping[str, str], clock: StateClock) -> None:
         self._database = database
         self._queries = queries
+        self._clock = clock
         self._seen: dict[str, _Sighting] = {}
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
@@ -62,6 +64,8 @@ class SqlLeases:
         if silent and silent.expires_at > found["now_at"]:
             log.warning("%s: its lease lay in the future and was not renewed in its time: taken over", name)
         acquired_at = found["now_at"] if self._database.dialect == "postgres" else None
+        if acquired_at:
+            self._clock.follow(acquired_at)
         return Lease(name, owner, found["generation"], found["expires_at"], acquired_at)
 
     def remaining_seconds(self, name: str) -> float:

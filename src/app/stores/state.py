@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.stores.alerts import SqlAlerts
 from app.stores.checkpoints import SqlCheckpoints
-from app.stores.clocks import SqlClocks
+from app.stores.clocks import SqlClocks, StateClock
 from app.stores.layouts import SqlLayouts
 from app.stores.leases import SqlLeases
 from app.stores.migrations import Migrated
@@ -39,6 +39,7 @@ class State:
     pulls: SqlPulls
     alerts: SqlAlerts
     clocks: SqlClocks
+    clock: StateClock
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -67,11 +68,12 @@ def open_state(url: str, data_dir: Path) -> State:
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
     database = Migrated(plain, folder, file)
     queries = load_queries(folder, database.dialect)
+    clock = StateClock()
     return State(
         database=database,
         file=file,
         checkpoints=SqlCheckpoints(database, queries),
-        leases=SqlLeases(database, queries),
+        leases=SqlLeases(database, queries, clock),
         runs=SqlRuns(database, queries),
         layouts=SqlLayouts(database, queries),
         summaries=SqlSummaries(database, queries),
@@ -79,4 +81,5 @@ def open_state(url: str, data_dir: Path) -> State:
         pulls=SqlPulls(database, queries),
         alerts=SqlAlerts(database, queries),
         clocks=SqlClocks(database, queries),
+        clock=clock,
     )
