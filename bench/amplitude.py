@@ -123,7 +123,8 @@ def typed_rows(folder: Path) -> int:
 
     with (folder / "events.ndjson").open("rb") as file:
         pieces = iter(lambda: file.read(1 << 18), b"")
-        return sum(len(reader().decoded(block) or ()) for block in blocks(pieces))
+        decoded = (reader().decoded(block) for block in blocks(pieces) if isinstance(block, bytes))
+        return sum(len(columns["uuid"]) for columns in decoded if columns)
 
 
 def json_tables(folder: Path) -> int:

@@ -54,6 +54,7 @@ def item(number: int, items: int, draw: random.Random) -> dict[str, dict[str, st
 def serve(items: int) -> None:
     """Answer until killed; the page follows from the key that is asked for."""
     made = pages(items)
+    first, nothing = f"{START:%Y-%m-%dT%H}", json.dumps({"Items": [], "Count": 0, "ScannedCount": 0}).encode()
     last = json.loads(made[-1])["Items"][-1]
     starts = {
         json.loads(body).get("LastEvaluatedKey", {}).get("datetime_utc", {}).get("S"): at
@@ -67,6 +68,9 @@ def serve(items: int) -> None:
         asked = json.loads(request.body)
         if asked.get("Limit") == 1:
             return Answer(200, headers, json.dumps({"Items": [last], "Count": 1, "ScannedCount": 1}).encode())
+        values = asked.get("ExpressionAttributeValues", {})
+        if ":low" in values and not values[":low"]["S"] <= first <= values[":high"]["S"]:
+            return Answer(200, headers, nothing)  # a writing that these items do not have
         after = asked.get("ExclusiveStartKey", {}).get("datetime_utc", {})
         after = after.get("S") if isinstance(after, dict) else after
         return Answer(200, headers, made[starts[after] + 1 if after else 0])

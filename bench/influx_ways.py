@@ -73,7 +73,7 @@ def parse_ours(url: str, shape: Shape, _: Path) -> Told:
     from app.influx_to_s3.annotated_csv import read_blocks
 
     body = client(url).query_api().query_raw(flux(START, shape.end, "")).read()
-    return timed(lambda: sum(block.table.num_rows for block in read_blocks(pieces(body))))
+    return timed(lambda: sum(len(block.columns[0]) for block in read_blocks(pieces(body))))
 
 
 def parse_floor(url: str, _: Shape, __: Path) -> Told:
@@ -144,6 +144,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     from app.influx_to_s3 import job
     from app.settings import load_settings
     from app.stores.local_directory import LocalDirectory
+    from app.stores.set_aside import SetAsideStore, folder_of
     from app.stores.state import open_state
 
     tune()
@@ -158,7 +159,8 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
 
     state = open_state("", folder)
     store = LocalDirectory(folder / "objects")
-    export = job.build(settings, state.checkpoints, state.layouts, store, clock)
+    aside = SetAsideStore(store, folder_of(settings.s3.prefix), settings.set_aside.max_bytes)
+    export = job.build(settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=clock)
     desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
     rows, more = 0, True
     while more:

@@ -108,12 +108,16 @@ class Daemons:
         self._folder = folder
         self._started: list[Daemon] = []
 
-    def start(self, jobs: str = "", *, wait: bool = True, key: str = "", **environ: str) -> Daemon:
+    def start(
+        self, jobs: str = "", *, wait: bool = True, key: str = "", descriptors: str = "", **environ: str
+    ) -> Daemon:
         port = int(environ.pop("PORT", 0)) or free_port()
         log_path = self._folder / f"daemon-{len(self._started)}.log"
         values = {"PORT": str(port), "DATA_DIR": str(self._folder / "data"), "LOG_FILE": "off", **environ}
         base = {name: os.environ[name] for name in KEPT if name in os.environ}
         command = [sys.executable, str(TESTS / "daemon_jobs.py"), jobs] if jobs else [sys.executable, "-m", "app"]
+        if descriptors:
+            command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 command, env={**base, **values}, cwd=self._folder, stdout=log, stderr=subprocess.STDOUT

@@ -1,5 +1,6 @@
 """The export job as the product builds it, with a source, a store, a state and a clock that belong to the test."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
+from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
-from exports import CountingStore, exported, objects, stored
+from exports import CountingStore, content, exported, objects, stored
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -85,7 +87,11 @@ class Exporter:
             **self.environ,
             **environ,
         }
-        return build(load_settings(given, None), self.state.checkpoints, self.state.layouts, self.store, self.clock)
+        settings = load_settings(given, None)
+        aside = SetAsideStore(self.store, folder_of(self.prefix), settings.set_aside.max_bytes)
+        return build(
+            settings, self.state.checkpoints, self.state.layouts, self.store, set_aside=aside, clock=self.clock
+        )
 
     def keep(self, **environ: str) -> None:
         """From now on all runs are those of one process."""
@@ -130,6 +136,11 @@ class Exporter:
         return objects(self.store, f"{self.prefix}/")
 
     @property
+    def layout(self) -> Any:
+        """What stands in the layout file beside the data."""
+        return json.loads(content(self.store, f"{self.prefix}/_headwater/layout.json"))
+
+    @property
     def cursor(self) -> Any:
         return self.state.checkpoints.cursors(NAME).get("D1")
 
@@ -143,11 +154,13 @@ def exporter(tmp_path: Path) -> Iterator[Exporter]:
     yield from exporter_on(LocalDirectory(tmp_path / "objects"), tmp_path)
 
 
-def exporter_on(store: ObjectStore, folder: Path, prefix: str = "telemetry") -> Iterator[Exporter]:
-    """An exporter whose state and spool are in `folder`, and whose objects are below `prefix`."""
+def exporter_on(
+    store: ObjectStore, folder: Path, prefix: str = "telemetry", shard: timedelta = timedelta(days=7)
+) -> Iterator[Exporter]:
+    """An exporter with state and spool in `folder` and objects below `prefix`. `shard`: the source's duration."""
     clock: list[Exporter] = []
     with ExitStack() as stack:
-        influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now)))
+        influx = stack.enter_context(InfluxSimulator(now_ns=lambda: ns(clock[0].now), shard_ns=ns(EPOCH + shard)))
         state = open_state("", folder / "data")
         stack.callback(state.close)
         clock.append(Exporter(folder, influx, influx.url, CountingStore(store), state))

@@ -14,13 +14,15 @@ from app.stores.objects import ObjectStore
 FORMATS = ("parquet", "csv")
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
 NS = 10**9
-Row = tuple[str, int]
+IGNORED = ("schema_version", "enrichment_status")
+Row = tuple[str, int, str, str]
 Fields = Mapping[str, Any]
 
 
 def objects(store: ObjectStore, prefix: str = "telemetry/") -> list[str]:
-    """The keys of all exported objects, sorted."""
-    return sorted(info.key for info in store.list(prefix) if ".headwater-probe" not in info.key)
+    """The keys of all exported objects, sorted; without what lies beside the data."""
+    keys = (info.key for info in store.list(prefix) if ".headwater-probe" not in info.key)
+    return sorted(key for key in keys if "/_headwater/" not in key and "/_set_aside/" not in key)
 
 
 def content(store: ObjectStore, key: str) -> bytes:
@@ -44,7 +46,10 @@ def rows_of(store: ObjectStore, key: str) -> list[dict[str, Any]]:
         ]
     found = table(store, key)
     at = found.schema.get_field_index("timestamp")
-    rows: list[dict[str, Any]] = found.set_column(at, "timestamp", found.column(at).cast(pa.int64())).to_pylist()
+    in_ns = found.set_column(at, "timestamp", found.column(at).cast(pa.timestamp("ns", "UTC")).cast(pa.int64()))
+    rows: list[dict[str, Any]] = in_ns.to_pylist()
+    for row in rows:
+        row["timestamp"] += row.pop("timestamp_nanos", 0)
     return rows
 
 
@@ -65,12 +70,14 @@ def _value(cell: str) -> Any:
 
 
 def exported(store: ObjectStore, prefix: str = "telemetry/") -> dict[Row, Fields]:
-    """Every row of every object by (device, nanoseconds). Fails when one is there twice or in a wrong object."""
+    """Every row of every object by (device, nanoseconds, device_type, location). Fails when one is there twice or in a
+    wrong object.
+    """
     found: dict[Row, Fields] = {}
     for key in objects(store, prefix):
         device = key.split("device_id=")[1].split("/")[0]
         for row in rows_of(store, key):
-            slot = (device, row["timestamp"])
+            slot = (device, row["timestamp"], str(row["device_type"]), str(row["location"]))
             assert str(row["device_id"]) == device, key
             assert slot not in found, f"{slot} is in {key} and in an earlier object"
             found[slot] = _fields(row)
@@ -82,21 +89,25 @@ def _fields(row: Mapping[str, Any]) -> Fields:
     return {name: value for name, value in row.items() if name not in left_out and value is not None}
 
 
-def stored(points: Points, measurement: str = "device_telemetry", until_ns: int = 1 << 62) -> dict[Row, Fields]:
-    """Every point of the source that can be exported, by (device, nanoseconds), as an export shows it."""
-    return dict(_stored(points, measurement, until_ns))
+def stored(
+    points: Points, measurement: str = "device_telemetry", until_ns: int = 1 << 62, since_ns: int = 0
+) -> dict[Row, Fields]:
+    """Every point of the source that can be exported, as `exported` shows it; further tags are shown as fields are."""
+    return dict(_stored(points, measurement, since_ns, until_ns))
 
 
-def _stored(points: Points, measurement: str, until_ns: int) -> Iterator[tuple[Row, Fields]]:
+def _stored(points: Points, measurement: str, since_ns: int, until_ns: int) -> Iterator[tuple[Row, Fields]]:
     for series in points.series(measurement):
         tags = dict(series.tags)
         if "device_id" not in tags:
             continue
-        common = {name: tags.get(name, "unknown") for name in ("device_type", "location")}
-        window = points.window(series, 0, until_ns)
+        documented = {name: tags.pop(name, "unknown") for name in ("device_type", "location")}
+        device = tags.pop("device_id")
+        further = {name: text for name, text in tags.items() if name not in IGNORED}
+        window = points.window(series, since_ns, until_ns)
         for row, at in enumerate(window.times):
             cells = {name: cells[row] for (name, _), cells in window.cells.items() if cells[row] is not None}
-            yield (tags["device_id"], at), {**common, **cells}
+            yield (device, at, *documented.values()), {**documented, **further, **cells}  # type: ignore[misc]
 
 
 class CountingStore:

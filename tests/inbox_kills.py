@@ -19,7 +19,17 @@ USED_LATER = (
     "numpy",
     *(
         f"app.csv_inbox.{name}"
-        for name in ("faults", "identity", "incoming", "merge", "journal", "metadata", "quarantine", "step")
+        for name in (
+            "faults",
+            "identity",
+            "incoming",
+            "merge",
+            "journal",
+            "late_tail",
+            "metadata",
+            "quarantine",
+            "step",
+        )
     ),
 )
 

@@ -1,8 +1,9 @@
 """Readers of both query languages, the rows that they give, and points that are hard to read."""
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +14,7 @@ from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.reader import Reader
-from app.influx_to_s3.rows import ordered
-from app.influx_to_s3.spool import Spool
+from app.influx_to_s3.reader import Points, Reader
 from exporter import NOON, ns
 
 HOUR = Window(NOON, NOON + timedelta(hours=1))
@@ -26,19 +25,31 @@ Make = Callable[..., Reader]
 
 
 def flux(
-    influx: InfluxSimulator, *, org: str = "", bucket: str = "", measurement: str = M, **server: Any
+    influx: InfluxSimulator,
+    *,
+    org: str = "",
+    bucket: str = "",
+    measurement: str = M,
+    tag: str = "device_id",
+    **server: Any,
 ) -> FluxReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
-    return FluxReader(Connection(Server(**given)), FluxTarget(org or influx.org, bucket or influx.bucket, measurement))
+    target = FluxTarget(org or influx.org, bucket or influx.bucket, measurement, tag)
+    return FluxReader(Connection(Server(**given)), target)
 
 
-def influxql(influx: InfluxSimulator, *, database: str = "", measurement: str = M, **server: Any) -> InfluxQlReader:
+def influxql(
+    influx: InfluxSimulator, *, database: str = "", measurement: str = M, tag: str = "device_id", **server: Any
+) -> InfluxQlReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
-    return InfluxQlReader(Connection(Server(**given)), InfluxQlTarget(database or influx.bucket, "", measurement))
+    target = InfluxQlTarget(database or influx.bucket, "", measurement, tag)
+    return InfluxQlReader(Connection(Server(**given)), target)
 
 
-def influxql_without_credentials(url: str, database: str) -> InfluxQlReader:
-    return InfluxQlReader(Connection(Server(url)), InfluxQlTarget(database, "", M))
+def influxql_without_credentials(
+    url: str, database: str, *, policy: str = "", measurement: str = M, tag: str = "device_id"
+) -> InfluxQlReader:
+    return InfluxQlReader(Connection(Server(url)), InfluxQlTarget(database, policy, measurement, tag))
 
 
 @pytest.fixture(params=[flux, influxql])
@@ -52,25 +63,55 @@ def reader(make: Make) -> Reader:
     return make()
 
 
-def rows(reader: Reader, device: str = "D1", span: Window = HOUR) -> list[dict[str, Any]]:
-    """All rows in order, without what is null; `timestamp` in nanoseconds after noon."""
-    tables = list(reader.rows(device, span))
-    if not tables:
-        return []
-    table = ordered(tables)
-    plain = table.set_column(0, "timestamp", table.column(0).cast(pa.int64()))
-    return [
-        {name: value - BASE if name == "timestamp" else value for name, value in row.items() if value is not None}
-        for row in plain.to_pylist()
-    ]
+Value = tuple[int, tuple[tuple[str, str], ...], str, Any]
 
 
-def digest(reader: Reader, device: str, span: Window, folder: Path) -> str:
-    spool = Spool(device, folder, 10**6)
-    tables = list(reader.rows(device, span))
-    if tables:
-        spool.append(ordered(tables))
-    return spool.finish({}).digest
+def values(points: Iterable[Points]) -> "Counter[Value]":
+    """(nanoseconds after BASE, tags, field, value) of every value; texts, booleans and numbers are never equal.
+
+    A whole number is an integer whatever its type, except for the negative zero, which only a float can be.
+    """
+    found: Counter[Value] = Counter()
+    for one in points:
+        times = one.times.cast(pa.int64()).to_pylist()
+        tags = {name: column.to_pylist() for name, column in one.tags.items()}
+        assert all(len(column) == len(times) for column in tags.values())
+        named = [
+            tuple((name, tags[name][at]) for name in sorted(tags) if tags[name][at] is not None)
+            for at in range(len(times))
+        ]
+        for field, column in one.fields:
+            assert len(column) == len(times)
+            for at, cell in enumerate(column.to_pylist()):
+                if cell is not None:
+                    found[(times[at] - BASE, named[at], field, exact(cell))] += 1
+    return found
+
+
+def exact(cell: Any) -> Any:
+    if isinstance(cell, float) and cell.is_integer() and not (cell == 0 and math.copysign(1, cell) < 0):
+        return int(cell)
+    return repr(cell) if isinstance(cell, float | bool) else cell
+
+
+def rows(reader: Reader, device: str = "D1", span: Window = HOUR) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
+    """Nanoseconds after noon, tags and fields of every point, in order."""
+    found: dict[tuple[int, tuple[tuple[str, str], ...]], dict[str, Any]] = {}
+    for at, tags, field, cell in values(reader.rows(device, span)):
+        row = found.setdefault((at, tags), {})
+        assert field not in row
+        row[field] = cell
+    return [(at, dict(tags), found[at, tags]) for at, tags in sorted(found)]
+
+
+def counted(
+    reader: Reader, device: str | None = None, span: Window = HOUR, every_seconds: int = 3600
+) -> "Counter[Any]":
+    """Values by device, field and start of the bucket."""
+    found: Counter[Any] = Counter()
+    for one in reader.counts(device, span, every_seconds):
+        found[one.device, one.field, one.start_at] += one.values
+    return found
 
 
 LINES = "\n".join(

@@ -3,7 +3,6 @@
 Invariant: one process per test session, ended by its own pid; each test takes a database of its own.
 """
 
-import shutil
 import socket
 import subprocess
 import time
@@ -11,11 +10,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import pytest
+
+from needs import needs
 
 CONFIG = """
 reporting-disabled = true
@@ -36,6 +38,7 @@ bind-address = "127.0.0.1:{rpc}"
 [http]
   bind-address = "127.0.0.1:{http}"
   log-enabled = false
+{more}
 """
 START_SECONDS = 30.0
 
@@ -47,30 +50,39 @@ class InfluxDB1:
     url: str
     numbers: Iterator[int] = field(default_factory=count)
 
-    def new_database(self) -> str:
-        """An empty database under a new name."""
+    def new_database(self, terms: str = "") -> str:
+        """An empty database under a new name; `terms` such as `WITH SHARD DURATION 1h`."""
         name = f"test{next(self.numbers)}"
-        body = urllib.parse.urlencode({"q": f'CREATE DATABASE "{name}"'}).encode()
-        with urllib.request.urlopen(f"{self.url}/query", body, timeout=10) as answer:  # noqa: S310 - loopback only
-            told = answer.read()
-        assert b'"error"' not in told, told  # which comes with status 200
+        self.query(f'CREATE DATABASE "{name}" {terms}')
         return name
 
-    def write(self, database: str, lines: str) -> None:
+    def query(self, text: str) -> bytes:
+        """The answer to a statement that has to succeed."""
+        body = urllib.parse.urlencode({"q": text}).encode()
+        with urllib.request.urlopen(f"{self.url}/query", body, timeout=10) as answer:  # noqa: S310 - loopback only
+            told: bytes = answer.read()
+        assert b'"error"' not in told, told  # which comes with status 200
+        return told
+
+    def write(self, database: str, lines: str, policy: str = "") -> None:
         """Write line protocol with nanosecond times."""
-        url = f"{self.url}/write?{urllib.parse.urlencode({'db': database})}"
+        url = f"{self.url}/write?{urllib.parse.urlencode({'db': database, 'rp': policy})}"
         with urllib.request.urlopen(url, lines.encode(), timeout=30) as answer:  # noqa: S310 - loopback only
             assert answer.status == 204
 
 
 @pytest.fixture(scope="session")
 def influxdb1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxDB1]:
-    program = shutil.which("influxd")
-    if program is None:
-        pytest.skip("no influxd on PATH: install the package influxdb to compare with a real InfluxDB 1.x")
-    root = tmp_path_factory.mktemp("influxdb1")
+    with running_influxdb1(tmp_path_factory.mktemp("influxdb1")) as server:
+        yield server
+
+
+@contextmanager
+def running_influxdb1(root: Path, more: str = "") -> Iterator[InfluxDB1]:
+    """A server with its files in `root` and `more` lines in its configuration."""
+    program = needs("influxd")
     http, rpc = free_ports(2)
-    (root / "influxdb.conf").write_text(CONFIG.format(root=root, http=http, rpc=rpc))
+    (root / "influxdb.conf").write_text(CONFIG.format(root=root, http=http, rpc=rpc, more=more))
     with (root / "influxd.log").open("wb") as log:
         process = subprocess.Popen([program, "-config", str(root / "influxdb.conf")], stdout=log, stderr=log)
         try:

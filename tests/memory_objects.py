@@ -27,9 +27,11 @@ class MemoryObjects:
     def probe(self) -> None:
         pass
 
+    def clear(self) -> None:
+        self._held.clear()
+
     def head(self, key: str) -> ObjectInfo | None:
-        check_key(key).encode()
-        found = self._held.get(key)
+        found = self._found(key)
         return found and found[0]
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
@@ -37,8 +39,7 @@ class MemoryObjects:
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
-        check_key(key)
-        found = self._held.get(key)
+        found = self._found(key)
         if found and etag not in (None, found[0].etag):
             raise Conflict(f"{key}: is no longer {etag}")
         yield found and io.BytesIO(found[1])
@@ -54,10 +55,16 @@ class MemoryObjects:
 
     def delete(self, key: str) -> None:
         with self._turn:
-            self._held.pop(check_key(key), None)
+            self._held.pop(key if self._found(key) else check_key(key), None)
+
+    def _found(self, key: str) -> tuple[ObjectInfo, bytes] | None:
+        found = self._held.get(key)
+        if found is None:
+            check_key(key)
+        return found
 
     def write(self, key: str, body: Readable, put: Put) -> Stored:
-        check_key(key).encode()
+        check_key(key)
         data = b"".join(iter(lambda: body.read(1 << 16), b""))
         with self._turn:
             held = self._held.get(key)

@@ -23,6 +23,14 @@ def faketime_library() -> Path:
     return found[0] if found else absent("libfaketimeMT.so.1 is not below /usr/lib: apt-get install faketime")
 
 
+def needs_node_package(name: str) -> Path:
+    """The folder of an npm package below NODE_PACKAGES, where `.ci/run` installs it; else as `needs`."""
+    folder = NODE_PACKAGES / "node_modules" / name
+    if not folder.is_dir():
+        absent(f"npm package {name} is not in {NODE_PACKAGES}: bash .ci/run installs it")
+    return folder
+
+
 def absent(reason: str) -> NoReturn:
     """End the test because something is not there: skipped with the reason, failed when CI is set."""
     if os.environ.get("CI"):
@@ -30,4 +38,5 @@ def absent(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-PACKAGES = {"influxd": "influxdb"}
+PACKAGES = {"influxd": "influxdb", "node": "nodejs"}
+NODE_PACKAGES = Path(os.environ.get("HEADWATER_NODE_PACKAGES") or Path.home() / ".cache" / "headwater-node")

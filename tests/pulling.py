@@ -31,6 +31,7 @@ from app.dwh.store import Warehouse, open_warehouse
 from app.dwh.tables import TABLES
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
+from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
 from app.stores.upstream import Upstream
 
@@ -95,14 +96,23 @@ class Landed:
     def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "AmplitudePull":
         spool = self.folder / "spool"
         places = AmplitudePlaces(
-            self.state.checkpoints, self.store, self.warehouse.load, spool, self.clock, POLICY, lookback_days
+            self.state.checkpoints,
+            self.store,
+            self.warehouse.load,
+            spool,
+            self.clock,
+            POLICY,
+            lookback_days,
+            SetAsideStore(self.store, folder_of("amplitude"), 1 << 25),
         )
         keys = simulator.state.keys
         projects = {source: project(simulator.url, *keys[source], spool) for source in sources or ("web",)}
         self.asked += [each.upstream for each in projects.values()]
         return AmplitudePull(self, places, projects)
 
-    def appmetrica(self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000) -> "MetricaPull":
+    def appmetrica(
+        self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000, recount_days: int = 0
+    ) -> "MetricaPull":
         spool = self.folder / "spool"
 
         def count() -> None:
@@ -121,6 +131,9 @@ class Landed:
             lookback_days=lookback_days,
             zone=appmetrica_job.Zone(asked, "").find,
             refused=set(),
+            set_aside=SetAsideStore(self.store, folder_of("appmetrica"), 1 << 26),
+            recount_days=recount_days,
+            daily_calls=calls,
         )
         return MetricaPull(self, places, asked)
 

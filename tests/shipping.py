@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +15,8 @@ from app.demo.drive import DriveSimulator
 from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.settings import load_settings
+from app.stores.local_directory import LocalDirectory
+from app.stores.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases
 
 TABLE = "underway"
@@ -31,6 +33,12 @@ class Silent:
 def item(at: datetime, **values: str) -> dict[str, dict[str, Any]]:
     numbers = {name: {"N": value} for name, value in values.items()}
     return {"static_partition": {"S": "data"}, "datetime_utc": {"S": f"{at:%Y-%m-%dT%H:%M:%SZ}"}, **numbers}
+
+
+def accounted(report: Report) -> Report:
+    """The report of a run, whatever was done to table and files, accounts for each item."""
+    assert report.ledger.closes, report.ledger
+    return report
 
 
 @dataclass
@@ -68,7 +76,8 @@ class Shipping:
 
     def export(self) -> job.Export:
         environ = {name: value for name, value in self.environ.items() if value}
-        return job.build(load_settings(environ, None), self.checkpoints, lambda: self.now, QUICK)
+        set_aside = SetAsideStore(LocalDirectory(self.folder / "objects"), folder_of(job.NAME))
+        return job.build(load_settings(environ, None), self.checkpoints, set_aside, lambda: self.now, QUICK)
 
     def context(self, *, dry_run: bool = False) -> Context:
         lease: Lease | None = self.leases.acquire(job.NAME, "test", 3600)
@@ -77,10 +86,15 @@ class Shipping:
 
     def run(self, name: str = job.NAME, *, dry_run: bool = False) -> Report:
         found = next(each for each in self._running().jobs if each.name == name)
-        return found.work(self.context(dry_run=dry_run))
+        return accounted(found.work(self.context(dry_run=dry_run)))
 
     def backfill(self, start: datetime, end: datetime) -> Report:
-        return self._running().backfill(self.context(), Window(start, end))
+        return accounted(self._running().backfill(self.context(), Window(start, end)))
+
+    def ping(self) -> str:
+        """What `check` says of the table."""
+        with closing(self.export()) as export:
+            return export.ping_table()
 
     def restart(self) -> None:
         """The next run is by a new process, which knows nothing but the checkpoints."""

@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from app.core.errors import BadSettings
 from app.ops.log import JsonLines, Redaction, bound, carried, configure, release
+from app.ops.log_limits import LogLimits
 
 log = logging.getLogger("app.test")
 
@@ -243,3 +244,77 @@ def test_a_record_below_the_level_is_not_written(out: io.StringIO) -> None:
     configure("WARNING", "json", None, stream=out)
     log.info("no")
     assert out.getvalue() == ""
+
+
+def recorded(text: str, at: float, *values: object, **more: object) -> logging.LogRecord:
+    record = logging.LogRecord("app.test", logging.WARNING, "", 0, text, values, None)
+    record.created = at
+    record.__dict__.update(more)
+    return record
+
+
+def written(limits: LogLimits, records: Iterable[logging.LogRecord], job: str = "") -> list[str]:
+    return [each.getMessage() for record in records for each in limits.passed(record, job)]
+
+
+def test_of_one_kind_only_so_many_lines_are_written_and_the_others_are_counted() -> None:
+    limits = LogLimits()
+    first = written(limits, (recorded("bad request %d", 0.0, number) for number in range(10_000)))
+    assert len(first) == 20
+    assert written(limits, [recorded("another kind", 1.0)]) == ["another kind"]
+    assert written(limits, [recorded("a third", 61.0)]) == [
+        "9980 more lines were left out, the last: bad request 9999",
+        "a third",
+    ]
+    assert len(written(limits, (recorded("bad request %d", 62.0, number) for number in range(100)))) == 4
+    assert [each.getMessage() for each in limits.rest()] == ["96 more lines were left out, the last: bad request 99"]
+    assert limits.rest() == []
+
+
+def test_kinds_without_number_are_bounded_together_and_in_memory() -> None:
+    limits = LogLimits()
+    assert len(written(limits, (recorded(f"made up {number}", 0.0) for number in range(20_000)))) == 150
+    told = written(limits, [recorded("the end", 0.0)]) + [each.getMessage() for each in limits.rest()]
+    assert sum(int(each.split(" more")[0]) for each in told if " more" in each) == 19_851
+
+
+def test_a_caller_with_a_key_is_heard_beside_a_flood_of_strangers() -> None:
+    limits = LogLimits()
+    strangers = (recorded("%s by %s", 0.0, number, "nobody", who="nobody", status=401) for number in range(5000))
+    written(limits, strangers)
+    deleted = [recorded("%s by %s", 0.0, number, "root", who="root", status=200) for number in range(100)]
+    assert written(limits, deleted) == [f"{number} by root" for number in range(100)]
+
+
+def test_a_run_may_name_each_of_many_items() -> None:
+    assert len(written(LogLimits(), (recorded("device %d", 0.0, n) for n in range(1000)), "influx_to_s3")) == 1000
+
+
+def test_what_was_left_out_is_told_when_the_log_is_closed(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    configure("INFO", "json", tmp_path / "app.log", stream=stream)
+    for number in range(50):
+        log.warning("flood %d", number)
+    release()
+    assert lines(stream)[-1]["message"] == "30 more lines were left out, the last: flood 49"
+    assert (tmp_path / "app.log").read_text() == stream.getvalue()
+
+
+def test_a_line_has_a_bounded_length(out: io.StringIO) -> None:
+    log.warning("x" * 1_000_000)
+    assert len(last(out)["message"]) < 9000
+    fail("y" * 1_000_000)
+    assert len(last(out)["exception"]) < 7000
+
+
+def test_the_file_is_for_its_owner_alone_also_an_old_one_and_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("x" * 999_990)
+    path.chmod(0o644)
+    configure("INFO", "json", path, stream=io.StringIO())
+    log.warning("a line that makes a new file")
+    release()
+    assert {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {
+        "app.log": 0o600,
+        "app.log.1": 0o600,
+    }

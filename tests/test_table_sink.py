@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.window import Window
@@ -18,10 +20,11 @@ from app.influx_to_s3.spool import RowBatch, Spool
 from app.stores.layouts import Layout
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
-from app.stores.parquet import ROW_GROUP_ROWS, TableSink
+from app.stores.parquet import ROW_GROUP_ROWS, TableSink, in_nanoseconds, stored, stored_schema
 from app.stores.s3 import S3Store
 from exporter import HOUR, NOON, ns
 from exports import FORMATS, content, rows_of
+from influx_points import columns_of
 from seaweed import Seaweed, target
 
 WINDOW = Window(NOON, NOON + HOUR)
@@ -67,10 +70,10 @@ def make(store: ObjectStore, tmp_path: Path) -> Callable[..., TableSink]:
 def batch(folder: Path, fields: Mapping[str, Sequence[Any]], step_ns: int = 10**9) -> RowBatch:
     """Rows of D1 in WINDOW, one a second."""
     number = len(next(iter(fields.values())))
-    spool = Spool("D1", folder, 10**6)
+    spool = Spool("D1", folder, 10**6, columns_of())
     times = pa.array([ns(NOON) + n * step_ns + 7 for n in range(number)]).cast(pa.timestamp("ns", "UTC"))
     spool.append(pa.table({"timestamp": times, **fields}))
-    return spool.finish({})
+    return spool.finish({}, {})
 
 
 ROWS: Mapping[str, Sequence[Any]] = {
@@ -149,6 +152,73 @@ def test_rows_come_back_in_order_with_nanoseconds_and_the_text_that_they_were(
     assert back.column("on").to_pylist() == (["true", None, "false"] if as_text else [True, None, False])
 
 
+def at(*instants: int) -> pa.Table:
+    """Rows at nanoseconds since the epoch."""
+    times = pa.array(instants, pa.int64()).cast(pa.timestamp("ns", "UTC"))
+    return pa.table({"timestamp": times, "voltage": pa.array([1.0] * len(instants))})
+
+
+EXTREMES = [-(2**63) + 1, -1_000_001, -1001, -1000, -999, -1, 0, 1, 999, 1000, 1001, 2**63 - 1]
+
+
+@given(st.lists(st.one_of(st.integers(-(2**63) + 1, 2**63 - 1), st.integers(-5000, 5000)), max_size=20))
+@example(EXTREMES)
+@example([-2000, 0, 5000])
+@settings(max_examples=100, deadline=None)
+def test_instants_of_any_time_survive_microseconds_and_what_is_below_them(instants: list[int]) -> None:
+    table = at(*instants)
+    has_nanos = any(each % 1000 for each in instants)
+    written = stored(table, with_nanos=has_nanos)
+    assert written.schema == stored_schema(table.schema, in_microseconds=True, with_nanos=has_nanos)
+    assert written.schema.field("timestamp").type == pa.timestamp("us", "UTC")
+    assert written.column_names == ["timestamp", "voltage", *(["timestamp_nanos"] if has_nanos else [])]
+    if has_nanos:
+        assert all(0 <= each <= 999 for each in written.column("timestamp_nanos").to_pylist())
+    assert in_nanoseconds(written).equals(table)
+
+
+def test_an_object_in_nanoseconds_is_read_as_it_is() -> None:
+    table = at(*EXTREMES)
+    assert stored_schema(table.schema, in_microseconds=False, with_nanos=True) == table.schema
+    assert in_nanoseconds(table) is table
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_an_object_of_a_coarser_unit_is_read_in_nanoseconds(unit: str) -> None:
+    times = (
+        pa.array([-86_400, 0, 1_770_465_600], pa.int64()).cast(pa.timestamp("s", "UTC")).cast(pa.timestamp(unit, "UTC"))
+    )
+    back = in_nanoseconds(pa.table({"timestamp": times}))
+    assert back.column("timestamp").cast(pa.int64()).to_pylist() == [-86_400 * 10**9, 0, 1_770_465_600 * 10**9]
+
+
+@pytest.mark.parametrize("unit", ["us", "ns"])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("instants", [EXTREMES, [-3000, 0, 7_000_000]])
+def test_rows_before_1970_and_with_nanoseconds_come_back_from_objects_of_either_unit(
+    make: Callable[..., TableSink], tmp_path: Path, kind: str, unit: str, instants: list[int]
+) -> None:
+    instants = [each for each in instants if kind == "parquet" or abs(each) < 2**62]
+    sink = make(format=kind, timestamp_unit=unit)
+    key = sink.key("D1", WINDOW, 0)
+    spool = Spool("D1", tmp_path / "rows", 10**6, columns_of())
+    spool.append(at(*instants))
+    rows = spool.finish({}, {})
+    assert rows.has_nanos == any(each % 1000 for each in instants)
+    version = put(sink, key, rows)
+    back = pa.concat_tables(sink.read(key, version))
+    assert back.column("timestamp").cast(pa.int64()).to_pylist() == instants
+    assert "timestamp_nanos" not in back.column_names
+    info = sink.store.head(key)
+    assert info is not None
+    assert info.metadata["timestamp-unit"] == unit
+    if kind == "parquet":
+        held = pq.read_schema(BytesIO(content(sink.store, key)))
+        assert held.field("timestamp").type == pa.timestamp(unit, "UTC")
+        assert (held.names[-1] == "timestamp_nanos") == (unit == "us" and rows.has_nanos)
+        assert held.field("device_id").type == pa.dictionary(pa.int32(), pa.string())
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_only_the_version_that_was_asked_for_is_read(make: Callable[..., TableSink], tmp_path: Path, kind: str) -> None:
     sink = make(format=kind)
@@ -166,7 +236,7 @@ def test_only_the_version_that_was_asked_for_is_read(make: Callable[..., TableSi
 def test_no_rows_are_an_object_with_columns_only(make: Callable[..., TableSink], tmp_path: Path, kind: str) -> None:
     sink = make(format=kind)
     key = sink.key("D1", WINDOW, 0)
-    version = put(sink, key, Spool("D1", tmp_path / "rows", 0).finish({}))
+    version = put(sink, key, Spool("D1", tmp_path / "rows", 0, columns_of()).finish({}, {}))
     assert sum(table.num_rows for table in sink.read(key, version)) == 0
     assert rows_of(sink.store, key) == []
 
@@ -210,7 +280,7 @@ def test_keys_follow_the_layout_and_number_deltas_by_seconds(make: Callable[...,
 
 
 @pytest.mark.parametrize(
-    "device", ["", "a/b", "..", "../../x", "a..b", "a\nb", "a\0b", "\x7f", "x" * 256, "é" * 128, "/abs"]
+    "device", ["", "a/b", "a\\b", "..", "../../x", "a..b", "a\nb", "a\0b", "\x7f", "x" * 256, "é" * 128, "/abs"]
 )
 def test_devices_that_cannot_be_part_of_a_key_are_refused(make: Callable[..., TableSink], device: str) -> None:
     with pytest.raises(Rejected, match="device id") as caught:
@@ -219,7 +289,7 @@ def test_devices_that_cannot_be_part_of_a_key_are_refused(make: Callable[..., Ta
 
 
 def test_keys_of_different_devices_differ(make: Callable[..., TableSink]) -> None:
-    devices = ["D1", "d1", "D1 ", " D1", "D%31", "D1.", "é", "e\u0301", "a=b", "a\\b", "x" * 255]
+    devices = ["D1", "d1", "D1 ", " D1", "D%31", "D1.", "é", "e\u0301", "a=b", "x" * 255]
     assert len({make().key(device, WINDOW, 0) for device in devices}) == len(devices)
 
 

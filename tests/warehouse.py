@@ -75,7 +75,11 @@ class Desk:
         skip: bool = False,
         **request: Any,
     ) -> Inserted:
-        body = json.dumps({"data": rows}).encode()
+        return self.post_text(table, json.dumps({"data": rows}).encode(), limits=limits, skip=skip, **request)
+
+    def post_text(
+        self, table: Table, body: bytes, *, limits: BatchLimits = LIMITS, skip: bool = False, **request: Any
+    ) -> Inserted:
         intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
         with closing(intake.received):
             intake.feed(body)

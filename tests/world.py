@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Conflict
-from app.core.partitions import Pass, sync_all
+from app.core.ledger import SetAside, Tally
+from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Record
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.sync import Grid, Pipeline
@@ -15,6 +16,8 @@ from app.core.window import Window, windows_between
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
 WINDOW_SECONDS = 600
 GRACE_SECONDS = 1200
+FIRST_AT = START - timedelta(hours=1)
+VALUE = "value"  # the one field of every row
 Row = tuple[datetime, str]
 
 
@@ -37,6 +40,7 @@ class Rows:
     held: tuple[Row, ...]
     reusable: bool = False
     is_closed: bool = False
+    accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -104,13 +108,23 @@ class World:
 
 @dataclass(slots=True)
 class Process:
-    """One process of the product: its ports on a world, its memory, and the hook at each effect."""
+    """One process of the product: its ports on a world, its memory, and the hook at each effect.
+
+    `broken`: partitions whose reading fails. `away`: what a probe of source and sink raises. `loses`: a row of this
+    value is read and then lost on its way, which is a bug that the ledger has to show. `aside`: what is set aside.
+    """
 
     world: World
     hook: Callable[[str], None] = nothing
     keeps: bool = False
     broken: Mapping[str, Exception] = field(default_factory=dict)
+    away: Exception | None = None
+    loses: str = ""
+    aside: Sequence[SetAside] = ()
     allow_shrink: bool = False
+    backoff: Backoff = field(default_factory=Backoff)
+    retry_seconds: float = 20.0
+    probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
     batches: list[Rows] = field(default_factory=list)
 
@@ -124,7 +138,7 @@ class Process:
             for window in spans:
                 number = sum(window.start <= at < window.end for at in rows)
                 if number and partition in (None, name):
-                    found[name, window.start] = Count(number, number)
+                    found[name, window.start] = Count(number, number, {VALUE: number})
         return found
 
     def read(self, partition: str, window: Window, count: Count, kept: Rows | None) -> Rows:
@@ -133,21 +147,28 @@ class Process:
         self.hook(f"read {partition}")
         self.world.reads.append((partition, window.start))
         rows = self.world.rows.get(partition, {})
-        return self._batch(tuple(sorted((at, value) for at, value in rows.items() if window.start <= at < window.end)))
+        found = sorted((at, value) for at, value in rows.items() if window.start <= at < window.end)
+        landed = tuple(row for row in found if not self.loses or row[1] != self.loses)
+        counted = max(count.fields.get(VALUE, 0), len(found))
+        return self._batch(landed, Tally(counted=counted, read=len(found), new=len(landed)))
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[Rows]:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(partition, window, count, None) for window, count in counted]
 
     def union(self, batch: Rows, held: Iterable[Row]) -> Rows:
-        return self._batch(tuple(sorted({**dict(held), **dict(batch.held)}.items())))
+        """The accounts stay those of what was read."""
+        return self._batch(tuple(sorted({**dict(held), **dict(batch.held)}.items())), batch.accounts[VALUE])
 
     def missing(self, batch: Rows, held: Iterable[Row]) -> Rows:
         known = {at for at, _ in held}
-        return self._batch(tuple(row for row in batch.held if row[0] not in known))
+        rows = tuple(row for row in batch.held if row[0] not in known)
+        tally = batch.accounts[VALUE]
+        left_out = len(batch.held) - len(rows)
+        return self._batch(rows, replace(tally, new=len(rows), already_there=tally.already_there + left_out))
 
-    def _batch(self, rows: tuple[Row, ...]) -> Rows:
-        self.batches.append(Rows(rows, reusable=self.keeps))
+    def _batch(self, rows: tuple[Row, ...], tally: Tally) -> Rows:
+        self.batches.append(Rows(rows, reusable=self.keeps, accounts={VALUE: tally}))
         return self.batches[-1]
 
     # Sink
@@ -219,6 +240,7 @@ class Process:
             ),
             allow_shrink=self.allow_shrink,
             kept=self.kept,
+            set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
         )
 
     def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:
@@ -235,7 +257,21 @@ class Process:
         return replace(total, more=False)
 
     def how(self) -> Pass:
-        return Pass(lambda: self.world.now, lambda now: now - timedelta(hours=1), concurrency=1)
+        """One partition at a time; a source without any row is taken as it is."""
+        return Pass(
+            now=self.world.now,
+            first_at=FIRST_AT,
+            probe=self.probe,
+            nothing_found=lambda: None,
+            backoff=self.backoff,
+            concurrency=1,
+            retry_seconds=self.retry_seconds,
+        )
+
+    def probe(self) -> None:
+        self.probes += 1
+        if self.away:
+            raise self.away
 
 
 @dataclass(frozen=True, slots=True)

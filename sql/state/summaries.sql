@@ -42,7 +42,7 @@ INNER JOIN analytics_parts AS p
 
 -- name: keys
 -- Versions that can be read and have rows of this device (any, when null) in this span of days (open, when null).
-SELECT DISTINCT o.object_id, o.object_key, o.etag, o.size_bytes
+SELECT DISTINCT o.object_id, o.object_key, o.etag, o.size_bytes, o.schema_id
 FROM analytics_objects AS o
 INNER JOIN analytics_parts AS p ON p.object_id = o.object_id
 WHERE
@@ -50,6 +50,10 @@ WHERE
     AND (CAST(:first_day AS INTEGER) IS NULL OR p.day >= :first_day)
     AND (CAST(:last_day AS INTEGER) IS NULL OR p.day <= :last_day)
 ORDER BY o.object_key;
+
+-- name: schemas
+-- Columns with their types of all objects, each set once.
+SELECT schema_id, columns FROM analytics_schemas;
 
 -- name: save_object
 -- Facts of a version never change, so a second writer changes nothing.

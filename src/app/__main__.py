@@ -126,6 +126,15 @@ def run(given: argparse.Namespace) -> int:
 
 def backfill(given: argparse.Namespace) -> int:
     """Fill past windows in this process."""
+    return _past(given, "backfill")
+
+
+def rewrite(given: argparse.Namespace) -> int:
+    """Re-encode past objects in this process."""
+    return _past(given, "rewrite")
+
+
+def _past(given: argparse.Namespace, name: str) -> int:
     from app.core.window import Window
 
     if _is_empty(given):
@@ -134,8 +143,9 @@ def backfill(given: argparse.Namespace) -> int:
     from app.main import build
     from app.ops import commands
 
+    command = {"backfill": commands.backfill, "rewrite": commands.rewrite}[name]
     how = commands.How(given.dry_run, given.as_json)
-    return commands.backfill(build(settings), given.job, Window(given.start, given.end), how)
+    return command(build(settings), given.job, Window(given.start, given.end), how)
 
 
 def _is_empty(given: argparse.Namespace) -> bool:
@@ -274,6 +284,7 @@ COMMANDS: Work = {
     "serve": serve,
     "run": run,
     "backfill": backfill,
+    "rewrite": rewrite,
     "verify": verify,
     "undo": undo,
     "check": check,

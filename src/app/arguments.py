@@ -21,7 +21,7 @@ def parser(work: Work) -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="")
     commands.add_parser("serve", help="run the jobs and answer HTTP (the default)").set_defaults(command=work["serve"])
     _add_run(commands, work)
-    _add_backfill(commands, work)
+    _add_past(commands, work)
     _add_verify(commands, work)
     _add_looking(commands, work)
     demo = commands.add_parser("demo", help="everything at once, against simulated systems")
@@ -84,13 +84,17 @@ def _add_run(commands: "Commands", work: Work) -> None:
     run.set_defaults(command=work["run"])
 
 
-def _add_backfill(commands: "Commands", work: Work) -> None:
+def _add_past(commands: "Commands", work: Work) -> None:
     fill = commands.add_parser("backfill", help="fill past windows of a job again")
-    fill.add_argument("job")
-    _add_span(fill)
-    fill.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
-    _add_json(fill)
-    fill.set_defaults(command=work["backfill"])
+    again = commands.add_parser(
+        "rewrite", help="re-encode past objects from themselves, in today's unit, names and types"
+    )
+    for each, command in ((fill, "backfill"), (again, "rewrite")):
+        each.add_argument("job")
+        _add_span(each)
+        each.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+        _add_json(each)
+        each.set_defaults(command=work[command])
 
 
 def _add_undo(commands: "Commands", work: Work) -> None:

@@ -72,8 +72,15 @@ def wire(parts: Parts) -> Pipelines:
     from app.influx_to_s3 import job as influx_job
 
     settings, state = parts.settings, parts.state
-    influx = influx_job.build(settings, state.checkpoints, state.layouts, parts.store, parts.clock)
-    dynamo = dynamo_job.build(settings, state.checkpoints, parts.clock)
+    influx = influx_job.build(
+        settings,
+        state.checkpoints,
+        state.layouts,
+        parts.store,
+        set_aside=set_aside(parts, settings.s3.prefix),
+        clock=parts.clock,
+    )
+    dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
@@ -91,6 +98,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        rewrites={influx_job.NAME: influx.rewrite},
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},

@@ -193,7 +193,7 @@ def reach(settings: Settings) -> "Reach":
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports)
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:

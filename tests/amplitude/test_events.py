@@ -1,12 +1,24 @@
 """Lines of an export as rows of the seven tables."""
 
 import json
+import random
 from typing import Any
 
 import pytest
 
-from app.amplitude.events import BLOCK_BYTES, Seen, blocks, reader
-from app.core.errors import Permanent
+from app.amplitude.events import (
+    BLOCK_BYTES,
+    KEPT_LINE_BYTES,
+    MAX_LINE_BYTES,
+    NO_UUID,
+    NOT_JSON,
+    NOT_TEXT,
+    LargeLine,
+    Seen,
+    blocks,
+    lines_in,
+    reader,
+)
 from app.dwh.tables import TABLES
 from app.stores.product_mapping import mapping
 
@@ -189,12 +201,81 @@ def test_lines_are_found_whatever_the_pieces_are() -> None:
     text = b"".join(b'{"n":%d}\n' % number for number in range(200_000)) + b'{"n":-1}'
     for size in (1 << 10, 99_991, len(text)):
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        found = list(blocks(pieces))
+        found = [block for block in blocks(pieces) if isinstance(block, bytes)]
         assert b"".join(found) == text
         assert all(block.endswith(b"\n") for block in found[:-1])
         assert size == len(text) or max(map(len, found)) < BLOCK_BYTES + size + 100
 
 
 def test_a_line_without_an_end_does_not_fill_memory() -> None:
-    with pytest.raises(Permanent, match="larger than"):
-        list(blocks(b"x" * (1 << 20) for _ in range(100)))
+    (found,) = blocks(b"x" * (1 << 20) for _ in range(100))
+    assert isinstance(found, LargeLine)
+    assert (len(found.head), found.size_bytes) == (KEPT_LINE_BYTES, 100 << 20)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("size", [1000, 1 << 18])
+def test_a_line_is_too_large_by_its_length_alone_and_its_neighbours_stay(more: int, size: int) -> None:
+    line = b"x" * (MAX_LINE_BYTES - 1 + more) + b"\n"
+    text = b"before\n" * 3 + line + b"after\n" * 3 + b"last"
+    found = list(blocks(text[at : at + size] for at in range(0, len(text), size)))
+    assert [block.size_bytes for block in found if isinstance(block, LargeLine)] == [MAX_LINE_BYTES] * more
+    assert b"".join(block.head + b"\n" if isinstance(block, LargeLine) else block for block in found) == text
+    assert sum(map(lines_in, found)) == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"uuid":"%s","city":"Z\xfcrich"}', NOT_TEXT),
+        (b'{"uuid":"%s","event_properties":{"city":"Z\xfcrich"}}', NOT_TEXT),
+        (b'{"uuid":"%s","nobody_reads_it":{"city":["Z\xfcrich"]}}', NOT_TEXT),
+        (b'{"uuid":"%s","user_properties":{"nobody_reads_it":"\xed\xa0\x80"}}', NOT_TEXT),
+        (b'{"uuid":"%s","city":"x"', NOT_JSON),
+        (b'{"uuid":"%s"}{}', NOT_JSON),
+        (b'["%s"]', NOT_JSON),
+        (b'{"uuid":"%s"}{"uuid":"%s"}', NOT_JSON),
+        (b'{"uuid":"%s0"}', NO_UUID),
+    ],
+)
+def test_a_refused_line_keeps_its_bytes_its_reason_and_its_place(line: bytes, reason: str) -> None:
+    told: list[tuple[str, bytes, str]] = []
+    given = line.replace(b"%s", ID.encode())
+    seen = Seen(lambda *refused: told.append(refused))
+    other = {**SAMPLE, "uuid": ID.replace("0", "1")}
+    made = tables(SAMPLE, given, other, seen=seen)
+    assert [row["uuid"] for row in made["events_part"]] == [ID, ID.replace("0", "1")]
+    assert [(found, kept) for found, kept, _ in told] == [(reason, given)]
+    assert told[0][2].startswith("line 2: ")
+    assert "rich" not in told[0][2]
+
+
+def test_an_event_that_is_broken_over_two_lines_is_two_lines_that_are_not_events() -> None:
+    told: list[bytes] = []
+    seen = Seen(lambda _reason, line, _place: told.append(line))
+    tables(SAMPLE, b'{"uuid":"%s",\n"city":"x"}' % ID.encode(), seen=seen)
+    assert (seen.rows, seen.lines) == (1, 3)
+    assert told == [b'{"uuid":"%s",' % ID.encode(), b'"city":"x"}']
+
+
+@pytest.mark.parametrize("member", [b'"cohort_day":1e400', b'"source":123456789012345678901234567890', b'"Gender":NaN'])
+def test_a_number_that_no_column_holds_does_not_cost_its_event(member: bytes) -> None:
+    seen = Seen()
+    made = tables(b'{"uuid":"%s","user_properties":{"EHR_ID":7,%s}}' % (ID.encode(), member), SAMPLE, seen=seen)
+    assert (seen.rows, seen.fault_rows) == (2, 0)
+    assert [row["ehr_id"] for row in made["permanent_user_properties"]] == [7, 42]
+
+
+def test_a_changed_byte_costs_its_line_at_most_and_each_line_is_counted_once() -> None:
+    chance = random.Random(5)  # noqa: S311 - places and bytes to change, no secret
+    lines = [json.dumps({**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"}).encode() for number in range(20)]
+    text = b"\n".join(lines) + b"\n"
+    for _ in range(400):
+        at, byte = chance.randrange(len(text)), chance.choice(b'\xfc"\n,\0\r{9\\')
+        changed = text[:at] + bytes([byte]) * chance.choice((1, 30)) + text[at + chance.randrange(2) :]
+        seen, counted = Seen(), 0
+        for block in blocks([changed]):
+            counted += lines_in(block)
+            reader().tables(block, seen)
+        assert seen.lines == counted
+        assert seen.rows >= len(lines) - 2

@@ -11,8 +11,9 @@ from uuid import UUID
 
 import pytest
 
+from app.amplitude.hours import due_at
 from app.core.errors import Stopped
-from app.demo.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, generated
+from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator, generated
 from app.demo.product_events import amplitude_event, amplitude_events
 from pulling import HOUR, START, Landed, landed, pulling
 
@@ -108,20 +109,27 @@ def test_what_is_too_large_is_halved_until_it_fits(world: tuple[Landed, Amplitud
     assert max(answered) == 24
 
 
-def test_an_hour_that_is_too_large_by_itself_stops_that_source_and_no_other(
+def test_a_service_that_gives_nothing_sets_no_hour_aside_and_holds_up_no_other_source(
     world: tuple[Landed, AmplitudeSimulator],
 ) -> None:
     made, simulator = world
     simulator.state.made = generated(3)
     simulator.state.events.clear()
+    simulator.state.faults = {
+        ("web", MONDAY + number * HOUR): AmplitudeFault(500, b"down") for number in range(-99, 99)
+    }
     pull = made.amplitude(simulator, "web", "mobile")
-    simulator.add_fault(AmplitudeFault(400, LARGE), times=5)  # 24, 12, 6, 3 hours and 1
-    report = pull.run()
-    assert [failure.partition for failure in report.failures] == ["web"]
-    assert "S3 destination" in report.failures[0].hint
-    assert made.state.checkpoints.cursors("amplitude") == {"web": MONDAY, "mobile": DUE}
+    for _ in range(3):
+        report = pull.run()
+        made.clock.now += timedelta(hours=12)
+        assert [failure.partition for failure in report.failures] == ["web"]
+        assert report.failures[0].message.startswith("Amplitude answers 500")
+    assert made.state.checkpoints.cursors("amplitude")["web"] == MONDAY
     assert {str(row["device_id"]).split("-")[0] for row in made.rows("events_part")} == {"mobile"}
-    assert not pull.run().failures
+    assert not made.objects("amplitude/_set_aside/")
+    simulator.state.faults.clear()
+    assert not pull.to_the_end().failures
+    assert made.state.checkpoints.cursors("amplitude")["web"] == due_at(made.clock.now)
 
 
 PASSING = [

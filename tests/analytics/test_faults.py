@@ -10,10 +10,12 @@ from typing import Any
 import duckdb
 import pytest
 
-from app.analytics.engine import Engine, literal
+from app.analytics.engine import Engine
 from app.analytics.faults import Wrong, translated, written
 from app.analytics.formats import Shape
+from app.analytics.object_columns import File, file_of
 from app.analytics.queries import Queries
+from app.analytics.relation import literal
 from app.analytics.reports import parse
 from app.core.errors import AppError, Permanent, Transient
 from app.stores.state import State, open_state
@@ -122,11 +124,11 @@ class FullDisk:
         self.opens = 0
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
+    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
         self.opens += 1
         with written(), FULL.open("wb") as file:
             file.write(bytes(100_000))
-        yield self._engine, [source.key for source in sources]
+        yield self._engine, [file_of(source.key, source.key, source.columns) for source in sources]
 
     def certain(self, sources: Sequence[Source]) -> bool:
         return bool(sources)

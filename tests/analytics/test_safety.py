@@ -192,8 +192,9 @@ def test_a_bucket_engine_cannot_leave_its_prefix_by_dots(
         lake.put("a.parquet", content)
         lake.summaries.refresh()
         sources = lake.summaries.sources(None, None, None)
-        with lake.objects(lake.engine).opened(sources) as (remote, names):
-            assert remote.rows(f"SELECT count(*) FROM read_parquet('{names[0]}')") == [(1,)]  # noqa: S608 - its own
+        with lake.objects(lake.engine).opened(sources) as (remote, files):
+            name = files[0].name
+            assert remote.rows(f"SELECT count(*) FROM read_parquet('{name}')") == [(1,)]  # noqa: S608 - its own
             for path in ("../secret/x.parquet", "%2e%2e/secret/x.parquet", "../../secret/x.parquet"):
                 with pytest.raises(AppError):
-                    remote.rows(f"SELECT * FROM read_parquet('{names[0].rpartition('/')[0]}/{path}')")  # noqa: S608
+                    remote.rows(f"SELECT * FROM read_parquet('{name.rpartition('/')[0]}/{path}')")  # noqa: S608

@@ -208,7 +208,8 @@ def test_an_object_that_cannot_be_read_is_named_and_the_rest_is_answered(lake: L
         "cut.parquet": whole[: len(whole) // 2],
         "text.parquet": b"not at all",
         "empty.parquet": b"",
-        "number.parquet": parquet({"device_id": ["D1"], "timestamp": [1700000000]}),
+        "flags.parquet": parquet({"device_id": ["D1"], "timestamp": [True]}),
+        "nested.parquet": parquet({"device_id": ["D1"], "timestamp": [datetime(2026, 2, 1)], "voltage": [[230.0]]}),  # noqa: DTZ001
         "torn.parquet": whole[:40] + bytes(200) + whole[240:],
     }
     for key, content in broken.items():

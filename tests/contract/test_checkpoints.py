@@ -79,6 +79,12 @@ def test_a_commit_stores_records_and_cursor_as_they_are(store: Store) -> None:
     assert dict(store.checkpoints.cursors(PIPELINE)) == {"d1": START + HOUR}
 
 
+def test_a_record_keeps_how_many_values_of_each_field_the_object_holds(store: Store) -> None:
+    fields = {"voltage": 2**40, 'a,b=c "d"': 1, "é\n": 2, "\x01": 3, "": 4}
+    store.commit(Commit([replace(record(1), fields=fields), record(2)]), store.lease())
+    assert [found.fields for found in store.records()] == [fields, {}]
+
+
 def test_a_record_of_an_empty_object_has_no_event_times(store: Store) -> None:
     empty = replace(record(1), rows=0, min_at=None, max_at=None)
     store.commit(Commit([empty]), store.lease())

@@ -299,13 +299,8 @@ def test_migrations_are_applied_once_and_in_order(new_state: Callable[[str], Sta
     with state.database.transaction() as session:
         applied = session.rows("SELECT name FROM headwater_migrations ORDER BY name")
     numbered = (
-        "0001_state",
-        "0002_operations",
-        "0003_pulls",
-        "0004_summaries",
-        "0005_alerts",
-        "0006_ledger",
-        "0010_lease_terms",
+        *("0001_state", "0002_operations", "0003_pulls", "0004_summaries", "0005_alerts", "0006_ledger"),
+        *("0008_foreign_objects", "0009_window_fields", "0010_lease_terms"),
     )
     names = [f"state/{each}" for each in numbered]
     assert [row["name"] for row in applied] == names
@@ -403,3 +398,14 @@ def test_every_query_of_the_product_is_described(subtests: pytest.Subtests) -> N
         for head in NAMED.finditer(text):
             with subtests.test(path=path.name, query=head["name"]):
                 assert text[head.end() :].lstrip().startswith("-- ")
+
+
+def test_sqlite_files_are_for_their_owner_alone_also_those_of_an_earlier_version(tmp_path: Path) -> None:
+    path = tmp_path / "test.db"
+    for _ in range(2):
+        with closing(open_database(f"sqlite:///{path}", variables="X")) as database:
+            with database.transaction() as session:
+                session.script("CREATE TABLE IF NOT EXISTS things (id)")
+            modes = {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()}
+            assert modes == dict.fromkeys(("test.db", "test.db-wal", "test.db-shm"), 0o600)
+        path.chmod(0o644)

@@ -5,6 +5,8 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from filelock import FileLock
 
 from app.core.errors import Permanent, Stopped, Transient
 from app.core.runs import Stop
+from app.csv_inbox.job import run
 from inbox_world import World, world
 
 
@@ -61,6 +64,57 @@ def test_two_processes_at_once_take_turns_and_the_one_that_waits_too_long_says_s
     assert here.waiting == ["1.csv"]
     here.run()
     assert here.waiting == []
+
+
+def test_a_stop_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
+    here = world(tmp_path, lock_timeout_seconds=60)
+    here.drop("1.csv", "k,a\nx,1\n")
+    stop = Stop()
+    asked = threading.Timer(0.3, lambda: stop.ask("test"))
+    asked.start()
+    with FileLock(f"{here.config.merged_file}.lock"), pytest.raises(Stopped):
+        here.run(stop=stop)
+    asked.join()
+
+
+@pytest.mark.parametrize("content", ["k,a\nx,1\n", "k,a\nx\n"])
+def test_a_file_that_is_taken_away_in_mid_run_stops_no_other(tmp_path: Path, content: str) -> None:
+    here = world(tmp_path)
+    path = here.drop("1.csv", content)
+    os.utime(path, (1, 1))
+    here.drop("2.csv", "k,a\ny,1\n")
+    work = here.work()
+    asked = 0
+
+    def clock() -> datetime:
+        """Asked before a file is read, and again before it is archived or set aside."""
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            path.unlink()
+        return datetime.now(UTC)
+
+    report = run(replace(work, clock=clock))
+    assert any(note.startswith("1.csv: ") and "gone" in note for note in report.notes)
+    assert not report.failures
+    assert here.master == b"k,a\ny,1\n"
+    assert here.waiting == []
+
+
+def test_a_full_archive_is_the_folder_that_is_named(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    small_disk(other, 100)
+    try:
+        here = world(tmp_path, archive_dir="other/archive")
+        here.drop("1.csv", "k,a\n" + "x,1\n" * 100_000)
+        with pytest.raises(Transient, match="No space left") as told:
+            here.run()
+        assert str(here.config.archive_dir) in told.value.message
+        assert str(here.config.watch_dir) not in told.value.message
+        assert here.waiting == ["1.csv"]
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
 
 
 def test_a_stop_in_mid_merge_leaves_everything_as_it_was(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """From the inbox to the archive or into quarantine: what is taken, in which order, and what is told of it."""
 
+import json
 import os
 import re
+import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from app.csv_inbox import records
 from inbox_world import world
 
 WAIT_SECONDS = 1.5
@@ -140,3 +144,130 @@ def test_a_run_with_nothing_new_does_not_wait_and_one_wait_serves_all(tmp_path: 
     here.run()
     assert time.monotonic() - began < 5 * WAIT_SECONDS
     assert here.metadata["row_count"] == 5
+
+
+def test_what_lies_in_the_rejected_folder_is_the_users_and_is_never_overwritten_or_deleted(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("b.csv", "k,a\nfirst\n")
+    rejected = here.config.rejected_dir
+    (rejected / "b.csv").rename(rejected / "taken.csv")
+    (rejected / "b.csv.bad_rows.csv").write_text("k,a\nfirst,corrected\n")
+    (rejected / ".mine.reason.json").write_text("mine")
+    (rejected / ".pending-mine.csv").write_text("mine")
+    before = {path: path.read_bytes() for path in rejected.iterdir()}
+    here.take("b.csv", "k,a\nsecond\n")
+    here.take("b.csv", "other\n")
+    (rejected / "taken.csv").rename(here.config.watch_dir / "b.csv")  # as it was, its rows being corrected meanwhile
+    here.run()
+    del before[rejected / "taken.csv"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.read_text() for path in rejected.glob("b.csv*") if path.suffix[1:].isdigit()) == [
+        "k,a\nfirst\n",
+        "k,a\nsecond\n",
+        "other\n",
+    ]
+    assert [load.outcome for load in here.loads] == ["rejected"] * 4
+
+
+def test_a_rejected_file_counts_as_set_aside_once_with_its_kind(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.drop("1.csv", "k,a\nx,1\ny\nz,3\n")
+    here.drop("2.csv", "k,a\nx,1\ny,2\n")
+    here.drop("3.csv", "")
+    report = here.run()
+    total = report.ledger.total
+    assert report.ledger.unit == "records"
+    assert [(one.reason, one.number, one.new, one.sample) for one in report.ledger.set_aside] == [
+        ("no rows", 1, 1, "3.csv"),
+        ("wrong number of fields", 3, 3, "1.csv"),
+    ]
+    assert (total.counted, total.new, total.set_aside) == (6, 2, 4)
+    assert report.ledger.closes
+    assert not here.run().ledger
+
+
+def test_the_ledger_tells_new_rows_from_those_that_were_there_and_those_that_were_corrected(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("1.csv", "k,a\nx,1\ny,2\nz,3\n")
+    total = here.take("2.csv", "k,a\nz,3\nx,8\nx,9\nw,4\n").ledger.total
+    assert (total.counted, total.read, total.new, total.already_there, total.corrected) == (4, 4, 1, 1, 2)
+
+
+def test_the_log_says_what_was_written_with_the_zone_and_at_debug_each_step_but_no_value(tmp_path: Path) -> None:
+    here = world(tmp_path, log_level="DEBUG")
+    here.take("good.csv", "k,name\nsecret-key,secret-value\n")
+    here.take("bad.csv", "k,name\nsecret-key\n")
+    lines = here.config.log_file.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z - [A-Z]+ - ", line) for line in lines)
+    text = "\n".join(lines)
+    assert "secret" not in text
+    for expected in (
+        r"DEBUG - good\.csv: 31 bytes, size and time unchanged after 0 s",
+        r"DEBUG - header: 2 columns in line 1 \(k, name\), 2 fields in all; delimiter ',', encoding utf-8, line end",
+        r"DEBUG - good\.csv: MD5 read once, 1 rows in 31 bytes, 1 distinct keys",
+        r"DEBUG - renamed \S+ to \S+/final_clusters_data\.csv",
+        r"DEBUG - archived good\.csv as \S+/csv_archive/good\.csv\.",
+        r"INFO - good\.csv: merged, 1 rows",
+        r"INFO - final_clusters_data\.csv: written, 1 rows, 2 columns, 31 bytes",
+        r"ERROR - 'bad\.csv': rejected, moved to \S+/csv_inbox_rejected: line 2: 1 fields where the header has 2",
+        r"DEBUG - moved bad\.csv to \S+/csv_inbox_rejected/bad\.csv",
+    ):
+        assert re.search(expected, text), expected
+
+
+def test_links_and_pipes_go_to_a_rejected_folder_on_another_file_system_and_stop_no_other_file(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(other)], check=False).returncode:
+        pytest.skip("a file system of its own needs root to be mounted")
+    try:
+        here = world(tmp_path, rejected_dir="other/rejected")
+        here.config.watch_dir.mkdir()
+        (here.config.watch_dir / "link.csv").symlink_to("/etc/passwd")
+        os.mkfifo(here.config.watch_dir / "pipe.csv")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(here.config.watch_dir / "socket.csv"))
+        here.drop("z.csv", "k,a\nx,1\n")
+        report = here.run()
+        assert {failure.partition for failure in report.failures} == {"link.csv", "pipe.csv", "socket.csv"}
+        assert here.waiting == ["socket.csv"]
+        assert (here.config.rejected_dir / "link.csv").is_symlink()
+        assert (here.config.rejected_dir / "pipe.csv").is_fifo()
+        assert here.master == b"k,a\nx,1\n"
+        assert report.ledger.closes
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
+
+
+def test_a_rejected_folder_that_may_not_be_written_stops_no_other_file_and_is_the_one_that_is_named(
+    tmp_path: Path,
+) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nw,1\n")
+    bound = ["mount", "--bind", str(here.config.rejected_dir), str(here.config.rejected_dir)]
+    if subprocess.run(bound, check=False).returncode:
+        pytest.skip("a read-only file system needs root to be mounted")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(here.config.rejected_dir)], check=True)
+        os.utime(here.drop("bad.csv", "k,a\nx\n"), (1, 1))
+        report = here.take("good.csv", "k,a\nx,1\n")
+    finally:
+        subprocess.run(["umount", str(here.config.rejected_dir)], check=True)
+    assert here.master == b"k,a\nw,1\nx,1\n"
+    assert here.waiting == ["bad.csv"]
+    assert str(here.config.rejected_dir) in report.failures[0].message
+    assert "1 fields where the header has 2" in report.failures[0].message
+    assert (report.ledger.total.waiting, report.ledger.closes) == (1, True)
+    assert len(here.run().failures) == 1
+    assert here.rejected == ["bad.csv", "bad.csv.bad_rows.csv", "bad.csv.reason.json"]
+    assert json.loads((here.config.rejected_dir / "bad.csv.reason.json").read_text())["line"] == 2
+
+
+def test_a_record_of_the_longest_size_can_be_read_back_whatever_happens_to_the_columns(tmp_path: Path) -> None:
+    here = world(tmp_path, undo_keep=0, index_from_mb=1000)
+    value = "v" * (records.LONGEST_RECORD_BYTES - len("x,\n"))
+    assert not here.take("1.csv", f"k,a\nx,{value}\n").failures
+    assert here.take("2.csv", f"k,a\ny,{value}v\n").failures
+    assert not here.take("3.csv", "k,a,b,c\nz,1,2,3\n").failures
+    assert not here.take("4.csv", "k,a\nz,1\n").failures
+    assert here.master == f"k,a\nx,{value}\nz,1\n".encode()

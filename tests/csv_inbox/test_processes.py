@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,31 @@ def test_two_processes_at_the_same_moment_merge_each_file_once(tmp_path: Path) -
     merged = [json.loads(path.read_text()) for path in (tmp_path / ".final_clusters_data.csv.loads").glob("*.json")]
     assert len(merged) == ROUNDS * FILES
     assert not list(inbox.iterdir())
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_state_waits_lock_timeout_seconds_and_no_longer(tmp_path: Path) -> None:
+    inbox = configured(tmp_path)
+    lock = tmp_path / "final_clusters_data.csv.lock"
+    for wait_seconds, timeout_seconds, code in ((4, 60, 0), (60, 0.5, 2)):
+        keys = {
+            "checksum_wait_seconds": wait_seconds,
+            "key_column": "k",
+            "lock_timeout_seconds": timeout_seconds,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        (inbox / "1.csv").write_text("k,a\nx,1\n")
+        lock.unlink(missing_ok=True)
+        first = started(tmp_path, "data", stderr=subprocess.PIPE)
+        while not lock.exists():
+            time.sleep(0.05)
+        second = started(tmp_path, "data", stderr=subprocess.PIPE)
+        told = second.communicate(timeout=60)
+        assert second.returncode == code, told
+        if code:
+            first.terminate()
+        first.communicate(timeout=60)
+    assert (inbox / "1.csv").exists()
 
 
 @pytest.mark.slow

@@ -226,3 +226,15 @@ def test_a_token_opens_nothing_after_its_time_and_a_code_of_nobody_buys_none(cli
     assert (status, reason(told)) == (401, "authError")
     form = {**client.drive.state.tokens.client, "grant_type": "authorization_code", "code": "made up"}
     assert client.call("POST", "/token", body=urlencode(form).encode())[0] == 400
+
+
+@pytest.mark.parametrize("kind", ["folder", "shortcut", "spreadsheet"])
+def test_what_has_no_binary_content_has_no_checksum_and_neither_gives_nor_takes_any(client: Client, kind: str) -> None:
+    mime_type = f"application/vnd.google-apps.{kind}"
+    status, made = client.create(name="theirs", mimeType=mime_type)
+    assert status == 200
+    shown = client.call("GET", f"{FILES}/{made['id']}", {**WRITES, "fields": "mimeType,md5Checksum,size"})[2]
+    assert shown == {"mimeType": mime_type}
+    for method, path, more in (("GET", FILES, {"alt": "media"}), ("PATCH", UPLOAD, {"uploadType": "media"})):
+        status, _, told = client.call(method, f"{path}/{made['id']}", {**WRITES, **more}, b"x")
+        assert (status, told["error"]["errors"][0]["reason"]) == (403, "fileNotDownloadable")

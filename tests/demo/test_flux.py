@@ -1,6 +1,9 @@
 """Flux queries over real HTTP, to the byte, from points that were written."""
 
+import re
+
 import pytest
+import urllib3
 
 from app.demo.flux_text import FluxSyntax, Literal, Member, Operation, parse_flux
 from app.demo.influx import InfluxSimulator
@@ -82,6 +85,76 @@ def test_a_field_named_like_a_tag_fails_the_pivot(influx: InfluxSimulator) -> No
     status, code, message = refused(influx, FROM + PIVOT)
     assert (status, code) == (400, "invalid")
     assert 'value "status" appears in a column key column, but a column named "status" already exists' in message
+
+
+KEEP_APART = (
+    '|> drop(columns: ["_start", "_stop", "_measurement"]) '
+    '|> rename(fn: (column) => if column == "_field" or column == "_value" then column else "x_" + column) '
+    '|> pivot(rowKey: ["x__time"], columnKey: ["_field"], valueColumn: "_value")'
+)
+
+
+def test_names_that_were_put_apart_let_a_field_bear_the_name_of_a_tag(influx: InfluxSimulator) -> None:
+    influx.write(f'm,location=A location="B",_time=1,result=2 {NOON_NS}')
+    columns = (("x_location", "string", True), ("x__time", "dateTime:RFC3339", False))
+    fields = (("_time", "double", False), ("location", "string", False), ("result", "double", False))
+    row = ",,0,A,2026-02-07T12:00:00Z,1,B,2\r\n\r\n"
+    assert answer(influx, f"{FROM} {KEEP_APART}") == head(*columns, *fields) + row
+    again = tuple((f"y_{name}", kind, grouped) for name, kind, grouped in (*columns, *fields))
+    assert answer(influx, f'{FROM} {KEEP_APART} |> rename(fn: (column) => "y_" + column)') == head(*again) + row
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ('"same"', "already has column with label same"),
+        ("1", "expected string"),
+        ("r", "a function may hold its parameter"),
+        ("column + 1", "strings only"),
+    ],
+)
+def test_a_rename_that_gives_no_names_is_refused(influx: InfluxSimulator, function: str, message: str) -> None:
+    influx.write(f"m,location=A f=1 {NOON_NS}")
+    got = post_flux(influx, f"{FROM} |> rename(fn: (column) => {function})")
+    assert got.status == 400
+    assert re.search(message, got.json()["message"])
+
+
+def test_data_called_as_the_envelope_give_a_header_with_a_name_twice(influx: InfluxSimulator) -> None:
+    influx.write(f"m,result=ok table=5i {NOON_NS}")
+    assert ",result,table,result,_time,table\r\n,,0,ok,2026-02-07T12:00:00Z,5\r\n" in answer(influx, f"{FROM} {PIVOT}")
+
+
+def test_points_without_a_tag_are_found_by_not_exists(influx: InfluxSimulator) -> None:
+    influx.write(f"m,device_id=D1 v=1 {NOON_NS}\nm v=2 {NOON_NS}")
+    text = answer(influx, f"{FROM} |> filter(fn: (r) => not exists r.device_id) {PIVOT}")
+    assert rows(text) == [",,0,2026-02-07T12:00:00Z,2"]
+
+
+def test_a_range_over_shards_of_several_types_gives_the_first_type_up_to_the_next(influx: InfluxSimulator) -> None:
+    week = 7 * 86_400 * SECOND_NS
+    values = ("1.5", '"text"', "2.5")
+    influx.write("\n".join(f"m,device_id=D1 v={value},w=1 {NOON_NS + at * week}" for at, value in enumerate(values)))
+
+    def asked(start: str, stop: str) -> list[str]:
+        text = (
+            f'from(bucket: "telemetry") |> range(start: {start}, stop: {stop}) |> keep(columns: ["_field", "_value"])'
+        )
+        return [row.split(",")[-2] + "=" + row.split(",")[-1] for row in rows(answer(influx, text)) if ",v" in row]
+
+    assert len(asked("2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z")) == 1
+    assert len(asked("2026-02-09T00:00:00Z", "2026-02-16T00:00:00Z")) == 1
+    count = 'from(bucket: "telemetry") |> range(start: 2026-02-01T00:00:00Z, stop: 2026-03-01T00:00:00Z) |> count()'
+    assert [row.rsplit(",", 1)[1] for row in rows(answer(influx, count))] == ["1", "3"]
+
+
+def test_a_bucket_tells_the_duration_of_its_shard_groups() -> None:
+    with InfluxSimulator(shard_ns=3600 * SECOND_NS) as influx, urllib3.PoolManager(retries=False, timeout=10) as pool:
+        headers = {"Authorization": f"Token {influx.token}"}
+        told = pool.request("GET", f"{influx.url}/api/v2/buckets?name=telemetry", headers=headers).json()
+        assert told["buckets"][0]["retentionRules"][0]["shardGroupDurationSeconds"] == 3600
+        influx.write(f'm v=1 {NOON_NS}\nm v="x" {NOON_NS + 3600 * SECOND_NS}')
+        assert len(rows(answer(influx, f"{FROM} {PIVOT}"))) == 1
 
 
 def test_counts_per_window_are_one_row_for_each_device_field_and_time(influx: InfluxSimulator) -> None:

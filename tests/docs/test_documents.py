@@ -19,7 +19,7 @@ ASSIGNED = re.compile(r"^#? *([A-Z][A-Z0-9_]*)=|(?<!\w)([A-Z][A-Z0-9]*(?:_[A-Z0-
 
 # Names that are not Headwater's own: the platform's, the tools', and parts of others.
 FOREIGN = re.compile(
-    r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+"
+    r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+|SQL_ASCII"
 )
 PLACEHOLDERS = {"BUCKET_ID", "S3_PATH"}
 PLANNED_COMMANDS = {"demo", "run", "backfill", "check", "keys", "serve"}

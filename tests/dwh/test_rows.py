@@ -73,6 +73,10 @@ def one(table: str, **values: Any) -> dict[str, Any]:
         ("events_part", '"x"', ""),
         ("events_part", "{", ""),
         ("events_part", "null", ""),
+        ("technical_data", f'{{"uuid":"{U}","plan_json":[1e400]}}', "plan_json"),
+        ("technical_data", f'{{"uuid":"{U}","plan_json":[1e-400]}}', "plan_json"),
+        ("technical_data", f'{{"uuid":"{U}","plan_json":0.{"1" * 1000}}}', "plan_json"),
+        ("technical_data", f'{{"uuid":"{U}","plan_json":"\\udc00"}}', ""),
         ("mobile_devices", '{"device_id":""}', "device_id"),
         ("mobile_devices", f'{{"device_id":"{"x" * 513}"}}', "device_id"),
         ("permanent_user_properties", '{"ehr_id":"1"}', "ehr_id"),
@@ -148,6 +152,26 @@ def test_an_escaped_backslash_before_u0000_is_no_nul() -> None:
 def test_json_keeps_its_numbers_and_its_order() -> None:
     text = '{"b":18446744073709551616,"a":[0.1,1e-300,-0.0]}'
     assert one("technical_data", plan_json=json.loads(text))["plan_json"] == text
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ('{ "a" :\t1.10 }', '{"a":1.10}'),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        (
+            "[0.1000000000000000055511151231257827, 1E5,\n-0, 1.0e+2]",
+            "[0.1000000000000000055511151231257827,1E5,-0,1.0e+2]",
+        ),
+        ('{"a b":" c , d ","e":"\\" f"}', '{"a b":" c , d ","e":"\\" f"}'),
+        ('"1e-999 is text"', '"1e-999 is text"'),
+        ("0e-999", "0e-999"),
+    ],
+)
+def test_json_is_kept_as_written_but_for_its_blanks(sent: str, kept: str) -> None:
+    checked = read("technical_data", f'{{"uuid":"{U}","plan_json":{sent}}}')
+    assert checked.faults == ()
+    assert dict(zip(BY_NAME["technical_data"].names, checked.rows[0], strict=True))["plan_json"] == kept
 
 
 def test_a_hundred_levels_are_read() -> None:

@@ -4,17 +4,23 @@ import csv
 import io
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from app.core.errors import Permanent, Stopped, Transient
+from app.core.window import Window
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
 
 HOUR_11, HOUR_12 = "locness_data_20260207_11.csv", "locness_data_20260207_12.csv"
 MINUTE = timedelta(minutes=1)
+
+
+def google_variables() -> tuple[str, ...]:
+    return "GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"
 
 
 @pytest.fixture
@@ -190,8 +196,7 @@ def test_a_file_that_a_person_made_unreadable_is_made_anew_with_a_warning(
 
 
 def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left(ship: Shipping) -> None:
-    google = ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID")
-    ship.extra = dict.fromkeys(google, "")
+    ship.extra = dict.fromkeys(google_variables(), "")
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
     ship.run()
@@ -228,6 +233,67 @@ def test_of_two_files_of_a_name_the_oldest_is_updated_and_the_other_trashed(
         ship.run()
     assert [file.file_id for file in ship.drive.named(HOUR_12)] == ["x1"]
     assert "more than once" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["spreadsheet", "folder", "shortcut", "document"])
+@pytest.mark.parametrize("is_older", [True, False], ids=["older", "newer"])
+def test_what_is_no_file_but_has_its_name_is_left_alone_and_told_once(
+    ship: Shipping,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    is_older: bool,  # noqa: FBT001
+) -> None:
+    of = {"id": "theirs", "name": HOUR_12, "parent": ship.drive.folder_id, "drive_id": ship.drive.state.shared_drive}
+
+    def put_theirs() -> None:
+        ship.drive.state.files.add({**of, "mime_type": f"application/vnd.google-apps.{kind}"})
+
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    if is_older:
+        put_theirs()
+    ship.run()
+    if not is_older:
+        put_theirs()
+    theirs = ship.drive.state.files.held["theirs"]
+    ship.put_rows(START, 8)
+    with caplog.at_level(logging.WARNING):
+        ship.run()
+        ship.run(job.LATE)
+        ship.backfill(START - timedelta(hours=1), START + timedelta(hours=1))
+        with closing(ship.export()) as export:
+            export.chart.cells(export.chart.partitions()[0], Window(START, START + timedelta(hours=1)))
+    assert ship.drive.state.files.held["theirs"] == theirs
+    assert len(ship.text(HOUR_12).splitlines()) == 9
+    assert caplog.text.count(f"a Google {kind} has the same name") == 1
+
+
+def test_a_directory_that_has_the_name_of_a_file_is_named(ship: Shipping) -> None:
+    ship.extra = dict.fromkeys(google_variables(), "")
+    (ship.folder / "drive" / HOUR_12).mkdir(parents=True)
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    with pytest.raises(Permanent) as refused:
+        ship.run()
+    assert (refused.value.message, refused.value.hint[:12]) == (
+        f"{ship.folder / 'drive' / HOUR_12}: is a directory",
+        "move it away",
+    )
+
+
+def test_each_file_that_is_uploaded_or_written_is_told_with_its_rows_and_bytes(
+    ship: Shipping, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    with caplog.at_level(logging.INFO):
+        ship.run()
+        ship.run()
+        ship.extra = dict.fromkeys(google_variables(), "")
+        ship.run()
+    size_bytes = len(ship.files[HOUR_12])
+    assert caplog.text.count(f"{HOUR_12}: uploaded, 5 rows, {size_bytes} bytes") == 1
+    assert caplog.text.count(f"{HOUR_12}: written, 5 rows, {size_bytes} bytes") == 1
 
 
 def test_rows_that_the_table_dropped_stay_in_the_file_unless_that_is_allowed(ship: Shipping) -> None:
@@ -289,8 +355,7 @@ def test_without_credentials_the_same_files_stand_in_a_directory(ship: Shipping)
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
     ship.run()
-    google = ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID")
-    ship.extra = dict.fromkeys(google, "")
+    ship.extra = dict.fromkeys(google_variables(), "")
     ship.run()
     folder = ship.folder / "drive"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == ship.files

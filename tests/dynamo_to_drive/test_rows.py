@@ -17,15 +17,18 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.window import Window
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.decode import Value, cell
 from app.dynamo_to_drive.hour_file import HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.rows import MISSES, Pages
-from app.dynamo_to_drive.timestamps import ascend, hour_numbers, number_before, rank, reader_of
+from app.dynamo_to_drive.source import WantedItems
+from app.dynamo_to_drive.timestamps import Hour, Times, ascend
 from shipping import START
 
 AT, HASH = "datetime_utc", "static_partition"
-SHAPE = Shape(AT, ("id",), reader_of("s"))
-GUARDED = Shape(AT, ("id",), reader_of("s"), escape=True)
+TIMES = Times()
+SHAPE = Shape(AT, ("id",), TIMES)
+GUARDED = Shape(AT, ("id",), TIMES, escape=True)
 FORMS = ("{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S}", "{:%Y-%m-%d %H:%M:%S}.250Z", "{:%Y-%m-%dT%H:%M:%S}.5+00:00")
 
 Item = dict[str, dict[str, Any]]
@@ -99,7 +102,7 @@ def reference(items: Sequence[Item], shape: Shape, left_out: str = "") -> bytes:
     rows: dict[tuple[str, ...], list[str]] = {}
     for one in items:
         row = [cell(msgspec.convert(one[name], Value)) if name in one else "" for name in columns]
-        rows[(*rank(row[0]), *(row[columns.index(name)] for name in shape.key if name in columns), row[0])] = row
+        rows[(*TIMES.rank(row[0]), *(row[columns.index(name)] for name in shape.key if name in columns), row[0])] = row
     out = io.StringIO()
     guard = [columns, *(rows[order] for order in sorted(rows))]
     csv.writer(out, lineterminator="\r\n").writerows([guarded(row) for row in guard] if shape.escape else guard)
@@ -184,8 +187,9 @@ def test_a_table_with_ever_new_attributes_is_read_whole_to_its_end() -> None:
 
 def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -> None:
     window = Window(START, START + timedelta(hours=1))
-    low, high = hour_numbers(window, "ms")
-    read = Pages("at", "", number_before(high))
+    low, high = (str(int(at.timestamp()) * 1000) for at in (window.start, window.end))
+    accounts = Accounts("at")
+    read = Pages("at", "", WantedItems(Hour(TIMES, window), accounts))
     rows = [{"at": {"N": low}, "temp": {"N": "1"}}, {"at": {"N": f"{int(high) - 1}.999"}, "temp": {"N": "2"}}]
     last = [{"at": {"N": high}, "temp": {"N": "3"}}, {"at": {"N": f"{high}.0"}, "new": {"N": "4"}}]
     assert [list(row) for row in read.read(json.dumps(rows + last).encode())] == [
@@ -196,6 +200,7 @@ def test_a_row_of_the_next_hour_is_dropped_with_the_columns_that_only_it_has() -
     assert read.read(json.dumps(last[:1]).encode()) == []
     assert read.read(json.dumps(last).encode()) == []
     assert read.columns == ("at", "temp")
+    assert (read.items, read.rows, accounts.set_aside) == (7, 2, 0)
 
 
 @pytest.mark.parametrize("body", [b"", b"[", b'[{"a":5}]', b'{"a":1}', b'[{"a":{"N":1}}]'])
@@ -224,8 +229,9 @@ any_stamps = st.lists(st.text("0123456789-T.Z+ ", max_size=24), min_size=1, max_
 @given((stamps | any_stamps).map(sorted))
 def test_texts_that_ascend_have_ranks_that_ascend(found: list[str]) -> None:
     if ascend(found):
-        ranks = [rank(text) for text in found]
-        assert all(earlier < later for earlier, later in pairwise(ranks))
+        for times in (TIMES, Times("s"), Times("ms")):
+            ranks = [times.rank(text) for text in found]
+            assert all(earlier < later for earlier, later in pairwise(ranks))
 
 
 @pytest.mark.parametrize("form", ["{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S.%f}Z", "{:%Y-%m-%d %H:%M:%S}+00:00"])

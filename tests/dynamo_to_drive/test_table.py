@@ -1,5 +1,6 @@
 """How a table is read: against moto, an independent DynamoDB; and what is decided from DescribeTable."""
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,8 @@ from app.core.errors import Permanent, Transient
 from app.core.ports import UNCOUNTED
 from app.core.runs import Stop
 from app.core.window import Window
+from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.decode import items_of
 from app.dynamo_to_drive.plan import Plan, Wanted, plan_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target
 from fault_proxy import FaultProxy, answer, lose_answer
@@ -50,7 +53,8 @@ def make_table(port: int, name: str, key: tuple[str, ...], types: str, **more: A
 def text_of(port: int, wanted: Wanted, unit: str = "s") -> str:
     table = Table(Target(wanted, unit, "us-east-1", f"http://127.0.0.1:{port}", "a", "b"))
     try:
-        hour = DynamoSource(table, "p", Stop()).read("p", HOUR, UNCOUNTED, None)
+        source = DynamoSource(table, "p", Stop(), accounts=Accounts(wanted.timestamp), now=HOUR.end)
+        hour = source.read("p", HOUR, UNCOUNTED, None)
         with hour.file:
             return hour.file.read().decode()
     finally:
@@ -146,6 +150,20 @@ def test_an_answer_of_something_else_is_not_an_empty_hour(port: int, body: bytes
     assert "DYNAMODB_ENDPOINT_URL" in refused.value.hint
 
 
+def test_an_empty_key_to_go_on_from_ends_a_listing_and_an_empty_page_with_a_key_does_not(port: int) -> None:
+    def page(last: dict[str, Any], *at: str) -> bytes:
+        items = [{"id": {"S": each}} for each in at]
+        return json.dumps({"Items": items, "Count": len(at), "ScannedCount": 1, "LastEvaluatedKey": last}).encode()
+
+    with FaultProxy("127.0.0.1", port) as proxy:
+        table = Table(Target(Wanted("any", "at", (), 0), "s", "us-east-1", f"http://127.0.0.1:{proxy.port}", "a", "b"))
+        for body in (page({"id": {"S": "0"}}), page({"id": {"S": "1"}}, "1"), page({}, "2")):
+            proxy.add(answer(200, body))
+        found = [items_of(taken) for taken in table.pages("scan", {"TableName": "any"}, Stop())]
+        table.close()
+    assert [[item["id"].S for item in each] for each in found] == [[], ["1"], ["2"]]
+
+
 def test_wrong_keys_are_one_clear_line_and_the_cursor_stays(tmp_path: Path) -> None:
     with shipping(tmp_path) as ship:
         ship.extra["AWS_ACCESS_KEY_ID"] = "wrong"
@@ -159,15 +177,21 @@ def test_wrong_keys_are_one_clear_line_and_the_cursor_stays(tmp_path: Path) -> N
         assert ship.checkpoints.errors == {}
 
 
-def test_six_new_rows_among_twenty_thousand_cost_one_page(tmp_path: Path) -> None:
+def test_six_new_rows_among_twenty_thousand_cost_a_page_for_each_writing_and_a_look_around_once_an_hour(
+    tmp_path: Path,
+) -> None:
     with shipping(tmp_path) as ship:
         ship.put_rows(START - timedelta(hours=30), 20_000)
         ship.put_rows(START, 6)
         ship.now = START + timedelta(minutes=30)
         ship.extra["DRIVE_CATCHUP_HOURS"] = "0"
         ship.run()
-        assert ship.dynamo.read_units <= 2
-        assert len(ship.text("locness_data_20260207_12.csv").splitlines()) == 7
+        looked = ship.dynamo.read_units
+        assert looked <= 20  # nothing is in the fourteen hours around
+        ship.put_rows(START + timedelta(minutes=1), 6)
+        ship.run()
+        assert ship.dynamo.read_units - looked <= 4  # the newest row; T, blank, numbers
+        assert len(ship.text("locness_data_20260207_12.csv").splitlines()) == 13
 
 
 @pytest.mark.parametrize(

@@ -56,17 +56,16 @@ def parsed(body: bytes | Iterable[bytes], block_bytes: int = 1 << 20) -> list[Bl
 
 
 def rows(blocks: Sequence[Block]) -> list[tuple[Any, ...]]:
-    """Tags and cells of each row, whatever block it came in; NaN as text, since it differs from itself."""
+    """Names, places in the group key, types and cells of each row, whatever block it came in; NaN as text, since it
+    differs from itself.
+    """
     found = []
     for block in blocks:
-        table = block.table
-        for at, column in enumerate(table.schema):
-            if pa.types.is_timestamp(column.type):
-                table = table.set_column(at, column.name, table.column(at).cast(pa.int64()))
-        types = tuple(str(column.type) for column in block.table.schema)
-        for row in table.to_pylist():
-            cells = tuple("nan" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row.values())
-            found.append((tuple(sorted(block.tags)), tuple(row), types, cells))
+        types = tuple(str(column.type) for column in block.columns)
+        plain = [column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column for column in block.columns]
+        for row in zip(*(column.to_pylist() for column in plain), strict=True):
+            cells = tuple("nan" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row)
+            found.append((tuple(block.grouped), tuple(block.names), types, cells))
     return found
 
 
@@ -85,13 +84,12 @@ def cut(body: bytes, seed: int) -> list[bytes]:
     return pieces
 
 
-def test_the_example_of_the_contract_gives_its_rows_with_types_and_tags() -> None:
+def test_the_example_of_the_contract_gives_its_rows_with_types_and_group_key() -> None:
     [block] = parsed(CONTRACT)
-    assert block.tags == {"_start", "_stop", "_measurement", "host"}
-    assert block.table.column_names == ["_start", "_stop", "_time", "_measurement", "host", "_value"]
-    assert block.table.schema.field("_time").type == pa.timestamp("ns", "UTC")
-    assert block.table.column("_value").to_pylist() == [42.0, 43.0]
-    assert block.table.column("host").to_pylist() == ["A", "A"]
+    assert block.names == ["_start", "_stop", "_time", "_measurement", "host", "_value"]
+    assert block.grouped == [True, True, False, True, True, False]
+    assert block.columns[2].type == pa.timestamp("ns", "UTC")
+    assert [block.columns[at].to_pylist() for at in (4, 5)] == [["A", "A"], [42.0, 43.0]]
 
 
 def test_a_tag_that_is_known_gives_no_column_and_a_field_of_its_name_does() -> None:
@@ -99,13 +97,22 @@ def test_a_tag_that_is_known_gives_no_column_and_a_field_of_its_name_does() -> N
     rows_of_one = b",,0,2026-02-02T00:00:00Z,D1,1.5\r\n\r\n"
     tag, field = (
         [
-            block.table.column_names
+            block.names
             for block in read_blocks([head(*columns, groups=groups) + rows_of_one], known=frozenset({"device_id"}))
         ]
         for groups in ("false,true,false", "false,false,false")
     )
     assert tag == [["_time", "voltage"]]
     assert field == [["_time", "device_id", "voltage"]]
+
+
+def test_data_may_have_the_names_of_the_envelope_and_one_name_twice() -> None:
+    columns = (("result", "string"), ("table", "long"), ("v", "double"), ("v", "string"), ("", "string"))
+    body = head(*columns, groups="true,false,false,false,false") + b",,0,success,7,1.5,text,x\r\n\r\n"
+    [block] = parsed(body)
+    assert block.names == ["result", "table", "v", "v", ""]
+    assert block.grouped == [True, False, False, False, False]
+    assert cells([block]) == [("success", 7, 1.5, "text", "x")]
 
 
 def test_an_answer_without_tables_is_one_blank_line_and_no_error() -> None:
@@ -136,9 +143,9 @@ def test_each_block_is_parsed_by_its_own_header() -> None:
     second = head(("power", "double"), ("on", "boolean"), ("_time", "dateTime:RFC3339"))
     second += b",,1,7.5,true,2026-02-07T12:00:01.000000009Z\r\n,,1,,false,2026-02-07T12:00:02Z\r\n\r\n"
     blocks = parsed(first + second)
-    assert [block.table.column_names for block in blocks] == [["_time", "power"], ["power", "on", "_time"]]
-    assert blocks[1].table.column("power").to_pylist() == [7.5, None]
-    assert blocks[1].table.column("_time").cast(pa.int64()).to_pylist()[0] % 10**9 == 9
+    assert [block.names for block in blocks] == [["_time", "power"], ["power", "on", "_time"]]
+    assert blocks[1].columns[0].to_pylist() == [7.5, None]
+    assert blocks[1].columns[2].cast(pa.int64()).to_pylist()[0] % 10**9 == 9
 
 
 def test_several_results_number_their_tables_anew_and_all_their_rows_count() -> None:
@@ -185,7 +192,7 @@ def test_thousands_of_tiny_tables_of_one_schema_come_in_few_blocks() -> None:
     )
     blocks = parsed(body)
     assert len(blocks) == 1
-    assert blocks[0].table.column("v").to_pylist() == list(map(float, range(3000)))
+    assert blocks[0].columns[1].to_pylist() == list(map(float, range(3000)))
 
 
 def test_an_error_table_behind_rows_is_an_error() -> None:

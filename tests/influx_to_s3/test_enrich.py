@@ -7,11 +7,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.enrich import enrich, output_schema
+from app.influx_to_s3.rows import canonical
+from influx_points import columns_of, points
 
 DOCUMENTED = [
     ("timestamp", pa.timestamp("ns", "UTC")),
-    ("device_id", pa.string()),
+    ("device_id", pa.dictionary(pa.int32(), pa.string())),
     ("device_type", pa.string()),
     ("location", pa.string()),
     ("voltage", pa.float64()),
@@ -32,8 +35,8 @@ def canonical_rows(instants: list[datetime], **fields: list[Any]) -> pa.Table:
     return pa.table({"timestamp": pa.array(instants, pa.timestamp("ns", "UTC")), **tags, **fields})
 
 
-def enriched(table: pa.Table) -> pa.Table:
-    return enrich(table, "D1", output_schema(table.schema))
+def enriched(table: pa.Table, columns: Columns | None = None) -> pa.Table:
+    return enrich(table, "D1", output_schema(table.schema, columns or columns_of()))
 
 
 def test_the_documented_columns_come_first_and_further_fields_by_name() -> None:
@@ -46,6 +49,24 @@ def test_the_documented_columns_come_first_and_further_fields_by_name() -> None:
         ("on", pa.bool_()),
         ("zeta", pa.int64()),
     ]
+
+
+def test_further_tags_come_before_further_fields_each_by_name_and_say_what_they_stand_for() -> None:
+    columns = columns_of()
+    tags = {"phase": "L1", "hour": "late", "board": "b"}
+    table = enriched(canonical(points(0, tags=tags, alpha=["x"], hour=[7], zeta=[2.5]), columns), columns)
+    assert [(column.name, column.type) for column in table.schema] == [
+        *DOCUMENTED,
+        ("board", pa.string()),
+        ("hour_tag", pa.string()),
+        ("phase", pa.string()),
+        ("alpha", pa.string()),
+        ("hour_field", pa.int64()),
+        ("zeta", pa.float64()),
+    ]
+    assert table.schema.field("hour_tag").metadata == {b"headwater": b"tag=hour"}
+    assert table.schema.field("hour_field").metadata == {b"headwater": b"field=hour"}
+    assert table.schema.field("voltage").metadata is None
 
 
 def test_a_window_without_any_measured_field_has_the_documented_columns_too() -> None:

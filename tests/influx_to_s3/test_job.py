@@ -10,22 +10,30 @@ from app.demo.faults import Cut, ErrorTable
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.stores.objects import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
-from exports import exported
+from exports import content, exported
 
 
-def test_hostile_device_ids_fail_alone_and_the_others_are_exported(exporter: Exporter) -> None:
+def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_others_are_exported(
+    exporter: Exporter,
+) -> None:
     hostile = "../../x"
     for device in ("D1", hostile, "D2"):
         exporter.write(NOON, device)
     exporter.at(minutes=1)
-    for devices in (f"D1,{hostile},D2", "*"):
-        run = exporter.run(DEVICE_IDS=devices)
-        assert run.outcome is Outcome.PARTIAL
-        [failure] = run.report.failures
-        assert failure.partition == hostile
-        assert "../../x" in run.error
-        assert failure.hint
-    assert sorted({device for device, _ in exported(exporter.store)}) == ["D1", "D2"]
+    run = exporter.run(DEVICE_IDS=f"D1,{hostile},D2")
+    assert run.outcome is Outcome.PARTIAL
+    assert (run.report.failures, run.report.ledger.closes) == ((), True)
+    [aside] = run.report.ledger.set_aside
+    assert (aside.number, aside.new, aside.sample) == (3, 3, "device id '../../x'")
+    assert "'../../x'" in run.error
+    exporter.write(NOON + timedelta(seconds=1), hostile)
+    again = exporter.run()
+    assert (again.outcome, again.report.ledger.set_aside[0].number) == (Outcome.OK, 6)
+    [kept] = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    lines = content(exporter.store, kept).decode().splitlines()
+    assert len(lines) == 2
+    assert "device_id=../../x" in lines[0]
+    assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D2"]
     assert sorted(path.name for path in exporter.folder.iterdir()) == ["data", "objects"]
 
 
@@ -34,10 +42,11 @@ def test_only_the_listed_devices_are_exported(exporter: Exporter) -> None:
         exporter.write(NOON, device)
     exporter.at(minutes=1)
     exporter.well(DEVICE_IDS="D1, D3")
-    assert sorted({device for device, _ in exported(exporter.store)}) == ["D1", "D3"]
+    assert sorted({device for device, *_ in exported(exporter.store)}) == ["D1", "D3"]
 
 
 STRANGE = ['D"1', "D\\", "${x}", "a b,c=d", "é€😀", "'; DROP", "%2F", "x" * 200, "..", "a/b"]
+REFUSED = {"D\\", "..", "a/b"}
 
 
 def test_strange_device_ids_are_bound_and_named_one_to_one(exporter: Exporter) -> None:
@@ -49,9 +58,10 @@ def test_strange_device_ids_are_bound_and_named_one_to_one(exporter: Exporter) -
         )
     exporter.at(minutes=1)
     run = exporter.run()
-    assert {failure.partition for failure in run.report.failures} == {"..", "a/b"}
-    found = {device: fields["voltage"] for (device, _), fields in exported(exporter.store).items()}
-    assert found == {device: float(n) for n, device in enumerate(STRANGE) if device not in ("..", "a/b")}
+    assert (run.outcome, run.report.failures) == (Outcome.PARTIAL, ())
+    assert [(aside.number, aside.new) for aside in run.report.ledger.set_aside] == [(len(REFUSED), len(REFUSED))]
+    found = {device: fields["voltage"] for (device, *_), fields in exported(exporter.store).items()}
+    assert found == {device: float(n) for n, device in enumerate(STRANGE) if device not in REFUSED}
 
 
 def test_a_damaged_object_fails_its_device_alone_and_is_named(exporter: Exporter) -> None:
@@ -97,13 +107,22 @@ def test_without_a_source_the_jobs_say_what_to_set(exporter: Exporter) -> None:
     assert [job.off for job in exporter.export(INFLUXDB_URL="").jobs] == ["off: set INFLUXDB_URL"] * 2
 
 
-def test_points_without_a_device_are_counted_in_a_warning(exporter: Exporter, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_without_a_device_are_set_aside_as_they_are(exporter: Exporter) -> None:
     exporter.write(NOON)
-    exporter.influx.write(f"device_telemetry,location=A voltage=1,power=2 {1_770_465_600 * 10**9}")
+    point = f"device_telemetry,location=A power=2.0,voltage=1.0 {1_770_465_600 * 10**9}"
+    exporter.influx.write(point)
     exporter.at(minutes=1)
-    exporter.well()
-    assert "1 points of device_telemetry have no device_id" in caplog.text
+    run = exporter.run()
+    assert run.outcome is Outcome.PARTIAL
+    assert run.error == f"2 values set aside: no device tag, for example {point}"
+    [kept] = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    assert content(exporter.store, kept).decode() == f"{point}\n"
     exporter.check()
+    again = exporter.well()
+    assert [(aside.number, aside.new) for aside in again.report.ledger.set_aside] == [(2, 0)]
+    exporter.influx.write(f"device_telemetry power=3 {1_770_465_601 * 10**9}")
+    [aside] = exporter.run().report.ledger.set_aside
+    assert (aside.number, aside.new) == (3, 1)
 
 
 @pytest.mark.parametrize("fault", [ErrorTable(3), Cut(3, hidden=True)], ids=str)
@@ -120,7 +139,7 @@ def test_a_window_whose_answer_fails_is_not_exported_and_made_up_for(
     run = exporter.run()
     assert run.outcome is Outcome.PARTIAL
     assert [failure.partition for failure in run.report.failures] == ["D1"]
-    assert {device for device, _ in exported(exporter.store)} == {"D2"}
+    assert {device for device, *_ in exported(exporter.store)} == {"D2"}
     exporter.well()
     exporter.check()
     assert list((exporter.folder / "data" / "spool").iterdir()) == []
@@ -146,7 +165,7 @@ def test_the_longest_device_id_is_exported_or_fails_alone(exporter: Exporter) ->
     exporter.at(minutes=1)
     run = exporter.run()
     assert [failure.partition for failure in run.report.failures] == [longest]
-    assert {device for device, _ in exported(exporter.store)} == {fits, "D1"}
+    assert {device for device, *_ in exported(exporter.store)} == {fits, "D1"}
 
 
 def test_an_object_store_that_is_full_or_away_fails_the_run_with_a_hint(exporter: Exporter) -> None:

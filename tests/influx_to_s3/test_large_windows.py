@@ -8,15 +8,15 @@ import pyarrow as pa
 import pytest
 
 from app.core.ports import Count
-from app.core.retry import RetryPolicy
-from app.core.runs import Outcome, Stop
+from app.core.runs import Outcome
 from app.core.window import Window
 from app.demo.faults import Cut, ErrorTable
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.job import NAME
-from app.influx_to_s3.source import InfluxSource, Patience, Reading
+from app.influx_to_s3.source import InfluxSource
 from exporter import NOON, Exporter, ns
+from influx_points import source_of
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +50,12 @@ def one_process(exporter: Exporter, **environ: str) -> Iterator[None]:
     exporter.check()
 
 
-def source_of(exporter: Exporter, batch_rows: int) -> InfluxSource:
+def source_for(exporter: Exporter, batch_rows: int) -> InfluxSource:
     influx = exporter.influx
-    reader = FluxReader(Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, KEY[0]))
-    reading = Reading(KEY[0], (), batch_rows, exporter.folder / "spool")
-    return InfluxSource(reader, reading, Patience(RetryPolicy(), Stop(), lambda: 0.0))
+    reader = FluxReader(
+        Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, KEY[0], "device_id")
+    )
+    return source_of(reader, exporter.folder / "spool", batch_rows=batch_rows)
 
 
 def read_again(exporter: Exporter) -> int:
@@ -74,6 +75,23 @@ def test_an_open_window_is_read_again_only_from_its_tail(exporter: Exporter) -> 
             assert 600 <= read_again(exporter) <= 3 * 1200
         exporter.check()
     assert len(exporter.keys) == 1
+
+
+def test_several_rows_of_one_instant_are_read_again_from_the_tail_too(exporter: Exporter) -> None:
+    with one_process(exporter):
+        for location in ("B", "C"):
+            tags = (*KEY[1][:2], ("location", location))
+            times = [ns(NOON) + n * STEP_NS for n in range(FIRST)]
+            exporter.influx.points.extend((KEY[0], tags), times, {"voltage": [200.0] * FIRST})
+        exporter.well()
+        extend(exporter, FIRST, FIRST + 600)
+        exporter.at(minutes=31)
+        exporter.influx.forget_queries()
+        exporter.well()
+        assert read_again(exporter) <= 3 * 3 * 1200
+        exporter.check()
+        [record] = exporter.state.checkpoints.records(NAME, "D1", NOON, NOON + timedelta(hours=1))
+        assert record.rows == 3 * FIRST + 600
 
 
 def test_an_unchanged_large_window_costs_counts_only(exporter: Exporter) -> None:
@@ -117,7 +135,7 @@ def test_small_and_large_steps_give_the_same_rows_and_digest(exporter: Exporter)
     extend(exporter, 0, FIRST)
     digests = set()
     for batch_rows in (1500, 7000, 100_000):
-        with closing(source_of(exporter, batch_rows).read("D1", HOUR, Count(FIRST, FIRST), None)) as batch:
+        with closing(source_for(exporter, batch_rows).read("D1", HOUR, Count(FIRST, FIRST), None)) as batch:
             digests.add((batch.rows, batch.digest))
     assert len(digests) == 1
 
@@ -164,6 +182,7 @@ def test_a_step_that_fails_leaves_the_object_and_is_made_up_for(exporter: Export
         run = exporter.run()
         assert run.outcome is Outcome.PARTIAL
         assert (exporter.store.puts, len(exporter.influx.faults)) == ([], 0)
+        exporter.at(minutes=34)  # a device that failed waits for a minute
         exporter.well()
         exporter.check()
 
@@ -172,7 +191,7 @@ def test_the_spool_of_a_large_window_is_bounded_in_memory_and_freed(exporter: Ex
     number = 72_000
     times = [ns(NOON) + n * 5 * 10**7 for n in range(number)]
     exporter.influx.points.extend(KEY, times, {f"f{n}": [float(n)] * number for n in range(8)})
-    source = source_of(exporter, 1500)
+    source = source_for(exporter, 1500)
     before = pa.total_allocated_bytes()
     batch = source.read("D1", HOUR, Count(8 * number, number), None)
     assert batch.rows == number

@@ -7,6 +7,7 @@ import duckdb
 import pandas as pd
 import pytest
 
+from app.core.runs import Outcome
 from app.demo.devices import Device, samples
 from app.influx_to_s3.job import NAME
 from app.stores.local_directory import LocalDirectory
@@ -28,7 +29,10 @@ def test_the_date_and_the_prefix_may_be_written_otherwise(exporter: Exporter) ->
     exporter.at(minutes=5)
     exporter.well(EXPORT_DATE_FORMAT="%Y-%m-%d", S3_PREFIX="lake/raw/")
     keys = [info.key for info in exporter.store.list("lake/")]
-    assert keys == ["lake/raw/device_id=D1/date=2026-02-07/export_120000.parquet"]
+    assert keys == [
+        "lake/raw/_headwater/layout.json",
+        "lake/raw/device_id=D1/date=2026-02-07/export_120000.parquet",
+    ]
 
 
 def test_the_object_says_what_it_is(exporter: Exporter) -> None:
@@ -39,6 +43,7 @@ def test_the_object_says_what_it_is(exporter: Exporter) -> None:
     info = exporter.store.head(key)
     assert info is not None
     expected = {"pipeline": NAME, "window": "2026-02-07T12:00:00Z/2026-02-07T12:15:00Z", "rows": str(rows)}
+    expected["timestamp-unit"] = "us"
     version = info.metadata["app-version"]
     assert info.metadata == {**expected, "digest": info.metadata["digest"], "app-version": version}
     inside = {name.decode(): value.decode() for name, value in table(exporter.store, key).schema.metadata.items()}
@@ -56,8 +61,8 @@ def test_pandas_and_duckdb_read_the_documented_columns_and_types(exporter: Expor
     [key] = exporter.keys
     frame = pd.read_parquet(io.BytesIO(content(exporter.store, key)))
     assert [(name, str(kind)) for name, kind in frame.dtypes.items()] == [
-        ("timestamp", "datetime64[ns, UTC]"),
-        ("device_id", "str"),
+        ("timestamp", "datetime64[us, UTC]"),
+        ("device_id", "category"),
         ("device_type", "str"),
         ("location", "str"),
         ("voltage", "float64"),
@@ -168,14 +173,54 @@ def test_large_csv_objects_with_sparse_columns_are_united_too(exporter: Exporter
     assert exported(exporter.store) == {**before, **stored(exporter.influx.points)}
 
 
-def test_tag_sets_of_one_device_make_one_object_and_one_row_an_instant(exporter: Exporter) -> None:
+def test_the_reference_measurement_has_the_documented_columns_exactly(exporter: Exporter) -> None:
+    exporter.write(
+        NOON,
+        fields="voltage=230.5,current=0.85,power=195.9,temperature=45.2",
+        device_type="bulb",
+        schema_version="1",
+        enrichment_status="ok",
+    )
+    exporter.at(minutes=5)
+    exporter.well()
+    assert table(exporter.store, exporter.keys[0]).column_names == [
+        *("timestamp", "device_id", "device_type", "location", "voltage", "current", "power", "temperature"),
+        *("hour", "day_of_week", "is_weekend", "power_factor"),
+    ]
+
+
+def test_each_tag_set_of_a_device_is_a_row_of_its_own(exporter: Exporter) -> None:
     exporter.write(NOON, fields="voltage=1", firmware="1")
     exporter.write(NOON, fields="power=2", firmware="2")
     exporter.write(NOON + MINUTE, fields="voltage=3", firmware="2")
     exporter.at(minutes=5)
     exporter.well()
     rows = rows_of(exporter.store, exporter.keys[0])
-    assert [(row["voltage"], row["power"]) for row in rows] == [(1.0, 2.0), (3.0, None)]
+    assert [(row["firmware"], row["voltage"], row["power"]) for row in rows] == [
+        ("1", 1.0, None),
+        ("2", None, 2.0),
+        ("2", 3.0, None),
+    ]
+
+
+def test_points_that_differ_in_ignored_tags_only_are_one_row_and_what_disagrees_is_set_aside(
+    exporter: Exporter,
+) -> None:
+    exporter.environ["INFLUXDB_IGNORED_TAGS"] = "firmware"
+    exporter.write(NOON, fields="voltage=1,current=5", firmware="1")
+    exporter.write(NOON, fields="voltage=2,power=2,current=5", firmware="2")
+    exporter.at(minutes=5)
+    run = exporter.run()
+    assert run.outcome is Outcome.PARTIAL
+    [row] = rows_of(exporter.store, exporter.keys[0])
+    assert (row["voltage"], row["current"], row["power"]) == (1.0, 5.0, 2.0)
+    assert "firmware" not in row
+    total = run.report.ledger.total
+    assert (total.counted, total.new, total.already_there, total.set_aside) == (5, 3, 1, 1)
+    [kept] = [info.key for info in exporter.store.list("telemetry/_set_aside/")]
+    line = f"device_telemetry,device_id=D1,device_type=pump,firmware=2,location=Plant-A voltage=2.0 {ns(NOON)}\n"
+    assert content(exporter.store, kept).decode() == line
+    assert exporter.run().outcome is Outcome.OK
 
 
 def test_flux_influxql_and_a_real_influxdb_1_write_the_same_objects(

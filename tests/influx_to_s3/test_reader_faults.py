@@ -1,19 +1,25 @@
 """What a server, a network or another program does wrong: what may pass, what is for a person, what asks for less."""
 
+import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.window import Window
 from app.demo.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
 from exporter import NOON
-from influx_readers import HOUR, LINES, Make, flux, influxql, influxql_without_credentials, rows
+from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
 
 
@@ -72,7 +78,7 @@ def test_what_may_pass_is_transient(influx: InfluxSimulator, reader: Reader, fau
     assert rows(reader)
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 405, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 413, 422, 501])
 def test_other_refusals_are_for_a_person(influx: InfluxSimulator, reader: Reader, status: int) -> None:
     influx.faults.add(Refuse(status, "no"))
     with pytest.raises(Permanent, match=f"answers {status}: no") as caught:
@@ -80,7 +86,10 @@ def test_other_refusals_are_for_a_person(influx: InfluxSimulator, reader: Reader
     assert "INFLUXDB_" in caught.value.hint
 
 
-@pytest.mark.parametrize("message", ["memory allocation limit reached: limit 10 bytes", "resource exhausted: x"])
+@pytest.mark.parametrize(
+    "message",
+    ["memory allocation limit reached: limit 10 bytes", "resource exhausted: x", "max-select-series limit exceeded: 2"],
+)
 def test_a_refusal_about_memory_asks_for_less(influx: InfluxSimulator, reader: Reader, message: str) -> None:
     influx.faults.add(Refuse(400, message))
     with pytest.raises(QueryTooLarge):
@@ -91,6 +100,84 @@ def test_a_retry_after_that_is_a_date_is_no_number() -> None:
     error = refusal(Refusal("http://x", 429, "slow", "Wed, 21 Oct 2026 07:28:00 GMT", ""))
     assert isinstance(error, Transient)
     assert error.retry_after_seconds is None
+
+
+def test_a_password_beyond_latin_1_is_sent_as_utf_8() -> None:
+    with InfluxSimulator(token="pässwörd € 密") as influx:
+        influx.write(LINES)
+        assert rows(influxql(influx, token="", username="jörg", password=influx.token))
+        with pytest.raises(Permanent, match="401"):
+            influxql(influx, token="", username="jörg", password="pässwörd").ping()
+
+
+@pytest.mark.parametrize("message", ["max-concurrent-queries limit exceeded(1, 1)", "timeout", "engine: closed"])
+def test_a_failed_statement_that_may_pass_is_transient(message: str) -> None:
+    body = json.dumps({"results": [{"statement_id": 0, "error": message}]}).encode()
+    with answering(plain_answer(body)) as url:
+        reader = influxql_without_credentials(url, "db")
+        with pytest.raises(Transient, match=re.escape(message)):
+            list(reader.counts(None, HOUR, 60))
+
+
+def test_fewer_results_than_statements_are_no_answer() -> None:
+    with answering(plain_answer(b'{"results":[]}')) as url:
+        reader = influxql_without_credentials(url, "db")
+        with pytest.raises(Transient, match="more was announced"):
+            list(reader.counts(None, HOUR, 60))
+
+
+PLAIN_ROWS = (
+    b"#datatype,string,long,dateTime:RFC3339,string,string,double,string\r\n"
+    b"#group,false,false,false,true,true,false,false\r\n"
+    b"#default,_result,,,,,,\r\n"
+    b",result,table,_time,device_id,result,voltage,table\r\n"
+    b",,0,2026-02-07T12:00:00Z,D1,success,230.5,t\r\n\r\n"
+)
+
+
+def test_a_server_that_renames_nothing_is_read_by_plain_names_and_the_group_key(influx: InfluxSimulator) -> None:
+    with answering(plain_answer(PLAIN_ROWS)) as url:
+        expected = [(0, {"result": "success"}, {"voltage": "230.5", "table": "t"})]
+        assert rows(flux(influx, url=url)) == expected
+
+
+def test_an_answer_without_the_columns_that_were_asked_for_is_an_error_of_ours(influx: InfluxSimulator) -> None:
+    body = b"#datatype,string,long,double\r\n#group,false,false,false\r\n#default,_result,,\r\n"
+    with answering(plain_answer(body + b",result,table,x\r\n,,0,1\r\n\r\n")) as url:
+        reader = flux(influx, url=url)
+        for question in (lambda: rows(reader), lambda: list(reader.counts("D1", HOUR, 60))):
+            with pytest.raises(Permanent, match="lacks the column _"):
+                question()
+        assert list(reader.devices(NOON)) == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 501])
+def test_where_nobody_may_look_at_buckets_a_shard_group_is_taken_for_a_day(status: int) -> None:
+    with InfluxSimulator() as influx, answering_gets_with(influx, status) as url:
+        influx.write(LINES)
+        reader = flux(influx, url=url)
+        assert rows(reader) == rows(flux(influx))
+        week = Window(NOON - timedelta(days=3), NOON + timedelta(days=4))
+        assert sum(counted(reader, None, week).values()) > 0
+        assert len([one for one in influx.queries if "aggregateWindow" in one.text]) == 8
+
+
+def test_a_server_that_fails_when_it_is_asked_for_shard_groups_is_asked_again() -> None:
+    with InfluxSimulator() as influx, answering_gets_with(influx, 503) as url, pytest.raises(Transient, match="503"):
+        rows(flux(influx, url=url))
+
+
+def test_a_cut_is_blamed_on_a_proxy_only_where_the_answer_has_no_frame() -> None:
+    whole = PLAIN_ROWS[:-2]
+    with answering(b"HTTP/1.0 200 OK\r\nContent-Type: text/csv\r\n\r\n" + whole) as url, InfluxSimulator() as influx:
+        with pytest.raises(Transient, match="cut on the way") as caught:
+            rows(flux(influx, url=url))
+        assert "proxy" in caught.value.hint
+    bad = PLAIN_ROWS.replace(b"230.5", b"volts")
+    with answering(plain_answer(bad)) as url, InfluxSimulator() as influx:
+        with pytest.raises(Transient, match="does not fit its header") as caught:
+            rows(flux(influx, url=url))
+        assert "proxy" not in caught.value.hint
 
 
 def test_a_server_that_still_starts_is_transient(influx: InfluxSimulator, reader: Reader) -> None:
@@ -168,6 +255,45 @@ def test_compression_and_empty_tables_change_nothing(influx: InfluxSimulator, re
     assert rows(reader) == expected
 
 
+def plain_answer(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@contextmanager
+def answering_gets_with(influx: InfluxSimulator, status: int) -> Iterator[str]:
+    """A server that refuses each GET and hands each POST on to the simulator; its address."""
+
+    class Front(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with urllib3.PoolManager(retries=False, timeout=10) as pool:
+                answer = pool.request("POST", influx.url + self.path, body=body, headers=dict(self.headers))
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(answer.data)))
+            self.end_headers()
+            self.wfile.write(answer.data)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Front) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def is_whole(request: bytes) -> bool:
+    """True when the headers are there and, but for a GET, something behind them."""
+    return b"\r\n\r\n" in request and (request.startswith(b"GET") or not request.endswith(b"\r\n\r\n"))
+
+
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
     """A server that says the same to everybody and closes the connection; its address."""
@@ -179,7 +305,7 @@ def answering(answer: bytes) -> Iterator[str]:
                     connection, _ = server.accept()
                     with connection:
                         request = connection.recv(65_536)
-                        while b"\r\n\r\n" not in request or request.endswith(b"\r\n\r\n"):
+                        while not is_whole(request):
                             request += connection.recv(65_536)
                         connection.sendall(answer)
 
@@ -223,7 +349,7 @@ def test_another_program_at_the_address_gives_an_error_of_ours(make: Make, body:
         for question in (
             lambda: list(reader.counts(None, HOUR, 60)),
             lambda: rows(reader),
-            reader.measurements,
+            reader.inventory,
         ):
             with pytest.raises(AppError):
                 question()
@@ -231,9 +357,7 @@ def test_another_program_at_the_address_gives_an_error_of_ours(make: Make, body:
 
 def test_a_series_without_values_holds_nothing() -> None:
     body = b'{"results":[{"statement_id":0,"series":[{"name":"m","columns":["fieldKey","fieldType"]}]}]}\n'
-    with answering(
-        f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    ) as url:
+    with answering(plain_answer(body)) as url:
         reader = influxql_without_credentials(url, "db")
-        assert list(reader.measurements()) == []
+        assert list(reader.devices(NOON)) == []
         assert list(reader.rows("D1", HOUR)) == []

@@ -1,9 +1,11 @@
-"""Rows in canonical form and the spool that digests them: merging, drifting types, union and missing, spilling."""
+"""Rows in canonical form and the spool that digests them: identity, union and missing, spilling."""
 
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +14,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.ledger import Tally
 from app.core.ports import Count
-from app.core.retry import RetryPolicy
-from app.core.runs import Stop
 from app.core.window import Window
-from app.influx_to_s3.rows import MEASURED, canonical, of_object, ordered, united
-from app.influx_to_s3.source import InfluxSource, Patience, Reading, before, bucket_seconds, first_change, slices
+from app.influx_to_s3.columns import MEASURED, Columns
+from app.influx_to_s3.reader import Points
+from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united, whole_instants
+from app.influx_to_s3.set_aside import Disagreement
+from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
-from exporter import NOON, ns
+from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
-TIMES = pa.timestamp("ns", "UTC")
-NO_TAGS: frozenset[str] = frozenset()
+COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
+UNKNOWN = {"device_type": "unknown", "location": "unknown"}
 
 
 def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
     """Canonical rows at nanoseconds after noon."""
-    times = pa.array([ns(NOON) + at for at in instants], pa.int64()).cast(TIMES)
+    times = pa.array([NOON_NS + at for at in instants], pa.int64()).cast(TIMES)
     return pa.table({"timestamp": times, **columns})
 
 
-def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) -> RowBatch:
-    spool = Spool("D1", folder, memory_rows)
+def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
+    spool = Spool("D1", folder, memory_rows, columns)
     for table in tables:
         spool.append(table)
-    return spool.finish({})
+    return spool.finish({}, {})
 
 
 def digest_of(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) -> str:
@@ -53,108 +57,240 @@ def listed(batch: RowBatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for table in batch.tables():
         plain = table.set_column(0, "timestamp", table.column(0).cast(pa.int64()))
-        found += [{**row, "timestamp": row["timestamp"] - ns(NOON)} for row in plain.to_pylist()]
+        found += [{**row, "timestamp": row["timestamp"] - NOON_NS} for row in plain.to_pylist()]
     return found
 
 
 def source(folder: Path) -> InfluxSource:
     """A source whose reader is never asked."""
-    reading = Reading("device_telemetry", (), 1000, folder)
-    return InfluxSource(None, reading, Patience(RetryPolicy(), Stop(), lambda: 0.0))  # type: ignore[arg-type]
+    return source_of(None, folder, columns=COLUMNS)  # type: ignore[arg-type]
 
 
-def test_measured_fields_are_floats_whatever_the_source_calls_them() -> None:
-    table = canonical(
-        rows(0, 1, 2, voltage=[1, 2, None], current=[True, False, None], power=["7.5", "broken", "+5"]),
-        "timestamp",
-        NO_TAGS,
-    )
-    assert [table.schema.field(name).type for name in ("voltage", "current", "power")] == [pa.float64()] * 3
+def test_measured_fields_are_floats_and_what_is_no_number_stands_beside_them_as_text() -> None:
+    given = points(0, 1, 2, voltage=[1, 2, None], current=[True, False, None], power=["7.5", "broken", "+5"])
+    table = canonical(given, columns_of())
     assert table.column("voltage").to_pylist() == [1.0, 2.0, None]
-    assert table.column("current").to_pylist() == [1.0, 0.0, None]
-    assert table.column("power").to_pylist() == [7.5, None, 5.0]
+    assert table.schema.field("voltage").type == pa.float64()
+    assert {"current", "power"}.isdisjoint(table.column_names)
+    assert table.column("current_text").to_pylist() == ["true", "false", None]
+    assert table.column("power_text").to_pylist() == ["7.5", "broken", "+5"]
 
 
-@pytest.mark.parametrize("text", ["", " 1", "1 ", "0x10", "1e", "--1", "NaN", "inf", "1,5", "1\n", "٣", "."])
-def test_text_that_is_no_number_is_null_in_a_measured_field(text: str) -> None:
-    assert canonical(rows(0, voltage=[text]), "timestamp", NO_TAGS).column("voltage").to_pylist() == [None]
+@pytest.mark.parametrize(
+    "text", ["", " 1", "1 ", "0x10", "1e", "--1", "NaN", "inf", "1,5", "1\n", "٣", ".", "1", "1e3"]
+)
+def test_text_in_a_measured_field_is_kept_as_it_is(text: str) -> None:
+    table = canonical(points(0, voltage=[text]), columns_of())
+    assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, "voltage_text": text}]
 
 
 def test_fields_named_like_documented_columns_get_a_name_of_their_own() -> None:
     names = ("hour", "day_of_week", "is_weekend", "power_factor", "device_type", "location")
-    table = canonical(rows(0, **{name: [1.5] for name in names}), "timestamp", frozenset({"firmware"}))
-    assert sorted(table.column_names) == sorted(["timestamp", *(f"{name}_field" for name in names)])
+    fields: dict[str, Any] = {name: [1.5] for name in names}
+    table = canonical(points(0, **fields), columns_of())
+    expected = ["timestamp", "device_type", "location", *(f"{name}_field" for name in names)]
+    assert sorted(table.column_names) == sorted(expected)
+    assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, **{f"{name}_field": 1.5 for name in names}}]
 
 
-def test_documented_tags_are_kept_and_others_dropped() -> None:
-    given = rows(0, device_id=["D1"], location=["A"], firmware=["1.2"], voltage=["tag"], other=[1])
-    table = canonical(given, "timestamp", frozenset({"device_id", "location", "firmware", "voltage"}))
-    assert table.column_names == ["timestamp", "location", "other"]
-
-
-def test_tag_sets_of_one_instant_are_merged_field_by_field() -> None:
-    tables = [
-        rows(5, 9, device_type=["b", "b"], voltage=[1.0, 2.0]),
-        rows(5, device_type=["a"], power=[7.0], on=[True]),
-        rows(5, location=["L"], voltage=[3.0], on=[False]),
+def test_every_tag_is_a_column_unless_it_is_ignored() -> None:
+    tags = {"location": "A", "firmware": "1.2", "voltage": "tag", "schema_version": "2"}
+    table, others, twice = in_order([points(0, tags=tags, other=[1])], columns_of())
+    assert rows_in([table]) == [
+        {"timestamp": 0, **UNKNOWN, "location": "A", "firmware": "1.2", "voltage_tag": "tag", "other": 1}
     ]
-    for order in (tables, tables[::-1], [tables[1], tables[0], tables[2]]):
-        merged = ordered(order)
-        assert merged.num_rows == 2
-        first = merged.to_pylist()[0]
-        assert (first["device_type"], first["location"], first["voltage"], first["power"]) == ("a", "L", 1.0, 7.0)
-        assert first["on"] in (True, False)
-        assert (
-            ordered(order)
-            .select(sorted(merged.column_names))
-            .equals(ordered(tables).select(sorted(merged.column_names)))
+    assert (list(others), dict(twice)) == ([], {})
+
+
+def test_rows_that_differ_in_any_tag_are_rows_of_their_own_whatever_order_they_come_in() -> None:
+    blocks = [
+        points(5, 9, tags={"device_type": "b"}, voltage=[1.0, 2.0]),
+        points(5, tags={"device_type": "a"}, power=[7.0], on=[True]),
+        points(5, tags={"location": "L"}, voltage=[3.0], on=[False]),
+        *(points(5, tags={"phase": phase}, voltage=[4.0]) for phase in ("L1", "L2", "L3")),
+    ]
+    expected = [
+        {"timestamp": 5, "device_type": "a", "location": "unknown", "power": 7.0, "on": True},
+        {"timestamp": 5, "device_type": "b", "location": "unknown", "voltage": 1.0},
+        {"timestamp": 5, "device_type": "unknown", "location": "L", "voltage": 3.0, "on": False},
+        *({"timestamp": 5, **UNKNOWN, "phase": phase, "voltage": 4.0} for phase in ("L1", "L2", "L3")),
+        {"timestamp": 9, "device_type": "b", "location": "unknown", "voltage": 2.0},
+    ]
+    for order in list(permutations(blocks))[::13]:
+        table, others, twice = in_order(order, columns_of())
+        assert rows_in([table]) == expected
+        assert (list(others), dict(twice)) == ([], {})
+
+
+def versions(*numbers: str, **fields: Sequence[Any]) -> list[Points]:
+    """One point for each version of the schema, which is an ignored tag; the values of each field in that order."""
+    columns = {name: pa.array(values) for name, values in fields.items()}
+    return [
+        points(0, tags={"schema_version": number}, **{name: column.slice(at, 1) for name, column in columns.items()})
+        for at, number in enumerate(numbers)
+    ]
+
+
+def test_points_that_differ_in_ignored_tags_only_are_merged_field_by_field() -> None:
+    blocks = versions("1", "2", "3", voltage=[1.5, None, None], power=[None, 7.0, None], note=[None, "x", "x"])
+    for order in permutations(blocks):
+        table, others, twice = in_order(order, columns_of())
+        assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, "voltage": 1.5, "power": 7.0, "note": "x"}]
+        assert (list(others), dict(twice)) == ([], {"note": 1})
+
+
+def test_of_values_that_disagree_that_of_the_first_tag_set_stands_and_the_others_are_set_aside() -> None:
+    blocks = versions("10", "2", "9", voltage=[2.5, 3.5, 2.5], note=[None, "b", "a"], on=[True, False, None])
+    blocks.append(points(0, tags={"enrichment_status": "done", "schema_version": "99"}, voltage=[9.5]))
+    for order in permutations(blocks):
+        table, others, twice = in_order(order, columns_of())
+        # enrichment_status=done,schema_version=99 comes before schema_version=10, which comes before =2 and =9
+        assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, "voltage": 9.5, "note": "b", "on": True}]
+        assert dict(twice) == {}
+        assert {(each.field, each.value, each.tags["schema_version"]) for each in others} == {
+            ("voltage", 2.5, "10"),
+            ("voltage", 3.5, "2"),
+            ("voltage", 2.5, "9"),
+            ("note", "a", "9"),
+            ("on", False, "2"),
+        }
+        assert len(others) == 5
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["", "1", "10", "2"]),
+            st.sampled_from(["", "a", "b"]),
+            st.none() | st.sampled_from([1.5, 2.5]),
+            st.none() | st.sampled_from(["x", "y", ""]),
+        ),
+        max_size=14,
+        unique_by=lambda each: each[:3],
+    ),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_stands_and_what_is_set_aside_does_not_depend_on_the_order_of_blocks(
+    given_points: list[tuple[int, str, str, float | None, str | None]], shuffler: random.Random
+) -> None:
+    def block(at: int, version: str, phase: str, voltage: float | None, note: str | None) -> Points:
+        tags = {name: text for name, text in (("schema_version", version), ("phase", phase)) if text}
+        return points(at, tags=tags, voltage=pa.array([voltage], pa.float64()), note=pa.array([note], pa.string()))
+
+    def result(order: list[tuple[int, str, str, float | None, str | None]]) -> Any:
+        table, others, twice = in_order([block(*each) for each in order], columns_of())
+        aside = sorted(
+            (each.instant_ns, each.field, str(each.value), tuple(sorted(each.tags.items()))) for each in others
         )
+        return rows_in([table]), aside, dict(twice)
+
+    if not given_points:
+        return
+    shuffled = list(given_points)
+    shuffler.shuffle(shuffled)
+    found, aside, twice = result(given_points)
+    assert result(shuffled) == (found, aside, twice)
+    values = sum((each[3] is not None) + (each[4] is not None) for each in given_points)
+    landed = sum(("voltage" in row) + ("note" in row) for row in found)
+    assert values == landed + len(aside) + sum(twice.values())
+    assert len(found) == len({(at, phase) for at, _, phase, _, _ in given_points})
 
 
-def test_a_known_tag_of_an_instant_wins_over_a_missing_one(tmp_path: Path) -> None:
-    batch = spooled([ordered([rows(0, voltage=[1.0]), rows(0, location=["L"], power=[2.0])])], tmp_path)
-    assert listed(batch) == [{"timestamp": 0, "device_type": "unknown", "location": "L", "power": 2.0, "voltage": 1.0}]
+def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path: Path) -> None:
+    columns = columns_of()
+    blocks = versions("1", "2", "3", voltage=[1.5, 2.5, 1.5], power=[None, 7.0, None])
+    table, others, twice = in_order(blocks, columns)
+    spool = Spool("D1", tmp_path, 0, columns)
+    spool.append(table)
+    spool.note({"voltage": 3, "power": 1}, twice, others)
+    with closing(spool.finish({}, {"voltage": 3, "power": 1})) as batch:
+        assert batch.accounts == {
+            "voltage": Tally(counted=3, read=3, new=1, already_there=1, set_aside=1),
+            "power": Tally(counted=1, read=1, new=1),
+        }
+        assert list(batch.disagreements) == [Disagreement({"schema_version": "2"}, "voltage", 2.5, NOON_NS)]
+        assert (batch.rows, batch.reusable) == (1, False)
+
+
+def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> None:
+    spool = Spool("D1", tmp_path, 0, COLUMNS)
+    spool.append(rows(0, 1, voltage=[1.5, 2.5]))
+    spool.note({"voltage": 3})
+    with closing(spool.finish({}, {"voltage": 3})) as batch:
+        assert batch.accounts["voltage"].gap == 1
+
+
+def test_rows_that_come_between_counting_and_reading_are_counted_by_the_reading(tmp_path: Path) -> None:
+    spool = Spool("D1", tmp_path, 0, COLUMNS)
+    spool.append(rows(0, 1, voltage=[1.5, 2.5]))
+    spool.note({"voltage": 2})
+    with closing(spool.finish({}, {"voltage": 1})) as batch:
+        assert batch.accounts == {"voltage": Tally(counted=2, read=2, new=2)}
+
+
+def test_a_missing_tag_is_unknown(tmp_path: Path) -> None:
+    blocks = [points(0, voltage=[1.0]), points(0, tags={"location": "L"}, power=[2.0])]
+    batch = spooled([in_order(blocks, COLUMNS)[0]], tmp_path)
+    assert listed(batch) == [
+        {"timestamp": 0, "device_type": "unknown", "location": "L", "power": 2.0, "voltage": None},
+        {"timestamp": 0, "device_type": "unknown", "location": "unknown", "power": None, "voltage": 1.0},
+    ]
 
 
 def test_a_field_that_ends_in_first_keeps_its_name_when_rows_are_merged() -> None:
-    merged = ordered([rows(0, x_first=[1]), rows(0, x=[2])])
-    assert merged.select(["x", "x_first"]).to_pylist() == [{"x": 2, "x_first": 1}]
+    table, _, _ = in_order(versions("1", "2", x=[None, 2], x_first=[1, None]), columns_of())
+    assert rows_in([table]) == [{"timestamp": 0, **UNKNOWN, "x": 2, "x_first": 1}]
 
 
-def test_numbers_meet_in_float_and_everything_else_in_text(tmp_path: Path) -> None:
-    ints, floats, texts = rows(0, extra=[1]), rows(1, extra=[2.5]), rows(2, extra=["x"])
-    assert [row["extra"] for row in listed(spooled([ints, floats], tmp_path))] == [1.0, 2.5]
-    assert [row["extra"] for row in listed(spooled([ints, floats, texts], tmp_path))] == ["1", "2.5", "x"]
-    assert [row["extra"] for row in listed(spooled([rows(0, extra=[True]), rows(1, extra=[3])], tmp_path))] == [
-        "true",
-        "3",
+def test_a_type_is_decided_once_and_other_values_stand_beside_it(tmp_path: Path) -> None:
+    columns = columns_of()
+    blocks = [points(at, extra=[value]) for at, value in enumerate([1, 2.5, "x", 3, True, 4.0])]
+    tables = [canonical(block, columns) for block in blocks]
+    with closing(spooled(tables, tmp_path, columns=columns)) as batch:
+        assert [column.type for column in batch.schema][-3:] == [pa.int64(), pa.float64(), pa.string()]
+        found = [{k: v for k, v in row.items() if k.startswith("extra") and v is not None} for row in listed(batch)]
+    assert found == [
+        {"extra": 1},
+        {"extra_double": 2.5},
+        {"extra_text": "x"},
+        {"extra": 3},
+        {"extra_text": "true"},
+        {"extra": 4},  # the same number, so nothing is lost
     ]
 
 
-def test_types_that_drift_from_block_to_block_meet_too(tmp_path: Path) -> None:
+def test_types_that_drift_from_block_to_block_change_no_column(tmp_path: Path) -> None:
     many = range(BLOCK_ROWS)
+    columns = columns_of()
     tables = [
-        rows(*many, extra=list(many)),
-        rows(*(BLOCK_ROWS + n for n in many), extra=[n / 2 for n in many]),
-        rows(2 * BLOCK_ROWS, extra=["x"]),
+        canonical(block, columns)
+        for block in (
+            points(*many, extra=list(many)),
+            points(*(BLOCK_ROWS + n for n in many), extra=[n / 2 for n in many]),
+            points(2 * BLOCK_ROWS, extra=["x"]),
+        )
     ]
     for memory_rows in (0, 10**6):
-        found = [row["extra"] for row in read(tables, tmp_path, memory_rows)]
-        assert (found[7], found[BLOCK_ROWS + 1], found[-1]) == ("7", "0.5", "x")
+        found = read(tables, tmp_path, memory_rows)
+        assert (found[7]["extra"], found[BLOCK_ROWS + 1]["extra_double"], found[-1]["extra_text"]) == (7, 0.5, "x")
+        assert found[BLOCK_ROWS + 4]["extra"] == 2
 
 
 def test_the_digest_of_drifting_types_does_not_depend_on_the_cutting(tmp_path: Path) -> None:
-    ints = rows(*range(20_000), extra=list(range(20_000)))
-    floats = rows(*range(20_000, 40_000), extra=[n / 2 for n in range(20_000)])
-    texts = rows(40_000, extra=["x"])
-    together = ordered([ints, floats])
+    columns = columns_of()
+    ints = canonical(points(*range(20_000), extra=list(range(20_000))), columns)
+    floats = canonical(points(*range(20_000, 40_000), extra=[n / 2 for n in range(20_000)]), columns)
+    texts = canonical(points(40_000, extra=["x"]), columns)
+    together = ordered([ints, floats], columns)[0]
     pieces = [
         [ints, floats],
         [together],
         [ints.slice(0, 7), ints.slice(7), floats.slice(0, 13_000), floats.slice(13_000)],
     ]
     assert len({digest_of(tables, tmp_path) for tables in pieces}) == 1
-    whole = ordered([ints, floats, texts])
+    whole = ordered([ints, floats, texts], columns)[0]
     assert len({digest_of(tables, tmp_path) for tables in ([ints, floats, texts], [whole])}) == 1
 
 
@@ -202,7 +338,7 @@ def test_no_rows_make_a_batch_too(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_later_are_refused(tmp_path: Path) -> None:
-    spool = Spool("D1", tmp_path, 0)
+    spool = Spool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(5, a=[1]))
     with pytest.raises(ValueError, match="out of order"):
         spool.append(rows(5, a=[1]))
@@ -266,7 +402,8 @@ def tabled(model: Mapping[int, int | None], sizes: Sequence[int]) -> list[pa.Tab
     tables, at = [], 0
     for size in (*sizes, len(instants)):
         part = instants[at : at + size]
-        tables.append(rows(*part, v=pa.array([model[n] for n in part], pa.int64())))
+        tags = {tag: pa.array(["unknown"] * len(part), pa.string()) for tag in UNKNOWN}
+        tables.append(rows(*part, **tags, v=pa.array([model[n] for n in part], pa.int64())))
         at += size
     return tables
 
@@ -294,18 +431,122 @@ def test_union_and_missing_are_those_of_dictionaries(
 
 
 def test_rows_read_back_from_an_object_lose_what_was_computed_and_keep_renamed_fields(tmp_path: Path) -> None:
-    table = canonical(rows(0, hour=[9], voltage=[1.5], location=["L"]), "timestamp", frozenset({"location"}))
-    batch = spooled([table], tmp_path)
+    columns = columns_of()
+    given = points(0, tags={"location": "L", "phase": "L1", "hour": "late"}, hour=[9], voltage=[1.5], count=["x"])
+    batch = spooled([canonical(given, columns)], tmp_path, columns=columns)
     [written] = list(batch.output())
-    back = of_object(written)
-    assert back.select(["hour_field", "voltage", "location"]).to_pylist() == [
-        {"hour_field": 9, "voltage": 1.5, "location": "L"}
+    back = of_object(written, columns)
+    assert rows_in([back]) == [
+        {
+            "timestamp": 0,
+            "device_type": "unknown",
+            "location": "L",
+            "phase": "L1",
+            "hour_tag": "late",
+            "hour_field": 9,
+            "voltage": 1.5,
+            "count": "x",
+        }
     ]
-    assert spooled([back.drop_columns([n for n in MEASURED if n != "voltage"])], tmp_path).digest == batch.digest
+    bare = back.drop_columns([n for n in MEASURED if n != "voltage"])
+    assert spooled([bare], tmp_path, columns=columns).digest == batch.digest
+
+
+def test_values_of_an_object_of_another_type_stand_beside_the_column_of_today() -> None:
+    """A tree in which files of an older version have `count` as integer, as double and as text."""
+    columns = columns_of()
+    columns.see((), {"count": "integer"})
+    for values, expected in (
+        (pa.array([1.0, 2.5]), [{"count": 1}, {"count_double": 2.5}]),
+        (pa.array(["1", "x"]), [{"count_text": "1"}, {"count_text": "x"}]),
+        (pa.array([True, None]), [{"count_text": "true"}, {}]),
+        (pa.array([7, -8]), [{"count": 7}, {"count": -8}]),
+    ):
+        back = of_object(rows(0, 1, device_type=["p", "p"], location=["L", "L"], count=values), columns)
+        assert [{k: v for k, v in row.items() if k.startswith("count")} for row in rows_in([back])] == expected
+
+
+def test_a_column_that_only_objects_of_an_older_version_have_keeps_its_name() -> None:
+    columns = columns_of()
+    back = of_object(rows(0, old=[1.5], hour_field=[3]), columns)
+    assert rows_in([back]) == [{"timestamp": 0, **UNKNOWN, "old": 1.5, "hour_field": 3}]
+    assert rows_in([canonical(points(0, old=[2.5]), columns)]) == [{"timestamp": 0, **UNKNOWN, "old": 2.5}]
 
 
 def test_a_union_of_nothing_is_nothing() -> None:
-    assert list(united([], [])) == []
+    assert list(united([], [], COLUMNS)) == []
+
+
+def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column() -> None:
+    columns = columns_of()
+    new = [in_order([points(0, 5, tags={"phase": "L1"}, voltage=[1.0, 1.0]), points(0, voltage=[2.0])], columns)[0]]
+    held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
+    found = [(row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns))]
+    assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
+    rest = lacking(new[0], identities_of(held[0], columns), columns)
+    assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+
+
+@given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[int], sizes: list[int]) -> None:
+    table = rows(*sorted(instants), n=pa.array(range(len(instants)), pa.int64()))
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(table.slice(at, size))
+        at += size
+    whole = list(whole_instants([*pieces, table.slice(at)]))
+    seen = [{row["timestamp"] for row in rows_in([one])} for one in whole]
+    assert all(one for one in seen)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+    assert rows_in(whole) == rows_in([table])
+
+
+def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
+    """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
+    instants = range(first, last)
+    blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
+    return [in_order(blocks, columns)[0]]
+
+
+def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_like_others(tmp_path: Path) -> None:
+    columns = columns_of()
+    number = BLOCK_ROWS // 2
+    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
+    batch = influx.spooled("D1", phases(0, number, columns))
+    blocks = list(batch.tables())
+    assert blocks[0].column("timestamp")[-1] == blocks[1].column("timestamp")[0]
+    # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
+    held = phases(0, number + 5, columns, value=2.0, names="23")[0]
+    cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
+    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
+    batch = replace(batch, accounts={"voltage": read})
+    with closing(batch), closing(influx.union(batch, cut)) as union:
+        assert union.accounts == {"voltage": read}
+        found = rows_in(union.tables())
+        with closing(influx.missing(batch, cut)) as missing:
+            left = rows_in(missing.tables())
+            assert missing.accounts == {"voltage": replace(read, new=number, already_there=2 * number)}
+        with closing(influx.spooled("D1", blocks)) as again:
+            assert (again.rows, again.digest) == (batch.rows, batch.digest)
+    assert len(found) == 3 * number + 2 * 5
+    assert {(row["timestamp"], row["phase"]) for row in found} == {
+        *((at, f"L{name}") for at in range(number) for name in "123"),
+        *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
+    }
+    assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
+    assert [(row["timestamp"], row["phase"]) for row in left] == [(at, "L1") for at in range(number)]
+
+
+def test_no_two_tag_sets_share_an_identity() -> None:
+    columns = columns_of()
+    sets: list[dict[str, str | None]] = [
+        {}, {"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}, {"a": "b"}, {"b": "a"}, {"a": "xb"}, {"a": ""},
+        {"location": "x"}, {"device_type": "x"},
+    ]  # fmt: skip
+    tables = [canonical(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
+    found = [identity for table in tables for identity in identities_of(table, columns).tolist()]
+    assert len(set(found)) == len(found) == 2 * len(sets)
 
 
 WINDOW = Window(NOON, NOON + timedelta(hours=1))
@@ -332,21 +573,23 @@ def test_reading_begins_one_bucket_before_the_first_that_changed() -> None:
 @given(st.dictionaries(st.integers(0, 29), st.integers(1, 400)), st.integers(1, 500), st.integers(0, 29))
 @settings(max_examples=100, deadline=None)
 def test_slices_cover_the_span_without_gaps_and_stay_near_the_batch_size(
-    points: dict[int, int], batch_rows: int, first: int
+    numbers: dict[int, int], batch_rows: int, first: int
 ) -> None:
-    counts = {NOON + timedelta(minutes=2 * n): Count(2 * many, many) for n, many in points.items()}
+    counts = {NOON + timedelta(minutes=2 * n): Count(2 * many, many, {"v": many}) for n, many in numbers.items()}
     span = Window(NOON + timedelta(minutes=2 * first), WINDOW.end)
     parts = list(slices(span, 120, counts, batch_rows))
     assert [part.start for part, _ in parts] == [span.start, *(part.end for part, _ in parts[:-1])]
     assert parts[-1][0].end == span.end
-    assert sum(many for _, many in parts) == sum(many for n, many in points.items() if n >= first)
-    biggest = max(points.values(), default=0)
-    assert all(many <= max(batch_rows, biggest) for _, many in parts)
+    assert sum(count.points for _, count in parts) == sum(many for n, many in numbers.items() if n >= first)
+    assert sum(count.cells for _, count in parts) == 2 * sum(many for n, many in numbers.items() if n >= first)
+    assert sum(count.fields.get("v", 0) for _, count in parts) == sum(count.points for _, count in parts)
+    biggest = max(numbers.values(), default=0)
+    assert all(count.points <= max(batch_rows, biggest) for _, count in parts)
 
 
 def test_before_takes_only_older_rows() -> None:
     table = rows(1, 2, 3, a=[1, 2, 3])
-    assert before(table, ns(NOON) + 2).column("a").to_pylist() == [1]
+    assert before(table, NOON_NS + 2).column("a").to_pylist() == [1]
 
 
 def test_an_instant_with_nanoseconds_is_cut_to_microseconds_for_the_record(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.runs import Outcome
-from app.core.window import next_midnight
 from app.influx_to_s3.job import NAME
 from exporter import HOUR, MINUTE, NOON, Exporter
 
@@ -181,18 +180,18 @@ def test_a_change_of_window_length_and_format_holds_from_the_next_utc_day(export
     next_day = [f"telemetry/device_id=D1/date=2026-02-08/export_{hour}0000.csv" for hour in ("00", "02")]
     assert exporter.keys == sorted(day + next_day)
     exporter.check()
-    assert [one.window_seconds for one in exporter.state.layouts.layouts(NAME)] == [3600, 7200]
+    assert [each["window_seconds"] for each in exporter.layout["layouts"]] == [3600, 7200]
 
 
 def test_a_change_that_is_taken_back_before_midnight_never_holds(exporter: Exporter) -> None:
-    exporter.now = datetime.now(UTC)  # what is still to come is for the state database to say, by its own clock
-    exporter.write(exporter.now - MINUTE)
+    exporter.write(NOON)
+    exporter.at(minutes=1)
     exporter.well()
     exporter.well(EXPORT_WINDOW_SECONDS="900")
+    assert [each["window_seconds"] for each in exporter.layout["layouts"]] == [3600, 900]
     exporter.well()
-    midnight = next_midnight(exporter.now)
-    exporter.write_each(midnight, midnight + HOUR, every_seconds=600)
-    exporter.now = midnight + HOUR
+    exporter.write_each(NOON + 12 * HOUR, NOON + 13 * HOUR, every_seconds=600)
+    exporter.at(hours=13)
     exporter.well()
     assert len(exporter.keys) == 2
-    assert exporter.state.layouts.layouts(NAME)[-1].window_seconds == 3600
+    assert [each["window_seconds"] for each in exporter.layout["layouts"]] == [3600]

@@ -8,26 +8,25 @@ import pytest
 
 from app.core.errors import Transient
 from app.core.ports import Count
-from app.core.retry import RetryPolicy
-from app.core.runs import Stop
 from app.core.window import Window
 from app.demo.faults import Refuse
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
-from app.influx_to_s3.source import InfluxSource, Patience, Reading, runs_of_few_rows
+from app.influx_to_s3.source import InfluxSource, runs_of_few_rows
 from exporter import Exporter
+from influx_points import source_of
 
 EVENING = datetime(2026, 2, 7, 21, tzinfo=UTC)
 HOURS = [Window(EVENING + timedelta(hours=n), EVENING + timedelta(hours=n + 1)) for n in range(6)]
 
 
-def source_of(exporter: Exporter, batch_rows: int = 20_000) -> InfluxSource:
+def source_for(exporter: Exporter, batch_rows: int = 20_000) -> InfluxSource:
     influx = exporter.influx
     reader = FluxReader(
-        Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, "device_telemetry")
+        Connection(Server(influx.url, influx.token)),
+        FluxTarget(influx.org, influx.bucket, "device_telemetry", "device_id"),
     )
-    reading = Reading("device_telemetry", (), batch_rows, exporter.folder / "spool")
-    return InfluxSource(reader, reading, Patience(RetryPolicy(attempts=1), Stop(), lambda: 0.0))
+    return source_of(reader, exporter.folder / "spool", batch_rows=batch_rows, attempts=1)
 
 
 def fill(exporter: Exporter) -> list[tuple[Window, Count]]:
@@ -39,7 +38,7 @@ def fill(exporter: Exporter) -> list[tuple[Window, Count]]:
         exporter.write(window.start + timedelta(minutes=7), fields="voltage=230", location="roof")
         exporter.write(window.start + timedelta(minutes=3), fields='note="a, b"' if number == 4 else "power=1")
         exporter.write(window.end - timedelta(microseconds=1), fields="temperature=20.25")
-    counts = source_of(exporter).counts("D1", HOURS)
+    counts = source_for(exporter).counts("D1", HOURS)
     return [(window, counts.get(("D1", window.start), Count(0, 0))) for window in HOURS]
 
 
@@ -70,7 +69,7 @@ def together(
 
 def test_batches_read_together_are_those_read_alone_in_fewer_questions(exporter: Exporter) -> None:
     counted = fill(exporter)
-    source = source_of(exporter)
+    source = source_for(exporter)
     exporter.influx.forget_queries()
     expected = alone(source, counted)
     assert questions(exporter) == len(HOURS)
@@ -81,7 +80,7 @@ def test_batches_read_together_are_those_read_alone_in_fewer_questions(exporter:
 
 def test_a_question_that_is_refused_for_several_windows_is_asked_for_each(exporter: Exporter) -> None:
     counted = fill(exporter)[:3]
-    source = source_of(exporter)
+    source = source_for(exporter)
     expected = alone(source, counted)
     exporter.influx.faults.add(Refuse(status=400, message="schema collision"))
     exporter.influx.forget_queries()
@@ -91,9 +90,9 @@ def test_a_question_that_is_refused_for_several_windows_is_asked_for_each(export
 
 def test_fewer_rows_than_were_counted_are_an_error_in_the_window_that_lacks_them(exporter: Exporter) -> None:
     counted = fill(exporter)[:2]
-    batches = source_of(exporter).read_each("D1", [counted[0], (HOURS[1], Count(99, 99))])
+    batches = source_for(exporter).read_each("D1", [counted[0], (HOURS[1], Count(99, 99, {"voltage": 99}))])
     next(batches).close()
-    with pytest.raises(Transient, match=r"4 rows of D1 .* had counted 99"):
+    with pytest.raises(Transient, match=r"2 values of voltage of D1 .* had counted 99"):
         next(batches)
 
 

@@ -102,11 +102,58 @@ def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only
     assert [Reach(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a/../b", "..", "a\nb", "a\x7f", "k" * 1025, ".headwater/x"])
-def test_keys_that_cannot_be_are_422(key: str) -> None:
+ODD_KEYS = ["", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\\b", "\\", "a\nb", "a\x7f", "k" * 1025, "a\ud800"]
+
+
+@pytest.mark.parametrize("key", [*ODD_KEYS, ".headwater/x"])
+def test_keys_that_no_new_object_may_have_are_422(key: str) -> None:
     with pytest.raises(NotServed) as caught:
-        Reach().reads(key)
+        Reach().writes(key)
     assert (caught.value.status, caught.value.fault) == (422, "key")
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_what_is_there_under_an_odd_key_is_for_the_store_to_find(key: str) -> None:
+    assert Reach().reads(key) == Reach().deletes(key) == key
+
+
+@pytest.mark.parametrize(
+    "key", [".headwater/x", ".headwater\\x", "/.headwater/x", "a/../.headwater/x", "a\\..\\.headwater\\x"]
+)
+def test_no_form_of_a_key_leads_to_the_services_own(key: str) -> None:
+    for use in (Reach().reads, Reach().deletes):
+        with pytest.raises(NotServed) as caught:
+            use(key)
+        assert caught.value.status == 422
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "telemetry\\d\\x",
+        "telemetry/d\\x",
+        "telemetry//x",
+        "/telemetry/x",
+        "a/../telemetry/x",
+        "telemetry\\",
+        "b/..\\telemetry/",
+    ],
+)
+def test_no_form_of_a_key_leads_into_the_exports(key: str) -> None:
+    for reach in (Reach((), "telemetry/", "", "telemetry/"), Reach((), None, "", "telemetry/")):
+        assert reach.reads(key) == key
+        with pytest.raises(NotServed) as caught:
+            reach.deletes(key)
+        assert caught.value.status == 403
+    assert Reach((), None, "", "telemetry/").deletes("telemetry/x") == "telemetry/x"
+
+
+@pytest.mark.parametrize("key", ["team/../other/x", "team/..\\other", "team\\x", "/team/x"])
+def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
+    for reach in (Reach(("team/",)), Reach(own="team/")):
+        with pytest.raises(NotServed) as caught:
+            reach.reads(key)
+        assert caught.value.status == 403
 
 
 def test_a_query_that_is_not_utf8_is_refused() -> None:

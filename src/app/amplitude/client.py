@@ -11,13 +11,13 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
 
-from app.core.errors import Permanent, Transient
+from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.window import DAY_SECONDS, Window, floor_to
 from app.stores.upstream import Address, Answer, Upstream, receiving
@@ -27,6 +27,7 @@ DAY_HOURS = 24
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 BUSY_SECONDS = 60.0
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
+ATTEMPTS_AFTER_A_FAULT = 2
 KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is of the region in which the project lives"
 LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API cannot give it"
 
@@ -42,15 +43,30 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The answer for `span`; `file` None = it has no events. Whoever takes it closes it."""
+    """The answer for `span`; `file` None = it has no events, or `fault` says why this hour cannot be had. Whoever takes
+    it closes it.
+    """
 
     span: Window
     file: BinaryIO | None
+    fault: AppError | None = None
 
     def close(self) -> None:
         """Free the file. Idempotent."""
         if self.file is not None:
             self.file.close()
+
+
+class HourTooLarge(Permanent):
+    """The service said that it cannot give a single hour, which is above its limit."""
+
+
+class _Refused(Permanent):
+    """The pair of keys does not serve, which is no fault of any hour."""
+
+
+class _Busy(Transient):
+    """Too many requests, which is no fault of any hour."""
 
 
 class _TooLarge(Exception):
@@ -90,23 +106,46 @@ class Project:
         """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
         one is used. Raises Transient and Permanent.
         """
-        pieces = self._pieces(span, patience)
+        pieces = self._pieces(span, patience, past_faults=False)
         return _ahead(pieces) if ahead else pieces
 
-    def _pieces(self, span: Window, patience: Patience) -> Iterator[Fetched]:
-        at = span.start
+    def fetch_each(self, span: Window, patience: Patience) -> Iterator[Fetched]:
+        """As `fetch_all`, past hours that cannot be had: what fails is halved down to the hour, which comes with its
+        fault. Raises only what is no fault of an hour: a pair of keys that does not serve, too many requests.
+        """
+        return self._pieces(span, patience, past_faults=True)
+
+    def answers(self, hour: Window, patience: Patience) -> bool:
+        """Whether the service gives this hour: then what it does not give is not because all of it is away."""
+        try:
+            (fetched,) = self.fetch_each(hour, replace(patience, policy=_shorter(patience.policy)))
+        except (Transient, Permanent):
+            return False
+        fetched.close()
+        return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
+
+    def _pieces(self, span: Window, patience: Patience, *, past_faults: bool) -> Iterator[Fetched]:
+        at, policy, most_hours = span.start, patience.policy, DAY_HOURS
         while at < span.end:
             midnight = floor_to(at, DAY_SECONDS) + timedelta(days=1)
-            piece = Window(at, min(at + self._step.hours * HOUR, midnight, span.end))
+            piece = Window(at, min(at + min(self._step.hours, most_hours) * HOUR, midnight, span.end))
             hours = (piece.end - piece.start) // HOUR
             try:
-                fetched = self._fetch(piece, patience)
-            except _TooLarge as error:
-                if hours == 1:
-                    raise _hopeless(piece, error) from error
-                self._step.refused(hours)
-                continue
-            self._step.answered(hours)
+                fetched = self._fetch(piece, replace(patience, policy=policy))
+            except (_TooLarge, Transient, Permanent) as error:
+                fault = _hopeless(error) if isinstance(error, _TooLarge) else error
+                narrower = isinstance(error, _TooLarge) or past_faults
+                if not narrower or isinstance(error, _Refused | _Busy) or (hours == 1 and not past_faults):
+                    raise fault from error
+                policy, most_hours = _shorter(patience.policy), max(1, hours // 2)
+                if isinstance(error, _TooLarge):
+                    self._step.refused(hours)
+                if hours > 1:
+                    continue
+                fetched, most_hours = Fetched(piece, None, fault), DAY_HOURS
+            else:
+                policy = patience.policy
+                self._step.answered(hours)
             at = piece.end
             yield fetched
 
@@ -180,14 +219,19 @@ def _refusal(span: Window, answer: Answer) -> Exception:
             return _TooLarge(said, gave_up=True)
         case HTTPStatus.TOO_MANY_REQUESTS:
             seconds = answer.retry_after_seconds or BUSY_SECONDS
-            return Transient(said, "nothing to do: it is asked again", retry_after_seconds=seconds)
+            return _Busy(said, "nothing to do: it is asked again", retry_after_seconds=seconds)
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            return Permanent(said, KEYS_HINT)
+            return _Refused(said, KEYS_HINT)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return Transient(said, "nothing to do if it passes; else see Amplitude's status page")
     return Permanent(said, "please report it: the service answers in a way that is not known")
 
 
-def _hopeless(hour: Window, error: _TooLarge) -> Exception:
+def _hopeless(error: _TooLarge) -> AppError:
     """A single hour that cannot be had: said for good, or only this time."""
-    return Transient(str(error), LARGE_HINT) if error.gave_up else Permanent(f"{hour}: {error}", LARGE_HINT)
+    return Transient(str(error), LARGE_HINT) if error.gave_up else HourTooLarge(str(error), LARGE_HINT)
+
+
+def _shorter(policy: RetryPolicy) -> RetryPolicy:
+    """For what comes after a fault: halving a day to the hour must not take as long as a day of waiting."""
+    return replace(policy, attempts=min(policy.attempts, ATTEMPTS_AFTER_A_FAULT))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from app.amplitude.archive import Archive, read_errors, readable
 from app.amplitude.deflate import inflated
@@ -21,16 +21,22 @@ from app.core.verify import NOTHING, Content, content_of
 from app.stores.objects import ObjectInfo, ObjectStore
 from app.stores.product_loading import Known, lost
 
+if TYPE_CHECKING:
+    from app.amplitude.events import Block
+
 PIECE_BYTES = 1 << 18
 DAMAGED = "heal the window: the object is written again from what the service gives"
 LOST = "heal the window: its events are loaded again"
 
 
-def content_of_events(blocks: Iterable[bytes]) -> Content:
+def content_of_events(blocks: "Iterable[Block]") -> Content:
     """The content of blocks of whole lines."""
     total = NOTHING
     for block in blocks:
-        total += content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())
+        if isinstance(block, bytes):
+            total += content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())
+        else:
+            total += content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
     return total
 
 
@@ -99,7 +105,7 @@ class Objects:
                 raise Permanent(f"{info.key} is damaged: {error.message}", DAMAGED) from error
 
 
-def _blocks(pieces: Iterator[bytes], safe_point: Callable[[], None]) -> Iterator[bytes]:
+def _blocks(pieces: Iterator[bytes], safe_point: Callable[[], None]) -> "Iterator[Block]":
     from app.amplitude.events import blocks
 
     for block in blocks(pieces):

@@ -1,7 +1,7 @@
 """NDJSON of events as columns for the mapping, decoded in compiled code: only what the mapping reads is taken out.
 
-Invariants: a line is either an event or a fault with its number; a line that is fine is never lost to one that is not;
-memory is bounded by a block and the longest line. An event is told by its uuid; `digest` does not depend on order.
+Invariants: a line is either an event or is refused with one of a few reasons; a good line is never lost to a bad one;
+memory is bounded by a block and MAX_LINE_BYTES. An event is told by its uuid; `digest` does not depend on order.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from app.core.errors import Permanent
 from app.stores.product_mapping import ProductMapping, Tables, mapping
 from app.stores.product_values import cleaned, rule, storable_json
 
@@ -23,38 +22,79 @@ SERVICE = "amplitude"
 JSON_WORD = "json"
 BLOCK_BYTES = 1 << 19
 MAX_LINE_BYTES = 1 << 24
+KEPT_LINE_BYTES = 2 * MAX_LINE_BYTES
 SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89abAB])")
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError)
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
 MODULUS = 1 << 128
 SHOWN_FAULTS = 3
 INT_BITS = 63
 
+NOT_TEXT = "invalid UTF-8"
+NOT_JSON = "not a JSON object"
+NO_UUID = "no valid uuid"
+LARGE_LINE = "line above 16 MiB"
+REFUSED = "refused by the warehouse"
+
+
+def _not_kept(_reason: str, _line: bytes, _what: str) -> None:
+    """Refused lines are only counted."""
+
 
 @dataclass(slots=True)
 class Seen:
-    """What an hour came to: `rows` events, `faults` lines that are none, and what tells its events from others'."""
+    """What an hour came to: `rows` events, `fault_rows` lines that are none, and what tells its events from others'.
 
+    `refuse` is given the reason, the bytes and the place of each line that is no event.
+    """
+
+    refuse: Callable[[str, bytes, str], None] = _not_kept
     rows: int = 0
     faults: list[str] = field(default_factory=list)
     fault_rows: int = 0
-    _sum: int = 0
+    uuid_sum: int = 0
+
+    @property
+    def lines(self) -> int:
+        """All lines so far."""
+        return self.rows + self.fault_rows
 
     @property
     def digest(self) -> str:
         """The same for the same events in any order. Hex."""
-        return hashlib.sha256(f"{self.rows}:{self._sum}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.rows}:{self.uuid_sum}".encode()).hexdigest()
 
     def took(self, uuids: Iterable[str]) -> None:
         """Count events."""
         numbers = [int(each.replace("-", ""), 16) for each in uuids]
         self.rows += len(numbers)
-        self._sum = (self._sum + sum(numbers)) % MODULUS
+        self.uuid_sum = (self.uuid_sum + sum(numbers)) % MODULUS
 
-    def refused(self, what: str) -> None:
-        """Count a line that is no event."""
+    def add(self, other: "Seen") -> None:
+        """Count what was seen elsewhere."""
+        self.rows += other.rows
+        self.fault_rows += other.fault_rows
+        self.faults = (self.faults + other.faults)[:SHOWN_FAULTS]
+        self.uuid_sum = (self.uuid_sum + other.uuid_sum) % MODULUS
+
+    def refused(self, reason: str, line: bytes, number: int, detail: str) -> None:
+        """Count the line of that number, which is no event. `detail` says what is wrong, without values."""
+        what = f"line {number}: {detail}"
         self.fault_rows += 1
+        self.refuse(reason, line, what)
         if len(self.faults) < SHOWN_FAULTS:
             self.faults.append(what)
+
+
+@dataclass(frozen=True, slots=True)
+class LargeLine:
+    """A line above MAX_LINE_BYTES: its first KEPT_LINE_BYTES, and the length and SHA-256 of the whole."""
+
+    head: bytes
+    size_bytes: int
+    sha256: str
+
+
+Block = bytes | LargeLine
 
 
 class Reader:
@@ -72,31 +112,59 @@ class Reader:
         self._event = msgspec.json.Decoder(event)
         self._inside = {head: _Inside(paths) for head, paths in self._nested.items() if paths}
 
-    def tables(self, block: bytes, seen: Seen, *, careful: bool = False) -> Tables:
+    def tables(self, block: Block, seen: Seen, *, careful: bool = False) -> Tables:
         """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
-        events = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
-        return self._tables(self._by_line(block, seen, careful=careful) if events is None else events, seen)
+        if isinstance(block, LargeLine):
+            seen.refused(LARGE_LINE, block.head, seen.lines + 1, f"{block.size_bytes} bytes")
+            return {}
+        columns = None if careful or SUSPICIOUS.search(block) else self.decoded(block)
+        if columns is None:
+            columns = self._columns_of(self._by_line(block, seen, careful=careful))
+        seen.took(columns["uuid"])
+        return self._mapping.tables(columns, len(columns["uuid"]))
 
-    def decoded(self, block: bytes) -> Sequence[Any] | None:
-        """All lines at once, typed; None when one of them cannot be read so."""
+    def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
+        """All lines at once, as columns by path; None when one of them is no event that can be read so."""
         try:
-            return self._event.decode_lines(block)
+            block.decode()  # the decoder does not look into members that nobody reads
+            events = self._event.decode_lines(block)
+            columns = self._columns_of(events)
         except UNREADABLE:
             return None
+        # The decoder takes an object that goes on in the next line, which makes one event of two lines.
+        return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
     def _by_line(self, block: bytes, seen: Seen, *, careful: bool) -> Sequence[Any]:
         events = []
-        for line in filter(None, map(bytes.strip, block.split(b"\n"))):
+        for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), seen.lines + 1):
             try:
-                if careful or SUSPICIOUS.search(line):
-                    raise ValueError
-                events.append(self._event.decode(line))
-            except UNREADABLE:
-                try:
-                    events.append(self._event.decode(self._mended(line)))
-                except UNREADABLE as error:
-                    seen.refused(f"no event: {str(error)[:120]}")
+                line.decode()
+                event = self._one(line, careful=careful or SUSPICIOUS.search(line) is not None)
+            except UnicodeDecodeError as error:
+                detail = f"invalid UTF-8 byte 0x{line[error.start]:02X} at byte {error.start + 1}"
+                seen.refused(NOT_TEXT, line, number, detail)
+            except UNREADABLE as error:
+                seen.refused(NOT_JSON, line, number, f"not a JSON object ({type(error).__name__})")
+            else:
+                if self._columns_of([event])["uuid"] == [None]:
+                    seen.refused(NO_UUID, line, number, "no valid uuid")
+                else:
+                    events.append(event)
         return events
+
+    def _one(self, line: bytes, *, careful: bool) -> Any:
+        """The event of a line. Raises one of UNREADABLE."""
+        if not careful:
+            try:
+                event = self._event.decode(line)
+                self._columns_of([event])
+            except UNREADABLE:
+                pass
+            else:
+                return event
+        event = self._event.decode(self._mended(line))
+        self._columns_of([event])
+        return event
 
     def _mended(self, line: bytes) -> bytes:
         """The event of a line in a form that can be decoded and stored."""
@@ -108,18 +176,13 @@ class Reader:
                 event[name] = str(event[name])
         return msgspec.json.encode(event)
 
-    def _tables(self, events: Sequence[Any], seen: Seen) -> Tables:
+    def _columns_of(self, events: Sequence[Any]) -> dict[str, Sequence[Any]]:
+        """Columns by path; an event without a valid uuid has None there. Raises one of UNREADABLE."""
         columns: dict[str, Sequence[Any]] = {head: list(map(take, events)) for head, take in self._columns.items()}
-        known = self._uuids(columns["uuid"])
-        kept = [position for position, each in enumerate(known) if each is not None]
-        if len(kept) < len(known):
-            for each in (each for each, turned in zip(columns["uuid"], known, strict=True) if turned is None):
-                seen.refused(f"its uuid is {str(each)[:60]!r}")
-            columns = {head: [column[at] for at in kept] for head, column in columns.items()}
-        seen.took(known[position] for position in kept)
+        columns["uuid"] = list(self._uuids(columns["uuid"]))
         for head, inside in self._inside.items():
             columns |= inside.columns(columns[head])
-        return self._mapping.tables(columns, len(columns["uuid"]))
+        return columns
 
 
 def _members(found: Any) -> Iterable[tuple[str, Any]]:
@@ -151,7 +214,7 @@ class _Inside:
         try:
             return self._decode(raw)
         except UNREADABLE:
-            found = msgspec.json.decode(raw)
+            found = cleaned(json.loads(bytes(raw)))  # takes numbers of any size
             if not isinstance(found, dict):
                 return self._nothing
             kept = {name: found[name] for name in self._names & found.keys()}
@@ -175,19 +238,62 @@ def reader() -> Reader:
     return Reader(mapping(SERVICE))
 
 
-def blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces as blocks of whole lines. Raises Permanent for a line that is no event by its size."""
-    held: list[bytes] = []
-    held_bytes = 0
+def lines_in(block: Block) -> int:
+    """How many lines there are that are not blank."""
+    return 1 if isinstance(block, LargeLine) else sum(1 for line in block.split(b"\n") if line and not line.isspace())
+
+
+def blocks(pieces: Iterable[bytes]) -> Iterator[Block]:
+    """The pieces as blocks of whole lines. A line above MAX_LINE_BYTES comes by itself, in its place."""
+    ready, ready_bytes = list[bytes](), 0
+    tail = _Tail()
     for piece in pieces:
-        end = piece.rfind(b"\n") + 1
-        if held_bytes + end >= BLOCK_BYTES and end:
-            yield b"".join((*held, piece[:end]))
-            held, held_bytes = [piece[end:]], len(piece) - end
-        else:
-            held.append(piece)
-            held_bytes += len(piece)
-        if held_bytes > MAX_LINE_BYTES:
-            raise Permanent(f"an event is larger than {MAX_LINE_BYTES} bytes", "it is no export of events")
-    if rest := b"".join(held):
+        first, last = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
+        if not first:
+            tail.add(piece)
+            continue
+        if ready and (ready_bytes + tail.size_bytes + last >= BLOCK_BYTES):
+            yield b"".join(ready)
+            ready, ready_bytes = [], 0
+        line = tail.ended(piece[:first])
+        if isinstance(line, LargeLine):
+            if ready:
+                yield b"".join(ready)
+            yield line
+            ready, ready_bytes, line = [], 0, b""
+        ready += [line, piece[first:last]]
+        ready_bytes += len(line) + last - first
+        tail.add(piece[last:])
+    rest = tail.ended(b"")
+    if isinstance(rest, LargeLine):
+        if ready_bytes:
+            yield b"".join(ready)
         yield rest
+    elif ready_bytes or rest:
+        yield b"".join((*ready, rest))
+
+
+class _Tail:
+    """A line whose end was not seen yet; of one that is too large only the beginning is held."""
+
+    def __init__(self) -> None:
+        self._held = list[bytes]()
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    def add(self, piece: bytes) -> None:
+        """Append a piece without a line end."""
+        if self.size_bytes < KEPT_LINE_BYTES:
+            self._held.append(piece[: KEPT_LINE_BYTES - self.size_bytes])
+        self._hash.update(piece)
+        self.size_bytes += len(piece)
+
+    def ended(self, piece: bytes) -> Block:
+        """The line with its last piece, which may have a line end. The next line begins."""
+        if self.size_bytes + len(piece) <= MAX_LINE_BYTES:
+            line: Block = b"".join((*self._held, piece))
+        else:
+            self.add(piece.rstrip(b"\n"))
+            line = LargeLine(b"".join(self._held), self.size_bytes, self._hash.hexdigest())
+        self._held, self._hash, self.size_bytes = [], hashlib.sha256(), 0
+        return line

@@ -19,11 +19,13 @@ from app.core.window import Window
 from app.settings import Settings
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Events
+from app.stores.set_aside import SetAsideStore, folder_of
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
 SPOOL = "spool"
+LARGE_LINE_BYTES = 1 << 24
 OFF = "off: set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 Work = Callable[[SourceRun], Report]
@@ -47,7 +49,9 @@ def build(
     """The pipeline as it is configured; its job is `off` while no source has its keys."""
     given = settings.amplitude
     spool = settings.service.data_dir / SPOOL
-    places = Places(checkpoints, store, warehouse.load, spool, clock, POLICY, given.lookback_days)
+    # A line that is too large to be an event is kept whole, whatever the limit for many small ones.
+    aside = SetAsideStore(store, folder_of(NAME), max(settings.set_aside.max_bytes, 2 * LARGE_LINE_BYTES))
+    places = Places(checkpoints, store, warehouse.load, spool, clock, POLICY, given.lookback_days, aside)
     known = projects(settings)
     job = Job(
         NAME,

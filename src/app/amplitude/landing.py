@@ -1,31 +1,38 @@
 """One hour of a source: its events into the warehouse, its NDJSON into an object, and then the record of both.
 
-Order: rows, object, record. A crash before the record repeats the hour, and both rows and object are told by their
-content, so nothing is doubled. Invariant: memory is bounded, whatever the hour holds.
+Order: rows, object, what was set aside, record. A crash before the record repeats the hour, and all of them are told
+by their content, so nothing is doubled. Invariants: memory is bounded, whatever the hour holds; the object holds every
+line as it came, also those that are not events; a fault of the hour is told from one of where it lands.
 """
 
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from app.amplitude.archive import Archive, Member
 from app.amplitude.deflate import inflated, joined
-from app.core.errors import Rejected
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.ports import Record
 from app.core.window import Window
 from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load, load_in_turns
+from app.stores.product_loading import Load, Loaded, events_in, load_in_turns
 from app.stores.product_mapping import Tables
+from app.stores.raw_gaps import was_had
 from app.stores.raw_objects import Keep, RawObject, keep
+from app.stores.raw_refused import RefusedLines
+from app.stores.set_aside import SetAsideStore
 
 if TYPE_CHECKING:
-    from app.amplitude.events import Seen
+    from app.amplitude.events import Block, Seen
 
 NAME = "amplitude"
+UNIT = "lines"
 HOUR = timedelta(hours=1)
 GZIP = "application/gzip"
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -40,6 +47,7 @@ class Grounds:
     load: Load
     spool: Path
     safe_point: Callable[[], None]
+    set_aside: SetAsideStore
     dry_run: bool = False
     keep: Keep = keep
 
@@ -70,24 +78,71 @@ def hour_key(source: str, window: Window) -> str:
     return f"{NAME}/{source}/hours/{window.start:%Y-%m-%d}/{window.start:%H}.ndjson.gz"
 
 
-def land(grounds: Grounds, archive: Archive | None, hour: Hour) -> tuple[Record, int]:
-    """Land the hour; the record to commit, and how many events are new. Raises what its parts raise."""
+class BrokenHour(Exception):
+    """What the service gave of an hour cannot be read, as `fault` says. Its rows were not loaded."""
+
+    def __init__(self, fault: AppError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What became of an hour: the record to commit, how many events are new, and the ledger of its lines."""
+
+    record: Record
+    new: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """The lines of an hour while they are read: `lines` as they came, and what the decoder made of them."""
+
+    seen: "Seen"
+    lines: int = 0
+
+
+def land(grounds: Grounds, archive: Archive | None, hour: Hour) -> Landed:
+    """Land the hour. Raises BrokenHour when it cannot be read, and what its other parts raise."""
     if archive is None or not hour.members:
-        return _empty(hour), 0
-    with tempfile.TemporaryFile(dir=grounds.spool) as file:
-        _gather(archive, hour.members, cast("BinaryIO", file))
-        known = hour.record.digest if hour.record and not hour.again else ""
-        if known and _read(grounds, file).digest == known and hour.record:
-            return _same(hour.record, final=hour.final), 0
-        seen, new = _load(grounds, hour, file)
-        _tell(hour, seen)
-        record = _record(hour, seen, file.seek(0, 2))
-        if not grounds.dry_run:
-            what = RawObject(NAME, hour.key, hour.window, GZIP, record.rows, record.digest)
-            held = grounds.keep(grounds.store, cast("BinaryIO", file), what)
-            rows = seen.rows if held.rows is None else held.rows
-            record = replace(record, version=held.version, size_bytes=held.size_bytes, rows=rows, digest=held.digest)
-    return record, new
+        return Landed(_empty(hour))
+    with tempfile.TemporaryFile(dir=grounds.spool) as spooled, closing(RefusedLines(grounds.spool)) as refused:
+        file = cast("BinaryIO", spooled)
+        with _broken():
+            _gather(archive, hour.members, file)
+        if was_had(hour.record) and hour.record and hour.record.digest and not hour.again:
+            reading = _read(grounds, file, _refusing(hour, refused))
+            if reading.seen.digest == hour.record.digest:
+                record = _same(hour.record, final=hour.final)
+                record = replace(record, source_cells=record.rows + reading.seen.fault_rows)
+                return Landed(record, 0, _ledger(grounds, reading, Loaded(hour.record.rows), refused))
+            refused.close()
+        reading, loaded = _load(grounds, hour, file, refused)
+        _tell(hour, reading.seen)
+        record = _record(hour, reading.seen, file.seek(0, 2))
+        if grounds.dry_run:
+            return Landed(record)
+        what = RawObject(NAME, hour.key, hour.window, GZIP, record.rows, record.digest)
+        held = grounds.keep(grounds.store, file, what)
+        rows = reading.seen.rows if held.rows is None else held.rows
+        record = replace(
+            record,
+            version=held.version,
+            size_bytes=held.size_bytes,
+            rows=rows,
+            digest=held.digest,
+            source_cells=rows + reading.seen.fault_rows,
+        )
+        return Landed(record, loaded.new, _ledger(grounds, reading, loaded, refused))
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except (Transient, Permanent) as error:
+        raise BrokenHour(error) from error
 
 
 def _gather(archive: Archive, members: Sequence[Member], file: BinaryIO) -> None:
@@ -103,47 +158,93 @@ def _gather(archive: Archive, members: Sequence[Member], file: BinaryIO) -> None
     file.write(stream.crc.to_bytes(4, "little") + (stream.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
 
 
-def _tables(grounds: Grounds, file: BinaryIO, seen: "Seen", *, careful: bool) -> Iterator[Tables]:
-    from app.amplitude.events import blocks, reader  # the decoder, which an idle daemon does without
+def _blocks(grounds: Grounds, file: BinaryIO, reading: _Reading) -> "Iterator[Block]":
+    """The hour's lines, counted as they come."""
+    from app.amplitude.events import blocks, lines_in  # the decoder, which an idle daemon does without
 
     file.seek(0)
-    for block in blocks(inflated(file)):
+    with _broken():
+        found = blocks(inflated(file))
+    while True:
         grounds.safe_point()
-        yield reader().tables(block, seen, careful=careful)
+        with _broken():
+            block = next(found, None)
+        if block is None:
+            return
+        reading.lines += lines_in(block)
+        yield block
 
 
-def _read(grounds: Grounds, file: BinaryIO) -> "Seen":
+def _tables(grounds: Grounds, file: BinaryIO, reading: _Reading, *, careful: bool) -> Iterator[Tables]:
+    from app.amplitude.events import reader
+
+    for block in _blocks(grounds, file, reading):
+        yield reader().tables(block, reading.seen, careful=careful)
+
+
+def _read(grounds: Grounds, file: BinaryIO, reading: _Reading) -> _Reading:
     """What the hour holds, without loading it."""
-    from app.amplitude.events import Seen
-
-    seen = Seen()
-    for _ in _tables(grounds, file, seen, careful=False):
+    for _ in _tables(grounds, file, reading, careful=False):
         pass
-    return seen
+    return reading
 
 
-def _load(grounds: Grounds, hour: Hour, file: BinaryIO) -> "tuple[Seen, int]":
-    if grounds.dry_run:
-        return _read(grounds, file), 0
-    try:
-        return _loaded(grounds, hour, file, careful=False)
-    except Rejected as error:
-        log.warning("%s: the warehouse refuses a value, each event is mended: %s", hour.key, error)
-        return _loaded(grounds, hour, file, careful=True)
-
-
-def _loaded(grounds: Grounds, hour: Hour, file: BinaryIO, *, careful: bool) -> "tuple[Seen, int]":
+def _refusing(hour: Hour, refused: RefusedLines) -> _Reading:
+    """Lines that are no events go to `refused`, under the hour."""
     from app.amplitude.events import Seen
 
-    seen = Seen()
-    new = load_in_turns(grounds.load, _tables(grounds, file, seen, careful=careful), past=hour.past)
-    return seen, new
+    def refuse(reason: str, line: bytes, place: str) -> None:
+        refused.add(set_aside_name(hour.source, hour.window), reason, line, f"{hour.key} {place}")
+
+    return _Reading(Seen(refuse))
+
+
+def _load(grounds: Grounds, hour: Hour, file: BinaryIO, refused: RefusedLines) -> tuple[_Reading, Loaded]:
+    reading = _refusing(hour, refused)
+    if grounds.dry_run:
+        return _read(grounds, file, reading), Loaded()
+    for careful in (False, True):
+        try:
+            tables = _tables(grounds, file, reading, careful=careful)
+            return reading, load_in_turns(grounds.load, tables, past=hour.past)
+        except Rejected as error:
+            log.warning("%s: the warehouse refuses a value, each event is mended: %s", hour.key, error)
+            refused.close()
+            reading = _refusing(hour, refused)
+    return reading, _load_each(grounds, hour, file, reading)
+
+
+def _load_each(grounds: Grounds, hour: Hour, file: BinaryIO, reading: _Reading) -> Loaded:
+    """Load line by line: the warehouse refuses some event even when it is mended, and that one alone is refused."""
+    from app.amplitude.events import REFUSED, Seen, reader
+
+    done, seen = Loaded(), reading.seen
+    for block in _blocks(grounds, file, reading):
+        if not isinstance(block, bytes):
+            reader().tables(block, seen)
+            continue
+        for line in filter(bytes.strip, block.split(b"\n")):
+            found = reader().tables(line, alone := Seen(seen.refuse), careful=True)
+            try:
+                done += Loaded(events_in(found), grounds.load([found], past=hour.past) if found else 0)
+            except Rejected as error:
+                seen.refused(REFUSED, line, seen.lines + 1, f"refused by the warehouse: {error.message}")
+            else:
+                seen.add(alone)
+    return done
+
+
+def _ledger(grounds: Grounds, reading: _Reading, loaded: Loaded, refused: RefusedLines) -> Ledger:
+    """Lines are counted as they are read, events where the warehouse took them, and what is set aside where it lies."""
+    tally = Tally(counted=reading.lines, read=reading.lines, new=loaded.new, already_there=loaded.given - loaded.new)
+    entries = () if grounds.dry_run else refused.keep(grounds.set_aside)
+    return ledger_of(tally, *entries, unit=UNIT)
 
 
 def _tell(hour: Hour, seen: "Seen") -> None:
     if seen.fault_rows:
         log.warning(
-            "%s: %d lines are no events and are only in the object: %s",
+            "%s: %d lines are not events; they are in the object and in _set_aside, not in the warehouse: %s",
             hour.key,
             seen.fault_rows,
             "; ".join(seen.faults),
@@ -151,7 +252,7 @@ def _tell(hour: Hour, seen: "Seen") -> None:
 
 
 def _record(hour: Hour, seen: "Seen", size_bytes: int) -> Record:
-    """`source_cells` counts lines, so what it has more than `rows` are lines that are no events."""
+    """`source_cells` counts lines, so what it has more than `rows` are lines that are not events."""
     return Record(
         window=hour.window,
         part=0,
@@ -160,7 +261,7 @@ def _record(hour: Hour, seen: "Seen", size_bytes: int) -> Record:
         digest=seen.digest,
         rows=seen.rows,
         size_bytes=size_bytes,
-        source_cells=seen.rows + seen.fault_rows,
+        source_cells=seen.lines,
         min_at=hour.window.start,
         max_at=hour.window.end,
         closed=hour.final,
@@ -177,3 +278,8 @@ def _empty(hour: Hour) -> Record:
 
 def _same(record: Record, *, final: bool) -> Record:
     return replace(record, closed=record.closed or final)
+
+
+def set_aside_name(source: str, window: Window) -> tuple[str, ...]:
+    """What was set aside of an hour lies below `amplitude/_set_aside/{source}/{date}/{HH}`."""
+    return source, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"

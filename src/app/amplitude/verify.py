@@ -24,7 +24,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot
 from app.core.window import DAY_SECONDS, Window, floor_to, windows_between
 from app.stores.product_loading import Known
-from app.stores.raw_gaps import RawLine, RawMap, folder_of
+from app.stores.raw_gaps import RawLine, RawMap, folder_of, was_had
 from app.stores.raw_objects import There, mending
 
 WEEKS = ":weeks"
@@ -77,7 +77,7 @@ class PullEnds:
         source = slot.partition.removesuffix(WEEKS)
         if source != slot.partition:
             hours = self._weeks.hours(source, slot.window)
-            return sum((self._remembered(Slot(source, hour.window)) for hour in hours), NOTHING)
+            return sum((self._remembered(Slot(source, hour.window)) for hour in hours if was_had(hour)), NOTHING)
         if slot not in self._contents:
             return self._remembered(slot)
         with self._asked(source, slot.window) as given:
@@ -174,7 +174,7 @@ class PullChart:
         if source != partition:
             line = RawLine(PIPELINE, source, (NAME, source), lambda week: week_key(source, week), str)
             return made.cells(line, weeks_between(span.start, min(span.end, now)), now)
-        line = RawLine(NAME, source, (NAME, source), lambda hour: hour_key(source, hour), folder_of)
+        line = RawLine(NAME, source, (NAME, source), lambda hour: hour_key(source, hour), folder_of, by_line=True)
         return made.cells(line, windows_between(span.start, min(span.end, now), HOUR_SECONDS), now)
 
 

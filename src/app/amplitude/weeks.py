@@ -19,6 +19,7 @@ from app.core.ports import Checkpoints, Commit, Held, Record
 from app.core.runs import Context
 from app.core.window import DAY_SECONDS, Window, floor_to
 from app.stores.objects import ObjectStore
+from app.stores.raw_gaps import was_had
 from app.stores.raw_objects import Keep, RawObject, in_place_of, keep
 
 PIPELINE = "amplitude_weeks"
@@ -78,8 +79,8 @@ class Weeks:
     def _streams(self, context: Context, hours: Sequence[Record]) -> Iterator[tuple[datetime, BinaryIO]]:
         for hour in hours:
             context.stop.check()
-            if not hour.version:
-                continue  # an hour without events has no object
+            if not hour.version or not was_had(hour):
+                continue  # an hour without events has no object, nor has one that was set aside
             with ExitStack() as opened:
                 stream = opened.enter_context(self.store.open(hour.key, hour.version))
                 if stream is None:
@@ -123,9 +124,11 @@ def _record(what: RawObject, held: Held, hours: Sequence[Record]) -> Record:
 
 
 def _complete(records: Sequence[Record]) -> Sequence[Record]:
-    """Hours of days that were pulled whole."""
+    """Hours of days that were pulled whole. An hour that waits is none; one that was set aside is not waited for."""
     days: dict[datetime, list[Record]] = {}
     for record in records:
+        if not was_had(record) and not record.closed:
+            continue
         days.setdefault(floor_to(record.window.start, DAY_SECONDS), []).append(record)
     return [record for day in sorted(days) for record in days[day] if len(days[day]) == DAY_HOURS]
 

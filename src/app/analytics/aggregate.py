@@ -6,18 +6,21 @@ however large an object is; an object that cannot be read is a fact too, and hin
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
-from app.analytics.engine import Engine, Files, literal
-from app.analytics.faults import Unreadable, Wrong, written
+from app.analytics.engine import Engine
+from app.analytics.faults import TooLarge, Unreadable, Wrong, written
+from app.analytics.object_columns import File, file_of, format_of, suffix_of
+from app.analytics.relation import file_column, literal, lost_values, relation
+from app.analytics.schemas import schemas
 from app.analytics.totals import LATEST
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.stores.objects import ObjectInfo, ObjectStore
@@ -28,12 +31,16 @@ GROUP_OBJECTS = 64
 GROUP_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
 ATTEMPTS = 3
-SCHEMA = "SELECT file_name, name, duckdb_type, num_children FROM parquet_schema({})"
+MAGIC = b"PAR1"
+OTHER = "is neither Parquet nor CSV, and is left out"
+NOTE_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What was found. `unread` could not be fetched, which is no fact of the object: it is tried again another time."""
+    """What was found. `unread` could not be fetched or held, which is no fact of the object: it is tried again another
+    time.
+    """
 
     read: Sequence[Facts]
     unread: Sequence[Facts] = ()
@@ -41,7 +48,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One object on its way. Without a local copy, `refused` says why the store did not hand it out."""
+    """One object on its way. Without a local copy, `refused` says why the store did not hand it out; without that too,
+    it is no data.
+    """
 
     facts: Facts
     file: Path | None = None
@@ -89,25 +98,27 @@ def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> Fetched | None
             return None
         facts = Facts(wanted.key, wanted.etag, wanted.size_bytes)
         try:
-            file = _copy(store, folder, wanted)
+            with store.open(wanted.key, wanted.etag) as body:
+                if body is None:
+                    return None
+                start = body.read(len(MAGIC))
+                if not format_of(wanted.key) and start != MAGIC:
+                    return Fetched(Facts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
+                return Fetched(facts, _copy(body, start, folder / f"{uuid4().hex}{suffix_of(wanted.key)}"))
         except Conflict:
             wanted = store.head(wanted.key)
         except (Permanent, Rejected) as error:
             return Fetched(_faulty(facts, error.message), refused=error)
-        else:
-            return Fetched(facts, file) if file else None
     raise Transient(f"{info.key}: is replaced faster than it can be read", "nothing to do: it is read again")
 
 
-def _copy(store: ObjectStore, folder: Path, info: ObjectInfo) -> Path | None:
-    file = folder / f"{uuid4().hex}.parquet"
+def _copy(body: BinaryIO, start: bytes, file: Path) -> Path:
+    """What was read already and the rest, in a new file."""
     with ExitStack() as undo:
         undo.callback(file.unlink, missing_ok=True)
-        with store.open(info.key, info.etag) as body:
-            if body is None:
-                return None
-            with written(), file.open("xb") as copy:
-                copyfileobj(body, copy, PIECE_BYTES)
+        with written(), file.open("xb") as copy:
+            copy.write(start)
+            copyfileobj(body, copy, PIECE_BYTES)
         undo.pop_all()
     return file
 
@@ -118,23 +129,37 @@ def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
     if refused and len(refused) == len(fetched) and isinstance(refused[0].refused, Permanent):
         raise refused[0].refused
     copies = [one for one in fetched if one.file]
-    group = Group(_read(engine, copies), [one.facts for one in refused])
+    others = [one.facts for one in fetched if not one.refused and not one.file]
+    found = _read(engine, copies)
+    group = Group([*found.read, *others], [*found.unread, *(one.facts for one in refused)])
     for one in copies:
         Path(str(one.file)).unlink()
     return group
 
 
-def _read(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
-    """All in one query; one by one when that fails, to find which cannot be read."""
+def _read(engine: Engine, copies: Sequence[Fetched]) -> Group:
+    """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
+    is may find more another time, when no report runs.
+    """
     if not copies:
-        return []
+        return Group([])
     try:
-        return _together(engine, copies)
+        return Group(_together(engine, copies))
     except (Unreadable, Wrong) as error:
         if len(copies) == 1:
-            facts = copies[0].facts
-            return [_faulty(facts, error.message.replace(str(copies[0].file), facts.key))]
-    return [facts for one in copies for facts in _read(engine, [one])]
+            return Group([_named(copies[0], error)])
+    except TooLarge as error:
+        if len(copies) == 1:
+            return Group([], [_named(copies[0], error)])
+    groups = [_read(engine, [one]) for one in copies]
+    return Group(
+        [facts for group in groups for facts in group.read], [facts for group in groups for facts in group.unread]
+    )
+
+
+def _named(one: Fetched, error: AppError) -> Facts:
+    """What is wrong with it, by its key and not by that of the copy."""
+    return _faulty(one.facts, error.message.replace(str(one.file), one.facts.key))
 
 
 def _faulty(facts: Facts, message: str) -> Facts:
@@ -142,60 +167,50 @@ def _faulty(facts: Facts, message: str) -> Facts:
 
 
 def _together(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
-    names = [str(one.file) for one in copies]
-    columns = _columns(engine.rows(SCHEMA.format(literal(names))))
-    instants = frozenset(each["timestamp"] for each in columns.values() if "timestamp" in each)
+    columns = schemas(engine, [(str(one.file), one.facts.key) for one in copies])
+    files = [file_of(str(one.file), one.facts.key, json.dumps(columns[str(one.file)])) for one in copies]
+    usable = [file for file in files if not file.reading.problem]
     parts: dict[str, list[Part]] = {}
-    for name, *values in engine.rows(_aggregates(Files(engine.folder, names, instants))):
-        parts.setdefault(name, []).append(_part(values))
+    notes = {file.name: list(file.reading.notes) for file in usable}
+    if usable:
+        for name, *values in engine.rows(_aggregates(engine.folder, usable)):
+            parts.setdefault(name, []).append(_part(values))
+        if lost := lost_values(engine.folder, usable):
+            for name, column, count, example in engine.rows(lost):
+                notes[name].append(
+                    f"{count} values of {column} are not understood and count as null, such as {example!r}"
+                )
     return [
         Facts(
             one.facts.key,
             one.facts.etag,
             one.facts.size_bytes,
-            rows=sum(part.rows for part in parts.get(str(one.file), ())),
-            columns=columns.get(str(one.file), {}),
-            parts=sorted(parts.get(str(one.file), ()), key=lambda part: (part.device, part.day)),
+            rows=sum(part.rows for part in parts.get(file.name, ())),
+            columns=columns[file.name],
+            fault=file.reading.problem or "; ".join(notes[file.name])[:NOTE_CHARACTERS],
+            parts=sorted(parts.get(file.name, ()), key=lambda part: (part.device, part.day)),
         )
-        for one in copies
+        for one, file in zip(copies, files, strict=True)
     ]
 
 
-def _aggregates(files: Files) -> str:
-    values = ", ".join(
-        f"{literal(name)}: " + ("epoch_us(timestamp)" if name == "timestamp" else f'"{name}"') for name in LATEST
-    )
+def _aggregates(folder: Path, files: Sequence[File]) -> str:
+    name = file_column(files)
+    instant = "'at': epoch_us(timestamp), 'nanos': coalesce(timestamp_nanos, 0)"
+    values = ", ".join(f'{literal(each)}: "{each}"' for each in LATEST[1:-1])
     return f"""
         SELECT
-            filename, device_id, CAST(timestamp AS DATE) - DATE '1970-01-01' AS day, count(*),
+            {name}, device_id, CAST(timestamp AS DATE) - DATE '1970-01-01' AS day, count(*),
             epoch_us(min(timestamp)), epoch_us(max(timestamp)),
             fsum(voltage), count(voltage), max(temperature), fsum(soc), count(soc),
-            max({{{values}}}) FILTER (timestamp IS NOT NULL)
-        FROM {files.relation(named=True)}
-        GROUP BY filename, device_id, day
+            max({{{instant}, {values}}}) FILTER (timestamp IS NOT NULL)
+        FROM {relation(folder, files, file_name=name)}
+        GROUP BY {name}, device_id, day
     """  # noqa: S608 - names of columns, and files of our own
 
 
 def _part(values: Sequence[Any]) -> Part:
     device, day, *numbers, latest = values
-    newest = None if latest is None else tuple(latest[name] for name in LATEST)
+    newest = None if latest is None else (latest["at"], *(latest[name] for name in LATEST[1:-1]), latest["nanos"])
     named = zip(PART_FIELDS, (json.dumps(device), NO_DAY if day is None else day, *numbers), strict=True)
     return Part(**dict(named), latest=newest)
-
-
-def _columns(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, Mapping[str, str]]:
-    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first."""
-    found: dict[str, dict[str, str]] = {}
-    awaited: list[int] = []  # children still to come, of each element on the way down
-    for file, name, kind, children in rows:
-        if file not in found:
-            found[file], awaited = {}, [children or 0]
-            continue
-        if len(awaited) == 1:
-            found[file][name] = kind or "STRUCT"
-        awaited[-1] -= 1
-        if children:
-            awaited.append(children)
-        while len(awaited) > 1 and awaited[-1] == 0:
-            awaited.pop()
-    return found

@@ -73,8 +73,8 @@ def headers_of(asked: Asked, view: View, answer: Answer, began: float) -> dict[s
         "Cache-Control": "private, no-cache",
         "Content-Length": str(answer.size_bytes),
     }
-    if view.faults:
-        headers["X-Warnings"] = str(len(view.faults))
+    if warnings := len(view.faults) + answer.left_out:
+        headers["X-Warnings"] = str(warnings)
     if asked.format != "json":
         headers["Content-Disposition"] = f'attachment; filename="{asked.report.name}.{asked.format}"'
     return headers
@@ -87,10 +87,15 @@ def unchanged(answer: Answer, if_none_match: str) -> bool:
 
 
 def warnings_of(view: View, trouble: AppError | None) -> Warnings:
-    """Objects that are left out, and why the answer is not of now."""
+    """Objects that are left out or not wholly understood, and why the answer is not of now."""
     found = [(("object", key), ("message", fault)) for key, fault in view.faults[:WARNINGS]]
     if len(view.faults) > WARNINGS:
-        found.append((("object", ""), ("message", f"{len(view.faults) - WARNINGS} more objects cannot be read")))
+        found.append(
+            (
+                ("object", ""),
+                ("message", f"{len(view.faults) - WARNINGS} more objects are left out or not wholly understood"),
+            )
+        )
     if trouble is not None:
         found.append((("object", ""), ("message", f"not up to date: {trouble}")))
     return tuple(found)

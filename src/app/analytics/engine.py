@@ -7,7 +7,7 @@ downloaded, since the one extension comes with a package. This is DuckDB's home:
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from app.analytics.faults import MESSAGE_CHARACTERS, translated
+from app.analytics.relation import literal, write_pads
 from app.analytics.reports import RELATION
 from app.core.errors import Permanent, Rejected
 
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
-ZONED, PLAIN = "columns-zoned.parquet", "columns-plain.parquet"
-ZONED_TYPE = "TIMESTAMP WITH TIME ZONE"
-FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999
-TEXTS = ("device_id", "device_type", "location")
-NUMBERS = ("voltage", "current", "power", "temperature", "soc", "power_factor")
 SPILL = "1GB"
 
 
@@ -136,8 +132,7 @@ def _opened(folder: Path, limits: Limits, remote: Remote | None) -> Any:
     allowed = [f"{folder}/"]
     if remote is not None:
         allowed.append(_open_remote(connection, remote))
-    _write_pad(connection, folder / ZONED, ZONED_TYPE)
-    _write_pad(connection, folder / PLAIN, "TIMESTAMP")
+    write_pads(connection, folder)
     connection.execute(f"SET GLOBAL allowed_directories = {literal(allowed)}")
     connection.execute("SET GLOBAL enable_external_access = false")
     connection.execute("SET GLOBAL lock_configuration = true")
@@ -179,61 +174,6 @@ def extension() -> Path:
         for found in Path(place).rglob("httpfs.duckdb_extension"):
             return found
     raise Permanent("the httpfs extension of DuckDB is not installed", "install Headwater again")
-
-
-def _write_pad(connection: Any, path: Path, instant: str) -> None:
-    """No rows, but every documented column with its type: it joins each read, so that a column that no object has is
-    null instead of an error, and no object at all is an empty table.
-    """
-    columns = [f"CAST(NULL AS VARCHAR) AS {name}" for name in TEXTS]
-    columns += [f'CAST(NULL AS DOUBLE) AS "{name}"' for name in NUMBERS]
-    columns.append(f"CAST(NULL AS {instant}) AS timestamp")
-    connection.execute(f"COPY (SELECT {', '.join(columns)} LIMIT 0) TO {literal(str(path))} (FORMAT parquet)")
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What a query reads: names, and the types that the column `timestamp` has in them. `folder` is the engine's."""
-
-    folder: Path
-    names: Sequence[str] = ()
-    instants: frozenset[str] = frozenset()
-
-    def relation(self, *, named: bool = False) -> str:
-        """The rows of all files as a table expression, the documented columns in their types whatever the files hold.
-
-        Instants are UTC without a zone, whole microseconds, of the years 1 to 9999; numbers are finite; else null.
-        `named` adds `filename`.
-        """
-        texts = [f"nullif(TRY_CAST({name} AS VARCHAR), '') AS {name}" for name in TEXTS]
-        numbers = [
-            f'CASE WHEN isfinite(TRY_CAST("{name}" AS DOUBLE)) THEN TRY_CAST("{name}" AS DOUBLE) END AS "{name}"'
-            for name in NUMBERS
-        ]
-        pad = self.folder / (ZONED if ZONED_TYPE in self.instants else PLAIN)
-        extra = ", filename = true" if named else ""
-        rows = (
-            f"read_parquet({literal([str(pad), *self.names])}, union_by_name = true, hive_partitioning = false{extra})"
-        )
-        typed = ", ".join([*texts, *numbers, f"{self._instant()} AS timestamp"])
-        return f"(SELECT * REPLACE ({typed}) FROM {rows}) AS {RELATION}"  # noqa: S608 - own names, files as literals
-
-    def _instant(self) -> str:
-        """By way of the number of microseconds: a cast between instants with and without a zone costs 30 times that."""
-        is_instant = all(kind.startswith("TIMESTAMP") for kind in self.instants)
-        microseconds = f"epoch_us({'timestamp' if is_instant else 'TRY_CAST(timestamp AS TIMESTAMPTZ)'})"
-        return f"CASE WHEN {microseconds} BETWEEN {FIRST_US} AND {LAST_US} THEN make_timestamp({microseconds}) END"
-
-
-def literal(value: Any) -> str:
-    """A value as it stands in SQL."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(literal, value))}]"
-    return "'" + str(value).replace("'", "''") + "'"
 
 
 def checked(parsed: Mapping[str, Any]) -> set[str]:

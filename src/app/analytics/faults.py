@@ -21,7 +21,7 @@ WRONG = re.compile(
     r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
 )
 # What is said of objects' bytes: names of objects end in .parquet, and where none is named, one of these words is.
-OF_OBJECTS = re.compile(r"parquet|corrupt|unicode|bitpacked|stats size", re.IGNORECASE)
+OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
 
 
 class Unreadable(Transient):
@@ -30,6 +30,10 @@ class Unreadable(Transient):
 
 class Wrong(Permanent):
     """What was to be run cannot be, over whole objects: the report is wrong."""
+
+
+class TooLarge(Permanent):
+    """More memory or disk is needed than there may be."""
 
 
 class Unbound(Wrong):
@@ -75,7 +79,7 @@ def _error(error: Exception, seconds: float | None) -> AppError:
         return _full(text)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
         hint = "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
-        return Permanent(f"the report needs more memory or disk: {text}", hint)
+        return TooLarge(f"needs more memory or disk: {text}", hint)
     if isinstance(error, UnicodeDecodeError):
         return Unreadable("an object changed while it was read", RETRY_HINT)
     if not WRONG.match(text) or OF_OBJECTS.search(said):

@@ -49,6 +49,7 @@ class Answer:
 
     def __init__(self, spool: Any) -> None:
         self.size_bytes = spool.seek(0, io.SEEK_END)
+        self.left_out = 0  # objects, beside those that every answer leaves out
         self._spool = spool
         self._lock = Lock()
         weakref.finalize(self, spool.close)

@@ -3,36 +3,49 @@
 Invariants: in a directory every file is pinned by a link, or copied, before it is read; in a bucket every object is
 fetched whole by one request, and where one is too large for that, the answer counts only if no object has changed
 meanwhile. Whatever goes wrong with an object, the objects are listed again and the report run again, a few times only;
-what is wrong with a report is told at once.
+one with which it still goes wrong is left out and named, and takes no other with it; what is wrong with a report is
+told at once.
 """
 
+import json
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
-from app.analytics.engine import Engine, Files, Remote
-from app.analytics.faults import RETRY_HINT, Unbound, Unreadable, Wrong
+from app.analytics.engine import Engine, Remote
+from app.analytics.faults import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
+from app.analytics.object_columns import File, family, file_of, format_of, suffix_of
+from app.analytics.relation import relation
 from app.analytics.reports import Reads, Report
+from app.analytics.schemas import schemas
 from app.analytics.summaries import Summaries
 from app.core.errors import Conflict, Permanent, Rejected
-from app.stores.summaries import Source
+from app.stores.summaries import Source, Version
 
 ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
+BROKEN = 20  # more than that are no single objects' fault
+BROKEN_SECONDS = 600.0
+WARNINGS = 20
+STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not that of count(*) or of a product
+LeftOut = Mapping[Version, tuple[str, str]]
+"""Version -> key and reason."""
 
 
 class Objects(Protocol):
     """Where queries find the objects."""
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
-        """An engine, and the names by which it reads these objects, good until the block ends: whole versions, the
-        listed ones or newer. May raise Conflict when one of them is gone already.
+    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
+        """An engine, and these objects as it reads them, good until the block ends: whole versions, the listed ones or
+        newer. May raise Conflict when one of them is gone already.
         """
 
     def certain(self, sources: Sequence[Source]) -> bool:
@@ -50,13 +63,20 @@ class LocalObjects:
     pin: Callable[[str, Path], str | None]
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
+    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`. A whole version that is newer than the listed one serves as well, and an object that is
         gone is left out: the answer is of now, however fast objects are replaced.
         """
         with TemporaryDirectory(dir=self.engine.folder, prefix="pins-") as folder:
-            files = [(source.key, Path(folder) / f"{number}.parquet") for number, source in enumerate(sources)]
-            yield self.engine, [str(file) for key, file in files if self.pin(key, file) is not None]
+            files, newer = [], []
+            for number, source in enumerate(sources):
+                file = Path(folder) / f"{number}{suffix_of(source.key)}"
+                etag = self.pin(source.key, file)
+                if etag == source.etag:
+                    files.append(file_of(str(file), source.key, source.columns))
+                elif etag is not None:
+                    newer.append((str(file), source.key))
+            yield self.engine, [*files, *_described(self.engine, newer)]
 
     def certain(self, sources: Sequence[Source]) -> bool:
         """See `Objects.certain`: a link stays what it is."""
@@ -66,6 +86,16 @@ class LocalObjects:
     def close(self) -> None:
         """See `Objects.close`."""
         self.engine.close()
+
+
+def _described(engine: Engine, files: Sequence[tuple[str, str]]) -> Sequence[File]:
+    """Files, each with its key, whose columns are not known yet. Raises Unreadable for what reports cannot use."""
+    found = schemas(engine, files) if files else {}
+    described = [file_of(name, key, json.dumps(found[name])) for name, key in files]
+    for file in described:
+        if file.reading.problem:
+            raise Unreadable(f"{file.key}: {file.reading.problem}", RETRY_HINT)
+    return described
 
 
 class BucketObjects:
@@ -81,14 +111,19 @@ class BucketObjects:
         self._engines: dict[bool, Engine] = {}
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[str]]]:
+    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`."""
-        engine = self._engine(whole=self.certain(sources))
+        engine = self._engine(whole=self._whole(sources))
         bucket = engine.remote.bucket if engine.remote else ""
-        yield engine, [f"s3://{bucket}/{source.key}" for source in sources]
+        yield engine, [file_of(f"s3://{bucket}/{source.key}", source.key, source.columns) for source in sources]
 
     def certain(self, sources: Sequence[Source]) -> bool:
-        """See `Objects.certain`: fetched whole, unless one is too large to be held in memory."""
+        """See `Objects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version of
+        CSV may have other columns, which nothing in its rows tells.
+        """
+        return self._whole(sources) and not any(format_of(source.key) == "csv" for source in sources)
+
+    def _whole(self, sources: Sequence[Source]) -> bool:
         return all(source.size_bytes <= self._whole_bytes for source in sources)
 
     def _engine(self, *, whole: bool) -> Engine:
@@ -117,6 +152,7 @@ class Queries:
         self._objects = objects
         self._local = local
         self._checked: set[str] = set()
+        self._broken: dict[tuple[str, Version], tuple[str, float]] = {}
 
     def close(self) -> None:
         """Give the memory of all engines back; a later report opens them anew."""
@@ -128,7 +164,7 @@ class Queries:
         self.check(report)
         values = {each.name: each.read(each.default) for each in report.parameters}
         with _named(report):
-            return self._local.columns(report.sql(Files(self._local.folder).relation()), values)
+            return self._local.columns(report.sql(relation(self._local.folder, [])), values)
 
     def check(self, report: Report) -> None:
         """Raises Permanent for a report that may not or cannot be run."""
@@ -146,31 +182,98 @@ class Queries:
         self._checked.add(report.text)
 
     def run(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
-        """The answer over all rows that are there. Raises Permanent when the report is wrong, Transient when an object
-        cannot be read, or is replaced, each time.
+        """The answer over all rows that are there; what is left out is in its warnings. Raises Permanent when the
+        report is wrong, Transient when no object can be read, or they are replaced each time.
         """
         self.check(report)
-        for attempt in range(1, ATTEMPTS + 1):
+        with _named(report):
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return self._answer(report, values, shape)
+                except (Unreadable, Conflict):
+                    self._summaries.refresh()
             try:
-                with _named(report):
-                    return self._attempt(report, values, shape)
+                return self._answer(report, values, shape)
             except (Unreadable, Conflict):
-                if attempt == ATTEMPTS:
+                if not self._find_broken(report, values, shape):
                     raise
-                self._summaries.refresh()
-        raise AssertionError("the last attempt returns or raises")
+            return self._answer(report, values, shape)
 
-    def _attempt(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
-        sources = self._sources(report.reads, values)
-        with self._objects.opened(sources) as (engine, names):
-            relation = Files(engine.folder, names, self._summaries.instants).relation()
-            with _fitting(engine, relation), engine.batches(report.sql(relation), values, BATCH_ROWS) as reader:
-                answer = of_batches(reader, shape, engine.folder)
+    def _answer(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
+        """Without the objects that are known to be broken; where the report does not fit, without those whose columns
+        are of another kind than in most.
+        """
+        found = self._sources(report.reads, values)
+        broken = self._known_broken(report, found)
+        sources = [source for source in found if source.version not in broken]
+        try:
+            return self._attempt(report, values, shape, sources, broken)
+        except Wrong:
+            for odd in odd_ones(report.text, sources):
+                with suppress(Wrong):  # the error of the whole is told
+                    return self._attempt(report, values, shape, sources, {**broken, **odd})
+            raise
+
+    def _attempt(
+        self, report: Report, values: Mapping[str, Any], shape: Shape, found: Sequence[Source], left_out: LeftOut
+    ) -> Answer:
+        sources = [source for source in found if source.version not in left_out]
+        with self._objects.opened(sources) as (engine, files), _by_key(files):
+            rows = relation(engine.folder, files)
+            with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
+                answer = of_batches(reader, _warned(shape, left_out), engine.folder)
         if not self._objects.certain(sources):
             self._summaries.refresh()
             if not self._summaries.holds(sources):
                 raise Unreadable("objects were replaced while they were read", "nothing to do: they are read again")
+        answer.left_out = len(left_out)
         return answer
+
+    def _known_broken(self, report: Report, sources: Sequence[Source]) -> LeftOut:
+        """Those of the sources with which this report went wrong a while ago."""
+        now = time.monotonic()
+        held = {
+            version: text
+            for (path, version), (text, until) in self._broken.items()
+            if until > now and path == report.path
+        }
+        return {one.version: (one.key, held[one.version]) for one in sources if one.version in held} if held else {}
+
+    def _find_broken(self, report: Report, values: Mapping[str, Any], shape: Shape) -> bool:
+        """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
+        there is none, or too many, or the search takes too long.
+        """
+        began = time.monotonic()
+        waiting = [self._sources(report.reads, values)]
+        broken: dict[Version, str] = {}
+        is_any_right = False
+        while waiting:
+            part = waiting.pop()
+            trouble = self._trouble(report, values, shape, part) and self._trouble(report, values, shape, part)
+            if not trouble:
+                is_any_right |= bool(part)
+            elif len(part) > 1:
+                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+            elif part:
+                broken[part[0].version] = trouble
+            if len(broken) > BROKEN or time.monotonic() - began > self._local.limits.seconds:
+                return False
+        if not broken or not is_any_right:
+            return False
+        now = time.monotonic()
+        found = {(report.path, version): (text, now + BROKEN_SECONDS) for version, text in broken.items()}
+        self._broken = {**{key: held for key, held in self._broken.items() if held[1] > now}, **found}
+        return True
+
+    def _trouble(self, report: Report, values: Mapping[str, Any], shape: Shape, sources: Sequence[Source]) -> str:
+        """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
+        try:
+            self._attempt(report, values, shape, sources, {})
+        except (Unreadable, Conflict) as error:
+            return error.message
+        except Wrong:
+            return ""
+        return ""
 
     def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[Source]:
         def value(name: str) -> Any:
@@ -184,6 +287,8 @@ def _named(report: Report) -> Iterator[None]:
     """What is wrong with a report, with its name."""
     try:
         yield
+    except TooLarge as error:
+        raise Permanent(f"report {report.name} {error.message}", error.hint) from error
     except Wrong as error:
         raise Permanent(f"report {report.name}.sql cannot be run: {error.message}", error.hint) from error
 
@@ -199,3 +304,50 @@ def _fitting(engine: Engine, relation: str) -> Iterator[None]:
         except Wrong as fault:
             raise Unreadable(fault.message, RETRY_HINT) from error
         raise
+
+
+@contextmanager
+def _by_key(files: Sequence[File]) -> Iterator[None]:
+    """An object that is named, by its key and not by that of a copy."""
+    try:
+        yield
+    except Unreadable as error:
+        message = error.message
+        for file in files:
+            message = message.replace(file.name, file.key)
+        raise Unreadable(message, error.hint) from error
+
+
+def _warned(shape: Shape, left_out: LeftOut) -> Shape:
+    """With what is left out among the warnings."""
+    found = [{"object": key, "message": f"left out of this report: {reason}"} for key, reason in left_out.values()]
+    if len(found) > WARNINGS:
+        more = {"object": "", "message": f"{len(found) - WARNINGS} more objects are left out of this report"}
+        found = [*found[:WARNINGS], more]
+    return replace(shape, warnings=[*shape.warnings, *found])
+
+
+def odd_ones(text: str, sources: Sequence[Source]) -> Iterator[LeftOut]:
+    """What to leave out of a report with this text, so that each further column that it names is of one kind: that of
+    most objects, then that of the next most.
+    """
+    kinds: dict[str, dict[str, list[Source]]] = {}
+    words = {word.lower() for word in re.findall(r"\w+", text)}
+    is_all = STAR.search(text) is not None
+    for source in sources:
+        own = file_of("", source.key, source.columns).reading
+        for name, known in own.further.items():
+            kind = family(own.types[known])
+            if kind and not own.is_csv and (is_all or name in words):
+                kinds.setdefault(name, {}).setdefault(kind, []).append(source)
+    differing = {
+        name: sorted(found.items(), key=lambda each: -len(each[1])) for name, found in kinds.items() if len(found) > 1
+    }
+    for place in range(max(map(len, differing.values()), default=0)):
+        yield {
+            source.version: (source.key, f"its column {name} is {kind}, and {ranked[place % len(ranked)][0]} elsewhere")
+            for name, ranked in differing.items()
+            for number, (kind, found) in enumerate(ranked)
+            if number != place % len(ranked)
+            for source in found
+        }

@@ -15,7 +15,7 @@ from itertools import compress, islice
 from threading import Lock
 from types import MappingProxyType
 
-from app.analytics.aggregate import aggregated
+from app.analytics.aggregate import OTHER, aggregated
 from app.analytics.engine import Engine
 from app.analytics.totals import merged
 from app.analytics.versions import Versions
@@ -25,7 +25,6 @@ from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, Versio
 
 SOME = 2000
 PAIRS = 500
-SUFFIX = ".parquet"
 KEPT = timedelta(hours=1)
 log = logging.getLogger(__name__)
 
@@ -88,11 +87,6 @@ class Summaries:
         """The last whole listing; None before the first."""
         return self._view
 
-    @property
-    def instants(self) -> frozenset[str]:
-        """The types that the column `timestamp` has in the objects."""
-        return frozenset(self._view.columns.get("timestamp", ())) if self._view else frozenset()
-
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[Source]:
         """What a query over this device and span has to read, all of one view; None = not limited."""
         view = self._view
@@ -135,7 +129,7 @@ class Summaries:
                     others.append(packed)
                     continue
             seen[batch.digest] = packed
-        if others or state.moved or seen.keys() != state.batches.keys():
+        if others or state.moved or not seen or seen.keys() != state.batches.keys():
             self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
         state.batches = seen
         return unread
@@ -153,9 +147,9 @@ class Summaries:
         return b"".join(here), here >= by_version.keys()
 
     def _is_ours(self, key: str) -> bool:
-        """Parquet objects; names that begin with `_` or `.` are other programs' own."""
+        """All but markers of folders, and what is other programs' own: names that begin with `_` or `.`."""
         path = f"/{key.removeprefix(self._folder)}"
-        return path[-len(SUFFIX) :].lower() == SUFFIX and "/_" not in path and "/." not in path
+        return "/_" not in path and "/." not in path and path[-1] != "/"
 
     def _learn(self, infos: Mapping[Version, ObjectInfo], unread: list[tuple[str, str]]) -> set[Version]:
         """The versions that were taken: those given, or newer ones that had taken their place."""
@@ -241,7 +235,7 @@ class Summaries:
         state = self._state
         self._forget(as_of)
         held = self._view
-        faults = sorted([*state.faults.values(), *unread])
+        faults = sorted([*state.faults.values(), *unread], key=lambda each: (each[1] == OTHER, each))
         if held and not state.moved:
             state.number += faults != held.faults
             view = replace(held, number=state.number, as_of=as_of, faults=faults)
@@ -249,7 +243,8 @@ class Summaries:
             state.number += 1
             days = MappingProxyType(dict(state.days))
             versions, columns = state.current.copy(), _columns(state.schemas)
-            sums = (len(versions), state.rows, state.size_bytes)
+            others = sum(fault == OTHER for _, fault in state.faults.values())
+            sums = (len(versions) - others, state.rows, state.size_bytes)
             view = View(state.number, as_of, versions, days, *sums, columns, faults)
         self._view = view
         state.moved = False

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any, Literal
 
-from app.analytics.engine import NUMBERS
+from app.analytics.object_columns import NANOS, NUMBERS
 from app.stores.summaries import NO_DAY, Pair, Part
 
-LATEST = ("timestamp", *NUMBERS, "device_type", "location")
-"""The columns of the newest reading, in the order that decides among readings of one instant."""
+LATEST = ("timestamp", *NUMBERS, "device_type", "location", NANOS)
+"""The columns of the latest reading, as they are kept; before there were nanoseconds the last one was not there."""
 
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - instants in answers are UTC without a zone, as DuckDB's are
 Kind = Literal["text", "integer", "number", "instant", "date"]
@@ -64,8 +64,10 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def _rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
-    """DuckDB's order of structs: from left to right, null above all."""
-    return [(value is None, 0 if value is None else value) for value in latest]
+    """By instant and its nanoseconds; ties as DuckDB orders structs: from left to right, null above all."""
+    instant, *values = latest[: len(LATEST) - 1]
+    nanos = latest[-1] if len(latest) == len(LATEST) else 0
+    return [(value is None, 0 if value is None else value) for value in (instant, nanos, *values)]
 
 
 def _mean(total: float | None, count: int) -> float | None:
@@ -151,7 +153,7 @@ def device_latest(days: Mapping[Pair, Part]) -> Table:
     for device, parts in _devices(days).items():
         latest = parts[-1].latest
         if latest is not None:
-            rows.append((device, _at(latest[0]), *latest[1:]))
+            rows.append((device, _at(latest[0]), *latest[1 : len(LATEST) - 1]))
     numbers: list[tuple[str, Kind]] = [(name, "number") for name in NUMBERS]
     columns: Sequence[tuple[str, Kind]] = (
         ("device_id", "text"),

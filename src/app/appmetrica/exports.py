@@ -42,6 +42,10 @@ class Patience:
     policy: RetryPolicy = POLICY
 
 
+class TooManyParts(Permanent):
+    """The file is too large for as many parts as we ask for."""
+
+
 class Files(list[BinaryIO]):
     """The parts that are there so far, in order, each gzip with a header of its own."""
 
@@ -106,7 +110,7 @@ class Asking:
         """What was fetched is of another division, and goes."""
         self.files.close()
         if self.export.parts_count >= MAX_PARTS:
-            raise Permanent(
+            raise TooManyParts(
                 f"AppMetrica wants more than {MAX_PARTS} parts of {self.question.path[:200]}", "ask for fewer days"
             )
         self._save(replace(self.export, parts_count=self.export.parts_count * 2))

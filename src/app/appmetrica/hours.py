@@ -1,38 +1,54 @@
 """The hours of one resource in one run: asked for together, landed one by one, in order.
 
-Order within an hour: rows, object, record; a crash before the record repeats the hour, whose rows and object are told
-by their content. Invariants: each question also covers the hour before the cursor, so what the service received late is
-found; the question is kept before it is asked, and the next run goes on with it when this one ends before the file is
-there.
+Order within an hour: what is set aside, rows, object, record; a crash before the record repeats the hour, all of which
+is told by its content. Invariants: each question also covers the hour before the cursor, so what the service received
+late is found; the question is kept before it is asked, and the next run goes on with it when this one ends before the
+file is there.
+
+A row that cannot be taken is set aside with its bytes, all others land. A question that fails for a day, or for which
+the service wants too many parts, is put anew hour by hour; an hour that fails like that as well is set aside, as long
+as the service answers at all.
 """
 
 import logging
 import random
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from app.appmetrica.client import SERVICE, Refused, Service
-from app.appmetrica.exports import Asking, Patience, Polling, asking, keep_question
+from app.appmetrica.csv_rows import BadRow
+from app.appmetrica.exports import Asking, Patience, Polling, TooManyParts, asking, keep_question
 from app.appmetrica.questions import Question, Resource, question_of, received_in
-from app.appmetrica.records import HOUR, HOUR_SECONDS, NEEDED, HourFile, by_hour, tables
-from app.core.errors import Permanent
+from app.appmetrica.records import HOUR, HOUR_SECONDS, NEEDED, HourFile, Reading, by_hour, tables
+from app.appmetrica.recount import recount
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.ledger import Tally, ledger_of
 from app.core.ports import Checkpoints, Commit, Record
-from app.core.runs import Context, Report
+from app.core.runs import Context, Failure, Report
 from app.core.window import Window, floor_to
 from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load, load_in_turns
+from app.stores.product_loading import Load, Loaded, load_in_turns
 from app.stores.pulls import Export, SqlPulls
+from app.stores.raw_gaps import NOT_HAD, was_had
 from app.stores.raw_objects import Keep, RawObject, keep
+from app.stores.raw_refused import RefusedLines
+from app.stores.set_aside import LINES, SetAsideStore
 
 NAME = "appmetrica"
 EVENTS = "events"
 GZIP = "application/gzip"
 DUE_AFTER = timedelta(minutes=15)
 STEP = timedelta(hours=24)
+UNIT = "records"
+NARROWED = "appmetrica_narrowed"
+"""The pipeline whose cursor says up to where questions are put hour by hour."""
+SET_ASIDE_AFTER = timedelta(days=1)
+ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +66,9 @@ class Places:
     lookback_days: int
     zone: Callable[[], ZoneInfo]
     refused: set[str]
+    set_aside: SetAsideStore
+    recount_days: int
+    daily_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,36 +91,58 @@ class ResourceRun:
         cursor = self.places.checkpoints.cursors(NAME).get(self.partition) or self._begin(now)
         due = due_at(now)
         if cursor >= due:
-            return Report()
+            return self._recount()
         export = self._under_way(cursor)
         if export is None:
-            span = Window(cursor - HOUR, min(due, cursor + STEP))
+            is_narrowed = cursor < self.places.checkpoints.cursors(NARROWED).get(self.partition, cursor)
+            before = self.places.checkpoints.records(NAME, self.partition, cursor - HOUR, cursor)
+            # An hour that was set aside would fail this question as well.
+            start = cursor - HOUR if all(map(was_had, before)) else cursor
+            span = Window(start, min(due, cursor + (HOUR if is_narrowed else STEP)))
             export = self._kept(self.partition, span, now)
         report = self._land(export, cursor)
-        span_end = _span(export).end
-        return report + Report(more=span_end < due and not self.context.dry_run)
+        if report.more or _span(export).end < due:
+            return report + Report(more=not self.context.dry_run)
+        return report + self._recount()
+
+    def _recount(self) -> Report:
+        """Look for rows that came late, once all that is due was pulled."""
+        return Report() if self.context.dry_run else recount(self, NAME, UNIT)
+
+    def pull_late(self, span: Window) -> Report:
+        """Pull hours that have more rows now than when they landed. `more`: the file is not there yet."""
+        export = self._kept(f"{self.partition}:late", span, self.places.clock())
+        return self._land(export, None, late=True)
 
     def fill(self, span: Window) -> Report:
-        """Pull the hours of `span` up to the cursor again. The cursor does not move."""
+        """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
         now = self.places.clock()
-        cursor = self.places.checkpoints.cursors(NAME).get(self.partition, due_at(now))
-        at, end = floor_to(span.start, HOUR_SECONDS), min(_ceiling(span.end), cursor, due_at(now))
-        report = Report()
+        cursor = min(self.places.checkpoints.cursors(NAME).get(self.partition, due_at(now)), due_at(now))
+        start, end = floor_to(span.start, HOUR_SECONDS), min(_ceiling(span.end), cursor)
+        if start >= end:
+            raise Rejected(
+                f"nothing was filled: {self.partition} was pulled up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
+                "give an earlier span, or run the job, which pulls later hours by itself: python -m app run appmetrica",
+            )
+        report, at = Report(), start
         while at < end and not report.more:
             hours = Window(at, min(at + STEP, end))
-            owner = f"{self.partition}:backfill"
-            report += self._land(self._kept(owner, hours, now), None)
+            report += self._land(self._kept(f"{self.partition}:backfill", hours, now), None)
             at = hours.end
-        return report
+        if report.more:
+            return report
+        total = report.ledger.total
+        note = f"{self.partition}: {(end - start) // HOUR} hours asked for again: {total.new} records are new"
+        return report + Report(notes=(f"{note}, {total.already_there} were there",))
 
     def _begin(self, now: datetime) -> datetime:
         start = floor_to(now - timedelta(days=self.places.lookback_days), HOUR_SECONDS)
         self._commit(Commit(cursor_at=start))
         return start
 
-    def _commit(self, commit: Commit) -> None:
+    def _commit(self, commit: Commit, pipeline: str = NAME) -> None:
         if not self.context.dry_run:
-            self.places.checkpoints.commit(NAME, self.partition, commit, self.context.lease)
+            self.places.checkpoints.commit(pipeline, self.partition, commit, self.context.lease)
 
     def _under_way(self, cursor: datetime) -> Export | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with."""
@@ -118,18 +159,65 @@ class ResourceRun:
         question = question_for(self.places, self.service.application_id, self.resource, span)
         return keep_question(self.places.pulls, owner, question, now)
 
-    def _land(self, export: Export, cursor: datetime | None) -> Report:
-        """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet."""
+    def _not_given(self, export: Export, cursor: datetime, error: Transient | Permanent) -> Report:
+        """A question that the service did not answer. Raises `error` while it may pass, or the service is away."""
+        is_large, span = isinstance(error, TooManyParts), _span(export)
+        failing_for = self.places.clock() - export.created_at
+        if self.context.dry_run or not (is_large or failing_for >= SET_ASIDE_AFTER):
+            raise error
+        self.service.applications()  # raises when the service does not answer at all
+        if span.end - cursor > HOUR:
+            self._commit(Commit(cursor_at=span.end), NARROWED)
+            hint = "no action needed: it is asked for hour by hour from now on"
+            report = Report(failures=(Failure(self.partition, error.message, hint),))
+        else:
+            report = self._hour_set_aside(Window(cursor, span.end), error, ABOVE_LIMIT if is_large else KEEPS_FAILING)
+        self.places.pulls.save(replace(export, done=True))
+        return report
+
+    def _hour_set_aside(self, window: Window, error: AppError, reason: str) -> Report:
+        """An hour that the service cannot give. It counts as one record."""
+        log.warning("%s %s is set aside: %s", self.partition, window, error)
+        kept = self.places.set_aside.keep(
+            self._set_aside_name(window.start),
+            str(error).encode(),
+            content_type=LINES,
+            reason=reason,
+            number=1,
+            sample=f"{self.partition} {window}: {error.message}",
+        )
+        key = hour_key(self.resource.name, self.service.application_id, window)
+        record = Record(window, 0, key, NOT_HAD, "", 0, 0, 0, None, None, closed=True)
+        self._commit(Commit((record,), window.end))
+        return Report(ledger=ledger_of(Tally(counted=1), kept.entry, unit=UNIT).of_partition(self.partition))
+
+    def _set_aside_name(self, hour_at: datetime | None) -> tuple[str, ...]:
+        """What is set aside of an hour lies below `{resource}/date={date}/{application}_{HHMMSS}`."""
+        application_id = self.service.application_id
+        if hour_at is None:
+            return self.resource.name, f"{application_id}_of_no_hour"
+        return self.resource.name, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
+
+    def _land(self, export: Export, cursor: datetime | None, *, late: bool = False) -> Report:
+        """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet.
+
+        Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
+        """
         places = self.places
         # Jitter is no secret: any source of numbers serves.
         patience = Patience(self.context.stop, random.random)
         try:
             with asking(self.service, places.pulls, places.clock, export, fresh=True) as under_way:
-                told = under_way.wait(patience, places.polling)
+                try:
+                    told = under_way.wait(patience, places.polling)
+                except (Transient, Permanent) as error:
+                    if isinstance(error, Refused) or cursor is None:
+                        raise
+                    return self._not_given(export, cursor, error)
                 if told is not None:
                     log.info("%s: no file yet, it is asked for again: %s", self.partition, told.text)
                     return Report(more=not self.context.dry_run, notes=(f"{self.partition}: {told.text}",))
-                report = self._land_all(under_way, cursor)
+                report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not self.context.dry_run:
                     under_way.finish()
                 return report
@@ -138,39 +226,92 @@ class ResourceRun:
             leave_out(self.places, self.resource, error)
             return Report(more=not self.context.dry_run)
 
-    def _land_all(self, under_way: Asking, cursor: datetime | None) -> Report:
-        question = under_way.question
-        span = _span(under_way.export)
-        records = self.places.checkpoints.records(NAME, self.partition, span.start, span.end)
+    def _land_all(self, under_way: Asking, cursor: datetime | None, *, again: bool) -> Report:
+        question, span, places = under_way.question, _span(under_way.export), self.places
+        records = places.checkpoints.records(NAME, self.partition, span.start, span.end)
         known = {record.window.start: record for record in records}
         self.context.progress.advance(total=(span.end - span.start) // HOUR)
-        report = Report()
-        received = self.resource.received
-        with by_hour(under_way.files, question.columns, received, span, self.places.spool) as hours:
-            for hour in hours:
-                self.context.stop.check()
-                live = cursor is not None and hour.window.start >= cursor
-                report += self._one(hour, known.get(hour.window.start), live=live, again=cursor is None)
-        return report
+        report, loaded = Report(), Loaded()
+        with closing(RefusedLines(places.spool)) as refused:
 
-    def _one(self, hour: HourFile, record: Record | None, *, live: bool, again: bool) -> Report:
-        """Land an hour. `again`: load its rows whatever is recorded."""
-        same = record is not None and record.digest == hour.digest
+            def refuse(hour_at: datetime | None, row: BadRow) -> None:
+                sample = f"{self.partition} {span} {row.detail}"
+                refused.add(self._set_aside_name(hour_at), row.reason, row.raw, sample)
+
+            sorted_rows = by_hour(
+                under_way.files,
+                question.columns,
+                self.resource.received,
+                span,
+                places.spool,
+                needed=NEEDED if self.resource.name == EVENTS else (),
+                refuse=refuse,
+            )
+            with sorted_rows as reading:
+                self._tell(reading, span)
+                entries = [] if self.context.dry_run else refused.keep(places.set_aside)
+                if refused.not_kept:
+                    raise Transient(
+                        f"{self.partition} {span}: {refused.not_kept} rows that cannot be read could not be set aside",
+                        "no action needed if it passes: the hours are pulled again; else see whether the object store "
+                        "takes writes below appmetrica/_set_aside/",
+                    )
+                for hour in reading.hours:
+                    self.context.stop.check()
+                    live = cursor is not None and hour.window.start >= cursor
+                    record = known.get(hour.window.start)
+                    whole = not reading.lacking
+                    done, given = self._one(hour, record, live=live, again=again, whole=whole)
+                    report, loaded = report + done, loaded + given
+                if self.context.dry_run:
+                    return report
+                tally = Tally(
+                    counted=reading.records - reading.left_out,
+                    read=reading.records,
+                    new=loaded.new,
+                    already_there=loaded.given - loaded.new,
+                )
+        return report + Report(ledger=ledger_of(tally, *entries, unit=UNIT).of_partition(self.partition))
+
+    def _tell(self, reading: Reading, span: Window) -> None:
+        if number := sum(hour.refused for hour in reading.hours):
+            log.warning(
+                "%s %s: %d of %d rows cannot be taken and are set aside", self.partition, span, number, reading.records
+            )
+        if reading.lacking:
+            log.warning(
+                "%s %s: the file lacks the columns %s", self.partition, span, ", ".join(sorted(reading.lacking))
+            )
+
+    def _one(
+        self, hour: HourFile, record: Record | None, *, live: bool, again: bool, whole: bool
+    ) -> tuple[Report, Loaded]:
+        """Land an hour; what became of its rows. `again`: load its rows whatever is recorded. `whole`: no column lacks;
+        else what has as many rows already stays as it is.
+        """
+        had = record if record is not None and was_had(record) else None
+        stays = had is not None and not whole and had.rows >= hour.rows > 0
+        same = had is not None and (had.digest == hour.digest or stays)
         self.context.progress.advance(done=1)
-        if record is not None and same and not again:
-            if not record.closed:
-                self._commit(Commit((replace(record, closed=True),)))
-            return Report()
+        if had is not None and same and not again:
+            looked_at = replace(had, closed=True, source_cells=max(had.source_cells, had.rows + hour.refused))
+            if looked_at != had or live:
+                self._commit(Commit((looked_at,), hour.window.end if live else None))
+            return Report(), Loaded(min(had.rows, hour.rows))
         if self.context.dry_run:
-            return Report(rows=hour.rows, windows=int(not same))
-        new = hour.rows if not same else 0
+            return Report(rows=hour.rows, windows=int(not same)), Loaded()
+        loaded = Loaded()
         if self.resource.name == EVENTS and hour.rows:
-            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live)
-        self.context.progress.advance(rows=new)
-        landed = self._record(hour, keep, closed=record is not None)
+            loaded = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=not live)
+        landed = had if had is not None and stays else self._record(hour, keep, closed=had is not None)
+        landed = replace(landed, source_cells=landed.rows + hour.refused)
         self._commit(Commit((landed,), hour.window.end if live else None))
-        late = new if record is not None and not again else 0
-        return Report(rows=new, bytes=0 if same else landed.size_bytes, windows=int(not same), late_rows=late)
+        if self.resource.name != EVENTS:
+            loaded = _stored(hour, landed, had)
+        self.context.progress.advance(rows=loaded.new)
+        late = loaded.new if had is not None and not again else 0
+        size_bytes = 0 if same else landed.size_bytes
+        return Report(rows=loaded.new, bytes=size_bytes, windows=int(not same), late_rows=late), loaded
 
     def mend(self, hour: HourFile, record: Record | None, how: Keep) -> Report:
         """Land an hour anew and store its object as `how` does. The cursor does not move."""
@@ -178,8 +319,9 @@ class ResourceRun:
             return Report(windows=1)
         new = 0
         if self.resource.name == EVENTS and hour.rows:
-            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=True)
-        landed = self._record(hour, how, closed=record is not None and record.closed)
+            new = load_in_turns(self.places.load, tables(hour, self.service.application_id), past=True).new
+        landed = self._record(hour, how, closed=record is not None and was_had(record) and record.closed)
+        landed = replace(landed, source_cells=landed.rows + hour.refused)
         self._commit(Commit((landed,)))
         return Report(rows=new, bytes=landed.size_bytes, windows=1)
 
@@ -200,6 +342,13 @@ class ResourceRun:
             min_at=hour.window.start,
             max_at=hour.window.end,
         )
+
+
+def _stored(hour: HourFile, landed: Record, had: Record | None) -> Loaded:
+    """What became of rows that land only as an object, told by what the object holds."""
+    if landed.version and landed.digest != hour.digest:  # it held more, and stays
+        return Loaded(min(landed.rows, hour.rows))
+    return Loaded(landed.rows, max(0, landed.rows - (had.rows if had else 0)))
 
 
 def question_for(places: Places, application_id: int, resource: Resource, span: Window) -> Question:

@@ -12,6 +12,7 @@ from threading import Lock
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.appmetrica.client import SERVICE, Service, service
+from app.appmetrica.csv_rows import KEPT_ROW_BYTES
 from app.appmetrica.exports import Polling
 from app.appmetrica.hours import NAME, Places, ResourceRun
 from app.appmetrica.questions import resources
@@ -24,6 +25,7 @@ from app.settings import Settings
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Events
 from app.stores.pulls import SqlPulls
+from app.stores.set_aside import SetAsideStore, folder_of
 
 SPOOL = "spool"
 OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
@@ -68,6 +70,10 @@ def build(
         lookback_days=given.lookback_days,
         zone=Zone(asked, given.timezone).find,
         refused=set(),
+        recount_days=given.recount_days,
+        daily_calls=given.daily_calls,
+        # A row that is too large is kept whole, whatever the limit for many small ones.
+        set_aside=SetAsideStore(store, folder_of(NAME), max(settings.set_aside.max_bytes, KEPT_ROW_BYTES + 1)),
     )
     each = partial(every_resource, places, asked, given.resources)
     job = Job(NAME, given.interval_seconds, lambda context: each(context, ResourceRun.bring), "" if asked else OFF)

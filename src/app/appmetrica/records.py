@@ -1,7 +1,8 @@
 """Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
 
-Invariants: a row is in exactly one hour, by the second in which it was received; the same rows of an hour give the same
-uuids, whatever their order; memory does not grow with their number: what must be remembered of each lies on disk.
+Invariants: a row is in exactly one hour, by the second in which it was received, or is refused with its bytes; the
+same rows of an hour give the same uuids, whatever their order; columns are found by their names; memory does not grow
+with the number of rows: what must be remembered of each lies on disk.
 """
 
 import csv
@@ -9,7 +10,7 @@ import gzip
 import hashlib
 import io
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,15 +20,16 @@ from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO
 from uuid import NAMESPACE_URL, uuid5
 
-from app.core.errors import Permanent, Transient
+from app.appmetrica.csv_rows import KEPT_ROW_BYTES, BadRow, CsvRows, Row
+from app.core.errors import Permanent
 from app.core.window import Window, floor_to
 from app.stores.product_mapping import Tables, mapping
 
 SERVICE = "appmetrica"
 HOUR = timedelta(hours=1)
 HOUR_SECONDS = 3600
+BESIDE = timedelta(hours=2)
 CHUNK_ROWS = 2000
-MAX_CELL_CHARACTERS = 1 << 24
 LEVEL = 1
 IDENTITY = (
     "application_id",
@@ -40,18 +42,22 @@ IDENTITY = (
 JSON_COLUMN = "event_json"
 NEEDED = frozenset({*IDENTITY, JSON_COLUMN})
 MODULUS = 1 << 128
-Row = Sequence[str]
-CUT = "nothing to do: the file is fetched again"
+NO_RECEIPT = "no time of receipt"
+ANOTHER_TIME = "received at another time"
 
 
 @dataclass(slots=True)
 class HourFile:
-    """The rows that were received in one hour, as a gzip file of CSV. `digest` is the same for the same rows."""
+    """The rows that were received in one hour, as a gzip file of CSV. `digest` is the same for the same rows.
+
+    `refused`: rows of the hour that cannot be taken, which are not in the file.
+    """
 
     window: Window
     columns: Sequence[str]
     file: BinaryIO
     rows: int = 0
+    refused: int = 0
     _sum: int = 0
     _text: Any = field(default=None)
     _packed: Any = field(default=None)
@@ -85,34 +91,117 @@ class HourFile:
         """Its rows, without the header."""
         if not self.rows:
             return
+        csv.field_size_limit(KEPT_ROW_BYTES)
         self.file.seek(0)
         with gzip.open(self.file, "rt", encoding="utf-8", newline="") as text:
             yield from islice(csv.reader(text), 1, None)
 
 
+@dataclass(slots=True)
+class Reading:
+    """Rows of a file by the hour of their receipt. `records`: all that were counted as they came; `left_out`: those of
+    hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
+    """
+
+    hours: Sequence[HourFile]
+    records: int = 0
+    left_out: int = 0
+    lacking: Collection[str] = ()
+
+
+Refuse = Callable[[datetime | None, BadRow], None]
+"""Where rows go that cannot be taken, with the hour that each tells of, None when it tells of none."""
+
+
+def not_kept(_hour_at: datetime | None, _row: BadRow) -> None:
+    """Bad rows are left out: who only compares what landed does not keep them."""
+
+
 @contextmanager
 def by_hour(
-    files: Iterable[BinaryIO], columns: Sequence[str], received: str, span: Window, spool: Path
-) -> Iterator[Sequence[HourFile]]:
-    """The rows of all parts, each in the file of its hour, one for each hour of the span. Rows of other hours are left
-    out: where clocks are put back, two hours have one name, and the service gives both.
+    files: Sequence[BinaryIO],
+    columns: Sequence[str],
+    received: str,
+    span: Window,
+    spool: Path,
+    *,
+    needed: Collection[str] = (),
+    refuse: Refuse = not_kept,
+) -> Iterator[Reading]:
+    """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
+    no hour is refused.
+
+    Rows of hours just beside the span are left out: where clocks are put back, two hours have one name, and the service
+    gives both. Raises Permanent when a part lacks a column that is `needed`.
     """
+    headers = [CsvRows(file).header for file in files]
+    names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
     count = (span.end - span.start) // HOUR
     starts = [span.start + number * HOUR for number in range(count)]
-    hours = {at: HourFile(Window(at, at + HOUR), columns, _temporary(spool)) for at in starts}
+    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in starts}
     try:
-        position = columns.index(received)
-        for file in files:
-            for row in rows_of(file, columns):
-                hour = hours.get(_hour_of(row[position], received))
-                if hour is not None:
-                    hour.add(row)
+        reading = Reading(list(hours.values()))
+        for file, header in zip(files, headers, strict=True):
+            reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
+            check_columns(header, {received, *needed})
+            _sort(CsvRows(file), names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
         for hour in hours.values():
             hour.close_text()
-        yield list(hours.values())
+        yield reading
     finally:
         for hour in hours.values():
             hour.file.close()
+
+
+def check_columns(header: Row, needed: Collection[str]) -> None:
+    """Raise Permanent when a file with rows has not all columns that are needed."""
+    lacking = sorted(set(needed) - set(header)) if header else []
+    if lacking:
+        raise Permanent(
+            f"AppMetrica's file lacks {', '.join(lacking)}, without which its rows cannot be told apart",
+            "see whether the service still has these columns; it goes on by itself once they are there again",
+        )
+
+
+def _sort(
+    part: CsvRows,
+    names: Sequence[str],
+    *,
+    received: str,
+    span: Window,
+    hours: Mapping[datetime, HourFile],
+    reading: Reading,
+    refuse: Refuse,
+) -> None:
+    """Each row of a part into the file of its hour, or refused."""
+    as_given = list(part.header) == list(names)
+    known = {name: at for at, name in reversed(list(enumerate(part.header)))}
+    places = [known.get(name) for name in names]
+    for found in part:
+        reading.records += 1
+        cells = found.cells if isinstance(found, BadRow) else found
+        at = hour_of(cells[known[received]]) if cells else None
+        if at is not None and at not in hours and span.start - BESIDE <= at < span.end + BESIDE:
+            reading.left_out += 1
+        elif not isinstance(found, BadRow) and at is not None and at in hours:
+            hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
+        else:
+            bad = found if isinstance(found, BadRow) else _of_no_hour(part, received, at, cells)
+            # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
+            gap = hours[at] if at is not None and at in hours else reading.hours[-1]
+            gap.refused += 1
+            refuse(at if at is not None else _some_hour(part.header, cells), bad)
+
+
+def _of_no_hour(part: CsvRows, received: str, at: datetime | None, cells: Row) -> BadRow:
+    reason = NO_RECEIPT if at is None else ANOTHER_TIME
+    return BadRow(reason, part.raw, f"row {part.number}: {received} is of no hour that was asked for", cells)
+
+
+def _some_hour(header: Row, cells: Row) -> datetime | None:
+    """An hour that a row tells of, whatever happened then: a row that comes again is known by it."""
+    told = (hour_of(cell) for name, cell in zip(header, cells, strict=False) if name.endswith("_timestamp"))
+    return next((at for at in told if at is not None), None)
 
 
 def _temporary(spool: Path) -> BinaryIO:
@@ -120,32 +209,13 @@ def _temporary(spool: Path) -> BinaryIO:
     return file  # type: ignore[return-value]  # typeshed gives the wider type
 
 
-def _hour_of(text: str, column: str) -> datetime:
+def hour_of(text: str) -> datetime | None:
+    """The hour of an instant in seconds since 1970; None for none, and for 0, which stands for none."""
     try:
-        return floor_to(datetime.fromtimestamp(int(text), UTC), HOUR_SECONDS)
-    except (ValueError, OverflowError, OSError) as error:
-        raise Permanent(f"{column} is {text[:60]!r}, which is no instant", "please report it") from error
-
-
-def rows_of(file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a part. Raises Transient when it was cut, Permanent when it has other columns than were asked for."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default is below one stack trace of a crash
-    file.seek(0)
-    with gzip.open(file, "rt", encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, strict=True)
-        try:
-            header = next(rows, None)
-            if header is not None and header != list(columns):
-                raise Permanent(
-                    f"AppMetrica gives the columns {','.join(header)[:200]}, not those that were asked for",
-                    "please report it: the service does not answer what was asked",
-                )
-            for row in rows:
-                if len(row) != len(columns):
-                    raise Transient(f"line {rows.line_num} of the file has {len(row)} of {len(columns)} cells", CUT)
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise Transient(f"line {rows.line_num} of the file cannot be read: {error}", CUT) from error
+        seconds = int(text)
+        return floor_to(datetime.fromtimestamp(seconds, UTC), HOUR_SECONDS) if seconds > 0 else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def tables(hour: HourFile, application_id: int) -> Iterator[Tables]:

@@ -18,10 +18,11 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
 from app.appmetrica.client import Refused, Service
+from app.appmetrica.csv_rows import KEPT_ROW_BYTES
 from app.appmetrica.exports import Patience, asking, keep_question
 from app.appmetrica.hours import DUE_AFTER, EVENTS, NAME, Places, ResourceRun, due_at, hour_key, leave_out, question_for
 from app.appmetrica.questions import Resource
-from app.appmetrica.records import HOUR_SECONDS, MAX_CELL_CHARACTERS, HourFile, by_hour, tables
+from app.appmetrica.records import HOUR_SECONDS, HourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.gaps import Cell
 from app.core.runs import Context, Report, Stop
@@ -193,16 +194,16 @@ class PullEnds:
                     if told is not None:
                         raise Transient(f"AppMetrica is still making the file of {span}: {told.text}", LATER)
                     made = by_hour(under_way.files, question.columns, resource.received, span, places.spool)
-                    files = self._held.enter_context(made)
+                    reading = self._held.enter_context(made)
                     under_way.finish()
-                    return files
+                    return reading.hours
             except Refused as error:
                 leave_out(places, resource, error)
 
 
 def _opened(file: BinaryIO, window: Window) -> HourFile:
     """An object as an hour whose rows were not counted yet."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    csv.field_size_limit(KEPT_ROW_BYTES)
     file.seek(0)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
         header = next(csv.reader(text), None)
@@ -231,6 +232,11 @@ class PullChart:
         application_id, _, resource = partition.partition(":")
         made = RawMap(places.checkpoints, places.store, DUE_AFTER.total_seconds())
         line = RawLine(
-            NAME, partition, (NAME, partition), lambda hour: hour_key(resource, int(application_id), hour), folder_of
+            NAME,
+            partition,
+            (NAME, partition),
+            lambda hour: hour_key(resource, int(application_id), hour),
+            folder_of,
+            by_line=True,
         )
         return made.cells(line, windows_between(span.start, min(span.end, now), HOUR_SECONDS), now)

@@ -4,17 +4,40 @@ Invariant: `path` names either the old bytes or all of the new ones at every ins
 repeated, since the kernel may have dropped the dirty pages with the first report.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
 TEMPORARY_SUFFIX = ".tmp"
+NAME_BYTES = 255
+"""What a name in a directory can have on every common file system."""
+EXTENSION_BYTES = 16
+CONTINUATION = range(0x80, 0xC0)
+
+
+def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> str:
+    """`name` + `suffix` in at most `limit_bytes` bytes: a name that is too long is cut, never inside a character.
+
+    What was cut is stood for by a hash of the whole name, so names that differ stay different; the extension is kept.
+    """
+    raw, tail = os.fsencode(name), os.fsencode(suffix)
+    if len(raw) + len(tail) <= limit_bytes:
+        return name + suffix
+    extension = os.fsencode(Path(name).suffix)
+    if len(extension) > EXTENSION_BYTES:
+        extension = b""
+    rest = b"~" + hashlib.sha256(raw).hexdigest()[:16].encode() + extension + tail
+    end = limit_bytes - len(rest)
+    for _ in range(3):  # a character of UTF-8 has at most three bytes behind its first
+        end -= raw[end] in CONTINUATION
+    return os.fsdecode(raw[:end] + rest)
 
 
 def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace `path` by the chunks, keeping the mode of what it replaces. Raises OSError; then `path` is untouched."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(bounded_name(f".{path.name}", f".{uuid4().hex}{TEMPORARY_SUFFIX}"))
     try:
         with temporary.open("xb") as file:
             for chunk in chunks:

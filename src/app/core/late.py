@@ -13,9 +13,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from app.core.errors import Conflict, Transient
+from app.core.ledger import Ledger, SetAside
 from app.core.ports import Batch, Commit, Encoded, Record
 from app.core.runs import Context, Report
-from app.core.sync import NOTHING, Pipeline, Task, settle
+from app.core.sync import NOTHING, Pipeline, Task, already_there, settle
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -61,7 +62,8 @@ def _fill_window(pipeline: Pipeline[B, E], context: Context, task: Task, known: 
             return Report()
         return settle(pipeline, context, replace(task, record=base))
     if task.count.cells == base.source_cells:
-        return Report()
+        log.debug("%s %s: %d values counted, as confirmed", task.partition, task.window, task.count.cells)
+        return Report(ledger=already_there(pipeline.unit, task.count))
     return append_late(pipeline, context, replace(task, record=base), parts)
 
 
@@ -74,20 +76,27 @@ def append_late(pipeline: Pipeline[B, E], context: Context, task: Task, parts: S
         with closing(pipeline.source.read(task.partition, task.window, task.count, None)) as batch:
             late = pipeline.source.missing(batch, _rows_of(pipeline, held))
             with closing(late):
+                ledger = Ledger(pipeline.unit, late.accounts, _set_aside(pipeline, context, task, batch))
                 if late.rows == 0:
-                    return _note_count(pipeline, context, task, held, Report())
+                    return _note_count(pipeline, context, task, held, Report(ledger=ledger))
                 if context.dry_run:
-                    return Report(rows=late.rows, windows=1, late_rows=late.rows)
+                    return Report(rows=late.rows, windows=1, late_rows=late.rows, ledger=ledger)
                 delta, stored_bytes = _write_delta(pipeline, task, key, late, held[-1].part + 1)
                 held.append(delta)
                 if stored_bytes is not None:
                     log.info("%s: %d late rows of a closed window", key, late.rows)
-                    report = Report(rows=late.rows, bytes=stored_bytes, windows=1, late_rows=late.rows)
+                    report = Report(rows=late.rows, bytes=stored_bytes, windows=1, late_rows=late.rows, ledger=ledger)
                     return _note_count(pipeline, context, task, held, report)
     raise Transient(
         f"{task.partition} {task.window}: {DELTAS} delta objects appeared while late rows were written",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
     )
+
+
+def _set_aside(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B) -> Sequence[SetAside]:
+    if pipeline.set_aside is None or context.dry_run:
+        return ()
+    return pipeline.set_aside(task.partition, task.window, batch)
 
 
 def _rows_of(pipeline: Pipeline[B, E], parts: Sequence[Record]) -> Iterator[Any]:

@@ -1,22 +1,24 @@
 """One pass over all partitions of a pipeline: who they are, where they start, and that one's failure stays its own.
 
 Invariants: a partition gets its first cursor committed before anything of it is read, so an outage that follows cannot
-move its start; a new partition starts where the last discovery left off, so what it wrote meanwhile is not missed.
+move its start. A partition that fails waits longer each time, by itself, and is tried after all others: however many
+fail, they delay nobody.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import TypeVar
 
-from app.core.errors import Permanent, Rejected, Transient
+from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
 from app.core.ports import Batch, Commit, Count, Encoded
 from app.core.runs import Context, Failure, Report
-from app.core.sync import Pipeline, Position, sync_partition
+from app.core.sync import Done, Pipeline, Position, sync_partition, waiting
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -24,54 +26,122 @@ E = TypeVar("E", bound=Encoded)
 
 log = logging.getLogger(__name__)
 
-DISCOVERY = ""  # the partition name under which a pipeline keeps the instant of its last discovery; never a real one
+UNNAMED = ""  # the rows that name no partition; older versions kept the instant of their last discovery there
+FIRST_PAUSE = timedelta(minutes=1)
+LONGEST_PAUSE = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failing:
+    """A partition that failed: how often in a row, when it did last, and why."""
+
+    times: int
+    at: datetime
+    failure: Failure
+
+    @property
+    def due_at(self) -> datetime:
+        return self.at + min(FIRST_PAUSE * (1 << min(self.times - 1, 10)), LONGEST_PAUSE)
+
+
+class Backoff:
+    """Which partitions failed, remembered by this process from run to run. From any thread."""
+
+    def __init__(self) -> None:
+        self._failing: dict[str, _Failing] = {}
+        self._lock = threading.Lock()
+
+    def turns(self, partitions: Sequence[str], now: datetime) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+        """Who is well, who failed and is due again (the longest waiting first), and who failed and still waits.
+
+        After a clock was set back nobody waits for it to catch up.
+        """
+        with self._lock:
+            failing = {name: self._failing[name] for name in partitions if name in self._failing}
+        due = {name for name, each in failing.items() if not each.at <= now < each.due_at}
+        well = [name for name in partitions if name not in failing]
+        again = sorted(due, key=lambda name: (failing[name].due_at, name))
+        return well, again, [name for name in failing if name not in due]
+
+    def last_failure(self, partition: str) -> Failure:
+        """Why a partition failed last that failed."""
+        return self._failing[partition].failure
+
+    def failed(self, failure: Failure, now: datetime) -> None:
+        """The partition failed once more."""
+        with self._lock:
+            before = self._failing.get(failure.partition)
+            self._failing[failure.partition] = _Failing(before.times + 1 if before else 1, now, failure)
+
+    def well(self, partition: str) -> None:
+        """The partition was brought up to date."""
+        with self._lock:
+            self._failing.pop(partition, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a pass is made. `start_at(now)` is where a pipeline begins that has no checkpoint at all."""
+    """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
+    anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
 
-    clock: Callable[[], datetime]
-    start_at: Callable[[datetime], datetime]
+    `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
+    partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run.
+    """
+
+    now: datetime
+    first_at: datetime
+    probe: Callable[[], None]
+    nothing_found: Callable[[], None]
+    backoff: Backoff = field(default_factory=Backoff)
     concurrency: int = 4
     transient_limit: int = 5
+    retry_seconds: float = 20.0
 
 
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
-    now = how.clock()
-    cursors = _cursors(pipeline, context, how, now)
-    live = _live_counts(pipeline, cursors, now)
+    cursors = _cursors(pipeline, context, how)
+    live = live_counts(pipeline, how.now)
+    if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
+        how.nothing_found()
     context.progress.advance(total=len(cursors))
 
-    def one(partition: str) -> Report:
-        at = Position(partition, cursors[partition], now)
-        report = sync_partition(pipeline, context, at, live.get(partition, {}))
+    def one(partition: str, done: Done) -> None:
+        at = Position(partition, cursors[partition], how.now)
+        if pipeline.refused and not _can_be_named(pipeline, partition, how.now):
+            done(pipeline.refused(context, at, live.get(partition, {})))
+        else:
+            sync_partition(pipeline, context, at, live.get(partition, {}), done)
         context.progress.advance(done=1)
-        return report
 
-    return isolated(pipeline, context, sorted(cursors), one, how)
+    def left(partition: str) -> Report:
+        return Report(ledger=waiting(pipeline.unit, live.get(partition, {}).values()))
+
+    return isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
 
 
-def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass, now: datetime) -> Mapping[str, datetime]:
+def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
+    try:
+        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+    except Rejected as error:
+        log.debug("%r: %s", partition, error)
+        return False
+    return True
+
+
+def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
     """Partition -> cursor, for all that are known or newly discovered; new ones are committed first."""
     known = dict(pipeline.checkpoints.cursors(pipeline.name))
-    start_at = known.pop(DISCOVERY, None)
-    first_at = how.start_at(now)
-    if start_at is None:
-        start_at = first_at
-        _move(pipeline, context, DISCOVERY, start_at)
-    oldest = min([start_at, *known.values()])
-    for partition in pipeline.source.partitions(oldest):
+    if not pipeline.refused:
+        known.pop(UNNAMED, None)
+    for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
-            known[partition] = start_at
-            _move(pipeline, context, partition, start_at)
-    if first_at > start_at:
-        _move(pipeline, context, DISCOVERY, first_at)
+            known[partition] = how.first_at
+            _begin(pipeline, context, partition, how.first_at)
     return known
 
 
-def _move(pipeline: Pipeline[B, E], context: Context, partition: str, cursor_at: datetime) -> None:
+def _begin(pipeline: Pipeline[B, E], context: Context, partition: str, cursor_at: datetime) -> None:
     if context.dry_run:
         return
     try:
@@ -80,16 +150,13 @@ def _move(pipeline: Pipeline[B, E], context: Context, partition: str, cursor_at:
         log.warning("partition %r cannot have a checkpoint: %s", partition, error)
 
 
-def _live_counts(
-    pipeline: Pipeline[B, E], cursors: Mapping[str, datetime], now: datetime
-) -> Mapping[str, Mapping[datetime, Count]]:
+def live_counts(pipeline: Pipeline[B, E], now: datetime) -> Mapping[str, Mapping[datetime, Count]]:
     """The counts of all open and settling windows, by partition and window start, in one question to the source."""
     windows = live_windows(pipeline, now)
-    if not cursors or not windows:
-        return {}
     by_partition: dict[str, dict[datetime, Count]] = {}
-    for (partition, start), count in pipeline.source.counts(None, windows).items():
-        by_partition.setdefault(partition, {})[start] = count
+    if windows:
+        for (partition, start), count in pipeline.source.counts(None, windows).items():
+            by_partition.setdefault(partition, {})[start] = count
     return by_partition
 
 
@@ -98,89 +165,116 @@ def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
     grid = pipeline.grid
 
     def backwards() -> Iterator[Window]:
-        window = next(grid.windows(now, _after(now)))
+        window = next(grid.windows(now, now + datetime.resolution))
         while age_of(window, now, grid.grace_seconds) is not Age.DUE:
             yield window
-            window = next(grid.windows(_before(window.start), window.start))
+            window = next(grid.windows(window.start - datetime.resolution, window.start))
 
     return list(backwards())[::-1]
 
 
-def _after(instant: datetime) -> datetime:
-    return instant + _TICK
+class _Outage:
+    """Tells an outage of the source or the sink from failures that are the partitions' own: when many fail in a row,
+    both are probed, once a pass.
+    """
 
-
-def _before(instant: datetime) -> datetime:
-    return instant - _TICK
-
-
-_TICK = datetime.resolution
-
-
-@dataclass(slots=True)
-class _Weather:
-    """How many partitions in a row failed for a cause that may pass: many mean that it is not the partitions' fault."""
-
-    limit: int
-    in_a_row: int = 0
-    last: Transient | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, limit: int, probe: Callable[[], None]) -> None:
+        self._limit = limit
+        self._probe = probe
+        self._in_a_row = 0
+        self._is_probed = False
+        self._outage: Transient | None = None
+        self._lock = threading.Lock()
 
     def saw(self, error: Transient | None) -> None:
-        with self.lock:
-            self.in_a_row = self.in_a_row + 1 if error else 0
-            self.last = error
+        """A partition went well (None) or failed for a cause that may pass."""
+        with self._lock:
+            self._in_a_row = self._in_a_row + 1 if error else 0
+            if error is None or self._is_probed or self._in_a_row < self._limit:
+                return
+            self._is_probed = True
+            try:
+                self._probe()
+            except Transient as away:
+                self._outage = away
 
     def check(self) -> None:
-        with self.lock:
-            if self.last is not None and self.in_a_row >= self.limit:
-                raise self.last
+        """Raises what the probe found."""
+        if self._outage is not None:
+            raise self._outage
 
 
 def isolated(
     pipeline: Pipeline[B, E],
     context: Context,
     partitions: Sequence[str],
-    one: Callable[[str], Report],
+    one: Callable[[str, Done], None],
+    *,
     how: Pass,
+    left: Callable[[str], Report] = lambda _: Report(),
 ) -> Report:
-    """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others go on."""
-    weather = _Weather(how.transient_limit)
+    """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others go on.
+
+    `left` is what a partition that still waits for its turn leaves for a later run.
+    """
+    outage = _Outage(how.transient_limit, how.probe)
 
     def attempt(partition: str) -> Report:
         context.stop.check()
-        weather.check()
+        outage.check()
+        parts: list[Report] = []
         try:
-            report = one(partition)
-        except Transient as error:
-            weather.saw(error)
-            return _failed(pipeline, context, partition, error)
-        except (Rejected, Permanent) as error:
-            return _failed(pipeline, context, partition, error)
-        weather.saw(None)
-        return report
+            one(partition, parts.append)
+        except (LeaseLost, Stopped):
+            raise
+        except (Transient, Permanent, Rejected) as error:
+            outage.saw(error if isinstance(error, Transient) else None)
+            failure = Failure(partition, error.message, error.hint)
+            how.backoff.failed(failure, how.now)
+            _note(pipeline, context, failure, str(error))
+            return sum(parts, Report(failures=(failure,)))
+        outage.saw(None)
+        how.backoff.well(partition)
+        return sum(parts, Report())
 
-    total = Report()
+    def wait(partition: str) -> Report:
+        report = left(partition)
+        failures = (how.backoff.last_failure(partition), *report.failures)
+        return replace(report, failures=failures, ledger=report.ledger.of_partition(partition))
+
+    well, again, still = how.backoff.turns(partitions, how.now)
     with ThreadPoolExecutor(how.concurrency, thread_name_prefix=pipeline.name) as pool:
-        # Each thread carries the run's context, which the log reads its run id from.
-        futures = [pool.submit(copy_context().run, attempt, partition) for partition in partitions]
-        try:
-            for future in futures:
-                total += future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-    weather.check()
+        total = _all(pool, attempt, well)
+        ends_at = time.monotonic() + how.retry_seconds
+
+        def retry(partition: str) -> Report:
+            return attempt(partition) if time.monotonic() < ends_at else wait(partition)
+
+        total += _all(pool, retry, again)
+    outage.check()
+    return sum(map(wait, still), total)
+
+
+def _all(pool: ThreadPoolExecutor, attempt: Callable[[str], Report], partitions: Sequence[str]) -> Report:
+    """The sum over partitions; the first error that is not a partition's own ends the pass."""
+    # Each thread carries the run's context, which the log reads its run id from.
+    futures = [pool.submit(copy_context().run, attempt, partition) for partition in partitions]
+    total = Report()
+    try:
+        for partition, future in zip(partitions, futures, strict=True):
+            report = future.result()
+            total += replace(report, ledger=report.ledger.of_partition(partition))
+    finally:
+        for future in futures:
+            future.cancel()
     return total
 
 
-def _failed(
-    pipeline: Pipeline[B, E], context: Context, partition: str, error: Transient | Rejected | Permanent
-) -> Report:
+def _note(pipeline: Pipeline[B, E], context: Context, failure: Failure, message: str) -> None:
     """Note the failure beside the cursor, which stays. A lost lease or an absent store ends the whole run."""
-    if not context.dry_run:
-        try:
-            pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
-        except Rejected as unnamed:
-            log.warning("the failure of partition %r cannot be noted beside its cursor: %s", partition, unnamed)
-    return Report(failures=(Failure(partition, error.message, error.hint),))
+    if context.dry_run:
+        return
+    try:
+        pipeline.checkpoints.fail(pipeline.name, failure.partition, message, context.lease)
+    except Rejected as unnamed:
+        log.warning("the failure of partition %r cannot be noted beside its cursor: %s", failure.partition, unnamed)

@@ -5,10 +5,11 @@ is a contract that every implementation keeps and that one conformance suite che
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
+from app.core.ledger import Tally
 from app.core.runs import Lease
 from app.core.window import Window
 
@@ -18,10 +19,12 @@ class Count:
     """What the source says a window holds, without handing over its rows.
 
     `cells` counts single values and tells of any row that came or went; `points` is a lower bound for the rows.
+    `fields`: the values by field, where the source has fields and the window is to be read.
     """
 
     cells: int
     points: int
+    fields: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 UNCOUNTED = Count(-1, 0)
@@ -50,6 +53,13 @@ class Batch(Protocol):
     @property
     def reusable(self) -> bool:
         """True when a later read of the same window may build on these rows instead of reading them again."""
+
+    @property
+    def accounts(self) -> Mapping[str, Tally]:
+        """By field, what was counted and read at the source for these rows; `new` is what the rows hold of it.
+
+        Empty where the pipeline keeps its ledger itself.
+        """
 
     def close(self) -> None:
         """Free what is spooled. Idempotent."""
@@ -83,6 +93,7 @@ class Record:
     """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows.
 
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
+    `fields`: by field, how many values of the source the object holds; empty for a record of an older version.
     """
 
     window: Window
@@ -96,6 +107,7 @@ class Record:
     min_at: datetime | None
     max_at: datetime | None
     closed: bool
+    fields: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def held(self) -> Held:
@@ -144,7 +156,7 @@ class Source(Protocol[B]):
         """`batch` with the rows of `held` whose key it lacks. Closes neither; the caller closes the result."""
 
     def missing(self, batch: B, held: Iterable[Any]) -> B:
-        """The rows of `batch` whose key is not in `held`."""
+        """The rows of `batch` whose key is not in `held`; what is left out counts as already there."""
 
 
 class Sink(Protocol[B_contra, E]):

@@ -242,6 +242,7 @@ class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
+    `busy_seconds`: how long a command waits while another process runs the job.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Job:
     off: str = ""
     exits: Exits = Exits()
     unit: str = "window"
+    busy_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,7 @@ def _reported(run: Run, report: Report) -> Run:
     if report.failures:
         first = report.failures[0]
         others = f" and {len(report.failures) - 1} more" if len(report.failures) > 1 else ""
-        error, hint = f"{first.partition}{others}: {first.message}", first.hint
+        error, hint = f"{first.partition or '(unnamed)'}{others}: {first.message}", first.hint
     elif fault := fault_of(report.ledger):
         error, hint = fault
     else:

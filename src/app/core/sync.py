@@ -6,7 +6,7 @@ are never written over it. Whether a window may be closed is decided from the cl
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -14,6 +14,7 @@ from itertools import count, islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
+from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
@@ -49,6 +50,9 @@ class Pipeline(Generic[B, E]):
 
     `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
     person did to it is seen; such a sink has one object per window, which is replaced also when late rows come.
+
+    `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
     name: str
@@ -59,6 +63,9 @@ class Pipeline(Generic[B, E]):
     allow_shrink: bool = False
     asks_sink: bool = False
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
+    refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
+    unit: str = "values"
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember the rows of `version`, when building on them pays."""
@@ -108,19 +115,57 @@ class _Written:
 
     record: Record | None
     stored_bytes: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
 
 
-def sync_partition(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
+Done = Callable[[Report], None]
+
+
+def sync_partition(
+    pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count], told: Done | None = None
+) -> Report:
     """One step of one partition: its oldest due windows, and when none is left behind, the live ones.
 
     `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise;
-    what was committed before stays.
+    what was committed before stays, and `told` has heard of it.
     """
-    due = list(islice(_due(pipeline.grid, at), pipeline.grid.count_windows))
-    report, passed = _close_due(pipeline, context, at.partition, due) if due else (Report(), at.cursor_at)
-    if report.more or len(due) == pipeline.grid.count_windows:
-        return replace(report, more=True)
-    return report + _refresh(pipeline, context, replace(at, cursor_at=passed), live)
+    total = Report()
+
+    def done(part: Report) -> None:
+        nonlocal total
+        total += part
+        if told:
+            told(part)
+
+    left = dict(live)  # what was counted and is not brought up to date yet
+    try:
+        due = list(islice(_due(pipeline.grid, at), pipeline.grid.count_windows))
+        passed = _close_due(pipeline, context, at.partition, due, left=left, done=done) if due else at.cursor_at
+        if due and (passed < due[-1].end or len(due) == pipeline.grid.count_windows):
+            done(Report(more=True))
+        else:
+            _refresh(pipeline, context, replace(at, cursor_at=passed), left, done)
+    finally:
+        done(Report(ledger=waiting(pipeline.unit, left.values())))
+    return total
+
+
+def waiting(unit: str, counts: Iterable[Count]) -> Ledger:
+    """What was counted and is left for a later run."""
+    return _counted(unit, counts, "waiting")
+
+
+def already_there(unit: str, count: Count) -> Ledger:
+    """What was counted and is as it was confirmed."""
+    return _counted(unit, [count], "already_there")
+
+
+def _counted(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
+    fields: dict[str, int] = {}
+    for one in counts:
+        for name, number in one.fields.items():
+            fields[name] = fields.get(name, 0) + number
+    return Ledger(unit, {name: Tally(counted=number, **{entry: number}) for name, number in fields.items()})
 
 
 def _due(grid: Grid, at: Position) -> Iterator[Window]:
@@ -129,29 +174,42 @@ def _due(grid: Grid, at: Position) -> Iterator[Window]:
 
 
 def _close_due(
-    pipeline: Pipeline[B, E], context: Context, partition: str, due: Sequence[Window]
-) -> tuple[Report, datetime]:
-    """Close due windows, oldest first; runs of empty ones cost one count and one commit together."""
-    counts = pipeline.source.counts(partition, due)
+    pipeline: Pipeline[B, E],
+    context: Context,
+    partition: str,
+    due: Sequence[Window],
+    *,
+    left: dict[datetime, Count],
+    done: Done,
+) -> datetime:
+    """Close due windows, oldest first; up to where that went. Runs of empty ones cost one count and one commit."""
+    counts = {start: count for (_, start), count in pipeline.source.counts(partition, due).items()}
+    left |= counts
     records = _records(pipeline, partition, due)
-    work = {w.start: (w, count) for w in due if (count := _to_close(w, records, counts.get((partition, w.start))))}
+    work = {w.start: (w, count) for w in due if (count := _to_close(w, records, counts.get(w.start)))}
     ahead = pipeline.source.read_each(partition, list(work.values()))
-    report, passed, committed = Report(), due[0].start, due[0].start
+    passed = committed = due[0].start
+    written = 0
     context.progress.advance(total=len(due))
     for window in due:
         context.stop.check()
         if window.start in work:
-            if report.windows == pipeline.grid.step_windows:
-                report = replace(report, more=True)
+            if written == pipeline.grid.step_windows:
                 break
             task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=ahead)
-            report += settle(pipeline, context, task, moves_cursor=True)
+            report = settle(pipeline, context, task, moves_cursor=True)
+            done(report)
+            written += report.windows
             committed = window.end
+        elif window.start in counts:
+            log.debug("%s %s: %d values counted, closed already", partition, window, counts[window.start].cells)
+            done(Report(ledger=already_there(pipeline.unit, counts[window.start])))
+        left.pop(window.start, None)
         passed = window.end
         context.progress.advance(done=1)
     if passed > committed and not context.dry_run:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
-    return report, passed
+    return passed
 
 
 def _to_close(window: Window, records: Mapping[datetime, Record], count: Count | None) -> Count | None:
@@ -161,20 +219,20 @@ def _to_close(window: Window, records: Mapping[datetime, Record], count: Count |
     return expected if needed else None
 
 
-def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count]) -> Report:
+def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dict[datetime, Count], done: Done) -> None:
     """Bring open and settling windows up to date; one whose count did not move costs nothing."""
     windows = list(pipeline.grid.windows(at.cursor_at, at.now))
-    report = Report()
-    if not windows:
-        return report
-    records = _records(pipeline, at.partition, windows)
+    records = _records(pipeline, at.partition, windows) if windows else {}
     for window in windows:
         context.stop.check()
-        record, count = records.get(window.start), live.get(window.start, NOTHING)
+        record, count = records.get(window.start), left.get(window.start, NOTHING)
         if _is_settled(record, count):
-            continue
-        report += settle(pipeline, context, Task(at.partition, window, count, record, final=False))
-    return report
+            log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
+            done(Report(ledger=already_there(pipeline.unit, count)))
+        else:
+            done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
+        left.pop(window.start, None)
+    left.clear()  # what is before the cursor was closed earlier
 
 
 def _is_settled(record: Record | None, count: Count) -> bool:
@@ -199,9 +257,9 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         commit = Commit((record,) if record else (), cursor_at)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
     if not written.stored_bytes or record is None:
-        return Report()
+        return Report(ledger=written.ledger)
     context.progress.advance(rows=record.rows)
-    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1)
+    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, ledger=written.ledger)
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
@@ -213,8 +271,17 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
         try:
             with _reading(pipeline, task, held) as batch:
                 if batch.rows == 0 if held is None else batch.digest == held.digest:
-                    return _unchanged(pipeline, task, key, held, batch)
-                return _store(pipeline, context, task, held, batch)
+                    written = _unchanged(pipeline, task, key, held, batch)
+                else:
+                    written = _store(pipeline, context, task, held, batch)
+                log.debug(
+                    "%s: %d values counted, %d rows read, %s",
+                    key,
+                    task.count.cells,
+                    batch.rows,
+                    f"{written.stored_bytes} bytes written" if written.stored_bytes else "nothing to write",
+                )
+                return replace(written, ledger=_account(pipeline, context, task, batch, written))
         except Conflict:
             held = pipeline.sink.head(key)
             task = replace(task, ahead=None)  # those rows are older than the version that is there now
@@ -263,6 +330,17 @@ def _store(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | 
         return _Written(_record(task, key, stored, batch), encoded.size_bytes)
 
 
+def _account(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B, written: _Written) -> Ledger:
+    """What became of the values of the window. What an unchanged object, or its record, holds is not new."""
+    before = task.record.fields if task.record else {}
+    fields = {}
+    for name, tally in batch.accounts.items():
+        held = min(before.get(name, 0), tally.new) if written.stored_bytes else tally.new
+        fields[name] = replace(tally, new=tally.new - held, already_there=tally.already_there + held)
+    aside = pipeline.set_aside(task.partition, task.window, batch) if pipeline.set_aside and not context.dry_run else ()
+    return Ledger(pipeline.unit, fields, aside)
+
+
 def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
     return Record(
         window=task.window,
@@ -276,6 +354,7 @@ def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
         min_at=batch.min_at,
         max_at=batch.max_at,
         closed=False,
+        fields={name: tally.new for name, tally in batch.accounts.items()},
     )
 
 

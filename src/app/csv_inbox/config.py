@@ -6,6 +6,7 @@ what cannot work is one BadSettings with one line per fault. Nothing is created 
 
 import codecs
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import BadSettings
+from app.core.files import NAME_BYTES
 
 FILE = "config.json"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -185,4 +187,10 @@ def _clashes(config: InboxConfig) -> list[str]:
         found.append("watch_dir, archive_dir and rejected_dir; allowed: three different folders")
     if len({*folders, *files}) < len(set(folders)) + len(files):
         found.append("merged_file, metadata_file and log_file; allowed: three different files, none of them a folder")
+    # The log moves aside as `{name}.1`.
+    limits = {"merged_file": NAME_BYTES, "metadata_file": NAME_BYTES, "log_file": NAME_BYTES - 2}
+    for key, limit in limits.items():
+        size = len(os.fsencode(getattr(config, key).name))
+        if size > limit:
+            found.append(f"{key}: a name of {size} bytes; allowed: at most {limit}")
     return found

@@ -3,8 +3,6 @@
 Invariant: quotes follow the csv module: one opens only at the start of a field, elsewhere it is text.
 """
 
-import csv
-import io
 import re
 
 from app.core.errors import AppError
@@ -13,12 +11,16 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Malformed(AppError):
-    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record."""
+    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record.
 
-    def __init__(self, message: str, line: int | None = None, record: bytes = b"") -> None:
+    `kind` is one of the fixed texts of `faults`.
+    """
+
+    def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: str) -> None:
         super().__init__(message)
         self.line = line
         self.record = record
+        self.kind = kind
 
 
 class Dialect:
@@ -36,6 +38,8 @@ class Dialect:
             rb"(?:" + quoted + rb"|" + plain + rb")(?:" + d + rb"(?:" + quoted + rb"|" + plain + rb"))*+\n"
         )
         self._value = re.compile(rb'"((?:[^"]++|"")*+)"(.*+)', re.DOTALL)
+        self._blank = re.compile(rb'[ \t"' + d + rb"]*+")
+        self._needs_quotes = re.compile(rb'["\r\n' + d + rb"]")
 
     def fields(self, record: bytes) -> list[bytes]:
         """The raw fields of one record without its line end, quotes and all."""
@@ -54,10 +58,14 @@ class Dialect:
             if at > len(record):
                 return found
 
-    def values(self, record: bytes) -> list[str]:
-        """The decoded values of one record. Raises UnicodeDecodeError and csv.Error."""
-        text = record.decode(self.encoding)
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter), [""])
+    def blank(self, record: bytes) -> bool:
+        """True when nothing but delimiters, blanks and empty quotes is there, as spreadsheets write an empty row."""
+        blanks = self._blank.fullmatch(record) is not None
+        return blanks and not any(self.unquoted(field).strip(b" \t") for field in self.fields(record))
+
+    def written(self, value: bytes) -> bytes:
+        """A raw field with this value, quoted where that is needed."""
+        return b'"' + value.replace(b'"', b'""') + b'"' if self._needs_quotes.search(value) else value
 
     def unquoted(self, field: bytes) -> bytes:
         """The value of one raw field."""

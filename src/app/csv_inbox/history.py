@@ -25,6 +25,10 @@ class Load:
     `revert` says how the merge can be taken back: "rows" (removed rows were kept), "whole" (the old master was),
     "first" (there was no master), "" (cannot). `size_bytes` and `mtime_ns` are those of the master after it,
     `mtime_before_ns` that of the one before.
+
+    The last fields are how rows are found that are written to the file later: its name in the archive as it is, its
+    device, inode, size and modification time when it was last looked at, the MD5 of all that was taken in by then,
+    where its rows begin, and the size of a last record without a line end. `source` is empty where nothing is known.
     """
 
     load_id: str
@@ -50,6 +54,11 @@ class Load:
     size_bytes: int = 0
     mtime_ns: int = 0
     mtime_before_ns: int = 0
+    archive_name: str = ""
+    source: tuple[int, ...] = ()
+    source_md5: str = ""
+    rows_at: int = 0
+    unended_bytes: int = 0
 
     def told(self) -> str:
         """One line for people."""

@@ -6,6 +6,7 @@ goes any further; memory grows with the keys of the file and nothing else of it.
 """
 
 import hashlib
+import logging
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +17,41 @@ from typing import IO
 import numpy as np
 
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.dialect import Dialect, Malformed
-from app.csv_inbox.faults import Fault, Unmergeable, Unsteady
-from app.csv_inbox.header import Header, read_header
-from app.csv_inbox.identity import Identity, identity_of, open_regular
+from app.csv_inbox.dialect import BOM, Dialect, Malformed
+from app.csv_inbox.faults import (
+    EMPTY_KEY,
+    ENCODING,
+    LONG_RECORD,
+    MISSING_COLUMN,
+    NO_ROWS,
+    RAGGED,
+    SECOND_HEADER,
+    TOO_LARGE,
+    Fault,
+    Unmergeable,
+    Unsteady,
+)
+from app.csv_inbox.header import Header, columns, read_incoming_header
+from app.csv_inbox.identity import Identity, identity_of, open_regular, read_some
+from app.csv_inbox.inbox import is_too_large
 from app.csv_inbox.keys import Gathering, Keys
 from app.csv_inbox.layout import Layout, united
-from app.csv_inbox.records import Block, Offsets, blocks
+from app.csv_inbox.records import LONGEST_RECORD_BYTES, Block, Offsets, blocks
+from app.csv_inbox.spreadsheet import without_blank_records, without_surplus
 
 MOST_FAULTS = 1000
-MEGABYTE = 1 << 20
 LONGEST_VALUE = 200
+CORRECT = "correct the file and put it into the inbox again"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`."""
+    """What was read. Record n of the spool is `[offsets[n], offsets[n + 1])`.
+
+    `counted` is the number of rows that were seen in the file, tallied before any was spooled. `unended_bytes` is the
+    size of a last record that lacks its line end.
+    """
 
     identity: Identity
     md5: str
@@ -40,6 +60,8 @@ class Incoming:
     spool: Path
     keys: Keys
     offsets: "array[int]"
+    counted: int
+    unended_bytes: int
 
     @property
     def rows(self) -> int:
@@ -61,18 +83,27 @@ class Incoming:
 
 @dataclass(slots=True)
 class _Reading:
-    """The state of one pass over a file."""
+    """The state of one pass over a file. `dialect` is the file's own, `out` that of the master.
+
+    `width`: the number of fields of every row where all have more than the header, 0 before the first row.
+    """
 
     config: InboxConfig
+    out: Dialect
     dialect: Dialect
     header: Header
+    known: Sequence[str]
     layout: Layout
     spool: IO[bytes]
     keys: Gathering = field(default_factory=Gathering)
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     faults: list[Fault] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
     more: int = 0
+    counted: int = 0
+    width: int = 0
+    unended_bytes: int = 0
 
 
 def read_incoming(
@@ -80,54 +111,77 @@ def read_incoming(
 ) -> Incoming:
     """Check the file and spool its rows; `beat` is told of bytes read, and may raise to stop.
 
-    Raises Unmergeable, Unsteady when it changed meanwhile, Permanent when the master lacks the key column, and OSError.
+    Raises Unmergeable, Unsteady when it changed meanwhile, Stuck when it cannot be read now, Permanent when the master
+    lacks the key column, and OSError.
     """
     with open_regular(path) as file:
         before = identity_of(os.fstat(file.fileno()))
-        _refuse_size(before.size, config)
+        if is_too_large(before.size, config):
+            told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
+            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=TOO_LARGE)
         digest = hashlib.md5(usedforsecurity=False)
 
         def read(size: int) -> bytes:
-            piece = file.read(size)
+            piece = read_some(file, size)
             digest.update(piece)
             beat(len(piece))
             return piece
 
         reading = _read(file, read, master, config, spool)
         if identity_of(os.fstat(file.fileno())) != before:
-            raise Unsteady(f"{path.name} changed while it was read", "nothing to do: the next run looks again")
+            raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
     _judge(reading)
     return Incoming(
-        before, digest.hexdigest(), reading.header, reading.layout, spool, reading.keys.keys(), reading.offsets
+        before,
+        digest.hexdigest(),
+        reading.header,
+        reading.layout,
+        spool,
+        reading.keys.keys(),
+        reading.offsets,
+        reading.counted,
+        reading.unended_bytes,
     )
-
-
-def _refuse_size(size: int, config: InboxConfig) -> None:
-    if size > config.max_file_size_mb * MEGABYTE:
-        told = f"{size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-        raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb")
 
 
 def _read(
     file: IO[bytes], read: Callable[[int], bytes], master: Header | None, config: InboxConfig, spool: Path
 ) -> _Reading:
-    dialect = Dialect(config.csv_delimiter, config.csv_encoding)
-    with spool.open("xb") as out:
+    out = Dialect(config.csv_delimiter, config.csv_encoding)
+    known = (config.key_column, *config.required_columns, *(master.names if master else ()))
+    reading = None
+    with spool.open("xb") as rows:
         try:
-            header = read_header(file.read, dialect)
+            header, dialect = read_incoming_header(lambda size: read_some(file, size), out, known)
+            log.debug(
+                "header: %d columns in line %d (%s), %d fields in all; delimiter %r, encoding %s, line end %r",
+                *(len(header.names), header.lines, ", ".join(header.names)[:500], header.width),
+                *(dialect.delimiter, dialect.encoding, header.eol.decode("ascii")),
+            )
             file.seek(0)
             _skip(read, header.size_bytes)
-            _refuse_columns(header, config)
-            layout = united(master, header, config.key_column, config.required_columns, dialect)
-            reading = _Reading(config, dialect, header, layout, out)
-            for block in blocks(read, dialect, 1 + header.lines):
+            _refuse_columns(header, dialect, config)
+            layout = united(master, header, config.key_column, config.required_columns, out)
+            _refuse_header(layout, out, header.lines)
+            reading = _Reading(config, out, dialect, header, known, layout, rows)
+            bom = BOM if dialect.encoding == "utf-8" else b""
+            for block in blocks(read, dialect, 1 + header.lines, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
                 _take(reading, block)
         except Malformed as error:
             raise Unmergeable(
                 [Fault(error.message, error.line, None, _shown(error.record) if error.record else None)],
-                "correct the file and put it into the inbox again",
+                CORRECT,
+                kind=error.kind,
+                rows=reading.counted if reading else 0,
             ) from error
     return reading
+
+
+def _refuse_header(layout: Layout, out: Dialect, line: int) -> None:
+    """Raises Malformed when the master, with the columns of the file, could have a header above the limit."""
+    if layout.added and len(layout.header(out)) > LONGEST_RECORD_BYTES:
+        told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
+        raise Malformed(told, line, kind=LONG_RECORD)
 
 
 def _skip(read: Callable[[int], bytes], size: int) -> None:
@@ -136,29 +190,41 @@ def _skip(read: Callable[[int], bytes], size: int) -> None:
         size -= len(read(size)) or size
 
 
-def _refuse_columns(header: Header, config: InboxConfig) -> None:
+def _refuse_columns(header: Header, dialect: Dialect, config: InboxConfig) -> None:
     wanted = dict.fromkeys((config.key_column, *config.required_columns))
     missing = [name for name in wanted if name not in header.names]
     if not missing:
         return
     hint = f"the file has: {', '.join(header.names)[:300]}"
     if len(header.names) == 1:
-        hint += f"; csv_delimiter is {config.csv_delimiter!r}"
-    raise Unmergeable([Fault(f"the column {name!r} is missing", 1, name) for name in missing], hint)
+        hint += f"; its delimiter was taken to be {dialect.delimiter!r}"
+    faults = [Fault(f"the column {name!r} is missing", header.lines, name) for name in missing]
+    raise Unmergeable(faults, f"add the column, or change key_column or required_columns; {hint}", kind=MISSING_COLUMN)
 
 
 def _take(reading: _Reading, block: Block) -> None:
     """Check one block and spool it."""
     _check_text(reading, block)
+    reading.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
+    block = without_blank_records(block, reading.dialect)
+    if block.begins:
+        block = _without_header(reading, block)
+    if not len(block.rows):
+        return
+    reading.counted += len(block.rows)
+    block = _narrowed(reading, block)
     wanted = len(reading.header.names)
     uneven = [(at, f"{found} fields where the header has {wanted}", None) for at, found in block.uneven(wanted)]
     if uneven:
-        _blame(reading, block, uneven)
+        _blame(reading, block, RAGGED, uneven)
         return
     column = reading.config.key_column
     keys = block.cells(reading.header.names.index(column), reading.dialect)
     empty = block.rows[keys.lengths == 0].tolist()
-    _blame(reading, block, [(at, f"the key {column!r} is empty", column) for at in empty])
+    _blame(reading, block, EMPTY_KEY, [(at, f"the key {column!r} is empty", column) for at in empty])
+    if BOM in block.data and reading.dialect.encoding == "utf-8":
+        marked = [at for place, at in enumerate(block.rows.tolist()) if BOM in keys.value(place)]
+        _blame(reading, block, EMPTY_KEY, [(at, f"a byte order mark in the key {column!r}", column) for at in marked])
     reading.keys.add(keys)
     _spool(reading, block)
 
@@ -173,22 +239,59 @@ def _check_text(reading: _Reading, block: Block) -> None:
             at = error.start
     if at < 0:
         return
-    line = block.line + block.data.count(b"\n", 0, at)
-    told = f"the byte 0x{block.data[at]:02X} is no text in {reading.config.csv_encoding}"
+    byte = f"0x{block.data[at]:02X}"
+    told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {reading.dialect.encoding.upper()} byte {byte}"
+    fault = Fault(told, block.line + block.data.count(b"\n", 0, at), None, byte)
     raise Unmergeable(
-        [Fault(told, line, None, f"0x{block.data[at]:02X}")], "save the file in that encoding, or set csv_encoding"
+        [fault], "save the file in that encoding, or set csv_encoding", kind=ENCODING, rows=reading.counted
     )
 
 
-def _blame(reading: _Reading, block: Block, found: Sequence[tuple[int, str, str | None]]) -> None:
+def _without_header(reading: _Reading, block: Block) -> Block:
+    """The block without the header of a file that was appended to another one. Raises Malformed for another header.
+
+    Rows alone may follow the mark as well: then the part was saved without a header.
+    """
+    if not len(block.rows):
+        return block
+    position = int(block.rows[0])
+    dialect, record = reading.dialect, block.record(position)
+    values = [dialect.unquoted(each).decode(dialect.encoding) for each in dialect.fields(record)]
+    names = columns(values, reading.known)
+    if names == reading.header.names:
+        return block.without(np.array([position]))
+    if {name for name in names if name} & set(reading.header.names) or values[0].lower().startswith("sep="):
+        told = "another file begins here, and its header is not that of the first line"
+        raise Malformed(told, block.line_of(position), record[:LONGEST_VALUE], kind=SECOND_HEADER)
+    return block
+
+
+def _narrowed(reading: _Reading, block: Block) -> Block:
+    """The block without empty fields behind the last column: where the header has them too, or every row has them."""
+    header = reading.header
+    named = len(header.names)
+    if header.width == named and not reading.width:
+        reading.width = int(block.widths[0])
+    if header.width > named:
+        return without_surplus(block, reading.dialect, named, range(named + 1, header.width + 1))
+    if reading.width <= named:
+        return block
+    short = block.rows[block.widths == named].tolist()
+    told = f"{named} fields where the rows before have {reading.width}"
+    _blame(reading, block, RAGGED, [(at, told, None) for at in short])
+    return without_surplus(block, reading.dialect, named, range(reading.width, reading.width + 1))
+
+
+def _blame(reading: _Reading, block: Block, kind: str, found: Sequence[tuple[int, str, str | None]]) -> None:
     """Remember bad rows, as many as fit."""
-    for position, reason, column in found:
+    for number, (position, reason, column) in enumerate(found):
         if len(reading.faults) >= MOST_FAULTS:
-            reading.more += len(found) - found.index((position, reason, column))
+            reading.more += len(found) - number
             return
         record = block.record(position)
         value = "" if column else _shown(record)
         reading.faults.append(Fault(reason, block.line_of(position), column, value))
+        reading.kinds.append(kind)
         reading.records.append(record)
 
 
@@ -201,18 +304,21 @@ def _spool(reading: _Reading, block: Block) -> None:
     if reading.faults:
         return
     layout, base = reading.layout, reading.offsets[-1]
-    eol = layout.eol
-    as_is = layout.order is None and len(block.rows) == len(block.ends)
+    eol, d = layout.eol, reading.out.delimiter.encode()
+    translated = reading.dialect.delimiter != reading.out.delimiter
+    as_is = layout.order is None and len(block.rows) == len(block.ends) and not translated
     lengths = block.ends - block.stops
     if as_is and bool((lengths == len(eol)).all()):
         reading.spool.write(block.data)
         reading.offsets.frombytes((block.ends + base).tobytes())
         return
     parts = []
-    d = reading.dialect.delimiter.encode()
     for position in block.rows.tolist():
         record = block.record(position)
-        if layout.order is not None:
+        if translated:
+            values = [reading.dialect.unquoted(raw) for raw in reading.dialect.fields(record)]
+            record = d.join(layout.rendered([reading.out.written(value) for value in values]))
+        elif layout.order is not None:
             record = d.join(layout.rendered(reading.dialect.fields(record)))
         base += len(record) + len(eol)
         reading.offsets.append(base)
@@ -223,8 +329,15 @@ def _spool(reading: _Reading, block: Block) -> None:
 def _judge(reading: _Reading) -> None:
     if reading.faults:
         delimiter = reading.dialect.delimiter.encode()
-        header = delimiter.join(reading.header.fields) + (reading.header.eol or b"\n")
-        hint = "correct these rows and put the file into the inbox again; no row of it was merged"
-        raise Unmergeable(reading.faults, hint, header, reading.records, reading.more)
+        fields = [reading.dialect.written(name.encode(reading.dialect.encoding)) for name in reading.header.names]
+        raise Unmergeable(
+            reading.faults,
+            "correct these rows and put the file into the inbox again; no row of it was merged",
+            kind=reading.kinds[0],
+            header=delimiter.join(fields) + (reading.header.eol or b"\n"),
+            records=reading.records,
+            more=reading.more,
+            rows=reading.counted,
+        )
     if not reading.keys.rows:
-        raise Unmergeable([Fault("it has no rows")], "put a file with at least one row below the header")
+        raise Unmergeable([Fault("it has no rows")], "put a file with at least one row below the header", kind=NO_ROWS)

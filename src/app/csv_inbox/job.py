@@ -1,7 +1,8 @@
 """The pipeline put together: what waits in the inbox is merged, oldest first, archived or set aside.
 
 Invariants: all that writes happens under the lock and after recovery; one file is one committed step, so a run may end
-anywhere; each file ends in the archive or in quarantine, or it is still in the inbox and the run says why.
+anywhere; each file ends in the archive or in quarantine, or it is still in the inbox and the run says why; what is
+wrong with one file keeps no other waiting.
 """
 
 import logging
@@ -12,14 +13,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
+from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import Context, Exits, Failure, Job, Report
 from app.csv_inbox.config import load_config
-from app.csv_inbox.faults import Unmergeable, Unsteady
+from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, loads, shown
-from app.csv_inbox.inbox import Candidate, candidates, fingerprint, refusal, unchanged
+from app.csv_inbox.inbox import Candidate, candidates, fingerprint, in_order, is_too_large, refusal, unchanged
 from app.csv_inbox.log import logged
-from app.csv_inbox.places import Places, printable, translated
-from app.csv_inbox.work import MEBIBYTE, Work
+from app.csv_inbox.places import REFUSED, Places, printable, translated
+from app.csv_inbox.work import MEBIBYTE, UNIT, Work
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -52,34 +54,44 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         lambda context: run(Work(places, context, clock)),
         exits=EXITS,
         unit="MiB",
+        busy_seconds=config.lock_timeout_seconds,
     )
     return Inbox(job, history, lambda context, run_id: undo(Work(places, context, clock), run_id))
 
 
 def run(work: Work) -> Report:
     """Merge what waits. Raises Transient (locked, disk full), Permanent (master unreadable) and Stopped."""
-    with translated(f"the inbox {work.config.watch_dir}"):
+    with translated(str(work.places.folder)):
         if work.context.dry_run:
             return _rehearse(work)
         work.places.make()
-        if not candidates(work.config) and not work.places.journal.exists() and not work.places.leftovers():
+        if not _has_work(work):
             return Report()
-        with logged(work.config), _locked(work.places):
+        with logged(work.config), _locked(work):
             _recover(work)
             return _merge_all(work)
 
 
+def _has_work(work: Work) -> bool:
+    from app.csv_inbox.late_tail import grown
+
+    places = work.places
+    return bool(candidates(work.config) or places.journal.exists() or places.leftovers() or grown(places))
+
+
 @contextmanager
-def _locked(places: Places) -> Iterator[None]:
-    """The lock that other processes respect; it waits `lock_timeout_seconds`. Raises Transient."""
+def _locked(work: Work) -> Iterator[None]:
+    """The lock that other processes respect; it waits `lock_timeout_seconds`. Raises Transient, Stopped."""
     from filelock import FileLock, Timeout
 
+    places, stop = work.places, work.context.stop
     seconds = places.config.lock_timeout_seconds
     try:
-        with FileLock(places.lock, timeout=seconds):
+        with FileLock(places.lock).acquire(timeout=seconds, cancel_check=lambda: stop.asked):
             yield
     except Timeout as error:
-        told = f"{places.lock.name} is held by another process for more than {seconds:g} s"
+        stop.check()
+        told = f"{places.lock} is held by another process for more than {seconds:g} s"
         raise Transient(told, "let the other run end, or raise lock_timeout_seconds") from error
 
 
@@ -113,26 +125,45 @@ def _all(work: Work, one: Callable[[Candidate], Report]) -> Report:
 
 
 def _steady(work: Work) -> Sequence[Candidate]:
-    """Candidates that did not change while all of them were waited for, with their MD5 from before the wait."""
+    """Candidates that did not change while all of them were waited for, with their MD5 from before the wait.
+
+    Rows that were written to files after these were merged have become files of their own by then.
+    """
+    from app.csv_inbox.late_tail import grown, take_in
+
     waits = work.config.checksum_wait_seconds
-    found = [_marked(each) if waits and not each.refused else each for each in candidates(work.config)]
-    if waits and any(not each.refused for each in found):
+    late = grown(work.places)
+    found = [_marked(work, each) if waits else each for each in candidates(work.config)]
+    if waits and (late or any(not each.refused for each in found)):
         work.context.stop.pause(waits)
+    steady = []
     for each in found:
-        if not unchanged(each):
-            work.tell(f"{printable(each.path.name)}: still being written, left for the next run")
-    return [each for each in found if unchanged(each)]
+        name, same = printable(each.path.name), unchanged(each)
+        state = "unchanged" if same else "changed"
+        log.debug("%s: %d bytes, size and time %s after %g s", name, each.identity.size, state, waits)
+        if same:
+            steady.append(each)
+        else:
+            work.tell(f"{name}: still being written, left for the next run")
+    for old in (old for old in late if old.is_steady()):
+        if work.context.dry_run:
+            work.told.append(f"{printable(old.path.name)}: was written to after it was merged; that would be looked at")
+        elif (taken := take_in(work, old)) is not None:
+            steady.append(taken)
+    return in_order(steady)
 
 
-def _marked(candidate: Candidate) -> Candidate:
+def _marked(work: Work, candidate: Candidate) -> Candidate:
+    if candidate.refused or is_too_large(candidate.identity.size, work.config):
+        return candidate  # reading it to the end would keep the others waiting
     try:
         return replace(candidate, md5=fingerprint(candidate))
-    except (Unmergeable, Unsteady):
+    except (Unmergeable, Unsteady, Stuck):
         return candidate  # said when its turn comes
 
 
 def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report]) -> Report:
-    """One file: merged, set aside, or left because it changed meanwhile."""
+    """One file: merged, set aside, or left because it changed meanwhile or can be neither read nor moved."""
     name = printable(candidate.path.name)
     work.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # it is read, and put behind
     try:
@@ -142,20 +173,45 @@ def _guarded(work: Work, candidate: Candidate, one: Callable[[Candidate], Report
     except Unsteady as error:
         work.tell(f"{name}: left for the next run: {error.message}")
         return Report()
+    except Stuck as error:
+        return _left(work, name, error)
     except Unmergeable as error:
-        where = "would be rejected" if work.context.dry_run else _set_aside(work, candidate, error)
+        try:
+            where = "would be rejected" if work.context.dry_run else _set_aside(work, candidate, error)
+        except Stuck as stuck:
+            return _left(work, name, stuck)
+        except Unsteady as gone:
+            work.tell(f"{name}: {gone.message}")
+            return Report()
         work.told.append(f"{name}: {where}: {error}")
-        return Report(failures=(Failure(name, error.message, error.hint),))
+        rows = max(error.rows, 1)
+        ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind, rows, rows, name), unit=UNIT)
+        return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger.of_partition(name))
+
+
+def _left(work: Work, name: str, error: Stuck) -> Report:
+    """This file stays where it is, and each run says so."""
+    work.told.append(f"{name}: stays in the inbox: {error}")
+    log.error("%r: stays in the inbox: %s", name, error)
+    ledger = ledger_of(Tally(counted=1, waiting=1), unit=UNIT).of_partition(name)
+    return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger)
 
 
 def _set_aside(work: Work, candidate: Candidate, error: Unmergeable) -> str:
+    """Where it went. Raises Stuck when it may not be moved there, Unsteady when it is gone, and OSError."""
     from app.csv_inbox.quarantine import reject
     from app.csv_inbox.step import load_id_of, text_of
 
     at = work.clock()
     load = Load(load_id_of(at), work.context.run_id, printable(candidate.path.name), text_of(at), REJECTED)
-    target = reject(work.places, candidate, error, load, at)
-    where = f"rejected, moved to {target.parent.name}"
+    try:
+        target = reject(work.places, candidate, error, load, at)
+    except OSError as refused:
+        if refused.errno not in REFUSED:
+            raise
+        told = f"{error.message}; and it cannot be moved to {work.config.rejected_dir}: {refused.strerror}"
+        raise Stuck(told, "let this user write there, or remove the file") from refused
+    where = f"rejected, moved to {target.parent}"
     log.error("%r: %s: %s", candidate.path.name, where, error)
     return where
 
@@ -171,7 +227,7 @@ def undo(work: Work, run_id: str) -> Report:
             found = to_undo(places, run_id)
             check_master(work.config, found[0])
             return Report(rows=sum(load.rows for load in found), notes=tuple(preview(load) for load in found))
-        with logged(work.config), _locked(places):
+        with logged(work.config), _locked(work):
             _recover(work)
             for load in to_undo(places, run_id):
                 work.context.stop.check()

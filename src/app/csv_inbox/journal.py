@@ -6,6 +6,7 @@ repeated. Without a journal nothing has happened, and every temporary file goes.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import Permanent
-from app.core.files import sync_directory, write_durably
+from app.core.files import bounded_name, sync_directory, write_durably
+from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import Load, load_of, prune, save_load
-from app.csv_inbox.identity import Identity, identity_of
+from app.csv_inbox.identity import Identity, identity_of, md5_of, open_regular
 from app.csv_inbox.places import Places
 
 VERSION = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ def carry_out(places: Places, step: Step) -> None:
 def _rename(each: Renaming) -> None:
     if each.temporary.exists():
         each.temporary.replace(each.target)
+        log.debug("renamed %s to %s", each.temporary.name, each.target)
     elif not each.target.exists() or each.target.stat().st_ino != each.inode:
         raise Permanent(
             f"a committed step cannot be completed: {each.temporary.name} is gone, {each.target.name} is another file",
@@ -92,22 +96,39 @@ def _rename(each: Renaming) -> None:
 
 
 def _archive(each: Archiving) -> None:
-    """The link gets its archive name; the inbox's name goes unless another file, or more, is there by now."""
-    same = _is(each.source, each.identity, or_absent=True)
-    if each.pending.exists() and (same or _inode(each.pending) != _inode(each.source)):
+    """The link gets its archive name; the inbox's name goes unless it leads to anything else by now.
+
+    Rows that were appended since the file was read go with it: they are found in the archive and taken in as a file of
+    their own. A file that was rewritten stays in the inbox, and is merged and archived as it is then.
+    """
+    merged = _is_merged(each)
+    if each.pending.exists() and (merged or _inode(each.pending) != _inode(each.source)):
         each.pending.rename(each.target)
-    if os.path.lexists(each.target) and _is(each.source, each.identity, or_absent=False):
-        each.source.unlink()
-    # What was written to after it had been merged stays in the inbox, and is merged and archived as it is then.
+        log.debug("archived %s as %s", each.source.name, each.target)
+    if os.path.lexists(each.target) and merged:
+        each.source.unlink(missing_ok=True)
     each.pending.unlink(missing_ok=True)
     _sync({each.target.parent, each.source.parent})
 
 
-def _is(path: Path, identity: Identity, *, or_absent: bool) -> bool:
+def _is_merged(each: Archiving) -> bool:
+    """True while the inbox's name leads to the file that was merged, or to that file with more behind it."""
     try:
-        return identity_of(path.lstat()) == identity
+        found = identity_of(each.source.lstat())
     except FileNotFoundError:
-        return or_absent
+        return False
+    if found == each.identity:
+        return True
+    held = each.identity
+    linked = found.inode == held.inode and found.inode in (_inode(each.pending), _inode(each.target))
+    if not linked or found.size <= held.size:
+        return False
+    try:
+        with open_regular(each.source) as file:
+            return md5_of(file, held.size) == each.digest
+    except (Unmergeable, Unsteady, Stuck) as error:
+        log.warning("%s stays in the inbox: %s", each.source.name, error.message)
+        return False
 
 
 def _inode(path: Path) -> int:
@@ -178,10 +199,15 @@ def _step(content: Mapping[str, Any], folder: Path) -> Step:
         archiving
         and Archiving(
             folder / archiving["pending"],
-            folder / archiving["target"],
+            _bounded(folder / archiving["target"]),
             folder / archiving["source"],
             Identity(**archiving["identity"]),
             archiving["digest"],
         ),
         load_of(content["load"]),
     )
+
+
+def _bounded(target: Path) -> Path:
+    """The archive name. Earlier versions committed names too long for a directory."""
+    return target.with_name(bounded_name(target.name))

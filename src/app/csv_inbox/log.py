@@ -4,6 +4,7 @@ Invariant: the file is open only while a run goes on; warnings always reach the 
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
@@ -12,7 +13,8 @@ from app.csv_inbox.config import InboxConfig
 
 NAME = "app.csv_inbox"
 FILE_BYTES, FILES_KEPT = 1_000_000, 5
-LINE = "%(asctime)s - %(levelname)s - %(message)s"
+LINE = "%(asctime)s.%(msecs)03dZ - %(levelname)s - %(message)s"
+TIME = "%Y-%m-%dT%H:%M:%S"
 
 
 class _Onward(logging.Handler):
@@ -30,7 +32,9 @@ def logged(config: InboxConfig) -> Iterator[None]:
     file = RotatingFileHandler(
         config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True
     )
-    file.setFormatter(logging.Formatter(LINE))
+    lines = logging.Formatter(LINE, TIME)
+    lines.converter = time.gmtime  # names in the archive are UTC as well
+    file.setFormatter(lines)
     onward = _Onward(logging.NOTSET if config.log_to_console else logging.WARNING)
     held = log.level, log.propagate
     log.setLevel(config.log_level)

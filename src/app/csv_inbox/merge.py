@@ -113,10 +113,10 @@ def merge(master: Path | None, incoming: Incoming, config: InboxConfig, plan: Pl
                 before = _pass(files.enter_context(master.open("rb", buffering=0)), tally, out, config, plan)
         except Malformed as error:
             raise unreadable(config.merged_file, error) from error
-        _append(tally, out)
+        appended = _append(tally, out)
         out.finish()
         after = _finished(tally, out, config, plan)
-    return _told(tally, out, before, after)
+    return _told(tally, out, appended, before, after)
 
 
 def _output(master: Path | None, incoming: Incoming, plan: Plan, files: ExitStack) -> Output:
@@ -150,7 +150,7 @@ def _pass(master: IO[bytes], tally: Tally, out: Output, config: InboxConfig, pla
         scan(master, header, tally, out)
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
         told = f"the master {config.merged_file.name} was written to while it was read"
-        raise Transient(told, "nothing to do: the next run merges into what it is then")
+        raise Transient(told, "no action needed; the next run merges into what it is then")
     return before
 
 
@@ -176,8 +176,8 @@ def _skipped(master: IO[bytes], header: Header, index: Index, tally: Tally, out:
     return True
 
 
-def _append(tally: Tally, out: Output) -> None:
-    """Write the file's rows; of rows with one key, the last."""
+def _append(tally: Tally, out: Output) -> int:
+    """Write the file's rows; of rows with one key, the last. How many were written."""
     incoming, keys = tally.incoming, tally.incoming.keys
     rows = keys.kept_rows()
     for start, end in incoming.runs(rows):
@@ -187,6 +187,7 @@ def _append(tally: Tally, out: Output) -> None:
             out.write(piece)
     if out.indexing is not None:
         out.indexing.add(entries_of(keys.by_row[rows], tally.offsets[rows + 1] - tally.offsets[rows]))
+    return len(rows)
 
 
 def _finished(tally: Tally, out: Output, config: InboxConfig, plan: Plan) -> os.stat_result:
@@ -202,15 +203,15 @@ def _finished(tally: Tally, out: Output, config: InboxConfig, plan: Plan) -> os.
     return after
 
 
-def _told(tally: Tally, out: Output, before: os.stat_result | None, after: os.stat_result) -> Merged:
-    layout, dropped, count = tally.layout, tally.doubtful, tally.incoming.keys.count
+def _told(tally: Tally, out: Output, appended: int, before: os.stat_result | None, after: os.stat_result) -> Merged:
+    layout, dropped = tally.layout, tally.doubtful
     whole = bool(layout.added or dropped)
     return Merged(
-        inserted=count - tally.met,
+        inserted=appended - tally.met,
         replaced=tally.met - tally.unchanged,
         unchanged=tally.unchanged,
         rows_before=tally.kept + tally.taken,
-        rows=tally.kept + count,
+        rows=tally.kept + appended,
         columns=tuple(name for place, name in enumerate(layout.names) if place not in dropped),
         columns_added=layout.added,
         columns_removed=tuple(layout.names[place] for place in dropped),

@@ -6,7 +6,7 @@ all of them stand as writers put them; a block where one does not is walked reco
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.faults import LONE_RETURN, LONG_RECORD, OPEN_QUOTE, RAGGED
 
 Offsets = npt.NDArray[np.int64]
 Octets = npt.NDArray[np.uint8]
@@ -21,6 +22,11 @@ Read = Callable[[int], bytes]
 
 BLOCK_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 1 << 24
+"""The one limit for a record and for a header that come in, line end included."""
+MASTER_RECORD_BYTES = 4 * LONGEST_RECORD_BYTES
+"""What is read back from the master. It can never be reached: a record that came in grows by delimiters only, and there
+are no more of these than bytes in a header. Earlier versions let records of twice that limit in.
+"""
 LF, CR, QUOTE = 10, 13, 34
 NONE = np.zeros(0, np.int64)
 
@@ -110,7 +116,7 @@ def _no_lone_return(array: Octets, quotes: Offsets) -> None:
 
 
 def _lone_return(line: int) -> Malformed:
-    return Malformed("a carriage return that ends no line; write line ends as LF or CRLF", line)
+    return Malformed("a carriage return that ends no line; write line ends as LF or CRLF", line, kind=LONE_RETURN)
 
 
 def walked(data: bytes, dialect: Dialect, quotes: Offsets) -> Marks:
@@ -158,6 +164,10 @@ class Block:
     marks: Marks
     line: int
     """Line of the file on which the block begins."""
+    begins: bool = False
+    """A byte order mark stood before it: here begins a file that was appended to another one."""
+    skipped: Offsets = field(default_factory=lambda: NONE)
+    """Positions of records that are no rows although their lines are not empty."""
 
     @cached_property
     def array(self) -> Octets:
@@ -188,9 +198,31 @@ class Block:
     @cached_property
     def rows(self) -> Offsets:
         """Positions of the records that are rows: lines with nothing in them are none."""
+        if len(self.skipped):
+            return np.setdiff1d(np.flatnonzero(self.stops > self.starts), self.skipped, assume_unique=True)
         if len(self.ends) == 0 or int((self.ends - self.starts).min()) > 2:  # noqa: PLR2004 - longer than CRLF: no blank
             return np.arange(len(self.ends))
         return np.flatnonzero(self.stops > self.starts)
+
+    def without(self, positions: Offsets) -> "Block":
+        """The same; the records at these positions are no rows."""
+        return replace(self, skipped=np.concatenate((self.skipped, positions)))
+
+    @property
+    def widths(self) -> Offsets:
+        """The number of fields of each row."""
+        found: Offsets = np.diff(self.marks.lasts, prepend=-1)[self.rows]
+        return found
+
+    def is_even(self, width: int) -> bool:
+        """True when every record has `width` fields; False says nothing."""
+        return self._grid is not None and self._grid.shape[1] == width
+
+    def tails(self, places: Offsets, width: int) -> Offsets:
+        """The offsets behind the first `width` fields of the rows at these places, all of which have more."""
+        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows[places]]
+        found: Offsets = self.marks.at[firsts + (width - 1)]
+        return found
 
     @cached_property
     def _grid(self) -> Offsets | None:
@@ -204,9 +236,9 @@ class Block:
 
     def uneven(self, width: int) -> Iterator[tuple[int, int]]:
         """Position and number of fields of each row that has not `width` of them."""
-        if self._grid is not None and self._grid.shape[1] == width:
+        if self.is_even(width):
             return
-        widths = np.diff(self.marks.lasts, prepend=-1)[self.rows]
+        widths = self.widths
         for place in np.flatnonzero(widths != width):
             yield int(self.rows[place]), int(widths[place])
 
@@ -214,7 +246,7 @@ class Block:
         """Raises Malformed, with the line, when a row has not `width` fields."""
         for position, found in self.uneven(width):
             told = f"{found} fields where the header has {width}"
-            raise Malformed(told, self.line_of(position), self.record(position)[:1000])
+            raise Malformed(told, self.line_of(position), self.record(position)[:1000], kind=RAGGED)
 
     def cells(self, place: int, dialect: Dialect) -> Cells:
         """The values of a column, one for each of `rows`, all of which have that column and the same width."""
@@ -264,39 +296,91 @@ def _pairs(starts: Offsets, stops: Offsets, places: Offsets) -> Iterator[tuple[i
     return zip(starts[places].tolist(), stops[places].tolist(), strict=True)
 
 
-def blocks(read: Read, dialect: Dialect, line: int, size: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The records that `read` gives from here on. Raises Malformed for a quote that is never closed."""
+def blocks(
+    read: Read,
+    dialect: Dialect,
+    line: int,
+    size: int = BLOCK_BYTES,
+    *,
+    longest_bytes: int = MASTER_RECORD_BYTES,
+    bom: bytes = b"",
+) -> Iterator[Block]:
+    """The records that `read` gives from here on; where one begins with `bom`, a new block begins without it.
+
+    Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
+    """
     tail = b""
     while piece := read(max(size, len(tail))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
-        marks = _placed(data, dialect, line)
-        if not len(marks.lasts):
-            tail = data + rest
-            if len(tail) > LONGEST_RECORD_BYTES:
-                raise Malformed(f"a record longer than {LONGEST_RECORD_BYTES >> 20} MiB: a quote is not closed", line)
-            continue
-        cut = int(marks.at[marks.lasts[-1]]) + 1
-        whole = data if cut == len(data) else data[:cut]
-        tail = data[cut:] + rest
-        yield Block(whole, marks, line)
-        line += len(marks.lasts) + (marks.inner if cut == len(data) else whole.count(b"\n") - len(marks.lasts))
-    if tail:
-        yield _last(tail, dialect, line)
+        more = True
+        while more:
+            block, data, more = _first_block(data, dialect, line, bom)
+            if block is not None:
+                _refuse_longer(block, longest_bytes)
+                yield block
+                marks = block.marks
+                line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
+        tail = data + rest  # less than one record
+        if len(tail) > longest_bytes:
+            raise Malformed(f"{_longer(longest_bytes)}; is a quote not closed?", line, kind=LONG_RECORD)
+    if tail.removeprefix(bom):
+        last = _last(tail, dialect, line, bom)
+        _refuse_longer(last, longest_bytes)
+        yield last
 
 
-def _last(tail: bytes, dialect: Dialect, line: int) -> Block:
+def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[Block | None, bytes, bool]:
+    """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
+    body = data.removeprefix(bom)
+    marks = _placed(body, dialect, line)
+    if not len(marks.lasts):
+        return None, data, False
+    cut = int(marks.at[marks.lasts[-1]]) + 1
+    block = Block(body if cut == len(body) else body[:cut], marks, line, len(body) < len(data))
+    at = _next_bom(block, bom)
+    if not at:
+        return block, body[cut:], False
+    # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
+    return Block(body[:at], _placed(body[:at], dialect, line), line, block.begins), body[at:], True
+
+
+def _next_bom(block: Block, bom: bytes) -> int:
+    """The offset of the next record that begins with `bom`; 0 when none does."""
+    if not bom or bom not in block.data:
+        return 0
+    starts = block.starts[1:]
+    maybe = starts[block.array[starts] == bom[0]].tolist()
+    return next((start for start in maybe if block.data.startswith(bom, start)), 0)
+
+
+def _longer(longest_bytes: int) -> str:
+    return f"a record longer than {longest_bytes >> 20} MiB"
+
+
+def _refuse_longer(block: Block, longest_bytes: int) -> None:
+    """Raises Malformed, with the line, for a record above the limit."""
+    if len(block.data) <= longest_bytes:
+        return
+    long = np.flatnonzero(block.ends - block.starts > longest_bytes)
+    if len(long):
+        raise Malformed(_longer(longest_bytes), block.line_of(int(long[0])), kind=LONG_RECORD)
+
+
+def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
     """The last record of a file, which lacks its line end."""
-    marks = _placed(tail + b"\n", dialect, line)
+    body = tail.removeprefix(bom)
+    marks = _placed(body + b"\n", dialect, line)
     if len(marks.lasts) != 1:
-        raise Malformed("a quote is not closed before the end of the file", line, tail[:1000])
-    if tail.endswith(b"\r"):
+        told = "a quote is not closed before the end of the file"
+        raise Malformed(told, line, body[:1000], kind=OPEN_QUOTE)
+    if body.endswith(b"\r"):
         raise _lone_return(line)
-    return Block(tail, marks, line)
+    return Block(body, marks, line, len(body) < len(tail))
 
 
 def _placed(data: bytes, dialect: Dialect, line: int) -> Marks:
     try:
         return marked(data, dialect)
     except Malformed as error:
-        raise Malformed(error.message, line - 1 + (error.line or 1)) from None
+        raise Malformed(error.message, line - 1 + (error.line or 1), kind=error.kind) from None

@@ -8,6 +8,7 @@ from typing import IO
 import numpy as np
 
 from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.faults import ENCODING
 from app.csv_inbox.header import Header
 from app.csv_inbox.index import entries_of
 from app.csv_inbox.keys import BLANK, Hashes, hashed
@@ -111,5 +112,5 @@ def _check_decodes(block: Block, dialect: Dialect) -> None:
             block.data.decode(dialect.encoding)
         except UnicodeDecodeError as error:
             line = block.line + block.data.count(b"\n", 0, error.start)
-            told = f"the byte 0x{block.data[error.start]:02X} is no text in {dialect.encoding}"
-            raise Malformed(told, line) from error
+            told = f"invalid {dialect.encoding.upper()} byte 0x{block.data[error.start]:02X}"
+            raise Malformed(told, line, kind=ENCODING) from error

@@ -15,14 +15,13 @@ from app.csv_inbox.header import Header
 from app.csv_inbox.index import LENGTH, Index, Unfit, lengths_in
 from app.csv_inbox.keys import Hashes, hashed
 from app.csv_inbox.output import Output, cut
-from app.csv_inbox.records import LONGEST_RECORD_BYTES, NONE, Block, Offsets, marked
+from app.csv_inbox.records import MASTER_RECORD_BYTES, NONE, Block, Offsets, marked
 from app.csv_inbox.scan import ranges
 from app.csv_inbox.tally import Tally
 
 CHUNK_BYTES = 1 << 23
 APART_BYTES = 1 << 16
 """Records that may go and lie further apart than this are read alone; what is between them is copied in long pieces."""
-MOST_BYTES = 4 * LONGEST_RECORD_BYTES
 
 
 def skip(master: IO[bytes], header: Header, index: Index, tally: Tally, out: Output) -> None:
@@ -117,7 +116,7 @@ class _Skipping:
 
     def _read(self, at: int, size: int) -> memoryview:
         """Bytes of the master, good until the next call."""
-        if size > MOST_BYTES:
+        if size > MASTER_RECORD_BYTES:
             raise Unfit
         if size > len(self._held):
             self._held = memoryview(bytearray(size))

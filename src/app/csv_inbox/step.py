@@ -3,6 +3,7 @@
 Invariant: until the commit nothing has changed but temporary files, and those go when the commit does not come.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,19 +14,21 @@ from pathlib import Path
 from uuid import uuid4
 
 from app.core.errors import Transient
+from app.core.ledger import Tally, ledger_of
 from app.core.runs import Report
 from app.csv_inbox.faults import Unsteady
 from app.csv_inbox.history import MERGED, Load, revert_file
 from app.csv_inbox.identity import identity_of
-from app.csv_inbox.inbox import Candidate, check_steady, unchanged
-from app.csv_inbox.incoming import MEGABYTE, Incoming, read_incoming
+from app.csv_inbox.inbox import MEGABYTE, Candidate, check_steady, unchanged
+from app.csv_inbox.incoming import Incoming, read_incoming
 from app.csv_inbox.index import settle
 from app.csv_inbox.journal import Archiving, Renaming, Step, carry_out, commit, renaming
 from app.csv_inbox.merge import Merged, Plan, master_header, merge
 from app.csv_inbox.metadata import write_metadata
-from app.csv_inbox.places import Places, link_or_copy, printable, stamp, unused
-from app.csv_inbox.work import Work
+from app.csv_inbox.places import Places, link_or_copy, placed, printable, stamp, unused
+from app.csv_inbox.work import UNIT, Work
 
+log = logging.getLogger(__name__)
 Temporary = Callable[[str], Path]
 KEPT_BYTES = 1 << 23
 
@@ -64,7 +67,25 @@ def take(work: Work, candidate: Candidate) -> Report:
     carry_out(work.places, step)
     settle(temporary("index"), work.places.index)
     work.tell(step.load.told())
-    return Report(rows=load.rows, bytes=read.incoming.identity.size)
+    master, merged = work.config.merged_file, read.merged
+    log.info(
+        "%s: written, %d rows, %d columns, %d bytes", master.name, merged.rows, len(merged.columns), load.size_bytes
+    )
+    return _report(candidate, read)
+
+
+def _report(candidate: Candidate, read: Outcome) -> Report:
+    """What one file did. A row that a later row of the same file replaces counts as corrected."""
+    incoming, merged = read.incoming, read.merged
+    tally = Tally(
+        counted=incoming.counted,
+        read=incoming.rows,
+        new=merged.inserted,
+        already_there=merged.unchanged,
+        corrected=merged.replaced + incoming.duplicates,
+    )
+    ledger = ledger_of(tally, unit=UNIT).of_partition(printable(candidate.path.name))
+    return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
 
 
 @contextmanager
@@ -95,6 +116,17 @@ def _read_and_merge(work: Work, candidate: Candidate, source: Source, temporary:
     beat = work.beat(master)
     incoming = read_incoming(candidate.path, header, config, temporary("rows"), beat)
     check_steady(candidate, incoming.md5)
+    log.debug(
+        "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
+        *(
+            printable(candidate.path.name),
+            "unchanged" if candidate.md5 else "read once",
+            incoming.counted,
+            incoming.identity.size,
+            incoming.keys.count,
+        ),
+        f"with {len(header.names)} columns" if header else "not there yet",
+    )
     size = incoming.offsets[-1] + (master.stat().st_size if master else 0)
     plan = Plan(
         out=temporary("master"),
@@ -148,24 +180,47 @@ def _step(work: Work, candidate: Candidate, read: Outcome, load: Load) -> Step:
     """Everything durable under temporary names, the archive's hold on the input taken: ready to be committed."""
     places, config, at = work.places, work.config, work.clock()
     metadata = places.temporary_metadata(load.load_id)
-    write_metadata(metadata, read.merged.columns, read.merged.rows, at)
+    with placed(config.metadata_file.parent):
+        write_metadata(metadata, read.merged.columns, read.merged.rows, at)
     renamings = [
         renaming(places.temporary(load.load_id, "master"), config.merged_file),
         renaming(metadata, config.metadata_file),
         *_kept(places, load),
     ]
-    archiving = _archiving(work, candidate, read.incoming, load.load_id, at)
+    with placed(config.archive_dir):
+        archiving = _archiving(work, candidate, read.incoming, load.load_id, at)
     _check_master(work, read.merged)
-    load = replace(load, archived_as=printable(archiving.target.name))
+    load = _watched(load, archiving, read.incoming)
     return Step(renamings, [places.temporary(load.load_id, "rows")], archiving, load)
+
+
+def _watched(load: Load, archiving: Archiving, incoming: Incoming) -> Load:
+    """The record, with what it takes to find rows that are written to the file later."""
+    found = incoming.identity
+    return replace(
+        load,
+        archived_as=printable(archiving.target.name),
+        archive_name=archiving.target.name,
+        source=(found.device, found.inode, found.size, found.mtime_ns),
+        source_md5=incoming.md5,
+        rows_at=incoming.header.size_bytes,
+        unended_bytes=incoming.unended_bytes,
+    )
 
 
 def _archiving(work: Work, candidate: Candidate, incoming: Incoming, load_id: str, at: datetime) -> Archiving:
     """The archive's hold on the very file that was read. Raises Unsteady."""
     pending = work.places.pending(load_id)
-    link_or_copy(candidate.path, pending)
+    try:
+        link_or_copy(candidate.path, pending)
+    except FileNotFoundError as error:
+        if candidate.path.exists():  # the archive is what is missing
+            raise
+        raise Unsteady(f"{candidate.path.name} is gone", "no action needed; somebody took it away") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
-        raise Unsteady(f"{candidate.path.name} was replaced while it was read", "nothing to do: the next run merges it")
+        raise Unsteady(
+            f"{candidate.path.name} was replaced while it was read", "no action needed; the next run merges it"
+        )
     target = unused(work.config.archive_dir, candidate.path.name, at)
     return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
 
@@ -190,7 +245,7 @@ def _check_master(work: Work, merged: Merged) -> None:
     if found != (identity_of(merged.before) if merged.before else None):
         raise Transient(
             f"the master {path.name} was replaced while it was read",
-            "nothing to do: the next run merges into what it is then",
+            "no action needed; the next run merges into what it is then",
         )
 
 
@@ -206,14 +261,15 @@ class Rehearsal:
         """What merging this file after those before would do. Raises as `take`."""
         work, unique, before = self.work, uuid4().hex, self.source
         source = before or Source(work.config.merged_file, work.places.index)
-        read = _read_and_merge(work, candidate, source, lambda what: self.folder / f"{unique}.{what}")
+        with placed(self.folder):
+            read = _read_and_merge(work, candidate, source, lambda what: self.folder / f"{unique}.{what}")
         read.incoming.spool.unlink()
         if before:
             before.master.unlink()
         self.source = Source(self.folder / f"{unique}.master", self.folder / f"{unique}.index")
         load = replace(_load(work, candidate, read), outcome="valid")
         work.told.append(load.told())
-        return Report(rows=load.rows, bytes=read.incoming.identity.size)
+        return _report(candidate, read)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.places import Places
 
 MEBIBYTE = 1 << 20
+UNIT = "records"
 log = logging.getLogger(__name__)
 
 

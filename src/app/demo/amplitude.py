@@ -33,7 +33,11 @@ Parts = Sequence[bytes]
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeFault:
-    """What one request suffers: another status, a page instead of the archive, an archive that is cut, or a wait."""
+    """What a request suffers: another status, a page instead of the archive, an archive that is cut, or a wait.
+
+    `spoilt`: the members of the hour are cut in the middle, inside an archive that is whole; `named`: they have this
+    name instead of one that tells their hour.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -41,19 +45,24 @@ class AmplitudeFault:
     html: bool = False
     cut_bytes: int | None = None
     stall_seconds: float = 0.0
+    spoilt: bool = False
+    named: str = ""
 
 
 @dataclass(slots=True)
 class AmplitudeState:
     """What the simulator holds. `limit_hours`: longer ranges are refused with `limit_status`, 400 or 504.
 
-    `made` gives the members of an hour that has no events of its own in `events`.
+    `made` gives the members of an hour that has no events of its own in `events`. `lines` are further lines of an hour,
+    as they are. `faults`: every request for that hour suffers it, until it is taken out.
     """
 
     keys: Mapping[str, tuple[str, str]]
     clock: Callable[[], datetime]
     made: Callable[[str, datetime], Parts] = lambda _source, _hour: ()
     events: dict[tuple[str, datetime], list[dict[str, Any]]] = field(default_factory=dict)
+    lines: dict[tuple[str, datetime], list[bytes]] = field(default_factory=dict)
+    faults: dict[tuple[str, datetime], AmplitudeFault] = field(default_factory=dict)
     limit_hours: int = MAX_DAYS * 24
     limit_status: int = 400
     waiting: list[AmplitudeFault] = field(default_factory=list)
@@ -63,7 +72,16 @@ class AmplitudeState:
     def parts(self, source: str, hour_at: datetime) -> Parts:
         """The members of an hour."""
         events = self.events.get((source, hour_at))
-        return packed(events) if events else self.made(source, hour_at)
+        parts = packed(events) if events else self.made(source, hour_at)
+        if lines := self.lines.get((source, hour_at)):
+            parts = [*parts, gzip.compress(b"\n".join(lines), 1, mtime=0)]
+        fault = self.faults.get((source, hour_at))
+        return [part[: len(part) // 2] for part in parts] if fault and fault.spoilt else parts
+
+    def fault_of(self, source: str, first: datetime, last: datetime) -> AmplitudeFault:
+        """What a request for these hours suffers: the fault of the first of them that has one."""
+        found = (at for name, at in sorted(self.faults) if name == source and first <= at <= last)
+        return next((self.faults[source, at] for at in found), AmplitudeFault())
 
 
 def packed(events: Sequence[Mapping[str, Any]]) -> Parts:
@@ -126,13 +144,17 @@ class AmplitudeSimulator:
             return Answer(404, TEXT, b"not found")
         with self.state.lock:
             self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
-            fault = self.state.waiting.pop(0) if self.state.waiting else AmplitudeFault()
+            fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(source, request)
         self._served.wait(fault.stall_seconds)
         if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
             wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
             kind = {"Content-Type": "text/html"} if fault.html else TEXT
             return Answer(fault.status, {**kind, **wait}, b"<html>nginx</html>" if fault.html else fault.body)
         return self._export(source, request, fault)
+
+    def _fault_of(self, source: str, request: Request) -> AmplitudeFault:
+        span = _span(request)
+        return self.state.fault_of(source, *span) if span else AmplitudeFault()
 
     def _source(self, authorization: str) -> str | None:
         for source, pair in self.state.keys.items():
@@ -141,12 +163,10 @@ class AmplitudeSimulator:
         return None
 
     def _export(self, source: str, request: Request, fault: AmplitudeFault) -> Answer:
-        try:
-            first, last = (
-                datetime.strptime(request.parameters[name] + "+0000", "%Y%m%dT%H%z") for name in ("start", "end")
-            )
-        except (KeyError, ValueError):
+        span = _span(request)
+        if span is None:
             return Answer(400, TEXT, b"Invalid start or end")
+        first, last = span
         hours = (last - first) // HOUR + 1
         if hours < 1 or hours > MAX_DAYS * 24:
             return Answer(400, TEXT, b"The time range may not exceed 365 days.")
@@ -157,15 +177,26 @@ class AmplitudeSimulator:
         found = {at: parts for at in starts if (parts := self.state.parts(source, at))}
         if not found:
             return Answer(404, TEXT, b"Raw data files were not found.")
-        pieces = _cut(_zipped(found), fault.cut_bytes)
+        pieces = _cut(_zipped(found, fault.named), fault.cut_bytes)
         body = Streamed(pieces, lambda _rows, _bytes, _whole: None)
         return Answer(200, {"Content-Type": "application/zip"}, body)
 
 
-def _zipped(hours: Mapping[datetime, Parts]) -> Iterator[Piece]:
+def _span(request: Request) -> tuple[datetime, datetime] | None:
+    """The first and the last hour that are asked for; None when they cannot be read."""
+    try:
+        first, last = (
+            datetime.strptime(request.parameters[name] + "+0000", "%Y%m%dT%H%z") for name in ("start", "end")
+        )
+    except (KeyError, ValueError):
+        return None
+    return first, last
+
+
+def _zipped(hours: Mapping[datetime, Parts], named: str = "") -> Iterator[Piece]:
     """A zip, made while it is sent; members by name, as the service has them."""
     members = {
-        f"{PROJECT}/{PROJECT}_{at:%Y-%m-%d}_{at.hour}#{number}.json.gz": part
+        f"{named}{number}" if named else f"{PROJECT}/{PROJECT}_{at:%Y-%m-%d}_{at.hour}#{number}.json.gz": part
         for at, parts in hours.items()
         for number, part in enumerate(parts)
     }

@@ -57,6 +57,8 @@ class AppMetricaState:
     """What the simulator holds. `rows(hour)`: what was received in an hour; `questions`: as many as a file takes.
 
     `least_parts`: fewer are refused; `unknown`: columns that it refuses; `others`: files that others have in the queue.
+    `columns`: those of a file, of those that were asked for. `lines`: further lines of an hour, as they are; a lone
+    surrogate in a row stands for a byte that is not text. `faults`: every question that holds that hour suffers it.
     """
 
     clock: Callable[[], datetime]
@@ -68,6 +70,9 @@ class AppMetricaState:
     least_parts: int = 1
     unknown: frozenset[str] = frozenset()
     others: int = 0
+    columns: Callable[[Sequence[str]], Sequence[str]] = lambda asked: asked
+    lines: dict[datetime, list[bytes]] = field(default_factory=dict)
+    faults: dict[datetime, AppMetricaFault] = field(default_factory=dict)
     builds: dict[str, Build] = field(default_factory=dict)
     waiting: list[AppMetricaFault] = field(default_factory=list)
     asked: list[tuple[str, int]] = field(default_factory=list)
@@ -119,12 +124,28 @@ class AppMetricaSimulator:
 
     def _respond(self, request: Request) -> Answer:
         with self.state.lock:
-            fault = self.state.waiting.pop(0) if self.state.waiting else AppMetricaFault()
+            fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(request)
             answer = self._answer(request, fault)
             self.state.asked.append((f"{request.path}?{urlencode(request.parameters)}", answer.status))
         if fault.cut:
             raise CutHere
         return answer
+
+    def _fault_of(self, request: Request) -> AppMetricaFault:
+        """What a question for these hours suffers: the fault of the first of them that has one."""
+        if not request.path.startswith(EXPORT):
+            return AppMetricaFault()
+        first, last = self._span(request.parameters)
+        found = (at for at in sorted(self.state.faults) if first <= at <= last)
+        return next((self.state.faults[at] for at in found), AppMetricaFault())
+
+    def _span(self, given: Mapping[str, str]) -> tuple[datetime, datetime]:
+        zone = ZoneInfo(self.state.zone)
+        first, last = (
+            datetime.fromisoformat(given[name]).replace(tzinfo=zone).astimezone(UTC)
+            for name in ("date_since", "date_until")
+        )
+        return first, last
 
     def _answer(self, request: Request, fault: AppMetricaFault) -> Answer:
         if fault.status != 200:  # noqa: PLR2004 - HTTP
@@ -181,10 +202,12 @@ class AppMetricaSimulator:
 
     def _file(self, request: Request, url: str, *, half: bool) -> Answer:
         given = request.parameters
-        rows = list(self._selected(given))
+        first, last = self._span(given)
+        rows: list[Mapping[str, str] | bytes] = list(self._selected(given))
+        rows += [line for at, lines in self.state.lines.items() if first <= at <= last for line in lines]
         random.Random(url.partition("&parts_count")[0]).shuffle(rows)  # noqa: S311 - no secret
         parts, number = int(given.get("parts_count", "1")), int(given.get("part_number", "0"))
-        body = _csv(rows[number::parts], given["fields"].split(","))
+        body = _csv(rows[number::parts], self.state.columns(given["fields"].split(",")))
         packed = gzip.compress(body, 1, mtime=0)
         headers = {"Content-Type": "text/csv", "Content-Encoding": "gzip"}
         return Answer(200, headers, packed[: len(packed) // 2] if half else packed)
@@ -193,24 +216,26 @@ class AppMetricaSimulator:
         zone = ZoneInfo(self.state.zone)
         receive = given.get("date_dimension") == "receive"
         column = "event_receive_timestamp" if receive else "event_timestamp"
-        at, end = (
-            datetime.fromisoformat(given[name]).replace(tzinfo=zone).astimezone(UTC)
-            for name in ("date_since", "date_until")
-        )
+        at, end = self._span(given)
         hour_at = at.replace(minute=0, second=0) - HOUR
         last_at = end + (HOUR if receive else timedelta(days=LATE_DAYS))
         while hour_at <= last_at:
             for row in self.state.rows(hour_at):
-                told = datetime.fromtimestamp(int(row[column]), zone).strftime("%Y-%m-%d %H:%M:%S")
+                seconds = int(row[column]) if row[column].isdigit() and int(row[column]) else int(hour_at.timestamp())
+                told = datetime.fromtimestamp(seconds, zone).strftime("%Y-%m-%d %H:%M:%S")
                 if given["date_since"] <= told <= given["date_until"]:
                     yield row
             hour_at += HOUR
 
 
-def _csv(rows: Rows, columns: Sequence[str]) -> bytes:
+def _csv(rows: Sequence[Mapping[str, str] | bytes], columns: Sequence[str]) -> bytes:
     """Header and rows; the last line has no end."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([row.get(column, "") for column in columns] for row in rows)
-    return text.getvalue().rstrip("\n").encode()
+    for row in rows:
+        if isinstance(row, bytes):
+            text.write(row.decode("utf-8", "surrogateescape") + "\n")
+        else:
+            writer.writerow([row.get(column, "") for column in columns])
+    return text.getvalue().rstrip("\n").encode("utf-8", "surrogateescape")

@@ -72,7 +72,7 @@ class DriveSimulator:
 
     def contents(self) -> dict[str, bytes]:
         """Name -> content of every file that is not in the trash. Raises ValueError when a name is there twice."""
-        found = list(self.state.files.matching(lambda file: file.mime_type != FOLDER_TYPE and not file.trashed))
+        found = list(self.state.files.matching(lambda file: file.is_binary and not file.trashed))
         by_name = {file.name: file.content for file in found}
         if len(by_name) != len(found):
             raise ValueError(f"a name is there twice: {sorted(file.name for file in found)}")

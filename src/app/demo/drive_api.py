@@ -22,6 +22,7 @@ UPLOAD = "/upload/drive/v3/files"
 DEFAULT_FIELDS = frozenset({"kind", "id", "name", "mimeType"})
 LIMIT_BYTES = 5_500_000
 PAGE = 100
+NOT_BINARY = "fileNotDownloadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,8 @@ class DriveApi:
         file = self._visible(request.parameters, file_id)
         if request.parameters.get("alt") != "media":
             return _told(_selected(file, request.parameters.get("fields", "")))
+        if not file.is_binary:
+            raise Refused(403, NOT_BINARY, "Only files with binary content can be downloaded.")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
         if asked is None or not file.content:
             return Answer(200, {"Content-Type": file.mime_type}, file.content)
@@ -253,6 +256,8 @@ class DriveApi:
 
     def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:
         held = self._visible(request.parameters, file_id)
+        if content is not None and not held.is_binary:
+            raise Refused(403, NOT_BINARY, "Only files with binary content can be changed.")
         if self._state.full and content is not None:
             raise Refused(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
         changes: dict[str, Any] = {} if content is None else {"content": content}

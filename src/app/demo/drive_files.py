@@ -18,12 +18,13 @@ import msgspec
 
 from app.core.files import write_durably
 
-FOLDER_TYPE = "application/vnd.google-apps.folder"
+GOOGLE_TYPES = "application/vnd.google-apps."
+FOLDER_TYPE = f"{GOOGLE_TYPES}folder"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One version of a file or folder. `drive_id` "" = My Drive. Folders have no content."""
+    """One version of a file, folder, shortcut or document. `drive_id` "" = My Drive. Only files have content."""
 
     file_id: str
     name: str
@@ -37,6 +38,11 @@ class StoredFile:
     content: bytes = b""
     properties: Mapping[str, str] = field(default_factory=dict)
     trashed: bool = False
+
+    @property
+    def is_binary(self) -> bool:
+        """False for what has no content to download: Google's own types."""
+        return not self.mime_type.startswith(GOOGLE_TYPES)
 
     def shown(self) -> dict[str, Any]:
         """As the API tells it, every field."""
@@ -56,7 +62,7 @@ class StoredFile:
             told["driveId"] = self.drive_id
         if self.properties:
             told["appProperties"] = dict(self.properties)
-        if self.mime_type != FOLDER_TYPE:
+        if self.is_binary:
             told["md5Checksum"] = md5(self.content, usedforsecurity=False).hexdigest()
             told["size"] = str(len(self.content))
             told["headRevisionId"] = self.revision

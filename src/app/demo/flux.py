@@ -139,10 +139,25 @@ class _Run:
                     yield series, key, row
 
     def _stored(self, source: Source) -> Iterator[Table]:
+        """A table per series and field. Where the field's type changes from one shard of the range to another, the
+        server's cursor ends: only what stands before under the first type is there.
+        """
+        found: dict[tuple[int, str], list[tuple[Series, FieldKey]]] = {}
         for series, key, _row in self._matching(source):
-            yield self._series_table(series, key, source.bounds)
+            found.setdefault((id(series), key[0]), []).append((series, key))
+        for (series, key), *others in found.values():
+            if others:
+                yield self._first_type_table(series, [key, *(other for _, other in others)], source.bounds)
+            else:
+                yield self._series_table(series, key, source.bounds, source.bounds[1])
 
-    def _series_table(self, series: Series, key: FieldKey, bounds: Bounds) -> Table:
+    def _first_type_table(self, series: Series, keys: list[FieldKey], bounds: Bounds) -> Table:
+        firsts = {key: self._points.window(series, *bounds, only=[key]).first(key) for key in keys}
+        key = min(firsts, key=firsts.__getitem__)
+        changed = min(self._points.shard(at) for other, at in firsts.items() if other != key)
+        return self._series_table(series, key, bounds, self._points.shard_start(changed))
+
+    def _series_table(self, series: Series, key: FieldKey, bounds: Bounds, end: int) -> Table:
         """Columns in the server's order: _start, _stop, _time, _value, _field, _measurement, tags by name."""
         tags = [Column(name, "string", group=True) for name, _ in series.tags]
         columns = (
@@ -157,7 +172,7 @@ class _Run:
         values: tuple[Value, ...] = (*bounds, key[0], series.measurement, *(value for _, value in series.tags))
 
         def load() -> Data:
-            window = self._points.window(series, *bounds, only=[key])
+            window = self._points.window(series, bounds[0], end, only=[key])
             cells = window.cells[key]
             times = list(window.times)
             if None in cells:

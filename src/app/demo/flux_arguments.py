@@ -7,7 +7,7 @@ three-valued logic.
 from collections.abc import Callable, Mapping, Sequence
 
 from app.demo.flux_tables import FluxError
-from app.demo.flux_text import Call, Expression, Function, Items, Literal, Member, Operation
+from app.demo.flux_text import Call, Expression, Function, Items, Literal, Member, Name, Operation
 
 COMPARE: Mapping[str, Callable[[object, object], bool]] = {
     "==": lambda left, right: left == right,
@@ -16,6 +16,14 @@ COMPARE: Mapping[str, Callable[[object, object], bool]] = {
     "<=": lambda left, right: left <= right,  # type: ignore[operator]
     ">": lambda left, right: left > right,  # type: ignore[operator]
     ">=": lambda left, right: left >= right,  # type: ignore[operator]
+}
+
+LOGIC: Mapping[str, Callable[[list[object]], object]] = {
+    "exists": lambda values: values[0] is not None,
+    "not": lambda values: None if values[0] is None else not values[0],
+    "and": lambda values: False if False in values else None if None in values else True,
+    "or": lambda values: True if True in values else None if None in values else False,
+    "if": lambda values: values[1] if values[0] is True else values[2],
 }
 
 
@@ -65,6 +73,27 @@ def predicate_argument(call: Call, name: str) -> Expression:
     return value.body
 
 
+def function_argument(call: Call, name: str) -> Function:
+    """An argument that is a function of one parameter."""
+    value = call.arguments.get(name)
+    if not isinstance(value, Function):
+        raise missing(call, name)
+    return value
+
+
+def applied(function: Function, value: str) -> object:
+    """What a function of a string gives for it, such as the name that `rename` asks for."""
+
+    def bound(expression: Expression) -> Expression:
+        if expression == Name(function.parameter):
+            return Literal("string", value)
+        if isinstance(expression, Operation):
+            return Operation(expression.sign, tuple(map(bound, expression.operands)))
+        return expression
+
+    return evaluate(bound(function.body), {})
+
+
 def missing(call: Call, name: str) -> FluxError:
     """What the compiler says of an argument that it cannot use."""
     return FluxError(f"compilation failed: error at {call.where}: missing or wrong argument {name} of {call.name}")
@@ -87,21 +116,23 @@ def evaluate(expression: Expression, row: Mapping[str, object]) -> object:
         return row.get(expression.label)
     if isinstance(expression, Operation):
         return _operate(expression, [evaluate(one, row) for one in expression.operands])
-    raise FluxError("compilation failed: a predicate may hold columns, literals and operators only")
+    raise FluxError("compilation failed: a function may hold its parameter, literals and operators only")
 
 
 def _operate(operation: Operation, values: list[object]) -> object:
-    if operation.sign == "exists":
-        return values[0] is not None
-    if operation.sign == "not":
-        return None if values[0] is None else not values[0]
-    if operation.sign == "and":
-        return False if False in values else None if None in values else True
-    if operation.sign == "or":
-        return True if True in values else None if None in values else False
+    if operation.sign in LOGIC:
+        return LOGIC[operation.sign](values)
     left, right = values
     if left is None or right is None:
         return None
+    if operation.sign == "+":
+        return _joined(left, right)
     if isinstance(left, str) != isinstance(right, str):
         raise FluxError("type conflict: string and a number cannot be compared")
     return COMPARE[operation.sign](left, right)
+
+
+def _joined(left: object, right: object) -> str:
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise FluxError("compilation failed: this simulator adds strings only")
+    return left + right

@@ -7,7 +7,9 @@ would answer differently from a server fails instead.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from app.demo.flux_arguments import (
+    applied,
     evaluate,
+    function_argument,
     labels_of,
     literal_argument,
     missing,
@@ -18,6 +20,7 @@ from app.demo.flux_arguments import (
 )
 from app.demo.flux_tables import (
     TIME,
+    Axes,
     Cells,
     Column,
     Data,
@@ -27,6 +30,7 @@ from app.demo.flux_tables import (
     merged,
     pivoted,
     regrouped,
+    renamed,
     table,
     take,
 )
@@ -87,14 +91,26 @@ def _keep(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
 
 
 def _pivot(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
-    shape = [texts_argument(call, name) for name in ("rowKey", "columnKey")]
-    if shape != [("_time",), ("_field",)] or text_argument(call, "valueColumn") != "_value":
-        raise FluxError("this simulator pivots _field over _time into _value only", "not implemented")
-    return pivoted(tables)
+    rows, columns = (texts_argument(call, name) for name in ("rowKey", "columnKey"))
+    if len(rows) != 1 or len(columns) != 1:
+        raise FluxError("this simulator pivots one column over one other only", "not implemented")
+    return pivoted(tables, Axes(rows[0], columns[0], text_argument(call, "valueColumn")))
 
 
 def _fields_as_columns(tables: Tables, _call: Call, _bounds: Bounds) -> Tables:
-    return pivoted(tables)
+    return pivoted(tables, Axes())
+
+
+def _rename(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    function = function_argument(call, "fn")
+
+    def new_label(label: str) -> str:
+        new = applied(function, label)
+        if not isinstance(new, str):
+            raise FluxError(f"compilation failed: error at {call.where}: expected string but found something else")
+        return new
+
+    return merged(renamed(one, new_label) for one in tables)
 
 
 def _group(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
@@ -228,6 +244,7 @@ STEPS: Mapping[str, Step] = {
     "filter": filter_tables,
     "drop": _drop,
     "keep": _keep,
+    "rename": _rename,
     "pivot": _pivot,
     "schema.fieldsAsCols": _fields_as_columns,
     "group": _group,
@@ -244,6 +261,7 @@ ARGUMENTS: Mapping[str, frozenset[str]] = {
     "filter": frozenset({"fn", "onEmpty"}),
     "drop": frozenset({"columns"}),
     "keep": frozenset({"columns"}),
+    "rename": frozenset({"fn"}),
     "pivot": frozenset({"rowKey", "columnKey", "valueColumn"}),
     "schema.fieldsAsCols": frozenset(),
     "group": frozenset({"columns", "mode"}),

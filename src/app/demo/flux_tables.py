@@ -140,58 +140,79 @@ def take(data: Data, numbers: Sequence[int]) -> Data:
     return [[cells[number] for number in numbers] for cells in data]
 
 
-def pivoted(tables: Iterable[Table]) -> Iterator[Table]:
-    """`pivot(rowKey: ["_time"], columnKey: ["_field"], valueColumn: "_value")`: one column per field.
+def renamed(source: Table, new_label: Callable[[str], str]) -> Table:
+    """Columns under other names, as `rename` gives them. Raises FluxError when two would get the same."""
+    columns = tuple(replace(column, label=new_label(column.label)) for column in source.columns)
+    labels = [column.label for column in columns]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise FluxError(f"table builder already has column with label {label}")
+    return Table(columns, source.key, source.load)
 
-    Rows come in the order in which their time is first met, field after field; columns that are neither group key nor
-    `_time` are lost. Raises FluxError when a field is named like a column that stays.
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The columns of a pivot: one row per value of `row`, one column per value of `column`, cells from `value`."""
+
+    row: str = "_time"
+    column: str = "_field"
+    value: str = "_value"
+
+
+def pivoted(tables: Iterable[Table], axes: Axes) -> Iterator[Table]:
+    """`pivot(rowKey: [row], columnKey: [column], valueColumn: value)`: one column per value of the column key.
+
+    Rows come in the order in which their row key is first met, table after table; columns that are neither group key
+    nor row key are lost. Raises FluxError when a value of the column key is the name of a column that stays.
     """
     groups: dict[object, list[Table]] = {}
     for one in tables:
-        for label in ("_time", "_field", "_value"):
+        for label in (axes.row, axes.column, axes.value):
             one.index(label)
         key = one.key_by_label()
-        key.pop("_field", None)
+        key.pop(axes.column, None)
         groups.setdefault(tuple(sorted(key.items())), []).append(one)
     for group in groups.values():
-        yield from _pivot(group)
+        yield from _pivot(group, axes)
 
 
-def _pivot(group: list[Table]) -> Iterator[Table]:
+def _pivot(group: list[Table], axes: Axes) -> Iterator[Table]:
     first = group[0]
-    keys = [column for column in first.columns if column.group and column.label not in ("_field", "_value")]
+    keys = [column for column in first.columns if column.group and column.label not in (axes.column, axes.value)]
     values = tuple(first.key_by_label()[column.label] for column in keys)
-    times, fields = _spread(group)
+    times, fields = _spread(group, axes)
     for name in fields:
-        if name == "_time" or any(column.label == name for column in keys):
+        if name == axes.row or any(column.label == name for column in keys):
             message = f'value "{name}" appears in a column key column, but a column named "{name}" already exists'
-            raise FluxError(f"{message}; consider renaming it")
-    columns = [*keys, Column("_time", TIME), *(Column(name, kind) for name, (kind, _) in fields.items())]
+            raise FluxError(f'{message}; consider renaming "{name}" to something else before pivoting')
+    kind_of_row = first.columns[first.index(axes.row)].kind
+    columns = [*keys, Column(axes.row, kind_of_row), *(Column(name, kind) for name, (kind, _) in fields.items())]
     filled: Data = [[value] * len(times) for value in values]
     filled.append(times)
     filled.extend(cells for _, cells in fields.values())
     yield table(columns, filled, values)
 
 
-def _spread(group: list[Table]) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+def _spread(group: list[Table], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
     """Times in the order in which they are first met, and type and cells of each field beside them."""
     loaded = [(one, one.load()) for one in group]
-    times = loaded[0][1][group[0].index("_time")]
+    times = loaded[0][1][group[0].index(axes.row)]
+    are_distinct = len(set(times)) == len(times)
     direct: dict[str, tuple[str, Cells]] = {}
     for one, data in loaded:
-        name = one.key_by_label().get("_field")
-        if name is None or name in direct or data[one.index("_time")] != times or len(set(times)) != len(times):
-            return _spread_slowly(loaded)
-        direct[str(name)] = one.columns[one.index("_value")].kind, data[one.index("_value")]
+        name = one.key_by_label().get(axes.column)
+        if name is None or name in direct or data[one.index(axes.row)] != times or not are_distinct:
+            return _spread_slowly(loaded, axes)
+        direct[str(name)] = one.columns[one.index(axes.value)].kind, data[one.index(axes.value)]
     return times, direct
 
 
-def _spread_slowly(loaded: list[tuple[Table, Data]]) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+def _spread_slowly(loaded: list[tuple[Table, Data]], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
     times: dict[Value | None, int] = {}
     fields: dict[str, tuple[str, dict[int, Value | None]]] = {}
     for one, data in loaded:
-        kind = one.columns[one.index("_value")].kind
-        cells = (data[one.index(label)] for label in ("_field", "_time", "_value"))
+        kind = one.columns[one.index(axes.value)].kind
+        cells = (data[one.index(label)] for label in (axes.column, axes.row, axes.value))
         for name, time, value in zip(*cells, strict=True):
             known, column = fields.setdefault(str(name), (kind, {}))
             if known != kind:

@@ -58,14 +58,14 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """`r.label` or `r["label"]`."""
+    """`r.label` or `r["label"]`, of whatever record."""
 
     label: str
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`sign` over its operands: a comparison, `and`, `or`, `not`, `exists`."""
+    """`sign` over its operands: a comparison, `and`, `or`, `not`, `exists`, `+`, or `if` with its three parts."""
 
     sign: str
     operands: tuple["Expression", ...]
@@ -80,9 +80,10 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """`(r) => body`."""
+    """`(parameter) => body`."""
 
     body: "Expression"
+    parameter: str = "r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,12 @@ class _Parser:
         return arguments
 
     def _expression(self) -> Expression:
+        if self._take("if"):
+            condition = self._expression()
+            self._expect("then")
+            consequence = self._expression()
+            self._expect("else")
+            return Operation("if", (condition, consequence, self._expression()))
         left = self._conjunction()
         while self._take("or"):
             left = Operation("or", (left, self._conjunction()))
@@ -239,11 +246,17 @@ class _Parser:
         for word in ("not", "exists"):
             if self._take(word):
                 return Operation(word, (self._unary(),))
-        left = self._primary()
+        left = self._sum()
         if self._next.kind == "sign" and self._next.text in COMPARISONS:
             sign = self._next.text
             self._at += 1
-            return Operation(sign, (left, self._primary()))
+            return Operation(sign, (left, self._sum()))
+        return left
+
+    def _sum(self) -> Expression:
+        left = self._primary()
+        while self._take("+"):
+            left = Operation("+", (left, self._primary()))
         return left
 
     def _primary(self) -> Expression:
@@ -300,10 +313,10 @@ class _Parser:
         return self._next.kind == "name" and shape == [")", "=>"]
 
     def _function(self) -> Function:
-        self._word()
+        parameter = self._word()
         self._expect(")")
         self._expect("=>")
-        return Function(self._expression())
+        return Function(self._expression(), parameter)
 
     def _named(self) -> Expression:
         following = self._tokens[self._at + 1].text

@@ -14,7 +14,7 @@ from app.demo.faults import Faults
 from app.demo.flux import Bucket
 from app.demo.http import Served
 from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings, refused
-from app.demo.influx_points import Points
+from app.demo.influx_points import SHARD_NS, Points
 from app.demo.line_protocol import parse_lines
 
 ORG_ID = "0a1b2c3d4e5f6071"
@@ -26,7 +26,8 @@ class InfluxSimulator:
     """One organisation with one bucket. Use it as a context manager, or `start` and `close` it.
 
     `faults`: what the next queries shall suffer. `points`: what is stored. `starting`: set it to answer as a server
-    that has not come up yet. `now_ns` is the clock behind `now()` and behind points written without a time.
+    that has not come up yet. `now_ns` is the clock behind `now()` and behind points written without a time. `shard_ns`
+    is the duration of a shard group, inside which a field has one type.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class InfluxSimulator:
         org: str = "demo",
         bucket: str = "telemetry",
         now_ns: Callable[[], int] = time.time_ns,
+        shard_ns: int = SHARD_NS,
     ) -> None:
         self.token = token
         self.org = org
         self.bucket = bucket
-        self.points = Points()
+        self.points = Points(shard_ns)
         self.faults = Faults()
         self.starting = False
         self._now_ns = now_ns

@@ -136,7 +136,13 @@ class InfluxApi:
             "orgID": self._bucket.org_id,
             "type": "user",
             "name": self._bucket.name,
-            "retentionRules": [],
+            "retentionRules": [
+                {
+                    "type": "expire",
+                    "everySeconds": 0,
+                    "shardGroupDurationSeconds": self._bucket.points.shard_ns // 10**9,
+                }
+            ],
             "labels": [],
         }
         return Answer(200, JSON, _json({"buckets": [bucket] if name == self._bucket.name else []}))

@@ -1,8 +1,9 @@
 """The points of one bucket, kept as InfluxDB keeps them: per series, in order of time, overwritten field by field.
 
-Invariant: (measurement, tag set, time) is the key of a point. Inside one shard (a week) a field has one type in the
-whole measurement; a point that breaks this is dropped and named, the others of its batch are kept. Columns are typed
-arrays beside one array of times, so a million points take some tens of megabytes and a window is found by bisection.
+Invariant: (measurement, tag set, time) is the key of a point. Inside one shard (a week, unless told otherwise) a field
+has one type in the whole measurement; a point that breaks this is dropped and named, the others of its batch are kept.
+Columns are typed arrays beside one array of times, so a million points take some tens of megabytes and a window is
+found by bisection.
 """
 
 from array import array
@@ -12,10 +13,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
 
-from app.demo.line_protocol import Field, Point, Tags, Value
+from app.demo.line_protocol import MAX_TIME_NS, MIN_TIME_NS, Field, Point, Tags, Value
 
 SHARD_NS = 7 * 86_400 * 10**9
-THURSDAY_NS = 3 * 86_400 * 10**9  # shards begin on Mondays, and 1970 began on a Thursday
+YEAR_ONE_NS = 62_135_596_800 * 10**9  # shards are counted from 0001-01-01, a Monday, which is so long before 1970
+RESERVED_TAGS = frozenset({"_start", "_stop", "_time", "_value", "_field", "_measurement"})
 CODES = {"float": "d", "integer": "q", "unsigned": "Q", "boolean": "b"}
 Cell = Value | None
 FieldKey = tuple[str, str]
@@ -112,20 +114,28 @@ class Window:
     times: Sequence[int]
     cells: dict[FieldKey, Sequence[Cell]] = field(default_factory=dict)
 
+    def first(self, key: FieldKey) -> int:
+        """The time of the field's first value."""
+        return next(time for time, cell in zip(self.times, self.cells[key], strict=True) if cell is not None)
+
 
 class Points:
     """All series of one bucket. Every method may be called from any thread; what is returned are copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard_ns: int = SHARD_NS) -> None:
+        self.shard_ns = shard_ns
         self._lock = Lock()
         self._series: dict[tuple[str, Tags], Series] = {}
         self._types: dict[tuple[str, int, str], str] = {}
 
     def write(self, points: Iterable[Point]) -> list[str]:
-        """Store the points; returns one reason for each point that was dropped."""
+        """Store the points; returns one reason for each point that was dropped. A field called `time` is left out."""
         dropped = []
         with self._lock:
-            for point in points:
+            for given in points:
+                point = given
+                if any(one.name == "time" for one in given.fields):
+                    point = given._replace(fields=tuple(one for one in given.fields if one.name != "time"))
                 reason = self._conflict(point)
                 if reason:
                     dropped.append(reason)
@@ -146,14 +156,21 @@ class Points:
         measurement, _ = key
         with self._lock:
             series = self._series.setdefault(key, Series(*key))
-            shards = {(time_ns + THURSDAY_NS) // SHARD_NS for time_ns in (*times[:1], *times[::1000], *times[-1:])}
+            shards = set(map(self.shard, (*times[:1], *times[::1000], *times[-1:])))
             kinds = [self._types.setdefault((measurement, one, name), "float") for one in shards for name in floats]
             if set(kinds) - {"float"} or any(len(cells) != len(times) for cells in floats.values()):
                 raise ValueError(f"fields of {measurement} have another type or another length than the times")
             series.extend(times, floats)
 
     def _conflict(self, point: Point) -> str:
-        shard = (point.time_ns + THURSDAY_NS) // SHARD_NS
+        if not point.fields:
+            return f'invalid field name: input field "time" on measurement "{point.measurement}" is invalid'
+        for name, _ in point.tags:
+            if name == "time":
+                return f'invalid tag key: input tag "time" on measurement "{point.measurement}" is invalid'
+            if name in RESERVED_TAGS:
+                return f'this simulator has no tag "{name}": what a server makes of it is not known'
+        shard = self.shard(point.time_ns)
         for one in point.fields:
             known = self._types.setdefault((point.measurement, shard, one.name), one.kind)
             if known != one.kind:
@@ -162,6 +179,14 @@ class Points:
                     f"is type {one.kind}, already exists as type {known}"
                 )
         return ""
+
+    def shard(self, time_ns: int) -> int:
+        """The number of the shard that holds this time."""
+        return (time_ns + YEAR_ONE_NS) // self.shard_ns
+
+    def shard_start(self, shard: int) -> int:
+        """The first nanosecond of a shard."""
+        return shard * self.shard_ns - YEAR_ONE_NS
 
     def series(self, measurement: str | None = None) -> list[Series]:
         """The series, ordered by measurement and tags. Read their points with `window` and `fields` only."""
@@ -187,10 +212,13 @@ class Points:
             }
             return Window(series.times[low:high], cells)
 
-    def types(self, measurement: str | None = None) -> Iterator[tuple[str, str, str]]:
-        """(measurement, field, type) that exist, ordered."""
+    def types(
+        self, measurement: str | None = None, start_ns: int = MIN_TIME_NS, stop_ns: int = MAX_TIME_NS
+    ) -> Iterator[tuple[str, str, str]]:
+        """(measurement, field, type) that exist in the shards of the span, ordered."""
+        first, last = self.shard(start_ns), self.shard(stop_ns - 1)
         with self._lock:
-            known = {(name, one, kind) for (name, _shard, one), kind in self._types.items()}
+            known = {(name, one, kind) for (name, at, one), kind in self._types.items() if first <= at <= last}
         return iter(sorted(item for item in known if measurement in (None, item[0])))
 
     def __len__(self) -> int:

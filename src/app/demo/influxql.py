@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from app.demo.influx_points import Cell, Points, Series
-from app.demo.influxql_text import Condition, Select, Selected, Show, Statement
+from app.demo.influx_points import Cell, Points, Series, Window
+from app.demo.influxql_text import EVERY, Condition, Select, Selected, Show, Statement
 from app.demo.instants import parse_rfc3339
 from app.demo.line_protocol import MAX_TIME_NS, MIN_TIME_NS
 
-CASTS: Mapping[str, Callable[[Cell], Cell]] = {
-    "float": lambda cell: float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None,
-    "integer": lambda cell: int(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None,
-    "string": lambda cell: cell if isinstance(cell, str) else None,
-    "boolean": lambda cell: cell if isinstance(cell, bool) else None,
+NUMERIC: Mapping[str, Callable[[Cell], Cell]] = {
+    "float": lambda cell: None if cell is None else float(cell),
+    "integer": lambda cell: None if cell is None else (_whole(cell) + 2**63) % 2**64 - 2**63,
+    "unsigned": lambda cell: None if cell is None else _whole(cell) % 2**64,
 }
+CASTS = (*NUMERIC, "string", "boolean")
 FUNCTIONS: Mapping[str, Callable[[Sequence[Cell]], Cell]] = {
     "count": len,
     "first": lambda cells: cells[0],
@@ -31,6 +31,13 @@ FUNCTIONS: Mapping[str, Callable[[Sequence[Cell]], Cell]] = {
     "max": max,  # type: ignore[dict-item]
 }
 PREFERRED = ("float", "integer", "unsigned", "string", "boolean")
+
+
+def _whole(cell: Cell) -> int:
+    """As Go's conversion on amd64: a float that no int64 holds becomes the least one."""
+    if isinstance(cell, int):
+        return cell
+    return int(cell) if isinstance(cell, float) and -(2.0**63) <= cell < 2.0**63 else -(2**63)
 
 
 class QlError(Exception):
@@ -68,6 +75,12 @@ def answer_influxql(statement: Statement, points: Points, database: str) -> Iter
     return _Selection(statement, points).answers()
 
 
+def _policies(_show: Show, points: Points, _database: str) -> Iterator[Answered]:
+    columns = ("name", "duration", "shardGroupDuration", "replicaN", "default")
+    minutes, seconds = divmod(points.shard_ns // 10**9, 60)
+    return _shown("", columns, [["autogen", "0s", f"{minutes // 60}h{minutes % 60}m{seconds}s", 1, True]])
+
+
 def _shown(name: str, columns: tuple[str, ...], rows: Sequence[Sequence[Cell]]) -> Iterator[Answered]:
     if rows:
         yield Answered(name, columns, rows, timed=False)
@@ -79,13 +92,18 @@ def _databases(_show: Show, _points: Points, database: str) -> Iterator[Answered
 
 def _measurements(show: Show, points: Points, _database: str) -> Iterator[Answered]:
     names = sorted({series.measurement for series in _series_of(show, points)})
-    return _shown("measurements", ("name",), [[name] for name in names])
+    return _shown("measurements", ("name",), [[name] for name in names[: show.limit or None]])
 
 
 def _series_of(show: Show, points: Points) -> Iterator[Series]:
     measurement = show.source[-1] if show.source else None
+    span = _span(show.where)
+    first, last = points.shard(span.start_ns), points.shard(span.stop_ns - 1)
+    start_ns = max(points.shard_start(first), MIN_TIME_NS)
+    stop_ns = min(points.shard_start(last + 1), MAX_TIME_NS + 1)
     for series in points.series(measurement):
-        if show.where is None or _tags_match(show.where, dict(series.tags)):
+        is_there = not span.bounded or points.fields(series, start_ns, stop_ns)
+        if is_there and (show.where is None or _tags_match(show.where, dict(series.tags))):
             yield series
 
 
@@ -110,11 +128,12 @@ def _tag_values(show: Show, points: Points, _database: str) -> Iterator[Answered
     for series in _series_of(show, points):
         found.setdefault(series.measurement, set()).update(tag for tag in series.tags if tag[0] in show.keys)
     for measurement, tags in found.items():
-        yield from _shown(measurement, ("key", "value"), sorted(tags))
+        yield from _shown(measurement, ("key", "value"), sorted(tags)[: show.limit or None])
 
 
 SHOWS: Mapping[str, Callable[[Show, Points, str], Iterator[Answered]]] = {
     "DATABASES": _databases,
+    "RETENTION POLICIES": _policies,
     "MEASUREMENTS": _measurements,
     "FIELD KEYS": _field_keys,
     "TAG KEYS": _tag_keys,
@@ -163,7 +182,7 @@ class _Selection:
         self._measurement = select.source[-1]
         self._span = _span(select.where)
         self._fields: dict[str, list[str]] = {}
-        for _, name, kind in points.types(self._measurement):
+        for _, name, kind in points.types(self._measurement, self._span.start_ns, self._span.stop_ns):
             self._fields.setdefault(name, []).append(kind)
         for kinds in self._fields.values():
             kinds.sort(key=PREFERRED.index)
@@ -172,7 +191,7 @@ class _Selection:
     def _check(self, condition: Condition | None) -> None:
         for part in condition.parts if condition else ():
             self._check(part)
-        if condition and condition.name in self._fields:
+        if condition and condition.name in self._fields and condition.cast != "tag":
             raise QlError(f"this simulator compares tags and time only, not the field {condition.name}")
 
     def answers(self) -> Iterator[Answered]:
@@ -205,18 +224,18 @@ class _Selection:
     def _expanded(self, tag_names: Sequence[str]) -> Iterator[Selected]:
         """Each `*` as what it stands for: all fields, and all tags that are not grouped by."""
         for one in self._select.selected:
-            if one.name != "*":
+            if one.name != EVERY:
                 yield one
             elif one.function:
                 for name in sorted(self._fields):
                     yield Selected(name, function=one.function, alias=f"{one.alias or one.function}_{name}")
             else:
-                grouped = tag_names if "*" in self._select.tags else self._select.tags
+                grouped = tag_names if EVERY in self._select.tags else self._select.tags
                 free = [name for name in tag_names if name not in grouped]
                 yield from map(Selected, sorted([*self._fields, *free]))
 
     def _groups(self, series: list[Series], names: list[str]) -> Iterator[tuple[dict[str, str] | None, list[Series]]]:
-        by = names if "*" in self._select.tags else self._select.tags
+        by = names if EVERY in self._select.tags else self._select.tags
         if not by:
             yield None, series
             return
@@ -239,11 +258,10 @@ class _Selection:
         columns: list[Sequence[Cell]] = [window.times]
         fields = []
         for at, one in enumerate(selected, 1):
-            kind = self._kind(one, window.cells)
-            if kind:
+            cells = self._cells(one, window)
+            if cells is not None:
                 fields.append(at)
-                cells = window.cells[one.name, kind]
-                columns.append([CASTS[one.cast](cell) for cell in cells] if one.cast in CASTS else cells)
+                columns.append(cells)
             else:
                 value = None if one.cast in (*CASTS, "field") or one.name in self._fields else tags.get(one.name)
                 columns.append([value] * len(window.times))
@@ -252,11 +270,22 @@ class _Selection:
             if any(row[at] is not None for at in fields):
                 yield int(row[0] or 0), number, list(row)
 
-    def _kind(self, one: Selected, cells: Mapping[tuple[str, str], object]) -> str:
-        """The type under which the series holds the field in the span, "" when it does not or a tag is meant."""
-        if one.cast == "tag":
-            return ""
-        return next((kind for kind in self._fields.get(one.name, ()) if (one.name, kind) in cells), "")
+    def _cells(self, one: Selected, window: Window) -> Sequence[Cell] | None:
+        """The field's cells under one type, None when the series has none of it or a tag is meant.
+
+        The type is the cast, else the first by preference among the shards of the span. A number is read as any
+        number; shards in which the field is of another kind give nothing.
+        """
+        kinds = self._fields.get(one.name, ())
+        if one.cast == "tag" or not kinds:
+            return None
+        kind = one.cast if one.cast in CASTS else kinds[0]
+        read = [other for other in kinds if other == kind or {other, kind} <= NUMERIC.keys()]
+        found = [(other, window.cells[one.name, other]) for other in read if (one.name, other) in window.cells]
+        columns = [cells if other == kind else [NUMERIC[kind](cell) for cell in cells] for other, cells in found]
+        if len(columns) <= 1:
+            return columns[0] if columns else None
+        return [next((cell for cell in row if cell is not None), None) for row in zip(*columns, strict=True)]
 
     def _aggregated(self, group: list[Series], selected: list[Selected]) -> Iterator[Sequence[Cell]]:
         unknown = [one.function for one in selected if one.function not in FUNCTIONS]
@@ -275,8 +304,7 @@ class _Selection:
         pairs: list[tuple[int, Cell]] = []
         for series in group:
             window = self._points.window(series, self._span.start_ns, self._span.stop_ns)
-            kind = self._kind(one, window.cells)
-            cells = window.cells[one.name, kind] if kind else ()
+            cells = self._cells(one, window) or ()
             pairs.extend((time, cell) for time, cell in zip(window.times, cells, strict=False) if cell is not None)
         pairs.sort(key=lambda pair: pair[0])
         return [time for time, _ in pairs], [cell for _, cell in pairs]

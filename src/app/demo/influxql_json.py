@@ -105,11 +105,11 @@ def _parts(result: Result, shape: Shape) -> Iterator[tuple[str, int]]:
 
 
 def _series(one: Answered, rows: Iterable[str], *, partial: bool) -> str:
-    text = f'{{"name":{go_text(one.name)}'
+    text = "{" + (f'"name":{go_text(one.name)},' if one.name else "")
     if one.tags is not None:
-        text += f',"tags":{_object(one.tags)}'
+        text += f'"tags":{_object(one.tags)},'
     columns = ",".join(map(go_text, one.columns))
-    text += f',"columns":[{columns}],"values":[{",".join(rows)}]'
+    text += f'"columns":[{columns}],"values":[{",".join(rows)}]'
     return text + (',"partial":true}' if partial else "}")
 
 

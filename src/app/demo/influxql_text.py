@@ -20,6 +20,7 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 ESCAPES = {"\\\\": "\\", "\\'": "'", '\\"': '"', "\\n": "\n"}
+EVERY = ""  # what a bare `*` names; a quoted one is a name like any other
 COMPARISONS = frozenset({"=", "!=", "<>", "<", "<=", ">", ">="})
 
 
@@ -38,7 +39,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """One entry of a SELECT: a column with its cast, or a function of a column; `*` stands for all fields."""
+    """One entry of a SELECT: a column with its cast, or a function of a column; EVERY stands for all fields."""
 
     name: str
     cast: str = ""
@@ -48,17 +49,18 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """`left sign right` with a name on the left, or `and`/`or` over other conditions."""
+    """`left sign right` with a name on the left, `cast` behind it, or `and`/`or` over other conditions."""
 
     sign: str
     name: str = ""
+    cast: str = ""
     value: str | int | float = ""
     parts: tuple["Condition", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """One SELECT statement. `every_ns` 0 = no time buckets; `tags` is GROUP BY, ("*",) = every tag."""
+    """One SELECT statement. `every_ns` 0 = no time buckets; `tags` is GROUP BY, (EVERY,) = every tag."""
 
     selected: tuple[Selected, ...]
     source: tuple[str, ...]
@@ -79,6 +81,7 @@ class Show:
     source: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     where: Condition | None = None
+    limit: int = 0
 
 
 Statement = Select | Show
@@ -180,14 +183,19 @@ class _Parser:
     def _show(self) -> Show:
         for what in ("DATABASES", "MEASUREMENTS"):
             if self._take(what):
-                return Show(what, where=self._where())
+                return Show(what, where=self._where(), limit=self._limit())
+        if self._take("RETENTION", "POLICIES"):
+            return Show("RETENTION POLICIES", self._source() if self._take("ON") else ())
         for what in ("FIELD KEYS", "TAG KEYS", "TAG VALUES"):
             if self._take(*what.split()):
                 source = self._source() if self._take("FROM") else ()
                 keys = self._keys() if what == "TAG VALUES" else ()
-                return Show(what, source, keys, self._where())
-        self._fail("DATABASES, FIELD, MEASUREMENTS, TAG")
+                return Show(what, source, keys, self._where(), self._limit())
+        self._fail("DATABASES, FIELD, MEASUREMENTS, RETENTION, TAG")
         raise AssertionError
+
+    def _limit(self) -> int:
+        return self._integer() if self._take("LIMIT") else 0
 
     def _keys(self) -> tuple[str, ...]:
         self._expect("WITH")
@@ -212,7 +220,7 @@ class _Parser:
         tags, every_ns = self._group_by()
         fill = self._fill()
         descending = self._order()
-        limit = self._integer() if self._take("LIMIT") else 0
+        limit = self._limit()
         offset = self._integer() if self._take("OFFSET") else 0
         return Select(
             tuple(selected), source, where, tags, every_ns, fill, descending=descending, limit=limit, offset=offset
@@ -220,16 +228,19 @@ class _Parser:
 
     def _selected(self) -> Selected:
         if self._take("*"):
-            return Selected("*")
+            return Selected(EVERY)
         is_function = self._tokens[self._at + 1].text == "(" and self._next.kind == "name"
         name = self._name()
         if is_function:
             self._expect("(")
-            column = "*" if self._take("*") else self._name()
+            column = EVERY if self._take("*") else self._name()
+            cast = self._cast()
             self._expect(")")
-            return Selected(column, function=name.lower(), alias=self._alias())
-        cast = self._name().lower() if self._take("::") else ""
-        return Selected(name, cast, alias=self._alias())
+            return Selected(column, cast, function=name.lower(), alias=self._alias())
+        return Selected(name, self._cast(), alias=self._alias())
+
+    def _cast(self) -> str:
+        return self._name().lower() if self._take("::") else ""
 
     def _alias(self) -> str:
         return self._name() if self._take("AS") else ""
@@ -254,14 +265,12 @@ class _Parser:
             inner = self._or()
             self._expect(")")
             return inner
-        name = self._name()
-        if self._take("::"):
-            self._name()
+        name, cast = self._name(), self._cast()
         sign = self._next.text
         if self._next.kind != "sign" or sign not in COMPARISONS:
             self._fail("a comparison")
         self._at += 1
-        return Condition("!=" if sign == "<>" else sign, name, self._value())
+        return Condition("!=" if sign == "<>" else sign, name, cast, self._value())
 
     def _value(self) -> str | int | float:
         negative = self._take("-")
@@ -283,12 +292,13 @@ class _Parser:
         if self._take("GROUP", "BY"):
             while True:
                 if self._take("*"):
-                    tags.append("*")
+                    tags.append(EVERY)
                 elif self._take("TIME", "("):
                     every_ns = self._duration()
                     self._expect(")")
                 else:
                     tags.append(self._name())
+                    self._cast()
                 if not self._take(","):
                     break
         return tuple(tags), every_ns

@@ -9,19 +9,19 @@ from contextlib import suppress
 
 from app.dwh.formats import writer
 from app.dwh.query import Selection
-from app.dwh.spool import Abandoned, Spool
+from app.dwh.spool import SPOOL_BYTES, Abandoned, Spool
 from app.dwh.store import Warehouse
 
-HEAD_BYTES, PIECE_BYTES = 1 << 18, 1 << 19
+HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
 
 
 class Page:
-    """One answer: `produce` in one thread, the rest in another. The reader closes it."""
+    """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
 
-    def __init__(self, warehouse: Warehouse, selection: Selection) -> None:
+    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False) -> None:
         self._warehouse = warehouse
         self._selection = selection
-        self._spool = Spool()
+        self._spool = Spool(LEAN_BYTES if lean else SPOOL_BYTES)
         self.last_id: int | None = None  # set when more rows follow; for who has begun
 
     def produce(self) -> None:

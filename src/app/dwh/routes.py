@@ -1,12 +1,13 @@
 """/dwh: rows in and rows out, one pair of routes per declared table.
 
 Invariants: bodies are streamed into a thread block by block; a route holds one of few places while it works, so that
-many clients wait instead of filling memory and the pool of connections.
+many clients wait instead of filling memory and the pool of connections. It takes it when the first bytes of a body are
+there: who sends slowly, or reads slowly, keeps nobody else waiting.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from app.core.errors import AppError
 from app.dwh import answers, document, formats
@@ -33,7 +34,8 @@ from app.dwh.tables import TABLES, Table
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import needs
 
-BLOCK_BYTES = 1 << 18
+FIRST_BYTES, BLOCK_BYTES = 1 << 16, 1 << 18
+ROOMY_PAGES = 16  # each may hold megabytes of an answer in memory; those beyond hold little
 READERS, WRITERS = 4, 6
 WAIT_SECONDS = 30.0
 BUSY = Refusal(
@@ -61,6 +63,7 @@ class Serving:
     limits: Limits
     clock: Callable[[], datetime]
     readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READERS))
+    roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
 
 
@@ -130,7 +133,11 @@ def _reading(serving: Serving, table: Table) -> Callable[[Request], Any]:
         except BadRequest as error:
             raise _refused(error) from error
         with ExitStack() as stack:
-            page = Page(serving.warehouse, chosen)
+            lean = serving.roomy.locked()
+            if not lean:
+                await serving.roomy.acquire()
+                stack.callback(serving.roomy.release)
+            page = Page(serving.warehouse, chosen, lean=lean)
             stack.callback(page.close)
             await _acquired(serving.readers)
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
@@ -142,9 +149,8 @@ def _reading(serving: Serving, table: Table) -> Callable[[Request], Any]:
             headers = _headers(chosen, request.url.path, page.last_id)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
-            answer = _Sent(page, headers=headers, media_type=formats.MEDIA[chosen.format])
-            stack.pop_all()
-        return answer
+            media_type = formats.MEDIA[chosen.format]
+            return _Sent(page.pieces(), stack.pop_all(), headers=headers, media_type=media_type)
 
     return read
 
@@ -161,25 +167,37 @@ def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str
 class _Sent(StreamingResponse):
     """A page on its way. What fails in the middle is logged, and the answer left without its end, as HTTP has it."""
 
-    def __init__(self, page: Page, *, headers: dict[str, str], media_type: str) -> None:
-        super().__init__(page.pieces(), headers=headers, media_type=media_type)
-        self._page = page
+    def __init__(self, pieces: Iterator[bytes], held: ExitStack, *, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(pieces, headers=headers, media_type=media_type)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         try:
             await super().stream_response(send)
         except AppError as error:
             log.error("an answer of /dwh was cut off: %s", error)  # noqa: TRY400 - the message says it all
-        finally:
-            self._page.close()
 
 
 def _writing(serving: Serving, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
-        async with _place(serving.writers):
+        try:
             chosen = options(request.query_params.multi_items(), request.headers)
+            blocks = _blocks(request)
+            first = await anext(blocks, b"")
+        except BadRequest as error:
+            raise _refused(error) from error
+        except ClientDisconnect:
+            return GONE
+        async with _place(serving.writers):
             intake = await run_in_threadpool(_intake, serving, table, chosen)
             try:
+                await run_in_threadpool(intake.feed, first)
+                async for block in blocks:
+                    await run_in_threadpool(intake.feed, block)
                 return await _stored(serving, table, request, (chosen, intake))
             except ClientDisconnect:
                 return GONE
@@ -200,8 +218,6 @@ def _intake(serving: Serving, table: Table, chosen: Options) -> Intake:
 
 async def _stored(serving: Serving, table: Table, request: Request, given: tuple[Options, Intake]) -> Response:
     chosen, intake = given
-    async for block in _blocks(request):
-        await run_in_threadpool(intake.feed, block)
     received = await run_in_threadpool(intake.finish)
     caller = request.scope["state"]["grant"].name
     storing = Storing(serving.clock(), caller, chosen.key, chosen.dry_run)
@@ -219,14 +235,14 @@ def _insert(warehouse: Warehouse, table: Table, received: Received, storing: Sto
 
 
 async def _blocks(request: Request) -> AsyncIterator[bytes]:
-    """The body in blocks that are worth a trip to a thread."""
+    """The body in blocks that are worth a trip to a thread; the first one is smaller."""
     held: list[bytes] = []
-    held_bytes = 0
+    held_bytes, enough_bytes = 0, FIRST_BYTES
     async for piece in request.stream():
         held.append(piece)
         held_bytes += len(piece)
-        if held_bytes >= BLOCK_BYTES:
+        if held_bytes >= enough_bytes:
             yield b"".join(held)
-            held, held_bytes = [], 0
+            held, held_bytes, enough_bytes = [], 0, BLOCK_BYTES
     if held_bytes:
         yield b"".join(held)

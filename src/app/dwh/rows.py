@@ -73,7 +73,7 @@ class RowReader:
         except UNREADABLE:
             columns, keys = self._sparse(slices)
         json_texts = [value for position in self._json for value in columns[position] if value]
-        strict.check_keys(b",".join(slices), keys, json_texts)
+        strict.check_keys(b",".join(slices), keys, values.decoded_again(json_texts))
         return columns
 
     def _whole(self, slices: Sequence[Slice]) -> Sequence[Values]:

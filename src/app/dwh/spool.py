@@ -21,11 +21,12 @@ class Abandoned(Exception):
 
 
 class Spool:
-    """One writer and one reader."""
+    """One writer and one reader. Up to `memory_bytes` wait in memory."""
 
     closed = False  # as writers of files look at it
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int = SPOOL_BYTES) -> None:
+        self._memory_bytes = memory_bytes
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
         self._file = tempfile.SpooledTemporaryFile(1)  # noqa: SIM115 - `close`. A file with the first byte
@@ -54,7 +55,7 @@ class Spool:
         with self._changed:
             if self._abandoned:
                 raise Abandoned
-            if self._file_bytes or self._held_bytes + len(piece) > SPOOL_BYTES:
+            if self._file_bytes or self._held_bytes + len(piece) > self._memory_bytes:
                 self._spill(piece)
             else:
                 self._held.append(piece)

@@ -17,6 +17,9 @@ MAX_DEPTH = 100
 MARK = b'":'
 BLANKS = (b" ", b"\t", b"\n", b"\r")
 HIDDEN = (rb"\u0000", rb"\u0022", rb"\u003")
+NUMBER_CHARACTERS = 1000
+SMALL_OR_LONG = re.compile(rb"[eE]-[0-9]{3}|[0-9]{400}")
+TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
 NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -29,7 +32,9 @@ class _Repeated(Exception):
 
 
 def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
-    """`keys` columns and `json_texts` came from `text`: raise Suspicious unless it has no repeated key and no NUL."""
+    """`keys` columns and `json_texts`, as a decoder leaves them, came from `text`: raise Suspicious unless it has no
+    repeated key and no NUL.
+    """
     # One byte is found ten times quicker than two, and most texts hold neither escapes nor blanks but spaces.
     if b"\\" in text and any(mark in text for mark in HIDDEN):
         raise Suspicious
@@ -63,6 +68,22 @@ def check_depth(raw: Any, value: Any) -> None:
     text = bytes(raw)
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise Suspicious
+
+
+def check_numbers(text: bytes) -> None:
+    """Raise Suspicious for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
+
+    PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
+    """
+    if SMALL_OR_LONG.search(text):
+        numbers = (token for token in TOKENS.findall(text) if not token.startswith(b'"'))
+        if any(len(number) > NUMBER_CHARACTERS or _vanishes(number) for number in numbers):
+            raise Suspicious
+
+
+def _vanishes(number: bytes) -> bool:
+    mantissa = number.lower().partition(b"e")[0]
+    return float(number) == 0 and mantissa.strip(b"-0.") != b""
 
 
 def depth(value: Any) -> int:

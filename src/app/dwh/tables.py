@@ -19,7 +19,7 @@ WANTED: dict[Kind, str] = {
     "bigint": "an integer of 64 bits",
     "float": "a finite number",
     "bool": "true or false",
-    "json": "any JSON, at most 100 levels deep, without repeated keys and NUL",
+    "json": "any JSON, at most 100 levels deep, numbers in the range of a double, without repeated keys and NUL",
     "instant": "an ISO 8601 instant such as 2026-02-07T12:34:56.789Z; without an offset it is taken as UTC",
 }
 

@@ -58,9 +58,7 @@ def credentials(given: Given) -> Any:
     info = document(given)
     try:
         if info.get("type") == "service_account":
-            from google.oauth2 import service_account
-
-            return service_account.Credentials.from_service_account_info(info, scopes=list(SCOPES))
+            return _service_account(info)
         return _user(info if "refresh_token" in info else _kept(given, client_of(info)))
     except (ValueError, KeyError) as error:  # google-auth's MalformedError is a ValueError
         raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
@@ -77,6 +75,21 @@ def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(client, dict) or "client_id" not in client:
         raise Permanent("Google credentials are neither a service account, an installed app nor a token", FORMS)
     return client
+
+
+def _service_account(info: Mapping[str, Any]) -> Any:
+    """The library's own would, beside each request, look up at another host of Google's in which regions the account
+    may be used. Only the hosts that the settings and the document name are asked.
+    """
+    from google.oauth2 import service_account
+
+    class Quiet(service_account.Credentials):
+        def before_request(self, request: Any, method: str, url: str, headers: Any) -> None:  # noqa: ARG002 - its words
+            if not self.valid:
+                self.refresh(request)  # type: ignore[no-untyped-call]  # the library is untyped
+            self.apply(headers)  # type: ignore[no-untyped-call]
+
+    return Quiet.from_service_account_info(info, scopes=list(SCOPES))  # type: ignore[no-untyped-call]
 
 
 def _user(info: Mapping[str, Any]) -> Any:

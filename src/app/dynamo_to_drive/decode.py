@@ -18,7 +18,7 @@ TEXT_LIMIT = 200
 Taken = bytes | msgspec.Raw
 
 
-class Value(msgspec.Struct, gc=False):
+class Value(msgspec.Struct, gc=False, omit_defaults=True):
     """One attribute: exactly one field is set. `N` stays text, `B` stays base64 as it came."""
 
     N: str | None = None
@@ -56,6 +56,7 @@ class _Rest(msgspec.Struct):
 _ANSWERS = msgspec.json.Decoder(_Answer)
 _ITEMS = msgspec.json.Decoder(list[Item])
 _ENCODER = msgspec.json.Encoder()
+_SORTED = msgspec.json.Encoder(order="deterministic")
 
 
 def take_items(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
@@ -83,6 +84,19 @@ def items_of(taken: Taken) -> list[Item]:
             f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
             "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is tried again",
         ) from error
+
+
+def timed(item: Item, attribute: str) -> str | None:
+    """The text or number of an attribute; None where it is absent or anything else."""
+    value = item.get(attribute)
+    if value is None:
+        return None
+    return value.S if value.S is not None else value.N
+
+
+def text_of(item: Item) -> bytes:
+    """The item in DynamoDB's JSON, as `aws dynamodb put-item` takes it; the same item always gives the same text."""
+    return _SORTED.encode(item)
 
 
 def cell(value: Value | None) -> str:

@@ -25,8 +25,9 @@ CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory
 DOWNLOAD_BYTES = 8 << 20
 NO_PROGRESS = 6
 GONE = (404, 410)
-FOLDER_TYPE = "application/vnd.google-apps.folder"
-FILE_FIELDS = "id,name,md5Checksum,size,headRevisionId,createdTime,appProperties,trashed"
+GOOGLE_TYPES = "application/vnd.google-apps."
+FOLDER_TYPE = f"{GOOGLE_TYPES}folder"
+FILE_FIELDS = "id,name,mimeType,md5Checksum,size,headRevisionId,createdTime,appProperties,trashed"
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
 
 
@@ -51,6 +52,12 @@ class DriveFile:
     created: str
     properties: Mapping[str, str]
     trashed: bool
+    mime_type: str
+
+    @property
+    def is_binary(self) -> bool:
+        """False for a folder, a shortcut, a document: what has no bytes to download or to replace."""
+        return not self.mime_type.startswith(GOOGLE_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +136,12 @@ class Drive:
         return found
 
     def named(self, name: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
-        """Every file of that name in the folder that is not in the trash, oldest first."""
+        """Everything of that name in the folder that is not in the trash, oldest first."""
         found = self._listed(f"name = '{_quoted(name)}'", name, folder_id, drive_id)
         return [each for each in found if each.name == name]
 
     def beginning(self, start: str, folder_id: str, drive_id: str) -> Sequence[DriveFile]:
-        """Every file in the folder whose name begins so and that is not in the trash, oldest first."""
+        """Everything in the folder whose name begins so and that is not in the trash, oldest first."""
         found = self._listed(f"name contains '{_quoted(start)}'", start, folder_id, drive_id)
         return [each for each in found if each.name.startswith(start)]
 
@@ -302,6 +309,7 @@ def _file(found: Mapping[str, Any]) -> DriveFile:
         created=found.get("createdTime", ""),
         properties=found.get("appProperties", {}),
         trashed=bool(found.get("trashed")),
+        mime_type=found.get("mimeType", ""),
     )
 
 

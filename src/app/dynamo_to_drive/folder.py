@@ -4,9 +4,8 @@ Invariant: a file is whole or absent at every instant; its version is the MD5 of
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from hashlib import md5
 from pathlib import Path
@@ -15,22 +14,25 @@ from app.core.errors import Conflict, Permanent
 from app.core.files import write_durably
 from app.core.ports import Held
 from app.core.window import Window
-from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file, readable
-from app.dynamo_to_drive.sink import READ_HINT, HourBytes, file_name
+from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.hour_file import HourFile, lines_in, read_file, readable, while_readable
+from app.dynamo_to_drive.sink import READ_HINT, HourBytes, file_name, hour_of
+from app.dynamo_to_drive.timestamps import Times
 
 BLOCK_BYTES = 1 << 18
 log = logging.getLogger(__name__)
 
 
 class FolderSink:
-    """`app.core.ports.Sink` over a directory, which is made on the first write."""
+    """`app.core.ports.Sink` over a directory, which is made on the first write. `accounts` is told what lies there."""
 
     def __init__(
-        self, root: Path, prefix: str, instant_of: Callable[[str], datetime | None], *, escaped: bool, dry_run: bool
+        self, root: Path, prefix: str, times: Times, accounts: Accounts, *, escaped: bool, dry_run: bool
     ) -> None:
         self._root = root
         self._prefix = prefix
-        self._instant_of = instant_of
+        self._times = times
+        self._accounts = accounts
         self._escaped = escaped
         self._dry_run = dry_run
 
@@ -48,7 +50,8 @@ class FolderSink:
             last = next(iter(row.values()), "")
             first = last if first is None else first
             rows += 1
-        min_at, max_at = (self._instant_of(text) if text else None for text in (first, last))
+        min_at, max_at = (self._times.read(text or "").at for text in (first, last))
+        self._accounts.held(hour_of(key), rows)
         return Held(version, version, rows, min_at, max_at, (self._root / key).stat().st_size)
 
     def peek(self, key: str) -> Held | None:
@@ -60,7 +63,8 @@ class FolderSink:
         """Names and MD5 of every file on the day of `hour`."""
         start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
         with _translated(self._root):
-            names = sorted(path.name for path in self._root.glob("*.csv") if path.name.startswith(start))
+            paths = [path for path in self._root.glob("*.csv") if path.name.startswith(start)]
+            names = sorted(path.name for path in paths if path.is_file())
         for name in names:
             if version := self._version(name):
                 yield name, version
@@ -76,17 +80,21 @@ class FolderSink:
         if self._dry_run:
             name = file_name(self._prefix, window)
             log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
+            self._accounts.waits(window, batch.rows)
         return HourBytes(batch)
 
     def put(self, key: str, encoded: HourBytes, expected: str | None) -> str:
         """Replace the file durably when it is still the expected one."""
         self._check(key, expected)
-        file = encoded.hour.file
+        hour, file = encoded.hour, encoded.hour.file
+        landed = hour.landed_over(while_readable(self._rows(key)) if expected else ())
         file.seek(0)
         with _translated(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             write_durably(self._root / key, iter(partial(file.read, BLOCK_BYTES), b""))
-        return encoded.hour.digest
+        self._accounts.landed(hour_of(key), landed)
+        log.info("%s: written, %d rows, %d bytes", self._root / key, hour.rows, hour.size_bytes)
+        return hour.digest
 
     def _check(self, key: str, expected: str | None) -> None:
         if self._version(key) != expected:
@@ -112,6 +120,8 @@ class FolderSink:
 def _translated(root: Path) -> Iterator[None]:
     try:
         yield
+    except IsADirectoryError as error:
+        raise Permanent(f"{error.filename or root}: is a directory", "move it away: the file has its name") from error
     except OSError as error:
         raise Permanent(
             f"{root}: {error.strerror or error}", "make DATA_DIR writable, and free space on its disk"

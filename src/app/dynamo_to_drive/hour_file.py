@@ -9,9 +9,9 @@ import csv
 import heapq
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import md5
 from itertools import islice, pairwise
@@ -19,8 +19,10 @@ from operator import itemgetter
 from typing import BinaryIO
 
 from app.core.errors import Permanent
+from app.core.ledger import Tally
+from app.core.window import Window
 from app.dynamo_to_drive.rows import Columns, Row
-from app.dynamo_to_drive.timestamps import ascend, rank
+from app.dynamo_to_drive.timestamps import Times, ascend
 
 LINE_END = "\r\n"  # RFC 4180; and only with it csv.writer quotes a lone carriage return
 MEMORY_BYTES = 1 << 20
@@ -38,38 +40,90 @@ Order = tuple[str, ...]
 class Shape:
     """What a file of this table looks like. `key`: attributes that identify a row beside the timestamp.
 
-    `instant_of` reads a timestamp's text; `escape` guards against spreadsheet formulas.
+    `times` reads a timestamp's text; `escape` guards against spreadsheet formulas.
     """
 
     timestamp: str
     key: tuple[str, ...]
-    instant_of: Callable[[str], datetime | None]
+    times: Times
     escape: bool = False
 
     def orders(self, rows: Sequence[Row], places: Sequence[int]) -> list[Order]:
         """For each row what it is sorted by: instant, then key, then the timestamp's own text."""
+        rank = self.times.rank
         return [(*rank(row[0]), *[row[place] for place in places], row[0]) for row in rows]
 
     def places(self, columns: Sequence[str]) -> Sequence[int]:
         """Where the key's cells are; of a key that no row has, nowhere."""
         return [columns.index(name) for name in self.key if name in columns]
 
+    def order_of(self, row: Mapping[str, str]) -> Order:
+        """What a row of a file is sorted by."""
+        text = row.get(self.timestamp, "")
+        return (*self.times.rank(text), *[row.get(name, "") for name in self.key], text)
+
 
 @dataclass(frozen=True, slots=True)
 class HourFile:
-    """The finished file, a `Batch`. `digest` is the MD5 of its bytes, which is what Drive tells too."""
+    """The finished file, a `Batch`. `digest` is the MD5 of its bytes, which is what Drive tells too.
 
+    `repeated`: how often a row was added that was there already. `window` is the hour where it is known;
+    `elsewhere` has timestamps of items that look as if they were of it and are not.
+    """
+
+    shape: Shape
     file: BinaryIO
     rows: int
     digest: str
     size_bytes: int
     min_at: datetime | None
     max_at: datetime | None
+    repeated: int = 0
+    window: Window | None = None
+    elsewhere: frozenset[str] = frozenset()
     reusable: bool = False
+    accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     def close(self) -> None:
         """Drop the spooled bytes."""
         self.file.close()
+
+    def landed_over(self, held: Iterable[Mapping[str, str]]) -> "Landed":
+        """What of this file's rows is new, the same or corrected beside the rows of the file that it replaces.
+
+        Both are in order; the rows of a file that a person put out of order count as new.
+        """
+        before, new, same, corrected = iter(held), 0, 0, 0
+        old = next(before, None)
+        for row in read_file(lines_of(self), escaped=self.shape.escape):
+            if old is not None and row != old:
+                order = self.shape.order_of(row)
+                while old is not None and self.shape.order_of(old) < order:
+                    old = next(before, None)
+                if old is None or self.shape.order_of(old) != order:
+                    new += 1
+                    continue
+            if old is None:
+                new += 1
+                continue
+            is_same = row == old or _filled(row) == _filled(old)
+            same, corrected = same + is_same, corrected + (not is_same)
+            old = next(before, None)
+        return Landed(new, same, corrected)
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What became of the rows of a file when it was put into its place."""
+
+    new: int = 0
+    already_there: int = 0
+    corrected: int = 0
+
+
+def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
+    """Without empty cells: a new column changes no earlier row."""
+    return {name: text for name, text in row.items() if text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +146,7 @@ class HourWriter:
         self._spool = _temporary()
         self._segments: list[_Segment] = []
         self._columns: Columns = (shape.timestamp,)
+        self._repeated = 0
 
     def close(self) -> None:
         """Drop the spool."""
@@ -123,6 +178,7 @@ class HourWriter:
         orders = self._shape.orders(rows, places)
         if any(later <= earlier for earlier, later in pairwise(orders)):
             both = dict(zip(orders, rows, strict=True))
+            self._repeated += len(orders) - len(both)
             orders = sorted(both)
             rows = [both[order] for order in orders]
         return rows, orders[0], orders[-1]
@@ -142,7 +198,7 @@ class HourWriter:
             rows, span = sum(segment.rows for segment in segments), (segments[0].first, segments[-1].last)
         else:
             rows, span = self._merge(whole, columns)
-        return _finished(shape, whole, rows, span)
+        return replace(_finished(shape, whole, rows, span), repeated=self._repeated)
 
     def _merge(self, whole: BinaryIO, columns: Columns) -> tuple[int, tuple[Order, Order]]:
         """Write all rows in order; how many there are, and the order of the first and the last."""
@@ -165,8 +221,11 @@ class HourWriter:
         streams = [self._read(number, segment, columns) for number, segment in enumerate(self._segments)]
         held: tuple[Order, Row] | None = None
         for order, _, row in heapq.merge(*streams, key=lambda each: each[:2]):
-            if held is not None and held[0] != order:
-                yield held
+            if held is not None:
+                if held[0] != order:
+                    yield held
+                else:
+                    self._repeated += 1
             held = order, row
         if held is not None:
             yield held
@@ -194,6 +253,12 @@ def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]
 
 class Unreadable(Permanent):
     """A file that was not written here, or was damaged since."""
+
+
+def while_readable(rows: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+    """The rows up to what cannot be read, for whom only compares with what is to be replaced anyway."""
+    with suppress(Unreadable):
+        yield from rows
 
 
 @contextmanager
@@ -289,5 +354,5 @@ def _finished(shape: Shape, file: BinaryIO, rows: int, span: tuple[Order, Order]
         digest.update(block)
         size_bytes += len(block)
     file.seek(0)
-    min_at, max_at = (shape.instant_of(order[-1]) for order in span) if span else (None, None)
-    return HourFile(file, rows, digest.hexdigest(), size_bytes, min_at, max_at)
+    min_at, max_at = (shape.times.read(order[-1]).at for order in span) if span else (None, None)
+    return HourFile(shape, file, rows, digest.hexdigest(), size_bytes, min_at, max_at)

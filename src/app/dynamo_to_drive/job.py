@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
@@ -21,16 +22,17 @@ from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
 from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to, windows_between
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
 from app.dynamo_to_drive.folder import FolderSink
 from app.dynamo_to_drive.hour_file import HourFile
 from app.dynamo_to_drive.plan import Wanted
-from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place
+from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place, hour_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
-from app.dynamo_to_drive.timestamps import reader_of
 from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
 from app.settings import Settings
+from app.stores.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
 LATE = "dynamo_to_drive_late"
@@ -55,6 +57,7 @@ class Parts:
     directory: Path
     folder: FolderOnce
     checkpoints: Checkpoints
+    set_aside: SetAsideStore
     clock: Callable[[], datetime]
     policy: RetryPolicy
     turn: threading.Lock = field(default_factory=threading.Lock)
@@ -89,19 +92,14 @@ class RecordedIds:
 
     def known(self, key: str) -> str:
         """The id in the record of the hour that `key` names."""
-        hour = _hour_of(key)
+        hour = hour_of(key)
         records = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
         return next((each.version.partition(":")[0] for each in records if each.key == key), "")
 
     def keep(self, key: str, file_id: str) -> None:
         """Commit a record that says no more than the id; the record of the write replaces it."""
-        record = Record(_hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
+        record = Record(hour_of(key), 0, key, f"{file_id}:", "", 0, 0, -1, None, None, closed=False)
         self.checkpoints.commit(NAME, self.partition, Commit((record,)), self.context.lease)
-
-
-def _hour_of(key: str) -> Window:
-    start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
-    return Window(start, start + timedelta(seconds=HOUR_SECONDS))
 
 
 def folder_of(settings: Settings) -> str:
@@ -119,7 +117,11 @@ def given_of(settings: Settings) -> Given | None:
 
 
 def build(
-    settings: Settings, checkpoints: Checkpoints, clock: Callable[[], datetime], policy: RetryPolicy = POLICY
+    settings: Settings,
+    checkpoints: Checkpoints,
+    set_aside: SetAsideStore,
+    clock: Callable[[], datetime],
+    policy: RetryPolicy = POLICY,
 ) -> Export:
     """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
     given = given_of(settings)
@@ -130,6 +132,7 @@ def build(
         directory=settings.service.data_dir / "drive",
         folder=FolderOnce(),
         checkpoints=checkpoints,
+        set_aside=set_aside,
         clock=clock,
         policy=policy,
     )
@@ -180,22 +183,20 @@ def _target(settings: Settings) -> Target:
     )
 
 
-def _pipeline(parts: Parts, context: Context) -> HourPipeline:
-    """The pipeline of one run: its pauses end with that run."""
-    return _opened(parts, context).pipeline
+def _opened(parts: Parts, context: Context, span: Window | None = None) -> Opened:
+    """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
+    accounts = Accounts(parts.settings.dynamo.timestamp_attribute)
+    sink = _sink(parts, context, accounts)
+    source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
+    pipeline = _joined(parts, source, sink)
+    return Opened(pipeline, sink, parts.partition, parts.settings.drive.escape_formulas, accounts)
 
 
-def _opened(parts: Parts, context: Context) -> Opened:
-    drive, sink = parts.settings.drive, _sink(parts, context)
-    pipeline = _joined(parts, context, sink)
-    return Opened(pipeline, sink, parts.partition, drive.escape_formulas)
-
-
-def _joined(parts: Parts, context: Context, sink: DriveSink | FolderSink) -> HourPipeline:
+def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) -> HourPipeline:
     drive = parts.settings.drive
     return Pipeline(
         name=NAME,
-        source=DynamoSource(parts.table, parts.partition, context.stop),
+        source=source,
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
@@ -210,29 +211,32 @@ def _looking(stop: Stop) -> Context:
     return Context("", nobody, stop, Unwatched(), dry_run=True)
 
 
-def _sink(parts: Parts, context: Context) -> DriveSink | FolderSink:
-    drive, escaped = parts.settings.drive, parts.settings.drive.escape_formulas
+def _sink(parts: Parts, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
+    drive, escaped, dry_run = parts.settings.drive, parts.settings.drive.escape_formulas, context.dry_run
     if parts.drive is None:
-        instant_of = reader_of(parts.settings.dynamo.timestamp_unit)
-        return FolderSink(parts.directory, drive.csv_name_prefix, instant_of, escaped=escaped, dry_run=context.dry_run)
+        times = parts.table.target.times
+        return FolderSink(parts.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
     # Jitter is no secret: any source of numbers serves.
     calls = Drive(parts.drive, Patience(parts.policy, context.stop, random.random))
-    place = Place(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, context.dry_run)
-    return DriveSink(calls, place, RecordedIds(parts.checkpoints, parts.partition, context), parts.folder)
+    place = Place(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, dry_run)
+    return DriveSink(calls, place, RecordedIds(parts.checkpoints, parts.partition, context), parts.folder, accounts)
 
 
 def _live(parts: Parts, context: Context) -> Report:
     """Close what is due, bring the current hour and the one in its grace up to date."""
-    now, pipeline = parts.clock(), _pipeline(parts, context)
+    now = parts.clock()
     at = Position(parts.partition, _cursor(parts, context, now), now)
-    live = {window.start: UNCOUNTED for window in live_windows(pipeline, now)}
-    return _noted(parts, context, lambda: sync_partition(pipeline, context, at, live))
+    opened = _opened(parts, context, Window(at.cursor_at, now) if at.cursor_at < now else None)
+    live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
+    work = partial(sync_partition, opened.pipeline, context, at, live)
+    return _noted(parts, context, opened.accounts, work)
 
 
-def _noted(parts: Parts, context: Context, work: Callable[[], Report]) -> Report:
-    """Run `work`; a failure is noted beside the cursor, which stays, and raised."""
+def _noted(parts: Parts, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
+    """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
     try:
-        return work()
+        report = work()
+        return replace(report, ledger=accounts.closed(parts.partition, None if context.dry_run else parts.set_aside))
     except LeaseLost:
         raise
     except (Transient, Permanent, Rejected) as error:
@@ -289,23 +293,30 @@ def _backfill(parts: Parts, context: Context, span: Window) -> Report:
 
 
 def _fill(parts: Parts, context: Context, span: Window) -> Report:
-    pipeline = _pipeline(parts, context)
+    opened = _opened(parts, context, span)
     hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
     context.progress.advance(total=len(hours))
 
-    def work() -> Report:
+    def each() -> Report:
         report = Report()
         for hour in hours:
             context.stop.check()
             known = parts.checkpoints.records(NAME, parts.partition, hour.start, hour.end)
             record = next(iter(known), None)
             final = hour.end <= parts.clock() - timedelta(seconds=parts.settings.drive.grace_seconds)
-            report += settle(pipeline, context, Task(parts.partition, hour, UNCOUNTED, record, final=final))
+            report += settle(opened.pipeline, context, Task(parts.partition, hour, UNCOUNTED, record, final=final))
             context.progress.advance(done=1)
         return report
 
+    def work() -> Report:
+        seen, report = parts.table.traits, each()
+        if parts.table.traits == seen:
+            return report
+        context.progress.advance(total=len(hours))
+        return report + each()  # earlier hours may have items of the writing that only a later one showed
+
     with parts.turn:  # late hours, reconcile and backfill may meet on one hour
-        return _noted(parts, context, work)
+        return _noted(parts, context, opened.accounts, work)
 
 
 def _ping_drive(parts: Parts) -> str:

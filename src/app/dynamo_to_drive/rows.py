@@ -8,15 +8,17 @@ Invariant: both ways give the same rows and columns; a test compares them.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import compress
 from operator import attrgetter
 from types import GenericAlias
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from app.dynamo_to_drive.decode import Item, Taken, Value, cell, items_of
 
 ANY = ""  # a type, or types, whose cell is not the text that came
+TIMED = ("S", "N")
 MISSES = 8
 KEPT_READERS = 16
 
@@ -25,39 +27,67 @@ Columns = tuple[str, ...]
 Read = Callable[[Taken], list[Row]]
 
 
+class Wanted(Protocol):
+    """Which items make rows."""
+
+    def has_all(self, texts: Sequence[str]) -> bool:
+        """True when each of these timestamps is certainly wanted. False says nothing."""
+
+    def has(self, text: str) -> bool | None:
+        """Whether a timestamp is wanted; None when it cannot be read."""
+
+    def takes(self, item: Item) -> bool:
+        """Whether an item is wanted. One whose timestamp cannot be read is accounted for in this call."""
+
+
 class Pages:
     """Reads the pages of one hour. Not safe from several threads.
 
-    `columns` begin with `timestamp`; the attribute `left_out` is none of them. A row whose timestamp `keeps` refuses is
-    dropped, and so are columns that only such rows have.
+    `columns` begin with `timestamp`; the attribute `left_out` is none of them. Rows that `wanted` does not want are
+    dropped, and so are columns that only such rows have. `items` counts those of all pages, `rows` those wanted.
     """
 
-    def __init__(self, timestamp: str, left_out: str, keeps: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, timestamp: str, left_out: str, wanted: Wanted | None = None) -> None:
         self.columns: Columns = (timestamp,)
+        self.items = 0
+        self.rows = 0
         self._left_out = left_out
-        self._keeps = keeps
+        self._wanted = wanted
         self._letters: dict[str, str] = {}
         self._read: Read | None = None
         self._misses = 0
 
     def read(self, taken: Taken) -> list[Row]:
         """The rows of a page in `columns`, which may have grown. Raises Transient for what is no page."""
-        if self._read is not None:
-            try:
-                return self._kept(self._read(taken))
-            except msgspec.DecodeError:
-                self._misses += 1
-        items = self._kept_items(items_of(taken))
+        rows = self._in_one_step(taken)
+        if rows is not None:
+            return rows
+        items = items_of(taken)
+        self.items += len(items)
+        wanted = self._wanted
+        items = items if wanted is None else [item for item in items if wanted.takes(item)]
+        self.rows += len(items)
         self._learn(items)
         return [_cells(item, self.columns) for item in items]
 
-    def _kept(self, rows: list[Row]) -> list[Row]:
-        keeps = self._keeps
-        return rows if keeps is None else [row for row in rows if keeps(row[0])]
-
-    def _kept_items(self, items: list[Item]) -> list[Item]:
-        keeps, timestamp = self._keeps, self.columns[0]
-        return items if keeps is None else [item for item in items if keeps(cell(item.get(timestamp)))]
+    def _in_one_step(self, taken: Taken) -> list[Row] | None:
+        """The rows where all items of the page are as known and all timestamps can be read, else None."""
+        if self._read is None:
+            return None
+        try:
+            rows = self._read(taken)
+        except msgspec.DecodeError:
+            self._misses += 1
+            return None
+        wanted, number = self._wanted, len(rows)
+        if wanted is not None and not wanted.has_all([row[0] for row in rows]):
+            has = [wanted.has(row[0]) for row in rows]
+            if None in has:
+                return None
+            rows = list(compress(rows, has))
+        self.items += number
+        self.rows += len(rows)
+        return rows
 
     def _learn(self, items: Sequence[Item]) -> None:
         """What these items show of attributes and types. A table that never ends to show more is not followed."""
@@ -97,9 +127,10 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
 def _reader(columns: Columns, letters: tuple[str, ...], left_out: str) -> Read | None:
     """Reads pages of items with these attributes, each of its letter, and raises DecodeError for others.
 
-    None when there is no such decoder: a field's name may hold no quote, backslash or control character.
+    None when there is no such decoder: a field's name may hold no quote, backslash or control character. A timestamp
+    is text or a number; where items differ in that, or it is something else, they are looked at one by one.
     """
-    if len(columns) == 1:  # of one field `attrgetter` makes no row
+    if len(columns) == 1 or letters[0] not in TIMED:  # of one field `attrgetter` makes no row
         return None
     fields: list[tuple[str, Any, Any]] = [(f"f{at}", *_FIELDS[letter]) for at, letter in enumerate(letters)]
     names = {f"f{at}": name for at, name in enumerate(columns)}

@@ -2,22 +2,24 @@
 
 Invariants: a create carries an id that the state store has already, so its repetition can only find the same file; what
 Drive holds is asked of Drive, and MD5 and head revision say what it is; of several files of a name the oldest is it.
+Only what has binary content is a file: folders, shortcuts and Google documents of the name are left alone.
 """
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.ports import Held
 from app.core.window import Window
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
 from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
-from app.dynamo_to_drive.hour_file import HourFile, Unreadable, lines_in, read_file, readable
+from app.dynamo_to_drive.hour_file import HourFile, Unreadable, lines_in, read_file, readable, while_readable
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "nothing to do: it is read again"
@@ -66,10 +68,17 @@ def file_name(prefix: str, window: Window) -> str:
     return f"{prefix}_{window.start:%Y%m%d_%H}.csv"
 
 
+def hour_of(key: str) -> Window:
+    """The hour of a file's name."""
+    start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
+    return Window(start, start + timedelta(hours=1))
+
+
 class FolderOnce:
-    """What the folder is, looked up once per process and again after a failure."""
+    """What the folder is, looked up once per process and again after a failure. `told`: ids that were warned of."""
 
     def __init__(self) -> None:
+        self.told = set[str]()
         self._drive_id: str | None = None
 
     def drive_id(self, drive: Drive, place: Place) -> str:
@@ -84,13 +93,14 @@ class FolderOnce:
 
 
 class DriveSink:
-    """`app.core.ports.Sink` over Drive; a version is `id:headRevisionId`."""
+    """`app.core.ports.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there."""
 
-    def __init__(self, drive: Drive, place: Place, ids: FileIds, folder: FolderOnce) -> None:
+    def __init__(self, drive: Drive, place: Place, ids: FileIds, folder: FolderOnce, accounts: Accounts) -> None:
         self._drive = drive
         self._place = place
         self._ids = ids
         self._folder = folder
+        self._accounts = accounts
 
     def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
         """The file's name."""
@@ -102,6 +112,7 @@ class DriveSink:
         if found is None:
             return None
         rows, min_at, max_at = self._described(found)
+        self._accounts.held(hour_of(key), rows)
         return Held(_version(found), found.md5, rows, min_at, max_at, found.size_bytes)
 
     def peek(self, key: str) -> Held | None:
@@ -115,7 +126,7 @@ class DriveSink:
         drive_id = self._folder.drive_id(self._drive, self._place)
         seen = set[str]()
         for found in self._drive.beginning(start, self._place.folder_id, drive_id):
-            if found.name not in seen:
+            if found.is_binary and found.name not in seen:
                 seen.add(found.name)
                 yield found.name, found.md5
 
@@ -131,15 +142,22 @@ class DriveSink:
         if self._place.dry_run:
             name = file_name(self._place.prefix, window)
             log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
+            self._accounts.waits(window, batch.rows)
         return HourBytes(batch)
 
     def put(self, key: str, encoded: HourBytes, expected: str | None) -> str:
         """Create under the id that was kept before, or replace the content when the head revision is the expected."""
-        content = _content(encoded.hour)
+        hour, content = encoded.hour, _content(encoded.hour)
         if expected is None:
-            return self._create(key, content)
-        self._check(key, expected)
-        return _version(self._drive.update(expected.partition(":")[0], content))
+            landed, version = hour.landed_over(()), self._create(key, content)
+        else:
+            self._check(key, expected)
+            file_id = expected.partition(":")[0]
+            landed = hour.landed_over(while_readable(self._rows(file_id)))
+            version = _version(self._drive.update(file_id, content))
+        self._accounts.landed(hour_of(key), landed)
+        log.info("%s: uploaded, %d rows, %d bytes", key, hour.rows, hour.size_bytes)
+        return version
 
     def _create(self, key: str, content: Content) -> str:
         file_id = self._ids.known(key)
@@ -162,16 +180,26 @@ class DriveSink:
 
     def _find(self, key: str) -> DriveFile | None:
         try:
-            found = self._drive.named(key, self._place.folder_id, self._folder.drive_id(self._drive, self._place))
+            named = self._drive.named(key, self._place.folder_id, self._folder.drive_id(self._drive, self._place))
         except Permanent:
             self._folder.forget()
             raise
+        found = [each for each in named if each.is_binary]
+        self._tell_others(each for each in named if not each.is_binary)
         if found:
             self._put_aside(key, found[1:])
             return found[0]
         file_id = self._ids.known(key)
         held = self._drive.get(file_id) if file_id else None
         return None if held is None or held.trashed else held
+
+    def _tell_others(self, others: Iterable[DriveFile]) -> None:
+        """Once per process: a person may wonder which of the two is ours."""
+        for other in others:
+            if other.file_id not in self._folder.told:
+                self._folder.told.add(other.file_id)
+                what = other.mime_type.rpartition(".")[2]
+                log.warning("%s: a Google %s has the same name (%s); it is left alone", other.name, what, other.file_id)
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""

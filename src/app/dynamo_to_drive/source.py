@@ -1,29 +1,53 @@
 """DynamoDB as a source: one table, one partition, one hour at a time; with `stores.s3` the home of boto3.
 
-Invariants: every page is followed until LastEvaluatedKey is absent, also an empty one; signing and retries are
-botocore's, only the items are decoded here; no exception of the SDK leaves this module (`dynamo_errors`).
+Invariants: every page is followed until there is no LastEvaluatedKey, also an empty page; signing and retries are
+botocore's, only the items are decoded here; no exception of the SDK leaves this module (`dynamo_errors`); an item that
+was read is a row of an hour or is handed to the accounts with the reason.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import Permanent
+from app.core.ledger import sampled
 from app.core.ports import UNCOUNTED, Count
 from app.core.runs import Stop
-from app.core.window import Window
-from app.dynamo_to_drive.decode import Taken, cell, items_of, take_items
+from app.core.window import EPOCH, Window, window_at
+from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.decode import Item, Taken, cell, items_of, take_items, timed
 from app.dynamo_to_drive.dynamo_errors import member, translated
 from app.dynamo_to_drive.hour_file import HourFile, HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.plan import SEGMENTS, Plan, Wanted, advice, plan_of
 from app.dynamo_to_drive.rows import Pages
-from app.dynamo_to_drive.timestamps import hour_numbers, hour_prefix, number_before, reader_of, separator_of
+from app.dynamo_to_drive.timestamps import (
+    EVERY_TRAIT,
+    UNREADABLE,
+    Hour,
+    KeyRange,
+    Reading,
+    Times,
+    Trait,
+    is_found,
+    number_ranges,
+    text_ranges,
+)
 
+LOOKED_ITEMS = 1000
+SOME_HOUR = window_at(EPOCH, 3600)  # for whom only wants to know what can be read
+NAMED = 20
+ATTRIBUTE_HINT = "set DYNAMODB_TIMESTAMP_ATTRIBUTE to the attribute that says when a row was measured"
+WRITING_HINT = "write ISO 8601 or epoch numbers, or " + ATTRIBUTE_HINT
 log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +71,26 @@ class Target:
         """The service, for messages."""
         return self.endpoint_url or f"DynamoDB in {self.region}"
 
+    @property
+    def times(self) -> Times:
+        """What reads its timestamps."""
+        return Times(self.unit)
+
 
 class Table:
-    """The table behind a client that is made on first use, and what was found out about it. Safe from any thread."""
+    """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
+
+    `traits`: what was seen of writings that do not begin as their hour in UTC does.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.units = 0.0
+        self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
         self._client: Any = None
         self._plan: Plan | None = None
-        self._separator = ""
+        self._looked = set[datetime]()
 
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
@@ -70,7 +103,7 @@ class Table:
 
     def forget(self) -> None:
         """Find out anew next time: an index may have come or gone."""
-        self._plan, self._separator = None, ""
+        self._plan = None
 
     def close(self) -> None:
         """End idle connections. The table may be used again afterwards."""
@@ -79,70 +112,77 @@ class Table:
         if client is not None:
             client.close()
 
-    def separator(self, plan: Plan) -> str:
-        """What stands between date and time in the newest row; T while there is none."""
-        if not self._separator:
-            newest = self._newest(plan)
-            if not newest:
-                return "T"
-            self._separator = separator_of(newest)
-        return self._separator
+    def note(self, traits: Iterable[Trait]) -> None:
+        """Hours are asked for such writings from now on."""
+        with self._lock:
+            found = frozenset(traits) - self.traits
+            self.traits |= found
+        for trait in found:
+            log.info("table %s: timestamps have %s", self.target.wanted.table, trait.value)
 
-    def look(self, plan: Plan) -> None:
-        """One row at most, by the way that the plan reads: tells whether these keys may."""
-        if plan.scans:
-            self.call("scan", TableName=self.target.wanted.table, Limit=1)
-        else:
-            self._newest(plan)
+    def looks_around(self, hour: Window) -> bool:
+        """True the first time: then the hour is asked for every writing, also for those that were never seen."""
+        with self._lock:
+            is_new = hour.start not in self._looked
+            self._looked.add(hour.start)
+        return is_new
 
-    def _newest(self, plan: Plan) -> str:
+    def newest(self, plan: Plan, value: str, is_readable: Callable[[Item], bool]) -> Sequence[Item]:
+        """The last items of a partition value, up to the first that is readable, or so many."""
+        for limit in (1, LOOKED_ITEMS):
+            answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=False)
+            items = items_of(member(answer, "Items", self.target.where))
+            first = next((number for number, item in enumerate(items, 1) if is_readable(item)), 0)
+            if first or not items:
+                return items[:first]
+        return items
+
+    def some(self) -> Sequence[Item]:
+        """Some items of the whole table, whatever their keys. None of a table that is empty."""
+        for taken in self.pages("scan", {"TableName": self.target.wanted.table, "Limit": LOOKED_ITEMS}, Stop()):
+            if items := items_of(taken):
+                return items
+        return ()
+
+    def scans(self) -> Iterator[Mapping[str, Any]]:
+        """The requests whose pages together are the table. A filter would cost as much, and could only let pass what
+        it knows.
+        """
+        for segment in range(SEGMENTS):
+            whole = {"TableName": self.target.wanted.table, "ConsistentRead": True}
+            yield {**whole, "Segment": segment, "TotalSegments": SEGMENTS}
+
+    def queries(
+        self, plan: Plan, hour: Window, traits: Collection[Trait], newest: str = ""
+    ) -> Iterator[Mapping[str, Any]]:
+        """The requests whose pages together have the hour. `newest`: the largest number, of a numeric sort key."""
+        is_number = plan.timestamp_type == "N"
+        ranges = list(number_ranges(hour, self.target.unit, newest) if is_number else text_ranges(hour, traits))
         for value in plan.hash_values:
-            condition = {"hash": value}
-            found = self.call("query", **self._asked(plan, condition), Limit=1, ScanIndexForward=False)
-            for item in items_of(member(found, "Items", self.target.where)):
-                return cell(item[self.target.wanted.timestamp])
-        return ""
+            for each in ranges:
+                yield self._asked(plan, value, each)
 
-    def hour_queries(self, plan: Plan, hour: Window) -> Iterator[dict[str, Any]]:
-        """The requests whose pages together are the hour."""
-        if plan.scans:
-            for segment in range(SEGMENTS):
-                yield {**_filter(self.target, hour), "Segment": segment, "TotalSegments": SEGMENTS}
-            return
-        bounds: dict[str, str] = {}
-        if plan.timestamp_type == "N":
-            bounds["low"], bounds["high"] = hour_numbers(hour, self.target.unit)
-        else:
-            bounds["prefix"] = hour_prefix(hour, self.separator(plan))
-        for value in plan.hash_values:
-            yield self._asked(plan, {"hash": value, **bounds})
-
-    def _asked(self, plan: Plan, bounds: Mapping[str, str]) -> dict[str, Any]:
-        conditions = ["#p = :hash"]
-        if "prefix" in bounds:
-            conditions.append("begins_with(#t, :prefix)")
-        if "low" in bounds:
-            conditions.append("#t BETWEEN :low AND :high")
-        names = {"#p": plan.hash_name}
-        if len(conditions) > 1:
+    def _asked(self, plan: Plan, value: str, between: KeyRange | None = None) -> dict[str, Any]:
+        names, values = {"#p": plan.hash_name}, {":hash": {plan.hash_type: value}}
+        if between is not None:
             names["#t"] = self.target.wanted.timestamp
-        types = {"hash": plan.hash_type, "prefix": "S", "low": "N", "high": "N"}
+            values |= {f":{name}": {plan.timestamp_type: text} for name, text in between._asdict().items()}
         return {
             "TableName": self.target.wanted.table,
             **({"IndexName": plan.index} if plan.index else {}),
-            "KeyConditionExpression": " AND ".join(conditions),
+            "KeyConditionExpression": "#p = :hash AND #t BETWEEN :low AND :high" if between else "#p = :hash",
             "ExpressionAttributeNames": names,
-            "ExpressionAttributeValues": {f":{name}": {types[name]: value} for name, value in bounds.items()},
+            "ExpressionAttributeValues": values,
             "ConsistentRead": plan.consistent,
         }
 
-    def pages(self, method: str, asked: dict[str, Any], stop: Stop) -> Iterator[Taken]:
-        """The items of every page of a query or scan, to the end."""
+    def pages(self, method: str, asked: Mapping[str, Any], stop: Stop) -> Iterator[Taken]:
+        """The items of every page of a query or scan, to the end. An empty LastEvaluatedKey is none."""
         while True:
             stop.check()
             page = self.call(method, **asked)
             yield member(page, "Items", self.target.where)
-            if "LastEvaluatedKey" not in page:
+            if not page.get("LastEvaluatedKey"):
                 return
             asked = {**asked, "ExclusiveStartKey": page["LastEvaluatedKey"]}
 
@@ -163,13 +203,79 @@ class Table:
             return self._client
 
 
-class DynamoSource:
-    """`app.core.ports.Source` over a table. `partition` is the one name under which checkpoints are kept."""
+class Newest(NamedTuple):
+    """What the newest items of the partition values show. `number`: the largest that can be read, "" for none.
 
-    def __init__(self, table: Table, partition: str, stop: Stop) -> None:
+    `is_readable`: one can be read, or there are none.
+    """
+
+    number: str
+    is_readable: bool
+
+
+class WantedItems:
+    """`rows.Wanted`: the items of one hour. Not safe from several threads.
+
+    `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
+    """
+
+    def __init__(self, hour: Hour, accounts: Accounts) -> None:
+        self.traits = set[Trait]()
+        self.unreadable = 0
+        self.elsewhere = set[str]()
+        self._hour = hour
+        self._accounts = accounts
+
+    def has_all(self, texts: Sequence[str]) -> bool:
+        """See `Wanted`."""
+        return self._hour.has_all(texts)
+
+    def has(self, text: str) -> bool | None:
+        """See `Wanted`."""
+        is_inside, reading = self._placed(text)
+        return is_inside if reading.at is not None else None
+
+    def takes(self, item: Item) -> bool:
+        """See `Wanted`; the accounts are told of an item without an hour."""
+        text = timed(item, self._accounts.attribute)
+        is_inside, reading = (False, Reading(None)) if text is None else self._placed(text)
+        if reading.at is None:
+            self.unreadable += 1
+            self._accounts.unplaced(item, reading.reason or UNREADABLE)
+        return is_inside
+
+    def _placed(self, text: str) -> tuple[bool, Reading]:
+        is_inside, reading = self._hour.place(text)
+        self.traits |= reading.traits
+        if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
+            self.elsewhere.add(text)
+        return is_inside, reading
+
+
+class DynamoSource:
+    """`app.core.ports.Source` over a table, for one run that began at `now`. `partition` is the one name under which
+    checkpoints are kept; `accounts` is told of every item that was read. `span`: the hours that the run brings up to
+    date, all of them.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        partition: str,
+        stop: Stop,
+        *,
+        accounts: Accounts,
+        now: datetime,
+        span: Window | None = None,
+    ) -> None:
         self._table = table
         self._partition = partition
         self._stop = stop
+        self._accounts = accounts
+        self._now = now
+        self._span = span
+        self._newest: Newest | None = None
+        self._asked = set[Window]()
 
     def partitions(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the port's word
         """The one."""
@@ -180,45 +286,107 @@ class DynamoSource:
         return {(partition or self._partition, window.start): UNCOUNTED for window in windows}
 
     def read(self, partition: str, window: Window, count: Count, kept: HourFile | None) -> HourFile:  # noqa: ARG002
-        """The file of the hour. A table that changed its indexes is looked at anew before the next try."""
+        """The file of the hour. A table that changed its indexes is looked at anew before the next try.
+
+        Raises Permanent where nothing that was read has a timestamp that can be read.
+        """
         try:
-            return self._read(window)
+            plan = self._table.plan()
+            return self._read_scan(plan, window) if plan.scans else self._read_query(plan, window)
         except Permanent:
             self._table.forget()
             raise
 
-    def _read(self, window: Window) -> HourFile:
-        plan, writer = self._table.plan(), self._writer()
+    def _read_scan(self, plan: Plan, window: Window) -> HourFile:
+        hour, wanted, items = self._filled(plan, window, self._table.scans())
+        if items and items == wanted.unreadable:
+            hour.close()
+            raise unreadable(self._accounts, self._table.target.times)
+        return hour
+
+    def _read_query(self, plan: Plan, window: Window) -> HourFile:
+        """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
+        open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
+        """
+        newest = self._newest = self._newest or self.look(plan)
+        is_text, traits = plan.timestamp_type == "S", self._table.traits
+        is_doubtful = not self._asked or window in self._asked or window.end > self._now
+        self._asked.add(window)
+        if is_text and is_doubtful and self._table.looks_around(window):
+            traits = EVERY_TRAIT
+        hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, traits, newest.number))
+        if is_text and (wanted.traits - traits or (not hour.rows and self._table.looks_around(window))):
+            hour.close()
+            hour, wanted, items = self._filled(plan, window, self._table.queries(plan, window, EVERY_TRAIT))
+        self._table.note(wanted.traits)
+        if items == wanted.unreadable and not newest.is_readable:
+            hour.close()
+            raise unreadable(self._accounts, self._table.target.times)
+        return hour
+
+    def look(self, plan: Plan) -> Newest:
+        """What the newest items of each partition value are like; those that cannot be read are accounted for.
+
+        Raises Permanent for partition values that nothing has, in a table that has items.
+        """
+        is_text, times = plan.timestamp_type == "S", self._table.target.times
+
+        def is_readable(item: Item) -> bool:
+            return is_found(times, timed(item, self._accounts.attribute) or "", is_text=is_text)
+
+        newest = [
+            item
+            for items in _together(lambda value: self._table.newest(plan, value, is_readable), plan.hash_values)
+            for item in items
+        ]
+        if not newest:
+            self._refuse_other_values(plan)
+        texts = [timed(item, self._accounts.attribute) or "" for item in newest if is_readable(item)]
+        for item in newest:
+            if not is_readable(item):
+                self._accounts.unplaced(item, times.read(timed(item, self._accounts.attribute) or "").reason)
+        self._table.note(trait for text in texts for trait in times.read(text).traits)
+        return Newest("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
+
+    def _refuse_other_values(self, plan: Plan) -> None:
+        """That nothing has these partition values does not make the table empty."""
         try:
-            self._fill(writer, plan, window)
-            return writer.finish()
-        finally:
-            writer.close()
-
-    def _fill(self, writer: HourWriter, plan: Plan, window: Window) -> None:
-        """Every page of every request, several requests at once; the order of pages does not matter."""
-        method, turn = "scan" if plan.scans else "query", threading.Lock()
-        pages = Pages(self._table.target.wanted.timestamp, plan.left_out, self._keeps(plan, window))
-
-        def follow(asked: dict[str, Any]) -> None:
-            for taken in self._table.pages(method, asked, self._stop):
-                with turn:
-                    rows = pages.read(taken)
-                    writer.add(pages.columns, rows)
-
-        queries = list(self._table.hour_queries(plan, window))
-        if len(queries) == 1:
-            follow(queries[0])
+            items = self._table.some()
+        except Permanent as error:  # a key that may only query is enough for all else
+            log.info("whether table %s is empty is not known: %s", self._table.target.wanted.table, error)
             return
-        with ThreadPoolExecutor(SEGMENTS, thread_name_prefix="dynamo") as pool:
-            for done in [pool.submit(follow, asked) for asked in queries]:
-                done.result()
+        if not items:
+            return
+        values = sorted({cell(item[plan.hash_name]) for item in items if plan.hash_name in item})
+        names = sorted(set().union(*items))
+        seen = f"values seen: {', '.join(values[:NAMED])}" if values else f"attributes seen: {', '.join(names[:NAMED])}"
+        raise Permanent(
+            f"no item has {plan.hash_name} {' or '.join(map(repr, plan.hash_values[:NAMED]))}; {sampled(seen)}",
+            f"set DYNAMODB_PARTITION_VALUES to the values of {plan.hash_name!r}, or {ATTRIBUTE_HINT}",
+        )
 
-    def _keeps(self, plan: Plan, window: Window) -> Callable[[str], bool] | None:
-        """Refuses the row at the upper end, which BETWEEN includes; text was asked for by prefix and is exact."""
-        if not plan.scans and plan.timestamp_type == "S":
-            return None
-        return number_before(hour_numbers(window, self._table.target.unit)[1])
+    def _filled(
+        self, plan: Plan, window: Window, requests: Iterable[Mapping[str, Any]]
+    ) -> tuple[HourFile, WantedItems, int]:
+        """Every page of every request, several requests at once; the order of pages does not matter.
+
+        The file of the hour, what was wanted, and how many items all pages had.
+        """
+        method, turn = "scan" if plan.scans else "query", threading.Lock()
+        wanted = WantedItems(Hour(self._table.target.times, window), self._accounts)
+        pages = Pages(self._accounts.attribute, plan.left_out, wanted)
+        with closing(HourWriter(self._shape())) as writer:
+
+            def follow(asked: Mapping[str, Any]) -> None:
+                for taken in self._table.pages(method, asked, self._stop):
+                    with turn:
+                        rows = pages.read(taken)
+                        writer.add(pages.columns, rows)
+
+            _together(follow, list(requests))
+            hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
+        self._accounts.read(window, pages.rows, hour.repeated)
+        return hour, wanted, pages.items
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
         """Hour by hour: a Query of one hour is the cheapest question there is."""
@@ -226,29 +394,37 @@ class DynamoSource:
 
     def union(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
         """The rows of both; where both have a key, the table's row."""
-        writer = self._writer()
-        try:
-            writer.add_rows(held)
+        with closing(self._writer()) as writer:
+            writer.add_rows(row for row in held if not self._is_misplaced(batch, row))
             writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))
-            return writer.finish()
-        finally:
-            writer.close()
+            united = replace(writer.finish(), window=batch.window)
+        if batch.window is not None:
+            self._accounts.only_held(batch.window, united.rows - batch.rows)
+        return united
+
+    def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
+        """True for a row whose offset an earlier version took for nothing. Only where the table still has it, and this
+        run brings its own hour up to date: then it is there, and would be here a second time.
+        """
+        text = row.get(self._accounts.attribute, "")
+        if self._span is None or text not in batch.elsewhere:
+            return False
+        at = self._table.target.times.read(text).at
+        return at is not None and self._span.start <= at < self._span.end
 
     def missing(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
         """The rows of the batch whose timestamp and key the held ones lack."""
-        shape, writer = self._shape(), self._writer()
+        shape = self._shape()
         names = (shape.timestamp, *shape.key)
 
         def identity(row: Mapping[str, str]) -> tuple[str, ...]:
             return tuple(row.get(name, "") for name in names)
 
-        try:
+        with closing(self._writer()) as writer:
             known = set(map(identity, held))
             rows = read_file(lines_of(batch), escaped=shape.escape)
             writer.add_rows(row for row in rows if identity(row) not in known)
             return writer.finish()
-        finally:
-            writer.close()
 
     def _writer(self) -> HourWriter:
         return HourWriter(self._shape())
@@ -256,34 +432,51 @@ class DynamoSource:
     def _shape(self) -> Shape:
         plan, target = self._table.plan(), self._table.target
         key = tuple(name for name in plan.key if name not in (target.wanted.timestamp, plan.left_out))
-        return Shape(target.wanted.timestamp, key, reader_of(target.unit), target.escape)
+        return Shape(target.wanted.timestamp, key, target.times, target.escape)
+
+
+def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
+    """The results of `work`, several calls at once."""
+    if len(given) == 1:
+        return [work(given[0])]
+    with ThreadPoolExecutor(SEGMENTS, thread_name_prefix="dynamo") as pool:
+        return list(pool.map(work, given))
+
+
+def unreadable(accounts: Accounts, times: Times) -> Permanent:
+    """What is wrong where no item has a timestamp that can be read."""
+    number, attribute = accounts.set_aside, accounts.attribute
+    if accounts.all_lack_the_attribute:
+        names = ", ".join(sorted(accounts.attributes)[:NAMED])
+        return Permanent(f"{number} items read, none has {attribute}; attributes seen: {names}", ATTRIBUTE_HINT)
+    if unit := times.other_unit(accounts.text):
+        return Permanent(
+            f"{number} items read, none in the unit {times.unit} of DYNAMODB_TIMESTAMP_UNIT: "
+            f"{attribute} {accounts.text} is in the unit {unit}",
+            f"set DYNAMODB_TIMESTAMP_UNIT to {unit}, or unset it: then each number tells its unit",
+        )
+    return Permanent(
+        f"{number} items read, none has a {attribute} that can be read, for example {accounts.sample}", WRITING_HINT
+    )
 
 
 def ping(table: Table) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     table.forget()
-    plan = table.plan()
-    table.look(plan)
+    plan, times = table.plan(), table.target.times
+    accounts = Accounts(table.target.wanted.timestamp)
     if plan.scans:
-        return f"may describe and scan; {plan.size_bytes} bytes for each hour"
-    return f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
-
-
-def _filter(target: Target, hour: Window) -> dict[str, Any]:
-    """A scan's filter: text of either separator, or numbers, since nothing says what the attribute is."""
-    low, high = hour_numbers(hour, target.unit)
-    return {
-        "TableName": target.wanted.table,
-        "FilterExpression": "begins_with(#t, :t) OR begins_with(#t, :space) OR #t BETWEEN :low AND :high",
-        "ExpressionAttributeNames": {"#t": target.wanted.timestamp},
-        "ExpressionAttributeValues": {
-            ":t": {"S": hour_prefix(hour, "T")},
-            ":space": {"S": hour_prefix(hour, " ")},
-            ":low": {"N": low},
-            ":high": {"N": high},
-        },
-        "ConsistentRead": True,
-    }
+        wanted, items = WantedItems(Hour(times, SOME_HOUR), accounts), table.some()
+        for item in items:
+            wanted.takes(item)
+        is_readable = len(items) > wanted.unreadable or not items
+        way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
+    else:
+        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=EPOCH).look(plan).is_readable
+        way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
+    if not is_readable:
+        raise unreadable(accounts, times)
+    return f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}" if accounts.set_aside else way
 
 
 def _say(plan: Plan, described: Mapping[str, Any], wanted: Wanted) -> None:

@@ -1,60 +1,269 @@
-"""The instant of a row, from the text or the number that the table holds, and the bounds of an hour in the same form.
+"""Every writing of an instant in a DynamoDB attribute: what it says, how it sorts, and where a sort key holds it.
 
-Invariant: text and bounds agree: what `in_hour` finds by prefix or range is exactly what `instant_of` puts into that
-hour, for every writing of UTC (`Z`, `+00:00`, none, any fraction).
+Pure functions over text and windows. Invariant: each text that `Times.read` can read and that is plain, or has only the
+traits that were given, lies in a range of `text_ranges` or `number_ranges` of its hour. What a range holds beside is
+told apart by reading it.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal
+from enum import Enum
 from itertools import islice
+from math import floor
 from operator import lt
+from typing import NamedTuple
 
-from app.core.errors import Rejected
-from app.core.window import EPOCH, Window
+from app.core.window import DAY_SECONDS, EPOCH, Window, floor_to, window_at
 
-PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000}
-MAX_NUMBER = 10**20
-MICROSECOND = timedelta(microseconds=1)
+AUTO = "auto"
+HOUR_SECONDS = 3600
+DIGITS = {"s": 0, "ms": 3, "us": 6}
+"""Decimal digits below the second, by unit; smaller units come later."""
+PLAUSIBLE = (10**9, 10**10)
+"""Seconds from 2001 to 2286: in these years the size of a number tells its unit."""
+YEARS = range(2, 9999)  # those of which hours before and after have names too
+FURTHEST = timedelta(hours=14)  # no place on earth is further from UTC
+
+NO_ATTRIBUTE = "no timestamp attribute"
+UNREADABLE = "unreadable timestamp"
+OUTSIDE = "outside the range"
+
+LAST = "\U0010ffff"  # sorts behind every character
+MAX_NUMBER_CHARACTERS = 160  # DynamoDB's largest number has 126 digits
+EXACT = Context(prec=MAX_NUMBER_CHARACTERS * 2)
+
+ISO = re.compile(
+    r"([0-9]{4})(-?)([0-9]{2})\2([0-9]{2})([Tt ])"
+    r"([0-9]{2})(?::?([0-9]{2})(?::?([0-9]{2})(?:[.,]([0-9]+))?)?)?"
+    r"(?: ?(?:Z|z|UTC|GMT|([+-])([0-9]{2})(?::?([0-9]{2}))?(?: UTC| GMT)?))? *"
+)
+PLAIN = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-5][0-9](?:\.([0-9]+))?(?:Z|\+00:00)?")
+NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,4})?")
+SIXTIES = (14, 17)  # where YYYY-MM-DDTHH:MM:SS has the tens of minutes and of seconds
+UTC_ZONES = ("", "Z", "+00:00")
 
 
-def reader_of(unit: str) -> Callable[[str], datetime | None]:
-    """What turns a cell into an aware UTC instant; None for text that is no instant. `unit` is that of numbers."""
-    per_microsecond = Decimal(1_000_000) / PER_SECOND[unit]
+class Trait(Enum):
+    """Why a text does not begin as its hour in UTC does. Ranges for them are asked once one was seen."""
 
-    def instant_of(text: str) -> datetime | None:
-        # Thirteen digits may look like a date without hyphens to the parser: what has neither - nor T is a number.
-        if text[4:5] != "-" and "T" not in text:
-            return _numbered(text, per_microsecond)
-        try:
-            at = datetime.fromisoformat(text)
-        except ValueError:
-            return None
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-
-    return instant_of
+    OFFSET = "an offset other than UTC"
+    LOWER_T = "a small t between date and time"
+    BASIC = "a date without hyphens"
 
 
-def rank(text: str) -> tuple[str, str]:
-    """What texts of one form sort by in order of time: whole seconds, then the fraction, whatever its length.
+EVERY_TRAIT = frozenset(Trait)
+PLAINLY: frozenset[Trait] = frozenset()
 
-    Text that is no instant sorts as it is, so that a row with a broken timestamp has a place and is not dropped.
+
+class Reading(NamedTuple):
+    """What a text says. `at` is whole microseconds, None when it cannot be read, and `reason` then says why.
+
+    `fraction`: all digits below the second, without trailing zeros.
     """
-    if text[4:5] == "-" or "T" in text:
-        rest = text[19:]
-        if rest[:1] != ".":
-            return text[:19], ""
-        if rest[-1] == "Z":
-            return text[:19], rest[1:-1].rstrip("0")
-        return text[:19], rest[1:].partition("+")[0].rstrip("0")
+
+    at: datetime | None
+    fraction: str = ""
+    reason: str = ""
+    traits: frozenset[Trait] = PLAINLY
+
+
+class KeyRange(NamedTuple):
+    """An inclusive range of a sort key."""
+
+    low: str
+    high: str
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Reads timestamps. `unit` is that of numbers; AUTO = by the size of each, for the years of PLAUSIBLE."""
+
+    unit: str = AUTO
+
+    def read(self, text: str) -> Reading:
+        """What `text` says: ISO 8601 with or without a zone (then UTC), or a number of the unit since 1970."""
+        if found := ISO.fullmatch(text):
+            return _calendar(found)
+        if len(text) <= MAX_NUMBER_CHARACTERS and NUMBER.fullmatch(text):
+            return self._counted(Decimal(text))
+        return Reading(None, reason=UNREADABLE)
+
+    def _counted(self, number: Decimal) -> Reading:
+        looks = unit_of(number)
+        unit = looks if self.unit == AUTO else self.unit
+        if looks not in ("", unit) or not unit:
+            return Reading(None, reason=OUTSIDE)
+        seconds = EXACT.scaleb(number, -DIGITS[unit])
+        if not abs(seconds) < PLAUSIBLE[1] * 100:  # before `floor` makes an integer of 1E+125
+            return Reading(None, reason=OUTSIDE)
+        whole = floor(seconds)
+        fraction = f"{abs(EXACT.subtract(seconds, whole)):f}"[2:].rstrip("0")  # abs: -0 has a sign
+        return _at(EPOCH, timedelta(seconds=whole), fraction)
+
+    def rank(self, text: str) -> tuple[str, str]:
+        """What texts of any writing sort by in order of time: the second in UTC, then the fraction.
+
+        Text that cannot be read sorts as it is, so that a row which only a file still has keeps a place.
+        """
+        if plain := PLAIN.fullmatch(text):
+            return f"{text[:10]}T{text[11:19]}", (plain[1] or "").rstrip("0")
+        at, fraction, _, _ = self.read(text)
+        if at is None:
+            return (f"{text[:10]}T{text[11:]}" if text[10:11] in (" ", "t") else text), ""
+        return at.isoformat()[:19], fraction
+
+    def other_unit(self, text: str) -> str:
+        """The unit that a number has by its size where another one is set; "" when they agree or none can be told."""
+        if self.unit == AUTO or len(text) > MAX_NUMBER_CHARACTERS or not NUMBER.fullmatch(text):
+            return ""
+        looks = unit_of(Decimal(text))
+        return "" if looks == self.unit else looks
+
+
+def unit_of(number: Decimal) -> str:
+    """The unit in which a number is a date of PLAUSIBLE; "" when there is none."""
+    low, high = PLAUSIBLE
+    return next((unit for unit, digits in DIGITS.items() if low * 10**digits <= number < high * 10**digits), "")
+
+
+def _calendar(found: re.Match[str]) -> Reading:
+    year, hyphen, month, day, between, hour, minute, second, fraction, sign, *offset = found.groups()
+    digits, seconds = (fraction or "").rstrip("0"), int(second or 0)
+    if seconds == 60:  # noqa: PLR2004 - a leap second has a place in its own hour, after every other instant
+        seconds, digits = 59, f"999999999{digits}"
+    hours, minutes = (int(each or 0) for each in offset)
+    away = timedelta(hours=hours, minutes=minutes) * (-1 if sign == "-" else 1)
     try:
-        number = Decimal(text)
-    except InvalidOperation:
-        return text, ""
-    if not 0 <= number < MAX_NUMBER:
-        return text, ""
-    whole = int(number)
-    return f"{whole:020d}", f"{number - whole:f}"[2:].rstrip("0")
+        local = datetime(int(year), int(month), int(day), int(hour), int(minute or 0), seconds, tzinfo=UTC)
+    except ValueError:
+        return Reading(None, reason=UNREADABLE)
+    if abs(away) > FURTHEST or minutes >= 60:  # noqa: PLR2004 - minutes of an hour
+        return Reading(None, reason=UNREADABLE)
+    traits = {Trait.OFFSET: bool(away), Trait.LOWER_T: between == "t", Trait.BASIC: not hyphen}
+    if not any(traits.values()):
+        return _at(local, timedelta(), digits)
+    return _at(local, -away, digits)._replace(traits=frozenset(trait for trait, has in traits.items() if has))
+
+
+def _at(start: datetime, passed: timedelta, fraction: str) -> Reading:
+    try:
+        at = start + passed + timedelta(microseconds=int(fraction[:6].ljust(6, "0")))
+    except OverflowError:
+        return Reading(None, reason=OUTSIDE)
+    return Reading(at, fraction) if at.year in YEARS else Reading(None, reason=OUTSIDE)
+
+
+class Hour:
+    """Which texts are instants of one hour; the forms that machines write are told without being read whole.
+
+    `beginnings` are those of its texts in UTC.
+    """
+
+    def __init__(self, times: Times, window: Window) -> None:
+        self._times = times
+        self._window = window
+        day, hour = window.start.isoformat()[:10], f"{window.start:%H}"
+        self.beginnings = f"{day}T{hour}", f"{day} {hour}"
+        plain = rf"({day}[T ]{hour}:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?)(?:Z|\+00:00)?"
+        self._plain = re.compile(plain).fullmatch
+        bounds = {unit: _bounds(window, unit) for unit in (DIGITS if times.unit == AUTO else (times.unit,))}
+        self._numbers = {
+            len(high): (low, high) for unit, (low, high) in bounds.items() if unit_of(Decimal(low)) == unit
+        }
+
+    def has_all(self, texts: Sequence[str]) -> bool:
+        """True when each is certainly of this hour. False says nothing."""
+        lengths = set(map(len, texts))
+        if len(lengths) != 1:
+            return all(map(self._plain, texts))
+        joined, length = "".join(texts), lengths.pop()
+        if plain := self._plain(texts[0]):
+            return _are_alike(texts[0], plain.end(1), joined)
+        low, high = self._numbers.get(length, ("", ""))
+        return _are_digits(joined) and len(low) == len(high) and low <= min(texts) and max(texts) < high
+
+    def place(self, text: str) -> tuple[bool, Reading]:
+        """Whether `text` is of this hour, and what it says."""
+        reading = self._times.read(text)
+        return reading.at is not None and self._window.start <= reading.at < self._window.end, reading
+
+
+def _are_alike(first: str, zone: int, joined: str) -> bool:
+    """True when all texts, of one length, are as the `first` but for minutes, seconds and fraction, up to the zone.
+
+    A column of the texts at a time, which takes a fifth of the time of a look at each.
+    """
+    length = len(first)
+    for place, letter in enumerate(first):
+        column = joined[place::length]
+        if place in SIXTIES:
+            is_alike = not column.strip("012345")
+        elif SIXTIES[0] < place < zone and letter.isdigit():
+            is_alike = _are_digits(column)
+        else:
+            is_alike = column == letter * len(column)
+        if not is_alike:
+            return False
+    return True
+
+
+def _bounds(hour: Window, unit: str) -> tuple[str, str]:
+    """Start and end of the hour as numbers."""
+    first, last = ((at - EPOCH) // timedelta(seconds=1) * 10 ** DIGITS[unit] for at in (hour.start, hour.end))
+    return str(first), str(last)
+
+
+def number_ranges(hour: Window, unit: str, newest: str = "") -> Iterator[KeyRange]:
+    """Where a numeric sort key has the hour. With AUTO, in each unit up to that of the `newest` number: of smaller
+    units there are none then. Each range includes the end of the hour.
+    """
+    if unit != AUTO:
+        yield KeyRange(*_bounds(hour, unit))
+        return
+    largest = unit_of(Decimal(newest)) if newest else ""
+    for each in DIGITS:
+        yield KeyRange(*_bounds(hour, each))
+        if each == largest:
+            return
+
+
+def text_ranges(hour: Window, traits: Collection[Trait]) -> Iterator[KeyRange]:
+    """Where a sort key of text has the hour: ISO 8601 with T and with a blank, and numbers of any unit, which all begin
+    with the digits of their second; what has one of `traits` as well.
+    """
+    start, end = hour.start, hour.end
+    if Trait.OFFSET in traits:
+        start, end = start - FURTHEST, end + FURTHEST
+    for day, first, last in _days(start, end):
+        for written in (day, day.replace("-", "")) if Trait.BASIC in traits else (day,):
+            for between in "T t" if Trait.LOWER_T in traits else "T ":
+                begin = f"{written}{between}"
+                yield KeyRange(f"{begin}{first:02d}", f"{begin}{last:02d}{LAST}")
+    low, high = ((at - EPOCH) // timedelta(seconds=1) for at in (hour.start, hour.end - timedelta(seconds=1)))
+    if low >= 0 and len(str(low)) == len(str(high)):
+        yield KeyRange(str(low), f"{high}{LAST}")
+    elif low >= 0:  # within this hour the numbers get one digit more
+        yield KeyRange(str(low), f"{'9' * len(str(low))}{LAST}")
+        yield KeyRange(f"1{'0' * len(str(low))}", f"{high}{LAST}")
+
+
+def _days(start: datetime, end: datetime) -> Iterator[tuple[str, int, int]]:
+    """The days of `[start, end)`, whole hours, as YYYY-MM-DD, each with its first and last hour in it."""
+    while start < end:
+        until = min(end, floor_to(start, DAY_SECONDS) + timedelta(days=1))
+        yield start.isoformat()[:10], start.hour, (until - timedelta(hours=1)).hour
+        start = until
+
+
+def is_found(times: Times, text: str, *, is_text: bool) -> bool:
+    """Whether a sort key can be read and is in the ranges of its hour, when every trait is asked for."""
+    at = times.read(text).at
+    if at is None or not is_text:
+        return at is not None
+    return any(low <= text <= high for low, high in text_ranges(window_at(at, HOUR_SECONDS), EVERY_TRAIT))
 
 
 def ascend(texts: Sequence[str]) -> bool:
@@ -67,60 +276,19 @@ def ascend(texts: Sequence[str]) -> bool:
         return False
     joined, length = "".join(texts), lengths.pop()
     if _are_digits(joined):
-        return True
+        return length in (10, 13, 16) and joined[0] != "0"
     if length < len("YYYY-MM-DDTHH:MM:SS"):
         return False
     # A column of the texts at a time: what stands at one place in each of them.
-    across = [joined[place::length] for place in (4, *range(19, length))]
+    across = [joined[place::length] for place in (4, 10, *range(19, length))]
     alike = [len(set(column)) == 1 for column in across]
-    if across[0][:1] != "-" or not alike[0]:
+    if texts[0][4] != "-" or texts[0][10] not in "T " or not (alike[0] and alike[1]):
         return False
-    if across[1:] and across[1][0] == ".":
-        return alike[1] and across[-1][0] == "Z" and alike[-1] and _are_digits("".join(across[2:-1]))
-    return all(alike)
+    rest = texts[0][19:]
+    if rest[:1] == ".":
+        return alike[2] and rest[-1] == "Z" and alike[-1] and _are_digits("".join(across[3:-1]))
+    return rest in UTC_ZONES and all(alike)
 
 
 def _are_digits(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-def _numbered(text: str, per_microsecond: Decimal) -> datetime | None:
-    try:
-        return EPOCH + int(Decimal(text) * per_microsecond // 1) * MICROSECOND
-    except (InvalidOperation, OverflowError, ValueError):
-        return None
-
-
-def hour_prefix(hour: Window, separator: str) -> str:
-    """What every ISO 8601 text of this hour in UTC begins with, whatever its fraction and its writing of the zone."""
-    return f"{hour.start:%Y-%m-%d}{separator}{hour.start:%H}"
-
-
-def hour_numbers(hour: Window, unit: str) -> tuple[str, str]:
-    """Start and end of the hour as numbers. BETWEEN includes the end, so the reader drops it."""
-    per_second = PER_SECOND[unit]
-    first, last = ((at - EPOCH) // timedelta(seconds=1) * per_second for at in (hour.start, hour.end))
-    return str(first), str(last)
-
-
-def number_before(hour_end: str) -> Callable[[str], bool]:
-    """Whether a cell is a number before that one; text, which was asked for by prefix, always is."""
-    end = Decimal(hour_end)
-
-    def is_before(text: str) -> bool:
-        try:
-            return Decimal(text) < end
-        except InvalidOperation:
-            return True
-
-    return is_before
-
-
-def separator_of(text: str) -> str:
-    """`T` or a space, as the data has it. Raises Rejected for text whose order is not that of time."""
-    if len(text) > 10 and text[4] == text[7] == "-" and text[10] in "T ":  # noqa: PLR2004 - YYYY-MM-DDTHH
-        return text[10]
-    raise Rejected(
-        f"timestamp {text[:40]!r} is not ISO 8601 in the form YYYY-MM-DDTHH:MM:SSZ",
-        "set DYNAMODB_TIMESTAMP_ATTRIBUTE to an attribute in that form, or to epoch numbers",
-    )

@@ -19,6 +19,7 @@ from app.core.runs import Context, Report
 from app.core.sync import Pipeline, Task, settle
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.window import DAY_SECONDS, Window, window_at
+from app.dynamo_to_drive.accounts import Accounts
 from app.dynamo_to_drive.hour_file import HourFile, lines_of, read_file
 from app.dynamo_to_drive.sink import HourBytes
 
@@ -37,12 +38,16 @@ class HourSink(Sink[HourFile, HourBytes], Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A pipeline with its sink under the wider port; `escaped` says whether cells are guarded against formulas."""
+    """A pipeline with its sink under the wider port, and the accounts that both write into.
+
+    `escaped` says whether cells are guarded against formulas.
+    """
 
     pipeline: HourPipeline
     sink: HourSink
     partition: str
     escaped: bool
+    accounts: Accounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""InfluxDB's annotated CSV to Arrow tables, in memory bounded by the block size and not by the response.
+"""InfluxDB's annotated CSV to Arrow columns, in memory bounded by the block size and not by the response.
 
 Bytes are cut into blocks at row ends outside quotes, and each block is parsed by Arrow's compiled reader with the types
 of the annotations in force. Rows of many small tables with one schema are collected and parsed together, since a
@@ -11,7 +11,7 @@ Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/,
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +25,25 @@ BLOCK_BYTES = 1 << 20
 QUOTE = 0x22
 HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
 BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
-NOT_DATA = frozenset({"", "result", "table"})
+ENVELOPE = 3  # the annotation's name, `result` and `table` come before the data
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of one schema. `tags` are the columns of the group key: after a pivot, the tags of the series."""
+    """Rows of one schema: three parallel sequences. A name may occur more than once, so columns are taken by place.
 
-    tags: frozenset[str]
-    table: "pa.Table"
+    `grouped`: whether the column belongs to the group key, which after a pivot are the tags of the series.
+    """
+
+    names: Sequence[str]
+    grouped: Sequence[bool]
+    columns: "Sequence[pa.ChunkedArray]"
 
 
 def read_blocks(
     chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES, known: frozenset[str] = frozenset()
 ) -> Iterator[Block]:
-    """Parse a response body, given as pieces of any size. Tags that are `known` already are not made into columns.
+    """Parse a response body, given as pieces of any size. Columns of the group key that are `known` are left out.
 
     Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
     QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
@@ -54,8 +58,12 @@ def error_of(message: str) -> AppError:
     """An in-band error, sorted by whether repeating or asking for less can help."""
     shown = message[:300]
     if any(word in message.lower() for word in TOO_MUCH):
-        return QueryTooLarge(f"InfluxDB gave up inside its answer: {shown}", "a shorter range is tried by itself")
-    return Transient(f"InfluxDB reports an error inside its answer: {shown}", "the window is read again next time")
+        return QueryTooLarge(
+            f"InfluxDB gave up inside its answer: {shown}", "no action needed: a shorter range is tried"
+        )
+    return Transient(
+        f"InfluxDB reports an error inside its answer: {shown}", "no action needed: the window is read again"
+    )
 
 
 class _Schema:
@@ -65,23 +73,25 @@ class _Schema:
         import pyarrow.csv as pacsv
 
         rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
-        annotations, self.names = {row[0]: row for row in rows[:-1]}, rows[-1]
-        self.is_error = self.names[1:] == ["error", "reference"]
-        typed = len(annotations.get("#datatype", ())) == len(self.names)
-        if not typed or len(set(self.names)) != len(self.names):
+        annotations, header = {row[0]: row for row in rows[:-1]}, rows[-1]
+        self.is_error = header[1:] == ["error", "reference"]
+        types = annotations.get("#datatype", [])
+        if len(types) != len(header):
             raise Permanent(
                 f"the answer's header is not annotated CSV: {head[:200]!r}",
                 "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
             )
-        types = dict(zip(self.names, annotations["#datatype"], strict=True))
-        groups = dict(zip(self.names, annotations.get("#group", ()), strict=False))
-        defaults = dict(zip(self.names, annotations.get("#default", ()), strict=False))
-        self.tags = frozenset(name for name in self.names if name not in NOT_DATA and groups.get(name) == "true")
-        self.keep = [name for name in self.names if name not in NOT_DATA | (self.tags & known)]
-        self.fill = {name: value for name in self.keep if (value := defaults.get(name, ""))}
+        groups = [word == "true" for word in annotations.get("#group", ())] or [False] * len(header)
+        defaults = annotations.get("#default") or [""] * len(header)
+        # Data may be called `result` or `table` too, so the envelope is told by its place and not by its names.
+        kept = [at for at in range(ENVELOPE, len(header)) if not (groups[at] and header[at] in known)]
+        self.names = [header[at] for at in kept]
+        self.grouped = [groups[at] for at in kept]
+        self._defaults = [defaults[at] for at in kept]
+        self._places = [str(at) for at in range(len(header))]
         self._convert = pacsv.ConvertOptions(
-            include_columns=self.keep,
-            column_types={name: _arrow_type(types[name]) for name in self.keep},
+            include_columns=[str(at) for at in kept],
+            column_types={str(at): _arrow_type(types[at]) for at in kept},
             null_values=[""],
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
@@ -89,7 +99,7 @@ class _Schema:
             false_values=["false"],
         )
 
-    def table(self, rows: bytes) -> "pa.Table":
+    def block(self, rows: bytes) -> Block:
         """Parse whole rows."""
         import pyarrow as pa
         import pyarrow.csv as pacsv
@@ -99,17 +109,20 @@ class _Schema:
                 pa.BufferReader(rows),
                 # One block holds all rows, so that newlines inside quotes never meet a block's edge.
                 read_options=pacsv.ReadOptions(
-                    column_names=self.names, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
+                    column_names=self._places, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
                 ),
                 convert_options=self._convert,
             )
-            table = _filled(table, self.fill)
+            columns = [_filled(*cells) for cells in zip(table.columns, self._defaults, strict=True)]
         except pa.ArrowInvalid as error:
             raise Transient(
                 f"InfluxDB's answer holds a row that does not fit its header: {error}",
-                "the window is read again next time; if it stays, a proxy in between may cut answers",
+                "no action needed: the window is read again; if it stays, set INFLUXDB_API=influxql",
             ) from error
-        return _with_bare_newlines(table, rows)
+        # The server's writer turns a newline inside a value into CRLF; it is turned back here.
+        if QUOTE in rows and rows.count(b"\n") > table.num_rows:
+            columns = [_with_bare_newlines(column) for column in columns]
+        return Block(self.names, self.grouped, columns)
 
 
 def _arrow_type(datatype: str) -> Any:
@@ -128,29 +141,18 @@ def _arrow_type(datatype: str) -> Any:
     return plain.get(datatype, pa.string())
 
 
-def _filled(table: "pa.Table", fill: dict[str, str]) -> "pa.Table":
+def _filled(column: "pa.ChunkedArray", default: str) -> "pa.ChunkedArray":
     """An empty cell of a column with a #default means that default."""
     import pyarrow as pa
 
-    for name, value in fill.items():
-        index = table.schema.get_field_index(name)
-        column = table.column(index)
-        default = pa.array([value]).cast(column.type)[0]
-        table = table.set_column(index, table.schema.field(index), column.fill_null(default))
-    return table
+    return column.fill_null(pa.array([default]).cast(column.type)[0]) if default else column
 
 
-def _with_bare_newlines(table: "pa.Table", rows: bytes) -> "pa.Table":
-    """The server's writer turns a newline inside a value into CRLF; turn it back."""
+def _with_bare_newlines(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if QUOTE not in rows or rows.count(b"\n") <= table.num_rows:
-        return table
-    for index, column in enumerate(table.schema):
-        if column.type == pa.string():
-            table = table.set_column(index, column, pc.replace_substring(table.column(index), "\r\n", "\n"))
-    return table
+    return pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
 
 
 class _Parser:
@@ -170,7 +172,7 @@ class _Parser:
         """Whole rows, annotations and blank lines, in any mixture."""
         plain = b"#" not in rows and not rows.startswith((b"\r\n", b"\n"))
         if self._schema and not self._schema.is_error and plain and not self._head and not self._pending:
-            yield Block(self._schema.tags, self._schema.table(rows))
+            yield self._schema.block(rows)
             return
         position = 0
         while position < len(rows):
@@ -182,7 +184,7 @@ class _Parser:
         """What is left. Raises when the body ended in an error table or inside a header."""
         yield from self._flush()
         if self._head or (self._schema and self._schema.is_error):
-            raise Transient("InfluxDB's answer ends inside a header", "the window is read again next time")
+            raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
 
     def _in_head(self, rows: bytes, position: int) -> bool:
         return bool(self._head) or rows.startswith(b"#", position)
@@ -220,7 +222,7 @@ class _Parser:
     def _flush(self) -> Iterator[Block]:
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
         for schema, parts in pending.values():
-            yield Block(schema.tags, schema.table(b"".join(parts)))
+            yield schema.block(b"".join(parts))
 
 
 def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -239,9 +241,11 @@ def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
     if size:
         block = b"".join(parts)
         if not _closed(block, 0, len(block)):
-            raise Transient("InfluxDB's answer ends inside a quoted value", "the window is read again next time")
+            raise Transient(
+                "InfluxDB's answer ends inside a quoted value", "no action needed: the window is read again"
+            )
         if not block.endswith(b"\n"):
-            raise Transient("InfluxDB's answer ends inside a row", "the window is read again next time")
+            raise Transient("InfluxDB's answer ends inside a row", "no action needed: the window is read again")
         yield block
 
 

@@ -5,6 +5,7 @@ than every other part of this pipeline (docs/decisions/0020). Invariants: a body
 exceptions become ours here and nowhere else; redirects are not followed, so a token goes to the configured host only.
 """
 
+import base64
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -48,15 +49,17 @@ class Connection:
         self.server = server
 
     @contextmanager
-    def ask(self, path: str, body: bytes, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
-        """POST and stream the answer; its connection goes back to the pool only when it was read to its end.
+    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
+        """POST the body, or GET where there is none, and stream the answer.
+
+        Its connection goes back to the pool only when the answer was read to its end.
 
         Raises Transient when the server is away, slow or breaks off, and what `refusal` says of any status but 200;
         `where` names the variables to look at then.
         """
         with self._translated(where):
             response = self._pool.request(
-                "POST",
+                "GET" if body is None else "POST",
                 self.server.url.rstrip("/") + path,
                 body=body,
                 headers={**self._headers, **headers},
@@ -93,18 +96,18 @@ class Connection:
         try:
             yield
         except urllib3.exceptions.LocationParseError as error:
-            raise Permanent(f"INFLUXDB_URL={url!r} is no address", "correct INFLUXDB_URL") from error
+            raise Permanent(f"INFLUXDB_URL={url!r} is not a valid URL", "correct INFLUXDB_URL") from error
         except urllib3.exceptions.SSLError as error:
             raise refusal(Refusal(url, 0, str(error)[:200], "", where)) from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
                 f"InfluxDB at {url} did not answer within {self.server.timeout_seconds:g} s",
-                "it is tried again by itself; raise INFLUXDB_TIMEOUT_SECONDS if it stays",
+                "raise INFLUXDB_TIMEOUT_SECONDS if it stays; it is retried",
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise Transient(
                 f"InfluxDB at {url} cannot be reached or broke off: {type(error).__name__}",
-                "check INFLUXDB_URL and that the server runs; it is tried again by itself",
+                "check INFLUXDB_URL and that the server runs; it is retried",
             ) from error
 
     @cached_property
@@ -130,7 +133,9 @@ class Connection:
         if self.server.token:
             headers["Authorization"] = f"Token {self.server.token}"
         elif self.server.username:
-            headers |= urllib3.make_headers(basic_auth=f"{self.server.username}:{self.server.password}")
+            # In UTF-8, as Go's servers read it; urllib3 would encode latin-1 and fail beyond it.
+            credentials = base64.b64encode(f"{self.server.username}:{self.server.password}".encode()).decode()
+            headers["Authorization"] = f"Basic {credentials}"
         return headers
 
     @property

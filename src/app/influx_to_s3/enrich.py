@@ -1,13 +1,14 @@
 """The documented columns, computed from canonical rows.
 
 Order: timestamp, device_id, device_type, location, voltage, current, power, temperature, hour, day_of_week, is_weekend,
-power_factor, then the other fields alphabetically. Invariant: a column has the same type in every object, whatever a
-window holds; the documented ones exist even when the source has no such field (then null).
+power_factor, then further tags and further fields, each alphabetically. Invariant: a column has the same type in every
+object of a layout, whatever a window holds; the documented ones exist even without such a field (then null).
 """
 
 from typing import TYPE_CHECKING, Any
 
-from app.influx_to_s3.rows import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, instants_of
+from app.influx_to_s3.columns import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
+from app.influx_to_s3.rows import instants_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,18 +18,25 @@ DAY_NS = 24 * HOUR_NS
 THURSDAY, FRIDAY = 3, 4
 
 
-def output_schema(rows: "pa.Schema") -> "pa.Schema":
-    """The columns of an object whose canonical rows have the schema `rows`."""
+def output_schema(rows: "pa.Schema", columns: Columns) -> "pa.Schema":
+    """The columns of an object whose canonical rows have the schema `rows`.
+
+    device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
+    """
     import pyarrow as pa
 
     others = [column for column in rows if column.name not in (TIMESTAMP, *TAGS, *MEASURED)]
     return pa.schema(
         [
             (TIMESTAMP, pa.timestamp("ns", "UTC")),
-            *((name, pa.string()) for name in (DEVICE, *TAGS)),
+            (DEVICE, pa.dictionary(pa.int32(), pa.string())),
+            *((name, pa.string()) for name in TAGS),
             *((name, pa.float64()) for name in MEASURED),
             *zip(COMPUTED, (pa.int32(), pa.int32(), pa.bool_(), pa.float64()), strict=True),
-            *((column.name, column.type) for column in sorted(others, key=lambda column: column.name)),
+            *(
+                pa.field(each.name, each.type, metadata=columns.describe(each.name))
+                for each in sorted(others, key=lambda each: (each.name not in columns.tags, each.name))
+            ),
         ]
     )
 
@@ -38,7 +46,7 @@ def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    columns[DEVICE] = pa.repeat(device, table.num_rows)
+    columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), table.num_rows), [device])
     for name in MEASURED:
         columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
     columns |= _calendar(table)

@@ -1,21 +1,25 @@
 """Reading InfluxDB 2 by Flux over `/api/v2/query`; answers are streamed into `annotated_csv`.
 
-Invariants: every value from outside enters a query as an escaped string literal; a complete answer or an error.
+Invariants: every value from outside enters a query as an escaped string literal; a complete answer or an error; no
+question crosses the bound of a shard group, behind which the server would leave out a field whose type differs there.
 """
 
 import json
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from app.core.errors import Transient
-from app.core.window import Window
+from app.core.errors import Permanent, Transient
+from app.core.window import Window, floor_to
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.connection import Answer, Connection
-from app.influx_to_s3.reader import Counted
-from app.influx_to_s3.rows import DEVICE, canonical
+from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points
+from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +27,15 @@ if TYPE_CHECKING:
 HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
 DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00"})
+KEYWORD = re.compile(
+    "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
+)
+SCHEMA = 'import "influxdata/influxdb/schema"\n'
+# Flux keeps times as nanoseconds in 64 bits; what lies beyond would wrap around.
+FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
+FIRST_INSTANT = datetime(1677, 9, 21, 0, 12, 44, tzinfo=UTC)
+LAST_INSTANT = datetime(2262, 4, 11, 23, 47, 16, tzinfo=UTC)
+OWN_COLUMNS = frozenset({"_start", "_stop", "_measurement", "_field", "_time", "_value"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,7 @@ class FluxTarget:
     org: str
     bucket: str
     measurement: str
+    device_tag: str = "device_id"
 
 
 def literal(text: str) -> str:
@@ -40,55 +54,115 @@ def literal(text: str) -> str:
 
 
 def time_literal(instant: datetime) -> str:
-    """An absolute Flux time literal in UTC."""
+    """An absolute Flux time literal in UTC, inside what Flux can hold."""
+    if instant <= FIRST_INSTANT:
+        return FIRST_TIME
+    if instant >= LAST_INSTANT:
+        return LAST_TIME
     return f"{instant:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0").rstrip(".") + "Z"
 
 
+def column_of_row(name: str) -> str:
+    """The value of a column in a predicate over `r`."""
+    plain = name.isascii() and name.isidentifier() and not KEYWORD.fullmatch(name)
+    return f"r.{name}" if plain else f"r[{literal(name)}]"
+
+
 class FluxReader:
-    """`Reader` over Flux."""
+    """`Reader` over Flux.
+
+    Before the pivot a token that nobody can guess is put before every column but `_field` and `_value`, after it
+    before every column. So a field may bear the name of a tag, which the pivot would refuse otherwise, and a tag or
+    field the name of a column of the answer itself: time and tags have the token twice, fields once.
+    """
 
     def __init__(self, connection: Connection, target: FluxTarget) -> None:
         self._connection = connection
         self._target = target
         self._variables = f"INFLUXDB_BUCKET={target.bucket!r}, INFLUXDB_ORG={target.org!r}"
         self._path = f"/api/v2/query?{urlencode({'org': target.org})}"
+        self._token = f"h{secrets.token_hex(6)}_"
+        # The name of the column of the device's tag, by a server that renames columns and by one that does not.
+        self._device_columns = frozenset({self._token * 2 + target.device_tag, target.device_tag})
 
     def devices(self, since: datetime) -> Sequence[str]:
-        """See `Reader`. Without an explicit start the server would look back 30 days only."""
-        query = (
-            'import "influxdata/influxdb/schema"\n'
-            f"schema.tagValues(bucket: {literal(self._target.bucket)}, tag: {literal(DEVICE)}, "
-            f"predicate: (r) => {self._where(None)}, start: {time_literal(since)})"
-        )
-        return sorted({name for block in self._ask(query) for name in _texts(block.table, "_value")})
+        """See `Reader`. Without explicit bounds the server would look back 30 days and not into the future."""
+        return self._schema("tagValues", since, tag=self._target.device_tag)
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
         """See `Reader`. Windowed counts are pushed down to the storage engine."""
+
+        def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
+            for one in spans:
+                query = (
+                    f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                    f' |> aggregateWindow(every: {every_seconds}s, fn: count, createEmpty: false, timeSrc: "_start")'
+                    f' |> group(columns: [{literal(self._target.device_tag)}, "_field", "_time"]) |> sum()'
+                )
+                for block in self._ask(query):
+                    yield from self._counted(block, every_seconds)
+                yield None
+
+        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+
+    def rows(self, device: str, span: Window) -> Iterator[Points]:
+        """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
+        token = self._token
+        keep_key = f'if column == "_field" or column == "_value" then column else {literal(token)} + column'
+        for one in one_type_spans(span, self._shard):
+            query = (
+                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                ' |> drop(columns: ["_start", "_stop", "_measurement"])'
+                f" |> rename(fn: (column) => {keep_key})"
+                f' |> pivot(rowKey: [{literal(token + "_time")}], columnKey: ["_field"], valueColumn: "_value")'
+                f" |> rename(fn: (column) => {literal(token)} + column)"
+            )
+            for block in self._ask(query, known=self._device_columns):
+                yield self._points(block)
+
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
+        """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        token = literal(self._token)
+        named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
+        for one in one_type_spans(span, self._shard):
+            query = (
+                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)} and r._field == {literal(field)})"
+                ' |> drop(columns: ["_start", "_stop", "_measurement", "_field"])'
+                f" |> rename(fn: (column) => {named})"
+            )
+            for block in self._ask(query, known=self._device_columns):
+                points = self._points(block)
+                values = dict(points.fields)["_value"]
+                empty = pc.is_null(values)
+                if values.type == pa.string() and pc.any(empty).as_py():
+                    tags = {name: column.filter(empty) for name, column in points.tags.items()}
+                    texts = values.filter(empty).fill_null("")
+                    yield Points(points.times.filter(empty), tags, [(field, texts)])
+
+    def outside(self, span: Window) -> Iterator[Counted]:
+        """See `Reader`."""
+        if time_literal(span.start) == time_literal(span.end):
+            return  # beyond what InfluxDB can hold
         query = (
-            f"{self._from(device, span)}"
-            f' |> aggregateWindow(every: {every_seconds}s, fn: count, createEmpty: false, timeSrc: "_start")'
-            f' |> group(columns: ["{DEVICE}", "_field", "_time"]) |> sum()'
+            f"{self._from(span)} |> filter(fn: (r) => {self._where(None)})"
+            f' |> count() |> group(columns: [{literal(self._target.device_tag)}, "_field"]) |> sum()'
         )
         for block in self._ask(query):
-            yield from _counted(block.table)
+            yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
 
-    def rows(self, device: str, span: Window) -> "Iterator[pa.Table]":
-        """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
-        query = (
-            f"{self._from(device, span)}"
-            ' |> drop(columns: ["_start", "_stop", "_measurement"])'
-            ' |> pivot(rowKey: ["_time"], columnKey: ["_field"], valueColumn: "_value")'
-        )
-        for block in self._ask(query, known=frozenset({DEVICE})):
-            yield canonical(block.table, "_time", block.tags)
-
-    def measurements(self) -> Sequence[str]:
+    def inventory(self) -> Inventory:
         """See `Reader`."""
-        query = (
-            'import "influxdata/influxdb/schema"\n'
-            f"schema.measurements(bucket: {literal(self._target.bucket)}, start: 1970-01-01T00:00:00Z)"
+        fields = self._schema("fieldKeys", FIRST_INSTANT)
+        return Inventory(
+            measurements=self._schema("measurements", FIRST_INSTANT),
+            has_points=bool(fields) and self._has_points(),
+            tags=[name for name in self._schema("tagKeys", FIRST_INSTANT) if name not in OWN_COLUMNS],
+            fields=fields,
+            devices=self._schema("tagValues", FIRST_INSTANT, INVENTORY_DEVICES, tag=self._target.device_tag),
         )
-        return sorted({name for block in self._ask(query) for name in _texts(block.table, "_value")})
 
     def ping(self) -> str:
         """See `Reader`. A token without the right to read the bucket sees 404, which no health endpoint would tell."""
@@ -97,22 +171,106 @@ class FluxReader:
             pass
         return f"may read bucket {self._target.bucket} at {self._connection.server.url} by Flux"
 
-    def _from(self, device: str | None, span: Window) -> str:
+    def _has_points(self) -> bool:
+        """The schema also knows what was deleted; a first point is one that is there."""
+        query = (
+            f"from(bucket: {literal(self._target.bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
+            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"]) |> limit(n: 1)'
+        )
+        return any(len(column) for block in self._ask(query) for column in block.columns)
+
+    def _schema(self, function: str, since: datetime, most: int = 0, **arguments: str) -> Sequence[str]:
+        """Sorted names from the index of the bucket, at most `most` of them unless that is 0."""
+        given = "".join(f"{name}: {literal(value)}, " for name, value in arguments.items())
+        predicate = "" if function == "measurements" else f"predicate: (r) => {self._where(None)}, "
+        query = (
+            f"{SCHEMA}schema.{function}(bucket: {literal(self._target.bucket)}, {given}{predicate}"
+            f"start: {time_literal(since)}, stop: {LAST_TIME})"
+            f"{f' |> limit(n: {most})' if most else ''}"
+        )
+        blocks = (block for block in self._ask(query) if "_value" in block.names)
+        return sorted({text for block in blocks for text in _column(block, "_value").to_pylist() if text})
+
+    def _from(self, span: Window) -> str:
         return (
             f"from(bucket: {literal(self._target.bucket)})"
             f" |> range(start: {time_literal(span.start)}, stop: {time_literal(span.end)})"
-            f" |> filter(fn: (r) => {self._where(device)})"
         )
 
     def _where(self, device: str | None) -> str:
         measurement = f"r._measurement == {literal(self._target.measurement)}"
-        return measurement if device is None else f"{measurement} and r.{DEVICE} == {literal(device)}"
+        if device is None:
+            return measurement
+        tag = column_of_row(self._target.device_tag)
+        return f"{measurement} and {f'{tag} == {literal(device)}' if device else f'not exists {tag}'}"
+
+    @cached_property
+    def _shard(self) -> timedelta:
+        """How long the bucket's shard groups are; a day where the token may not look at buckets."""
+        where = urlencode({"org": self._target.org, "name": self._target.bucket})
+        try:
+            with self._connection.ask(f"/api/v2/buckets?{where}", None, {}, self._variables) as answer:
+                answered = json.loads(b"".join(answer.chunks))
+            rules = [rule for bucket in answered["buckets"] for rule in bucket.get("retentionRules") or ()]
+            seconds = min((int(rule.get("shardGroupDurationSeconds") or 0) for rule in rules), default=0)
+        except (Permanent, ValueError, TypeError, KeyError, AttributeError):
+            return DAY
+        return timedelta(seconds=seconds) if seconds > 0 else DAY
 
     def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[Block]:
         """Stream the answer, without columns of the `known` tags."""
         question = json.dumps({"query": query, "dialect": DIALECT, "type": "flux"}).encode()
         with self._connection.ask(self._path, question, HEADERS, self._variables) as answer:
             yield from read_blocks(_body(answer), known=known)
+
+    def _points(self, block: Block) -> Points:
+        """The block's columns by what they are. A server that renames nothing has the group key to tell tags by."""
+        token = self._token
+        if any(name.startswith(token) for name in block.names):
+            names = [name.removeprefix(token).removeprefix(token) for name in block.names]
+            keyed = [name.startswith(token * 2) for name in block.names]
+            time_at = _place(block, f"{token * 2}_time")
+        else:
+            names, keyed, time_at = list(block.names), list(block.grouped), _place(block, "_time")
+        columns = [
+            (name, is_tag, column)
+            for at, (name, is_tag, column) in enumerate(zip(names, keyed, block.columns, strict=True))
+            if at != time_at
+        ]
+        return Points(
+            block.columns[time_at],
+            {name: column for name, is_tag, column in columns if is_tag},
+            [(name, column) for name, is_tag, column in columns if not is_tag],
+        )
+
+    def _counted(self, block: Block, every_seconds: int) -> Iterator[Counted]:
+        """A bucket that began before the question's span has the span's start as its time; it gets its own back."""
+        import pyarrow as pa
+
+        instants = _column(block, "_time").cast(pa.timestamp("us", "UTC")).to_pylist()
+        for at, (device, field, values) in zip(instants, self._sums(block), strict=True):
+            yield Counted(device, floor_to(at.astimezone(UTC), every_seconds), field, values)
+
+    def _sums(self, block: Block) -> Iterator[tuple[str, str, int]]:
+        """Device, field and number of values; points without the device tag come in tables without that column."""
+        fields = _column(block, "_field").to_pylist()
+        is_named = self._target.device_tag in block.names
+        devices = _column(block, self._target.device_tag).to_pylist() if is_named else [""] * len(fields)
+        for device, field, values in zip(devices, fields, _column(block, "_value").to_pylist(), strict=True):
+            yield device or "", field, values
+
+
+def _column(block: Block, name: str) -> "pa.ChunkedArray":
+    return block.columns[_place(block, name)]
+
+
+def _place(block: Block, name: str) -> int:
+    if name not in block.names:
+        raise Permanent(
+            f"InfluxDB's answer lacks the column {name}: it has {', '.join(block.names)}",
+            "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+        )
+    return block.names.index(name)
 
 
 def _body(answer: Answer) -> Iterator[bytes]:
@@ -127,22 +285,7 @@ def _body(answer: Answer) -> Iterator[bytes]:
     if not tail or not (answer.framed or ended):
         raise Transient(
             "InfluxDB's answer ends without its closing blank line: it was cut on the way",
-            "the window is read again next time; a proxy in between closes connections early",
+            "check the proxy in between, which closes connections early; the window is read again"
+            if tail and not answer.framed
+            else "no action needed: the window is read again",
         )
-
-
-def _texts(table: "pa.Table", column: str) -> list[str]:
-    return [text for text in table.column(column).to_pylist() if text] if column in table.column_names else []
-
-
-def _counted(table: "pa.Table") -> Iterator[Counted]:
-    """Points without a device tag come in tables without that column."""
-    import pyarrow as pa
-
-    columns = table.column_names
-    devices = table.column(DEVICE).to_pylist() if DEVICE in columns else [""] * table.num_rows
-    starts = table.column("_time").cast(pa.timestamp("us", "UTC")).to_pylist()
-    fields = table.column("_field").to_pylist()
-    values = table.column("_value").to_pylist()
-    for device, start, name, value in zip(devices, starts, fields, values, strict=True):
-        yield Counted(device or "", start.astimezone(UTC), name, value)

@@ -2,28 +2,38 @@
 
 Answers are asked for as chunked JSON, a document per line: as CSV a failed statement would be an empty 200. Types come
 from SHOW FIELD KEYS, since JSON writes 21.0 as 21; they are asked after the counts and before the rows, so a field
-that is new is never counted as read. Invariants: as for `flux`; an answer that ends while saying `partial` is an error.
+that is new is never counted as read. Every column says whether a tag or a field is meant, since both may bear one name.
+Invariants: as for `flux`; an answer that ends while saying `partial` is an error.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import EPOCH, Window
 from app.influx_to_s3.connection import OK, Connection
-from app.influx_to_s3.reader import Counted, Refusal, refusal
-from app.influx_to_s3.rows import DEVICE, TAGS, canonical, common_type, nanoseconds_of
+from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, QueryTooLarge, Refusal, refusal
+from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK_ROWS = 10_000
+STATEMENTS = 31  # of one request: the days of a month
 HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-TIME = "_time"
+FIRST_NS, LAST_NS = -(2**63) + 2, 2**63 - 2
+NUMERIC = ("float", "integer", "unsigned")
+UNWRITABLE = re.compile("[\0\r]")  # the server takes these for the end of the text and of the line, also inside quotes
+NEGATIVE_ZERO = re.compile(rb"[,\[]-0[,\]]")
+PASSING = ("timeout", "shutdown", "engine", "max-concurrent-queries")
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|d|w)")
+UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +43,16 @@ class InfluxQlTarget:
     database: str
     retention_policy: str
     measurement: str
+    device_tag: str = "device_id"
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """One column of a SELECT: a field as one of the types that it has in some shard."""
+    """A field as one of the types that it has in some shard. `heading`: its column in the answer."""
 
     name: str
     kind: str
+    heading: str
 
 
 def text_literal(text: str) -> str:
@@ -53,76 +65,178 @@ def identifier(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
+def exact_pattern(text: str) -> str:
+    """A regular expression that matches just this text: the way to name what no literal can hold."""
+    return "/^" + re.sub(r"[^A-Za-z0-9_ ]", lambda found: f"\\x{{{ord(found.group()):x}}}", text) + "$/"
+
+
 class InfluxQlReader:
     """`Reader` over InfluxQL."""
 
     def __init__(self, connection: Connection, target: InfluxQlTarget) -> None:
         self._connection = connection
         self._target = target
-        policy = f"{identifier(target.retention_policy)}." if target.retention_policy else ""
-        self._where = f"INFLUXDB_DATABASE={target.database!r}"
-        self._from = f"FROM {policy}{identifier(target.measurement)}"
+        policy = f", INFLUXDB_RETENTION_POLICY={target.retention_policy!r}" if target.retention_policy else ""
+        self._variables = f"INFLUXDB_DATABASE={target.database!r}{policy}"
+        self._tag = identifier(target.device_tag)
 
-    def devices(self, since: datetime) -> Sequence[str]:  # noqa: ARG002 - the tag index of 1.x knows no time
-        """See `Reader`; every value that the tag ever had."""
-        query = f"SHOW TAG VALUES {self._from} WITH KEY = {identifier(DEVICE)}"
+    def devices(self, since: datetime) -> Sequence[str]:
+        """See `Reader`. Without a condition InfluxDB 3 looks back one day.
+
+        1.x knows the time of a value by its shard at best; with its index in memory it gives every value as soon as the
+        database has a shard that late.
+        """
+        query = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag} WHERE time >= {_nanoseconds(since)}"
         return sorted({row[1] for series in self._ask(query) for row in series["values"] if row[1]})
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
         """See `Reader`."""
-        query = (
-            f"SELECT COUNT(*) {self._from} WHERE {_where(device, span)}"
-            f" GROUP BY {identifier(DEVICE)}, time({every_seconds}s) fill(none)"
-        )
-        for series in self._ask(query):
-            fields = [column.removeprefix("count_") for column in series["columns"][1:]]
-            named = series.get("tags", {}).get(DEVICE, "")
-            for instant, *values in series["values"]:
-                for field, value in zip(fields, values, strict=True):
-                    if value:
-                        yield Counted(named, _instant(instant), field, int(value))
 
-    def rows(self, device: str, span: Window) -> "Iterator[pa.Table]":
+        def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
+            statements = "; ".join(
+                f"SELECT COUNT(*) {self._from()} WHERE {self._where(device, one)}"
+                f" GROUP BY {self._tag}::tag, time({every_seconds}s) fill(none)"
+                for one in spans
+            )
+            for series in self._answers(statements, len(spans)):
+                if series is None:
+                    yield None
+                else:
+                    yield from self._counted(series, None)
+
+        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
+
+    def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. A field that has several types in several shards is selected once as each of them."""
         selected = self._fields()
-        if not selected:
+        named = [one for one in selected if not UNWRITABLE.search(one.name)]
+        patterned = [one for one in selected if UNWRITABLE.search(one.name)]
+        columns = [f"{identifier(one.name)}::{one.kind} AS {identifier(one.heading)}" for one in named]
+        columns += sorted({exact_pattern(one.name) for one in patterned})
+        if not columns:
             return
-        columns = [f"{identifier(one.name)}::{one.kind}" for one in selected]
-        columns += [f"{identifier(tag)}::tag" for tag in TAGS]
-        query = f"SELECT {', '.join(columns)} {self._from} WHERE {_where(device, span)}"
-        for series in self._ask(query):
-            yield canonical(_table(series["values"], selected), TIME, frozenset(TAGS))
+        # What a pattern selects has no cast: it is read under one type, so a question must not span several.
+        for one in one_type_spans(span, self._shard) if patterned else (span,):
+            query = f"SELECT {', '.join(columns)} {self._from()} WHERE {self._where(device, one)} GROUP BY *"
+            batch = _Batch(self._target.device_tag, named, patterned)
+            for series in self._ask(query):
+                yield from batch.add(series)
+            yield from batch.finish()
 
-    def measurements(self) -> Sequence[str]:
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:  # noqa: ARG002 - none whatever is asked
+        """See `Reader`: JSON tells an empty text from none."""
+        return iter(())
+
+    def outside(self, span: Window) -> Iterator[Counted]:
         """See `Reader`."""
-        return sorted(row[0] for series in self._ask("SHOW MEASUREMENTS") for row in series["values"])
+        query = f"SELECT COUNT(*) {self._from()} WHERE {self._where(None, span)} GROUP BY {self._tag}::tag"
+        for series in self._ask(query):
+            yield from self._counted(series, span.start)
+
+    def inventory(self) -> Inventory:
+        """See `Reader`."""
+        default, others = self._policies
+        own = self._target.retention_policy or default
+        values = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag}"
+        return Inventory(
+            measurements=self._names("SHOW MEASUREMENTS"),
+            has_points=self._has_points(self._target.retention_policy),
+            tags=self._names(f"SHOW TAG KEYS {self._from()}"),
+            fields=sorted({one.name for one in self._fields()}),
+            devices=self._names(f"{values} WHERE time >= {FIRST_NS} LIMIT {INVENTORY_DEVICES}"),
+            policies=tuple(name for name in others if name != own and self._has_points(name)),
+        )
 
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
         return f"may read database {self._target.database} at {self._connection.server.url} by InfluxQL"
 
+    def _has_points(self, policy: str) -> bool:
+        try:
+            return any(True for _ in self._ask(f"SELECT * {self._from(policy)} LIMIT 1"))
+        except QueryTooLarge:  # there are more series than the server may read at once
+            return True
+
+    def _names(self, query: str) -> Sequence[str]:
+        """The last column of a SHOW statement, sorted."""
+        return sorted({row[-1] for series in self._ask(query) for row in series["values"] if row[-1]})
+
+    def _from(self, policy: str | None = None) -> str:
+        policy = self._target.retention_policy if policy is None else policy
+        prefix = f"{identifier(policy)}." if policy else ""
+        name = self._target.measurement
+        return f"FROM {prefix}{exact_pattern(name) if UNWRITABLE.search(name) else identifier(name)}"
+
+    def _where(self, device: str | None, span: Window) -> str:
+        bounds = f"time >= {_nanoseconds(span.start)} AND time < {_nanoseconds(span.end)}"
+        if device is None:
+            return bounds
+        equals = f"=~ {exact_pattern(device)}" if UNWRITABLE.search(device) else f"= {text_literal(device)}"
+        return f"{bounds} AND {self._tag}::tag {equals}"
+
+    @cached_property
+    def _policies(self) -> tuple[str, Mapping[str, timedelta]]:
+        """The default retention policy, and every policy's shard group duration; none where nobody may ask."""
+        default, found = "", {}
+        try:
+            for series in self._ask(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}"):
+                for values in series["values"]:
+                    row = dict(zip(series["columns"], values, strict=True))
+                    found[row["name"]] = _duration(str(row.get("shardGroupDuration", "")))
+                    default = row["name"] if row.get("default") else default
+        except Permanent:
+            return "", {}
+        return default, found
+
+    @property
+    def _shard(self) -> timedelta:
+        default, durations = self._policies
+        return durations.get(self._target.retention_policy or default, DAY)
+
     def _fields(self) -> Sequence[Selected]:
         kinds: dict[str, set[str]] = {}
-        for series in self._ask(f"SHOW FIELD KEYS {self._from}"):
+        for series in self._ask(f"SHOW FIELD KEYS {self._from()}"):
             for name, kind in series["values"]:
                 kinds.setdefault(name, set()).add(kind)
-        return [Selected(name, kind) for name in sorted(kinds) for kind in sorted(_readable(kinds[name]))]
+        columns = [(name, kind) for name in sorted(kinds) for kind in sorted(_castable(kinds[name]))]
+        return [Selected(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
+
+    def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
+        """The counts of a series; all at `start_at` where that is given, else at the starts of their buckets."""
+        fields = [column.removeprefix("count_") for column in series["columns"][1:]]
+        device = (series.get("tags") or {}).get(self._target.device_tag, "")
+        for nanoseconds, *values in series["values"]:
+            at = start_at or EPOCH + timedelta(microseconds=nanoseconds // 1000)
+            for name, value in zip(fields, values, strict=True):
+                if value:
+                    yield Counted(device, at, name, int(value))
 
     def _ask(self, query: str) -> Iterator[Mapping[str, Any]]:
-        """The series of the answer that have values, chunk by chunk."""
+        """The series of one statement's answer that have values, chunk by chunk."""
+        return (series for series in self._answers(query, 1) if series is not None)
+
+    def _answers(self, statements: str, number: int) -> Iterator[Mapping[str, Any] | None]:
+        """The series that have values, statement by statement, with None at the end of each."""
         form = {
             "db": self._target.database,
-            "q": query,
+            "q": statements,
             "epoch": "ns",
             "chunked": "true",
             "chunk_size": str(CHUNK_ROWS),
         }
-        with self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._where) as answer:
-            yield from self._series(_lines(answer.chunks))
+        ended = 0
+        with self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables) as answer:
+            for result in self._results(_lines(answer.chunks)):
+                yield from (series for series in result.get("series", ()) if series.get("values"))
+                if not result.get("partial"):
+                    ended += 1
+                    yield None
+        if ended < number:
+            raise Transient("InfluxDB's answer ends although more was announced", "no action needed: it is read again")
 
-    def _series(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
-        partial = True
+    def _results(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
+        """A statement's result, or a part of it that says so by `partial`."""
         for line in filter(bytes.strip, lines):
             document = self._document(line)
             if "error" in document:
@@ -130,16 +244,14 @@ class InfluxQlReader:
             for result in document["results"]:
                 if "error" in result:
                     raise self._failed(result["error"])
-                partial = bool(result.get("partial"))
-                yield from (series for series in result.get("series", ()) if series.get("values"))
-        if partial:
-            raise Transient("InfluxDB's answer ends although more was announced", "the window is read again next time")
+                yield result
 
     def _document(self, line: bytes) -> Mapping[str, Any]:
         try:
-            document = json.loads(line)
+            # JSON's -0 is an integer to Python, which knows a negative zero as a float only.
+            document = json.loads(line, parse_int=_integer if NEGATIVE_ZERO.search(line) else None)
         except ValueError as error:
-            raise Transient("InfluxDB's answer ends inside a document", "the window is read again next time") from error
+            raise Transient("InfluxDB's answer ends inside a document", "no action needed: it is read again") from error
         if not isinstance(document, dict) or not {"results", "error"} & document.keys():
             raise Permanent(
                 f"{self._connection.server.url} answers with something else than InfluxQL's results: {line[:100]!r}",
@@ -149,28 +261,135 @@ class InfluxQlReader:
 
     def _failed(self, message: str) -> AppError:
         """A statement error, which comes with status 200."""
-        if "timeout" in message or "shutdown" in message or "engine" in message:
-            return Transient(f"InfluxDB reports: {message}", "it is tried again by itself")
-        return refusal(Refusal(self._connection.server.url, OK, message, "", self._where))
+        if any(word in message for word in PASSING):
+            return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
+        return refusal(Refusal(self._connection.server.url, OK, message, "", self._variables))
 
 
-def _where(device: str | None, span: Window) -> str:
-    bounds = f"time >= {_nanoseconds(span.start)} AND time < {_nanoseconds(span.end)}"
-    return bounds if device is None else f"{bounds} AND {identifier(DEVICE)} = {text_literal(device)}"
+@dataclass(slots=True)
+class _Batch:
+    """Collects the rows of many series, so that a series of few rows does not make columns of its own.
+
+    Invariant: every row that was added is given once, by `add` or by `finish`.
+    """
+
+    device_tag: str
+    selected: Sequence[Selected]
+    patterned: Sequence[Selected]
+    values: list[Sequence[Any]] = field(default_factory=list)
+    tags: list[tuple[Mapping[str, str], int]] = field(default_factory=list)
+    columns: Sequence[str] = ()
+
+    def add(self, series: Mapping[str, Any]) -> Iterator[Points]:
+        """The rows of one series, or a part of them."""
+        if self.values and (series["columns"] != self.columns or len(self.values) >= CHUNK_ROWS):
+            yield from self.finish()
+        self.columns = series["columns"]
+        self.values += series["values"]
+        self.tags.append((series.get("tags") or {}, len(series["values"])))
+
+    def finish(self) -> Iterator[Points]:
+        """What has not been given yet."""
+        if self.values:
+            import pyarrow as pa
+
+            times, *cells = zip(*self.values, strict=True)
+            at = dict(zip(self.columns[1:], cells, strict=True))
+            fields = list(_numeric_and_other(self.selected, at))
+            for name in sorted({one.name for one in self.patterned} & at.keys()):
+                fields += _untyped(name, at[name], {one.kind for one in self.patterned if one.name == name})
+            instants = pa.array(times, pa.int64()).cast(pa.timestamp("ns", "UTC"))
+            yield Points(instants, self._tag_columns(), fields)
+        self.values, self.tags = [], []
+
+    def _tag_columns(self) -> Mapping[str, "pa.Array"]:
+        """An empty value of a tag means that the series does not have it."""
+        import numpy as np
+        import pyarrow as pa
+
+        names = sorted({name for tags, _ in self.tags for name, value in tags.items() if value} - {self.device_tag})
+        numbers = pa.array(np.repeat(np.arange(len(self.tags)), [rows for _, rows in self.tags]))
+        return {
+            name: pa.array([tags.get(name) or None for tags, _ in self.tags], pa.string()).take(numbers)
+            for name in names
+        }
+
+
+def _numeric_and_other(
+    selected: Sequence[Selected], cells: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[str, "pa.Array"]]:
+    """Each field's columns, by type; the several readings of one number meet in the exact one."""
+    by_name: dict[str, dict[str, pa.Array]] = {}
+    for one in selected:
+        if one.heading in cells:
+            by_name.setdefault(one.name, {})[one.kind] = _array(cells[one.heading], one.kind)
+    for name, arrays in by_name.items():
+        for array in _exact(arrays):
+            if array.null_count < len(array):
+                yield name, array
+
+
+def _exact(arrays: "dict[str, pa.Array]") -> "Iterator[pa.Array]":
+    """Of a number that was read as several types, the whole number where it is one, else the float.
+
+    Every numeric cast reads all numeric shards: `::integer` cuts 1.5 to 1, `::float` rounds whole numbers from 2**53.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    numeric = {kind: arrays[kind] for kind in NUMERIC if kind in arrays}
+    yield from (array for kind, array in arrays.items() if kind not in NUMERIC)
+    if len(numeric) <= 1:
+        yield from numeric.values()
+        return
+    floats = numeric.pop("float")
+    is_negative_zero = pc.and_(pc.equal(floats, 0.0), pc.less(pc.divide(1.0, floats), 0.0))
+    rest = pc.invert(pc.fill_null(is_negative_zero, fill_value=False))
+    for array in numeric.values():
+        is_whole = pc.and_(rest, pc.fill_null(pc.equal(array.cast(pa.float64(), safe=False), floats), fill_value=False))
+        yield pc.if_else(is_whole, array, None)
+        rest = pc.and_not(rest, is_whole)
+    known = [pc.fill_null(is_negative_zero, fill_value=False), rest]
+    yield pc.if_else(pc.or_(*known), floats, None)
+
+
+def _array(column: Sequence[Any], kind: str) -> "pa.Array":
+    import pyarrow as pa
+
+    if kind == "float":
+        return pa.array([None if value is None else float(value) for value in column], pa.float64())
+    types = {"integer": pa.int64(), "unsigned": pa.uint64(), "boolean": pa.bool_(), "string": pa.string()}
+    return pa.array(column, types[kind])
+
+
+def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tuple[str, "pa.Array"]]:
+    """The column of a field that could not be cast, by what its cells are; JSON writes the float 21.0 as 21."""
+    whole = next((kind for kind in ("integer", "unsigned") if kind in kinds), "float")
+    words: dict[type, str] = {bool: "boolean", str: "string", int: whole, float: "float"}
+    for word in dict.fromkeys(words.values()):
+        cells = [value if words.get(type(value)) == word else None for value in column]
+        if any(value is not None for value in cells):
+            yield name, _array(cells, word)
+
+
+def _castable(kinds: set[str]) -> set[str]:
+    """The casts that together read a field exactly; `float` tells apart what several whole-number types read."""
+    return kinds | {"float"} if len(kinds & set(NUMERIC)) > 1 else kinds
 
 
 def _nanoseconds(instant: datetime) -> int:
-    """A plain integer in a time condition means nanoseconds since the epoch."""
-    return nanoseconds_of(instant)
+    """A plain integer in a time condition means nanoseconds since the epoch; inside what the server can hold."""
+    return min(max((instant - EPOCH) // timedelta(microseconds=1) * 1000, FIRST_NS), LAST_NS)
 
 
-def _instant(nanoseconds: int) -> datetime:
-    return EPOCH + timedelta(microseconds=nanoseconds // 1000)
+def _duration(text: str) -> timedelta:
+    """`168h0m0s`; a day for what cannot be read, or is no time at all."""
+    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
+    return timedelta(seconds=seconds) if seconds >= 1 else DAY
 
 
-def _readable(kinds: set[str]) -> set[str]:
-    """`::float` reads integer shards too; other types are each read as what they are."""
-    return kinds - {"integer", "unsigned"} if "float" in kinds else kinds
+def _integer(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -180,38 +399,3 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
     yield rest
-
-
-def _table(values: Sequence[Sequence[Any]], selected: Sequence[Selected]) -> "pa.Table":
-    """Rows of a chunk as columns; the several types of one field meet in one column."""
-    import pyarrow as pa
-
-    instants, *columns = zip(*values, strict=True)
-    table = {TIME: pa.array(instants, pa.int64()).cast(pa.timestamp("ns", "UTC"))}
-    for one, column in zip(selected, columns, strict=False):
-        name = f"{one.name}_field" if one.name in TAGS else one.name  # the tags come under these names themselves
-        array = _array(column, one.kind)
-        table[name] = _either(table[name], array) if name in table else array
-    for tag, column in zip(TAGS, columns[len(selected) :], strict=True):
-        table[tag] = pa.array([text or None for text in column], pa.string())
-    present = [name for name, array in table.items() if name in (TIME, *TAGS) or array.null_count < len(array)]
-    return pa.table({name: table[name] for name in present})
-
-
-def _array(column: Sequence[Any], kind: str) -> Any:
-    import pyarrow as pa
-
-    if kind == "float":
-        return pa.array([None if value is None else float(value) for value in column], pa.float64())
-    if kind == "string":
-        # Over Flux an empty text cannot be told from a missing one; both languages give null.
-        return pa.array([text or None for text in column], pa.string())
-    types = {"integer": pa.int64(), "unsigned": pa.uint64(), "boolean": pa.bool_()}
-    return pa.array(column, types[kind])
-
-
-def _either(first: Any, second: Any) -> Any:
-    import pyarrow.compute as pc
-
-    common = common_type(first.type, second.type)
-    return pc.coalesce(first.cast(common), second.cast(common))

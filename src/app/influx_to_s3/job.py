@@ -1,104 +1,170 @@
-"""The pipeline put together: its job, its daily reconcile and its backfill.
+"""The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
 
-Invariants: the job owns the live windows, from the cursor on; reconcile and backfill touch only windows before the
-cursor, so the two never work on one window. Nothing is connected before the first run.
+Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows before
+the cursor, so they never work on one window at once. Nothing is connected before the first run.
 """
 
-import random
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 from app.core.gaps import Chart
 from app.core.late import fill
-from app.core.partitions import DISCOVERY, Pass, isolated, sync_all
+from app.core.partitions import Backoff, Pass, isolated, sync_all
 from app.core.ports import Checkpoints
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Report, Stop
-from app.core.sync import Grid, Pipeline
+from app.core.runs import Context, Failure, Job, Report, Stop
+from app.core.sync import Done, Grid, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
+from app.influx_to_s3.accounting import (
+    OutsidePoints,
+    RefusedPartition,
+    absent_devices,
+    is_nameable,
+    refuse_wrong_settings,
+)
+from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.layouts import Layouts, LayoutStore
-from app.influx_to_s3.reader import Reader
-from app.influx_to_s3.rows import DEVICE, TAGS
-from app.influx_to_s3.source import InfluxSource, Patience, Reading
+from app.influx_to_s3.layout_file import LayoutFile, Tree
+from app.influx_to_s3.recovery import tree_of_data
+from app.influx_to_s3.rewrite import devices_in, rewrite
+from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
+from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
 from app.influx_to_s3.verify import ExportChart, ExportEnds
-from app.settings import Settings
 from app.stores.layouts import Layout
-from app.stores.objects import ObjectStore
 from app.stores.parquet import EncodedFile, TableSink
+
+if TYPE_CHECKING:
+    from app.influx_to_s3.reader import Reader
+    from app.settings import Settings
+    from app.stores.layouts import SqlLayouts
+    from app.stores.objects import ObjectStore
+    from app.stores.set_aside import SetAsideStore
 
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"
 RECONCILE_SECONDS = 86_400
 SPOOL = "spool"
 OFF = "off: set INFLUXDB_URL"
+LOOK_KEY = "headwater-readiness"
+
+log = logging.getLogger(__name__)
 
 Kept = dict[tuple[str, datetime], tuple[str, RowBatch]]
+ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the pipeline is made of; `kept` is this process's memory of large open windows."""
+    """What the pipeline is made of.
 
-    settings: Settings
-    reader: Reader
+    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `backoff`, partitions that
+    failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
+    """
+
+    settings: "Settings"
+    reader: "Reader"
     checkpoints: Checkpoints
-    layouts: Layouts
-    store: ObjectStore
+    layout_file: LayoutFile
+    store: "ObjectStore"
+    aside: Aside
     clock: Callable[[], datetime]
     kept: Kept = field(default_factory=dict)
+    backoff: Backoff = field(default_factory=Backoff)
+    refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `main` wires: the jobs, the backfill, how both ends are compared and mapped, and how to try the source."""
+    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
+    rewrite: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
     ping: Callable[[], str]
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
+
+    tree: Tree
+    now: datetime
+    columns: Columns
+    source: InfluxSource
+    sink: TableSink
+    pipeline: ExportPipeline
+
+
 def build(
-    settings: Settings,
+    settings: "Settings",
     checkpoints: Checkpoints,
-    layouts: LayoutStore,
-    store: ObjectStore,
+    layouts: "SqlLayouts",
+    store: "ObjectStore",
+    *,
+    set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
 ) -> Export:
     """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set."""
-    export = settings.export
+    export, influx = settings.export, settings.influx
 
-    def wanted() -> Layout:
-        return Layout(EPOCH, export.window_seconds, export.format, export.date_format)
+    def make(now: datetime) -> Tree:
+        return tree_of_data(
+            store,
+            settings.s3.prefix,
+            kept=layouts.layouts(NAME),
+            starts=checkpoints.starts(NAME).values(),
+            wanted=_wanted(settings, None),
+            first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
+        )
 
-    parts = Parts(settings, _reader(settings), checkpoints, Layouts(layouts, NAME, wanted), store, clock)
-    off = "" if settings.influx.url else OFF
+    parts = Parts(
+        settings=settings,
+        reader=_reader(settings),
+        checkpoints=checkpoints,
+        layout_file=LayoutFile(store, settings.s3.prefix, make),
+        store=store,
+        aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
+        clock=clock,
+    )
+    off = "" if influx.url else OFF
     jobs = (
         Job(NAME, export.interval_seconds, lambda context: _sync(parts, context), off),
         Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
     )
-    chart = ExportChart(NAME, _asked(parts), checkpoints, export.grace_seconds)
-    return Export(jobs, lambda context, span: _backfill(parts, context, span), _asked(parts), chart, parts.reader.ping)
+
+    def ends(stop: Stop) -> ExportEnds:
+        """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
+        now = _open(parts, stop, dry_run=True)
+        return ExportEnds(now.pipeline, now.sink, parts.clock)
+
+    return Export(
+        jobs,
+        lambda context, span: _backfill(parts, context, span),
+        lambda context, span: _rewrite(parts, context, span),
+        ends,
+        ExportChart(NAME, ends, checkpoints, export.grace_seconds),
+        parts.reader.ping,
+    )
 
 
-def _asked(parts: Parts) -> Callable[[Stop], ExportEnds]:
-    """Both ends as they are now, with layouts of their own: a look must not depend on a run going on."""
-
-    def opened(stop: Stop) -> ExportEnds:
-        own = replace(parts, layouts=parts.layouts.fresh())
-        return ExportEnds(_pipeline(_prepared(own, dry_run=True), stop), parts.clock)
-
-    return opened
+def _wanted(settings: "Settings", tree: Tree | None) -> Layout:
+    """The layout that the settings ask for; an existing tree keeps its unit until one is set."""
+    export = settings.export
+    unit = export.timestamp_unit or (tree.layouts[-1].timestamp_unit if tree else "us")
+    return Layout(EPOCH, export.window_seconds, export.format, export.date_format, unit)
 
 
-def _reader(settings: Settings) -> Reader:
+def _reader(settings: "Settings") -> "Reader":
     influx = settings.influx
     by_influxql = influx.api == "influxql"
     connection = Connection(
@@ -112,93 +178,159 @@ def _reader(settings: Settings) -> Reader:
         )
     )
     if by_influxql:
-        return InfluxQlReader(connection, InfluxQlTarget(influx.database, influx.retention_policy, influx.measurement))
-    return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement))
+        target = InfluxQlTarget(influx.database, influx.retention_policy, influx.measurement, influx.device_tag)
+        return InfluxQlReader(connection, target)
+    return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement, influx.device_tag))
 
 
-def _pipeline(parts: Parts, stop: Stop) -> Pipeline[RowBatch, EncodedFile]:
-    """The pipeline of one run: its pauses end with that run."""
-    export, service = parts.settings.export, parts.settings.service
-    spool = service.data_dir / SPOOL
-    reading = Reading(parts.settings.influx.measurement, export.device_ids, export.batch_size, spool)
-    # Jitter is no secret: any source of numbers serves.
-    patience = Patience(RetryPolicy(), stop, random.random)
+def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
+    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
+    if not parts.store.conditional:
+        parts.store.probe()
+    settings, export = parts.settings, parts.settings.export
+    types = dict(export.column_types)
+    tree, now = parts.layout_file.begin(
+        parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
+    )
+    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name}
+    tree = _with_earlier_start(parts, tree, is_new=not cursors and not dry_run)
+    columns = Columns(
+        tree,
+        device_tag=settings.influx.device_tag,
+        ignored=settings.influx.ignored_tags,
+        types=types,
+        file=None if dry_run else parts.layout_file,
+    )
+    spool = settings.service.data_dir / SPOOL
+    source = InfluxSource(
+        parts.reader,
+        columns,
+        devices=export.device_ids,
+        batch_rows=export.batch_size,
+        spool_directory=spool,
+        pauses=stop,
+        policy=RetryPolicy(),
+    )
     sink = TableSink(
         store=parts.store,
         pipeline=NAME,
-        prefix=parts.settings.s3.prefix,
-        layout_at=parts.layouts.at,
+        prefix=settings.s3.prefix,
+        layout_at=tree.layout_at,
         spool_directory=spool,
-        app_version=service.version,
+        app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
     )
-    return Pipeline(
+    pipeline = Pipeline(
         name=NAME,
-        source=InfluxSource(parts.reader, reading, patience),
+        source=source,
         sink=sink,
         checkpoints=parts.checkpoints,
-        grid=Grid(parts.layouts.windows, export.grace_seconds),
+        grid=Grid(tree.windows, export.grace_seconds),
         allow_shrink=export.allow_shrink,
         kept=parts.kept,
+        set_aside=lambda device, window, batch: parts.aside.keep_values(
+            OTHER_VALUE, device, window, batch.disagreements
+        ),
+        refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
+            pipeline, source, context, at, live
+        ),
     )
+    return Opened(tree, now, columns, source, sink, pipeline)
 
 
-def _pass(parts: Parts) -> Pass:
-    export = parts.settings.export
+def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
+    """EXPORT_START may be set earlier until the first device was found; later it has no effect, and that is said."""
+    start_at = parts.settings.export.start
+    if start_at is None or start_at >= tree.first_start_at:
+        return tree
+    if is_new:
+        first_start_at = floor_to(start_at, tree.layout_at(start_at).window_seconds)
+        return parts.layout_file.change(
+            lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
+        )
+    if not parts.warned:
+        parts.warned.append("start")
+        log.warning(
+            "EXPORT_START=%s is earlier than the first start of this installation, %s, which stands: "
+            "run `python -m app backfill %s --from ... --to ...` for what is before it",
+            f"{start_at:%Y-%m-%dT%H:%M:%SZ}",
+            f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+            NAME,
+        )
+    return tree
 
-    def start_at(now: datetime) -> datetime:
-        start = export.start or now - timedelta(hours=export.lookback_hours)
-        return floor_to(start, parts.layouts.at(start).window_seconds)
 
-    return Pass(parts.clock, start_at, export.concurrency)
+def _pass(parts: Parts, opened: Opened) -> Pass:
+    def probe() -> None:
+        parts.reader.ping()
+        parts.store.head(LOOK_KEY)
 
-
-def _prepare(parts: Parts, context: Context) -> Pipeline[RowBatch, EncodedFile]:
-    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
-    return _pipeline(_prepared(parts, dry_run=context.dry_run), context.stop)
-
-
-def _prepared(parts: Parts, *, dry_run: bool) -> Parts:
-    if not parts.store.conditional:
-        parts.store.probe()
-    parts.layouts.refresh(parts.clock(), dry_run=dry_run)
-    return parts
+    return Pass(
+        now=opened.now,
+        first_at=opened.tree.first_start_at,
+        probe=probe,
+        nothing_found=lambda: refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at),
+        backoff=parts.backoff,
+        concurrency=parts.settings.export.concurrency,
+    )
 
 
 def _sync(parts: Parts, context: Context) -> Report:
-    return sync_all(_prepare(parts, context), context, _pass(parts))
+    """Bring every device up to date, and account for points that no window of this run holds."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    report = sync_all(opened.pipeline, context, _pass(parts, opened))
+    absent = absent_devices(opened.source, parts.settings, opened.tree.first_start_at)
+    failures = tuple(Failure(device, *why) for device, why in absent.items())
+    outside = OutsidePoints(parts.aside, parts.refused).account(opened.pipeline, opened.source, context, opened.now)
+    return report + Report(failures=failures) + outside
 
 
 def _reconcile(parts: Parts, context: Context) -> Report:
     """Compare the counts of the last days' closed windows and write what came late. Counted in `late_rows`."""
-    now = parts.clock()
-    pipeline = _prepare(parts, context)
-    since = now - timedelta(days=parts.settings.export.reconcile_days)
-    return _fill(parts, context, pipeline, Window(since, now), parts.checkpoints.starts(NAME))
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    since = opened.now - timedelta(days=parts.settings.export.reconcile_days)
+    return _fill(parts, context, opened, Window(since, opened.now), parts.checkpoints.starts(NAME))
 
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _prepare(parts, context), span)
+    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span)
 
 
 def _fill(
-    parts: Parts,
-    context: Context,
-    pipeline: Pipeline[RowBatch, EncodedFile],
-    span: Window,
-    starts: Mapping[str, datetime] | None = None,
+    parts: Parts, context: Context, opened: Opened, span: Window, starts: Mapping[str, datetime] | None = None
 ) -> Report:
     """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
-    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name != DISCOVERY}
-    partitions = sorted(
-        starts.keys() & cursors if starts is not None else {*cursors, *pipeline.source.partitions(span.start)}
-    )
-    now = parts.clock()
+    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if is_nameable(name)}
+    found = starts.keys() & cursors if starts is not None else {*cursors, *opened.source.partitions(span.start)}
+    partitions = sorted(filter(is_nameable, found))
 
-    def one(partition: str) -> Report:
+    def one(partition: str, done: Done) -> None:
         since = max(span.start, starts[partition]) if starts is not None else span.start
         until = min(span.end, cursors.get(partition, span.end))
-        return fill(pipeline, context, partition, Window(since, until), now) if until > since else Report()
+        if until > since:
+            done(fill(opened.pipeline, context, partition, Window(since, until), opened.now))
 
-    return isolated(pipeline, context, partitions, one, _pass(parts))
+    return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+
+
+def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
+    """Re-encode the objects of closed windows from themselves, in today's unit, names and types."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+
+    def one(device: str, done: Done) -> None:
+        rewrite(
+            opened.pipeline,
+            opened.source,
+            opened.sink,
+            opened.columns,
+            context,
+            device=device,
+            span=span,
+            now=opened.now,
+            done=done,
+        )
+
+    devices = devices_in(opened.sink)
+    context.progress.advance(total=len(devices))
+    return isolated(opened.pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))

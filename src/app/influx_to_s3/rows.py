@@ -1,135 +1,284 @@
 """Rows of one device in canonical form, and the operations on them.
 
-Canonical: columns `timestamp, device_type, location` and then the fields; sorted by timestamp, one row per timestamp.
-Rows that share an instant (several tag sets) are merged field by field. Invariant: what comes out does not depend on
-the order in which the source sent its series.
+Canonical: `timestamp` in nanoseconds, the tag columns, then the fields under their columns' names and types (see
+`columns`). A row is unique by its timestamp and all its tags, and rows stand in that order. Points that differ only in
+ignored tags are one row: their fields are united, and where values disagree, that of the tag set first in byte order
+stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from app.core.errors import Permanent
 from app.core.window import EPOCH
+from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns, type_of
+from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
+from app.influx_to_s3.reader import Points
+from app.influx_to_s3.set_aside import Disagreement
+from app.stores.parquet import CSV_ROWS
+from app.stores.row_sums import mixed, seed_of, text_bits
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TIMESTAMP = "timestamp"
-DEVICE = "device_id"
-TAGS = ("device_type", "location")
-MEASURED = ("voltage", "current", "power", "temperature")
-COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
-RESERVED = frozenset((TIMESTAMP, DEVICE, *TAGS, *COMPUTED))
-UNKNOWN = "unknown"
+IGNORED = "\0"  # before the name of an ignored tag, while rows are put in order; no name at a source begins with it
+GROUP = "\0\0group"
+DAY_NS = 86_400_000_000_000
+EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
-def canonical(table: "pa.Table", time_column: str, tags: frozenset[str]) -> "pa.Table":
-    """One answer's columns under their own names: tags other than the documented ones dropped, measured fields float64.
+def canonical(points: Points, columns: Columns) -> "pa.Table":
+    """Points of one UTC day under their columns' names and types, in the order in which they come.
 
-    A field that bears the name of a documented column, and is none of `tags`, is kept as `{name}_field`.
+    A value that its column cannot hold moves to the column's overflow, exactly as it is.
     """
     import pyarrow as pa
 
-    columns = {TIMESTAMP: _as(table.column(time_column), pa.timestamp("ns", "UTC"))}
-    for name in table.column_names:
-        if name in tags:
-            if name in TAGS:
-                columns[name] = _as(table.column(name), pa.string())
-        elif name in MEASURED:
-            columns[name] = _as_float(table.column(name))
-        elif name != time_column:
-            columns[f"{name}_field" if name in RESERVED else name] = table.column(name)
-    return pa.table(columns)
+    kinds: dict[str, list[str]] = {}
+    for name, values in points.fields:
+        kinds.setdefault(name, []).append(kind_of(values.type))
+    columns.see(points.tags, {name: type_of(some) for name, some in kinds.items()})
+    day = day_of(times_of(points.times))
+    table = {TIMESTAMP: points.times, **{name: _constant(UNKNOWN, len(points.times)) for name in TAGS}}
+    for tag, texts in points.tags.items():
+        if tag in columns.ignored:
+            table[IGNORED + tag] = texts
+        else:
+            name = columns.tag(tag)
+            table[name] = texts.fill_null(UNKNOWN) if name in TAGS and texts.null_count else texts
+    for field, values in points.fields:
+        column = columns.field(field)
+        _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
+    return pa.table(table)
 
 
-def ordered(tables: Sequence["pa.Table"]) -> "pa.Table":
-    """The rows of all tables, sorted by timestamp, rows of one instant merged field by field."""
+def kind_of(arrow_type: Any) -> str:
+    """The type of a column, as the layout names it, for values of an Arrow type."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(arrow_type):
+        return DOUBLE
+    if pa.types.is_boolean(arrow_type):
+        return BOOLEAN
+    if pa.types.is_unsigned_integer(arrow_type):
+        return INTEGER
+    return INTEGER if pa.types.is_integer(arrow_type) else TEXT
+
+
+def arrow_type(kind: str) -> Any:
+    """The Arrow type of a type that the layout names."""
+    import pyarrow as pa
+
+    types = {
+        DOUBLE: pa.float64(),
+        INTEGER: pa.int64(),
+        UNSIGNED: pa.uint64(),
+        BOOLEAN: pa.bool_(),
+        TEXT: pa.string(),
+    }
+    return types[kind]
+
+
+def _constant(text: str, rows: int) -> Any:
+    import pyarrow as pa
+
+    return pa.repeat(pa.scalar(text), rows)
+
+
+def _put(table: dict[str, Any], name: str, parts: "Iterable[tuple[str, Any]]") -> None:
+    """Add values and their overflow; where a column is there already, at most one of both has a value in a row."""
+    import pyarrow.compute as pc
+
+    for overflow, values in parts:
+        key = overflow or name
+        table[key] = pc.coalesce(table[key], values) if key in table else values
+
+
+def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]:
+    """(overflow column or "" for the column itself, values): each value once, none of them changed."""
+    if values.type == arrow_type(kind):
+        yield "", values
+        return
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    held = _held(values, kind)
+    if held.null_count < len(values):
+        yield "", held
+    rest = pc.if_else(held.is_valid(), pa.scalar(None, values.type), values)
+    if rest.null_count == len(rest):
+        return
+    number = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
+    if number and kind != DOUBLE:
+        doubles = _held(rest, DOUBLE)
+        if doubles.null_count < len(doubles):
+            yield overflow(DOUBLE), doubles
+        rest = pc.if_else(doubles.is_valid(), pa.scalar(None, values.type), rest)
+    if rest.null_count < len(rest):
+        yield overflow(TEXT), rest.cast(pa.string())
+
+
+def _held(values: Any, kind: str) -> Any:
+    """The values as `kind` where that changes none of them, else null; a number is the same whatever type holds it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    target = arrow_type(kind)
+    if values.type == target:
+        return values
+    whole, unsigned = pa.types.is_integer(values.type), pa.types.is_unsigned_integer(values.type)
+    low, high = (-EXACT, EXACT) if kind == DOUBLE else (0, (1 << 63) - 1)
+    if whole and kind in (DOUBLE, INTEGER, UNSIGNED):
+        # Bounds of the values' own type: Arrow compares unsigned with plain Python integers as signed ones.
+        exact = pc.and_(
+            pc.less_equal(values, pa.scalar(high, values.type)),
+            pc.greater_equal(values, pa.scalar(max(low, 0) if unsigned else low, values.type)),
+        )
+        return pc.if_else(exact, values, pa.scalar(None, values.type)).cast(target)
+    if kind in (INTEGER, UNSIGNED) and pa.types.is_floating(values.type):
+        return _whole_numbers(values, target)
+    return pa.nulls(len(values), target)
+
+
+def _whole_numbers(values: Any, target: Any) -> Any:
+    """Floats that are whole numbers which float64 tells apart, and not the negative zero."""
     import numpy as np
     import pyarrow as pa
 
-    table = pa.concat_tables(same_types(tables), promote_options="default").combine_chunks()
-    instants = instants_of(table)
-    steps = np.diff(instants)
-    if np.all(steps > 0):
-        return table
-    if np.all(np.diff(np.sort(instants)) > 0):
-        return table.take(pa.array(np.argsort(instants)))
-    return _merged(table)
-
-
-def _merged(table: "pa.Table") -> "pa.Table":
-    """Sort with ties in an order that the rows alone decide, then take the first value of each cell."""
-    import pyarrow.compute as pc
-
-    others = sorted(name for name in table.column_names if name != TIMESTAMP)
-    order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in (TIMESTAMP, *others)])
-    grouped = table.take(order).group_by(TIMESTAMP, use_threads=False)
-    merged = grouped.aggregate([(name, "first") for name in others])
-    merged = merged.rename_columns(
-        [name.removesuffix("_first") if name != TIMESTAMP else name for name in merged.column_names]
-    )
-    return merged.select(table.column_names).sort_by(TIMESTAMP)
-
-
-def same_types(tables: Iterable["pa.Table"]) -> list["pa.Table"]:
-    """Cast columns that differ in type between tables to one that holds them all."""
-    tables = list(tables)
-    types: dict[str, Any] = {}
-    for table in tables:
-        for column in table.schema:
-            types[column.name] = common_type(types.get(column.name, column.type), column.type)
-    return [_cast(table, types) for table in tables]
-
-
-def _cast(table: "pa.Table", types: dict[str, Any]) -> "pa.Table":
-    import pyarrow as pa
-
-    if all(column.type == types[column.name] for column in table.schema):
-        return table
-    columns = {name: table.column(name).cast(types[name], safe=False) for name in table.column_names}
-    return pa.table(columns)
-
-
-def common_type(one: Any, other: Any) -> Any:
-    """The type for a field that has both: numbers meet in float64, everything else in text."""
-    import pyarrow as pa
-
-    if one == other or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    numeric = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (one, other))
-    return pa.float64() if numeric else pa.string()
-
-
-def _as(column: Any, kind: Any) -> Any:
-    """A cast to its own type copies nothing but takes its time."""
-    return column if column.type == kind else column.cast(kind)
-
-
-def _as_float(column: Any) -> Any:
-    """A measured value as float64 whatever the source calls it; text that is no number becomes null."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if column.type == pa.float64():
-        return column
-    if not pa.types.is_string(column.type):
-        return (
-            column.cast(pa.int8()).cast(pa.float64())
-            if pa.types.is_boolean(column.type)
-            else column.cast(pa.float64(), safe=False)
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    floats = array.to_numpy(zero_copy_only=False)
+    low = 0 if target == pa.uint64() else -EXACT
+    with np.errstate(invalid="ignore"):
+        fits = (
+            (np.trunc(floats) == floats) & (floats >= low) & (floats <= EXACT) & ~((floats == 0) & np.signbit(floats))
         )
-    number = pc.match_substring_regex(column, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
-    return pc.if_else(number, column, None).cast(pa.float64())
+    return pa.array(np.where(fits, floats, 0).astype(np.int64), mask=~fits).cast(target)
+
+
+def ordered(
+    tables: Sequence["pa.Table"], columns: Columns
+) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
+    """The rows of all tables in canonical order, each identity once; what disagreed, and by field how many values were
+    there twice.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    instants = instants_of(table)
+    if np.all(instants[1:] > instants[:-1]):
+        return _without_ignored(table), (), {}
+    series = _codes(table, [name for name in table.column_names if name in columns.tags])
+    order = np.lexsort((series, instants))
+    steps, alike = np.diff(instants[order]), np.diff(series[order])
+    first = np.concatenate(([True], (steps != 0) | (alike != 0)))
+    if first.all():
+        return _without_ignored(table).take(pa.array(order)), (), {}
+    whole_series = _codes(table, [name for name in table.column_names if name in columns.tags or name[0] == IGNORED])
+    return _merged(table.take(pa.array(np.lexsort((whole_series, series, instants)))), first, columns)
+
+
+def _codes(table: "pa.Table", names: Sequence[str]) -> Any:
+    """A number per row for its values in these text columns, in the byte order of `name=value,...` (absent ones left
+    out), as InfluxDB writes a series' key. int64.
+    """
+    import numpy as np
+
+    if not names:
+        return np.zeros(table.num_rows, np.int64)
+    names = sorted(names, key=lambda name: name.lstrip(IGNORED))
+    encoded = [table.column(name).combine_chunks().dictionary_encode() for name in names]
+    places = np.stack([each.indices.fill_null(-1).to_numpy(zero_copy_only=False) for each in encoded], axis=1)
+    combinations, inverse = np.unique(places, axis=0, return_inverse=True)
+    texts = [each.dictionary.to_pylist() for each in encoded]
+    keys = [
+        ",".join(
+            f"{name.lstrip(IGNORED)}={some[at]}" for name, some, at in zip(names, texts, row, strict=True) if at >= 0
+        ).encode("utf-8", "surrogatepass")
+        for row in combinations.tolist()
+    ]
+    ranks = np.empty(len(keys), np.int64)
+    ranks[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
+    return ranks[inverse.reshape(-1)]
+
+
+def _without_ignored(table: "pa.Table") -> "pa.Table":
+    return table.select([name for name in table.column_names if name[0] != IGNORED])
+
+
+def _merged(
+    table: "pa.Table", first: Any, columns: Columns
+) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
+    """One row per identity: of each column the first value. `first` is true for the first row of each identity."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    groups = np.cumsum(first) - 1
+    kept = _without_ignored(table)
+    values = [name for name in kept.column_names if name != TIMESTAMP and name not in columns.tags]
+    grouped = kept.select(values).append_column(GROUP, pa.array(groups)).group_by(GROUP, use_threads=False)
+    united = grouped.aggregate([(name, "first") for name in values])
+    result = kept.filter(pa.array(first))
+    disagreements: list[Disagreement] = []
+    twice: dict[str, int] = {}
+    for name in values:
+        merged = united.column(f"{name}_first")
+        result = result.set_column(result.schema.get_field_index(name), name, merged)
+        surplus = table.column(name).is_valid().to_numpy(zero_copy_only=False)
+        surplus &= ~_first_values(surplus, groups)
+        if not surplus.any():
+            continue
+        mine, stands = table.column(name).filter(pa.array(surplus)), merged.take(pa.array(groups[surplus]))
+        differs = pc.not_equal(mine, stands).fill_null(True).to_numpy(zero_copy_only=False)  # noqa: FBT003 - Arrow's own signature
+        field = columns.source_of(name) or name
+        twice[field] = twice.get(field, 0) + int((~differs).sum())
+        rows = np.flatnonzero(surplus)[differs]
+        disagreements += _disagreements(table.take(pa.array(rows)), name, field, columns)
+    return result, disagreements, {name: number for name, number in twice.items() if number}
+
+
+def _first_values(valid: Any, groups: Any) -> Any:
+    """True for the first valid value of each group."""
+    import numpy as np
+
+    places = np.flatnonzero(valid)
+    found = np.zeros(len(valid), bool)
+    _, firsts = np.unique(groups[places], return_index=True)
+    found[places[firsts]] = True
+    return found
+
+
+def _disagreements(rows: "pa.Table", name: str, field: str, columns: Columns) -> Iterator[Disagreement]:
+    tags = [each for each in rows.column_names if each[0] == IGNORED or each in columns.tags]
+    for row, instant in zip(rows.select([name, *tags]).to_pylist(), instants_of(rows).tolist(), strict=True):
+        own = {
+            each[1:] if each[0] == IGNORED else columns.tag_of(each): row[each]
+            for each in tags
+            if row[each] is not None and not (each in TAGS and row[each] == UNKNOWN)
+        }
+        yield Disagreement(own, field, row[name], instant)
 
 
 def instants_of(table: "pa.Table") -> Any:
     """Timestamps as int64 nanoseconds since the epoch, a numpy array; a view where the column is in one piece."""
+    return times_of(table.column(TIMESTAMP))
+
+
+def times_of(times: Any) -> Any:
+    """A timestamp[ns] column as int64, a numpy array; a view where it is in one piece."""
     import pyarrow as pa
 
-    column = table.column(TIMESTAMP)
-    return (column.chunk(0).view(pa.int64()) if column.num_chunks == 1 else column.cast(pa.int64())).to_numpy()
+    if isinstance(times, pa.ChunkedArray):
+        times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
+    return times.view(pa.int64()).to_numpy()
+
+
+def day_of(instants: Any) -> date:
+    """The UTC day of the first of some instants, which all are of that day."""
+    return (EPOCH + timedelta(days=int(instants[0]) // DAY_NS)).date() if len(instants) else EPOCH.date()
 
 
 def instant_of(nanoseconds: int | None) -> datetime | None:
@@ -142,31 +291,108 @@ def nanoseconds_of(instant: datetime) -> int:
     return (instant.astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
 
 
-def of_object(table: "pa.Table") -> "pa.Table":
-    """Rows that were read back from an object of this pipeline: what was computed from them is dropped."""
-    computed = [name for name in (DEVICE, *COMPUTED) if name in table.column_names]
-    return canonical(table.drop_columns(computed), TIMESTAMP, frozenset(TAGS))
+def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
+    """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
+
+    Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
+    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so.
+    """
+    import pyarrow as pa
+
+    rows: dict[str, Any] = {TIMESTAMP: table.column(TIMESTAMP)}
+    for tag in TAGS:
+        has = tag in table.column_names
+        rows[tag] = table.column(tag).fill_null(UNKNOWN) if has else _constant(UNKNOWN, table.num_rows)
+    day = day_of(instants_of(table))
+    is_csv = CSV_ROWS.items() <= (table.schema.metadata or {}).items()
+    for name in table.column_names:
+        if name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED):
+            continue
+        values = table.column(name)
+        if name in columns.tags or (overflow := columns.overflow_kind(name)) == TEXT:
+            _put(rows, name, [("", values)])
+            continue
+        if overflow:
+            _put(rows, name, [("", _parsed(name, values, overflow) if is_csv else values)])
+            continue
+        if columns.by_name(name) is None:
+            columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
+        column = columns.by_name(name) or columns.field(name)
+        kind = column.type_on(day)
+        fitting = _fitting(_parsed(name, values, kind) if is_csv else values, kind, partial(columns.overflow, column))
+        _put(rows, column.name, fitting)
+    return pa.table(rows)
 
 
-def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
-    """Two ordered sequences of tables as one; where both have an instant, the row of `new` is taken."""
-    streams = [_Ahead(iter(new)), _Ahead(iter(held))]
+def _parsed(name: str, values: Any, kind: str) -> Any:
+    """Text of a CSV object as what it was written from."""
+    import pyarrow as pa
+
+    try:
+        return values.cast(arrow_type(kind))
+    except pa.ArrowInvalid as error:
+        raise Permanent(
+            f"column {name!r} of a CSV object holds text where {kind} is expected: {str(error)[:100]}",
+            f"set EXPORT_COLUMN_TYPES={name}=text, or restore an earlier version of the object",
+        ) from error
+
+
+def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns) -> "Iterator[pa.Table]":
+    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
+    streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
-        yield ordered([table for table in (first, _without(second, first)) if table is not None])
+        if first is not None and second is not None:
+            second = lacking(second, identities_of(first, columns), columns)
+        yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
-def _without(table: "pa.Table | None", other: "pa.Table | None") -> "pa.Table | None":
-    return table if table is None or other is None else lacking(table, instants_of(other))
-
-
-def lacking(table: "pa.Table", instants: Any) -> "pa.Table":
-    """The rows of `table` whose timestamp is not among `instants` (numpy int64 nanoseconds)."""
+def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
+    """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
     import numpy as np
     import pyarrow as pa
 
-    return table.filter(pa.array(~np.isin(instants_of(table), instants)))
+    rest: list[pa.Table] = []
+    for table in tables:
+        if table.num_rows == 0:
+            continue
+        instants = instants_of(table)
+        last = int(np.searchsorted(instants, instants[-1], side="left"))
+        if last:
+            yield pa.concat_tables([*rest, table.slice(0, last)], promote_options="default")
+            rest = [table.slice(last)]
+        elif rest and instants_of(rest[0])[0] != instants[0]:
+            yield pa.concat_tables(rest, promote_options="default")
+            rest = [table]
+        else:
+            rest.append(table)
+    if rest:
+        yield pa.concat_tables(rest, promote_options="default")
+
+
+def lacking(table: "pa.Table", identities: Any, columns: Columns) -> "pa.Table":
+    """The rows of `table` whose identity is not among `identities` (see `identities_of`)."""
+    import numpy as np
+    import pyarrow as pa
+
+    return table.filter(pa.array(~np.isin(identities_of(table, columns), identities)))
+
+
+def identities_of(table: "pa.Table", columns: Columns) -> Any:
+    """64 bits per row for timestamp and tags, a numpy array. Rows of one set of tags never share a number.
+
+    A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
+    """
+    import numpy as np
+
+    total = np.zeros(table.num_rows, np.uint64)
+    for name in sorted(columns.tags & set(table.column_names)):
+        column = table.column(name).combine_chunks()
+        bits, _ = text_bits(column)
+        valid = column.is_valid().to_numpy(zero_copy_only=False)
+        total += np.where(valid, mixed(bits ^ seed_of(b"identity", name)), np.uint64(0))
+    return mixed(instants_of(table).view(np.uint64)) ^ mixed(total)
 
 
 class _Ahead:

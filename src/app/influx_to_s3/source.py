@@ -2,25 +2,42 @@
 
 A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is halved.
 Of a large open window that this very process last wrote, only the part from the first changed bucket on is read again.
-Invariant: a batch holds at least as many points as the source counted before, or it is an error.
+Invariant: a batch holds at least as many values of each field as the source counted before, or it is an error.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import groupby
 from pathlib import Path
+from random import random
+from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
+from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
-from app.core.window import Window, windows_between
-from app.influx_to_s3.reader import Counted, QueryTooLarge, Reader
-from app.influx_to_s3.rows import instants_of, lacking, nanoseconds_of, of_object, ordered, united
+from app.core.window import EPOCH, Window, windows_between
+from app.influx_to_s3.columns import TIMESTAMP, Columns
+from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader
+from app.influx_to_s3.rows import (
+    canonical,
+    identities_of,
+    instants_of,
+    lacking,
+    nanoseconds_of,
+    of_object,
+    ordered,
+    times_of,
+    united,
+    whole_instants,
+)
+from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
 
 if TYPE_CHECKING:
@@ -34,103 +51,136 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How the source is read. `devices` empty = all that the tag knows."""
-
-    measurement: str
-    devices: Sequence[str]
-    batch_rows: int
-    spool_directory: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How failures that may pass are met."""
-
-    policy: RetryPolicy
-    pauses: Pauses
-    draw: Callable[[], float]
-
-
 class InfluxSource:
-    """`app.core.ports.Source` over a `Reader`."""
+    """`app.core.ports.Source` over a `Reader`.
 
-    def __init__(self, reader: Reader, reading: Reading, patience: Patience) -> None:
+    `devices` empty = every value of the device tag. `batch_rows` rows are held at a time. `pauses` ends waiting for a
+    retry when a stop is asked for.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        columns: Columns,
+        *,
+        devices: Sequence[str],
+        batch_rows: int,
+        spool_directory: Path,
+        pauses: Pauses,
+        policy: RetryPolicy,
+    ) -> None:
         self._reader = reader
-        self._reading = reading
-        self._patience = patience
+        self._columns = columns
+        self._devices = devices
+        self._batch_rows = batch_rows
+        self._spool_directory = spool_directory
+        self._pauses = pauses
+        self._policy = policy
+        self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
-        """The configured devices, or every one that the source knows. Raises Permanent for an unknown measurement."""
-        if self._reading.devices:
-            return sorted(set(self._reading.devices))
-        devices = self._again(lambda: self._reader.devices(since))
-        if not devices:
-            self._check_measurement()
-        return devices
+        """The configured devices that exist, or every one that has points at or after `since`."""
+        found = self._found(since)
+        return found if not self._devices else sorted(set(self._devices) & {*found, *self._older(found)})
+
+    @property
+    def reader(self) -> Reader:
+        """What this source asks."""
+        return self._reader
+
+    def absent(self, since: datetime) -> Sequence[str]:
+        """The configured devices without any point, ever."""
+        return sorted(set(self._devices) - set(self.partitions(since)))
+
+    def _older(self, found: Sequence[str]) -> Sequence[str]:
+        """A configured device may have been silent for long; it exists all the same."""
+        return self._found(EPOCH) if set(self._devices) - set(found) else ()
+
+    def _found(self, since: datetime) -> Sequence[str]:
+        """Every value of the device tag, asked once in the life of this source, which is a run."""
+        if since not in self._known:
+            self._known[since] = self.again(lambda: self._reader.devices(since))
+        return self._known[since]
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
-        """One question per run of windows of one length. Raises Permanent for an unknown measurement."""
+        """One question per run of windows of one length. Points without the device tag are partition ""."""
         counted: list[Counted] = []
         for span in runs_of_one_length(windows):
             every_seconds = next(window.seconds for window in windows if window.start == span.start)
-            counted += self._again(lambda s=span, n=every_seconds: list(self._reader.counts(partition, s, n)))  # type: ignore[misc]
-        found = totals(counted)
-        if partition is None and not found:
-            self._check_measurement()
-        nameless = sum(count.points for (device, _), count in found.items() if not device)
-        if nameless:
-            log.warning("%d points of %s have no device_id and cannot be exported", nameless, self._reading.measurement)
-        return {slot: count for slot, count in found.items() if slot[0]}
+            counted += self._counted(partition, span, every_seconds)
+        return totals(counted)
+
+    def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[Counted]:
+        """A server that limits the series of one question is asked for each device."""
+        try:
+            return self.again(lambda: list(self._reader.counts(partition, span, every_seconds)))
+        except QueryTooLarge:
+            if partition is not None:
+                raise
+            devices = ("", *self._found(span.start))
+            return [each for device in devices for each in self._counted(device, span, every_seconds)]
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
         cells: Mapping[datetime, int] = {}
         with self._spool(partition) as spool:
-            if count.points <= self._reading.batch_rows:
-                self._read_whole(spool, window, count.points)
+            if count.points <= self._batch_rows:
+                self._read_whole(spool, window, count)
             else:
                 cells = self._read_large(spool, window, kept)
-            return spool.finish(cells)
+            return spool.finish(cells, count.fields)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
         """Adjacent small windows in one question of a batch at most; what is cut out is held beside the answer."""
-        for run in runs_of_few_rows(counted, self._reading.batch_rows):
-            tables = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
+        for run in runs_of_few_rows(counted, self._batch_rows):
+            blocks = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
             for window, count in run:
                 yield (
                     self.read(partition, window, count, None)
-                    if tables is None
-                    else self._cut_out(partition, window, count, tables)
+                    if blocks is None
+                    else self._cut_out(partition, window, count, blocks)
                 )
 
     def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """`batch` with the held rows whose timestamp it lacks."""
-        return self._spooled(batch.device, united(batch.tables(), map(of_object, held)))
+        """`batch` with the held rows whose identity it lacks. What was counted and read stays that of `batch`."""
+        rows = (of_object(table, self._columns) for table in held)
+        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns))
+        return replace(united_batch, accounts=batch.accounts, disagreements=batch.disagreements)
 
     def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """The rows of `batch` whose timestamp no held row has. Holds 8 bytes per held row."""
+        """The rows of `batch` whose identity no held row has; what it leaves out is accounted for as already there.
+
+        Holds 8 bytes per held row.
+        """
         import numpy as np
 
-        known = [instants_of(of_object(table)) for table in held]
-        instants = np.concatenate(known) if known else np.empty(0, np.int64)
-        return self._spooled(batch.device, (lacking(table, instants) for table in batch.tables()))
+        columns = self._columns
+        known = [identities_of(of_object(table, columns), columns) for table in held]
+        identities = np.concatenate(known) if known else np.empty(0, np.uint64)
+        rest = self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+
+        def account(name: str, tally: Tally) -> Tally:
+            new = rest.accounts[name].new if name in rest.accounts else 0
+            return replace(tally, new=new, already_there=tally.already_there + tally.new - new)
+
+        accounts = {name: account(name, tally) for name, tally in batch.accounts.items()}
+        return replace(rest, accounts=accounts, disagreements=batch.disagreements)
 
     @contextmanager
     def _spool(self, device: str) -> Iterator[Spool]:
         """What is not finished inside the block is removed."""
-        spool = Spool(device, self._reading.spool_directory, self._reading.batch_rows)
+        spool = Spool(device, self._spool_directory, self._batch_rows, self._columns)
         with ExitStack() as undo:
             undo.callback(spool.abandon)
             yield spool
             undo.pop_all()
 
-    def _spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
+    def spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
+        """A batch of rows that stand in canonical order already."""
         with self._spool(device) as spool:
-            for table in tables:
+            for table in whole_instants(tables):
                 spool.append(table)
-            return spool.finish({})
+            return spool.finish({}, {})
 
     def _read_large(self, spool: Spool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
@@ -139,90 +189,145 @@ class InfluxSource:
         cells = {start: count.cells for start, count in counts.items()}
         start = first_change(kept.cells, cells, window, every_seconds) if kept else window.start
         if kept is not None:
-            for table in kept.tables():
-                spool.append(before(table, nanoseconds_of(start)))
+            for table in whole_instants(kept.tables()):
+                earlier = before(table, nanoseconds_of(start))
+                spool.append(earlier)
+                spool.note(values_of(earlier, self._columns))
         if start < window.end:
-            for part, points in slices(Window(start, window.end), every_seconds, counts, self._reading.batch_rows):
-                self._read_whole(spool, part, points)
+            for part, count in slices(Window(start, window.end), every_seconds, counts, self._batch_rows):
+                self._read_whole(spool, part, count)
         return cells
 
     def _fine_counts(self, device: str, window: Window, every_seconds: int) -> Mapping[datetime, Count]:
-        counted = self._again(lambda: list(self._reader.counts(device, window, every_seconds)))
+        counted = self.again(lambda: list(self._reader.counts(device, window, every_seconds)))
         return {start: count for (_, start), count in totals(counted).items()}
 
-    def _collect_run(self, device: str, span: Window) -> "list[pa.Table] | None":
+    def _collect_run(self, device: str, span: Window) -> Sequence[Points] | None:
         """None when the windows have to be asked for one by one: what fails for all may do for each."""
         try:
-            return self._again(lambda: self._collect(device, span))
+            return self.again(lambda: self._collect(device, span))
         except Permanent:
             return None
 
-    def _cut_out(self, device: str, window: Window, count: Count, tables: "Sequence[pa.Table]") -> RowBatch:
+    def _cut_out(self, device: str, window: Window, count: Count, blocks: Sequence[Points]) -> RowBatch:
         """The batch of one window out of an answer over several."""
-        parts = [part for table in tables if (part := within(table, window)).num_rows]
-        check_points(device, window, sum(part.num_rows for part in parts), count.points)
-        return self._spooled(device, [ordered(parts)] if parts else [])
+        with self._spool(device) as spool:
+            self._take(spool, window, count, [within(block, window) for block in blocks])
+            return spool.finish({}, count.fields)
 
-    def _read_whole(self, spool: Spool, span: Window, expected_points: int) -> None:
+    def _read_whole(self, spool: Spool, span: Window, count: Count) -> None:
         """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
-        check_points(spool.device, span, self._read_halving(spool, span), expected_points)
-
-    def _read_halving(self, spool: Spool, span: Window) -> int:
-        """The number of points that were appended."""
         try:
-            tables = self._again(lambda: self._collect(spool.device, span))
+            blocks = self.again(lambda: self._collect(spool.device, span))
         except QueryTooLarge:
-            if span.end - span.start < SHORTEST:
-                raise
-            middle = span.start + (span.end - span.start) / 2
-            points = self._read_halving(spool, Window(span.start, middle))
-            return points + self._read_halving(spool, Window(middle, span.end))
-        if tables:
-            spool.append(ordered(tables))
-        return sum(table.num_rows for table in tables)
+            read: Counter[str] = Counter()
+            self._read_halves(spool, span, count, read)
+            check_values(spool.device, span, read, count.fields)
+        else:
+            self._take(spool, span, count, blocks)
 
-    def _collect(self, device: str, span: Window) -> "list[pa.Table]":
+    def _read_halves(self, spool: Spool, span: Window, count: Count, read: Counter[str]) -> None:
+        """Append both halves of a span; what was counted for all of it cannot be checked for each."""
+        if span.end - span.start < SHORTEST:
+            raise QueryTooLarge(f"{spool.device} has too many rows in {span}", "lower EXPORT_BATCH_SIZE")
+        middle = span.start + (span.end - span.start) / 2
+        for half in (Window(span.start, middle), Window(middle, span.end)):
+            try:
+                blocks = self.again(lambda half=half: self._collect(spool.device, half))  # type: ignore[misc]
+            except QueryTooLarge:
+                self._read_halves(spool, half, count, read)
+                continue
+            numbers = {field for block in blocks for field, values in block.fields if not _is_text(values)}
+            blocks = [*blocks, *self._empty_texts(spool.device, half, count.fields.keys() - numbers)]
+            for block in blocks:
+                read.update(values_in(block))
+            self._append(spool, blocks)
+
+    def _take(self, spool: Spool, span: Window, count: Count, blocks: Sequence[Points]) -> None:
+        """Append what was read of a span. Raises Transient when it is less than was counted."""
+        read = _values_in_all(blocks)
+        short = [field for field, values in count.fields.items() if read[field] < values]
+        if short:
+            blocks = [*blocks, *self._empty_texts(spool.device, span, short)]
+            check_values(spool.device, span, _values_in_all(blocks), count.fields)
+        self._append(spool, blocks)
+
+    def _empty_texts(self, device: str, span: Window, fields: Iterable[str]) -> Sequence[Points]:
+        """Points whose text is empty, which Flux's answer shows as absent."""
+        reader = self._reader
+        asked = [self.again(lambda name=name: list(reader.empty_texts(device, span, name))) for name in sorted(fields)]  # type: ignore[misc]
+        return [block for blocks in asked for block in blocks]
+
+    def _append(self, spool: Spool, blocks: Sequence[Points]) -> None:
+        tables = [canonical(block, self._columns) for block in blocks if len(block.times)]
+        if not tables:
+            return
+        table, others, twice = ordered(tables, self._columns)
+        spool.append(table)
+        spool.note(_values_in_all(blocks), twice, others)
+
+    def _collect(self, device: str, span: Window) -> Sequence[Points]:
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
-        tables: list[pa.Table] = []
-        size_bytes = 0
-        limit = max(self._reading.batch_rows, BLOCK_ROWS) * OVERFLOW
-        rows = 0
-        for table in self._reader.rows(device, span):
-            tables.append(table)
-            rows += table.num_rows
-            size_bytes += table.nbytes
-            if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
-                raise QueryTooLarge(f"{device} has too many rows in {span}", "a shorter range is tried by itself")
-        return [table for table in tables if table.num_rows]
-
-    def _check_measurement(self) -> None:
-        known = self._again(self._reader.measurements)
-        if known and self._reading.measurement not in known:
-            raise Permanent(
-                f"measurement {self._reading.measurement!r} does not exist",
-                f"set INFLUXDB_MEASUREMENT to one of: {', '.join(known[:20])}",
+        blocks: list[Points] = []
+        size_bytes = rows = 0
+        limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
+        for block in self._reader.rows(device, span):
+            blocks.append(block)
+            rows += len(block.times)
+            size_bytes += sum(
+                values.nbytes for values in (block.times, *block.tags.values(), *dict(block.fields).values())
             )
+            if rows > limit or (size_bytes > MAX_SLICE_BYTES and rows > 1):
+                raise QueryTooLarge(
+                    f"{device} has too many rows in {span}", "no action needed; a shorter range is read"
+                )
+        return blocks
 
-    def _again(self, action: Callable[[], T]) -> T:
-        return retry(action, self._patience.policy, self._patience.pauses, self._patience.draw)
+    def again(self, action: Callable[[], T]) -> T:
+        """`action`, retried while it fails for a cause that may pass."""
+        return retry(action, self._policy, self._pauses, random)
 
 
-def check_points(device: str, span: Window, points: int, expected_points: int) -> None:
-    """Raises Transient when fewer points came than were counted before."""
-    if points < expected_points:
-        raise Transient(
-            f"InfluxDB sent {points} rows of {device} {span} but had counted {expected_points}",
-            "the window is read again next time; if it stays, a proxy in between cuts answers",
-        )
+def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
+    """Raises Transient when fewer values of a field came than were counted before."""
+    for field, values in counted.items():
+        if read.get(field, 0) < values:
+            raise Transient(
+                f"InfluxDB sent {read.get(field, 0)} values of {field} of {device} {span} but had counted {values}",
+                "no action needed; it is retried. If it stays, points were deleted meanwhile, or answers are cut",
+            )
 
 
 def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
-    """Counts per device and bucket: all values, and as a lower bound of the points the values of the fullest field."""
+    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
     fields: dict[tuple[str, datetime], dict[str, int]] = {}
     for one in counted:
-        bucket = fields.setdefault((one.device, one.start_at), {})
-        bucket[one.field] = bucket.get(one.field, 0) + one.values
-    return {slot: Count(sum(values.values()), max(values.values())) for slot, values in fields.items()}
+        bucket = fields.setdefault((intern(one.device), one.start_at), {})
+        name = intern(one.field)
+        bucket[name] = bucket.get(name, 0) + one.values
+    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
+
+
+def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for block in blocks:
+        total.update(values_in(block))
+    return total
+
+
+def values_of(table: "pa.Table", columns: Columns) -> Mapping[str, int]:
+    """By field, how many values canonical rows hold."""
+    numbers: Counter[str] = Counter()
+    for name in table.column_names:
+        if name != TIMESTAMP and name not in columns.tags:
+            numbers[columns.source_of(name) or name] += table.num_rows - table.column(name).null_count
+    return numbers
+
+
+def _is_text(values: "pa.Array") -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(values.type))
 
 
 def runs_of_one_length(windows: Sequence[Window]) -> Iterator[Window]:
@@ -250,17 +355,26 @@ def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iter
         yield run
 
 
-def within(table: "pa.Table", window: Window) -> "pa.Table":
-    """The rows inside the window, in the order in which they are."""
+def within(block: Points, window: Window) -> Points:
+    """The points inside the window, in the order in which they are."""
     import numpy as np
     import pyarrow as pa
 
-    instants = instants_of(table)
+    instants = times_of(block.times)
     bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
     if np.all(instants[1:] >= instants[:-1]):
         first, last = np.searchsorted(instants, bounds).tolist()
-        return table.slice(first, last - first)
-    return table.filter(pa.array((instants >= bounds[0]) & (instants < bounds[1])))
+        return _each(block, lambda values: values.slice(first, last - first))
+    inside = pa.array((instants >= bounds[0]) & (instants < bounds[1]))
+    return _each(block, lambda values: values.filter(inside))
+
+
+def _each(block: Points, change: "Callable[[pa.Array], pa.Array]") -> Points:
+    return Points(
+        change(block.times),
+        {name: change(texts) for name, texts in block.tags.items()},
+        [(name, change(values)) for name, values in block.fields],
+    )
 
 
 def bucket_seconds(window: Window) -> int:
@@ -289,13 +403,14 @@ def before(table: "pa.Table", until_ns: int) -> "pa.Table":
 
 def slices(
     span: Window, every_seconds: int, counts: Mapping[datetime, Count], batch_rows: int
-) -> Iterator[tuple[Window, int]]:
-    """Parts that cover `span` without a gap, each of about `batch_rows` points, and how many were counted in it."""
-    start, points = span.start, 0
+) -> Iterator[tuple[Window, Count]]:
+    """Parts that cover `span` without a gap, each of about `batch_rows` points, and what was counted in it."""
+    start, total = span.start, NOTHING
     for bucket in windows_between(span.start, span.end, every_seconds):
-        here = counts.get(bucket.start, NOTHING).points
-        if points and points + here > batch_rows:
-            yield Window(start, bucket.start), points
-            start, points = bucket.start, 0
-        points += here
-    yield Window(start, span.end), points
+        here = counts.get(bucket.start, NOTHING)
+        if total.points and total.points + here.points > batch_rows:
+            yield Window(start, bucket.start), total
+            start, total = bucket.start, NOTHING
+        fields = {name: total.fields.get(name, 0) + here.fields.get(name, 0) for name in {*total.fields, *here.fields}}
+        total = Count(total.cells + here.cells, total.points + here.points, fields)
+    yield Window(start, span.end), total

@@ -7,25 +7,35 @@ nothing is left behind by a crash.
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from app.core.ledger import Tally
+from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import TAGS, TIMESTAMP, UNKNOWN, common_type, instant_of, instants_of, same_types
+from app.influx_to_s3.rows import instant_of, instants_of
+from app.influx_to_s3.set_aside import Disagreement
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 16_384
 MEMORY_BYTES = 32 << 20
+NANOS_PER_MICROSECOND = 1000
+NONE: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
 class RowBatch:
-    """A finished batch (see `app.core.ports.Batch`). `cells`: the source's counts by bucket, taken before."""
+    """A finished batch (see `app.core.ports.Batch`). `cells`: the source's counts by bucket, taken before.
+
+    `accounts`: by field, what was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points
+    that differ in ignored tags only have twice, and (as `set_aside`) what disagrees between these.
+    """
 
     device: str
     rows: int
@@ -33,9 +43,13 @@ class RowBatch:
     first_ns: int | None
     last_ns: int | None
     schema: "pa.Schema"
+    columns: Columns
+    has_nanos: bool
     blocks: "Sequence[pa.Table]"
     spooled: BinaryIO | None = None
     cells: Mapping[datetime, int] = field(default_factory=dict)
+    accounts: Mapping[str, Tally] = field(default_factory=dict)
+    disagreements: Sequence[Disagreement] = ()
 
     @property
     def min_at(self) -> datetime | None:
@@ -49,13 +63,17 @@ class RowBatch:
 
     @property
     def reusable(self) -> bool:
-        """Large windows are spooled; reading only their tail is what saves the source work."""
-        return self.spooled is not None
+        """Large windows are spooled; reading only their tail is what saves the source work.
+
+        Where points were merged, the values that stand in no row of their own cannot be told by their time any more.
+        """
+        merged = self.disagreements or any(each.already_there for each in self.accounts.values())
+        return self.spooled is not None and not merged
 
     @property
     def output_schema(self) -> "pa.Schema":
-        """The documented columns, then this batch's further fields."""
-        return output_schema(self.schema)
+        """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds."""
+        return output_schema(self.schema, self.columns)
 
     def output(self) -> "Iterator[pa.Table]":
         """The rows as they are written to an object."""
@@ -71,7 +89,7 @@ class RowBatch:
                 yield block.select(self.schema.names)
                 continue
             aligned = {
-                column.name: block.column(column.name).cast(column.type, safe=False)
+                column.name: block.column(column.name)
                 if column.name in block.column_names
                 else pa.nulls(block.num_rows, column.type)
                 for column in self.schema
@@ -99,8 +117,9 @@ class RowBatch:
 class Spool:
     """Collects ordered rows into blocks of BLOCK_ROWS, digests them, and keeps them in memory or in a file."""
 
-    def __init__(self, device: str, directory: Path, memory_rows: int) -> None:
+    def __init__(self, device: str, directory: Path, memory_rows: int, columns: Columns) -> None:
         self.device = device
+        self.columns = columns
         self._directory = directory
         self._memory_rows = max(memory_rows, BLOCK_ROWS)
         self._waiting: list[pa.Table] = []
@@ -109,14 +128,18 @@ class Spool:
         self._memory_bytes = 0
         self._file: BinaryIO | None = None
         self._types: dict[str, Any] = {}
-        self._drifts = False
+        self._landed: Counter[str] = Counter()
+        self._read: Counter[str] = Counter()
+        self._twice: Counter[str] = Counter()
+        self._disagreements: list[Disagreement] = []
         self._digest = hashlib.sha256()
         self._rows = 0
+        self._has_nanos = False
         self._first_ns: int | None = None
         self._last_ns: int | None = None
 
     def append(self, table: "pa.Table") -> None:
-        """Add rows that are ordered, unique, and later than all rows before. ValueError when they are not later."""
+        """Add rows in canonical order that are later than all rows before. ValueError when they are not later."""
         if table.num_rows == 0:
             return
         instants = instants_of(table)
@@ -125,39 +148,65 @@ class Spool:
         self._first_ns = int(instants[0]) if self._first_ns is None else self._first_ns
         self._last_ns = int(instants[-1])
         self._rows += table.num_rows
-        self._waiting.append(_with_tags(table))
+        self._has_nanos = self._has_nanos or bool((instants % NANOS_PER_MICROSECOND).any())
+        self._waiting.append(table)
         self._waiting_rows += table.num_rows
         if self._waiting_rows >= BLOCK_ROWS:
             self._cut(whole_blocks_only=True)
 
-    def finish(self, cells: Mapping[datetime, int]) -> RowBatch:
-        """All that was appended, as a batch that owns the spool file."""
+    def note(
+        self, read: Mapping[str, int], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()
+    ) -> None:
+        """By field: values that were read for the rows, and those of them that stand in no row of their own."""
+        self._read.update(read)
+        self._twice.update(twice)
+        self._disagreements += others
+
+    def finish(self, cells: Mapping[datetime, int], counted: Mapping[str, int]) -> RowBatch:
+        """All that was appended, as a batch that owns the spool file. `counted`: by field, at the source before."""
         import pyarrow as pa
 
         self._cut(whole_blocks_only=False)
-        fields = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
+        others = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
         schema = pa.schema(
             [
                 (TIMESTAMP, pa.timestamp("ns", "UTC")),
                 *((tag, pa.string()) for tag in TAGS),
-                *((name, self._types[name]) for name in fields),
+                *((name, self._types[name]) for name in others),
             ]
         )
-        batch = RowBatch(
+        return RowBatch(
             device=self.device,
             rows=self._rows,
             digest=self._digest.hexdigest(),
             first_ns=self._first_ns,
             last_ns=self._last_ns,
             schema=schema,
+            columns=self.columns,
+            has_nanos=self._has_nanos,
             blocks=tuple(self._blocks),
             spooled=self._file,
             cells=cells,
+            accounts=self._accounts(counted),
+            disagreements=tuple(self._disagreements),
         )
-        if self._drifts:
-            # Which block met which type depends on the cutting; with the final types the digest does not.
-            batch.digest = _digest_of(batch.tables())
-        return batch
+
+    def _accounts(self, counted: Mapping[str, int]) -> Mapping[str, Tally]:
+        """Rows that came between the count and the reading were counted by the reading."""
+        aside = Counter(each.field for each in self._disagreements)
+        landed: Counter[str] = Counter()
+        for name, number in self._landed.items():
+            landed[self.columns.source_of(name) or name] += number
+        return {
+            name: Tally(
+                counted=max(counted.get(name, 0), self._read[name]),
+                read=self._read[name],
+                new=landed[name],
+                already_there=self._twice[name],
+                set_aside=aside[name],
+            )
+            for name in counted.keys() | self._read.keys() | landed.keys()
+        }
 
     def abandon(self) -> None:
         """Remove what was spooled so far, after an error."""
@@ -169,7 +218,7 @@ class Spool:
 
         if not self._waiting:
             return
-        table = pa.concat_tables(same_types(self._waiting), promote_options="default")
+        table = pa.concat_tables(self._waiting, promote_options="default")
         end = table.num_rows - table.num_rows % BLOCK_ROWS if whole_blocks_only else table.num_rows
         for start in range(0, end, BLOCK_ROWS):
             self._add(table.slice(start, min(BLOCK_ROWS, end - start)).combine_chunks())
@@ -179,10 +228,9 @@ class Spool:
     def _add(self, block: "pa.Table") -> None:
         block = _with_values(block)
         for column in block.schema:
-            known = self._types.setdefault(column.name, column.type)
-            if known != column.type:
-                self._drifts = True
-                self._types[column.name] = common_type(known, column.type)
+            self._types[column.name] = column.type
+            if column.name != TIMESTAMP and column.name not in self.columns.tags:
+                self._landed[column.name] += block.num_rows - block.column(column.name).null_count
         _digest_block(self._digest, block)
         self._blocks.append(block)
         self._memory_bytes += block.nbytes
@@ -202,29 +250,9 @@ class Spool:
         self._memory_bytes = 0
 
 
-def _with_tags(table: "pa.Table") -> "pa.Table":
-    """A missing tag is `unknown`; said after merging, so that a known value of the same instant wins."""
-    import pyarrow as pa
-
-    for tag in TAGS:
-        if tag not in table.column_names:
-            table = table.append_column(tag, pa.repeat(pa.scalar(UNKNOWN), table.num_rows))
-        elif table.column(tag).null_count:
-            index = table.schema.get_field_index(tag)
-            table = table.set_column(index, tag, table.column(tag).fill_null(UNKNOWN))
-    return table
-
-
 def _with_values(block: "pa.Table") -> "pa.Table":
     """Without the columns that hold nothing."""
     return block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
-
-
-def _digest_of(blocks: "Iterator[pa.Table]") -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        _digest_block(digest, _with_values(block))
-    return digest.hexdigest()
 
 
 def _digest_block(digest: Any, block: "pa.Table") -> None:

@@ -11,12 +11,12 @@ from datetime import datetime
 
 from app.core.gaps import Cell, Found, Moment, cells_of
 from app.core.heal import heal_window
-from app.core.partitions import DISCOVERY
 from app.core.ports import Checkpoints
 from app.core.runs import Context, Report, Stop
 from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
 from app.core.window import Window
+from app.influx_to_s3.accounting import is_nameable
 from app.influx_to_s3.spool import RowBatch
 from app.stores.objects import ObjectInfo
 from app.stores.parquet import EncodedFile, TableSink
@@ -32,22 +32,15 @@ class ExportEnds:
     """`app.core.verify.Ends` over the export. Holds the listing of one partition and day."""
 
     pipeline: ExportPipeline
+    sink: TableSink
     clock: Callable[[], datetime]
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
     looked_at: Slot | None = None
 
-    @property
-    def sink(self) -> TableSink:
-        """The sink, whose listing the port does not have."""
-        sink = self.pipeline.sink
-        if not isinstance(sink, TableSink):
-            raise TypeError(f"an export lands in tables, not in {type(sink).__name__}")
-        return sink
-
     def partitions(self, span: Window) -> Sequence[str]:
-        """See `Ends.partitions`."""
-        known = self.pipeline.checkpoints.cursors(self.pipeline.name).keys() - {DISCOVERY}
-        return sorted({*known, *self.pipeline.source.partitions(span.start)})
+        """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
+        known = self.pipeline.checkpoints.cursors(self.pipeline.name)
+        return sorted(filter(is_nameable, {*known, *self.pipeline.source.partitions(span.start)}))
 
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: of every device that has a checkpoint or has points since the start of the span."""
@@ -104,7 +97,7 @@ class ExportChart:
 
     def partitions(self) -> Sequence[str]:
         """See `Chart.partitions`."""
-        return sorted(self.checkpoints.cursors(self.name).keys() - {DISCOVERY})
+        return sorted(filter(is_nameable, self.checkpoints.cursors(self.name)))
 
     def cells(self, partition: str, span: Window) -> Sequence[Cell]:
         """See `Chart.cells`: one listing per day."""

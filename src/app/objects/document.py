@@ -81,7 +81,7 @@ def download(codes: Sequence[int] = ()) -> Answers:
         200: {"description": "the object", "content": content},
         206: {"description": "the range that was asked for", "content": content},
         304: {"description": "the caller has this version"},
-        **faults((*ALWAYS, 404, 409, 412, 416, 429, *codes)),
+        **faults((*ALWAYS, 404, 409, 412, 416, *codes)),
     }
 
 

@@ -1,4 +1,4 @@
-"""An object on its way out: read in threads, one piece ahead of what is being sent.
+"""An object on its way out: read in threads, one piece ahead of what is being sent where there is memory for that.
 
 Invariant: every byte comes from the one version that was looked at; what cannot be read any more breaks the answer off
 before its promised length, which every client notices.
@@ -14,15 +14,16 @@ from app.objects.conditions import Span
 from app.stores.objects import ObjectInfo
 from app.stores.transfers import Readable, Transfers
 
-PIECE_BYTES = 1 << 19
+PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
 
 
 class Outgoing:
-    """A span that is open; `close` it."""
+    """A span that is open; `close` it. A `lean` one holds one small piece at a time."""
 
-    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int) -> None:
+    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int, *, lean: bool) -> None:
         self._threads, self._opened, self._stream = threads, opened, stream
         self._left = count
+        self._lean = lean
         self._ahead: asyncio.Future[bytes] | None = None
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -33,8 +34,13 @@ class Outgoing:
             if not data:
                 raise Transient("the object ended before its end", "ask for it again")
             self._left -= len(data)
-            self._read_ahead()
-            yield data
+            if self._lean:
+                self._ahead = None
+                yield data
+                self._read_ahead()
+            else:
+                self._read_ahead()
+                yield data
 
     def close(self) -> None:
         """Let go of the stream as soon as no thread reads it. Waits for nobody."""
@@ -51,11 +57,11 @@ class Outgoing:
     def _read_ahead(self) -> None:
         self._ahead = None
         if self._left:
-            count = min(PIECE_BYTES, self._left)
+            count = min(LEAN_BYTES if self._lean else PIECE_BYTES, self._left)
             self._ahead = asyncio.get_running_loop().run_in_executor(self._threads, self._stream.read, count)
 
 
-async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: Span) -> Outgoing:
+async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: Span, *, lean: bool) -> Outgoing:
     """Open a span in a thread. Raises Conflict when the version is gone."""
 
     def work() -> tuple[ExitStack, Readable]:
@@ -64,4 +70,4 @@ async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span
             return stack.pop_all(), stream
 
     stack, stream = await asyncio.get_running_loop().run_in_executor(threads, work)
-    return Outgoing(threads, stack, stream, span.count)
+    return Outgoing(threads, stack, stream, span.count, lean=lean)

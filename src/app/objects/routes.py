@@ -1,11 +1,12 @@
 """/s3: list, look, download, upload, update, patch, delete, link.
 
-Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block, each
-with one of few places, so that many slow clients cost little and keep nobody else waiting.
+Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A body
+takes one of few places when its first bytes are there, a download one of few that read ahead, and goes on without one:
+many slow clients cost little and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,11 @@ from app.objects.media import media_type
 from app.objects.reach import Reach, check_query
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import OPEN, needs
-from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.stores.objects import BadKey, ObjectInfo, ObjectStore, Put
 from app.stores.transfers import MAX_PAGE, Question, Readable, Stored, Transfers
 
-READERS, WRITERS, DOWNLOADS = 16, 64, 100
+READERS, WRITERS, ROOMY = 16, 64, 100
+FIRST_BYTES = 1 << 16
 WAIT_SECONDS = 30.0
 LOOKS = 3
 LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
@@ -56,7 +58,7 @@ class Serving:
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
     writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "s3-write"))
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
-    downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DOWNLOADS))
+    roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY))
 
     async def ask(self, call: Callable[..., T], *given: Any) -> T:
         """Call the store in a thread."""
@@ -92,24 +94,20 @@ async def _taken(places: asyncio.Semaphore) -> None:
 
 
 @asynccontextmanager
-async def _served(request: Request, places: asyncio.Semaphore | None = None) -> AsyncIterator[None]:
-    """A place to work in, and every refusal in the one shape."""
-    if places is not None:
-        await _taken(places)
+async def _served(request: Request) -> AsyncIterator[None]:
+    """Every refusal in the one shape."""
     try:
         check_query(request.scope["query_string"])
         yield
     except NotServed as error:
         raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
     except Rejected as error:
-        raise Refused(Refusal(422, error.message, error.hint)) from error
+        fault = "key" if isinstance(error, BadKey) else ""
+        raise Refused(Refusal(422, error.message, error.hint, fault)) from error
     except Conflict as error:
         asked = {"if-match", "if-none-match"} & set(request.headers)
         hint = "look at the object, then send it again"
         raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
-    finally:
-        if places is not None:
-            places.release()
 
 
 def _reach(request: Request, serving: Serving) -> Reach:
@@ -147,9 +145,11 @@ def _looking(router: APIRouter, serving: Serving) -> None:
 
 
 class _Streamed(StreamingResponse):
-    """A download. Its stream and its place are let go also when the client left before the first byte."""
+    """A download. Its stream and its place, if any, are let go also when the client left before the first byte."""
 
-    def __init__(self, outgoing: Outgoing, places: asyncio.Semaphore, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, outgoing: Outgoing, places: asyncio.Semaphore | None, status: int, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(outgoing.pieces(), status, headers)
         self._outgoing, self._places = outgoing, places
 
@@ -158,7 +158,8 @@ class _Streamed(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._outgoing.close()
-            self._places.release()
+            if self._places is not None:
+                self._places.release()
 
 
 def _downloading(router: APIRouter, serving: Serving) -> None:
@@ -199,16 +200,18 @@ async def _download(request: Request, serving: Serving, key: str) -> Response:
 
 
 async def _streamed(serving: Serving, held: ObjectInfo, span: Span) -> Response:
-    """The answer that holds a place until it was sent."""
-    await _taken(serving.downloads)
+    """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
+    places = None if serving.roomy.locked() else serving.roomy
     response: Response | None = None
+    if places is not None:
+        await places.acquire()
     try:
-        outgoing = await opened(serving.readers, serving.transfers, held, span)
+        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=places is None)
         headers = answers.headers(held, span)
-        response = _Streamed(outgoing, serving.downloads, 206 if span.part else 200, headers)
+        response = _Streamed(outgoing, places, 206 if span.part else 200, headers)
     finally:
-        if response is None:
-            serving.downloads.release()
+        if response is None and places is not None:
+            places.release()
     return response
 
 
@@ -260,7 +263,7 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
         responses=document.answers(document.STORED, document.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
-        async with _served(request, serving.uploads):
+        async with _served(request):
             known, expected = _reach(request, serving).writes(key), expected_of(request.headers)
             return await _written(request, serving, known, expected)
 
@@ -271,13 +274,13 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
         responses=document.answers(document.STORED, (404, *document.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
-        async with _served(request, serving.uploads):
-            held = await _to_change(request, serving, key)
+        async with _served(request):
+            held = await _to_change(request, serving, _reach(request, serving).writes(key))
             return await _written(request, serving, held.key, held.etag)
 
 
 async def _to_change(request: Request, serving: Serving, key: str) -> ObjectInfo:
-    held = await serving.held(_reach(request, serving).writes(key))
+    held = await serving.held(key)
     check_match(request.headers, held.etag)
     check_unmatched(request.headers)
     return held
@@ -301,10 +304,33 @@ async def _received(request: Request, serving: Serving, work: Work) -> Stored | 
         form = Form(feed, boundary)
         return work(form, form.content_type)
 
+    blocks = request.stream()
     try:
-        return await carried(request.stream(), serving.writers, store)
+        first = await _begun(blocks)
+        await _taken(serving.uploads)
+        try:
+            return await carried(_all(first, blocks), serving.writers, store)
+        finally:
+            serving.uploads.release()
     except ClientDisconnect:
         return None
+
+
+async def _begun(blocks: AsyncIterator[bytes]) -> Sequence[bytes]:
+    """The first bytes of a body, or all of it: whoever sends no more than these takes no place from others."""
+    first: list[bytes] = []
+    async for block in blocks:
+        first.append(block)
+        if sum(map(len, first)) >= FIRST_BYTES:
+            break
+    return first
+
+
+async def _all(first: Sequence[bytes], blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    for block in first:
+        yield block
+    async for block in blocks:
+        yield block
 
 
 def _patching(router: APIRouter, serving: Serving) -> None:
@@ -315,8 +341,8 @@ def _patching(router: APIRouter, serving: Serving) -> None:
         responses=document.answers(document.PATCHED, (404, 416, *document.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
-        async with _served(request, serving.uploads):
-            held = await _to_change(request, serving, key)
+        async with _served(request):
+            held = await _to_change(request, serving, _reach(request, serving).writes(key))
             if offset > held.size_bytes:
                 raise NotServed(
                     416,
@@ -338,6 +364,6 @@ def _deleting(router: APIRouter, serving: Serving) -> None:
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):
-            held = await _to_change(request, serving, key)
+            held = await _to_change(request, serving, _reach(request, serving).deletes(key))
             await serving.ask(serving.store.delete, held.key)
             return JSONResponse({"key": held.key, "deleted": True})

@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from app.ops.service import Headwater
 from app.ops.shapes import failures_shown
 
 OK, FAILED = 0, 1
+LEASE_POLL_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,15 @@ def run(service: Headwater, name: str, how: How) -> int:
 def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
     """Fill the windows of `span`; the exit code."""
     return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
+
+
+def rewrite(service: Headwater, name: str, span: Window, how: How) -> int:
+    """Re-encode the objects of `span` from themselves; the exit code."""
+    job, work = _job(service, name), service.pipelines.rewrites.get(name)
+    if work is None:
+        able = ", ".join(service.pipelines.rewrites) or "none"
+        raise Rejected(f"job {name} has no rewrite", f"jobs whose objects can be re-encoded: {able}")
+    return _finish(service, named(replace(job, work=lambda context: work(context, span))), how)
 
 
 def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
@@ -85,7 +96,7 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
         refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
         desk = replace(service.desk, ended=_unexpected)
         with _stoppable(service.stop):
-            ended = _run_once(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
+            ended = _waited_for(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
         if ended is None:
             return _busy(service, job, as_json=how.as_json)
         if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
@@ -162,7 +173,7 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
     """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
     total = Report()
     while True:
-        run = _run_once(job, desk, stop, tally, dry_run=dry_run)
+        run = _waited_for(job, desk, stop, tally, dry_run=dry_run)
         if run is None:
             return None, total
         total += replace(run.report, more=False)
@@ -170,17 +181,23 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
             return run, total
 
 
-def _run_once(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool = False) -> Run | None:
-    """See `execute`. A lease that a clock gave out that was ahead is watched here until it can be taken over: the next
-    command would only begin to watch anew.
+def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool = False) -> Run | None:
+    """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
+
+    A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
+    begin to watch anew.
     """
-    run = execute(job, desk, stop, tally, dry_run=dry_run)
-    seconds = 0.0 if run else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
-    if seconds:
-        sys.stderr.write(f"{job.name}: the clock was set back since another process took this job: ")
-        sys.stderr.write(f"watching for {seconds:g} s whether that process still runs\n")
-        stop.pause(seconds)
-        run = execute(job, desk, stop, tally, dry_run=dry_run)
+    give_up_at, watched = time.monotonic() + job.busy_seconds, False
+    while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:
+        seconds = 0.0 if watched else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
+        if seconds:
+            watched = True
+            give_up_at = max(give_up_at, time.monotonic() + seconds + 2 * LEASE_POLL_SECONDS)
+            sys.stderr.write(f"{job.name}: the clock was set back since another process took this job: ")
+            sys.stderr.write(f"watching for {seconds:g} s whether that process still runs\n")
+        if stop.asked or time.monotonic() >= give_up_at:
+            return None
+        time.sleep(LEASE_POLL_SECONDS)
     return run
 
 

@@ -32,6 +32,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str]) -> None:
     serving = Serving(
         host=settings.service.host,
         port=settings.service.port,
+        health_port=settings.service.health_port,
         forwarded_allow_ips=settings.access.forwarded_allow_ips,
         steps=steps_of(settings.service.shutdown_grace_seconds),
         ask_stop=service.scheduler.ask_stop,

@@ -6,6 +6,7 @@ work are those of the lifespan.
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -88,8 +89,16 @@ class Front:
         the AST constructor of CPython 3.11.7 was seen to (gh-106905).
         """
         if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
-            self._api = asyncio.ensure_future(asyncio.to_thread(self._hooks.api))
+            self._api = asyncio.ensure_future(asyncio.to_thread(self._built))
         return self._api
+
+    def _built(self) -> Asgi:
+        """What was imported until now stays: to look through it for garbage again and again stops every thread for a
+        tenth of a second.
+        """
+        api = self._hooks.api()
+        gc.freeze()
+        return api
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         probe = self._probes.get(scope["path"])

@@ -1,6 +1,7 @@
 """What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
 
-Invariant: a body is counted as it arrives, whatever its Content-Length says, and is cut when it pauses for 15 s.
+Invariant: a body is counted as it arrives, whatever its Content-Length says, and is cut when it pauses for 15 s, or
+brings next to nothing in 30 s of waiting for it.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ from app.ops.answers import Asgi, Receive, Refusal, Scope, Send, send_refusal
 
 BODY_IDLE_SECONDS = 15.0
 BODY_TOTAL_SECONDS = 900.0
+RATE_SECONDS, RATE_BYTES = 30.0, 1 << 15
 CLOSE = {"Connection": "close"}
+LATE = Refusal(408, "the body did not arrive in time", "send it without pauses", headers=CLOSE)
 BY_LINE = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "text/csv"})
 
 
@@ -46,6 +49,7 @@ class _Body:
         self._limit_bytes = limit_bytes
         self._received_bytes = 0
         self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
+        self._waited_seconds, self._waited_bytes = 0.0, 0
         self._whole = False
         self._started = False
         self.refusal: Refusal | None = None
@@ -53,16 +57,22 @@ class _Body:
     async def receive(self) -> MutableMapping[str, Any]:
         if self._whole:
             return await self._receive()
-        seconds = min(BODY_IDLE_SECONDS, self._until - asyncio.get_running_loop().time())
+        began = asyncio.get_running_loop().time()
+        seconds = min(BODY_IDLE_SECONDS, self._until - began)
         try:
             async with asyncio.timeout(seconds):
                 message = await self._receive()
         except TimeoutError:
-            self._cut(Refusal(408, "the body did not arrive in time", "send it without pauses", headers=CLOSE))
+            self._cut(LATE)
         self._received_bytes += len(message.get("body", b""))
         if self._received_bytes > self._limit_bytes:
             self._cut(too_large(self._limit_bytes))
         self._whole = not message.get("more_body", False)
+        self._waited_seconds += asyncio.get_running_loop().time() - began
+        if self._waited_seconds >= RATE_SECONDS:
+            if self._received_bytes - self._waited_bytes < RATE_BYTES and not self._whole:
+                self._cut(LATE)
+            self._waited_seconds, self._waited_bytes = 0.0, self._received_bytes
         return message
 
     def _cut(self, refusal: Refusal) -> None:

@@ -1,17 +1,21 @@
 """Logs: one JSON object a line on stdout, text on a terminal, and a rotating file.
 
-Invariants: a record is one line whatever is in its message; no known secret and nothing shaped like one leaves; every
-record made inside `bound`, or in a thread that was given `carried` work there, says which run of which job made it.
+Invariants: a record is one line of bounded length whatever is in its message, and of one kind only so many are written
+in a minute, the others counted; the file is for its owner alone; no known secret and nothing shaped like one leaves;
+every record made inside `bound`, or in a thread that was given `carried` work there, says which run of which job made
+it.
 """
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from math import isfinite
 from pathlib import Path
@@ -19,12 +23,15 @@ from typing import ParamSpec, TextIO, TypeVar
 from urllib.parse import quote
 
 from app.core.errors import BadSettings
+from app.ops.log_limits import LogLimits
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FILE_BYTES, FILES_KEPT = 1_000_000, 5
 OURS = ("headwater-stdout", "headwater-file")
+OWNER_ONLY = 0o600
+MESSAGE_CHARACTERS, TRACE_CHARACTERS = 8000, 6000
 # At DEBUG these write request headers, signatures, tokens and whole bodies: no filter can know all of that.
 TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "googleapiclient", "google.auth", "httpx")
 # Railway indexes these four words; anything else counts as info.
@@ -157,9 +164,10 @@ def configure(
         handlers.append(_rotating(log_file))
     release()
     for name, handler, text in zip(OURS, handlers, (text_out, log_format == "text"), strict=False):
-        handler.set_name(name)
         handler.setFormatter(TextLines(redact) if text else JsonLines(redact))
-        logging.getLogger().addHandler(handler)
+        limited = _Limited(handler)
+        limited.set_name(name)
+        logging.getLogger().addHandler(limited)
     logging.getLogger().setLevel(log_level)
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -173,10 +181,44 @@ def release() -> None:
         handler.close()
 
 
+class _Limited(logging.Handler):
+    """`target`, which is given no more than `LogLimits` lets pass."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self._target = target
+        self._limits = LogLimits()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it, or count it."""
+        for each in self._limits.passed(record, _run.get()[1]):
+            self._target.handle(each)
+
+    def flush(self) -> None:
+        """As the target does."""
+        self._target.flush()
+
+    def close(self) -> None:
+        """Tell what was left out, and close the target."""
+        for each in self._limits.rest():
+            self._target.handle(each)
+        self._target.close()
+        super().close()
+
+
+class _OwnersFile(RotatingFileHandler):
+    """Also a file that an earlier version left open to others, and each one that follows."""
+
+    def _open(self) -> TextIOWrapper:
+        file = super()._open()
+        os.fchmod(file.fileno(), OWNER_ONLY)
+        return file
+
+
 def _rotating(path: Path) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+        return _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
     except OSError as error:
         fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
         raise BadSettings([fault]) from error
@@ -189,9 +231,17 @@ def _time(record: logging.LogRecord) -> str:
 def _message(record: logging.LogRecord) -> str:
     """The message; one whose arguments do not fit is shown as it was written, since the standard answer prints them."""
     try:
-        return record.getMessage()
+        return _cut(record.getMessage(), MESSAGE_CHARACTERS)
     except (TypeError, ValueError, KeyError):
         return f"{record.msg} (its arguments do not fit)"
+
+
+def _cut(text: str, characters: int) -> str:
+    """The beginning and the end of a text that is too long."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
 
 
 def _extra(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
@@ -200,7 +250,7 @@ def _extra(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     traces = [formatter.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
-    return "\n".join([*traces, *([record.stack_info] if record.stack_info else [])])
+    return _cut("\n".join([*traces, *([record.stack_info] if record.stack_info else [])]), TRACE_CHARACTERS)
 
 
 def _printable(text: str) -> str:

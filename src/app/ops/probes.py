@@ -11,6 +11,7 @@ from typing import Any
 from app.ops.readiness import Readiness
 from app.ops.scheduler import Scheduler
 
+PATHS = ("/health", "/ready")
 OK = 200
 UNAVAILABLE = 503
 

@@ -3,6 +3,7 @@
 Invariant: a check that hangs makes only its own answer old, and an answer that is too old counts as a failure.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from app.core.errors import AppError
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 10.0
+log = logging.getLogger(__name__)
 
 Check = Callable[[], str]
 
@@ -63,6 +65,14 @@ class Readiness:
         return finding
 
     def _watch(self, name: str) -> None:
+        """What is wrong is told once, and again when it is something else."""
+        told = ""
         while not self._closed.is_set():
-            self._found[name] = (look(self._checks[name]), time.monotonic())
+            finding = look(self._checks[name])
+            self._found[name] = (finding, time.monotonic())
+            if finding.error and finding.error != told:
+                log.error("%s: %s (%s)", name, finding.error, finding.hint)
+            elif told and finding.ok:
+                log.info("%s: reached again", name)
+            told = finding.error
             self._closed.wait(EVERY_SECONDS)

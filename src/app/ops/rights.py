@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from app.stores.objects import ObjectStore
 
 ABSENT = "headwater-check-of-rights"
+ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
 POSTGRES = """
 SELECT current_setting('server_version') AS version, current_user AS name, current_schema() AS place,
+    current_setting('server_encoding') AS encoding,
     has_schema_privilege(current_schema(), 'CREATE') AS creates
 """
 log = logging.getLogger(__name__)
@@ -59,7 +61,10 @@ def of_objects(store: "ObjectStore", prefix: str) -> Check:
 
 
 def of_database(database: Database) -> Check:
-    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended."""
+    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended.
+
+    Raises Permanent for an encoding that holds only some characters: the service works there, and refuses the others.
+    """
 
     def check() -> str:
         with database.transaction() as session:
@@ -67,6 +72,11 @@ def of_database(database: Database) -> Check:
                 version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
                 return f"SQLite {version}: may read and write"
             found = session.rows(POSTGRES)[0]
+        if found["encoding"] != "UTF8":
+            raise Permanent(
+                f"{database.place}: its encoding {found['encoding']} holds only some characters; others are refused",
+                ENCODING_HINT,
+            )
         creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
         return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
 

@@ -29,7 +29,7 @@ Undo = Callable[[Context, str], Report]
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the slices bring: jobs, how to fill past windows of them, and the systems that `check` and /ready try.
+    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` and /ready try.
 
     `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `routers`
     build the routes of slices that have both jobs and routes; they are called once, when the API is built.
@@ -37,6 +37,7 @@ class Pipelines:
 
     jobs: Sequence[Job] = ()
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
+    rewrites: Mapping[str, Backfill] = field(default_factory=dict)
     checks: Mapping[str, Check] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)

@@ -25,6 +25,9 @@ from app.settings.variables import Variable
 SHOWN_CHARACTERS = 80
 QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
 COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
+MAY_BE_BLANK = {
+    name for part in variables.PARTS for each in part.variables if each.kind.may_be_blank for name in each.names
+}
 AWS_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -56,14 +59,16 @@ def _read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
         return {}, [f"{path}: cannot be read ({type(error).__name__}); allowed: a UTF-8 text file of NAME=value lines"]
     lines = list(parse_stream(StringIO(text)))
     faults = [f"{path} line {each.original.line}: allowed: NAME=value" for each in lines if each.error]
-    return {each.key: each.value for each in lines if each.key and each.value}, faults
+    return {
+        each.key: each.value or "" for each in lines if each.key and (each.value or each.key in MAY_BE_BLANK)
+    }, faults
 
 
 def _said(environ: Mapping[str, str]) -> dict[str, str]:
     """What is set. `docker run --env-file` hands quotes on as part of the value, so those of the whole value go."""
     texts = {name: text.strip() for name, text in environ.items()}
     bare = {name: match[2] if (match := QUOTED.fullmatch(text)) else text for name, text in texts.items()}
-    return {name: text for name, text in bare.items() if text}
+    return {name: text for name, text in bare.items() if text or name in MAY_BE_BLANK}
 
 
 def _find(said: Mapping[str, str]) -> Found:
@@ -72,7 +77,10 @@ def _find(said: Mapping[str, str]) -> Found:
     faults: list[str] = []
     for part in variables.PARTS:
         for variable in part.variables:
-            name = next((name for name in variable.names if said.get(name, "").strip()), None)
+            name = next(
+                (name for name in variable.names if said.get(name, "").strip() or name in MAY_BE_BLANK & said.keys()),
+                None,
+            )
             text = said[name].strip() if name else variable.default
             if name:
                 chosen[variable.goes_to] = name

@@ -16,7 +16,7 @@ from app.settings.keys import KeyEntry
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """The process itself. `log_file` None = no file."""
+    """The process itself. `log_file` None = no file, `health_port` None = probes on `port` alone."""
 
     name: str
     title: str
@@ -25,6 +25,7 @@ class ServiceSettings:
     debug: bool
     host: str
     port: int
+    health_port: int | None
     log_level: str
     log_format: Literal["auto", "json", "text"]
     log_file: Path | None
@@ -59,6 +60,8 @@ class InfluxSettings:
     org: str
     bucket: str
     measurement: str
+    device_tag: str
+    ignored_tags: tuple[str, ...]
     api: Literal["flux", "influxql"]
     database: str
     retention_policy: str
@@ -69,7 +72,10 @@ class InfluxSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """The export to objects. `device_ids` empty = discovery from the tag; `start` is aware UTC."""
+    """The export to objects. `device_ids` empty = discovery from the tag; `start` is aware UTC.
+
+    `timestamp_unit` None: the unit of the tree, "us" for a new one. `column_types`: (column, type) pairs.
+    """
 
     interval_seconds: int
     batch_size: int
@@ -80,6 +86,8 @@ class ExportSettings:
     window_seconds: int
     grace_seconds: int
     date_format: str
+    timestamp_unit: Literal["us", "ns"] | None
+    column_types: tuple[tuple[str, str], ...]
     allow_shrink: bool
     reconcile_days: int
     concurrency: int
@@ -140,7 +148,7 @@ class DynamoSettings:
     secret_access_key: SecretStr | None
     session_token: SecretStr | None
     timestamp_attribute: str
-    timestamp_unit: Literal["s", "ms", "us"]
+    timestamp_unit: Literal["auto", "s", "ms", "us"]
     partition_values: tuple[str, ...]
     scan_max_bytes: int
 
@@ -208,6 +216,7 @@ class AppMetricaSettings:
     timezone: str
     interval_seconds: int
     lookback_days: int
+    recount_days: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ caller decides how much of that may be shown.
 
 import base64
 import binascii
+import csv
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -39,6 +40,19 @@ RECEIVED = (
     "ecommerce_events",
 )
 """Resources of AppMetrica whose rows say when they were received."""
+COLUMN_TYPES = {
+    "double": "double",
+    "float": "double",
+    "float64": "double",
+    "integer": "integer",
+    "int": "integer",
+    "int64": "integer",
+    "long": "integer",
+    "text": "text",
+    "string": "text",
+    "boolean": "boolean",
+    "bool": "boolean",
+}
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
@@ -46,7 +60,8 @@ AWS_ENDPOINT = "https://s3.amazonaws.com"
 class Kind:
     """`accepts` is a type for pydantic, `allowed` says in words what passes, `empty` stands for an unset variable.
 
-    `secret`: never shown. `obvious`: `allowed` tells a reader of the reference nothing.
+    `secret`: never shown. `obvious`: `allowed` tells a reader of the reference nothing. `may_be_blank`: set to an empty
+    string means `empty`, not unset.
     """
 
     accepts: Any
@@ -54,6 +69,7 @@ class Kind:
     empty: object = None
     secret: bool = False
     obvious: bool = False
+    may_be_blank: bool = False
 
     def read(self, text: str) -> object:
         """The value that `text` stands for. Raises ValueError that does not quote it."""
@@ -218,9 +234,27 @@ def _list(text: str) -> list[str]:
 
 
 def _device_ids(text: str) -> tuple[str, ...]:
-    """`*` anywhere means discovery. An id that cannot be a key is taken here: it is refused alone, device by device."""
-    ids = tuple(dict.fromkeys(_list(text)))
+    """`*` anywhere means discovery; an id that holds a comma is quoted as in CSV.
+
+    An id that cannot be a key is taken here: it is refused alone, device by device.
+    """
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error:
+        raise ValueError from None
+    ids = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     return () if "*" in ids else ids
+
+
+def _column_types(text: str) -> list[tuple[str, str]]:
+    """`count=double,state=text`: pairs of column name and type."""
+    pairs = []
+    for part in _list(text):
+        name, equals, kind = part.rpartition("=")
+        if not equals or not name.strip() or kind.strip().lower() not in COLUMN_TYPES:
+            raise ValueError
+        pairs.append((name.strip(), COLUMN_TYPES[kind.strip().lower()]))
+    return pairs
 
 
 def _origin(text: str) -> str:
@@ -312,8 +346,15 @@ DATE_FORMAT = Kind(
     "",
 )
 INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or instant, such as 2026-02-07T00:00:00Z")
-DEVICE_IDS = Kind(_split(_device_ids), "device ids by commas, or *", (), obvious=True)
+DEVICE_IDS = Kind(
+    _split(_device_ids), "comma-separated device ids, one with a comma in double quotes; or *", (), obvious=True
+)
+COLUMN_TYPES_KIND = Kind(
+    _split(_column_types), "comma-separated name=type, with one of the types double, integer, text, boolean", ()
+)
 LIST = Kind(_texts(_plain), "values by commas", (), obvious=True)
+LIST_OR_BLANK = Kind(_texts(_plain), "comma-separated values, or empty", (), obvious=True, may_be_blank=True)
+UNIT_OR_NONE = Kind(Annotated[Literal["us", "ns"], BeforeValidator(str.lower)], "us or ns")
 ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
 APPMETRICA_RESOURCES = Kind(_split(_resources), f"some of {', '.join(RECEIVED)}, by commas", ())
 TIMEZONE = Kind(Annotated[str, AfterValidator(_timezone)], "a name of the IANA time zone database", "")

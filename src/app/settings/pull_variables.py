@@ -58,6 +58,13 @@ APPMETRICA = of(
         "7",
         "how far back a resource starts that was never pulled",
     ),
+    (
+        "recount_days",
+        "APPMETRICA_RECOUNT_DAYS",
+        kinds.whole(0, 366),
+        "15",
+        "days of receipt that are counted again once a day, for rows that arrive late; 0 = off",
+    ),
 )
 
 AMPLITUDE = of(

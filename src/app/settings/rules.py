@@ -52,6 +52,7 @@ def broken_rules(values: Values, names: frozenset[str]) -> Iterator[str]:
     yield from _export(values)
     yield from _lease(values)
     yield from _public_host(values)
+    yield from _ports(values)
 
 
 def _missing(needed: str, given: str) -> str:
@@ -102,6 +103,12 @@ def _public_host(values: Values) -> Iterator[str]:
         f"HOST='{host}': others can reach this address and API_KEYS is not set; run `python -m app keys new NAME` and "
         "set API_KEYS to the line it prints, or set HOST=127.0.0.1, or say ALLOW_ANONYMOUS=true"
     )
+
+
+def _ports(values: Values) -> Iterator[str]:
+    port = values.get("service.health_port")
+    if port is not None and port == values.get("service.port"):
+        yield f"HEALTH_PORT='{port}': allowed: another port than PORT, which answers probes already"
 
 
 def warnings(settings: Settings, environ: Mapping[str, str]) -> list[str]:

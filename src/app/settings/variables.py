@@ -30,6 +30,14 @@ SERVICE = _of(
     ("debug", "DEBUG", kinds.FLAG, "false", "log at level DEBUG, whatever LOG_LEVEL says"),
     ("host", "HOST", kinds.HOST, "127.0.0.1", "address to listen on; one that others can reach needs API_KEYS"),
     ("port", "PORT", kinds.whole(1, 65_535), "8080", "port to listen on; platforms such as Railway set it"),
+    (
+        "health_port",
+        "HEALTH_PORT",
+        kinds.whole(1, 65_535),
+        "",
+        "second port that answers /health and /ready alone; PORT answers them too, before any limit",
+        "none",
+    ),
     ("log_level", "LOG_LEVEL LOGGING_LEVEL", kinds.LOG_LEVEL, "INFO", "least level that is logged"),
     (
         "log_format",
@@ -102,6 +110,15 @@ INFLUX = _of(
     ("org", "INFLUXDB_ORG", kinds.TEXT, "", "organisation, for flux"),
     ("bucket", "INFLUXDB_BUCKET", kinds.TEXT, "", "bucket to read, for flux"),
     ("measurement", "INFLUXDB_MEASUREMENT", kinds.TEXT, "device_telemetry", "measurement to export"),
+    ("device_tag", "INFLUXDB_DEVICE_TAG", kinds.TEXT, "device_id", "tag that names the device"),
+    (
+        "ignored_tags",
+        "INFLUXDB_IGNORED_TAGS",
+        kinds.LIST_OR_BLANK,
+        "schema_version,enrichment_status",
+        "tags that are neither a column nor part of a row's identity; points that differ only in these are merged",
+        "none",
+    ),
     (
         "api",
         "INFLUXDB_API",
@@ -127,7 +144,13 @@ EXPORT = _of(
         "rows held per step: memory against speed, never what is written",
     ),
     ("format", "EXPORT_FORMAT", kinds.one_of("parquet", "csv"), "parquet", "format of the objects"),
-    ("device_ids", "DEVICE_IDS", kinds.DEVICE_IDS, "*", "devices by commas; * finds them in the tag device_id"),
+    (
+        "device_ids",
+        "DEVICE_IDS",
+        kinds.DEVICE_IDS,
+        "*",
+        "comma-separated devices; * finds them in the tag INFLUXDB_DEVICE_TAG",
+    ),
     (
         "lookback_hours",
         "LOOKBACK_HOURS",
@@ -135,7 +158,14 @@ EXPORT = _of(
         "1",
         "how far back a device without a checkpoint starts, and how late a row may come",
     ),
-    ("start", "EXPORT_START", kinds.INSTANT, "", "where a device without a checkpoint starts", "LOOKBACK_HOURS ago"),
+    (
+        "start",
+        "EXPORT_START",
+        kinds.INSTANT,
+        "",
+        "first start of a new installation; kept beside the data",
+        "LOOKBACK_HOURS ago",
+    ),
     (
         "window_seconds",
         "EXPORT_WINDOW_SECONDS",
@@ -157,6 +187,22 @@ EXPORT = _of(
         kinds.DATE_FORMAT,
         "%Y/%m/%d",
         "the date= part of a key; %Y-%m-%d for engines that read Hive partitions",
+    ),
+    (
+        "timestamp_unit",
+        "EXPORT_TIMESTAMP_UNIT",
+        kinds.UNIT_OR_NONE,
+        "",
+        "unit of the column timestamp in Parquet, us or ns; Spark, Trino and Iceberg read us",
+        "us for a new tree, an existing one keeps its unit",
+    ),
+    (
+        "column_types",
+        "EXPORT_COLUMN_TYPES",
+        kinds.COLUMN_TYPES_KIND,
+        "",
+        "types of single columns, such as count=double; a change takes effect with the next UTC day",
+        "the type of a field when it was first seen",
     ),
     (
         "allow_shrink",
@@ -301,9 +347,9 @@ DYNAMO = _of(
     (
         "timestamp_unit",
         "DYNAMODB_TIMESTAMP_UNIT",
-        kinds.one_of("s", "ms", "us"),
-        "s",
-        "unit of that attribute where it is a number",
+        kinds.one_of("auto", "s", "ms", "us"),
+        "auto",
+        "unit of that attribute where it is a number; auto tells it from the size of each number",
     ),
     (
         "partition_values",

@@ -5,6 +5,7 @@ and a high watermark never move back, so a repeated older commit undoes nothing.
 not believed: no cursor lies ahead of the database's clock, and no window is closed before it has ended.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -125,6 +126,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
+        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
 
@@ -141,6 +143,7 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
+        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
     )
 
 

@@ -1,7 +1,4 @@
-"""Layouts in the state database: window length and format of a pipeline's objects, and from which instant they hold.
-
-Invariant: a layout that is in effect never changes, since objects are named by it; a later one begins a new time.
-"""
+"""Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +9,16 @@ from app.stores.sql import Database
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How objects of windows that start at or after `effective_at` are cut and named."""
+    """How objects of windows that start at or after `effective_at` are cut, named and encoded.
+
+    `timestamp_unit` "us" or "ns" is that of the column timestamp in Parquet; older versions knew nanoseconds only.
+    """
 
     effective_at: datetime
     window_seconds: int
     format: str
     date_format: str
+    timestamp_unit: str = "ns"
 
 
 class SqlLayouts:
@@ -31,15 +32,3 @@ class SqlLayouts:
         """Oldest first; empty before the first one was added."""
         with self._database.transaction(read_only=True) as session:
             return [Layout(**row) for row in session.rows(self._queries["layouts"], pipeline=pipeline)]
-
-    def add_layout(self, pipeline: str, layout: Layout) -> None:
-        """Idempotent. One that is still to come replaces an earlier one of the same instant; one in effect stays."""
-        with self._database.transaction() as session:
-            session.run(
-                self._queries["save_layout"],
-                pipeline=pipeline,
-                effective_at=layout.effective_at,
-                window_seconds=layout.window_seconds,
-                format=layout.format,
-                date_format=layout.date_format,
-            )

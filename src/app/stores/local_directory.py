@@ -27,9 +27,10 @@ from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
-from app.stores.local_listing import ABSENT, Listing, check_encodable
+from app.stores.local_listing import ABSENT, Listing
+from app.stores.local_names import Names
 from app.stores.notes import Notes
-from app.stores.objects import Batch, ObjectInfo, Put, check_key, in_batches
+from app.stores.objects import BadKey, Batch, ObjectInfo, Put, check_key, in_batches, is_new_form
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
@@ -63,6 +64,7 @@ class LocalDirectory:
         self._hidden = self._root / HIDDEN
         self._notes = Notes(self._hidden / "meta", self._hidden / "tmp")
         self._listing = Listing(self._root, HIDDEN, _info, _translated)
+        self._names = Names(self._root, self._hidden / "tmp")
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self._probed = False
@@ -85,7 +87,9 @@ class LocalDirectory:
 
     def head(self, key: str) -> ObjectInfo | None:
         """Properties, with the metadata unless the file was changed by another program."""
-        path = self._path(key)
+        path = self._held_path(key)
+        if path is None:
+            return None
         with _translated(key):
             info, certain = self._look(key, path)
             if not certain:  # a writer may stand between the note and the rename: look when there is none
@@ -95,10 +99,11 @@ class LocalDirectory:
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
-        path = self._path(key)
+        path = self._path(check_key(key))
         chunks = iter(partial(body.read, CHUNK_BYTES), b"")
         with _translated(key), self._spooled(chunks, put) as (spooled, first), self._locked():
             sealed = first
+            self._check_name(key)
             held = _stat(path)
             _check_expected(key, put.expected, held)
             if held is not None and sealed.modified_at_ns <= held.st_mtime_ns:
@@ -117,14 +122,15 @@ class LocalDirectory:
             except OSError:
                 self._prune(path.parent)
                 raise
+            self._check_name(key, written=path)
             return etag
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """The file itself: it keeps its bytes for this reader when it is replaced or deleted meanwhile."""
-        path = self._path(key)
+        path = self._held_path(key)
         with _translated(key):
-            file = _open(path)
+            file = None if path is None else _open(path)
         if file is None:
             yield None
             return
@@ -137,7 +143,9 @@ class LocalDirectory:
         """A second name for the version that is there, which stays as it is when the key is replaced or deleted; a copy
         where there can be no second name. The version's ETag, None when there is no object.
         """
-        path = self._path(key)
+        path = self._held_path(key)
+        if path is None:
+            return None
         with _translated(key):
             try:
                 target.hardlink_to(path)
@@ -163,9 +171,9 @@ class LocalDirectory:
 
     def delete(self, key: str) -> None:
         """Remove the file, its metadata, and the folders that are empty then."""
-        path = self._path(key)
+        path = self._held_path(key)
         with _translated(key):
-            if _stat(path) is None:
+            if path is None or _stat(path) is None:
                 return
             with self._locked():
                 if _stat(path) is not None:
@@ -174,9 +182,28 @@ class LocalDirectory:
                 self._notes.remove(key)
                 self._prune(path.parent)
 
+    def _held_path(self, key: str) -> Path | None:
+        """Where the object is, if there is one; None where the file system has it under another name."""
+        if not is_new_form(key) and not self._listing.has(key):
+            check_key(key)
+        path = self._path(key)
+        with _translated(key):
+            return path if self._names.same(key) else None
+
+    def _check_name(self, key: str, written: Path | None = None) -> None:
+        """Raises BadKey where the file system would give, or has just given, the object another name than its key's;
+        what was `written` is removed then, which was nothing else's: see the first of the two calls.
+        """
+        if not self._names.same(key):
+            if written is not None:
+                written.unlink()
+                self._prune(written.parent)
+            raise BadKey(
+                f"object key {key!r} has another name on this disk, whose file system changes case or Unicode",
+                "use one spelling of each name, or a file system that keeps names as they are",
+            )
+
     def _path(self, key: str) -> Path:
-        check_key(key)
-        check_encodable(key)
         if key.split("/", 1)[0] == HIDDEN:
             raise Rejected(
                 f"object key {key!r} lies in the store's own folder {HIDDEN}", "choose another first segment"

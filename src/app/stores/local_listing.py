@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from app.core.errors import Rejected
-from app.stores.objects import CONTROL, MAX_KEY_BYTES, ObjectInfo, check_key
+from app.stores.objects import CONTROL, MAX_KEY_BYTES, ObjectInfo, check_characters
 
 ABSENT = (FileNotFoundError, NotADirectoryError)
 log = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ class Listing:
             start = f"{self._root}/{folder}" if folder else self._root
             if os.path.realpath(start) == start:
                 yield from self._walk(f"{folder}/" if folder else "", prefix)
+
+    def has(self, key: str) -> bool:
+        """Whether a listing holds exactly this key. It comes before all others that begin with it."""
+        return next((info.key for info in self.below(key)), None) == key
 
     def _can_name_folder(self, prefix: str, folder: str) -> bool:
         """False for prefixes that no key starts with; they must not be turned into a path."""
@@ -85,24 +89,16 @@ class Listing:
         return sorted(name for name in names if self._is_key(name.removesuffix("/")))
 
     def _is_key(self, name: str) -> bool:
-        """Whether a file that somebody put here can be named by a key at all. A name that the file system gave has no
-        segment that a key may not have, so that usual ones need no closer look.
+        """Whether a file that somebody put here can be named by a key at all, be it one that no new object may have. A
+        name that the file system gave has no empty or dot segments, so that usual ones need no closer look.
         """
         if name == self._hidden:
             return False
         if name.isascii() and name.isprintable() and len(name) <= MAX_KEY_BYTES:
             return True
         try:
-            check_encodable(check_key(name))
+            check_characters(name)
         except Rejected as error:
             log.warning("left out of a listing: %s", error)
             return False
         return True
-
-
-def check_encodable(key: str) -> None:
-    """Raises Rejected for a key that has no UTF-8."""
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise Rejected(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error

@@ -58,6 +58,10 @@ class ObjectStore(Protocol):
 
     They raise Transient (try again), Permanent (credentials, missing bucket), Rejected (the key cannot be used) and
     Conflict (the condition does not hold).
+
+    One rule for keys: `put` takes what `check_key` lets pass; case and Unicode stay as they are. Any other key, which
+    an older version or another program made, is read, asked about and deleted only where a listing has exactly that
+    key; else BadKey, since stores resolve such keys to others.
     """
 
     @property
@@ -101,17 +105,55 @@ def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[Batch]:
         yield Batch(b"", partial(list, some))
 
 
+class BadKey(Rejected):
+    """A key that the store would take for another one, or not at all."""
+
+
 def check_key(key: str) -> str:
-    """`key` itself. Raises Rejected for keys that stores would rewrite or refuse: empty, over 1024 bytes of UTF-8, with
-    an empty, `.` or `..` segment, with a leading slash, or with control characters.
+    """`key` itself, when a new object may have it. Raises BadKey for what some store rewrites, refuses or resolves:
+    nothing, over 1024 bytes of UTF-8, no Unicode, a backslash (SeaweedFS: a slash), an empty, `.` or `..` segment, so
+    also a slash at either end, control characters.
     """
     segments = key.split("/")
     if not key or any(segment in ("", ".", "..") for segment in segments):
-        raise Rejected(
-            f"object key {key!r} has an empty, '.' or '..' segment", "use plain names between single slashes"
-        )
-    if not CONTROL.isdisjoint(key):
-        raise Rejected(f"object key {key!r} holds a control character", "remove it")
-    if len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
-        raise Rejected(f"object key {key[:60]!r}... is longer than {MAX_KEY_BYTES} bytes", "shorten it")
+        raise BadKey(f"object key {key!r} has an empty, '.' or '..' segment", "use plain names between single slashes")
+    if "\\" in key:
+        raise BadKey(f"object key {key!r} holds a backslash, which some stores take for a slash", "use slashes")
+    check_characters(key)
     return key
+
+
+def check_characters(key: str) -> None:
+    """Raises BadKey for text that no listing of ours holds, whatever its segments are."""
+    if not CONTROL.isdisjoint(key):
+        raise BadKey(f"object key {key!r} holds a control character", "remove it")
+    try:
+        size_bytes = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise BadKey(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error
+    if size_bytes > MAX_KEY_BYTES:
+        raise BadKey(f"object key {key[:60]!r}... is longer than {MAX_KEY_BYTES} bytes", "shorten it")
+
+
+def is_new_form(key: str) -> bool:
+    """Whether `check_key` lets it pass."""
+    try:
+        check_key(key)
+    except BadKey:
+        return False
+    return True
+
+
+def taken_for(key: str) -> str:
+    """The key that the least careful store could take `key` for: backslashes are slashes, empty and `.` segments are
+    nothing, `..` goes up. The same for every key of the form that new ones have.
+    """
+    segments = key.replace("\\", "/").split("/")
+    kept: list[str] = []
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    folder = "/" if kept and segments[-1] in ("", ".", "..") else ""
+    return "/".join(kept) + folder

@@ -31,6 +31,9 @@ CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 MAX_DEVICE_BYTES = 255
 NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
+TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
+CSV_ROWS = {b"headwater.format": b"csv"}
+"""Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
 
 
@@ -39,7 +42,11 @@ class TableBatch(Batch, Protocol):
 
     @property
     def output_schema(self) -> "pa.Schema":
-        """Columns of the object, in order."""
+        """Columns of the object, in order; the timestamp in nanoseconds."""
+
+    @property
+    def has_nanos(self) -> bool:
+        """True when an instant has digits below the microsecond."""
 
     def output(self) -> "Iterator[pa.Table]":
         """The rows with `output_schema`, in order, in tables of moderate size."""
@@ -73,7 +80,7 @@ class TableSink:
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
-        _check_device(partition)
+        check_device(partition)
         layout = self.layout_at(window.start)
         named_at = window.start + timedelta(seconds=part)
         if named_at >= window.end:
@@ -99,7 +106,10 @@ class TableSink:
         return held_of(info) if info else None
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
-        """The rows of that version, in order, by way of a local copy: Parquet is read from its end."""
+        """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
+
+        Timestamps are in nanoseconds, whatever unit the object has.
+        """
         with closing(self._temporary()) as file:
             with self.store.open(key, version) as body:
                 if body is None:
@@ -121,13 +131,19 @@ class TableSink:
             "rows": str(batch.rows),
             "digest": batch.digest,
             "app-version": self.app_version,
+            "timestamp-unit": layout.timestamp_unit,
         }
         file = self._temporary()
         with ExitStack() as undo:
             undo.callback(file.close)
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
-                _write_parquet(file, batch, batch.output_schema.with_metadata(described), self.dictionary)
+                in_microseconds = layout.timestamp_unit == "us"
+                schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
+                rows = batch.output()
+                if in_microseconds:
+                    rows = (stored(table, with_nanos=batch.has_nanos) for table in rows)
+                _write_parquet(file, rows, schema.with_metadata(described), self.dictionary)
             else:
                 _write_csv(file, batch)
             size_bytes = file.seek(0, 2)
@@ -146,11 +162,13 @@ class TableSink:
         return cast("BinaryIO", file)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises Rejected for an id that cannot be part of a key as it is."""
     problem = ""
     if not device or "/" in device or ".." in device:
         problem = "is empty or holds '/' or '..'"
+    elif "\\" in device:
+        problem = "holds a backslash, which some stores take for a slash"
     elif not CONTROL.isdisjoint(device):
         problem = "holds a control character"
     elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
@@ -173,7 +191,49 @@ def held_of(info: ObjectInfo) -> Held:
     )
 
 
-def _write_parquet(file: BinaryIO, batch: TableBatch, schema: "pa.Schema", dictionary: tuple[str, ...]) -> None:
+def stored_schema(schema: "pa.Schema", *, in_microseconds: bool, with_nanos: bool) -> "pa.Schema":
+    """The columns of a Parquet object. Digits below the microsecond stand in a last column of their own, 0 to 999."""
+    import pyarrow as pa
+
+    if not in_microseconds:
+        return schema
+    index = schema.get_field_index(TIMESTAMP)
+    schema = schema.set(index, pa.field(TIMESTAMP, pa.timestamp("us", "UTC")))
+    return schema.append(pa.field(NANOS, pa.int16())) if with_nanos else schema
+
+
+def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
+    """Rows with their timestamp in microseconds, and what is below that in a last column."""
+    import numpy as np
+    import pyarrow as pa
+
+    index = table.schema.get_field_index(TIMESTAMP)
+    instants = table.column(index).cast(pa.int64()).to_numpy()
+    micros = instants // 1000  # rounds down, also before 1970, so that the rest is never negative
+    table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
+    return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
+
+
+def in_nanoseconds(table: "pa.Table") -> "pa.Table":
+    """The reverse of `stored`, for an object of any unit."""
+    import numpy as np
+    import pyarrow as pa
+
+    index = table.schema.get_field_index(TIMESTAMP)
+    if index < 0:
+        raise pa.ArrowInvalid("it has no column timestamp")
+    if table.schema.field(index).type == pa.timestamp("ns", "UTC"):
+        return table
+    instants = table.column(index).cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() * 1000
+    if NANOS in table.column_names:
+        instants = instants + table.column(NANOS).to_numpy().astype(np.int64)
+        table = table.drop_columns([NANOS])
+    return table.set_column(index, TIMESTAMP, pa.array(instants).view(pa.timestamp("ns", "UTC")))
+
+
+def _write_parquet(
+    file: BinaryIO, rows: "Iterator[pa.Table]", schema: "pa.Schema", dictionary: tuple[str, ...]
+) -> None:
     """Row groups of equal size whatever the size of the tables that come; dictionary only where values repeat.
 
     Each page's few writes are gathered on Arrow's side: a call into Python for every one costs a fifth of a small file.
@@ -186,7 +246,7 @@ def _write_parquet(file: BinaryIO, batch: TableBatch, schema: "pa.Schema", dicti
     with pq.ParquetWriter(
         gathered, schema, compression="zstd", compression_level=1, use_dictionary=names, write_statistics=True
     ) as writer:
-        for group in row_groups(batch.output(), ROW_GROUP_ROWS):
+        for group in row_groups(rows, ROW_GROUP_ROWS):
             writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
     gathered.detach()  # closing it would close the file as well
 
@@ -244,7 +304,7 @@ def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
 
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
-            yield pa.Table.from_batches([batch])
+            yield in_nanoseconds(pa.Table.from_batches([batch]))
 
 
 def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
@@ -266,7 +326,7 @@ def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
     }
     with pacsv.open_csv(file, **options) as reader:
         for batch in reader:
-            yield pa.Table.from_batches([batch])
+            yield pa.Table.from_batches([batch]).replace_schema_metadata(CSV_ROWS)
 
 
 def _first_record(file: BinaryIO) -> str:

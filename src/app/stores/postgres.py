@@ -38,10 +38,18 @@ CONNECTION = {
     "keepalives_count": "2",
     "tcp_user_timeout": "20000",
 }
-# Set by a statement and not by `options`, which connection poolers refuse. The last one frees the locks of a process
-# that was paused in mid-transaction, before those who wait to take over its lease give up.
+# Whatever the URL, the environment, the role or the database says: this is the encoding of the bytes that we send.
+ENCODING = {"client_encoding": "UTF8"}
+# Set by a statement and not by `options`, which connection poolers refuse. Those that change how values look are set
+# against defaults of the role or the database: with `extra_float_digits` below 1 floats come back rounded, and psycopg
+# reads only ISO dates. The last one frees the locks of a process that was paused in mid-transaction, before those who
+# wait to take over its lease give up.
 SESSION = """
 SELECT
+    current_setting('server_encoding') AS encoding,
+    set_config('client_encoding', 'UTF8', false),
+    set_config('extra_float_digits', '3', false),
+    set_config('DateStyle', 'ISO, MDY', false),
     set_config('TimeZone', 'UTC', false),
     set_config('statement_timeout', '30s', false),
     set_config('lock_timeout', '15s', false),
@@ -55,12 +63,17 @@ TOKEN = re.compile(
 )
 REFUSED = re.compile(
     r"password authentication failed|no password supplied|does not exist|no pg_hba\.conf entry|permission denied"
-    r"|authentication failed|not permitted to log in|certificate verify failed|does not support SSL",
+    r"|authentication failed|not permitted to log in|certificate verify failed|does not support SSL"
+    r"|conversion between UTF8 and \w+ is not supported",
 )
 SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
 SQLSTATE_ACCESS = ("28", "3D", "42501")
 SQLSTATE_VALUE = ("22",)
 SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
+SQLSTATE_NO_EQUIVALENT = "22P05"
+# It keeps bytes and knows no characters, so that each client reads them as another text.
+NO_TEXT = "SQL_ASCII"
+ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
 
 
 class BoundedConnection(psycopg.Connection[DictRow]):
@@ -151,7 +164,10 @@ class PostgresSession:
 
 
 class PostgresDatabase:
-    """See `Database`. Raises Permanent when the URL cannot be read."""
+    """See `Database`. Raises Permanent when the URL cannot be read.
+
+    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text.
+    """
 
     dialect: Dialect = "postgres"
 
@@ -164,7 +180,7 @@ class PostgresDatabase:
             raise Permanent(
                 "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
             ) from None
-        self._conninfo = make_conninfo("", **{**CONNECTION, **given})
+        self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
         self._errors = Errors(_place(given), variables)
         self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive)
 
@@ -208,7 +224,9 @@ class PostgresDatabase:
             with ExitStack() as undo:
                 undo.callback(connection.close)
                 connection.answer_seconds = self._answer_seconds
-                connection.execute(SESSION)
+                (found,) = connection.execute(SESSION).fetchall()
+                if found["encoding"] == NO_TEXT:
+                    raise Permanent(f"{self.place}: its encoding {NO_TEXT} cannot hold text", ENCODING_HINT)
                 connection.commit()
                 undo.pop_all()
             return connection
@@ -232,17 +250,18 @@ class Errors:
     def _error(self, error: psycopg.Error) -> AppError:
         state = error.sqlstate or ""
         message = f"{self.place}: {_first_line(error)}"
+        if state == SQLSTATE_NO_EQUIVALENT:
+            return Rejected(message, ENCODING_HINT)
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
             return Rejected(message, "the value is outside of what the database holds: correct it")
         if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
             return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
-        if state in SQLSTATE_GONE:
-            return Damaged(message)
         if state.startswith(SQLSTATE_PASSING):
             return Transient(message, "nothing to do if it passes; else look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
-        return Permanent(message, "this is a fault of the program: please report it")
+        hint = "this is a fault of the program: please report it"
+        return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
 
     @staticmethod
     def _is_connecting(error: psycopg.Error) -> bool:

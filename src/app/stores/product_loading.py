@@ -4,6 +4,7 @@ Invariant: an event's rows go to all tables in one transaction.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
@@ -52,20 +53,44 @@ def lost(known: Known, tables: Tables) -> int:
     return len(uuids) - known(uuids)
 
 
-def load_in_turns(load: Load, tables: Iterator[Tables], *, past: bool) -> int:
-    """Load all; how many events are new."""
-    new = 0
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of events that were given to the warehouse: `given` of them, `new` for the first time."""
+
+    given: int = 0
+    new: int = 0
+
+    def __add__(self, other: "Loaded") -> "Loaded":
+        return Loaded(self.given + other.given, self.new + other.new)
+
+
+def load_in_turns(load: Load, tables: Iterator[Tables], *, past: bool) -> Loaded:
+    """Load all."""
+    done = Loaded()
     for first in tables:
-        new += load(chain([first], _up_to(tables, LOAD_EVENTS - _events(first))), past=past)
-    return new
+        turn = _Turn()
+        new = load(turn.counted(chain([first], _up_to(tables, LOAD_EVENTS - events_in(first)))), past=past)
+        done += Loaded(turn.given, new)
+    return done
+
+
+@dataclass(slots=True)
+class _Turn:
+    given: int = 0
+
+    def counted(self, chunks: Iterable[Tables]) -> Iterator[Tables]:
+        for chunk in chunks:
+            self.given += events_in(chunk)
+            yield chunk
 
 
 def _up_to(tables: Iterator[Tables], events: int) -> Iterator[Tables]:
     while events > 0 and (chunk := next(tables, None)) is not None:
         yield chunk
-        events -= _events(chunk)
+        events -= events_in(chunk)
 
 
-def _events(chunk: Tables) -> int:
+def events_in(chunk: Tables) -> int:
+    """How many events a chunk holds."""
     rows = chunk.get(EVENTS_TABLE)
     return len(rows.rows) if rows else 0

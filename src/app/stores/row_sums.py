@@ -44,10 +44,10 @@ def _content(table: "pa.Table", *, as_text: bool) -> Content:
                 "another program wrote this object: heal the window, or move the object away",
             ) from error
         for lane, name in enumerate(LANES):
-            cells = _mixed(bits ^ _seed(name, column.name))
+            cells = mixed(bits ^ seed_of(name, column.name))
             sums[lane] += np.where(valid, cells, np.uint64(0))
     lanes = [
-        int(np.sum(_mixed(each ^ _seed(name, "")), dtype=np.uint64)) for each, name in zip(sums, LANES, strict=True)
+        int(np.sum(mixed(each ^ seed_of(name, "")), dtype=np.uint64)) for each, name in zip(sums, LANES, strict=True)
     ]
     return Content(table.num_rows, f"{lanes[0]:016x}{lanes[1]:016x}")
 
@@ -64,7 +64,7 @@ def _bits(column: Any, *, as_text: bool) -> tuple[Any, Any]:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_string(array.type):
-        bits, filled = _text_bits(array)
+        bits, filled = text_bits(array)
         return bits, valid & filled if as_text else valid
     if pa.types.is_boolean(array.type):
         truth = array.fill_null(False).to_numpy(zero_copy_only=False)  # noqa: FBT003 - Arrow's own signature
@@ -91,7 +91,7 @@ def _number_bits(values: Any) -> Any:
     return np.where(exact, bits, values.astype(np.uint64))
 
 
-def _text_bits(array: Any) -> tuple[Any, Any]:
+def text_bits(array: Any) -> tuple[Any, Any]:
     """64 bits per text by way of the distinct ones, and which are not empty."""
     import numpy as np
 
@@ -107,13 +107,14 @@ def _of_text(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _seed(lane: bytes, name: str) -> Any:
+def seed_of(lane: bytes, name: str) -> Any:
+    """64 bits for a column's name."""
     import numpy as np
 
     return np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8, key=lane).digest()))
 
 
-def _mixed(bits: Any) -> Any:
+def mixed(bits: Any) -> Any:
     """The finaliser of splitmix64: each bit of the input moves half of the output's. Wraps at 64 bits."""
     import numpy as np
 

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any, BinaryIO
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.stores.objects import Batch, ObjectInfo, Put, check_key
+from app.stores.objects import BadKey, Batch, ObjectInfo, Put, check_characters, check_key, is_new_form, taken_for
 from app.stores.s3_client import (
     BUSY,
     REACH_HINT,
@@ -28,7 +28,7 @@ from app.stores.s3_client import (
     status_of,
     translated,
 )
-from app.stores.s3_listing import Question, batches, info_of, listed, take_entries
+from app.stores.s3_listing import Question, batches, info_of, infos_of, listed, take_entries
 from app.stores.s3_streams import Rest, Resumed
 
 MAX_PUT_BYTES = 5 << 30
@@ -38,6 +38,7 @@ BUSY_ATTEMPTS = 4
 CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
 PROBE_FOLDER = ".headwater-probe"
 LEFTOVER = timedelta(hours=1)
+OWN_TOOLS = "use the store's own tools for this object"
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
 log = logging.getLogger(__name__)
@@ -88,16 +89,19 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo | None:
         """HeadObject."""
-        check(key)
+        entry = self._entry(key)
         found = self._unless_missing(key, lambda: self.client().head_object(Bucket=self.target.bucket, Key=key))
         if found is None:
             return None
         with self.translated(key):
-            return replace(
+            info = replace(
                 info_of(key, found["ContentLength"], found),
                 content_type=found.get("ContentType", "application/octet-stream"),
                 metadata={name.lower(): value for name, value in found.get("Metadata", {}).items()},
             )
+        if entry is not None and (entry.etag, entry.size_bytes) != (info.etag, info.size_bytes):
+            raise BadKey(f"object key {key!r}: the store takes it for another object's", OWN_TOOLS)
+        return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """One PutObject, up to 5 GiB. Metadata: printable ASCII without outer spaces, 2 KB in all, else Rejected."""
@@ -105,7 +109,7 @@ class S3Store:
 
     def put_version(self, key: str, body: BinaryIO, put: Put) -> tuple[str, str | None]:
         """As `put`; the new ETag and version id, None where the bucket keeps no versions."""
-        check(key)
+        check_key(key)
         check_headers(key, put)
         rest = Rest(body)
         if rest.size_bytes > MAX_PUT_BYTES:
@@ -120,8 +124,9 @@ class S3Store:
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
-        check(key)
-        answer = self._get(key, {} if etag is None else {"IfMatch": etag})
+        entry = self._entry(key)
+        version = entry.etag if entry is not None and etag is None else etag
+        answer = self._get(key, {} if version is None else {"IfMatch": version})
         if answer is None:
             yield None
             return
@@ -163,8 +168,28 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """DeleteObject; S3 answers the same whether or not there was one."""
-        check(key)
+        if not is_new_form(key) and self._has_twin(key):
+            raise BadKey(f"object key {key!r}: an equal object has the key {taken_for(key)!r}", OWN_TOOLS)
         self._unless_missing(key, lambda: self.client().delete_object(Bucket=self.target.bucket, Key=key))
+
+    def _entry(self, key: str) -> ObjectInfo | None:
+        """What a listing says of a key that no new object may have; None for every other key. Raises BadKey when it
+        does not hold exactly that key, which comes before all others that begin with it.
+        """
+        if is_new_form(key):
+            return None
+        check_characters(key)
+        page = self.page({"Prefix": key}) if key else {}
+        entry = next((info for info in infos_of(page) if info.key == key), None)
+        if entry is None:
+            check_key(key)
+        return entry
+
+    def _has_twin(self, key: str) -> bool:
+        """Whether the key that a store could take this one for has the same bytes, so that nothing tells them apart."""
+        held, other = self.head(key), taken_for(key)
+        twin = self.head(other) if other != key and is_new_form(other) else None
+        return held is not None and twin is not None and twin.etag == held.etag
 
     def _get(self, key: str, conditions: Mapping[str, str]) -> Any:
         def call() -> Any:
@@ -277,12 +302,6 @@ def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
     """Keys of probes that no process is still at; the newest of them tells the store's own time."""
     now_at = max((probe.modified_at for probe in probes), default=None)
     return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
-
-
-def check(key: str) -> None:
-    """Raises Rejected for what cannot be a key here."""
-    check_key(key)
-    check_unicode(key)
 
 
 def check_unicode(text: str) -> None:

@@ -12,8 +12,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import AppError, Rejected, Transient
-from app.stores.objects import ObjectInfo, Put
-from app.stores.s3 import S3Store, check, check_headers, check_unicode
+from app.stores.objects import ObjectInfo, Put, check_characters, check_key
+from app.stores.s3 import S3Store, check_headers, check_unicode
 from app.stores.s3_client import STYLE_HINT, code_of, status_of
 from app.stores.s3_listing import infos_of
 from app.stores.s3_parts import (
@@ -108,13 +108,13 @@ class S3Transfers:
 
     def link(self, key: str, seconds: int, disposition: str) -> str:
         """A presigned GetObject. It ends with temporary credentials, if those are what it was made with."""
-        check(key)
+        check_characters(key)
         place = {"Bucket": self._store.target.bucket, "Key": key, "ResponseContentDisposition": disposition}
         with self._store.translated(key):
             return str(self._store.client().generate_presigned_url("get_object", Params=place, ExpiresIn=seconds))
 
     def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], None]") -> Stored:
-        check(key)
+        check_key(key)
         put = marked(put)
         check_headers(key, put)
         with ExitStack() as stack:

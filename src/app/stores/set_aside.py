@@ -121,6 +121,11 @@ class SetAsideStore:
                 log.warning("%s cannot be written: rows set aside (%s) are only counted: %s", key, reason, error)
         return Kept(reason, number, number, sample, "")
 
+    def holds(self, name: str) -> bool:
+        """True when something is kept under a name whose first part is this. Raises what the store raises."""
+        part = _shortened(_encoded(name), MAX_PART_CHARACTERS)
+        return any(True for _ in self._store.list(f"{self._folder}/{part}/"))
+
     def key_of(self, name: str | tuple[str, ...], *, content_type: str, reason: str) -> str:
         """The key of the object that `keep` writes. Different names have different keys."""
         parts = (name,) if isinstance(name, str) else name

@@ -2,7 +2,7 @@
 
 Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
 that is killed at any instruction, or a power cut, leaves a database that opens again with every committed
-transaction; a connection whose file was replaced is not used again.
+transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
 """
 
 import fcntl
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
 STREAMED_ROWS = 1000
+BESIDE = ("-wal", "-shm", "-journal")
+OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
@@ -226,6 +228,8 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
     )
     with ExitStack() as undo:
         undo.callback(connection.close)
+        connection.execute("PRAGMA schema_version")  # makes the file
+        _keep_to_owner(path)
         _use_wal(connection, busy_seconds)
         # FULL: what was committed is there after a power cut. With less, state and warehouse could come back from
         # one at different instants, and the state would vouch for rows that the warehouse has lost.
@@ -234,6 +238,19 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         connection.file = file_id(path)
         undo.pop_all()
     return connection
+
+
+def _keep_to_owner(path: Path) -> None:
+    """0600 for a file of ours and, when it is from an earlier version, those that SQLite keeps beside it; new ones have
+    the mode of the file. By name: to open and close the file here would give up the locks of other connections.
+    """
+    for name in (path, *(path.with_name(path.name + suffix) for suffix in BESIDE)):
+        try:
+            found = name.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & OTHERS:
+                name.chmod(OWNER_ONLY)
+        except FileNotFoundError:
+            pass  # SQLite has none, or has just removed it
 
 
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:

@@ -46,7 +46,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was found in one version. `fault` says why it cannot be read, "" when it can. `columns`: name -> type."""
+    """What was found in one version. `columns`: name -> type. `fault` says why it is left out, and then there are no
+    parts; beside parts, what of it is not understood; "" when all is well.
+    """
 
     key: str
     etag: str
@@ -75,12 +77,13 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A version that a query has to read."""
+    """A version that a query has to read. `columns`: name -> type as JSON, one text for all that have the same."""
 
     version: Version
     key: str
     etag: str
     size_bytes: int
+    columns: str = "{}"
 
 
 PART_FIELDS = tuple(each.name for each in fields(Part))[:-1]
@@ -137,8 +140,12 @@ class SqlSummaries:
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[Source]:
         """All that have rows of this device in these days, by key."""
         with self._database.transaction(read_only=True) as session:
+            schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
-            return [Source(bytes.fromhex(version), *others) for version, *others in rows]
+            return [
+                Source(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
+                for version, key, etag, size_bytes, schema_id in rows
+            ]
 
     def count(self) -> int:
         """How many versions are known."""

@@ -1,0 +1,297 @@
+"""`_headwater/layout.json` beside the data: the only truth of how a tree's objects are cut, named and typed.
+
+It holds the history of window length, format, date format and timestamp unit, the columns with their types, the first
+start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or older than the
+bucket cannot cut the same rows a second time under other names.
+
+Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day that it
+read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two ways. What is
+first seen (a column) is added before it is first written and holds for all days.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
+
+from app.core.errors import Conflict, Permanent, Transient
+from app.core.window import EPOCH, Window, floor_to, windows_between
+from app.stores.layouts import Layout
+from app.stores.objects import ObjectStore, Put
+
+FOLDER = "_headwater"
+NAME = "layout.json"
+VERSION = 1
+CONFLICTS = 20
+EVER = date(1970, 1, 1)
+DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED = "double", "integer", "text", "boolean", "unsigned"
+TYPES = (DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED)
+KINDS = ("tag", "field", "text of", "double of")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. `kind` "tag" and "field": `source` is the name at the source. "text of" and "double of": `source` is
+    the column whose values that it cannot hold stand here.
+
+    `types`: (first UTC day, type) pairs, oldest first, the first one from EVER on.
+    """
+
+    name: str
+    kind: str
+    source: str
+    types: tuple[tuple[date, str], ...]
+
+    def type_on(self, day: date) -> str:
+        """The type of values of a day."""
+        return next(kind for since, kind in reversed(self.types) if since <= day or since == EVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What the file holds. `sealed_day`: no day up to it may be cut or typed in another way any more."""
+
+    first_start_at: datetime
+    sealed_day: date
+    layouts: tuple[Layout, ...]
+    columns: tuple[Column, ...] = ()
+
+    def layout_at(self, instant: datetime) -> Layout:
+        """The layout in force at `instant`."""
+        return next(each for each in reversed(self.layouts) if each.effective_at <= instant or each is self.layouts[0])
+
+    def windows(self, start: datetime, end: datetime) -> Iterator[Window]:
+        """Every window that overlaps `[start, end)`, oldest first, each of the length in force at its start."""
+        ends = [*(later.effective_at for later in self.layouts[1:]), end]
+        for layout, until in zip(self.layouts, ends, strict=True):
+            since = start if layout is self.layouts[0] else max(start, layout.effective_at)
+            yield from windows_between(since, min(until, end), layout.window_seconds)
+
+
+def first_tree(wanted: Layout, first_start_at: datetime) -> Tree:
+    """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
+    layout = replace(wanted, effective_at=EPOCH)
+    return Tree(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
+
+
+def sealed(tree: Tree, day: date) -> Tree:
+    """With every day up to `day` sealed."""
+    return replace(tree, sealed_day=max(tree.sealed_day, day))
+
+
+def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
+    """`wanted` from the day after the later of today and the sealed day on, unless it is what stands last already."""
+    if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
+        return tree
+    effective_at = _midnight(_next_free(tree, today))
+    earlier = tuple(each for each in tree.layouts if each.effective_at < effective_at)
+    if replace(earlier[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
+        return replace(tree, layouts=earlier)  # a change that was still to come is taken back
+    return replace(tree, layouts=(*earlier, replace(wanted, effective_at=effective_at)))
+
+
+def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
+    """The columns named in `wanted` have these types from the day after the later of today and the sealed day on."""
+    day = _next_free(tree, today)
+
+    def retyped(column: Column) -> Column:
+        kind = wanted.get(column.name)
+        if kind is None or column.kind != "field" or column.types[-1][1] == kind:
+            return column
+        earlier = tuple(each for each in column.types if each[0] < day)
+        return replace(column, types=earlier if earlier[-1][1] == kind else (*earlier, (day, kind)))
+
+    columns = tuple(map(retyped, tree.columns))
+    return tree if columns == tree.columns else replace(tree, columns=columns)
+
+
+def _next_free(tree: Tree, today: date) -> date:
+    return max(tree.sealed_day, today) + timedelta(days=1)
+
+
+def _midnight(day: date) -> datetime:
+    return datetime.combine(day, time(), UTC)
+
+
+class LayoutFile:
+    """Reads and changes the file. `make(now)` gives the tree when there is none yet, new or as the data show it."""
+
+    def __init__(self, store: ObjectStore, prefix: str, make: Callable[[datetime], Tree]) -> None:
+        self._store = store
+        self.key = "/".join(part for part in (prefix, FOLDER, NAME) if part)
+        self._make = make
+
+    def begin(
+        self, now: datetime, *, wanted: Callable[[Tree], Layout], types: Mapping[str, str], dry_run: bool
+    ) -> tuple[Tree, datetime]:
+        """The tree with what the settings want and with today sealed, and up to when this run may write windows.
+
+        A day is sealed by the store's own clock at the earliest: a host whose clock is ahead waits, so that one wrong
+        clock cannot seal a year. A dry run changes nothing.
+        """
+        today = now.date()
+
+        def changed(tree: Tree, day: date) -> Tree:
+            return sealed(with_types(with_layout(tree, wanted(tree), day), types, day), day)
+
+        found = self._read()
+        if dry_run:
+            return changed(found[0] if found else self._make(now), today), now
+        tree = found[0] if found else self._create(now)
+        day = min(today, self._store_day()) if today > tree.sealed_day else tree.sealed_day
+        if changed(tree, day) != tree:
+            tree = self.change(lambda each: changed(each, day))
+        return tree, min(now, _midnight(tree.sealed_day + timedelta(days=1)))
+
+    def change(self, change: Callable[[Tree], Tree]) -> Tree:
+        """Change the tree by compare-and-swap; `change` is pure and may be called again. The tree that stands then."""
+        for _ in range(CONFLICTS):
+            found = self._read()
+            if found is None:
+                raise Transient(f"{self.key} is gone", "no action needed; the next run makes it again from the objects")
+            tree, etag = found
+            changed = change(tree)
+            if changed == tree:
+                return tree
+            try:
+                self._put(changed, etag)
+            except Conflict:
+                continue  # another process, or our own write whose answer was lost: read again and see
+            return changed
+        raise Transient(
+            f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
+        )
+
+    def _create(self, now: datetime) -> Tree:
+        """The first tree, unless another process was quicker.
+
+        The first start is counted from the store's clock where the host's is ahead: rows before it are never exported.
+        """
+        tree = self._make(now)
+        try:
+            self._put(tree, "")
+        except Conflict:
+            found = self._read()
+            if found is None:
+                raise
+            return found[0]
+        latest_at = _midnight(self._store_day() + timedelta(days=1))
+        if now <= latest_at:
+            return tree
+        first_start_at = min(tree.first_start_at, self._make(latest_at).first_start_at)
+        return self.change(lambda each: replace(each, first_start_at=first_start_at))
+
+    def _store_day(self) -> date:
+        """Today as the store's clock says, told by a write of what is there anyway."""
+        found = self._read()
+        if found is not None:
+            with suppress(Conflict):  # another process wrote it just now, which tells the time as well
+                self._put(*found)
+        info = self._store.head(self.key)
+        return info.modified_at.astimezone(UTC).date() if info else EVER
+
+    def _read(self) -> tuple[Tree, str] | None:
+        for _ in range(CONFLICTS):
+            info = self._store.head(self.key)
+            if info is None:
+                return None
+            try:
+                with self._store.open(self.key, info.etag) as body:
+                    text = body.read() if body else None
+            except Conflict:
+                continue  # replaced between the two questions
+            if text is not None:
+                return self._parsed(text), info.etag
+        raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
+
+    def _parsed(self, text: bytes) -> Tree:
+        try:
+            return from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise Permanent(
+                f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                "restore an earlier version of this object, or delete it: then it is made again from the objects. "
+                "Nothing is written before",
+            ) from error
+
+    def _put(self, tree: Tree, expected: str) -> None:
+        text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
+        self._store.put(
+            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), Put("application/json", {}, expected)
+        )
+
+
+def to_json(tree: Tree) -> Mapping[str, Any]:
+    """As the file holds it."""
+    return {
+        "version": VERSION,
+        "first_start": f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+        "sealed_day": tree.sealed_day.isoformat(),
+        "layouts": [
+            {
+                "from": f"{each.effective_at:%Y-%m-%dT%H:%M:%SZ}",
+                "window_seconds": each.window_seconds,
+                "format": each.format,
+                "date_format": each.date_format,
+                "timestamp_unit": each.timestamp_unit,
+            }
+            for each in tree.layouts
+        ],
+        "columns": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "source": each.source,
+                "types": [{"from": since.isoformat(), "type": kind} for since, kind in each.types],
+            }
+            for each in tree.columns
+        ],
+    }
+
+
+def from_json(document: Mapping[str, Any]) -> Tree:
+    """The tree of a file. Raises ValueError, KeyError or TypeError for anything else."""
+    if document["version"] != VERSION:
+        raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
+    layouts = tuple(
+        Layout(
+            _instant(each["from"]),
+            int(each["window_seconds"]),
+            str(each["format"]),
+            str(each["date_format"]),
+            str(each["timestamp_unit"]),
+        )
+        for each in document["layouts"]
+    )
+    if not layouts:
+        raise ValueError("it holds no layout")
+    return Tree(
+        _instant(document["first_start"]),
+        date.fromisoformat(document["sealed_day"]),
+        layouts,
+        tuple(map(_column, document["columns"])),
+    )
+
+
+def _instant(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.utcoffset() != timedelta(0):
+        raise ValueError(f"{text!r} is not a UTC instant: it must end with Z")
+    return at
+
+
+def _column(each: Mapping[str, Any]) -> Column:
+    types = tuple((date.fromisoformat(one["from"]), str(one["type"])) for one in each["types"])
+    if not types or types[0][0] != EVER or {kind for _, kind in types} - set(TYPES) or each["kind"] not in KINDS:
+        raise ValueError(f"column {each['name']!r} has a kind or type that is not known")
+    return Column(str(each["name"]), str(each["kind"]), str(each["source"]), types)
+
+
+def added(tree: Tree, columns: Sequence[Column]) -> Tree:
+    """With columns that are first seen; one that another process added meanwhile stays as that process made it."""
+    known = {(each.kind, each.source) for each in tree.columns}
+    new = tuple(each for each in columns if (each.kind, each.source) not in known)
+    return replace(tree, columns=(*tree.columns, *new)) if new else tree
