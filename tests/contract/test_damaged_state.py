@@ -299,17 +299,50 @@ def test_a_disk_that_damages_each_new_file_is_not_filled_with_them(tmp_path: Pat
     assert len(moved(tmp_path)) == 1
 
 
-def test_a_postgres_state_whose_tables_are_gone_is_made_again_by_who_runs(
-    postgres_server: PostgresServer, tmp_path: Path
+EMPTIED = {
+    "dropped": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
+    "emptied with the record of migrations": """
+        DO $$ DECLARE one text; BEGIN
+            FOR one IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' LOOP
+                EXECUTE format('TRUNCATE %I', one);
+            END LOOP;
+        END $$
+    """,
+    "emptied, without a record of migrations": "TRUNCATE leases, analytics_sweeps; DROP TABLE headwater_migrations",
+}
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["by who runs", "by who starts"])
+@pytest.mark.parametrize("sql", EMPTIED.values(), ids=EMPTIED)
+def test_a_postgres_state_that_was_emptied_is_used_again(
+    postgres_server: PostgresServer, tmp_path: Path, sql: str, *, running: bool
 ) -> None:
-    with closing(open_state(postgres_server.new_database(), tmp_path)) as state:
+    url = postgres_server.new_database()
+    with closing(open_state(url, tmp_path)) as before:
+        commit(before)
+        with before.database.transaction() as session:
+            session.script(sql)
+        with closing(before if running else open_state(url, tmp_path)) as state:
+            with suppress(Transient):
+                commit(state)
+            commit(state)
+            assert state.checkpoints.cursors("p") == {"d": AT}
+            sweeps = state.summaries.sweeps()
+            assert state.summaries.forget([]) == sweeps + 1
+            state.runs.save(Run("new", "job", AT, AT, Outcome.OK))
+
+
+def test_a_postgres_state_that_lacks_a_table_says_which(postgres_server: PostgresServer, tmp_path: Path) -> None:
+    url = postgres_server.new_database()
+    with closing(open_state(url, tmp_path)) as state:
         commit(state)
         with state.database.transaction() as session:
+            session.run("DROP TABLE export_windows")
+        with pytest.raises(Permanent, match=r"table export_windows .* is missing, though its migration was applied"):
+            state.checkpoints.records("p", "d", AT, AT + timedelta(days=1))
+        with state.database._database.transaction() as session:  # noqa: SLF001 - below what refuses the state
             session.script("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-        with pytest.raises(Permanent, match="does not exist"):
-            commit(state)
         commit(state)
-        assert state.checkpoints.cursors("p") == {"d": AT}
 
 
 def test_commits_of_the_state_are_flushed_to_the_disk(tmp_path: Path) -> None:

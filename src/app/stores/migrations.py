@@ -20,9 +20,14 @@ LOCK = 4_937_238_650_112  # any number that no other program uses for its adviso
 CREATE_TABLE = """
 CREATE TABLE headwater_migrations (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)
 """
+RECORD = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
 TABLE_EXISTS: dict[Dialect, str] = {
     "sqlite": "SELECT 1 AS found FROM sqlite_master WHERE type = 'table' AND name = 'headwater_migrations'",
-    "postgres": "SELECT 1 AS found WHERE to_regclass('headwater_migrations') IS NOT NULL",
+    # Not by to_regclass, which a session may answer from what it knew before it waited for the lock.
+    "postgres": (
+        "SELECT 1 AS found FROM pg_class WHERE relname = 'headwater_migrations' AND relkind = 'r'"
+        " AND pg_table_is_visible(oid)"
+    ),
 }
 # Another process may be migrating for a while, and a migration may take longer than a statement is given otherwise.
 LOCK_POSTGRES = """
@@ -163,8 +168,7 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
         done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
         if not done:
             session.script(migration.sql)
-            record = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
-            session.run(record, name=migration.name, checksum=migration.checksum)
+            session.run(RECORD, name=migration.name, checksum=migration.checksum)
         elif done[0]["checksum"] != migration.checksum:
             raise Permanent(
                 f"{database.place}: migration {migration.name} was applied with another text",

@@ -18,6 +18,7 @@ from app.stores.run_records import SqlRuns
 from app.stores.sql import load_queries, open_database, sql_directory
 from app.stores.sqlite import SqliteDatabase
 from app.stores.state_file import StateFile
+from app.stores.state_tables import StateTables
 from app.stores.summaries import SqlSummaries
 
 FILE = "state.db"
@@ -66,7 +67,7 @@ def open_state(url: str, data_dir: Path) -> State:
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
-    database = Migrated(plain, folder, file)
+    database = Migrated(plain, folder, file or StateTables(plain, folder))
     queries = load_queries(folder, database.dialect)
     clock = StateClock()
     return State(

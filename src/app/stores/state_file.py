@@ -47,7 +47,7 @@ class StateFile:
         done = [each for each in wanted if each.name in names]
         if len(done) < sum(name.partition("/")[0] == wanted[0].name.partition("/")[0] for name in names):
             return  # a newer version's, which is refused and left alone
-        before, after = _schemas(done, [each for each in wanted if each.name not in names])
+        before, after = schema_after(done), schema_after(wanted)
         if missing := before - actual:
             raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
         if extra := (after - before) & actual:
@@ -111,16 +111,12 @@ class StateFile:
         return name
 
 
-def _schemas(done: Sequence[Migration], others: Sequence[Migration]) -> tuple[Schema, Schema]:
-    """What a database has after the migrations that were `done`, and after the others too."""
+def schema_after(wanted: Sequence[Migration]) -> Schema:
+    """What an SQLite database has after these migrations."""
     with closing(sqlite3.connect(":memory:")) as model:
-
-        def after(migrations: Sequence[Migration]) -> Schema:
-            for migration in migrations:
-                model.executescript(migration.sql)
-            return {(kind, name, col) for kind, name, col in model.execute(TABLES)}
-
-        return after(done), after(others)
+        for migration in wanted:
+            model.executescript(migration.sql)
+        return {(kind, name, col) for kind, name, col in model.execute(TABLES)}
 
 
 def _named(schema: Schema) -> str:
