@@ -64,7 +64,7 @@ class Held:
         span, only, every = RANGE.search(query), DEVICE.search(query), EVERY.search(query)
         if span is None:
             raise ValueError(query)
-        first, last = (bucket_of(text) for text in span.groups())
+        first, last = (max(0, min(bucket_of(text), self.shape.windows * BUCKETS)) for text in span.groups())
         found = [number for number in range(self.shape.devices) if not only or device_name(number) == only[1]]
         if "not exists" in query:
             found = []  # every point has the tag that names its device
@@ -73,7 +73,11 @@ class Held:
             yield annotated(COUNT_HEAD, annotations) + "".join(counted).encode()
         else:
             yield annotated(ROW_HEAD, annotations)
-            yield from (self.rows.get((number, bucket), b"") for number in found for bucket in range(first, last))
+            rows = (self.rows.get((number, bucket), b"") for number in found for bucket in range(first, last))
+            if "first()" in query:  # asked whether there is anything
+                yield next(filter(None, rows), b"").partition(b"\n")[0] + b"\n"
+            else:
+                yield from rows
 
     def _counts(self, devices: Sequence[int], span: tuple[int, int], every: int) -> Iterator[str]:
         table = 0
@@ -100,11 +104,8 @@ def annotated(head: bytes, annotations: Sequence[str]) -> bytes:
 
 
 def bucket_of(text: str) -> int:
-    """The number of the bucket that starts at an instant, limited to a year around the data."""
-    elapsed = datetime.fromisoformat(text.strip()) - START
-    year = timedelta(days=366)
-    limited: timedelta = max(-year, min(year, elapsed))
-    return limited // timedelta(seconds=BUCKET_SECONDS)
+    """The number of the bucket that starts at an instant."""
+    return (datetime.fromisoformat(text.strip()) - START) // timedelta(seconds=BUCKET_SECONDS)
 
 
 def render(shape: Shape) -> Held:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.core.runs import LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
@@ -117,11 +117,16 @@ class Exporter:
         return self.well(RECONCILE, **environ)
 
     def backfill(self, start: datetime, end: datetime, **environ: str) -> Run:
-        from app.core.runs import Job
+        return self._past("backfill", start, end, dry_run=False, **environ)
+
+    def rewrite(self, start: datetime, end: datetime, *, dry_run: bool = False, **environ: str) -> Run:
+        return self._past("rewrite", start, end, dry_run=dry_run, **environ)
+
+    def _past(self, command: str, start: datetime, end: datetime, *, dry_run: bool, **environ: str) -> Run:
 
         export = self.built or self.export(**environ)
-        job = Job(NAME, 60, lambda context: export.backfill(context, Window(start, end)))
-        run = execute(job, self._desk(), Stop(), Silent())
+        job = Job(NAME, 60, lambda context: getattr(export, command)(context, Window(start, end)))
+        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run

@@ -43,7 +43,7 @@ def test_the_object_says_what_it_is(exporter: Exporter) -> None:
     info = exporter.store.head(key)
     assert info is not None
     expected = {"pipeline": NAME, "window": "2026-02-07T12:00:00Z/2026-02-07T12:15:00Z", "rows": str(rows)}
-    expected["timestamp-unit"] = "us"
+    expected |= {"timestamp-unit": "us", "tags": "all"}
     version = info.metadata["app-version"]
     assert info.metadata == {**expected, "digest": info.metadata["digest"], "app-version": version}
     inside = {name.decode(): value.decode() for name, value in table(exporter.store, key).schema.metadata.items()}

@@ -9,23 +9,38 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.errors import Permanent
 from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.window import Window
-from app.influx_to_s3.columns import MEASURED, Columns
+from app.influx_to_s3.columns import MEASURED, TAGS, Columns
+from app.influx_to_s3.layout_file import EVER, INTEGER, Column
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united, whole_instants
+from app.influx_to_s3.rows import (
+    as_now_typed,
+    canonical,
+    identities_of,
+    lacking,
+    lacks_further_tags,
+    of_object,
+    ordered,
+    united,
+    whole_instants,
+)
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.stores.parquet import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
 COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
+NO_IDENTITIES = np.empty(0, np.uint64)
 UNKNOWN = {"device_type": "unknown", "location": "unknown"}
 
 
@@ -473,6 +488,30 @@ def test_a_column_that_only_objects_of_an_older_version_have_keeps_its_name() ->
     assert rows_in([canonical(points(0, old=[2.5]), columns)]) == [{"timestamp": 0, **UNKNOWN, "old": 2.5}]
 
 
+def test_what_a_csv_object_of_an_older_version_holds_is_guessed_and_never_refused() -> None:
+    columns = columns_of(Column("count", "field", "count", ((EVER, INTEGER),)))
+    texts = ["5", "-0.5", "007", "broken", "true", None]
+    older = rows(*range(6), count=texts).replace_schema_metadata({**CSV_ROWS, **LOST_TAGS})
+    found = rows_in([of_object(older, columns)])
+    names = ("count", "count_double", "count_text")
+    assert [[row.get(name) for name in names if row.get(name) is not None] for row in found] == [
+        [5], [-0.5], ["007"], ["broken"], ["true"], [],
+    ]  # fmt: skip
+    with pytest.raises(Permanent, match="holds text where integer is expected"):
+        of_object(older.replace_schema_metadata(CSV_ROWS), columns)
+
+
+def test_an_object_of_an_older_version_is_compared_in_the_types_that_its_columns_have_now() -> None:
+    columns = columns_of(Column("count", "field", "count", ((EVER, INTEGER),)))
+    older = rows(0, 1, count=[5.0, 0.5], hour=[12, 12]).replace_schema_metadata(LOST_TAGS)
+    assert rows_in([as_now_typed(older, columns)]) == [
+        {"timestamp": 0, **UNKNOWN, "count": 5, "hour": 12},
+        {"timestamp": 1, **UNKNOWN, "count_double": 0.5, "hour": 12},
+    ]  # fmt: skip
+    newer = older.replace_schema_metadata(None)
+    assert as_now_typed(newer, columns) is newer
+
+
 def test_a_union_of_nothing_is_nothing() -> None:
     assert list(united([], [], COLUMNS)) == []
 
@@ -483,8 +522,27 @@ def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column
     held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
     found = [(row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns))]
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
-    rest = lacking(new[0], identities_of(held[0], columns), columns)
+    rest = lacking(new[0], identities_of(held[0], columns.tags), NO_IDENTITIES, columns)
     assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+
+
+def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_documented_tags() -> None:
+    columns = columns_of()
+    phases = [points(0, 5, tags={"phase": phase}, voltage=[1.0, 1.0]) for phase in ("L1", "L2")]
+    elsewhere = points(0, tags={"location": "x", "phase": "L1"}, voltage=[1.0])
+    new = [in_order([*phases, elsewhere], columns)[0]]
+    held = [in_order([points(0, 3, voltage=[3.0, 3.0]), points(0, tags={"phase": "L3"}, voltage=[4.0])], columns)[0]]
+    found = rows_in(united(new, held, columns, lost_tags=True))
+    told = [(row["timestamp"], row["location"], row.get("phase"), row["voltage"]) for row in found]
+    assert told == [
+        (0, "unknown", "L1", 1.0), (0, "unknown", "L2", 1.0), (0, "unknown", "L3", 4.0), (0, "x", "L1", 1.0),
+        (3, "unknown", None, 3.0), (5, "unknown", "L1", 1.0), (5, "unknown", "L2", 1.0),
+    ]  # fmt: skip
+    loosely = identities_of(held[0], TAGS)[lacks_further_tags(held[0], columns)]
+    rest = rows_in([lacking(new[0], NO_IDENTITIES, loosely, columns)])
+    assert [(row["timestamp"], row["location"], row["phase"]) for row in rest] == [
+        (0, "x", "L1"), (5, "unknown", "L1"), (5, "unknown", "L2"),
+    ]  # fmt: skip
 
 
 @given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
@@ -545,7 +603,7 @@ def test_no_two_tag_sets_share_an_identity() -> None:
         {"location": "x"}, {"device_type": "x"},
     ]  # fmt: skip
     tables = [canonical(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
-    found = [identity for table in tables for identity in identities_of(table, columns).tolist()]
+    found = [identity for table in tables for identity in identities_of(table, columns.tags).tolist()]
     assert len(set(found)) == len(found) == 2 * len(sets)
 
 

@@ -1,8 +1,8 @@
 """Mending one window: what was taken away, damaged or put in its place is written again, what is whole is not touched.
 
 Invariants: an object that still has its confirmed version and can be read is whole and stays as it is, so a closed
-object never changes here either; each write is a compare-and-swap on the version that stood there when its rows were
-read; nothing is written over when the source has no rows to write.
+object changes here only as `late` says; each write is a compare-and-swap on the version that stood there when its rows
+were read; nothing is written over when the source has no rows to write.
 """
 
 import logging
@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from app.core.errors import Permanent
-from app.core.late import append_late
+from app.core.late import append_late, as_written
 from app.core.ports import Batch, Commit, Encoded, Record
 from app.core.runs import Context, Report
 from app.core.sync import NOTHING, Pipeline, Task, settle
@@ -32,7 +32,8 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
     Raises Permanent when rows are lost at both ends, and what the ports raise.
     """
     count = pipeline.source.counts(partition, [window]).get((partition, window.start), NOTHING)
-    records = pipeline.checkpoints.records(pipeline.name, partition, window.start, window.end)
+    found = pipeline.checkpoints.records(pipeline.name, partition, window.start, window.end)
+    records = [as_written(pipeline, record) for record in found]
     final = age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE
     task = Task(partition, window, count, records[0] if records else None, final=final)
     if not records:

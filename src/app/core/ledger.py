@@ -35,7 +35,15 @@ class Tally:
         return self.counted - self.new - self.already_there - self.corrected - self.set_aside - self.waiting
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*(getattr(self, name) + getattr(other, name) for name in TALLY_NAMES))
+        return Tally(
+            self.counted + other.counted,
+            self.read + other.read,
+            self.new + other.new,
+            self.already_there + other.already_there,
+            self.corrected + other.corrected,
+            self.set_aside + other.set_aside,
+            self.waiting + other.waiting,
+        )
 
 
 TALLY_NAMES = tuple(one.name for one in fields(Tally))

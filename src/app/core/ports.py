@@ -76,9 +76,16 @@ class Encoded(Protocol):
         """Remove the temporary file. Idempotent."""
 
 
+ALL_TAGS, SOME_TAGS = "all", "some"
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown)."""
+    """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown).
+
+    `tags`: ALL_TAGS when its rows have all that tells rows apart; SOME_TAGS when rows that an older version cut are
+    among them; "" when an older version wrote it.
+    """
 
     version: str
     digest: str = ""
@@ -86,6 +93,7 @@ class Held:
     min_at: datetime | None = None
     max_at: datetime | None = None
     size_bytes: int = 0
+    tags: str = ALL_TAGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,8 @@ class Record:
     @property
     def held(self) -> Held:
         """The object as this record knows it."""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
+        tags = ALL_TAGS if self.fields else ""
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, tags)
 
 
 @dataclass(frozen=True, slots=True)

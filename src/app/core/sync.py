@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Transient
 from app.core.ledger import Ledger, SetAside, Tally
-from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
+from app.core.ports import ALL_TAGS, UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
 
@@ -53,6 +53,7 @@ class Pipeline(Generic[B, E]):
 
     `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
+    `outdated(batch, held)`: rows of the held object cannot be told apart by what tells the batch's rows apart.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Pipeline(Generic[B, E]):
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
+    outdated: Callable[[B, Held], bool] | None = None
     unit: str = "values"
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
@@ -226,13 +228,20 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dic
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), left.get(window.start, NOTHING)
-        if _is_settled(record, count):
+        if _is_settled(record, count) and not _is_of_older_version(pipeline, record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
         else:
             done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
         left.pop(window.start, None)
     left.clear()  # what is before the cursor was closed earlier
+
+
+def _is_of_older_version(pipeline: Pipeline[B, E], record: Record | None, count: Count) -> bool:
+    """True for an open object that an older version wrote, perhaps without what tells its rows apart: read it once."""
+    if pipeline.outdated is None or record is None or count == NOTHING:
+        return False
+    return not (record.closed or record.fields)
 
 
 def _is_settled(record: Record | None, count: Count) -> bool:
@@ -285,6 +294,8 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
         except Conflict:
             held = pipeline.sink.head(key)
             task = replace(task, ahead=None)  # those rows are older than the version that is there now
+            if task.record is None and _has_outdated_delta(pipeline, task):
+                task = replace(task, count=replace(task.count, cells=UNCOUNTED.cells))  # reconcile looks at it again
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
@@ -336,7 +347,8 @@ def _account(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B, w
     fields = {}
     for name, tally in batch.accounts.items():
         held = min(before.get(name, 0), tally.new) if written.stored_bytes else tally.new
-        fields[name] = replace(tally, new=tally.new - held, already_there=tally.already_there + held)
+        moved = replace(tally, new=tally.new - held, already_there=tally.already_there + held) if held else tally
+        fields[name] = moved
     aside = pipeline.set_aside(task.partition, task.window, batch) if pipeline.set_aside and not context.dry_run else ()
     return Ledger(pipeline.unit, fields, aside)
 
@@ -369,7 +381,7 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
         if kept is not None:
             kept.close()
     try:
-        if held is not None and not pipeline.allow_shrink and _shrank(batch, held):
+        if held is not None and not pipeline.allow_shrink and _needs_union(pipeline, task, batch, held):
             batch = _united(pipeline, task, batch, held)
         if held is not None and task.record is None and not pipeline.asks_sink:
             batch = _without_deltas(pipeline, task, batch)
@@ -377,6 +389,24 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if not pipeline.keeps(batch):
             batch.close()
+
+
+def _needs_union(pipeline: Pipeline[B, E], task: Task, batch: B, held: Held) -> bool:
+    """True when the held object may have rows that the source no longer returns."""
+    if _shrank(batch, held):
+        key = pipeline.sink.key(task.partition, task.window, 0)
+        log.warning(
+            "%s holds rows that the source no longer returns (%s held, %d read): kept", key, held.rows, batch.rows
+        )
+        return True
+    # An older version made one row of several, so their number says nothing.
+    return pipeline.outdated is not None and pipeline.outdated(batch, held)
+
+
+def _has_outdated_delta(pipeline: Pipeline[B, E], task: Task) -> bool:
+    """True when the first delta is of an older version; one that is left empty is not, nor are those after it."""
+    there = pipeline.sink.head(pipeline.sink.key(task.partition, task.window, 1)) if pipeline.outdated else None
+    return there is not None and there.tags != ALL_TAGS
 
 
 def _shrank(batch: Batch, held: Held) -> bool:
@@ -391,7 +421,6 @@ def _shrank(batch: Batch, held: Held) -> bool:
 
 def _united(pipeline: Pipeline[B, E], task: Task, batch: B, held: Held) -> B:
     key = pipeline.sink.key(task.partition, task.window, 0)
-    log.warning("%s holds rows that the source no longer returns (%s held, %d read): kept", key, held.rows, batch.rows)
     with closing(batch):
         return pipeline.source.union(batch, pipeline.sink.read(key, held.version))
 

@@ -109,6 +109,10 @@ class Columns:
         """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
         return self._overflow_kinds.get(name)
 
+    def overflow_of(self, name: str) -> Column | None:
+        """The field's column that could not hold the values of the column `name`; None when it is no overflow."""
+        return self._overflow_of.get(name)
+
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
         """Add columns of (kind, source, type) to the file before anything is written into them."""
         with self._lock:
@@ -134,13 +138,14 @@ class Columns:
         tags = {each.source: each.name for each in tree.columns if each.kind == "tag"}
         tag_columns = {**{name: name for name in TAGS if name != self._device_tag}, **tags}
         overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
-        of_overflows = {name: by_name[column].source for (_, column), name in overflows.items() if column in by_name}
+        overflow_of = {name: by_name[column] for (_, column), name in overflows.items() if column in by_name}
         self._tree = tree
         self._tags = frozenset((*TAGS, *tags.values()))
         self._tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
-        self._sources = {**{each.name: each.source for each in fields}, **of_overflows}
+        self._sources = {name: each.source for name, each in {**by_name, **overflow_of}.items()}
         self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
+        self._overflow_of = overflow_of
         self._overflows = overflows
         self._by_name = by_name
         self._fields = {each.source: each for each in fields}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from app.core.gaps import Chart
 from app.core.late import fill
 from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.ports import Checkpoints
+from app.core.ports import ALL_TAGS, Checkpoints
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, Pipeline
@@ -30,7 +30,7 @@ from app.influx_to_s3.columns import DEVICE, TAGS, Columns
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.layout_file import LayoutFile, Tree
+from app.influx_to_s3.layout_file import LayoutFile, Tree, as_on
 from app.influx_to_s3.recovery import tree_of_data
 from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
@@ -145,7 +145,7 @@ def build(
     def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, parts.clock)
+        return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
 
     return Export(
         jobs,
@@ -183,8 +183,11 @@ def _reader(settings: "Settings") -> "Reader":
     return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement, influx.device_tag))
 
 
-def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
-    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on."""
+def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, datetime], Tree] | None = None) -> Opened:
+    """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
+
+    `change(tree, now)` is made to the layout before anything is read or written.
+    """
     if not parts.store.conditional:
         parts.store.probe()
     settings, export = parts.settings, parts.settings.export
@@ -194,6 +197,8 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
     )
     cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name}
     tree = _with_earlier_start(parts, tree, is_new=not cursors and not dry_run)
+    if change is not None:
+        tree = change(tree, now) if dry_run else parts.layout_file.change(lambda tree: change(tree, now))
     columns = Columns(
         tree,
         device_tag=settings.influx.device_tag,
@@ -234,6 +239,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
             pipeline, source, context, at, live
         ),
+        outdated=lambda batch, held: held.tags != ALL_TAGS and not batch.is_plain,
     )
     return Opened(tree, now, columns, source, sink, pipeline)
 
@@ -315,8 +321,17 @@ def _fill(
 
 
 def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
-    """Re-encode the objects of closed windows from themselves, in today's unit, names and types."""
-    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    """Re-encode the objects of closed windows from themselves, in today's unit, names and types.
+
+    The layout says so first, for whole days of which every window is due: what is written there later is then alike.
+    """
+
+    def change(tree: Tree, now: datetime) -> Tree:
+        due_at = now - timedelta(seconds=parts.settings.export.grace_seconds)
+        first, end = (span.start - datetime.resolution).date() + timedelta(days=1), min(span.end, due_at).date()
+        return as_on(tree, now.date(), first=first, end=end) if first < end else tree
+
+    opened = _open(parts, context.stop, dry_run=context.dry_run, change=change)
 
     def one(device: str, done: Done) -> None:
         rewrite(

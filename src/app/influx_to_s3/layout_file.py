@@ -108,6 +108,31 @@ def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
     return tree if columns == tree.columns else replace(tree, columns=columns)
 
 
+def as_on(tree: Tree, today: date, *, first: date, end: date) -> Tree:
+    """The days in `[first, end)`, all before `today`, with the unit and the types of `today`: for a rewrite.
+
+    Neither is part of a name or of how days are cut, so a sealed day may change in them.
+    """
+    unit = tree.layout_at(_midnight(today)).timestamp_unit
+    since, until = max(_midnight(first), EPOCH), _midnight(end)
+    layouts: list[Layout] = []
+    for at in sorted({since, until, *(each.effective_at for each in tree.layouts)}):
+        layout = replace(tree.layout_at(at), effective_at=at)
+        layout = replace(layout, timestamp_unit=unit) if since <= at < until else layout
+        if not layouts or replace(layouts[-1], effective_at=at) != layout:
+            layouts.append(layout)
+
+    def retyped(column: Column) -> Column:
+        types: list[tuple[date, str]] = []
+        for day in sorted({EVER, first, end, *(each[0] for each in column.types)}):
+            kind = column.type_on(today if first <= day < end else day)
+            if not types or types[-1][1] != kind:
+                types.append((day, kind))
+        return replace(column, types=tuple(types))
+
+    return replace(tree, layouts=tuple(layouts), columns=tuple(map(retyped, tree.columns)))
+
+
 def _next_free(tree: Tree, today: date) -> date:
     return max(tree.sealed_day, today) + timedelta(days=1)
 

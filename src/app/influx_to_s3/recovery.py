@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from app.core.window import EPOCH, floor_to
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 
 KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
 DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
-SAMPLES = 50
+SAMPLES = 64
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a listing of the tree shows: one object of each day, and the newest one of each device."""
+    """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
 
     days: dict[date, "ObjectInfo"] = field(default_factory=dict)
     newest: dict[str, tuple[datetime, "ObjectInfo"]] = field(default_factory=dict)
     oldest_at: datetime | None = None
+    number: int = 0
+    some: list["ObjectInfo"] = field(default_factory=list)
     date_formats: dict[date, str] = field(default_factory=dict)
 
 
@@ -57,7 +60,8 @@ def tree_of_data(
             tree, layouts=tuple(replace(each, timestamp_unit=wanted.timestamp_unit) for each in kept) or tree.layouts
         )
     layouts = tuple(kept) or _layouts(store, seen)
-    samples = [info for _, info in sorted(seen.newest.values(), key=lambda each: each[0])[-SAMPLES:]]
+    newest = [info for _, info in sorted(seen.newest.values(), key=lambda each: each[0])[-SAMPLES:]]
+    samples = {info.key: info for info in (*newest, *seen.some)}.values()
     schemas = [schema for info in samples if (schema := _schema(store, info)) is not None]
     unit = (
         "us"
@@ -79,6 +83,7 @@ def tree_of_data(
 
 def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
     seen = Seen()
+    chance = Random(0)  # noqa: S311 - the same sample each time, no secret
     start = f"{prefix}/" if prefix else ""
     formats = dict.fromkeys((date_format, *DATE_FORMATS))
     for info in store.list(f"{start}device_id="):
@@ -91,6 +96,13 @@ def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
         seen.days.setdefault(day, info)
         seen.date_formats.setdefault(day, written_as)
         seen.oldest_at = min(seen.oldest_at or instant, instant)
+        # A sample in which each object of a tree of any size has the same chance to be.
+        seen.number += 1
+        place = chance.randrange(seen.number)
+        if len(seen.some) < SAMPLES:
+            seen.some.append(info)
+        elif place < SAMPLES:
+            seen.some[place] = info
         if named["device"] not in seen.newest or seen.newest[named["device"]][0] < instant:
             seen.newest[named["device"]] = instant, info
     return seen

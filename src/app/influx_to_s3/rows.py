@@ -17,7 +17,7 @@ from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, U
 from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.set_aside import Disagreement
-from app.stores.parquet import CSV_ROWS
+from app.stores.parquet import CSV_ROWS, lost_tags_in
 from app.stores.row_sums import mixed, seed_of, text_bits
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 IGNORED = "\0"  # before the name of an ignored tag, while rows are put in order; no name at a source begins with it
 GROUP = "\0\0group"
 DAY_NS = 86_400_000_000_000
+GUESSES = (
+    (INTEGER, r"^-?(0|[1-9]\d{0,17})$"),
+    (DOUBLE, r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"),
+    (BOOLEAN, "^(true|false)$"),
+)
 EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
@@ -40,14 +45,17 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
     for name, values in points.fields:
         kinds.setdefault(name, []).append(kind_of(values.type))
     columns.see(points.tags, {name: type_of(some) for name, some in kinds.items()})
-    day = day_of(times_of(points.times))
-    table = {TIMESTAMP: points.times, **{name: _constant(UNKNOWN, len(points.times)) for name in TAGS}}
+    day = day_of(points.times)
+    table = {TIMESTAMP: points.times}
     for tag, texts in points.tags.items():
         if tag in columns.ignored:
             table[IGNORED + tag] = texts
         else:
             name = columns.tag(tag)
             table[name] = texts.fill_null(UNKNOWN) if name in TAGS and texts.null_count else texts
+    for name in TAGS:
+        if name not in table:
+            table[name] = _constant(UNKNOWN, len(points.times))
     for field, values in points.fields:
         column = columns.field(field)
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
@@ -276,9 +284,9 @@ def times_of(times: Any) -> Any:
     return times.view(pa.int64()).to_numpy()
 
 
-def day_of(instants: Any) -> date:
-    """The UTC day of the first of some instants, which all are of that day."""
-    return (EPOCH + timedelta(days=int(instants[0]) // DAY_NS)).date() if len(instants) else EPOCH.date()
+def day_of(times: Any) -> date:
+    """The UTC day of the first of some timestamps in nanoseconds, which all are of that day."""
+    return (EPOCH + timedelta(days=times[0].value // DAY_NS)).date() if len(times) else EPOCH.date()
 
 
 def instant_of(nanoseconds: int | None) -> datetime | None:
@@ -295,7 +303,8 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
 
     Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
-    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so.
+    what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so, unless
+    an older version wrote it, whose columns had another type in each object.
     """
     import pyarrow as pa
 
@@ -303,24 +312,28 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
     for tag in TAGS:
         has = tag in table.column_names
         rows[tag] = table.column(tag).fill_null(UNKNOWN) if has else _constant(UNKNOWN, table.num_rows)
-    day = day_of(instants_of(table))
+    day = day_of(table.column(TIMESTAMP))
     is_csv = CSV_ROWS.items() <= (table.schema.metadata or {}).items()
     for name in table.column_names:
         if name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED):
             continue
         values = table.column(name)
-        if name in columns.tags or (overflow := columns.overflow_kind(name)) == TEXT:
+        if name in columns.tags:
             _put(rows, name, [("", values)])
             continue
-        if overflow:
-            _put(rows, name, [("", _parsed(name, values, overflow) if is_csv else values)])
-            continue
-        if columns.by_name(name) is None:
+        column = columns.overflow_of(name) or columns.by_name(name)
+        if column is None:
             columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
-        column = columns.by_name(name) or columns.field(name)
+            column = columns.by_name(name) or columns.field(name)
         kind = column.type_on(day)
-        fitting = _fitting(_parsed(name, values, kind) if is_csv else values, kind, partial(columns.overflow, column))
-        _put(rows, column.name, fitting)
+        parts = [values]
+        if is_csv and lost_tags_in(table):
+            parts = list(_guessed(values, kind))
+        elif is_csv:
+            parts = [_parsed(name, values, columns.overflow_kind(name) or kind)]
+        # What did not fit when it was written may fit the type that the column has for this day by now.
+        for part in parts:
+            _put(rows, column.name, _fitting(part, kind, partial(columns.overflow, column)))
     return pa.table(rows)
 
 
@@ -337,14 +350,49 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
         ) from error
 
 
-def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns) -> "Iterator[pa.Table]":
-    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
+def as_now_typed(table: "pa.Table", columns: Columns) -> "pa.Table":
+    """An object of an older version as it would be written now; what was computed stays as it is. Any other as it is.
+
+    Older versions gave a column another type in each object.
+    """
+    if not lost_tags_in(table):
+        return table
+    rows = of_object(table, columns)
+    for name in (DEVICE, *COMPUTED):
+        if name in table.column_names:
+            rows = rows.append_column(name, table.column(name))
+    return rows
+
+
+def _guessed(values: Any, kind: str) -> Iterator[Any]:
+    """Text of a CSV object as `kind`; what it cannot be as a number or truth value, and else as text."""
+    import pyarrow.compute as pc
+
+    rest = values
+    for each, pattern in GUESSES if kind != TEXT else ():
+        fits = pc.fill_null(pc.match_substring_regex(rest, pattern), False)  # noqa: FBT003 - Arrow's own signature
+        if pc.any(fits).as_py():
+            yield pc.if_else(fits, rest, None).cast(arrow_type(each))
+            rest = pc.if_else(fits, None, rest)
+    if rest.null_count < len(rest) or kind == TEXT:
+        yield rest
+
+
+def united(
+    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, *, lost_tags: bool = False
+) -> "Iterator[pa.Table]":
+    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken.
+
+    `lost_tags`: the held rows were written without their further tags, so one that has none gives way to any row of
+    `new` with its instant and documented tags.
+    """
     streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
         if first is not None and second is not None:
-            second = lacking(second, identities_of(first, columns), columns)
+            loosely = identities_of(first, TAGS) if lost_tags else None
+            second = _not_superseded(second, identities_of(first, columns.tags), loosely, columns)
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
@@ -371,23 +419,49 @@ def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
         yield pa.concat_tables(rest, promote_options="default")
 
 
-def lacking(table: "pa.Table", identities: Any, columns: Columns) -> "pa.Table":
-    """The rows of `table` whose identity is not among `identities` (see `identities_of`)."""
+def _not_superseded(held: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
+    """The held rows that newer ones with these identities, or `loosely` these documented tags, do not stand for."""
     import numpy as np
     import pyarrow as pa
 
-    return table.filter(pa.array(~np.isin(identities_of(table, columns), identities)))
+    superseded = np.isin(identities_of(held, columns.tags), identities)
+    if loosely is not None:
+        superseded |= lacks_further_tags(held, columns) & np.isin(identities_of(held, TAGS), loosely)
+    return held.filter(pa.array(~superseded))
 
 
-def identities_of(table: "pa.Table", columns: Columns) -> Any:
-    """64 bits per row for timestamp and tags, a numpy array. Rows of one set of tags never share a number.
+def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
+    """For each row, true when it has no tag besides the documented ones; a numpy array."""
+    import numpy as np
+
+    lacks = np.ones(table.num_rows, bool)
+    for name in columns.tags & set(table.column_names) - set(TAGS):
+        lacks &= table.column(name).is_null().to_numpy()
+    return lacks
+
+
+def lacking(table: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
+    """The rows of `table` whose identity is not among `identities` (see `identities_of`), and not among `loosely` when
+    only the documented tags are looked at.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    known = np.isin(identities_of(table, columns.tags), identities)
+    if len(loosely):
+        known |= np.isin(identities_of(table, TAGS), loosely)
+    return table.filter(pa.array(~known))
+
+
+def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
+    """64 bits per row for timestamp and these tags, a numpy array. Rows of one set of tags never share a number.
 
     A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
     """
     import numpy as np
 
     total = np.zeros(table.num_rows, np.uint64)
-    for name in sorted(columns.tags & set(table.column_names)):
+    for name in sorted(set(tags) & set(table.column_names)):
         column = table.column(name).combine_chunks()
         bits, _ = text_bits(column)
         valid = column.is_valid().to_numpy(zero_copy_only=False)

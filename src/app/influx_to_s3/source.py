@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from random import random
 from sys import intern
@@ -23,13 +23,14 @@ from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
 from app.core.window import EPOCH, Window, windows_between
-from app.influx_to_s3.columns import TIMESTAMP, Columns
+from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader
 from app.influx_to_s3.rows import (
     canonical,
     identities_of,
     instants_of,
     lacking,
+    lacks_further_tags,
     nanoseconds_of,
     of_object,
     ordered,
@@ -39,6 +40,7 @@ from app.influx_to_s3.rows import (
 )
 from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.stores.parquet import lost_tags_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,21 +145,35 @@ class InfluxSource:
 
     def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
         """`batch` with the held rows whose identity it lacks. What was counted and read stays that of `batch`."""
-        rows = (of_object(table, self._columns) for table in held)
-        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns))
-        return replace(united_batch, accounts=batch.accounts, disagreements=batch.disagreements)
+        tables = iter(held)
+        first = list(islice(tables, 1))
+        lost_tags = any(map(lost_tags_in, first))
+        rows = (of_object(table, self._columns) for table in chain(first, tables))
+        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns, lost_tags=lost_tags))
+        return replace(
+            united_batch,
+            accounts=batch.accounts,
+            disagreements=batch.disagreements,
+            has_all_tags=batch.has_all_tags and (not lost_tags or united_batch.rows == batch.rows),
+        )
 
     def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
         """The rows of `batch` whose identity no held row has; what it leaves out is accounted for as already there.
 
-        Holds 8 bytes per held row.
+        A held row that lost its further tags stands for all rows with its instant and documented tags. Holds 8 bytes
+        per held row.
         """
         import numpy as np
 
         columns = self._columns
-        known = [identities_of(of_object(table, columns), columns) for table in held]
-        identities = np.concatenate(known) if known else np.empty(0, np.uint64)
-        rest = self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+        known, known_loosely = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        for table in held:
+            rows = of_object(table, columns)
+            known.append(identities_of(rows, columns.tags))
+            if lost_tags_in(table):
+                known_loosely.append(identities_of(rows, TAGS)[lacks_further_tags(rows, columns)])
+        identities, loosely = np.concatenate(known), np.concatenate(known_loosely)
+        rest = self.spooled(batch.device, (lacking(table, identities, loosely, columns) for table in batch.tables()))
 
         def account(name: str, tally: Tally) -> Tally:
             new = rest.accounts[name].new if name in rest.accounts else 0

@@ -35,6 +35,9 @@ class RowBatch:
 
     `accounts`: by field, what was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points
     that differ in ignored tags only have twice, and (as `set_aside`) what disagrees between these.
+
+    `is_plain`: no row has a further tag, and no two share an instant. `has_all_tags`: false when some rows were read
+    back from an object of an older version, which dropped their further tags.
     """
 
     device: str
@@ -45,11 +48,13 @@ class RowBatch:
     schema: "pa.Schema"
     columns: Columns
     has_nanos: bool
+    is_plain: bool
     blocks: "Sequence[pa.Table]"
     spooled: BinaryIO | None = None
     cells: Mapping[datetime, int] = field(default_factory=dict)
     accounts: Mapping[str, Tally] = field(default_factory=dict)
     disagreements: Sequence[Disagreement] = ()
+    has_all_tags: bool = True
 
     @property
     def min_at(self) -> datetime | None:
@@ -135,6 +140,7 @@ class Spool:
         self._digest = hashlib.sha256()
         self._rows = 0
         self._has_nanos = False
+        self._is_plain = True
         self._first_ns: int | None = None
         self._last_ns: int | None = None
 
@@ -149,6 +155,7 @@ class Spool:
         self._last_ns = int(instants[-1])
         self._rows += table.num_rows
         self._has_nanos = self._has_nanos or bool((instants % NANOS_PER_MICROSECOND).any())
+        self._is_plain = self._is_plain and bool((instants[1:] != instants[:-1]).all())
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
         if self._waiting_rows >= BLOCK_ROWS:
@@ -184,6 +191,7 @@ class Spool:
             schema=schema,
             columns=self.columns,
             has_nanos=self._has_nanos,
+            is_plain=self._is_plain and not (self.columns.tags & self._types.keys()) - set(TAGS),
             blocks=tuple(self._blocks),
             spooled=self._file,
             cells=cells,

@@ -17,6 +17,8 @@ from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
 from app.core.window import Window
 from app.influx_to_s3.accounting import is_nameable
+from app.influx_to_s3.columns import Columns
+from app.influx_to_s3.rows import as_now_typed
 from app.influx_to_s3.spool import RowBatch
 from app.stores.objects import ObjectInfo
 from app.stores.parquet import EncodedFile, TableSink
@@ -33,6 +35,7 @@ class ExportEnds:
 
     pipeline: ExportPipeline
     sink: TableSink
+    columns: Columns
     clock: Callable[[], datetime]
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
     looked_at: Slot | None = None
@@ -65,7 +68,7 @@ class ExportEnds:
         total = NOTHING
         for named_at, info in self._listing(slot):
             if slot.window.start <= named_at < slot.window.end:
-                tables = self.sink.read(info.key, info.etag)
+                tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
                 total += content_of_tables(tables, as_text=self._as_text(slot.window))
         return total
 

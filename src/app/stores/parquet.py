@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from app.core.errors import Conflict, Permanent, Rejected
-from app.core.ports import Batch, Held
+from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held
 from app.core.window import Window
 from app.stores.layouts import Layout
 from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
@@ -34,6 +34,8 @@ NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
 """Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
+LOST_TAGS = {b"headwater.lost-tags": b"yes"}
+"""Schema metadata of rows from an object without the mark `tags: all`: older versions dropped all but two tags."""
 CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
 
 
@@ -47,6 +49,10 @@ class TableBatch(Batch, Protocol):
     @property
     def has_nanos(self) -> bool:
         """True when an instant has digits below the microsecond."""
+
+    @property
+    def has_all_tags(self) -> bool:
+        """False when rows of an older version are among them, which lost tags."""
 
     def output(self) -> "Iterator[pa.Table]":
         """The rows with `output_schema`, in order, in tables of moderate size."""
@@ -108,7 +114,7 @@ class TableSink:
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
         """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
 
-        Timestamps are in nanoseconds, whatever unit the object has.
+        Timestamps are in nanoseconds, whatever unit the object has. See LOST_TAGS and CSV_ROWS.
         """
         with closing(self._temporary()) as file:
             with self.store.open(key, version) as body:
@@ -117,7 +123,13 @@ class TableSink:
                 while chunk := body.read(CSV_BLOCK_BYTES):
                     file.write(chunk)
             file.seek(0)
-            yield from _readable(key, _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file))
+            if key.endswith(".parquet"):
+                yield from _readable(key, _parquet_tables(file))
+            else:
+                held = self.head(key)
+                mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
+                for table in _readable(key, _csv_tables(file)):
+                    yield table.replace_schema_metadata(mark)
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
         """Write the batch to memory, from MEMORY_BYTES on to a temporary file.
@@ -132,6 +144,7 @@ class TableSink:
             "digest": batch.digest,
             "app-version": self.app_version,
             "timestamp-unit": layout.timestamp_unit,
+            "tags": ALL_TAGS if batch.has_all_tags else SOME_TAGS,
         }
         file = self._temporary()
         with ExitStack() as undo:
@@ -188,7 +201,13 @@ def held_of(info: ObjectInfo) -> Held:
         digest=info.metadata.get("digest", ""),
         rows=int(rows) if rows.isdigit() else None,
         size_bytes=info.size_bytes,
+        tags=info.metadata.get("tags", ""),
     )
+
+
+def lost_tags_in(table: "pa.Table") -> bool:
+    """True for rows of an object that lost tags: see LOST_TAGS."""
+    return LOST_TAGS.items() <= (table.schema.metadata or {}).items()
 
 
 def stored_schema(schema: "pa.Schema", *, in_microseconds: bool, with_nanos: bool) -> "pa.Schema":
@@ -208,7 +227,9 @@ def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
     import pyarrow as pa
 
     index = table.schema.get_field_index(TIMESTAMP)
-    instants = table.column(index).cast(pa.int64()).to_numpy()
+    times = table.column(index)
+    times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
+    instants = times.view(pa.int64()).to_numpy()
     micros = instants // 1000  # rounds down, also before 1970, so that the rest is never negative
     table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
     return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
@@ -304,7 +325,11 @@ def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
 
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
-            yield in_nanoseconds(pa.Table.from_batches([batch]))
+            table = in_nanoseconds(pa.Table.from_batches([batch]))
+            said = table.schema.metadata or {}
+            yield (
+                table if said.get(b"headwater.tags") == ALL_TAGS.encode() else table.replace_schema_metadata(LOST_TAGS)
+            )
 
 
 def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
@@ -326,7 +351,7 @@ def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
     }
     with pacsv.open_csv(file, **options) as reader:
         for batch in reader:
-            yield pa.Table.from_batches([batch]).replace_schema_metadata(CSV_ROWS)
+            yield pa.Table.from_batches([batch])
 
 
 def _first_record(file: BinaryIO) -> str:
