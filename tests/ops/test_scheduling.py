@@ -27,7 +27,7 @@ from app.core.runs import (
 )
 from app.core.window import Window
 from app.ops.outcomes import log_run
-from app.ops.scheduler import Backfill, Scheduler
+from app.ops.scheduler import Backfill, Every, Scheduler
 from app.ops.worker import due_in, retry_in
 from app.stores.state import State, open_state
 
@@ -46,6 +46,16 @@ def test_a_job_that_never_ran_is_due_at_once() -> None:
 def test_a_daily_job_is_due_a_day_after_its_last_run_and_at_once_when_overdue() -> None:
     assert due_in(20 * 3600, DAY) == 4 * 3600
     assert due_in(30 * 3600, DAY) == 0
+
+
+def test_a_clock_that_jumps_by_decades_costs_one_look_and_not_one_for_each_missed_interval() -> None:
+    trigger, now = Every(seconds=60, jitter=3, timezone=UTC), datetime(2026, 11, 28, tzinfo=UTC)
+    following = trigger.get_next_fire_time(datetime(1970, 1, 1, tzinfo=UTC), now)
+    assert following is not None
+    assert now < following < now + timedelta(seconds=64)
+    in_time = trigger.get_next_fire_time(now - timedelta(seconds=30), now)
+    assert in_time is not None
+    assert in_time > now
 
 
 def test_a_job_of_each_minute_is_due_at_once_after_a_restart() -> None:

@@ -1,7 +1,7 @@
-"""When jobs run: each has a thread with a timer of its own (`worker`); here they are started, watched and asked.
+"""When jobs run. The timers are APScheduler's, whose only home this is; the runs have threads of their own.
 
-Invariants: jobs that are off get no timer; when the wall clock steps, either way, each job checks once if it is due,
-and none waits for the clock; looking at the clock does no I/O.
+Invariants: jobs that are off get no timer; a timer that was missed fires once when it can; when the wall clock steps,
+either way, each job checks once if it is due, and none waits for the clock to come round again.
 """
 
 import logging
@@ -9,8 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
+
+from apscheduler.jobstores.base import JobLookupError
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
 
 from app.core.errors import AppError, Rejected
 from app.core.runs import Context, Job, Report, RunDesk, Stop
@@ -20,6 +24,9 @@ from app.ops.worker import Status, Worker
 
 TICK_SECONDS = 5
 STALLED_SECONDS = 30.0
+JITTER_PARTS = 20
+JITTER_LIMIT_SECONDS = 30
+TICK = "tick"
 
 
 class Pauses(Protocol):
@@ -49,6 +56,19 @@ class JobView:
     can_backfill: bool
 
 
+class Every(IntervalTrigger):  # type: ignore[misc]  # the library has no types
+    """Each `seconds`, apart by `jitter`. Intervals that were missed are left out.
+
+    APScheduler's own trigger names every one of them before one is run for all: after a jump of the clock by decades
+    that takes hours, in which nothing runs.
+    """
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
+        """See `apscheduler.triggers.base.BaseTrigger`."""
+        at: datetime | None = super().get_next_fire_time(previous_fire_time, now)
+        return super().get_next_fire_time(now, now) if at is not None and at <= now else at
+
+
 class Scheduler:
     """Starts jobs when they are due, and on request. All methods may be called from any thread."""
 
@@ -59,17 +79,26 @@ class Scheduler:
         self._pauses = pauses
         self._stop = stop
         self._backfills = backfills
+        self._timers = BackgroundScheduler(
+            timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
+        )
         self._workers = {job.name: self._hired(job, desk) for job in jobs}
         self._ticked_at = time.monotonic()
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Start the timers; whether a job is due is looked at at once."""
-        self._ticked_at = time.monotonic()
+        """Start the timers; every job that can run is looked at at once, spread by its jitter."""
+        logging.getLogger("apscheduler").setLevel(logging.WARNING)
+        now = datetime.now(UTC)
         for worker in self._able():
             worker.start()
-        for name, watch in (("tick", self._tick), ("pauses", self._watch_pauses)):
-            threading.Thread(target=watch, name=name, daemon=True).start()
+            interval = worker.job.interval_seconds
+            jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
+            trigger = Every(seconds=interval, jitter=jitter, timezone=UTC)
+            self._timers.add_job(worker.due, trigger, id=worker.job.name, next_run_time=now)
+        self._timers.add_job(self._tick, Every(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now)
+        self._timers.start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ask_stop(self, reason: str) -> None:
         """No new run starts from now on; running ones end at their next safe point."""
@@ -81,6 +110,8 @@ class Scheduler:
         """Stop everything within `seconds`; the names of jobs that are stuck and were left behind."""
         self.ask_stop("the process ends")
         self._closed.set()
+        if self._timers.running:
+            self._timers.shutdown(wait=False)
         deadline = time.monotonic() + seconds
         return [w.job.name for w in self._able() if w.alive and not w.join(deadline - time.monotonic())]
 
@@ -91,7 +122,7 @@ class Scheduler:
 
     @property
     def turning(self) -> bool:
-        """True while every job's thread lives and takes notice, or the process is about to end. No I/O."""
+        """True while timers fire and every job's thread lives, or the process is about to end. No I/O."""
         return self._stop.asked or (time.monotonic() - self._ticked_at < STALLED_SECONDS and self.running)
 
     @property
@@ -137,7 +168,7 @@ class Scheduler:
         def paused() -> bool:
             return job.name in self._pauses.paused()
 
-        return Worker(named(job), desk, self._stop, paused)
+        return Worker(named(job), desk, self._stop, self._mover(job.name), paused)
 
     def _able(self) -> Sequence[Worker]:
         return [worker for worker in self._workers.values() if not worker.job.off]
@@ -150,29 +181,35 @@ class Scheduler:
 
     def _view(self, worker: Worker) -> JobView:
         status = worker.status
-        idle = status.state in ("off", "paused")
-        at = None if idle else self._clock() + timedelta(seconds=worker.timer_seconds)
+        timer = None if status.state in ("off", "paused") else self._timers.get_job(worker.job.name)
+        at = getattr(timer, "next_run_time", None)
         return JobView(worker.job, status, at, worker.job.name in self._backfills and not worker.job.off)
 
-    def _tick(self) -> None:
-        """Wake every job, which a thread that is stuck would hold up, and look whether the wall clock was set."""
-        ahead = time.time() - time.monotonic()
-        while not self._closed.wait(TICK_SECONDS):
-            now_ahead = time.time() - time.monotonic()
-            step, ahead = now_ahead - ahead, now_ahead
-            stepped = abs(step) > TICK_SECONDS
-            if stepped:
-                way = "forward" if step > 0 else "back"
-                log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
-            for worker in self._able():
-                (worker.due if stepped else worker.wake)()
-            self._ticked_at = time.monotonic()
+    def _mover(self, name: str) -> Callable[[float], None]:
+        def fire_in(seconds: float) -> None:
+            try:
+                self._timers.modify_job(name, next_run_time=datetime.now(UTC) + timedelta(seconds=seconds))
+            except JobLookupError:
+                log.debug("%s: its timer is gone, the process ends", name)
 
-    def _watch_pauses(self) -> None:
-        """Follow what other processes paused, in a thread whose waiting holds up nothing."""
+        return fire_in
+
+    def _tick(self) -> None:
+        self._ticked_at = time.monotonic()
+
+    def _watch(self) -> None:
+        """Look at the clock and at what other processes paused, in a thread whose waiting holds up nothing."""
+        ahead = time.time() - time.monotonic()
         self._follow_pauses()
         while not self._closed.wait(TICK_SECONDS):
             self._follow_pauses()
+            now_ahead = time.time() - time.monotonic()
+            step, ahead = now_ahead - ahead, now_ahead
+            if abs(step) > TICK_SECONDS:
+                way = "forward" if step > 0 else "back"
+                log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
+                for name in (TICK, *(worker.job.name for worker in self._able())):
+                    self._mover(name)(0)
 
     def _follow_pauses(self) -> None:
         try:

@@ -1,8 +1,7 @@
-"""One job's own thread: it runs what its timer or a person asks of it, one after the other.
+"""One job's own thread: it runs what is asked of it, one after the other.
 
 Invariants: a job never overlaps itself in this process, whoever asks (timer, person, backfill); work that stopped at
 its time limit goes on soon, but never in a tight loop; the thread is a daemon, so a stuck run cannot hold up the exit.
-its time limit goes on soon, never in a tight loop; the thread is a daemon, so a stuck run cannot hold up the exit.
 """
 
 import logging
@@ -21,8 +20,6 @@ HELD_SECONDS = 60.0
 RETRY_SECONDS = 900.0
 STORE_AWAY_SECONDS = 5.0
 BACKFILLS = 10
-JITTER_PARTS = 20
-JITTER_LIMIT_SECONDS = 30
 log = logging.getLogger(__name__)
 
 
@@ -74,32 +71,34 @@ class _Turn:
 
 
 class Worker:
-    """The thread of one job. `paused()` asks the state, and raises AppError."""
+    """The thread of one job. `fire_in(seconds)` moves its timer; `paused()` asks the state, and raises AppError."""
 
-    def __init__(self, job: Job, desk: RunDesk, stop: Stop, paused: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        desk: RunDesk,
+        stop: Stop,
+        fire_in: Callable[[float], None],
+        paused: Callable[[], bool],
+    ) -> None:
         self.job = job
         self._asks_paused = paused
         self._desk = desk
         self._stop = stop
+        self._fire_in = fire_in
         self._changed = threading.Condition()
         self._turns: list[_Turn] = []
-        self._timer_at = time.monotonic()
         self._running: _Turn | None = None
         self._tally: Tally | None = None
         self._paused = False
         self._thread = threading.Thread(target=self._loop, name=f"job-{job.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin to take turns; whether the job is due is looked at at once."""
+        """Begin to take turns."""
         self._thread.start()
 
-    @property
-    def timer_seconds(self) -> float:
-        """Until the timer fires."""
-        return max(self._timer_at - time.monotonic(), 0.0)
-
     def due(self) -> None:
-        """As if the timer fired: run once when it is due, unless paused. During a run: once more after it."""
+        """The timer fired: run once, unless paused. A wake during a run means one more run after it."""
         with self._changed:
             if not self._paused:
                 self._put(_Turn(self.job, 0.0))
@@ -196,29 +195,14 @@ class Worker:
         with self._changed:
             while not self._stop.asked:
                 now = time.monotonic()
-                if self._timer_at <= now:
-                    self._wind(now)
-                    self.due()
                 ready = next((turn for turn in self._turns if turn.not_before <= now), None)
                 if ready is not None:
                     self._turns.remove(ready)
                     self._running = ready
                     return ready
-                self._changed.wait(min([self._timer_at, *(turn.not_before for turn in self._turns)]) - now)
+                soonest = min((turn.not_before for turn in self._turns), default=None)
+                self._changed.wait(None if soonest is None else soonest - now)
         return None
-
-    def _wind(self, now: float) -> None:
-        """Set the timer an interval on, apart from other processes'; intervals that were missed are left out."""
-        interval = self.job.interval_seconds
-        jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
-        following = self._timer_at + interval
-        following = following if following > now else now + interval
-        self._timer_at = following + random.uniform(-jitter, jitter)  # noqa: S311 - replicas apart, not a secret
-
-    def _fire_in(self, seconds: float) -> None:
-        """Move the timer."""
-        with self._changed:
-            self._timer_at = time.monotonic() + seconds
 
     def _take(self, turn: _Turn) -> None:
         if not turn.asked and (self._is_paused() or not (turn.more or self._is_due())):
