@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 from app.core.errors import LeaseLost
 from app.core.ports import Commit, Record
-from app.core.runs import Lease, Run
+from app.core.runs import Lease, Outcome, Run
+from app.stores.clocks import AHEAD
 
 
 def wall_clock() -> datetime:
@@ -18,16 +19,28 @@ class MemoryLeases:
     def __init__(self, clock: Callable[[], datetime] = wall_clock) -> None:
         self._clock = clock
         self._held: dict[str, Lease] = {}
+        self._free: set[str] = set()
         self.lock = threading.RLock()
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
         with self.lock:
             held = self._held.get(name)
-            if held is not None and held.owner != owner and held.expires_at > self._clock():
+            if held is not None and held.owner != owner and self.remaining_seconds(name) > 0:
                 return None
             generation = held.generation + 1 if held else 1
             self._held[name] = Lease(name, owner, generation, self._expiry(ttl_seconds))
+            self._free.discard(name)
             return self._held[name]
+
+    def remaining_seconds(self, name: str) -> float:
+        with self.lock:
+            held = self._held.get(name)
+            if held is None or name in self._free:
+                return 0.0
+            return max((held.expires_at - self._clock()).total_seconds(), 0.0)
+
+    def watch_seconds(self, name: str, ttl_seconds: float) -> float:
+        return 0.0  # its clock is the tests' own: nobody sets it back
 
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
         with self.lock:
@@ -37,8 +50,9 @@ class MemoryLeases:
 
     def release(self, lease: Lease) -> None:
         with self.lock:
-            if self._is_held(lease):
-                self._held[lease.name] = replace(lease, expires_at=self._clock())
+            held = self._held.get(lease.name)
+            if held is not None and (held.owner, held.generation) == (lease.owner, lease.generation):
+                self._free.add(lease.name)
 
     def check(self, lease: Lease) -> None:
         """Raises LeaseLost unless the lease is held and lives."""
@@ -48,7 +62,7 @@ class MemoryLeases:
     def _is_held(self, lease: Lease) -> bool:
         held = self._held.get(lease.name)
         same = held is not None and (held.owner, held.generation) == (lease.owner, lease.generation)
-        return held is not None and same and held.expires_at > self._clock()
+        return held is not None and same and self.remaining_seconds(lease.name) > 0
 
     def _expiry(self, ttl_seconds: float) -> datetime:
         return self._clock() + timedelta(seconds=ttl_seconds)
@@ -104,4 +118,12 @@ class MemoryRuns:
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
         with self._lock:
             runs = [run for run in self._runs.values() if job in (None, run.job)]
-        return sorted(runs, key=lambda run: (run.started_at, run.run_id), reverse=True)[:limit]
+        until_at = wall_clock() + AHEAD
+        key = lambda run: (run.started_at <= until_at, run.started_at, run.run_id)  # noqa: E731 - named once
+        return sorted(runs, key=key, reverse=True)[:limit]
+
+    def since_done_seconds(self, job: str) -> float | None:
+        now = wall_clock()
+        done = [run for run in self.recent(job, len(self._runs)) if run.outcome in (Outcome.OK, Outcome.PARTIAL)]
+        starts = [run.started_at for run in done if run.started_at <= now + AHEAD]
+        return max((now - max(starts)).total_seconds(), 0.0) if starts else None

@@ -16,6 +16,13 @@ def needs(command: str) -> Path:
     return Path(found)
 
 
+def faketime_library() -> Path:
+    """The library that gives a process another wall clock, for `LD_PRELOAD`."""
+    needs("faketime")
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    return found[0] if found else absent("libfaketimeMT.so.1 is not below /usr/lib: apt-get install faketime")
+
+
 def needs_node_package(name: str) -> Path:
     """The folder of an npm package below NODE_PACKAGES, where `.ci/run` installs it; else as `needs`."""
     folder = NODE_PACKAGES / "node_modules" / name

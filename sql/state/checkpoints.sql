@@ -1,16 +1,34 @@
 -- Checkpoints: what is confirmed, per pipeline and partition (device_id). Instants in a result are named with _at.
 
 -- name: cursors
--- Partition and cursor, for those that have one: a partition that only ever failed has none.
-SELECT device_id, last_exported_at
-FROM export_checkpoints
-WHERE pipeline = :pipeline AND last_exported_at IS NOT NULL;
+-- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
+-- from a clock that was ahead. What was finished before that is known up to the newest window with a record, else from the
+-- first cursor on.
+SELECT device_id, cursor_at
+FROM (
+    SELECT
+        held.device_id,
+        CASE
+            WHEN held.last_exported_at <= :until_at THEN held.last_exported_at
+            ELSE coalesce(
+                (
+                    SELECT max(w.window_start)
+                    FROM export_windows AS w
+                    WHERE w.pipeline = held.pipeline AND w.device_id = held.device_id AND w.window_start <= :until_at
+                ),
+                held.started_at
+            )
+        END AS cursor_at
+    FROM export_checkpoints AS held
+    WHERE held.pipeline = :pipeline AND held.last_exported_at IS NOT NULL
+) AS known
+WHERE cursor_at <= :until_at;
 
 -- name: starts
--- Partition and first cursor, for those that have one.
+-- Partition and first cursor, for those that have one that does not come from a clock that was ahead.
 SELECT device_id, started_at
 FROM export_checkpoints
-WHERE pipeline = :pipeline AND started_at IS NOT NULL;
+WHERE pipeline = :pipeline AND started_at <= :until_at;
 
 -- name: records
 -- The records of windows that start in [since_at, until_at), by window start, then part.
@@ -48,6 +66,7 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
 
 -- name: save_checkpoint
 -- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.
+-- Those after :until_at come from clocks that were ahead, and are replaced.
 INSERT INTO export_checkpoints AS held (
     pipeline, device_id, started_at, last_exported_at, high_watermark_at, status, s3_key, record_count, error_message,
     created_at, updated_at
@@ -55,13 +74,18 @@ INSERT INTO export_checkpoints AS held (
     :pipeline, :partition, :cursor_at, :cursor_at, :high_watermark_at, 'ok', :key, :rows, NULL, :now_at, :now_at
 )
 ON CONFLICT (pipeline, device_id) DO UPDATE SET
-    started_at = coalesce(held.started_at, excluded.started_at),
+    started_at = CASE
+        WHEN held.started_at <= :until_at THEN held.started_at
+        ELSE coalesce(excluded.started_at, held.started_at)
+    END,
     last_exported_at = CASE
-        WHEN held.last_exported_at > excluded.last_exported_at THEN held.last_exported_at
+        WHEN held.last_exported_at > excluded.last_exported_at AND held.last_exported_at <= :until_at
+            THEN held.last_exported_at
         ELSE coalesce(excluded.last_exported_at, held.last_exported_at)
     END,
     high_watermark_at = CASE
-        WHEN held.high_watermark_at > excluded.high_watermark_at THEN held.high_watermark_at
+        WHEN held.high_watermark_at > excluded.high_watermark_at AND held.high_watermark_at <= :until_at
+            THEN held.high_watermark_at
         ELSE coalesce(excluded.high_watermark_at, held.high_watermark_at)
     END,
     status = 'ok',

@@ -24,29 +24,73 @@ ON CONFLICT (run_id) DO UPDATE SET
     ledger = excluded.ledger;
 
 -- name: prune_runs
--- Keep the newest runs of a job. Without that many the inner query is NULL and nothing goes.
+-- Keep the newest runs of a job up to :until_at, and those after it. Without that many the inner query is NULL and nothing
+-- goes.
 DELETE FROM runs
 WHERE
     job = :job
     AND started_at < (
-        SELECT started_at FROM runs WHERE job = :job ORDER BY started_at DESC LIMIT 1 OFFSET :kept_before
+        SELECT started_at FROM runs WHERE job = :job AND started_at <= :until_at
+        ORDER BY started_at DESC LIMIT 1 OFFSET :kept_before
     );
 
 -- name: recent_runs
--- The newest runs of all jobs.
-SELECT * FROM runs ORDER BY started_at DESC, run_id DESC LIMIT :limit;
+-- The newest runs of all jobs. Those that a clock recorded that was ahead come after all others.
+SELECT * FROM (
+    SELECT 0 AS ahead, runs.* FROM runs WHERE started_at <= :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS known
+UNION ALL
+SELECT * FROM (
+    SELECT 1 AS ahead, runs.* FROM runs WHERE started_at > :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS later
+ORDER BY ahead, started_at DESC, run_id DESC
+LIMIT :limit;
 
 -- name: recent_runs_of_job
--- The newest runs of one job.
-SELECT * FROM runs WHERE job = :job ORDER BY started_at DESC, run_id DESC LIMIT :limit;
+-- The newest runs of one job. Those that a clock recorded that was ahead come after all others.
+SELECT * FROM (
+    SELECT 0 AS ahead, runs.* FROM runs WHERE job = :job AND started_at <= :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS known
+UNION ALL
+SELECT * FROM (
+    SELECT 1 AS ahead, runs.* FROM runs WHERE job = :job AND started_at > :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS later
+ORDER BY ahead, started_at DESC, run_id DESC
+LIMIT :limit;
 
 -- name: last_ended
--- The newest run of a job that has ended.
-SELECT * FROM runs WHERE job = :job AND ended_at IS NOT NULL ORDER BY started_at DESC, run_id DESC LIMIT 1;
+-- The newest runs of a job that have ended. Those that a clock recorded that was ahead come after all others.
+SELECT * FROM (
+    SELECT 0 AS ahead, runs.* FROM runs WHERE job = :job AND ended_at IS NOT NULL AND started_at <= :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS known
+UNION ALL
+SELECT * FROM (
+    SELECT 1 AS ahead, runs.* FROM runs WHERE job = :job AND ended_at IS NOT NULL AND started_at > :until_at
+    ORDER BY started_at DESC, run_id DESC LIMIT :limit
+) AS later
+ORDER BY ahead, started_at DESC, run_id DESC
+LIMIT :limit;
+
+-- name: last_done
+-- The start of the newest run of a job that came to its end; what a clock recorded that was ahead does not count.
+SELECT started_at FROM runs
+WHERE job = :job AND outcome IN ('ok', 'partial') AND started_at <= :until_at
+ORDER BY started_at DESC
+LIMIT 1;
 
 -- name: is_counted
 -- A row when this run has ended before, so that its sums are counted already.
 SELECT 1 AS found FROM runs WHERE run_id = :run_id AND ended_at IS NOT NULL;
+
+-- name: correct_totals
+-- Runs of a job end one after the other: one that seems to have ended after the run that ends now was recorded by a clock
+-- that was ahead.
+UPDATE job_totals SET ended_at = :ended_at WHERE job = :job AND ended_at > :ended_at;
 
 -- name: add_total
 -- Add one ended run to the sums of its job and outcome.

@@ -107,8 +107,9 @@ SELECT EXISTS (SELECT 1 FROM analytics_objects) AS asked;
 
 -- name: sweeps
 -- How often versions were removed so far.
-SELECT sweeps FROM analytics_sweeps WHERE only_row = 1;
+SELECT coalesce(max(sweeps), 0) AS sweeps FROM analytics_sweeps;
 
 -- name: count_sweep
 -- Tell other processes that versions are being removed.
-UPDATE analytics_sweeps SET sweeps = sweeps + 1 WHERE only_row = 1;
+INSERT INTO analytics_sweeps (only_row, sweeps) VALUES (1, 1)
+ON CONFLICT (only_row) DO UPDATE SET sweeps = analytics_sweeps.sweeps + 1;

@@ -126,6 +126,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         histories=service.pipelines.histories,
         calls=service.pipelines.calls,
         clock=service.clock,
+        state_clock=service.state.clocks.now,
+        ahead_seconds=lambda: service.alerts.ahead_seconds,
     )
     about = service.settings.service
     serving = Serving(service.analytics)

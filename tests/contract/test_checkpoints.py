@@ -273,3 +273,49 @@ def test_late_rows_are_the_rows_of_all_deltas_by_pipeline(state: State) -> None:
     state.checkpoints.commit(PIPELINE, "d1", Commit(deltas), lease)
     state.checkpoints.commit("other", "d1", Commit([record(1)]), lease)
     assert dict(state.checkpoints.late_rows_total()) == {PIPELINE: 7}
+
+
+def committed(state: State, *commits: Commit) -> None:
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease
+    for each in commits:
+        state.checkpoints.commit(PIPELINE, "d1", each, lease)
+
+
+def test_a_cursor_of_a_clock_that_was_ahead_is_the_newest_window_with_a_record(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit((record(1), record(3)), START), Commit((), ahead_at))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 3 * HOUR}
+    assert state.clocks.ahead_seconds().keys() == {PIPELINE}
+    committed(state, Commit((), START + 4 * HOUR))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 4 * HOUR}
+    assert state.clocks.ahead_seconds() == {}
+    committed(state, Commit((), START + 2 * HOUR))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 4 * HOUR}, "one that is in order moves on only"
+
+
+def test_a_cursor_ahead_of_now_without_any_record_is_the_first_start_and_is_none_without_that(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit((), START), Commit((), ahead_at))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START}
+    lease = state.leases.acquire("other", "one", 30.0)
+    assert lease
+    state.checkpoints.commit("other", "d1", Commit((), ahead_at), lease)
+    assert state.checkpoints.cursors("other") == state.checkpoints.starts("other") == {}
+    state.checkpoints.commit("other", "d1", Commit((), START), lease)
+    assert state.checkpoints.cursors("other") == state.checkpoints.starts("other") == {"d1": START}
+
+
+def test_a_newest_event_that_lies_ahead_of_now_gives_way_to_the_next_one(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit((replace(record(1), max_at=ahead_at),)), Commit((record(2),)))
+    assert [each.high_watermark_at for each in state.checkpoints.of(PIPELINE)] == [record(2).max_at]
+
+
+def test_a_window_that_has_not_ended_is_not_closed_whatever_a_clock_said_that_was_ahead(state: State) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    going_on = replace(record(1), window=Window(hour + HOUR, hour + 2 * HOUR), closed=True)
+    over = replace(record(1), window=Window(hour - HOUR, hour), closed=True)
+    committed(state, Commit((over, going_on)))
+    found = state.checkpoints.records(PIPELINE, "d1", hour - HOUR, hour + 2 * HOUR)
+    assert [each.closed for each in found] == [True, False]

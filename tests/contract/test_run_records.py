@@ -157,3 +157,55 @@ def test_an_alert_is_begun_by_one_and_ended_by_one_and_not_by_what_came_before_i
     assert [state.alerts.end("a", later, "stale") for _ in range(2)] == [True, False]
     assert [state.alerts.end("a", later + timedelta(seconds=1)) for _ in range(2)] == [True, False]
     assert state.alerts.told() == {}
+
+
+def done(at: datetime, outcome: Outcome = Outcome.OK, job: str = "influx_to_s3") -> Run:
+    return Run(f"{job} {at}", job, at, at + timedelta(seconds=1), outcome)
+
+
+def test_runs_of_a_clock_that_was_ahead_come_after_all_others(runs: Runs) -> None:
+    now = datetime.now(UTC)
+    ahead, before, after = (done(now + timedelta(minutes=minutes)) for minutes in (60, -2, -1))
+    for each in (before, ahead, after):
+        runs.save(each)
+    assert list(runs.recent(None, 10)) == [after, before, ahead]
+    assert list(runs.recent("influx_to_s3", 2)) == [after, before]
+
+
+def test_the_age_of_the_last_finished_run_leaves_out_failures_and_what_lies_ahead(runs: Runs) -> None:
+    now = datetime.now(UTC)
+    assert runs.since_done_seconds("influx_to_s3") is None
+    runs.save(done(now + timedelta(days=40)))
+    assert runs.since_done_seconds("influx_to_s3") is None
+    runs.save(done(now - timedelta(seconds=500), Outcome.PARTIAL))
+    runs.save(done(now - timedelta(seconds=100), Outcome.FAILED))
+    runs.save(done(now - timedelta(seconds=50), job="other"))
+    age = runs.since_done_seconds("influx_to_s3")
+    assert age is not None
+    assert 500 <= age < 530
+
+
+def test_runs_ahead_of_now_do_not_push_the_others_out(state: State) -> None:
+    now = datetime.now(UTC)
+    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=3)
+    for number in range(5):
+        runs.save(done(now + timedelta(days=40, minutes=number)))
+    for number in range(5, 0, -1):
+        runs.save(done(now - timedelta(minutes=number)))
+    known = [done(now - timedelta(minutes=number)) for number in (1, 2, 3)]
+    assert list(runs.recent(None, 3)) == known
+    assert len(runs.recent(None, 100)) == 6
+    assert runs.last_ended("influx_to_s3") == known[0]
+
+
+def test_what_ended_ahead_of_now_is_told_of_until_a_run_has_ended_since(state: State) -> None:
+    now = datetime.now(UTC)
+    state.runs.save(done(now + timedelta(days=40)))
+    state.runs.save(done(now + timedelta(seconds=20), job="in order"))
+    (name, seconds), *others = state.clocks.ahead_seconds().items()
+    assert (name, others) == ("influx_to_s3", [])
+    assert abs(seconds - 40 * 86_400) < 60
+    state.runs.save(done(now - timedelta(seconds=5), Outcome.PARTIAL))
+    assert state.clocks.ahead_seconds() == {}
+    ends = {total.outcome: total.ended_at for total in state.runs.totals() if total.job == "influx_to_s3"}
+    assert set(ends.values()) == {now - timedelta(seconds=4)}

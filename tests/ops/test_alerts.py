@@ -33,8 +33,7 @@ def test_a_job_is_stale_after_interval_and_grace_and_a_fresh_process_gets_its_gr
     day, hour = 86_400.0, 3600.0
 
     def stale(last_hours: float | None, up_hours: float) -> bool:
-        last_at = None if last_hours is None else NOW - timedelta(hours=last_hours)
-        return is_stale(last_at, NOW - timedelta(hours=up_hours), (day, hour), NOW)
+        return is_stale(None if last_hours is None else last_hours * hour, up_hours * hour, (day, hour))
 
     assert not stale(24.5, 100)
     assert stale(25.5, 100)
@@ -42,6 +41,12 @@ def test_a_job_is_stale_after_interval_and_grace_and_a_fresh_process_gets_its_gr
     assert stale(50, 1.5)
     assert not stale(None, 24.5)
     assert stale(None, 25.5)
+
+
+def test_a_last_run_that_lies_ahead_of_now_keeps_no_job_from_being_stale() -> None:
+    assert not is_stale(-40 * 86_400.0, 900.0, (60.0, 900.0))
+    assert is_stale(-40 * 86_400.0, 961.0, (60.0, 900.0))
+    assert not is_stale(-5.0, 10_000.0, (60.0, 900.0)), "clocks of two machines differ by some seconds"
 
 
 class Listener:
@@ -102,15 +107,37 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+class FollowedClock:
+    """The state's clock, which is the one that all follow, and the jobs whose records lie ahead of it."""
+
+    def __init__(self, clock: list[datetime], ahead: dict[str, float]) -> None:
+        self._clock, self._ahead = clock, ahead
+
+    def now(self) -> datetime:
+        return self._clock[0]
+
+    def ahead_seconds(self) -> Mapping[str, float]:
+        return dict(self._ahead)
+
+
 class Process:
     """The alerts of one process over the state that all share, and a clock that all follow."""
 
     def __init__(
-        self, listener: Listener, state: State, clock: list[datetime], told: Told | None = None, **rules: Any
+        self,
+        listener: Listener,
+        state: State,
+        time: tuple[list[datetime], list[float]],
+        ahead: dict[str, float],
+        told: Told | None = None,
+        **rules: Any,
     ) -> None:
         self.listener = listener
         jobs = [Job(name, 60, lambda _: Report()) for name in ("export", "inbox")]
-        watched = Watched(jobs, state.pauses.paused, state.runs, told or state.alerts, lambda: clock[0])
+        clock, elapsed = time
+        clocks = FollowedClock(clock, ahead)
+        times = (lambda: clock[0], lambda: elapsed[0])
+        watched = Watched(jobs, state.pauses.paused, state.runs, told or state.alerts, clocks, *times)
         self.alerts = Alerts(Rules("water", f"{listener.url}/hook?token=s", **rules), watched)
         self.alerts.start()
 
@@ -135,15 +162,18 @@ class Processes:
     def __init__(self, listener: Listener, state: State) -> None:
         self.listener, self.state = listener, state
         self.clock = [NOW]
+        self.elapsed = [0.0]
+        self.ahead: dict[str, float] = {}
         self.started: list[Process] = []
 
     def start(self, **rules: Any) -> Process:
-        self.started.append(Process(self.listener, self.state, self.clock, **rules))
+        self.started.append(Process(self.listener, self.state, (self.clock, self.elapsed), self.ahead, **rules))
         return self.started[-1]
 
     def pass_by(self, seconds: float) -> None:
         """Time passes, and every process has looked once more."""
         self.clock[0] += timedelta(seconds=seconds)
+        self.elapsed[0] += seconds
         for each in self.started:
             each.settle()
 
@@ -300,10 +330,68 @@ def test_who_did_not_end_an_alert_tells_no_recovery(processes: Processes, state:
 def test_a_partial_run_ends_a_silence_without_a_word_of_recovery(processes: Processes, state: State) -> None:
     process = processes.start(grace_seconds=30.0)
     processes.pass_by(100)
-    for number, outcome in ((2, Outcome.PARTIAL), (40, Outcome.OK)):
+    for number, outcome in ((2, Outcome.PARTIAL), (4, Outcome.OK)):
         state.runs.save(run(number, outcome))
         process.end(run(number, outcome))
-        processes.pass_by(20)
+        processes.pass_by(100)
         if outcome is Outcome.PARTIAL:
             assert ("export", "stale") not in state.alerts.told()
     assert [event for event, job in processes.told if job == "export"] == ["stale", "failed", "recovered"]
+
+
+def test_a_job_whose_records_lie_ahead_is_told_once_and_again_only_after_it_was_in_order(
+    processes: Processes, state: State
+) -> None:
+    process = processes.start()
+    processes.ahead["export"] = 40 * 86_400.0
+    processes.pass_by(20)
+    processes.pass_by(20)
+    state.runs.save(run(1, Outcome.OK))
+    process.end(run(1, Outcome.OK))
+    processes.pass_by(100)
+    assert processes.told == [("clock_ahead", "export")], "also not when a run goes well while a cursor is still ahead"
+    (body,) = (body for body in processes.listener.hooks if body["job"] == "export")
+    assert "3,456,000 s ahead of now" in body["message"]
+    assert process.alerts.ahead_seconds == {"export": 40 * 86_400.0}
+    processes.ahead.clear()
+    processes.pass_by(20)
+    assert ("export", "clock_ahead") not in state.alerts.told()
+    processes.ahead["export"] = 3600.0
+    processes.pass_by(20)
+    assert processes.told == [("clock_ahead", "export")] * 2
+
+
+def test_what_was_told_while_the_clock_was_ahead_is_over_with_the_next_good_run(
+    processes: Processes, state: State
+) -> None:
+    processes.start()
+    state.runs.save(run(-60, Outcome.OK))
+    failed = run(40 * 1440, Outcome.FAILED)
+    state.runs.save(failed)
+    processes.started[0].end(failed)
+    processes.pass_by(20)
+    assert processes.told == [("failed", "export")], "the good run before it ends nothing"
+    state.runs.save(run(1, Outcome.OK))
+    processes.pass_by(100)
+    assert processes.told == [("failed", "export"), ("recovered", "export")]
+
+
+def test_a_good_run_that_was_recorded_ahead_of_now_ends_nothing(processes: Processes, state: State) -> None:
+    processes.start()
+    state.runs.save(run(40 * 1440, Outcome.OK))
+    processes.started[0].end(run(0, Outcome.FAILED))
+    processes.pass_by(100)
+    assert processes.told == [("failed", "export")]
+
+
+def test_a_clock_that_is_set_right_makes_no_job_stale_before_it_had_time_to_run(
+    processes: Processes, state: State
+) -> None:
+    process = processes.start(grace_seconds=300.0)
+    processes.pass_by(1000)
+    state.runs.save(run(16, Outcome.OK))
+    processes.clock[0] += timedelta(days=20_000)
+    processes.pass_by(100)
+    assert not process.alerts.stale
+    processes.pass_by(310)
+    assert "export" in process.alerts.stale

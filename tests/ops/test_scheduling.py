@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from app.core.runs import (
 from app.core.window import Window
 from app.ops.outcomes import log_run
 from app.ops.scheduler import Backfill, Every, Scheduler
-from app.ops.worker import next_run_at, retry_in
+from app.ops.worker import due_in, retry_in
 from app.stores.state import State, open_state
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -39,12 +40,12 @@ def ended(outcome: Outcome, job: str = "daily", started_at: datetime = NOW) -> R
 
 
 def test_a_job_that_never_ran_is_due_at_once() -> None:
-    assert next_run_at(None, DAY, NOW) == NOW
+    assert due_in(None, DAY) == 0
 
 
 def test_a_daily_job_is_due_a_day_after_its_last_run_and_at_once_when_overdue() -> None:
-    assert next_run_at(NOW - timedelta(hours=20), DAY, NOW) == NOW + timedelta(hours=4)
-    assert next_run_at(NOW - timedelta(hours=30), DAY, NOW) == NOW
+    assert due_in(20 * 3600, DAY) == 4 * 3600
+    assert due_in(30 * 3600, DAY) == 0
 
 
 def test_a_clock_that_jumps_by_decades_costs_one_look_and_not_one_for_each_missed_interval() -> None:
@@ -58,11 +59,7 @@ def test_a_clock_that_jumps_by_decades_costs_one_look_and_not_one_for_each_misse
 
 
 def test_a_job_of_each_minute_is_due_at_once_after_a_restart() -> None:
-    assert next_run_at(NOW - timedelta(seconds=5), 60, NOW) == NOW
-
-
-def test_a_run_recorded_by_a_clock_that_was_ahead_delays_by_one_interval_at_most() -> None:
-    assert next_run_at(NOW + timedelta(days=400), DAY, NOW) == NOW + timedelta(days=1)
+    assert due_in(5, 60) == 0
 
 
 @pytest.mark.parametrize(
@@ -137,15 +134,22 @@ class TimedLeases:
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
         self.held_from = self.held_until = NOW
+        self.acquired_at: datetime | None = None
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
         lease = self._leases.acquire(name, owner, ttl_seconds)
         time.sleep(0.002)
         self.held_from = datetime.now(UTC)
-        return lease
+        return replace(lease, acquired_at=self.acquired_at) if lease else None
 
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
         return self._leases.renew(lease, ttl_seconds)
+
+    def remaining_seconds(self, name: str) -> float:
+        return self._leases.remaining_seconds(name)
+
+    def watch_seconds(self, name: str, ttl_seconds: float) -> float:
+        return self._leases.watch_seconds(name, ttl_seconds)
 
     def release(self, lease: Lease) -> None:
         time.sleep(0.002)
@@ -244,6 +248,41 @@ def test_a_daily_job_that_ran_today_waits_after_a_restart_and_an_overdue_one_run
     view = next(view for view in scheduler.views() if view.job.name == "fresh")
     assert view.next_run_at is not None
     assert timedelta(hours=21) < view.next_run_at - now < timedelta(hours=23)
+
+
+def test_a_daily_job_whose_last_run_lies_in_the_future_runs_once_and_then_waits(bench: Bench) -> None:
+    now = datetime.now(UTC)
+    bench.state.runs.save(ended(Outcome.OK, "ahead", now + timedelta(days=40)))
+    meter = Meter()
+    bench.start([Job("ahead", DAY, meter.work(0))])
+    until(lambda: bench.state.runs.since_done_seconds("ahead") is not None)
+    again = bench.start([Job("ahead", DAY, meter.work(0))], "after a restart")
+    until(lambda: timedelta(hours=23) < (again.views()[0].next_run_at or now) - now)
+    assert meter.ended == 1
+
+
+def test_a_run_has_the_time_of_the_databases_lease_and_no_clock_that_is_set_makes_it_end_before_it_began(
+    tmp_path: Path,
+) -> None:
+    hours = iter([50, 40, 30, 20, 10])
+    seen: list[Context] = []
+
+    def work(context: Context) -> Report:
+        seen.append(context)
+        return Report()
+
+    with closing(open_state("", tmp_path)) as state:
+        leases = TimedLeases(state.leases)
+        desk = RunDesk(lambda: NOW + timedelta(hours=next(hours)), leases, state.runs, LeaseTerms("a"), log_run)
+        for acquired_at in (None, NOW + timedelta(days=3)):
+            leases.acquired_at = acquired_at
+            run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+            assert run is not None
+            assert run.ended_at is not None
+            assert run.started_at <= run.ended_at < run.started_at + timedelta(seconds=10)
+            assert seen[-1].now_at == run.started_at
+            assert run.started_at <= seen[-1].clock() < run.started_at + timedelta(seconds=10)
+        assert seen[-1].now_at == NOW + timedelta(days=3)
 
 
 def test_a_job_held_by_another_owner_is_tried_again_within_a_minute(bench: Bench) -> None:

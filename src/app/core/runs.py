@@ -6,10 +6,11 @@ lease's generation is checked again inside each commit; every started run gets a
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Protocol
 from uuid import uuid4
@@ -34,19 +35,37 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run `name`. `generation` grows by one with each new holder and fences off the earlier ones."""
+    """The right to run `name`. `generation` grows by one with each new holder and fences off the earlier ones.
+
+    `acquired_at` is by the clock of a store that has one of its own, None where that is this machine's.
+    """
 
     name: str
     owner: str
     generation: int
     expires_at: datetime
+    acquired_at: datetime | None = None
 
 
 class Leases(Protocol):
     """Leases on the checkpoint store, timed by the store's own clock where it has one."""
 
     def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
-        """A fresh generation, or None while another owner's lease lives. The same owner may acquire again."""
+        """A fresh generation, or None while another owner's lease lives. The same owner may acquire again.
+
+        A lease that was given back is free whatever its time says. One that ends later than its TTL explains, since the
+        clock was set back, is taken over when it stays as it is while this process sees it for its TTL, by a clock that
+        nobody sets: a holder that lives would have renewed it.
+        """
+
+    def remaining_seconds(self, name: str) -> float:
+        """Until the lease is free by its time; 0 when it is."""
+
+    def watch_seconds(self, name: str, ttl_seconds: float) -> float:
+        """For how long the lease has to be seen unchanged before it is taken over; 0 when its time is right.
+
+        `ttl_seconds` stands for the TTL of a lease whose own is not known.
+        """
 
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
         """The same generation with a later expiry. Raises LeaseLost when it expired or is another's."""
@@ -138,7 +157,13 @@ class Runs(Protocol):
         """Insert or replace the record of `run.run_id`. Idempotent."""
 
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
-        """Newest first; all jobs when `job` is None."""
+        """Newest first, and last those that a clock recorded that was ahead; all jobs when `job` is None."""
+
+    def since_done_seconds(self, job: str) -> float | None:
+        """Since the newest run began that came to its end, ok or partial; None when there is none.
+
+        By the store's own clock where it has one. A run that lies ahead of now does not count.
+        """
 
 
 class Stop:
@@ -186,13 +211,21 @@ class Unwatched:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a running job is given."""
+    """What a running job is given. `now_at` is when the run began, by the clock that all processes on one state share:
+    the database's where it has one, else this machine's.
+    """
 
     run_id: str
     lease: Lease
     stop: Stop
     progress: Progress
     dry_run: bool = False
+    now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _since: float = field(default_factory=time.monotonic)
+
+    def clock(self) -> datetime:
+        """`now_at` and the time that has passed since. Never goes back, also when this machine's clock is set."""
+        return self.now_at + timedelta(seconds=time.monotonic() - self._since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,19 +286,21 @@ def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run:
         if lease is None:
             return None
         with _renewed(lease, desk, stop) as own_stop:
-            # Both times are taken while the lease is held: on one clock no two recorded runs of a job overlap.
-            run = replace(run, started_at=desk.clock())
+            # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
+            # overlap, and none ends before it began, whatever is done to the clock meanwhile.
+            run = replace(run, started_at=lease.acquired_at or desk.clock())
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at)
             if not dry_run:
                 desk.runs.save(run)
             try:
-                report = job.work(Context(run.run_id, lease, own_stop, progress, dry_run))
+                report = job.work(context)
             finally:
-                run = replace(run, ended_at=desk.clock())
+                run = replace(run, ended_at=context.clock())
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error
         run = _failed(run, error)
-    run = replace(run, ended_at=run.ended_at or desk.clock())
+    run = replace(run, ended_at=run.ended_at or max(desk.clock(), run.started_at))
     if not dry_run:
         cause = _save(run, desk.runs) or cause
     desk.ended(run, cause)

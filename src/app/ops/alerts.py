@@ -8,6 +8,7 @@ import logging
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -25,7 +26,11 @@ WAITING = 1000
 POLICY = RetryPolicy(attempts=4, first_seconds=1.0, cap_seconds=20.0)
 BAD = (Outcome.FAILED, Outcome.PARTIAL)
 DONE = (Outcome.OK, Outcome.PARTIAL)
-FAILED, RECOVERED, STALE = "failed", "recovered", "stale"
+FAILED, RECOVERED, STALE, CLOCK_AHEAD = "failed", "recovered", "stale", "clock_ahead"
+AHEAD = timedelta(seconds=60)
+TICK = timedelta(microseconds=1)
+STALE_HINT = "look at the dashboard and at /ready; `python -m app check` tries every system"
+CLOCK_HINT = "check the clocks of the machines; nothing waits for them, and the next good run sets its own time right"
 log = logging.getLogger(__name__)
 
 
@@ -77,27 +82,46 @@ class Told(Protocol):
         """True for the one caller who is first and has to tell; False while it is told already."""
 
     def end(self, job: str, before: datetime, event: str | None = None) -> bool:
-        """Whatever was told of `job` before that instant is over, or only `event`. True for the one who ended it."""
+        """What was told of its runs before that instant is over, or only `event`. True for the one who ended it."""
+
+
+class Clocks(Protocol):
+    """The clock that the record of runs goes by. All methods raise AppError."""
+
+    def now(self) -> datetime:
+        """Its time, which may differ from this machine's."""
+
+    def ahead_seconds(self) -> Mapping[str, float]:
+        """Job -> how far what is recorded of it lies ahead of now, where that is too far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What is watched: the jobs, which of them are paused, the record of runs, and what was told of them."""
+    """What is watched: the jobs, which of them are paused, the record of runs, what was told of them, and its clock.
+
+    `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that.
+    """
 
     jobs: Sequence[Job]
     paused: Callable[[], Collection[str]]
     record: Record
     told: Told
+    clocks: Clocks
     clock: Callable[[], datetime]
+    elapsed_seconds: Callable[[], float] = time.monotonic
 
 
-def is_stale(last_at: datetime | None, started_at: datetime, limits: tuple[float, float], now: datetime) -> bool:
+def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
     """True when the last run came to its end longer ago than the sum of `limits`, interval and grace in seconds.
 
-    A process that has just started is given the grace, and a job that never ran both.
+    A process that has just started is given the grace, and a job that never ran both. An age below zero says nothing of
+    the last run, only that a clock was wrong: the job is then given as long as one that never ran.
     """
-    interval, grace = (timedelta(seconds=each) for each in limits)
-    return now - started_at > grace and now - (last_at or started_at) > interval + grace
+    interval, grace = limits
+    known = last_seconds is not None and last_seconds >= -AHEAD.total_seconds()
+    return (
+        up_seconds > grace and (last_seconds if known and last_seconds is not None else up_seconds) > interval + grace
+    )
 
 
 def last_ends(totals: Sequence[Total], outcomes: Collection[Outcome]) -> Mapping[str, datetime]:
@@ -109,6 +133,11 @@ def last_ends(totals: Sequence[Total], outcomes: Collection[Outcome]) -> Mapping
     return last
 
 
+def ahead_message(seconds: float) -> str:
+    """What is wrong with a job whose records lie so far ahead of now."""
+    return f"its last run or one of its cursors lies {seconds:,.0f} s ahead of now"
+
+
 class Alerts:
     """One thread that looks and tells. `ended` may be called from any thread and never waits."""
 
@@ -117,8 +146,9 @@ class Alerts:
         self._watched = watched
         self._ended: queue.Queue[Run] = queue.Queue(WAITING)
         self._stop = Stop()
-        self._started_at = watched.clock()
+        self._since_seconds = watched.elapsed_seconds()
         self._stale: frozenset[str] = frozenset()
+        self._ahead: Mapping[str, float] = {}
         self._thread = threading.Thread(target=self._loop, name="alerts", daemon=True)
         self._heartbeats = Heartbeats(rules.heartbeat_urls)
 
@@ -126,6 +156,11 @@ class Alerts:
     def stale(self) -> Collection[str]:
         """Jobs that fell silent, as of the last look."""
         return self._stale
+
+    @property
+    def ahead_seconds(self) -> Mapping[str, float]:
+        """Job -> how far what is recorded of it lies ahead of now, as of the last look; without those in order."""
+        return self._ahead
 
     def start(self) -> None:
         """Begin to look."""
@@ -151,7 +186,7 @@ class Alerts:
             log.warning("%s: nobody is told of the end of run %s: %d wait already", run.job, run.run_id, WAITING)
 
     def _loop(self) -> None:
-        looked_at = self._started_at
+        now, up = self._watched.clock(), self._watched.elapsed_seconds()
         while not self._stop.asked:
             try:
                 self._heed(self._ended.get(timeout=1.0))
@@ -159,10 +194,12 @@ class Alerts:
                 pass
             except AppError as error:
                 log.warning("alerts: %s", error)
-            now = self._watched.clock()
-            if abs((now - looked_at).total_seconds()) >= WATCH_SECONDS:
-                looked_at = now
-                self._look(now)
+            passed = self._watched.elapsed_seconds() - up
+            if passed >= WATCH_SECONDS:
+                before, now, up = now, self._watched.clock(), up + passed
+                if abs((now - before).total_seconds() - passed) > WATCH_SECONDS:
+                    self._since_seconds = up  # the clock was set: ages mean nothing before jobs had time to run
+                self._look()
 
     def _heed(self, run: Run) -> None:
         """Bad runs open an alert, the first good one after them ends all that is open of its job."""
@@ -173,33 +210,54 @@ class Alerts:
         if run.outcome is Outcome.OK and self._watched.told.end(run.job, at):
             self._tell(RECOVERED, run.job, f"{run.report.rows} rows moved", more)
 
-    def _look(self, now: datetime) -> None:
+    def _look(self) -> None:
         """Which jobs are stale, and what is over without a run that was heeded here: another process's, a command's."""
         try:
-            totals = self._watched.record.totals()
+            now, totals = self._watched.clocks.now(), self._watched.record.totals()
             self._stale = self._stale_now(last_ends(totals, DONE), now)
+            self._look_ahead()
             if self._rules.webhook_url:
-                self._tell_over(totals)
-                self._tell_stale(now)
+                self._tell_over(totals, now)
+                self._tell_open(now)
         except AppError as error:
             log.debug("alerts: the record cannot be read: %s", error)
 
-    def _tell_stale(self, now: datetime) -> None:
-        known = self._watched.told.told()
-        for name in sorted(self._stale):
-            if (name, STALE) not in known and self._watched.told.begin(name, STALE, now):
-                hint = "look at the dashboard and at /ready; `python -m app check` tries every system"
-                self._tell(STALE, name, "no run came to its end in time", {"hint": hint})
+    def _look_ahead(self) -> None:
+        """Each job is logged once for as long as it is ahead."""
+        ahead = self._watched.clocks.ahead_seconds()
+        for job in sorted(ahead.keys() - self._ahead.keys()):
+            log.warning("%s: %s (%s)", job, ahead_message(ahead[job]), CLOCK_HINT)
+        self._ahead = ahead
 
-    def _tell_over(self, totals: Sequence[Total]) -> None:
+    def _tell_open(self, now: datetime) -> None:
+        known = self._watched.told.told()
+        silent = dict.fromkeys(self._stale, "no run came to its end in time")
+        ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
+        for event, messages, hint in ((STALE, silent, STALE_HINT), (CLOCK_AHEAD, ahead, CLOCK_HINT)):
+            for name in sorted(messages):
+                if (name, event) not in known and self._watched.told.begin(name, event, now):
+                    self._tell(event, name, messages[name], {"hint": hint})
+
+    def _tell_over(self, totals: Sequence[Total], now: datetime) -> None:
         """A good run ends all; one that is partial ends a silence, of which nothing is said: it began a failure."""
-        good, done = last_ends(totals, (Outcome.OK,)), last_ends(totals, DONE)
+        good, done, latest = (last_ends(totals, outcomes) for outcomes in ((Outcome.OK,), DONE, tuple(Outcome)))
         for (name, event), told_at in self._watched.told.told().items():
-            if (at := good.get(name)) and at > told_at:
-                if self._watched.told.end(name, at):
+
+            def is_since(end_at: datetime | None, told_at: datetime = told_at, name: str = name) -> bool:
+                """Since this was told. What a clock told that was ahead is over when it is not so of the last run."""
+                if end_at is None or end_at > now + AHEAD:
+                    return False
+                return end_at > told_at if told_at <= now + AHEAD else end_at == latest[name]
+
+            before = told_at + TICK
+            if event == CLOCK_AHEAD:
+                if name not in self._ahead:
+                    self._watched.told.end(name, before, event)
+            elif is_since(good.get(name)):
+                if self._watched.told.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
-            elif event == STALE and (at := done.get(name)) and at > told_at:
-                self._watched.told.end(name, at, STALE)
+            elif event == STALE and is_since(done.get(name)):
+                self._watched.told.end(name, before, STALE)
 
     def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
         paused = self._watched.paused()
@@ -208,12 +266,16 @@ class Alerts:
             for job in self._watched.jobs
             if not job.off
             and job.name not in paused
-            and is_stale(last.get(job.name), self._started_at, self._rules.limits(job), now)
+            and is_stale(
+                (now - last[job.name]).total_seconds() if job.name in last else None,
+                self._watched.elapsed_seconds() - self._since_seconds,
+                self._rules.limits(job),
+            )
         )
 
     def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> None:
         """`text` is what chat services show; the other fields are for programs."""
-        sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…"}[event]
+        sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…", CLOCK_AHEAD: "…"}[event]
         hint = f" Next: {more['hint']}" if more.get("hint") else ""
         body = {
             "event": event,

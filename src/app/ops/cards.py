@@ -41,6 +41,8 @@ def _facts(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if last and last["ledger_text"]:
         yield "Ledger", last["ledger_text"]
     yield "Next run", _clock(job["next_run_at"]) if job["next_run_at"] else "when resumed"
+    if job["clock_ahead_seconds"]:
+        yield "Clock", f"records lie {job['clock_ahead_seconds']:,.0f} s ahead of now"
     if job["rows_total"]:
         yield "Moved", f"{job['rows_total']:,} rows in {job['runs_total']:,} runs"
     if calls:

@@ -5,6 +5,7 @@ safe point; results go to stdout, faults to stderr as one line with the next ste
 """
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -95,9 +96,8 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
         refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
         desk = replace(service.desk, ended=_unexpected)
         with _stoppable(service.stop):
-            ended = execute(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
+            ended = _waited_for(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
         if ended is None:
-            service.state.close()
             return _busy(service, job, as_json=how.as_json)
         if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
             service.state.close()
@@ -149,19 +149,20 @@ def _finish(service: Headwater, job: Job, how: How) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
-    service.state.close()
     if last is None:
         return _busy(service, job, as_json=how.as_json)
+    service.state.close()
     output.show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
     codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
     return codes.get(last.outcome, job.exits.failed)
 
 
 def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
-    seconds = service.desk.terms.ttl_seconds
+    seconds = math.ceil(service.desk.leases.remaining_seconds(job.name))
+    service.state.close()
 
     def told_busy() -> None:
-        until = f"when it is done, or in {seconds:g} s if it was killed"
+        until = "when it is done" + (f", or in {seconds} s if it was killed" if seconds else "")
         sys.stderr.write(f"{job.name}: another process runs this job now; try again {until}\n")
 
     output.show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
@@ -180,10 +181,20 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
             return run, total
 
 
-def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> Run | None:
-    """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`."""
-    give_up_at = time.monotonic() + job.busy_seconds
+def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool = False) -> Run | None:
+    """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
+
+    A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
+    begin to watch anew.
+    """
+    give_up_at, watched = time.monotonic() + job.busy_seconds, False
     while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:
+        seconds = 0.0 if watched else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
+        if seconds:
+            watched = True
+            give_up_at = max(give_up_at, time.monotonic() + seconds + 2 * LEASE_POLL_SECONDS)
+            sys.stderr.write(f"{job.name}: the clock was set back since another process took this job: ")
+            sys.stderr.write(f"watching for {seconds:g} s whether that process still runs\n")
         if stop.asked or time.monotonic() >= give_up_at:
             return None
         time.sleep(LEASE_POLL_SECONDS)

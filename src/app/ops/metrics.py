@@ -97,10 +97,18 @@ def call_series(calls: Mapping[str, Calls]) -> Iterator[Series]:
 
 
 def success_series(totals: Sequence[Total], now: datetime) -> Series:
-    """Age of the last success by job."""
+    """Age of the last success by job; below 0 where a clock was ahead, which `clock_series` tells of."""
     ages = [(each.job, (now - each.ended_at).total_seconds()) for each in totals if each.outcome is Outcome.OK]
     about = "Seconds since the last run without any failure ended."
     return Series("headwater_last_success_age_seconds", "gauge", about, [({"job": job}, age) for job, age in ages])
+
+
+def clock_series(views: Sequence[JobView], ahead_seconds: Mapping[str, float]) -> Series:
+    """How far what is recorded of a job lies ahead of now."""
+    able = [view.job.name for view in views if not view.job.off]
+    samples = [({"job": name}, ahead_seconds.get(name, 0.0)) for name in able]
+    about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
+    return Series("headwater_clock_ahead_seconds", "gauge", about, samples)
 
 
 def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Series]:

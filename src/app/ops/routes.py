@@ -21,6 +21,7 @@ from app.ops.guard import COOKIE, OPEN, Guard, needs
 from app.ops.metrics import (
     Series,
     call_series,
+    clock_series,
     exposition,
     job_series,
     lag_series,
@@ -67,6 +68,8 @@ class Operations:
     histories: Mapping[str, History]
     calls: Mapping[str, Callable[[], Calls]]
     clock: Callable[[], datetime]
+    state_clock: Callable[[], datetime]
+    ahead_seconds: Callable[[], Mapping[str, float]]
 
 
 class Span(BaseModel):
@@ -167,12 +170,13 @@ def _reading(router: APIRouter, ops: Operations) -> None:
 
 def overview(ops: Operations) -> dict[str, Any]:
     """Every job as JSON. Raises what the state raises."""
-    totals, stale = ops.totals(), ops.stale()
+    totals, stale, ahead = ops.totals(), ops.stale(), ops.ahead_seconds()
 
     def record(name: str) -> JobRecord:
         last = next(iter(ops.runs.recent(name, 1)), None)
         calls = ops.calls[name]() if name in ops.calls else None
-        return JobRecord(last, [total for total in totals if total.job == name], name in stale, calls)
+        sums = [total for total in totals if total.job == name]
+        return JobRecord(last, sums, name in stale, calls, ahead.get(name, 0.0))
 
     shown = [job_shown(view, record(view.job.name)) for view in ops.scheduler.views()]
     return {"now": instant_text(ops.clock()), "jobs": shown}
@@ -225,16 +229,17 @@ def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
 
 
 def _series(ops: Operations) -> Sequence[Series]:
-    now = ops.clock()
+    views = ops.scheduler.views()
     build = [({"version": ops.probes.version}, 1.0)]
     series = [
         Series("headwater_build_info", "gauge", "Version of Headwater.", build),
-        *job_series(ops.scheduler.views(), ops.stale()),
+        *job_series(views, ops.stale()),
+        clock_series(views, ops.ahead_seconds()),
     ]
     checks = [({"check": name}, float(ok)) for name, ok in ops.probes.ready().body["checks"].items()]
     series.append(Series("headwater_check", "gauge", "1 while a system can be reached.", checks))
     try:
-        totals, partitions = ops.totals(), ops.partitions()
+        now, totals, partitions = ops.state_clock(), ops.totals(), ops.partitions()
         calls = {job: of() for job, of in ops.calls.items()}
         ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
     except AppError:

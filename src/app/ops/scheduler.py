@@ -1,7 +1,7 @@
 """When jobs run. The timers are APScheduler's, whose only home this is; the runs have threads of their own.
 
-Invariants: jobs that are off get no timer; a timer that was missed fires once when it can; when the wall clock steps
-back, timers fire at once instead of waiting for the clock to come round again.
+Invariants: jobs that are off get no timer; a timer that was missed fires once when it can; when the wall clock steps,
+either way, each job checks once if it is due, and none waits for the clock to come round again.
 """
 
 import logging
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from apscheduler.jobstores.base import JobLookupError
@@ -185,14 +185,14 @@ class Scheduler:
         at = getattr(timer, "next_run_time", None)
         return JobView(worker.job, status, at, worker.job.name in self._backfills and not worker.job.off)
 
-    def _mover(self, name: str) -> Callable[[datetime], None]:
-        def move(at: datetime) -> None:
+    def _mover(self, name: str) -> Callable[[float], None]:
+        def fire_in(seconds: float) -> None:
             try:
-                self._timers.modify_job(name, next_run_time=at)
+                self._timers.modify_job(name, next_run_time=datetime.now(UTC) + timedelta(seconds=seconds))
             except JobLookupError:
                 log.debug("%s: its timer is gone, the process ends", name)
 
-        return move
+        return fire_in
 
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
@@ -204,11 +204,12 @@ class Scheduler:
         while not self._closed.wait(TICK_SECONDS):
             self._follow_pauses()
             now_ahead = time.time() - time.monotonic()
-            if now_ahead < ahead - TICK_SECONDS:
-                log.warning("the clock stepped back by %.0f s: every timer fires now", ahead - now_ahead)
+            step, ahead = now_ahead - ahead, now_ahead
+            if abs(step) > TICK_SECONDS:
+                way = "forward" if step > 0 else "back"
+                log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
                 for name in (TICK, *(worker.job.name for worker in self._able())):
-                    self._mover(name)(datetime.now(UTC))
-            ahead = now_ahead
+                    self._mover(name)(0)
 
     def _follow_pauses(self) -> None:
         try:

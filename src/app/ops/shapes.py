@@ -25,9 +25,9 @@ class PartitionView:
 
 
 def lag_seconds(partition: PartitionView, now: datetime) -> float | None:
-    """Age of the newest event seen; None before the first."""
+    """Age of the newest event seen, below 0 when it lies ahead of now; None before the first."""
     newest_at = partition.high_watermark_at
-    return None if newest_at is None else max((now - newest_at).total_seconds(), 0.0)
+    return None if newest_at is None else (now - newest_at).total_seconds()
 
 
 def instant_text(at: datetime | None) -> str | None:
@@ -46,14 +46,15 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What is known of a job beside where it stands: its last run, the sums of all runs, whether it fell silent, and
-    the calls of a service that allows only so many.
+    """What is known of a job beside where it stands: its last run, the sums of all runs, whether it fell silent, the
+    calls of a service that allows only so many, and how far its last run or a cursor lies ahead of now.
     """
 
     last: Run | None
     totals: Sequence[Total] = ()
     stale: bool = False
     calls: Calls | None = None
+    clock_ahead_seconds: float = 0.0
 
 
 def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
@@ -65,6 +66,7 @@ def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
         "state": view.status.state,
         "off": view.job.off,
         "stale": record.stale,
+        "clock_ahead_seconds": record.clock_ahead_seconds,
         "next_run_at": instant_text(view.next_run_at),
         "can_backfill": view.can_backfill,
         "queued_backfills": view.status.queued_backfills,

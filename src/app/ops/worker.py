@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.runs import Job, Outcome, Run, RunDesk, Stop, execute
@@ -21,20 +20,17 @@ HELD_SECONDS = 60.0
 RETRY_SECONDS = 900.0
 STORE_AWAY_SECONDS = 5.0
 BACKFILLS = 10
-HISTORY_RUNS = 50
 log = logging.getLogger(__name__)
 
 
-def next_run_at(last_started_at: datetime | None, interval_seconds: float, now: datetime) -> datetime:
-    """When a job is due whose last finished run began at `last_started_at`: at once when that is overdue or unknown.
+def due_in(since_done_seconds: float | None, interval_seconds: float) -> float:
+    """Seconds until a job is due whose last finished run began so long ago; 0 when overdue or unknown.
 
-    Short intervals are always due at once, since a minute's job costs nothing to repeat. Never further away than one
-    interval, whatever the clock was when the run was recorded.
+    Short intervals are always due at once, since a minute's job costs nothing to repeat.
     """
-    if last_started_at is None or interval_seconds < LONG_SECONDS:
-        return now
-    interval = timedelta(seconds=interval_seconds)
-    return min(max(last_started_at + interval, now), now + interval)
+    if since_done_seconds is None or interval_seconds < LONG_SECONDS:
+        return 0.0
+    return max(interval_seconds - since_done_seconds, 0.0)
 
 
 def retry_in(run: Run | None, interval_seconds: float) -> float | None:
@@ -75,21 +71,21 @@ class _Turn:
 
 
 class Worker:
-    """The thread of one job. `reschedule(at)` moves the job's timer; `paused()` asks the state, and raises AppError."""
+    """The thread of one job. `fire_in(seconds)` moves its timer; `paused()` asks the state, and raises AppError."""
 
     def __init__(
         self,
         job: Job,
         desk: RunDesk,
         stop: Stop,
-        reschedule: Callable[[datetime], None],
+        fire_in: Callable[[float], None],
         paused: Callable[[], bool],
     ) -> None:
         self.job = job
         self._asks_paused = paused
         self._desk = desk
         self._stop = stop
-        self._reschedule = reschedule
+        self._fire_in = fire_in
         self._changed = threading.Condition()
         self._turns: list[_Turn] = []
         self._running: _Turn | None = None
@@ -238,22 +234,15 @@ class Worker:
         """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
         if self.job.interval_seconds < LONG_SECONDS:
             return True
-        now = self._desk.clock()
         try:
-            due_at = next_run_at(self._last_started_at(), self.job.interval_seconds, now)
+            seconds = due_in(self._desk.runs.since_done_seconds(self.job.name), self.job.interval_seconds)
         except AppError as error:
             log.debug("%s: when it ran last cannot be read: %s", self.job.name, error)
-            self._reschedule(now + timedelta(seconds=STORE_AWAY_SECONDS))
+            self._fire_in(STORE_AWAY_SECONDS)
             return False
-        if due_at > now:
-            self._reschedule(due_at)
-            return False
-        return True
-
-    def _last_started_at(self) -> datetime | None:
-        """Start of the last run that came to its end; failed, stopped and killed ones do not count."""
-        runs = self._desk.runs.recent(self.job.name, HISTORY_RUNS)
-        return next((run.started_at for run in runs if run.outcome in (Outcome.OK, Outcome.PARTIAL)), None)
+        if seconds > 0:
+            self._fire_in(seconds)
+        return seconds == 0
 
     def _go_on(self, turn: _Turn, run: Run) -> None:
         """There is work left: go on at once, or a little later when a part of it fails each time."""
@@ -268,4 +257,4 @@ class Worker:
     def _retry_early(self, run: Run | None) -> None:
         seconds = retry_in(run, self.job.interval_seconds)
         if seconds is not None and not self._stop.asked:
-            self._reschedule(self._desk.clock() + timedelta(seconds=seconds))
+            self._fire_in(seconds)

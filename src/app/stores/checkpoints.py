@@ -1,7 +1,8 @@
 """Checkpoints in the state database: what was confirmed, per pipeline and partition.
 
 Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a cursor
-and a high watermark never move back, so a repeated older commit undoes nothing.
+and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that was ahead is
+not believed: no cursor lies ahead of the database's clock, and no window is closed before it has ended.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from app.core.ports import Commit, Record
 from app.core.runs import Lease
 from app.core.window import Window
+from app.stores.clocks import AHEAD, now_of
 from app.stores.leases import identity, lost
 from app.stores.sql import Database, Row, Session
 from app.stores.sql_values import storable
@@ -40,26 +42,30 @@ class SqlCheckpoints:
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.cursors`."""
-        return {row["device_id"]: row["last_exported_at"] for row in self._rows("cursors", pipeline=pipeline)}
+        return {row["device_id"]: row["cursor_at"] for row in self._known("cursors", pipeline)}
 
     def starts(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.starts`."""
-        return {row["device_id"]: row["started_at"] for row in self._rows("starts", pipeline=pipeline)}
+        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline)}
 
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """See `Checkpoints.records`."""
-        rows = self._rows("records", pipeline=pipeline, partition=partition, since_at=since, until_at=until)
-        return [_record(row) for row in rows]
+        of = {"pipeline": pipeline, "partition": partition}
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
+        return [_record(row, now) for row in rows]
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`."""
-        of = {"pipeline": pipeline, "partition": partition}
         with self._database.transaction() as session:
-            of_now = {**of, "now_at": self._fence(session, lease)}
+            now_at = self._fence(session, lease)
+            of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
             if commit.records:
                 records = [{**of_now, **_columns(record)} for record in commit.records]
                 session.run_many(self._queries["save_record"], records)
-            session.run(self._queries["save_checkpoint"], **of_now, **_summary(commit))
+            summary = {**_summary(commit), "until_at": now_at + AHEAD}
+            session.run(self._queries["save_checkpoint"], **of_now, **summary)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`."""
@@ -95,6 +101,12 @@ class SqlCheckpoints:
         now_at: datetime = rows[0]["now_at"]
         return now_at
 
+    def _known(self, query: str, pipeline: str) -> list[Row]:
+        """What lies ahead of the database's clock is left out by the query."""
+        with self._database.transaction(read_only=True) as session:
+            until_at = now_of(session, self._queries) + AHEAD
+            return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
+
     def _rows(self, query: str, **params: Any) -> list[Row]:
         with self._database.transaction(read_only=True) as session:
             return session.rows(self._queries[query], **params)
@@ -118,7 +130,7 @@ def _columns(record: Record) -> dict[str, Any]:
     }
 
 
-def _record(row: Row) -> Record:
+def _record(row: Row, now: datetime) -> Record:
     return Record(
         window=Window(row["starts_at"], row["ends_at"]),
         part=row["part"],
@@ -130,7 +142,7 @@ def _record(row: Row) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed",
+        closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
     )
 

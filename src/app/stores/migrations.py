@@ -6,22 +6,28 @@ has migrated is not touched.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
-from app.core.errors import Permanent
-from app.stores.sql import BROKEN_INSTALLATION, DIALECTS, Database, Dialect, Session
+from app.core.errors import Permanent, Transient
+from app.stores.sql import BROKEN_INSTALLATION, DIALECTS, Damaged, Database, Dialect, Session
 
 LOCK = 4_937_238_650_112  # any number that no other program uses for its advisory locks
 CREATE_TABLE = """
 CREATE TABLE headwater_migrations (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)
 """
+RECORD = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
 TABLE_EXISTS: dict[Dialect, str] = {
     "sqlite": "SELECT 1 AS found FROM sqlite_master WHERE type = 'table' AND name = 'headwater_migrations'",
-    "postgres": "SELECT 1 AS found WHERE to_regclass('headwater_migrations') IS NOT NULL",
+    # Not by to_regclass, which a session may answer from what it knew before it waited for the lock.
+    "postgres": (
+        "SELECT 1 AS found FROM pg_class WHERE relname = 'headwater_migrations' AND relkind = 'r'"
+        " AND pg_table_is_visible(oid)"
+    ),
 }
 # Another process may be migrating for a while, and a migration may take longer than a statement is given otherwise.
 LOCK_POSTGRES = """
@@ -42,15 +48,31 @@ class Migration:
         return sha256(self.sql.encode()).hexdigest()
 
 
+class Rebuilt(Protocol):
+    """A database that can be made anew when it is damaged, since what it holds can be found again."""
+
+    def check(self, wanted: Sequence[Migration]) -> None:
+        """Raises Damaged when it is not as the recorded migrations left it."""
+
+    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
+        """Make place for a new one, unless `look`, which raises Damaged, no longer finds anything wrong."""
+
+    def made(self) -> None:
+        """The new one is in order."""
+
+
 class Migrated:
     """A `Database` whose migrations are applied before its first transaction, so that a daemon starts while it is away.
 
-    `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`.
+    `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Tables that are
+    gone, as in a database that was emptied, are made again before the next transaction; what is damaged is replaced
+    when it is `rebuilt`, and refused otherwise.
     """
 
-    def __init__(self, database: Database, folder: Path) -> None:
+    def __init__(self, database: Database, folder: Path, rebuilt: Rebuilt | None = None) -> None:
         self._database = database
         self._folder = folder
+        self._rebuilt = rebuilt
         self._lock = threading.Lock()
         self._prepared = False
 
@@ -68,19 +90,47 @@ class Migrated:
     def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
         """See `Database.transaction`; the first one applies the migrations before."""
         self.prepare()
-        with self._database.transaction(read_only=read_only) as session:
-            yield session
+        try:
+            with self._database.transaction(read_only=read_only) as session:
+                yield session
+        except Damaged as error:
+            self._prepared = False
+            if self._rebuilt is None:
+                raise
+            self._prepare(error)
+            raise Transient(error.message, "the state was looked at and mended: the next attempt goes on") from error
 
     def prepare(self) -> None:
         """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""
-        if self._prepared:
-            return
+        if not self._prepared:
+            self._prepare(None)
+
+    def _prepare(self, suspicion: Damaged | None) -> None:
+        """Migrate, after a damaged database was moved aside. With a suspicion all that is stored is looked at."""
         with self._lock:
-            if not self._prepared:
-                wanted = migrations(self._folder, self.dialect)
-                for migration in wanted:
-                    apply(self._database, migration, {each.name for each in wanted})
-                self._prepared = True
+            if self._prepared:
+                return
+            wanted = migrations(self._folder, self.dialect)
+            try:
+                if suspicion and suspicion.file is not None:
+                    raise suspicion
+                self._migrate(wanted, thorough=suspicion is not None)
+            except Damaged as error:
+                if self._rebuilt is None:
+                    raise
+                self._rebuilt.move_aside(error, lambda: self._migrate(wanted, thorough=True))
+                self._migrate(wanted, thorough=False)
+                self._rebuilt.made()
+            self._prepared = True
+
+    def _migrate(self, wanted: Sequence[Migration], *, thorough: bool) -> None:
+        if self._rebuilt is not None:
+            self._rebuilt.check(wanted)
+        for migration in wanted:
+            apply(self._database, migration, {each.name for each in wanted})
+        if thorough:
+            with self._database.transaction(read_only=True) as session:
+                session.check()
 
     def close(self) -> None:
         """See `Database.close`."""
@@ -114,12 +164,11 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
             session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
-        _refuse_newer(database.place, session, migration.name.partition("/")[0], known)
+        _refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
         done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
         if not done:
             session.script(migration.sql)
-            record = "INSERT INTO headwater_migrations (name, checksum) VALUES (:name, :checksum)"
-            session.run(record, name=migration.name, checksum=migration.checksum)
+            session.run(RECORD, name=migration.name, checksum=migration.checksum)
         elif done[0]["checksum"] != migration.checksum:
             raise Permanent(
                 f"{database.place}: migration {migration.name} was applied with another text",
@@ -127,10 +176,17 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
             )
 
 
-def _refuse_newer(place: str, session: Session, folder: str, known: Collection[str]) -> None:
+def recorded(session: Session, dialect: Dialect) -> Collection[str]:
+    """The names of the migrations that were applied, of all folders."""
+    if not session.rows(TABLE_EXISTS[dialect]):
+        return ()
+    return [row["name"] for row in session.rows("SELECT name FROM headwater_migrations ORDER BY name")]
+
+
+def _refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, known: Collection[str]) -> None:
     """An older version would write what the newer one no longer understands, or read it wrongly."""
-    rows = session.rows("SELECT name FROM headwater_migrations ORDER BY name")
-    newer = [row["name"] for row in rows if row["name"].startswith(f"{folder}/") and row["name"] not in known]
+    names = recorded(session, dialect)
+    newer = [name for name in names if name.startswith(f"{folder}/") and name not in known]
     if newer:
         raise Permanent(
             f"{place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",

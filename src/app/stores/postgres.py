@@ -21,7 +21,7 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.stores.connections import Connections
 from app.stores.copy_text import block_text, copy_text
-from app.stores.sql import Dialect, Row
+from app.stores.sql import Damaged, Dialect, Row
 from app.stores.sql_values import bound
 
 T = TypeVar("T")
@@ -69,6 +69,7 @@ REFUSED = re.compile(
 SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
 SQLSTATE_ACCESS = ("28", "3D", "42501")
 SQLSTATE_VALUE = ("22",)
+SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
 SQLSTATE_NO_EQUIVALENT = "22P05"
 # It keeps bytes and knows no characters, so that each client reads them as another text.
 NO_TEXT = "SQL_ASCII"
@@ -157,6 +158,9 @@ class PostgresSession:
         """See `Session.script`."""
         with self._errors.translated():
             self._connection.execute(sql.encode())
+
+    def check(self) -> None:
+        """See `Session.check`: the server looks after what it stores."""
 
 
 class PostgresDatabase:
@@ -256,7 +260,8 @@ class Errors:
             return Transient(message, "nothing to do if it passes; else look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
-        return Permanent(message, "this is a fault of the program: please report it")
+        hint = "this is a fault of the program: please report it"
+        return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
 
     @staticmethod
     def _is_connecting(error: psycopg.Error) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from app.core.ledger import from_json, to_json
 from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.stores.clocks import AHEAD, now_of
 from app.stores.sql import Database, Row
 from app.stores.sql_values import storable
 
@@ -31,9 +32,11 @@ class SqlRuns:
             ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
             session.run(self._queries["save_run"], **_columns(run))
             if ends:
+                session.run(self._queries["correct_totals"], job=run.job, ended_at=run.ended_at)
                 session.run(self._queries["add_total"], **_sums(run))
                 session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
-            session.run(self._queries["prune_runs"], job=run.job, kept_before=self._kept - 1)
+            prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
+            session.run(self._queries["prune_runs"], **prune)
 
     def recent(self, job: str | None, limit: int) -> Sequence[Run]:
         """See `Runs.recent`."""
@@ -43,7 +46,14 @@ class SqlRuns:
 
     def last_ended(self, job: str) -> Run | None:
         """The newest run that has ended, whatever its outcome; None when none has."""
-        return next(iter(self._runs("last_ended", job=job)), None)
+        return next(iter(self._runs("last_ended", job=job, limit=1)), None)
+
+    def since_done_seconds(self, job: str) -> float | None:
+        """See `Runs.since_done_seconds`."""
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["last_done"], job=job, until_at=now + AHEAD)
+        return max((now - rows[0]["started_at"]).total_seconds(), 0.0) if rows else None
 
     def totals(self) -> Sequence[Total]:
         """The sums over all runs that ever ended, by job and outcome. They never fall."""
@@ -57,7 +67,8 @@ class SqlRuns:
 
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
         with self._database.transaction(read_only=True) as session:
-            return [_run(row) for row in session.rows(self._queries[query], **params)]
+            until_at = now_of(session, self._queries) + AHEAD
+            return [_run(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
 
 
 def _sums(run: Run) -> dict[str, Any]:

@@ -20,11 +20,22 @@ DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
 BROKEN_INSTALLATION = "the installation is damaged or a query is missing: install Headwater again"
 
 
+class Damaged(Permanent):
+    """What the database holds is not what was written to it.
+
+    `file` is the identity of the file in which that is certain; None where a fresh look has to confirm it.
+    """
+
+    def __init__(self, message: str, *, file: object = None) -> None:
+        super().__init__(message, "restore it from a backup, or move it away to start anew")
+        self.file = file
+
+
 class Session(Protocol):
     """One open transaction. For the thread that opened it, until its block ends.
 
-    Raises Transient (connection lost, server away, timeout, deadlock), Permanent (access, schema) and Rejected (a value
-    that cannot be stored, such as text with a NUL).
+    Raises Transient (connection lost, server away, timeout, deadlock), Permanent (access), Damaged (tables or their
+    content are gone) and Rejected (a value that cannot be stored, such as text with a NUL).
     """
 
     def rows(self, sql: str, **params: Any) -> list[Row]:
@@ -62,6 +73,9 @@ class Session(Protocol):
 
     def script(self, sql: str) -> None:
         """Several statements without parameters, inside this transaction."""
+
+    def check(self) -> None:
+        """Look at all that is stored, where that is ours to look after. Raises Damaged."""
 
 
 class Database(Protocol):

@@ -1,15 +1,16 @@
 """SQLite as a `Database`: the embedded store of one machine.
 
 Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
-that is killed at any instruction leaves a database that opens again with every committed transaction; its files are for
-their owner alone.
+that is killed at any instruction, or a power cut, leaves a database that opens again with every committed
+transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
 """
 
+import fcntl
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.stores.connections import Connections
-from app.stores.sql import Dialect, Row
+from app.stores.sql import Damaged, Dialect, Row
 from app.stores.sql_values import INSTANT_SUFFIX, bound, instant_of, instant_text
 
 T = TypeVar("T")
@@ -40,15 +41,21 @@ LASTING = {
     sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
     sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its folder",
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its folder",
-    sqlite3.SQLITE_NOTADB: "the file is no SQLite database: move it away or point to another one",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup, or move it away to start anew",
 }
+DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
+
+
+class FileConnection(sqlite3.Connection):
+    """A connection that knows which file it opened: another one may lie in its place by now."""
+
+    file: tuple[int, int] | None = None
 
 
 class SqliteSession:
     """See `Session`."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: FileConnection, path: Path) -> None:
         self._connection = connection
         self._path = path
 
@@ -57,7 +64,10 @@ class SqliteSession:
         cursor = self._execute(sql, params)
         names = [column[0] for column in cursor.description or ()]
         found = _translated(self._path, cursor.fetchall)
-        return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
+        try:
+            return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
+        except ValueError as error:
+            raise Damaged(f"SQLite at {self._path}: {error}", file=self._connection.file) from error
 
     def run(self, sql: str, **params: Any) -> int:
         """See `Session.run`."""
@@ -107,6 +117,12 @@ class SqliteSession:
         for statement in _statements(sql):
             self._execute(statement, {})
 
+    def check(self) -> None:
+        """See `Session.check`. Reads the whole file."""
+        for row in self.rows("PRAGMA integrity_check(1)"):
+            if (said := next(iter(row.values()))) != "ok":
+                raise Damaged(f"SQLite at {self._path}: {said}")
+
     def _execute(self, sql: str, params: Mapping[str, Any]) -> sqlite3.Cursor:
         prepared = _bound(params)
         return _translated(self._path, lambda: self._connection.execute(sql, prepared))
@@ -120,7 +136,12 @@ class SqliteDatabase:
     def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
         self._path = path
         self._busy_seconds = busy_seconds
-        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close)
+        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
 
     @property
     def place(self) -> str:
@@ -144,10 +165,10 @@ class SqliteDatabase:
         """See `Database.close`."""
         self._connections.close()
 
-    def _finish(self, connection: sqlite3.Connection, statement: str) -> None:
+    def _finish(self, connection: FileConnection, statement: str) -> None:
         _translated(self._path, lambda: connection.execute(statement))
 
-    def _roll_back(self, connection: sqlite3.Connection) -> None:
+    def _roll_back(self, connection: FileConnection) -> None:
         try:
             connection.rollback()
         except sqlite3.Error:
@@ -155,25 +176,66 @@ class SqliteDatabase:
         else:
             self._connections.give_back(connection)
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> FileConnection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Permanent(f"{self.place}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
-        return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
+        with folder_lock(self._path.parent):
+            _refuse_lone_wal(self._path)
+            return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
+
+    def _is_current(self, connection: FileConnection) -> bool:
+        """False when the file was moved, deleted or replaced since: what is committed to it would be seen by nobody."""
+        return connection.file == file_id(self._path)
 
 
-def _opened(path: Path, busy_seconds: float) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+@contextmanager
+def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
+    """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
+    moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise Permanent(f"{folder}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one that takes its place; None when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _refuse_lone_wal(path: Path) -> None:
+    """SQLite takes an empty file for a new database, and deletes the log of one that was emptied. Raises Damaged."""
+    with suppress(OSError):
+        if Path(f"{path}-wal").stat().st_size and not (path.exists() and path.stat().st_size):
+            raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
+
+
+def _opened(path: Path, busy_seconds: float) -> FileConnection:
+    connection = sqlite3.connect(
+        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+    )
     with ExitStack() as undo:
         undo.callback(connection.close)
         connection.execute("PRAGMA schema_version")  # makes the file
         _keep_to_owner(path)
         _use_wal(connection, busy_seconds)
-        # NORMAL with WAL: a power cut may undo the last commits but never tears the file. An undone commit only repeats
-        # an idempotent write, so a flush of the disk per commit buys nothing here.
-        connection.execute("PRAGMA synchronous = NORMAL")
+        # FULL: what was committed is there after a power cut. With less, state and warehouse could come back from
+        # one at different instants, and the state would vouch for rows that the warehouse has lost.
+        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.file = file_id(path)
         undo.pop_all()
     return connection
 
@@ -214,7 +276,12 @@ def _bound(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(name: str, value: Any) -> Any:
-    return instant_of(value) if name.endswith(INSTANT_SUFFIX) and isinstance(value, str) else value
+    """Raises ValueError for what was never stored: text with a NUL is refused, and blank sectors read as such."""
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError(f"the text in {name} holds a NUL")
+    return instant_of(value) if name.endswith(INSTANT_SUFFIX) else value
 
 
 def _statements(sql: str) -> Iterator[str]:
@@ -241,6 +308,8 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
     if isinstance(error, OverflowError | sqlite3.DataError):
         return Rejected(message, "the value is outside of what the database holds: correct it")
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte; the others tell details
+    if code in DAMAGED or any(sign in str(error) for sign in GONE):
+        return Damaged(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
     return Permanent(message, LASTING.get(code, "this is a fault of the program: please report it"))

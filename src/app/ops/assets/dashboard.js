@@ -36,6 +36,8 @@ function span(seconds) {
   return `${Math.round(s / 86400)} d`;
 }
 
+function lagText(seconds) { return seconds < 0 ? `${span(seconds)} ahead of now` : span(seconds); }
+
 function size(bytes) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let step = 0;
@@ -132,7 +134,8 @@ function card(job, runs, partitions, now) {
   if (last && last.ledger_text) facts.append(...term("Ledger", last.ledger_text));
   facts.append(...term("Next run", job.next_run_at ? moment(job.next_run_at, now) : "when resumed"));
   const lag = lagOf(job, partitions);
-  if (lag !== null) facts.append(...term("Lag", `${span(lag)} at most`));
+  if (lag !== null) facts.append(...term("Lag", lag < 0 ? lagText(lag) : `${span(lag)} at most`));
+  if (job.clock_ahead_seconds) facts.append(...term("Clock", `records lie ${span(job.clock_ahead_seconds)} ahead of now`));
   if (job.rows_total) facts.append(...term("Moved", `${number(job.rows_total)} rows in ${number(job.runs_total)} runs`));
   if (job.calls) facts.append(...term("Calls", `${number(job.calls.today)} of ${number(job.calls.a_day)} today`));
   if (job.queued_backfills) facts.append(...term("Backfills", `${job.queued_backfills} waiting`));
@@ -167,7 +170,7 @@ function showPartitions(data, now) {
   const heads = [["Job", ""], ["Partition", ""], ["State", ""], ["Lag", "number"], ["Newest event", ""], ["Finished up to", ""], ["Error", "text"]];
   fill("partitions", table(heads, data.partitions.map((part) => [
     part.job, part.partition, make("span", `badge ${part.status}`, part.status),
-    part.lag_seconds === null ? "–" : span(part.lag_seconds),
+    part.lag_seconds === null ? "–" : lagText(part.lag_seconds),
     moment(part.high_watermark_at, now), clock(part.cursor_at), part.error,
   ])));
 }
