@@ -317,7 +317,11 @@ def test_a_predicate_binds_and_tighter_than_or() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "from(", 'from(bucket: "x', "|> count()", "filter(fn: (r) => )", "count() count"])
+NO_PROGRAMS = ("", "from(", 'from(bucket: "x', "|> count()", "filter(fn: (r) => )", "count() count")
+DOLLARS = ('from(bucket: "a${b}")', 'from(bucket: "$\\\\")', 'from(bucket: "\\$\\"")')
+
+
+@pytest.mark.parametrize("text", [*NO_PROGRAMS, *DOLLARS])
 def test_texts_that_are_no_program_are_refused_with_a_place(text: str) -> None:
     with pytest.raises(FluxSyntax, match=r"^compilation failed: error at @1:\d+-1:\d+: "):
         parse_flux(text)

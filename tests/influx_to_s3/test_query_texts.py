@@ -85,6 +85,7 @@ def ask_everything(reader: Reader, device: str, field: str) -> None:
 
 @given(bucket=NAMES, measurement=NAMES, tag=NAMED, device=NAMED, field=NAMED)
 @example(bucket="b", measurement="m", tag="device_id", device="D1", field="v")
+@example(bucket="$\\", measurement='$"', tag="$\\", device='$"', field="$\n")
 @settings(max_examples=30, deadline=None)
 def test_every_flux_text_passes_the_check_of_influxdata(
     is_valid_flux: Check, *, bucket: str, measurement: str, tag: str, device: str, field: str

@@ -401,7 +401,7 @@ def test_hostile_ids_are_bound_on_a_real_influxdb_1(influxdb1: InfluxDB1, device
 
 
 def test_literals_escape_what_would_end_or_fill_them() -> None:
-    assert literal('a"\\${x}\n\r\t\0') == '"a\\"\\\\\\${x}\\n\\r\\t\\x00"'
+    assert literal('a"\\${x}\n\r\t\0') == '"a\\"\\\\\\x24{x}\\n\\r\\t\\x00"'
     assert text_literal("a'\\\n") == "'a\\'\\\\\\n'"
     assert identifier('a"\\\n') == '"a\\"\\\\\\n"'
     assert exact_pattern("a\r/.") == "/^a\\x{d}\\x{2f}\\x{2e}$/"

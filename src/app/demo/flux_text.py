@@ -1,7 +1,8 @@
 """Flux source text to calls: the part of the language that pipelines are written in.
 
 Invariant: a text is understood whole or refused with `FluxSyntax`, which says where (`@line:column-line:column`);
-nothing is skipped. Strings take Flux's own escapes; an unescaped `${` is refused, since a server would evaluate it.
+nothing is skipped. Strings take Flux's own escapes; an unescaped `${`, which a server would evaluate, and an
+escape right after a `$`, which its scanner does not take, are refused.
 """
 
 import re
@@ -22,7 +23,7 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
-ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|.)|\$\{", re.DOTALL)
+ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|\$(?!\\)|[^$])|\$[{\\]", re.DOTALL)
 COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
 WORDS = frozenset({"import", "package", "option", "and", "or", "not", "exists", "if", "then", "else", "return"})
 
@@ -188,7 +189,8 @@ class _Parser:
             escape = found.group(1)
             at = token.start + 1 + found.start()
             if escape is None:
-                raise FluxSyntax(_failed(self._text, at, at + 2, "string interpolation is not possible here"))
+                reason = "string interpolation" if found[0] == "${" else "an escape right after a dollar sign"
+                raise FluxSyntax(_failed(self._text, at, at + 2, f"{reason} is not possible here"))
             if escape[0] == "x":
                 return chr(int(escape[1:], 16))
             if escape not in ESCAPES:

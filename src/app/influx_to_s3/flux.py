@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
 DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
-ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00"})
+ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00", "$": "\\x24"})
 KEYWORD = re.compile(
     "and|or|not|exists|if|then|else|in|empty|return|import|package|option|builtin|test|testcase"  # those of its scanner
 )
@@ -49,8 +49,8 @@ class FluxTarget:
 
 
 def literal(text: str) -> str:
-    """A Flux string literal. `${` would start an interpolation, so its dollar sign is escaped too."""
-    return '"' + text.translate(ESCAPES).replace("${", "\\${") + '"'
+    """A Flux string literal. `${` would start an interpolation, and its scanner takes no escape right after a `$`."""
+    return f'"{text.translate(ESCAPES)}"'
 
 
 def time_literal(instant: datetime) -> str:
