@@ -68,6 +68,7 @@ def gaps(pull: AmplitudePull, span: Window = SPAN) -> dict[int, State]:
     return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state is not State.EQUAL}
 
 
+@pytest.mark.slow
 def test_one_hour_of_each_fault_among_200_good_ones(world: World) -> None:
     made, simulator, pull = world
     simulator.state.faults = {("web", MONDAY + number * HOUR): fault for number, fault in NEVER.items()}

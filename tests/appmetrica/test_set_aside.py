@@ -68,6 +68,7 @@ def spoilt(simulator: AppMetricaSimulator) -> Callable[[datetime], Sequence[dict
     return rows
 
 
+@pytest.mark.slow
 def test_one_bad_row_of_each_kind_among_10_000(world: World) -> None:
     made, simulator, pull = world
     good = simulator.state.rows
@@ -121,6 +122,7 @@ def test_one_bad_row_of_each_kind_among_10_000(world: World) -> None:
     ],
     ids=["another order", "added", "missing", "twice"],
 )
+@pytest.mark.slow
 def test_columns_are_read_by_name(world: World, columns: Callable[[Sequence[str]], Sequence[str]]) -> None:
     made, simulator, pull = world
     pull.to_the_end()
@@ -163,6 +165,7 @@ def test_a_column_without_which_rows_cannot_be_told_apart_is_named_and_waited_fo
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
 
 
+@pytest.mark.slow
 def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world: World) -> None:
     made, simulator, pull = world
     bad = FIRST + 10 * HOUR

@@ -116,6 +116,7 @@ class TestEveryStore:
         etags = [put(store, "k", data) for data in (b"aaaa", b"bbbb", b"cccc", b"dddd", b"eeee", b"ffff")]
         assert len(set(etags)) == len(etags)
 
+    @pytest.mark.slow
     def test_one_of_eight_wins_each_round(self, store: ObjectStore) -> None:
         writers, start = 8, threading.Barrier(8)
 

@@ -64,6 +64,7 @@ def test_a_clock_that_is_set_right_after_decades_costs_one_run_of_each_job(
     assert abs(next_at - now) < timedelta(minutes=5)
 
 
+@pytest.mark.slow
 def test_what_lies_ahead_of_now_is_shown_and_makes_nothing_unready(daemons: Daemons, tmp_path: Path) -> None:
     ahead_at = datetime.now(UTC) + timedelta(days=40)
     with closing(open_state("", tmp_path / "data")) as state:
