@@ -82,18 +82,20 @@ class Runner:
         values = {**base, "DATA_DIR": str(folder), "LOG_FILE": "off", **environ}
         (folder / "environ.json").write_text(json.dumps(values))
         (folder / "command.json").write_text(json.dumps([*command, "--json"]))
-        return self._asked(str(folder))
+        return asked(self.process, str(folder))
 
     def ended(self) -> int:
         """Its exit code, or minus the signal."""
-        return self._asked("")
+        return asked(self.process, "")
 
-    def _asked(self, line: str) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+
+def asked(process: "subprocess.Popen[str]", line: str) -> int:
+    """The number that `app_kills.py` answers to a line."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
 
 
 @contextmanager

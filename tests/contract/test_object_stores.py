@@ -3,21 +3,20 @@
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from app.core.errors import Conflict, Rejected
-from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
-from app.stores.s3 import S3Store
-from object_stores import ANY, CREATE, get, keys, put, s3_store, target_of
-from seaweed import Seaweed
+from object_stores import ANY, CREATE, get, keys, put
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STRANGE_KEYS = (
     "device_id=ü 1/date=2026/02/07/export_120000.parquet",
@@ -28,25 +27,6 @@ STRANGE_KEYS = (
     "a%20b/%2e%2e.txt",
 )
 BAD_KEYS = ("", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\nb", "a\x00b", "a\x7f", "k" * 1025, "ü" * 513, "a\ud800b")
-
-
-@pytest.fixture(scope="module")
-def shared_store(seaweed: Seaweed, shared_bucket: str) -> Iterator[S3Store]:
-    """One for all tests as well: making the SDK's client takes a third of a second."""
-    with s3_store(target_of(seaweed, shared_bucket)) as store:
-        store.probe()
-        yield store
-
-
-@pytest.fixture(params=["local directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "local directory":
-        local = LocalDirectory(tmp_path / "objects")
-        local.probe()
-        return local
-    request.getfixturevalue("bucket")
-    shared: S3Store = request.getfixturevalue("shared_store")
-    return shared
 
 
 class TestEveryStore:

@@ -1,10 +1,8 @@
 """What is set aside is kept once, bounded, and never in the way of a run: on a directory and on a real S3 server."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import BinaryIO
 
 import pytest
@@ -13,35 +11,14 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import SetAside
-from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectInfo, ObjectStore, Put, check_key
-from app.stores.s3 import S3Store
 from app.stores.set_aside import BYTES, LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
-from object_stores import get, keys, put, s3_store, target_of
-from seaweed import Seaweed
+from object_stores import get, keys, put
 
 FOLDER = "telemetry/_set_aside"
 WINDOW = ("D1", "2026-02-07", "export_120000")
 REASON = "no device tag"
-
-
-@pytest.fixture(scope="module")
-def shared_store(seaweed: Seaweed, shared_bucket: str) -> Iterator[S3Store]:
-    with s3_store(target_of(seaweed, shared_bucket)) as store:
-        store.probe()
-        yield store
-
-
-@pytest.fixture(params=["local directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "local directory":
-        local = LocalDirectory(tmp_path / "objects")
-        local.probe()
-        return local
-    request.getfixturevalue("bucket")
-    shared: S3Store = request.getfixturevalue("shared_store")
-    return shared
 
 
 def kept(aside: SetAsideStore, content: bytes, number: int, content_type: str = LINES) -> Kept:

@@ -18,6 +18,7 @@ import pytest
 from app.core.window import floor_to
 from app.demo.drive_api import DriveFault
 from daemon import KEPT, Daemons
+from kill_rounds import asked
 from shipping import Shipping, item, shipping
 
 TESTS = Path(__file__).parents[1]
@@ -49,11 +50,11 @@ class Runner:
         """Start one; its pid."""
         ship.folder.mkdir(parents=True, exist_ok=True)
         (ship.folder / "environ.json").write_text(json.dumps(environ(ship)))
-        return self._asked(str(ship.folder))
+        return asked(self.process, str(ship.folder))
 
     def ended(self) -> int:
         """Its exit code, or minus the signal."""
-        return self._asked("")
+        return asked(self.process, "")
 
     def run(self, ship: Shipping) -> None:
         """To the end, as soon as the lease of one that was killed has run out.
@@ -71,13 +72,6 @@ class Runner:
                 assert "expired or was taken over" in said.read_text(), said.read_text()
                 until_lost -= 1
         assert code == 0, said.read_text()
-
-    def _asked(self, line: str) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
 
 
 @pytest.fixture
