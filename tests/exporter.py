@@ -12,7 +12,6 @@ import pytest
 
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
@@ -20,6 +19,7 @@ from app.stores.objects import ObjectStore
 from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
 from exports import CountingStore, content, exported, objects, stored
+from simulators.influx import InfluxSimulator
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.demo.influx_points import Points
 from app.stores.objects import ObjectStore
+from simulators.influx_points import Points
 
 FORMATS = ("parquet", "csv")
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import urllib3
 
-from app.demo.influx import InfluxSimulator
+from simulators.influx import InfluxSimulator
 
 ANNOTATIONS = ("datatype", "group", "default")
 NOON_NS = 1_770_465_600 * 10**9  # 2026-02-07T12:00:00Z

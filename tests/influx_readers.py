@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from app.core.window import Window
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.reader import Points, Reader
 from exporter import NOON, ns
+from simulators.influx import InfluxSimulator
 
 HOUR = Window(NOON, NOON + timedelta(hours=1))
 BASE = ns(NOON)

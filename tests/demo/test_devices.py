@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 
-from app.demo.devices import MAX_LATE_NS, STEP_NS, Device, arrivals, fleet, samples
-from app.demo.feeder import HOUR_NS, Feeder, http_writer
-from app.demo.influx import InfluxSimulator
 from influx import NOON_NS, SECOND_NS
+from simulators.devices import MAX_LATE_NS, STEP_NS, Device, arrivals, fleet, samples
+from simulators.feeder import HOUR_NS, Feeder, http_writer
+from simulators.influx import InfluxSimulator
 
 DAY_NS = 24 * HOUR_NS
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.demo.influx_points import SHARD_NS, Points
-from app.demo.line_protocol import parse_lines
+from simulators.influx_points import SHARD_NS, Points
+from simulators.line_protocol import parse_lines
 
 
 def stored(*texts: str) -> tuple[Points, list[str]]:

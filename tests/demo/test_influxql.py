@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from app.demo.devices import Device, samples
-from app.demo.influx import InfluxSimulator
-from app.demo.influxql_json import go_float, go_text
 from influx import NOON_NS, SECOND_NS, get_influxql
 from influxdb1 import InfluxDB1
+from simulators.devices import Device, samples
+from simulators.influx import InfluxSimulator
+from simulators.influxql_json import go_float, go_text
 
 RANGE = "time >= '2026-02-07T12:00:00Z' AND time < '2026-02-07T13:00:00Z'"
 COLUMNS = '"f"::field, "device_id"::tag, "location"::tag, "i"::integer, "s"::string, "b"::boolean'

@@ -21,10 +21,10 @@ from app.core.errors import Permanent
 from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Sign, verify
 from app.core.window import Window
-from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from shipping import START, TABLE, Shipping, item, shipping
+from simulators.dynamo import DynamoSimulator, Table
 
 LOCAL = dict.fromkeys(
     ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"), ""

@@ -6,11 +6,11 @@ from datetime import timedelta
 import pytest
 
 from app.core.runs import Outcome
-from app.demo.faults import Cut, ErrorTable
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.stores.objects import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import content, exported
+from simulators.faults import Cut, ErrorTable
 
 
 def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_others_are_exported(

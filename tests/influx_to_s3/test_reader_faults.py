@@ -15,12 +15,12 @@ import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import Window
-from app.demo.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
+from simulators.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
+from simulators.influx import InfluxSimulator
 
 
 @pytest.mark.parametrize("question", ["ping", "rows", "counts", "devices"])

@@ -10,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.window import Window, floor_to
-from app.demo.influx import InfluxSimulator
-from app.demo.influx_points import SHARD_NS
-from app.demo.line_protocol import Field, Point, parse_lines
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
 from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader
@@ -34,6 +31,9 @@ from influx_readers import (
     values,
 )
 from influxdb1 import InfluxDB1, running_influxdb1
+from simulators.influx import InfluxSimulator
+from simulators.influx_points import SHARD_NS
+from simulators.line_protocol import Field, Point, parse_lines
 
 DAY = timedelta(days=1)
 EVER = Window(datetime(1960, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from app.demo.annotated_csv import Result
-from app.demo.flux_arguments import evaluate, labels_of, predicate_argument, text_argument, undefined
-from app.demo.flux_steps import Bounds, run_step
-from app.demo.flux_tables import TIME, Column, Data, FluxError, Table, table
-from app.demo.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
-from app.demo.influx_points import FieldKey, Points, Series
-from app.demo.instants import UNITS_NS
+from simulators.annotated_csv import Result
+from simulators.flux_arguments import evaluate, labels_of, predicate_argument, text_argument, undefined
+from simulators.flux_steps import Bounds, run_step
+from simulators.flux_tables import TIME, Column, Data, FluxError, Table, table
+from simulators.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
+from simulators.influx_points import FieldKey, Points, Series
+from simulators.instants import UNITS_NS
 
 if TYPE_CHECKING:
-    from app.demo.line_protocol import Value
+    from simulators.line_protocol import Value
 
 KINDS = {"float": "double", "integer": "long", "unsigned": "unsignedLong", "string": "string", "boolean": "boolean"}
 SCHEMA = "influxdata/influxdb/schema"

@@ -7,7 +7,7 @@ same key once `merged` has seen them. Rows are held as columns, None for null.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.demo.line_protocol import Value
+from simulators.line_protocol import Value
 
 TIME = "dateTime:RFC3339"
 FLUX_NAMES = {

@@ -12,7 +12,7 @@ from itertools import count
 from threading import Lock
 from typing import Any
 
-from app.demo.http import Answer, Request
+from simulators.http import Answer, Request
 
 PIECE_BYTES = 262_144
 RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")

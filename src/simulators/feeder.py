@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Self
 
-from app.demo.devices import Device, arrivals
-from app.demo.instants import NS
-from app.demo.repeating import Repeating
+from simulators.devices import Device, arrivals
+from simulators.instants import NS
+from simulators.repeating import Repeating
 
 BATCH_LINES = 5000
 WRITE_SECONDS = 30

@@ -5,7 +5,7 @@ Invariant: a file appears under its name only when it is whole; which rows it ho
 
 from pathlib import Path
 
-from app.demo.repeating import Repeating
+from simulators.repeating import Repeating
 
 HEAD = "cluster_name,id,name,value"
 ROWS = 6

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Self
 
-from app.demo.dynamo_expressions import NotUnderstood, condition, sortable
-from app.demo.http import Answer, Request, Served
+from simulators.dynamo_expressions import NotUnderstood, condition, sortable
+from simulators.http import Answer, Request, Served
 
 PAGE_BYTES = 1 << 20
 UNIT_BYTES = 4096

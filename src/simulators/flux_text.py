@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.demo.instants import duration_ns, parse_rfc3339
+from simulators.instants import duration_ns, parse_rfc3339
 
 TOKEN = re.compile(
     r"""(?P<blank>(?:\s|//[^\n]*)+)

@@ -11,14 +11,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from app.core.window import floor_to
-from app.demo import amplitude, appmetrica, ship
-from app.demo.devices import fleet
-from app.demo.drive import DriveSimulator
-from app.demo.drops import Drops
-from app.demo.dynamo import DynamoSimulator, Table
-from app.demo.feeder import Feeder, http_writer
-from app.demo.influx import InfluxSimulator
-from app.demo.instants import NS
+from simulators import amplitude, appmetrica, ship
+from simulators.devices import fleet
+from simulators.drive import DriveSimulator
+from simulators.drops import Drops
+from simulators.dynamo import DynamoSimulator, Table
+from simulators.feeder import Feeder, http_writer
+from simulators.influx import InfluxSimulator
+from simulators.instants import NS
 
 DEVICES = 8
 BACKLOG_HOURS = 3

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from app.demo.influx_points import Cell, Points, Series, Window
-from app.demo.influxql_text import EVERY, Condition, Select, Selected, Show, Statement
-from app.demo.instants import parse_rfc3339
-from app.demo.line_protocol import MAX_TIME_NS, MIN_TIME_NS
+from simulators.influx_points import Cell, Points, Series, Window
+from simulators.influxql_text import EVERY, Condition, Select, Selected, Show, Statement
+from simulators.instants import parse_rfc3339
+from simulators.line_protocol import MAX_TIME_NS, MIN_TIME_NS
 
 NUMERIC: Mapping[str, Callable[[Cell], Cell]] = {
     "float": lambda cell: None if cell is None else float(cell),

@@ -6,7 +6,7 @@ Invariant: a term that is not understood is refused, never passed over.
 import re
 from collections.abc import Callable
 
-from app.demo.drive_files import StoredFile
+from simulators.drive_files import StoredFile
 
 TEXT = r"'((?:[^'\\]|\\.)*)'"
 TERMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], StoredFile], bool]], ...] = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
 
-from app.demo.line_protocol import MAX_TIME_NS, MIN_TIME_NS, Field, Point, Tags, Value
+from simulators.line_protocol import MAX_TIME_NS, MIN_TIME_NS, Field, Point, Tags, Value
 
 SHARD_NS = 7 * 86_400 * 10**9
 YEAR_ONE_NS = 62_135_596_800 * 10**9  # shards are counted from 0001-01-01, a Monday, which is so long before 1970

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from app.demo.drive_api import DriveApi, DriveFault, State
-from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
-from app.demo.drive_uploads import Uploads
-from app.demo.google_tokens import Tokens
-from app.demo.http import Served
+from simulators.drive_api import DriveApi, DriveFault, State
+from simulators.drive_files import FOLDER_TYPE, Files, StoredFile
+from simulators.drive_uploads import Uploads
+from simulators.google_tokens import Tokens
+from simulators.http import Served
 
 
 def _now() -> datetime:

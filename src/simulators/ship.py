@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
-from app.demo.repeating import Repeating
+from simulators.repeating import Repeating
 
 TABLE = "locness-underway-summary"
 KEY = ("static_partition", "datetime_utc")

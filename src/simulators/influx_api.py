@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import chain
 from urllib.parse import parse_qs
 
-from app.demo.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Dialect, Result
-from app.demo.faults import CODES, Cut, EmptyTable, Fault, Faults, ForceGzip, Refuse, Stall, disturbed
-from app.demo.flux import Bucket, answer_flux
-from app.demo.flux_tables import Column, FluxError, table
-from app.demo.flux_text import FluxSyntax
-from app.demo.http import Answer, Piece, Request, Streamed
-from app.demo.influxql import QlError, answer_influxql
-from app.demo.influxql_json import (
+from simulators.annotated_csv import ANNOTATIONS, BATCH_ROWS, AnnotatedCsv, Dialect, Result
+from simulators.faults import CODES, Cut, EmptyTable, Fault, Faults, ForceGzip, Refuse, Stall, disturbed
+from simulators.flux import Bucket, answer_flux
+from simulators.flux_tables import Column, FluxError, table
+from simulators.flux_text import FluxSyntax
+from simulators.http import Answer, Piece, Request, Streamed
+from simulators.influxql import QlError, answer_influxql
+from simulators.influxql_json import (
     DEFAULT_CHUNK_ROWS,
     EPOCHS,
     Shape,
@@ -28,10 +28,10 @@ from app.demo.influxql_json import (
     error_document,
     failed_document,
 )
-from app.demo.influxql_json import Result as QlResult
-from app.demo.influxql_text import QlSyntax, Select, Statement, parse_influxql
-from app.demo.instants import parse_rfc3339
-from app.demo.line_protocol import PRECISION_NS, BadLine, parse_lines
+from simulators.influxql_json import Result as QlResult
+from simulators.influxql_text import QlSyntax, Select, Statement, parse_influxql
+from simulators.instants import parse_rfc3339
+from simulators.line_protocol import PRECISION_NS, BadLine, parse_lines
 
 VERSION = {"X-Influxdb-Version": "v2.7.12", "X-Influxdb-Build": "OSS"}
 JSON = {"Content-Type": "application/json; charset=utf-8"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 
-from app.demo.http import CutHere, Piece
+from simulators.http import CutHere, Piece
 
 CODES = {
     400: "invalid",

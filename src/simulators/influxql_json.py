@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 
-from app.demo.http import Piece
-from app.demo.influxql import Answered
-from app.demo.instants import UNITS_NS, rfc3339
+from simulators.http import Piece
+from simulators.influxql import Answered
+from simulators.instants import UNITS_NS, rfc3339
 
 EPOCHS = {
     "ns": 1,

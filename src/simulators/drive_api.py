@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from app.demo.drive_files import FOLDER_TYPE, Files, StoredFile
-from app.demo.drive_query import holds
-from app.demo.drive_uploads import Uploads, parts_of
-from app.demo.google_tokens import JSON, Tokens
-from app.demo.http import Answer, CutHere, Request
+from simulators.drive_files import FOLDER_TYPE, Files, StoredFile
+from simulators.drive_query import holds
+from simulators.drive_uploads import Uploads, parts_of
+from simulators.google_tokens import JSON, Tokens
+from simulators.http import Answer, CutHere, Request
 
 FILES = "/drive/v3/files"
 UPLOAD = "/upload/drive/v3/files"

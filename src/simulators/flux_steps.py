@@ -6,7 +6,7 @@ would answer differently from a server fails instead.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from app.demo.flux_arguments import (
+from simulators.flux_arguments import (
     applied,
     evaluate,
     function_argument,
@@ -18,7 +18,7 @@ from app.demo.flux_arguments import (
     texts_argument,
     undefined,
 )
-from app.demo.flux_tables import (
+from simulators.flux_tables import (
     TIME,
     Axes,
     Cells,
@@ -34,8 +34,8 @@ from app.demo.flux_tables import (
     table,
     take,
 )
-from app.demo.flux_text import Call, Expression, Name
-from app.demo.line_protocol import Value
+from simulators.flux_text import Call, Expression, Name
+from simulators.line_protocol import Value
 
 Tables = Iterable[Table]
 Bounds = tuple[int, int]

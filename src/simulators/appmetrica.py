@@ -17,8 +17,8 @@ from typing import Self
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
-from app.demo.http import Answer, CutHere, Request, Served
-from app.demo.product_events import appmetrica_rows
+from simulators.http import Answer, CutHere, Request, Served
+from simulators.product_events import appmetrica_rows
 
 HOUR = timedelta(hours=1)
 TEXT = {"Content-Type": "text/plain"}

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Self
 
-from app.demo.faults import Faults
-from app.demo.flux import Bucket
-from app.demo.http import Served
-from app.demo.influx_api import AnsweredQuery, InfluxApi, Surroundings, refused
-from app.demo.influx_points import SHARD_NS, Points
-from app.demo.line_protocol import parse_lines
+from simulators.faults import Faults
+from simulators.flux import Bucket
+from simulators.http import Served
+from simulators.influx_api import AnsweredQuery, InfluxApi, Surroundings, refused
+from simulators.influx_points import SHARD_NS, Points
+from simulators.line_protocol import parse_lines
 
 ORG_ID = "0a1b2c3d4e5f6071"
 BUCKET_ID = "1f2e3d4c5b6a7080"

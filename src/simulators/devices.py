@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from app.demo.instants import NS
+from simulators.instants import NS
 
 MEASUREMENT = "device_telemetry"
 STEP_NS = 5 * NS

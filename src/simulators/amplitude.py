@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from threading import Lock
 from typing import Any, Self
 
-from app.demo.http import Answer, CutHere, Piece, Request, Served, Streamed
-from app.demo.product_events import PROJECT, amplitude_events
+from simulators.http import Answer, CutHere, Piece, Request, Served, Streamed
+from simulators.product_events import PROJECT, amplitude_events
 
 HOUR = timedelta(hours=1)
 PATH = "/api/2/export"
