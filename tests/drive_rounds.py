@@ -15,8 +15,7 @@ from pathlib import Path
 from app.core.window import floor_to
 from kill_rounds import Command, main
 from shipping import Shipping, item, shipping
-from simulators.drive import DriveSimulator
-from simulators.drive_api import DriveFault
+from simulators.drive import DriveFault, DriveSimulator
 
 HOURS = 5
 JOBS = ("dynamo_to_drive", "dynamo_to_drive_late", "dynamo_to_drive_reconcile")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.stores.objects import ObjectStore
-from simulators.influx_points import Points
+from simulators.influx_storage import Points
 
 FORMATS = ("parquet", "csv")
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")

@@ -17,7 +17,7 @@ from app.stores.local_directory import LocalDirectory
 from app.stores.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases
 from simulators.drive import DriveSimulator
-from simulators.dynamo import DynamoSimulator, Table
+from simulators.dynamodb import DynamoSimulator, Table
 
 TABLE = "underway"
 KEY = ("static_partition", "datetime_utc")

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INSIDE = """
 from importlib.resources import files
-import app, simulators.daemon
+import app, simulators.demo
 sql = {path.name for folder in files("app").joinpath("sql").iterdir() for path in folder.iterdir()}
 assert sql, "the wheel holds no SQL"
 """

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Lock
 from typing import Any, Self
 
-from simulators.http import Answer, CutHere, Piece, Request, Served, Streamed
+from simulators.http_server import Answer, CutHere, Piece, Request, Served, Streamed
 from simulators.product_events import PROJECT, amplitude_events
 
 HOUR = timedelta(hours=1)

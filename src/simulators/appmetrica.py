@@ -17,7 +17,7 @@ from typing import Self
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
-from simulators.http import Answer, CutHere, Request, Served
+from simulators.http_server import Answer, CutHere, Request, Served
 from simulators.product_events import appmetrica_rows
 
 HOUR = timedelta(hours=1)

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING
 
 from simulators.annotated_csv import Result
 from simulators.flux_arguments import evaluate, labels_of, predicate_argument, text_argument, undefined
-from simulators.flux_steps import Bounds, run_step
-from simulators.flux_tables import TIME, Column, Data, FluxError, Table, table
-from simulators.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
-from simulators.influx_points import FieldKey, Points, Series
-from simulators.instants import UNITS_NS
+from simulators.flux_parser import (
+    UNITS_NS,
+    Call,
+    Expression,
+    FluxError,
+    Function,
+    Literal,
+    Member,
+    Operation,
+    Pipeline,
+    parse_flux,
+)
+from simulators.flux_steps import TIME, Bounds, Column, Data, Table, run_step, table
+from simulators.influx_storage import FieldKey, Points, Series
 
 if TYPE_CHECKING:
     from simulators.line_protocol import Value

@@ -6,8 +6,7 @@ three-valued logic.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from simulators.flux_tables import FluxError
-from simulators.flux_text import Call, Expression, Function, Items, Literal, Member, Name, Operation
+from simulators.flux_parser import Call, Expression, FluxError, Function, Items, Literal, Member, Name, Operation
 
 COMPARE: Mapping[str, Callable[[object, object], bool]] = {
     "==": lambda left, right: left == right,

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from simulators.influx_points import Cell, Points, Series, Window
+from simulators.flux_parser import parse_rfc3339
+from simulators.influx_storage import Cell, Points, Series, Window
 from simulators.influxql_text import EVERY, Condition, Select, Selected, Show, Statement
-from simulators.instants import parse_rfc3339
 from simulators.line_protocol import MAX_TIME_NS, MIN_TIME_NS
 
 NUMERIC: Mapping[str, Callable[[Cell], Cell]] = {

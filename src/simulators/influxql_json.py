@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 
-from simulators.http import Piece
+from simulators.flux_parser import UNITS_NS, rfc3339
+from simulators.http_server import Piece
 from simulators.influxql import Answered
-from simulators.instants import UNITS_NS, rfc3339
 
 EPOCHS = {
     "ns": 1,

@@ -7,7 +7,7 @@ L, char C`). Identifiers stand in double quotes or bare, strings in single quote
 import re
 from dataclasses import dataclass
 
-from simulators.instants import duration_ns
+from simulators.flux_parser import duration_ns
 
 TOKEN = re.compile(
     r"""(?P<blank>\s+)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import pytest
 
 from simulators.annotated_csv import AnnotatedCsv, Dialect, decimal_text
-from simulators.flux_tables import TIME, Column, Table, table
-from simulators.instants import parse_rfc3339, rfc3339
+from simulators.flux_parser import parse_rfc3339, rfc3339
+from simulators.flux_steps import TIME, Column, Table, table
 from simulators.line_protocol import Value
 
 ALL = ("datatype", "group", "default")

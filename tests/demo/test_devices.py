@@ -3,8 +3,7 @@
 from itertools import pairwise
 
 from influx import NOON_NS, SECOND_NS
-from simulators.devices import MAX_LATE_NS, STEP_NS, Device, arrivals, fleet, samples
-from simulators.feeder import HOUR_NS, Feeder, http_writer
+from simulators.demo_data import HOUR_NS, MAX_LATE_NS, STEP_NS, Device, Feeder, arrivals, fleet, http_writer, samples
 from simulators.influx import InfluxSimulator
 
 DAY_NS = 24 * HOUR_NS

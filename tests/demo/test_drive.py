@@ -13,8 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from simulators.drive import DriveSimulator
-from simulators.drive_api import DriveFault
+from simulators.drive import DriveFault, DriveSimulator
 
 ALL = {"supportsAllDrives": "true", "includeItemsFromAllDrives": "true"}
 WRITES = {"supportsAllDrives": "true"}

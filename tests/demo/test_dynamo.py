@@ -9,7 +9,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from simulators.dynamo import DynamoSimulator, Table
+from simulators.dynamodb import DynamoSimulator, Table
 
 NAMES = {"#p": "pk", "#t": "at"}
 UNIT = 4096

@@ -6,7 +6,7 @@ import pytest
 import urllib3
 
 from influx import NOON_NS, SECOND_NS, post_flux
-from simulators.flux_text import FluxSyntax, Literal, Member, Operation, parse_flux
+from simulators.flux_parser import FluxSyntax, Literal, Member, Operation, parse_flux
 from simulators.influx import InfluxSimulator
 
 RANGE = "|> range(start: 2026-02-07T12:00:00Z, stop: 2026-02-07T13:00:00Z)"

@@ -9,8 +9,7 @@ import pytest
 import urllib3
 
 from influx import ANNOTATIONS, NOON_NS, SECOND_NS, get_influxql, post, post_flux
-from simulators.faults import Cut, EmptyTable, ErrorTable, ForceGzip, Refuse, Stall
-from simulators.influx import InfluxSimulator
+from simulators.influx import Cut, EmptyTable, ErrorTable, ForceGzip, InfluxSimulator, Refuse, Stall
 
 QUERY = (
     'from(bucket: "telemetry") |> range(start: 2026-02-07T12:00:00Z, stop: 2026-02-07T13:00:00Z) '

@@ -11,8 +11,7 @@ from influxdb_client.client.write_api import SYNCHRONOUS
 from influxdb_client.rest import ApiException
 
 from influx import NOON_NS, SECOND_NS
-from simulators.faults import Cut, ErrorTable, Refuse
-from simulators.influx import InfluxSimulator
+from simulators.influx import Cut, ErrorTable, InfluxSimulator, Refuse
 
 QUERY = (
     'from(bucket: "telemetry") |> range(start: 2026-02-07T12:00:00Z, stop: 2026-02-07T13:00:00Z) '

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulators.influx_points import SHARD_NS, Points
+from simulators.influx_storage import SHARD_NS, Points
 from simulators.line_protocol import parse_lines
 
 

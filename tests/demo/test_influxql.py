@@ -9,7 +9,7 @@ import pytest
 
 from influx import NOON_NS, SECOND_NS, get_influxql
 from influxdb1 import InfluxDB1
-from simulators.devices import Device, samples
+from simulators.demo_data import Device, samples
 from simulators.influx import InfluxSimulator
 from simulators.influxql_json import go_float, go_text
 

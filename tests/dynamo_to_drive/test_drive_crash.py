@@ -19,7 +19,7 @@ from app.core.window import floor_to
 from daemon import KEPT, Daemons
 from kill_rounds import asked
 from shipping import Shipping, item, shipping
-from simulators.drive_api import DriveFault
+from simulators.drive import DriveFault
 
 TESTS = Path(__file__).parents[1]
 STALL_SECONDS = 60.0

@@ -16,7 +16,7 @@ from app.dynamo_to_drive import job
 from app.dynamo_to_drive.credentials import Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
 from shipping import START, Shipping, item, shipping
-from simulators.drive_api import DriveFault
+from simulators.drive import DriveFault
 
 pytestmark = pytest.mark.slow
 

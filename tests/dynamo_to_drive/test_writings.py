@@ -24,7 +24,7 @@ from app.core.window import Window
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from shipping import START, TABLE, Shipping, item, shipping
-from simulators.dynamo import DynamoSimulator, Table
+from simulators.dynamodb import DynamoSimulator, Table
 
 LOCAL = dict.fromkeys(
     ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"), ""

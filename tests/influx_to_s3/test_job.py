@@ -10,7 +10,7 @@ from app.influx_to_s3.job import NAME, RECONCILE
 from app.stores.objects import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import content, exported
-from simulators.faults import Cut, ErrorTable
+from simulators.influx import Cut, ErrorTable
 
 
 def test_devices_whose_id_cannot_name_an_object_are_set_aside_once_and_the_others_are_exported(

@@ -16,7 +16,7 @@ from app.influx_to_s3.job import NAME
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON, Exporter, ns
 from influx_points import source_of
-from simulators.faults import Cut, ErrorTable
+from simulators.influx import Cut, ErrorTable
 
 pytestmark = pytest.mark.slow
 

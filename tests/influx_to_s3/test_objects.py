@@ -13,7 +13,7 @@ from app.stores.local_directory import LocalDirectory
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on, ns
 from exports import content, exported, rows_of, stored, table
 from influxdb1 import InfluxDB1
-from simulators.devices import Device, samples
+from simulators.demo_data import Device, samples
 
 
 def test_an_hour_of_a_device_is_one_object_under_the_documented_name(exporter: Exporter) -> None:

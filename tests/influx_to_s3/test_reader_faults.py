@@ -19,8 +19,7 @@ from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
-from simulators.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
-from simulators.influx import InfluxSimulator
+from simulators.influx import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, InfluxSimulator, Refuse, Stall
 
 
 @pytest.mark.parametrize("question", ["ping", "rows", "counts", "devices"])

@@ -32,7 +32,7 @@ from influx_readers import (
 )
 from influxdb1 import InfluxDB1, running_influxdb1
 from simulators.influx import InfluxSimulator
-from simulators.influx_points import SHARD_NS
+from simulators.influx_storage import SHARD_NS
 from simulators.line_protocol import Field, Point, parse_lines
 
 DAY = timedelta(days=1)

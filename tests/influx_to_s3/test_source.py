@@ -14,8 +14,7 @@ from exporter import NOON
 from influx_points import batch_rows, source_of
 from influx_readers import BASE, HOUR, LINES, M, S, flux, influxql_without_credentials
 from influxdb1 import InfluxDB1
-from simulators.faults import Cut, ErrorTable, Refuse
-from simulators.influx import InfluxSimulator
+from simulators.influx import Cut, ErrorTable, InfluxSimulator, Refuse
 
 HOUR_LONG = timedelta(hours=1)
 

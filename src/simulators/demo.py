@@ -11,14 +11,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from app.core.window import floor_to
-from simulators import amplitude, appmetrica, ship
-from simulators.devices import fleet
+from simulators import amplitude, appmetrica
+from simulators.demo_data import SHIP_KEY, SHIP_TABLE, Drops, Feeder, Ship, fleet, http_writer, ship_clock
 from simulators.drive import DriveSimulator
-from simulators.drops import Drops
-from simulators.dynamo import DynamoSimulator, Table
-from simulators.feeder import Feeder, http_writer
+from simulators.dynamodb import DynamoSimulator, Table
+from simulators.flux_parser import NS
 from simulators.influx import InfluxSimulator
-from simulators.instants import NS
 
 DEVICES = 8
 BACKLOG_HOURS = 3
@@ -38,7 +36,7 @@ def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str
     with InfluxSimulator() as influx, ExitStack() as others:
         write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
         folder = _folder(environ)
-        began = began_at(folder / BEGAN, ship.now())
+        began = began_at(folder / BEGAN, ship_clock())
         oldest_ns = int(began.timestamp()) * NS
         feeder = Feeder(write, fleet(DEVICES), oldest_ns=oldest_ns, interval_seconds=LIVE_SECONDS)
         others.callback(feeder.close)
@@ -84,16 +82,16 @@ def _sailing(running: ExitStack, kept: Path, began: datetime, *, live: bool) -> 
 
     The other systems make the same data anew each time; what is on the drive, the product has put there.
     """
-    dynamo = running.enter_context(DynamoSimulator([Table(ship.TABLE, ship.KEY, ("S", "S"))]))
+    dynamo = running.enter_context(DynamoSimulator([Table(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))
-    backlog_hours = (ship.now() - began) / timedelta(hours=1)
-    vessel = ship.Ship(dynamo.put, backlog_hours=backlog_hours, clock=ship.now)
+    backlog_hours = (ship_clock() - began) / timedelta(hours=1)
+    vessel = Ship(dynamo.put, backlog_hours=backlog_hours, clock=ship_clock)
     running.callback(vessel.close)
     vessel.start()
     if not live:
         vessel.close()
     return {
-        "DYNAMODB_TABLE_NAME": ship.TABLE,
+        "DYNAMODB_TABLE_NAME": SHIP_TABLE,
         "DYNAMODB_ENDPOINT_URL": dynamo.url,
         "AWS_ACCESS_KEY_ID": dynamo.access_key_id,
         "AWS_SECRET_ACCESS_KEY": dynamo.secret_access_key,

@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from simulators.http import Answer, Request
+from simulators.http_server import Answer, Request
 
 SKEW_SECONDS = 300
 GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
