@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 
-from simulators.http_server import Answer, CutHere, Piece, Request, Served, Streamed
+from simulators.http_server import Answer, CutHere, Piece, Request, Simulator, Streamed
 from simulators.product_events import PROJECT, amplitude_events
 
 HOUR = timedelta(hours=1)
@@ -105,24 +105,12 @@ def generated(events_an_hour: int) -> Callable[[str, datetime], Parts]:
     return parts
 
 
-class AmplitudeSimulator:
-    """Use it as a context manager. `state` is what it holds and what it shall suffer."""
+class AmplitudeSimulator(Simulator):
+    """`state` is what it holds and what it shall suffer."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        super().__init__()
         self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
-        self._served = Served("amplitude")
-
-    def __enter__(self) -> Self:
-        self._served.start(self._respond)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._served.close()
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a trailing slash."""
-        return self._served.url
 
     def environment(self, *sources: str) -> dict[str, str]:
         """The settings that point the product at it."""
@@ -136,7 +124,8 @@ class AmplitudeSimulator:
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
-    def _respond(self, request: Request) -> Answer:
+    def respond(self, request: Request) -> Answer:
+        """The answer to any request, with the fault that waits for it."""
         source = self._source(request.headers.get("authorization", ""))
         if source is None:
             return Answer(401, TEXT, b"")
@@ -145,7 +134,7 @@ class AmplitudeSimulator:
         with self.state.lock:
             self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
             fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(source, request)
-        self._served.wait(fault.stall_seconds)
+        self.wait(fault.stall_seconds)
         if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
             wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
             kind = {"Content-Type": "text/html"} if fault.html else TEXT

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
-from typing import Self
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
-from simulators.http_server import Answer, CutHere, Request, Served
+from simulators.http_server import Answer, CutHere, Request, Simulator
 from simulators.product_events import appmetrica_rows
 
 HOUR = timedelta(hours=1)
@@ -89,24 +88,12 @@ def generated(application_id: int, events_an_hour: int) -> Callable[[datetime], 
     return rows
 
 
-class AppMetricaSimulator:
-    """Use it as a context manager. `state` is what it holds and what it shall suffer."""
+class AppMetricaSimulator(Simulator):
+    """`state` is what it holds and what it shall suffer."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        super().__init__()
         self.state = AppMetricaState(clock)
-        self._served = Served("appmetrica")
-
-    def __enter__(self) -> Self:
-        self._served.start(self._respond)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._served.close()
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a trailing slash."""
-        return self._served.url
 
     def environment(self) -> dict[str, str]:
         """The settings that point the product at it."""
@@ -122,7 +109,8 @@ class AppMetricaSimulator:
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
-    def _respond(self, request: Request) -> Answer:
+    def respond(self, request: Request) -> Answer:
+        """The answer to any request, with the fault that waits for it."""
         with self.state.lock:
             fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(request)
             answer = self._answer(request, fault)

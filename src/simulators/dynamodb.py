@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 
-from simulators.http_server import Answer, Request, Served
+from simulators.http_server import Answer, Request, Simulator
 
 TOKEN = re.compile(r"\s*(#\w+|:\w+|begins_with|attribute_exists|BETWEEN|AND|OR|<=|>=|=|<|>|\(|\)|,)")
 Item = dict[str, dict[str, Any]]
@@ -200,17 +200,17 @@ class Table:
         }
 
 
-class DynamoSimulator:
-    """Some tables under one access key. Use it as a context manager, or `start` and `close` it."""
+class DynamoSimulator(Simulator):
+    """Some tables under one access key."""
 
     def __init__(self, tables: Sequence[Table], *, access_key_id: str = "demo", page_bytes: int = PAGE_BYTES) -> None:
+        super().__init__()
         self.access_key_id = access_key_id
         self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
         self.read_units = 0.0
         self._tables = {table.name: table for table in tables}
         self._page_bytes = page_bytes
         self._lock = Lock()
-        self._served = Served("dynamo")
         self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "DescribeTable": lambda asked: {"Table": self._table(asked).described()},
             "PutItem": self._put_item,
@@ -219,33 +219,14 @@ class DynamoSimulator:
             "Scan": self._scan,
         }
 
-    def start(self) -> Self:
-        """Listen and serve from a thread."""
-        self._served.start(self._respond)
-        return self
-
-    def close(self) -> None:
-        """Stop listening and end every connection; nothing when it does not run."""
-        self._served.close()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a trailing slash."""
-        return self._served.url
-
     def put(self, table: str, items: Sequence[Item]) -> None:
         """Write items without HTTP."""
         with self._lock:
             for item in items:
                 self._tables[table].put(item)
 
-    def _respond(self, request: Request) -> Answer:
+    def respond(self, request: Request) -> Answer:
+        """The answer to any operation."""
         operation = request.headers.get("x-amz-target", "").rpartition(".")[2]
         try:
             if f"Credential={self.access_key_id}/" not in request.headers.get("authorization", ""):

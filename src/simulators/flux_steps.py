@@ -1,25 +1,17 @@
-"""The transformations that stand behind `|>`: each takes tables and gives tables.
+"""Flux tables, and the transformations behind `|>`: each takes tables and gives tables.
 
-Invariant: a step reads only the arguments that it knows and refuses the others, so that a query which this simulator
-would answer differently from a server fails instead.
+Invariants: every value of a group-key column is the same in all rows of a table, and no two tables of a stream have the
+same key once `merged` has seen them. Rows are held as columns, None for null, and fetched when somebody wants them. A
+step reads only the arguments that it knows and refuses the others, so that a query which this simulator would answer
+differently from a server fails instead.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from simulators.flux_arguments import (
-    applied,
-    evaluate,
-    function_argument,
-    labels_of,
-    literal_argument,
-    missing,
-    predicate_argument,
-    text_argument,
-    texts_argument,
-    undefined,
-)
-from simulators.flux_parser import Call, Expression, FluxError, Name
+from simulators.flux_parser import Call, Expression, FluxError, Function, Items, Literal, Member, Name, Operation
 from simulators.line_protocol import Value
 
 TIME = "dateTime:RFC3339"
@@ -158,9 +150,9 @@ def renamed(source: Table, new_label: Callable[[str], str]) -> Table:
 class Axes:
     """The columns of a pivot: one row per value of `row`, one column per value of `column`, cells from `value`."""
 
-    row: str = "_time"
-    column: str = "_field"
-    value: str = "_value"
+    row: str
+    column: str
+    value: str
 
 
 def pivoted(tables: Iterable[Table], axes: Axes) -> Iterator[Table]:
@@ -227,6 +219,130 @@ def _spread_slowly(loaded: list[tuple[Table, Data]], axes: Axes) -> tuple[Cells,
     return list(times), {name: (kind, [cells.get(row) for row in rows]) for name, (kind, cells) in fields.items()}
 
 
+COMPARE: Mapping[str, Callable[[object, object], bool]] = {
+    "==": lambda left, right: left == right,
+    "!=": lambda left, right: left != right,
+    "<": lambda left, right: left < right,  # type: ignore[operator]
+    "<=": lambda left, right: left <= right,  # type: ignore[operator]
+    ">": lambda left, right: left > right,  # type: ignore[operator]
+    ">=": lambda left, right: left >= right,  # type: ignore[operator]
+}
+
+LOGIC: Mapping[str, Callable[[list[object]], object]] = {
+    "exists": lambda values: values[0] is not None,
+    "not": lambda values: None if values[0] is None else not values[0],
+    "and": lambda values: False if False in values else None if None in values else True,
+    "or": lambda values: True if True in values else None if None in values else False,
+    "if": lambda values: values[1] if values[0] is True else values[2],
+}
+
+
+def undefined(call: Call) -> FluxError:
+    """What the compiler says of a function that it does not know."""
+    return FluxError(f"compilation failed: error at {call.where}: undefined identifier {call.name}")
+
+
+def text_argument(call: Call, name: str, default: str | None = None) -> str:
+    """A string argument. Raises FluxError when it is missing or something else."""
+    value = call.arguments.get(name)
+    if isinstance(value, Literal) and isinstance(value.value, str):
+        return value.value
+    if value is None and default is not None:
+        return default
+    raise missing(call, name)
+
+
+def integer_argument(call: Call, name: str, kind: str = "integer") -> int:
+    """An argument that is an integer, or a `duration` in nanoseconds."""
+    value = call.arguments.get(name)
+    if isinstance(value, Literal) and value.kind == kind and isinstance(value.value, int):
+        return value.value
+    raise missing(call, name)
+
+
+def texts_argument(call: Call, name: str, default: Sequence[str] | None = None) -> tuple[str, ...]:
+    """An argument that is an array of strings."""
+    value = call.arguments.get(name)
+    if value is None and default is not None:
+        return tuple(default)
+    if not isinstance(value, Items):
+        raise missing(call, name)
+    texts = tuple(one.value for one in value.values if isinstance(one, Literal) and isinstance(one.value, str))
+    if len(texts) != len(value.values):
+        raise missing(call, name)
+    return texts
+
+
+def predicate_argument(call: Call, name: str) -> Expression:
+    """The body of an argument that is a function of `r`."""
+    return function_argument(call, name).body
+
+
+def function_argument(call: Call, name: str) -> Function:
+    """An argument that is a function of one parameter."""
+    value = call.arguments.get(name)
+    if not isinstance(value, Function):
+        raise missing(call, name)
+    return value
+
+
+def applied(function: Function, value: str) -> object:
+    """What a function of a string gives for it, such as the name that `rename` asks for."""
+
+    def bound(expression: Expression) -> Expression:
+        if expression == Name(function.parameter):
+            return Literal("string", value)
+        if isinstance(expression, Operation):
+            return Operation(expression.sign, tuple(map(bound, expression.operands)))
+        return expression
+
+    return evaluate(bound(function.body), {})
+
+
+def missing(call: Call, name: str) -> FluxError:
+    """What the compiler says of an argument that it cannot use."""
+    return FluxError(f"compilation failed: error at {call.where}: missing or wrong argument {name} of {call.name}")
+
+
+def labels_of(expression: Expression) -> frozenset[str]:
+    """The columns that a predicate reads."""
+    if isinstance(expression, Member):
+        return frozenset({expression.label})
+    if isinstance(expression, Operation):
+        return frozenset().union(*map(labels_of, expression.operands))
+    return frozenset()
+
+
+def evaluate(expression: Expression, row: Mapping[str, object]) -> object:
+    """The value of a predicate for a row; None is null, and a column that is missing is null."""
+    if isinstance(expression, Literal):
+        return expression.value
+    if isinstance(expression, Member):
+        return row.get(expression.label)
+    if isinstance(expression, Operation):
+        return _operate(expression, [evaluate(one, row) for one in expression.operands])
+    raise FluxError("compilation failed: a function may hold its parameter, literals and operators only")
+
+
+def _operate(operation: Operation, values: list[object]) -> object:
+    if operation.sign in LOGIC:
+        return LOGIC[operation.sign](values)
+    left, right = values
+    if left is None or right is None:
+        return None
+    if operation.sign == "+":
+        return _joined(left, right)
+    if isinstance(left, str) != isinstance(right, str):
+        raise FluxError("type conflict: string and a number cannot be compared")
+    return COMPARE[operation.sign](left, right)
+
+
+def _joined(left: object, right: object) -> str:
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise FluxError("compilation failed: this simulator adds strings only")
+    return left + right
+
+
 Tables = Iterable[Table]
 Bounds = tuple[int, int]
 Step = Callable[[Tables, Call, Bounds], Tables]
@@ -234,17 +350,16 @@ Step = Callable[[Tables, Call, Bounds], Tables]
 
 def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
     """The tables behind `|> call`. Raises FluxError for a step or an argument that is not known."""
-    step = STEPS.get(call.name)
-    if step is None:
+    if call.name not in STEPS:
         raise undefined(call)
-    known = ARGUMENTS[call.name]
+    step, known = STEPS[call.name]
     for name in call.arguments:
         if name not in known:
             raise FluxError(f"compilation failed: error at {call.where}: unexpected argument {name} of {call.name}")
     return step(tables, call, bounds)
 
 
-def filter_tables(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+def _filter(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
     """`filter`: a table left without rows goes away unless `onEmpty: "keep"`."""
     predicate = predicate_argument(call, "fn")
     keep_empty = text_argument(call, "onEmpty", "drop") == "keep"
@@ -287,10 +402,6 @@ def _pivot(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
     return pivoted(tables, Axes(rows[0], columns[0], text_argument(call, "valueColumn")))
 
 
-def _fields_as_columns(tables: Tables, _call: Call, _bounds: Bounds) -> Tables:
-    return pivoted(tables, Axes())
-
-
 def _rename(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
     function = function_argument(call, "fn")
 
@@ -304,43 +415,13 @@ def _rename(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
 
 
 def _group(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
-    columns = frozenset(texts_argument(call, "columns", ()))
-    if text_argument(call, "mode", "by") == "by":
-        return regrouped(tables, columns.__contains__)
-    return regrouped(tables, lambda label: label not in columns)
-
-
-def _sort(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    labels = texts_argument(call, "columns", ("_value",))
-    descending = bool(literal_argument(call, "desc", "boolean", default=False))
-    for one in tables:
-        data = one.load()
-        by = [data[one.index(label)] for label in labels if label in one.labels()]
-        ranks = [tuple((cell is not None, cell) for cell in row) for row in zip(*by, strict=True)] if by else []
-        numbers = sorted(range(len(ranks)), key=ranks.__getitem__, reverse=descending)
-        yield table(one.columns, take(data, numbers) if by else data, one.key)
+    return regrouped(tables, frozenset(texts_argument(call, "columns", ())).__contains__)
 
 
 def _limit(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    number = literal_argument(call, "n", "integer")
-    offset = literal_argument(call, "offset", "integer", 0)
+    number = integer_argument(call, "n")
     for one in tables:
-        yield table(one.columns, [cells[offset : offset + number] for cells in one.load()], one.key)
-
-
-def _tail(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    number = literal_argument(call, "n", "integer")
-    for one in tables:
-        data = one.load()
-        length = len(data[0]) if data else 0
-        yield table(one.columns, [cells[max(0, length - number) :] for cells in data], one.key)
-
-
-def _distinct(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
-    label = text_argument(call, "column", "_value")
-    for one in tables:
-        cells = list(dict.fromkeys(one.load()[one.index(label)]))
-        yield _with_key(one, [("_value", one.columns[one.index(label)].kind, cells)])
+        yield table(one.columns, [cells[:number] for cells in one.load()], one.key)
 
 
 def _with_key(one: Table, extra: Sequence[tuple[str, str, Cells]]) -> Table:
@@ -354,109 +435,65 @@ def _with_key(one: Table, extra: Sequence[tuple[str, str, Cells]]) -> Table:
     return table([*keys, *(Column(label, kind) for label, kind, _ in extra)], data, values)
 
 
-def _present(cells: Cells) -> list[Value]:
-    return [cell for cell in cells if cell is not None]
+def _count(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    label = text_argument(call, "column", "_value")
+    for one in tables:
+        yield _with_key(one, [(label, "long", [len(one.load()[one.index(label)])])])
 
 
-AGGREGATES: Mapping[str, Callable[[Cells], Value | None]] = {
-    "count": len,
-    "sum": lambda cells: sum(_present(cells)) if _present(cells) else None,  # type: ignore[arg-type]
-    "mean": lambda cells: sum(_present(cells)) / len(_present(cells)) if _present(cells) else None,  # type: ignore[arg-type]
-}
-SELECTORS: Mapping[str, Callable[[Sequence[int], Cells], int]] = {
-    "first": lambda rows, _cells: rows[0],
-    "last": lambda rows, _cells: rows[-1],
-    "min": lambda rows, cells: min(rows, key=lambda row: cells[row]),  # type: ignore[arg-type,return-value]
-    "max": lambda rows, cells: max(rows, key=lambda row: cells[row]),  # type: ignore[arg-type,return-value]
-}
-
-
-def _aggregate(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+def _sum(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
     label = text_argument(call, "column", "_value")
     for one in tables:
         at = one.index(label)
-        if call.name == "sum" and one.columns[at].kind not in ("double", "long", "unsignedLong"):
-            raise FluxError(f"unsupported input type for sum aggregate: {one.columns[at].kind}")
-        value = AGGREGATES[call.name](one.load()[at])
-        kind = {"count": "long", "mean": "double"}.get(call.name, one.columns[at].kind)
-        yield _with_key(one, [(label, kind, [value])])
+        kind = one.columns[at].kind
+        if kind not in ("double", "long", "unsignedLong"):
+            raise FluxError(f"unsupported input type for sum aggregate: {kind}")
+        present = [cell for cell in one.load()[at] if cell is not None]
+        yield _with_key(one, [(label, kind, [sum(present) if present else None])])  # type: ignore[arg-type]
 
 
-def _select(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+def _first(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
     label = text_argument(call, "column", "_value")
     for one in tables:
         data = one.load()
-        cells = data[one.index(label)]
-        rows = [row for row, cell in enumerate(cells) if cell is not None]
-        chosen = [SELECTORS[call.name](rows, cells)] if rows else []
-        yield table(one.columns, take(data, chosen), one.key)
+        rows = (row for row, cell in enumerate(data[one.index(label)]) if cell is not None)
+        yield table(one.columns, take(data, list(islice(rows, 1))), one.key)
 
 
-def _aggregate_window(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
-    """Windows on a grid from 1970, cut at the bounds of the range; one row each, at the window's start or stop."""
-    every = literal_argument(call, "every", "duration")
-    function = call.arguments.get("fn")
-    if not isinstance(function, Name) or function.text not in {*AGGREGATES, *SELECTORS} or every <= 0:
-        raise missing(call, "fn")
-    at_start = text_argument(call, "timeSrc", "_stop") == "_start"
-    empty = bool(literal_argument(call, "createEmpty", "boolean", default=True))
+COUNTED_WINDOWS = {
+    "fn": Name("count"),
+    "createEmpty": Literal("boolean", value=False),
+    "timeSrc": Literal("string", "_start"),
+}
+
+
+def _counted_windows(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
+    """`aggregateWindow` as a counter asks for it: windows on a grid from 1970 that hold a value, told by their starts,
+    the first one cut at the start of the range.
+    """
+    every = integer_argument(call, "every", "duration")
+    for name, value in COUNTED_WINDOWS.items():
+        if call.arguments.get(name) != value:
+            raise missing(call, name)
     for one in tables:
-        yield _windowed(one, function.text, _windows(one, every, bounds, empty=empty), (bounds, every, at_start))
+        data = one.load()
+        cells = zip(data[one.index("_time")], data[one.index("_value")], strict=True)
+        windows = Counter(int(time or 0) // every * every for time, value in cells if value is not None)
+        times = [max(at, bounds[0]) for at in sorted(windows)]
+        yield _with_key(one, [("_time", TIME, times), ("_value", "long", [windows[at] for at in sorted(windows)])])
 
 
-def _windows(one: Table, every: int, bounds: Bounds, *, empty: bool) -> dict[int, list[Value]]:
-    start, stop = bounds
-    grid = range(start // every * every, stop, every) if empty else ()
-    windows: dict[int, list[Value]] = {at: [] for at in grid}
-    data = one.load()
-    for time, value in zip(data[one.index("_time")], data[one.index("_value")], strict=True):
-        if value is not None:
-            windows.setdefault(int(time or 0) // every * every, []).append(value)
-    return dict(sorted(windows.items()))
-
-
-def _windowed(one: Table, function: str, windows: Mapping[int, list[Value]], grid: tuple[Bounds, int, bool]) -> Table:
-    (start, stop), every, at_start = grid
-    times = [max(at, start) if at_start else min(at + every, stop) for at in windows]
-    if function in AGGREGATES:
-        values = [AGGREGATES[function](cells) for cells in windows.values()]
-    else:
-        values = [cells[SELECTORS[function](range(len(cells)), cells)] if cells else None for cells in windows.values()]
-    kind = {"count": "long", "mean": "double"}.get(function, one.columns[one.index("_value")].kind)
-    made = _with_key(one, [("_time", TIME, times), ("_value", kind, values)])
-    if function not in AGGREGATES:
-        filled = [row for row, value in enumerate(values) if value is not None]
-        made = table(made.columns, take(made.load(), filled), made.key)
-    return made
-
-
-STEPS: Mapping[str, Step] = {
-    "filter": filter_tables,
-    "drop": _drop,
-    "keep": _keep,
-    "rename": _rename,
-    "pivot": _pivot,
-    "schema.fieldsAsCols": _fields_as_columns,
-    "group": _group,
-    "sort": _sort,
-    "limit": _limit,
-    "tail": _tail,
-    "distinct": _distinct,
-    "aggregateWindow": _aggregate_window,
-    **dict.fromkeys(AGGREGATES, _aggregate),
-    **dict.fromkeys(SELECTORS, _select),
+STEPS: Mapping[str, tuple[Step, frozenset[str]]] = {
+    "filter": (_filter, frozenset({"fn", "onEmpty"})),
+    "drop": (_drop, frozenset({"columns"})),
+    "keep": (_keep, frozenset({"columns"})),
+    "rename": (_rename, frozenset({"fn"})),
+    "pivot": (_pivot, frozenset({"rowKey", "columnKey", "valueColumn"})),
+    "group": (_group, frozenset({"columns"})),
+    "limit": (_limit, frozenset({"n"})),
+    "count": (_count, frozenset({"column"})),
+    "sum": (_sum, frozenset({"column"})),
+    "first": (_first, frozenset({"column"})),
+    "aggregateWindow": (_counted_windows, frozenset({"every", "fn", "createEmpty", "timeSrc"})),
 }
-ARGUMENTS: Mapping[str, frozenset[str]] = {
-    **dict.fromkeys((*AGGREGATES, *SELECTORS, "distinct"), frozenset({"column"})),
-    "filter": frozenset({"fn", "onEmpty"}),
-    "drop": frozenset({"columns"}),
-    "keep": frozenset({"columns"}),
-    "rename": frozenset({"fn"}),
-    "pivot": frozenset({"rowKey", "columnKey", "valueColumn"}),
-    "schema.fieldsAsCols": frozenset(),
-    "group": frozenset({"columns", "mode"}),
-    "sort": frozenset({"columns", "desc"}),
-    "limit": frozenset({"n", "offset"}),
-    "tail": frozenset({"n"}),
-    "aggregateWindow": frozenset({"every", "fn", "createEmpty", "timeSrc"}),
-}
+"""Each step with the arguments that it knows."""
