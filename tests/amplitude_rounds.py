@@ -14,8 +14,7 @@ from pathlib import Path
 
 from kill_rounds import Command, main
 from pull_rounds import backfill, delivered, hours_before, set_aside
-from simulators.amplitude import AmplitudeFault, AmplitudeSimulator
-from simulators.product_events import amplitude_events
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_events
 
 JOB, SOURCE = "amplitude", "web"
 BAD_LINES = (b'{"city":"Z\xfcrich"}', b'{"no":"uuid"}', b"{")

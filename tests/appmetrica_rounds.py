@@ -14,8 +14,7 @@ from pathlib import Path
 
 from kill_rounds import Command, main
 from pull_rounds import backfill, delivered, hours_before, set_aside
-from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator
-from simulators.product_events import appmetrica_rows
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 JOB = "appmetrica"
 BAD_LINES = (b"one,two", b'one,"Z\xfcrich')

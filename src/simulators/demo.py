@@ -5,59 +5,47 @@ never touch a real system.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from app.core.window import floor_to
 from simulators import amplitude, appmetrica
-from simulators.demo_data import SHIP_KEY, SHIP_TABLE, Drops, Feeder, Ship, fleet, http_writer, ship_clock
+from simulators.demo_data import NS, SHIP_KEY, SHIP_TABLE, CsvWriter, ShipWriter, TelemetryWriter, Writer, fleet
 from simulators.drive import DriveSimulator
 from simulators.dynamodb import DynamoSimulator, Table
-from simulators.flux_parser import NS
 from simulators.influx import InfluxSimulator
 
 DEVICES = 8
 BACKLOG_HOURS = 3
 MOST_HOURS = 12
 WINDOW_SECONDS = 600
-BEGAN = "began"
-LIVE_SECONDS = 2.0
 EVENTS_AN_HOUR = 12
-FOLDER = "demo"
-DRIVE = "drive"
+Fill = Callable[[Writer], None]
 KEPT = ("HOST", "PORT", "LOG_LEVEL", "LOGGING_LEVEL", "LOG_FORMAT", "API_KEYS", "ALLOW_ANONYMOUS")
 
 
 @contextmanager
 def simulated(environ: Mapping[str, str], *, live: bool) -> Iterator[Mapping[str, str]]:
     """Start the simulators with some hours of data, `live` with more each few seconds; the demo's whole environment."""
-    with InfluxSimulator() as influx, ExitStack() as others:
-        write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
-        folder = _folder(environ)
-        began = began_at(folder / BEGAN, ship_clock())
-        oldest_ns = int(began.timestamp()) * NS
-        feeder = Feeder(write, fleet(DEVICES), oldest_ns=oldest_ns, interval_seconds=LIVE_SECONDS)
-        others.callback(feeder.close)
-        feeder.start()
-        drops = Drops(folder / "csv_inbox")
-        others.callback(drops.close)
-        drops.drop()
-        drops.drop()
-        if live:
-            drops.start()
-        else:
-            feeder.close()
-        measured = _sailing(others, folder / DRIVE, began, live=live)
-        clicked = _clicking(others)
+    folder = Path(environ.get("DATA_DIR") or "data") / "demo"  # beside the real data, never among it
+    began = began_at(folder / "began", datetime.now(UTC))
+    with ExitStack() as running:
+
+        def fill(writer: Writer) -> None:
+            """Write the backlog, and what comes up later from a thread where the demo is live."""
+            writer.write()
+            if live:
+                running.callback(writer.close)
+                writer.start()
+
         yield {
-            **_kept(environ),
-            **_short_cycle(influx),
-            **measured,
-            **clicked,
-            **_inbox(folder),
+            **{name: environ[name] for name in KEPT if name in environ},
             "DATA_DIR": str(folder),
+            **_telemetry(running, fill, began),
+            **_ship(running, fill, began, folder / "drive"),
+            **_product_events(running),
+            **_inbox(fill, folder),
         }
 
 
@@ -65,7 +53,8 @@ def began_at(path: Path, now: datetime) -> datetime:
     """The oldest instant of the simulated data: as in the last demo here, so that it finds what it exported again, or
     some hours ago in the first one and long after the last.
     """
-    fresh = floor_to(now - timedelta(hours=BACKLOG_HOURS), WINDOW_SECONDS)
+    oldest_seconds = int((now - timedelta(hours=BACKLOG_HOURS)).timestamp())
+    fresh = datetime.fromtimestamp(oldest_seconds // WINDOW_SECONDS * WINDOW_SECONDS, UTC)
     try:
         began = datetime.fromisoformat(path.read_text().strip()).astimezone(UTC)
     except (FileNotFoundError, ValueError):
@@ -77,19 +66,32 @@ def began_at(path: Path, now: datetime) -> datetime:
     return began
 
 
-def _sailing(running: ExitStack, kept: Path, began: datetime, *, live: bool) -> Mapping[str, str]:
-    """A ship that writes to DynamoDB, and a shared drive for its hours; started into `running`.
+def _telemetry(running: ExitStack, fill: Fill, began: datetime) -> Mapping[str, str]:
+    """Devices that write to InfluxDB; windows of ten minutes and a run each five seconds, so that a newcomer sees rows
+    land, settle and close.
+    """
+    influx = running.enter_context(InfluxSimulator())
+    fill(TelemetryWriter(influx.write, fleet(DEVICES), oldest_ns=int(began.timestamp()) * NS))
+    return {
+        "INFLUXDB_URL": influx.url,
+        "INFLUXDB_TOKEN": influx.token,
+        "INFLUXDB_ORG": influx.org,
+        "INFLUXDB_BUCKET": influx.bucket,
+        "EXPORT_INTERVAL_SECONDS": "5",
+        "EXPORT_WINDOW_SECONDS": str(WINDOW_SECONDS),
+        "EXPORT_GRACE_SECONDS": "900",
+        "LOOKBACK_HOURS": str(BACKLOG_HOURS),
+    }
 
-    The other systems make the same data anew each time; what is on the drive, the product has put there.
+
+def _ship(running: ExitStack, fill: Fill, began: datetime, kept: Path) -> Mapping[str, str]:
+    """A ship that writes to DynamoDB, and a shared drive for its hours.
+
+    The other systems make the same data anew each time; what is on the drive, the product has put there, so it is kept.
     """
     dynamo = running.enter_context(DynamoSimulator([Table(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))
-    backlog_hours = (ship_clock() - began) / timedelta(hours=1)
-    vessel = Ship(dynamo.put, backlog_hours=backlog_hours, clock=ship_clock)
-    running.callback(vessel.close)
-    vessel.start()
-    if not live:
-        vessel.close()
+    fill(ShipWriter(dynamo.put, oldest_at=began))
     return {
         "DYNAMODB_TABLE_NAME": SHIP_TABLE,
         "DYNAMODB_ENDPOINT_URL": dynamo.url,
@@ -104,10 +106,8 @@ def _sailing(running: ExitStack, kept: Path, began: datetime, *, live: bool) -> 
     }
 
 
-def _clicking(running: ExitStack) -> Mapping[str, str]:
-    """Two services that collect product events; started into `running`. Their hours are due later than those of others,
-    as the real services' are.
-    """
+def _product_events(running: ExitStack) -> Mapping[str, str]:
+    """Two services that collect product events; their hours are due later than those of others, as in the real ones."""
     web = running.enter_context(amplitude.AmplitudeSimulator())
     web.state.made = amplitude.generated(EVENTS_AN_HOUR)
     mobile = running.enter_context(appmetrica.AppMetricaSimulator())
@@ -122,31 +122,11 @@ def _clicking(running: ExitStack) -> Mapping[str, str]:
     }
 
 
-def _inbox(folder: Path) -> Mapping[str, str]:
-    """A configuration of its own, so that a config.json in the working directory is left alone."""
+def _inbox(fill: Fill, folder: Path) -> Mapping[str, str]:
+    """CSV files, and a configuration of its own, so that a config.json in the working directory is left alone."""
+    files = CsvWriter(folder / "csv_inbox")
+    files.write()
+    fill(files)
     config = folder / "config.json"
     config.write_text(json.dumps({"required_columns": ["id", "name"], "checksum_wait_seconds": 1}, indent=2))
     return {"CSV_MONITOR_CONFIG": str(config), "CSV_INBOX_INTERVAL_SECONDS": "5"}
-
-
-def _kept(environ: Mapping[str, str]) -> Mapping[str, str]:
-    return {name: environ[name] for name in KEPT if name in environ}
-
-
-def _folder(environ: Mapping[str, str]) -> Path:
-    """Beside the real data, never among it."""
-    return Path(environ.get("DATA_DIR") or "data") / FOLDER
-
-
-def _short_cycle(influx: InfluxSimulator) -> Mapping[str, str]:
-    """Windows of ten minutes and a run each five seconds: a newcomer sees rows land, settle and close."""
-    return {
-        "INFLUXDB_URL": influx.url,
-        "INFLUXDB_TOKEN": influx.token,
-        "INFLUXDB_ORG": influx.org,
-        "INFLUXDB_BUCKET": influx.bucket,
-        "EXPORT_INTERVAL_SECONDS": "5",
-        "EXPORT_WINDOW_SECONDS": str(WINDOW_SECONDS),
-        "EXPORT_GRACE_SECONDS": "900",
-        "LOOKBACK_HOURS": str(BACKLOG_HOURS),
-    }

@@ -1,56 +1,24 @@
-"""Plausible devices: what each of them measures at any instant, as a pure function of seed, number and time.
+"""What the devices, the ship and the people of the demo produce, and the writers that keep it coming.
 
-Invariant: the same seed gives the same samples, whatever range is asked for and in however many steps: nothing is
-remembered between calls. Every sample says when it happened and when it arrives: mostly at once, some late.
-The measurement is the reference one of mapping.md: `device_telemetry`, five tags, four float fields, a point each 5 s.
+Invariant: all of it is a pure function of seed, number and time: the same whatever range is asked for, in however many
+steps, by whichever demo. The shapes are those of mapping.md.
 """
 
 import heapq
-import logging
 import math
 import random
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Self
+from typing import Any
 
-from simulators.flux_parser import NS
-
-
-class Repeating:
-    """Runs `act` each `interval_seconds` from `start` to `close`; the first time one interval after `start`."""
-
-    def __init__(self, name: str, act: Callable[[], object], interval_seconds: float) -> None:
-        self._name = f"demo-{name}"
-        self._act = act
-        self._interval_seconds = interval_seconds
-        self._closing = Event()
-        self._thread: Thread | None = None
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread = Thread(target=self._run, name=self._name, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop; nothing when it does not run."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
-
-    def _run(self) -> None:
-        while not self._closing.wait(self._interval_seconds):
-            self._act()
-
-
+NS = 10**9
+HOUR_NS = 3600 * NS
+# Telemetry: `device_telemetry` with five tags and four float fields, a point each 5 s, some of them late.
 MEASUREMENT = "device_telemetry"
 STEP_NS = 5 * NS
 BLOCK_NS = 600 * NS
@@ -184,77 +152,65 @@ def _mixed(*numbers: int) -> int:
     return state
 
 
-BATCH_LINES = 5000
-WRITE_SECONDS = 30
-HOUR_NS = 3600 * NS
-Write = Callable[[str], None]
-log = logging.getLogger(__name__)
+class Writer:
+    """Writes what has come up since, each `interval_seconds` from `start` to `close`.
 
-
-def http_writer(url: str, *, token: str, org: str, bucket: str) -> Write:
-    """Writes line protocol over /api/v2/write. The writer raises OSError when the server refuses or is away."""
-    parameters = urllib.parse.urlencode({"org": org, "bucket": bucket, "precision": "ns"})
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"not an HTTP address: {url!r}")
-
-    def write(lines: str) -> None:
-        headers = {"Authorization": f"Token {token}", "Content-Type": "text/plain; charset=utf-8"}
-        request = urllib.request.Request(f"{url}/api/v2/write?{parameters}", lines.encode(), headers)  # noqa: S310 - http
-        with urllib.request.urlopen(request, timeout=WRITE_SECONDS) as answer:  # noqa: S310 - checked above
-            answer.read()
-
-    return write
-
-
-class Feeder:
-    """Writes the samples of `devices` until it is closed.
-
-    `start` returns when all since `oldest_ns` is written; live points follow from a thread, every `interval_seconds`. A
-    write that fails is tried again with the next ones; `written` counts lines.
+    Invariant: what is being written when it is closed is finished before `close` returns, and nothing follows.
     """
+
+    def __init__(self, interval_seconds: float) -> None:
+        self._interval_seconds = interval_seconds
+        self._closing = Event()
+        self._thread: Thread | None = None
+
+    def write(self) -> None:
+        """Write what has come up since the last time."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Begin, one interval from now, in a thread of its own."""
+        self._thread = Thread(target=self._run, name=type(self).__name__, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; nothing when it does not run."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval_seconds):
+            self.write()
+
+
+BATCH_LINES = 5000
+
+
+class TelemetryWriter(Writer):
+    """Gives the samples of `devices` to `store` as line protocol, in order of arrival; first all since `oldest_ns`."""
 
     def __init__(
         self,
-        write: Write,
+        store: Callable[[str], None],
         devices: Sequence[Device],
         *,
         oldest_ns: int,
         interval_seconds: float = 2.0,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self.written = 0
-        self._write = write
-        self._devices = tuple(devices)
+        super().__init__(interval_seconds)
+        self._store = store
+        self._devices = devices
         self._now_ns = now_ns
         self._oldest_ns = self._done_ns = oldest_ns
-        self._live = Repeating("feeder", self._feed_live, interval_seconds)
 
-    def start(self) -> Self:
-        """Write the backlog, then begin with the live points."""
-        self.feed(self._now_ns())
-        self._live.start()
-        return self
-
-    def close(self) -> None:
-        """Stop; what is being written is finished."""
-        self._live.close()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    def feed(self, now_ns: int) -> int:
-        """Write what arrived since the last call and return the number of lines. Raises OSError."""
+    def write(self) -> None:
+        """Write what arrived since the last time."""
+        now_ns = self._now_ns()
         lines = self._lines(self._done_ns, now_ns)
-        count = 0
         while batch := list(islice(lines, BATCH_LINES)):
-            self._write("\n".join(batch))
-            count += len(batch)
+            self._store("\n".join(batch))
         self._done_ns = now_ns
-        self.written += count
-        return count
 
     def _lines(self, start_ns: int, stop_ns: int) -> Iterator[str]:
         series = {device.number: device.series for device in self._devices}
@@ -263,22 +219,16 @@ class Feeder:
             for device, sample in arrivals(self._devices, at_ns, end_ns, self._oldest_ns):
                 yield sample.line(series[device.number])
 
-    def _feed_live(self) -> None:
-        try:
-            self.feed(self._now_ns())
-        except OSError as error:
-            log.warning("the demo's feeder could not write, and tries again: %s", error)
 
-
+# Measurements under way: one partition, whole seconds, a row every two of them, numbers that may be absent.
 SHIP_TABLE = "locness-underway-summary"
 SHIP_KEY = ("static_partition", "datetime_utc")
 EVERY_SECONDS = 2
 REFINED_ROWS = 3
 Item = dict[str, dict[str, Any]]
-Put = Callable[[str, Sequence[Item]], None]
 
 
-def row(at: datetime, *, refined: bool = True) -> Item:
+def ship_row(at: datetime, *, refined: bool = True) -> Item:
     """The measurements at a second. A row that is not refined yet lacks the corrected values."""
     second = int(at.timestamp())
     draw = random.Random(second)  # noqa: S311 - plausible, not secret
@@ -301,83 +251,64 @@ def row(at: datetime, *, refined: bool = True) -> Item:
     return {"static_partition": {"S": "data"}, "datetime_utc": {"S": f"{at:%Y-%m-%dT%H:%M:%SZ}"}, **item}
 
 
-class Ship:
-    """Writes rows until it is closed. `start` returns when the backlog is written."""
+class ShipWriter(Writer):
+    """Puts the rows measured since `oldest_at` into the table; its newest ones are written over as they are refined."""
 
     def __init__(
-        self, put: Put, *, backlog_hours: float = 2.0, interval_seconds: float = 4.0, clock: Callable[[], datetime]
+        self,
+        put: Callable[[str, Sequence[Item]], None],
+        *,
+        oldest_at: datetime,
+        interval_seconds: float = 4.0,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        super().__init__(interval_seconds)
         self._put = put
         self._clock = clock
-        start = clock() - timedelta(hours=backlog_hours)
-        self._next_at = start.replace(microsecond=0, second=start.second // EVERY_SECONDS * EVERY_SECONDS)
-        self._live = Repeating("ship", lambda: self.sail(clock()), interval_seconds)
+        self._next_at = oldest_at.replace(microsecond=0, second=oldest_at.second // EVERY_SECONDS * EVERY_SECONDS)
 
-    def start(self) -> Self:
-        """Write the backlog, then go on from a thread."""
-        self.sail(self._clock())
-        self._live.start()
-        return self
-
-    def close(self) -> None:
-        """Stop."""
-        self._live.close()
-
-    def sail(self, now: datetime) -> int:
-        """Write what was measured since the last call and refine the rows before; the number of new rows."""
-        since = self._next_at
+    def write(self) -> None:
+        """Write what was measured since the last time, and refine the rows before."""
+        since, now = self._next_at, self._clock()
         new = []
         while self._next_at <= now:
             new.append(self._next_at)
             self._next_at += timedelta(seconds=EVERY_SECONDS)
         before = [since - timedelta(seconds=EVERY_SECONDS * step) for step in range(REFINED_ROWS, 0, -1)]
         fresh = set(new[-REFINED_ROWS:])
-        self._put(SHIP_TABLE, [row(at, refined=at not in fresh) for at in (*before, *new)])
-        return len(new)
+        self._put(SHIP_TABLE, [ship_row(at, refined=at not in fresh) for at in (*before, *new)])
 
 
-def ship_clock() -> datetime:
-    """The ship's clock."""
-    return datetime.now(UTC)
-
-
-HEAD = "cluster_name,id,name,value"
-ROWS = 6
+# Files for the inbox: some rows known and some new, and now and then a bad file.
+CSV_HEAD = "cluster_name,id,name,value"
+CSV_ROWS = 6
 BAD_EACH = 8
-FILE_SECONDS = 7.0
 
 
-def content(number: int) -> str:
+def csv_content(number: int) -> str:
     """File `number`: half of its rows have the keys of the file before; each eighth lacks the key."""
     if number % BAD_EACH == BAD_EACH - 1:
         return f"id,name\n{number:04d},no key\n"
-    first = number * ROWS // 2
-    rows = [f"cluster-{n:04d},{n:04d},Plant {n % 5},{(n * 37 + number) % 100}.0" for n in range(first, first + ROWS)]
-    return "\n".join([HEAD, *rows]) + "\n"
+    first = number * CSV_ROWS // 2
+    rows = [
+        f"cluster-{n:04d},{n:04d},Plant {n % 5},{(n * 37 + number) % 100}.0" for n in range(first, first + CSV_ROWS)
+    ]
+    return "\n".join([CSV_HEAD, *rows]) + "\n"
 
 
-class Drops:
-    """Writes files into `folder` until it is closed. `number` counts them."""
+class CsvWriter(Writer):
+    """Writes one more file into `folder` each time; a file appears under its name only when it is whole."""
 
-    def __init__(self, folder: Path, every_seconds: float = FILE_SECONDS) -> None:
-        self.number = 0
+    def __init__(self, folder: Path, interval_seconds: float = 7.0) -> None:
+        super().__init__(interval_seconds)
         self._folder = folder
-        self._live = Repeating("drops", self.drop, every_seconds)
+        self._number = 0
 
-    def drop(self) -> Path:
+    def write(self) -> None:
         """Write the next file."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"clusters_{self.number:04d}.csv"
+        path = self._folder / f"clusters_{self._number:04d}.csv"
         part = path.with_suffix(".part")
-        part.write_text(content(self.number), encoding="utf-8")
+        part.write_text(csv_content(self._number), encoding="utf-8")
         part.replace(path)
-        self.number += 1
-        return path
-
-    def start(self) -> None:
-        """Go on from a thread of its own."""
-        self._live.start()
-
-    def close(self) -> None:
-        """Stop."""
-        self._live.close()
+        self._number += 1

@@ -121,7 +121,6 @@ class State:
     shared_drive: str = "0ADEMO"
     my_drive: str = "root"
     revoked: bool = False
-    full: bool = False
     stale_lists: int = 0
     incomplete_lists: int = 0
     page_files: int = PAGE
@@ -175,11 +174,10 @@ class DriveSimulator(Simulator):
         port: int = 0,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        lifetime_seconds: int = 3599,
         folder: Path | None = None,
     ) -> None:
         super().__init__(port)
-        self.state = State(Files(clock, folder), Tokens(lifetime_seconds), Uploads())
+        self.state = State(Files(clock, folder), Tokens(), Uploads())
         for root, drive_id in ((self.state.my_drive, ""), (self.state.shared_drive, self.state.shared_drive)):
             self._add_folder(root, drive_id, "")
         self.folder_id = "1demofolder"
@@ -339,8 +337,6 @@ class DriveSimulator(Simulator):
             raise Refused(403, "insufficientParentPermissions", "Insufficient permissions for the specified parent.")
         if service and not folder.drive_id:
             raise Refused(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
-        if self.state.full:
-            raise Refused(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
         wanted = {
             "id": body.get("id") or self.state.files.new_id(),
             "name": body.get("name", "Untitled"),
@@ -359,8 +355,6 @@ class DriveSimulator(Simulator):
         held = self._visible(request.parameters, file_id)
         if content is not None and not held.is_binary:
             raise Refused(403, NOT_BINARY, "Only files with binary content can be changed.")
-        if self.state.full and content is not None:
-            raise Refused(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
         changes: dict[str, Any] = {} if content is None else {"content": content}
         if "appProperties" in body:
             changes["properties"] = {**held.properties, **body["appProperties"]}

@@ -1,4 +1,4 @@
-"""A DynamoDB that runs inside this process, for the demo: tables with keys, Query, Scan, PutItem, BatchWriteItem.
+"""A DynamoDB that runs inside this process, for the demo: tables with keys, Query, Scan, BatchWriteItem.
 
 Invariants: it speaks the JSON 1.0 protocol of contracts/dynamodb.md to the unmodified SDK; a page ends by what was read
 and not by what a filter let through; what it does not understand it refuses.
@@ -15,7 +15,7 @@ from typing import Any
 
 from simulators.http_server import Answer, Request, Simulator
 
-TOKEN = re.compile(r"\s*(#\w+|:\w+|begins_with|attribute_exists|BETWEEN|AND|OR|<=|>=|=|<|>|\(|\)|,)")
+TOKEN = re.compile(r"\s*(#\w+|:\w+|BETWEEN|AND|<=|>=|=|<|>)")
 Item = dict[str, dict[str, Any]]
 Holds = Callable[[Item], bool]
 
@@ -34,45 +34,13 @@ class Expression:
     at: int = 0
 
     def parsed(self) -> Holds:
-        """The whole expression."""
-        test = self._either()
+        """The whole expression: comparisons joined by AND."""
+        tests = [self._compared()]
+        while self._takes("AND"):
+            tests.append(self._compared())
         if self.at != len(self.tokens):
             raise NotUnderstood(self._rest())
-        return test
-
-    def _either(self) -> Holds:
-        tests = [self._both()]
-        while self._takes("OR"):
-            tests.append(self._both())
-        return lambda item: any(test(item) for test in tests)
-
-    def _both(self) -> Holds:
-        tests = [self._term()]
-        while self._takes("AND"):
-            tests.append(self._term())
         return lambda item: all(test(item) for test in tests)
-
-    def _term(self) -> Holds:
-        if self._takes("("):
-            test = self._either()
-            self._must(")")
-            return test
-        if self._takes("attribute_exists"):
-            self._must("(")
-            name = self._name()
-            self._must(")")
-            return lambda item: name in item
-        if self._takes("begins_with"):
-            return self._begins()
-        return self._compared()
-
-    def _begins(self) -> Holds:
-        self._must("(")
-        name = self._name()
-        self._must(",")
-        prefix = self._value()
-        self._must(")")
-        return lambda item: name in item and str(item[name].get("S", "\0")).startswith(prefix["S"])
 
     def _compared(self) -> Holds:
         name, operator = self._name(), self._next()
@@ -203,17 +171,15 @@ class Table:
 class DynamoSimulator(Simulator):
     """Some tables under one access key."""
 
-    def __init__(self, tables: Sequence[Table], *, access_key_id: str = "demo", page_bytes: int = PAGE_BYTES) -> None:
+    def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
-        self.access_key_id = access_key_id
+        self.access_key_id = "demo"
         self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
         self.read_units = 0.0
         self._tables = {table.name: table for table in tables}
-        self._page_bytes = page_bytes
         self._lock = Lock()
         self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "DescribeTable": lambda asked: {"Table": self._table(asked).described()},
-            "PutItem": self._put_item,
             "BatchWriteItem": self._write_batch,
             "Query": self._query,
             "Scan": self._scan,
@@ -245,10 +211,6 @@ class DynamoSimulator(Simulator):
         if table is None:
             raise Refused(MISSING, f"Requested resource not found: Table: {asked['TableName']} not found")
         return table
-
-    def _put_item(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        self._table(asked).put(asked["Item"])
-        return {}
 
     def _write_batch(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         for name, requests in asked["RequestItems"].items():
@@ -288,7 +250,7 @@ class DynamoSimulator(Simulator):
         while read < len(found) and not full:
             size_bytes += _size(found[read][1])
             read += 1
-            full = read == limit or size_bytes >= self._page_bytes
+            full = read == limit or size_bytes >= PAGE_BYTES
         holds = condition(asked["FilterExpression"], asked) if "FilterExpression" in asked else None
         items = [item for _, item in found[:read] if holds is None or holds(item)]
         units = max(1, -(-size_bytes // UNIT_BYTES)) * (1.0 if asked.get("ConsistentRead") else 0.5)

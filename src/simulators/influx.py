@@ -123,11 +123,6 @@ class Faults:
                     return fault
         return None
 
-    def clear(self) -> None:
-        """Forget what still waits."""
-        with self._lock:
-            self._waiting.clear()
-
     def __len__(self) -> int:
         """How many still wait."""
         with self._lock:

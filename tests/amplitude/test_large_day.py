@@ -14,8 +14,7 @@ from app.amplitude.client import project
 from app.amplitude.routes import week_zip
 from app.core.runs import Stop
 from pulling import Clock, landed
-from simulators.amplitude import AmplitudeSimulator
-from simulators.product_events import amplitude_events
+from simulators.amplitude import AmplitudeSimulator, amplitude_events
 
 DAY = datetime(2024, 2, 1, tzinfo=UTC)
 HOUR_BYTES = (4 << 30) // 24

@@ -15,8 +15,7 @@ from app.core.window import Window
 from app.stores.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
 from seaweed import Seaweed, target
-from simulators.amplitude import AmplitudeFault, AmplitudeSimulator
-from simulators.product_events import amplitude_event, amplitude_events
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 DAY = timedelta(days=1)

@@ -8,8 +8,7 @@ import pytest
 
 from app.core.ledger import fault_of
 from pulling import HOUR, START, Landed, pulling
-from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator
-from simulators.product_events import appmetrica_rows
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 DAY = timedelta(days=1)
 World = tuple[Landed, AppMetricaSimulator]

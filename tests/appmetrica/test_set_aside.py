@@ -18,8 +18,7 @@ from app.core.gaps import State
 from app.core.ledger import fault_of
 from app.core.window import Window
 from pulling import HOUR, START, Landed, MetricaPull, pulling
-from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator
-from simulators.product_events import appmetrica_rows
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 DAY = timedelta(days=1)
 FIRST = START - DAY - HOUR
