@@ -13,7 +13,7 @@ from pathlib import Path
 from simulators import amplitude, appmetrica
 from simulators.demo_data import NS, SHIP_KEY, SHIP_TABLE, CsvWriter, ShipWriter, TelemetryWriter, Writer, fleet
 from simulators.drive import DriveSimulator
-from simulators.dynamodb import DynamoSimulator, Table
+from simulators.dynamodb import DynamoSimulator, DynamoTable
 from simulators.influx import InfluxSimulator
 
 DEVICES = 8
@@ -89,7 +89,7 @@ def _ship(running: ExitStack, fill: Fill, began: datetime, kept: Path) -> Mappin
 
     The other systems make the same data anew each time; what is on the drive, the product has put there, so it is kept.
     """
-    dynamo = running.enter_context(DynamoSimulator([Table(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
+    dynamo = running.enter_context(DynamoSimulator([DynamoTable(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))
     fill(ShipWriter(dynamo.put, oldest_at=began))
     return {

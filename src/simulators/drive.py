@@ -112,7 +112,7 @@ class DriveFault:
 
 
 @dataclass(slots=True)
-class State:
+class DriveState:
     """What the simulator is made of. `my_drive` and `shared_drive` are ids of root folders."""
 
     files: Files
@@ -141,7 +141,7 @@ class State:
         return None
 
 
-class Refused(Exception):
+class DriveRefusal(Exception):
     """An answer that is no success."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -177,7 +177,7 @@ class DriveSimulator(Simulator):
         folder: Path | None = None,
     ) -> None:
         super().__init__(port)
-        self.state = State(Files(clock, folder), Tokens(), Uploads())
+        self.state = DriveState(Files(clock, folder), Tokens(), Uploads())
         for root, drive_id in ((self.state.my_drive, ""), (self.state.shared_drive, self.state.shared_drive)):
             self._add_folder(root, drive_id, "")
         self.folder_id = "1demofolder"
@@ -227,7 +227,7 @@ class DriveSimulator(Simulator):
             return refusal(DriveFault(401, "authError", "Invalid Credentials"))
         try:
             return self._routed(request, service=service)
-        except Refused as refused:
+        except DriveRefusal as refused:
             return refused.answer
 
     def _routed(self, request: Request, *, service: bool) -> Answer:
@@ -236,7 +236,7 @@ class DriveSimulator(Simulator):
         match request.method, file_id:
             case "GET", "generateIds":
                 made = {"kind": "drive#generatedIds", "space": "drive", "ids": [self.state.files.new_id()]}
-                return _told(made)
+                return _json_answer(made)
             case "GET", "":
                 return self._list(request.parameters) if path == FILES else self._drives()
             case "GET", _:
@@ -250,7 +250,7 @@ class DriveSimulator(Simulator):
                 self._visible(request.parameters, file_id)
                 self.state.files.delete(file_id)
                 return Answer(204)
-        raise Refused(404, "notFound", "Not Found")
+        raise DriveRefusal(404, "notFound", "Not Found")
 
     def _received(
         self,
@@ -265,28 +265,28 @@ class DriveSimulator(Simulator):
             def whole(metadata: Mapping[str, Any], content: bytes) -> Answer:
                 try:
                     return store(metadata, content)
-                except Refused as refused:
+                except DriveRefusal as refused:
                     return refused.answer
 
             return self.state.uploads.begin(f"{self.url}{request.path}", json.loads(request.body or b"{}"), whole)
         if len(request.body) > LIMIT_BYTES:
-            raise Refused(413, "uploadTooLarge", "use a resumable upload")
+            raise DriveRefusal(413, "uploadTooLarge", "use a resumable upload")
         if kind == "media":
             return store({}, request.body)
         try:
             return store(*parts_of(request))
         except ValueError as error:
-            raise Refused(400, "badRequest", str(error)) from error
+            raise DriveRefusal(400, "badRequest", str(error)) from error
 
     def _list(self, parameters: Mapping[str, str]) -> Answer:
         flags = _flag(parameters, "supportsAllDrives") and _flag(parameters, "includeItemsFromAllDrives")
         known = parameters.get("driveId") == self.state.shared_drive and not self.state.revoked
         if parameters.get("corpora") == "drive" and not known:
-            raise Refused(404, "notFound", f"Shared drive not found: {parameters.get('driveId')}")
+            raise DriveRefusal(404, "notFound", f"Shared drive not found: {parameters.get('driveId')}")
         try:
-            asked = holds(parameters.get("q", ""))
+            asked = parse_query(parameters.get("q", ""))
         except ValueError as error:
-            raise Refused(400, "invalid", f"Invalid Value: {error}") from error
+            raise DriveRefusal(400, "invalid", f"Invalid Value: {error}") from error
         with self.state.lock:
             stale, self.state.stale_lists = self.state.stale_lists > 0, max(0, self.state.stale_lists - 1)
             partial, self.state.incomplete_lists = (
@@ -309,18 +309,18 @@ class DriveSimulator(Simulator):
         page["files"] = [_selected(file, fields) for file in found[begin:end]]
         if end < len(found):
             page["nextPageToken"] = str(end)
-        return _told(page)
+        return _json_answer(page)
 
     def _drives(self) -> Answer:
         held = [] if self.state.revoked else [{"kind": "drive#drive", "id": self.state.shared_drive, "name": "Demo"}]
-        return _told({"kind": "drive#driveList", "drives": held})
+        return _json_answer({"kind": "drive#driveList", "drives": held})
 
     def _get(self, request: Request, file_id: str) -> Answer:
         file = self._visible(request.parameters, file_id)
         if request.parameters.get("alt") != "media":
-            return _told(_selected(file, request.parameters.get("fields", "")))
+            return _json_answer(_selected(file, request.parameters.get("fields", "")))
         if not file.is_binary:
-            raise Refused(403, NOT_BINARY, "Only files with binary content can be downloaded.")
+            raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be downloaded.")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
         if asked is None or not file.content:
             return Answer(200, {"Content-Type": file.mime_type}, file.content)
@@ -334,9 +334,11 @@ class DriveSimulator(Simulator):
             parent = self.state.my_drive
         folder = self._visible(request.parameters, parent)
         if folder.mime_type != FOLDER_TYPE:
-            raise Refused(403, "insufficientParentPermissions", "Insufficient permissions for the specified parent.")
+            raise DriveRefusal(
+                403, "insufficientParentPermissions", "Insufficient permissions for the specified parent."
+            )
         if service and not folder.drive_id:
-            raise Refused(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
+            raise DriveRefusal(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
         wanted = {
             "id": body.get("id") or self.state.files.new_id(),
             "name": body.get("name", "Untitled"),
@@ -348,13 +350,13 @@ class DriveSimulator(Simulator):
         try:
             made = self.state.files.add(wanted, content or b"")
         except KeyError as error:
-            raise Refused(409, "fileIdInUse", "A file already exists with the provided ID.") from error
-        return _told(_selected(made, request.parameters.get("fields", "")))
+            raise DriveRefusal(409, "fileIdInUse", "A file already exists with the provided ID.") from error
+        return _json_answer(_selected(made, request.parameters.get("fields", "")))
 
     def _update(self, request: Request, file_id: str, body: Mapping[str, Any], content: bytes | None) -> Answer:
         held = self._visible(request.parameters, file_id)
         if content is not None and not held.is_binary:
-            raise Refused(403, NOT_BINARY, "Only files with binary content can be changed.")
+            raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be changed.")
         changes: dict[str, Any] = {} if content is None else {"content": content}
         if "appProperties" in body:
             changes["properties"] = {**held.properties, **body["appProperties"]}
@@ -364,7 +366,9 @@ class DriveSimulator(Simulator):
             changes["name"] = body["name"]
         if "addParents" in request.parameters:
             changes["parent"] = request.parameters["addParents"]
-        return _told(_selected(self.state.files.change(file_id, **changes), request.parameters.get("fields", "")))
+        return _json_answer(
+            _selected(self.state.files.change(file_id, **changes), request.parameters.get("fields", ""))
+        )
 
     def _visible(self, parameters: Mapping[str, str], file_id: str) -> StoredFile:
         """The file, for who may see it and says that shared drives are meant."""
@@ -373,7 +377,7 @@ class DriveSimulator(Simulator):
             file is not None and file.drive_id and (self.state.revoked or not _flag(parameters, "supportsAllDrives"))
         )
         if file is None or hidden:
-            raise Refused(404, "notFound", f"File not found: {file_id}.")
+            raise DriveRefusal(404, "notFound", f"File not found: {file_id}.")
         return file
 
 
@@ -383,10 +387,10 @@ def _flag(parameters: Mapping[str, str], name: str) -> bool:
 
 def _selected(file: StoredFile, fields: str) -> dict[str, Any]:
     wanted = frozenset(re.findall(r"\w+", fields)) or DEFAULT_FIELDS
-    return {name: value for name, value in file.shown().items() if name in wanted}
+    return {name: value for name, value in file.to_json().items() if name in wanted}
 
 
-def _told(document: Mapping[str, Any]) -> Answer:
+def _json_answer(document: Mapping[str, Any]) -> Answer:
     return Answer(200, JSON, json.dumps(document).encode())
 
 
@@ -406,7 +410,7 @@ AND = re.compile(r"\s*and\s+|\s*$")
 Holds = Callable[[StoredFile], bool]
 
 
-def holds(query: str) -> Holds:
+def parse_query(query: str) -> Holds:
     """What the query asks of a file. Raises ValueError for anything else than terms joined by `and`."""
     asked: list[Holds] = []
     position = len(query) - len(query.lstrip())

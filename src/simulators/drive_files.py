@@ -42,7 +42,7 @@ class StoredFile:
         """False for what has no content to download: Google's own types."""
         return not self.mime_type.startswith(GOOGLE_TYPES)
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As the API tells it, every field."""
         told: dict[str, Any] = {
             "kind": "drive#file",

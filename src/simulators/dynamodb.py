@@ -129,12 +129,12 @@ MISSING = "ResourceNotFoundException"
 INVALID = "ValidationException"
 
 
-class Refused(Exception):
+class DynamoError(Exception):
     """An error of the protocol: code and message."""
 
 
 @dataclass(slots=True)
-class Table:
+class DynamoTable:
     """Items by key. `key` and `types` name the key's attributes, hash first, and their letters."""
 
     name: str
@@ -144,15 +144,17 @@ class Table:
     size_bytes: int = 0
 
     def put(self, item: Item) -> None:
-        """Insert or replace. Raises Refused when the key is missing or of another type."""
+        """Insert or replace. Raises DynamoError when the key is missing or of another type."""
         for name, letter in zip(self.key, self.types, strict=True):
             if letter not in item.get(name, {}):
-                raise Refused(INVALID, f"One or more parameter values were invalid: Missing the key {name} in the item")
+                raise DynamoError(
+                    INVALID, f"One or more parameter values were invalid: Missing the key {name} in the item"
+                )
         key = tuple(sortable(item[name]) for name in self.key)
         self.size_bytes += _size(item) - (_size(self.items[key]) if key in self.items else 0)
         self.items[key] = item
 
-    def described(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """As DescribeTable tells it."""
         kinds = ("HASH", "RANGE")
         schema = [{"AttributeName": name, "KeyType": kind} for name, kind in zip(self.key, kinds, strict=False)]
@@ -171,7 +173,7 @@ class Table:
 class DynamoSimulator(Simulator):
     """Some tables under one access key."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[DynamoTable]) -> None:
         super().__init__()
         self.access_key_id = "demo"
         self.secret_access_key = "demo-secret"  # noqa: S105 - a simulator on loopback; signatures are not checked
@@ -179,7 +181,7 @@ class DynamoSimulator(Simulator):
         self._tables = {table.name: table for table in tables}
         self._lock = Lock()
         self._operations: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-            "DescribeTable": lambda asked: {"Table": self._table(asked).described()},
+            "DescribeTable": lambda asked: {"Table": self._table(asked).description()},
             "BatchWriteItem": self._write_batch,
             "Query": self._query,
             "Scan": self._scan,
@@ -201,15 +203,15 @@ class DynamoSimulator(Simulator):
                 return _refusal("UnknownOperationException", operation)
             with self._lock:
                 return _answer(200, self._operations[operation](json.loads(request.body)))
-        except Refused as refused:
+        except DynamoError as refused:
             return _refusal(*refused.args)
         except (NotUnderstood, KeyError) as error:
             return _refusal(INVALID, f"not understood: {error}")
 
-    def _table(self, asked: Mapping[str, Any]) -> Table:
+    def _table(self, asked: Mapping[str, Any]) -> DynamoTable:
         table = self._tables.get(asked["TableName"])
         if table is None:
-            raise Refused(MISSING, f"Requested resource not found: Table: {asked['TableName']} not found")
+            raise DynamoError(MISSING, f"Requested resource not found: Table: {asked['TableName']} not found")
         return table
 
     def _write_batch(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,13 +222,15 @@ class DynamoSimulator(Simulator):
 
     def _query(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         if "IndexName" in asked:
-            raise Refused(INVALID, f"The table does not have the specified index: {asked['IndexName']}")
+            raise DynamoError(INVALID, f"The table does not have the specified index: {asked['IndexName']}")
         table, names = self._table(asked), asked.get("ExpressionAttributeNames", {})
         if table.key[0] not in (names[each] for each in EQUAL.findall(asked["KeyConditionExpression"])):
-            raise Refused(INVALID, f"Query condition missed key schema element: {table.key[0]}")
+            raise DynamoError(INVALID, f"Query condition missed key schema element: {table.key[0]}")
         for name in NAME.findall(asked.get("FilterExpression", "")):
             if names[name] in table.key:
-                raise Refused(INVALID, f"Filter Expression can only contain non-primary key attributes: {names[name]}")
+                raise DynamoError(
+                    INVALID, f"Filter Expression can only contain non-primary key attributes: {names[name]}"
+                )
         holds = condition(asked["KeyConditionExpression"], asked)
         found = [(key, item) for key, item in table.items.items() if holds(item)]
         found.sort(key=lambda each: each[0], reverse=not asked.get("ScanIndexForward", True))
@@ -239,7 +243,7 @@ class DynamoSimulator(Simulator):
         return self._page(table, asked, mine)
 
     def _page(
-        self, table: Table, asked: Mapping[str, Any], found: Sequence[tuple[tuple[Any, ...], Item]]
+        self, table: DynamoTable, asked: Mapping[str, Any], found: Sequence[tuple[tuple[Any, ...], Item]]
     ) -> dict[str, Any]:
         """What is read from the start key on, up to the page's size; the filter comes after."""
         start = asked.get("ExclusiveStartKey")

@@ -118,15 +118,8 @@ class _Run:
 
     def _instant(self, call: Call, name: str, default: int | None) -> int:
         value = call.arguments.get(name)
-        if (
-            isinstance(value, Literal)
-            and isinstance(value.value, int)
-            and value.kind in ("time", "duration", "integer")
-        ):
-            relative = {"time": 0, "duration": self._now_ns, "integer": 0}[value.kind]
-            return relative + value.value * (UNITS_NS["s"] if value.kind == "integer" else 1)
-        if value == Call("now", {}, getattr(value, "where", "")):
-            return self._now_ns
+        if isinstance(value, Literal) and isinstance(value.value, int) and value.kind in ("time", "duration"):
+            return value.value + (self._now_ns if value.kind == "duration" else 0)
         if value is None and default is not None:
             return default
         raise FluxError(f'error calling function "range" {call.where}: {name} is missing or not a time')

@@ -23,7 +23,7 @@ Cell = Value | None
 FieldKey = tuple[str, str]
 
 
-class Column:
+class FieldColumn:
     """The values of one field with one type; a cell without a value has no bit in `present`."""
 
     __slots__ = ("kind", "present", "values")
@@ -69,7 +69,7 @@ class Series:
         self.measurement = measurement
         self.tags = tags
         self.times = array("q")
-        self.columns: dict[FieldKey, Column] = {}
+        self.columns: dict[FieldKey, FieldColumn] = {}
 
     def write(self, time_ns: int, fields: Iterable[Field]) -> None:
         """Add the point, or overwrite the fields that it names."""
@@ -78,7 +78,7 @@ class Series:
             key = (one.name, one.kind)
             column = self.columns.get(key)
             if column is None:
-                column = self.columns[key] = Column(one.kind, len(self.times))
+                column = self.columns[key] = FieldColumn(one.kind, len(self.times))
             column.set(at, one.value)
 
     def extend(self, times: Sequence[int], floats: Mapping[str, Sequence[float]]) -> None:
@@ -87,7 +87,7 @@ class Series:
         if not ascending:
             raise ValueError(f"times of {self.measurement} do not ascend behind those stored")
         for name in floats:
-            self.columns.setdefault((name, "float"), Column("float", len(self.times)))
+            self.columns.setdefault((name, "float"), FieldColumn("float", len(self.times)))
         self.times.extend(times)
         for (name, kind), column in self.columns.items():
             column.extend(len(times), floats.get(name) if kind == "float" else None)
