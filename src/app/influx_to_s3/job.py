@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from app.core.gaps import Chart
-from app.core.late import fill
 from app.core.partitions import Backoff, Pass, isolated, sync_all
 from app.core.ports import Checkpoints
+from app.core.repair import fill
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.sync import Done, Grid, Pipeline
+from app.core.sync import Done, Grid, KnownRows, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window
 from app.influx_to_s3.accounting import (
@@ -61,7 +62,8 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 class Parts:
     """What the pipeline is made of.
 
-    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `backoff`, partitions that
+    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `identities`, which rows
+    the objects of open windows have; `backoff`, partitions that
     failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
     """
 
@@ -73,6 +75,7 @@ class Parts:
     aside: Aside
     clock: Callable[[], datetime]
     kept: Kept = field(default_factory=dict)
+    identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
     refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
 
@@ -213,6 +216,8 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         spool_directory=spool,
         app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
+        run=uuid4().hex,
+        cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
     )
     pipeline = Pipeline(
         name=NAME,
@@ -221,7 +226,9 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         checkpoints=parts.checkpoints,
         grid=Grid(tree.windows, export.grace_seconds),
         allow_shrink=export.allow_shrink,
+        deltas=sink,
         kept=parts.kept,
+        identities=parts.identities,
         set_aside=lambda device, window, batch: parts.aside.keep_values(
             OTHER_VALUE, device, window, batch.disagreements
         ),
@@ -266,11 +273,17 @@ def _reconcile(parts: Parts, context: Context) -> Report:
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span)
+    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span, by_content=True)
 
 
 def _fill(
-    parts: Parts, context: Context, opened: Opened, span: Window, starts: Mapping[str, datetime] | None = None
+    parts: Parts,
+    context: Context,
+    opened: Opened,
+    span: Window,
+    starts: Mapping[str, datetime] | None = None,
+    *,
+    by_content: bool = False,
 ) -> Report:
     """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
     cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if is_nameable(name)}
@@ -281,7 +294,8 @@ def _fill(
         since = max(span.start, starts[partition]) if starts is not None else span.start
         until = min(span.end, cursors.get(partition, span.end))
         if until > since:
-            done(fill(opened.pipeline, context, partition, Window(since, until), opened.now))
+            window = Window(since, until)
+            done(fill(opened.pipeline, context, partition, window, opened.now, by_content=by_content))
 
     return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 

@@ -6,6 +6,7 @@ ignored tags are one row: their fields are united, and where values disagree, th
 stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -337,15 +338,69 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
         ) from error
 
 
-def united(new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns) -> "Iterator[pa.Table]":
+class Comparison:
+    """What the rows of a source are beside those of an object: by field, how many values are new, there already or
+    corrected, and how many rows are new.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self.new_rows = 0
+        self.new: Counter[str] = Counter()
+        self.same: Counter[str] = Counter()
+        self.corrected: Counter[str] = Counter()
+        self._columns = columns
+
+    def add(self, new: "pa.Table", held: "pa.Table", ours: Any, theirs: Any) -> None:
+        """Rows of one stretch of time, and their identities."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        order = np.argsort(theirs)
+        places = np.searchsorted(theirs, ours, sorter=order)
+        found = order[np.minimum(places, len(order) - 1)] if len(order) else np.zeros(len(ours), np.int64)
+        matched = (theirs[found] == ours) if len(order) else np.zeros(len(ours), bool)
+        self.new_rows += int((~matched).sum())
+        taken = pa.array(found, mask=~matched)
+        for name in new.column_names:
+            if name == TIMESTAMP or name in self._columns.tags:
+                continue
+            field, values = self._columns.source_of(name) or name, new.column(name)
+            number = new.num_rows - values.null_count
+            if name not in held.column_names:
+                self.new[field] += number
+                continue
+            before = held.column(name).take(taken)
+            is_there = pc.and_(values.is_valid(), before.is_valid())
+            same = pc.sum(pc.and_kleene(is_there, pc.equal(values, before))).as_py() or 0
+            there = pc.sum(is_there).as_py() or 0
+            self.same[field] += same
+            self.corrected[field] += there - same
+            self.new[field] += number - there
+
+
+def united(
+    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, comparison: Comparison
+) -> "Iterator[pa.Table]":
     """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
     streams = [_Ahead(iter(new)), _Ahead(iter(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
-        if first is not None and second is not None:
-            second = lacking(second, identities_of(first, columns), columns)
+        if first is not None:
+            ours = identities_of(first, columns)
+            theirs = identities_of(second, columns) if second is not None else ours[:0]
+            comparison.add(first, second if second is not None else first.slice(0, 0), ours, theirs)
+            second = second and lacking(second, ours, columns)
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
+
+
+def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "Iterator[pa.Table]":
+    """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
+    first, *others = sequences
+    for other in others:
+        first = united(first, other, columns, Comparison(columns))
+    yield from first
 
 
 def lacking(table: "pa.Table", identities: Any, columns: Columns) -> "pa.Table":

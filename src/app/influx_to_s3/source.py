@@ -26,10 +26,10 @@ from app.core.window import EPOCH, Window, windows_between
 from app.influx_to_s3.columns import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader
 from app.influx_to_s3.rows import (
+    Comparison,
     canonical,
-    identities_of,
+    in_order,
     instants_of,
-    lacking,
     nanoseconds_of,
     of_object,
     ordered,
@@ -140,30 +140,23 @@ class InfluxSource:
                     else self._cut_out(partition, window, count, blocks)
                 )
 
-    def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """`batch` with the held rows whose identity it lacks. What was counted and read stays that of `batch`."""
-        rows = (of_object(table, self._columns) for table in held)
-        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns))
-        return replace(united_batch, accounts=batch.accounts, disagreements=batch.disagreements)
-
-    def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """The rows of `batch` whose identity no held row has; what it leaves out is accounted for as already there.
-
-        Holds 8 bytes per held row.
-        """
-        import numpy as np
-
-        columns = self._columns
-        known = [identities_of(of_object(table, columns), columns) for table in held]
-        identities = np.concatenate(known) if known else np.empty(0, np.uint64)
-        rest = self.spooled(batch.device, (lacking(table, identities, columns) for table in batch.tables()))
+    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]") -> RowBatch:
+        """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
+        columns, comparison = self._columns, Comparison(self._columns)
+        objects = [(of_object(table, columns) for table in tables if table.num_rows) for tables in held]
+        rows = united(batch.tables(), in_order(objects, columns), columns, comparison)
+        whole = self.spooled(batch.device, rows)
 
         def account(name: str, tally: Tally) -> Tally:
-            new = rest.accounts[name].new if name in rest.accounts else 0
-            return replace(tally, new=new, already_there=tally.already_there + tally.new - new)
+            there = tally.already_there + comparison.same[name]
+            return replace(tally, new=comparison.new[name], already_there=there, corrected=comparison.corrected[name])
 
-        accounts = {name: account(name, tally) for name, tally in batch.accounts.items()}
-        return replace(rest, accounts=accounts, disagreements=batch.disagreements)
+        return replace(
+            whole,
+            accounts={name: account(name, tally) for name, tally in batch.accounts.items()},
+            disagreements=batch.disagreements,
+            united_new_rows=comparison.new_rows,
+        )
 
     @contextmanager
     def _spool(self, device: str) -> Iterator[Spool]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from app.core.ledger import Tally
 from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import instant_of, instants_of
+from app.influx_to_s3.rows import identities_of, instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
 
 if TYPE_CHECKING:
@@ -50,6 +50,26 @@ class RowBatch:
     cells: Mapping[datetime, int] = field(default_factory=dict)
     accounts: Mapping[str, Tally] = field(default_factory=dict)
     disagreements: Sequence[Disagreement] = ()
+    united_new_rows: int | None = None
+
+    @property
+    def new_rows(self) -> int:
+        """See `Batch.new_rows`."""
+        return self.rows if self.united_new_rows is None else self.united_new_rows
+
+    @property
+    def identities(self) -> Any:
+        """64 bits a row, a numpy array; see `rows.identities_of`."""
+        import numpy as np
+
+        parts = [identities_of(table, self.columns) for table in self.tables()]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+    def holds_all(self, identities: Any) -> bool:
+        """See `Batch.holds_all`."""
+        import numpy as np
+
+        return len(identities) <= self.rows and bool(np.isin(identities, self.identities).all())
 
     @property
     def min_at(self) -> datetime | None:

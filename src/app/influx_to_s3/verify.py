@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.heal import heal_window
 from app.core.ports import Checkpoints
+from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
 from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot

@@ -59,6 +59,8 @@ class SqlCheckpoints:
             if commit.records:
                 records = [{**of_now, **_columns(record)} for record in commit.records]
                 session.run_many(self._queries["save_record"], records)
+            for window in commit.folded:
+                session.run(self._queries["forget_deltas"], **of, starts_at=window.start)
             session.run(self._queries["save_checkpoint"], **of_now, **_summary(commit))
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
@@ -114,6 +116,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
+        "source_digest": record.source_digest,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
@@ -132,6 +135,7 @@ def _record(row: Row) -> Record:
         max_at=row["max_at"],
         closed=row["status"] == "closed",
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        source_digest=row["source_digest"],
     )
 
 

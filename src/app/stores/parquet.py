@@ -9,10 +9,11 @@ import csv
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
@@ -61,6 +62,11 @@ class EncodedFile:
     content_type: str
     metadata: Mapping[str, str]
 
+    @property
+    def write(self) -> str:
+        """See `app.core.ports.Encoded.write`."""
+        return self.metadata.get("write", "")
+
     def close(self) -> None:
         """Remove the file. Idempotent."""
         self.file.close()
@@ -68,7 +74,11 @@ class EncodedFile:
 
 @dataclass(frozen=True, slots=True)
 class TableSink:
-    """`app.core.ports.Sink` for tables on an object store. `layout_at` gives the layout of a window's start."""
+    """`app.core.ports.Sink` for tables on an object store. `layout_at` gives the layout of a window's start.
+
+    `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
+    committed of each partition when the run began, from which a lost cursor can be found again.
+    """
 
     store: ObjectStore
     pipeline: str
@@ -77,6 +87,9 @@ class TableSink:
     spool_directory: Path
     app_version: str
     dictionary: tuple[str, ...] = ()
+    run: str = ""
+    cursors: Mapping[str, datetime] = field(default_factory=dict)
+    writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
@@ -100,10 +113,32 @@ class TableSink:
                 hours, minutes, seconds = map(int, named.groups())
                 yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
 
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        """See `app.core.ports.Deltas`: they are named by the seconds after the window's start."""
+        deltas = [
+            (round((named_at - window.start).total_seconds()), info.key)
+            for named_at, info in self.listed(partition, window)
+            if window.start < named_at < window.end
+        ]
+        return sorted(deltas)
+
+    def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
+        """See `app.core.ports.Deltas`."""
+        return replace(encoded, metadata={**encoded.metadata, "folded": str(folded)})
+
+    def delete(self, key: str) -> None:
+        """See `app.core.ports.Deltas`."""
+        self.store.delete(key)
+
     def head(self, key: str) -> Held | None:
-        """What is there, with what its writer noted."""
+        """What is there, with what its writer noted; a copy of another window's object says nothing."""
         info = self.store.head(key)
-        return held_of(info) if info else None
+        if info is None:
+            return None
+        named = NAME.search(key)
+        start = info.metadata.get("window", "").partition("/")[0]
+        is_own = named is not None and start.endswith(f"T{':'.join(named.groups())}Z")
+        return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
         """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
@@ -120,10 +155,7 @@ class TableSink:
             yield from _readable(key, _parquet_tables(file) if key.endswith(".parquet") else _csv_tables(file))
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to memory, from MEMORY_BYTES on to a temporary file.
-
-        The same rows give the same bytes under one version of pyarrow.
-        """
+        """Write the batch to memory, from MEMORY_BYTES on to a temporary file. In Parquet each write differs."""
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -132,6 +164,8 @@ class TableSink:
             "digest": batch.digest,
             "app-version": self.app_version,
             "timestamp-unit": layout.timestamp_unit,
+            "write": f"{self.run}:{next(self.writes)}",
+            **({"cursor": f"{self.cursors[partition]:%Y-%m-%dT%H:%M:%SZ}"} if partition in self.cursors else {}),
         }
         file = self._temporary()
         with ExitStack() as undo:
@@ -182,10 +216,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows = info.metadata.get("rows", "")
+    rows, folded = info.metadata.get("rows", ""), info.metadata.get("folded", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
+        write=info.metadata.get("write", ""),
+        folded=int(folded) if folded.isdigit() else 0,
         rows=int(rows) if rows.isdigit() else None,
         size_bytes=info.size_bytes,
     )
