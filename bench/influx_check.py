@@ -19,7 +19,9 @@ def different(shape: Shape, path: Path, device: int, window: int) -> int:
     if held.num_rows != wanted.num_rows:
         return int(max(held.num_rows, wanted.num_rows))
     times = wanted.column("_time").to_numpy()
-    wrong = held.column("timestamp").cast(pa.int64()).to_numpy() != times
+    wrong = (
+        held.column("timestamp").cast(pa.int64()).to_numpy() * 1000 + held.column("timestamp_nanos").to_numpy() != times
+    )
     for name, text in zip(
         ("device_id", "device_type", "location"), (device_name(device), *tags_of(device)), strict=True
     ):

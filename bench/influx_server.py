@@ -66,6 +66,8 @@ class Held:
             raise ValueError(query)
         first, last = (bucket_of(text) for text in span.groups())
         found = [number for number in range(self.shape.devices) if not only or device_name(number) == only[1]]
+        if "not exists" in query:
+            found = []  # every point has the tag that names its device
         if every:
             counted = self._counts(found, (first, last), int(every[1]) // BUCKET_SECONDS)
             yield annotated(COUNT_HEAD, annotations) + "".join(counted).encode()

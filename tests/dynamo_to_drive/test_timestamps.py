@@ -217,3 +217,7 @@ def test_numbers_are_asked_in_units_up_to_that_of_the_newest_and_in_the_one_that
 @pytest.mark.parametrize("write", [str.upper, "{} ".format])
 def test_blanks_behind_a_timestamp_and_capitals_change_nothing(write: Callable[[str], str]) -> None:
     assert Times().read(write("2026-02-07t12:00:00z")).at == HOUR.start
+
+
+def test_a_negative_zero_is_the_epoch_without_a_fraction() -> None:
+    assert [(Times("s").read(text).at, Times("s").read(text).fraction) for text in ("-0", "-0.0")] == [(EPOCH, "")] * 2

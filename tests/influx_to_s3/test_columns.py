@@ -1,6 +1,8 @@
 """Names and types of columns: every tag and field has one of its own, decided once; every value lands exactly."""
 
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from fractions import Fraction
 from typing import Any
@@ -226,6 +228,46 @@ def test_a_warning_names_the_line_that_widens_a_column(caplog: pytest.LogCapture
     [told] = [record.getMessage() for record in caplog.records]
     assert "EXPORT_COLUMN_TYPES=n=double" in told
     assert "n_double" in told
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads that take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_a_column_that_one_thread_can_name_is_known_in_every_way() -> None:
+    """Else rows that differ in a tag that is just added would be taken for one."""
+    columns = columns_of()
+    wrong: list[str] = []
+    names = [f"n{number}" for number in range(40)]
+
+    def watch() -> None:
+        for name in names:
+            while not has_tag(columns, name):
+                continue
+            if name not in columns.tags:
+                wrong.append(name)
+
+    watchers = [threading.Thread(target=watch) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+    for name in names:
+        columns.see([name], {})
+    for watcher in watchers:
+        watcher.join()
+    assert wrong == []
+
+
+def has_tag(columns: Columns, name: str) -> bool:
+    try:
+        return bool(columns.tag(name))
+    except KeyError:
+        return False
 
 
 WHOLE = st.one_of(

@@ -77,6 +77,23 @@ def test_an_open_window_is_read_again_only_from_its_tail(exporter: Exporter) -> 
     assert len(exporter.keys) == 1
 
 
+def test_several_rows_of_one_instant_are_read_again_from_the_tail_too(exporter: Exporter) -> None:
+    with one_process(exporter):
+        for location in ("B", "C"):
+            tags = (*KEY[1][:2], ("location", location))
+            times = [ns(NOON) + n * STEP_NS for n in range(FIRST)]
+            exporter.influx.points.extend((KEY[0], tags), times, {"voltage": [200.0] * FIRST})
+        exporter.well()
+        extend(exporter, FIRST, FIRST + 600)
+        exporter.at(minutes=31)
+        exporter.influx.forget_queries()
+        exporter.well()
+        assert read_again(exporter) <= 3 * 3 * 1200
+        exporter.check()
+        [record] = exporter.state.checkpoints.records(NAME, "D1", NOON, NOON + timedelta(hours=1))
+        assert record.rows == 3 * FIRST + 600
+
+
 def test_an_unchanged_large_window_costs_counts_only(exporter: Exporter) -> None:
     with one_process(exporter):
         exporter.store.puts.clear()

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -18,7 +19,16 @@ from app.core.ports import Count
 from app.core.window import Window
 from app.influx_to_s3.columns import MEASURED, Columns
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import canonical, identities_of, lacking, of_object, ordered, united
+from app.influx_to_s3.rows import (
+    Comparison,
+    canonical,
+    identities_of,
+    lacking,
+    of_object,
+    ordered,
+    united,
+    whole_instants,
+)
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
@@ -409,7 +419,7 @@ def tabled(model: Mapping[int, int | None], sizes: Sequence[int]) -> list[pa.Tab
 
 @given(MODEL, MODEL, st.lists(st.integers(0, 5), max_size=6), st.lists(st.integers(0, 5), max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_union_and_missing_are_those_of_dictionaries(
+def test_a_union_is_that_of_dictionaries_and_tells_what_is_new_and_what_was_corrected(
     tmp_path_factory: pytest.TempPathFactory,
     new: dict[int, int | None],
     held: dict[int, int | None],
@@ -419,13 +429,19 @@ def test_union_and_missing_are_those_of_dictionaries(
     folder = tmp_path_factory.getbasetemp()
     influx = source(folder)
     batch = spooled([table for table in tabled(new, new_sizes) if table.num_rows], folder)
-    union = influx.union(batch, tabled(held, held_sizes))
-    missing = influx.missing(batch, tabled(held, held_sizes))
+    read = sum(value is not None for value in new.values())
+    batch = replace(batch, accounts={"v": Tally(counted=read, read=read, new=read)})
+    union = influx.union(batch, [tabled(held, held_sizes)])
     assert {row["timestamp"]: row.get("v") for row in listed(union)} == {**held, **new}
-    assert {row["timestamp"]: row.get("v") for row in listed(missing)} == {
-        at: value for at, value in new.items() if at not in held
-    }
-    assert (union.rows, missing.rows) == (len({*held, *new}), len({*new} - {*held}))
+    assert (union.rows, union.new_rows) == (len({*held, *new}), len({*new} - {*held}))
+    before = {at: held.get(at) for at, value in new.items() if value is not None}
+    assert union.accounts["v"] == Tally(
+        counted=read,
+        read=read,
+        new=sum(value is None for value in before.values()),
+        already_there=sum(value == new[at] for at, value in before.items()),
+        corrected=sum(value not in (None, new[at]) for at, value in before.items()),
+    )
     assert union.digest == spooled(tabled({**held, **new}, []), folder).digest
 
 
@@ -473,17 +489,68 @@ def test_a_column_that_only_objects_of_an_older_version_have_keeps_its_name() ->
 
 
 def test_a_union_of_nothing_is_nothing() -> None:
-    assert list(united([], [], COLUMNS)) == []
+    assert list(united([], [], COLUMNS, Comparison(COLUMNS))) == []
 
 
 def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column() -> None:
     columns = columns_of()
     new = [in_order([points(0, 5, tags={"phase": "L1"}, voltage=[1.0, 1.0]), points(0, voltage=[2.0])], columns)[0]]
     held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
-    found = [(row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns))]
+    found = [
+        (row["timestamp"], row.get("phase"), row["voltage"])
+        for row in rows_in(united(new, held, columns, Comparison(columns)))
+    ]
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
     rest = lacking(new[0], identities_of(held[0], columns), columns)
     assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+
+
+@given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[int], sizes: list[int]) -> None:
+    table = rows(*sorted(instants), n=pa.array(range(len(instants)), pa.int64()))
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(table.slice(at, size))
+        at += size
+    whole = list(whole_instants([*pieces, table.slice(at)]))
+    seen = [{row["timestamp"] for row in rows_in([one])} for one in whole]
+    assert all(one for one in seen)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+    assert rows_in(whole) == rows_in([table])
+
+
+def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
+    """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
+    instants = range(first, last)
+    blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
+    return [in_order(blocks, columns)[0]]
+
+
+def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_like_others(tmp_path: Path) -> None:
+    columns = columns_of()
+    number = BLOCK_ROWS // 2
+    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
+    batch = influx.spooled("D1", phases(0, number, columns))
+    blocks = list(batch.tables())
+    assert blocks[0].column("timestamp")[-1] == blocks[1].column("timestamp")[0]
+    # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
+    held = phases(0, number + 5, columns, value=2.0, names="23")[0]
+    cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
+    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
+    batch = replace(batch, accounts={"voltage": read})
+    with closing(batch), closing(influx.union(batch, [cut])) as union:
+        assert union.accounts == {"voltage": replace(read, new=number, corrected=2 * number)}
+        assert union.new_rows == number
+        found = rows_in(union.tables())
+        with closing(influx.spooled("D1", blocks)) as again:
+            assert (again.rows, again.digest) == (batch.rows, batch.digest)
+    assert len(found) == 3 * number + 2 * 5
+    assert {(row["timestamp"], row["phase"]) for row in found} == {
+        *((at, f"L{name}") for at in range(number) for name in "123"),
+        *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
+    }
+    assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
 
 
 def test_no_two_tag_sets_share_an_identity() -> None:

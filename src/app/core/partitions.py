@@ -60,7 +60,8 @@ class Backoff:
             failing = {name: self._failing[name] for name in partitions if name in self._failing}
         due = {name for name, each in failing.items() if not each.at <= now < each.due_at}
         well = [name for name in partitions if name not in failing]
-        return well, sorted(due, key=lambda name: failing[name].due_at), [name for name in failing if name not in due]
+        again = sorted(due, key=lambda name: (failing[name].due_at, name))
+        return well, again, [name for name in failing if name not in due]
 
     def last_failure(self, partition: str) -> Failure:
         """Why a partition failed last that failed."""

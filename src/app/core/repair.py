@@ -64,7 +64,7 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
     count = pipeline.source.counts(partition, [window]).get((partition, window.start), NOTHING)
     found = pipeline.checkpoints.records(pipeline.name, partition, window.start, window.end)
     record = next((each for each in found if not each.part), None)
-    task = Task(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True)
+    task = Task(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
     there = pipeline.sink.head(pipeline.sink.key(partition, window, 0))
     if record is not None and there is not None and there.version != record.version and not there.digest:
         return _replace(pipeline, context, task)

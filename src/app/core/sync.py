@@ -133,7 +133,8 @@ class Task:
     """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
 
     `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
-    `replaces`: the object is not what was confirmed, and none of its rows is kept.
+    `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
+    confirmed, and none of its rows is kept.
     `ahead` gives the rows when they may be read together with those of other windows, after all their records.
     """
 
@@ -144,6 +145,7 @@ class Task:
     final: bool
     ahead: Iterator[Any] | None = None
     asks: bool = False
+    mends: bool = False
     replaces: bool = False
 
 
@@ -496,13 +498,26 @@ def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> _DeltaKe
     """Looked for only by a pass that asks what is there. Those whose rows the object holds just go."""
     if pipeline.deltas is None or not task.asks:
         return _DeltaKeys()
-    found = pipeline.deltas.found(task.partition, task.window)
+    found = list(_own(pipeline, task))
     folded = held.folded if held is not None and not task.replaces else 0
     return _DeltaKeys(
-        keys=[key for _, key in found],
-        unfolded=[key for part, key in found if part > folded],
-        highest=max([folded, *(part for part, _ in found)]),
+        keys=[key for _, key, _ in found],
+        unfolded=[key for part, key, is_own in found if part > folded and is_own],
+        highest=max([folded, *(part for part, _, _ in found)]),
     )
+
+
+def _own(pipeline: Pipeline[B, E], task: Task) -> Iterator[tuple[int, str, bool]]:
+    """Part and key of each delta, and whether Headwater wrote it. What another program put there is left alone, and
+    where damage is mended it goes.
+    """
+    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas else ():
+        there = pipeline.sink.head(key)
+        is_own = there is not None and bool(there.digest)
+        if is_own or task.mends:
+            yield part, key, is_own
+        elif there is not None:
+            log.warning("%s: was not written by Headwater and is left alone: run verify with --heal", key)
 
 
 def _sound(pipeline: Pipeline[B, E], task: Task, keys: Sequence[str]) -> Iterator[str]:

@@ -100,7 +100,7 @@ class Times:
         if not abs(seconds) < PLAUSIBLE[1] * 100:  # before `floor` makes an integer of 1E+125
             return Reading(None, reason=OUTSIDE)
         whole = floor(seconds)
-        fraction = f"{EXACT.subtract(seconds, whole):f}"[2:].rstrip("0")
+        fraction = f"{abs(EXACT.subtract(seconds, whole)):f}"[2:].rstrip("0")  # abs: -0 has a sign
         return _at(EPOCH, timedelta(seconds=whole), fraction)
 
     def rank(self, text: str) -> tuple[str, str]:

@@ -124,25 +124,27 @@ class Columns:
             self._take(self._file.change(change) if self._file else change(self._tree))
 
     def _take(self, tree: Tree) -> None:
-        """Look-ups are replaced as a whole, so that readers need no lock."""
+        """Look-ups are replaced as a whole, so that readers need no lock.
+
+        Those that tell that a column is there come last: a thread that finds it finds everything else about it.
+        """
         fixed = [Column(name, "field", name, ((EVER, DOUBLE),)) for name in MEASURED]
         fields = [*fixed, *(each for each in tree.columns if each.kind == "field")]
+        by_name = {each.name: each for each in fields}
         tags = {each.source: each.name for each in tree.columns if each.kind == "tag"}
+        tag_columns = {**{name: name for name in TAGS if name != self._device_tag}, **tags}
+        overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
+        of_overflows = {name: by_name[column].source for (_, column), name in overflows.items() if column in by_name}
         self._tree = tree
-        self._tag_columns = {**{name: name for name in TAGS if name != self._device_tag}, **tags}
-        self._tag_names = {column: name for name, column in self._tag_columns.items()} | {name: name for name in TAGS}
         self._tags = frozenset((*TAGS, *tags.values()))
-        self._overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
-        self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in self._overflows.items()}
+        self._tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
+        self._sources = {**{each.name: each.source for each in fields}, **of_overflows}
+        self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
-        self._by_name = {each.name: each for each in fields}
-        overflow_sources = {
-            name: self._by_name[column].source
-            for (_, column), name in self._overflows.items()
-            if column in self._by_name
-        }
-        self._sources = {**{each.name: each.source for each in fields}, **overflow_sources}
+        self._overflows = overflows
+        self._by_name = by_name
         self._fields = {each.source: each for each in fields}
+        self._tag_columns = tag_columns
 
 
 def named(kind: str, source: str, taken: AbstractSet[str]) -> str:

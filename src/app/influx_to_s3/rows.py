@@ -383,7 +383,7 @@ def united(
     new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, comparison: Comparison
 ) -> "Iterator[pa.Table]":
     """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
-    streams = [_Ahead(iter(new)), _Ahead(iter(held))]
+    streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
@@ -401,6 +401,29 @@ def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "It
     for other in others:
         first = united(first, other, columns, Comparison(columns))
     yield from first
+
+
+def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
+    """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
+    import numpy as np
+    import pyarrow as pa
+
+    rest: list[pa.Table] = []
+    for table in tables:
+        if table.num_rows == 0:
+            continue
+        instants = instants_of(table)
+        last = int(np.searchsorted(instants, instants[-1], side="left"))
+        if last:
+            yield pa.concat_tables([*rest, table.slice(0, last)], promote_options="default")
+            rest = [table.slice(last)]
+        elif rest and instants_of(rest[0])[0] != instants[0]:
+            yield pa.concat_tables(rest, promote_options="default")
+            rest = [table]
+        else:
+            rest.append(table)
+    if rest:
+        yield pa.concat_tables(rest, promote_options="default")
 
 
 def lacking(table: "pa.Table", identities: Any, columns: Columns) -> "pa.Table":

@@ -35,6 +35,7 @@ from app.influx_to_s3.rows import (
     ordered,
     times_of,
     united,
+    whole_instants,
 )
 from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
@@ -170,7 +171,7 @@ class InfluxSource:
     def spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
         """A batch of rows that stand in canonical order already."""
         with self._spool(device) as spool:
-            for table in tables:
+            for table in whole_instants(tables):
                 spool.append(table)
             return spool.finish({}, {})
 
@@ -181,7 +182,7 @@ class InfluxSource:
         cells = {start: count.cells for start, count in counts.items()}
         start = first_change(kept.cells, cells, window, every_seconds) if kept else window.start
         if kept is not None:
-            for table in kept.tables():
+            for table in whole_instants(kept.tables()):
                 earlier = before(table, nanoseconds_of(start))
                 spool.append(earlier)
                 spool.note(values_of(earlier, self._columns))
