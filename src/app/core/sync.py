@@ -462,12 +462,26 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
         if held is not None and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
         if rows:
-            with closing(batch):
-                batch = pipeline.source.union(batch, rows)
+            batch = _united(pipeline, task, batch, rows)
         yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows))
     finally:
         if not pipeline.keeps(batch):
             batch.close()
+
+
+def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]]) -> B:
+    """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
+    again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
+    """
+    try:
+        united = pipeline.source.union(batch, rows)
+    except Permanent as error:
+        if batch.rows == 0 or (task.record is not None and task.record.closed):
+            raise
+        log.warning("%s: it is written again", error.message)
+        return batch
+    batch.close()
+    return united
 
 
 def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> bool:
