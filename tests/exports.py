@@ -89,12 +89,14 @@ def _fields(row: Mapping[str, Any]) -> Fields:
     return {name: value for name, value in row.items() if name not in left_out and value is not None}
 
 
-def stored(points: Points, measurement: str = "device_telemetry", until_ns: int = 1 << 62) -> dict[Row, Fields]:
+def stored(
+    points: Points, measurement: str = "device_telemetry", until_ns: int = 1 << 62, since_ns: int = 0
+) -> dict[Row, Fields]:
     """Every point of the source that can be exported, as `exported` shows it; further tags are shown as fields are."""
-    return dict(_stored(points, measurement, until_ns))
+    return dict(_stored(points, measurement, since_ns, until_ns))
 
 
-def _stored(points: Points, measurement: str, until_ns: int) -> Iterator[tuple[Row, Fields]]:
+def _stored(points: Points, measurement: str, since_ns: int, until_ns: int) -> Iterator[tuple[Row, Fields]]:
     for series in points.series(measurement):
         tags = dict(series.tags)
         if "device_id" not in tags:
@@ -102,7 +104,7 @@ def _stored(points: Points, measurement: str, until_ns: int) -> Iterator[tuple[R
         documented = {name: tags.pop(name, "unknown") for name in ("device_type", "location")}
         device = tags.pop("device_id")
         further = {name: text for name, text in tags.items() if name not in IGNORED}
-        window = points.window(series, 0, until_ns)
+        window = points.window(series, since_ns, until_ns)
         for row, at in enumerate(window.times):
             cells = {name: cells[row] for (name, _), cells in window.cells.items() if cells[row] is not None}
             yield (device, at, *documented.values()), {**documented, **further, **cells}  # type: ignore[misc]

@@ -173,6 +173,22 @@ def test_large_csv_objects_with_sparse_columns_are_united_too(exporter: Exporter
     assert exported(exporter.store) == {**before, **stored(exporter.influx.points)}
 
 
+def test_the_reference_measurement_has_the_documented_columns_exactly(exporter: Exporter) -> None:
+    exporter.write(
+        NOON,
+        fields="voltage=230.5,current=0.85,power=195.9,temperature=45.2",
+        device_type="bulb",
+        schema_version="1",
+        enrichment_status="ok",
+    )
+    exporter.at(minutes=5)
+    exporter.well()
+    assert table(exporter.store, exporter.keys[0]).column_names == [
+        *("timestamp", "device_id", "device_type", "location", "voltage", "current", "power", "temperature"),
+        *("hour", "day_of_week", "is_weekend", "power_factor"),
+    ]
+
+
 def test_each_tag_set_of_a_device_is_a_row_of_its_own(exporter: Exporter) -> None:
     exporter.write(NOON, fields="voltage=1", firmware="1")
     exporter.write(NOON, fields="power=2", firmware="2")

@@ -94,7 +94,7 @@ class Ledger:
         total = self.total
         if total.gap == 0 and not (total.corrected or total.set_aside or total.waiting):
             return self
-        return Ledger(self.unit, self.fields, self.set_aside, {partition: total})
+        return Ledger(self.unit, self.fields, self.set_aside, {partition or "(unnamed)": total})
 
     def __add__(self, other: "Ledger") -> "Ledger":
         if not other:

@@ -102,7 +102,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
     cursors = _cursors(pipeline, context, how)
     live = live_counts(pipeline, how.now)
-    if not any(live.values()):
+    if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
     context.progress.advance(total=len(cursors))
 

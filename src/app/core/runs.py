@@ -277,7 +277,7 @@ def _reported(run: Run, report: Report) -> Run:
     if report.failures:
         first = report.failures[0]
         others = f" and {len(report.failures) - 1} more" if len(report.failures) > 1 else ""
-        error, hint = f"{first.partition}{others}: {first.message}", first.hint
+        error, hint = f"{first.partition or '(unnamed)'}{others}: {first.message}", first.hint
     elif fault := fault_of(report.ledger):
         error, hint = fault
     else:

@@ -49,8 +49,10 @@ def absent_devices(source: InfluxSource, settings: Settings, first_start_at: dat
     absent = source.absent(first_start_at) if settings.export.device_ids else ()
     if not absent:
         return {}
-    influx = settings.influx
-    there = _named(source.again(source.reader.inventory).devices) or "none"
+    influx, inventory = settings.influx, source.again(source.reader.inventory)
+    if not inventory.has_points:
+        return {}
+    there = _named(inventory.devices) or "none"
     message = f"no point of {influx.measurement!r} has this value of the tag {influx.device_tag!r}"
     return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 

@@ -4,6 +4,7 @@ Invariants: the job owns the live windows, from the cursor on; reconcile, backfi
 the cursor, so they never work on one window at once. Nothing is connected before the first run.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -18,7 +19,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done, Grid, KnownRows, Pipeline
 from app.core.verify import Verification
-from app.core.window import EPOCH, Window
+from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
     OutsidePoints,
     RefusedPartition,
@@ -54,6 +55,8 @@ SPOOL = "spool"
 OFF = "off: set INFLUXDB_URL"
 LOOK_KEY = "headwater-readiness"
 
+log = logging.getLogger(__name__)
+
 Kept = dict[tuple[str, datetime], tuple[str, RowBatch]]
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
@@ -78,6 +81,7 @@ class Parts:
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
     refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,8 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
     tree, now = parts.layout_file.begin(
         parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
     )
+    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name}
+    tree = _with_earlier_start(parts, tree, is_new=not cursors and not dry_run)
     columns = Columns(
         tree,
         device_tag=settings.influx.device_tag,
@@ -237,6 +243,28 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool) -> Opened:
         ),
     )
     return Opened(tree, now, columns, source, sink, pipeline)
+
+
+def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
+    """EXPORT_START may be set earlier until the first device was found; later it has no effect, and that is said."""
+    start_at = parts.settings.export.start
+    if start_at is None or start_at >= tree.first_start_at:
+        return tree
+    if is_new:
+        first_start_at = floor_to(start_at, tree.layout_at(start_at).window_seconds)
+        return parts.layout_file.change(
+            lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
+        )
+    if not parts.warned:
+        parts.warned.append("start")
+        log.warning(
+            "EXPORT_START=%s is earlier than the first start of this installation, %s, which stands: "
+            "run `python -m app backfill %s --from ... --to ...` for what is before it",
+            f"{start_at:%Y-%m-%dT%H:%M:%SZ}",
+            f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+            NAME,
+        )
+    return tree
 
 
 def _pass(parts: Parts, opened: Opened) -> Pass:
