@@ -92,10 +92,3 @@ SELECT
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND device_id <> ''
 ORDER BY device_id;
-
--- name: late_rows
--- Rows in delta objects per pipeline. Closed objects never change, so the sum never falls.
-SELECT pipeline, CAST(sum(record_count) AS BIGINT) AS late_rows
-FROM export_windows
-WHERE part > 0
-GROUP BY pipeline;

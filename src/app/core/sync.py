@@ -19,7 +19,7 @@ from datetime import datetime
 from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
-from app.core.errors import Conflict, Permanent, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Deltas, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
@@ -316,10 +316,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         folded = (task.window,) if written.deltas else ()
         commit = Commit((record,) if record else (), cursor_at, folded)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
-        for key in written.deltas:
-            if pipeline.deltas:
-                pipeline.deltas.delete(key)
-                log.info("%s: deleted, its rows are in the object of its window", key)
+        _delete(pipeline, written.deltas)
     if not written.stored_bytes or record is None:
         return Report(ledger=written.ledger)
     late_rows = written.new_rows if task.record is not None and task.record.closed else 0
@@ -327,6 +324,19 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         log.info("%s: %d late rows of a closed window", record.key, late_rows)
     context.progress.advance(rows=record.rows)
     return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, late_rows=late_rows, ledger=written.ledger)
+
+
+def _delete(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
+    """Remove deltas whose rows the window's object holds. One that may not be deleted is skipped from now on: the
+    object says what it holds.
+    """
+    for key in keys if pipeline.deltas else ():
+        try:
+            pipeline.deltas.delete(key)  # type: ignore[union-attr]
+        except (Permanent, Rejected) as error:
+            log.warning("%s: its rows are in the object of its window, but it cannot be deleted: %s", key, error)
+        else:
+            log.info("%s: deleted, its rows are in the object of its window", key)
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
@@ -375,11 +385,12 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     batch, key = found.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
-    if same and not closes and not found.deltas:
+    folds = found.folded > (held.folded if held is not None else 0)
+    if same and not closes and not folds:
         if held is None:
             return _Written(None)
         pipeline.keep(task, held.version, batch)
-        return _Written(_record(task, key, held, found))
+        return _Written(_record(task, key, held, found), deltas=found.deltas)
     encoded = pipeline.sink.encode(task.partition, task.window, batch)
     with closing(encoded):
         if pipeline.deltas and found.folded:

@@ -32,7 +32,7 @@ class Checkpoint:
 
 
 class SqlCheckpoints:
-    """See `app.core.ports.Checkpoints`; `of` and `late_rows_total` are for the dashboard and the metrics."""
+    """See `app.core.ports.Checkpoints`; `of` is for the dashboard and the metrics."""
 
     def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
         self._database = database
@@ -84,10 +84,6 @@ class SqlCheckpoints:
             )
             for row in self._rows("checkpoints_of", pipeline=pipeline)
         ]
-
-    def late_rows_total(self) -> Mapping[str, int]:
-        """Pipeline -> rows that came after their window had closed. Never falls; absent = none."""
-        return {row["pipeline"]: row["late_rows"] for row in self._rows("late_rows")}
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
         """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""

@@ -31,6 +31,7 @@ MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 MAX_DEVICE_BYTES = 255
+WINDOW = re.compile(r"[\d-]{10}T(?P<start>[\d:]{8})Z/[\d-]{10}T(?P<end>[\d:]{8})Z")
 NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
@@ -135,9 +136,8 @@ class TableSink:
         info = self.store.head(key)
         if info is None:
             return None
-        named = NAME.search(key)
-        start = info.metadata.get("window", "").partition("/")[0]
-        is_own = named is not None and start.endswith(f"T{':'.join(named.groups())}Z")
+        named, of = NAME.search(key), WINDOW.fullmatch(info.metadata.get("window", ""))
+        is_own = named and of and of["start"] <= ":".join(named.groups()) < of["end"].replace("00:00:00", "24:00:00")
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
