@@ -72,6 +72,7 @@ def environment(source: Source, seaweed: Seaweed, bucket: str, database: str) ->
         "S3_ACCESS_KEY_ID": seaweed.access_key,
         "S3_SECRET_ACCESS_KEY": seaweed.secret_key,
         "EXPORT_INTERVAL_SECONDS": "1",
+        "EXPORT_TIMESTAMP_UNIT": "ns",
         "EXPORT_WINDOW_SECONDS": "600",
         "EXPORT_GRACE_SECONDS": "3600",
         "LOOKBACK_HOURS": "2",
@@ -88,6 +89,8 @@ def exported(seaweed: Seaweed, bucket: str) -> Mapping[str, list[Row]]:
             for item in page.get("Contents", ()):
                 if PROBE_FOLDER in item["Key"]:
                     continue  # a process that is killed while it tries the store leaves its probe to a later one
+                if "/_headwater/" in item["Key"]:
+                    continue  # the layout, which lies beside the data
                 body = client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
                 table = pq.read_table(BytesIO(body), columns=["device_id", "timestamp", "voltage"])
                 columns = (table["device_id"], table["timestamp"].cast("int64"), table["voltage"])

@@ -370,7 +370,7 @@ class _Found(Generic[B]):
     """The rows that the window's object has to hold. `source_digest` is that of the rows that the source answered.
 
     `deltas`: keys whose rows are among these, or were already in the object; `folded` the highest of their parts.
-    `is_united`: the accounts tell what is new beside the object.
+    `is_united`: the accounts tell what is new beside the object. `is_confirmed`: the record knows the answer already.
     """
 
     batch: B
@@ -378,6 +378,7 @@ class _Found(Generic[B]):
     deltas: Sequence[str] = ()
     folded: int = 0
     is_united: bool = False
+    is_confirmed: bool = False
 
 
 def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, found: _Found[B]) -> _Written:
@@ -386,6 +387,8 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     folds = found.folded > (held.folded if held is not None else 0)
+    if held is not None and task.record is not None and found.is_confirmed and not folds:
+        return _Written(replace(task.record, source_cells=task.count.cells), deltas=found.deltas)
     if same and not closes and not folds:
         if held is None:
             return _Written(None)
@@ -470,11 +473,12 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     try:
         deltas = _deltas(pipeline, task, held)
         rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
-        if held is not None and not task.replaces and _needs_union(pipeline, task, held, batch):
+        is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
+        if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
         if rows:
             batch = _united(pipeline, task, batch, rows)
-        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows))
+        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
     finally:
         if not pipeline.keeps(batch):
             batch.close()
@@ -493,6 +497,17 @@ def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Itera
         return batch
     batch.close()
     return united
+
+
+def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_digest: str) -> bool:
+    """True when nothing has to be closed, and the source answers what it did when this very version was confirmed: its
+    rows stand in the object, whatever else does.
+    """
+    record = task.record
+    if record is None or task.replaces or pipeline.by_digest or pipeline.allow_shrink:
+        return False
+    same = (record.version, record.source_digest) == (held.version, source_digest)
+    return same and (record.closed or not task.final)
 
 
 def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> bool:

@@ -1,8 +1,9 @@
 """The shared sink of the pipelines that land rows as objects: Parquet or CSV, one object per window and part.
 
 Key: `{prefix}/device_id={id}/date={date}/export_{HHMMSS}.{parquet|csv}`, all UTC, HHMMSS being the start of the window;
-deltas of late rows take the unused seconds after it. Invariants: the key is a function of partition, window and part
-alone; an object is replaced only while it is the version that was read; metadata names digest and rows of its content.
+deltas, which older versions wrote for late rows, take the seconds after it. Invariants: the key is a function of
+partition, window and part alone; an object is replaced only while it is the version that was read; metadata names
+digest and rows of its content.
 """
 
 import csv
