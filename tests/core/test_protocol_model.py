@@ -47,7 +47,7 @@ GONE, MIXED = ((1, 1), (1, 0), (2, 0)), ((1, 1, 0, 1), (1, 0, 1, 1))
 class Rules:
     """What is tried, and the rule that is left out. `restores`: how often the state is set back or lost.
 
-    `begun`: nothing is there at first; "open": an object that was confirmed while its window was open; "delta": a window
+    `begun`: nothing is there at first; "open": an object confirmed while its window was open; "delta": a window
     that is closed, whose second row an older version wrote to a delta.
     """
 
