@@ -145,7 +145,7 @@ class InfluxSimulator(Simulator):
     """One organisation with one bucket.
 
     `faults`: what the next queries shall suffer. `points`: what is stored. `starting`: set it to answer as a server
-    that has not come up yet. `now_ns` is the clock behind `now()` and behind points written without a time. `shard_ns`
+    that has not come up yet. `now_ns` is the clock behind relative times and points written without a time. `shard_ns`
     is the duration of a shard group, inside which a field has one type.
     """
 
@@ -301,7 +301,7 @@ class InfluxSimulator(Simulator):
         )
 
     def _decoded(self, request: Request) -> tuple[str, Dialect, int]:
-        """Query text, dialect and instant of `now()`. Raises ValueError."""
+        """Query text, dialect and the time that relative ones refer to. Raises ValueError."""
         if request.headers.get("content-type", "").startswith("application/vnd.flux"):
             return request.body.decode(), Dialect(), self._now_ns()
         payload = json.loads(request.body)
