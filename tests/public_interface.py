@@ -290,7 +290,7 @@ def hidden(app: Any) -> Iterator[str]:
 
 def scope_of(route: Mapping[str, Any] | None) -> str:
     """A route that names no scope is refused to everybody."""
-    return (route or {}).get("x-scope", "nobody")
+    return str((route or {}).get("x-scope", "nobody"))
 
 
 def series(text: str) -> Iterator[str]:
