@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, redirect_stdout
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -316,11 +317,11 @@ def tables_in_sqlite() -> Iterator[str]:
         yield f"\n{path}"
         with closing(sqlite3.connect(path)) as database:
             for table in names_of_tables(database):
-                columns = [
-                    f"{name} {kind}{'!' * required}{'*' * bool(key)}{f' = {default}' if default is not None else ''}"
+                columns = {
+                    name: f"{kind}{'!' * required}{'*' * bool(key)}{f' = {default}' if default is not None else ''}"
                     for _, name, kind, required, default, key in database.execute(f"PRAGMA table_info({table})")
-                ]
-                yield f"{table}: {', '.join(columns)}"
+                }
+                yield from lines(columns, f"{table}: ")
                 for _, index, unique, origin, *_ in sorted(database.execute(f"PRAGMA index_list({table})")):
                     of = ", ".join(str(row[2]) for row in database.execute(f"PRAGMA index_info({index})"))
                     yield f"    {'unique ' * unique}{index if origin == 'c' else origin} ({of})"
@@ -334,9 +335,9 @@ def names_of_tables(database: sqlite3.Connection) -> list[str]:
 
 
 COLUMNS = """
-SELECT table_name, string_agg(concat_ws(' ', column_name, data_type, CASE is_nullable WHEN 'NO' THEN 'not null' END,
-    '= ' || column_default), ', ' ORDER BY ordinal_position)
-FROM information_schema.columns WHERE table_schema = 'public' GROUP BY table_name ORDER BY table_name COLLATE "C"
+SELECT table_name, column_name, concat_ws(' ', data_type, CASE is_nullable WHEN 'NO' THEN 'not null' END,
+    '= ' || column_default)
+FROM information_schema.columns WHERE table_schema = 'public' ORDER BY table_name COLLATE "C", ordinal_position
 """
 INDEXES = """
 SELECT regexp_replace(indexdef, 'CREATE (.*)INDEX (.*) ON public.', '\\1\\2 on ')
@@ -351,7 +352,8 @@ def tables_in_postgres(state: str, warehouse: str) -> Iterator[str]:
     for title, url in (("state", state), ("warehouse", warehouse)):
         yield f"\n{title}"
         with psycopg.connect(url) as connection:
-            yield from (f"{table}: {columns}" for table, columns in connection.execute(COLUMNS))
+            for table, columns in groupby(connection.execute(COLUMNS), lambda row: row[0]):
+                yield from lines({name: kind for _, name, kind in columns}, f"{table}: ")
             yield from (f"    {index}" for (index,) in connection.execute(INDEXES))
 
 
