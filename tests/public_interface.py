@@ -94,9 +94,12 @@ def landed(commands: Commands, world: World) -> Iterator[str]:
 
 
 def left_in(folder: Path) -> Iterator[str]:
+    """Each file, but for what depends on the file system or on the moment."""
     yield f"\n{folder}/"
     files = []
-    for path in (each for each in folder.rglob("*") if each.is_file() and ".db-" not in each.name):
+    for path in (each for each in folder.rglob("*") if each.is_file()):
+        if ".db-" in path.name or ".headwater" in path.parts:
+            continue
         name = STAMP.sub("<stamp>", str(path.relative_to(folder)))
         files.append([name, *(begun(name, path.read_bytes()) if path.suffix != ".db" else ())])
     yield from (line for file in sorted(files) for line in file)
