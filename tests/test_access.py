@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import Rejected
 from app.ops.access import Grant, Keyring, new_key
+from app.ops.answers import Refused
+from app.ops.guard import ADDRESSES, FAILURES_A_MINUTE, Guard, Throttle
 from app.settings.keys import GROUPS, SCOPES, parse_keys
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -159,3 +161,41 @@ def test_neither_the_hash_nor_the_key_is_in_a_repr() -> None:
     assert line.rpartition(":")[2] not in text
     assert secret not in text
     assert str(entry.digest) not in text
+
+
+def tried(guard: Guard, key: str, address: str) -> int:
+    """The status of a sign-in."""
+    try:
+        guard.sign_in(key, {"client": (address, 1)})
+    except Refused as refused:
+        return refused.refusal.status
+    return 200
+
+
+def test_wrong_keys_of_one_address_lock_out_neither_another_address_nor_a_right_key() -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    guard = Guard(ring(line), lambda: NOON)
+    assert [tried(guard, "wrong", "192.0.2.1") for _ in range(FAILURES_A_MINUTE + 2)] == [401] * 10 + [429] * 2
+    assert tried(guard, "wrong", "192.0.2.2") == 401
+    assert tried(guard, secret, "192.0.2.1") == 200
+
+
+def test_an_address_may_try_again_a_minute_after_its_first_failure_and_is_told_how_long_that_is() -> None:
+    throttle = Throttle()
+    for second in range(FAILURES_A_MINUTE):
+        assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=second)) is None
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=59.5)) == 0.5
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=60)) is None
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=60)) == 1
+
+
+def test_addresses_without_number_are_forgotten_oldest_first() -> None:
+    throttle = Throttle()
+    for _ in range(FAILURES_A_MINUTE):
+        throttle.failed("192.0.2.1", NOON)
+    for number in range(ADDRESSES - 1):
+        throttle.failed(f"{number}", NOON)
+    assert throttle.failed("192.0.2.1", NOON) == 60
+    for number in range(ADDRESSES):
+        throttle.failed(f"{number}", NOON)
+    assert throttle.failed("192.0.2.1", NOON) is None

@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ from filelock import FileLock
 from app.core.errors import Permanent, Stopped, Transient
 from app.core.runs import Stop
 from app.csv_inbox.job import run
+from app.csv_inbox.places import Places
+from disk_effects import Disk, Effect
 from inbox_world import World, world
 
 
@@ -99,6 +102,69 @@ def test_a_file_that_is_taken_away_in_mid_run_stops_no_other(tmp_path: Path, con
     assert not report.failures
     assert here.master == b"k,a\ny,1\n"
     assert here.waiting == []
+
+
+def test_a_file_dropped_under_the_same_name_between_commit_and_archive_is_merged_as_well(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    def drop(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            here.drop(".fresh", "k,a\ny,2\n").replace(path)
+
+    path = here.drop("1.csv", "k,a\nx,1\n")
+    with Disk(tmp_path, before=drop).recorded():
+        here.run()
+    assert here.master == b"k,a\nx,1\n"
+    assert here.waiting == ["1.csv"]
+    here.run()
+    assert here.master == b"k,a\nx,1\ny,2\n"
+    contents = [(here.config.archive_dir / name).read_text() for name in here.archived]
+    assert sorted(contents) == ["k,a\nx,1\n", "k,a\ny,2\n"]
+
+
+def test_a_file_taken_away_between_commit_and_archive_is_archived_all_the_same(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    path = here.drop("1.csv", "k,a\nx,1\n")
+    disk = Disk(tmp_path, before=lambda each: path.unlink() if each.target == here.config.merged_file else None)
+    with disk.recorded():
+        here.run()
+    assert [(here.config.archive_dir / name).read_text() for name in here.archived] == ["k,a\nx,1\n"]
+    assert here.waiting == []
+
+
+class Meanwhile(Stop):
+    """A stop signal that nobody gives: at its first safe point while the master is read, something happens to it."""
+
+    def __init__(self, here: World, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._here, self._acts = here, [act]
+
+    def check(self) -> None:
+        if self._acts and list(self._here.folder.glob(".*.master.merge.tmp")):
+            self._acts.pop()()
+
+
+@pytest.mark.parametrize("index_from_mb", [0, 1000])
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(
+    tmp_path: Path, index_from_mb: int, how: str
+) -> None:
+    here = world(tmp_path, index_from_mb=index_from_mb)
+    here.take("0.csv", "k,a\nx,1\ny,1\n")
+    theirs = here.master + b"theirs,1\n"
+
+    def change() -> None:
+        path = here.config.merged_file if how == "written to" else tmp_path / "theirs"
+        path.write_bytes(theirs)
+        path.replace(here.config.merged_file)
+
+    here.drop("1.csv", "k,a\nx,2\n")
+    with pytest.raises(Transient, match=f"was {how} while it was read"):
+        here.run(stop=Meanwhile(here, change))
+    assert (here.master, here.waiting) == (theirs, ["1.csv"])
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
+    here.run()
+    assert here.master == b"k,a\ny,1\ntheirs,1\nx,2\n"
 
 
 def test_a_full_archive_is_the_folder_that_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Files that are whole or absent after a power cut: what is flushed before what is renamed, and a disk that is broken."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from app.core.files import replace_durably, sync_directory, sync_file, write_durably
+from disk_effects import Disk
+
+
+def test_all_of_a_file_is_on_the_disk_before_its_name_is_and_then_the_name(tmp_path: Path) -> None:
+    path, disk = tmp_path / "a", Disk(tmp_path)
+    with disk.recorded():
+        write_durably(path, [b"some ", b"bytes"])
+    assert [(what, size_bytes) for what, _, _, size_bytes in disk.effects][:2] == [("flush", 10), ("rename", 10)]
+    assert disk.effects[1].target == path
+    assert disk.paths("flush")[1:] == [tmp_path]
+    assert (disk.renamed_unflushed(), disk.unflushed_names()) == ([], [])
+    assert path.read_bytes() == b"some bytes"
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.touch(0o640)
+    write_durably(path, [b"new"])
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o640)
+
+
+def test_a_file_whose_fsync_fails_never_gets_the_name_and_is_not_flushed_again(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    disk = Disk(tmp_path, broken=lambda _: True)
+    with disk.recorded(), pytest.raises(OSError, match="Input/output"):
+        write_durably(path, [b"new"])
+    assert [each.what for each in disk.effects] == ["fail", "remove"]
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_directory_whose_fsync_fails_is_said_as_well(tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    disk = Disk(tmp_path, broken=lambda path: path == tmp_path)
+    with disk.recorded(), pytest.raises(OSError, match="Input/output"):
+        replace_durably(tmp_path / "new", tmp_path / "a")
+
+
+def test_what_cannot_be_flushed_raises_as_the_system_says_it() -> None:
+    reading, writing = os.pipe()
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync_file(writing)
+    os.close(reading)
+    os.close(writing)
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync_directory(Path("/proc"))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync_directory(Path("/proc"))
+    assert len(os.listdir("/proc/self/fd")) == descriptors
