@@ -26,8 +26,9 @@ class Effect(NamedTuple):
 
 
 class Disk:
-    """The effects of this thread below `folder` while they are `recorded`. `broken` is asked whether the fsync of a path fails;
-    `before` is told of each name before it is given or taken away.
+    """The effects of this thread below `folder` while they are `recorded`.
+
+    `broken` is asked whether the fsync of a path fails; `before` is told of each name before it is given or taken away.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Disk:
     def _called(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and function is os.fsync:
             # Whoever calls fsync calls its argument so.
-            path = Path(os.readlink(f"/proc/self/fd/{frame.f_locals['descriptor']}"))
+            path = Path(f"/proc/self/fd/{frame.f_locals['descriptor']}").readlink()
             is_broken = self._broken(path)
             self.see("fail" if is_broken else "flush", path)
             if is_broken:

@@ -16,7 +16,6 @@ from filelock import FileLock
 from app.core.errors import Permanent, Stopped, Transient
 from app.core.runs import Stop
 from app.csv_inbox.job import run
-from app.csv_inbox.places import Places
 from disk_effects import Disk, Effect
 from inbox_world import World, world
 
@@ -137,10 +136,10 @@ class Meanwhile(Stop):
 
     def __init__(self, here: World, act: Callable[[], object]) -> None:
         super().__init__()
-        self._here, self._acts = here, [act]
+        self._folder, self._acts = here.folder, [act]
 
     def check(self) -> None:
-        if self._acts and list(self._here.folder.glob(".*.master.merge.tmp")):
+        if self._acts and any(self._folder.glob(".*.master.merge.tmp")):
             self._acts.pop()()
 
 
