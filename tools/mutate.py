@@ -8,16 +8,20 @@ or a change that means the same; only a reader can tell. Exit code 1 when anythi
 
 import argparse
 import ast
+import math
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 # What takes the place of an operator.
 OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
@@ -129,19 +133,35 @@ def tests_of(root: Path, module: Path) -> list[str]:
     return [str(each.relative_to(root)) for each in ([folder] if folder.is_dir() else []) + importing]
 
 
-def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float | None = None) -> str:
-    """What the first failing test of a tree is; "" when all pass."""
+def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float = math.inf) -> str:
+    """What the first failing test of a tree is; "" when all pass.
+
+    They run in a forked process, which has pytest and its plugins already: to load them takes longer than most tests.
+    """
     options = ["-x", "-q", "-n0", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-m", marks]
-    environ = {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environ, capture_output=True, text=True, timeout=limit_seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "the tests took too long"
-    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "" if done.returncode == 0 else (told or [done.stdout + done.stderr])[0]
+    options += ["-W", "ignore:Module already imported"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as told:
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.dup2(told.fileno(), 1)
+            os.dup2(told.fileno(), 2)
+            os.chdir(tree)
+            sys.path.insert(0, str(tree / "src"))
+            os.environ["PYTHONPATH"] = sys.path[0]  # of the processes that tests start
+            os._exit(pytest.main([*options, *tests]))
+        until = time.monotonic() + limit_seconds
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > until:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "the tests took too long"
+            time.sleep(0.02)
+        if ended[1] == 0:
+            return ""
+        told.seek(0)
+        lines = told.read().splitlines()
+    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), "\n".join(lines[-5:]))
 
 
 def survivors(root: Path, module: Path, changes: Sequence[Change], tests: Sequence[str], marks: str) -> int:
@@ -171,6 +191,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="another number takes other changes")
     parser.add_argument("--marks", default="not slow", help="which tests of those, as pytest's -m takes it")
     given = parser.parse_args()
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
+    sys.dont_write_bytecode = True
     root, module = Path(__file__).resolve().parent.parent, given.module.resolve()
     changes = list(changes_of(module.read_text(encoding="utf-8")))
     if 0 < given.sample < len(changes):

@@ -1,11 +1,13 @@
 """Files that are whole or absent after a power cut: what is flushed before what is renamed, and a broken disk."""
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from app.core.files import replace_durably, sync_directory, sync_file, write_durably
+from app.core.files import bounded_name, replace_durably, sync_directory, sync_file, write_durably
 from disk_effects import Disk
 
 
@@ -61,3 +63,26 @@ def test_what_cannot_be_flushed_raises_as_the_system_says_it() -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         sync_directory(Path("/proc"))
     assert open_files() == descriptors
+
+
+def test_a_name_is_cut_only_when_it_is_too_long_and_keeps_its_extension_and_what_is_put_behind() -> None:
+    assert bounded_name("a" * 251 + ".csv") == "a" * 251 + ".csv"
+    assert bounded_name("a" * 250 + ".csv", "x") == "a" * 250 + ".csvx"
+    name = "a" * 252 + ".csv"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    assert bounded_name(name) == f"{'a' * 234}~{digest}.csv"
+    assert bounded_name(name, ".tmp", 100) == f"{'a' * 75}~{digest}.csv.tmp"
+
+
+@pytest.mark.parametrize(("extension_bytes", "is_kept"), [(16, True), (17, False)])
+def test_what_is_too_long_for_an_extension_is_none(extension_bytes: int, *, is_kept: bool) -> None:
+    extension = "." + "e" * (extension_bytes - 1)
+    assert bounded_name("a" * 300 + extension).endswith(extension) == is_kept
+
+
+@pytest.mark.parametrize("letter", ["é", "中", "\U0001f600"])
+def test_a_name_is_never_cut_inside_a_character(letter: str) -> None:
+    for before in range(5):
+        name = bounded_name("a" * before + letter * 200)
+        assert re.fullmatch(f"a{{{before}}}{letter}+~[0-9a-f]{{16}}", name)
+        assert 255 - len(letter.encode()) < len(name.encode()) <= 255

@@ -11,7 +11,8 @@ import pytest
 
 from app.core.errors import Permanent
 from app.csv_inbox.places import Places
-from inbox_kills import child, killing
+from disk_effects import Disk, Effect
+from inbox_kills import child
 from inbox_world import World, world
 
 OLD, NEW = "k,a\nx,1\ny,1\n", "k,a\ny,2\nz,2\n"
@@ -100,17 +101,28 @@ def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_th
 
 
 def journal_of(here: World, work: Callable[[], object]) -> bytes:
-    """What `work` commits, which is killed just after that."""
-    journal, event = Places(here.config).journal, 0
-    while not journal.exists():
-        event += 1
-        pid = os.fork()
-        if pid == 0:
-            killing(here.folder, event)
-            work()
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
-    return journal.read_bytes()
+    """What `work` commits, which is done then."""
+    journal, found = Places(here.config).journal, list[bytes]()
+
+    def look(_: Effect) -> None:
+        if journal.exists():
+            found.append(journal.read_bytes())
+
+    with Disk(here.folder, before=look).recorded():
+        work()
+    return found[0]
+
+
+def test_a_journal_that_is_set_back_after_its_merge_was_undone_does_not_say_that_it_was_done(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("old.csv", OLD)
+    old = journal_of(here, lambda: here.take("new.csv", NEW))
+    here.undo(here.loads[0].run_id)
+    after = here.master, here.loads
+    Places(here.config).journal.write_bytes(old)
+    here.run()
+    assert (here.master, here.loads) == after
+    assert not Places(here.config).journal.exists()
 
 
 def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:
@@ -118,7 +130,6 @@ def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path:
     here.take("old.csv", OLD)
     run_id = here.loads[0].run_id
     old = journal_of(here, lambda: here.undo(run_id))
-    here.run()
     here.take("new.csv", NEW)
     Places(here.config).journal.write_bytes(old)
     here.run()
@@ -131,7 +142,6 @@ def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp
         here.run()
         writer.write("y,2\n")
         old = journal_of(here, here.run)
-        here.run()
         writer.write("z,2\n")
         here.run()
         here.take("newer.csv", "k,a\ny,3\nz,3\n")
