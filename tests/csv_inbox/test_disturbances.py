@@ -103,6 +103,35 @@ def test_a_file_that_is_taken_away_in_mid_run_stops_no_other(tmp_path: Path, con
     assert here.waiting == []
 
 
+@pytest.mark.parametrize("content", ["k,a\nx,1\n", "k,a\nx\n"])
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_file_that_changes_after_it_was_read_is_neither_archived_nor_set_aside_for_what_it_was(
+    tmp_path: Path, content: str, how: str
+) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nw,1\n")
+    path = here.drop("1.csv", content)
+    later = path if how == "written to" else path.with_name(".later")
+    asked = 0
+
+    def clock() -> datetime:
+        """Asked before a file is read, and again before it is archived or set aside."""
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            later.write_text("k,a\ny,22\n")
+            later.replace(path)
+        return datetime.now(UTC)
+
+    report = run(replace(here.work(), clock=clock))
+    assert not report.failures
+    assert any(note.startswith("1.csv: ") and "while it was read" in note for note in report.notes)
+    assert (here.master, here.waiting, here.rejected) == (b"k,a\nw,1\n", ["1.csv"], [])
+    assert len(here.archived) == 1
+    here.run()
+    assert here.master == b"k,a\nw,1\ny,22\n"
+
+
 def test_a_file_dropped_under_the_same_name_between_commit_and_archive_is_merged_as_well(tmp_path: Path) -> None:
     here = world(tmp_path)
 
