@@ -199,6 +199,8 @@ def test_addresses_without_number_are_forgotten_oldest_first() -> None:
     for number in range(ADDRESSES - 1):
         throttle.failed(f"{number}", NOON)
     assert throttle.failed("192.0.2.1", NOON) == 60
+    throttle.failed("one more", NOON)
+    assert throttle.failed("192.0.2.1", NOON) == 60, "it was not the one that was longest without a failure"
     for number in range(ADDRESSES):
         throttle.failed(f"{number}", NOON)
     assert throttle.failed("192.0.2.1", NOON) is None
