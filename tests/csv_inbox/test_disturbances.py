@@ -20,24 +20,33 @@ from disk_effects import Disk, Effect
 from inbox_world import World, world
 
 
+class Waiting(Stop):
+    """A stop signal that nobody gives; while a run waits, something happens, and no time passes."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._act = act
+
+    def pause(self, seconds: float) -> None:
+        assert seconds == 5
+        self._act()
+
+
 def test_a_file_that_still_grows_is_left_and_the_others_go_on(tmp_path: Path) -> None:
-    here = world(tmp_path, checksum_wait_seconds=0.6)
+    here = world(tmp_path, checksum_wait_seconds=5)
     here.drop("whole.csv", "k,a\nx,1\n")
     path = here.drop("growing.csv", "k,a\ny,1\n")
-    grown = threading.Timer(0.2, lambda: path.write_text("k,a\ny,1\nz,2\n"))
-    grown.start()
-    report = here.run()
-    grown.join()
+    report = here.run(stop=Waiting(lambda: path.write_text("k,a\ny,1\nz,2\n")))
     assert here.master == b"k,a\nx,1\n"
     assert here.waiting == ["growing.csv"]
     assert any("still being written" in note for note in report.notes)
     assert not report.failures
-    here.run()
+    here.run(stop=Waiting(lambda: None))
     assert here.master == b"k,a\nx,1\ny,1\nz,2\n"
 
 
 def test_a_rewrite_of_the_same_size_and_time_is_seen_by_its_md5(tmp_path: Path) -> None:
-    here = world(tmp_path, checksum_wait_seconds=0.6)
+    here = world(tmp_path, checksum_wait_seconds=5)
     path = here.drop("sly.csv", "k,a\ny,1\n")
     os.utime(path, (100, 100))
 
@@ -46,10 +55,7 @@ def test_a_rewrite_of_the_same_size_and_time_is_seen_by_its_md5(tmp_path: Path) 
             file.write("k,a\ny,2\n")
         os.utime(path, (100, 100))
 
-    sly = threading.Timer(0.2, rewrite)
-    sly.start()
-    here.run()
-    sly.join()
+    here.run(stop=Waiting(rewrite))
     assert here.waiting == ["sly.csv"]
     assert not here.config.merged_file.exists()
 
