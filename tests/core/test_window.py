@@ -18,7 +18,8 @@ def test_the_grid_is_counted_from_the_epoch_also_before_it() -> None:
 
 
 def test_every_window_that_overlaps_a_span_is_in_it_and_no_other() -> None:
-    assert list(windows_between(NOON, NOON, 3600)) == list(windows_between(NOON + HOUR, NOON, 3600)) == []
+    for start in (NOON, NOON + SECOND, NOON + HOUR):
+        assert list(windows_between(start, start, 3600)) == list(windows_between(start, NOON, 3600)) == []
     assert list(windows_between(NOON, NOON + HOUR, 3600)) == [Window(NOON, NOON + HOUR)]
     around = list(windows_between(NOON - INSTANT, NOON + HOUR + INSTANT, 3600))
     assert around == [Window(NOON + n * HOUR, NOON + (n + 1) * HOUR) for n in (-1, 0, 1)]

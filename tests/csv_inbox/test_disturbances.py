@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from app.core.errors import Permanent, Stopped, Transient
+from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.runs import Stop
-from app.csv_inbox.job import run
+from app.csv_inbox.job import run, undo
 from disk_effects import Disk, Effect
 from inbox_world import World, world
 
@@ -167,14 +167,14 @@ def test_a_file_taken_away_between_commit_and_archive_is_archived_all_the_same(t
 
 
 class Meanwhile(Stop):
-    """A stop signal that nobody gives: at its first safe point while the master is read, something happens to it."""
+    """A stop signal that nobody gives: at its first safe point while the next master is written, something happens."""
 
     def __init__(self, here: World, act: Callable[[], object]) -> None:
         super().__init__()
         self._folder, self._acts = here.folder, [act]
 
     def check(self) -> None:
-        if self._acts and any(self._folder.glob(".*.master.merge.tmp")):
+        if self._acts and any(any(self._folder.glob(f".*.{what}.merge.tmp")) for what in ("master", "restored")):
             self._acts.pop()()
 
 
@@ -199,6 +199,20 @@ def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
     here.run()
     assert here.master == b"k,a\ny,1\ntheirs,1\nx,2\n"
+
+
+def test_a_master_that_changes_while_a_merge_is_taken_back_keeps_what_was_written_to_it(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,1\ny,1\n")
+    here.take("1.csv", "k,a\nx,2\n")
+    theirs = here.master + b"theirs,1\n"
+    stop = Meanwhile(here, lambda: here.config.merged_file.write_bytes(theirs))
+    with pytest.raises(Rejected, match="was changed by something else"):
+        undo(here.work(stop=stop), here.loads[0].run_id)
+    here.take("2.csv", "k,a\nz,3\n")
+    assert here.master == theirs + b"z,3\n"
+    assert [load.outcome for load in here.loads] == ["merged"] * 3
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
 
 
 def test_a_full_archive_is_the_folder_that_is_named(tmp_path: Path) -> None:
