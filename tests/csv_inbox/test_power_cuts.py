@@ -61,7 +61,9 @@ def test_whatever_happens_no_file_has_its_name_before_its_bytes_are_flushed_and_
     assert set(disk.unflushed_names()) <= {index}
 
 
-def test_all_that_a_step_needs_is_on_the_disk_before_its_journal_and_the_journal_goes_last(tmp_path: Path) -> None:
+def test_all_that_a_step_needs_is_on_the_disk_before_its_journal_and_the_journal_goes_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     here, disk = merged_once(tmp_path), Disk(tmp_path)
     with disk.recorded():
         here.run()
@@ -81,6 +83,7 @@ def test_all_that_a_step_needs_is_on_the_disk_before_its_journal_and_the_journal
     assert {each.path for each in after[1:] if each.what == "flush"} > named
     assert [each.what for each in disk.effects[ended : ended + 2]] == ["remove", "flush"]
     assert disk.effects[ended + 1].path == tmp_path
+    assert [each for each in caplog.records if each.levelname == "WARNING"] == []
 
 
 def fault_of(here: World) -> str:
