@@ -62,15 +62,21 @@ def test_without_its_journal_a_merge_is_completed_or_done_again(tmp_path: Path) 
         check(here)
 
 
-def test_a_journal_that_is_set_back_changes_nothing(tmp_path: Path) -> None:
+def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for here in begun(tmp_path):
         journal = Places(here.config).journal
         old = journal.read_bytes()
         here.run()
+        assert "before the process ended is complete now: new.csv" in caplog.text
         here.take("last.csv", "k,a\ny,3\n")
         after, archived, history = here.master, here.archived, here.loads
         journal.write_bytes(old)
+        caplog.clear()
         here.run()
+        assert "new.csv: the journal does not fit what is there" in caplog.text
+        assert "is complete now" not in caplog.text
         assert not journal.exists()
         assert (here.master, here.archived, here.loads) == (after, archived, history)
 
