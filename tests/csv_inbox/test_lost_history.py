@@ -119,16 +119,43 @@ def journal_of(here: World, work: Callable[[], object]) -> bytes:
     return found[0]
 
 
-def test_a_journal_that_is_set_back_after_its_merge_was_undone_does_not_say_that_it_was_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [OLD, ""])
+def test_a_journal_that_is_set_back_after_its_merge_was_undone_does_not_say_that_it_was_done(
+    tmp_path: Path, first: str
+) -> None:
     here = world(tmp_path)
-    here.take("old.csv", OLD)
+    if first:
+        here.take("old.csv", first)
     old = journal_of(here, lambda: here.take("new.csv", NEW))
     here.undo(here.loads[0].run_id)
-    after = here.master, here.loads
+    after = here.names(tmp_path), here.loads
     Places(here.config).journal.write_bytes(old)
     here.run()
-    assert (here.master, here.loads) == after
-    assert not Places(here.config).journal.exists()
+    assert (here.names(tmp_path), here.loads) == after
+    assert not first or here.master == OLD.encode()
+    shutil.rmtree(Places(here.config).loads)
+    Places(here.config).journal.write_bytes(old)
+    here.run()
+    assert [load.file for load in here.loads] == ["new.csv"], (
+        "what is in the archive was merged, and is on record again"
+    )
+
+
+def test_an_input_whose_place_in_the_archive_somebody_removed_stays_in_the_inbox(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    def remove(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            shutil.rmtree(here.config.archive_dir)
+            here.config.archive_dir.mkdir()
+
+    here.drop("new.csv", NEW)
+    with Disk(tmp_path, before=remove).recorded():
+        here.run()
+    assert (here.waiting, here.archived) == (["new.csv"], [])
+    here.run()
+    assert (here.waiting, len(here.archived)) == ([], 1)
+    assert here.master == NEW.encode()
 
 
 def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The order in which a merge reaches the disk, and a disk that fails at any of its steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -106,9 +107,35 @@ def test_an_fsync_that_fails_at_any_step_is_said_is_not_repeated_and_loses_nothi
             assert number > 10
             return
         assert disk.paths("fail")[0] not in disk.renamed_unflushed()
-        assert here.master in (MERGED, FIRST.encode())
-        here.run()
-        assert here.master == MERGED
-        assert here.waiting == []
-        assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {FIRST, SECOND}
-        assert not Places(here.config).journal.exists()
+        check_next_run(here)
+
+
+class Interrupted(BaseException):
+    """Ends a run as a signal does, wherever it is."""
+
+
+def test_a_run_that_is_interrupted_before_any_of_its_names_is_completed_by_the_next(tmp_path: Path) -> None:
+    for number in count():
+        here = merged_once(tmp_path / str(number))
+        left = count(-number)
+
+        def interrupt(_: Effect, left: Iterator[int] = left) -> None:
+            if next(left) == 0:
+                raise Interrupted
+
+        with Disk(tmp_path, before=interrupt).recorded(), suppress(Interrupted):
+            here.run()
+        if next(left) <= 0:
+            assert number > 10
+            return
+        check_next_run(here)
+
+
+def check_next_run(here: World) -> None:
+    assert here.master in (MERGED, FIRST.encode())
+    here.run()
+    assert here.master == MERGED
+    assert here.waiting == []
+    assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {FIRST, SECOND}
+    assert not Places(here.config).journal.exists()
+    assert {load.file: load.rows_after for load in here.loads} == {"1.csv": 2, "2.csv": 3}
