@@ -156,6 +156,21 @@ def test_a_file_dropped_under_the_same_name_between_commit_and_archive_is_merged
     assert sorted(contents) == ["k,a\nx,1\n", "k,a\ny,2\n"]
 
 
+def test_a_row_written_between_commit_and_archive_goes_with_the_file_and_is_taken_in_from_there(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    def write(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            writer.write("y,2\n")
+
+    with here.drop("1.csv", "k,a\nx,1\n").open("a", 1) as writer, Disk(tmp_path, before=write).recorded():
+        here.run()
+    assert here.waiting == []
+    assert [(here.config.archive_dir / name).read_text() for name in here.archived] == ["k,a\nx,1\ny,2\n"]
+    here.run()
+    assert here.master == b"k,a\nx,1\ny,2\n"
+
+
 def test_a_file_taken_away_between_commit_and_archive_is_archived_all_the_same(tmp_path: Path) -> None:
     here = world(tmp_path)
     path = here.drop("1.csv", "k,a\nx,1\n")

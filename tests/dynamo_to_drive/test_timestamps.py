@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from app.core.window import EPOCH, Window, window_at
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
+    MAX_NUMBER_CHARACTERS,
     OUTSIDE,
     UNREADABLE,
     Hour,
@@ -20,6 +21,7 @@ from app.dynamo_to_drive.timestamps import (
     is_found,
     number_ranges,
     text_ranges,
+    unit_of,
 )
 
 UNITS = {"s": 0, "ms": 3, "us": 6}
@@ -218,6 +220,24 @@ def test_numbers_are_asked_in_units_up_to_that_of_the_newest_and_in_the_one_that
 @pytest.mark.parametrize("write", [str.upper, "{} ".format])
 def test_blanks_behind_a_timestamp_and_capitals_change_nothing(write: Callable[[str], str]) -> None:
     assert Times().read(write("2026-02-07t12:00:00z")).at == HOUR.start
+
+
+def test_the_hour_of_the_epoch_is_found_as_well() -> None:
+    found = list(text_ranges(window_at(EPOCH, 3600), ()))
+    for text in ("0", "9", "1000", "3599.9"):
+        assert any(low <= text <= high for low, high in found), text
+
+
+@pytest.mark.parametrize(("unit", "digits"), [("s", 0), ("ms", 3), ("us", 6)])
+def test_the_size_of_a_number_tells_its_unit_from_2001_to_2286(unit: str, digits: int) -> None:
+    first, end = Decimal(10 ** (9 + digits)), Decimal(10 ** (10 + digits))
+    assert [unit_of(each) for each in (first - 1, first, end - 1, end)] == ["", unit, unit, ""]
+
+
+def test_a_number_has_at_most_as_many_characters_as_dynamodb_writes() -> None:
+    number = "1770465600.".ljust(MAX_NUMBER_CHARACTERS, "0")
+    assert Times().read(number).at == HOUR.start
+    assert Times().read(f"{number}0").reason == UNREADABLE
 
 
 def test_a_negative_zero_is_the_epoch_without_a_fraction() -> None:
