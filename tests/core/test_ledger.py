@@ -103,7 +103,7 @@ def test_text_from_outside_is_one_printable_line_and_can_be_encoded() -> None:
 
 
 def test_only_a_partition_that_a_person_would_want_to_see_is_named() -> None:
-    for odd in (Tally(corrected=1), Tally(set_aside=1), Tally(waiting=1), Tally(new=1)):
+    for odd in (Tally(1, corrected=1), Tally(1, set_aside=1), Tally(1, waiting=1), Tally(new=1)):
         assert list(Ledger("rows", {ALL: odd}).of_partition("D1").partitions) == ["D1"]
     assert not Ledger("rows", {ALL: Tally(counted=2, new=1, already_there=1)}).of_partition("D1").partitions
     assert list(Ledger("rows", {ALL: Tally(counted=1)}).of_partition("").partitions) == ["(unnamed)"]
