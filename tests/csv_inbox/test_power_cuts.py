@@ -139,3 +139,29 @@ def check_next_run(here: World) -> None:
     assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {FIRST, SECOND}
     assert not Places(here.config).journal.exists()
     assert {load.file: load.rows_after for load in here.loads} == {"1.csv": 2, "2.csv": 3}
+
+
+def test_a_file_whose_setting_aside_was_interrupted_is_set_aside_once(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    path = here.drop("bad.csv", "k,a\nx\n")
+
+    def interrupt(effect: Effect) -> None:
+        if (effect.what, effect.path) == ("rename", path):
+            raise Interrupted
+
+    with Disk(tmp_path, before=interrupt).recorded(), pytest.raises(Interrupted):
+        here.run()
+    assert here.waiting == ["bad.csv"]
+    here.run()
+    assert here.rejected == ["bad.csv", "bad.csv.bad_rows.csv", "bad.csv.reason.json"]
+    assert [load.outcome for load in here.loads] == ["rejected"]
+
+
+def test_a_reason_whose_file_a_person_took_away_stays_and_another_file_gets_another_name(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("bad.csv", "k,a\nx\n")
+    before = here.reason("bad.csv")
+    (here.config.rejected_dir / "bad.csv").unlink()
+    here.take("bad.csv", "k,a\nxx,1,2\n")
+    assert here.reason("bad.csv") == before
+    assert sum(name.endswith(".reason.json") for name in here.rejected) == 2
