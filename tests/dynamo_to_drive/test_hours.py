@@ -12,9 +12,9 @@ import pytest
 
 from app.core.errors import Permanent, Stopped, Transient
 from app.core.window import Window
-from app.demo.drive_api import DriveFault
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
+from simulators.drive import DriveFault
 
 HOUR_11, HOUR_12 = "locness_data_20260207_11.csv", "locness_data_20260207_12.csv"
 MINUTE = timedelta(minutes=1)
