@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 class SqlCheckpoints:
-    """See `app.core.ports.Checkpoints`; `of` and `late_rows_total` are for the dashboard and the metrics."""
+    """See `app.core.ports.Checkpoints`; `of` is for the dashboard and the metrics."""
 
     def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
         self._database = database
@@ -56,16 +56,33 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`."""
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
+        found: dict[str, list[Record]] = {}
+        for row in rows:
+            found.setdefault(row["device_id"], []).append(_record(row, now))
+        return found
+
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`."""
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
         with self._database.transaction() as session:
             now_at = self._fence(session, lease)
-            of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
-            if commit.records:
-                records = [{**of_now, **_columns(record)} for record in commit.records]
-                session.run_many(self._queries["save_record"], records)
-            summary = {**_summary(commit), "until_at": now_at + AHEAD}
-            session.run(self._queries["save_checkpoint"], **of_now, **summary)
+            for partition, commit in commits:
+                of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
+                if commit.records:
+                    records = [{**of_now, **_columns(record)} for record in commit.records]
+                    session.run_many(self._queries["save_record"], records)
+                for window in commit.folded:
+                    session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
+                summary = {**_summary(commit), "until_at": now_at + AHEAD}
+                session.run(self._queries["save_checkpoint"], **of_now, **summary)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`."""
@@ -88,10 +105,6 @@ class SqlCheckpoints:
             )
             for row in self._rows("checkpoints_of", pipeline=pipeline)
         ]
-
-    def late_rows_total(self) -> Mapping[str, int]:
-        """Pipeline -> rows that came after their window had closed. Never falls; absent = none."""
-        return {row["pipeline"]: row["late_rows"] for row in self._rows("late_rows")}
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
         """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
@@ -126,6 +139,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
+        "source_digest": record.source_digest,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
@@ -144,6 +158,7 @@ def _record(row: Row, now: datetime) -> Record:
         max_at=row["max_at"],
         closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        source_digest=row["source_digest"],
     )
 
 
