@@ -69,10 +69,11 @@ def test_every_relative_link_leads_to_a_file_and_its_heading() -> None:
 
 
 def test_every_page_that_code_or_configuration_names_exists() -> None:
-    listed = subprocess.run(
-        ("git", "ls-files", "*.py", "*.toml", "*.yaml"), cwd=ROOT, capture_output=True, text=True, check=True
+    folders = ("src", "tests", "bench", "tools", "deploy", ".github")
+    files = (
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".toml", ".yaml"}
     )
-    texts = ((ROOT / name).read_text(encoding="utf-8") for name in listed.stdout.split() if (ROOT / name).exists())
+    texts = (path.read_text(encoding="utf-8") for path in (*files, *ROOT.glob("*.toml"), *ROOT.glob("*.yaml")))
     named = {page for text in texts for page in PAGE.findall(text)}
     assert "docs/decisions/telemetry.md" in named
     assert {page for page in named if not (ROOT / page).exists()} == set()
@@ -84,6 +85,7 @@ def test_every_package_that_the_readme_lists_is_installed_and_imported() -> None
     rows = re.findall(r"^\| ([\w\[\]-]+) \| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)[1:]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     direct, development = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    assert rows
     for package, use in rows:
         pins, folders = (development, ("tests", "bench")) if use.startswith("development") else (direct, ("src/app",))
         assert any(pin.startswith(f"{package.lower()}==") for pin in pins), package
