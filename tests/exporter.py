@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from app.config import load_settings
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
-from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
 from app.stores.set_aside import SetAsideStore, folder_of

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import pytest
 from pydantic import SecretStr
 
+from app.config import Settings, load_settings
 from app.core.errors import BadSettings
-from app.settings import Settings, load_settings
 
 INFLUX = MappingProxyType(
     {

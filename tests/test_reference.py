@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import load_settings
-from app.settings.reference import BEGIN, END, env_example, main, table, with_table
-from app.settings.variables import PARTS
+from app.config import load_settings
+from app.config.reference import BEGIN, END, env_example, main, table, with_table
+from app.config.variables import PARTS
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted({name for part in PARTS for variable in part.variables for name in variable.names})

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from app.config import Settings, describe, load_settings
+from app.config.variables import PARTS
 from app.core.errors import BadSettings
-from app.settings import Settings, describe, load_settings
-from app.settings.variables import PARTS
 from given_settings import faults, from_file, loaded, secret
 
 DOCUMENT_000 = """\

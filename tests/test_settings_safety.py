@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from app.config import describe, loopback, secrets_of, warnings
+from app.config.variables import PARTS
 from app.core.errors import BadSettings
-from app.settings import describe, loopback, secrets_of, warnings
-from app.settings.variables import PARTS
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
 

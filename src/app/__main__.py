@@ -20,7 +20,7 @@ from app.arguments import Work, parser
 from app.core.errors import AppError, BadSettings
 
 if TYPE_CHECKING:
-    from app.settings import Settings
+    from app.config import Settings
 
 OK, FAILED, USAGE, BUSY, BAD_SETTINGS = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -73,9 +73,9 @@ def configured(
     environ: Mapping[str, str] = os.environ, dotenv: Path | None = Path(".env"), *, daemon: bool = False
 ) -> "Settings":
     """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
+    from app.config import load_settings
+    from app.config.masking import secrets_of
     from app.ops import log
-    from app.settings import load_settings
-    from app.settings.masking import secrets_of
 
     settings = load_settings(environ, dotenv)
     service = settings.service

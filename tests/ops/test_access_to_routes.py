@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.settings.keys import SCOPES
+from app.config.keys import SCOPES
 from daemon import Daemon, Daemons
 
 OPEN = {("GET", "/health"), ("GET", "/ready"), ("POST", "/ops/session"), ("DELETE", "/ops/session")}

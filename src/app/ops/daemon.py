@@ -4,11 +4,11 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from app.config import warnings
 from app.ops.allocator import give_back_large_blocks
 from app.ops.server import Serving, serve
 from app.ops.service import Headwater
 from app.ops.stopping import steps_of
-from app.settings import warnings
 
 # A job that computes holds the interpreter for this long at most before a request gets its turn.
 SWITCH_SECONDS = 0.002

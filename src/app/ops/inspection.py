@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.config import warnings
+from app.config.masking import describe
 from app.core.errors import Rejected
 from app.core.ledger import summary_of
 from app.core.runs import Outcome, Run
@@ -14,8 +16,6 @@ from app.ops import output
 from app.ops.readiness import Finding, look
 from app.ops.service import Headwater
 from app.ops.shapes import instant_text, run_shown
-from app.settings import warnings
-from app.settings.masking import describe
 
 OK, FAILED = 0, 1
 

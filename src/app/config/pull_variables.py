@@ -1,7 +1,7 @@
-"""The variables of the pulls from AppMetrica and Amplitude; see `app.settings.variables`."""
+"""The variables of the pulls from AppMetrica and Amplitude; see `app.config.variables`."""
 
-from app.settings import kinds
-from app.settings.variable import of
+from app.config import kinds
+from app.config.variable import of
 
 APPMETRICA = of(
     "appmetrica",

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from app.config.groups import Settings
 from app.core.window import DAY_SECONDS
-from app.settings.groups import Settings
 
 Values = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """Every environment variable, its default and its reason; read once at the start into frozen groups."""
 
-from app.settings.environment import load_settings
-from app.settings.groups import (
+from app.config.environment import load_settings
+from app.config.groups import (
     AccessSettings,
     AmplitudeSettings,
     AnalyticsSettings,
@@ -19,8 +19,8 @@ from app.settings.groups import (
     ServiceSettings,
     Settings,
 )
-from app.settings.masking import describe, secrets_of
-from app.settings.rules import loopback, warnings
+from app.config.masking import describe, secrets_of
+from app.config.rules import loopback, warnings
 
 __all__ = [
     "AccessSettings",

@@ -6,7 +6,7 @@ Invariant: a declaration holds no value of this process.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.settings.kinds import Kind
+from app.config.kinds import Kind
 
 
 @dataclass(frozen=True, slots=True)

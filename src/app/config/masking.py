@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 from pydantic import SecretStr
 
-from app.settings.groups import Settings
-from app.settings.keys import KeyEntry
+from app.config.groups import Settings
+from app.config.keys import KeyEntry
 
 MASK = "***"
 LEAST_CHARACTERS = 16

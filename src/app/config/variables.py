@@ -3,11 +3,11 @@
 Invariant: this table is the one declaration. Reading, faults, `.env.example` and README's table all come from it.
 """
 
-from app.settings import kinds
-from app.settings.alert_variables import ALERT
-from app.settings.pull_variables import AMPLITUDE, APPMETRICA
-from app.settings.variable import Part, Variable
-from app.settings.variable import of as _of
+from app.config import kinds
+from app.config.alert_variables import ALERT
+from app.config.pull_variables import AMPLITUDE, APPMETRICA
+from app.config.variable import Part, Variable
+from app.config.variable import of as _of
 
 __all__ = ["PARTS", "Part", "Variable"]
 

@@ -1,6 +1,6 @@
 """`.env.example` and README's table of variables, written from the one declaration.
 
-`python -m app.settings.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
+`python -m app.config.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
 stale as a diff and exits 1. Invariant: the text depends on `variables` alone, and `.env.example` sets nothing.
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
 
+from app.config.variables import PARTS, Variable
 from app.core.files import write_durably
-from app.settings.variables import PARTS, Variable
 
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 LINE_CHARACTERS = 118
 HEADING = """\
 # Every setting of Headwater with its default. Nothing here is required: with no setting at all, everything runs on
 # this machine. Copy this file to .env and take the # away from the lines you change. The environment beats .env.
-# Written by `python -m app.settings.reference`; change src/app/settings/variables.py instead.
+# Written by `python -m app.config.reference`; change src/app/config/variables.py instead.
 """
 
 

@@ -16,11 +16,11 @@ from urllib.parse import quote
 from dotenv.parser import parse_stream
 from pydantic import SecretStr
 
+from app.config import groups, variables
+from app.config.groups import Settings
+from app.config.rules import broken_rules
+from app.config.variables import Variable
 from app.core.errors import BadSettings
-from app.settings import groups, variables
-from app.settings.groups import Settings
-from app.settings.rules import broken_rules
-from app.settings.variables import Variable
 
 SHOWN_CHARACTERS = 80
 QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import SecretStr
 
-from app.settings.keys import KeyEntry
+from app.config.keys import KeyEntry
 
 
 @dataclass(frozen=True, slots=True)

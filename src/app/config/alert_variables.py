@@ -1,7 +1,7 @@
-"""The variables of alerts and heartbeats; see `app.settings.variables`."""
+"""The variables of alerts and heartbeats; see `app.config.variables`."""
 
-from app.settings import kinds
-from app.settings.variable import of
+from app.config import kinds
+from app.config.variable import of
 
 YEAR_SECONDS = 366 * 86_400
 
