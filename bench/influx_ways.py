@@ -140,7 +140,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     import logging
 
     from app.__main__ import tune
-    from app.config import load_settings
+    from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.influx_to_s3 import job
     from app.stores.local_directory import LocalDirectory
@@ -184,7 +184,7 @@ def idle(_: str, __: Shape, ___: Path) -> Told:
     import pyarrow.parquet as pq
     import urllib3
 
-    from app.config import load_settings
+    from app.config.environment import load_settings
     from app.influx_to_s3 import job
     from app.stores import local_directory, state
 

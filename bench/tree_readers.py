@@ -148,7 +148,7 @@ def row_of(tags: Row, fields: Row, at_ns: int) -> Row:
 
 def write_tree(folder: Path) -> Found:
     """Export every point by the product's own job; what stands in the tree then, computed from the points."""
-    from app.config import load_settings
+    from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.demo.influx import InfluxSimulator
     from app.influx_to_s3 import job

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.config import load_settings
+from app.config.environment import load_settings
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator

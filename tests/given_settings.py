@@ -8,7 +8,8 @@ from types import MappingProxyType
 import pytest
 from pydantic import SecretStr
 
-from app.config import Settings, load_settings
+from app.config.environment import load_settings
+from app.config.settings import Settings
 from app.core.errors import BadSettings
 
 INFLUX = MappingProxyType(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from app.config import load_settings
+from app.config.environment import load_settings
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.window import Window

@@ -1,21 +1,22 @@
 """Settings that guard something: keys, passwords, who may reach the service, and that no secret is ever shown."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from app.config import describe, loopback, secrets_of, warnings
+from app.config.masking import describe, secrets_of
+from app.config.rules import loopback, warnings
 from app.config.variables import PARTS
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
 
 def every_value(node: object) -> Iterator[object]:
-    if is_dataclass(node):
-        for field in fields(node):
-            yield from every_value(getattr(node, field.name))
+    if isinstance(node, BaseModel):
+        for _, value in node:
+            yield from every_value(value)
     else:
         yield node
 
@@ -92,6 +93,13 @@ def test_a_container_name_and_a_socket_folder_are_hosts_of_a_database(host: str,
     assert secret(loaded(CHECKPOINT_DB_HOST=host, CHECKPOINT_DB_NAME="n").checkpoint.url) == url
 
 
+def test_a_password_that_is_not_utf_8_is_sent_as_the_bytes_that_were_set() -> None:
+    parts = {"CHECKPOINT_DB_HOST": "h", "CHECKPOINT_DB_NAME": "n", "CHECKPOINT_DB_USER": "u"}
+    settings = loaded(parts, CHECKPOINT_DB_PASSWORD="a\udcffb")
+    assert secret(settings.checkpoint.url) == "postgresql://u:a%FFb@h:5432/n"
+    assert faults(parts, CHECKPOINT_DB_PASSWORD="a\udcffb", CHECKPOINT_DATABASE_URL="x", PORT="x")
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
 def test_the_spellings_of_a_postgresql_url_mean_the_same(scheme: str) -> None:
     settings = loaded(CHECKPOINT_DATABASE_URL=f"{scheme}://u:p@h/n", DWH_DATABASE_URL=f"{scheme}://u:p@h/n")
@@ -122,7 +130,7 @@ def canaries() -> dict[str, str]:
         "ALERT_WEBHOOK_URL": "https://hooks.example/canary?token=canary",
         "HEARTBEAT_URLS": "csv_inbox=https://beats.example/canary,influx_to_s3=https://beats.example/canary-2",
     }
-    names = [variable.names[0] for part in PARTS for variable in part.variables if variable.kind.secret]
+    names = [variable.names[0] for part in PARTS for variable in part.variables if variable.allowed.secret]
     return {name: special.get(name, f"canary-{name.lower()}") for name in names}
 
 
@@ -135,7 +143,7 @@ def complete() -> dict[str, str]:
 def test_no_secret_is_seen_in_settings_their_groups_or_their_description() -> None:
     settings = loaded(complete())
     texts = [repr(settings), str(settings), repr(describe(settings)), repr(list(every_value(settings)))]
-    texts += [f"{getattr(settings, group.name)}" for group in fields(settings)]
+    texts += [f"{group}" for _, group in settings]
     assert not any("canary" in text or "cafe" in text.lower() for text in texts)
     assert describe(settings)["s3.secret_access_key"] == "***"
     assert describe(settings)["access.api_keys"] == "ci"
@@ -157,6 +165,11 @@ def test_the_secrets_for_the_log_filter_are_all_of_them_with_the_parts_that_trav
     assert list(found) == sorted(found, key=len, reverse=True)
 
 
+@pytest.mark.parametrize("text", ["{not json", "{" * 100_000, "{}", '{"a": [1, null]}'])
+def test_a_password_may_begin_like_a_key_file(text: str) -> None:
+    assert secrets_of(loaded(INFLUXDB_USERNAME="u", INFLUXDB_PASSWORD=text)) == (text,)
+
+
 def test_off_railway_there_is_nothing_to_warn_of() -> None:
     assert warnings(loaded(), {}) == []
 
@@ -168,7 +181,8 @@ def test_on_railway_a_data_folder_off_the_volume_and_a_missing_draining_time_are
     assert "DATA_DIR=/tmp/x" in folder
     assert "/data" in folder
     assert "RAILWAY_DEPLOYMENT_DRAINING_SECONDS=unset" in draining
-    good = replace(settings, service=replace(settings.service, data_dir=Path("/data/hw")))
+    service = settings.service.model_copy(update={"data_dir": Path("/data/hw")})
+    good = settings.model_copy(update={"service": service})
     assert warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "30"}) == []
     assert len(warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "10"})) == 1
 

@@ -170,5 +170,17 @@ def test_a_time_that_is_no_time_is_refused(text: str) -> None:
     assert faults(LEASE_TTL_SECONDS=text)[0].startswith(f"LEASE_TTL_SECONDS='{text}'")
 
 
+@pytest.mark.parametrize("text", ["Mars/Phobos", "Europe", "x" * 300, "../../etc/passwd", "a\0b"])
+def test_a_time_zone_that_does_not_exist_is_refused(text: str) -> None:
+    (fault,) = faults(APPMETRICA_TIMEZONE=text)
+    assert fault.startswith("APPMETRICA_TIMEZONE=")
+
+
+def test_seconds_of_a_job_that_are_no_number_are_refused_in_words() -> None:
+    assert faults(ALERT_GRACE_BY_JOB="csv_inbox=x") == (
+        "ALERT_GRACE_BY_JOB='csv_inbox=x': allowed: job=seconds, comma-separated",
+    )
+
+
 def test_bytes_that_are_no_text_are_a_fault_and_no_crash() -> None:
     assert "\\udcff" in faults(S3_PREFIX="a\udcffb")[0]

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.dwh.store import Warehouse
 from app.ops.access import Keyring
 from app.ops.alerts import Alerts

@@ -12,7 +12,7 @@ from app.amplitude.client import POLICY, Project, project
 from app.amplitude.hours import Places, SourceRun
 from app.amplitude.landing import NAME
 from app.amplitude.verify import PullChart, PullEnds
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop

@@ -22,7 +22,7 @@ from app.analytics.engine import Engine, Limits, Remote
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import Report, load_reports
 from app.analytics.summaries import Summaries
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.errors import AppError
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore

@@ -17,7 +17,7 @@ from app.appmetrica.exports import Polling
 from app.appmetrica.hours import NAME, Places, ResourceRun
 from app.appmetrica.questions import resources
 from app.appmetrica.verify import PullChart, PullEnds
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop

@@ -5,52 +5,75 @@ are found in one go; no fault shows a secret, nor user and password in a URL.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from dotenv.parser import parse_stream
-from pydantic import SecretStr
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import PydanticBaseSettingsSource
 
-from app.config import groups, variables
-from app.config.groups import Settings
 from app.config.rules import broken_rules
-from app.config.variables import Variable
+from app.config.settings import Settings
+from app.config.variables import PARTS, Variable
 from app.core.errors import BadSettings
 
 SHOWN_CHARACTERS = 80
 QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
-COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
-MAY_BE_BLANK = {
-    name for part in variables.PARTS for each in part.variables if each.kind.may_be_blank for name in each.names
-}
-AWS_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+MAY_BE_BLANK = {"INFLUXDB_IGNORED_TAGS"}  # an empty text means none here, and not the default
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What was found: `values` by `group.field`, `chosen` the name that gave each of those that were set."""
+class TextSource(PydanticBaseSettingsSource):
+    """The texts of one place by name. Every group gets all of them and takes its own, in the order of its names.
 
-    values: Mapping[str, Any]
-    chosen: Mapping[str, str]
-    faults: tuple[str, ...]
+    The sources that come with pydantic-settings choose a name inside each place, so that the second name in the
+    environment would beat the first in `.env`, and a fault would name the first whichever was written.
+    """
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__(Settings)
+        self._texts = dict(texts)
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - the port's
+        """The same for every group. See the base class."""
+        return self._texts, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The texts by group. See the base class."""
+        return dict.fromkeys(self.settings_cls.model_fields, self._texts)
 
 
 def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
     """The settings, checked. A `dotenv` that does not exist is none. Raises BadSettings with every fault."""
-    in_file, file_faults = _read_dotenv(dotenv)
-    found = _find({**in_file, **_said(environ)})
-    faults = [*file_faults, *found.faults, *broken_rules(found.values, frozenset(found.chosen.values()))]
+    in_file, faults = read_dotenv(dotenv)
+    places = (_unquoted(environ), in_file)
+    errors: list[ErrorDetails] = []
+    try:
+        settings = Settings(*map(TextSource, places))
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+    said, refused = ChainMap(*places), set[str]()
+    for variable, fault in _faults(errors, said):
+        refused.update(variable.names)
+        faults.append(fault)
+    if errors:
+        # What is left can be read, so that the rules are applied to it in the same go.
+        settings = Settings(
+            *(TextSource({name: text for name, text in place.items() if name not in refused}) for place in places)
+        )
+    faults += broken_rules(settings, said.keys(), refused)
     if faults:
         raise BadSettings(tuple(dict.fromkeys(faults)))
-    return _assemble(found)
+    return settings
 
 
-def _read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
+def read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
+    """What a file sets, and a fault for each line that cannot be read. A file that does not exist sets nothing."""
     if path is None or not path.exists():
         return {}, []
     try:
@@ -59,109 +82,39 @@ def _read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
         return {}, [f"{path}: cannot be read ({type(error).__name__}); allowed: a UTF-8 text file of NAME=value lines"]
     lines = list(parse_stream(StringIO(text)))
     faults = [f"{path} line {each.original.line}: allowed: NAME=value" for each in lines if each.error]
-    return {
-        each.key: each.value or "" for each in lines if each.key and (each.value or each.key in MAY_BE_BLANK)
-    }, faults
+    return _set((each.key, each.value or "") for each in lines if each.key), faults
 
 
-def _said(environ: Mapping[str, str]) -> dict[str, str]:
+def _unquoted(environ: Mapping[str, str]) -> dict[str, str]:
     """What is set. `docker run --env-file` hands quotes on as part of the value, so those of the whole value go."""
-    texts = {name: text.strip() for name, text in environ.items()}
-    bare = {name: match[2] if (match := QUOTED.fullmatch(text)) else text for name, text in texts.items()}
-    return {name: text for name, text in bare.items() if text or name in MAY_BE_BLANK}
+    texts = ((name, text.strip()) for name, text in environ.items())
+    return _set((name, match[2] if (match := QUOTED.fullmatch(text)) else text) for name, text in texts)
 
 
-def _find(said: Mapping[str, str]) -> Found:
-    values: dict[str, Any] = {}
-    chosen: dict[str, str] = {}
-    faults: list[str] = []
-    for part in variables.PARTS:
-        for variable in part.variables:
-            name = next(
-                (name for name in variable.names if said.get(name, "").strip() or name in MAY_BE_BLANK & said.keys()),
-                None,
-            )
-            text = said[name].strip() if name else variable.default
-            if name:
-                chosen[variable.goes_to] = name
-            try:
-                values[variable.goes_to] = _read(variable, text)
-            except ValueError as error:
-                faults.append(f"{name}={shown(variable, text)}: {error}")
-    return Found(values, chosen, tuple(faults))
+def _set(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Without the empty ones: they mean unset."""
+    stripped = ((name, text.strip()) for name, text in texts)
+    return {name: text for name, text in stripped if text or name in MAY_BE_BLANK}
 
 
-def _read(variable: Variable, text: str) -> object:
-    """The value of `text`. A trailing comment, which `docker run --env-file` hands on, is cut where that helps."""
-    if not text:
-        return variable.kind.empty
-    try:
-        return variable.kind.read(text)
-    except ValueError:
-        rest = COMMENT.sub("", text)
-        if rest == text or not rest:
-            raise
-        return variable.kind.read(rest)
+def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator[tuple[Variable, str]]:
+    """One line for each variable that was refused: name, value and what is allowed."""
+    declared = {
+        (each.goes_to.partition(".")[0], name): each for part in PARTS for each in part.variables for name in each.names
+    }
+    # A default that follows from a refused field is not computed, and is no fault of its own.
+    own = (each for each in errors if each["type"] != "default_factory_not_called")
+    for (group, name), found in groupby(own, lambda each: each["loc"][:2]):
+        variable = declared[str(group), str(name)]
+        texts = [str(each["ctx"]["error"]) for each in found if each["type"] == "value_error"]
+        why = (texts and texts[0]) or f"allowed: {variable.allowed.words}"
+        yield variable, f"{name}={_shown(variable, said[str(name)])}: {why}"
 
 
-def shown(variable: Variable, text: str) -> str:
+def _shown(variable: Variable, text: str) -> str:
     """`text` as a fault may show it."""
-    if variable.kind.secret:
+    if variable.allowed.secret:
         return "***"
     text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:/*)?.*@", r"\1***@", text, flags=re.DOTALL)
     text = re.sub(r"\?.*$", "?***", text, flags=re.DOTALL)
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
-
-
-def _assemble(found: Found) -> Settings:
-    values = {**found.values, **_derived(found)}
-
-    def group(name: str, of: Any) -> Any:
-        return of(**{each.name: values[f"{name}.{each.name}"] for each in fields(of)})
-
-    return Settings(**{each.name: group(each.name, each.type) for each in fields(groups.Settings)})
-
-
-def _derived(found: Found) -> dict[str, Any]:
-    """What follows from several variables, or from others where its own is unset."""
-    values, chosen = found.values, found.chosen
-    with_aws_keys = chosen.get("s3.access_key_id") == AWS_NAMES[0]
-    return {
-        "service.version": values["service.version"] or _installed_version(),
-        "service.log_level": "DEBUG" if values["service.debug"] else values["service.log_level"],
-        "service.log_file": (
-            values["service.log_file"] if "service.log_file" in chosen else values["service.data_dir"] / "app.log"
-        ),
-        "influx.database": values["influx.database"] or values["influx.bucket"],
-        "export.grace_seconds": (
-            values["export.lookback_hours"] * 3600
-            if values["export.grace_seconds"] is None
-            else values["export.grace_seconds"]
-        ),
-        "s3.session_token": values["s3.session_token"] if with_aws_keys else None,
-        "checkpoint.url": _checkpoint_url(values),
-        "drive.credentials_json": None if values["drive.credentials_file"] else values["drive.credentials_json"],
-    }
-
-
-def _installed_version() -> str:
-    try:
-        return version("headwater")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
-
-
-def _checkpoint_url(values: Mapping[str, Any]) -> SecretStr:
-    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host, CHECKPOINT_DATABASE_URL.
-
-    libpq takes a percent-encoded path in the place of the host as the folder of a socket.
-    """
-    host = values["checkpoint.host"]
-    if not host:
-        url: SecretStr = values["checkpoint.url"]
-        return url
-    user, password = values["checkpoint.user"], values["checkpoint.password"].get_secret_value()
-    login = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
-    address = f"[{host}]" if ":" in host else quote(host, safe="")
-    database = quote(values["checkpoint.database"], safe="")
-    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{values['checkpoint.port']}/{database}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.errors import Permanent, Rejected
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import Commit, Count

@@ -41,7 +41,7 @@ from app.stores.layouts import Layout
 from app.stores.parquet import EncodedFile, TableSink
 
 if TYPE_CHECKING:
-    from app.config import Settings
+    from app.config.settings import Settings
     from app.influx_to_s3.reader import Reader
     from app.stores.layouts import SqlLayouts
     from app.stores.objects import ObjectStore

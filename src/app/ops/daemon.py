@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping
 
-from app.config import warnings
+from app.config.rules import warnings
 from app.ops.allocator import give_back_large_blocks
 from app.ops.server import Serving, serve
 from app.ops.service import Headwater

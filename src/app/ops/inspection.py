@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.config import warnings
 from app.config.masking import describe
+from app.config.rules import warnings
 from app.core.errors import Rejected
 from app.core.ledger import summary_of
 from app.core.runs import Outcome, Run
@@ -48,7 +48,8 @@ def check(service: Headwater, *, as_json: bool) -> int:
         {"system": name, "ok": each.ok, "note": each.note, "error": each.error, "hint": each.hint}
         for name, each in findings.items()
     ]
-    document = {"ok": ok, "values": values, "wiring": {"jobs": jobs, "warnings": said}, "live": live}
+    wiring = {"jobs": jobs, "warnings": said}
+    document = {"ok": ok, "values": values, "wiring": wiring, "live": live}
     output.show(document, told, as_json=as_json)
     return OK if ok else FAILED
 

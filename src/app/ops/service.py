@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
