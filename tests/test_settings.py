@@ -10,6 +10,7 @@ import pytest
 from app.config import settings as settings_module
 from app.config.environment import load_settings
 from app.config.masking import describe
+from app.config.rules import warnings
 from app.config.settings import Settings
 from app.config.variables import PARTS
 from app.core.errors import BadSettings
@@ -304,3 +305,37 @@ def test_the_module_has_no_other_names() -> None:
     misspelt = "setings"
     with pytest.raises(AttributeError, match=f"no attribute '{misspelt}'"):
         getattr(settings_module, misspelt)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("INFLUX_URL", "INFLUXDB_URL"),
+        ("S3_BUKET", "S3_BUCKET"),
+        ("DYNAMODB_TABLE", "DYNAMODB_TABLE_NAME"),
+        ("EXPORT_INTERVAL", "EXPORT_INTERVAL_SECONDS"),
+        ("INFLUXDB_USER", "INFLUXDB_USERNAME"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("API_KEY", "API_KEYS"),
+        ("s3_bucket", "S3_BUCKET"),
+        ("Port", "PORT"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_warned_of_with_the_right_one(name: str, meant: str) -> None:
+    line = f"{name} is not a variable of Headwater and is ignored: did you mean {meant}?"
+    assert warnings(loaded({name: "canary"}), {name: "canary"}) == [line]
+    assert warnings(loaded(), {}, {name: "canary"}) == [line]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PATH": "/bin", "HOME": "/root", "HOSTNAME": "c0ffee", "LANG": "C.UTF-8", "PYTHON_VERSION": "3.11.7"},
+        {"AWS_ENDPOINT_URL": "http://h", "AWS_DEFAULT_REGION": "eu-west-1", "AWS_PROFILE": "x", "PGHOST": "db"},
+        {"DATABASE_URL": "postgresql://h/n", "OTEL_SERVICE_NAME": "x", "XDG_DATA_DIRS": "/usr/share"},
+        {"INFLUXDB_SERVICE_HOST": "10.0.0.1", "INFLUXDB_SERVICE_PORT": "8086", "INFLUXDB_PORT": "tcp://10.0.0.1:8086"},
+        {"INFLUXDB_PORT_8086_TCP": "tcp://10.0.0.1:8086", "INFLUXDB_PORT_8086_TCP_ADDR": "10.0.0.1"},
+    ],
+)
+def test_what_other_programs_and_platforms_set_is_not_warned_of(environ: dict[str, str]) -> None:
+    assert warnings(loaded(environ), environ) == []

@@ -98,7 +98,7 @@ def serve(_: argparse.Namespace) -> int:
     from app.main import build
     from app.ops.daemon import run_daemon
 
-    run_daemon(build(settings), os.environ)
+    run_daemon(build(settings), os.environ, DOTENV)
     return OK
 
 

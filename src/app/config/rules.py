@@ -3,13 +3,20 @@
 Invariant: the rules are pure; each line names the variable to change and the next step, and shows no secret.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
+from types import MappingProxyType
 
 from app.config.settings import LeaseSettings, ServiceSettings, Settings
+from app.config.variables import PARTS
 
+# What Kubernetes tells each container about every service beside it.
+OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
+CLOSE = 0.8
 NEEDS = (
     ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"),
     ("S3_SECRET_ACCESS_KEY", "S3_ACCESS_KEY_ID"),
@@ -103,14 +110,31 @@ def _ports(service: ServiceSettings) -> Iterator[str]:
         yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
 
 
-def warnings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """What a person should look at before relying on this configuration; `environ` tells of the platform."""
-    found = []
+def warnings(
+    settings: Settings, environ: Mapping[str, str], in_file: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What a person should look at before relying on this configuration; `in_file` is what `.env` sets."""
+    found = list(_near_misses({**in_file, **environ}))
     if settings.access.allow_anonymous and not settings.access.api_keys and not loopback(settings.service.host):
         found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {settings.service.host} may read, write and delete")
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
     return found
+
+
+def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
+    """A line for each unknown name that is close to a variable, or the beginning of one."""
+    known = [name for part in PARTS for variable in part.variables for name in variable.names]
+    for name in sorted(said.keys() - set(known)):
+        if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
+            continue
+        wanted = name.upper()
+        # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+        alike = [each for each in known if each[:2] == wanted[:2]]
+        longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
+        meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
+        if meant:
+            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant[0]}?"
 
 
 def _railway(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
