@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from app.config.masking import describe, secrets_of
 from app.config.rules import loopback, warnings
-from app.config.variables import PARTS
+from app.config.variables import VARIABLES
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
@@ -130,7 +130,7 @@ def canaries() -> dict[str, str]:
         "ALERT_WEBHOOK_URL": "https://hooks.example/canary?token=canary",
         "HEARTBEAT_URLS": "csv_inbox=https://beats.example/canary,influx_to_s3=https://beats.example/canary-2",
     }
-    names = [variable.names[0] for part in PARTS for variable in part.variables if variable.allowed.secret]
+    names = [variable.names[0] for variable in VARIABLES if variable.allowed.secret]
     return {name: special.get(name, f"canary-{name.lower()}") for name in names}
 
 

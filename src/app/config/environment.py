@@ -20,7 +20,7 @@ from pydantic_settings import PydanticBaseSettingsSource
 
 from app.config.rules import broken_rules
 from app.config.settings import Settings
-from app.config.variables import PARTS, Variable
+from app.config.variables import VARIABLES, Variable
 from app.core.errors import BadSettings
 
 SHOWN_CHARACTERS = 80
@@ -99,9 +99,7 @@ def _set(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator[tuple[Variable, str]]:
     """One line for each variable that was refused: name, value and what is allowed."""
-    declared = {
-        (each.goes_to.partition(".")[0], name): each for part in PARTS for each in part.variables for name in each.names
-    }
+    declared = {(each.goes_to.partition(".")[0], name): each for each in VARIABLES for name in each.names}
     # A default that follows from a refused field is not computed, and is no fault of its own.
     own = (each for each in errors if each["type"] != "default_factory_not_called")
     for (group, name), found in groupby(own, lambda each: each["loc"][:2]):

@@ -8,13 +8,13 @@ import ast
 import difflib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from textwrap import wrap
 
 from app.config import settings
-from app.config.variables import GROUPS, PARTS, Variable
+from app.config.variables import GROUPS, VARIABLES, Variable
 from app.core.files import write_durably
 
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
@@ -42,9 +42,9 @@ def meanings() -> dict[str, str]:
 def env_example() -> str:
     """The whole text of `.env.example`: every name once, each assignment commented out."""
     said, lines, seen = meanings(), [HEADING], set[str]()
-    for part in PARTS:
-        lines.append(f"# ---- {part.title} ----")
-        for variable in part.variables:
+    for title, variables in groupby(VARIABLES, lambda each: each.title):
+        lines.append(f"# ---- {title} ----")
+        for variable in variables:
             name = variable.names[0]
             if name not in seen:
                 lines.extend((*_comments(variable, said[variable.goes_to]), f"#{name}={_quoted(variable.default)}"))
@@ -56,7 +56,8 @@ def env_example() -> str:
 def table() -> str:
     """README's tables, one for each part, without the markers."""
     said = meanings()
-    return "\n".join(line for part in PARTS for line in (f"**{part.title}**", "", *_rows(part.variables, said), ""))
+    groups = groupby(VARIABLES, lambda each: each.title)
+    return "\n".join(line for title, each in groups for line in (f"**{title}**", "", *_rows(each, said), ""))
 
 
 def with_table(readme: str) -> str:
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str], root: Path) -> int:
     return 1 if stale and "--check" in arguments else 0
 
 
-def _rows(variables: Sequence[Variable], said: Mapping[str, str]) -> Iterator[str]:
+def _rows(variables: Iterable[Variable], said: Mapping[str, str]) -> Iterator[str]:
     yield "| variable | default | meaning |"
     yield "|---|---|---|"
     for variable in variables:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from app.config.settings import LeaseSettings, ServiceSettings, Settings
-from app.config.variables import PARTS
+from app.config.variables import VARIABLES
 
 # What Kubernetes tells each container about every service beside it.
 OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
@@ -124,7 +124,7 @@ def warnings(
 
 def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
     """A line for each unknown name that is close to a variable, or the beginning of one."""
-    known = [name for part in PARTS for variable in part.variables for name in variable.names]
+    known = [name for variable in VARIABLES for name in variable.names]
     for name in sorted(said.keys() - set(known)):
         if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
             continue

@@ -89,7 +89,7 @@ def variable(names: str, *, default: object, unset: str = "", shown: str | None 
     )
 
 
-class Group(BaseModel):
+class SettingsGroup(BaseModel):
     """The settings of one part, under the `title` of its class. It is given every variable and takes its own."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
@@ -114,7 +114,7 @@ def _installed_version() -> str:
         return "unknown"
 
 
-class ServiceSettings(Group, title="Service"):
+class ServiceSettings(SettingsGroup, title="Service"):
     """The process itself. `log_file` None = no file, `health_port` None = probes on `port` alone."""
 
     name: Text = variable("SERVICE_NAME", default="headwater")
@@ -154,7 +154,7 @@ class ServiceSettings(Group, title="Service"):
         return "DEBUG" if info.data.get("debug") else level
 
 
-class AccessSettings(Group, title="Access"):
+class AccessSettings(SettingsGroup, title="Access"):
     """Who may call. Without keys and without `allow_anonymous` the host is loopback, that is checked at the start."""
 
     api_keys: ApiKeys = variable("API_KEYS", default=(), unset="loopback only")
@@ -167,7 +167,7 @@ class AccessSettings(Group, title="Access"):
     """Web pages of other origins that may call the API."""
 
 
-class LimitSettings(Group, title="Limits"):
+class LimitSettings(SettingsGroup, title="Limits"):
     """What a request may cost."""
 
     max_body_bytes: int = variable("MAX_BODY_BYTES", default=10_000_000, ge=1024, le=GIB)
@@ -176,7 +176,7 @@ class LimitSettings(Group, title="Limits"):
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""
 
 
-class InfluxSettings(Group, title="InfluxDB, the source of influx_to_s3"):
+class InfluxSettings(SettingsGroup, title="InfluxDB, the source of influx_to_s3"):
     """InfluxDB, the source. `url` "" = off. With `api` influxql, `database` is never empty when `url` is set."""
 
     url: HttpUrl = variable("INFLUXDB_URL", default="", unset="influx_to_s3 is off")
@@ -209,7 +209,7 @@ class InfluxSettings(Group, title="InfluxDB, the source of influx_to_s3"):
     """Read timeout of a query."""
 
 
-class ExportSettings(Group, title="Export, how influx_to_s3 cuts and names"):
+class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and names"):
     """The export to objects. `device_ids` empty = discovery from the tag; `start` is aware UTC.
 
     `timestamp_unit` None: the unit of the tree, "us" for a new one. `column_types`: (column, type) pairs.
@@ -262,7 +262,7 @@ class ExportSettings(Group, title="Export, how influx_to_s3 cuts and names"):
         return seconds
 
 
-class S3Settings(Group, title="S3 or a compatible store: exports, /s3, /analytics"):
+class S3Settings(SettingsGroup, title="S3 or a compatible store: exports, /s3, /analytics"):
     """Where objects live. `bucket` "" = a local directory; keys None = the SDK's own chain; `endpoint_url` "" = AWS.
 
     `prefix` never starts or ends with a slash; each of `allowed_prefixes` ends with one, so that `startswith` is the
@@ -304,7 +304,7 @@ class S3Settings(Group, title="S3 or a compatible store: exports, /s3, /analytic
         return {name: text for name, text in given.items() if name != "AWS_SESSION_TOKEN"}
 
 
-class SetAsideSettings(Group, title="Set aside: rows that a run could not take"):
+class SetAsideSettings(SettingsGroup, title="Set aside: rows that a run could not take"):
     """What runs set aside and keep in the object store. `days` 0 = for ever."""
 
     days: int = variable("SET_ASIDE_DAYS", default=90, ge=0, le=3660)
@@ -328,7 +328,7 @@ def _checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
     return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}")
 
 
-class CheckpointSettings(Group, title="Checkpoints"):
+class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """Where the state is kept. `url` "" = SQLite at `data_dir / "state.db"`, else postgresql://..."""
 
     host: DatabaseHost = variable("CHECKPOINT_DB_HOST", default="", unset="SQLite in DATA_DIR", **OF_URL)
@@ -350,7 +350,7 @@ class CheckpointSettings(Group, title="Checkpoints"):
         return _checkpoint_url(info.data) or url
 
 
-class LeaseSettings(Group, title="Leases, for several replicas"):
+class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):
     """How long a job belongs to one process, and how often that is renewed."""
 
     ttl_seconds: float = variable("LEASE_TTL_SECONDS", default=30.0, ge=1, le=3600)
@@ -359,7 +359,7 @@ class LeaseSettings(Group, title="Leases, for several replicas"):
     """Time between renewals; at most half of LEASE_TTL_SECONDS, so that one may be lost."""
 
 
-class DynamoSettings(Group, title="DynamoDB, the source of dynamo_to_drive"):
+class DynamoSettings(SettingsGroup, title="DynamoDB, the source of dynamo_to_drive"):
     """DynamoDB, the source. `table_name` "" = off; `endpoint_url` "" = AWS; keys None = the SDK's own chain."""
 
     table_name: Text = variable("DYNAMODB_TABLE_NAME", default="", unset="dynamo_to_drive is off")
@@ -388,7 +388,7 @@ class DynamoSettings(Group, title="DynamoDB, the source of dynamo_to_drive"):
     """A larger table is not scanned, since each run pays for all of it; raise it to allow that."""
 
 
-class DriveSettings(Group, title="Google Drive, the sink of dynamo_to_drive"):
+class DriveSettings(SettingsGroup, title="Google Drive, the sink of dynamo_to_drive"):
     """Google Drive, the sink. At most one of the two credentials is set; neither = a local directory.
 
     `credentials_json` is the JSON text itself, decoded when it came as base64. `api_url` "" = Google's.
@@ -429,7 +429,7 @@ class DriveSettings(Group, title="Google Drive, the sink of dynamo_to_drive"):
         return None if info.data.get("credentials_file") else text
 
 
-class InboxSettings(Group, title="CSV inbox"):
+class InboxSettings(SettingsGroup, title="CSV inbox"):
     """The CSV inbox. `config_file` None = `config.json` in the working directory when there is one."""
 
     config_file: OptionalPath = variable(
@@ -440,7 +440,7 @@ class InboxSettings(Group, title="CSV inbox"):
     """Time between runs."""
 
 
-class DwhSettings(Group, title="Warehouse: /dwh"):
+class DwhSettings(SettingsGroup, title="Warehouse: /dwh"):
     """The warehouse. `database_url` "" = SQLite at `data_dir / "dwh.db"`, else sqlite:/// or postgresql://."""
 
     database_url: WarehouseUrl = variable("DWH_DATABASE_URL", default=NO_SECRET, unset="SQLite in DATA_DIR")
@@ -451,7 +451,7 @@ class DwhSettings(Group, title="Warehouse: /dwh"):
     """Rows in one INSERT."""
 
 
-class AnalyticsSettings(Group, title="Reports: /analytics"):
+class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
     """/analytics. `reports_dir` None = only the reports that come with the product."""
 
     refresh_seconds: float = variable("ANALYTICS_REFRESH_SECONDS", default=10.0, ge=0.1, le=DAY_SECONDS)
@@ -464,7 +464,7 @@ class AnalyticsSettings(Group, title="Reports: /analytics"):
     """Directory of further reports, one .sql file each."""
 
 
-class AppMetricaSettings(Group, title="AppMetrica"):
+class AppMetricaSettings(SettingsGroup, title="AppMetrica"):
     """AppMetrica. `api_key` None = off; then `application_id` is None too."""
 
     base_url: HttpUrl = variable("APPMETRICA_BASE_URL", default="https://api.appmetrica.yandex.com")
@@ -491,7 +491,7 @@ class AppMetricaSettings(Group, title="AppMetrica"):
     """Days of receipt that are counted again once a day, for rows that arrive late; 0 = off."""
 
 
-class AmplitudeSettings(Group, title="Amplitude"):
+class AmplitudeSettings(SettingsGroup, title="Amplitude"):
     """Amplitude. A source whose two keys are None is off."""
 
     base_url: HttpUrl = variable("AMPLITUDE_BASE_URL", default="https://amplitude.com")
@@ -510,7 +510,7 @@ class AmplitudeSettings(Group, title="Amplitude"):
     """How far back a source starts that was never pulled, from the Monday of that week on."""
 
 
-class AlertSettings(Group, title="Alerts and heartbeats"):
+class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
     """Who is told of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
 
     webhook_url: SecretUrl = variable("ALERT_WEBHOOK_URL", default=NO_SECRET, unset="nobody is told")

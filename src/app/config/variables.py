@@ -1,32 +1,29 @@
 """The declared variables as a person meets them: in the reference, in a fault, in a warning; told from the models."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from app.config.masking import text_of
-from app.config.settings import Group, Settings
+from app.config.settings import Settings, SettingsGroup
 from app.config.value_types import Allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One setting. `goes_to` is `group.field`; `default` is written as a person would, "" where `unset` says it."""
+    """One setting. `title` is that of its group, `goes_to` is `group.field`.
 
+    `default` is written as a person would, "" where `unset` says what happens then.
+    """
+
+    title: str
     goes_to: str
     names: tuple[str, ...]
     default: str
     unset: str
     allowed: Allowed
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The variables of one part of the product, under a title."""
-
-    title: str
-    variables: tuple[Variable, ...]
 
 
 def _allowed(field: FieldInfo) -> Allowed:
@@ -47,17 +44,18 @@ def _default(field: FieldInfo, shown: str | None) -> str:
     return f"{field.default:g}" if isinstance(field.default, float) else text_of(field.default)
 
 
-def _variable(group: str, name: str, field: FieldInfo) -> Variable:
-    words = cast("dict[str, Any]", field.json_schema_extra)
-    names = cast("Any", field.validation_alias).choices
-    return Variable(f"{group}.{name}", tuple(names), _default(field, words["shown"]), words["unset"], _allowed(field))
+def _variables(group: str, model: type[SettingsGroup]) -> Iterator[Variable]:
+    for name, field in model.model_fields.items():
+        words = cast("dict[str, Any]", field.json_schema_extra)
+        yield Variable(
+            title=str(model.model_config.get("title")),
+            goes_to=f"{group}.{name}",
+            names=tuple(cast("Any", field.validation_alias).choices),
+            default=_default(field, words["shown"]),
+            unset=words["unset"],
+            allowed=_allowed(field),
+        )
 
 
-def _part(group: str, model: type[Group]) -> Part:
-    fields = model.model_fields.items()
-    title = model.model_config.get("title") or group
-    return Part(title, tuple(_variable(group, name, field) for name, field in fields))
-
-
-GROUPS = {name: cast("type[Group]", field.annotation) for name, field in Settings.model_fields.items()}
-PARTS = tuple(_part(group, model) for group, model in GROUPS.items())
+GROUPS = {name: cast("type[SettingsGroup]", field.annotation) for name, field in Settings.model_fields.items()}
+VARIABLES = tuple(variable for group, model in GROUPS.items() for variable in _variables(group, model))
