@@ -184,7 +184,9 @@ def test_on_railway_a_data_folder_off_the_volume_and_a_missing_draining_time_are
     service = settings.service.model_copy(update={"data_dir": Path("/data/hw")})
     good = settings.model_copy(update={"service": service})
     assert warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "30"}) == []
-    assert len(warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "10"})) == 1
+    for seconds in ("10", "25", "soon"):
+        assert len(warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": seconds})) == 1
+    assert warnings(good, {**railway, "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "26"}) == []
 
 
 def test_on_railway_a_loopback_host_is_warned_of() -> None:
@@ -194,3 +196,6 @@ def test_on_railway_a_loopback_host_is_warned_of() -> None:
 def test_anonymous_access_to_a_public_host_is_warned_of() -> None:
     settings = loaded(HOST="0.0.0.0", ALLOW_ANONYMOUS="true")  # noqa: S104 - the very thing that is warned of
     assert warnings(settings, {})[0].startswith("ALLOW_ANONYMOUS=true")
+    with_keys = loaded(HOST="0.0.0.0", ALLOW_ANONYMOUS="true", API_KEYS=f"ci:admin:{DIGEST}")  # noqa: S104 - keys rule
+    assert warnings(with_keys, {}) == []
+    assert warnings(loaded(ALLOW_ANONYMOUS="true"), {}) == []
