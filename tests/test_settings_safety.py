@@ -106,7 +106,9 @@ def test_the_spellings_of_a_postgresql_url_mean_the_same(scheme: str) -> None:
     assert secret(settings.checkpoint.url) == secret(settings.dwh.database_url) == "postgresql://u:p@h/n"
 
 
-@pytest.mark.parametrize("text", ["mysql://h/n", "postgresql://h", "postgresql://u:can/ary@h/n", "canary", "sqlite://"])
+@pytest.mark.parametrize(
+    "text", ["mysql://h/n", "postgresql://h", "postgresql://h/", "postgresql://u:can/ary@h/n", "canary", "sqlite://"]
+)
 def test_a_database_url_that_cannot_work_is_refused_unseen(text: str) -> None:
     found = faults(CHECKPOINT_DATABASE_URL=text, DWH_DATABASE_URL=text)
     assert [fault.partition(":")[0] for fault in found] == ["CHECKPOINT_DATABASE_URL=***", "DWH_DATABASE_URL=***"]
@@ -117,7 +119,8 @@ def test_google_credentials_come_as_json_or_base64_and_the_file_beats_them() -> 
     assert secret(loaded(GOOGLE_CREDENTIALS_JSON='{"type": "x"}').drive.credentials_json) == '{"type": "x"}'
     assert secret(loaded(GOOGLE_CREDENTIALS_JSON="eyJ0eXBlIjogIngifQ==").drive.credentials_json) == '{"type": "x"}'
     assert loaded(GOOGLE_CREDENTIALS_JSON="{}", GOOGLE_CREDENTIALS_FILE="/k").drive.credentials_json is None
-    assert faults(GOOGLE_CREDENTIALS_JSON="[canary]")[0].startswith("GOOGLE_CREDENTIALS_JSON=***: allowed: ")
+    for text in ("[canary]", "{canary", "WzFd", "e2NhbmFyeQ=="):  # the last two say [1] and {canary
+        assert faults(GOOGLE_CREDENTIALS_JSON=text)[0].startswith("GOOGLE_CREDENTIALS_JSON=***: allowed: ")
 
 
 def canaries() -> dict[str, str]:
@@ -163,6 +166,11 @@ def test_the_secrets_for_the_log_filter_are_all_of_them_with_the_parts_that_trav
     assert {"canary-influxdb_token", "canary-s3_secret_access_key", "canary-checkpoint_db_password"} <= set(found)
     assert {"canary/dwh", "canary%2Fdwh", "canary-private-key-line", "canary-client-secret"} <= set(found)
     assert list(found) == sorted(found, key=len, reverse=True)
+
+
+def test_of_a_key_file_only_what_may_be_part_of_a_key_is_hidden_in_logs() -> None:
+    text = '{"type": "service_account", "auth_uri": "https://accounts.example/o/oauth2", "k": "a-long-line-of-the-key"}'
+    assert set(secrets_of(loaded(GOOGLE_CREDENTIALS_JSON=text))) == {text, "a-long-line-of-the-key"}
 
 
 @pytest.mark.parametrize("text", ["{not json", "{" * 100_000, "{}", '{"a": [1, null]}'])
