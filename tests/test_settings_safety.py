@@ -107,7 +107,16 @@ def test_the_spellings_of_a_postgresql_url_mean_the_same(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["mysql://h/n", "postgresql://h", "postgresql://h/", "postgresql://u:can/ary@h/n", "canary", "sqlite://"]
+    "text",
+    [
+        "mysql://h/n",
+        "postgresql://h",
+        "postgresql://h/",
+        "postgresql://h:0/n",
+        "postgresql://u:can/ary@h/n",
+        "canary",
+        "sqlite://",
+    ],
 )
 def test_a_database_url_that_cannot_work_is_refused_unseen(text: str) -> None:
     found = faults(CHECKPOINT_DATABASE_URL=text, DWH_DATABASE_URL=text)

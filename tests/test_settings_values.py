@@ -112,6 +112,18 @@ def test_a_url_that_is_not_http_is_refused(text: str) -> None:
     assert found == (f"INFLUXDB_URL={text!r}: allowed: http://host[:port] or https://host[:port]",)
 
 
+@pytest.mark.parametrize("text", ["http://h?q=canary", "http://h#canary", "http://h/p?canary#canary"])
+def test_a_query_or_a_fragment_of_a_base_url_is_refused(text: str) -> None:
+    (fault,) = faults({**INFLUX, "INFLUXDB_URL": text})
+    assert "end the URL before ? or #" in fault
+
+
+def test_the_lowest_port_of_a_url_is_1() -> None:
+    assert loaded({**INFLUX, "INFLUXDB_URL": "http://h:1"}).influx.url == "http://h:1"
+    assert faults({**INFLUX, "INFLUXDB_URL": "http://h:0"})
+    assert loaded(CHECKPOINT_DATABASE_URL="postgresql://h:1/n").checkpoint.url.get_secret_value().endswith(":1/n")
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "80.5"])
 def test_a_port_out_of_range_is_refused(port: str) -> None:
     assert faults(PORT=port) == (f"PORT='{port}': allowed: a whole number from 1 to 65535",)
