@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.demo.daemon import MOST_HOURS, began_at
+from simulators.demo import MOST_HOURS, began_at
 
 NOW = datetime(2026, 11, 22, 17, 13, 21, 5, UTC)
 FIRST = datetime(2026, 11, 22, 14, 10, tzinfo=UTC)

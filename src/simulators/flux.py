@@ -4,20 +4,41 @@ Invariant: what a server refuses before its first byte is raised before the firs
 right behind it are answered from the index (series, then bisection), so a window costs its own rows only.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from app.demo.annotated_csv import Result
-from app.demo.flux_arguments import evaluate, labels_of, predicate_argument, text_argument, undefined
-from app.demo.flux_steps import Bounds, run_step
-from app.demo.flux_tables import TIME, Column, Data, FluxError, Table, table
-from app.demo.flux_text import Call, Expression, Function, Literal, Member, Operation, Pipeline, parse_flux
-from app.demo.influx_points import FieldKey, Points, Series
-from app.demo.instants import UNITS_NS
+from simulators.annotated_csv import Result
+from simulators.flux_parser import (
+    UNITS_NS,
+    Call,
+    Expression,
+    FluxError,
+    Function,
+    Literal,
+    Member,
+    Operation,
+    Pipeline,
+    parse_flux,
+)
+from simulators.flux_steps import (
+    TIME,
+    Bounds,
+    Column,
+    Data,
+    Table,
+    evaluate,
+    labels_of,
+    predicate_argument,
+    run_step,
+    table,
+    text_argument,
+    undefined,
+)
+from simulators.influx_storage import FieldKey, Points, Series
 
 if TYPE_CHECKING:
-    from app.demo.line_protocol import Value
+    from simulators.line_protocol import Value
 
 KINDS = {"float": "double", "integer": "long", "unsigned": "unsignedLong", "string": "string", "boolean": "boolean"}
 SCHEMA = "influxdata/influxdb/schema"
@@ -25,26 +46,11 @@ THIRTY_DAYS_NS = 30 * UNITS_NS["d"]
 MEASUREMENT = Member("_measurement")
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """What a query can see: one bucket with its points."""
+def answer_flux(text: str, points: Points, bucket: str, now_ns: int) -> Iterator[Result]:
+    """(name, tables) of each result, from the points of the one bucket that there is.
 
-    name: str
-    points: Points
-    bucket_id: str
-    org_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a pipeline begins: a measurement-and-tags predicate over a span."""
-
-    bounds: Bounds
-    predicates: tuple[Expression, ...] = ()
-
-
-def answer_flux(text: str, bucket: Bucket, now_ns: int) -> Iterator[Result]:
-    """(name, tables) of each result. Raises FluxError or FluxSyntax, some of them only while tables are fetched."""
+    Raises FluxError or FluxSyntax, some of them only while tables are fetched.
+    """
     program = parse_flux(text)
     results: dict[str, Pipeline] = {}
     for pipeline in program.pipelines:
@@ -55,7 +61,7 @@ def answer_flux(text: str, bucket: Bucket, now_ns: int) -> Iterator[Result]:
         if used and SCHEMA not in program.imports:
             raise undefined(replace(calls[0], name="schema"))
         results[name] = calls
-    return ((name, _Run(bucket, now_ns).tables(calls)) for name, calls in results.items())
+    return ((name, _Run(points, bucket, now_ns).tables(calls)) for name, calls in results.items())
 
 
 def _yielded(pipeline: Pipeline) -> tuple[str, Pipeline]:
@@ -67,9 +73,9 @@ def _yielded(pipeline: Pipeline) -> tuple[str, Pipeline]:
 class _Run:
     """One pipeline on its way."""
 
-    def __init__(self, bucket: Bucket, now_ns: int) -> None:
+    def __init__(self, points: Points, bucket: str, now_ns: int) -> None:
+        self._points = points
         self._bucket = bucket
-        self._points = bucket.points
         self._now_ns = now_ns
 
     def tables(self, pipeline: Pipeline) -> Iterable[Table]:
@@ -79,8 +85,6 @@ class _Run:
         bounds = (0, self._now_ns)
         if first.name == "from":
             tables, bounds, steps = self._from(first, steps)
-        elif first.name == "buckets":
-            tables = iter([self._buckets()])
         elif first.name in SCHEMA_CALLS:
             tables = iter(self._schema(first))
         else:
@@ -97,11 +101,11 @@ class _Run:
         predicates, rest = [], steps[1:]
         while rest and _pushed_down(rest[0]):
             predicates.append(predicate_argument(rest.pop(0), "fn"))
-        return self._stored(Source(bounds, tuple(predicates))), bounds, rest
+        return self._stored(bounds, predicates), bounds, rest
 
     def _check_bucket(self, call: Call) -> str:
         name = text_argument(call, "bucket")
-        if name != self._bucket.name:
+        if name != self._bucket:
             raise FluxError(f'failed to initialize execute state: could not find bucket "{name}"', "not found")
         return name
 
@@ -114,42 +118,37 @@ class _Run:
 
     def _instant(self, call: Call, name: str, default: int | None) -> int:
         value = call.arguments.get(name)
-        if (
-            isinstance(value, Literal)
-            and isinstance(value.value, int)
-            and value.kind in ("time", "duration", "integer")
-        ):
-            relative = {"time": 0, "duration": self._now_ns, "integer": 0}[value.kind]
-            return relative + value.value * (UNITS_NS["s"] if value.kind == "integer" else 1)
-        if value == Call("now", {}, getattr(value, "where", "")):
-            return self._now_ns
+        if isinstance(value, Literal) and isinstance(value.value, int) and value.kind in ("time", "duration"):
+            return value.value + (self._now_ns if value.kind == "duration" else 0)
         if value is None and default is not None:
             return default
         raise FluxError(f'error calling function "range" {call.where}: {name} is missing or not a time')
 
-    def _matching(self, source: Source) -> Iterator[tuple[Series, FieldKey, dict[str, object]]]:
-        start, stop = source.bounds
-        for series in self._points.series(_measurement(source.predicates)):
+    def _matching(
+        self, bounds: Bounds, predicates: Sequence[Expression]
+    ) -> Iterator[tuple[Series, FieldKey, dict[str, object]]]:
+        start, stop = bounds
+        for series in self._points.series(_measurement(predicates)):
             base = {"_start": start, "_stop": stop, "_measurement": series.measurement, **dict(series.tags)}
-            if any(_never(predicate, base) for predicate in source.predicates):
+            if any(_never(predicate, base) for predicate in predicates):
                 continue
             for key in self._points.fields(series, start, stop):
                 row = {**base, "_field": key[0]}
-                if all(evaluate(predicate, row) is True for predicate in source.predicates):
+                if all(evaluate(predicate, row) is True for predicate in predicates):
                     yield series, key, row
 
-    def _stored(self, source: Source) -> Iterator[Table]:
+    def _stored(self, bounds: Bounds, predicates: Sequence[Expression]) -> Iterator[Table]:
         """A table per series and field. Where the field's type changes from one shard of the range to another, the
         server's cursor ends: only what stands before under the first type is there.
         """
         found: dict[tuple[int, str], list[tuple[Series, FieldKey]]] = {}
-        for series, key, _row in self._matching(source):
+        for series, key, _row in self._matching(bounds, predicates):
             found.setdefault((id(series), key[0]), []).append((series, key))
         for (series, key), *others in found.values():
             if others:
-                yield self._first_type_table(series, [key, *(other for _, other in others)], source.bounds)
+                yield self._first_type_table(series, [key, *(other for _, other in others)], bounds)
             else:
-                yield self._series_table(series, key, source.bounds, source.bounds[1])
+                yield self._series_table(series, key, bounds, bounds[1])
 
     def _first_type_table(self, series: Series, keys: list[FieldKey], bounds: Bounds) -> Table:
         firsts = {key: self._points.window(series, *bounds, only=[key]).first(key) for key in keys}
@@ -183,23 +182,13 @@ class _Run:
 
         return Table(columns, values, load)
 
-    def _buckets(self) -> Table:
-        labels = ("name", "id", "organizationID", "retentionPolicy", "retentionPeriod")
-        columns = [Column(label, "long" if label == "retentionPeriod" else "string") for label in labels]
-        return table(columns, [[self._bucket.name], [self._bucket.bucket_id], [self._bucket.org_id], [""], [0]])
-
     def _schema(self, call: Call) -> list[Table]:
         """One sorted column `_value`; no table when there is nothing. The default start is 30 days ago."""
         self._check_bucket(call)
         start = self._instant(call, "start", self._now_ns - THIRTY_DAYS_NS)
         stop = self._instant(call, "stop", self._now_ns)
-        predicates: list[Expression] = []
-        if "predicate" in call.arguments:
-            predicates.append(predicate_argument(call, "predicate"))
-        if "measurement" in call.arguments:
-            measurement = Literal("string", text_argument(call, "measurement"))
-            predicates.append(Operation("==", (MEASUREMENT, measurement)))
-        rows = (row for _, _, row in self._matching(Source((start, stop), tuple(predicates))))
+        predicates = [predicate_argument(call, "predicate")] if "predicate" in call.arguments else []
+        rows = (row for _, _, row in self._matching((start, stop), predicates))
         found = sorted({value for row in rows for value in SCHEMA_CALLS[call.name](call, row)})
         return [table([Column("_value", "string")], [found])] if found else []
 
@@ -209,22 +198,11 @@ def _tag_value(call: Call, row: Mapping[str, object]) -> list[str]:
     return [str(value)] if value is not None else []
 
 
-def _label(label: str) -> Callable[[Call, Mapping[str, object]], list[str]]:
-    return lambda _call, row: [str(row[label])]
-
-
-def _tag_keys(_call: Call, row: Mapping[str, object]) -> list[str]:
-    return [*row]
-
-
 SCHEMA_CALLS: Mapping[str, Callable[[Call, Mapping[str, object]], list[str]]] = {
+    "schema.measurements": lambda _call, row: [str(row["_measurement"])],
+    "schema.tagKeys": lambda _call, row: [*row],
     "schema.tagValues": _tag_value,
-    "schema.measurementTagValues": _tag_value,
-    "schema.measurements": _label("_measurement"),
-    "schema.fieldKeys": _label("_field"),
-    "schema.measurementFieldKeys": _label("_field"),
-    "schema.tagKeys": _tag_keys,
-    "schema.measurementTagKeys": _tag_keys,
+    "schema.fieldKeys": lambda _call, row: [str(row["_field"])],
 }
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import msgspec
 
-from app.core.files import write_durably
-
 GOOGLE_TYPES = "application/vnd.google-apps."
 FOLDER_TYPE = f"{GOOGLE_TYPES}folder"
 
@@ -44,7 +42,7 @@ class StoredFile:
         """False for what has no content to download: Google's own types."""
         return not self.mime_type.startswith(GOOGLE_TYPES)
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As the API tells it, every field."""
         told: dict[str, Any] = {
             "kind": "drive#file",
@@ -135,7 +133,9 @@ class Files:
         """What the id stands for from now on; None = the file is gone."""
         if self._folder is not None:
             kept = self._folder / f"{sha256(file_id.encode()).hexdigest()}.json"
-            write_durably(kept, [msgspec.json.encode((file_id, file))])
+            part = kept.with_suffix(".part")
+            part.write_bytes(msgspec.json.encode((file_id, file)))
+            part.replace(kept)
         self.used.add(file_id)
         if file is None:
             del self.held[file_id]

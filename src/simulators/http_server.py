@@ -1,8 +1,8 @@
 """The transport of every simulator: HTTP/1.1 with bodies of known length, or chunked while they are made.
 
-A simulator is a function from `Request` to `Answer`, and a `Served` that puts it behind a loopback port.
-Invariants: what was answered is on record before the client can see the end of it, so a test may count right after
-reading. Closing ends every connection and waits for its threads; nothing is left behind.
+A simulated system is a `Simulator` whose `respond` turns a `Request` into an `Answer`. Invariants: what was answered is
+on record before the client can see the end of it, so a test may count right after reading. Closing ends every
+connection and waits for its threads; nothing is left behind.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -71,28 +71,34 @@ Respond = Callable[[Request], Answer]
 TOO_LARGE = Answer(413, {"Content-Type": "text/plain"}, b"request too large")
 
 
-class Served:
-    """A function that answers, behind a port, from `start` to `close`. Started again it listens on the same port.
+class Simulator:
+    """A simulated system behind a loopback port. Use it as a context manager, or `start` and `close` it.
 
-    `port` 0 takes a free one. `too_large` answers a body of more than MAX_BODY_BYTES, which is not read.
+    A closed simulator may be started again with what it holds, on the same port; `port` 0 takes a free one. `too_large`
+    answers a body of more than MAX_BODY_BYTES, which is not read.
     """
 
-    def __init__(self, name: str, port: int = 0, *, too_large: Answer = TOO_LARGE) -> None:
-        self._name = name
+    too_large = TOO_LARGE
+
+    def __init__(self, port: int = 0) -> None:
         self._port = port
-        self._too_large = too_large
         self._closing = Event()
         self._server: Server | None = None
         self._thread: Thread | None = None
 
-    def start(self, respond: Respond) -> None:
-        """Listen on the loopback address and serve from a thread per connection."""
+    def respond(self, request: Request) -> Answer:
+        """The answer to any request; called from one thread per connection. Raises CutHere to give none."""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Listen on the loopback address and serve from threads."""
         self._closing.clear()
-        self._server = Server(("127.0.0.1", self._port), respond, self._too_large)
+        self._server = Server(("127.0.0.1", self._port), self.respond, self.too_large)
         self._port = self._server.server_address[1]
-        serve, name = self._server.serve_forever, f"{self._name}-simulator"
-        self._thread = Thread(target=serve, args=(POLL_SECONDS,), name=name, daemon=True)
+        name = type(self).__name__
+        self._thread = Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name=name, daemon=True)
         self._thread.start()
+        return self
 
     def close(self) -> None:
         """Stop listening and end every connection; nothing when it does not run."""
@@ -102,6 +108,12 @@ class Served:
             self._server.server_close()
             self._thread.join()
         self._server = self._thread = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     @property
     def url(self) -> str:

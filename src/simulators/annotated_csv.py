@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice, repeat
 
-from app.demo.flux_tables import TIME, Column, Table
-from app.demo.http import Piece
-from app.demo.instants import rfc3339
+from simulators.flux_parser import rfc3339
+from simulators.flux_steps import TIME, Column, Table
+from simulators.http_server import Piece
 
 ANNOTATIONS = frozenset({"datatype", "group", "default"})
 BATCH_ROWS = 1000

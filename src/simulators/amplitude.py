@@ -1,26 +1,37 @@
 """Amplitude's Export API inside this process, as contracts/amplitude.md describes it, faults included.
 
 Invariants: it answers over HTTP on a loopback port; both ends of a range are included; hours that are not settled are
-left out; the same hours give the same events, in members that sort by name in another order than in time.
+left out; the same hours give the same events, in members that sort by name in another order than in time. A made event
+depends on its source, its hour and its number only, and has the shapes of the contract: nulls, members that nobody
+documented, ids beyond 2^53, a session of -1, event times long before the upload.
 """
 
 import base64
 import gzip
 import io
 import json
+import random
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
-from typing import Any, Self
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
 
-from app.demo.http import Answer, CutHere, Piece, Request, Served, Streamed
-from app.demo.product_events import PROJECT, amplitude_events
+from simulators.http_server import Answer, CutHere, Piece, Request, Simulator, Streamed
 
 HOUR = timedelta(hours=1)
 PATH = "/api/2/export"
 TEXT = {"Content-Type": "text/plain"}
+PROJECT = 187_520
+BRANDS = (("Apple", "iPhone15,3", "Apple iPhone"), ("Samsung", "SM-S918B", "Samsung Galaxy S"), ("Google", None, None))
+PLACES = (
+    ("Berlin", "Germany", "Berlin", "DE"),
+    ("Lisboa", "Portugal", "Lisboa", "PT"),
+    ("Tbilisi", "Georgia", None, "GE"),
+)
+TYPES = ("open", "view", "search", "purchase", "$identify")
 LARGE = (
     b"The file size of the exported data is too large. Shorten the time ranges and try again. The limit size is 4GB."
 )
@@ -105,24 +116,12 @@ def generated(events_an_hour: int) -> Callable[[str, datetime], Parts]:
     return parts
 
 
-class AmplitudeSimulator:
-    """Use it as a context manager. `state` is what it holds and what it shall suffer."""
+class AmplitudeSimulator(Simulator):
+    """`state` is what it holds and what it shall suffer."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        super().__init__()
         self.state = AmplitudeState({"web": ("web-key", "web-secret"), "mobile": ("app-key", "app-secret")}, clock)
-        self._served = Served("amplitude")
-
-    def __enter__(self) -> Self:
-        self._served.start(self._respond)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._served.close()
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a trailing slash."""
-        return self._served.url
 
     def environment(self, *sources: str) -> dict[str, str]:
         """The settings that point the product at it."""
@@ -136,7 +135,8 @@ class AmplitudeSimulator:
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
-    def _respond(self, request: Request) -> Answer:
+    def respond(self, request: Request) -> Answer:
+        """The answer to any request, with the fault that waits for it."""
         source = self._source(request.headers.get("authorization", ""))
         if source is None:
             return Answer(401, TEXT, b"")
@@ -145,7 +145,7 @@ class AmplitudeSimulator:
         with self.state.lock:
             self.state.asked.append((source, request.parameters.get("start", ""), request.parameters.get("end", "")))
             fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(source, request)
-        self._served.wait(fault.stall_seconds)
+        self.wait(fault.stall_seconds)
         if fault.status != 200 or fault.html:  # noqa: PLR2004 - HTTP
             wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
             kind = {"Content-Type": "text/html"} if fault.html else TEXT
@@ -235,3 +235,86 @@ class _Sink(io.RawIOBase):
         out = bytes(self._held)
         self._held.clear()
         return out
+
+
+def amplitude_events(source: str, hour_at: datetime, count: int) -> Sequence[dict[str, Any]]:
+    """The events that reached Amplitude in an hour."""
+    return [amplitude_event(source, hour_at, number) for number in range(count)]
+
+
+def amplitude_event(source: str, hour_at: datetime, number: int) -> dict[str, Any]:
+    """One event, as a line of an export holds it."""
+    name = f"{source}:{hour_at:%Y%m%dT%H}:{number}"
+    draw = random.Random(name)  # noqa: S311 - plausible, not secret
+    person = draw.randrange(200)
+    brand, model, family = BRANDS[person % len(BRANDS)]
+    city, country, region, _ = PLACES[person % len(PLACES)]
+    arrived_at = hour_at + timedelta(seconds=draw.random() * 3599)
+    # A phone that was offline hands over what it kept for days.
+    happened_at = arrived_at - timedelta(days=draw.choice((0,) * 19 + (6,)), seconds=draw.random() * 30)
+    return {
+        "uuid": str(uuid5(NAMESPACE_URL, name)),
+        "$insert_id": f"{person}-{draw.randrange(10**6)}" if number % 7 else None,
+        "server_upload_time": _spaced(arrived_at),
+        "server_received_time": _spaced(arrived_at),
+        "event_time": _spaced(happened_at),
+        "client_event_time": _spaced(happened_at),
+        "app": PROJECT,
+        "amplitude_id": 2**53 + person,
+        "event_id": number,
+        "session_id": int(happened_at.timestamp() * 1000) if number % 5 else -1,
+        "user_id": f"user-{person}" if person % 4 else None,
+        "device_id": f"{source}-device-{person}",
+        "event_type": draw.choice(TYPES),
+        "amplitude_event_type": None,
+        "event_properties": {"screen": f"s{number % 9}", "price": round(draw.random() * 90, 2), "note": "é\n\u2028"},
+        "user_properties": _person(source, person),
+        "group_properties": {},
+        "groups": {"plan": ["free"]} if person % 3 else {},
+        "global_user_properties": {},
+        "plan": None,
+        "platform": "Web" if source == "web" else "iOS",
+        "os_name": "Chrome" if source == "web" else "ios",
+        "os_version": "122" if source == "web" else "17.3.1",
+        "version_name": None if source == "web" else "4.2.0",
+        "start_version": None if source == "web" else "4.0.0",
+        "library": "amplitude-ts/2.3.8" if source == "web" else "amplitude-swift/1.4.2",
+        "language": "English",
+        "device_brand": brand,
+        "device_carrier": None,
+        "device_family": family,
+        "device_manufacturer": brand,
+        "device_model": model,
+        "device_type": family,
+        "city": city,
+        "country": country,
+        "region": region,
+        "dma": None,
+        "ip_address": f"203.0.113.{person % 250}",
+        "location_lat": None,
+        "location_lng": None,
+        "amplitude_attribution_ids": None if person % 6 else f"attribution-{person}",
+        "is_attribution_event": (False, None, "true", 1)[number % 4],
+        "paying": None,
+        "sample_rate": None,
+        "$schema": 12,
+        "source_id": None,
+        "data": {"path": "/2/httpapi"},
+    }
+
+
+def _person(source: str, person: int) -> dict[str, Any]:
+    records = (10_000 + person, str(10_000 + person), "N/A", None)
+    return {
+        "EHR_ID": records[person % 4],
+        ("Gender", "gender")[person % 2]: ("Female", "male", None)[person % 3],
+        "cohort_day": 20_000 + person,
+        "cohort_week": 2_857,
+        "cohort_month": 658,
+        "registered_via_app": ("via app", "1", "0", 1, True, False, "unknown", None)[person % 8],
+        "source": source,
+    }
+
+
+def _spaced(at: datetime) -> str:
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f")

@@ -8,12 +8,12 @@ found by bisection.
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
 
-from app.demo.line_protocol import MAX_TIME_NS, MIN_TIME_NS, Field, Point, Tags, Value
+from simulators.line_protocol import Field, Point, Tags, Value
 
 SHARD_NS = 7 * 86_400 * 10**9
 YEAR_ONE_NS = 62_135_596_800 * 10**9  # shards are counted from 0001-01-01, a Monday, which is so long before 1970
@@ -23,7 +23,7 @@ Cell = Value | None
 FieldKey = tuple[str, str]
 
 
-class Column:
+class FieldColumn:
     """The values of one field with one type; a cell without a value has no bit in `present`."""
 
     __slots__ = ("kind", "present", "values")
@@ -69,7 +69,7 @@ class Series:
         self.measurement = measurement
         self.tags = tags
         self.times = array("q")
-        self.columns: dict[FieldKey, Column] = {}
+        self.columns: dict[FieldKey, FieldColumn] = {}
 
     def write(self, time_ns: int, fields: Iterable[Field]) -> None:
         """Add the point, or overwrite the fields that it names."""
@@ -78,7 +78,7 @@ class Series:
             key = (one.name, one.kind)
             column = self.columns.get(key)
             if column is None:
-                column = self.columns[key] = Column(one.kind, len(self.times))
+                column = self.columns[key] = FieldColumn(one.kind, len(self.times))
             column.set(at, one.value)
 
     def extend(self, times: Sequence[int], floats: Mapping[str, Sequence[float]]) -> None:
@@ -87,7 +87,7 @@ class Series:
         if not ascending:
             raise ValueError(f"times of {self.measurement} do not ascend behind those stored")
         for name in floats:
-            self.columns.setdefault((name, "float"), Column("float", len(self.times)))
+            self.columns.setdefault((name, "float"), FieldColumn("float", len(self.times)))
         self.times.extend(times)
         for (name, kind), column in self.columns.items():
             column.extend(len(times), floats.get(name) if kind == "float" else None)
@@ -211,15 +211,6 @@ class Points:
                 if (not wanted or key in wanted) and one.present.find(1, low, high) >= 0
             }
             return Window(series.times[low:high], cells)
-
-    def types(
-        self, measurement: str | None = None, start_ns: int = MIN_TIME_NS, stop_ns: int = MAX_TIME_NS
-    ) -> Iterator[tuple[str, str, str]]:
-        """(measurement, field, type) that exist in the shards of the span, ordered."""
-        first, last = self.shard(start_ns), self.shard(stop_ns - 1)
-        with self._lock:
-            known = {(name, one, kind) for (name, at, one), kind in self._types.items() if first <= at <= last}
-        return iter(sorted(item for item in known if measurement in (None, item[0])))
 
     def __len__(self) -> int:
         """Points stored."""

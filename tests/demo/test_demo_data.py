@@ -1,11 +1,22 @@
-"""Devices and the feeder: plausible, the same for a seed, late where they are meant to be."""
+"""What the demo writes: plausible, the same for a seed, late where it is meant to be."""
 
+import time
 from itertools import pairwise
+from pathlib import Path
 
-from app.demo.devices import MAX_LATE_NS, STEP_NS, Device, arrivals, fleet, samples
-from app.demo.feeder import HOUR_NS, Feeder, http_writer
-from app.demo.influx import InfluxSimulator
 from influx import NOON_NS, SECOND_NS
+from simulators.demo_data import (
+    HOUR_NS,
+    MAX_LATE_NS,
+    STEP_NS,
+    CsvWriter,
+    Device,
+    TelemetryWriter,
+    arrivals,
+    fleet,
+    samples,
+)
+from simulators.influx import InfluxSimulator
 
 DAY_NS = 24 * HOUR_NS
 
@@ -53,32 +64,26 @@ def test_every_sample_arrives_once_and_in_order() -> None:
     assert all(earlier[1].arrives_ns <= later[1].arrives_ns for earlier, later in pairwise(got))
 
 
-def test_the_feeder_writes_its_backlog_over_http_and_then_live_points(influx: InfluxSimulator) -> None:
+def test_telemetry_is_written_from_the_oldest_instant_on_and_then_as_it_arrives(influx: InfluxSimulator) -> None:
     now = [NOON_NS]
-    write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
-    with Feeder(write, fleet(4), oldest_ns=now[0] - HOUR_NS, interval_seconds=30, now_ns=lambda: now[0]) as feeder:
-        backlog = feeder.written
-        assert backlog == len(influx.points) > 2000
-        assert feeder.feed(NOON_NS + 60 * SECOND_NS) > 20
-        assert len(influx.points) == feeder.written
-    assert {dict(series.tags)["device_id"] for series in influx.points.series("device_telemetry")} == {
-        "D1",
-        "D2",
-        "D3",
-        "D4",
-    }
+    writer = TelemetryWriter(influx.write, fleet(4), oldest_ns=NOON_NS - HOUR_NS, now_ns=lambda: now[0])
+    writer.write()
+    backlog = len(influx.points)
+    assert backlog > 2000
+    now[0] += 60 * SECOND_NS
+    writer.write()
+    assert len(influx.points) > backlog + 20
+    devices = {dict(series.tags)["device_id"] for series in influx.points.series("device_telemetry")}
+    assert devices == {"D1", "D2", "D3", "D4"}
 
 
-def test_the_feeder_goes_on_after_the_database_was_away(influx: InfluxSimulator) -> None:
-    write = http_writer(influx.url, token=influx.token, org=influx.org, bucket=influx.bucket)
-    now = [NOON_NS]
-    with Feeder(
-        write, fleet(2), oldest_ns=now[0] - HOUR_NS // 10, interval_seconds=0.01, now_ns=lambda: now[0]
-    ) as feeder:
-        before = feeder.written
-        influx.close()
-        now[0] += 120 * SECOND_NS
-        influx.start()
-        while feeder.written == before:
-            pass
-    assert len(influx.points) >= before + 24
+def test_a_writer_goes_on_from_a_thread_until_it_is_closed(tmp_path: Path) -> None:
+    writer = CsvWriter(tmp_path, interval_seconds=0.01)
+    writer.start()
+    while len(list(tmp_path.glob("*.csv"))) < 3:
+        time.sleep(0.01)
+    writer.close()
+    written = sorted(tmp_path.iterdir())
+    time.sleep(0.05)
+    assert sorted(tmp_path.iterdir()) == written
+    assert written[0].read_text().startswith("cluster_name,id,name,value\ncluster-0000,0000,")

@@ -16,20 +16,20 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from app.demo.http import Answer, Request
+from simulators.http_server import Answer, Request
 
 SKEW_SECONDS = 300
+LIFETIME_SECONDS = 3599
 GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 JSON = {"Content-Type": "application/json; charset=utf-8"}
 
 
 class Tokens:
-    """One service account and one installed app. `lifetime_seconds` is what tokens are good for."""
+    """One service account and one installed app."""
 
-    def __init__(self, lifetime_seconds: int = 3599) -> None:
+    def __init__(self) -> None:
         from cryptography.hazmat.primitives.asymmetric import rsa
 
-        self.lifetime_seconds = lifetime_seconds
         self.revoked = False
         self.issued = 0
         self.client = {"client_id": "demo-client", "client_secret": secrets.token_hex(8)}
@@ -134,8 +134,8 @@ class Tokens:
         token = f"ya29.{secrets.token_hex(16)}"
         with self._lock:
             self.issued += 1
-            self._live[token] = (time.time() + self.lifetime_seconds, form["grant_type"] == GRANT)
-        answer: dict[str, Any] = {"access_token": token, "expires_in": self.lifetime_seconds, "token_type": "Bearer"}
+            self._live[token] = (time.time() + LIFETIME_SECONDS, form["grant_type"] == GRANT)
+        answer: dict[str, Any] = {"access_token": token, "expires_in": LIFETIME_SECONDS, "token_type": "Bearer"}
         if form["grant_type"] == "authorization_code":
             answer |= {"refresh_token": self.refresh_token, "scope": "https://www.googleapis.com/auth/drive"}
         return answer

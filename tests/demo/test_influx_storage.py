@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.demo.influx_points import SHARD_NS, Points
-from app.demo.line_protocol import parse_lines
+from simulators.influx_storage import SHARD_NS, Points
+from simulators.line_protocol import parse_lines
 
 
 def stored(*texts: str) -> tuple[Points, list[str]]:
@@ -55,7 +55,7 @@ def test_another_type_in_the_same_week_drops_the_point_and_keeps_the_others() ->
 def test_another_type_in_another_week_is_another_column() -> None:
     points, dropped = stored("m f=1 10", f"m f=1i {2 * SHARD_NS}")
     assert not dropped
-    assert [(name, kind) for _, name, kind in points.types("m")] == [("f", "float"), ("f", "integer")]
+    assert points.fields(points.series()[0], 0, 3 * SHARD_NS) == [("f", "float"), ("f", "integer")]
 
 
 def test_many_points_are_stored_at_once_behind_those_that_are_there() -> None:

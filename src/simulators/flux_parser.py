@@ -8,9 +8,24 @@ escape right after a `$`, which its scanner does not take, are refused.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
-from app.demo.instants import duration_ns, parse_rfc3339
-
+NS = 10**9
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?)?")
+UNITS_NS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "ms": 10**6,
+    "s": NS,
+    "m": 60 * NS,
+    "h": 3600 * NS,
+    "d": 86_400 * NS,
+    "w": 7 * 86_400 * NS,
+}
+DURATION = re.compile(r"(\d+)(ns|us|µs|ms|s|m(?!o)|h|d|w)")
 TOKEN = re.compile(
     r"""(?P<blank>(?:\s|//[^\n]*)+)
     |(?P<time>\d{4}-\d\d-\d\d(?:T\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d))?)
@@ -26,6 +41,15 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
 ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|\$(?!\\)|[^$])|\$[{\\]", re.DOTALL)
 COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
 WORDS = frozenset({"import", "package", "option", "and", "or", "not", "exists", "if", "then", "else", "return"})
+
+
+class FluxError(Exception):
+    """A query that failed while it ran; `code` is the platform's error code."""
+
+    def __init__(self, message: str, code: str = "invalid") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
 
 
 class FluxSyntax(Exception):
@@ -334,3 +358,34 @@ class _Parser:
             self._expect("]")
             return Member(label)
         return Name(word)
+
+
+def rfc3339(time_ns: int) -> str:
+    """`2026-02-07T12:00:00.5Z`: UTC, trailing zeros cut. Like the reader, exact: nothing passes through a float."""
+    second, fraction = divmod(time_ns, NS)
+    if not fraction:
+        return _second(second) + "Z"
+    return f"{_second(second)}.{fraction:09d}".rstrip("0") + "Z"
+
+
+@lru_cache(maxsize=8192)
+def _second(second: int) -> str:
+    return (EPOCH + timedelta(seconds=second)).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def parse_rfc3339(text: str) -> int:
+    """Nanoseconds of an RFC 3339 text; a date alone is its midnight, no zone is UTC. Raises ValueError."""
+    found = RFC3339.fullmatch(text)
+    if found is None:
+        raise ValueError(f"not a time: {text!r}")
+    day, clock, fraction, zone = found.groups()
+    elapsed = datetime.fromisoformat(f"{day}T{clock or '00:00:00'}{zone or 'Z'}") - EPOCH
+    return (elapsed.days * 86_400 + elapsed.seconds) * NS + int((fraction or "0").ljust(9, "0"))
+
+
+def duration_ns(text: str) -> int:
+    """Nanoseconds of `1h30m`. Raises ValueError for anything else, months and years included."""
+    parts = DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"not a duration: {text!r}")
+    return sum(int(number) * UNITS_NS[unit] for number, unit in parts)

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
-from typing import Self
 from urllib.parse import urlencode
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from app.demo.http import Answer, CutHere, Request, Served
-from app.demo.product_events import appmetrica_rows
+from simulators.http_server import Answer, CutHere, Request, Simulator
 
 HOUR = timedelta(hours=1)
+BRANDS = (("Apple", "iPhone15,3"), ("Samsung", "SM-S918B"), ("Google", ""))
+CITIES = (("Berlin", "DE"), ("Lisboa", "PT"), ("Tbilisi", "GE"))
+EVENT_NAMES = ("open", "view", "search", "purchase")
 TEXT = {"Content-Type": "text/plain"}
 EXPORT = "/logs/v1/export/"
 APPLICATIONS = "/management/v1/applications"
@@ -89,24 +91,12 @@ def generated(application_id: int, events_an_hour: int) -> Callable[[datetime], 
     return rows
 
 
-class AppMetricaSimulator:
-    """Use it as a context manager. `state` is what it holds and what it shall suffer."""
+class AppMetricaSimulator(Simulator):
+    """`state` is what it holds and what it shall suffer."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        super().__init__()
         self.state = AppMetricaState(clock)
-        self._served = Served("appmetrica")
-
-    def __enter__(self) -> Self:
-        self._served.start(self._respond)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._served.close()
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a trailing slash."""
-        return self._served.url
 
     def environment(self) -> dict[str, str]:
         """The settings that point the product at it."""
@@ -122,7 +112,8 @@ class AppMetricaSimulator:
         with self.state.lock:
             self.state.waiting.extend([fault] * times)
 
-    def _respond(self, request: Request) -> Answer:
+    def respond(self, request: Request) -> Answer:
+        """The answer to any request, with the fault that waits for it."""
         with self.state.lock:
             fault = self.state.waiting.pop(0) if self.state.waiting else self._fault_of(request)
             answer = self._answer(request, fault)
@@ -239,3 +230,42 @@ def _csv(rows: Sequence[Mapping[str, str] | bytes], columns: Sequence[str]) -> b
         else:
             writer.writerow([row.get(column, "") for column in columns])
     return text.getvalue().rstrip("\n").encode("utf-8", "surrogateescape")
+
+
+def appmetrica_rows(application_id: int, hour_at: datetime, count: int) -> Sequence[dict[str, str]]:
+    """The events that AppMetrica received in an hour, every value as text; two of them equal in every column."""
+    rows = [_received(application_id, hour_at, number) for number in range(count)]
+    return [*rows, rows[0]] if rows else rows
+
+
+def _received(application_id: int, hour_at: datetime, number: int) -> dict[str, str]:
+    draw = random.Random(f"{application_id}:{hour_at:%Y%m%dT%H}:{number}")  # noqa: S311 - plausible, not secret
+    person = draw.randrange(100)
+    brand, model = BRANDS[person % len(BRANDS)]
+    city, country = CITIES[person % len(CITIES)]
+    received_at = hour_at + timedelta(seconds=number % 3600)
+    happened_at = received_at - timedelta(seconds=draw.randrange(90), days=draw.choice((0,) * 9 + (5,)))
+    properties = {"screen": f"s{number % 7}", "text": 'a "quoted"\nline, and another'}
+    return {
+        "event_json": {5: "", 7: "no json {", 9: "{}"}.get(number % 12, json.dumps(properties, indent=1)),
+        "event_name": draw.choice(EVENT_NAMES),
+        "event_receive_timestamp": str(int(received_at.timestamp())),
+        "event_timestamp": str(int(happened_at.timestamp())),
+        "session_id": str((2**64 - 1 if person % 5 == 0 else 10_000_000_000) - person),
+        "installation_id": UUID(int=person + 1).hex,
+        "appmetrica_device_id": str(2**64 - 1 - person),
+        "city": city,
+        "country_iso_code": country,
+        "device_ipv6": f"::ffff:203.0.113.{person}",
+        "device_locale": "de_DE",
+        "device_manufacturer": brand,
+        "device_model": model,
+        "device_type": "phone",
+        "operator_name": "MTS" if person % 2 else "",
+        "os_name": "android",
+        "os_version": "14",
+        "profile_id": str(50_000 + person) if person % 3 else f"guest-{person}",
+        "app_package_name": "com.example.app",
+        "app_version_name": "4.2.0",
+        "application_id": str(application_id),
+    }

@@ -9,7 +9,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from app.demo.dynamo import DynamoSimulator, Table
+from simulators.dynamodb import DynamoSimulator, DynamoTable
 
 NAMES = {"#p": "pk", "#t": "at"}
 UNIT = 4096
@@ -17,7 +17,8 @@ UNIT = 4096
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with DynamoSimulator([Table("t", ("pk", "at"), ("S", "N")), Table("large", ("pk", "at"), ("S", "N"))]) as dynamo:
+    tables = [DynamoTable(name, ("pk", "at"), ("S", "N")) for name in ("t", "large")]
+    with DynamoSimulator(tables) as dynamo:
         for number in range(10):
             kind = "odd" if number % 2 else "even"
             row = {"pk": {"S": "a"}, "at": {"N": str(number)}, "kind": {"S": kind}}
