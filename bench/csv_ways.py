@@ -16,7 +16,7 @@ def headwater(folder: Path) -> None:
     """Ours, the whole step: checks, MD5, spool, merge, undo data, fsync, journal, archive."""
     from app.core.runs import Context, Lease, Stop
     from app.csv_inbox.config import configured
-    from app.csv_inbox.discovery import Places, Work
+    from app.csv_inbox.discovery import InboxPaths, InboxRun
     from app.csv_inbox.job import run
 
     class Silent:
@@ -26,7 +26,7 @@ def headwater(folder: Path) -> None:
     keys = {"checksum_wait_seconds": 0, "key_column": "k", "merged_file": "master.csv"}
     config = configured(keys, folder, "")
     lease = Lease("csv_inbox", "bench", 1, datetime.now(UTC))
-    work = Work(Places(config), Context(uuid4().hex, lease, Stop(), Silent()), lambda: datetime.now(UTC))
+    work = InboxRun(InboxPaths(config), Context(uuid4().hex, lease, Stop(), Silent()), lambda: datetime.now(UTC))
     config.watch_dir.mkdir(exist_ok=True)
     shutil.copy(folder / (sys.argv[3] if len(sys.argv) > 3 else "incoming.csv"), config.watch_dir / "incoming.csv")
     report = run(work)

@@ -17,20 +17,7 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    *(
-        f"app.csv_inbox.{name}"
-        for name in (
-            "faults",
-            "identity",
-            "incoming",
-            "merge",
-            "journal",
-            "late_tail",
-            "metadata",
-            "quarantine",
-            "step",
-        )
-    ),
+    *(f"app.csv_inbox.{name}" for name in ("late_rows", "quarantine", "transaction")),
 )
 
 

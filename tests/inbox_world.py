@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from app.core.runs import Context, Lease, Report, Stop
 from app.csv_inbox.config import InboxConfig, configured
-from app.csv_inbox.discovery import Places, Work
+from app.csv_inbox.discovery import InboxPaths, InboxRun
 from app.csv_inbox.job import run, undo
 from app.csv_inbox.quarantine import Load, loads
 
@@ -52,11 +52,11 @@ class World:
     def undo(self, run_id: str, *, dry_run: bool = False) -> Report:
         return undo(self.work(dry_run=dry_run), run_id)
 
-    def work(self, *, dry_run: bool = False, stop: Stop | None = None) -> Work:
+    def work(self, *, dry_run: bool = False, stop: Stop | None = None) -> InboxRun:
         at = datetime.now(UTC)
         lease = Lease("csv_inbox", "test", 1, at + timedelta(hours=1))
         context = Context(uuid4().hex, lease, stop or Stop(), Silent(), dry_run=dry_run)
-        return Work(Places(self.config), context, lambda: datetime.now(UTC))
+        return InboxRun(InboxPaths(self.config), context, lambda: datetime.now(UTC))
 
     @property
     def master(self) -> bytes:
@@ -68,7 +68,7 @@ class World:
 
     @property
     def loads(self) -> Sequence[Load]:
-        return loads(Places(self.config).loads, 1000)
+        return loads(InboxPaths(self.config).loads, 1000)
 
     def names(self, folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

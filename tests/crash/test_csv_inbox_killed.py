@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from inbox_world import World, model, parsed, world
 
 HERE = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def undisturbed_master(folder: Path) -> bytes:
         expected = model(expected, parsed(content.encode()), "k")
     undisturbed = here.master
     assert parsed(undisturbed) == expected
-    assert Places(here.config).index.exists()
+    assert InboxPaths(here.config).index.exists()
     check(here, undisturbed)
     return undisturbed
 

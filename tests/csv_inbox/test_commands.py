@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Rejected
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.job import run
 from inbox_world import world
 
@@ -77,7 +77,7 @@ def test_only_the_last_merges_can_be_taken_back(tmp_path: Path) -> None:
         here.undo("nonsense")
     here.undo(here.loads[1].run_id)
     assert here.master == b"k,a\nx,1\n"
-    assert not [name for name in here.names(Places(here.config).loads) if name.endswith(".undo")]
+    assert not [name for name in here.names(InboxPaths(here.config).loads) if name.endswith(".undo")]
 
 
 def test_a_full_log_moves_aside_and_five_older_ones_are_kept(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.csv_inbox import merge_passes
-from app.csv_inbox.discovery import Places, Work
+from app.csv_inbox import merge
+from app.csv_inbox.discovery import InboxPaths, InboxRun
 from app.csv_inbox.job import run
 from app.csv_inbox.key_index import HEAD_BYTES
 from inbox_world import World, colliding, world
@@ -21,13 +21,13 @@ ROWS = 500
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways along the index: rows that may go are close together, or far apart."""
     if request.param == "sparse":
-        monkeypatch.setattr(merge_passes, "APART_BYTES", 0)
+        monkeypatch.setattr(merge, "APART_BYTES", 0)
 
 
 def begun(folder: Path) -> World:
     here = world(folder)
     here.take("0.csv", "k,a\n" + "".join(f"{n},old\n" for n in range(ROWS)))
-    assert Places(here.config).index.exists()
+    assert InboxPaths(here.config).index.exists()
     return here
 
 
@@ -118,7 +118,7 @@ def gone(path: Path) -> None:
 @pytest.mark.parametrize("damage", [torn, flipped, headless, nonsense, another, empty, gone])
 def test_a_damaged_index_is_worth_nothing_and_is_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     here = begun(tmp_path)
-    index = Places(here.config).index
+    index = InboxPaths(here.config).index
     damage(index)
     here.take("1.csv", "k,a\n0,new\n499,new\n")
     assert here.master == b"k,a\n" + b"".join(b"%d,old\n" % n for n in range(1, 499)) + b"0,new\n499,new\n"
@@ -153,7 +153,7 @@ def test_a_column_that_a_file_lacks_stays_while_any_row_of_the_master_has_a_valu
 def test_a_small_master_has_no_index(tmp_path: Path) -> None:
     here = world(tmp_path, index_from_mb=16)
     here.take("1.csv", "k,a\nx,old\n")
-    assert not Places(here.config).index.exists()
+    assert not InboxPaths(here.config).index.exists()
 
 
 def test_keys_that_share_a_hash_are_merged_each_by_itself(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_master_that_is_cut_while_it_is_read_is_left_as_it_is(tmp_path: Path) 
     cut = here.master[: len(here.master) // 2]
     cutting = Meddling(lambda: os.truncate(here.config.merged_file, len(cut)))
     with pytest.raises((Permanent, Transient), match="master"):
-        run(Work(work.places, replace(work.context, progress=cutting), work.clock))
+        run(InboxRun(work.paths, replace(work.context, progress=cutting), work.clock))
     assert here.master == cut
     assert here.waiting == ["1.csv"]
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.csv_inbox import merge_passes
+from app.csv_inbox import merge
 from app.csv_inbox.csv_tokenizer import Cells, Dialect, Malformed, Marks, blocks, marked, walked
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.key_index import (
     DEEPEST,
     ENTRY,
@@ -20,11 +20,11 @@ from app.csv_inbox.key_index import (
     HEAD_BYTES,
     LONG_VALUE_BYTES,
     PIECE_RECORDS,
-    Sieve,
+    BloomIndex,
     hashed,
     same,
 )
-from app.csv_inbox.merge_passes import READ_BYTES, SCAN_BYTES
+from app.csv_inbox.merge import READ_BYTES, SCAN_BYTES
 from inbox_world import World, world
 
 DIALECT = Dialect(",", "latin-1")
@@ -36,7 +36,7 @@ HEAD = "k,a,b\n"
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A master of several chunks need not be as large as with those of 8 MiB."""
-    monkeypatch.setattr(merge_passes, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(merge, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def line(number: int, value: str = "old") -> str:
@@ -68,11 +68,11 @@ def edges() -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("apart", [merge_passes.APART_BYTES, 0])
+@pytest.mark.parametrize("apart", [merge.APART_BYTES, 0])
 def test_rows_at_the_edges_of_all_that_is_read_at_once_are_replaced_with_and_without_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
-    monkeypatch.setattr(merge_passes, "APART_BYTES", apart)
+    monkeypatch.setattr(merge, "APART_BYTES", apart)
     worlds = both(tmp_path)
     gone = edges()
     again = {number for number in gone if number % 3 == 0}
@@ -151,7 +151,7 @@ def test_hashes_are_found_where_they_are_however_many_share_their_first_bits(
 ) -> None:
     crowd = [(1 << shift) + number for number in range(DEEPEST + 2)] if crowded else []
     held = np.unique(np.array(sorted({*numbers, *crowd}), np.uint64))
-    sieve = Sieve(held)
+    sieve = BloomIndex(held)
     edge = (0, (1 << 64) - 1)
     asked = np.array([*numbers, *crowd, *(min(each + 1, (1 << 64) - 1) for each in numbers), *edge], np.uint64)
     expected = np.minimum(np.searchsorted(held, asked), len(held) - 1)
@@ -222,7 +222,7 @@ def test_a_wrong_length_or_hash_in_the_index_is_never_followed(
 ) -> None:
     here = world(tmp_path)
     here.take("0.csv", "k,a\n" + "".join(f"{n},old\n" for n in range(500)))
-    index = Places(here.config).index
+    index = InboxPaths(here.config).index
     assert index.stat().st_size == HEAD_BYTES + 500 * ENTRY.itemsize
     overwritten(index, HEAD_BYTES + place * ENTRY.itemsize + half, part)
     here.take("1.csv", "k,a\n0,new\n250,new\n499,new\n")

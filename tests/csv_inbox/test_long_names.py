@@ -9,7 +9,7 @@ import pytest
 
 from app.core.errors import BadSettings
 from app.core.files import NAME_BYTES, bounded_name, write_durably
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from inbox_world import World, world
 
 LONG = [
@@ -78,7 +78,7 @@ def test_a_master_with_a_long_name_has_all_its_files_beside_it(tmp_path: Path, n
     here.take("2.csv", "k,a\nx,2\n")
     here.take("bad.csv", "k,a\nx\n")
     assert here.master == b"k,a\nx,2\n"
-    assert Places(here.config).index.parent == tmp_path
+    assert InboxPaths(here.config).index.parent == tmp_path
     here.undo(here.loads[1].run_id)
     assert here.master == b"k,a,gone\nx,1,\n"
     short_enough(here)
@@ -111,11 +111,11 @@ def test_a_journal_of_an_earlier_version_with_too_long_an_archive_name_is_carrie
         },
         "load": load,
     }
-    Places(here.config).journal.write_text(json.dumps(journal))
+    InboxPaths(here.config).journal.write_text(json.dumps(journal))
     here.take("good.csv", "k,a\nz,3\n")
     assert here.waiting == []
     assert len(here.archived) == 3
-    assert not Places(here.config).journal.exists()
+    assert not InboxPaths(here.config).journal.exists()
 
 
 def test_names_that_are_cut_stay_different_and_whole_characters() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from app.csv_inbox.transaction import recover
 from disk_effects import Disk, Effect
 from inbox_kills import child
@@ -32,14 +32,14 @@ def begun(folder: Path) -> Iterator[World]:
             os._exit(child(f"{here.folder} {event}"))
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
             return
-        if Places(here.config).journal.exists():
+        if InboxPaths(here.config).journal.exists():
             yield here
 
 
 def check(here: World, master: bytes = MERGED) -> None:
     assert here.master == master
     assert here.waiting == []
-    assert not Places(here.config).journal.exists()
+    assert not InboxPaths(here.config).journal.exists()
     # A file that is archived already may be merged once more, which changes nothing.
     assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {OLD, NEW}
 
@@ -48,17 +48,17 @@ def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory
     number = 0
     for here in begun(memory_path):
         number += 1
-        shutil.rmtree(Places(here.config).loads)
+        shutil.rmtree(InboxPaths(here.config).loads)
         here.config.metadata_file.unlink(missing_ok=True)
-        Places(here.config).index.unlink(missing_ok=True)
-        assert recover(Places(here.config)), "as a run does, and an undo"
+        InboxPaths(here.config).index.unlink(missing_ok=True)
+        assert recover(InboxPaths(here.config)), "as a run does, and an undo"
         check(here)
     assert number > 5
 
 
 def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Path) -> None:
     for here in begun(memory_path):
-        Places(here.config).journal.unlink()
+        InboxPaths(here.config).journal.unlink()
         here.run()
         check(here)
 
@@ -67,7 +67,7 @@ def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
     memory_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for here in begun(memory_path):
-        journal = Places(here.config).journal
+        journal = InboxPaths(here.config).journal
         old = journal.read_bytes()
         here.run()
         assert "before the process ended is complete now: new.csv" in caplog.text
@@ -109,7 +109,7 @@ def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_th
 
 def journal_of(here: World, work: Callable[[], object]) -> bytes:
     """What `work` commits, which is done then."""
-    journal, found = Places(here.config).journal, list[bytes]()
+    journal, found = InboxPaths(here.config).journal, list[bytes]()
 
     def look(_: Effect) -> None:
         if journal.exists():
@@ -130,12 +130,12 @@ def test_a_journal_that_is_set_back_after_its_merge_was_undone_does_not_say_that
     old = journal_of(here, lambda: here.take("new.csv", NEW))
     here.undo(here.loads[0].run_id)
     after = here.names(tmp_path), here.loads
-    Places(here.config).journal.write_bytes(old)
+    InboxPaths(here.config).journal.write_bytes(old)
     here.run()
     assert (here.names(tmp_path), here.loads) == after
     assert not first or here.master == OLD.encode()
-    shutil.rmtree(Places(here.config).loads)
-    Places(here.config).journal.write_bytes(old)
+    shutil.rmtree(InboxPaths(here.config).loads)
+    InboxPaths(here.config).journal.write_bytes(old)
     here.run()
     assert [load.file for load in here.loads] == ["new.csv"], (
         "what is in the archive was merged, and is on record again"
@@ -165,7 +165,7 @@ def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path:
     run_id = here.loads[0].run_id
     old = journal_of(here, lambda: here.undo(run_id))
     here.take("new.csv", NEW)
-    Places(here.config).journal.write_bytes(old)
+    InboxPaths(here.config).journal.write_bytes(old)
     here.run()
     assert here.master == NEW.encode()
 
@@ -179,7 +179,7 @@ def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp
         writer.write("z,2\n")
         here.run()
         here.take("newer.csv", "k,a\ny,3\nz,3\n")
-        Places(here.config).journal.write_bytes(old)
+        InboxPaths(here.config).journal.write_bytes(old)
         here.run()
         here.run()
     assert here.master == b"k,a\nx,1\ny,3\nz,3\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent
-from app.csv_inbox.discovery import Places
+from app.csv_inbox.discovery import InboxPaths
 from disk_effects import Disk, Effect
 from inbox_world import World, world
 
@@ -57,7 +57,7 @@ def test_whatever_happens_no_file_has_its_name_before_its_bytes_are_flushed_and_
         act(here)
     # The index may be lost, and the input is flushed, if at all, by whoever wrote it.
     of_others = {here.config.archive_dir, here.config.rejected_dir}
-    index = Places(here.config).index
+    index = InboxPaths(here.config).index
     assert {path for path in disk.renamed_unflushed() if path.parent not in of_others} <= {index}
     assert set(disk.unflushed_names()) <= {index}
 
@@ -68,7 +68,7 @@ def test_all_that_a_step_needs_is_on_the_disk_before_its_journal_and_the_journal
     here, disk = merged_once(tmp_path), Disk(tmp_path)
     with disk.recorded():
         here.run()
-    places, config = Places(here.config), here.config
+    places, config = InboxPaths(here.config), here.config
     targets = [each.target for each in disk.effects]
     committed, ended = targets.index(places.journal), len(targets) - targets[::-1].index(places.journal) - 1
     before, after = disk.effects[:committed], disk.effects[committed + 1 : ended]
@@ -137,7 +137,7 @@ def check_next_run(here: World) -> None:
     assert here.master == MERGED
     assert here.waiting == []
     assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {FIRST, SECOND}
-    assert not Places(here.config).journal.exists()
+    assert not InboxPaths(here.config).journal.exists()
     assert {load.file: load.rows_after for load in here.loads} == {"1.csv": 2, "2.csv": 3}
 
 

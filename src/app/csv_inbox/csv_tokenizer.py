@@ -1,4 +1,9 @@
-"""CSV as bytes: the dialect, and where records and fields end."""
+"""CSV as bytes: the dialect's plain rules, and where records and fields end, found with numpy block by block.
+
+Invariants: quotes follow the csv module: one opens only at the start of a field, elsewhere it is text. A block holds
+whole records, so memory is bounded by the block and by the longest record. What cannot be read as records is an error
+that names the line, never a guess.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,17 +17,26 @@ import numpy.typing as npt
 from app.core.errors import AppError
 from app.csv_inbox.config import LONE_RETURN, LONG_RECORD, OPEN_QUOTE, RAGGED
 
-# How records of one CSV file are written, field by field: the plain rules that everything faster has to agree with.
-#
-# Invariant: quotes follow the csv module: one opens only at the start of a field, elsewhere it is text.
+Offsets = npt.NDArray[np.int64]
+Octets = npt.NDArray[np.uint8]
+Read = Callable[[int], bytes]
 
+BLOCK_BYTES = 1 << 20
+LONGEST_RECORD_BYTES = 1 << 24
+"""The one limit for a record and for a header that come in, line end included."""
+MASTER_RECORD_BYTES = 4 * LONGEST_RECORD_BYTES
+"""What is read back from the master. It can never be reached: a record that came in grows by delimiters only, and there
+are no more of these than bytes in a header. Earlier versions let records of twice that limit in.
+"""
 BOM = b"\xef\xbb\xbf"
+LF, CR, QUOTE = 10, 13, 34
+NONE = np.zeros(0, np.int64)
 
 
 class Malformed(AppError):
     """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record.
 
-    `kind` is one of the fixed texts of `faults`.
+    `kind` is one of the fixed texts of `config`.
     """
 
     def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: str) -> None:
@@ -92,28 +106,6 @@ class Dialect:
         return match.end() if match else -1
 
 
-# CSV as bytes: where records and fields end, and the values of a few columns, found with numpy block by block.
-#
-# Invariants: a block holds whole records and begins where one begins, so memory is bounded by the block and by the
-# longest record; what cannot be read as records is an error that names the line, never a guess. Quotes are counted
-# where all of them stand as writers put them; a block where one does not is walked record by record by the dialect's
-# rules.
-
-Offsets = npt.NDArray[np.int64]
-Octets = npt.NDArray[np.uint8]
-Read = Callable[[int], bytes]
-
-BLOCK_BYTES = 1 << 20
-LONGEST_RECORD_BYTES = 1 << 24
-"""The one limit for a record and for a header that come in, line end included."""
-MASTER_RECORD_BYTES = 4 * LONGEST_RECORD_BYTES
-"""What is read back from the master. It can never be reached: a record that came in grows by delimiters only, and there
-are no more of these than bytes in a header. Earlier versions let records of twice that limit in.
-"""
-LF, CR, QUOTE = 10, 13, 34
-NONE = np.zeros(0, np.int64)
-
-
 @dataclass(frozen=True, slots=True)
 class Marks:
     """Where fields end: `at` are offsets of delimiters and line feeds outside quotes, `lasts` the places in it of the
@@ -127,14 +119,14 @@ class Marks:
     returns: bool
 
 
-def marked(data: bytes, dialect: Dialect) -> Marks:
-    """The marks of bytes that begin where a record begins and may end anywhere. Raises Malformed."""
+def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
+    """The marks of bytes that begin where a record begins, on that line, and may end anywhere. Raises Malformed."""
     array = np.frombuffer(data, np.uint8)
     found = array == ord(dialect.delimiter)
     found |= array == LF
     quotes = _sparse(array == QUOTE) if b'"' in data else NONE
     if len(quotes) and not _strict(array, quotes, dialect):
-        return walked(data, dialect, quotes)
+        return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
     feeds = array.take(at) == LF
     inside = _inside(at, quotes)
@@ -143,7 +135,7 @@ def marked(data: bytes, dialect: Dialect) -> Marks:
         at, feeds = np.delete(at, inside), np.delete(feeds, inside)
     returns = b"\r" in data
     if returns:
-        _no_lone_return(array, quotes)
+        _no_lone_return(array, quotes, line)
     return Marks(at, np.flatnonzero(feeds), quotes, inner, returns)
 
 
@@ -176,6 +168,17 @@ def spread(starts: Offsets, lengths: Offsets) -> Offsets:
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
+def pairs(starts: Offsets, stops: Offsets) -> Iterator[tuple[int, int]]:
+    """Each start with its stop, as plain numbers."""
+    return zip(starts.tolist(), stops.tolist(), strict=True)
+
+
+def cut(data: bytes | memoryview, starts: Offsets, stops: Offsets) -> bytes:
+    """The ranges from each of `starts` to that of `stops`, joined."""
+    held = memoryview(data)
+    return b"".join([held[start:stop] for start, stop in pairs(starts, stops)])
+
+
 def _strict(array: Octets, quotes: Offsets, dialect: Dialect) -> bool:
     """True when every quote opens, closes or doubles as writers do it: then counting them tells what is quoted."""
     opening, closing = quotes[0::2], quotes[1::2]
@@ -189,20 +192,20 @@ def _strict(array: Octets, quotes: Offsets, dialect: Dialect) -> bool:
     return bool(allowed[after].all())
 
 
-def _no_lone_return(array: Octets, quotes: Offsets) -> None:
+def _no_lone_return(array: Octets, quotes: Offsets, line: int) -> None:
     returns = np.flatnonzero(array == CR)
     returns = returns[returns < len(array) - 1]
     lone = returns[array[returns + 1] != LF]
     lone = lone[(np.searchsorted(quotes, lone) & 1) == 0]
     if len(lone):
-        raise _lone_return(1 + int(np.count_nonzero(array[: lone[0]] == LF)))
+        raise _lone_return(line + int(np.count_nonzero(array[: lone[0]] == LF)))
 
 
 def _lone_return(line: int) -> Malformed:
     return Malformed("a carriage return that ends no line; write line ends as LF or CRLF", line, kind=LONE_RETURN)
 
 
-def walked(data: bytes, dialect: Dialect, quotes: Offsets) -> Marks:
+def walked(data: bytes, dialect: Dialect, quotes: Offsets, line: int = 1) -> Marks:
     """The same, record by record: for quotes inside plain fields, such as 5" in a list of sizes."""
     at: list[int] = []
     lasts: list[int] = []
@@ -213,7 +216,7 @@ def walked(data: bytes, dialect: Dialect, quotes: Offsets) -> Marks:
         if b"\r" in record.removesuffix(b"\r"):
             plain = [*fields[:-1], fields[-1].removesuffix(b"\r")]
             if any(b"\r" in dialect.outside(field) for field in plain):
-                raise _lone_return(1 + data.count(b"\n", 0, start))
+                raise _lone_return(line + data.count(b"\n", 0, start))
         at.extend(list(accumulate((len(field) + 1 for field in fields), initial=start - 1))[1:])
         lasts.append(len(at) - 1)
         start = end
@@ -360,7 +363,7 @@ class Block:
         doubled = places[inner > 0]
         if not len(doubled):
             return bare
-        values = [dialect.unquoted(self.data[start:stop]) for start, stop in _pairs(starts, stops, doubled)]
+        values = [dialect.unquoted(self.data[start:stop]) for start, stop in pairs(starts[doubled], stops[doubled])]
         lengths = np.array([len(value) for value in values], np.int64)
         bare.starts[doubled] = len(self.data) + np.cumsum(lengths) - lengths
         bare.lengths[doubled] = lengths
@@ -373,10 +376,6 @@ class Block:
     def record(self, position: int) -> bytes:
         """One record without its line end."""
         return self.data[int(self.starts[position]) : int(self.stops[position])]
-
-
-def _pairs(starts: Offsets, stops: Offsets, places: Offsets) -> Iterator[tuple[int, int]]:
-    return zip(starts[places].tolist(), stops[places].tolist(), strict=True)
 
 
 def blocks(
@@ -392,7 +391,7 @@ def blocks(
 
     Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
     """
-    tail = b""
+    tail, longer = b"", f"a record longer than {longest_bytes >> 20} MiB"
     while piece := read(max(size, len(tail))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
@@ -400,23 +399,23 @@ def blocks(
         while more:
             block, data, more = _first_block(data, dialect, line, bom)
             if block is not None:
-                _refuse_longer(block, longest_bytes)
+                _refuse_longer(block, longest_bytes, longer)
                 yield block
                 marks = block.marks
                 line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
-            raise Malformed(f"{_longer(longest_bytes)}; is a quote not closed?", line, kind=LONG_RECORD)
+            raise Malformed(f"{longer}; is a quote not closed?", line, kind=LONG_RECORD)
     if tail.removeprefix(bom):
         last = _last(tail, dialect, line, bom)
-        _refuse_longer(last, longest_bytes)
+        _refuse_longer(last, longest_bytes, longer)
         yield last
 
 
 def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[Block | None, bytes, bool]:
     """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
     body = data.removeprefix(bom)
-    marks = _placed(body, dialect, line)
+    marks = marked(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
     cut = int(marks.at[marks.lasts[-1]]) + 1
@@ -425,7 +424,7 @@ def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[
     if not at:
         return block, body[cut:], False
     # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
-    return Block(body[:at], _placed(body[:at], dialect, line), line, block.begins), body[at:], True
+    return Block(body[:at], marked(body[:at], dialect, line), line, block.begins), body[at:], True
 
 
 def _next_bom(block: Block, bom: bytes) -> int:
@@ -437,33 +436,19 @@ def _next_bom(block: Block, bom: bytes) -> int:
     return next((start for start in maybe if block.data.startswith(bom, start)), 0)
 
 
-def _longer(longest_bytes: int) -> str:
-    return f"a record longer than {longest_bytes >> 20} MiB"
-
-
-def _refuse_longer(block: Block, longest_bytes: int) -> None:
+def _refuse_longer(block: Block, longest_bytes: int, told: str) -> None:
     """Raises Malformed, with the line, for a record above the limit."""
-    if len(block.data) <= longest_bytes:
-        return
-    long = np.flatnonzero(block.ends - block.starts > longest_bytes)
-    if len(long):
-        raise Malformed(_longer(longest_bytes), block.line_of(int(long[0])), kind=LONG_RECORD)
+    if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
+        raise Malformed(told, block.line_of(int(long.argmax())), kind=LONG_RECORD)
 
 
 def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
     """The last record of a file, which lacks its line end."""
     body = tail.removeprefix(bom)
-    marks = _placed(body + b"\n", dialect, line)
+    marks = marked(body + b"\n", dialect, line)
     if len(marks.lasts) != 1:
         told = "a quote is not closed before the end of the file"
         raise Malformed(told, line, body[:1000], kind=OPEN_QUOTE)
     if body.endswith(b"\r"):
         raise _lone_return(line)
     return Block(body, marks, line, len(body) < len(tail))
-
-
-def _placed(data: bytes, dialect: Dialect, line: int) -> Marks:
-    try:
-        return marked(data, dialect)
-    except Malformed as error:
-        raise Malformed(error.message, line - 1 + (error.line or 1), kind=error.kind) from None

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -18,12 +19,9 @@ from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_file
 from app.core.runs import Context
 from app.csv_inbox.config import NO_ACCESS, NOT_REGULAR, Fault, InboxConfig, Stuck, Unmergeable, Unsteady
 
-# Where everything of one inbox lies, and what an operating system's error about it asks of the caller.
-#
-# Invariants: all that belongs to one master begins with its name and lies in its folder, so several masters can share
-# one; temporary files can be told by their names, so a restart can remove them; no name that is made here is longer
-# than a directory can hold, whatever it is made of.
-
+MEBIBYTE = 1 << 20
+UNIT = "records"
+SUFFIX = ".csv"
 PENDING = ".pending-"
 TEMPORARY = ".merge.tmp"
 REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
@@ -35,11 +33,15 @@ REJECTED_BYTES = NAME_BYTES - WRITTEN_BYTES - len(BAD_ROWS)
 """What the name of a rejected file may have, so that its reason and its bad rows can be named after it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """The files beside the master."""
+class InboxPaths:
+    """Where everything of one inbox lies. Several masters can share a folder: what belongs to one begins with its name.
+
+    Temporary files can be told by their names, so a restart can remove them. No name is too long for a directory.
+    """
 
     config: InboxConfig
 
@@ -81,16 +83,22 @@ class Places:
         return self.config.watch_dir / self.temporary(load_id, "tail").name
 
     def pending(self, load_id: str) -> Path:
-        """The archive's hold on an input before the commit."""
+        """The second name that keeps an input for the archive before the commit."""
         return self.config.archive_dir / f"{PENDING}{load_id}"
 
     def leftovers(self) -> list[Path]:
         """Temporary files and pending links of a merge that was never committed."""
         config = self.config
-        own = f".{self._stem}."
+        stem = bounded_name(config.merged_file.name, limit_bytes=STEM_BYTES)
+        own = f".{stem}."
         folders = {self.folder, config.metadata_file.parent, config.watch_dir}
         found = [path for folder in folders for path in _listed(folder) if path.name.startswith((own, f".{own}"))]
-        found += [path for path in (*_listed(self.loads), *_listed(config.rejected_dir)) if _half_written(path)]
+        # A reason, its rows or a record that `write_durably` was killed over.
+        found += [
+            path
+            for path in (*_listed(self.loads), *_listed(config.rejected_dir))
+            if path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
+        ]
         found = [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)]
         return [*found, *(path for path in _listed(config.archive_dir) if path.name.startswith(PENDING))]
 
@@ -101,17 +109,9 @@ class Places:
             folder.mkdir(parents=True, exist_ok=True)
         config.metadata_file.parent.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def _stem(self) -> str:
-        return bounded_name(self.config.merged_file.name, limit_bytes=STEM_BYTES)
-
     def _beside(self, what: str) -> Path:
-        return self.config.merged_file.with_name(f".{self._stem}.{what}")
-
-
-def _half_written(path: Path) -> bool:
-    """A reason, its rows or a record that `write_durably` was killed over."""
-    return path.name.startswith(".") and any(kind in path.name for kind in (REASON, BAD_ROWS, RECORD))
+        stem = bounded_name(self.config.merged_file.name, limit_bytes=STEM_BYTES)
+        return self.config.merged_file.with_name(f".{stem}.{what}")
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -128,12 +128,11 @@ def stamp(at: datetime) -> str:
 
 def unused(folder: Path, name: str, at: datetime) -> Path:
     """`{name}.{stamp}` in the folder, with a number behind it should that name be taken: nothing is overwritten."""
-    number = 0
-    while True:
+    for number in itertools.count():
         wanted = folder / bounded_name(name, f".{stamp(at)}" + (f".{number}" if number else ""))
         if not os.path.lexists(wanted):
-            return wanted
-        number += 1
+            break
+    return wanted
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -176,9 +175,8 @@ def translated(doing: str) -> Iterator[None]:
             raise Transient(what, "free space there; nothing was lost, and the next run goes on") from error
         if error.errno in REFUSED:
             raise Permanent(what, "let this user write there; nothing was lost, and the next run goes on") from error
-        raise Permanent(
-            what, "look at the disk and the system's log; nothing was changed that is not complete"
-        ) from error
+        hint = "look at the disk and the system's log; nothing was changed that is not complete"
+        raise Permanent(what, hint) from error
 
 
 def printable(name: str) -> str:
@@ -187,20 +185,11 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# One run of the inbox: what its parts share.
-#
-# Invariant: what is told to the person who runs it by hand also stands in the inbox's log.
-
-MEBIBYTE = 1 << 20
-UNIT = "records"
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One run. `progress` counts MiB."""
+class InboxRun:
+    """What the parts of one run share. Progress counts MiB; `told` is for the person who runs it by hand."""
 
-    places: Places
+    paths: InboxPaths
     context: Context
     clock: Callable[[], datetime]
     told: list[str] = field(default_factory=list)
@@ -208,7 +197,7 @@ class Work:
     @property
     def config(self) -> InboxConfig:
         """The configuration."""
-        return self.places.config
+        return self.paths.config
 
     def tell(self, line: str) -> None:
         """Say it to whoever ran it, and in the log."""
@@ -228,13 +217,6 @@ class Work:
                 self.context.progress.advance(done=passed // MEBIBYTE - before // MEBIBYTE)
 
         return beat
-
-
-# Which file a name leads to, and in which state it is.
-#
-# Invariant: nothing but a regular file is ever opened for good, and no link is followed.
-
-PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,19 +263,10 @@ def md5_of(file: IO[bytes], size_bytes: int) -> str:
     """The MD5 of the first bytes of the file, which is read up to there; "" when it is shorter. Raises Stuck."""
     digest = hashlib.md5(usedforsecurity=False)
     file.seek(0)
-    while size_bytes > 0 and (piece := read_some(file, min(size_bytes, PIECE_BYTES))):
+    while size_bytes > 0 and (piece := read_some(file, min(size_bytes, MEBIBYTE))):
         digest.update(piece)
         size_bytes -= len(piece)
     return digest.hexdigest() if not size_bytes else ""
-
-
-# What lies in the inbox: which files are candidates, in which order, and whether they are still being written.
-#
-# Invariant: a file is taken only when size, modification time and MD5 stayed the same over the waiting time; links,
-# pipes and devices are never opened.
-
-SUFFIX = ".csv"
-CHUNK_BYTES = MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,20 +285,17 @@ class Candidate:
 def candidates(config: InboxConfig) -> Sequence[Candidate]:
     """Oldest first by modification time, then by name; hidden names are left alone. Raises OSError."""
     try:
-        entries = [Path(entry.path) for entry in os.scandir(config.watch_dir) if _named(entry.name)]
+        entries = [entry for entry in os.scandir(config.watch_dir) if not entry.name.startswith(".")]
     except FileNotFoundError:
         return []
-    found = [each for each in map(candidate, entries) if each is not None and each.path != config.merged_file]
+    named = [Path(entry.path) for entry in entries if entry.name.lower().endswith(SUFFIX)]
+    found = [each for each in map(candidate, named) if each is not None and each.path != config.merged_file]
     return in_order(found)
 
 
 def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:
     """Oldest first by modification time, then by name."""
     return sorted(found, key=lambda each: (each.identity.mtime_ns, each.path.name))
-
-
-def _named(name: str) -> bool:
-    return name.lower().endswith(SUFFIX) and not name.startswith(".")
 
 
 def candidate(path: Path) -> Candidate | None:
@@ -346,7 +316,7 @@ def candidate(path: Path) -> Candidate | None:
 
 def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
     """Above what the configuration allows."""
-    return size_bytes > config.max_file_size_mb * MEGABYTE
+    return size_bytes > config.max_file_size_mb * MEBIBYTE
 
 
 def unchanged(before: Candidate) -> bool:
@@ -355,24 +325,3 @@ def unchanged(before: Candidate) -> bool:
         return identity_of(before.path.lstat()) == before.identity
     except FileNotFoundError:
         return False
-
-
-def fingerprint(candidate: Candidate) -> str:
-    """The MD5 of the file now. Raises Unmergeable (cannot be opened), Unsteady (gone) and Stuck (cannot be read)."""
-    with open_regular(candidate.path) as file:
-        digest = hashlib.md5(usedforsecurity=False)
-        while piece := read_some(file, CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_steady(candidate: Candidate, now: str) -> None:
-    """Raises Unsteady when the MD5 is not what it was before the waiting time."""
-    if candidate.md5 and candidate.md5 != now:
-        raise Unsteady(f"{candidate.path.name} changed under its name", "no action needed; the next run looks again")
-
-
-def refusal(candidate: Candidate) -> Unmergeable:
-    """Why the candidate can never be merged."""
-    hint = "put the file itself into the inbox, not a link, a pipe or a device"
-    return Unmergeable([Fault(candidate.refused)], hint, kind=NOT_REGULAR)

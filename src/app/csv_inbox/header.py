@@ -1,18 +1,21 @@
-"""The first record of a file: its columns, byte order mark and line end.
+"""Headers: the columns of the master, of a file that comes in, and of the two united.
 
-Invariant: what comes out has distinct names and is what was written there, to the byte; for a file that comes in, what
-spreadsheets put around a header is taken off first.
+Invariants: names are distinct, and fields are what was written there, to the byte; for a file that comes in, what
+spreadsheets put around a header is taken off first. The master's columns keep their order and new ones follow, so a row
+of the master changes only by fields that are put behind it.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from app.core.errors import Permanent
 from app.csv_inbox.config import ENCODING, HEADER, LONG_RECORD, NO_ROWS
 from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, MASTER_RECORD_BYTES, Dialect, Malformed, Read, marked
 
 PIECE_BYTES = 1 << 16
 SHOWN_BYTES = 1000
+ABSENT = -1
 SEPARATOR_LINE = re.compile(rb'"?sep=([^"\r\n\0])"?\r?\n', re.IGNORECASE)
 
 
@@ -142,7 +145,7 @@ def _first(body: bytes, dialect: Dialect) -> bytes:
 
 
 def _without_eol(raw: bytes) -> bytes:
-    return raw.removesuffix(b"\n").removesuffix(b"\r") if raw.endswith(b"\n") else raw
+    return raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
 
 
 def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
@@ -154,10 +157,63 @@ def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
 
 
 def _distinct(names: Sequence[str], record: bytes) -> tuple[str, ...]:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            told = f"the column {name!r} occurs twice in the header"
-            raise Malformed(told, 1, record[:SHOWN_BYTES], kind=HEADER)
-        seen.add(name)
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise Malformed(f"the column {twice!r} occurs twice in the header", 1, record[:SHOWN_BYTES], kind=HEADER)
     return tuple(names)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnUnion:
+    """The columns of the result, before any is found to be obsolete.
+
+    `order` gives for each column its place in the file (ABSENT: empty there), None when rows fit as they are.
+    `doubtful` are places of columns that the file has not: obsolete if no row of the result has anything there.
+    """
+
+    names: tuple[str, ...]
+    fields: tuple[bytes, ...]
+    bom: bytes
+    eol: bytes
+    order: tuple[int, ...] | None
+    doubtful: tuple[int, ...]
+    added: tuple[str, ...]
+    key: int
+
+    def header(self, dialect: Dialect, dropped: Sequence[int] = ()) -> bytes:
+        """The header line without the columns `dropped`."""
+        fields = [field for place, field in enumerate(self.fields) if place not in dropped]
+        return self.bom + dialect.delimiter.encode().join(fields) + self.eol
+
+    def rendered(self, fields: Sequence[bytes]) -> list[bytes]:
+        """The fields of one row of the file, as raw as they came, in the order of the result."""
+        if self.order is None:
+            return list(fields)
+        return [b"" if place == ABSENT else fields[place] for place in self.order]
+
+
+def united(master: Header | None, incoming: Header, key: str, required: Sequence[str], dialect: Dialect) -> ColumnUnion:
+    """The columns of `incoming`, which has the key, merged into `master` (None: there is none yet)."""
+    held = incoming if master is None else master
+    if key not in held.names:
+        raise Permanent(
+            f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
+            "correct key_column, or restore the master; it was not changed",
+        )
+    there = frozenset(held.names)
+    added = () if master is None else tuple(name for name in incoming.names if name not in there)
+    fields = dict(zip(incoming.names, incoming.fields, strict=True))
+    names = (*held.names, *added)
+    places = {name: place for place, name in enumerate(incoming.names)}
+    order = tuple(places.get(name, ABSENT) for name in names)
+    kept = {key, *required, *incoming.names}
+    return ColumnUnion(
+        names=names,
+        fields=(*held.fields, *(fields[name] for name in added)),
+        bom=dialect.bom if master is None else master.bom,
+        eol=held.eol or incoming.eol or b"\n",
+        order=None if order == tuple(range(len(incoming.names))) else order,
+        doubtful=tuple(place for place, name in enumerate(held.names) if name not in kept),
+        added=incoming.names if master is None else added,
+        key=names.index(key),
+    )

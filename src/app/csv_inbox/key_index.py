@@ -1,24 +1,23 @@
-"""The keys of a file looked up by the thousand, and the index beside a large master."""
+"""The keys of a file looked up by the thousand, and the index beside a large master.
+
+Invariants: hashes of 64 bits find candidates, the bytes themselves decide. Hashes are the same in every process and
+version of INDEX_VERSION, since the index keeps them. Memory grows with the number of keys only.
+"""
 
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.csv_tokenizer import NONE, Cells, Offsets, spread
-
-# The keys of a file, looked up by the thousand: hashes of 64 bits find candidates, the bytes themselves decide.
-#
-# Invariants: hashes are the same in every process and version of INDEX_VERSION, since the index keeps them; two keys
-# are one only when their bytes are, whatever their hashes; memory grows with the number of keys only.
 
 Hashes = npt.NDArray[np.uint64]
 Truths = npt.NDArray[np.bool_]
@@ -28,7 +27,7 @@ WORD_BYTES = 8
 LONG_KEY_BYTES = 64
 LONG_VALUE_BYTES = 512
 FEW_PAIRS = 16
-SIEVE_BITS_LEAST, SIEVE_BITS_MOST = 12, 22
+BLOOM_BITS_LEAST, BLOOM_BITS_MOST = 12, 22
 """The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
 DEEPEST = 32
 BLANK = np.uint64(0)
@@ -104,11 +103,11 @@ def firsts(values: npt.NDArray[Any]) -> Offsets:
     return found
 
 
-class Sieve:
+class BloomIndex:
     """Sorted, distinct hashes by their first bits: which may be there at all, and where each would be."""
 
     def __init__(self, hashes: Hashes) -> None:
-        bits = int(np.clip((8 * len(hashes)).bit_length(), SIEVE_BITS_LEAST, SIEVE_BITS_MOST))
+        bits = int(np.clip((8 * len(hashes)).bit_length(), BLOOM_BITS_LEAST, BLOOM_BITS_MOST))
         self._hashes = hashes
         self._shift = np.uint64(64 - bits)
         self._holes = np.zeros(1 << bits, np.bool_)
@@ -154,21 +153,21 @@ class Keys:
     shared: dict[bytes, int]
     by_row: Hashes
     count: int
-    sieve: Sieve
+    bloom: BloomIndex
 
     def candidates(self, hashes: Hashes) -> Offsets:
         """The places of the hashes whose upper half is that of a key here; few others are looked at closely.
 
         What the lower half is does not matter.
         """
-        passed = self.sieve.passed(hashes)
+        passed = self.bloom.passed(hashes)
         halves = hashes[passed] >> _HALF
-        found: Offsets = passed[self.hashes[self.sieve.places(halves << _HALF)] >> _HALF == halves]
+        found: Offsets = passed[self.hashes[self.bloom.places(halves << _HALF)] >> _HALF == halves]
         return found
 
     def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
         """The last row here with the key of each candidate, -1 where it only looked alike."""
-        places = self.sieve.places(hashes)
+        places = self.bloom.places(hashes)
         found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
         for place in np.flatnonzero(found < 0) if self.shared else ():
             found[place] = self.shared.get(cells.value(int(place)), -1)
@@ -205,19 +204,16 @@ class Gathering:
         self._data += bytes(WORD_BYTES)
         cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row)
-        if not _distinct(by_row[order]):  # the quick way does not keep the order of what is equal
-            order = np.argsort(by_row, kind="stable")
         ordered = by_row[order]
+        if not (ordered[1:] != ordered[:-1]).all():  # the quick way does not keep the order of what is equal
+            order = np.argsort(by_row, kind="stable")
+            ordered = by_row[order]
         is_last = np.append(ordered[1:] != ordered[:-1], True)
         rows, hashes = order[is_last], ordered[is_last]
         shared = _shared(cells, order, is_last)
         groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
         count = len(rows) - groups + len(shared)
-        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, Sieve(hashes))
-
-
-def _distinct(ordered: Hashes) -> bool:
-    return bool((ordered[1:] != ordered[:-1]).all())
+        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, BloomIndex(hashes))
 
 
 def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
@@ -236,12 +232,9 @@ def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
     return {cells.value(int(row)): int(row) for row in np.sort(members)}
 
 
-# The index beside a large master: for each of its records half the hash of the key and the length, 8 bytes.
-#
-# Invariants: it is a cache and no part of the commit: it is used only for the very file it was made for (inode, size
-# and modification time), and what it says about a row is checked against the row before anything follows from it. It
-# is not synced: what a power cut leaves of it is told by its checksum. Without one that fits, the master is read
-# whole.
+# The index beside a large master: for each of its records half the hash of the key and the length, 8 bytes. It is a
+# cache and no part of the commit: it is used only for the very file it was made for (inode, size, modification time),
+# and its reader checks each row that it points to. It is not synced: its checksum tells what a power cut left of it.
 
 ENTRY = np.dtype("<u8")
 """The upper half is that of the hash, BLANK for a record that is no row; the lower half is the length."""
@@ -250,21 +243,12 @@ HEAD_BYTES = 4096
 PIECE_RECORDS = 1 << 16
 
 
-class Unfit(Exception):
+class IndexMismatch(Exception):
     """The index is not that of the master, or was damaged."""
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What hashes depend on: how the master is read, and which of its columns is the key."""
-
-    key_column: str
-    delimiter: str
-    encoding: str
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
+class KeyIndex:
     """An open index that fits its master."""
 
     file: BufferedReader
@@ -273,7 +257,7 @@ class Index:
     crc32: int
 
     def pieces(self) -> Iterator[Hashes]:
-        """The entries, many at a time, each piece good until the next. Raises Unfit at the latest behind the last."""
+        """The entries, many at a time, each piece good until the next. May raise IndexMismatch only behind the last."""
         crc, left = 0, self.records
         held = np.empty(min(left, PIECE_RECORDS), ENTRY)
         self.file.seek(HEAD_BYTES)
@@ -281,12 +265,12 @@ class Index:
             entries: Hashes = held[:left]
             data = entries.data.cast("B")
             if self.file.readinto(data) != len(data):
-                raise Unfit
+                raise IndexMismatch
             crc = zlib.crc32(data, crc)
             left -= len(entries)
             yield entries
         if crc != self.crc32:
-            raise Unfit
+            raise IndexMismatch
 
 
 def entries_of(hashes: Hashes, lengths: Offsets) -> Hashes:
@@ -299,34 +283,32 @@ def lengths_in(entries: Hashes) -> Offsets:
     return (entries & LENGTH).view(np.int64)
 
 
-def _identity(found: os.stat_result) -> list[int]:
-    return [found.st_ino, found.st_size, found.st_mtime_ns]
+def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
+    """What an index depends on: the master, how it is read, and which of its columns is the key."""
+    return {
+        "version": INDEX_VERSION,
+        "master": [master.st_ino, master.st_size, master.st_mtime_ns],
+        "subject": [config.key_column, config.csv_delimiter, config.csv_encoding],
+    }
 
 
-def fitting(file: BufferedReader, master: os.stat_result, subject: Subject) -> Index | None:
+def fitting(file: BufferedReader, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
     """The index in this open file, if it is that of the master as it is now. Raises OSError."""
-    head = _head(file.read(HEAD_BYTES))
-    wanted = {"version": INDEX_VERSION, "master": _identity(master), "subject": _told(subject)}
+    try:
+        head = json.loads(file.read(HEAD_BYTES))
+    except ValueError:
+        return None
+    if not isinstance(head, dict):
+        return None
+    wanted = _made_for(master, config)
     numbers = [head.get(name) for name in ("records", "rows", "crc32")]
     fits = {name: head.get(name) for name in wanted} == wanted and all(isinstance(each, int) for each in numbers)
     if not fits or os.fstat(file.fileno()).st_size != HEAD_BYTES + int(head["records"]) * ENTRY.itemsize:
         return None
-    return Index(file, head["records"], head["rows"], head["crc32"])
+    return KeyIndex(file, head["records"], head["rows"], head["crc32"])
 
 
-def _head(data: bytes) -> Mapping[str, Any]:
-    try:
-        head = json.loads(data)
-    except ValueError:
-        return {}
-    return head if isinstance(head, dict) else {}
-
-
-def _told(subject: Subject) -> list[str]:
-    return [subject.key_column, subject.delimiter, subject.encoding]
-
-
-class Indexing:
+class IndexWriter:
     """An index being written. It is none before `seal`: its head is empty until then."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -348,24 +330,11 @@ class Indexing:
         self._file.truncate()
         self._crc = self._records = self._rows = 0
 
-    def seal(self, master: os.stat_result, subject: Subject) -> None:
+    def seal(self, master: os.stat_result, config: InboxConfig) -> None:
         """From now on it is the index of this master, which is complete. A name too long for the head gets none."""
-        head = {
-            "version": INDEX_VERSION,
-            "master": _identity(master),
-            "subject": _told(subject),
-            "records": self._records,
-            "rows": self._rows,
-            "crc32": self._crc,
-        }
+        head = _made_for(master, config) | {"records": self._records, "rows": self._rows, "crc32": self._crc}
         text = json.dumps(head).encode("ascii")
         if len(text) <= HEAD_BYTES:
             self._file.seek(0)
             self._file.write(text.ljust(HEAD_BYTES))
             self._file.flush()
-
-
-def settle(made: Path, index: Path) -> None:
-    """The finished index takes its name, once its master has; nothing when none was made. Raises OSError."""
-    if made.exists():
-        made.replace(index)

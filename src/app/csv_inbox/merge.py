@@ -1,36 +1,422 @@
-"""The upsert: master and file in, the new master out."""
+"""The upsert: master and file in, the new master out, in one pass over the master or along its index.
 
+Invariants: a row of the master whose key is not in the file is copied as bytes, in its place; both ways give the same
+bytes; memory is bounded by one block and the file's keys. The master is read, never written; one that cannot be read
+stops everything.
+"""
+
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from app.core.errors import Permanent, Transient
 from app.core.files import keep_mode, sync_file
-from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
-from app.csv_inbox.discovery import identity_of
-from app.csv_inbox.header import Header, read_header
-from app.csv_inbox.incoming import Incoming, Layout
-from app.csv_inbox.key_index import Index, Indexing, Subject, Unfit, entries_of, fitting
-from app.csv_inbox.master_output import COPY_BYTES, Beat, Output
-from app.csv_inbox.merge_passes import Tally, scan, settled, skip
+from app.csv_inbox import key_index
+from app.csv_inbox.config import ENCODING, InboxConfig
+from app.csv_inbox.csv_tokenizer import (
+    MASTER_RECORD_BYTES,
+    NONE,
+    Block,
+    Cells,
+    Dialect,
+    Malformed,
+    Octets,
+    Offsets,
+    blocks,
+    cut,
+    marked,
+    pairs,
+)
+from app.csv_inbox.discovery import MEBIBYTE, identity_of
+from app.csv_inbox.header import ColumnUnion, Header, read_header
+from app.csv_inbox.incoming import Incoming
+from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
 
-# A master written anew without columns that have become obsolete.
-#
-# Invariant: every other field, and every line end, is as it was to the byte.
+READ_BYTES = 1 << 20
+SCAN_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 23
+DOUBT_BLOCKS = 4
+JOIN_BYTES = 1 << 19
+APART_BYTES = 1 << 16
+"""Records that may go and lie further apart than this are read alone; what is between them is copied in long pieces."""
+HELD_BYTES = 1 << 18
+"""What is copied is written in pieces of this size, aligned to it: the kernel looks for as much memory in one piece as
+an aligned write is long, and above half a megabyte that can cost ten times the write itself.
+"""
+Beat = Callable[[int], None]
 
 
-def narrowed(path: Path, layout: Layout, dropped: Sequence[int], dialect: Dialect, beat: Beat) -> os.stat_result:
-    """Replace the file, durably, by itself without the columns `dropped`. Raises OSError."""
+class Output:
+    """The new master being written; what is kept stays as it was to the byte, in its order.
+
+    `removed` and `indexing` are None where nobody wants them. `ranges`: offset and length, in the old master.
+    """
+
+    def __init__(self, file: IO[bytes], removed: IO[bytes] | None, indexing: IndexWriter | None, beat: Beat) -> None:
+        self.file = file
+        self.indexing = indexing
+        self.kept_bytes = 0
+        self.ranges = array("q")
+        self._removed = removed
+        self.beat = beat
+        self._held = memoryview(bytearray(HELD_BYTES))
+        self._filled = self._written = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes, all of them."""
+        self._flush()
+        self._put(memoryview(data))
+
+    def keep(self, data: bytes | memoryview, first: Offsets, last: Offsets) -> None:
+        """Append what lay in the old master, without the ranges from each of `first` to that of `last`."""
+        self.kept_bytes += len(data) - int((last - first).sum())
+        held, done = memoryview(data), 0
+        if len(first):
+            # Joined before they are written: the kernel takes many short pieces at half the speed of one long one.
+            # As many at a time as end within some bytes: what is joined should stay in the processor's cache.
+            edges = np.searchsorted(last, np.arange(JOIN_BYTES, int(last[-1]), JOIN_BYTES)).tolist()
+            for low, high in itertools.pairwise([0, *edges, len(last)]):
+                if low < high:
+                    starts, ends = first[low:high].tolist(), last[low:high].tolist()
+                    stays = zip([done, *ends[:-1]], starts, strict=True)
+                    self.write(b"".join([held[start:end] for start, end in stays]))
+                    done = ends[-1]
+        self.write(held[done:])
+
+    def note(self, removed: Callable[[], bytes], first: Offsets, last: Offsets) -> None:
+        """Remember what was taken out of the old master, if anybody wants it, and which ranges of it that was."""
+        if self._removed is not None and len(first):
+            self._removed.write(removed())
+            self.ranges.frombytes(np.stack((first, last - first), axis=1).astype(np.int64).tobytes())
+
+    def copy(self, master: IO[bytes], start: int, end: int) -> None:
+        """Append a span of the old master. Raises IndexMismatch when it ends before."""
+        self.kept_bytes += end - start
+        while start < end:
+            room = HELD_BYTES - (self._written + self._filled) % HELD_BYTES
+            count = os.preadv(master.fileno(), [self._held[self._filled :][: min(room, end - start)]], start)
+            if not count:
+                raise IndexMismatch
+            start += count
+            self._filled += count
+            self.beat(count)
+            if count == room:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Write what `copy` held back: it writes whole, aligned pieces, which cost the kernel least."""
+        held, self._filled = self._held[: self._filled], 0
+        self._put(held)
+
+    def _put(self, rest: memoryview) -> None:
+        self._written += len(rest)
+        while rest:  # the system may take less at once, before it says that the disk is full
+            rest = rest[self.file.write(rest) :]
+
+    def restart(self) -> None:
+        """Forget everything that was written."""
+        for file in (self.file, self._removed):
+            if file is not None:
+                file.seek(0)
+                file.truncate()
+        if self.indexing is not None:
+            self.indexing.restart()
+        self.kept_bytes = self._filled = self._written = 0
+        self.ranges = array("q")
+
+    def finish(self) -> None:
+        """Write what is left, and make the undo file durable: the ranges follow the removed bytes."""
+        self._flush()
+        if self._removed is not None:
+            self._removed.write(self.ranges.tobytes())
+            self._removed.flush()
+            sync_file(self._removed.fileno())
+
+
+class MatchCounts:
+    """Matches rows of the master with the file's keys, each row once, and counts inserted, replaced and unchanged.
+
+    Each key of the file counts once, however often the master has it: as unchanged when its first row there comes again
+    to the byte, else as replaced. `doubtful`: columns in which no row that stays had a value so far.
+    """
+
+    def __init__(self, incoming: Incoming, dialect: Dialect, spool: IO[bytes]) -> None:
+        self.incoming = incoming
+        self.union = incoming.union
+        self.dialect = dialect
+        self.padding = dialect.delimiter.encode() * len(incoming.union.added)
+        self.spool = spool
+        self.offsets: Offsets = np.frombuffer(incoming.offsets, np.int64)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from the beginning."""
+        self.doubtful: list[int] = list(self.union.doubtful)
+        self.kept = self.taken = self.unchanged = 0
+        self._matched: Truths = np.zeros(self.incoming.rows, np.bool_)
+
+    @property
+    def matched(self) -> int:
+        """How many keys of the file the master had."""
+        return int(np.count_nonzero(self._matched))
+
+    def find(self, cells: Cells, hashes: Hashes) -> tuple[Offsets, Offsets]:
+        """The places of the keys that the file has, and its last row with each."""
+        places = self.incoming.keys.candidates(hashes)
+        if not len(places):
+            return places, places
+        rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
+        return places[rows >= 0], rows[rows >= 0]
+
+    def count(self, rows: Offsets, block: Block, positions: Offsets) -> None:
+        """Count records of the master that go, with the row of the file that has the key of each."""
+        self.taken += len(rows)
+        first = key_index.firsts(rows)
+        fresh = first[~self._matched[rows[first]]]
+        self._matched[rows] = True
+        starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
+        there = self.offsets[rows[fresh]]
+        lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
+        alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
+        if len(alike):
+            records = Cells(block.array, starts[alike], (stops - starts)[alike])
+            self.unchanged += self._same(records, there[alike])
+
+    def _same(self, records: Cells, starts: Offsets) -> int:
+        """How many of the records the file has, padded, each where it starts; there is at least one."""
+        held, places = self._spooled(starts, records.lengths + len(self.padding))
+        alike = key_index.same(records, Cells(held, places, records.lengths))
+        if self.padding:
+            sizes = np.full(len(places), len(self.padding))
+            padding = Cells(np.frombuffer(self.padding, np.uint8), np.zeros(len(places), np.int64), sizes)
+            alike &= key_index.same(Cells(held, places + records.lengths, sizes), padding)
+        return int(np.count_nonzero(alike))
+
+    def _spooled(self, starts: Offsets, lengths: Offsets) -> tuple[Octets, Offsets]:
+        """What the spool has there, and where in it each begins: all between them, unless that is too much."""
+        base, end = int(starts.min()), int((starts + lengths).max())
+        if end - base <= READ_BYTES:
+            return np.frombuffer(os.pread(self.spool.fileno(), end - base, base), np.uint8), starts - base
+        spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+        pieces = b"".join([os.pread(self.spool.fileno(), length, start) for start, length in spans])
+        return np.frombuffer(pieces, np.uint8), np.cumsum(lengths) - lengths
+
+    def doubt(self, block: Block, hits: Offsets) -> None:
+        """A column with a value in any row that stays is not obsolete."""
+        stays = np.ones(len(block.rows), np.bool_)
+        stays[hits] = False
+        self.doubtful = [
+            place for place in self.doubtful if not bool((block.cells(place, self.dialect).lengths[stays] > 0).any())
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge did, and how many rows there were.
+
+    `revert` is how it can be taken back: "first" (there was no master), "whole" (only with the old master, since the
+    columns changed), "rows" (with the rows that were taken out: `ranges` of them, and `kept_bytes` of the old master).
+    """
+
+    inserted: int
+    replaced: int
+    unchanged: int
+    rows_before: int
+    rows: int
+    columns: tuple[str, ...]
+    columns_added: tuple[str, ...]
+    columns_removed: tuple[str, ...]
+    before: os.stat_result | None
+    after: os.stat_result
+    revert: str
+    kept_bytes: int
+    ranges: int
+
+
+def master_header(path: Path, config: InboxConfig) -> Header | None:
+    """The master's header; None when there is no master. Raises Permanent when it cannot be read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return read_header(file.read, Dialect(config.csv_delimiter, config.csv_encoding))
+    except FileNotFoundError:
+        return None
+    except Malformed as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Malformed) -> Permanent:
+    where = f", line {error.line}" if error.line else ""
+    return Permanent(
+        f"the master {path.name} cannot be read{where}: {error.message}",
+        "restore it from a backup or correct it; it was not changed, and files wait in the inbox until it can be read",
+    )
+
+
+def merge(
+    master: Path | None,
+    incoming: Incoming,
+    config: InboxConfig,
+    *,
+    out: Path,
+    removed: Path | None,
+    index: Path,
+    new_index: Path | None,
+    beat: Beat,
+) -> Merged:
+    """Write the result to `out` and, durably, what it takes to come back to `removed` (None: that is not kept).
+
+    `index` is that of the master, if there is one; `new_index` is None where none is wanted. `beat` is told of bytes
+    and may stop it. Raises Permanent, OSError, and Transient when the master changed meanwhile.
+    """
+    before = None
+    with ExitStack() as files:
+        output = _output(master, incoming, files, out=out, removed=removed, new_index=new_index, beat=beat)
+        spool = files.enter_context(incoming.spool.open("rb", buffering=0))
+        counts = MatchCounts(incoming, Dialect(config.csv_delimiter, config.csv_encoding), spool)
+        try:
+            if master is None:
+                output.write(counts.union.header(counts.dialect))
+            else:
+                before = _keep_rows(
+                    files.enter_context(master.open("rb", buffering=0)), counts, output, config, index=index
+                )
+        except Malformed as error:
+            raise _unreadable(config.merged_file, error) from error
+        appended = _append(counts, output)
+        output.finish()
+        after = _complete(counts, output, config, out=out, new_index=new_index)
+    union, dropped = counts.union, counts.doubtful
+    revert = "first" if before is None else "whole" if union.added or dropped else "rows"
+    return Merged(
+        inserted=appended - counts.matched,
+        replaced=counts.matched - counts.unchanged,
+        unchanged=counts.unchanged,
+        rows_before=counts.kept + counts.taken,
+        rows=counts.kept + appended,
+        columns=tuple(name for place, name in enumerate(union.names) if place not in dropped),
+        columns_added=union.added,
+        columns_removed=tuple(union.names[place] for place in dropped),
+        before=before,
+        after=after,
+        revert=revert,
+        kept_bytes=output.kept_bytes if revert == "rows" else 0,
+        ranges=len(output.ranges) // 2 if revert == "rows" else 0,
+    )
+
+
+def _output(
+    master: Path | None,
+    incoming: Incoming,
+    files: ExitStack,
+    *,
+    out: Path,
+    removed: Path | None,
+    new_index: Path | None,
+    beat: Beat,
+) -> Output:
+    """The files that are written; removed rows go nowhere when the old master is to be kept whole."""
+    file = files.enter_context(out.open("xb", buffering=0))
+    rows = files.enter_context(removed.open("xb")) if removed is not None and not incoming.union.added else None
+    index = files.enter_context(new_index.open("xb")) if new_index is not None else None
+    for each in (file, rows, index):
+        if each and master is not None:
+            keep_mode(master, each.fileno())
+    return Output(file, rows, IndexWriter(index) if index else None, beat)
+
+
+def _keep_rows(
+    master: IO[bytes], counts: MatchCounts, out: Output, config: InboxConfig, *, index: Path
+) -> os.stat_result:
+    """Write what stays of the master, along its index where that fits."""
+    before = os.fstat(master.fileno())
+    header = read_header(master.read, counts.dialect)
+    with _opened(index, before, config) as fitting:
+        indexed = (
+            fitting is not None
+            and not counts.padding
+            and bool(header.eol)
+            and _no_column_is_obsolete(master, header, counts)
+            and _indexed_merge(master, header, fitting, counts, out)
+        )
+    if not indexed:
+        _full_scan(master, header, counts, out)
+    if identity_of(os.fstat(master.fileno())) != identity_of(before):
+        told = f"the master {config.merged_file.name} was written to while it was read"
+        raise Transient(told, "no action needed; the next run merges into what it is then")
+    return before
+
+
+@contextmanager
+def _opened(path: Path, master: os.stat_result, config: InboxConfig) -> Iterator[KeyIndex | None]:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        yield None
+        return
+    with file:
+        yield key_index.fitting(file, master, config)
+
+
+def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCounts) -> bool:
+    """Whether the first rows alone tell that. Nothing is counted."""
+    if not counts.doubtful:
+        return True
+    master.seek(header.size_bytes)
+    for number, block in enumerate(blocks(master.read, counts.dialect, 1 + header.lines)):
+        _, hits, _ = _looked_up(block, header, counts)
+        counts.doubt(block, hits)
+        if not counts.doubtful or number == DOUBT_BLOCKS:
+            break
+    return not counts.doubtful
+
+
+def _append(counts: MatchCounts, out: Output) -> int:
+    """Write the file's rows; of rows with one key, the last. How many were written."""
+    incoming, keys = counts.incoming, counts.incoming.keys
+    rows = keys.kept_rows()
+    for start, end in incoming.runs(rows):
+        for at in range(start, end, MEBIBYTE):
+            piece = os.pread(counts.spool.fileno(), min(end - at, MEBIBYTE), at)
+            out.beat(len(piece))
+            out.write(piece)
+    if out.indexing is not None:
+        lengths = counts.offsets[rows + 1] - counts.offsets[rows]
+        out.indexing.add(key_index.entries_of(keys.by_row[rows], lengths))
+    return len(rows)
+
+
+def _complete(
+    counts: MatchCounts, output: Output, config: InboxConfig, *, out: Path, new_index: Path | None
+) -> os.stat_result:
+    """The new master is on the disk, without its obsolete columns, and its index sealed."""
+    if counts.doubtful:
+        if new_index is not None:
+            new_index.unlink()  # without the column every length is another one
+        return _drop_columns(out, counts.union, counts.doubtful, counts.dialect, output.beat)
+    sync_file(output.file.fileno())
+    after = os.fstat(output.file.fileno())
+    if output.indexing is not None:
+        output.indexing.seal(after, config)
+    return after
+
+
+def _drop_columns(
+    path: Path, union: ColumnUnion, dropped: Sequence[int], dialect: Dialect, beat: Beat
+) -> os.stat_result:
+    """Replace the file, durably, by itself without these columns; all else stays as it was to the byte."""
     second = path.with_name(f"{path.name}.2.tmp")
-    d, keep = dialect.delimiter.encode(), [at for at in range(len(layout.names)) if at not in frozenset(dropped)]
+    d, keep = dialect.delimiter.encode(), [at for at in range(len(union.names)) if at not in frozenset(dropped)]
     with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
         keep_mode(path, narrow.fileno())
         out = Output(narrow, None, None, beat)
-        out.write(layout.header(dialect, dropped))
+        out.write(union.header(dialect, dropped))
         header = read_header(file.read, dialect)
         file.seek(header.size_bytes)
         for block in blocks(file.read, dialect, 1):
@@ -47,202 +433,206 @@ def narrowed(path: Path, layout: Layout, dropped: Sequence[int], dialect: Dialec
     return after
 
 
-# The upsert: master and file in, the new master out, in one pass over the master or along its index.
-#
-# Invariants: a row of the master whose key is not in the file is copied as bytes, in its place; both ways give the
-# same bytes; memory is bounded by one block and the file's keys. The master is read, never written; one that cannot
-# be read stops everything.
+# The full scan: every record is found, every key looked up, every width checked. It needs nothing but the master, so it
+# is what happens when no index fits.
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """How to come back from a merge: the ranges that were taken out of the old master, and how much of it was kept.
-
-    None of this exists where the columns changed: then the old master itself is kept.
-    """
-
-    kept_bytes: int
-    ranges: int
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge did, and how many rows there were. `removal` None: the old master has to be kept whole."""
-
-    inserted: int
-    replaced: int
-    unchanged: int
-    rows_before: int
-    rows: int
-    columns: tuple[str, ...]
-    columns_added: tuple[str, ...]
-    columns_removed: tuple[str, ...]
-    before: os.stat_result | None
-    after: os.stat_result
-    removal: Removal | None
+def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
+    """Write the header and every row that stays. Raises Malformed, OSError and what `out.beat` raises."""
+    master.seek(0)
+    raw = master.read(header.size_bytes)
+    out.write(counts.union.header(counts.dialect) if counts.padding or not header.eol else raw)
+    out.kept_bytes = at = header.size_bytes
+    for block in blocks(master.read, counts.dialect, 1 + header.lines, SCAN_BYTES):
+        out.beat(len(block.data))
+        hashes, hits, rows = _looked_up(block, header, counts)
+        counts.kept += len(block.rows) - len(hits)
+        if counts.doubtful:
+            counts.doubt(block, hits)
+        gone = block.rows[hits]
+        if len(hits):
+            counts.count(rows, block, gone)
+        _write(block, at, gone, counts, out)
+        if out.indexing is not None:
+            entries = _entries(block, hashes, counts)
+            out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
+        at += len(block.data)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where a merge writes. `removed` None: how to come back is not kept. `beat` is told of bytes and may stop it.
-
-    `index` is that of the master, if there is one, and `new_index` None where none is wanted.
-    """
-
-    out: Path
-    removed: Path | None
-    index: Path
-    new_index: Path | None
-    beat: Beat
-
-
-def master_header(path: Path, config: InboxConfig) -> Header | None:
-    """The master's header; None when there is no master. Raises Permanent when it cannot be read."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            return read_header(file.read, _dialect(config))
-    except FileNotFoundError:
-        return None
-    except Malformed as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Malformed) -> Permanent:
-    """The master cannot be read; nothing is done with it."""
-    where = f", line {error.line}" if error.line else ""
-    return Permanent(
-        f"the master {path.name} cannot be read{where}: {error.message}",
-        "restore it from a backup or correct it; it was not changed, and files wait in the inbox until it can be read",
-    )
-
-
-def _dialect(config: InboxConfig) -> Dialect:
-    return Dialect(config.csv_delimiter, config.csv_encoding)
-
-
-def _subject(config: InboxConfig) -> Subject:
-    return Subject(config.key_column, config.csv_delimiter, config.csv_encoding)
-
-
-def merge(master: Path | None, incoming: Incoming, config: InboxConfig, plan: Plan) -> Merged:
-    """Write the result to `plan.out` and, durably, what it takes to come back.
-
-    Raises Permanent, OSError, and Transient when the master changed meanwhile.
-    """
-    with ExitStack() as files:
-        out = _output(master, incoming, plan, files)
-        tally = Tally(incoming, _dialect(config), files.enter_context(incoming.spool.open("rb", buffering=0)))
-        before = None
+def _looked_up(block: Block, header: Header, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
+    """The hash of each row's key, the places of those that the file has, and its row for each."""
+    if not block.data.isascii():
         try:
-            if master is None:
-                out.write(tally.layout.header(tally.dialect))
-            else:
-                before = _pass(files.enter_context(master.open("rb", buffering=0)), tally, out, config, plan)
-        except Malformed as error:
-            raise unreadable(config.merged_file, error) from error
-        appended = _append(tally, out)
-        out.finish()
-        after = _finished(tally, out, config, plan)
-    return _told(tally, out, appended, before, after)
+            block.data.decode(counts.dialect.encoding)
+        except UnicodeDecodeError as error:
+            line = block.line + block.data.count(b"\n", 0, error.start)
+            told = f"invalid {counts.dialect.encoding.upper()} byte 0x{block.data[error.start]:02X}"
+            raise Malformed(told, line, kind=ENCODING) from error
+    block.check_width(len(header.names))
+    cells = block.cells(counts.union.key, counts.dialect)
+    hashes = key_index.hashed(cells)
+    return hashes, *counts.find(cells, hashes)
 
 
-def _output(master: Path | None, incoming: Incoming, plan: Plan, files: ExitStack) -> Output:
-    """The files that are written; removed rows go nowhere when the old master is to be kept whole."""
-    file = files.enter_context(plan.out.open("xb", buffering=0))
-    removed = indexing = None
-    if plan.removed is not None and not incoming.layout.added:
-        removed = files.enter_context(plan.removed.open("xb"))
-    if plan.new_index is not None:
-        index = files.enter_context(plan.new_index.open("xb"))
-        indexing = Indexing(index)
-    for each in (file, removed, indexing and index):
-        if each and master is not None:
-            keep_mode(master, each.fileno())
-    return Output(file, removed, indexing, plan.beat)
+def _write(block: Block, at: int, gone: Offsets, counts: MatchCounts, out: Output) -> None:
+    """The block without the records that go, every other byte as it is but for fields put behind."""
+    first, last = _ranges(block.starts[gone], block.ends[gone])
+    data = block.data
+    if counts.padding:
+        size, stops = len(counts.padding), block.stops[block.rows]
+        data = np.insert(block.array, np.repeat(stops, size), counts.padding[0]).tobytes()
+        first, last = (place + size * np.searchsorted(stops, place, "right") for place in (first, last))
+    out.keep(data, first, last)
+    out.note(lambda: cut(data, first, last), first + at, last + at)
+    last_goes = len(gone) and int(gone[-1]) == len(block.ends) - 1
+    if not block.data.endswith(b"\n") and not last_goes:
+        out.write(counts.union.eol)  # the last record of the master may lack its line end, and rows follow now
 
 
-def _pass(master: IO[bytes], tally: Tally, out: Output, config: InboxConfig, plan: Plan) -> os.stat_result:
-    """Write what stays of the master, along its index where that fits."""
-    before = os.fstat(master.fileno())
-    header = read_header(master.read, tally.dialect)
-    with _index(plan.index, before, config) as index:
-        skipped = (
-            index is not None
-            and not tally.padding
-            and bool(header.eol)
-            and settled(master, header, tally)
-            and _skipped(master, header, index, tally, out)
-        )
-    if not skipped:
-        scan(master, header, tally, out)
-    if identity_of(os.fstat(master.fileno())) != identity_of(before):
-        told = f"the master {config.merged_file.name} was written to while it was read"
-        raise Transient(told, "no action needed; the next run merges into what it is then")
-    return before
+def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
+    """The bounds of what goes, records in their order; neighbours make one range."""
+    apart = starts[1:] != ends[:-1]
+    return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
 
-@contextmanager
-def _index(path: Path, master: os.stat_result, config: InboxConfig) -> Iterator[Index | None]:
+def _entries(block: Block, hashes: Hashes, counts: MatchCounts) -> Hashes:
+    """What the new index says of the block's records, as they are written."""
+    lengths = block.ends - block.starts
+    lengths[block.rows] += len(counts.padding)
+    if not block.data.endswith(b"\n"):
+        lengths[-1] += len(counts.union.eol)
+    if len(hashes) < len(lengths):  # some records are no rows
+        hashes, found = np.full(len(lengths), BLANK), hashes
+        hashes[block.rows] = found
+    return key_index.entries_of(hashes, lengths)
+
+
+# The indexed merge: only rows whose key may be in the file are read; all others are copied verbatim. Nothing follows
+# from the index alone: each row that it points to must have the key and the length that it says.
+
+
+def _indexed_merge(master: IO[bytes], header: Header, index: KeyIndex, counts: MatchCounts, out: Output) -> bool:
+    """Write the header and every row that stays. False when the index does not fit; then nothing was written."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        yield None
-        return
-    with file:
-        yield fitting(file, master, _subject(config))
-
-
-def _skipped(master: IO[bytes], header: Header, index: Index, tally: Tally, out: Output) -> bool:
-    """Whether the index led through the whole master; if not, nothing was written."""
-    try:
-        skip(master, header, index, tally, out)
-    except Unfit:
+        merging = _IndexedMerge(master, header, counts, out)
+        for entries in index.pieces():
+            merging.piece(entries)
+        merging.end()
+    except IndexMismatch:
         out.restart()
-        tally.restart()
+        counts.restart()
         return False
+    counts.kept = index.rows - counts.taken
     return True
 
 
-def _append(tally: Tally, out: Output) -> int:
-    """Write the file's rows; of rows with one key, the last. How many were written."""
-    incoming, keys = tally.incoming, tally.incoming.keys
-    rows = keys.kept_rows()
-    for start, end in incoming.runs(rows):
-        for at in range(start, end, COPY_BYTES):
-            piece = os.pread(tally.spool.fileno(), min(end - at, COPY_BYTES), at)
-            out.beat(len(piece))
-            out.write(piece)
-    if out.indexing is not None:
-        out.indexing.add(entries_of(keys.by_row[rows], tally.offsets[rows + 1] - tally.offsets[rows]))
-    return len(rows)
+class _IndexedMerge:
+    """Where the pass is: all of the master before `_at` is done. Its methods raise IndexMismatch."""
+
+    def __init__(self, master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
+        self._at = 0
+        self._size = os.fstat(master.fileno()).st_size
+        self._master = master
+        self._width = len(header.names)
+        self._counts = counts
+        self._out = out
+        self._held = memoryview(bytearray(CHUNK_BYTES))
+        self._chunk(header.size_bytes, NONE, NONE.view(np.uint64))
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if self._at != self._size:
+            raise IndexMismatch
+
+    def piece(self, entries: Hashes) -> None:
+        """The next records."""
+        ends = np.cumsum(key_index.lengths_in(entries))
+        size = int(ends[-1])
+        if self._at + size > self._size:
+            raise IndexMismatch
+        places = self._counts.incoming.keys.candidates(entries)
+        asked = key_index.lengths_in(entries[places])
+        is_sparse = len(places) * APART_BYTES <= size and int(asked.sum()) <= CHUNK_BYTES
+        gone = (self._sparse if is_sparse else self._dense)(entries, ends, places)
+        if self._out.indexing is not None:
+            self._out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
+
+    def _sparse(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
+        """Read the records at these places alone, copy what lies between those that go; which these are."""
+        asked, base = entries[places], self._at
+        lengths, stops = key_index.lengths_in(asked), ends[places] + base
+        starts = stops - lengths
+        raw = b"".join([bytes(self._read(start, end - start)) for start, end in pairs(starts, stops)])
+        hits = self._matches(raw, lengths, asked)
+        first, last = _ranges(starts[hits], stops[hits])
+        for start, end in pairs(first, last):
+            self._out.copy(self._master, self._at, start)
+            self._at = end
+        self._out.copy(self._master, self._at, base + int(ends[-1]))
+        self._at = base + int(ends[-1])
+        self._out.note(lambda: _taken(raw, lengths, hits), first, last)
+        return places[hits]
+
+    def _dense(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
+        """Read all records, some megabytes at a time or one that is longer; which of those at these places go."""
+        gone = []
+        first = done = 0
+        while first < len(entries):
+            last = max(int(np.searchsorted(ends, done + CHUNK_BYTES, "right")), first + 1)
+            low, high = np.searchsorted(places, (first, last)).tolist()
+            asked = places[low:high]
+            gone.append(asked[self._chunk(int(ends[last - 1]) - done, ends[asked] - done, entries[asked])])
+            first, done = last, int(ends[last - 1])
+        return np.concatenate(gone)
+
+    def _chunk(self, size: int, stops: Offsets, asked: Hashes) -> Offsets:
+        """Write that many bytes, but not those of these records that go; which these are."""
+        data, lengths = self._read(self._at, size), key_index.lengths_in(asked)
+        starts = stops - lengths
+        raw = cut(data, starts, stops)
+        hits = self._matches(raw, lengths, asked)
+        first, last = _ranges(starts[hits], stops[hits])
+        self._out.beat(size)
+        self._out.keep(data, first, last)
+        self._out.note(lambda: _taken(raw, lengths, hits), first + self._at, last + self._at)
+        self._at += size
+        return hits
+
+    def _read(self, at: int, size: int) -> memoryview:
+        """Bytes of the master, good until the next call."""
+        if size > MASTER_RECORD_BYTES:
+            raise IndexMismatch
+        if size > len(self._held):
+            self._held = memoryview(bytearray(size))
+        data, done = self._held[:size], 0
+        while done < size:
+            count = os.preadv(self._master.fileno(), [data[done:]], at + done)
+            if not count:
+                raise IndexMismatch
+            done += count
+        return data
+
+    def _matches(self, raw: bytes, lengths: Offsets, asked: Hashes) -> Offsets:
+        """Which of these records have a key of the file; those are counted."""
+        if not len(asked):
+            return NONE
+        try:
+            block = Block(raw, marked(raw, self._counts.dialect), 0)
+            block.check_width(self._width)
+        except Malformed as error:
+            raise IndexMismatch from error
+        if len(block.rows) != len(asked) or not np.array_equal(block.ends, np.cumsum(lengths)):
+            raise IndexMismatch
+        cells = block.cells(self._counts.union.key, self._counts.dialect)
+        hashes = key_index.hashed(cells)
+        if ((hashes ^ asked) > LENGTH).any():
+            raise IndexMismatch
+        hits, rows = self._counts.find(cells, hashes)
+        self._counts.count(rows, block, block.rows[hits])
+        return hits
 
 
-def _finished(tally: Tally, out: Output, config: InboxConfig, plan: Plan) -> os.stat_result:
-    """The new master, complete and on the disk. A column that goes takes the index with it: lengths are others then."""
-    if tally.doubtful:
-        if plan.new_index is not None:
-            plan.new_index.unlink()
-        return narrowed(plan.out, tally.layout, tally.doubtful, tally.dialect, out.beat)
-    sync_file(out.file.fileno())
-    after = os.fstat(out.file.fileno())
-    if out.indexing is not None:
-        out.indexing.seal(after, _subject(config))
-    return after
-
-
-def _told(tally: Tally, out: Output, appended: int, before: os.stat_result | None, after: os.stat_result) -> Merged:
-    layout, dropped = tally.layout, tally.doubtful
-    whole = bool(layout.added or dropped)
-    return Merged(
-        inserted=appended - tally.met,
-        replaced=tally.met - tally.unchanged,
-        unchanged=tally.unchanged,
-        rows_before=tally.kept + tally.taken,
-        rows=tally.kept + appended,
-        columns=tuple(name for place, name in enumerate(layout.names) if place not in dropped),
-        columns_added=layout.added,
-        columns_removed=tuple(layout.names[place] for place in dropped),
-        before=before,
-        after=after,
-        removal=None if whole or before is None else Removal(out.kept_bytes, len(out.ranges) // 2),
-    )
+def _taken(raw: bytes, lengths: Offsets, hits: Offsets) -> bytes:
+    """The bytes of those records of `raw`."""
+    ends = np.cumsum(lengths)
+    return raw if len(hits) == len(lengths) else cut(raw, (ends - lengths)[hits], ends[hits])

@@ -1,15 +1,18 @@
 """Files that cannot be merged, set aside with the reason, and the history of what was merged or rejected."""
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
 from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
@@ -19,21 +22,33 @@ from app.csv_inbox.discovery import (
     RECORD,
     REJECTED_BYTES,
     Candidate,
-    Places,
+    Identity,
+    InboxPaths,
+    identity_of,
     placed,
     printable,
     stamp,
     unchanged,
 )
 
-# The load history: one small file for each file that was merged or rejected.
-#
-# Invariants: a record is written as part of the step that it tells of, under a name that is the same when the step is
-# repeated; the newest are kept, so the folder cannot grow for ever.
-
 KEPT_LOADS = 1000
 REVERT = ".undo"
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
+log = logging.getLogger(__name__)
+
+
+# The load history: one small file for each file that was merged or rejected. A record is written as part of the
+# transaction that it tells of, under a name that is the same when that is repeated; only the newest are kept.
+
+
+def load_id_of(at: datetime) -> str:
+    """A new name for the record of a file; names sort by time."""
+    return f"{stamp(at)}-{uuid4().hex[:8]}"
+
+
+def text_of(at: datetime) -> str:
+    """An instant as the history shows it."""
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +97,12 @@ class Load:
         """One line for people."""
         if self.outcome == REJECTED:
             return f"{self.file}: rejected: {self.error}"
-        counts = f"{self.rows} rows: {self.inserted} inserted, {self.replaced} replaced, {self.unchanged} unchanged"
-        parts = [counts]
+        parts = [f"{self.rows} rows: {self.inserted} inserted, {self.replaced} replaced, {self.unchanged} unchanged"]
         if self.duplicates:
             parts.append(f"{self.duplicates} rows whose key comes again later in the file left out")
-        parts += [f"columns {word}: {', '.join(names)[:500]}" for word, names in self._columns() if names]
+        columns = (("added", self.columns_added), ("removed", self.columns_removed))
+        parts += [f"columns {word}: {', '.join(names)[:500]}" for word, names in columns if names]
         return f"{self.file}: {self.outcome}, {'; '.join(parts)}; {self.rows_after} rows in all"
-
-    def _columns(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        yield "added", self.columns_added
-        yield "removed", self.columns_removed
 
 
 def load_of(content: Mapping[str, Any]) -> Load:
@@ -111,19 +122,14 @@ def save_load(folder: Path, load: Load) -> None:
 def loads(folder: Path, limit: int) -> Sequence[Load]:
     """Newest first; empty when there is no folder. A record that cannot be read is left out."""
     try:
-        names = sorted(
-            (path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."), reverse=True
-        )
+        names = [path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
     except FileNotFoundError:
         return []
-    return [load for path in names[:limit] if (load := _read(path)) is not None]
-
-
-def _read(path: Path) -> Load | None:
-    try:
-        return load_of(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
+    found = []
+    for path in sorted(names, reverse=True)[:limit]:
+        with suppress(OSError, ValueError, TypeError):
+            found.append(load_of(json.loads(path.read_bytes())))
+    return found
 
 
 def revert_file(folder: Path, load_id: str) -> Path:
@@ -133,15 +139,9 @@ def revert_file(folder: Path, load_id: str) -> Path:
 
 def prune(folder: Path, undo_keep: int) -> None:
     """Remove what lies beyond the number of merges that can be undone, and the oldest records. Idempotent."""
-    reverts = sorted((path for path in folder.glob(f"*{REVERT}")), reverse=True)
-    records = sorted((path for path in folder.glob(f"*{RECORD}")), reverse=True)
+    reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
     for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
         path.unlink(missing_ok=True)
-
-
-def undone(load: Load) -> Load:
-    """The record of a merge after it was taken back."""
-    return replace(load, outcome=UNDONE, revert="")
 
 
 def shown(load: Load) -> Mapping[str, Any]:
@@ -164,17 +164,45 @@ def shown(load: Load) -> Mapping[str, Any]:
     }
 
 
-# Files that cannot be merged, set aside with the reason.
-#
-# Invariant: the reason is on the disk before the file leaves the inbox, and the file itself is moved, never changed:
-# a crash in between leaves it in the inbox, where the next run comes to the same end under the same names. What lies
-# in the folder belongs to its user: nothing is ever overwritten or deleted there, but the reason of the very same
-# file.
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A file of the archive that is not as it was when it was merged. `load` is the record of the merge."""
 
-log = logging.getLogger(__name__)
+    load: Load
+    path: Path
+    found: Identity
+
+    @property
+    def merged(self) -> Identity:
+        """The file when it was last looked at."""
+        return Identity(*self.load.source)
+
+    def is_steady(self) -> bool:
+        """True while nothing more is written."""
+        return self.path.exists() and identity_of(self.path.lstat()) == self.found
 
 
-def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:
+def grown(paths: InboxPaths) -> Sequence[Grown]:
+    """What was written to since, among the files that the load history knows. Raises OSError."""
+    changed = []
+    for load in loads(paths.loads, KEPT_LOADS):
+        if load.outcome != MERGED or not load.source:
+            continue
+        path = paths.config.archive_dir / load.archive_name
+        with suppress(FileNotFoundError):
+            each = Grown(load, path, identity_of(path.lstat()))
+            same_file = (each.found.device, each.found.inode) == (each.merged.device, each.merged.inode)
+            if same_file and each.found != each.merged:
+                changed.append(each)
+    return changed
+
+
+# Files that cannot be merged. The reason is on the disk before the file leaves the inbox, and the file is moved, never
+# changed: after a crash in between, the next run comes to the same end under the same names. What lies in the folder
+# belongs to its user: nothing is ever overwritten or deleted there, but the reason of the very same file.
+
+
+def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:
     """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
 
     Raises OSError, Unsteady when it is gone or another file by now, and Stuck for what can only lie where it is.
@@ -183,8 +211,8 @@ def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load,
     if not unchanged(candidate):  # what lies there now was not looked at
         raise Unsteady(f"{name} is gone or was changed while it was read", "no action needed; the next run looks again")
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
-    with placed(places.config.rejected_dir):
-        target = _target(places.config.rejected_dir, candidate, bad_rows, at)
+    with placed(paths.config.rejected_dir):
+        target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
         load_id = _told_before(reason).get("load_id") or load.load_id
@@ -193,9 +221,9 @@ def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load,
         write_durably(reason, [text, b"\n"])
         if bad_rows:
             write_durably(_beside(target, BAD_ROWS), [bad_rows])
-    with placed(places.loads):
-        save_load(places.loads, Load(load_id, load.run_id, printable(name), load.at, REJECTED, error=cause.message))
-    with placed(places.config.rejected_dir):
+    with placed(paths.loads):
+        save_load(paths.loads, Load(load_id, load.run_id, printable(name), load.at, REJECTED, error=cause.message))
+    with placed(paths.config.rejected_dir):
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)
     return target
@@ -203,13 +231,10 @@ def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load,
 
 def _target(folder: Path, candidate: Candidate, bad_rows: bytes, at: datetime) -> Path:
     """A name under which nothing of another file lies there yet."""
-    name, suffix, number = candidate.path.name, "", 0
-    while True:
-        target = folder / bounded_name(name, suffix, REJECTED_BYTES)
-        if not os.path.lexists(target) and _is_free(target, candidate, bad_rows):
-            return target
-        suffix = f".{stamp(at)}" + (f".{number}" if number else "")
-        number += 1
+    stamped = f".{stamp(at)}"
+    suffixes = itertools.chain(("", stamped), (f"{stamped}.{number}" for number in itertools.count(1)))
+    targets = (folder / bounded_name(candidate.path.name, suffix, REJECTED_BYTES) for suffix in suffixes)
+    return next(each for each in targets if not os.path.lexists(each) and _is_free(each, candidate, bad_rows))
 
 
 def _is_free(target: Path, candidate: Candidate, bad_rows: bytes) -> bool:
@@ -246,7 +271,7 @@ def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:
         "value": first.value,
         "reason": first.reason,
         "hint": cause.hint,
-        "rejected_at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "rejected_at": text_of(at),
         "faults": [asdict(fault) for fault in cause.faults],
         "more_faults": cause.more,
     }
@@ -258,7 +283,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if not os.path.lexists(source):
             raise Unsteady("it was to be set aside and is gone", "no action needed; somebody took it away") from error
-        if not _other_device(source, target):
+        if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)
         sync_directory(target.parent)
@@ -283,7 +308,3 @@ def _copy(source: Path, target: Path) -> None:
         temporary.rename(target)
     else:
         raise Stuck("it cannot go to another file system", "remove it from the inbox, or set rejected_dir on its disk")
-
-
-def _other_device(source: Path, target: Path) -> bool:
-    return source.lstat().st_dev != target.parent.stat().st_dev

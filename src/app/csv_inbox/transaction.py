@@ -1,55 +1,61 @@
-"""One merge or one undo as one committed step: the journal is its commit, and recovery carries it through."""
+"""One merge, or one undo, as one transaction: the journal is its commit, and recovery carries out what was committed.
+
+Order: everything new is on the disk under temporary names, and the archive has a second name for the input, before the
+journal appears by an atomic rename. From then on the transaction has happened; what is left to do are renames that can
+be repeated. Without a journal nothing has happened, and every temporary file goes. fsync is never retried.
+
+Journal, metadata and history may be lost or restored from a backup at any time; master, archive and inbox say what is
+left to do then. Only a file that lies nowhere but under the archive's pending name stops recovery.
+"""
 
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from app.core.errors import Permanent, Transient
-from app.core.files import bounded_name, sync_directory, write_durably
+from app.core.files import bounded_name, sync_directory, sync_file, write_durably
 from app.core.ledger import Tally, ledger_of
 from app.core.runs import Report
 from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
-    MEGABYTE,
+    MEBIBYTE,
     UNIT,
     Candidate,
     Identity,
-    Places,
-    Work,
-    check_steady,
+    InboxPaths,
+    InboxRun,
     identity_of,
     link_or_copy,
     md5_of,
     open_regular,
     placed,
     printable,
-    stamp,
     unchanged,
     unused,
 )
 from app.csv_inbox.incoming import Incoming, read_incoming
-from app.csv_inbox.key_index import settle
-from app.csv_inbox.master_output import write_metadata
-from app.csv_inbox.merge import Merged, Plan, master_header, merge
-from app.csv_inbox.quarantine import KEPT_LOADS, MERGED, Load, load_of, loads, prune, revert_file, save_load
-
-# One merge, or one undo, is one step: the journal is its commit, and recovery carries out what was committed.
-#
-# Order: everything new is on the disk under temporary names, and the archive holds the input by a pending link,
-# before the journal appears by an atomic rename. From then on the step has happened; what is left to do are renames
-# that can be repeated. Without a journal nothing has happened, and every temporary file goes. fsync is never retried.
-#
-# Journal, metadata and history may be lost or restored from a backup at any time; master, archive and inbox say what
-# is left to do then. Only a file that lies nowhere but in the archive's pending link stops recovery.
+from app.csv_inbox.merge import Merged, master_header, merge
+from app.csv_inbox.quarantine import (
+    KEPT_LOADS,
+    MERGED,
+    Load,
+    load_id_of,
+    load_of,
+    loads,
+    prune,
+    revert_file,
+    save_load,
+    text_of,
+)
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -66,7 +72,7 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Archiving:
-    """The input's way from the inbox to the archive. `digest` is the MD5 of what was merged."""
+    """The input on its way from the inbox to the archive. `digest` is the MD5 of what was merged."""
 
     pending: Path
     target: Path
@@ -76,7 +82,7 @@ class Archiving:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Transaction:
     """Everything that is left to do once it is committed. The first renaming is what it is for: without it, nothing."""
 
     renamings: Sequence[Renaming]
@@ -90,41 +96,40 @@ def renaming(temporary: Path, target: Path) -> Renaming:
     return Renaming(temporary, target, temporary.stat().st_ino)
 
 
-def commit(places: Places, step: Step) -> None:
-    """Make the step happen: once this returns, it has. Raises OSError; then it has not."""
-    folders = {each.temporary.parent for each in step.renamings}
-    if step.archiving:
-        folders.add(step.archiving.pending.parent)
-    for folder in folders:
+def commit(paths: InboxPaths, transaction: Transaction) -> None:
+    """Make the transaction happen: once this returns, it has. Raises OSError; then it has not."""
+    archive = {transaction.archiving.pending.parent} if transaction.archiving else set()
+    for folder in {each.temporary.parent for each in transaction.renamings} | archive:
         sync_directory(folder)
-    write_durably(places.journal, [json.dumps(_plain(step, places.folder), indent=1).encode("ascii")])
+    write_durably(paths.journal, [json.dumps(_to_json(transaction, paths.folder), indent=1).encode("ascii")])
 
 
-def carry_out(places: Places, step: Step) -> bool:
-    """Do what the step says; what is done already is skipped, so it can be repeated after any crash.
+def carry_out(paths: InboxPaths, transaction: Transaction) -> bool:
+    """Do what the transaction says; what is done already is skipped, so it can be repeated after any crash.
 
     False when it was given up. Raises Permanent when neither can be done.
     """
-    if _removes_a_later_master(places, step) or not all(map(_rename, step.renamings[:1])):
-        _give_up(places, step)
+    if _removes_a_later_master(paths, transaction) or not all(map(_rename, transaction.renamings[:1])):
+        _give_up(paths, transaction)
         return False
-    for each in step.renamings[1:]:
+    for each in transaction.renamings[1:]:
         if not _rename(each):
             log.warning("%s is gone: %s stays as it is", each.temporary.name, each.target.name)
-    for path in step.removals:
+    for path in transaction.removals:
         path.unlink(missing_ok=True)
-    _sync({path.parent for path in (*(each.target for each in step.renamings), *step.removals)})
-    if step.archiving:
-        _archive(step.archiving)
-    save_load(places.loads, step.load)
-    prune(places.loads, places.config.undo_keep)
-    places.journal.unlink()
-    sync_directory(places.folder)
+    for folder in {path.parent for path in (*(each.target for each in transaction.renamings), *transaction.removals)}:
+        sync_directory(folder)
+    if transaction.archiving:
+        _archive(transaction.archiving)
+    save_load(paths.loads, transaction.load)
+    prune(paths.loads, paths.config.undo_keep)
+    paths.journal.unlink()
+    sync_directory(paths.folder)
     return True
 
 
 def _rename(each: Renaming) -> bool:
-    """True once the target is the file of the step; False when that is gone, or was replaced since."""
+    """True once the target is the file of the transaction; False when that is gone, or was replaced since."""
     if each.temporary.exists():
         each.temporary.replace(each.target)
         log.debug("renamed %s to %s", each.temporary.name, each.target)
@@ -132,37 +137,34 @@ def _rename(each: Renaming) -> bool:
     return each.target.exists() and each.target.stat().st_ino == each.inode
 
 
-def _give_up(places: Places, step: Step) -> None:
-    """End a step whose first file is gone: the journal is an old one, or somebody put another file there.
+def _give_up(paths: InboxPaths, transaction: Transaction) -> None:
+    """End a transaction whose first file is gone: the journal is an old one, or somebody put another file there.
 
     An input that is in the archive was merged, one that is still in the inbox is merged again. Raises Permanent for one
     that is in neither.
     """
-    archiving = step.archiving
+    archiving = transaction.archiving
     if archiving and archiving.pending.exists() and not _is_merged(archiving):
-        new, old = step.renamings[0].temporary.name, step.renamings[0].target.name
+        new, old = transaction.renamings[0].temporary.name, transaction.renamings[0].target.name
         raise Permanent(
             f"a committed step cannot be completed: {new} is gone, {old} is another file",
             "put both back as they were, or remove the merge journal beside the master if the master is right as it is",
         )
-    log.warning("%s: the journal does not fit what is there; the master stays as it is", step.load.file)
-    if archiving and os.path.lexists(archiving.target) and not _is_recorded(places, step.load):
-        save_load(places.loads, step.load)
-    places.journal.unlink()
-    sync_directory(places.folder)
+    log.warning("%s: the journal does not fit what is there; the master stays as it is", transaction.load.file)
+    recorded = {load.load_id for load in loads(paths.loads, KEPT_LOADS)}
+    if archiving and os.path.lexists(archiving.target) and transaction.load.load_id not in recorded:
+        save_load(paths.loads, transaction.load)
+    paths.journal.unlink()
+    sync_directory(paths.folder)
 
 
-def _removes_a_later_master(places: Places, step: Step) -> bool:
+def _removes_a_later_master(paths: InboxPaths, transaction: Transaction) -> bool:
     """True when an undo would take away a master that is not as the merge left it that is taken back."""
-    master = places.config.merged_file
-    if master not in step.removals or not master.exists():
+    master = paths.config.merged_file
+    if master not in transaction.removals or not master.exists():
         return False
     found = master.stat()
-    return (found.st_size, found.st_mtime_ns) != (step.load.size_bytes, step.load.mtime_ns)
-
-
-def _is_recorded(places: Places, load: Load) -> bool:
-    return any(each.load_id == load.load_id for each in loads(places.loads, KEPT_LOADS))
+    return (found.st_size, found.st_mtime_ns) != (transaction.load.size_bytes, transaction.load.mtime_ns)
 
 
 def _archive(each: Archiving) -> None:
@@ -178,7 +180,8 @@ def _archive(each: Archiving) -> None:
     if os.path.lexists(each.target) and merged:
         each.source.unlink(missing_ok=True)
     each.pending.unlink(missing_ok=True)
-    _sync({each.target.parent, each.source.parent})
+    for folder in {each.target.parent, each.source.parent}:
+        sync_directory(folder)
 
 
 def _is_merged(each: Archiving) -> bool:
@@ -208,47 +211,42 @@ def _inode(path: Path) -> int:
         return -1
 
 
-def _sync(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        sync_directory(folder)
-
-
-def recover(places: Places) -> Load | None:
+def recover(paths: InboxPaths) -> Load | None:
     """Complete what was committed, remove what was not; the load that was completed. Raises Permanent, OSError."""
-    step, done = pending_step(places), False
-    if step is not None:
-        places.loads.mkdir(exist_ok=True)
-        done = carry_out(places, step)
-    for path in places.leftovers():
+    transaction, done = _committed(paths), False
+    if transaction is not None:
+        paths.loads.mkdir(exist_ok=True)
+        done = carry_out(paths, transaction)
+    for path in paths.leftovers():
         path.unlink(missing_ok=True)
-    return step.load if step and done else None
+    return transaction.load if transaction and done else None
 
 
-def pending_step(places: Places) -> Step | None:
+def _committed(paths: InboxPaths) -> Transaction | None:
     """What was committed and not completed. Raises Permanent when the journal cannot be read."""
     try:
-        content = json.loads(places.journal.read_bytes())
+        content = json.loads(paths.journal.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise Permanent(
-            f"the merge journal {places.journal.name} is damaged: {error}",
+            f"the merge journal {paths.journal.name} is damaged: {error}",
             "compare master and metadata with a backup, then remove the journal; nothing was changed",
         ) from error
-    return _step_of(content, places.folder)
+    return _from_json(content, paths.folder)
 
 
-def _plain(step: Step, folder: Path) -> Mapping[str, Any]:
+def _to_json(transaction: Transaction, folder: Path) -> Mapping[str, Any]:
     """As JSON; paths relative to the master's folder, so that the whole tree may have moved before the restart."""
 
     def near(path: Path) -> str:
         return os.path.relpath(path, folder)
 
-    archiving = step.archiving
+    archiving = transaction.archiving
     return {
         "version": VERSION,
-        "renamings": [[near(each.temporary), near(each.target), each.inode] for each in step.renamings],
-        "removals": [near(path) for path in step.removals],
+        "renamings": [[near(each.temporary), near(each.target), each.inode] for each in transaction.renamings],
+        "removals": [near(path) for path in transaction.removals],
         "archiving": archiving
         and {
             "pending": near(archiving.pending),
@@ -257,84 +255,87 @@ def _plain(step: Step, folder: Path) -> Mapping[str, Any]:
             "identity": asdict(archiving.identity),
             "digest": archiving.digest,
         },
-        "load": asdict(step.load),
+        "load": asdict(transaction.load),
     }
 
 
-def _step_of(content: Mapping[str, Any], folder: Path) -> Step:
-    archiving = content["archiving"]
-    return Step(
+def _from_json(content: Mapping[str, Any], folder: Path) -> Transaction:
+    archiving = None
+    if way := content["archiving"]:
+        target = folder / way["target"]
+        archiving = Archiving(
+            folder / way["pending"],
+            target.with_name(bounded_name(target.name)),  # earlier versions committed names too long for a directory
+            folder / way["source"],
+            Identity(**way["identity"]),
+            way["digest"],
+        )
+    return Transaction(
         [Renaming(folder / temporary, folder / target, inode) for temporary, target, inode in content["renamings"]],
         [folder / path for path in content["removals"]],
-        archiving
-        and Archiving(
-            folder / archiving["pending"],
-            _bounded(folder / archiving["target"]),
-            folder / archiving["source"],
-            Identity(**archiving["identity"]),
-            archiving["digest"],
-        ),
+        archiving,
         load_of(content["load"]),
     )
 
 
-def _bounded(target: Path) -> Path:
-    """The archive name. Earlier versions committed names too long for a directory."""
-    return target.with_name(bounded_name(target.name))
+# One file merged as one transaction. Until the commit nothing has changed but temporary files, and those go when the
+# commit does not come. A dry run merges into a temporary folder only.
 
-
-# One file merged as one committed step, or, in a dry run, merged into a temporary folder only.
-#
-# Invariant: until the commit nothing has changed but temporary files, and those go when the commit does not come.
-
-Temporary = Callable[[str], Path]
 KEPT_BYTES = 1 << 23
 
 
-def load_id_of(at: datetime) -> str:
-    """A new name for the record of a file; names sort by time."""
-    return f"{stamp(at)}-{uuid4().hex[:8]}"
-
-
-def text_of(at: datetime) -> str:
-    """An instant as the history shows it."""
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A file read and merged into temporary files."""
-
-    incoming: Incoming
-    merged: Merged
-
-
-def take(work: Work, candidate: Candidate) -> Report:
+def take(inbox: InboxRun, candidate: Candidate) -> Report:
     """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
-    at, began = work.clock(), time.monotonic()
-    load_id = load_id_of(at)
+    at, began = inbox.clock(), time.monotonic()
+    load_id, paths = load_id_of(at), inbox.paths
 
     def temporary(what: str) -> Path:
-        return work.places.temporary(load_id, what)
+        return paths.temporary(load_id, what)
 
-    with _cleared(work.places):
-        read = _read_and_merge(work, candidate, Source(work.config.merged_file, work.places.index), temporary)
-        load = replace(_load(work, candidate, read), load_id=load_id, at=text_of(at))
-        step = _step(work, candidate, read, replace(load, seconds=time.monotonic() - began))
-        commit(work.places, step)
-    carry_out(work.places, step)
-    settle(temporary("index"), work.places.index)
-    work.tell(step.load.told())
-    master, merged = work.config.merged_file, read.merged
-    log.info(
-        "%s: written, %d rows, %d columns, %d bytes", master.name, merged.rows, len(merged.columns), load.size_bytes
-    )
-    return _report(candidate, read)
+    try:
+        incoming, merged = _read_and_merge(inbox, candidate, inbox.config.merged_file, paths.index, temporary)
+        load = _load(inbox, candidate, incoming, merged, load_id=load_id, at=text_of(at), outcome=MERGED)
+        transaction = _prepare(inbox, candidate, incoming, merged, replace(load, seconds=time.monotonic() - began))
+        commit(paths, transaction)
+    finally:
+        if not paths.journal.exists():  # after a commit the journal needs them
+            for path in paths.leftovers():
+                path.unlink(missing_ok=True)
+    carry_out(paths, transaction)
+    if temporary("index").exists():  # the index takes its name once its master has
+        temporary("index").replace(paths.index)
+    inbox.tell(transaction.load.told())
+    name, columns = inbox.config.merged_file.name, len(merged.columns)
+    log.info("%s: written, %d rows, %d columns, %d bytes", name, merged.rows, columns, load.size_bytes)
+    return _report(candidate, incoming, merged)
 
 
-def _report(candidate: Candidate, read: Outcome) -> Report:
+@contextmanager
+def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
+    """A dry run: what is yielded says what merging a file after those before would do. It raises as `take`."""
+    master, index = inbox.config.merged_file, inbox.paths.index
+    with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as name:
+        folder = Path(name)
+
+        def rehearse(candidate: Candidate) -> Report:
+            nonlocal master, index
+            unique = uuid4().hex
+            with placed(folder):
+                incoming, merged = _read_and_merge(
+                    inbox, candidate, master, index, lambda what: folder / f"{unique}.{what}"
+                )
+            incoming.spool.unlink()
+            if master.parent == folder:
+                master.unlink()
+            master, index = folder / f"{unique}.master", folder / f"{unique}.index"
+            inbox.told.append(_load(inbox, candidate, incoming, merged, load_id="", at="", outcome="valid").told())
+            return _report(candidate, incoming, merged)
+
+        yield rehearse
+
+
+def _report(candidate: Candidate, incoming: Incoming, merged: Merged) -> Report:
     """What one file did. A row that a later row of the same file replaces counts as corrected."""
-    incoming, merged = read.incoming, read.merged
     tally = Tally(
         counted=incoming.counted,
         read=incoming.rows,
@@ -346,76 +347,50 @@ def _report(candidate: Candidate, read: Outcome) -> Report:
     return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
 
 
-@contextmanager
-def _cleared(places: Places) -> Iterator[None]:
-    """Takes the temporary files of the block away, unless it ended in a commit: then the journal needs them."""
-    try:
-        yield
-    finally:
-        if not places.journal.exists():
-            for path in places.leftovers():
-                path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A master, which need not exist, and where its index would be."""
-
-    master: Path
-    index: Path
-
-
-def _read_and_merge(work: Work, candidate: Candidate, source: Source, temporary: Temporary) -> Outcome:
-    """Check, spool and merge one file; everything is written to temporary files."""
-    _keep_freed()
-    config = work.config
-    header = master_header(source.master, config)
-    master = source.master if header else None
-    beat = work.beat(master)
+def _read_and_merge(
+    inbox: InboxRun, candidate: Candidate, master: Path, index: Path, temporary: Callable[[str], Path]
+) -> tuple[Incoming, Merged]:
+    """Check, spool and merge one file into temporary files; neither the master nor its index need exist."""
+    # glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page
+    # of it again: a hundred pages for every megabyte merged. Freeing one large block, never touched, keeps the memory
+    # of one block for the next. The daemon sets its own limits.
+    bytearray(KEPT_BYTES)
+    config = inbox.config
+    header = master_header(master, config)
+    beat = inbox.beat(master if header else None)
     incoming = read_incoming(candidate.path, header, config, temporary("rows"), beat)
-    check_steady(candidate, incoming.md5)
+    if candidate.md5 not in ("", incoming.md5):
+        raise Unsteady(f"{candidate.path.name} changed under its name", "no action needed; the next run looks again")
     log.debug(
         "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
-        *(
-            printable(candidate.path.name),
-            "unchanged" if candidate.md5 else "read once",
-            incoming.counted,
-            incoming.identity.size,
-            incoming.keys.count,
-        ),
+        *(printable(candidate.path.name), "unchanged" if candidate.md5 else "read once"),
+        *(incoming.counted, incoming.identity.size, incoming.keys.count),
         f"with {len(header.names)} columns" if header else "not there yet",
     )
-    size = incoming.offsets[-1] + (master.stat().st_size if master else 0)
-    plan = Plan(
+    size = incoming.offsets[-1] + (master.stat().st_size if header else 0)
+    merged = merge(
+        master if header else None,
+        incoming,
+        config,
         out=temporary("master"),
-        removed=temporary("removed") if config.undo_keep and not work.context.dry_run else None,
-        index=source.index,
-        new_index=temporary("index") if size >= config.index_from_mb * MEGABYTE else None,
+        removed=temporary("removed") if config.undo_keep and not inbox.context.dry_run else None,
+        index=index,
+        new_index=temporary("index") if size >= config.index_from_mb * MEBIBYTE else None,
         beat=beat,
     )
-    return Outcome(incoming, merge(master, incoming, config, plan))
+    return incoming, merged
 
 
-def _keep_freed() -> None:
-    """Have the C library keep the memory of one block for the next.
-
-    glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page of
-    it again: a hundred pages for every megabyte merged. The daemon sets its own limits. What is freed here was never
-    touched.
-    """
-    bytearray(KEPT_BYTES)
-
-
-def _load(work: Work, candidate: Candidate, read: Outcome) -> Load:
-    incoming, merged = read.incoming, read.merged
-    removal, before = merged.removal, merged.before
-    revert = "first" if before is None else "rows" if removal else "whole"
+def _load(
+    inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, *, load_id: str, at: str, outcome: str
+) -> Load:
+    """The record, with what it takes to find rows that are written to the file later."""
     return Load(
-        load_id="",
-        run_id=work.context.run_id,
+        load_id=load_id,
+        run_id=inbox.context.run_id,
         file=printable(candidate.path.name),
-        at="",
-        outcome=MERGED,
+        at=at,
+        outcome=outcome,
         rows=incoming.rows,
         inserted=merged.inserted,
         replaced=merged.replaced,
@@ -425,113 +400,83 @@ def _load(work: Work, candidate: Candidate, read: Outcome) -> Load:
         columns_removed=merged.columns_removed,
         rows_before=merged.rows_before,
         rows_after=merged.rows,
-        revert=revert if work.config.undo_keep else "",
-        kept_bytes=removal.kept_bytes if removal else 0,
-        ranges=removal.ranges if removal else 0,
+        revert=merged.revert if inbox.config.undo_keep else "",
+        kept_bytes=merged.kept_bytes,
+        ranges=merged.ranges,
         size_bytes=merged.after.st_size,
         mtime_ns=merged.after.st_mtime_ns,
-        mtime_before_ns=before.st_mtime_ns if before else 0,
-    )
-
-
-def _step(work: Work, candidate: Candidate, read: Outcome, load: Load) -> Step:
-    """Everything durable under temporary names, the archive's hold on the input taken: ready to be committed."""
-    places, config, at = work.places, work.config, work.clock()
-    metadata = places.temporary_metadata(load.load_id)
-    with placed(config.metadata_file.parent):
-        write_metadata(metadata, read.merged.columns, read.merged.rows, at)
-    renamings = [
-        renaming(places.temporary(load.load_id, "master"), config.merged_file),
-        renaming(metadata, config.metadata_file),
-        *_kept(places, load),
-    ]
-    with placed(config.archive_dir):
-        archiving = _archiving(work, candidate, read.incoming, load.load_id, at)
-    _check_master(work, read.merged)
-    load = _watched(load, archiving, read.incoming)
-    return Step(renamings, [places.temporary(load.load_id, "rows")], archiving, load)
-
-
-def _watched(load: Load, archiving: Archiving, incoming: Incoming) -> Load:
-    """The record, with what it takes to find rows that are written to the file later."""
-    found = incoming.identity
-    return replace(
-        load,
-        archived_as=printable(archiving.target.name),
-        archive_name=archiving.target.name,
-        source=(found.device, found.inode, found.size, found.mtime_ns),
+        mtime_before_ns=merged.before.st_mtime_ns if merged.before else 0,
+        source=astuple(incoming.identity),
         source_md5=incoming.md5,
         rows_at=incoming.header.size_bytes,
         unended_bytes=incoming.unended_bytes,
     )
 
 
-def _archiving(work: Work, candidate: Candidate, incoming: Incoming, load_id: str, at: datetime) -> Archiving:
-    """The archive's hold on the very file that was read. Raises Unsteady."""
-    pending = work.places.pending(load_id)
+def _prepare(inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, load: Load) -> Transaction:
+    """Everything durable under temporary names, the archive's second name for the input made: ready to be committed.
+
+    Raises Unsteady when the input was replaced, Transient when something that takes no lock replaced the master.
+    """
+    paths, config, at = inbox.paths, inbox.config, inbox.clock()
+    metadata = paths.temporary_metadata(load.load_id)
+    with placed(config.metadata_file.parent):
+        write_metadata(metadata, merged.columns, merged.rows, at)
+    renamings = [
+        renaming(paths.temporary(load.load_id, "master"), config.merged_file),
+        renaming(metadata, config.metadata_file),
+    ]
+    if config.undo_keep:
+        renamings.append(_undo_file(paths, load))
+    with placed(config.archive_dir):
+        archiving = _archiving(inbox, candidate, incoming, load.load_id, at)
+    found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
+    if found != (identity_of(merged.before) if merged.before else None):
+        raise Transient(
+            f"the master {config.merged_file.name} was replaced while it was read",
+            "no action needed; the next run merges into what it is then",
+        )
+    archive_name = archiving.target.name
+    load = replace(load, archived_as=printable(archive_name), archive_name=archive_name)
+    return Transaction(renamings, [paths.temporary(load.load_id, "rows")], archiving, load)
+
+
+def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_id: str, at: datetime) -> Archiving:
+    """A second name, for the archive, of the very file that was read. Raises Unsteady."""
+    pending, name = inbox.paths.pending(load_id), candidate.path.name
     try:
         link_or_copy(candidate.path, pending)
     except FileNotFoundError as error:
         if candidate.path.exists():  # the archive is what is missing
             raise
-        raise Unsteady(f"{candidate.path.name} is gone", "no action needed; somebody took it away") from error
+        raise Unsteady(f"{name} is gone", "no action needed; somebody took it away") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
-        raise Unsteady(
-            f"{candidate.path.name} was replaced while it was read", "no action needed; the next run merges it"
-        )
-    target = unused(work.config.archive_dir, candidate.path.name, at)
+        raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
+    target = unused(inbox.config.archive_dir, name, at)
     return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
 
 
-def _kept(places: Places, load: Load) -> Iterator[Renaming]:
+def _undo_file(paths: InboxPaths, load: Load) -> Renaming:
     """What it takes to undo, complete and durable under a temporary name."""
-    if not places.config.undo_keep:
-        return
-    removed = places.temporary(load.load_id, "removed")
+    removed = paths.temporary(load.load_id, "removed")
     if load.revert == "whole":
         removed.unlink(missing_ok=True)
-        link_or_copy(places.config.merged_file, removed)
+        link_or_copy(paths.config.merged_file, removed)
     elif load.revert == "first":
         removed.touch()
-    yield renaming(removed, revert_file(places.loads, load.load_id))
+    return renaming(removed, revert_file(paths.loads, load.load_id))
 
 
-def _check_master(work: Work, merged: Merged) -> None:
-    """Raises Transient when something that takes no lock put another master there meanwhile."""
-    path = work.config.merged_file
-    found = identity_of(path.stat()) if path.exists() else None
-    if found != (identity_of(merged.before) if merged.before else None):
-        raise Transient(
-            f"the master {path.name} was replaced while it was read",
-            "no action needed; the next run merges into what it is then",
-        )
-
-
-@dataclass(slots=True)
-class Rehearsal:
-    """The same in a temporary folder, file upon file; nothing of the inbox changes."""
-
-    work: Work
-    folder: Path
-    source: Source | None = field(default=None)
-
-    def take(self, candidate: Candidate) -> Report:
-        """What merging this file after those before would do. Raises as `take`."""
-        work, unique, before = self.work, uuid4().hex, self.source
-        source = before or Source(work.config.merged_file, work.places.index)
-        with placed(self.folder):
-            read = _read_and_merge(work, candidate, source, lambda what: self.folder / f"{unique}.{what}")
-        read.incoming.spool.unlink()
-        if before:
-            before.master.unlink()
-        self.source = Source(self.folder / f"{unique}.master", self.folder / f"{unique}.index")
-        load = replace(_load(work, candidate, read), outcome="valid")
-        work.told.append(load.told())
-        return _report(candidate, read)
-
-
-@contextmanager
-def rehearsal(work: Work) -> Iterator[Rehearsal]:
-    """A dry run."""
-    with tempfile.TemporaryDirectory(prefix="headwater-csv-inbox-") as folder:
-        yield Rehearsal(work, Path(folder))
+def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datetime) -> None:
+    """Write the metadata durably to a temporary file. `last_updated`: UTC, as documented, without an offset."""
+    content = {
+        "last_updated": at.replace(tzinfo=None).isoformat(timespec="microseconds"),
+        "row_count": rows,
+        "column_count": len(columns),
+        "columns": list(columns),
+    }
+    with temporary.open("x", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        sync_file(file.fileno())

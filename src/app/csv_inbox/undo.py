@@ -1,4 +1,4 @@
-"""Taking merges back, newest first, each as one committed step: the master becomes what it was, to the byte.
+"""Taking merges back, newest first, each as one committed transaction: the master becomes what it was, to the byte.
 
 Invariant: nothing is written over a master that is not what the last merge left; what was archived stays archived.
 """
@@ -6,7 +6,7 @@ Invariant: nothing is written over a master that is not what the last merge left
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -15,18 +15,17 @@ from app.core.errors import Rejected
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.csv_tokenizer import Dialect, blocks
-from app.csv_inbox.discovery import Places, link_or_copy
+from app.csv_inbox.discovery import MEBIBYTE, InboxPaths, link_or_copy
 from app.csv_inbox.header import read_header
-from app.csv_inbox.master_output import COPY_BYTES, write_metadata
-from app.csv_inbox.quarantine import KEPT_LOADS, MERGED, Load, loads, revert_file, undone
-from app.csv_inbox.transaction import Step, carry_out, commit, renaming
+from app.csv_inbox.quarantine import KEPT_LOADS, MERGED, UNDONE, Load, loads, revert_file
+from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming, write_metadata
 
 LEAST_CHARACTERS = 4
 
 
-def to_undo(places: Places, run_id: str) -> Sequence[Load]:
+def to_undo(paths: InboxPaths, run_id: str) -> Sequence[Load]:
     """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
-    merged = [load for load in loads(places.loads, KEPT_LOADS) if load.outcome == MERGED]
+    merged = [load for load in loads(paths.loads, KEPT_LOADS) if load.outcome == MERGED]
     wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
     if not wanted or len(run_id) < LEAST_CHARACTERS:
         told = f"no merge of a run {run_id[:40]!r} is in the history"
@@ -34,8 +33,8 @@ def to_undo(places: Places, run_id: str) -> Sequence[Load]:
     if len({merged[place].run_id for place in wanted}) > 1:
         raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
     taken = merged[: wanted[-1] + 1]
-    kept = places.config.undo_keep
-    gone = next((load for load in taken if not revert_file(places.loads, load.load_id).exists()), None)
+    kept = paths.config.undo_keep
+    gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
     if gone is not None:
         hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
         raise Rejected(f"the merge of {gone.file} at {gone.at} cannot be undone any more", hint)
@@ -50,36 +49,35 @@ def preview(load: Load) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Undoing:
-    """What undoing works on. `beat` is told of bytes written and may stop it before the commit."""
+def take_back(paths: InboxPaths, load: Load, at: datetime, beat: Callable[[int], None]) -> None:
+    """Take one merge back, the newest; `beat` is told of bytes written and may stop it before the commit.
 
-    places: Places
-    at: datetime
-    beat: Callable[[int], None]
-
-
-def undo(undoing: Undoing, load: Load) -> None:
-    """Take one merge back, the newest. Raises Rejected when the master was changed since, and OSError."""
-    places = undoing.places
-    config = places.config
+    Raises Rejected when the master was changed since, and OSError.
+    """
+    config = paths.config
     check_master(config, load)
+    removed = revert_file(paths.loads, load.load_id)
+    renamings, removals = [], [removed]
     if load.revert == "first":
-        step = Step([], [config.merged_file, config.metadata_file, _revert(places, load)], None, undone(load))
+        removals = [config.merged_file, config.metadata_file, removed]
     else:
-        restored = places.temporary(load.load_id, "restored")
-        metadata = places.temporary_metadata(load.load_id)
+        restored = paths.temporary(load.load_id, "restored")
+        metadata = paths.temporary_metadata(load.load_id)
         if load.revert == "whole":
-            link_or_copy(_revert(places, load), restored)
+            link_or_copy(removed, restored)
         else:
-            _splice(undoing, load, restored)
-        columns, rows = _described(restored, config)
-        write_metadata(metadata, columns, rows, undoing.at)
+            _splice(config, load, removed, restored, beat)
+        dialect = Dialect(config.csv_delimiter, config.csv_encoding)
+        with restored.open("rb", buffering=0) as file:
+            header = read_header(file.read, dialect)
+            file.seek(header.size_bytes)
+            rows = sum(len(block.rows) for block in blocks(file.read, dialect, 1))
+        write_metadata(metadata, header.names, rows, at)
         renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
-        step = Step(renamings, [_revert(places, load)], None, undone(load))
+    transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
     check_master(config, load)  # nobody who takes no lock wrote to it while it was read
-    commit(places, step)
-    carry_out(places, step)
+    commit(paths, transaction)
+    carry_out(paths, transaction)
 
 
 def check_master(config: InboxConfig, load: Load) -> None:
@@ -95,55 +93,36 @@ def check_master(config: InboxConfig, load: Load) -> None:
         )
 
 
-def _revert(places: Places, load: Load) -> Path:
-    return revert_file(places.loads, load.load_id)
-
-
-def _splice(undoing: Undoing, load: Load, restored: Path) -> None:
-    """The kept bytes of the master with the removed ranges back in their places."""
-    config = undoing.places.config
+def _splice(config: InboxConfig, load: Load, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
+    """The kept bytes of the master with the removed rows back in their places; the ranges follow these in `kept`."""
     with (
         config.merged_file.open("rb", buffering=0) as master,
-        _revert(undoing.places, load).open("rb", buffering=0) as removed,
+        kept.open("rb", buffering=0) as removed,
         restored.open("xb") as out,
     ):
         keep_mode(config.merged_file, out.fileno())
-        ranges = _ranges(removed, load.ranges)
+        ranges = array("q")
+        size = 2 * load.ranges * ranges.itemsize
+        removed.seek(-size, os.SEEK_END)
+        ranges.frombytes(removed.read(size))
+        removed.seek(0)
         at = 0
         for offset, length in zip(ranges[0::2], ranges[1::2], strict=True):
-            _copy(master, out, offset - at, undoing.beat)
-            _copy(removed, out, length, undoing.beat)
+            _copy(master, out, offset - at, beat)
+            _copy(removed, out, length, beat)
             at = offset + length
-        _copy(master, out, load.kept_bytes - master.tell(), undoing.beat)
+        _copy(master, out, load.kept_bytes - master.tell(), beat)
         out.flush()
         # As it was in this as well: the merge before tells its master by size and time.
         os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
         sync_file(out.fileno())
 
 
-def _ranges(removed: IO[bytes], count: int) -> "array[int]":
-    ranges = array("q")
-    size = 2 * count * ranges.itemsize
-    removed.seek(-size, os.SEEK_END)
-    ranges.frombytes(removed.read(size))
-    removed.seek(0)
-    return ranges
-
-
 def _copy(source: IO[bytes], out: IO[bytes], size: int, beat: Callable[[int], None]) -> None:
     while size > 0:
-        piece = source.read(min(size, COPY_BYTES))
+        piece = source.read(min(size, MEBIBYTE))
         if not piece:
             raise Rejected("what was kept of the master is incomplete", "restore the master from a backup instead")
         out.write(piece)
         beat(len(piece))
         size -= len(piece)
-
-
-def _described(path: Path, config: InboxConfig) -> tuple[Sequence[str], int]:
-    """Columns and number of rows."""
-    dialect = Dialect(config.csv_delimiter, config.csv_encoding)
-    with path.open("rb", buffering=0) as file:
-        header = read_header(file.read, dialect)
-        file.seek(header.size_bytes)
-        return header.names, sum(len(block.rows) for block in blocks(file.read, dialect, 1))
