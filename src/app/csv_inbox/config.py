@@ -1,4 +1,8 @@
-"""The configuration of the CSV inbox, `config.json` or the file that CSV_MONITOR_CONFIG names, and its errors."""
+"""The configuration of the CSV inbox, `config.json` or the file that CSV_MONITOR_CONFIG names, and its errors.
+
+Invariant: a configuration is complete and checked: every key has its documented default, every path is absolute, and
+what cannot work is one BadSettings with one line per fault. Nothing is created here.
+"""
 
 import codecs
 import json
@@ -6,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from enum import StrEnum
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -13,24 +18,23 @@ from typing import Any
 from app.core.errors import BadSettings, Rejected, Transient
 from app.core.files import NAME_BYTES
 
-# Why a file is not merged: for good, or not yet.
-#
-# Invariant: each fault names what is wrong and, where it is known, the line, the column and the value; each kind of
-# fault is one of few fixed texts, since the ledger and the metrics count by it.
 
-NOT_REGULAR = "not a regular file"
-NO_ACCESS = "cannot be opened"
-TOO_LARGE = "file too large"
-HEADER = "unusable header"
-MISSING_COLUMN = "missing column"
-NO_ROWS = "no rows"
-ENCODING = "invalid text"
-RAGGED = "wrong number of fields"
-EMPTY_KEY = "unusable key"
-LONG_RECORD = "record too long"
-OPEN_QUOTE = "quote not closed"
-LONE_RETURN = "lone carriage return"
-SECOND_HEADER = "second header"
+class FaultKind(StrEnum):
+    """Few fixed texts, since the ledger and the metrics count by them."""
+
+    NOT_REGULAR = "not a regular file"
+    NO_ACCESS = "cannot be opened"
+    TOO_LARGE = "file too large"
+    HEADER = "unusable header"
+    MISSING_COLUMN = "missing column"
+    NO_ROWS = "no rows"
+    ENCODING = "invalid text"
+    RAGGED = "wrong number of fields"
+    EMPTY_KEY = "unusable key"
+    LONG_RECORD = "record too long"
+    OPEN_QUOTE = "quote not closed"
+    LONE_RETURN = "lone carriage return"
+    SECOND_HEADER = "second header"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Fault:
 class Unmergeable(Rejected):
     """This file goes to quarantine. `records` are the bad rows as they stand, below the header line `header`.
 
-    `kind` is one of the texts above. `rows` is how many rows were seen before the file was given up.
+    `rows` is how many rows were seen before the file was given up.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Unmergeable(Rejected):
         faults: list[Fault],
         hint: str,
         *,
-        kind: str,
+        kind: FaultKind,
         header: bytes = b"",
         records: list[bytes] | None = None,
         more: int = 0,
@@ -80,12 +84,7 @@ class Stuck(Transient):
     """This one file can be neither read nor moved now; it stays in the inbox, and every run names it."""
 
 
-# The configuration of the CSV inbox: `config.json`, or the file that CSV_MONITOR_CONFIG names.
-#
-# Invariant: what comes out is complete and checked: every key has its documented default, every path is absolute, and
-# what cannot work is one BadSettings with one line per fault. Nothing is created here.
-
-FILE = "config.json"
+MOST_KEPT = 1000
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -115,45 +114,33 @@ class InboxConfig:
     index_from_mb: float
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("a text that is not empty")
-    return value
+Reader = Callable[[Any], Any]
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-        raise ValueError('a list of column names, such as ["id", "name"]')
-    return tuple(value)
+def _reader(is_allowed: Callable[[Any], bool], allowed: str, convert: Reader = lambda value: value) -> Reader:
+    """Gives the converted value, or raises ValueError with what is allowed."""
 
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")  # noqa: TRY004 - one kind of fault, whatever is odd about the value
-    return value
-
-
-def _number(least: float, unit: str) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= least
-        if not good:
-            raise ValueError(f"a number of {unit}, {least:g} or more")
-        return float(value)
+    def read(value: Any) -> Any:
+        if not is_allowed(value):
+            raise ValueError(allowed)
+        return convert(value)
 
     return read
 
 
-def _kept(value: Any) -> int:
-    most = 1000
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"a whole number from 0 to {most}")
-    return value
+def _number(least: float, unit: str) -> Reader:
+    def is_allowed(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= least
+
+    return _reader(is_allowed, f"a number of {unit}, {least:g} or more", float)
 
 
-def _delimiter(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 1 or not value.isascii() or value in '"\r\n\0':
-        raise ValueError('one ASCII character, such as "," or ";" or "\\t"')
-    return value
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_delimiter(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 1 and value.isascii() and value not in '"\r\n\0'
 
 
 def _encoding(value: Any) -> str:
@@ -170,30 +157,39 @@ def _encoding(value: Any) -> str:
     raise ValueError(told)
 
 
-def _level(value: Any) -> str:
-    if not isinstance(value, str) or value.upper() not in LEVELS:
-        raise ValueError(f"one of {', '.join(LEVELS)}")
-    return value.upper()
-
-
+_TEXT = _reader(lambda value: _is_text(value) and "\0" not in value, "a text that is not empty")
+_TEXTS = _reader(
+    lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    'a list of column names, such as ["id", "name"]',
+    tuple,
+)
+_SWITCH = _reader(lambda value: isinstance(value, bool), "true or false")
 _SECONDS = _number(0, "seconds")
-KEYS: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
-    "watch_dir": ("csv_inbox", _text),
-    "archive_dir": ("csv_archive", _text),
-    "rejected_dir": ("csv_inbox_rejected", _text),
-    "merged_file": ("final_clusters_data.csv", _text),
-    "metadata_file": ("merged_metadata.json", _text),
-    "log_file": ("csv_watchdog.log", _text),
-    "key_column": ("cluster_name", _text),
-    "required_columns": ([], _texts),
+_KEPT = _reader(
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_KEPT,
+    f"a whole number from 0 to {MOST_KEPT}",
+)
+_DELIMITER = _reader(_is_delimiter, 'one ASCII character, such as "," or ";" or "\\t"')
+_LEVEL = _reader(
+    lambda value: isinstance(value, str) and value.upper() in LEVELS, f"one of {', '.join(LEVELS)}", str.upper
+)
+KEYS: Mapping[str, tuple[Any, Reader]] = {
+    "watch_dir": ("csv_inbox", _TEXT),
+    "archive_dir": ("csv_archive", _TEXT),
+    "rejected_dir": ("csv_inbox_rejected", _TEXT),
+    "merged_file": ("final_clusters_data.csv", _TEXT),
+    "metadata_file": ("merged_metadata.json", _TEXT),
+    "log_file": ("csv_watchdog.log", _TEXT),
+    "key_column": ("cluster_name", _TEXT),
+    "required_columns": ([], _TEXTS),
     "checksum_wait_seconds": (5, _SECONDS),
     "max_file_size_mb": (500, _number(0.001, "megabytes")),
-    "csv_delimiter": (",", _delimiter),
+    "csv_delimiter": (",", _DELIMITER),
     "csv_encoding": ("utf-8", _encoding),
-    "log_level": ("INFO", _level),
-    "log_to_console": (False, _switch),
+    "log_level": ("INFO", _LEVEL),
+    "log_to_console": (False, _SWITCH),
     "lock_timeout_seconds": (30, _SECONDS),
-    "undo_keep": (10, _kept),
+    "undo_keep": (10, _KEPT),
     "index_from_mb": (16, _number(0, "megabytes")),
 }
 """Key -> its default, and what reads a value (raises ValueError with what is allowed)."""
@@ -206,7 +202,7 @@ def load_config(named: Path | None, data_dir: Path) -> InboxConfig:
 
     Raises BadSettings with one line per fault.
     """
-    path = named or Path(FILE)
+    path = named or Path("config.json")
     if named is None and not path.is_file():
         return configured({}, data_dir.absolute(), "")
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.core.errors import AppError
-from app.csv_inbox.config import LONE_RETURN, LONG_RECORD, OPEN_QUOTE, RAGGED
+from app.csv_inbox.config import FaultKind
 
 Offsets = npt.NDArray[np.int64]
 Octets = npt.NDArray[np.uint8]
@@ -34,12 +34,9 @@ NONE = np.zeros(0, np.int64)
 
 
 class Malformed(AppError):
-    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record.
+    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record."""
 
-    `kind` is one of the fixed texts of `config`.
-    """
-
-    def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: str) -> None:
+    def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: FaultKind) -> None:
         super().__init__(message)
         self.line = line
         self.record = record
@@ -202,7 +199,9 @@ def _no_lone_return(array: Octets, quotes: Offsets, line: int) -> None:
 
 
 def _lone_return(line: int) -> Malformed:
-    return Malformed("a carriage return that ends no line; write line ends as LF or CRLF", line, kind=LONE_RETURN)
+    return Malformed(
+        "a carriage return that ends no line; write line ends as LF or CRLF", line, kind=FaultKind.LONE_RETURN
+    )
 
 
 def walked(data: bytes, dialect: Dialect, quotes: Offsets, line: int = 1) -> Marks:
@@ -294,6 +293,12 @@ class Block:
         """The same; the records at these positions are no rows."""
         return replace(self, skipped=np.concatenate((self.skipped, positions)))
 
+    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "Block":
+        """The same without the ranges from each of `firsts` to that of `lasts`, no line end among them."""
+        data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
+        marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
+        return replace(self, data=data, marks=marks)
+
     @property
     def widths(self) -> Offsets:
         """The number of fields of each row."""
@@ -332,27 +337,13 @@ class Block:
         """Raises Malformed, with the line, when a row has not `width` fields."""
         for position, found in self.uneven(width):
             told = f"{found} fields where the header has {width}"
-            raise Malformed(told, self.line_of(position), self.record(position)[:1000], kind=RAGGED)
+            raise Malformed(told, self.line_of(position), self.record(position)[:1000], kind=FaultKind.RAGGED)
 
     def cells(self, place: int, dialect: Dialect) -> Cells:
         """The values of a column, one for each of `rows`, all of which have that column and the same width."""
         starts, stops = self._bounds(place)
         if not len(self.marks.quotes):
             return Cells(self.array, starts, stops - starts)
-        return self._unquoted(starts, stops, dialect)
-
-    def _bounds(self, place: int) -> tuple[Offsets, Offsets]:
-        """Where a column's field starts and stops in each of `rows`, quotes included."""
-        grid = self._grid
-        if grid is not None and len(self.rows) == len(grid):
-            starts = self.starts if place == 0 else grid[:, place - 1] + 1
-            return starts, self.stops if place == grid.shape[1] - 1 else grid[:, place]
-        at, lasts = self.marks.at, self.marks.lasts[self.rows]
-        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
-        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
-        return starts, np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
-
-    def _unquoted(self, starts: Offsets, stops: Offsets, dialect: Dialect) -> Cells:
         quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
         places = np.flatnonzero(quoted)
         if not len(places):
@@ -369,9 +360,33 @@ class Block:
         bare.lengths[doubled] = lengths
         return Cells(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
 
+    def _bounds(self, place: int) -> tuple[Offsets, Offsets]:
+        """Where a column's field starts and stops in each of `rows`, quotes included."""
+        grid = self._grid
+        if grid is not None and len(self.rows) == len(grid):
+            starts = self.starts if place == 0 else grid[:, place - 1] + 1
+            return starts, self.stops if place == grid.shape[1] - 1 else grid[:, place]
+        at, lasts = self.marks.at, self.marks.lasts[self.rows]
+        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
+        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
+        return starts, np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
+
+    def first_invalid(self, encoding: str) -> int:
+        """The offset of the first byte that is no text in this encoding, -1 when there is none."""
+        try:
+            if not self.data.isascii():
+                self.data.decode(encoding)
+        except UnicodeDecodeError as error:
+            return error.start
+        return -1
+
+    def line_at(self, offset: int) -> int:
+        """The line of the file on which this byte is."""
+        return self.line + self.data.count(b"\n", 0, offset)
+
     def line_of(self, position: int) -> int:
         """The line of the file on which a record begins."""
-        return self.line + self.data.count(b"\n", 0, int(self.starts[position]))
+        return self.line_at(int(self.starts[position]))
 
     def record(self, position: int) -> bytes:
         """One record without its line end."""
@@ -405,7 +420,7 @@ def blocks(
                 line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
         tail = data + rest  # less than one record
         if len(tail) > longest_bytes:
-            raise Malformed(f"{longer}; is a quote not closed?", line, kind=LONG_RECORD)
+            raise Malformed(f"{longer}; is a quote not closed?", line, kind=FaultKind.LONG_RECORD)
     if tail.removeprefix(bom):
         last = _last(tail, dialect, line, bom)
         _refuse_longer(last, longest_bytes, longer)
@@ -439,7 +454,7 @@ def _next_bom(block: Block, bom: bytes) -> int:
 def _refuse_longer(block: Block, longest_bytes: int, told: str) -> None:
     """Raises Malformed, with the line, for a record above the limit."""
     if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
-        raise Malformed(told, block.line_of(int(long.argmax())), kind=LONG_RECORD)
+        raise Malformed(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
 
 
 def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
@@ -448,7 +463,7 @@ def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
     marks = marked(body + b"\n", dialect, line)
     if len(marks.lasts) != 1:
         told = "a quote is not closed before the end of the file"
-        raise Malformed(told, line, body[:1000], kind=OPEN_QUOTE)
+        raise Malformed(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
     if body.endswith(b"\r"):
         raise _lone_return(line)
     return Block(body, marks, line, len(body) < len(tail))

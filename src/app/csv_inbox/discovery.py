@@ -17,13 +17,12 @@ from typing import IO
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import NAME_BYTES, TEMPORARY_SUFFIX, bounded_name, sync_file
 from app.core.runs import Context
-from app.csv_inbox.config import NO_ACCESS, NOT_REGULAR, Fault, InboxConfig, Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady
 
 MEBIBYTE = 1 << 20
 UNIT = "records"
 SUFFIX = ".csv"
 PENDING = ".pending-"
-TEMPORARY = ".merge.tmp"
 REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
 WRITTEN_BYTES = 38
 """What `write_durably` puts around a name."""
@@ -31,48 +30,33 @@ STEM_BYTES = NAME_BYTES - WRITTEN_BYTES - len("..merge-journal.json")
 """What of the master's name is in the names beside it; with the longest of what is put around it, it fits."""
 REJECTED_BYTES = NAME_BYTES - WRITTEN_BYTES - len(BAD_ROWS)
 """What the name of a rejected file may have, so that its reason and its bad rows can be named after it."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class InboxPaths:
     """Where everything of one inbox lies. Several masters can share a folder: what belongs to one begins with its name.
 
     Temporary files can be told by their names, so a restart can remove them. No name is too long for a directory.
     """
 
-    config: InboxConfig
-
-    @property
-    def folder(self) -> Path:
-        """The master's folder."""
-        return self.config.merged_file.parent
-
-    @property
-    def lock(self) -> Path:
-        """What keeps two processes apart; the kernel releases it when its holder dies."""
-        return self.config.merged_file.with_name(bounded_name(self.config.merged_file.name, ".lock"))
-
-    @property
-    def journal(self) -> Path:
-        """What was committed and may not be carried out yet."""
-        return self._beside("merge-journal.json")
-
-    @property
-    def loads(self) -> Path:
-        """The folder of the load history, and of what it takes to undo."""
-        return self._beside("loads")
-
-    @property
-    def index(self) -> Path:
-        """The index of a large master; without it the next merge takes longer."""
-        return self._beside("index")
+    def __init__(self, config: InboxConfig) -> None:
+        master = config.merged_file
+        self.config = config
+        self.folder = master.parent
+        # Keeps two processes apart; the kernel releases it when its holder dies.
+        self.lock = master.with_name(bounded_name(master.name, ".lock"))
+        self._prefix = f".{bounded_name(master.name, limit_bytes=STEM_BYTES)}."
+        # What was committed and may not be carried out yet.
+        self.journal = master.with_name(f"{self._prefix}merge-journal.json")
+        # The load history, and what it takes to undo.
+        self.loads = master.with_name(f"{self._prefix}loads")
+        # The index of a large master; without it the next merge takes longer.
+        self.index = master.with_name(f"{self._prefix}index")
 
     def temporary(self, load_id: str, what: str) -> Path:
         """A temporary file of one merge."""
-        return self._beside(f"{load_id}.{what}{TEMPORARY}")
+        return self.config.merged_file.with_name(f"{self._prefix}{load_id}.{what}.merge{TEMPORARY_SUFFIX}")
 
     def temporary_metadata(self, load_id: str) -> Path:
         """The same beside the metadata, which may lie in another folder."""
@@ -89,8 +73,7 @@ class InboxPaths:
     def leftovers(self) -> list[Path]:
         """Temporary files and pending links of a merge that was never committed."""
         config = self.config
-        stem = bounded_name(config.merged_file.name, limit_bytes=STEM_BYTES)
-        own = f".{stem}."
+        own = self._prefix
         folders = {self.folder, config.metadata_file.parent, config.watch_dir}
         found = [path for folder in folders for path in _listed(folder) if path.name.startswith((own, f".{own}"))]
         # A reason, its rows or a record that `write_durably` was killed over.
@@ -102,16 +85,17 @@ class InboxPaths:
         found = [path for path in found if path.name.endswith(TEMPORARY_SUFFIX)]
         return [*found, *(path for path in _listed(config.archive_dir) if path.name.startswith(PENDING))]
 
+    def remove_leftovers(self) -> None:
+        """Remove what a merge that was never committed left behind. Raises OSError."""
+        for path in self.leftovers():
+            path.unlink(missing_ok=True)
+
     def make(self) -> None:
         """Create every folder. Raises OSError."""
         config = self.config
-        for folder in (config.watch_dir, config.archive_dir, config.rejected_dir, self.folder, self.loads):
+        given = (config.watch_dir, config.archive_dir, config.rejected_dir, config.metadata_file.parent)
+        for folder in (*given, self.folder, self.loads):
             folder.mkdir(parents=True, exist_ok=True)
-        config.metadata_file.parent.mkdir(parents=True, exist_ok=True)
-
-    def _beside(self, what: str) -> Path:
-        stem = bounded_name(self.config.merged_file.name, limit_bytes=STEM_BYTES)
-        return self.config.merged_file.with_name(f".{stem}.{what}")
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -128,11 +112,9 @@ def stamp(at: datetime) -> str:
 
 def unused(folder: Path, name: str, at: datetime) -> Path:
     """`{name}.{stamp}` in the folder, with a number behind it should that name be taken: nothing is overwritten."""
-    for number in itertools.count():
-        wanted = folder / bounded_name(name, f".{stamp(at)}" + (f".{number}" if number else ""))
-        if not os.path.lexists(wanted):
-            break
-    return wanted
+    suffixes = (f".{stamp(at)}" + (f".{number}" if number else "") for number in itertools.count())
+    targets = (folder / bounded_name(name, suffix) for suffix in suffixes)
+    return next(target for target in targets if not os.path.lexists(target))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -171,7 +153,7 @@ def translated(doing: str) -> Iterator[None]:
     except OSError as error:
         named = error.filename2 or error.filename
         what = f"{printable(os.fsdecode(named)) if named else doing}: {error.strerror or error}"
-        if error.errno in FULL:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Transient(what, "free space there; nothing was lost, and the next run goes on") from error
         if error.errno in REFUSED:
             raise Permanent(what, "let this user write there; nothing was lost, and the next run goes on") from error
@@ -234,6 +216,14 @@ def identity_of(found: os.stat_result) -> Identity:
     return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def identity_at(path: Path) -> Identity | None:
+    """What has this name, a link not followed; None when nothing has."""
+    try:
+        return identity_of(path.lstat())
+    except FileNotFoundError:
+        return None
+
+
 def open_regular(path: Path) -> IO[bytes]:
     """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
     try:
@@ -242,11 +232,11 @@ def open_regular(path: Path) -> IO[bytes]:
         raise Unsteady(f"{path.name} is gone", "no action needed; whoever put it there took it away") from error
     except OSError as error:
         fault = Fault(f"it cannot be opened: {error.strerror}")
-        raise Unmergeable([fault], "put a readable, regular file", kind=NO_ACCESS) from error
+        raise Unmergeable([fault], "put a readable, regular file", kind=FaultKind.NO_ACCESS) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         hint = "put the file itself into the inbox, not a pipe or a device"
-        raise Unmergeable([Fault("it is no regular file")], hint, kind=NOT_REGULAR)
+        raise Unmergeable([Fault("it is no regular file")], hint, kind=FaultKind.NOT_REGULAR)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
@@ -284,13 +274,9 @@ class Candidate:
 
 def candidates(config: InboxConfig) -> Sequence[Candidate]:
     """Oldest first by modification time, then by name; hidden names are left alone. Raises OSError."""
-    try:
-        entries = [entry for entry in os.scandir(config.watch_dir) if not entry.name.startswith(".")]
-    except FileNotFoundError:
-        return []
-    named = [Path(entry.path) for entry in entries if entry.name.lower().endswith(SUFFIX)]
-    found = [each for each in map(candidate, named) if each is not None and each.path != config.merged_file]
-    return in_order(found)
+    shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
+    found = [candidate(path) for path in shown if path.name.lower().endswith(SUFFIX)]
+    return in_order([each for each in found if each is not None])
 
 
 def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -306,11 +292,9 @@ def candidate(path: Path) -> Candidate | None:
         return None
     if stat.S_ISDIR(found.st_mode):
         return None
-    refused = ""
+    refused = "" if stat.S_ISREG(found.st_mode) else "it is no regular file"
     if stat.S_ISLNK(found.st_mode):
         refused = "it is a symbolic link"
-    elif not stat.S_ISREG(found.st_mode):
-        refused = "it is no regular file"
     return Candidate(path, identity_of(found), refused)
 
 
@@ -321,7 +305,4 @@ def is_too_large(size_bytes: int, config: InboxConfig) -> bool:
 
 def unchanged(before: Candidate) -> bool:
     """True while the name leads to the same file in the same state."""
-    try:
-        return identity_of(before.path.lstat()) == before.identity
-    except FileNotFoundError:
-        return False
+    return identity_at(before.path) == before.identity

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Permanent
-from app.csv_inbox.config import ENCODING, HEADER, LONG_RECORD, NO_ROWS
+from app.csv_inbox.config import FaultKind
 from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, MASTER_RECORD_BYTES, Dialect, Malformed, Read, marked
 
 PIECE_BYTES = 1 << 16
@@ -45,8 +45,7 @@ def read_header(read: Read, dialect: Dialect) -> Header:
         if len(data) > MASTER_RECORD_BYTES or len(marked(data, dialect).lasts):
             break
     bom = BOM if data.startswith(BOM) and dialect.encoding == "utf-8" else b""
-    raw = _first(data[len(bom) :], dialect)
-    record = _without_eol(raw)
+    raw, record = _first(data[len(bom) :], dialect)
     names = _distinct(_values(dialect, record), record)
     fields = tuple(dialect.fields(record))
     lines = max(raw.count(b"\n"), 1)
@@ -71,12 +70,11 @@ def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> t
             break
     line = 1 + data.count(b"\n", 0, start)
     if (end or len(data)) - start > LONGEST_RECORD_BYTES:
-        raise Malformed(f"a header longer than {LONGEST_RECORD_BYTES >> 20} MiB", line, kind=LONG_RECORD)
-    raw = _first(data[start:], dialect)
-    record = _without_eol(raw)
+        raise Malformed(f"a header longer than {LONGEST_RECORD_BYTES >> 20} MiB", line, kind=FaultKind.LONG_RECORD)
+    raw, record = _first(data[start:], dialect)
     written = _values(dialect, record)
     if any("\0" in name for name in written):
-        raise Malformed("a NUL byte (0x00) in the header", line, record[:SHOWN_BYTES], kind=ENCODING)
+        raise Malformed("a NUL byte (0x00) in the header", line, record[:SHOWN_BYTES], kind=FaultKind.ENCODING)
     names = _distinct(columns(written, known), record)
     as_is = dialect.delimiter == master.delimiter
     fields = tuple(
@@ -132,16 +130,17 @@ def _first_row(data: bytes, at: int, dialect: Dialect) -> tuple[int, int]:
     return start, 0
 
 
-def _first(body: bytes, dialect: Dialect) -> bytes:
-    """The first record with its line end, which may be lacking."""
+def _first(body: bytes, dialect: Dialect) -> tuple[bytes, bytes]:
+    """The first record with its line end, which may be lacking, and without it."""
     marks = marked(body, dialect)
     if len(marks.lasts):
-        return body[: int(marks.at[marks.lasts[0]]) + 1]
+        raw = body[: int(marks.at[marks.lasts[0]]) + 1]
+        return raw, _without_eol(raw)
     if not body:
-        raise Malformed("the file is empty", 1, kind=NO_ROWS)
+        raise Malformed("the file is empty", 1, kind=FaultKind.NO_ROWS)
     if body.endswith(b"\r") or len(marked(body + b"\n", dialect).lasts) != 1:
-        raise Malformed("the header is not complete: a quote or a line end is cut", 1, kind=HEADER)
-    return body
+        raise Malformed("the header is not complete: a quote or a line end is cut", 1, kind=FaultKind.HEADER)
+    return body, body
 
 
 def _without_eol(raw: bytes) -> bytes:
@@ -153,13 +152,15 @@ def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
         return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
     except UnicodeDecodeError as error:
         told = f"the header cannot be read as {dialect.encoding}: {error}"
-        raise Malformed(told, 1, record[:SHOWN_BYTES], kind=ENCODING) from error
+        raise Malformed(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
 
 
 def _distinct(names: Sequence[str], record: bytes) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise Malformed(f"the column {twice!r} occurs twice in the header", 1, record[:SHOWN_BYTES], kind=HEADER)
+        raise Malformed(
+            f"the column {twice!r} occurs twice in the header", 1, record[:SHOWN_BYTES], kind=FaultKind.HEADER
+        )
     return tuple(names)
 
 

@@ -11,45 +11,20 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from app.csv_inbox.config import (
-    EMPTY_KEY,
-    ENCODING,
-    LONG_RECORD,
-    MISSING_COLUMN,
-    NO_ROWS,
-    RAGGED,
-    SECOND_HEADER,
-    TOO_LARGE,
-    Fault,
-    InboxConfig,
-    Unmergeable,
-    Unsteady,
-)
-from app.csv_inbox.csv_tokenizer import (
-    BOM,
-    LONGEST_RECORD_BYTES,
-    Block,
-    Dialect,
-    Malformed,
-    Offsets,
-    blocks,
-    cut,
-    marked,
-    pairs,
-)
+from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Unmergeable, Unsteady
+from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, Block, Dialect, Malformed, Offsets, blocks, pairs
 from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.header import ColumnUnion, Header, columns, read_incoming_header, united
 from app.csv_inbox.key_index import Gathering, Keys
 
 MOST_FAULTS = 1000
 LONGEST_VALUE = 200
-CORRECT = "correct the file and put it into the inbox again"
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +76,7 @@ def read_incoming(
         before = identity_of(os.fstat(file.fileno()))
         if is_too_large(before.size, config):
             told = f"{before.size} bytes, above max_file_size_mb={config.max_file_size_mb:g}"
-            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=TOO_LARGE)
+            raise Unmergeable([Fault(told)], "split the file, or raise max_file_size_mb", kind=FaultKind.TOO_LARGE)
         digest = hashlib.md5(usedforsecurity=False)
 
         def read(size: int) -> bytes:
@@ -123,8 +98,8 @@ def read_incoming(
                 reading.take(block)
         except Malformed as error:
             fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
-            counted = reading.counted if reading else 0
-            raise Unmergeable([fault], CORRECT, kind=error.kind, rows=counted) from error
+            counted, hint = reading.counted if reading else 0, "correct the file and put it into the inbox again"
+            raise Unmergeable([fault], hint, kind=error.kind, rows=counted) from error
         if identity_of(os.fstat(file.fileno())) != before:
             raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
     reading.check_faults()
@@ -160,12 +135,12 @@ def _begin(file: IO[bytes], master: Header | None, config: InboxConfig, spool: I
         raise Unmergeable(
             [Fault(f"the column {name!r} is missing", header.lines, name) for name in missing],
             f"add the column, or change key_column or required_columns; {hint}",
-            kind=MISSING_COLUMN,
+            kind=FaultKind.MISSING_COLUMN,
         )
     union = united(master, header, config.key_column, config.required_columns, out)
     if union.added and len(union.header(out)) > LONGEST_RECORD_BYTES:
         told = f"with its columns the header of the master is longer than {LONGEST_RECORD_BYTES >> 20} MiB"
-        raise Malformed(told, header.lines, kind=LONG_RECORD)
+        raise Malformed(told, header.lines, kind=FaultKind.LONG_RECORD)
     return _Reading(config.key_column, out, dialect, header, known, union, spool)
 
 
@@ -186,7 +161,7 @@ class _Reading:
     keys: Gathering = field(default_factory=Gathering)
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     faults: list[Fault] = field(default_factory=list)
-    first_kind: str = ""
+    first_kind: FaultKind | None = None
     records: list[bytes] = field(default_factory=list)
     more: int = 0
     counted: int = 0
@@ -207,15 +182,17 @@ class _Reading:
         wanted = len(self.header.names)
         uneven = [(at, f"{found} fields where the header has {wanted}", None) for at, found in block.uneven(wanted)]
         if uneven:
-            self._blame(block, RAGGED, uneven)
+            self._blame(block, FaultKind.RAGGED, uneven)
             return
         column = self.key_column
         keys = block.cells(self.header.names.index(column), self.dialect)
         empty = block.rows[keys.lengths == 0].tolist()
-        self._blame(block, EMPTY_KEY, [(at, f"the key {column!r} is empty", column) for at in empty])
+        self._blame(block, FaultKind.EMPTY_KEY, [(at, f"the key {column!r} is empty", column) for at in empty])
         if BOM in block.data and self.dialect.encoding == "utf-8":
             marked = [at for place, at in enumerate(block.rows.tolist()) if BOM in keys.value(place)]
-            self._blame(block, EMPTY_KEY, [(at, f"a byte order mark in the key {column!r}", column) for at in marked])
+            self._blame(
+                block, FaultKind.EMPTY_KEY, [(at, f"a byte order mark in the key {column!r}", column) for at in marked]
+            )
         self.keys.add(keys)
         if not self.faults:
             self._spool(block)
@@ -223,18 +200,13 @@ class _Reading:
     def _check_text(self, block: Block) -> None:
         """Every byte belongs to a character of the encoding, and none is NUL: what a half-written block leaves."""
         encoding, at = self.dialect.encoding, block.data.find(b"\0")
-        if at < 0 and not block.data.isascii():
-            try:
-                block.data.decode(encoding)
-            except UnicodeDecodeError as error:
-                at = error.start
-        if at < 0:
+        if at < 0 and (at := block.first_invalid(encoding)) < 0:
             return
         byte = f"0x{block.data[at]:02X}"
         told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {encoding.upper()} byte {byte}"
-        fault = Fault(told, block.line + block.data.count(b"\n", 0, at), None, byte)
+        fault = Fault(told, block.line_at(at), None, byte)
         hint = "save the file in that encoding, or set csv_encoding"
-        raise Unmergeable([fault], hint, kind=ENCODING, rows=self.counted)
+        raise Unmergeable([fault], hint, kind=FaultKind.ENCODING, rows=self.counted)
 
     def _without_header(self, block: Block) -> Block:
         """The block without the header of a file that was appended to another one. Raises Malformed for another header.
@@ -251,7 +223,7 @@ class _Reading:
             return block.without(np.array([position]))
         if {name for name in names if name} & set(self.header.names) or values[0].lower().startswith("sep="):
             told = "another file begins here, and its header is not that of the first line"
-            raise Malformed(told, block.line_of(position), record[:LONGEST_VALUE], kind=SECOND_HEADER)
+            raise Malformed(told, block.line_of(position), record[:LONGEST_VALUE], kind=FaultKind.SECOND_HEADER)
         return block
 
     def _without_empty_fields(self, block: Block) -> Block:
@@ -266,10 +238,10 @@ class _Reading:
             return block
         short = block.rows[block.widths == named].tolist()
         told = f"{named} fields where the rows before have {self.width}"
-        self._blame(block, RAGGED, [(at, told, None) for at in short])
+        self._blame(block, FaultKind.RAGGED, [(at, told, None) for at in short])
         return _without_surplus(block, self.dialect, named, range(self.width, self.width + 1))
 
-    def _blame(self, block: Block, kind: str, found: Sequence[tuple[int, str, str | None]]) -> None:
+    def _blame(self, block: Block, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
         """Remember bad rows, as many as fit."""
         room = MOST_FAULTS - len(self.faults)
         self.more += len(found[room:])
@@ -304,7 +276,7 @@ class _Reading:
 
     def check_faults(self) -> None:
         """Raises Unmergeable for the rows that were blamed, or when there are no rows."""
-        if self.faults:
+        if self.first_kind:
             delimiter = self.dialect.delimiter.encode()
             fields = [self.dialect.written(name.encode(self.dialect.encoding)) for name in self.header.names]
             raise Unmergeable(
@@ -318,7 +290,7 @@ class _Reading:
             )
         if not self.keys.rows:
             raise Unmergeable(
-                [Fault("it has no rows")], "put a file with at least one row below the header", kind=NO_ROWS
+                [Fault("it has no rows")], "put a file with at least one row below the header", kind=FaultKind.NO_ROWS
             )
 
 
@@ -357,7 +329,4 @@ def _without_surplus(block: Block, dialect: Dialect, width: int, allowed: Contai
     ]
     if not goes:
         return block
-    stays_from, stays_to = np.append(0, lasts[goes]), np.append(firsts[goes], len(block.data))
-    data = cut(block.data, stays_from, stays_to)
-    marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect)
-    return replace(block, data=data, marks=marks)
+    return block.without_bytes(firsts[goes], lasts[goes], dialect)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from app.core.errors import Transient
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import Context, Exits, Failure, Job, Report
-from app.csv_inbox.config import NOT_REGULAR, Fault, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
+from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
     REFUSED,
@@ -34,14 +34,12 @@ from app.csv_inbox.discovery import (
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import REJECTED, Load, grown, load_id_of, loads, reject, shown, text_of
+from app.csv_inbox.quarantine import grown, history_row, loads, reject
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
 
 NAME = "csv_inbox"
-EXITS = Exits(partial=1, failed=2, busy=2)
-LOG_NAME = "app.csv_inbox"
 FILE_BYTES, FILES_KEPT = 1_000_000, 5
 LINE = "%(asctime)s.%(msecs)03dZ - %(levelname)s - %(message)s"
 TIME = "%Y-%m-%dT%H:%M:%S"
@@ -65,13 +63,13 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         NAME,
         settings.inbox.interval_seconds,
         lambda context: run(InboxRun(paths, context, clock)),
-        exits=EXITS,
+        exits=Exits(partial=1, failed=2, busy=2),
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
     )
     return Inbox(
         job,
-        lambda limit: [shown(load) for load in loads(paths.loads, limit)],
+        lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
 
@@ -115,14 +113,25 @@ def undo(inbox: InboxRun, run_id: str) -> Report:
 
 @contextmanager
 def _started(inbox: InboxRun) -> Iterator[None]:
-    """Logging, alone under the lock, and with what was committed before carried out. Raises as `run`."""
+    """The log file, the lock that other processes respect, and what was committed before carried out.
+
+    It waits for the lock `lock_timeout_seconds`. Raises as `run`.
+    """
+    from filelock import FileLock, Timeout
+
     from app.csv_inbox.transaction import recover
 
-    with _logged(inbox.config), _locked(inbox):
-        done = recover(inbox.paths)
-        if done is not None:
-            log.warning("a step that was committed before the process ended is complete now: %s", done.told())
-        yield
+    lock, seconds, stop = inbox.paths.lock, inbox.config.lock_timeout_seconds, inbox.context.stop
+    try:
+        with _logged(inbox.config), FileLock(lock).acquire(timeout=seconds, cancel_check=lambda: stop.asked):
+            done = recover(inbox.paths)
+            if done is not None:
+                log.warning("a step that was committed before the process ended is complete now: %s", done.summary())
+            yield
+    except Timeout as error:
+        stop.check()
+        told = f"{lock} is held by another process for more than {seconds:g} s"
+        raise Transient(told, "let the other run end, or raise lock_timeout_seconds") from error
 
 
 class _ServiceLog(logging.Handler):
@@ -135,7 +144,7 @@ class _ServiceLog(logging.Handler):
 @contextmanager
 def _logged(config: InboxConfig) -> Iterator[None]:
     """Records go to the inbox's own file until the end of the block. Raises OSError when it cannot be opened."""
-    log = logging.getLogger(LOG_NAME)
+    log = logging.getLogger("app.csv_inbox")
     config.log_file.parent.mkdir(parents=True, exist_ok=True)
     file = RotatingFileHandler(
         config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True
@@ -157,22 +166,6 @@ def _logged(config: InboxConfig) -> Iterator[None]:
         for handler in (file, service):
             log.removeHandler(handler)
             handler.close()
-
-
-@contextmanager
-def _locked(inbox: InboxRun) -> Iterator[None]:
-    """The lock that other processes respect; it waits `lock_timeout_seconds`. Raises Transient, Stopped."""
-    from filelock import FileLock, Timeout
-
-    paths, stop = inbox.paths, inbox.context.stop
-    seconds = paths.config.lock_timeout_seconds
-    try:
-        with FileLock(paths.lock).acquire(timeout=seconds, cancel_check=lambda: stop.asked):
-            yield
-    except Timeout as error:
-        stop.check()
-        told = f"{paths.lock} is held by another process for more than {seconds:g} s"
-        raise Transient(told, "let the other run end, or raise lock_timeout_seconds") from error
 
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
@@ -206,9 +199,8 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
             inbox.tell(f"{name}: still being written, left for the next run")
     for old in (old for old in late if old.is_steady()):
         if inbox.context.dry_run:
-            inbox.told.append(
-                f"{printable(old.path.name)}: was written to after it was merged; that would be looked at"
-            )
+            name = printable(old.path.name)
+            inbox.told.append(f"{name}: was written to after it was merged; that would be looked at")
         elif (taken := take_in(inbox, old)) is not None:
             steady.append(taken)
     return in_order(steady)
@@ -230,8 +222,8 @@ def _guarded(inbox: InboxRun, candidate: Candidate, one: Callable[[Candidate], R
     inbox.context.progress.advance(total=max(2 * candidate.identity.size // MEBIBYTE, 1))  # it is read, and put behind
     try:
         if candidate.refused:
-            hint = "put the file itself into the inbox, not a link, a pipe or a device"
-            return _set_aside(inbox, candidate, Unmergeable([Fault(candidate.refused)], hint, kind=NOT_REGULAR))
+            fault, hint = Fault(candidate.refused), "put the file itself into the inbox, not a link, a pipe or a device"
+            return _set_aside(inbox, candidate, Unmergeable([fault], hint, kind=FaultKind.NOT_REGULAR))
         try:
             return one(candidate)
         except Unmergeable as error:
@@ -253,11 +245,10 @@ def _left(inbox: InboxRun, name: str, error: Stuck) -> Report:
 
 def _set_aside(inbox: InboxRun, candidate: Candidate, error: Unmergeable) -> Report:
     """Move the file to quarantine; a dry run only says so. Raises Stuck when it may not be moved there, and OSError."""
-    name, at, where = printable(candidate.path.name), inbox.clock(), "would be rejected"
+    name, where = printable(candidate.path.name), "would be rejected"
     if not inbox.context.dry_run:
-        load = Load(load_id_of(at), inbox.context.run_id, name, text_of(at), REJECTED)
         try:
-            target = reject(inbox.paths, candidate, error, load, at)
+            target = reject(inbox.paths, candidate, error, inbox.context.run_id, inbox.clock())
         except Unsteady as gone:
             inbox.tell(f"{name}: {gone.message}")
             return Report()

@@ -9,8 +9,10 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -292,8 +294,19 @@ def _made_for(master: os.stat_result, config: InboxConfig) -> dict[str, Any]:
     }
 
 
-def fitting(file: BufferedReader, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
-    """The index in this open file, if it is that of the master as it is now. Raises OSError."""
+@contextmanager
+def opened(path: Path, master: os.stat_result, config: InboxConfig) -> Iterator[KeyIndex | None]:
+    """The index, open, if there is one and it is that of the master as it is now. Raises OSError."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        yield None
+        return
+    with file:
+        yield _fitting(file, master, config)
+
+
+def _fitting(file: BufferedReader, master: os.stat_result, config: InboxConfig) -> KeyIndex | None:
     try:
         head = json.loads(file.read(HEAD_BYTES))
     except ValueError:

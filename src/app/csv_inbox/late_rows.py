@@ -60,7 +60,11 @@ def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> Load:
 
 
 def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | None:
-    start = _first_row_at(file, each)
+    start = each.merged.size
+    if each.load.unended_bytes:  # the last row that was merged may go on in what was added
+        file.seek(start)
+        if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
+            start -= each.load.unended_bytes
     temporary = inbox.paths.temporary_tail(each.load.load_id)
     with temporary.open("xb") as out:
         _copy(file, out, 0, each.load.rows_at)
@@ -97,16 +101,6 @@ def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
         except Malformed:  # cut inside quotes: the file is set aside, and comes again with what follows
             return tail_bytes
     return unended
-
-
-def _first_row_at(file: IO[bytes], each: Grown) -> int:
-    """Where the added rows begin: at the last row that was merged if that goes on in them."""
-    size = each.merged.size
-    if not each.load.unended_bytes:
-        return size
-    file.seek(size)
-    goes_on = read_some(file, 2).lstrip(b"\r")[:1] != b"\n"
-    return size - each.load.unended_bytes if goes_on else size
 
 
 def _copy(file: IO[bytes], out: IO[bytes], start: int, end: int) -> None:

@@ -8,9 +8,9 @@ stops everything.
 import itertools
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +19,7 @@ import numpy as np
 from app.core.errors import Permanent, Transient
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox import key_index
-from app.csv_inbox.config import ENCODING, InboxConfig
+from app.csv_inbox.config import FaultKind, InboxConfig
 from app.csv_inbox.csv_tokenizer import (
     MASTER_RECORD_BYTES,
     NONE,
@@ -38,6 +38,7 @@ from app.csv_inbox.discovery import MEBIBYTE, identity_of
 from app.csv_inbox.header import ColumnUnion, Header, read_header
 from app.csv_inbox.incoming import Incoming
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
+from app.csv_inbox.quarantine import Load
 
 READ_BYTES = 1 << 20
 SCAN_BYTES = 1 << 21
@@ -219,25 +220,11 @@ class MatchCounts:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge did, and how many rows there were.
+    """A merge into temporary files: its record, the columns of the new master, and the old master if there was one."""
 
-    `revert` is how it can be taken back: "first" (there was no master), "whole" (only with the old master, since the
-    columns changed), "rows" (with the rows that were taken out: `ranges` of them, and `kept_bytes` of the old master).
-    """
-
-    inserted: int
-    replaced: int
-    unchanged: int
-    rows_before: int
-    rows: int
+    load: Load
     columns: tuple[str, ...]
-    columns_added: tuple[str, ...]
-    columns_removed: tuple[str, ...]
     before: os.stat_result | None
-    after: os.stat_result
-    revert: str
-    kept_bytes: int
-    ranges: int
 
 
 def master_header(path: Path, config: InboxConfig) -> Header | None:
@@ -263,6 +250,7 @@ def merge(
     master: Path | None,
     incoming: Incoming,
     config: InboxConfig,
+    load: Load,
     *,
     out: Path,
     removed: Path | None,
@@ -277,16 +265,29 @@ def merge(
     """
     before = None
     with ExitStack() as files:
-        output = _output(master, incoming, files, out=out, removed=removed, new_index=new_index, beat=beat)
+
+        def created(path: Path, buffering: int = -1) -> IO[bytes]:
+            file: IO[bytes] = files.enter_context(path.open("xb", buffering=buffering))
+            if master is not None:
+                keep_mode(master, file.fileno())
+            return file
+
+        if incoming.union.added:
+            removed = None  # the old master is to be kept whole
+        output = Output(
+            created(out, 0),
+            created(removed) if removed is not None else None,
+            IndexWriter(created(new_index)) if new_index is not None else None,
+            beat,
+        )
         spool = files.enter_context(incoming.spool.open("rb", buffering=0))
         counts = MatchCounts(incoming, Dialect(config.csv_delimiter, config.csv_encoding), spool)
         try:
             if master is None:
                 output.write(counts.union.header(counts.dialect))
             else:
-                before = _keep_rows(
-                    files.enter_context(master.open("rb", buffering=0)), counts, output, config, index=index
-                )
+                old = files.enter_context(master.open("rb", buffering=0))
+                before = _keep_rows(old, counts, output, config, index)
         except Malformed as error:
             raise _unreadable(config.merged_file, error) from error
         appended = _append(counts, output)
@@ -294,50 +295,30 @@ def merge(
         after = _complete(counts, output, config, out=out, new_index=new_index)
     union, dropped = counts.union, counts.doubtful
     revert = "first" if before is None else "whole" if union.added or dropped else "rows"
-    return Merged(
+    load = replace(
+        load,
         inserted=appended - counts.matched,
         replaced=counts.matched - counts.unchanged,
         unchanged=counts.unchanged,
-        rows_before=counts.kept + counts.taken,
-        rows=counts.kept + appended,
-        columns=tuple(name for place, name in enumerate(union.names) if place not in dropped),
         columns_added=union.added,
         columns_removed=tuple(union.names[place] for place in dropped),
-        before=before,
-        after=after,
-        revert=revert,
+        rows_before=counts.kept + counts.taken,
+        rows_after=counts.kept + appended,
+        revert=revert if config.undo_keep else "",
         kept_bytes=output.kept_bytes if revert == "rows" else 0,
         ranges=len(output.ranges) // 2 if revert == "rows" else 0,
+        size_bytes=after.st_size,
+        mtime_ns=after.st_mtime_ns,
+        mtime_before_ns=before.st_mtime_ns if before else 0,
     )
+    return Merged(load, tuple(name for place, name in enumerate(union.names) if place not in dropped), before)
 
 
-def _output(
-    master: Path | None,
-    incoming: Incoming,
-    files: ExitStack,
-    *,
-    out: Path,
-    removed: Path | None,
-    new_index: Path | None,
-    beat: Beat,
-) -> Output:
-    """The files that are written; removed rows go nowhere when the old master is to be kept whole."""
-    file = files.enter_context(out.open("xb", buffering=0))
-    rows = files.enter_context(removed.open("xb")) if removed is not None and not incoming.union.added else None
-    index = files.enter_context(new_index.open("xb")) if new_index is not None else None
-    for each in (file, rows, index):
-        if each and master is not None:
-            keep_mode(master, each.fileno())
-    return Output(file, rows, IndexWriter(index) if index else None, beat)
-
-
-def _keep_rows(
-    master: IO[bytes], counts: MatchCounts, out: Output, config: InboxConfig, *, index: Path
-) -> os.stat_result:
+def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: InboxConfig, index: Path) -> os.stat_result:
     """Write what stays of the master, along its index where that fits."""
     before = os.fstat(master.fileno())
     header = read_header(master.read, counts.dialect)
-    with _opened(index, before, config) as fitting:
+    with key_index.opened(index, before, config) as fitting:
         indexed = (
             fitting is not None
             and not counts.padding
@@ -351,17 +332,6 @@ def _keep_rows(
         told = f"the master {config.merged_file.name} was written to while it was read"
         raise Transient(told, "no action needed; the next run merges into what it is then")
     return before
-
-
-@contextmanager
-def _opened(path: Path, master: os.stat_result, config: InboxConfig) -> Iterator[KeyIndex | None]:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        yield None
-        return
-    with file:
-        yield key_index.fitting(file, master, config)
 
 
 def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCounts) -> bool:
@@ -461,13 +431,10 @@ def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Outp
 
 def _looked_up(block: Block, header: Header, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
     """The hash of each row's key, the places of those that the file has, and its row for each."""
-    if not block.data.isascii():
-        try:
-            block.data.decode(counts.dialect.encoding)
-        except UnicodeDecodeError as error:
-            line = block.line + block.data.count(b"\n", 0, error.start)
-            told = f"invalid {counts.dialect.encoding.upper()} byte 0x{block.data[error.start]:02X}"
-            raise Malformed(told, line, kind=ENCODING) from error
+    encoding = counts.dialect.encoding
+    if (at := block.first_invalid(encoding)) >= 0:
+        told = f"invalid {encoding.upper()} byte 0x{block.data[at]:02X}"
+        raise Malformed(told, block.line_at(at), kind=FaultKind.ENCODING)
     block.check_width(len(header.names))
     cells = block.cells(counts.union.key, counts.dialect)
     hashes = key_index.hashed(cells)
@@ -514,10 +481,7 @@ def _entries(block: Block, hashes: Hashes, counts: MatchCounts) -> Hashes:
 def _indexed_merge(master: IO[bytes], header: Header, index: KeyIndex, counts: MatchCounts, out: Output) -> bool:
     """Write the header and every row that stays. False when the index does not fit; then nothing was written."""
     try:
-        merging = _IndexedMerge(master, header, counts, out)
-        for entries in index.pieces():
-            merging.piece(entries)
-        merging.end()
+        _IndexedMerge(master, header, counts, out).run(index)
     except IndexMismatch:
         out.restart()
         counts.restart()
@@ -539,13 +503,14 @@ class _IndexedMerge:
         self._held = memoryview(bytearray(CHUNK_BYTES))
         self._chunk(header.size_bytes, NONE, NONE.view(np.uint64))
 
-    def end(self) -> None:
-        """Nothing may be left."""
+    def run(self, index: KeyIndex) -> None:
+        """All records that the index has; nothing of the master may be left then."""
+        for entries in index.pieces():
+            self._piece(entries)
         if self._at != self._size:
             raise IndexMismatch
 
-    def piece(self, entries: Hashes) -> None:
-        """The next records."""
+    def _piece(self, entries: Hashes) -> None:
         ends = np.cumsum(key_index.lengths_in(entries))
         size = int(ends[-1])
         if self._at + size > self._size:

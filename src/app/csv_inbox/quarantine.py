@@ -24,7 +24,7 @@ from app.csv_inbox.discovery import (
     Candidate,
     Identity,
     InboxPaths,
-    identity_of,
+    identity_at,
     placed,
     printable,
     stamp,
@@ -93,7 +93,7 @@ class Load:
     rows_at: int = 0
     unended_bytes: int = 0
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line for people."""
         if self.outcome == REJECTED:
             return f"{self.file}: rejected: {self.error}"
@@ -108,9 +108,10 @@ class Load:
 def load_of(content: Mapping[str, Any]) -> Load:
     """A load from its record; keys of a later version are left out."""
     known = {each.name for each in fields(Load)}
-    values: dict[str, Any] = {name: value for name, value in content.items() if name in known}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Load(**values)
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    return Load(**{name: value for name, value in values.items() if name in known})
 
 
 def save_load(folder: Path, load: Load) -> None:
@@ -119,7 +120,7 @@ def save_load(folder: Path, load: Load) -> None:
     write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
 
 
-def loads(folder: Path, limit: int) -> Sequence[Load]:
+def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[Load]:
     """Newest first; empty when there is no folder. A record that cannot be read is left out."""
     try:
         names = [path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
@@ -144,18 +145,12 @@ def prune(folder: Path, undo_keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def shown(load: Load) -> Mapping[str, Any]:
+def history_row(load: Load) -> Mapping[str, Any]:
     """A load as one line of a table."""
     columns = [f"+{name}" for name in load.columns_added] if load.rows_before else []
     columns += [f"-{name}" for name in load.columns_removed]
-    return {
-        "at": load.at,
-        "file": load.file,
-        "outcome": load.outcome,
-        "rows": load.rows,
-        "inserted": load.inserted,
-        "replaced": load.replaced,
-        "unchanged": load.unchanged,
+    as_it_is = ("at", "file", "outcome", "rows", "inserted", "replaced", "unchanged")
+    return {name: getattr(load, name) for name in as_it_is} | {
         "columns": " ".join(columns)[:200],
         "total": load.rows_after,
         "seconds": round(load.seconds, 2),
@@ -179,21 +174,19 @@ class Grown:
 
     def is_steady(self) -> bool:
         """True while nothing more is written."""
-        return self.path.exists() and identity_of(self.path.lstat()) == self.found
+        return identity_at(self.path) == self.found
 
 
 def grown(paths: InboxPaths) -> Sequence[Grown]:
     """What was written to since, among the files that the load history knows. Raises OSError."""
     changed = []
-    for load in loads(paths.loads, KEPT_LOADS):
+    for load in loads(paths.loads):
         if load.outcome != MERGED or not load.source:
             continue
-        path = paths.config.archive_dir / load.archive_name
-        with suppress(FileNotFoundError):
-            each = Grown(load, path, identity_of(path.lstat()))
-            same_file = (each.found.device, each.found.inode) == (each.merged.device, each.merged.inode)
-            if same_file and each.found != each.merged:
-                changed.append(each)
+        path, merged = paths.config.archive_dir / load.archive_name, Identity(*load.source)
+        found = identity_at(path)
+        if found and found != merged and (found.device, found.inode) == (merged.device, merged.inode):
+            changed.append(Grown(load, path, found))
     return changed
 
 
@@ -202,7 +195,7 @@ def grown(paths: InboxPaths) -> Sequence[Grown]:
 # belongs to its user: nothing is ever overwritten or deleted there, but the reason of the very same file.
 
 
-def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:
+def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: str, at: datetime) -> Path:
     """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
 
     Raises OSError, Unsteady when it is gone or another file by now, and Stuck for what can only lie where it is.
@@ -215,14 +208,14 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, load: Lo
         target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
-        load_id = _told_before(reason).get("load_id") or load.load_id
+        load_id = _told_before(reason).get("load_id") or load_id_of(at)
         content = _reason(cause, printable(name), at) | {"source": _source(candidate), "load_id": load_id}
         text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
         write_durably(reason, [text, b"\n"])
         if bad_rows:
             write_durably(_beside(target, BAD_ROWS), [bad_rows])
     with placed(paths.loads):
-        save_load(paths.loads, Load(load_id, load.run_id, printable(name), load.at, REJECTED, error=cause.message))
+        save_load(paths.loads, Load(load_id, run_id, printable(name), text_of(at), REJECTED, error=cause.message))
     with placed(paths.config.rejected_dir):
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)
@@ -250,16 +243,14 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _source(candidate: Candidate) -> list[int]:
-    identity = candidate.identity
-    return [identity.inode, identity.size, identity.mtime_ns]
+    return [candidate.identity.inode, candidate.identity.size, candidate.identity.mtime_ns]
 
 
 def _told_before(reason: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError):
         told = json.loads(reason.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
+        return told if isinstance(told, dict) else {}
+    return {}
 
 
 def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from app.csv_inbox.discovery import (
     Identity,
     InboxPaths,
     InboxRun,
+    identity_at,
     identity_of,
     link_or_copy,
     md5_of,
@@ -44,18 +45,7 @@ from app.csv_inbox.discovery import (
 )
 from app.csv_inbox.incoming import Incoming, read_incoming
 from app.csv_inbox.merge import Merged, master_header, merge
-from app.csv_inbox.quarantine import (
-    KEPT_LOADS,
-    MERGED,
-    Load,
-    load_id_of,
-    load_of,
-    loads,
-    prune,
-    revert_file,
-    save_load,
-    text_of,
-)
+from app.csv_inbox.quarantine import MERGED, Load, load_id_of, load_of, loads, prune, revert_file, save_load, text_of
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -151,7 +141,7 @@ def _give_up(paths: InboxPaths, transaction: Transaction) -> None:
             "put both back as they were, or remove the merge journal beside the master if the master is right as it is",
         )
     log.warning("%s: the journal does not fit what is there; the master stays as it is", transaction.load.file)
-    recorded = {load.load_id for load in loads(paths.loads, KEPT_LOADS)}
+    recorded = {load.load_id for load in loads(paths.loads)}
     if archiving and os.path.lexists(archiving.target) and transaction.load.load_id not in recorded:
         save_load(paths.loads, transaction.load)
     paths.journal.unlink()
@@ -186,13 +176,9 @@ def _archive(each: Archiving) -> None:
 
 def _is_merged(each: Archiving) -> bool:
     """True while the inbox's name leads to the file that was merged, or to that file with more behind it."""
-    try:
-        found = identity_of(each.source.lstat())
-    except FileNotFoundError:
-        return False
-    if found == each.identity:
-        return True
-    held = each.identity
+    found, held = identity_at(each.source), each.identity
+    if found is None or found == held:
+        return found == held
     linked = found.inode == held.inode and found.inode in (_inode(each.pending), _inode(each.target))
     if not linked or found.size <= held.size:
         return False
@@ -205,35 +191,31 @@ def _is_merged(each: Archiving) -> bool:
 
 
 def _inode(path: Path) -> int:
-    try:
-        return path.lstat().st_ino
-    except FileNotFoundError:
-        return -1
+    found = identity_at(path)
+    return found.inode if found else -1
 
 
 def recover(paths: InboxPaths) -> Load | None:
-    """Complete what was committed, remove what was not; the load that was completed. Raises Permanent, OSError."""
-    transaction, done = _committed(paths), False
-    if transaction is not None:
-        paths.loads.mkdir(exist_ok=True)
-        done = carry_out(paths, transaction)
-    for path in paths.leftovers():
-        path.unlink(missing_ok=True)
-    return transaction.load if transaction and done else None
+    """Complete what was committed, remove what was not; the load that was completed.
 
-
-def _committed(paths: InboxPaths) -> Transaction | None:
-    """What was committed and not completed. Raises Permanent when the journal cannot be read."""
+    Raises OSError, and Permanent when the journal cannot be read or carried out.
+    """
+    done = None
     try:
-        content = json.loads(paths.journal.read_bytes())
+        transaction = _from_json(json.loads(paths.journal.read_bytes()), paths.folder)
     except FileNotFoundError:
-        return None
+        transaction = None
     except ValueError as error:
         raise Permanent(
             f"the merge journal {paths.journal.name} is damaged: {error}",
             "compare master and metadata with a backup, then remove the journal; nothing was changed",
         ) from error
-    return _from_json(content, paths.folder)
+    if transaction is not None:
+        paths.loads.mkdir(exist_ok=True)
+        if carry_out(paths, transaction):
+            done = transaction.load
+    paths.remove_leftovers()
+    return done
 
 
 def _to_json(transaction: Transaction, folder: Path) -> Mapping[str, Any]:
@@ -287,27 +269,29 @@ KEPT_BYTES = 1 << 23
 def take(inbox: InboxRun, candidate: Candidate) -> Report:
     """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
     at, began = inbox.clock(), time.monotonic()
-    load_id, paths = load_id_of(at), inbox.paths
+    name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
+    load = Load(load_id_of(at), inbox.context.run_id, name, text_of(at), MERGED)
 
     def temporary(what: str) -> Path:
-        return paths.temporary(load_id, what)
+        return paths.temporary(load.load_id, what)
 
     try:
-        incoming, merged = _read_and_merge(inbox, candidate, inbox.config.merged_file, paths.index, temporary)
-        load = _load(inbox, candidate, incoming, merged, load_id=load_id, at=text_of(at), outcome=MERGED)
-        transaction = _prepare(inbox, candidate, incoming, merged, replace(load, seconds=time.monotonic() - began))
+        incoming, merged = _read_and_merge(
+            inbox, candidate, load, master=master, index=paths.index, temporary=temporary
+        )
+        load = replace(merged.load, seconds=time.monotonic() - began)
+        transaction = _prepare(inbox, candidate, incoming, merged, load)
         commit(paths, transaction)
     finally:
         if not paths.journal.exists():  # after a commit the journal needs them
-            for path in paths.leftovers():
-                path.unlink(missing_ok=True)
+            paths.remove_leftovers()
     carry_out(paths, transaction)
     if temporary("index").exists():  # the index takes its name once its master has
         temporary("index").replace(paths.index)
-    inbox.tell(transaction.load.told())
-    name, columns = inbox.config.merged_file.name, len(merged.columns)
-    log.info("%s: written, %d rows, %d columns, %d bytes", name, merged.rows, columns, load.size_bytes)
-    return _report(candidate, incoming, merged)
+    inbox.tell(transaction.load.summary())
+    numbers = (load.rows_after, len(merged.columns), load.size_bytes)
+    log.info("%s: written, %d rows, %d columns, %d bytes", master.name, *numbers)
+    return _report(incoming, load)
 
 
 @contextmanager
@@ -320,35 +304,41 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
         def rehearse(candidate: Candidate) -> Report:
             nonlocal master, index
             unique = uuid4().hex
+            load = Load("", inbox.context.run_id, printable(candidate.path.name), "", "valid")
             with placed(folder):
                 incoming, merged = _read_and_merge(
-                    inbox, candidate, master, index, lambda what: folder / f"{unique}.{what}"
+                    inbox,
+                    candidate,
+                    load,
+                    master=master,
+                    index=index,
+                    temporary=lambda what: folder / f"{unique}.{what}",
                 )
             incoming.spool.unlink()
             if master.parent == folder:
                 master.unlink()
             master, index = folder / f"{unique}.master", folder / f"{unique}.index"
-            inbox.told.append(_load(inbox, candidate, incoming, merged, load_id="", at="", outcome="valid").told())
-            return _report(candidate, incoming, merged)
+            inbox.told.append(merged.load.summary())
+            return _report(incoming, merged.load)
 
         yield rehearse
 
 
-def _report(candidate: Candidate, incoming: Incoming, merged: Merged) -> Report:
+def _report(incoming: Incoming, load: Load) -> Report:
     """What one file did. A row that a later row of the same file replaces counts as corrected."""
     tally = Tally(
         counted=incoming.counted,
         read=incoming.rows,
-        new=merged.inserted,
-        already_there=merged.unchanged,
-        corrected=merged.replaced + incoming.duplicates,
+        new=load.inserted,
+        already_there=load.unchanged,
+        corrected=load.replaced + incoming.duplicates,
     )
-    ledger = ledger_of(tally, unit=UNIT).of_partition(printable(candidate.path.name))
+    ledger = ledger_of(tally, unit=UNIT).of_partition(load.file)
     return Report(rows=incoming.rows, bytes=incoming.identity.size, ledger=ledger)
 
 
 def _read_and_merge(
-    inbox: InboxRun, candidate: Candidate, master: Path, index: Path, temporary: Callable[[str], Path]
+    inbox: InboxRun, candidate: Candidate, load: Load, *, master: Path, index: Path, temporary: Callable[[str], Path]
 ) -> tuple[Incoming, Merged]:
     """Check, spool and merge one file into temporary files; neither the master nor its index need exist."""
     # glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page
@@ -363,15 +353,25 @@ def _read_and_merge(
         raise Unsteady(f"{candidate.path.name} changed under its name", "no action needed; the next run looks again")
     log.debug(
         "%s: MD5 %s, %d rows in %d bytes, %d distinct keys; master %s",
-        *(printable(candidate.path.name), "unchanged" if candidate.md5 else "read once"),
+        *(load.file, "unchanged" if candidate.md5 else "read once"),
         *(incoming.counted, incoming.identity.size, incoming.keys.count),
         f"with {len(header.names)} columns" if header else "not there yet",
+    )
+    load = replace(
+        load,
+        rows=incoming.rows,
+        duplicates=incoming.duplicates,
+        source=astuple(incoming.identity),
+        source_md5=incoming.md5,
+        rows_at=incoming.header.size_bytes,
+        unended_bytes=incoming.unended_bytes,
     )
     size = incoming.offsets[-1] + (master.stat().st_size if header else 0)
     merged = merge(
         master if header else None,
         incoming,
         config,
+        load,
         out=temporary("master"),
         removed=temporary("removed") if config.undo_keep and not inbox.context.dry_run else None,
         index=index,
@@ -379,38 +379,6 @@ def _read_and_merge(
         beat=beat,
     )
     return incoming, merged
-
-
-def _load(
-    inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, *, load_id: str, at: str, outcome: str
-) -> Load:
-    """The record, with what it takes to find rows that are written to the file later."""
-    return Load(
-        load_id=load_id,
-        run_id=inbox.context.run_id,
-        file=printable(candidate.path.name),
-        at=at,
-        outcome=outcome,
-        rows=incoming.rows,
-        inserted=merged.inserted,
-        replaced=merged.replaced,
-        unchanged=merged.unchanged,
-        duplicates=incoming.duplicates,
-        columns_added=merged.columns_added,
-        columns_removed=merged.columns_removed,
-        rows_before=merged.rows_before,
-        rows_after=merged.rows,
-        revert=merged.revert if inbox.config.undo_keep else "",
-        kept_bytes=merged.kept_bytes,
-        ranges=merged.ranges,
-        size_bytes=merged.after.st_size,
-        mtime_ns=merged.after.st_mtime_ns,
-        mtime_before_ns=merged.before.st_mtime_ns if merged.before else 0,
-        source=astuple(incoming.identity),
-        source_md5=incoming.md5,
-        rows_at=incoming.header.size_bytes,
-        unended_bytes=incoming.unended_bytes,
-    )
 
 
 def _prepare(inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, load: Load) -> Transaction:
@@ -421,13 +389,19 @@ def _prepare(inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: 
     paths, config, at = inbox.paths, inbox.config, inbox.clock()
     metadata = paths.temporary_metadata(load.load_id)
     with placed(config.metadata_file.parent):
-        write_metadata(metadata, merged.columns, merged.rows, at)
+        write_metadata(metadata, merged.columns, load.rows_after, at)
     renamings = [
         renaming(paths.temporary(load.load_id, "master"), config.merged_file),
         renaming(metadata, config.metadata_file),
     ]
     if config.undo_keep:
-        renamings.append(_undo_file(paths, load))
+        removed = paths.temporary(load.load_id, "removed")
+        if load.revert == "whole":
+            removed.unlink(missing_ok=True)
+            link_or_copy(config.merged_file, removed)
+        elif load.revert == "first":
+            removed.touch()
+        renamings.append(renaming(removed, revert_file(paths.loads, load.load_id)))
     with placed(config.archive_dir):
         archiving = _archiving(inbox, candidate, incoming, load.load_id, at)
     found = identity_of(config.merged_file.stat()) if config.merged_file.exists() else None
@@ -454,17 +428,6 @@ def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_i
         raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
     target = unused(inbox.config.archive_dir, name, at)
     return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
-
-
-def _undo_file(paths: InboxPaths, load: Load) -> Renaming:
-    """What it takes to undo, complete and durable under a temporary name."""
-    removed = paths.temporary(load.load_id, "removed")
-    if load.revert == "whole":
-        removed.unlink(missing_ok=True)
-        link_or_copy(paths.config.merged_file, removed)
-    elif load.revert == "first":
-        removed.touch()
-    return renaming(removed, revert_file(paths.loads, load.load_id))
 
 
 def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datetime) -> None:

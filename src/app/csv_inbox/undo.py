@@ -17,7 +17,7 @@ from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.csv_tokenizer import Dialect, blocks
 from app.csv_inbox.discovery import MEBIBYTE, InboxPaths, link_or_copy
 from app.csv_inbox.header import read_header
-from app.csv_inbox.quarantine import KEPT_LOADS, MERGED, UNDONE, Load, loads, revert_file
+from app.csv_inbox.quarantine import MERGED, UNDONE, Load, loads, revert_file
 from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming, write_metadata
 
 LEAST_CHARACTERS = 4
@@ -25,7 +25,7 @@ LEAST_CHARACTERS = 4
 
 def to_undo(paths: InboxPaths, run_id: str) -> Sequence[Load]:
     """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
-    merged = [load for load in loads(paths.loads, KEPT_LOADS) if load.outcome == MERGED]
+    merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
     wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
     if not wanted or len(run_id) < LEAST_CHARACTERS:
         told = f"no merge of a run {run_id[:40]!r} is in the history"
@@ -33,9 +33,9 @@ def to_undo(paths: InboxPaths, run_id: str) -> Sequence[Load]:
     if len({merged[place].run_id for place in wanted}) > 1:
         raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
     taken = merged[: wanted[-1] + 1]
-    kept = paths.config.undo_keep
     gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
     if gone is not None:
+        kept = paths.config.undo_keep
         hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
         raise Rejected(f"the merge of {gone.file} at {gone.at} cannot be undone any more", hint)
     return taken
