@@ -1,14 +1,14 @@
 """A source, a sink and checkpoints that live in memory and can be stopped before or after each of their effects."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Conflict
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
-from app.core.ports import Commit, Count, Held, Record
+from app.core.ports import Commit, Count, Held, Objects, Record, Sums
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.sync import Grid, KnownRows, Pipeline
 from app.core.window import Window, windows_between
@@ -30,6 +30,12 @@ def nothing(_point: str) -> None:
     """A hook that lets everything pass."""
 
 
+def sums_of(rows: Iterable[Row]) -> Mapping[str, Sums]:
+    """What the one field comes to; a value that is no number is one more value."""
+    some = [Sums(1, int(v), int(v), int(v), int(v)) if v.isdigit() else Sums(1) for _, v in rows]
+    return {VALUE: sum(some[1:], some[0])} if some else {}
+
+
 def windows(start: datetime, end: datetime) -> Iterable[Window]:
     return windows_between(start, end, WINDOW_SECONDS)
 
@@ -42,6 +48,8 @@ class Rows:
     reusable: bool = False
     is_closed: bool = False
     new: int | None = None
+    corrected_rows: int = 0
+    of_source: tuple[Row, ...] | None = None
     accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     @property
@@ -59,6 +67,10 @@ class Rows:
     @property
     def max_at(self) -> datetime | None:
         return max((at for at, _ in self.held), default=None)
+
+    @property
+    def sums(self) -> Mapping[str, Sums]:
+        return sums_of(self.of_source if self.of_source is not None else self.held)
 
     @property
     def new_rows(self) -> int:
@@ -101,6 +113,7 @@ class World:
     starts: dict[str, datetime] = field(default_factory=dict)
     records: dict[tuple[str, datetime, int], Record] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    undeleted: dict[str, str] = field(default_factory=dict)
     versions: int = 0
     shrunk: list[str] = field(default_factory=list)
     reads: list[tuple[str, datetime]] = field(default_factory=list)
@@ -186,6 +199,14 @@ class Process:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(partition, window, count, None) for window, count in counted]
 
+    def asked(
+        self, partition: str, spans: Sequence[Window], numbers: Collection[str]
+    ) -> Mapping[datetime, Mapping[str, Sums]]:
+        """Sums, as the reconcile asks for them."""
+        rows = sorted(self.world.rows.get(partition, {}).items())
+        by_start = {w.start: tuple((at, value) for at, value in rows if w.start <= at < w.end) for w in spans}
+        return {start: sums_of(some) for start, some in by_start.items() if some}
+
     def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
         """Of rows with one time the first one stands, the source's before all others."""
         there: dict[datetime, str] = {}
@@ -203,6 +224,8 @@ class Process:
             ),
         )
         united.new = batch.rows - len(known)
+        united.of_source = batch.held
+        united.corrected_rows = len(known) - sum(known.values())
         return united
 
     def _batch(self, rows: tuple[Row, ...], tally: Tally) -> Rows:
@@ -245,11 +268,19 @@ class Process:
         self.hook(f"after put {key}")
         return version
 
-    # Deltas of older versions
+    # What a listing shows, and deltas of older versions
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        found: dict[datetime, dict[int, tuple[str, str]]] = {}
+        for window in windows:
+            base = self.key(partition, window, 0).removesuffix("0")
+            for key, (version, _, _) in self.world.objects.items():
+                if key.startswith(base):
+                    found.setdefault(window.start, {})[int(key.removeprefix(base))] = (key, version)
+        return found
+
     def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        base = self.key(partition, window, 0).removesuffix("0")
-        parts = (int(key.removeprefix(base)) for key in self.world.objects if key.startswith(base))
-        return [(part, f"{base}{part}") for part in sorted(parts) if part]
+        there = self.objects(partition, [window]).get(window.start, {})
+        return sorted((part, key) for part, (key, _) in there.items() if part)
 
     def noted(self, encoded: Bytes, folded: int) -> Bytes:
         return replace(encoded, folded=folded)
@@ -273,7 +304,7 @@ class Process:
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         self.hook(f"before commit {partition}")
         for record in commit.records:
-            self.world.records[partition, record.window.start, record.part] = record
+            self.world.records[partition, record.window.start, record.part] = replace(record, trouble="")
         for window in commit.folded:
             for slot in [slot for slot in self.world.records if slot[:2] == (partition, window.start) and slot[2]]:
                 del self.world.records[slot]
@@ -285,6 +316,17 @@ class Process:
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         self.world.failures[partition] = message
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        for record, trouble in troubles:
+            slot = (partition, record.window.start, record.part)
+            if self.world.records[slot].version == record.version:
+                self.world.records[slot] = replace(self.world.records[slot], trouble=trouble)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        self.world.undeleted.pop(key, None)
+        if error:
+            self.world.undeleted[key] = error
 
     def pipeline(self) -> Pipeline[Rows, Bytes]:
         """This process's pipeline."""

@@ -114,6 +114,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
             lambda: amplitude_routes(amplitude.projects),
@@ -136,7 +137,15 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     pipelines = wiring(Parts(settings, state, store, state.clock, warehouse))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
-    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.alerts, state.clocks, now)
+    watched = Watched(
+        pipelines.jobs,
+        state.pauses.paused,
+        state.runs,
+        state.alerts,
+        state.clocks,
+        now,
+        troubles=state.checkpoints.troubles,
+    )
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(log_run, alerts.ended))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)

@@ -88,13 +88,14 @@ class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
     `notes` are lines for the person who ran it by hand; they are not recorded. `ledger` accounts for every row that was
-    counted at the source.
+    counted at the source. `late_rows` and `corrected_rows`: those of windows that were closed before.
     """
 
     rows: int = 0
     bytes: int = 0
     windows: int = 0
     late_rows: int = 0
+    corrected_rows: int = 0
     failures: Sequence[Failure] = ()
     more: bool = False
     notes: Sequence[str] = ()
@@ -106,6 +107,7 @@ class Report:
             self.bytes + other.bytes,
             self.windows + other.windows,
             self.late_rows + other.late_rows,
+            self.corrected_rows + other.corrected_rows,
             (*self.failures, *other.failures),
             self.more or other.more,
             (*self.notes, *other.notes),

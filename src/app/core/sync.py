@@ -21,7 +21,20 @@ from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, SetAside, Tally
-from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Deltas, Encoded, Held, Record, Sink, Source
+from app.core.ports import (
+    UNCOUNTED,
+    Batch,
+    Checkpoints,
+    Commit,
+    Count,
+    Deltas,
+    Encoded,
+    Held,
+    Record,
+    Sink,
+    Source,
+    Sums,
+)
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
 
@@ -162,7 +175,8 @@ class Position:
 class _Written:
     """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already).
 
-    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before.
+    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before, and
+    `corrected_rows` those that it held with other values.
     """
 
     record: Record | None
@@ -170,6 +184,7 @@ class _Written:
     ledger: Ledger = field(default_factory=Ledger)
     deltas: Sequence[str] = ()
     new_rows: int = 0
+    corrected_rows: int = 0
 
 
 Done = Callable[[Report], None]
@@ -324,11 +339,19 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         delete_deltas(pipeline, written.deltas)
     if not written.stored_bytes or record is None:
         return Report(ledger=written.ledger)
-    late_rows = written.new_rows if task.record is not None and task.record.closed else 0
-    if late_rows:
-        log.info("%s: %d late rows of a closed window", record.key, late_rows)
+    was_closed = task.record is not None and task.record.closed
+    late_rows, corrected_rows = (written.new_rows, written.corrected_rows) if was_closed else (0, 0)
+    if late_rows or corrected_rows:
+        log.info("%s: %d late and %d corrected rows of a closed window", record.key, late_rows, corrected_rows)
     context.progress.advance(rows=record.rows)
-    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, late_rows=late_rows, ledger=written.ledger)
+    return Report(
+        rows=record.rows,
+        bytes=written.stored_bytes,
+        windows=1,
+        late_rows=late_rows,
+        corrected_rows=corrected_rows,
+        ledger=written.ledger,
+    )
 
 
 def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
@@ -340,8 +363,10 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
             pipeline.deltas.delete(key)  # type: ignore[union-attr]
         except (Permanent, Rejected) as error:
             log.warning("%s: its rows are in the object of its window, but it cannot be deleted: %s", key, error)
+            pipeline.checkpoints.note_undeleted(pipeline.name, key, error.message)
         else:
             log.info("%s: deleted, its rows are in the object of its window", key)
+            pipeline.checkpoints.note_undeleted(pipeline.name, key, "")
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
@@ -372,7 +397,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
 
 @dataclass(frozen=True, slots=True)
 class _Found(Generic[B]):
-    """The rows that the window's object has to hold. `source_digest` is that of the rows that the source answered.
+    """The rows that the window's object has to hold. `source_digest` and `sums` are those of what the source answered.
 
     `deltas`: keys whose rows are among these, or were already in the object; `folded` the highest of their parts.
     `is_united`: the accounts tell what is new beside the object. `is_confirmed`: the record knows the answer already.
@@ -380,6 +405,7 @@ class _Found(Generic[B]):
 
     batch: B
     source_digest: str
+    sums: Mapping[str, Sums]
     deltas: Sequence[str] = ()
     folded: int = 0
     is_united: bool = False
@@ -393,7 +419,8 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     folds = found.folded > (held.folded if held is not None else 0)
     if held is not None and task.record is not None and found.is_confirmed and not folds:
-        return _Written(replace(task.record, source_cells=task.count.cells), deltas=found.deltas)
+        record = replace(task.record, source_cells=task.count.cells, sums=found.sums if task.final else {})
+        return _Written(record, deltas=found.deltas)
     if same and not closes and not folds:
         if held is None:
             return _Written(None)
@@ -409,7 +436,13 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
             pipeline.keep(task, stored.version, batch)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
-        return _Written(record, encoded.size_bytes, deltas=found.deltas, new_rows=new_rows)
+        return _Written(
+            record,
+            encoded.size_bytes,
+            deltas=found.deltas,
+            new_rows=new_rows,
+            corrected_rows=batch.corrected_rows,
+        )
 
 
 def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E) -> str:
@@ -462,6 +495,7 @@ def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
         closed=False,
         fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
         source_digest=found.source_digest,
+        sums=found.sums if task.final else {},  # only past windows are compared by them
     )
 
 
@@ -475,7 +509,7 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if kept is not None:
             kept.close()
-    digest = batch.digest
+    digest, sums = batch.digest, batch.sums
     try:
         deltas = _deltas(pipeline, task, held)
         rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
@@ -484,7 +518,7 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
         if rows:
             batch = _united(pipeline, task, batch, rows)
-        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
+        yield _Found(batch, digest, sums, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
     finally:
         if not pipeline.keeps(batch):
             batch.close()

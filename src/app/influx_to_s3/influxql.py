@@ -8,17 +8,27 @@ Invariants: as for `flux`; an answer that ends while saying `partial` is an erro
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.ports import Sums
 from app.core.window import EPOCH, Window
 from app.influx_to_s3.connection import OK, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, QueryTooLarge, Refusal, refusal
+from app.influx_to_s3.reader import (
+    INVENTORY_DEVICES,
+    Counted,
+    Inventory,
+    Points,
+    QueryTooLarge,
+    Refusal,
+    Summed,
+    refusal,
+)
 from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
@@ -33,6 +43,9 @@ UNWRITABLE = re.compile("[\0\r]")  # the server takes these for the end of the t
 NEGATIVE_ZERO = re.compile(rb"[,\[]-0[,\]]")
 PASSING = ("timeout", "shutdown", "engine", "max-concurrent-queries")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|d|w)")
+AGGREGATES = "COUNT(*), SUM(*), MIN(*), MAX(*)"
+CANNOT_HINT = "no action needed: rows are read instead. JSON has no number for what these values add up to"
+T = TypeVar("T")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -91,10 +104,31 @@ class InfluxQlReader:
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
         """See `Reader`."""
+        return self._in_buckets("COUNT(*)", device, span, every_seconds, lambda series: self._counted(series, None))
 
-        def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
+    def sums(
+        self,
+        device: str,
+        span: Window,
+        every_seconds: int,
+        numbers: Sequence[str],  # noqa: ARG002 - InfluxQL's wildcards take those that are numbers
+    ) -> Iterator[Summed]:
+        """See `Reader`."""
+        return self._in_buckets(AGGREGATES, device, span, every_seconds, summed)
+
+    def _in_buckets(
+        self,
+        selected: str,
+        device: str | None,
+        span: Window,
+        every_seconds: int,
+        taken: Callable[[Mapping[str, Any]], Iterator[T]],
+    ) -> Iterator[T]:
+        """What is `taken` of each series of an answer that has a row for each bucket."""
+
+        def ask(spans: Sequence[Window]) -> Iterator[T | None]:
             statements = "; ".join(
-                f"SELECT COUNT(*) {self._from()} WHERE {self._where(device, one)}"
+                f"SELECT {selected} {self._from()} WHERE {self._where(device, one)}"
                 f" GROUP BY {self._tag}::tag, time({every_seconds}s) fill(none)"
                 for one in spans
             )
@@ -102,9 +136,9 @@ class InfluxQlReader:
                 if series is None:
                     yield None
                 else:
-                    yield from self._counted(series, None)
+                    yield from taken(series)
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. A field that has several types in several shards is selected once as each of them."""
@@ -247,6 +281,8 @@ class InfluxQlReader:
                 yield result
 
     def _document(self, line: bytes) -> Mapping[str, Any]:
+        if line.startswith(b"json: "):
+            raise Permanent(f"InfluxDB cannot write its answer: {line[:200].decode(errors='replace')}", CANNOT_HINT)
         try:
             # JSON's -0 is an integer to Python, which knows a negative zero as a float only.
             document = json.loads(line, parse_int=_integer if NEGATIVE_ZERO.search(line) else None)
@@ -264,6 +300,22 @@ class InfluxQlReader:
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
         return refusal(Refusal(self._connection.server.url, OK, message, "", self._variables))
+
+
+def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
+    """The aggregates of a series, a part of a field's sums for each cell. MIN and MAX also come of truth values."""
+    for nanoseconds, *values in series["values"]:
+        at = EPOCH + timedelta(microseconds=nanoseconds // 1000)
+        for column, value in zip(series["columns"][1:], values, strict=True):
+            aggregate, _, name = column.partition("_")
+            if value is None or isinstance(value, bool):
+                continue
+            if aggregate == "count":
+                yield Summed(at, name, Sums(int(value)))
+            elif aggregate == "sum":
+                yield Summed(at, name, Sums(total=value))
+            else:
+                yield Summed(at, name, Sums(least=value) if aggregate == "min" else Sums(greatest=value))
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.ports import Sums
 from app.core.window import Window
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ class Counted:
     start_at: datetime
     field: str
     values: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """What the values of one field come to in a bucket of time, or a part of that; parts add up."""
+
+    start_at: datetime
+    field: str
+    sums: Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,12 @@ class Reader(Protocol):
 
         None asks for all devices. Exact also where the type of a field differs between shards: one field of one bucket
         may then come in several parts, which add up.
+        """
+
+    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[Summed]:
+        """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
+
+        Permanent or Transient also where a sum cannot be written, or one of `numbers` is no number in the span.
         """
 
     def rows(self, device: str, span: Window) -> "Iterator[Points]":

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
+from app.core.ports import Sums
 from app.core.window import EPOCH
 from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns, type_of
 from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
@@ -61,6 +62,32 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
         column = columns.field(field)
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
     return pa.table(table)
+
+
+def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
+    """What the values of columns come to, by name; a name may stand there once for each of its types."""
+    sums: dict[str, Sums] = {}
+    for name, values in columns:
+        added = _sums(values)
+        sums[name] = sums[name] + added if name in sums else added
+    return sums
+
+
+def _sums(values: Any) -> Sums:
+    import numpy as np
+    import pyarrow as pa
+
+    number = len(values) - values.null_count
+    if not number or not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        return Sums(number)
+    if isinstance(values, pa.ChunkedArray):
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    there = (values.drop_null() if values.null_count else values).to_numpy()
+    least, floats = there.min().item(), there.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):
+        total = floats.sum().item()
+        magnitude = total if least >= 0 else np.abs(floats).sum().item()
+    return Sums(number, total, least, there.max().item(), magnitude)
 
 
 def kind_of(arrow_type: Any) -> str:
@@ -381,7 +408,7 @@ def _guessed(values: Any, kind: str) -> Iterator[Any]:
 
 class Comparison:
     """What the rows of a source are beside those of an object: by field, how many values are new, there already or
-    corrected, and how many rows are new.
+    corrected, how many rows are new, and how many were there with other or fewer values.
 
     `lost_tags`: held rows were written without their further tags, so one that has none gives way to any row of the
     source with its instant and documented tags, and what it held is corrected.
@@ -390,6 +417,7 @@ class Comparison:
     def __init__(self, columns: Columns) -> None:
         self.lost_tags = False
         self.new_rows = 0
+        self.changed_rows = 0
         self.new: Counter[str] = Counter()
         self.same: Counter[str] = Counter()
         self.corrected: Counter[str] = Counter()
@@ -412,26 +440,36 @@ class Comparison:
             places = np.where(exact | ~found, places, plain[loosely] if len(plain) else places)
             matched = exact | found
         self.new_rows += int((~matched).sum())
-        self._count(new, held.take(pa.array(places, mask=~matched)), pa.array(exact))
+        changed = self._count(new, held.take(pa.array(places, mask=~matched)), pa.array(exact))
+        self.changed_rows += int((matched & changed).sum())
         return held.filter(pa.array(~superseded))
 
-    def _count(self, new: "pa.Table", beside: "pa.Table", exact: "pa.Array") -> None:
-        """Values of the new rows, and of the held row beside each (nulls where there is none)."""
+    def _count(self, new: "pa.Table", beside: "pa.Table", exact: "pa.Array") -> Any:
+        """Count values of the new rows, and of the held row beside each (nulls where there is none). For each row, true
+        when it has a value that is not there; a numpy array.
+        """
+        import numpy as np
         import pyarrow.compute as pc
 
+        changed = np.zeros(new.num_rows, bool)
         for name in new.column_names:
             if name == TIMESTAMP or name in self._columns.tags:
                 continue
             field, values = self._columns.source_of(name) or name, new.column(name)
             there = same = 0
+            is_same: Any = np.zeros(new.num_rows, bool)
             if name in beside.column_names:
                 before = beside.column(name)
                 is_there = pc.and_(values.is_valid(), before.is_valid())
                 there = pc.sum(is_there).as_py() or 0
-                same = pc.sum(pc.and_kleene(pc.and_(is_there, exact), pc.equal(values, before))).as_py() or 0
+                both = pc.and_kleene(pc.and_(is_there, exact), pc.equal(values, before))
+                is_same = both.fill_null(False).to_numpy()  # noqa: FBT003 - Arrow's own signature
+                same = int(is_same.sum())
+            changed |= values.is_valid().to_numpy() & ~is_same
             self.same[field] += same
             self.corrected[field] += there - same
             self.new[field] += new.num_rows - values.null_count - there
+        return changed
 
 
 def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.ports import Checkpoints
+from app.core.ports import Checkpoints, Record
+from app.core.reconcile import look
 from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
 from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
-from app.core.window import Window
+from app.core.window import DAY_SECONDS, Window, floor_to
 from app.influx_to_s3.accounting import is_nameable
 from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.rows import as_now_typed
 from app.influx_to_s3.spool import RowBatch
 from app.stores.objects import ObjectInfo
-from app.stores.parquet import EncodedFile, TableSink
+from app.stores.parquet import EncodedFile, TableSink, by_window
 from app.stores.row_sums import content_of_tables
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
@@ -83,7 +84,10 @@ class ExportEnds:
         """The day's listing, made once; a second look at the same window makes it anew."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
-            self.listed = (day, tuple(self.sink.listed(slot.partition, slot.window)))
+            start = floor_to(slot.window.start, DAY_SECONDS)
+            windows = list(self.pipeline.grid.windows(start, start + timedelta(days=1)))
+            listed, _ = looked(self.pipeline, self.sink, slot.partition, windows)
+            self.listed = (day, listed)
         self.looked_at = slot
         return self.listed[1]
 
@@ -108,16 +112,25 @@ class ExportChart:
         windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
         if not windows:
             return ()
-        records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
         moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
-        days = {window.start.date(): window for window in windows}.values()
-        listed = {day.start.date(): tuple(ends.sink.listed(partition, day)) for day in days}
+        listed, records = looked(ends.pipeline, ends.sink, partition, windows)
         found = (
             Found(window.start, info.key, info.etag)
             for window in windows
-            for _, info in unfolded(ends.sink, partition, window, listed[window.start.date()])
+            for _, info in unfolded(ends.sink, partition, window, listed)
         )
         return cells_of(windows, records, found, moment)
+
+
+def looked(
+    pipeline: ExportPipeline, sink: TableSink, partition: str, windows: Sequence[Window]
+) -> tuple[Listing, Sequence[Record]]:
+    """A listing of each day of these windows, and their records, in which is noted what is gone."""
+    records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
+    days = {window.start.date(): window for window in windows}.values()
+    listed = tuple(each for day in days for each in sink.listed(partition, day))
+    look(pipeline, partition, records, by_window(listed, windows))
+    return listed, records
 
 
 def unfolded(sink: TableSink, partition: str, window: Window, listed: Listing) -> Listing:

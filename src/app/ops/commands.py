@@ -210,6 +210,7 @@ def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
         "bytes": total.bytes,
         "windows": total.windows,
         "late_rows": total.late_rows,
+        "corrected_rows": total.corrected_rows,
         "ledger": to_json(total.ledger),
         "ledger_text": summary_of(total.ledger),
         "failures": failures_shown(total),
@@ -255,7 +256,8 @@ def _tell(name: str, last: Run, total: Report, how: How) -> None:
         output.line(note)
     would = "would write " if how.dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
-    output.line(f"{name} {last.outcome.value}: {would}{counts}")
+    corrected = f", {total.corrected_rows} corrected rows" if total.corrected_rows else ""
+    output.line(f"{name} {last.outcome.value}: {would}{counts}{corrected}")
     if total.ledger:
         output.line(output.cell(summary_of(total.ledger)))
     if last.error:

@@ -31,8 +31,9 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` and /ready try.
 
-    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `routers`
-    build the routes of slices that have both jobs and routes; they are called once, when the API is built.
+    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
+    jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
+    routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -44,6 +45,7 @@ class Pipelines:
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+    listed: Sequence[str] = ()
     routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 

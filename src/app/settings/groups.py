@@ -90,6 +90,7 @@ class ExportSettings:
     column_types: tuple[tuple[str, str], ...]
     allow_shrink: bool
     reconcile_days: int
+    heal: Literal["off", "auto"]
     concurrency: int
 
 

@@ -211,7 +211,20 @@ EXPORT = _of(
         "false",
         "let an object lose rows that the source no longer returns (retention); else they are kept",
     ),
-    ("reconcile_days", "RECONCILE_DAYS", kinds.whole(0, 3660), "7", "days that the daily search for late rows covers"),
+    (
+        "reconcile_days",
+        "RECONCILE_DAYS",
+        kinds.whole(0, 3660),
+        "7",
+        "days that the daily reconcile compares with the source",
+    ),
+    (
+        "heal",
+        "EXPORT_HEAL",
+        kinds.one_of("off", "auto"),
+        "off",
+        "auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells",
+    ),
     ("concurrency", "EXPORT_CONCURRENCY", kinds.whole(1, 64), "2", "devices that are exported at once"),
 )
 

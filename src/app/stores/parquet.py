@@ -10,7 +10,8 @@ import csv
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from app.core.errors import Conflict, Permanent, Rejected
-from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held
+from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.window import Window
 from app.stores.layouts import Layout
 from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
@@ -121,14 +122,15 @@ class TableSink:
                 hours, minutes, seconds = map(int, named.groups())
                 yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
 
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        """See `app.core.ports.Deltas`: deltas are named by the seconds after the window's start."""
+        days = {window.start.date(): window for window in windows}.values()
+        return by_window((each for day in days for each in self.listed(partition, day)), windows)
+
     def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        """See `app.core.ports.Deltas`: they are named by the seconds after the window's start."""
-        deltas = [
-            (round((named_at - window.start).total_seconds()), info.key)
-            for named_at, info in self.listed(partition, window)
-            if window.start < named_at < window.end
-        ]
-        return sorted(deltas)
+        """See `app.core.ports.Deltas`."""
+        there = self.objects(partition, [window]).get(window.start, {})
+        return sorted((part, key) for part, (key, _) in there.items() if part)
 
     def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
         """See `app.core.ports.Deltas`."""
@@ -208,6 +210,18 @@ class TableSink:
         folder = str(self.spool_directory)
         file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
         return cast("BinaryIO", file)
+
+
+def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+    """A listing, as `TableSink.listed` makes it, by the starts of these windows, which are in order."""
+    starts = [window.start for window in windows]
+    found: dict[datetime, dict[int, tuple[str, str]]] = {}
+    for named_at, info in listed:
+        at = bisect_right(starts, named_at) - 1
+        if at >= 0 and named_at < windows[at].end:
+            part = round((named_at - starts[at]).total_seconds())
+            found.setdefault(starts[at], {})[part] = (info.key, info.etag)
+    return found
 
 
 def check_device(device: str) -> None:
