@@ -150,6 +150,14 @@ class BatchedCheckpoints:
         self.flush(pipeline, lease)
         self._checkpoints.fail(pipeline, partition, message, lease)
 
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """See `Checkpoints.mark`."""
+        self._checkpoints.mark(pipeline, partition, troubles)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """See `Checkpoints.note_undeleted`."""
+        self._checkpoints.note_undeleted(pipeline, key, error)
+
     def flush(self, pipeline: str, lease: Lease) -> None:
         """Make the commits that wait."""
         with self._lock:

@@ -170,9 +170,9 @@ def reconcile(
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
         listed = pipeline.deltas.objects(partition, step) if pipeline.deltas else {}
-        troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
         numbers = {name for record in records for name, sums in record.sums.items() if sums.total is not None}
         sums = asked(partition, step, numbers)
+        troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
         for window in step:
             context.stop.check()
             ends = Ends(
