@@ -521,7 +521,7 @@ RIGHT = (
     (Rules(((1, 1), (2, 1)), begun="delta"), ""),
     (Rules(((1, 1),), begun="delta", restores=1), ""),
     (Rules(SWAP), ""),
-    (Rules(GONE[:2], begun="open", vanishes=1), ""),
+    (Rules(((1,),), begun="open", vanishes=1), ""),
 )
 
 
@@ -541,7 +541,7 @@ WRONG = (
     (Rules(LATE, left_out="source wins"), "cd"),
     (Rules(LATE, begun="open", left_out="identity"), "a"),
     (Rules(GONE, left_out="two digests"), "q"),
-    (Rules(LATE, begun="open", restores=1, left_out="listing"), "c"),
+    (Rules(((1,), (2,), (1,)), begun="open", restores=1, left_out="listing"), "c"),
     (Rules(((1,),), begun="open", vanishes=1, left_out="listing"), "c"),
     (Rules(SWAP, begun="open", left_out="content"), "c"),
     (Rules(GONE, left_out="same rows"), "n"),
