@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Conflict
+from app.core.known_rows import KnownRows
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Objects, Record, Sums
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.sync import Grid, KnownRows, Pipeline
+from app.core.sync import Grid, Pipeline
 from app.core.window import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)

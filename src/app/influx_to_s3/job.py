@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from app.core.gaps import Chart
+from app.core.known_rows import KnownRows
 from app.core.partitions import Backoff, Pass, isolated, sync_all
 from app.core.reconcile import HEAL_HINT, reconcile, said_of
 from app.core.repair import fill
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.sync import Done, Grid, KnownRows, Pipeline
+from app.core.sync import Done, Grid, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
