@@ -10,11 +10,11 @@ from app.core.ledger import Tally
 from app.core.runs import Outcome, Stop
 from app.core.verify import verify
 from app.core.window import Window
-from app.demo.faults import Refuse
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.stores.objects import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of
+from simulators.influx import Refuse
 
 SPAN = Window(NOON, NOON + HOUR)
 

@@ -1,4 +1,4 @@
-"""Which rows the objects of open windows have, as far as this process wrote them, so that they need not be read again."""
+"""Which rows the objects of open windows have, as far as this process wrote them: then they need not be read again."""
 
 import threading
 from collections import OrderedDict

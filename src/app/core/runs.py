@@ -95,11 +95,11 @@ class Report:
     bytes: int = 0
     windows: int = 0
     late_rows: int = 0
-    corrected_rows: int = 0
     failures: Sequence[Failure] = ()
     more: bool = False
     notes: Sequence[str] = ()
     ledger: Ledger = field(default_factory=Ledger)
+    corrected_rows: int = 0
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -107,11 +107,11 @@ class Report:
             self.bytes + other.bytes,
             self.windows + other.windows,
             self.late_rows + other.late_rows,
-            self.corrected_rows + other.corrected_rows,
             (*self.failures, *other.failures),
             self.more or other.more,
             (*self.notes, *other.notes),
             self.ledger + other.ledger,
+            self.corrected_rows + other.corrected_rows,
         )
 
 

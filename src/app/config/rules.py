@@ -1,0 +1,155 @@
+"""What several variables must hold together, and configuration warnings.
+
+Invariant: the rules are pure; each line names the variable to change and the next step, and shows no secret.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
+from ipaddress import ip_address
+from pathlib import Path
+from types import MappingProxyType
+
+from app.config.settings import LeaseSettings, ServiceSettings, Settings
+from app.config.variables import VARIABLES
+
+# What Kubernetes tells each container about every service beside it.
+OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
+CLOSE = 0.8
+NEEDS = (
+    ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"),
+    ("S3_SECRET_ACCESS_KEY", "S3_ACCESS_KEY_ID"),
+    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"),
+    ("CHECKPOINT_DB_HOST", "CHECKPOINT_DB_NAME"),
+    ("CHECKPOINT_DB_NAME", "CHECKPOINT_DB_HOST"),
+    ("CHECKPOINT_DB_USER", "CHECKPOINT_DB_HOST"),
+    ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_HOST"),
+    ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_USER"),
+    ("INFLUXDB_PASSWORD", "INFLUXDB_USERNAME"),
+    ("APPMETRICA_API_KEY", "APPMETRICA_APPLICATION_ID"),
+    ("APPMETRICA_APPLICATION_ID", "APPMETRICA_API_KEY"),
+    ("AMPLITUDE_WEB_CLIENT_ID", "AMPLITUDE_WEB_SECRET_KEY"),
+    ("AMPLITUDE_WEB_SECRET_KEY", "AMPLITUDE_WEB_CLIENT_ID"),
+    ("AMPLITUDE_MOBILE_CLIENT_ID", "AMPLITUDE_MOBILE_SECRET_KEY"),
+    ("AMPLITUDE_MOBILE_SECRET_KEY", "AMPLITUDE_MOBILE_CLIENT_ID"),
+)
+"""Where the first name is set, the second must be: half a configuration is never what somebody meant."""
+
+
+def loopback(host: str) -> bool:
+    """True when only this machine can reach `host`."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
+
+
+def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractSet[str]) -> Iterator[str]:
+    """One line per rule that does not hold. `names` are set; no value of a name that was `refused` is compared."""
+    for given, needed in NEEDS:
+        if given in names and needed not in names:
+            yield _missing(needed, given)
+    yield from _influx(settings.influx.api, names)
+    yield from _drive(names)
+    if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
+        yield from _lease(settings.lease)
+    if not refused & {"HOST", "API_KEYS", "ALLOW_ANONYMOUS"}:
+        yield from _public_host(settings)
+    if not refused & {"PORT", "HEALTH_PORT"}:
+        yield from _ports(settings.service)
+
+
+def _missing(needed: str, given: str) -> str:
+    return f"{needed}='': needed because {given} is set; set it, or remove {given}"
+
+
+def _influx(api: str, names: AbstractSet[str]) -> Iterator[str]:
+    if "INFLUXDB_URL" not in names:
+        return
+    if api == "influxql":
+        if not names & {"INFLUXDB_DATABASE", "INFLUXDB_BUCKET"}:
+            yield _missing("INFLUXDB_DATABASE", "INFLUXDB_URL")
+        return
+    if not names & {"INFLUXDB_TOKEN", "INFLUXDB_USERNAME"}:
+        yield _missing("INFLUXDB_TOKEN", "INFLUXDB_URL")
+    for needed in ("INFLUXDB_ORG", "INFLUXDB_BUCKET"):
+        if needed not in names:
+            yield _missing(needed, "INFLUXDB_URL")
+
+
+def _drive(names: AbstractSet[str]) -> Iterator[str]:
+    """Without credentials, files that somebody expects on Drive would go to this disk."""
+    for given in ("GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"):
+        if given in names and not names & {"GOOGLE_CREDENTIALS_FILE", "GOOGLE_CREDENTIALS_JSON"}:
+            yield _missing("GOOGLE_CREDENTIALS_FILE", given)
+
+
+def _lease(lease: LeaseSettings) -> Iterator[str]:
+    most = lease.ttl_seconds / 2
+    if lease.heartbeat_seconds > most:
+        yield (
+            f"LEASE_HEARTBEAT_SECONDS='{lease.heartbeat_seconds:g}': allowed: at most half of LEASE_TTL_SECONDS, "
+            f"here {most:g}"
+        )
+
+
+def _public_host(settings: Settings) -> Iterator[str]:
+    host = settings.service.host
+    if loopback(host) or settings.access.api_keys or settings.access.allow_anonymous:
+        return
+    yield (
+        f"HOST='{host}': others can reach this address and API_KEYS is not set; run `python -m app keys new NAME` and "
+        "set API_KEYS to the line it prints, or set HOST=127.0.0.1, or say ALLOW_ANONYMOUS=true"
+    )
+
+
+def _ports(service: ServiceSettings) -> Iterator[str]:
+    if service.health_port == service.port:
+        yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
+
+
+def warnings(
+    settings: Settings, environ: Mapping[str, str], in_file: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What a person should look at before relying on this configuration; `in_file` is what `.env` sets."""
+    found = list(_near_misses({**in_file, **environ}))
+    if settings.access.allow_anonymous and not settings.access.api_keys and not loopback(settings.service.host):
+        found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {settings.service.host} may read, write and delete")
+    if environ.get("RAILWAY_ENVIRONMENT_NAME"):
+        found.extend(_railway(settings, environ))
+    return found
+
+
+def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
+    """A line for each unknown name that is close to a variable, or the beginning of one."""
+    known = [name for variable in VARIABLES for name in variable.names]
+    for name in sorted(said.keys() - set(known)):
+        if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
+            continue
+        wanted = name.upper()
+        # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+        alike = [each for each in known if each[:2] == wanted[:2]]
+        longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
+        meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
+        if meant:
+            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant[0]}?"
+
+
+def _railway(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
+    service = settings.service
+    volume = environ.get("RAILWAY_VOLUME_MOUNT_PATH", "")
+    data_dir = Path.cwd() / service.data_dir
+    if not volume or not data_dir.is_relative_to(volume):
+        fix = f"set DATA_DIR to a folder under {volume}" if volume else "attach a volume and set DATA_DIR to its path"
+        yield f"DATA_DIR={data_dir} is on no Railway volume and is lost at each deployment: {fix}"
+    draining = environ.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", "")
+    if not draining.isdecimal() or int(draining) <= service.shutdown_grace_seconds:
+        wanted = service.shutdown_grace_seconds + 5
+        yield (
+            f"RAILWAY_DEPLOYMENT_DRAINING_SECONDS={draining or 'unset'}: Railway kills before a stop is done: "
+            f"set it to {wanted}"
+        )
+    if loopback(service.host):
+        yield f"HOST={service.host}: Railway cannot reach it: set HOST=0.0.0.0 and API_KEYS"

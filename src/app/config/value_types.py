@@ -1,0 +1,360 @@
+"""What a variable may hold: types that pydantic checks and converts, each with the words that say so to a person.
+
+Invariant: a check raises ValueError whose text says what is allowed and never holds the value that was refused; with
+no text, the words of the type stand for it.
+"""
+
+import base64
+import binascii
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
+
+from app.config.keys import KeyEntry, parse_keys
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*")
+DATE_DIRECTIVE = re.compile(r"%(.?)")
+MAX_PREFIX_BYTES = 512
+MAX_FILE_STEM_BYTES = 200  # leaves room for the rest of a 255-byte name
+RECEIVED = (
+    "events",
+    "sessions_starts",
+    "installations",
+    "revenue_events",
+    "ad_revenue_events",
+    "deeplinks",
+    "crashes",
+    "errors",
+    "ecommerce_events",
+)
+"""Resources of AppMetrica whose rows say when they were received."""
+COLUMN_TYPES = {
+    "double": "double",
+    "float": "double",
+    "float64": "double",
+    "integer": "integer",
+    "int": "integer",
+    "int64": "integer",
+    "long": "integer",
+    "text": "text",
+    "string": "text",
+    "boolean": "boolean",
+    "bool": "boolean",
+}
+AWS_ENDPOINT = "https://s3.amazonaws.com"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a type takes, in words. `obvious`: they tell a reader of the reference nothing. `secret`: never shown."""
+
+    words: str
+    obvious: bool = False
+    secret: bool = False
+
+
+def _plain(text: str) -> str:
+    if CONTROL.search(text):
+        raise ValueError("holds a control character: remove it")
+    return text
+
+
+def _level(text: str) -> str:
+    return {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(text.upper(), text.upper())
+
+
+def _url(text: str) -> str:
+    text = _plain(text).rstrip("/")
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if not known or re.search(r"\s", text):
+        raise ValueError
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("user and password do not belong into a URL: take them out and use the variables for them")
+    if parts.query or parts.fragment:
+        raise ValueError("a query or a fragment does not belong here: end the URL before ? or #")
+    return text
+
+
+def _endpoint(text: str) -> str:
+    # Named outright, the global endpoint pins every region to us-east-1; without it the SDK takes the region's own.
+    url = _url(text)
+    return "" if url.lower() == AWS_ENDPOINT else url
+
+
+def _called(text: str) -> str:
+    """A URL that is called as it stands, query and all."""
+    _url(_plain(text).partition("?")[0])
+    if re.search(r"[\s#]", text):
+        raise ValueError
+    return text
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`job=value`, comma-separated."""
+    pairs = [part.partition("=") for part in _parts(text)]
+    if not all(re.fullmatch(r"\w{1,80}", name) and value for name, _, value in pairs):
+        raise ValueError
+    return [(name, value.strip()) for name, _, value in pairs]
+
+
+def _job_urls(text: str) -> str:
+    return ",".join(f"{name}={_called(value)}" for name, value in _pairs(text))
+
+
+def _job_seconds(text: str) -> tuple[tuple[str, int], ...]:
+    try:
+        pairs = tuple((name, int(value)) for name, value in _pairs(text))
+    except ValueError:
+        raise ValueError from None
+    if any(value <= 0 for _, value in pairs):
+        raise ValueError
+    return pairs
+
+
+def _database_url(text: str) -> str:
+    """`postgresql://...`; the spellings of other tools (`postgres://`, `postgresql+driver://`) mean the same."""
+    text = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", _plain(text))
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme == "postgresql" and len(parts.path) > 1 and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if "@" in text.partition("://")[2].partition("?")[0].partition("/")[2]:
+        raise ValueError("a / stands before the @: percent-encode it in the password as %2F")
+    if not known:
+        raise ValueError
+    return text
+
+
+def _warehouse_url(text: str) -> str:
+    text = re.sub(r"^sqlite\+\w+://", "sqlite://", text)
+    if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
+        return _plain(text)
+    return _database_url(text)
+
+
+def _host(text: str) -> str:
+    try:
+        return str(ip_address(text.strip("[]")))
+    except ValueError:
+        if HOST_NAME.fullmatch(text):
+            return text
+    raise ValueError
+
+
+def _database_host(text: str) -> str:
+    return _plain(text) if text.startswith("/") else _host(text)
+
+
+def _bucket(text: str) -> str:
+    if not BUCKET.fullmatch(text) or ".." in text:
+        raise ValueError
+    return text
+
+
+def _prefix(text: str) -> str:
+    text = _plain(text).strip("/")
+    if any(segment in ("", ".", "..") for segment in text.split("/")) or len(text.encode()) > MAX_PREFIX_BYTES:
+        raise ValueError
+    return text
+
+
+def _file_stem(text: str) -> str:
+    if "/" in _plain(text) or "\\" in text or text in (".", "..") or len(text.encode()) > MAX_FILE_STEM_BYTES:
+        raise ValueError
+    return text
+
+
+def _date_format(text: str) -> str:
+    """Directives of fixed width only, so that the days of a device never share a name and sort as they follow."""
+    directives = DATE_DIRECTIVE.findall(text)
+    named = {"Y", "m", "d"} <= set(directives) or {"Y", "j"} <= set(directives)
+    literal = DATE_DIRECTIVE.sub("0", text)
+    plain = re.fullmatch(r"[A-Za-z0-9=._/-]+", literal) and not set(directives) - set("Ymdj")
+    if not named or not plain or any(segment in ("", ".", "..") for segment in literal.split("/")):
+        raise ValueError
+    return text
+
+
+def _instant(text: str) -> datetime:
+    try:
+        at = datetime.fromisoformat(text)
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError from None
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _device_ids(text: str) -> tuple[str, ...]:
+    """`*` anywhere means discovery; an id that holds a comma is quoted as in CSV.
+
+    An id that cannot be a key is taken here: it is refused alone, device by device.
+    """
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error:
+        raise ValueError from None
+    ids = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    return () if "*" in ids else ids
+
+
+def _column_types(text: str) -> tuple[tuple[str, str], ...]:
+    """`count=double,state=text`: pairs of column name and type."""
+    pairs = []
+    for part in _parts(text):
+        name, equals, kind = part.rpartition("=")
+        if not equals or not name.strip() or kind.strip().lower() not in COLUMN_TYPES:
+            raise ValueError
+        pairs.append((name.strip(), COLUMN_TYPES[kind.strip().lower()]))
+    return tuple(pairs)
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", text):
+        raise ValueError
+    return text
+
+
+def _log_file(text: str) -> Path | None:
+    return None if _plain(text).lower() in ("off", "none") else Path(text)
+
+
+def _json_object(text: str) -> str:
+    """The JSON text of a key file, also when it came as base64."""
+    if not text.lstrip().startswith("{"):
+        try:
+            text = base64.b64decode(text, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise ValueError from None
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise ValueError
+    return text
+
+
+def _timezone(text: str) -> str:
+    try:
+        return ZoneInfo(text).key
+    except (ZoneInfoNotFoundError, OSError, ValueError):
+        raise ValueError from None
+
+
+def _resources(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(_parts(text.lower())))
+    if set(found) - set(RECEIVED):
+        raise ValueError
+    return found
+
+
+def _each(check: Callable[[str], str]) -> BeforeValidator:
+    """Comma-separated values, each of which `check` takes."""
+    return BeforeValidator(lambda text: tuple(check(part) for part in _parts(text)))
+
+
+PLAIN = Allowed("text without control characters", obvious=True)
+HIDDEN = Allowed(PLAIN.words, obvious=True, secret=True)
+HTTP = Allowed("http://host[:port] or https://host[:port]")
+PREFIX = Allowed("names between single slashes, without '.' and '..'")
+
+LOWER_CASE = BeforeValidator(str.lower)
+Text = Annotated[str, AfterValidator(_plain), PLAIN]
+Secret = Annotated[SecretStr, BeforeValidator(_plain), HIDDEN]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_plain), HIDDEN]
+Flag = Annotated[bool, Allowed("true or false", obvious=True)]
+Folder = Annotated[Path, BeforeValidator(_plain), Allowed("a path", obvious=True)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_plain), Allowed("a path", obvious=True)]
+LogFile = Annotated[Path | None, PlainValidator(_log_file), Allowed("a path, or off", obvious=True)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)]
+Interval = Annotated[int, Field(ge=1, le=86_400)]
+Host = Annotated[str, AfterValidator(_host), Allowed("an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")]
+DatabaseHost = Annotated[str, AfterValidator(_database_host), Allowed("a host, or the directory of a socket")]
+HttpUrl = Annotated[str, AfterValidator(_url), HTTP]
+S3Endpoint = Annotated[str, AfterValidator(_endpoint), HTTP]
+PostgresUrl = Annotated[
+    SecretStr, BeforeValidator(_database_url), Allowed("postgresql://user:password@host:port/name", secret=True)
+]
+WarehouseUrl = Annotated[
+    SecretStr,
+    BeforeValidator(_warehouse_url),
+    Allowed("sqlite:///path or postgresql://user:password@host:port/name", secret=True),
+]
+BucketName = Annotated[
+    str,
+    AfterValidator(_bucket),
+    Allowed("3 to 63 letters, digits, dots, dashes and underscores: the bare name, without s3:// and without a path"),
+]
+Prefix = Annotated[str, AfterValidator(_prefix), PREFIX]
+Prefixes = Annotated[
+    tuple[str, ...], _each(lambda part: _prefix(part) + "/"), Allowed(f"{PREFIX.words}, comma-separated")
+]
+FileStem = Annotated[
+    str, AfterValidator(_file_stem), Allowed("the start of a file name, without a slash", obvious=True)
+]
+DateFormat = Annotated[
+    str,
+    AfterValidator(_date_format),
+    Allowed("%Y with %m and %d, or %Y with %j, and letters, digits, = . _ - and single slashes between them"),
+]
+Instant = Annotated[
+    datetime | None,
+    PlainValidator(_instant),
+    Allowed("an ISO 8601 date or timestamp, such as 2026-02-07T00:00:00Z"),
+]
+DeviceIds = Annotated[
+    tuple[str, ...],
+    PlainValidator(_device_ids),
+    Allowed("comma-separated device ids, one with a comma in double quotes; or *", obvious=True),
+]
+ColumnTypes = Annotated[
+    tuple[tuple[str, str], ...],
+    PlainValidator(_column_types),
+    Allowed("comma-separated name=type, with one of the types double, integer, text, boolean"),
+]
+Texts = Annotated[tuple[str, ...], _each(_plain), Allowed("comma-separated values", obvious=True)]
+Origins = Annotated[
+    tuple[str, ...], _each(_origin), Allowed("comma-separated origins such as https://example.org, or *")
+]
+Resources = Annotated[
+    tuple[str, ...], PlainValidator(_resources), Allowed(f"some of {', '.join(RECEIVED)}, comma-separated")
+]
+TimeZone = Annotated[str, AfterValidator(_timezone), Allowed("a name of the IANA time zone database")]
+ApiKeys = Annotated[
+    tuple[KeyEntry, ...],
+    PlainValidator(parse_keys),
+    Allowed("lines of `python -m app keys new`, separated by commas or newlines", obvious=True, secret=True),
+]
+SecretUrl = Annotated[SecretStr, BeforeValidator(_called), Allowed("https://host/path", secret=True)]
+JobUrls = Annotated[
+    SecretStr, BeforeValidator(_job_urls), Allowed("job=https://host/path, comma-separated", secret=True)
+]
+JobSeconds = Annotated[
+    tuple[tuple[str, int], ...], PlainValidator(_job_seconds), Allowed("job=seconds, comma-separated")
+]
+KeyFileText = Annotated[
+    SecretStr | None,
+    BeforeValidator(_json_object),
+    Allowed("the JSON text of the key file, as it is or as base64", secret=True),
+]
