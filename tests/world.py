@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from app.core.errors import Conflict
+from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Record
@@ -106,6 +106,7 @@ class World:
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
     notes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    refuses_deletes: bool = False
 
     def write(self, partition: str, at: datetime, value: str = "v") -> None:
         """A point arrives at the source."""
@@ -128,6 +129,16 @@ class World:
         """Every row of every object, with repetitions."""
         return sorted(
             (key.split("/")[0], at, value) for key, (_, rows, _) in self.objects.items() for at, value in rows
+        )
+
+    def shown(self) -> list[tuple[str, datetime, str]]:
+        """Every row of every object but of those deltas whose rows the object of their window says that it holds."""
+        folded = {key.rpartition(".")[0]: folded for key, (_, folded) in self.notes.items()}
+        return sorted(
+            (key.split("/")[0], at, value)
+            for key, (_, rows, _) in self.objects.items()
+            if not 0 < int(key.rpartition(".")[2]) <= folded.get(key.rpartition(".")[0], 0)
+            for at, value in rows
         )
 
     def produced(self, until: datetime) -> list[tuple[str, datetime, str]]:
@@ -256,6 +267,8 @@ class Process:
 
     def delete(self, key: str) -> None:
         self.hook(f"before delete {key}")
+        if self.world.refuses_deletes:
+            raise Permanent(f"{key} may not be deleted", "allow s3:DeleteObject")
         self.world.objects.pop(key, None)
         self.hook(f"after delete {key}")
 

@@ -34,7 +34,7 @@ WHERE pipeline = :pipeline AND started_at <= :until_at;
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
     window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest
+    source_cells, min_at, max_at, status, source_fields, source_digest, folded
 FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition
@@ -45,10 +45,10 @@ ORDER BY window_start, part;
 -- Insert or replace the record of one object.
 INSERT INTO export_windows (
     pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, updated_at
+    source_cells, min_at, max_at, status, source_fields, source_digest, folded, updated_at
 ) VALUES (
     :pipeline, :partition, :starts_at, :part, :ends_at, :key, :version, :digest, :rows, :size_bytes,
-    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :now_at
+    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :folded, :now_at
 )
 ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     window_end = excluded.window_end,
@@ -63,6 +63,7 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     status = excluded.status,
     source_fields = excluded.source_fields,
     source_digest = excluded.source_digest,
+    folded = excluded.folded,
     updated_at = excluded.updated_at;
 
 -- name: forget_deltas

@@ -123,7 +123,7 @@ class Record:
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
     `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
     source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
-    for a record of an older version.
+    for a record of an older version. `folded`: see `Held`.
     """
 
     window: Window
@@ -139,11 +139,12 @@ class Record:
     closed: bool
     fields: Mapping[str, int] = field(default_factory=dict)
     source_digest: str = ""
+    folded: int = 0
 
     @property
     def held(self) -> Held:
         """The object as this record knows it."""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded)
 
 
 @dataclass(frozen=True, slots=True)

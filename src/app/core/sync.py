@@ -391,9 +391,14 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     batch, key = found.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
-    folds = found.folded > (held.folded if held is not None else 0)
+    already_folded = held.folded if held is not None else 0
+    folded = max(
+        found.folded, already_folded
+    )  # a delta that could not be deleted is skipped for as long as it is there
+    folds = folded > already_folded
     if held is not None and task.record is not None and found.is_confirmed and not folds:
-        return _Written(replace(task.record, source_cells=task.count.cells), deltas=found.deltas)
+        record = replace(task.record, source_cells=task.count.cells, folded=folded)
+        return _Written(record, deltas=found.deltas)
     if same and not closes and not folds:
         if held is None:
             return _Written(None)
@@ -401,18 +406,18 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         return _Written(_record(task, key, held, found), deltas=found.deltas)
     encoded = pipeline.sink.encode(task.partition, task.window, batch)
     with closing(encoded):
-        if pipeline.deltas and found.folded:
-            encoded = pipeline.deltas.noted(encoded, found.folded)
-        stored = Held("", size_bytes=encoded.size_bytes)
+        if pipeline.deltas and folded:
+            encoded = pipeline.deltas.noted(encoded, folded)
+        stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
         if not context.dry_run:
-            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded))
+            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
             pipeline.keep(task, stored.version, batch)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
         return _Written(record, encoded.size_bytes, deltas=found.deltas, new_rows=new_rows)
 
 
-def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E) -> str:
+def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int) -> str:
     """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
@@ -426,7 +431,8 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
         if there is None:
             raise
         is_ours = bool(encoded.write) and there.write == encoded.write
-        if not is_ours and (there.digest != batch.digest or (task.final and not pipeline.by_digest)):
+        same = (there.digest, there.folded) == (batch.digest, folded)
+        if not is_ours and (not same or (task.final and not pipeline.by_digest)):
             raise
         return there.version
 
@@ -462,6 +468,7 @@ def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
         closed=False,
         fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
         source_digest=found.source_digest,
+        folded=held.folded,
     )
 
 

@@ -138,8 +138,9 @@ def _replace(
     if context.dry_run:
         return report
     version, size_bytes = (base.version, base.size_bytes) if base is not None and is_done else ("", 0)
+    folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
-        with closing(sink.noted(sink.encode(batch.device, window, batch), max(held, default=0))) as encoded:
+        with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
             version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
@@ -153,6 +154,7 @@ def _replace(
             rows=batch.rows,
             size_bytes=size_bytes,
             source_digest=record.source_digest if is_confirmed else "",
+            folded=folded,
         )
         commit = Commit((after,), folded=(window,) if deltas else ())
         pipeline.checkpoints.commit(pipeline.name, batch.device, commit, context.lease)

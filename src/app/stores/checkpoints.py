@@ -125,6 +125,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
         "source_digest": record.source_digest,
+        "folded": record.folded,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
@@ -144,6 +145,7 @@ def _record(row: Row, now: datetime) -> Record:
         closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
         source_digest=row["source_digest"],
+        folded=row["folded"],
     )
 
 
