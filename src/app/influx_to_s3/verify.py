@@ -7,7 +7,7 @@ when it is what would be written today.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from app.core.gaps import Cell, Found, Moment, cells_of
 from app.core.ports import Checkpoints
@@ -66,7 +66,7 @@ class ExportEnds:
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
-        for _, info in unfolded(self.sink, slot.partition, slot.window, self._listing(slot)):
+        for info in named_in(slot.window, self._listing(slot)):
             tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
             total += content_of_tables(tables, as_text=self._as_text(slot.window))
         return total
@@ -83,7 +83,7 @@ class ExportEnds:
         """The day's listing, made once; a second look at the same window makes it anew."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
-            self.listed = (day, tuple(self.sink.listed(slot.partition, slot.window)))
+            self.listed = (day, self.sink.unfolded(slot.partition, slot.window))
         self.looked_at = slot
         return self.listed[1]
 
@@ -111,22 +111,15 @@ class ExportChart:
         records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
         moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
         days = {window.start.date(): window for window in windows}.values()
-        listed = {day.start.date(): tuple(ends.sink.listed(partition, day)) for day in days}
+        listed = {day.start.date(): ends.sink.unfolded(partition, day) for day in days}
         found = (
             Found(window.start, info.key, info.etag)
             for window in windows
-            for _, info in unfolded(ends.sink, partition, window, listed[window.start.date()])
+            for info in named_in(window, listed[window.start.date()])
         )
         return cells_of(windows, records, found, moment)
 
 
-def unfolded(sink: TableSink, partition: str, window: Window, listed: Listing) -> Listing:
-    """The objects of a window out of its day's listing, without deltas whose rows the window's object holds: it says
-    itself which these are, and is asked only where there are deltas.
-    """
-    named = [(named_at, info) for named_at, info in listed if window.start <= named_at < window.end]
-    if all(named_at == window.start for named_at, _ in named):
-        return named
-    held = sink.head(sink.key(partition, window, 0))
-    folded_until = window.start + timedelta(seconds=held.folded if held else 0)
-    return [each for each in named if each[0] == window.start or each[0] > folded_until]
+def named_in(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
+    """The objects of one window out of its day's listing: its own, and deltas of older versions."""
+    return [info for named_at, info in listed if window.start <= named_at < window.end]
