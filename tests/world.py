@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Conflict, Permanent
+from app.core.known_rows import KnownRows
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Record
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.sync import Grid, KnownRows, Pipeline
+from app.core.shrink import Shrink
+from app.core.sync import Grid, Pipeline
 from app.core.window import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -161,7 +163,7 @@ class Process:
     away: Exception | None = None
     loses: str = ""
     aside: Sequence[SetAside] = ()
-    allow_shrink: bool = False
+    shrink: Callable[[], Shrink] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
     probes: int = 0
@@ -197,11 +199,15 @@ class Process:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(partition, window, count, None) for window, count in counted]
 
-    def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
+    def union(self, batch: Rows, held: Sequence[Iterable[Row]], shrink: Shrink | None = None) -> Rows:
         """Of rows with one time the first one stands, the source's before all others."""
         there: dict[datetime, str] = {}
         for rows in held:
             there = {**dict(rows), **there}
+        gone = {at: there[at] for at in there if shrink and at >= shrink.since and at not in dict(batch.held)}
+        if shrink:
+            shrink.note(len(gone), sorted(gone.values()))
+            there = {at: value for at, value in there.items() if not (shrink.removes and at in gone)}
         known = {at: value == there[at] for at, value in batch.held if at in there}
         tally = batch.accounts[VALUE]
         united = self._batch(
@@ -309,7 +315,7 @@ class Process:
             grid=Grid(
                 lambda start, end: iter(list(windows(start, end))), GRACE_SECONDS, step_windows=4, count_windows=9
             ),
-            allow_shrink=self.allow_shrink,
+            shrink=self.shrink,
             deltas=self,
             kept=self.kept,
             identities=self.known,

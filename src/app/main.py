@@ -98,6 +98,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         checks=checks,
         histories={inbox_job.NAME: inbox.history},

@@ -13,6 +13,7 @@ from app.core.ledger import SetAside, Tally, fault_of
 from app.core.ports import Record
 from app.core.repair import fill, heal_window
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.shrink import Shrink
 from app.core.window import Window
 from memory import MemoryLeases, MemoryRuns
 from world import FIRST_AT, GRACE_SECONDS, START, VALUE, Killed, Process, Silent, World, context
@@ -289,7 +290,7 @@ def test_shrinking_is_possible_when_it_is_allowed() -> None:
     world.now = START + 10 * MINUTE
     Process(world).run_until_done()
     del world.rows["a"][START]
-    Process(world, allow_shrink=True).run_until_done()
+    Process(world, shrink=Shrink).run_until_done()
     assert world.exported() == world.produced(world.now)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from app.core.ledger import Tally
 from app.core.runs import Lease
+from app.core.shrink import Shrink
 from app.core.window import Window
 
 
@@ -188,8 +189,9 @@ class Source(Protocol[B]):
         Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
-    def union(self, batch: B, held: Sequence[Iterable[Any]]) -> B:
-        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row.
+    def union(self, batch: B, held: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
+        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row. Of those
+        that `shrink` covers it is told, and they are left out where it removes them.
 
         Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
         closes the result.

@@ -87,7 +87,8 @@ class Failure:
 class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
-    `notes` are lines for the person who ran it by hand; they are not recorded. `ledger` accounts for every row that was
+    `removed_rows` left the destination: the source has them no more, and that was allowed. `notes` are lines for the
+    person who ran it by hand. Neither is recorded. `ledger` accounts for every row that was
     counted at the source.
     """
 
@@ -99,6 +100,7 @@ class Report:
     more: bool = False
     notes: Sequence[str] = ()
     ledger: Ledger = field(default_factory=Ledger)
+    removed_rows: int = 0
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -110,6 +112,7 @@ class Report:
             self.more or other.more,
             (*self.notes, *other.notes),
             self.ledger + other.ledger,
+            self.removed_rows + other.removed_rows,
         )
 
 

@@ -10,8 +10,7 @@ earlier version, however long ago, is refused. Deltas of older versions are fold
 """
 
 import logging
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,11 @@ from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.known_rows import KnownRows
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Deltas, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
+from app.core.shrink import Shrink
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -47,36 +48,6 @@ class Grid:
     count_windows: int = 744
 
 
-class KnownRows:
-    """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
-    time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
-    """
-
-    def __init__(self, max_bytes: int = 48 << 20) -> None:
-        self._max_bytes = max_bytes
-        self._size_bytes = 0
-        self._known: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
-        """The object of a window has these rows in this version; None forgets what is known."""
-        with self._lock:
-            _, before = self._known.pop(slot, ("", None))
-            self._size_bytes -= getattr(before, "nbytes", 0)
-            if identities is None:
-                return
-            self._known[slot] = (version, identities)
-            self._size_bytes += getattr(identities, "nbytes", 0)
-            while self._size_bytes > self._max_bytes:
-                _, (_, oldest) = self._known.popitem(last=False)
-                self._size_bytes -= getattr(oldest, "nbytes", 0)
-
-    def of(self, slot: tuple[str, datetime], version: str) -> Any:
-        """The identities of that very version, None when they are not known."""
-        known, identities = self._known.get(slot, ("", None))
-        return identities if known == version else None
-
-
 @dataclass(frozen=True, slots=True)
 class Pipeline(Generic[B, E]):
     """One source joined to one sink, named once.
@@ -87,7 +58,8 @@ class Pipeline(Generic[B, E]):
     `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
     person did to it is seen. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is
     never written again, and rows are united only where some are certainly gone from the source. `deltas`: those of
-    older versions, which are folded into their window's object.
+    older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
+    asked after the source was read; None: all stay.
 
     `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
@@ -98,7 +70,7 @@ class Pipeline(Generic[B, E]):
     sink: Sink[B, E]
     checkpoints: Checkpoints
     grid: Grid
-    allow_shrink: bool = False
+    shrink: Callable[[], Shrink] | None = None
     asks_sink: bool = False
     by_digest: bool = False
     deltas: Deltas[E] | None = None
@@ -134,7 +106,7 @@ class Task:
 
     `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
     `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
-    confirmed, and none of its rows is kept.
+    confirmed, and none of its rows is kept. `always_writes`: the object is put also where it is right.
     `ahead` gives the rows when they may be read together with those of other windows, after all their records.
     """
 
@@ -147,6 +119,7 @@ class Task:
     asks: bool = False
     mends: bool = False
     replaces: bool = False
+    always_writes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +136,7 @@ class _Written:
     """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already).
 
     `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before.
+    `shrink`: rows that the source lacks.
     """
 
     record: Record | None
@@ -170,6 +144,7 @@ class _Written:
     ledger: Ledger = field(default_factory=Ledger)
     deltas: Sequence[str] = ()
     new_rows: int = 0
+    shrink: Shrink | None = None
 
 
 Done = Callable[[Report], None]
@@ -322,13 +297,27 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         commit = Commit((record,) if record else (), cursor_at, folded)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
         delete_deltas(pipeline, written.deltas)
+    notes: list[str] = []
+    removed_rows = 0
+    if written.shrink is not None and written.shrink.rows:
+        notes.append(written.shrink.told(pipeline.sink.key(task.partition, task.window, 0), dry_run=context.dry_run))
+        log.warning("%s", notes[0])
+        removed_rows = written.shrink.rows if written.shrink.removes else 0
     if not written.stored_bytes or record is None:
-        return Report(ledger=written.ledger)
+        return Report(ledger=written.ledger, notes=notes)
     late_rows = written.new_rows if task.record is not None and task.record.closed else 0
     if late_rows:
         log.info("%s: %d late rows of a closed window", record.key, late_rows)
     context.progress.advance(rows=record.rows)
-    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, late_rows=late_rows, ledger=written.ledger)
+    return Report(
+        rows=record.rows,
+        bytes=written.stored_bytes,
+        windows=1,
+        late_rows=late_rows,
+        removed_rows=removed_rows,
+        notes=notes,
+        ledger=written.ledger,
+    )
 
 
 def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
@@ -360,7 +349,8 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
                     found.batch.rows,
                     f"{written.stored_bytes} bytes written" if written.stored_bytes else "nothing to write",
                 )
-                return replace(written, ledger=_account(pipeline, context, task, found, written))
+                ledger = _account(pipeline, context, task, found, written)
+                return replace(written, ledger=ledger, shrink=found.shrink)
         except Conflict:
             held = pipeline.sink.head(key)
             task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
@@ -384,6 +374,7 @@ class _Found(Generic[B]):
     folded: int = 0
     is_united: bool = False
     is_confirmed: bool = False
+    shrink: Shrink | None = None
 
 
 def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, found: _Found[B]) -> _Written:
@@ -399,7 +390,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     if held is not None and task.record is not None and found.is_confirmed and not folds:
         record = replace(task.record, source_cells=task.count.cells, folded=folded)
         return _Written(record, deltas=found.deltas)
-    if same and not closes and not folds:
+    if same and not closes and not folds and (held is None or not task.always_writes):
         if held is None:
             return _Written(None)
         pipeline.keep(task, held.version, batch)
@@ -489,20 +480,21 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
         is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
         if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
+        shrink = pipeline.shrink() if rows and pipeline.shrink else None
         if rows:
-            batch = _united(pipeline, task, batch, rows)
-        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
+            batch = _united(pipeline, task, batch, rows, shrink)
+        yield _Found(batch, digest, deltas.keys, deltas.highest, bool(rows), is_confirmed, shrink)
     finally:
         if not pipeline.keeps(batch):
             batch.close()
 
 
-def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]]) -> B:
+def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
     """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
     again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
     """
     try:
-        united = pipeline.source.union(batch, rows)
+        united = pipeline.source.union(batch, rows, shrink)
     except Permanent as error:
         if batch.rows == 0 or (task.record is not None and task.record.closed):
             raise
@@ -517,8 +509,10 @@ def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_diges
     rows stand in the object, whatever else does.
     """
     record = task.record
-    if record is None or task.replaces or pipeline.by_digest or pipeline.allow_shrink:
+    if record is None or task.replaces or task.always_writes or pipeline.by_digest:
         return False
+    if pipeline.shrink is not None and record.digest != source_digest:
+        return False  # the object has more than that, of which some may go by now
     same = (record.version, record.source_digest) == (held.version, source_digest)
     return same and (record.closed or not task.final)
 
@@ -530,10 +524,8 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     """
     if batch.digest == held.digest:
         return False
-    if pipeline.allow_shrink:
-        return False
     if pipeline.by_digest:
-        return _shrank(batch, held)
+        return pipeline.shrink is None and _shrank(batch, held)
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 

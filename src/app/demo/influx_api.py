@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import formatdate
 from itertools import chain
 from urllib.parse import parse_qs
 
@@ -139,13 +140,14 @@ class InfluxApi:
             "retentionRules": [
                 {
                     "type": "expire",
-                    "everySeconds": 0,
+                    "everySeconds": self._bucket.points.retention_seconds,
                     "shardGroupDurationSeconds": self._bucket.points.shard_ns // 10**9,
                 }
             ],
             "labels": [],
         }
-        return Answer(200, JSON, _json({"buckets": [bucket] if name == self._bucket.name else []}))
+        date = {"Date": formatdate(self._around.now_ns() / 10**9, usegmt=True)}
+        return Answer(200, {**JSON, **date}, _json({"buckets": [bucket] if name == self._bucket.name else []}))
 
     def _write(self, request: Request) -> Answer:
         bucket, precision = request.parameters.get("bucket", ""), request.parameters.get("precision", "ns")

@@ -19,6 +19,7 @@ from app.core.partitions import live_windows
 from app.core.ports import UNCOUNTED, Checkpoints, Commit, Record
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
+from app.core.shrink import Shrink
 from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to, windows_between
@@ -200,7 +201,7 @@ def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) ->
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
-        allow_shrink=drive.allow_shrink,
+        shrink=Shrink if drive.allow_shrink else None,
         asks_sink=True,
         by_digest=True,
     )

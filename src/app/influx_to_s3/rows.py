@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
+from app.core.shrink import EXAMPLES, LATEST, Shrink
 from app.core.window import EPOCH
 from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns, type_of
 from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
@@ -32,6 +33,7 @@ GUESSES = (
     (DOUBLE, r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"),
     (BOOLEAN, "^(true|false)$"),
 )
+FIRST_NS = -(1 << 63)  # of what a timestamp in nanoseconds can hold
 EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
@@ -384,16 +386,28 @@ class Comparison:
     corrected, and how many rows are new.
 
     `lost_tags`: held rows were written without their further tags, so one that has none gives way to any row of the
-    source with its instant and documented tags, and what it held is corrected.
+    source with its instant and documented tags, and what it held is corrected. `shrink`: see `Source.union`.
     """
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, shrink: Shrink | None = None) -> None:
         self.lost_tags = False
         self.new_rows = 0
         self.new: Counter[str] = Counter()
         self.same: Counter[str] = Counter()
         self.corrected: Counter[str] = Counter()
         self._columns = columns
+        self._shrink = shrink
+
+    def kept(self, held: "pa.Table") -> "pa.Table":
+        """Those of the rows that only an object has which stay in it."""
+        import pyarrow as pa
+
+        if self._shrink is None or self._shrink.since == LATEST:
+            return held
+        lacking = instants_of(held) >= max(nanoseconds_of(self._shrink.since), FIRST_NS)
+        rows = held.filter(pa.array(lacking))
+        self._shrink.note(rows.num_rows, _described(rows.slice(0, EXAMPLES), self._columns))
+        return held.filter(pa.array(~lacking)) if self._shrink.removes else held
 
     def add(self, new: "pa.Table", held: "pa.Table") -> "pa.Table":
         """Rows of one stretch of time; the held ones that none of the new ones stands for."""
@@ -434,6 +448,16 @@ class Comparison:
             self.new[field] += new.num_rows - values.null_count - there
 
 
+def _described(rows: "pa.Table", columns: Columns) -> Iterator[str]:
+    """Instant and tags of each row."""
+    import numpy as np
+
+    names = sorted(columns.tags & set(rows.column_names))
+    for instant, tags in zip(instants_of(rows), rows.select(names).to_pylist(), strict=True):
+        described = (f"{columns.tag_of(name)}={tags[name]}" for name in names if tags[name] not in (None, UNKNOWN))
+        yield " ".join((f"{np.datetime64(int(instant), 'ns')}Z", *described))
+
+
 def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
     """For each of our identities, where it stands among theirs, and whether it does; numpy arrays."""
     import numpy as np
@@ -455,6 +479,8 @@ def united(
         first, second = (stream.take(until) for stream in streams)
         if first is not None:
             second = comparison.add(first, first.slice(0, 0) if second is None else second)
+        if second is not None:
+            second = comparison.kept(second)
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 

@@ -21,6 +21,7 @@ from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.shrink import Shrink
 from app.core.sync import NOTHING
 from app.core.window import EPOCH, Window, windows_between
 from app.influx_to_s3.columns import TIMESTAMP, Columns
@@ -142,9 +143,9 @@ class InfluxSource:
                     else self._cut_out(partition, window, count, blocks)
                 )
 
-    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]") -> RowBatch:
+    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]", shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
-        columns, comparison = self._columns, Comparison(self._columns)
+        columns, comparison = self._columns, Comparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:
             rows = (table for table in tables if table.num_rows)

@@ -209,7 +209,7 @@ EXPORT = _of(
         "EXPORT_ALLOW_SHRINK",
         kinds.FLAG,
         "false",
-        "let an object lose rows that the source no longer returns (retention); else they are kept",
+        "let an object lose rows that were deleted at the source; rows that its retention dropped are kept",
     ),
     ("reconcile_days", "RECONCILE_DAYS", kinds.whole(0, 3660), "7", "days that the daily search for late rows covers"),
     ("concurrency", "EXPORT_CONCURRENCY", kinds.whole(1, 64), "2", "devices that are exported at once"),
