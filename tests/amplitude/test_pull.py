@@ -13,9 +13,8 @@ import pytest
 
 from app.amplitude.hours import due_at
 from app.core.errors import Stopped
-from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator, generated
-from app.demo.product_events import amplitude_event, amplitude_events
 from pulling import HOUR, START, Landed, landed, pulling
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events, generated
 
 MONDAY = datetime.fromisoformat("2026-02-09T00:00:00Z")
 TUESDAY = MONDAY + timedelta(days=1)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
-from app.demo.product_events import appmetrica_rows
 from pulling import HOUR, START, Landed, pulling
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows, generated
 
 FIRST = START - timedelta(days=1) - HOUR  # the hour before the cursor is asked for as well
 World = tuple[Landed, AppMetricaSimulator]

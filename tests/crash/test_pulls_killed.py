@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from app.demo import amplitude, appmetrica
 from pulling import Clock, landed
+from simulators import amplitude, appmetrica
 
 KILLS = int(
     os.environ.get("PULL_KILLS", "50")

@@ -1,19 +1,22 @@
 """EXPORT_ALLOW_SHRINK and `backfill --replace`: what was deleted goes, what retention forgot stays."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from app.core.shrink import UNLIMITED
+from app.influx_to_s3.connection import Answer, Server
+from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.reader import Retention
 from app.influx_to_s3.retention import Coverage
 from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported
-from influx_readers import flux, influxql, influxql_without_credentials
+from influx_readers import flux, influxql_without_credentials
 from influxdb1 import InfluxDB1
 
 ALLOWED = {"EXPORT_ALLOW_SHRINK": "true"}
-BY_INFLUXQL = {"INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": "telemetry"}
 
 
 @pytest.fixture
@@ -54,11 +57,12 @@ def test_where_nothing_is_forgotten_any_row_may_go(closed: Exporter) -> None:
 
 
 def test_where_retention_cannot_be_asked_nothing_goes_before_the_oldest_point(closed: Exporter) -> None:
+    closed.influx.points.retention_seconds = None
     lacks(closed, *range(10), 20)
-    closed.backfill(NOON, NOON + HOUR, **ALLOWED, **BY_INFLUXQL)
+    closed.backfill(NOON, NOON + HOUR, **ALLOWED)
     assert minutes_of(closed) == set(range(60)) - {20}
     closed.influx.points._series.clear()  # noqa: SLF001 - as above
-    closed.backfill(NOON, NOON + HOUR, **ALLOWED, **BY_INFLUXQL)
+    closed.backfill(NOON, NOON + HOUR, **ALLOWED)
     assert minutes_of(closed) == set(range(60)) - {20}
 
 
@@ -122,6 +126,45 @@ def test_influxdb_1_is_asked_for_the_policy_that_is_read_and_otherwise_for_its_o
     assert reader._oldest_at() == datetime(1970, 1, 1, microsecond=2, tzinfo=UTC)  # noqa: SLF001 - 1.x is never asked for it
 
 
+class Recorded:
+    """A connection to InfluxDB 2 that speaks InfluxQL: its answers, as they were recorded."""
+
+    def __init__(self, points: str) -> None:
+        self.server = Server("http://recorded")
+        self._answers = [points, POLICIES]
+
+    @contextmanager
+    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
+        del path, body, headers, where
+        yield Answer(iter([self._answers.pop().encode()]), framed=True, version="v2.7.12", told_at=NOON)
+
+
+POLICIES = (
+    '{"results":[{"statement_id":0,"series":[{"columns":["name","duration","shardGroupDuration","replicaN","default"],'
+    '"values":[["autogen","0s","168h0m0s",1,true]]}]}]}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("points", "oldest_at"),
+    [
+        (
+            '"series":[{"name":"m","columns":["time","v"],"values":[[1000000001,1]]}]',
+            "1970-01-01T00:00:01.000001+00:00",
+        ),
+        ('"series":[]', ""),
+        ('"error":"max-select-series limit exceeded"', ""),
+    ],
+)
+def test_influxdb_2_which_says_by_influxql_that_it_keeps_everything_is_not_believed(
+    points: str, oldest_at: str
+) -> None:
+    recorded = Recorded(f'{{"results":[{{"statement_id":0,{points}}}]}}\n')
+    reader = InfluxQlReader(recorded, InfluxQlTarget("db", "", "m"))  # type: ignore[arg-type]
+    expected = datetime.fromisoformat(oldest_at) if oldest_at else None
+    assert reader.retention() == Retention(None, expected, NOON)
+
+
 def test_flux_says_how_long_a_bucket_keeps_points(exporter: Exporter) -> None:
     exporter.write(NOON)
     exporter.write(NOON - HOUR, "D2", "on=true")
@@ -129,7 +172,7 @@ def test_flux_says_how_long_a_bucket_keeps_points(exporter: Exporter) -> None:
     assert (reader.retention().period, reader.retention().told_at) == (UNLIMITED, NOON)
     exporter.influx.points.retention_seconds = 7200
     assert reader.retention().period == 2 * HOUR
-    assert influxql(exporter.influx).retention().oldest_at == NOON - HOUR
     unknown = flux(exporter.influx, bucket="other")
     assert unknown.retention().period is None
-    assert reader._oldest_at() == NOON - HOUR  # noqa: SLF001 - what is asked where the bucket cannot be looked at
+    exporter.influx.points.retention_seconds = None
+    assert (reader.retention().period, reader.retention().oldest_at) == (None, NOON - HOUR)
