@@ -83,20 +83,20 @@ def test_a_span_is_written_again_and_says_what_would_go(closed: Exporter) -> Non
     assert closed.replace(NOON, NOON + HOUR, allow_shrink=True).report.notes == ()
 
 
-def test_the_source_is_asked_once_in_a_run_and_a_clock_that_is_behind_forgets_nothing() -> None:
-    asked: list[object] = []
-    clock = [NOON - 9 * HOUR]
+def test_retention_is_asked_once_in_a_run_and_a_clock_that_is_behind_forgets_nothing() -> None:
+    clock, answers = [NOON - 9 * HOUR], [Retention(2 * HOUR, told_at=NOON)]
 
     class Asked:
         def retention(self) -> Retention:
-            asked.append(self)
-            return Retention(2 * HOUR, told_at=NOON)
+            return answers.pop()
 
     coverage = Coverage(Asked(), lambda action: action(), lambda: clock[0])  # type: ignore[arg-type]
     assert coverage.since() == NOON - 2 * HOUR
     clock[0] += HOUR
     assert coverage.since() == NOON - HOUR
-    assert len(asked) == 1
+    answers += [Retention(None, NOON + HOUR), Retention(None, NOON)]
+    by_oldest = Coverage(Asked(), lambda action: action(), lambda: clock[0])  # type: ignore[arg-type]
+    assert [by_oldest.since(), by_oldest.since()] == [NOON, NOON + HOUR]
 
 
 @pytest.mark.parametrize(

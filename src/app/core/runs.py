@@ -88,8 +88,7 @@ class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
     `removed_rows` left the destination: the source has them no more, and that was allowed. `notes` are lines for the
-    person who ran it by hand. Neither is recorded. `ledger` accounts for every row that was
-    counted at the source.
+    person who ran it by hand. Neither is recorded. `ledger` accounts for every row that was counted at the source.
     """
 
     rows: int = 0

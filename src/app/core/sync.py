@@ -383,9 +383,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
     already_folded = held.folded if held is not None else 0
-    folded = max(
-        found.folded, already_folded
-    )  # a delta that could not be deleted is skipped for as long as it is there
+    folded = max(found.folded, already_folded)  # also of a delta that may not be deleted, and is skipped for good
     folds = folded > already_folded
     if held is not None and task.record is not None and found.is_confirmed and not folds:
         record = replace(task.record, source_cells=task.count.cells, folded=folded)
@@ -483,7 +481,15 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
         shrink = pipeline.shrink() if rows and pipeline.shrink else None
         if rows:
             batch = _united(pipeline, task, batch, rows, shrink)
-        yield _Found(batch, digest, deltas.keys, deltas.highest, bool(rows), is_confirmed, shrink)
+        yield _Found(
+            batch,
+            digest,
+            deltas.keys,
+            deltas.highest,
+            is_united=bool(rows),
+            is_confirmed=is_confirmed,
+            shrink=shrink,
+        )
     finally:
         if not pipeline.keeps(batch):
             batch.close()

@@ -7,11 +7,11 @@ question crosses the bound of a shard group, behind which the server would leave
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from app.core.errors import Permanent, Transient
@@ -159,8 +159,8 @@ class FluxReader:
         rules, told_at = self._rules()
         if rules is None:
             return Retention(None, self._oldest_at(), told_at)
-        seconds = [seconds for rule in rules if (seconds := int(rule.get("everySeconds") or 0)) > 0]
-        return Retention(timedelta(seconds=min(seconds)) if seconds else UNLIMITED, told_at=told_at)
+        kept_seconds = min((seconds for seconds, _ in rules if seconds > 0), default=0)
+        return Retention(timedelta(seconds=kept_seconds) if kept_seconds else UNLIMITED, told_at=told_at)
 
     def _oldest_at(self) -> datetime | None:
         """The first point of each series is pushed down to the storage engine."""
@@ -231,11 +231,12 @@ class FluxReader:
     def _shard(self) -> timedelta:
         """How long the bucket's shard groups are; a day where the token may not look at buckets."""
         rules, _ = self._rules()
-        seconds = min((int(rule.get("shardGroupDurationSeconds") or 0) for rule in rules or ()), default=0)
+        seconds = min((seconds for _, seconds in rules or ()), default=0)
         return timedelta(seconds=seconds) if seconds > 0 else DAY
 
-    def _rules(self) -> tuple[Sequence[Mapping[str, Any]] | None, datetime | None]:
-        """The bucket's retention rules, none of which means that it keeps everything, and the server's clock.
+    def _rules(self) -> tuple[Sequence[tuple[int, int]] | None, datetime | None]:
+        """The bucket's retention rules, as seconds that points are kept (0: for ever) and those of a shard group, and
+        the server's clock. Without any rule the bucket keeps everything.
 
         None where the token may not look at buckets, or the server has no such route, as 1.x.
         """
@@ -244,9 +245,10 @@ class FluxReader:
             with self._connection.ask(f"/api/v2/buckets?{where}", None, {}, self._variables) as answer:
                 told_at = answer.told_at
                 [bucket] = json.loads(b"".join(answer.chunks))["buckets"]
-            rules = [dict(rule) for rule in bucket.get("retentionRules") or ()]
-            for rule in rules:
-                int(rule.get("everySeconds") or 0), int(rule.get("shardGroupDurationSeconds") or 0)
+            rules = [
+                (int(rule.get("everySeconds") or 0), int(rule.get("shardGroupDurationSeconds") or 0))
+                for rule in bucket.get("retentionRules") or ()
+            ]
         except (Permanent, ValueError, TypeError, KeyError, AttributeError):
             return None, None
         return rules, told_at

@@ -241,7 +241,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(tree.windows, export.grace_seconds),
-        shrink=shrinking(parts, source, removes=True) if export.allow_shrink else None,
+        shrink=_shrinking(parts, source, removes=True) if export.allow_shrink else None,
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
@@ -255,7 +255,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
     return Opened(tree, now, columns, source, sink, pipeline)
 
 
-def shrinking(parts: Parts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
+def _shrinking(parts: Parts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
     """What may go in this run: what the source lacks although its retention still covers it."""
     coverage = Coverage(parts.reader, source.again, parts.clock)
     return lambda: Shrink(coverage.since(), removes=removes)
@@ -349,7 +349,7 @@ def _replace(parts: Parts, context: Context, span: Window, *, allow_shrink: bool
     `allow_shrink`, whatever the settings allow.
     """
     opened = _open(parts, context.stop, dry_run=context.dry_run)
-    pipeline = replace(opened.pipeline, shrink=shrinking(parts, opened.source, removes=allow_shrink))
+    pipeline = replace(opened.pipeline, shrink=_shrinking(parts, opened.source, removes=allow_shrink))
     cursors = parts.checkpoints.cursors(NAME)
 
     def one(partition: str, done: Done) -> None:

@@ -16,7 +16,8 @@ Again = Callable[[Callable[[], "Retention"]], "Retention"]
 class Coverage:
     """Of one run, in which the source is asked once, when it is first needed. From any thread.
 
-    A clock that is behind the server's would take forgotten points for deleted ones, so the later of both counts.
+    Where only its oldest point can be told it is asked each time: that moves with each shard group that it drops. A
+    clock that is behind the server's would take forgotten points for deleted ones, so the later of both counts.
     """
 
     def __init__(self, reader: "Reader", again: Again, clock: Callable[[], datetime]) -> None:
@@ -29,9 +30,9 @@ class Coverage:
     def since(self) -> datetime:
         """See `app.core.shrink.covered_since`; to be called after the rows were read."""
         with self._lock:
-            if self._known is None:
+            if self._known is None or self._known[0].period is None:
                 found = self._again(self._reader.retention)
                 behind = found.told_at - self._clock() if found.told_at else timedelta()
                 self._known = found, max(behind, timedelta())
-        found, behind = self._known
+            found, behind = self._known
         return covered_since(self._clock() + behind, found.period, found.oldest_at)
