@@ -171,6 +171,17 @@ def test_hours_that_the_service_has_not_settled_are_not_asked_for(world: tuple[L
     assert made.state.checkpoints.cursors("amplitude") == {"web": DUE + HOUR}
 
 
+@pytest.mark.parametrize(("days", "weeks"), [(0, 0), (2, 0), (3, 1), (9, 1), (10, 2)])
+def test_the_first_pull_begins_on_the_monday_of_the_week_that_lies_its_lookback_behind(
+    world: tuple[Landed, AmplitudeSimulator], days: int, weeks: int
+) -> None:
+    made, simulator = world
+    pull = made.amplitude(simulator, lookback_days=days)
+    simulator.state.keys = {}  # the service refuses, so that nothing but the beginning is there
+    pull.run()
+    assert made.state.checkpoints.starts("amplitude") == {"web": MONDAY - timedelta(weeks=weeks)}
+
+
 def test_a_stop_in_the_middle_keeps_what_landed_and_the_next_run_goes_on(
     world: tuple[Landed, AmplitudeSimulator],
 ) -> None:
