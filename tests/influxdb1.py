@@ -56,10 +56,10 @@ class InfluxDB1:
         self.query(f'CREATE DATABASE "{name}" {terms}')
         return name
 
-    def query(self, text: str) -> bytes:
+    def query(self, text: str, **parameters: str) -> bytes:
         """The answer to a statement that has to succeed."""
-        body = urllib.parse.urlencode({"q": text}).encode()
-        with urllib.request.urlopen(f"{self.url}/query", body, timeout=10) as answer:  # noqa: S310 - loopback only
+        body = urllib.parse.urlencode({"q": text, **parameters}).encode()
+        with urllib.request.urlopen(f"{self.url}/query", body, timeout=30) as answer:  # noqa: S310 - loopback only
             told: bytes = answer.read()
         assert b'"error"' not in told, told  # which comes with status 200
         return told

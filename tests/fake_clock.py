@@ -1,0 +1,25 @@
+"""A wall clock that a test sets, for processes of its own; their monotonic clock is the machine's."""
+
+from datetime import timedelta
+from pathlib import Path
+
+from needs import faketime_library
+
+
+class FakeClock:
+    """Processes with this `environ` read their time from `file`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    @property
+    def environ(self) -> dict[str, str]:
+        names = ("FAKETIME_DONT_FAKE_MONOTONIC", "DONT_FAKE_MONOTONIC", "FAKETIME_NO_CACHE")
+        library = str(faketime_library())
+        return {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(self._file), **dict.fromkeys(names, "1")}
+
+    def set(self, ahead: timedelta) -> None:
+        """Ahead of this machine's clock, from the next look at it on. The file is never empty: that would be now."""
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{ahead.total_seconds():+.0f}s")
+        new.replace(self._file)
