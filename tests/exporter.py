@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.ports import Commit
+from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
+from app.core.sync import NOTHING
 from app.core.window import Window
 from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
+from app.influx_to_s3.verify import ExportEnds
 from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
@@ -123,13 +126,52 @@ class Exporter:
         return self._past("rewrite", start, end, dry_run=dry_run, **environ)
 
     def _past(self, command: str, start: datetime, end: datetime, *, dry_run: bool, **environ: str) -> Run:
-
         export = self.built or self.export(**environ)
         job = Job(NAME, 60, lambda context: getattr(export, command)(context, Window(start, end)))
         run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
         return run
+
+    def old_delta(self, device: str, window: Window, part: int, late: Window) -> str:
+        """The points of `late` came after `window` had closed, and an older version wrote them to an object of their
+        own, confirmed beside the window's object; its key.
+        """
+        keys: list[str] = []
+
+        def write(context: Context) -> Report:
+            ends = self.export().verification(context.stop)
+            assert isinstance(ends, ExportEnds)
+            source, checkpoints = ends.pipeline.source, ends.pipeline.checkpoints
+            keys.append(ends.sink.key(device, window, part))
+            with (
+                closing(source.read(device, late, NOTHING, None)) as batch,
+                closing(ends.sink.encode(device, window, batch)) as encoded,
+            ):
+                metadata = {name: text for name, text in encoded.metadata.items() if name not in ("write", "cursor")}
+                version = ends.sink.put(keys[0], replace(encoded, metadata=metadata), None)
+                [base, *_] = checkpoints.records(NAME, device, window.start, window.end)
+                counted = replace(base, source_cells=source.counts(device, [window])[device, window.start].cells)
+                delta = replace(
+                    counted,
+                    part=part,
+                    key=keys[0],
+                    version=version,
+                    digest=batch.digest,
+                    rows=batch.rows,
+                    size_bytes=encoded.size_bytes,
+                    min_at=batch.min_at,
+                    max_at=batch.max_at,
+                    fields={},
+                    source_digest="",
+                )
+            checkpoints.commit(NAME, device, Commit((counted, delta)), context.lease)
+            return Report()
+
+        run = execute(Job(NAME, 60, write), self._desk(), Stop(), Silent())
+        assert run is not None
+        assert run.outcome is Outcome.OK, run.error
+        return keys[0]
 
     def _desk(self) -> RunDesk:
         return RunDesk(

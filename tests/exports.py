@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from app.core.errors import Permanent
 from app.demo.influx_points import Points
 from app.stores.objects import ObjectStore
 
@@ -111,12 +112,13 @@ def _stored(points: Points, measurement: str, since_ns: int, until_ns: int) -> I
 
 
 class CountingStore:
-    """An object store that notes each write, and lets a test step in before it."""
+    """An object store that notes each write, lets a test step in before it, and deletes nothing that is locked."""
 
     def __init__(self, inner: ObjectStore) -> None:
         self.inner = inner
         self.puts: list[str] = []
         self.before_put: Callable[[str], None] = lambda _key: None
+        self.is_locked: Callable[[str], bool] = lambda _key: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -130,3 +132,8 @@ class CountingStore:
         etag = self.inner.put(key, body, put)
         self.puts.append(key)
         return etag
+
+    def delete(self, key: str) -> None:
+        if self.is_locked(key):
+            raise Permanent(f"{key} cannot be deleted: access denied", "allow s3:DeleteObject")
+        self.inner.delete(key)

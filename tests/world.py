@@ -10,7 +10,7 @@ from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Record
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.sync import Grid, Pipeline
+from app.core.sync import Grid, KnownRows, Pipeline
 from app.core.window import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -18,6 +18,7 @@ WINDOW_SECONDS = 600
 GRACE_SECONDS = 1200
 FIRST_AT = START - timedelta(hours=1)
 VALUE = "value"  # the one field of every row
+SOMEBODYS = "somebody's"
 Row = tuple[datetime, str]
 
 
@@ -40,6 +41,7 @@ class Rows:
     held: tuple[Row, ...]
     reusable: bool = False
     is_closed: bool = False
+    new: int | None = None
     accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     @property
@@ -58,6 +60,17 @@ class Rows:
     def max_at(self) -> datetime | None:
         return max((at for at, _ in self.held), default=None)
 
+    @property
+    def new_rows(self) -> int:
+        return self.rows if self.new is None else self.new
+
+    @property
+    def identities(self) -> frozenset[datetime]:
+        return frozenset(at for at, _ in self.held)
+
+    def holds_all(self, identities: frozenset[datetime]) -> bool:
+        return identities <= self.identities
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -66,6 +79,8 @@ class Rows:
 class Bytes:
     content: tuple[Row, ...]
     digest: str
+    write: str = ""
+    folded: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -90,10 +105,24 @@ class World:
     shrunk: list[str] = field(default_factory=list)
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
+    notes: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def write(self, partition: str, at: datetime, value: str = "v") -> None:
         """A point arrives at the source."""
         self.rows.setdefault(partition, {})[at] = value
+
+    def old_delta(self, partition: str, window: Window, part: int, rows: Mapping[datetime, str]) -> None:
+        """An older version wrote late rows, which are at the source as well, to an object of their own."""
+        self.rows.setdefault(partition, {}).update(rows)
+        key = f"{partition}/{window.start:%Y%m%dT%H%M%S}.{part}"
+        self.versions += 1
+        held = Rows(tuple(sorted(rows.items())))
+        self.objects[key] = (str(self.versions), held.held, held.digest)
+        base = self.records[partition, window.start, 0]
+        delta = replace(base, part=part, key=key, version=str(self.versions), digest=held.digest, rows=held.rows)
+        self.records[partition, window.start, part] = delta
+        cells = sum(window.start <= at < window.end for at in self.rows[partition])
+        self.records[partition, window.start, 0] = replace(base, source_cells=cells)
 
     def exported(self) -> list[tuple[str, datetime, str]]:
         """Every row of every object, with repetitions."""
@@ -126,6 +155,7 @@ class Process:
     retry_seconds: float = 20.0
     probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
+    known: KnownRows = field(default_factory=KnownRows)
     batches: list[Rows] = field(default_factory=list)
 
     # Source
@@ -156,16 +186,24 @@ class Process:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(partition, window, count, None) for window, count in counted]
 
-    def union(self, batch: Rows, held: Iterable[Row]) -> Rows:
-        """The accounts stay those of what was read."""
-        return self._batch(tuple(sorted({**dict(held), **dict(batch.held)}.items())), batch.accounts[VALUE])
-
-    def missing(self, batch: Rows, held: Iterable[Row]) -> Rows:
-        known = {at for at, _ in held}
-        rows = tuple(row for row in batch.held if row[0] not in known)
+    def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
+        """Of rows with one time the first one stands, the source's before all others."""
+        there: dict[datetime, str] = {}
+        for rows in held:
+            there = {**dict(rows), **there}
+        known = {at: value == there[at] for at, value in batch.held if at in there}
         tally = batch.accounts[VALUE]
-        left_out = len(batch.held) - len(rows)
-        return self._batch(rows, replace(tally, new=len(rows), already_there=tally.already_there + left_out))
+        united = self._batch(
+            tuple(sorted({**there, **dict(batch.held)}.items())),
+            replace(
+                tally,
+                new=tally.new - len(known),
+                already_there=tally.already_there + sum(known.values()),
+                corrected=len(known) - sum(known.values()),
+            ),
+        )
+        united.new = batch.rows - len(known)
+        return united
 
     def _batch(self, rows: tuple[Row, ...], tally: Tally) -> Rows:
         self.batches.append(Rows(rows, reusable=self.keeps, accounts={VALUE: tally}))
@@ -179,7 +217,8 @@ class Process:
         if key not in self.world.objects:
             return None
         version, rows, digest = self.world.objects[key]
-        return Held(version, digest, len(rows))
+        write, folded = self.world.notes.get(key, ("", 0))
+        return Held(version, "" if digest == SOMEBODYS else digest, len(rows), write=write, folded=folded)
 
     def read_object(self, key: str, version: str) -> tuple[Row, ...]:
         there = self.world.objects.get(key)
@@ -188,7 +227,8 @@ class Process:
         return there[1]
 
     def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
-        return Bytes(batch.held, batch.digest)
+        self.world.versions += 1
+        return Bytes(batch.held, batch.digest, f"write {self.world.versions}")
 
     def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
         self.hook(f"before put {key}")
@@ -200,9 +240,24 @@ class Process:
         self.world.versions += 1
         version = str(self.world.versions)
         self.world.objects[key] = (version, encoded.content, encoded.digest)
+        self.world.notes[key] = (encoded.write, encoded.folded)
         self.world.puts.append(key)
         self.hook(f"after put {key}")
         return version
+
+    # Deltas of older versions
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        base = self.key(partition, window, 0).removesuffix("0")
+        parts = (int(key.removeprefix(base)) for key in self.world.objects if key.startswith(base))
+        return [(part, f"{base}{part}") for part in sorted(parts) if part]
+
+    def noted(self, encoded: Bytes, folded: int) -> Bytes:
+        return replace(encoded, folded=folded)
+
+    def delete(self, key: str) -> None:
+        self.hook(f"before delete {key}")
+        self.world.objects.pop(key, None)
+        self.hook(f"after delete {key}")
 
     # Checkpoints
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
@@ -219,6 +274,9 @@ class Process:
         self.hook(f"before commit {partition}")
         for record in commit.records:
             self.world.records[partition, record.window.start, record.part] = record
+        for window in commit.folded:
+            for slot in [slot for slot in self.world.records if slot[:2] == (partition, window.start) and slot[2]]:
+                del self.world.records[slot]
         if commit.cursor_at is not None:
             self.world.starts.setdefault(partition, commit.cursor_at)
             known = self.world.cursors.get(partition, commit.cursor_at)
@@ -239,7 +297,9 @@ class Process:
                 lambda start, end: iter(list(windows(start, end))), GRACE_SECONDS, step_windows=4, count_windows=9
             ),
             allow_shrink=self.allow_shrink,
+            deltas=self,
             kept=self.kept,
+            identities=self.known,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
         )
 

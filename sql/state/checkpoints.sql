@@ -34,7 +34,7 @@ WHERE pipeline = :pipeline AND started_at <= :until_at;
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
     window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields
+    source_cells, min_at, max_at, status, source_fields, source_digest
 FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition
@@ -45,10 +45,10 @@ ORDER BY window_start, part;
 -- Insert or replace the record of one object.
 INSERT INTO export_windows (
     pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, updated_at
+    source_cells, min_at, max_at, status, source_fields, source_digest, updated_at
 ) VALUES (
     :pipeline, :partition, :starts_at, :part, :ends_at, :key, :version, :digest, :rows, :size_bytes,
-    :source_cells, :min_at, :max_at, :status, :fields, :now_at
+    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :now_at
 )
 ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     window_end = excluded.window_end,
@@ -62,7 +62,13 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     max_at = excluded.max_at,
     status = excluded.status,
     source_fields = excluded.source_fields,
+    source_digest = excluded.source_digest,
     updated_at = excluded.updated_at;
+
+-- name: forget_deltas
+-- The rows of a window's deltas are part of its object now.
+DELETE FROM export_windows
+WHERE pipeline = :pipeline AND device_id = :partition AND window_start = :starts_at AND part > 0;
 
 -- name: save_checkpoint
 -- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.
@@ -110,10 +116,3 @@ SELECT
 FROM export_checkpoints
 WHERE pipeline = :pipeline AND device_id <> ''
 ORDER BY device_id;
-
--- name: late_rows
--- Rows in delta objects per pipeline. Closed objects never change, so the sum never falls.
-SELECT pipeline, CAST(sum(record_count) AS BIGINT) AS late_rows
-FROM export_windows
-WHERE part > 0
-GROUP BY pipeline;

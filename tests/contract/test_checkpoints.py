@@ -265,16 +265,6 @@ def test_a_checkpoint_shows_cursor_watermark_last_object_and_error_until_the_nex
     assert well.updated_at >= failed.updated_at
 
 
-def test_late_rows_are_the_rows_of_all_deltas_by_pipeline(state: State) -> None:
-    lease = state.leases.acquire(PIPELINE, "one", 30.0)
-    assert lease
-    assert dict(state.checkpoints.late_rows_total()) == {}
-    deltas = [record(1), replace(record(1, 1), rows=3), replace(record(2, 1), rows=4)]
-    state.checkpoints.commit(PIPELINE, "d1", Commit(deltas), lease)
-    state.checkpoints.commit("other", "d1", Commit([record(1)]), lease)
-    assert dict(state.checkpoints.late_rows_total()) == {PIPELINE: 7}
-
-
 def committed(state: State, *commits: Commit) -> None:
     lease = state.leases.acquire(PIPELINE, "one", 30.0)
     assert lease

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import Permanent
-from app.core.heal import heal_window
+from app.core.repair import heal_window
 from app.core.window import Window, window_at
-from world import GRACE_SECONDS, START, WINDOW_SECONDS, Killed, Process, Row, World, context
+from world import GRACE_SECONDS, SOMEBODYS, START, WINDOW_SECONDS, Killed, Process, Row, World, context
 
 Damage = Callable[[World], None]
 FIRST = window_at(START, WINDOW_SECONDS)
@@ -21,8 +21,7 @@ def closed_world() -> World:
         world.write("p", START + timedelta(minutes=minute))
     world.now = START + timedelta(seconds=3 * WINDOW_SECONDS + GRACE_SECONDS)
     Process(world).run_until_done()
-    world.write("p", START + timedelta(minutes=1), "late")
-    heal(Process(world))
+    world.old_delta("p", FIRST, 1, {START + timedelta(minutes=1): "late"})
     assert sorted(key[-2:] for key in world.objects if "T220000" in key) == [".0", ".1"]
     return world
 
@@ -33,7 +32,7 @@ def heal(process: Process, window: Window = FIRST) -> None:
 
 def put(world: World, key: str, rows: tuple[Row, ...]) -> None:
     world.versions += 1
-    world.objects[key] = (str(world.versions), rows, "somebody's")
+    world.objects[key] = (str(world.versions), rows, SOMEBODYS)
 
 
 def gone(world: World) -> None:

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
-from app.core.late import fill
 from app.core.ledger import SetAside, Tally, fault_of
+from app.core.repair import fill
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.window import Window
 from memory import MemoryLeases, MemoryRuns
@@ -106,22 +106,97 @@ def test_a_late_point_lands_in_its_own_window_once() -> None:
     assert [row for row in world.exported() if row[2] == "late"] == [("a", late, "late")]
 
 
-def test_a_closed_object_never_changes_and_what_comes_later_goes_to_a_delta() -> None:
+def test_what_comes_after_the_closing_goes_into_the_object_of_its_window() -> None:
     world = World()
     fill_minutes(world, 10, ("a",))
     world.now = START + 10 * MINUTE + SETTLED
     process = Process(world)
     process.run_until_done()
-    closed = dict(world.objects)
+    keys = set(world.objects)
     world.write("a", START + 90 * timedelta(seconds=1), "very late")
+    puts = len(world.puts)
     process.run_until_done()
-    assert world.objects == closed
+    assert len(world.puts) == puts
     report = fill(process.pipeline(), context(), "a", Window(START - 10 * MINUTE, START + 20 * MINUTE), world.now)
-    assert report.late_rows == 1
-    assert closed.items() <= world.objects.items()
+    assert (report.late_rows, set(world.objects)) == (1, keys)
     assert world.exported() == world.produced(world.now)
     again = fill(process.pipeline(), context(), "a", Window(START, START + 20 * MINUTE), world.now)
     assert again.windows == 0
+
+
+def test_a_value_that_was_corrected_after_the_closing_comes_by_content_and_is_counted() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    process, span = Process(world), Window(START, START + 10 * MINUTE)
+    process.run_until_done()
+    world.write("a", START, "corrected")
+    assert fill(process.pipeline(), context(), "a", span, world.now).windows == 0
+    report = fill(process.pipeline(), context(), "a", span, world.now, by_content=True)
+    assert report.ledger.fields == {VALUE: Tally(counted=10, read=10, already_there=9, corrected=1)}
+    assert (report.windows, report.late_rows) == (1, 0)
+    assert world.exported() == world.produced(world.now)
+    assert fill(process.pipeline(), context(), "a", span, world.now, by_content=True).windows == 0
+
+
+def test_a_row_that_the_source_lost_stays_though_counts_and_bounds_do_not_tell() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE
+    Process(world).run_until_done()
+    del world.rows["a"][START + 5 * MINUTE]
+    for second in (30, 40):
+        world.write("a", START + timedelta(seconds=second), "new")
+    before = world.exported()
+    Process(world).run_until_done()
+    assert set(before) < set(world.exported())
+    assert len(world.exported()) == 12
+
+
+def test_who_read_a_version_before_the_window_was_closed_cannot_write_over_it() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE
+    Process(world).run_until_done()
+    world.write("a", START, "corrected for a while")
+    world.write("a", START + timedelta(seconds=30), "late")
+    closed: list[dict[str, object]] = []
+
+    def sleep(point: str) -> None:
+        """The process is paused between reading and writing; meanwhile the correction is taken back and another process
+        closes the window, whose rows are those that the object has already.
+        """
+        if point.startswith("before put") and not closed:
+            closed.append({})
+            world.write("a", START, "a0")
+            del world.rows["a"][START + timedelta(seconds=30)]
+            world.now += SETTLED
+            Process(world).run_until_done()
+            closed.append(dict(world.objects))
+
+    Process(world, sleep).run_until_done()
+    key = f"a/{START:%Y%m%dT%H%M%S}.0"
+    assert closed[1][key] == world.objects[key]
+    assert world.exported() == world.produced(world.now)
+
+
+def test_deltas_of_an_older_version_are_folded_into_their_object_and_go_wherever_it_dies() -> None:
+    for fatal in range(1, 9):
+        world = World()
+        fill_minutes(world, 10, ("a",))
+        world.now = START + 10 * MINUTE + SETTLED
+        Process(world).run_until_done()
+        span = Window(START, START + 10 * MINUTE)
+        for part, second in enumerate((30, 90), 1):
+            world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
+        assert len(world.objects) == 3
+        try:
+            fill(Process(world, Tripwire(fatal)).pipeline(), context(), "a", span, world.now)
+        except Killed:
+            fill(Process(world).pipeline(), context(), "a", span, world.now, by_content=True)
+        assert len(world.objects) == 1
+        assert world.exported() == world.produced(world.now)
+        assert {part for _, _, part in world.records} == {0}
 
 
 def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
@@ -137,7 +212,7 @@ def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
     assert world.exported() == world.produced(world.now)
 
 
-def test_deltas_survive_a_kill_at_any_effect() -> None:
+def test_late_rows_survive_a_kill_at_any_effect() -> None:
     for fatal in range(1, 12):
         world = World()
         fill_minutes(world, 10, ("a",))
@@ -210,14 +285,30 @@ def test_lost_checkpoints_do_not_double_rows_of_delta_objects() -> None:
     fill_minutes(world, 10, ("a",))
     world.now = START + 10 * MINUTE + SETTLED
     Process(world).run_until_done()
-    for second in (30, 90):
-        world.write("a", START + timedelta(seconds=second), f"late{second}")
-        fill(Process(world).pipeline(), context(), "a", Window(START, START + 10 * MINUTE), world.now)
-    assert len(world.objects) == 3
+    window = Window(START, START + 10 * MINUTE)
+    for part, second in enumerate((30, 90), 1):
+        world.old_delta("a", window, part, {START + timedelta(seconds=second): f"late{second}"})
     world.cursors = dict.fromkeys(world.cursors, START)
     world.records.clear()
     Process(world).run_until_done()
     assert world.exported() == world.produced(world.now)
+
+
+def test_a_state_that_is_older_than_the_bucket_doubles_no_late_row() -> None:
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    process = Process(world)
+    process.run_until_done()
+    backup = dict(world.cursors), dict(world.records)
+    world.write("a", START + timedelta(seconds=90), "very late")
+    span = Window(START, START + 10 * MINUTE)
+    fill(process.pipeline(), context(), "a", span, world.now)
+    for cursors, records in (backup, ({}, {})):
+        world.cursors, world.records = dict(cursors), dict(records)
+        Process(world).run_until_done()
+        fill(Process(world).pipeline(), context(), "a", span, world.now)
+        assert world.exported() == world.produced(world.now)
 
 
 def test_an_outage_of_three_times_the_lookback_is_caught_up_in_bounded_steps() -> None:
@@ -479,7 +570,7 @@ def test_rows_that_only_the_object_still_has_do_not_count_as_rows_of_the_source(
     world.write("a", START + timedelta(seconds=40), "newer")
     ledger = process.run().ledger
     assert len(world.exported()) == 7
-    assert ledger.fields == {VALUE: Tally(counted=6, read=6, new=1, already_there=5)}
+    assert ledger.fields == {VALUE: Tally(counted=6, read=6, new=2, already_there=4)}
     world.now += SETTLED
     ledger = process.run_until_done().ledger
     assert ledger.gap == 0

@@ -141,7 +141,7 @@ def test_a_store_without_conditions_is_right_for_one_process(
             one.well()
             one.write(NOON + timedelta(seconds=2))
             assert one.reconcile().report.late_rows == 1
-            assert len(one.keys) == 2
+            assert len(one.keys) == 1
             one.check()
 
 

@@ -1,8 +1,9 @@
-"""What comes late: into its window while it is open, into deltas by reconcile and backfill; dry runs, lost state."""
+"""What comes late goes into the object of its own window, also after that closed; old deltas, dry runs, lost state."""
 
 from datetime import timedelta
 
 from app.core.runs import Outcome
+from app.core.window import Window
 from app.influx_to_s3.job import NAME, RECONCILE
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of
@@ -22,24 +23,78 @@ def test_a_point_ten_minutes_late_is_in_the_object_of_its_own_window_once(export
     exporter.check()
 
 
-def test_a_closed_object_never_changes_and_what_comes_later_goes_to_deltas_and_is_counted(exporter: Exporter) -> None:
+def test_what_comes_after_the_closing_goes_into_the_object_of_its_window_once_and_is_counted(
+    exporter: Exporter,
+) -> None:
     exporter.write_each(NOON, NOON + HOUR)
     exporter.at(hours=1)
     exporter.well()
     exporter.at(hours=2, minutes=1)
     exporter.well()
     [closed] = exporter.keys
-    before = exporter.store.head(closed)
     for number in (1, 2):
+        before = exporter.store.head(closed)
         exporter.write(NOON + timedelta(seconds=number), fields="voltage=7.5")
         exporter.at(hours=3)
         exporter.well()
-        assert len(exporter.keys) == number
+        assert exporter.store.head(closed) == before
         run = exporter.reconcile()
         assert run.report.late_rows == 1
-        assert exporter.keys[number] == closed.replace("120000", f"12000{number}")
+        assert exporter.keys == [closed]
+        exporter.check()
+        after = exporter.store.head(closed)
         assert exporter.reconcile().report.late_rows == 0
-    assert exporter.store.head(closed) == before
+        assert exporter.store.head(closed) == after != before
+
+
+def test_deltas_that_an_older_version_wrote_go_into_the_object_of_their_window(exporter: Exporter) -> None:
+    exporter.write_each(NOON, NOON + HOUR)
+    exporter.at(hours=1)
+    exporter.well()
+    exporter.at(hours=2, minutes=1)
+    exporter.well()
+    [closed] = exporter.keys
+    for part in (1, 2):
+        late = NOON + timedelta(minutes=part, seconds=part)
+        exporter.write(late, fields="voltage=7.5")
+        key = exporter.old_delta("D1", Window(NOON, NOON + HOUR), part, Window(late, late + timedelta(seconds=1)))
+        assert key == closed.replace("120000", f"12000{part}")
+    exporter.check()
+    assert len(exporter.keys) == 3
+    run = exporter.reconcile()
+    assert (run.report.windows, exporter.keys) == (1, [closed])
+    exporter.check()
+    held = exporter.store.head(closed)
+    assert held is not None
+    assert held.metadata["folded"] == "2"
+    [record] = exporter.state.checkpoints.records(NAME, "D1", NOON, NOON + HOUR)
+    assert (record.part, record.version, record.rows) == (0, held.etag, 62)
+    exporter.store.puts.clear()
+    exporter.reconcile()
+    assert exporter.store.puts == []
+
+
+def test_a_delta_that_may_not_be_deleted_stays_and_is_not_taken_in_again(exporter: Exporter) -> None:
+    exporter.write_each(NOON, NOON + HOUR)
+    exporter.at(hours=1)
+    exporter.well()
+    exporter.at(hours=2, minutes=1)
+    exporter.well()
+    [closed] = exporter.keys
+    exporter.write(NOON + timedelta(seconds=1))
+    exporter.write(NOON + 6 * HOUR, device="D1")
+    delta = exporter.old_delta("D1", Window(NOON, NOON + HOUR), 1, Window(NOON, NOON + timedelta(seconds=2)))
+    exporter.at(hours=9)
+    exporter.well()
+    exporter.store.is_locked = lambda key: key == delta
+    for _ in range(2):
+        run = exporter.backfill(NOON, NOON + 8 * HOUR)
+        assert exporter.keys == [closed, delta, closed.replace("120000", "180000")]
+        assert len(rows_of(exporter.store, closed)) == 61
+    assert run.report.windows == 0
+    exporter.store.is_locked = lambda _: False
+    exporter.backfill(NOON, NOON + 8 * HOUR)
+    assert len(exporter.keys) == 2
     exporter.check()
 
 
@@ -70,7 +125,7 @@ def test_a_whole_window_that_came_late_is_found_by_reconcile(exporter: Exporter)
     exporter.check()
 
 
-def test_two_processes_that_both_close_late_rows_write_them_once(exporter: Exporter) -> None:
+def test_two_processes_that_both_take_in_late_rows_write_them_once(exporter: Exporter) -> None:
     exporter.write(NOON)
     exporter.at(minutes=1)
     exporter.well()
@@ -85,10 +140,11 @@ def test_two_processes_that_both_close_late_rows_write_them_once(exporter: Expor
             exporter.reconcile()
 
     exporter.store.before_put = other_process
+    exporter.store.puts.clear()
     assert exporter.run(RECONCILE).outcome is Outcome.STOPPED  # the other one took the lease
-    assert done == [exporter.keys[1]]
+    assert done == exporter.store.puts[:1] == exporter.keys
     exporter.reconcile()
-    assert len(exporter.keys) == 2
+    assert len(exporter.keys) == 1
     exporter.check()
 
 

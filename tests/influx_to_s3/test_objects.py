@@ -1,6 +1,7 @@
 """What the export writes: names, columns and values, in both formats, whatever the source has forgotten since."""
 
 import io
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import duckdb
@@ -45,12 +46,20 @@ def test_the_object_says_what_it_is(exporter: Exporter) -> None:
     expected = {"pipeline": NAME, "window": "2026-02-07T12:00:00Z/2026-02-07T12:15:00Z", "rows": str(rows)}
     expected |= {"timestamp-unit": "us", "tags": "all"}
     version = info.metadata["app-version"]
-    assert info.metadata == {**expected, "digest": info.metadata["digest"], "app-version": version}
+    by_write = {name: info.metadata[name] for name in ("digest", "app-version", "write")}
+    assert info.metadata == {**expected, **by_write}
     inside = {name.decode(): value.decode() for name, value in table(exporter.store, key).schema.metadata.items()}
     given = {**info.metadata, "partition": "D1"}
     assert {name: inside[f"headwater.{name}"] for name in given} == given
     assert version
     assert info.content_type == "application/vnd.apache.parquet"
+    exporter.write(NOON + 11 * MINUTE)
+    exporter.at(minutes=12)
+    exporter.well(EXPORT_WINDOW_SECONDS="900")
+    after = exporter.store.head(key)
+    assert after is not None
+    assert after.metadata["cursor"] == f"{exporter.cursor:%Y-%m-%dT%H:%M:%SZ}"
+    assert (exporter.cursor < NOON, after.metadata["write"] != info.metadata["write"]) == (True, True)
 
 
 def test_pandas_and_duckdb_read_the_documented_columns_and_types(exporter: Exporter) -> None:
@@ -223,7 +232,7 @@ def test_points_that_differ_in_ignored_tags_only_are_one_row_and_what_disagrees_
     assert exporter.run().outcome is Outcome.OK
 
 
-def test_flux_influxql_and_a_real_influxdb_1_write_the_same_objects(
+def test_flux_influxql_and_a_real_influxdb_1_write_the_same_rows(
     exporter: Exporter, influxdb1: InfluxDB1, tmp_path: Path
 ) -> None:
     device = Device(3, seed=1)
@@ -246,6 +255,15 @@ def test_flux_influxql_and_a_real_influxdb_1_write_the_same_objects(
             one.well()
             one.at(hours=3)
             one.well()
-            written.append({key: content(one.store, key) for key in one.keys})
+            written.append({key: table(one.store, key) for key in one.keys})
     assert list(written[0]) == ["telemetry/device_id=D3/date=2026/02/07/export_120000.parquet"]
-    assert written[1:] == [written[0], written[0]]
+    for other in written[1:]:
+        assert list(other) == list(written[0])
+        for key, rows in other.items():
+            own = ("headwater.write", "headwater.cursor")
+            assert rows.equals(written[0][key])
+            assert without(rows.schema.metadata, own) == without(written[0][key].schema.metadata, own)
+
+
+def without(metadata: Mapping[bytes, bytes], names: Collection[str]) -> Mapping[bytes, bytes]:
+    return {name: value for name, value in metadata.items() if name.decode() not in names}

@@ -9,7 +9,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -19,15 +18,14 @@ from app.core.errors import Permanent
 from app.core.ledger import Tally
 from app.core.ports import Count
 from app.core.window import Window
-from app.influx_to_s3.columns import MEASURED, TAGS, Columns
+from app.influx_to_s3.columns import MEASURED, Columns
 from app.influx_to_s3.layout_file import EVER, INTEGER, Column
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.rows import (
+    Comparison,
     as_now_typed,
     canonical,
     identities_of,
-    lacking,
-    lacks_further_tags,
     of_object,
     ordered,
     united,
@@ -40,7 +38,6 @@ from app.stores.parquet import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
 COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
-NO_IDENTITIES = np.empty(0, np.uint64)
 UNKNOWN = {"device_type": "unknown", "location": "unknown"}
 
 
@@ -425,7 +422,7 @@ def tabled(model: Mapping[int, int | None], sizes: Sequence[int]) -> list[pa.Tab
 
 @given(MODEL, MODEL, st.lists(st.integers(0, 5), max_size=6), st.lists(st.integers(0, 5), max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_union_and_missing_are_those_of_dictionaries(
+def test_a_union_is_that_of_dictionaries_and_tells_what_is_new_and_what_was_corrected(
     tmp_path_factory: pytest.TempPathFactory,
     new: dict[int, int | None],
     held: dict[int, int | None],
@@ -435,13 +432,19 @@ def test_union_and_missing_are_those_of_dictionaries(
     folder = tmp_path_factory.getbasetemp()
     influx = source(folder)
     batch = spooled([table for table in tabled(new, new_sizes) if table.num_rows], folder)
-    union = influx.union(batch, tabled(held, held_sizes))
-    missing = influx.missing(batch, tabled(held, held_sizes))
+    read = sum(value is not None for value in new.values())
+    batch = replace(batch, accounts={"v": Tally(counted=read, read=read, new=read)})
+    union = influx.union(batch, [tabled(held, held_sizes)])
     assert {row["timestamp"]: row.get("v") for row in listed(union)} == {**held, **new}
-    assert {row["timestamp"]: row.get("v") for row in listed(missing)} == {
-        at: value for at, value in new.items() if at not in held
-    }
-    assert (union.rows, missing.rows) == (len({*held, *new}), len({*new} - {*held}))
+    assert (union.rows, union.new_rows) == (len({*held, *new}), len({*new} - {*held}))
+    before = {at: held.get(at) for at, value in new.items() if value is not None}
+    assert union.accounts["v"] == Tally(
+        counted=read,
+        read=read,
+        new=sum(value is None for value in before.values()),
+        already_there=sum(value == new[at] for at, value in before.items()),
+        corrected=sum(value not in (None, new[at]) for at, value in before.items()),
+    )
     assert union.digest == spooled(tabled({**held, **new}, []), folder).digest
 
 
@@ -513,17 +516,19 @@ def test_an_object_of_an_older_version_is_compared_in_the_types_that_its_columns
 
 
 def test_a_union_of_nothing_is_nothing() -> None:
-    assert list(united([], [], COLUMNS)) == []
+    assert list(united([], [], COLUMNS, Comparison(COLUMNS))) == []
 
 
 def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column() -> None:
     columns = columns_of()
     new = [in_order([points(0, 5, tags={"phase": "L1"}, voltage=[1.0, 1.0]), points(0, voltage=[2.0])], columns)[0]]
     held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
-    found = [(row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns))]
+    comparison = Comparison(columns)
+    found = [
+        (row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns, comparison))
+    ]
     assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
-    rest = lacking(new[0], identities_of(held[0], columns.tags), NO_IDENTITIES, columns)
-    assert [(row["timestamp"], row.get("phase")) for row in rows_in([rest])] == [(0, "L1"), (5, "L1")]
+    assert (comparison.new_rows, comparison.new, comparison.corrected) == (2, {"voltage": 2}, {"voltage": 1})
 
 
 def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_documented_tags() -> None:
@@ -532,17 +537,15 @@ def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_do
     elsewhere = points(0, tags={"location": "x", "phase": "L1"}, voltage=[1.0])
     new = [in_order([*phases, elsewhere], columns)[0]]
     held = [in_order([points(0, 3, voltage=[3.0, 3.0]), points(0, tags={"phase": "L3"}, voltage=[4.0])], columns)[0]]
-    found = rows_in(united(new, held, columns, lost_tags=True))
+    comparison = Comparison(columns)
+    comparison.lost_tags = True
+    found = rows_in(united(new, held, columns, comparison))
     told = [(row["timestamp"], row["location"], row.get("phase"), row["voltage"]) for row in found]
     assert told == [
         (0, "unknown", "L1", 1.0), (0, "unknown", "L2", 1.0), (0, "unknown", "L3", 4.0), (0, "x", "L1", 1.0),
         (3, "unknown", None, 3.0), (5, "unknown", "L1", 1.0), (5, "unknown", "L2", 1.0),
     ]  # fmt: skip
-    loosely = identities_of(held[0], TAGS)[lacks_further_tags(held[0], columns)]
-    rest = rows_in([lacking(new[0], NO_IDENTITIES, loosely, columns)])
-    assert [(row["timestamp"], row["location"], row["phase"]) for row in rest] == [
-        (0, "x", "L1"), (5, "unknown", "L1"), (5, "unknown", "L2"),
-    ]  # fmt: skip
+    assert (comparison.new_rows, comparison.new, comparison.corrected) == (3, {"voltage": 3}, {"voltage": 2})
 
 
 @given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
@@ -567,7 +570,7 @@ def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names
     return [in_order(blocks, columns)[0]]
 
 
-def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_like_others(tmp_path: Path) -> None:
+def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_like_others(tmp_path: Path) -> None:
     columns = columns_of()
     number = BLOCK_ROWS // 2
     influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
@@ -579,12 +582,10 @@ def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_li
     cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
     read = Tally(counted=3 * number, read=3 * number, new=3 * number)
     batch = replace(batch, accounts={"voltage": read})
-    with closing(batch), closing(influx.union(batch, cut)) as union:
-        assert union.accounts == {"voltage": read}
+    with closing(batch), closing(influx.union(batch, [cut])) as union:
+        assert union.accounts == {"voltage": replace(read, new=number, corrected=2 * number)}
+        assert union.new_rows == number
         found = rows_in(union.tables())
-        with closing(influx.missing(batch, cut)) as missing:
-            left = rows_in(missing.tables())
-            assert missing.accounts == {"voltage": replace(read, new=number, already_there=2 * number)}
         with closing(influx.spooled("D1", blocks)) as again:
             assert (again.rows, again.digest) == (batch.rows, batch.digest)
     assert len(found) == 3 * number + 2 * 5
@@ -593,7 +594,6 @@ def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_and_left_out_li
         *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
     }
     assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
-    assert [(row["timestamp"], row["phase"]) for row in left] == [(at, "L1") for at in range(number)]
 
 
 def test_no_two_tag_sets_share_an_identity() -> None:

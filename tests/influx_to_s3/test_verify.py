@@ -18,7 +18,7 @@ from app.influx_to_s3.job import NAME, Export
 from app.stores.objects import Put
 from app.stores.s3 import S3Store
 from exporter import NOON, Exporter, Silent, exporter_on
-from exports import content
+from exports import content, exported
 from seaweed import Seaweed, target
 
 HOUR = timedelta(hours=1)
@@ -75,11 +75,20 @@ def forget(exporter: Exporter) -> None:
 
 @pytest.fixture(params=["parquet", "csv"])
 def full(request: pytest.FixtureRequest, exporter: Exporter) -> Exporter:
-    return filled(exporter, request.param)
+    return filled(exporter, request.param, delta=False)
 
 
-def filled(exporter: Exporter, form: str) -> Exporter:
-    """Six closed hours of two devices, one of them with a delta."""
+@pytest.fixture(params=["parquet", "csv"])
+def with_delta(request: pytest.FixtureRequest, exporter: Exporter) -> Exporter:
+    return filled(exporter, request.param, delta=True)
+
+
+LATE = NOON - 4 * HOUR + timedelta(seconds=1)
+DELTA = "export_080001"
+
+
+def filled(exporter: Exporter, form: str, *, delta: bool) -> Exporter:
+    """Six closed hours of two devices, one of them with a delta that an older version wrote."""
     exporter.environ = {"EXPORT_FORMAT": form, "LOOKBACK_HOURS": "6", "EXPORT_GRACE_SECONDS": "0"}
     for device in ("D1", "D2"):
         exporter.write_each(NOON - 6 * HOUR, NOON - 2 * HOUR, 300, device)
@@ -87,14 +96,23 @@ def filled(exporter: Exporter, form: str) -> Exporter:
     # more than float64 holds, which the reader of CSV objects in these tests does not hold either
     count = 2**53 + 1 if form == "parquet" else 42
     exporter.write(NOON - 5 * HOUR + timedelta(seconds=7), "D2", f'voltage=1,count={count}i,note="a,\\"b\n",on=true')
-    exporter.well()
-    exporter.write(NOON - 4 * HOUR + timedelta(seconds=1), "D1", "voltage=2.5")
-    exporter.reconcile()
-    assert any("export_080001" in key for key in exporter.keys)
+    if delta:
+        exporter.well()
+    exporter.write(LATE, "D1", "voltage=2.5")
+    if delta:
+        exporter.old_delta("D1", hour(4), 1, Window(LATE, LATE + timedelta(seconds=1)))
+    else:
+        exporter.well()
+    assert any(DELTA in key for key in exporter.keys) is delta
     return exporter
 
 
-def test_a_whole_export_is_equal_window_by_window(full: Exporter) -> None:
+def delta_of(exporter: Exporter) -> str:
+    return next(key for key in exporter.keys if DELTA in key)
+
+
+def test_a_whole_export_is_equal_window_by_window(with_delta: Exporter) -> None:
+    full = with_delta
     found = list(verify(full.export().verification(Stop()), SPAN, Stop()))
     assert [each.slot for each in found] == [Slot(d, hour(n)) for d in ("D1", "D2") for n in (6, 5, 4, 3, 2, 1)]
     assert {each.sign for each in found} == {Sign.EQUAL}
@@ -112,12 +130,14 @@ def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: E
     assert {each.sign for each in verify(ends, SPAN, Stop(), "D1")} == {Sign.EQUAL}
 
 
-def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly(full: Exporter) -> None:
-    export = full.export()
+def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exactly(with_delta: Exporter) -> None:
+    full, export = with_delta, with_delta.export()
     before = {key: content(full.store, key) for key in full.keys}
-    delete(full, key_of(full, hour(6)))
-    truncate(full, key_of(full, hour(5)))
-    put_another(full, key_of(full, hour(3), "D2"))
+    rows = exported(full.store)
+    damaged = [key_of(full, hour(6)), key_of(full, hour(5)), key_of(full, hour(3), "D2")]
+    delete(full, damaged[0])
+    truncate(full, damaged[1])
+    put_another(full, damaged[2])
     expected = {
         Slot("D1", hour(6)): Sign.MISSING,
         Slot("D1", hour(5)): Sign.ERROR,
@@ -128,16 +148,20 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     run, told = mend(full, export)
     assert run.outcome is Outcome.OK, run.error
     assert {each.slot for each in told if each.healed} == set(expected)
-    assert len(full.store.puts) == len(expected)
+    assert sorted(full.store.puts) == sorted(damaged)
     assert signs(export) == {}
-    assert {key: content(full.store, key) for key in full.keys} == before
+    assert full.keys == sorted(before)
+    assert exported(full.store) == rows
+    # each write has a name of its own inside the bytes of Parquet, so only what was left alone is the same to the byte
+    same = [key for key in before if key.endswith("csv") or key not in damaged]
+    assert [key for key in same if content(full.store, key) != before[key]] == []
     full.check()
     assert mend(full, export)[0].report.windows == 0
 
 
-def test_a_lost_delta_and_its_lost_window_are_written_again_without_a_double(full: Exporter) -> None:
-    export = full.export()
-    delete(full, next(key for key in full.keys if "export_080001" in key))
+def test_a_lost_delta_and_its_lost_window_are_written_again_without_a_double(with_delta: Exporter) -> None:
+    full, export = with_delta, with_delta.export()
+    delete(full, delta_of(full))
     assert signs(export) == {Slot("D1", hour(4)): Sign.DIFFERS}
     assert mend(full, export)[0].outcome is Outcome.OK
     full.check()
@@ -148,19 +172,39 @@ def test_a_lost_delta_and_its_lost_window_are_written_again_without_a_double(ful
     full.check()
 
 
-def test_a_row_that_is_there_twice_differs(full: Exporter) -> None:
-    key = key_of(full, hour(3))
+def test_a_delta_whose_rows_its_object_holds_is_neither_compared_nor_mapped(with_delta: Exporter) -> None:
+    full, export = with_delta, with_delta.export()
+    key, held = delta_of(full), full.store.head(delta_of(full))
+    assert held is not None
+    body = content(full.store, key)
+    full.backfill(SPAN.start, NOON)
+    assert key not in full.keys
+    full.check()
+    full.store.inner.put(key, io.BytesIO(body), Put(held.content_type, held.metadata))  # it could not be deleted
+    assert signs(export) == {}
+    states = [cell.state for cell in export.chart.cells("D1", SPAN)]
+    assert states == [State.EQUAL] * 4 + [State.EMPTY, State.EQUAL]
+    full.store.puts.clear()
+    full.backfill(SPAN.start, NOON)
+    assert (key in full.keys, full.store.puts) == (False, [])
+    full.check()
+
+
+def test_a_row_that_is_there_twice_differs_and_is_taken_out(full: Exporter) -> None:
+    key, export = key_of(full, hour(3)), full.export()
     put_bytes(full, key.replace("090000", "090001"), content(full.store, key))
-    assert signs(full.export()) == {Slot("D1", hour(3)): Sign.DIFFERS}
+    assert signs(export) == {Slot("D1", hour(3)): Sign.DIFFERS}
+    assert mend(full, export)[0].outcome is Outcome.OK
+    full.check()
 
 
-def test_rows_later_than_the_reconcile_differ_and_become_a_delta(full: Exporter) -> None:
-    export = full.export()
+def test_rows_later_than_the_reconcile_differ_and_go_into_the_object_of_their_window(full: Exporter) -> None:
+    export, keys = full.export(), full.keys
     full.write(NOON - 3 * HOUR + timedelta(seconds=2), "D1", "voltage=3")
     assert signs(export) == {Slot("D1", hour(3)): Sign.DIFFERS}
     run, _ = mend(full, export)
     assert (run.outcome, run.report.late_rows) == (Outcome.OK, 1)
-    assert signs(export) == {}
+    assert (signs(export), full.keys) == ({}, keys)
     full.check()
 
 
@@ -175,6 +219,15 @@ def test_what_only_the_destination_has_is_kept_and_said(full: Exporter) -> None:
     assert {key: content(full.store, key) for key in full.keys} == before
 
 
+def test_what_only_a_delta_has_is_kept_in_the_object_of_its_window(with_delta: Exporter) -> None:
+    full, before = with_delta, exported(with_delta.store)
+    forget(full)
+    run, _ = mend(full, full.export())
+    assert run.outcome is Outcome.PARTIAL
+    assert not any(DELTA in key for key in full.keys)
+    assert exported(full.store) == before
+
+
 def test_what_is_lost_at_both_ends_is_not_written_over(full: Exporter) -> None:
     export, key = full.export(), key_of(full, hour(6))
     forget(full)
@@ -184,14 +237,15 @@ def test_what_is_lost_at_both_ends_is_not_written_over(full: Exporter) -> None:
     assert content(full.store, key) == b"half of it"
 
 
-def test_the_gap_map_shows_what_the_listing_shows(full: Exporter) -> None:
+def test_the_gap_map_shows_what_the_listing_shows(with_delta: Exporter) -> None:
+    full = with_delta
     chart = full.export().chart
     assert chart.partitions() == ["D1", "D2"]
     before = [cell.state for cell in chart.cells("D1", SPAN)]
     assert before == [State.EQUAL] * 4 + [State.EMPTY, State.EQUAL]
     delete(full, key_of(full, hour(6)))
     put_another(full, key_of(full, hour(5)))
-    delete(full, next(key for key in full.keys if "export_080001" in key))
+    delete(full, delta_of(full))
     after = [cell.state for cell in chart.cells("D1", replace(SPAN, end=NOON + 3 * HOUR))]
     assert after == [State.MISSING, State.STALE, State.PARTIAL, State.EQUAL, State.EMPTY, State.EQUAL]
     full.at(minutes=30)
@@ -210,4 +264,4 @@ ON_A_SERVER = (
 def test_on_an_s3_server(check: Callable[[Exporter], None], seaweed: Seaweed, tmp_path: Path) -> None:
     with closing(S3Store(target(seaweed, seaweed.new_bucket()), "probe")) as store:
         for made in exporter_on(store, tmp_path):
-            check(filled(made, "parquet"))
+            check(filled(made, "parquet", delta=True))

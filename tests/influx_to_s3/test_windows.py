@@ -7,6 +7,7 @@ import pytest
 from app.core.runs import Outcome
 from app.influx_to_s3.job import NAME
 from exporter import HOUR, MINUTE, NOON, Exporter
+from exports import rows_of
 
 
 def test_no_window_crosses_midnight_and_names_are_right_on_both_sides(exporter: Exporter) -> None:
@@ -32,7 +33,7 @@ def test_year_ends_week_53_and_clock_changes_are_days_like_others(exporter: Expo
     exporter.check()
 
 
-def test_an_unchanged_window_is_not_written_again(exporter: Exporter) -> None:
+def test_an_unchanged_window_is_written_once_more_when_it_closes_and_never_else(exporter: Exporter) -> None:
     exporter.write_each(NOON, NOON + HOUR)
     exporter.at(minutes=59)
     exporter.well()
@@ -43,9 +44,15 @@ def test_an_unchanged_window_is_not_written_again(exporter: Exporter) -> None:
         assert (run.report.rows, run.report.windows) == (0, 0)
     exporter.at(hours=1, minutes=30)
     exporter.well()
-    exporter.at(hours=2, minutes=1)
-    exporter.well()
     assert exporter.store.puts == []
+    before = rows_of(exporter.store, exporter.keys[0])
+    for minutes in (121, 122):
+        exporter.at(minutes=minutes)
+        exporter.well()
+        assert exporter.store.puts == exporter.keys  # who read the version before this one is refused from now on
+    assert rows_of(exporter.store, exporter.keys[0]) == before
+    exporter.reconcile()
+    assert exporter.store.puts == exporter.keys
     assert exporter.cursor == NOON + HOUR
     [record] = exporter.state.checkpoints.records(NAME, "D1", NOON, NOON + HOUR)
     assert record.closed
@@ -129,9 +136,14 @@ def test_empty_windows_move_the_cursor_and_leave_no_objects(exporter: Exporter) 
     exporter.at(minutes=1)
     exporter.well()
     exporter.at(hours=30)
+    exporter.store.puts.clear()
     run = exporter.well()
-    assert run.report.windows == 0
+    written = [key for key in exporter.store.puts if "/_headwater/" not in key]
+    assert (run.report.windows, written) == (1, exporter.keys)  # noon's own window, which closes
     assert exporter.cursor == NOON + 29 * HOUR
+    exporter.at(hours=60)
+    assert exporter.well().report.windows == 0
+    assert exporter.cursor == NOON + 59 * HOUR
     assert len(exporter.keys) == 1
 
 

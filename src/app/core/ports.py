@@ -58,8 +58,20 @@ class Batch(Protocol):
     def accounts(self) -> Mapping[str, Tally]:
         """By field, what was counted and read at the source for these rows; `new` is what the rows hold of it.
 
-        Empty where the pipeline keeps its ledger itself.
+        After a union: what is new, already there and corrected beside the rows that it was united with. Empty where
+        the pipeline keeps its ledger itself.
         """
+
+    @property
+    def new_rows(self) -> int:
+        """After a union: rows that only the source has. Else all of them."""
+
+    @property
+    def identities(self) -> Any:
+        """What `holds_all` of a later batch is asked with: 8 bytes a row; None where it is not kept."""
+
+    def holds_all(self, identities: Any) -> bool:
+        """True when each of these identities has a row in this batch."""
 
     def close(self) -> None:
         """Free what is spooled. Idempotent."""
@@ -67,6 +79,10 @@ class Batch(Protocol):
 
 class Encoded(Protocol):
     """A batch as the bytes that the sink will store, in a temporary file."""
+
+    @property
+    def write(self) -> str:
+        """Names this one write: no two writes have the same, so that no two share a version; "" where none is noted."""
 
     @property
     def size_bytes(self) -> int:
@@ -85,6 +101,7 @@ class Held:
 
     `tags`: ALL_TAGS when its rows have all that tells rows apart; SOME_TAGS when rows that an older version cut are
     among them; "" when an older version wrote it.
+    `write` names the one write that made this version; `folded` is the highest delta whose rows it holds.
     """
 
     version: str
@@ -94,14 +111,19 @@ class Held:
     max_at: datetime | None = None
     size_bytes: int = 0
     tags: str = ALL_TAGS
+    write: str = ""
+    folded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows.
+    """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows,
+    which older versions wrote.
 
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
-    `fields`: by field, how many values of the source the object holds; empty for a record of an older version.
+    `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
+    source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
+    for a record of an older version.
     """
 
     window: Window
@@ -116,20 +138,24 @@ class Record:
     max_at: datetime | None
     closed: bool
     fields: Mapping[str, int] = field(default_factory=dict)
+    source_digest: str = ""
 
     @property
     def held(self) -> Held:
         """The object as this record knows it."""
-        tags = ALL_TAGS if self.fields else ""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, tags)
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished."""
+    """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished.
+
+    `folded`: windows whose deltas are part of the object now, so that their records go.
+    """
 
     records: Sequence[Record] = ()
     cursor_at: datetime | None = None
+    folded: Sequence[Window] = ()
 
 
 B = TypeVar("B", bound=Batch)
@@ -161,11 +187,12 @@ class Source(Protocol[B]):
         Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
-    def union(self, batch: B, held: Iterable[Any]) -> B:
-        """`batch` with the rows of `held` whose key it lacks. Closes neither; the caller closes the result."""
+    def union(self, batch: B, held: Sequence[Iterable[Any]]) -> B:
+        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row.
 
-    def missing(self, batch: B, held: Iterable[Any]) -> B:
-        """The rows of `batch` whose key is not in `held`; what is left out counts as already there."""
+        Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
+        closes the result.
+        """
 
 
 class Sink(Protocol[B_contra, E]):
@@ -181,13 +208,26 @@ class Sink(Protocol[B_contra, E]):
         """The rows of that very version, in order, as the source's `union` and `missing` take them. Raises Conflict."""
 
     def encode(self, partition: str, window: Window, batch: B_contra) -> E:
-        """The batch as bytes in a temporary file. The same rows give the same content. The caller closes it."""
+        """The batch as bytes in a temporary file. The caller closes it."""
 
     def put(self, key: str, encoded: E, expected: str | None) -> str:
         """Store under `key` if its version is still `expected` (None: if it does not exist); the new version.
 
         All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
         """
+
+
+class Deltas(Protocol[E]):
+    """The further objects of a window that older versions wrote for late rows. Nothing writes them any more."""
+
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        """Part and key of each that is there, in order of parts."""
+
+    def noted(self, encoded: E, folded: int) -> E:
+        """`encoded` with the note, beside its bytes, that the rows of all deltas up to part `folded` are in it."""
+
+    def delete(self, key: str) -> None:
+        """Remove one whose rows are in the window's object. Nothing when it is gone."""
 
 
 class Checkpoints(Protocol):

@@ -3,19 +3,25 @@
 Order, per window: the object's version first, then the source, then compare-and-swap on that version, then the
 transaction. A crash at any line repeats the write onto the same name. Rows that were read before a version was known
 are never written over it. Whether a window may be closed is decided from the clock before the source is read.
+
+One window, one object: what comes late or was corrected is united with the object by identity, the source's row wins,
+and a row that only the object has stays. A pass that closes a window writes it also unchanged, so that whoever read an
+earlier version, however long ago, is refused. Deltas of older versions are folded into the object and deleted.
 """
 
 import logging
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import count, islice, takewhile
+from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
-from app.core.errors import Conflict, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, SetAside, Tally
-from app.core.ports import ALL_TAGS, UNCOUNTED, Batch, Checkpoints, Commit, Count, Encoded, Held, Record, Sink, Source
+from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Deltas, Encoded, Held, Record, Sink, Source
 from app.core.runs import Context, Report
 from app.core.window import Age, Window, age_of
 
@@ -41,6 +47,36 @@ class Grid:
     count_windows: int = 744
 
 
+class KnownRows:
+    """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
+    time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
+    """
+
+    def __init__(self, max_bytes: int = 48 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._size_bytes = 0
+        self._known: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
+        """The object of a window has these rows in this version; None forgets what is known."""
+        with self._lock:
+            _, before = self._known.pop(slot, ("", None))
+            self._size_bytes -= getattr(before, "nbytes", 0)
+            if identities is None:
+                return
+            self._known[slot] = (version, identities)
+            self._size_bytes += getattr(identities, "nbytes", 0)
+            while self._size_bytes > self._max_bytes:
+                _, (_, oldest) = self._known.popitem(last=False)
+                self._size_bytes -= getattr(oldest, "nbytes", 0)
+
+    def of(self, slot: tuple[str, datetime], version: str) -> Any:
+        """The identities of that very version, None when they are not known."""
+        known, identities = self._known.get(slot, ("", None))
+        return identities if known == version else None
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline(Generic[B, E]):
     """One source joined to one sink, named once.
@@ -49,11 +85,12 @@ class Pipeline(Generic[B, E]):
     at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
 
     `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
-    person did to it is seen; such a sink has one object per window, which is replaced also when late rows come.
+    person did to it is seen. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is
+    never written again, and rows are united only where some are certainly gone from the source. `deltas`: those of
+    older versions, which are folded into their window's object.
 
     `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
-    `outdated(batch, held)`: rows of the held object cannot be told apart by what tells the batch's rows apart.
     """
 
     name: str
@@ -63,16 +100,20 @@ class Pipeline(Generic[B, E]):
     grid: Grid
     allow_shrink: bool = False
     asks_sink: bool = False
+    by_digest: bool = False
+    deltas: Deltas[E] | None = None
+    identities: KnownRows = field(default_factory=KnownRows)
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
-    outdated: Callable[[B, Held], bool] | None = None
     unit: str = "values"
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
-        """Remember the rows of `version`, when building on them pays."""
-        if batch.reusable:
-            self.kept[task.partition, task.window.start] = (version, batch)
+        """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
+        slot = (task.partition, task.window.start)
+        self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
+        if batch.reusable and not task.final:
+            self.kept[slot] = (version, batch)
 
     def keeps(self, batch: B) -> bool:
         """True when `batch` belongs to the pipeline."""
@@ -91,6 +132,9 @@ class Pipeline(Generic[B, E]):
 class Task:
     """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
 
+    `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
+    `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
+    confirmed, and none of its rows is kept.
     `ahead` gives the rows when they may be read together with those of other windows, after all their records.
     """
 
@@ -100,6 +144,9 @@ class Task:
     record: Record | None
     final: bool
     ahead: Iterator[Any] | None = None
+    asks: bool = False
+    mends: bool = False
+    replaces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +160,16 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already)."""
+    """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already).
+
+    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before.
+    """
 
     record: Record | None
     stored_bytes: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    deltas: Sequence[str] = ()
+    new_rows: int = 0
 
 
 Done = Callable[[Report], None]
@@ -228,7 +280,7 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dic
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), left.get(window.start, NOTHING)
-        if _is_settled(record, count) and not _is_of_older_version(pipeline, record, count):
+        if _is_settled(record, count) and not _is_of_older_version(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
         else:
@@ -237,14 +289,13 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dic
     left.clear()  # what is before the cursor was closed earlier
 
 
-def _is_of_older_version(pipeline: Pipeline[B, E], record: Record | None, count: Count) -> bool:
+def _is_of_older_version(record: Record | None, count: Count) -> bool:
     """True for an open object that an older version wrote, perhaps without what tells its rows apart: read it once."""
-    if pipeline.outdated is None or record is None or count == NOTHING:
-        return False
-    return not (record.closed or record.fields)
+    return record is not None and count != NOTHING and not (record.closed or record.source_digest)
 
 
 def _is_settled(record: Record | None, count: Count) -> bool:
+    """True when there is nothing to read: what was counted is what was counted for the record."""
     if record is None:
         return count == NOTHING
     return record.closed or (count != UNCOUNTED and record.source_cells == count.cells)
@@ -256,104 +307,147 @@ def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]
 
 
 def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_cursor: bool = False) -> Report:
-    """Make the window's object equal to the source and commit it, closed when `task.final`. Idempotent."""
+    """Make the window's object equal to the source and commit it, closed when `task.final`. Idempotent.
+
+    Order: the object with the rows of its deltas, the commit, then the deltas go. Killed in between, the object says
+    itself which deltas it holds.
+    """
     written = _write(pipeline, context, task)
     record = written.record
     if record is not None and task.final:
         record = replace(record, closed=True)
     cursor_at = task.window.end if moves_cursor else None
-    if not context.dry_run and (record != task.record or cursor_at):
-        commit = Commit((record,) if record else (), cursor_at)
+    if not context.dry_run and (record != task.record or cursor_at or written.deltas):
+        folded = (task.window,) if written.deltas else ()
+        commit = Commit((record,) if record else (), cursor_at, folded)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
+        delete_deltas(pipeline, written.deltas)
     if not written.stored_bytes or record is None:
         return Report(ledger=written.ledger)
+    late_rows = written.new_rows if task.record is not None and task.record.closed else 0
+    if late_rows:
+        log.info("%s: %d late rows of a closed window", record.key, late_rows)
     context.progress.advance(rows=record.rows)
-    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, ledger=written.ledger)
+    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, late_rows=late_rows, ledger=written.ledger)
+
+
+def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
+    """Remove deltas whose rows the window's object holds. One that may not be deleted is skipped from now on: the
+    object says what it holds.
+    """
+    for key in keys if pipeline.deltas else ():
+        try:
+            pipeline.deltas.delete(key)  # type: ignore[union-attr]
+        except (Permanent, Rejected) as error:
+            log.warning("%s: its rows are in the object of its window, but it cannot be deleted: %s", key, error)
+        else:
+            log.info("%s: deleted, its rows are in the object of its window", key)
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
     key = pipeline.sink.key(task.partition, task.window, 0)
-    held = _known(pipeline, task, key)
+    held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
         context.stop.check()
         try:
-            with _reading(pipeline, task, held) as batch:
-                if batch.rows == 0 if held is None else batch.digest == held.digest:
-                    written = _unchanged(pipeline, task, key, held, batch)
-                else:
-                    written = _store(pipeline, context, task, held, batch)
+            with _reading(pipeline, task, held) as found:
+                written = _put(pipeline, context, task, held, found)
                 log.debug(
                     "%s: %d values counted, %d rows read, %s",
                     key,
                     task.count.cells,
-                    batch.rows,
+                    found.batch.rows,
                     f"{written.stored_bytes} bytes written" if written.stored_bytes else "nothing to write",
                 )
-                return replace(written, ledger=_account(pipeline, context, task, batch, written))
+                return replace(written, ledger=_account(pipeline, context, task, found, written))
         except Conflict:
             held = pipeline.sink.head(key)
-            task = replace(task, ahead=None)  # those rows are older than the version that is there now
-            if task.record is None and _has_outdated_delta(pipeline, task):
-                task = replace(task, count=replace(task.count, cells=UNCOUNTED.cells))  # reconcile looks at it again
+            task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
         "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
     )
 
 
-def _known(pipeline: Pipeline[B, E], task: Task, key: str) -> Held | None:
-    """The object as it is known before the source is read."""
-    if pipeline.asks_sink:
-        return pipeline.sink.head(key)
-    return task.record.held if task.record else None
+@dataclass(frozen=True, slots=True)
+class _Found(Generic[B]):
+    """The rows that the window's object has to hold. `source_digest` is that of the rows that the source answered.
+
+    `deltas`: keys whose rows are among these, or were already in the object; `folded` the highest of their parts.
+    `is_united`: the accounts tell what is new beside the object. `is_confirmed`: the record knows the answer already.
+    """
+
+    batch: B
+    source_digest: str
+    deltas: Sequence[str] = ()
+    folded: int = 0
+    is_united: bool = False
+    is_confirmed: bool = False
 
 
-def _unchanged(pipeline: Pipeline[B, E], task: Task, key: str, held: Held | None, batch: B) -> _Written:
-    """Nothing to store. An object that is closed unwritten must still be the one that was confirmed: else Conflict."""
-    if held is None:
-        return _Written(None)
-    if task.final:
-        there = pipeline.sink.head(key)
-        if there is None or there.version != held.version:
-            raise Conflict(f"{key}: is not the version that was confirmed", "nothing to do: it is read again")
-    else:
+def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, found: _Found[B]) -> _Written:
+    """Encode and swap, unless the object holds these rows and nothing has to be closed."""
+    batch, key = found.batch, pipeline.sink.key(task.partition, task.window, 0)
+    same = batch.rows == 0 if held is None else batch.digest == held.digest
+    closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
+    folds = found.folded > (held.folded if held is not None else 0)
+    if held is not None and task.record is not None and found.is_confirmed and not folds:
+        return _Written(replace(task.record, source_cells=task.count.cells), deltas=found.deltas)
+    if same and not closes and not folds:
+        if held is None:
+            return _Written(None)
         pipeline.keep(task, held.version, batch)
-    return _Written(_record(task, key, held, batch))
-
-
-def _store(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, batch: B) -> _Written:
-    """Encode and swap. A conflict with the same rows is our own lost answer and is adopted; any other is raised."""
-    key = pipeline.sink.key(task.partition, task.window, 0)
-    with closing(pipeline.sink.encode(task.partition, task.window, batch)) as encoded:
+        return _Written(_record(task, key, held, found), deltas=found.deltas)
+    encoded = pipeline.sink.encode(task.partition, task.window, batch)
+    with closing(encoded):
+        if pipeline.deltas and found.folded:
+            encoded = pipeline.deltas.noted(encoded, found.folded)
         stored = Held("", size_bytes=encoded.size_bytes)
         if not context.dry_run:
-            try:
-                version = pipeline.sink.put(key, encoded, held.version if held else None)
-            except Conflict:
-                there = pipeline.sink.head(key)
-                if there is None or there.digest != batch.digest:
-                    raise
-                version = there.version
-            stored = replace(stored, version=version)
-            if not task.final:
-                pipeline.keep(task, version, batch)
-        return _Written(_record(task, key, stored, batch), encoded.size_bytes)
+            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded))
+            pipeline.keep(task, stored.version, batch)
+        new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
+        record = _record(task, key, stored, found)
+        return _Written(record, encoded.size_bytes, deltas=found.deltas, new_rows=new_rows)
 
 
-def _account(pipeline: Pipeline[B, E], context: Context, task: Task, batch: B, written: _Written) -> Ledger:
+def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E) -> str:
+    """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
+
+    While a window is open the same rows are as good as our own write. To close it they are not: who read the version
+    of that other write could still replace it.
+    """
+    key = pipeline.sink.key(task.partition, task.window, 0)
+    try:
+        return pipeline.sink.put(key, encoded, held.version if held else None)
+    except Conflict:
+        there = pipeline.sink.head(key)
+        if there is None:
+            raise
+        is_ours = bool(encoded.write) and there.write == encoded.write
+        if not is_ours and (there.digest != batch.digest or (task.final and not pipeline.by_digest)):
+            raise
+        return there.version
+
+
+def _account(pipeline: Pipeline[B, E], context: Context, task: Task, found: _Found[B], written: _Written) -> Ledger:
     """What became of the values of the window. What an unchanged object, or its record, holds is not new."""
     before = task.record.fields if task.record else {}
     fields = {}
-    for name, tally in batch.accounts.items():
+    for name, tally in found.batch.accounts.items():
         held = min(before.get(name, 0), tally.new) if written.stored_bytes else tally.new
+        if found.is_united:
+            held = 0 if written.stored_bytes else tally.new
         moved = replace(tally, new=tally.new - held, already_there=tally.already_there + held) if held else tally
         fields[name] = moved
-    aside = pipeline.set_aside(task.partition, task.window, batch) if pipeline.set_aside and not context.dry_run else ()
-    return Ledger(pipeline.unit, fields, aside)
+    if pipeline.set_aside is None or context.dry_run:
+        return Ledger(pipeline.unit, fields)
+    return Ledger(pipeline.unit, fields, pipeline.set_aside(task.partition, task.window, found.batch))
 
 
-def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
+def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
+    batch = found.batch
     return Record(
         window=task.window,
         part=0,
@@ -366,12 +460,13 @@ def _record(task: Task, key: str, held: Held, batch: Batch) -> Record:
         min_at=batch.min_at,
         max_at=batch.max_at,
         closed=False,
-        fields={name: tally.new for name, tally in batch.accounts.items()},
+        fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
+        source_digest=found.source_digest,
     )
 
 
 @contextmanager
-def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[B]:
+def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterator[_Found[B]]:
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
@@ -380,33 +475,114 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if kept is not None:
             kept.close()
+    digest = batch.digest
     try:
-        if held is not None and not pipeline.allow_shrink and _needs_union(pipeline, task, batch, held):
-            batch = _united(pipeline, task, batch, held)
-        if held is not None and task.record is None and not pipeline.asks_sink:
-            batch = _without_deltas(pipeline, task, batch)
-        yield batch
+        deltas = _deltas(pipeline, task, held)
+        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
+        is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
+        if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
+            rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
+        if rows:
+            batch = _united(pipeline, task, batch, rows)
+        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
     finally:
         if not pipeline.keeps(batch):
             batch.close()
 
 
-def _needs_union(pipeline: Pipeline[B, E], task: Task, batch: B, held: Held) -> bool:
-    """True when the held object may have rows that the source no longer returns."""
-    if _shrank(batch, held):
-        key = pipeline.sink.key(task.partition, task.window, 0)
-        log.warning(
-            "%s holds rows that the source no longer returns (%s held, %d read): kept", key, held.rows, batch.rows
-        )
-        return True
-    # An older version made one row of several, so their number says nothing.
-    return pipeline.outdated is not None and pipeline.outdated(batch, held)
+def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]]) -> B:
+    """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
+    again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
+    """
+    try:
+        united = pipeline.source.union(batch, rows)
+    except Permanent as error:
+        if batch.rows == 0 or (task.record is not None and task.record.closed):
+            raise
+        log.warning("%s: it is written again", error.message)
+        return batch
+    batch.close()
+    return united
 
 
-def _has_outdated_delta(pipeline: Pipeline[B, E], task: Task) -> bool:
-    """True when the first delta is of an older version; one that is left empty is not, nor are those after it."""
-    there = pipeline.sink.head(pipeline.sink.key(task.partition, task.window, 1)) if pipeline.outdated else None
-    return there is not None and there.tags != ALL_TAGS
+def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_digest: str) -> bool:
+    """True when nothing has to be closed, and the source answers what it did when this very version was confirmed: its
+    rows stand in the object, whatever else does.
+    """
+    record = task.record
+    if record is None or task.replaces or pipeline.by_digest or pipeline.allow_shrink:
+        return False
+    same = (record.version, record.source_digest) == (held.version, source_digest)
+    return same and (record.closed or not task.final)
+
+
+def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> bool:
+    """Whether the version that is replaced may hold rows that the source does not answer any more.
+
+    Neither counts nor first and last row can tell that, only the identities of what this process wrote as that version.
+    """
+    if batch.digest == held.digest:
+        return False
+    if pipeline.allow_shrink:
+        return False
+    if pipeline.by_digest:
+        return _shrank(batch, held)
+    identities = pipeline.identities.of((task.partition, task.window.start), held.version)
+    return identities is None or not batch.holds_all(identities)
+
+
+@dataclass(frozen=True, slots=True)
+class _DeltaKeys:
+    """Delta objects of a window: all keys, those whose rows the object does not hold yet, and the highest part."""
+
+    keys: Sequence[str] = ()
+    unfolded: Sequence[str] = ()
+    highest: int = 0
+
+
+def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> _DeltaKeys:
+    """Looked for only by a pass that asks what is there. Those whose rows the object holds just go."""
+    if pipeline.deltas is None or not task.asks:
+        return _DeltaKeys()
+    found = list(_own(pipeline, task))
+    folded = held.folded if held is not None and not task.replaces else 0
+    return _DeltaKeys(
+        keys=[key for _, key, _ in found],
+        unfolded=[key for part, key, is_own in found if part > folded and is_own],
+        highest=max([folded, *(part for part, _, _ in found)]),
+    )
+
+
+def _own(pipeline: Pipeline[B, E], task: Task) -> Iterator[tuple[int, str, bool]]:
+    """Part and key of each delta, and whether Headwater wrote it. What another program put there is left alone, and
+    where damage is mended it goes.
+    """
+    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas else ():
+        there = pipeline.sink.head(key)
+        is_own = there is not None and bool(there.digest)
+        if is_own or task.mends:
+            yield part, key, is_own
+        elif there is not None:
+            log.warning("%s: was not written by Headwater and is left alone: run verify with --heal", key)
+
+
+def _sound(pipeline: Pipeline[B, E], task: Task, keys: Sequence[str]) -> Iterator[str]:
+    """Where damage is mended, deltas that cannot be read are left out as well; the source may have their rows."""
+    for key in keys:
+        try:
+            if task.replaces:
+                deque(pipeline.sink.read(key, _version(pipeline, key)), maxlen=0)
+        except Permanent as error:
+            log.warning("%s", error)
+        else:
+            yield key
+
+
+def _version(pipeline: Pipeline[B, E], key: str) -> str:
+    there = pipeline.sink.head(key)
+    if there is None:
+        raise Conflict(f"{key} is gone", "no action needed; the window is read again")
+    return there.version
 
 
 def _shrank(batch: Batch, held: Held) -> bool:
@@ -417,21 +593,3 @@ def _shrank(batch: Batch, held: Held) -> bool:
         return False
     earlier = held.min_at is not None and held.min_at < batch.min_at
     return earlier or (held.max_at is not None and held.max_at > batch.max_at)
-
-
-def _united(pipeline: Pipeline[B, E], task: Task, batch: B, held: Held) -> B:
-    key = pipeline.sink.key(task.partition, task.window, 0)
-    with closing(batch):
-        return pipeline.source.union(batch, pipeline.sink.read(key, held.version))
-
-
-def _without_deltas(pipeline: Pipeline[B, E], task: Task, batch: B) -> B:
-    """An object that no record knows was written before the state was lost, and may have deltas: leave theirs out."""
-    for part in count(1):
-        key = pipeline.sink.key(task.partition, task.window, part)
-        there = pipeline.sink.head(key)
-        if there is None:
-            break
-        with closing(batch):
-            batch = pipeline.source.missing(batch, pipeline.sink.read(key, there.version))
-    return batch

@@ -83,6 +83,16 @@ class HourFile:
     elsewhere: frozenset[str] = frozenset()
     reusable: bool = False
     accounts: Mapping[str, Tally] = field(default_factory=dict)
+    identities: None = None
+
+    @property
+    def new_rows(self) -> int:
+        """See `Batch.new_rows`; the ledger of this pipeline is kept elsewhere."""
+        return self.rows
+
+    def holds_all(self, identities: object) -> bool:  # noqa: ARG002 - the port's word
+        """See `Batch.holds_all`: identities are not kept, the file itself is asked."""
+        return False
 
     def close(self) -> None:
         """Drop the spooled bytes."""

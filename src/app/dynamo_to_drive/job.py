@@ -202,6 +202,7 @@ def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) ->
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
         allow_shrink=drive.allow_shrink,
         asks_sink=True,
+        by_digest=True,
     )
 
 

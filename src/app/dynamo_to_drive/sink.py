@@ -53,6 +53,7 @@ class HourBytes:
     """An hour's file as what is uploaded; the batch keeps and frees the bytes."""
 
     hour: HourFile
+    write: str = ""
 
     @property
     def size_bytes(self) -> int:

@@ -392,10 +392,10 @@ class DynamoSource:
         """Hour by hour: a Query of one hour is the cheapest question there is."""
         return (self.read(partition, window, count, None) for window, count in counted)
 
-    def union(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
+    def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]]) -> HourFile:
         """The rows of both; where both have a key, the table's row."""
         with closing(self._writer()) as writer:
-            writer.add_rows(row for row in held if not self._is_misplaced(batch, row))
+            writer.add_rows(row for rows in held for row in rows if not self._is_misplaced(batch, row))
             writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
@@ -411,20 +411,6 @@ class DynamoSource:
             return False
         at = self._table.target.times.read(text).at
         return at is not None and self._span.start <= at < self._span.end
-
-    def missing(self, batch: HourFile, held: Iterable[Mapping[str, str]]) -> HourFile:
-        """The rows of the batch whose timestamp and key the held ones lack."""
-        shape = self._shape()
-        names = (shape.timestamp, *shape.key)
-
-        def identity(row: Mapping[str, str]) -> tuple[str, ...]:
-            return tuple(row.get(name, "") for name in names)
-
-        with closing(self._writer()) as writer:
-            known = set(map(identity, held))
-            rows = read_file(lines_of(batch), escaped=shape.escape)
-            writer.add_rows(row for row in rows if identity(row) not in known)
-            return writer.finish()
 
     def _writer(self) -> HourWriter:
         return HourWriter(self._shape())

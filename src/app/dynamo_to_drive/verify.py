@@ -13,8 +13,8 @@ from typing import Protocol
 
 from app.core.errors import Permanent
 from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.heal import GONE_HINT
 from app.core.ports import UNCOUNTED, Held, Record, Sink
+from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report
 from app.core.sync import Pipeline, Task, settle
 from app.core.verify import NOTHING, Content, Slot, content_of

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from app.core.gaps import Chart
-from app.core.late import fill
 from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.ports import ALL_TAGS, Checkpoints
+from app.core.ports import Checkpoints
+from app.core.repair import fill
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.sync import Done, Grid, Pipeline
+from app.core.sync import Done, Grid, KnownRows, Pipeline
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
@@ -64,7 +65,8 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 class Parts:
     """What the pipeline is made of.
 
-    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `backoff`, partitions that
+    Memory of this process that may be lost at any time: `kept`, rows of large open windows; `identities`, which rows
+    the objects of open windows have; `backoff`, partitions that
     failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
     """
 
@@ -76,6 +78,7 @@ class Parts:
     aside: Aside
     clock: Callable[[], datetime]
     kept: Kept = field(default_factory=dict)
+    identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
     refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
@@ -224,6 +227,8 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         spool_directory=spool,
         app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
+        run=uuid4().hex,
+        cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
     )
     pipeline = Pipeline(
         name=NAME,
@@ -232,14 +237,15 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         checkpoints=parts.checkpoints,
         grid=Grid(tree.windows, export.grace_seconds),
         allow_shrink=export.allow_shrink,
+        deltas=sink,
         kept=parts.kept,
+        identities=parts.identities,
         set_aside=lambda device, window, batch: parts.aside.keep_values(
             OTHER_VALUE, device, window, batch.disagreements
         ),
         refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
             pipeline, source, context, at, live
         ),
-        outdated=lambda batch, held: held.tags != ALL_TAGS and not batch.is_plain,
     )
     return Opened(tree, now, columns, source, sink, pipeline)
 
@@ -300,11 +306,17 @@ def _reconcile(parts: Parts, context: Context) -> Report:
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span)
+    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span, by_content=True)
 
 
 def _fill(
-    parts: Parts, context: Context, opened: Opened, span: Window, starts: Mapping[str, datetime] | None = None
+    parts: Parts,
+    context: Context,
+    opened: Opened,
+    span: Window,
+    starts: Mapping[str, datetime] | None = None,
+    *,
+    by_content: bool = False,
 ) -> Report:
     """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
     cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if is_nameable(name)}
@@ -315,7 +327,8 @@ def _fill(
         since = max(span.start, starts[partition]) if starts is not None else span.start
         until = min(span.end, cursors.get(partition, span.end))
         if until > since:
-            done(fill(opened.pipeline, context, partition, Window(since, until), opened.now))
+            window = Window(since, until)
+            done(fill(opened.pipeline, context, partition, window, opened.now, by_content=by_content))
 
     return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 

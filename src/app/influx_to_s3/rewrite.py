@@ -2,35 +2,32 @@
 
 The source is not asked, since it may have forgotten these rows. Invariants: each object is replaced by compare-and-swap
 on the version that was read, and its record follows; a rewrite that was interrupted goes on where it stopped, since an
-object that is as it should be is left alone.
+object that is as it should be is left alone. Deltas of older versions are folded into the object of their window.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from app.core.errors import Conflict
-from app.core.late import is_ahead
-from app.core.ports import ALL_TAGS, Commit, Record
+from app.core.ports import ALL_TAGS, Commit, Held, Record
 from app.core.runs import Context, Report
-from app.core.sync import Done
+from app.core.sync import Done, delete_deltas
 from app.core.window import DAY_SECONDS, Age, Window, age_of, windows_between
 from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.recovery import KEY
-from app.influx_to_s3.rows import of_object, ordered
+from app.influx_to_s3.rows import in_order, of_object, ordered
 from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
-from app.stores.parquet import held_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from app.core.sync import Pipeline
-    from app.stores.objects import ObjectInfo
     from app.stores.parquet import EncodedFile, TableSink
 
-UNIT = "timestamp-unit"
 log = logging.getLogger(__name__)
 
 
@@ -56,26 +53,64 @@ def rewrite(
     """Re-encode the objects of one device whose windows start in `span` and are due."""
     for day in windows_between(span.start, span.end, DAY_SECONDS):
         found = pipeline.checkpoints.records(pipeline.name, device, day.start, day.end)
-        records = {record.key: record for record in found}
-        for named_at, info in list(sink.listed(device, day)):
-            context.stop.check()
+        records = {record.window.start: record for record in found if not record.part}
+        windows: dict[Window, dict[int, str]] = {}
+        for named_at, info in sink.listed(device, day):
             window = next(pipeline.grid.windows(named_at, named_at + datetime.resolution))
-            is_due = age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE
-            if not span.start <= window.start < span.end or not is_due:
-                continue
-            there = sink.store.head(info.key)
-            if there is None or there.etag != info.etag:
-                raise Conflict(f"{info.key}: changed while it was rewritten", "run the rewrite again")
-            rows = (of_object(table, columns) for table in sink.read(info.key, info.etag) if table.num_rows)
-            spooled = source.spooled(device, (ordered([table], columns)[0] for table in rows))
-            # What lost tags once has lost them still.
-            with closing(replace(spooled, has_all_tags=held_of(there).tags == ALL_TAGS)) as batch:
-                done(
-                    _replace(
-                        pipeline, sink, context, window=window, there=there, batch=batch, record=records.get(info.key)
+            windows.setdefault(window, {})[round((named_at - window.start).total_seconds())] = info.key
+        for window, keys in sorted(windows.items()):
+            context.stop.check()
+            if span.start <= window.start < span.end and age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE:
+                held = {part: there for part in sorted(keys) if (there := _own(sink, keys[part]))}
+                record = records.get(window.start)
+                with closing(_rows(source, sink, columns, device=device, keys=keys, held=held)) as batch:
+                    done(
+                        _replace(
+                            pipeline, sink, context, window=window, keys=keys, held=held, batch=batch, record=record
+                        )
                     )
-                )
-            context.progress.advance(done=1)
+                context.progress.advance(done=1)
+
+
+def _own(sink: "TableSink", key: str) -> Held | None:
+    """What Headwater wrote under this key; what another program put there is left as it is."""
+    held = sink.head(key)
+    if held is not None and not held.digest:
+        log.warning("%s: was not written by Headwater, left as it is: run verify with --heal first", key)
+        return None
+    return held
+
+
+def _unit(sink: "TableSink", key: str) -> str:
+    """Unit of the object's timestamps; older versions noted none and wrote nanoseconds."""
+    info = sink.store.head(key)
+    return info.metadata.get("timestamp-unit", "ns") if info else ""
+
+
+def _unfolded(held: Mapping[int, Held]) -> Sequence[int]:
+    """The parts whose rows are not in the window's object, that object first."""
+    folded = held[0].folded if 0 in held else 0
+    return [part for part in held if not part or part > folded]
+
+
+def _rows(
+    source: InfluxSource,
+    sink: "TableSink",
+    columns: Columns,
+    *,
+    device: str,
+    keys: Mapping[int, str],
+    held: Mapping[int, Held],
+) -> RowBatch:
+    """The rows of a window's object and of its deltas. What lost tags once has lost them still."""
+
+    def rows(part: int) -> "Iterator[pa.Table]":
+        tables = (of_object(table, columns) for table in sink.read(keys[part], held[part].version) if table.num_rows)
+        return (ordered([table], columns)[0] for table in tables)
+
+    parts = _unfolded(held)
+    batch = source.spooled(device, in_order([rows(part) for part in parts], columns))
+    return replace(batch, has_all_tags=all(held[part].tags == ALL_TAGS for part in parts))
 
 
 def _replace(
@@ -84,26 +119,42 @@ def _replace(
     context: Context,
     *,
     window: Window,
-    there: "ObjectInfo",
+    keys: Mapping[int, str],
+    held: Mapping[int, Held],
     batch: RowBatch,
     record: Record | None,
 ) -> Report:
-    """Put the re-encoded object, unless it is so already, and let its record follow."""
-    unit = sink.layout_at(window.start).timestamp_unit if there.key.endswith(".parquet") else None
-    is_done = there.metadata.get("digest") == batch.digest and unit in (None, there.metadata.get(UNIT, "ns"))
-    is_known = record is None or record.version == there.etag or is_ahead(pipeline, record, held_of(there))
-    if not (is_known or is_done):
-        log.warning("%s: is not the version that was confirmed, left as it is: run verify with --heal first", there.key)
+    """Put the re-encoded object, unless it is so already; its record follows, and the deltas go."""
+    if not held or (0 in keys and 0 not in held):
         return Report()
+    base, key = held.get(0), keys.get(0) or sink.key(batch.device, window, 0)
+    is_done = (
+        base is not None
+        and base.digest == batch.digest
+        and len(_unfolded(held)) == 1
+        and (key.endswith(".csv") or _unit(sink, key) == sink.layout_at(window.start).timestamp_unit)
+    )
+    report = Report() if is_done else Report(rows=batch.rows, windows=1)
     if context.dry_run:
-        return Report() if is_done else Report(rows=batch.rows, windows=1)
-    version, size_bytes = there.etag, 0
+        return report
+    version, size_bytes = (base.version, base.size_bytes) if base is not None and is_done else ("", 0)
     if not is_done:
-        with closing(sink.encode(batch.device, window, batch)) as encoded:
-            version, size_bytes = sink.put(there.key, encoded, there.etag), encoded.size_bytes
-        log.info("%s: rewritten, %d rows", there.key, batch.rows)
+        with closing(sink.noted(sink.encode(batch.device, window, batch), max(held, default=0))) as encoded:
+            version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
+        log.info("%s: rewritten, %d rows", key, batch.rows)
+    deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):
         # A rewrite that was killed between the two finds the object done and the record behind.
-        after = replace(record, version=version, digest=batch.digest, size_bytes=size_bytes or there.size_bytes)
-        pipeline.checkpoints.commit(pipeline.name, batch.device, Commit((after,)), context.lease)
-    return Report() if is_done else Report(rows=batch.rows, bytes=size_bytes, windows=1)
+        is_confirmed = base is not None and record.version == base.version
+        after = replace(
+            record,
+            version=version,
+            digest=batch.digest,
+            rows=batch.rows,
+            size_bytes=size_bytes,
+            source_digest=record.source_digest if is_confirmed else "",
+        )
+        commit = Commit((after,), folded=(window,) if deltas else ())
+        pipeline.checkpoints.commit(pipeline.name, batch.device, commit, context.lease)
+    delete_deltas(pipeline, deltas)
+    return report + Report(bytes=0 if is_done else size_bytes)

@@ -6,6 +6,7 @@ ignored tags are one row: their fields are united, and where values disagree, th
 stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -378,22 +379,91 @@ def _guessed(values: Any, kind: str) -> Iterator[Any]:
         yield rest
 
 
-def united(
-    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, *, lost_tags: bool = False
-) -> "Iterator[pa.Table]":
-    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken.
+class Comparison:
+    """What the rows of a source are beside those of an object: by field, how many values are new, there already or
+    corrected, and how many rows are new.
 
-    `lost_tags`: the held rows were written without their further tags, so one that has none gives way to any row of
-    `new` with its instant and documented tags.
+    `lost_tags`: held rows were written without their further tags, so one that has none gives way to any row of the
+    source with its instant and documented tags, and what it held is corrected.
     """
+
+    def __init__(self, columns: Columns) -> None:
+        self.lost_tags = False
+        self.new_rows = 0
+        self.new: Counter[str] = Counter()
+        self.same: Counter[str] = Counter()
+        self.corrected: Counter[str] = Counter()
+        self._columns = columns
+
+    def add(self, new: "pa.Table", held: "pa.Table") -> "pa.Table":
+        """Rows of one stretch of time; the held ones that none of the new ones stands for."""
+        import numpy as np
+        import pyarrow as pa
+
+        tags = self._columns.tags
+        ours, theirs = identities_of(new, tags), identities_of(held, tags)
+        places, exact = _places(ours, theirs)
+        superseded, matched = np.isin(theirs, ours), exact
+        if self.lost_tags:
+            ours, theirs = identities_of(new, TAGS), identities_of(held, TAGS)
+            plain = np.flatnonzero(lacks_further_tags(held, self._columns))
+            superseded[plain] |= np.isin(theirs[plain], ours)
+            loosely, found = _places(ours, theirs[plain])
+            places = np.where(exact | ~found, places, plain[loosely] if len(plain) else places)
+            matched = exact | found
+        self.new_rows += int((~matched).sum())
+        self._count(new, held.take(pa.array(places, mask=~matched)), pa.array(exact))
+        return held.filter(pa.array(~superseded))
+
+    def _count(self, new: "pa.Table", beside: "pa.Table", exact: "pa.Array") -> None:
+        """Values of the new rows, and of the held row beside each (nulls where there is none)."""
+        import pyarrow.compute as pc
+
+        for name in new.column_names:
+            if name == TIMESTAMP or name in self._columns.tags:
+                continue
+            field, values = self._columns.source_of(name) or name, new.column(name)
+            there = same = 0
+            if name in beside.column_names:
+                before = beside.column(name)
+                is_there = pc.and_(values.is_valid(), before.is_valid())
+                there = pc.sum(is_there).as_py() or 0
+                same = pc.sum(pc.and_kleene(pc.and_(is_there, exact), pc.equal(values, before))).as_py() or 0
+            self.same[field] += same
+            self.corrected[field] += there - same
+            self.new[field] += new.num_rows - values.null_count - there
+
+
+def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """For each of our identities, where it stands among theirs, and whether it does; numpy arrays."""
+    import numpy as np
+
+    if not len(theirs):
+        return np.zeros(len(ours), np.int64), np.zeros(len(ours), bool)
+    order = np.argsort(theirs)
+    places = order[np.minimum(np.searchsorted(theirs, ours, sorter=order), len(order) - 1)]
+    return places, theirs[places] == ours
+
+
+def united(
+    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, comparison: Comparison
+) -> "Iterator[pa.Table]":
+    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
     streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
         until = min(stream.last_ns for stream in live)
         first, second = (stream.take(until) for stream in streams)
-        if first is not None and second is not None:
-            loosely = identities_of(first, TAGS) if lost_tags else None
-            second = _not_superseded(second, identities_of(first, columns.tags), loosely, columns)
+        if first is not None:
+            second = comparison.add(first, first.slice(0, 0) if second is None else second)
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
+
+
+def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "Iterator[pa.Table]":
+    """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
+    first, *others = sequences or [()]
+    for other in others:
+        first = united(first, other, columns, Comparison(columns))
+    yield from first
 
 
 def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
@@ -419,17 +489,6 @@ def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
         yield pa.concat_tables(rest, promote_options="default")
 
 
-def _not_superseded(held: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
-    """The held rows that newer ones with these identities, or `loosely` these documented tags, do not stand for."""
-    import numpy as np
-    import pyarrow as pa
-
-    superseded = np.isin(identities_of(held, columns.tags), identities)
-    if loosely is not None:
-        superseded |= lacks_further_tags(held, columns) & np.isin(identities_of(held, TAGS), loosely)
-    return held.filter(pa.array(~superseded))
-
-
 def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
     """For each row, true when it has no tag besides the documented ones; a numpy array."""
     import numpy as np
@@ -438,19 +497,6 @@ def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
     for name in columns.tags & set(table.column_names) - set(TAGS):
         lacks &= table.column(name).is_null().to_numpy()
     return lacks
-
-
-def lacking(table: "pa.Table", identities: Any, loosely: Any, columns: Columns) -> "pa.Table":
-    """The rows of `table` whose identity is not among `identities` (see `identities_of`), and not among `loosely` when
-    only the documented tags are looked at.
-    """
-    import numpy as np
-    import pyarrow as pa
-
-    known = np.isin(identities_of(table, columns.tags), identities)
-    if len(loosely):
-        known |= np.isin(identities_of(table, TAGS), loosely)
-    return table.filter(pa.array(~known))
 
 
 def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:

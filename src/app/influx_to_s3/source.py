@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from random import random
 from sys import intern
@@ -23,14 +23,13 @@ from app.core.ports import Count
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.sync import NOTHING
 from app.core.window import EPOCH, Window, windows_between
-from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
+from app.influx_to_s3.columns import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader
 from app.influx_to_s3.rows import (
+    Comparison,
     canonical,
-    identities_of,
+    in_order,
     instants_of,
-    lacking,
-    lacks_further_tags,
     nanoseconds_of,
     of_object,
     ordered,
@@ -143,44 +142,29 @@ class InfluxSource:
                     else self._cut_out(partition, window, count, blocks)
                 )
 
-    def union(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """`batch` with the held rows whose identity it lacks. What was counted and read stays that of `batch`."""
-        tables = iter(held)
-        first = list(islice(tables, 1))
-        lost_tags = any(map(lost_tags_in, first))
-        rows = (of_object(table, self._columns) for table in chain(first, tables))
-        united_batch = self.spooled(batch.device, united(batch.tables(), rows, self._columns, lost_tags=lost_tags))
-        return replace(
-            united_batch,
-            accounts=batch.accounts,
-            disagreements=batch.disagreements,
-            has_all_tags=batch.has_all_tags and (not lost_tags or united_batch.rows == batch.rows),
-        )
-
-    def missing(self, batch: RowBatch, held: "Iterable[pa.Table]") -> RowBatch:
-        """The rows of `batch` whose identity no held row has; what it leaves out is accounted for as already there.
-
-        A held row that lost its further tags stands for all rows with its instant and documented tags. Holds 8 bytes
-        per held row.
-        """
-        import numpy as np
-
-        columns = self._columns
-        known, known_loosely = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-        for table in held:
-            rows = of_object(table, columns)
-            known.append(identities_of(rows, columns.tags))
-            if lost_tags_in(table):
-                known_loosely.append(identities_of(rows, TAGS)[lacks_further_tags(rows, columns)])
-        identities, loosely = np.concatenate(known), np.concatenate(known_loosely)
-        rest = self.spooled(batch.device, (lacking(table, identities, loosely, columns) for table in batch.tables()))
+    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]") -> RowBatch:
+        """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
+        columns, comparison = self._columns, Comparison(self._columns)
+        objects: list[Iterable[pa.Table]] = []
+        for tables in held:
+            rows = (table for table in tables if table.num_rows)
+            first = next(rows, None)
+            if first is not None:
+                comparison.lost_tags |= lost_tags_in(first)
+                objects.append(of_object(table, columns) for table in chain([first], rows))
+        whole = self.spooled(batch.device, united(batch.tables(), in_order(objects, columns), columns, comparison))
 
         def account(name: str, tally: Tally) -> Tally:
-            new = rest.accounts[name].new if name in rest.accounts else 0
-            return replace(tally, new=new, already_there=tally.already_there + tally.new - new)
+            there = tally.already_there + comparison.same[name]
+            return replace(tally, new=comparison.new[name], already_there=there, corrected=comparison.corrected[name])
 
-        accounts = {name: account(name, tally) for name, tally in batch.accounts.items()}
-        return replace(rest, accounts=accounts, disagreements=batch.disagreements)
+        return replace(
+            whole,
+            accounts={name: account(name, tally) for name, tally in batch.accounts.items()},
+            disagreements=batch.disagreements,
+            has_all_tags=batch.has_all_tags and (not comparison.lost_tags or whole.rows == batch.rows),
+            united_new_rows=comparison.new_rows,
+        )
 
     @contextmanager
     def _spool(self, device: str) -> Iterator[Spool]:

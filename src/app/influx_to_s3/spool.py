@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from app.core.ledger import Tally
 from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import instant_of, instants_of
+from app.influx_to_s3.rows import identities_of, instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class RowBatch:
     `accounts`: by field, what was counted, read, and (as `new`) what the rows hold, (as `already_there`) what points
     that differ in ignored tags only have twice, and (as `set_aside`) what disagrees between these.
 
-    `is_plain`: no row has a further tag, and no two share an instant. `has_all_tags`: false when some rows were read
-    back from an object of an older version, which dropped their further tags.
+    `has_all_tags`: false when some rows were read back from an object of an older version, which dropped their further
+    tags.
     """
 
     device: str
@@ -48,13 +48,32 @@ class RowBatch:
     schema: "pa.Schema"
     columns: Columns
     has_nanos: bool
-    is_plain: bool
     blocks: "Sequence[pa.Table]"
     spooled: BinaryIO | None = None
     cells: Mapping[datetime, int] = field(default_factory=dict)
     accounts: Mapping[str, Tally] = field(default_factory=dict)
     disagreements: Sequence[Disagreement] = ()
     has_all_tags: bool = True
+    united_new_rows: int | None = None
+
+    @property
+    def new_rows(self) -> int:
+        """See `Batch.new_rows`."""
+        return self.rows if self.united_new_rows is None else self.united_new_rows
+
+    @property
+    def identities(self) -> Any:
+        """64 bits a row, a numpy array; see `rows.identities_of`."""
+        import numpy as np
+
+        parts = [identities_of(table, self.columns.tags) for table in self.tables()]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+    def holds_all(self, identities: Any) -> bool:
+        """See `Batch.holds_all`."""
+        import numpy as np
+
+        return len(identities) <= self.rows and bool(np.isin(identities, self.identities).all())
 
     @property
     def min_at(self) -> datetime | None:
@@ -140,7 +159,6 @@ class Spool:
         self._digest = hashlib.sha256()
         self._rows = 0
         self._has_nanos = False
-        self._is_plain = True
         self._first_ns: int | None = None
         self._last_ns: int | None = None
 
@@ -155,7 +173,6 @@ class Spool:
         self._last_ns = int(instants[-1])
         self._rows += table.num_rows
         self._has_nanos = self._has_nanos or bool((instants % NANOS_PER_MICROSECOND).any())
-        self._is_plain = self._is_plain and bool((instants[1:] != instants[:-1]).all())
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
         if self._waiting_rows >= BLOCK_ROWS:
@@ -191,7 +208,6 @@ class Spool:
             schema=schema,
             columns=self.columns,
             has_nanos=self._has_nanos,
-            is_plain=self._is_plain and not (self.columns.tags & self._types.keys()) - set(TAGS),
             blocks=tuple(self._blocks),
             spooled=self._file,
             cells=cells,

@@ -7,11 +7,11 @@ when it is what would be written today.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.heal import heal_window
 from app.core.ports import Checkpoints
+from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
 from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
@@ -64,12 +64,11 @@ class ExportEnds:
             return content_of_tables(batch.output(), as_text=self._as_text(slot.window))
 
     def destination(self, slot: Slot) -> Content:
-        """See `Ends.destination`: the object and its deltas, none of which need a record."""
+        """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
-        for named_at, info in self._listing(slot):
-            if slot.window.start <= named_at < slot.window.end:
-                tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
-                total += content_of_tables(tables, as_text=self._as_text(slot.window))
+        for _, info in unfolded(self.sink, slot.partition, slot.window, self._listing(slot)):
+            tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
+            total += content_of_tables(tables, as_text=self._as_text(slot.window))
         return total
 
     def heal(self, context: Context, slot: Slot) -> Report:
@@ -112,13 +111,22 @@ class ExportChart:
         records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
         moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
         days = {window.start.date(): window for window in windows}.values()
-        named = [each for day in days for each in ends.sink.listed(partition, day)]
-        return cells_of(windows, records, found_in(windows, named), moment)
+        listed = {day.start.date(): tuple(ends.sink.listed(partition, day)) for day in days}
+        found = (
+            Found(window.start, info.key, info.etag)
+            for window in windows
+            for _, info in unfolded(ends.sink, partition, window, listed[window.start.date()])
+        )
+        return cells_of(windows, records, found, moment)
 
 
-def found_in(windows: Sequence[Window], named: Listing) -> Iterator[Found]:
-    """Each object under the window that holds the instant of its name."""
-    for named_at, info in named:
-        window = next((each for each in windows if each.start <= named_at < each.end), None)
-        if window is not None:
-            yield Found(window.start, info.key, info.etag)
+def unfolded(sink: TableSink, partition: str, window: Window, listed: Listing) -> Listing:
+    """The objects of a window out of its day's listing, without deltas whose rows the window's object holds: it says
+    itself which these are, and is asked only where there are deltas.
+    """
+    named = [(named_at, info) for named_at, info in listed if window.start <= named_at < window.end]
+    if all(named_at == window.start for named_at, _ in named):
+        return named
+    held = sink.head(sink.key(partition, window, 0))
+    folded_until = window.start + timedelta(seconds=held.folded if held else 0)
+    return [each for each in named if each[0] == window.start or each[0] > folded_until]

@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 class SqlCheckpoints:
-    """See `app.core.ports.Checkpoints`; `of` and `late_rows_total` are for the dashboard and the metrics."""
+    """See `app.core.ports.Checkpoints`; `of` is for the dashboard and the metrics."""
 
     def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
         self._database = database
@@ -64,6 +64,8 @@ class SqlCheckpoints:
             if commit.records:
                 records = [{**of_now, **_columns(record)} for record in commit.records]
                 session.run_many(self._queries["save_record"], records)
+            for window in commit.folded:
+                session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
             summary = {**_summary(commit), "until_at": now_at + AHEAD}
             session.run(self._queries["save_checkpoint"], **of_now, **summary)
 
@@ -88,10 +90,6 @@ class SqlCheckpoints:
             )
             for row in self._rows("checkpoints_of", pipeline=pipeline)
         ]
-
-    def late_rows_total(self) -> Mapping[str, int]:
-        """Pipeline -> rows that came after their window had closed. Never falls; absent = none."""
-        return {row["pipeline"]: row["late_rows"] for row in self._rows("late_rows")}
 
     def _fence(self, session: Session, lease: Lease) -> datetime:
         """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
@@ -126,6 +124,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "min_at": record.min_at,
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
+        "source_digest": record.source_digest,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
     }
 
@@ -144,6 +143,7 @@ def _record(row: Row, now: datetime) -> Record:
         max_at=row["max_at"],
         closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        source_digest=row["source_digest"],
     )
 
 

@@ -16,7 +16,7 @@ from app.core.runs import Lease
 from app.stores.clocks import StateClock
 from app.stores.sql import Database, Row
 
-FORMAT = "v2|"
+FORMAT = "v3|"
 FREE = FORMAT  # the owner of a lease that was given back
 LOST_HINT = "nothing to do: the process that holds it goes on; several takeovers in a row mean a stalled machine"
 ROUNDING_SECONDS = 0.1

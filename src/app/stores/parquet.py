@@ -1,18 +1,20 @@
 """The shared sink of the pipelines that land rows as objects: Parquet or CSV, one object per window and part.
 
 Key: `{prefix}/device_id={id}/date={date}/export_{HHMMSS}.{parquet|csv}`, all UTC, HHMMSS being the start of the window;
-deltas of late rows take the unused seconds after it. Invariants: the key is a function of partition, window and part
-alone; an object is replaced only while it is the version that was read; metadata names digest and rows of its content.
+deltas, which older versions wrote for late rows, take the seconds after it. Invariants: the key is a function of
+partition, window and part alone; an object is replaced only while it is the version that was read; metadata names
+digest and rows of its content.
 """
 
 import csv
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
@@ -30,6 +32,7 @@ MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 MAX_DEVICE_BYTES = 255
+WINDOW = re.compile(r"[\d-]{10}T(?P<start>[\d:]{8})Z/[\d-]{10}T(?P<end>[\d:]{8})Z")
 NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
@@ -67,6 +70,11 @@ class EncodedFile:
     content_type: str
     metadata: Mapping[str, str]
 
+    @property
+    def write(self) -> str:
+        """See `app.core.ports.Encoded.write`."""
+        return self.metadata.get("write", "")
+
     def close(self) -> None:
         """Remove the file. Idempotent."""
         self.file.close()
@@ -74,7 +82,11 @@ class EncodedFile:
 
 @dataclass(frozen=True, slots=True)
 class TableSink:
-    """`app.core.ports.Sink` for tables on an object store. `layout_at` gives the layout of a window's start."""
+    """`app.core.ports.Sink` for tables on an object store. `layout_at` gives the layout of a window's start.
+
+    `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
+    committed of each partition when the run began, from which a lost cursor can be found again.
+    """
 
     store: ObjectStore
     pipeline: str
@@ -83,6 +95,9 @@ class TableSink:
     spool_directory: Path
     app_version: str
     dictionary: tuple[str, ...] = ()
+    run: str = ""
+    cursors: Mapping[str, datetime] = field(default_factory=dict)
+    writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
         """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
@@ -106,10 +121,31 @@ class TableSink:
                 hours, minutes, seconds = map(int, named.groups())
                 yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
 
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        """See `app.core.ports.Deltas`: they are named by the seconds after the window's start."""
+        deltas = [
+            (round((named_at - window.start).total_seconds()), info.key)
+            for named_at, info in self.listed(partition, window)
+            if window.start < named_at < window.end
+        ]
+        return sorted(deltas)
+
+    def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
+        """See `app.core.ports.Deltas`."""
+        return replace(encoded, metadata={**encoded.metadata, "folded": str(folded)})
+
+    def delete(self, key: str) -> None:
+        """See `app.core.ports.Deltas`."""
+        self.store.delete(key)
+
     def head(self, key: str) -> Held | None:
-        """What is there, with what its writer noted."""
+        """What is there, with what its writer noted; a copy of another window's object says nothing."""
         info = self.store.head(key)
-        return held_of(info) if info else None
+        if info is None:
+            return None
+        named, of = NAME.search(key), WINDOW.fullmatch(info.metadata.get("window", ""))
+        is_own = named and of and of["start"] <= ":".join(named.groups()) < of["end"].replace("00:00:00", "24:00:00")
+        return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
         """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
@@ -132,10 +168,7 @@ class TableSink:
                     yield table.replace_schema_metadata(mark)
 
     def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
-        """Write the batch to memory, from MEMORY_BYTES on to a temporary file.
-
-        The same rows give the same bytes under one version of pyarrow.
-        """
+        """Write the batch to memory, from MEMORY_BYTES on to a temporary file. In Parquet each write differs."""
         layout = self.layout_at(window.start)
         metadata = {
             "pipeline": self.pipeline,
@@ -145,6 +178,8 @@ class TableSink:
             "app-version": self.app_version,
             "timestamp-unit": layout.timestamp_unit,
             "tags": ALL_TAGS if batch.has_all_tags else SOME_TAGS,
+            "write": f"{self.run}:{next(self.writes)}",
+            **({"cursor": f"{self.cursors[partition]:%Y-%m-%dT%H:%M:%SZ}"} if partition in self.cursors else {}),
         }
         file = self._temporary()
         with ExitStack() as undo:
@@ -195,10 +230,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows = info.metadata.get("rows", "")
+    rows, folded = info.metadata.get("rows", ""), info.metadata.get("folded", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
+        write=info.metadata.get("write", ""),
+        folded=int(folded) if folded.isdigit() else 0,
         rows=int(rows) if rows.isdigit() else None,
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),

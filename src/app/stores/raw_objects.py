@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
 
 from app.core.errors import Permanent
-from app.core.heal import GONE_HINT
 from app.core.ports import Held, Record
+from app.core.repair import GONE_HINT
 from app.core.verify import Content
 from app.core.window import Window
 from app.stores.objects import ObjectInfo, ObjectStore, Put
