@@ -30,15 +30,16 @@ from export_states import PostgresState, SavedState, SqliteState
 from export_world import Bucket, Folder, Objects, Source, bucket_on, differences
 from fake_clock import FakeClock
 from influxdb1 import InfluxDB1, running_influxdb1
-from kill_rounds import FAULTS, KILLED, TTL_SECONDS, UNDISTURBED, WEDGED_AFTER_SECONDS, Command, Runner, sit, started
+from kill_rounds import FAULTS, KILLED, TTL_SECONDS, UNDISTURBED, WEDGED_AFTER_SECONDS, WORLD_ROUNDS, Command, Runner, sit, started
 from postgres import PostgresServer, running_postgres
 from seaweed import SERVICES, Seaweed, free_ports, running
 
 PAST = timedelta(days=30)
 HOUR_SECONDS = 3600
-WINDOWS_SECONDS = (600, 900, 1800, 3600)
+WINDOWS_SECONDS = (900, 1800, 3600)
 STEPS_SECONDS = (2, 60, 600, 3600, 90_000, 40 * 86_400)
 BUSY_SECONDS = 20.0  # what a busy machine may take to start a daemon
+LOOK_SECONDS = 0.1
 ACTS = ("kill", "pause", "save", "set_back", "take_away", "damage", "empty", "step", "window", "reconcile")
 WEIGHTS = (4, 4, 3, 3, 2, 2, 1, 3, 2, 1)
 
@@ -212,7 +213,7 @@ class Sitting:
         """Until a point of each device that is written now has come through; otherwise all start anew."""
         marks, began = self.source.mark(), time.monotonic()
         limit = began + 2 * TTL_SECONDS + BUSY_SECONDS
-        while missing := marks - self.objects.rows().keys():
+        while missing := self.objects.missing(marks):
             if time.monotonic() > limit:
                 self.counts["wedged"] += len(missing)
                 told = "\n".join(f"{each.folder}\n{each.log[-6000:]}" for each in self._alive())
@@ -221,7 +222,7 @@ class Sitting:
                     self._end(replica)
                 self._start(self.replicas[0])
                 return
-            time.sleep(0.05)
+            time.sleep(LOOK_SECONDS)
         self.recoveries.append(time.monotonic() - began)
 
     def _finish(self) -> None:
@@ -236,7 +237,8 @@ class Sitting:
         source = self.source.rows()
         self.counts["late_corrections"] = self._compare(source)["stale"]
         span = ("--from", _hour(self.source.start_ns), "--to", _hour(self.now_ns()))
-        self._to_the_end(runner, ("backfill", "influx_to_s3", *span))
+        if self.counts["late_corrections"]:
+            self._to_the_end(runner, ("backfill", "influx_to_s3", *span))
         after = self._compare(source)
         self.counts.update(after)
         self.counts["rows"] = len(source)
@@ -333,7 +335,7 @@ def lived(servers: Servers, runners: tuple[Runner, Runner], folder: Path, seed: 
     folder.mkdir(parents=True)
     chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
     # By the number of its first round, so that sittings in a row have every pair.
-    number = int(seed.rpartition("-")[2]) // 10
+    number = int(seed.rpartition("-")[2]) // WORLD_ROUNDS
     on_postgres, on_s3 = number % 2 == 1, number // 2 % 2 == 1
     with ExitStack() as stack:
         environ = {

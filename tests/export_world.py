@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from influxdb1 import InfluxDB1
 from seaweed import Seaweed
 
-DEVICES = ("D1", "D2", "D3")
+DEVICES = ("D1", "D2")
 TAGS = {"device_type": "bulb", "location": "Plant-A"}
 FURTHER = "line"
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
@@ -168,23 +168,32 @@ class Objects:
     """Every row of every object. What did not change since it was last read is not read again."""
 
     bucket: Bucket
-    _known: dict[str, tuple[str, list[tuple[Row, Fields]]]] = field(default_factory=dict)
+    _known: dict[str, tuple[str, list[tuple[Row, Fields]], set[Row]]] = field(default_factory=dict)
 
     def rows(self) -> dict[Row, list[Fields]]:
         """Each row as often as it is there."""
-        listed = {key: etag for key, etag in self.bucket.listed().items() if not any(each in key for each in BESIDE)}
-        self._known = {key: known for key, known in self._known.items() if listed.get(key) == known[0]}
-        for key in listed.keys() - self._known.keys():
-            self._known[key] = listed[key], list(_rows_of(self.bucket.content(key)))
+        self._look()
         found: dict[Row, list[Fields]] = {}
-        for _, rows in self._known.values():
+        for _, rows, _ in self._known.values():
             for row, fields in rows:
                 found.setdefault(row, []).append(fields)
         return found
 
+    def missing(self, wanted: set[Row]) -> set[Row]:
+        """Those that are in no object."""
+        self._look()
+        return wanted.difference(*(rows for _, _, rows in self._known.values()))
+
     def keys_of(self, row: Row) -> list[str]:
         """In which objects a row is."""
-        return [key for key, (_, rows) in self._known.items() if any(each == row for each, _ in rows)]
+        return [key for key, (_, _, rows) in self._known.items() if row in rows]
+
+    def _look(self) -> None:
+        listed = {key: etag for key, etag in self.bucket.listed().items() if not any(each in key for each in BESIDE)}
+        self._known = {key: known for key, known in self._known.items() if listed.get(key) == known[0]}
+        for key in listed.keys() - self._known.keys():
+            rows = list(_rows_of(self.bucket.content(key)))
+            self._known[key] = listed[key], rows, {row for row, _ in rows}
 
 
 def _rows_of(body: bytes) -> Iterator[tuple[Row, Fields]]:

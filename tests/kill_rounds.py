@@ -273,6 +273,7 @@ def sit(live: Callable[[Path, str, int], Mapping[str, Any]], description: str) -
     parser.add_argument("--folder", type=Path, default=None, help="keeps sittings.jsonl; without it nothing is kept")
     given = parser.parse_args()
     until = time.monotonic() + given.minutes * 60
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the processes that were started
     with tempfile.TemporaryDirectory(prefix="kill-rounds-") as temporary:
         folder: Path = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
