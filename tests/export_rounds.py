@@ -3,9 +3,9 @@ what is left with what the source holds.
 
 `uv run python tests/export_rounds.py [--rounds 2000] [--seed 1] [--minutes 60] [--folder FOLDER]`; see `kill_rounds`.
 
-A sitting has one installation: a state on SQLite or PostgreSQL, objects in a directory or on a real S3 server, and up to
-two daemons at once. All its clocks begin in the past, so that windows and days can pass in no time and a store's clock
-is never behind.
+A sitting has one installation: a state on SQLite or PostgreSQL, objects in a directory or on a real S3 server, and up
+to two daemons at once. Its time begins 30 days ago, so that windows and days can pass at once and the store's clock,
+which is the machine's, is never behind.
 """
 
 import os
@@ -15,22 +15,33 @@ import signal
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from daemon import free_port
 from export_states import PostgresState, SavedState, SqliteState
-from export_world import Bucket, Folder, Objects, Source, bucket_on, differences
-from fake_clock import FakeClock
+from export_world import Bucket, Fields, Folder, Objects, Row, S3Bucket, Source, differences
+from fake_clock import FakeClock, RightTime
 from influxdb1 import InfluxDB1, running_influxdb1
-from kill_rounds import FAULTS, KILLED, TTL_SECONDS, UNDISTURBED, WEDGED_AFTER_SECONDS, WORLD_ROUNDS, Command, Runner, sit, started
+from kill_rounds import (
+    FAULTS,
+    KILLED,
+    TTL_SECONDS,
+    UNDISTURBED,
+    WEDGED_AFTER_SECONDS,
+    WORLD_ROUNDS,
+    Command,
+    Runner,
+    sit,
+    started,
+)
 from postgres import PostgresServer, running_postgres
 from seaweed import SERVICES, Seaweed, free_ports, running
 
@@ -92,25 +103,21 @@ class Replica:
 
 @dataclass
 class Sitting:
-    """Rounds on one installation. `ahead`: the right time, against the machine's."""
+    """Rounds on one installation."""
 
     chance: random.Random
     source: Source
     objects: Objects
     state: SavedState
     replicas: tuple[Replica, Replica]
-    database_clock: FakeClock
+    right: RightTime
     environ: dict[str, str]
-    ahead: timedelta = -PAST
     counts: Counter[str] = field(default_factory=Counter)
     recoveries: list[float] = field(default_factory=list)
 
-    def now_ns(self) -> int:
-        """The right time."""
-        return time.time_ns() + self.ahead // timedelta(microseconds=1) * 1000
-
     def live(self, rounds: int) -> dict[str, Any]:
         """All rounds, then everything to its end; what was counted."""
+        self.counts.update(dict.fromkeys((*ACTS, *FAULTS), 0))
         self._start(self.replicas[0])
         self._recover()
         for _ in range(rounds):
@@ -122,6 +129,11 @@ class Sitting:
             self._recover()
         self._finish()
         return {**self.counts, "rounds": rounds, "recovery_seconds": [round(each, 2) for each in self.recoveries]}
+
+    def close(self) -> None:
+        """No process is left."""
+        for replica in self._alive():
+            replica.kill()
 
     # ---- what happens to it ----
 
@@ -142,7 +154,7 @@ class Sitting:
         os.kill(paused.pid, signal.SIGSTOP)
         time.sleep(TTL_SECONDS)
         if self.chance.random() < 0.7:
-            self._pass(self.chance.choice(WINDOWS_SECONDS))
+            self.right.go_on(self.chance.choice(WINDOWS_SECONDS))
         time.sleep(self.chance.uniform(0.1, 1.5) * TTL_SECONDS)
         os.kill(paused.pid, signal.SIGCONT)
 
@@ -166,11 +178,10 @@ class Sitting:
         return self.state.empty(self.chance)
 
     def _step(self) -> None:
-        """One clock is wrong for a while: that of the database, or that of a daemon which may have just started."""
-        wrong = self.ahead + timedelta(seconds=self.chance.choice((-1, 1)) * self.chance.choice(STEPS_SECONDS))
-        self.chance.choice((self.database_clock, *(each.clock for each in self.replicas))).set(wrong)
-        if self.chance.random() < 0.5:
-            self._perhaps_kill_all()
+        """One clock is wrong for a while: a daemon's, which may have just started, or that of the database."""
+        seconds = self.chance.choice((-1, 1)) * self.chance.choice(STEPS_SECONDS)
+        self.chance.choice(self.right.clocks).set(self.right.ahead + timedelta(seconds=seconds))
+        self._perhaps_kill_all()
         if not self._alive():
             self._start(self.replicas[0])
         time.sleep(self.chance.uniform(0.5, 2.5))
@@ -185,29 +196,22 @@ class Sitting:
         """Now, and not once a day."""
         for replica in self._alive():
             url = f"http://127.0.0.1:{replica.port}/ops/jobs/influx_to_s3_reconcile/run"
-            with suppress(OSError), urllib.request.urlopen(urllib.request.Request(url, b"", method="POST"), timeout=3):  # noqa: S310
-                return True
+            with suppress(httpx.HTTPError):
+                return httpx.post(url, timeout=3).is_success
         return False
 
     # ---- what comes after ----
 
     def _calm_down(self) -> None:
         """All clocks are right, time goes on, and at least one daemon runs."""
-        self._pass(self.chance.choice((0, 0, 60, 300, 1200, self._to_midnight_seconds())))
+        # When a day begins, other window lengths take effect.
+        to_next_day = 86_400 - self.right.now_ns() // 10**9 % 86_400
+        self.right.go_on(self.chance.choice((0, 0, 60, 300, 1200, to_next_day + 900)))
         alive = self._alive()
         if len(alive) == 2 and self.chance.random() < 0.6:
-            self._end(self.chance.choice(alive))
+            self._end(alive[0])
         elif not alive:
             self._start(self.chance.choice(self.replicas))
-
-    def _to_midnight_seconds(self) -> int:
-        """To some minutes after the next change of day, when other window lengths take effect."""
-        return 86_400 - self.now_ns() // 10**9 % 86_400 + 900
-
-    def _pass(self, seconds: float) -> None:
-        self.ahead += timedelta(seconds=seconds)
-        for clock in (self.database_clock, *(each.clock for each in self.replicas)):
-            clock.set(self.ahead)
 
     def _recover(self) -> None:
         """Until a point of each device that is written now has come through; otherwise all start anew."""
@@ -226,34 +230,32 @@ class Sitting:
         self.recoveries.append(time.monotonic() - began)
 
     def _finish(self) -> None:
-        """Everything becomes due and is brought in: by the job, by the reconcile, and corrected values by a backfill."""
+        """Everything becomes due, and comes in by the job and the reconcile; corrected values at last by a backfill."""
         for replica in self._alive():
             self._end(replica)
         self.source.stop()
-        self._pass(2 * HOUR_SECONDS)
-        runner = self.replicas[0]
+        self.right.go_on(2 * HOUR_SECONDS)
         for job in ("influx_to_s3", "influx_to_s3_reconcile"):
-            self._to_the_end(runner, ("run", job))
+            self._to_the_end(("run", job))
         source = self.source.rows()
-        self.counts["late_corrections"] = self._compare(source)["stale"]
-        span = ("--from", _hour(self.source.start_ns), "--to", _hour(self.now_ns()))
-        if self.counts["late_corrections"]:
-            self._to_the_end(runner, ("backfill", "influx_to_s3", *span))
-        after = self._compare(source)
-        self.counts.update(after)
-        self.counts["rows"] = len(source)
-        self._to_the_end(runner, ("verify", "influx_to_s3", *span), fault="unequal")
+        found = self._compare(source)
+        span = ("--from", _hour(self.source.start_ns), "--to", _hour(self.right.now_ns()))
+        if found["stale"]:
+            self._to_the_end(("backfill", "influx_to_s3", *span))
+            found["corrected_by_backfill"] = found["stale"]
+            found["stale"] = self._compare(source)["stale"]
+        self.counts.update(rows=len(source), **found)
+        self._to_the_end(("verify", "influx_to_s3", *span), fault="unequal")
 
-    def _compare(self, source: Mapping[Any, Any]) -> Counter[str]:
+    def _compare(self, source: Mapping[Row, Fields]) -> Counter[str]:
         objects = self.objects.rows()
-        found = differences(source, objects)
         for row in [row for row in {**source, **objects} if objects.get(row) != [source.get(row)]][:10]:
             told = f"{row}: {source.get(row)} at the source, {objects.get(row)} in {self.objects.keys_of(row)}"
             sys.stderr.write(f"{self.replicas[0].folder}: {told}\n")
-        return found
+        return differences(source, objects)
 
-    def _to_the_end(self, replica: Replica, command: Command, fault: str = "wedged") -> None:
-        deadline = time.monotonic() + WEDGED_AFTER_SECONDS
+    def _to_the_end(self, command: Command, fault: str = "wedged") -> None:
+        replica, deadline = self.replicas[0], time.monotonic() + WEDGED_AFTER_SECONDS
         while True:
             replica.begin(command, {**self.environ, **self.state.environ, **UNDISTURBED})
             code = replica.ended()
@@ -276,11 +278,6 @@ class Sitting:
             sys.stderr.write(f"{replica.folder} ended with {replica.ended()}:\n{replica.log[-6000:]}\n")
             alive.remove(replica)
         return self.chance.sample(alive, len(alive))
-
-    def close(self) -> None:
-        """No process is left."""
-        for replica in self._alive():
-            replica.kill()
 
     def _start(self, replica: Replica) -> None:
         replica.begin((), {**self.environ, **self.state.environ, **KILLED})
@@ -329,63 +326,51 @@ def _readable_folder() -> Iterator[str]:
         yield folder
 
 
-def lived(servers: Servers, runners: tuple[Runner, Runner], folder: Path, seed: str, rounds: int) -> dict[str, Any]:
-    """One sitting in a new folder; what was counted."""
+def lived(servers: Servers, runners: Sequence[Runner], folder: Path, seed: str, rounds: int) -> dict[str, Any]:
+    """One sitting in a new folder; what was counted. Sittings in a row have every pair of state and store."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
-    # By the number of its first round, so that sittings in a row have every pair.
     number = int(seed.rpartition("-")[2]) // WORLD_ROUNDS
     on_postgres, on_s3 = number % 2 == 1, number // 2 % 2 == 1
+    chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
+    a, b = (Replica(runner, FakeClock(folder / f"clock-{n}"), folder / f"{n}") for n, runner in enumerate(runners))
+    right = RightTime(-PAST, (servers.clock, a.clock, b.clock) if on_postgres else (a.clock, b.clock))
+    database = servers.influx.new_database()
+    state: SavedState = SqliteState(folder / "data", folder / "backup.db")
+    if on_postgres:
+        state = PostgresState(servers.postgres, servers.postgres.new_database())
     with ExitStack() as stack:
-        environ = {
-            "DATA_DIR": str(folder / "data"),
-            "INFLUXDB_URL": servers.influx.url,
-            "INFLUXDB_TOKEN": "none",
-            "INFLUXDB_API": "influxql",
-            "INFLUXDB_DATABASE": servers.influx.new_database(),
-            "EXPORT_INTERVAL_SECONDS": "1",
-            "EXPORT_WINDOW_SECONDS": str(chance.choice(WINDOWS_SECONDS)),
-            "EXPORT_GRACE_SECONDS": chance.choice(("0", "300", "1200")),
-            "EXPORT_TIMESTAMP_UNIT": chance.choice(("us", "ns")),
-            "LOOKBACK_HOURS": "1",
-            "RECONCILE_DAYS": "60",
-        }
         bucket: Bucket = Folder(folder / "data" / "objects")
         if on_s3:
-            bucket = stack.enter_context(contextmanager(bucket_on)(servers.seaweed))
-            environ |= {
-                "S3_BUCKET": bucket.name,
-                "S3_ENDPOINT_URL": servers.seaweed.endpoint_url,
-                "S3_ADDRESSING_STYLE": "path",
-                "S3_ACCESS_KEY_ID": servers.seaweed.access_key,
-                "S3_SECRET_ACCESS_KEY": servers.seaweed.secret_key,
-            }
-        state: SavedState
-        if on_postgres:
-            state = PostgresState(servers.postgres, servers.postgres.new_database())
-        else:
-            state = SqliteState(folder / "data", folder / "backup.db", {})
-        replicas = tuple(
-            Replica(runner, FakeClock(folder / f"clock-{name}"), folder / name)
-            for runner, name in zip(runners, ("a", "b"), strict=True)
-        )
-        counts = Counter(dict.fromkeys((*ACTS, "rows", "late_corrections", *FAULTS), 0))
-        source = Source(servers.influx, environ["INFLUXDB_DATABASE"], time.time_ns, chance=random.Random(f"{seed}-points"))  # noqa: S311
-        sitting = Sitting(chance, source, Objects(bucket), state, replicas, servers.clock, environ, counts=counts)  # type: ignore[arg-type]
-        source.now_ns = sitting.now_ns
+            client = stack.enter_context(closing(servers.seaweed.client()))
+            bucket = S3Bucket(client, servers.seaweed)
+        environ = {**settings(chance), **bucket.environ, "DATA_DIR": str(folder / "data")}
+        environ |= {"INFLUXDB_URL": servers.influx.url, "INFLUXDB_DATABASE": database}
+        source = stack.enter_context(Source(servers.influx, database, right.now_ns, random.Random(f"points {seed}")))  # noqa: S311
+        sitting = Sitting(chance, source, Objects(bucket), state, (a, b), right, environ)
         stack.callback(sitting.close)
-        sitting._pass(0)
-        stack.enter_context(source)
         found = sitting.live(rounds)
     return {"state": "postgresql" if on_postgres else "sqlite", "store": "s3" if on_s3 else "directory", **found}
+
+
+def settings(chance: random.Random) -> dict[str, str]:
+    """Of one installation, without where its systems are."""
+    return {
+        "INFLUXDB_TOKEN": "none",
+        "INFLUXDB_API": "influxql",
+        "EXPORT_INTERVAL_SECONDS": "1",
+        "EXPORT_WINDOW_SECONDS": str(chance.choice(WINDOWS_SECONDS)),
+        "EXPORT_GRACE_SECONDS": chance.choice(("0", "300", "1200")),
+        "EXPORT_TIMESTAMP_UNIT": chance.choice(("us", "ns")),
+        "LOOKBACK_HOURS": "1",
+        "RECONCILE_DAYS": "60",
+    }
 
 
 def main() -> int:
     """See the module."""
     with tempfile.TemporaryDirectory(prefix="export-rounds-") as folder, serving(Path(folder)) as (servers, *runners):
-        a, b = runners
-        return sit(lambda place, seed, rounds: lived(servers, (a, b), place, seed, rounds), str(__doc__))
+        return sit(lambda place, seed, rounds: lived(servers, runners, place, seed, rounds), str(__doc__))
 
 
 if __name__ == "__main__":

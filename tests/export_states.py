@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class SqliteState:
 
     folder: Path
     backup: Path
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def _file(self) -> Path:
@@ -166,7 +166,8 @@ class PostgresState:
                 self.server.run_sql(f"ALTER DATABASE {template} ALLOW_CONNECTIONS true")
 
     def _copied(self, name: str, template: str) -> None:
-        self.server.run_sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'")
+        sessions = f"pg_stat_activity WHERE datname = '{template}'"
+        self.server.run_sql(f"SELECT pg_terminate_backend(pid) FROM {sessions}")  # noqa: S608 - a name of our own
         self.server.run_sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         self.server.run_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
@@ -180,7 +181,9 @@ def _until_done(act: Callable[[], None], tries: int = 50) -> None:
     """A session that was told to end needs a moment."""
     for left in reversed(range(tries)):
         try:
-            return act()
+            act()
         except psycopg.errors.ObjectInUse:
             if not left:
                 raise
+        else:
+            return

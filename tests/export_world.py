@@ -6,10 +6,10 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ class Source:
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Source":
+    def __enter__(self) -> Self:
         self.start_ns = self.now_ns()
         self._thread = threading.Thread(target=self._go_on, name="points")
         self._thread.start()
@@ -63,7 +63,7 @@ class Source:
         """One more point of each device."""
         at = self.now_ns()
         self.server.write(self.database, "\n".join(f"{_series(device)} voltage=1 {at}" for device in DEVICES))
-        return {(device, *TAGS.values(), "", at) for device in DEVICES}
+        return {(device, TAGS["device_type"], TAGS["location"], "", at) for device in DEVICES}
 
     def rows(self) -> dict[Row, Fields]:
         """All points, as a plain query tells them."""
@@ -76,13 +76,15 @@ class Source:
             self.server.write(self.database, "\n".join(self._lines()))
 
     def _lines(self) -> Iterator[str]:
-        """A new point of each device, and now and then a late or future one, one with a tag of its own, another value of
-        a point that is there, and a field that comes later than the others.
+        """A new point of each device, now and then a late or future one or one with a further tag; of earlier points
+        another value or a further field.
         """
         chance = self.chance
         for device in DEVICES:
             yield self._new(_series(device), self.now_ns() - chance.randrange(2 * 10**9))
-        series = _series(chance.choice(DEVICES), **({FURTHER: f"L{chance.randrange(3)}"} if chance.random() < 0.5 else {}))
+        series = _series(
+            chance.choice(DEVICES), **({FURTHER: f"L{chance.randrange(3)}"} if chance.random() < 0.5 else {})
+        )
         if chance.random() < 0.3:
             age_ns = int(chance.expovariate(1 / (30 * MINUTE_NS)))
             yield self._new(series, max(self.start_ns, self.now_ns() - age_ns))
@@ -122,11 +124,17 @@ def _points(series: Any) -> Iterator[tuple[Row, Fields]]:
 
 
 class Bucket(Protocol):
-    """Where objects are: all keys below the prefix with what changes with each write, and the bytes of one."""
+    """Where objects are."""
 
-    def listed(self) -> dict[str, str]: ...
+    @property
+    def environ(self) -> Mapping[str, str]:
+        """The settings that name it, beside DATA_DIR."""
 
-    def content(self, key: str) -> bytes: ...
+    def listed(self) -> dict[str, str]:
+        """Every key, with what changes with each write."""
+
+    def content(self, key: str) -> bytes:
+        """The bytes of one."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +142,12 @@ class Folder:
     """Objects in a directory."""
 
     root: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def listed(self) -> dict[str, str]:
         found = {}
-        for path in self.root.rglob("*"):
-            if path.is_file():
+        for path in self.root.rglob("*.parquet"):
+            with suppress(FileNotFoundError):  # one that is still being written
                 seen = path.stat()
                 found[f"/{path.relative_to(self.root)}"] = f"{seen.st_ino} {seen.st_mtime_ns}"
         return found
@@ -147,19 +156,26 @@ class Folder:
         return (self.root / key[1:]).read_bytes()
 
 
-@dataclass(frozen=True)
 class S3Bucket:
-    """Objects of a real S3 server."""
+    """Objects in a bucket of its own on a real S3 server."""
 
-    client: Any
-    name: str
+    def __init__(self, client: Any, server: Seaweed) -> None:
+        self._client = client
+        self._name = server.new_bucket()
+        self.environ = {
+            "S3_BUCKET": self._name,
+            "S3_ENDPOINT_URL": server.endpoint_url,
+            "S3_ADDRESSING_STYLE": "path",
+            "S3_ACCESS_KEY_ID": server.access_key,
+            "S3_SECRET_ACCESS_KEY": server.secret_key,
+        }
 
     def listed(self) -> dict[str, str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name)
         return {f"/{item['Key']}": item["ETag"] for page in pages for item in page.get("Contents", ())}
 
     def content(self, key: str) -> bytes:
-        body: bytes = self.client.get_object(Bucket=self.name, Key=key[1:])["Body"].read()
+        body: bytes = self._client.get_object(Bucket=self._name, Key=key[1:])["Body"].read()
         return body
 
 
@@ -204,7 +220,7 @@ def _rows_of(body: bytes) -> Iterator[tuple[Row, Fields]]:
     left = [name for name in table.column_names if name not in (*COMPUTED, *TIMES)]
     for at, row in zip(times.tolist(), table.select(left).to_pylist(), strict=True):
         named = [row.pop(name, None) or "" for name in ("device_id", *TAGS, FURTHER)]
-        yield (*named, at), {name: cell for name, cell in row.items() if cell is not None}  # type: ignore[misc]
+        yield (*named, at), {name: cell for name, cell in row.items() if cell is not None}
 
 
 def differences(source: Mapping[Row, Fields], objects: Mapping[Row, list[Fields]]) -> Counter[str]:
@@ -215,8 +231,3 @@ def differences(source: Mapping[Row, Fields], objects: Mapping[Row, list[Fields]
         invented=len(objects.keys() - source.keys()),
         stale=sum(all(fields != source[row] for fields in objects[row]) for row in source.keys() & objects.keys()),
     )
-
-
-def bucket_on(seaweed: Seaweed) -> Iterator[S3Bucket]:
-    with closing(seaweed.client()) as client:
-        yield S3Bucket(client, seaweed.new_bucket())

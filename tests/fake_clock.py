@@ -1,5 +1,7 @@
 """A wall clock that a test sets, for processes of its own; their monotonic clock is the machine's."""
 
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,3 +27,22 @@ class FakeClock:
         new = self._file.with_suffix(".new")
         new.write_text(f"{ahead.total_seconds():+.0f}s")
         new.replace(self._file)
+
+
+class RightTime:
+    """The time that is right in a world where it passes as the test likes: `ahead` of this machine's."""
+
+    def __init__(self, ahead: timedelta, clocks: Sequence[FakeClock]) -> None:
+        self.ahead = ahead
+        self.clocks = clocks
+        self.go_on(0)
+
+    def now_ns(self) -> int:
+        """Nanoseconds since the epoch."""
+        return time.time_ns() + self.ahead // timedelta(microseconds=1) * 1000
+
+    def go_on(self, seconds: float) -> None:
+        """So much passes at once; all clocks are right then."""
+        self.ahead += timedelta(seconds=seconds)
+        for clock in self.clocks:
+            clock.set(self.ahead)

@@ -109,7 +109,11 @@ def running(directory: Path, ports: list[int], *, checks_keys: bool = True) -> I
     environment = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # of seven volumes a bucket, one is enough
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            _command(directory, server, ports, checks_keys=checks_keys), stdout=log, stderr=log, cwd=directory, env=environment
+            _command(directory, server, ports, checks_keys=checks_keys),
+            stdout=log,
+            stderr=log,
+            cwd=directory,
+            env=environment,
         )
     try:
         _wait_until_ready(server, process, directory / "log")

@@ -1,4 +1,4 @@
-"""Forty rounds of the program that kills, pauses and confuses daemons that export a real InfluxDB; see `export_rounds`."""
+"""Forty rounds of the program that kills, pauses and confuses daemons of the export; see `export_rounds`."""
 
 from collections.abc import Iterator
 from pathlib import Path
