@@ -1,5 +1,5 @@
 # Everything here also works by hand: each target is one command. `make check` is what CI runs, less its installs.
-.PHONY: help setup test slow format lint lock upgrade lock-check wheel-check hosts-check check
+.PHONY: help setup test slow snapshots format lint lock upgrade lock-check wheel-check hosts-check check
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,6 +12,9 @@ test: ## the fast tests
 
 slow: ## crash, load and conformance runs
 	uv run pytest -m slow
+
+snapshots: ## accept a change of the public interface: write tests/snapshots anew
+	ACCEPT_SNAPSHOTS=1 uv run pytest -n 0 tests/test_snapshots.py
 
 format: ## put the code into its form
 	uv run ruff format .

@@ -89,6 +89,14 @@ class MemoryCheckpoints:
             held = self._records.get((pipeline, partition), {})
             return [record for (start, _), record in sorted(held.items()) if since <= start < until]
 
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        names = [partition for name, partition in list(self._records) if name == pipeline]
+        return {name: self.records(pipeline, name, since, datetime.max.replace(tzinfo=UTC)) for name in names}
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        for partition, commit in commits:
+            self.commit(pipeline, partition, commit, lease)
+
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         of = (pipeline, partition)
         with self._leases.lock:

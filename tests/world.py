@@ -270,8 +270,21 @@ class Process:
         found = [r for (name, at, _), r in self.world.records.items() if name == partition and since <= at < until]
         return sorted(found, key=lambda record: (record.window.start, record.part))
 
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        names = {name for name, _, _ in self.world.records}
+        return {name: self.records(pipeline, name, since, datetime.max.replace(tzinfo=UTC)) for name in names}
+
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
-        self.hook(f"before commit {partition}")
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        names = " ".join(partition for partition, _ in commits)
+        self.hook(f"before commit {names}")
+        for partition, commit in commits:
+            self._commit(partition, commit)
+        self.hook(f"after commit {names}")
+
+    def _commit(self, partition: str, commit: Commit) -> None:
         for record in commit.records:
             self.world.records[partition, record.window.start, record.part] = record
         for window in commit.folded:
@@ -281,7 +294,6 @@ class Process:
             self.world.starts.setdefault(partition, commit.cursor_at)
             known = self.world.cursors.get(partition, commit.cursor_at)
             self.world.cursors[partition] = max(known, commit.cursor_at)
-        self.hook(f"after commit {partition}")
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         self.world.failures[partition] = message

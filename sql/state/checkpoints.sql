@@ -41,6 +41,15 @@ WHERE
     AND window_start >= :since_at AND window_start < :until_at
 ORDER BY window_start, part;
 
+-- name: live_records
+-- The records of all partitions, of windows that start at since_at or later.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, source_fields, source_digest
+FROM export_windows
+WHERE pipeline = :pipeline AND window_start >= :since_at
+ORDER BY device_id, window_start, part;
+
 -- name: save_record
 -- Insert or replace the record of one object.
 INSERT INTO export_windows (

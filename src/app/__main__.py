@@ -7,11 +7,11 @@ anything heavy is imported, and whatever goes wrong ends as one clear line on st
 """
 
 import argparse
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -235,9 +235,8 @@ def google(given: argparse.Namespace) -> int:
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # the address is to be seen, also through a pipe
-    kept = credentials.consent(where, open_browser=not given.no_browser)
+    with redirect_stdout(sys.stderr):  # the address, which the library prints
+        kept = credentials.consent(where, open_browser=not given.no_browser)
     from app.ops import output
 
     text = f"the token is kept in {kept}; it is renewed there"

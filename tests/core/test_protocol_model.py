@@ -440,6 +440,9 @@ def faults(rules: Rules, world: Model) -> str:
     return broken + "q" * bool({"get", "put"} & set(trace))
 
 
+pytestmark = pytest.mark.timeout(600)  # each takes some seconds of CPU, which a busy machine gives slowly
+
+
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
     """Hundreds of thousands of tuples that stay: looking for garbage among them takes half of the time."""

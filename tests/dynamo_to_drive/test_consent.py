@@ -30,16 +30,16 @@ def asking(drive: DriveSimulator, folder: Path) -> Iterator[tuple["subprocess.Po
     # The simulator has no certificate, which OAuth asks for.
     environ = {"OAUTHLIB_INSECURE_TRANSPORT": "1", "LOG_FILE": "off", "GOOGLE_CREDENTIALS_FILE": str(secrets)}
     with subprocess.Popen(
-        [sys.executable, "-m", "app", "google", "--no-browser"],
+        [sys.executable, "-m", "app", "google", "--no-browser", "--json"],
         env={**base, **environ, "DATA_DIR": str(folder)},
         cwd=folder,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            assert process.stdout is not None
-            lines = (re.search(r"http://\S+/auth\S+", line) for line in process.stdout)
+            assert process.stderr is not None
+            lines = (re.search(r"http://\S+/auth\S+", line) for line in process.stderr)
             yield process, next(found.group() for found in lines if found)
         finally:
             process.kill()
@@ -52,13 +52,14 @@ def test_a_consent_is_kept_for_its_owner_only_and_opens_drive(tmp_path: Path) ->
         with asking(ship.drive, tmp_path) as (process, address):
             with urllib.request.urlopen(address, timeout=20) as answer:  # noqa: S310 - loopback
                 assert b"completed" in answer.read()
-            said, _ = process.communicate(timeout=30)
-            assert process.returncode == 0, said
+            said, told = process.communicate(timeout=30)
+            assert process.returncode == 0, told
         kept = tmp_path / "google_token.json"
-        assert f"the token is kept in {kept}" in said
+        assert json.loads(said) == {"token_file": str(kept)}, "the address is no part of the document"
         assert kept.stat().st_mode & 0o777 == 0o600
         assert not any(
-            secret in said for secret in (ship.drive.state.tokens.client["client_secret"], "ya29.", "1//", "?code=")
+            secret in said + told
+            for secret in (ship.drive.state.tokens.client["client_secret"], "ya29.", "1//", "?code=")
         )
         ship.put_rows(START, 5)
         ship.now = START + timedelta(minutes=5)
@@ -81,8 +82,8 @@ def test_a_consent_that_is_not_given_is_one_line_with_the_next_step_and_keeps_no
         asked = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()}
         back = f"{asked['redirect_uri']}?{urlencode({'state': asked['state'], **said})}"
         urllib.request.urlopen(back, timeout=20).close()  # noqa: S310 - loopback
-        told, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
+        printed, told = process.communicate(timeout=30)
+    assert (process.returncode, printed) == (1, "")
     assert "Traceback" not in told
     assert "python -m app google" in told
     assert not (tmp_path / "google_token.json").exists()

@@ -2,7 +2,8 @@
 
 Invariants: a partition gets its first cursor committed before anything of it is read, so an outage that follows cannot
 move its start. A partition that fails waits longer each time, by itself, and is tried after all others: however many
-fail, they delay nobody.
+fail, they delay nobody. Many windows are committed together, each after its object was written: a crash in between
+repeats those writes onto the same names.
 """
 
 import logging
@@ -16,8 +17,8 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.ports import Batch, Commit, Count, Encoded
-from app.core.runs import Context, Failure, Report
+from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Record
+from app.core.runs import Context, Failure, Lease, Report
 from app.core.sync import Done, Pipeline, Position, sync_partition, waiting
 from app.core.window import Age, Window, age_of
 
@@ -27,6 +28,7 @@ E = TypeVar("E", bound=Encoded)
 log = logging.getLogger(__name__)
 
 UNNAMED = ""  # the rows that name no partition; older versions kept the instant of their last discovery there
+COMMITS, COMMIT_SECONDS = 64, 5.0
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(hours=1)
 
@@ -98,9 +100,82 @@ class Pass:
     retry_seconds: float = 20.0
 
 
+class BatchedCheckpoints:
+    """The checkpoints of one pass: the records of live windows are read in one question, and commits are made together,
+    COMMITS at a time or after COMMIT_SECONDS. From any thread.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, pipeline: str, live_since: datetime | None) -> None:
+        self._checkpoints = checkpoints
+        self._live_since = live_since
+        self._live = checkpoints.live_records(pipeline, live_since) if live_since else {}
+        self._waiting: list[tuple[str, Commit]] = []
+        self._flush_at = 0.0
+        self._lock = threading.Lock()
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`."""
+        return self._checkpoints.cursors(pipeline)
+
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.starts`."""
+        return self._checkpoints.starts(pipeline)
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """See `Checkpoints.records`. Those of live windows are as they were when the pass began."""
+        if self._live_since is None or since < self._live_since:
+            return self._checkpoints.records(pipeline, partition, since, until)
+        return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
+
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`."""
+        return self._checkpoints.live_records(pipeline, since)
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
+        with self._lock:
+            if not self._waiting:
+                self._flush_at = time.monotonic() + COMMIT_SECONDS
+            self._waiting += commits
+            is_urgent = any(commit.folded for _, commit in commits)
+            if is_urgent or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
+                self._flush(pipeline, lease)
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""
+        self.flush(pipeline, lease)
+        self._checkpoints.fail(pipeline, partition, message, lease)
+
+    def flush(self, pipeline: str, lease: Lease) -> None:
+        """Make the commits that wait."""
+        with self._lock:
+            self._flush(pipeline, lease)
+
+    def _flush(self, pipeline: str, lease: Lease) -> None:
+        if not self._waiting:
+            return
+        try:
+            self._checkpoints.commit_all(pipeline, self._waiting, lease)
+        except Rejected:
+            for partition, commit in self._waiting:
+                try:
+                    self._checkpoints.commit(pipeline, partition, commit, lease)
+                except Rejected as error:
+                    log.warning("partition %r cannot have a checkpoint: %s", partition, error)
+        self._waiting = []
+
+
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
+    live_since = next((window.start for window in live_windows(pipeline, how.now)), None)
+    checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, live_since)
+    pipeline = replace(pipeline, checkpoints=checkpoints)
     cursors = _cursors(pipeline, context, how)
+    checkpoints.flush(pipeline.name, context.lease)
     live = live_counts(pipeline, how.now)
     if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
@@ -117,7 +192,13 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     def left(partition: str) -> Report:
         return Report(ledger=waiting(pipeline.unit, live.get(partition, {}).values()))
 
-    return isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
+    try:
+        report = isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
+    except (Transient, Permanent, Stopped):
+        checkpoints.flush(pipeline.name, context.lease)
+        raise
+    checkpoints.flush(pipeline.name, context.lease)
+    return report
 
 
 def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
@@ -137,17 +218,9 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[s
     for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
             known[partition] = how.first_at
-            _begin(pipeline, context, partition, how.first_at)
+            if not context.dry_run:
+                pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=how.first_at), context.lease)
     return known
-
-
-def _begin(pipeline: Pipeline[B, E], context: Context, partition: str, cursor_at: datetime) -> None:
-    if context.dry_run:
-        return
-    try:
-        pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=cursor_at), context.lease)
-    except Rejected as error:
-        log.warning("partition %r cannot have a checkpoint: %s", partition, error)
 
 
 def live_counts(pipeline: Pipeline[B, E], now: datetime) -> Mapping[str, Mapping[datetime, Count]]:

@@ -242,8 +242,14 @@ class Checkpoints(Protocol):
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
 
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """`records` of every partition, of windows that start at or after `since`, in one question."""
+
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """`commit` of many (partition, commit), in this order, in one transaction."""
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """Note why the partition could not go on; its cursor stays."""

@@ -56,18 +56,33 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`."""
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
+        found: dict[str, list[Record]] = {}
+        for row in rows:
+            found.setdefault(row["device_id"], []).append(_record(row, now))
+        return found
+
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`."""
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
         with self._database.transaction() as session:
             now_at = self._fence(session, lease)
-            of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
-            if commit.records:
-                records = [{**of_now, **_columns(record)} for record in commit.records]
-                session.run_many(self._queries["save_record"], records)
-            for window in commit.folded:
-                session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
-            summary = {**_summary(commit), "until_at": now_at + AHEAD}
-            session.run(self._queries["save_checkpoint"], **of_now, **summary)
+            for partition, commit in commits:
+                of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
+                if commit.records:
+                    records = [{**of_now, **_columns(record)} for record in commit.records]
+                    session.run_many(self._queries["save_record"], records)
+                for window in commit.folded:
+                    session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
+                summary = {**_summary(commit), "until_at": now_at + AHEAD}
+                session.run(self._queries["save_checkpoint"], **of_now, **summary)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`."""
