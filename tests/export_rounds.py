@@ -52,7 +52,7 @@ STEPS_SECONDS = (2, 60, 600, 3600, 90_000, 40 * 86_400)
 BUSY_SECONDS = 20.0  # what a busy machine may take to start a daemon
 LOOK_SECONDS = 0.1
 ACTS = ("kill", "pause", "save", "set_back", "take_away", "damage", "empty", "step", "window", "reconcile")
-WEIGHTS = (4, 4, 3, 3, 2, 2, 1, 3, 2, 1)
+WEIGHTS = (4, 4, 3, 4, 2, 2, 1, 3, 2, 4)
 
 
 @dataclass(frozen=True)
