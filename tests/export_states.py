@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -150,9 +151,11 @@ class PostgresState:
         with psycopg.connect(self.url, autocommit=True) as connection:
             tables = [name for (name,) in connection.execute(PG_TABLES)]
             names = ", ".join(f'"{name}"' for name in _some(tables, chance))
-            if names:
-                connection.execute(f"TRUNCATE {names} CASCADE".encode())
-        return bool(names)
+            with suppress(psycopg.errors.DeadlockDetected):  # with a daemon at work, which PostgreSQL spared
+                if names:
+                    connection.execute(f"TRUNCATE {names} CASCADE".encode())
+                    return True
+        return False
 
     def _replace(self, name: str, template: str) -> None:
         """A copy of `template` in the place of `name`. Sessions of living processes are ended, as often as needed."""
@@ -185,5 +188,6 @@ def _until_done(act: Callable[[], None], tries: int = 50) -> None:
         except psycopg.errors.ObjectInUse:
             if not left:
                 raise
+            time.sleep(0.02)
         else:
             return
