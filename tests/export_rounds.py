@@ -73,13 +73,13 @@ class Replica:
     clock: FakeClock
     folder: Path
     pid: int = 0
-    command: Command = ()
+    port: int = 0
 
     def begin(self, command: Command, environ: Mapping[str, str]) -> None:
         """Start a command, or the daemon."""
-        given = {**environ, **self.clock.environ, "PORT": str(free_port())}
+        self.port = free_port()
+        given = {**environ, **self.clock.environ, "PORT": str(self.port)}
         self.pid = self.runner.begin(self.folder, command, given)
-        self.port = int(given["PORT"])
 
     @property
     def log(self) -> str:
@@ -122,9 +122,8 @@ class Sitting:
         self._recover()
         for _ in range(rounds):
             for act in self.chance.choices(ACTS, WEIGHTS, k=self.chance.choice((1, 1, 2, 3))):
-                done = getattr(self, f"_{act}")()
-                self.counts[act] += done is not False
-                time.sleep(self.chance.uniform(0, 0.4))
+                self._wait_for_work()
+                self.counts[act] += getattr(self, f"_{act}")() is not False
             self._calm_down()
             self._recover()
         self._finish()
@@ -136,6 +135,12 @@ class Sitting:
             replica.kill()
 
     # ---- what happens to it ----
+
+    def _wait_for_work(self) -> None:
+        """Daemons do most when windows fall due: let it happen in the midst of that."""
+        if self.chance.random() < 0.5:
+            self.right.go_on(self.chance.choice(WINDOWS_SECONDS))
+        time.sleep(self.chance.uniform(0, 0.8))
 
     def _kill(self) -> bool:
         """One daemon, or all of them."""
@@ -149,7 +154,7 @@ class Sitting:
         for replica in self.replicas:
             if not replica.pid:
                 self._start(replica)
-        time.sleep(self.chance.uniform(0.3, 1.5))
+                time.sleep(self.chance.uniform(0.3, 0.9))
         paused = self.chance.choice(self.replicas)
         os.kill(paused.pid, signal.SIGSTOP)
         time.sleep(TTL_SECONDS)
