@@ -1,5 +1,7 @@
 # Everything here also works by hand: each target is one command. `make check` is what CI runs, less its installs.
-.PHONY: help setup test slow snapshots format lint lock upgrade lock-check wheel-check hosts-check check
+SAMPLE ?= 20
+
+.PHONY: help setup test slow mutate snapshots format lint lock upgrade lock-check wheel-check hosts-check check
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,6 +14,9 @@ test: ## the fast tests
 
 slow: ## crash, load and conformance runs
 	uv run pytest -m slow
+
+mutate: ## MODULE=src/app/core/runs.py [SAMPLE=0] [TESTS="tests/ops tests/core"]: changes that no fast test notices
+	uv run python tools/mutate.py $(MODULE) --sample $(SAMPLE) $(if $(TESTS),--tests $(TESTS))
 
 snapshots: ## accept a change of the public interface: write tests/snapshots anew
 	ACCEPT_SNAPSHOTS=1 uv run pytest -n 0 tests/test_snapshots.py

@@ -27,7 +27,7 @@ HERE = Path(__file__)
 
 def event(chance: random.Random, number: int) -> dict[str, Any]:
     """An event with as much in it as those of a real project."""
-    from app.demo.product_events import amplitude_event
+    from simulators.amplitude import amplitude_event
 
     words = [f"{chance.getrandbits(40):x}" for _ in range(8)]
     made = amplitude_event("web", MONDAY, number)

@@ -39,7 +39,7 @@ PROVEN = ("influx_to_s3", "dynamo_to_drive", "amplitude", "appmetrica")
 
 def simulate(folder: Path) -> None:
     """The simulated systems alone: print the environment that points at them, and live until stdin ends."""
-    from app.demo.daemon import simulated
+    from simulators.demo import simulated
 
     with simulated({"DATA_DIR": str(folder), "LOG_LEVEL": "WARNING"}, live=True) as environ:
         sys.stdout.write(json.dumps(dict(environ)) + "\n")

@@ -8,7 +8,7 @@ import random
 import sys
 from datetime import UTC, datetime, timedelta
 
-from app.demo.http import Answer, Request, Server
+from simulators.http_server import Answer, Request, Server
 
 START = datetime(2026, 2, 7, 12, tzinfo=UTC)
 PAGE_ITEMS = 3300

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator
-from app.demo.product_events import amplitude_events
 from kill_rounds import Command, main
 from pull_rounds import backfill, delivered, hours_before, set_aside
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_events
 
 JOB, SOURCE = "amplitude", "web"
 BAD_LINES = (b'{"city":"Z\xfcrich"}', b'{"no":"uuid"}', b"{")

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator
-from app.demo.product_events import appmetrica_rows
 from kill_rounds import Command, main
 from pull_rounds import backfill, delivered, hours_before, set_aside
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 JOB = "appmetrica"
 BAD_LINES = (b"one,two", b'one,"Z\xfcrich')

@@ -6,6 +6,11 @@ would compile the program and its libraries anew.
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
 
 import last_version
 
@@ -26,6 +31,17 @@ pytest_plugins = (
 
 # A shallow clone has no history to build the last version from.
 collect_ignore = [] if last_version.is_available() else ["crash/test_upgrade_from_last_version.py"]
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where the machine has one: for tests of a hundred runs, which would wait for fsync only."""
+    shared = Path("/dev/shm")  # noqa: S108 - a folder of random name is made there
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with TemporaryDirectory(dir=shared, prefix="headwater-") as folder:
+        yield Path(folder)
 
 
 def pytest_report_header() -> list[str]:

@@ -13,10 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from app.core.window import floor_to
-from app.demo.drive import DriveSimulator
-from app.demo.drive_api import DriveFault
 from kill_rounds import Command, main
 from shipping import Shipping, item, shipping
+from simulators.drive import DriveFault, DriveSimulator
 
 HOURS = 5
 JOBS = ("dynamo_to_drive", "dynamo_to_drive_late", "dynamo_to_drive_reconcile")

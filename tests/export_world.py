@@ -68,7 +68,7 @@ class Source:
     def rows(self) -> dict[Row, Fields]:
         """All points, as a plain query tells them."""
         text = f'SELECT * FROM "{self.database}".."device_telemetry" GROUP BY *'  # noqa: S608 - a name of our own
-        results = json.loads(self.server.query(text, epoch="ns"))["results"]
+        results = json.loads(self.server.ask(q=text, epoch="ns"))["results"]
         return dict(_points(results[0].get("series", ())))
 
     def _go_on(self) -> None:

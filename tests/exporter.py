@@ -14,7 +14,6 @@ from app.core.ports import Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.sync import NOTHING
 from app.core.window import Window
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.influx_to_s3.verify import ExportEnds
 from app.settings import load_settings
@@ -23,6 +22,7 @@ from app.stores.objects import ObjectStore
 from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
 from exports import CountingStore, content, exported, objects, stored
+from simulators.influx import InfluxSimulator
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

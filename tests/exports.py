@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.core.errors import Permanent
-from app.demo.influx_points import Points
 from app.stores.objects import ObjectStore
+from simulators.influx_storage import Points
 
 FORMATS = ("parquet", "csv")
 COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import urllib3
 
-from app.demo.influx import InfluxSimulator
+from simulators.influx import InfluxSimulator
 
 ANNOTATIONS = ("datatype", "group", "default")
 NOON_NS = 1_770_465_600 * 10**9  # 2026-02-07T12:00:00Z
@@ -35,9 +35,3 @@ def post(simulator: InfluxSimulator, body: bytes, headers: dict[str, str], org: 
     url = f"{simulator.url}/api/v2/query?{urllib.parse.urlencode({'org': org or simulator.org})}"
     with urllib3.PoolManager(retries=False, timeout=10) as pool:
         return pool.request("POST", url, body=body, headers=headers)
-
-
-def get_influxql(url: str, text: str, **parameters: str) -> urllib3.BaseHTTPResponse:
-    """The whole answer to `GET /query`."""
-    with urllib3.PoolManager(retries=False, timeout=10) as pool:
-        return pool.request("GET", f"{url}/query?{urllib.parse.urlencode({'q': text, **parameters})}")

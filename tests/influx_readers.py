@@ -7,15 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import pyarrow as pa
-import pytest
 
 from app.core.window import Window
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.reader import Points, Reader
 from exporter import NOON, ns
+from simulators.influx import InfluxSimulator
 
 HOUR = Window(NOON, NOON + timedelta(hours=1))
 BASE = ns(NOON)
@@ -50,17 +49,6 @@ def influxql_without_credentials(
     url: str, database: str, *, policy: str = "", measurement: str = M, tag: str = "device_id"
 ) -> InfluxQlReader:
     return InfluxQlReader(Connection(Server(url)), InfluxQlTarget(database, policy, measurement, tag))
-
-
-@pytest.fixture(params=[flux, influxql])
-def make(request: pytest.FixtureRequest, influx: InfluxSimulator) -> Make:
-    """A reader of either language; settings as keywords."""
-    return lambda **more: request.param(influx, **more)
-
-
-@pytest.fixture
-def reader(make: Make) -> Reader:
-    return make()
 
 
 Value = tuple[int, tuple[tuple[str, str], ...], str, Any]

@@ -15,12 +15,11 @@ from typing import Any
 import httpx
 
 from app.__main__ import main
-from app.demo.amplitude import AmplitudeSimulator
-from app.demo.appmetrica import AppMetricaSimulator
-from app.demo.drive import DriveSimulator
-from app.demo.dynamo import DynamoSimulator, Table
-from app.demo.influx import InfluxSimulator
-from app.demo.product_events import amplitude_event, appmetrica_rows
+from simulators.amplitude import AmplitudeSimulator, amplitude_event
+from simulators.appmetrica import AppMetricaSimulator, appmetrica_rows
+from simulators.drive import DriveSimulator
+from simulators.dynamodb import DynamoSimulator, DynamoTable
+from simulators.influx import InfluxSimulator
 
 PAST = datetime(2026, 2, 9, 12, tzinfo=UTC)
 SPAN = ("--from", "2026-02-09T12:00", "--to", "2026-02-09T13:00")
@@ -60,7 +59,7 @@ class World:
     """The sources, with a row at PAST and one that has to be set aside, and a Google Drive."""
 
     def __init__(self, running: ExitStack) -> None:
-        table = Table(TABLE, ("static_partition", "datetime_utc"), ("S", "S"))
+        table = DynamoTable(TABLE, ("static_partition", "datetime_utc"), ("S", "S"))
         self.influx = running.enter_context(InfluxSimulator())
         self.dynamo = running.enter_context(DynamoSimulator([table]))
         self.drive = running.enter_context(DriveSimulator())

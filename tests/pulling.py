@@ -25,8 +25,6 @@ from app.appmetrica.questions import resources
 from app.core.runs import Context, Report, Stop
 from app.core.verify import Sign, Verdict, Verification, heal, verify
 from app.core.window import Window
-from app.demo.amplitude import AmplitudeSimulator
-from app.demo.appmetrica import AppMetricaSimulator
 from app.dwh.store import Warehouse, open_warehouse
 from app.dwh.tables import TABLES
 from app.stores.local_directory import LocalDirectory
@@ -34,6 +32,8 @@ from app.stores.objects import ObjectStore, Put
 from app.stores.set_aside import SetAsideStore, folder_of
 from app.stores.state import State, open_state
 from app.stores.upstream import Upstream
+from simulators.amplitude import AmplitudeSimulator
+from simulators.appmetrica import AppMetricaSimulator
 
 START = datetime(2026, 2, 11, 6, 0, tzinfo=UTC)  # a Wednesday
 HOUR = timedelta(hours=1)

@@ -11,13 +11,13 @@ from typing import Any
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.window import Window
-from app.demo.drive import DriveSimulator
-from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases
+from simulators.drive import DriveSimulator
+from simulators.dynamodb import DynamoSimulator, DynamoTable
 
 TABLE = "underway"
 KEY = ("static_partition", "datetime_utc")
@@ -131,7 +131,7 @@ class Shipping:
 
 @contextmanager
 def shipping(folder: Path, *, key: tuple[str, ...] = KEY, types: tuple[str, ...] = ("S", "S")) -> Iterator[Shipping]:
-    with DynamoSimulator([Table(TABLE, key, types)]) as dynamo, DriveSimulator() as drive:
+    with DynamoSimulator([DynamoTable(TABLE, key, types)]) as dynamo, DriveSimulator() as drive:
         ship = Shipping(dynamo, drive, folder)
         try:
             yield ship

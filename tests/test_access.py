@@ -2,7 +2,10 @@
 
 import re
 import secrets
-from datetime import UTC, date, datetime
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import Rejected
 from app.ops.access import Grant, Keyring, new_key
+from app.ops.answers import Refused
+from app.ops.guard import ADDRESSES, EVERYBODY, FAILURES_A_MINUTE, Guard, Throttle, needs, presented
 from app.settings.keys import GROUPS, SCOPES, parse_keys
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -159,3 +164,141 @@ def test_neither_the_hash_nor_the_key_is_in_a_repr() -> None:
     assert line.rpartition(":")[2] not in text
     assert secret not in text
     assert str(entry.digest) not in text
+
+
+def tried(guard: Guard, key: str, address: str) -> int:
+    """The status of a sign-in; through a Unix socket callers have no address."""
+    try:
+        guard.sign_in(key, {"client": (address, 1) if address else None})
+    except Refused as refused:
+        return refused.refusal.status
+    return 200
+
+
+def test_wrong_keys_of_one_address_lock_out_neither_another_address_nor_a_right_key() -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    guard = Guard(ring(line), lambda: NOON)
+    assert [tried(guard, "wrong", "192.0.2.1") for _ in range(FAILURES_A_MINUTE + 2)] == [401] * 10 + [429] * 2
+    assert tried(guard, "wrong", "192.0.2.2") == tried(guard, "wrong", "") == 401
+    assert tried(guard, secret, "192.0.2.1") == 200
+
+
+def test_an_address_may_try_again_a_minute_after_its_first_failure_and_is_told_how_long_that_is() -> None:
+    throttle = Throttle()
+    for second in range(FAILURES_A_MINUTE):
+        assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=second)) is None
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=59.5)) == 0.5
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=60)) is None
+    assert throttle.failed("192.0.2.1", NOON + timedelta(seconds=60)) == 1
+
+
+def test_addresses_without_number_are_forgotten_oldest_first() -> None:
+    throttle = Throttle()
+    for _ in range(FAILURES_A_MINUTE):
+        throttle.failed("192.0.2.1", NOON)
+    for number in range(ADDRESSES - 1):
+        throttle.failed(f"{number}", NOON)
+    assert throttle.failed("192.0.2.1", NOON) == 60
+    throttle.failed("one more", NOON)
+    assert throttle.failed("192.0.2.1", NOON) == 60, "it was not the one that was longest without a failure"
+    for number in range(ADDRESSES):
+        throttle.failed(f"{number}", NOON)
+    assert throttle.failed("192.0.2.1", NOON) is None
+
+
+def called(method: str = "GET", path: str = "/x", scope: str | None = None, **fields: str) -> dict[str, Any]:
+    """A call as the server hands it on; `scope` is what its route asks for."""
+    route = SimpleNamespace(openapi_extra=needs(scope) if scope else None)
+    headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in fields.items()]
+    return {"method": method, "path": path, "headers": headers, "client": ("192.0.2.1", 1), "route": route}
+
+
+def refused(act: Callable[[dict[str, Any]], object], call: dict[str, Any]) -> int:
+    with pytest.raises(Refused) as told:
+        act(call)
+    return told.value.refusal.status
+
+
+def test_a_call_needs_a_key_unless_it_is_one_that_is_open_to_all() -> None:
+    secret, line = new_key("ci", "ops:read", secrets.token_bytes)
+    guard = Guard(ring(line), lambda: NOON, open_calls=frozenset({("GET", "/health")}))
+    for path, method in (("/x", "GET"), ("/health", "POST"), ("/health/", "GET")):
+        assert refused(guard.admit, called(method, path)) == 401
+    opened = called("GET", "/health", "open")
+    guard.admit(opened)
+    guard.check(opened)
+    assert "state" not in opened
+    assert refused(guard.check, called("POST", "/health", "open")) == 403
+    assert refused(guard.check, called("GET", "/health", "ops:read")) == 403
+    call = called(scope="ops:read", x_api_key=secret)
+    guard.admit(call)
+    guard.check(call)
+    assert call["state"]["grant"].name == "ci"
+
+
+def test_a_route_is_for_keys_of_its_scope_and_one_that_declares_none_is_for_nobody() -> None:
+    secret, line = new_key("ci", "ops:read", secrets.token_bytes)
+    guard = Guard(ring(line), lambda: NOON)
+    for scope in ("ops:run", None):
+        call = called(scope=scope, x_api_key=secret)
+        guard.admit(call)
+        assert refused(guard.check, call) == 403
+    assert refused(guard.check, called(scope="ops:read")) == 403, "nobody was admitted"
+
+
+@pytest.mark.parametrize(
+    ("site", "method", "is_refused"),
+    [
+        ("", "POST", False),
+        ("none", "POST", False),
+        ("same-origin", "DELETE", False),
+        ("cross-site", "GET", False),
+        ("cross-site", "HEAD", False),
+        ("cross-site", "OPTIONS", False),
+        ("cross-site", "POST", True),
+        ("same-site", "PATCH", True),
+        ("same-site", "DELETE", True),
+    ],
+)
+def test_what_changes_something_may_not_come_from_a_page_of_another_site(
+    site: str,
+    method: str,
+    is_refused: bool,  # noqa: FBT001
+) -> None:
+    secret, line = new_key("ci", "admin", secrets.token_bytes)
+    guard = Guard(ring(line), lambda: NOON)
+    call = called(method, x_api_key=secret, **({"sec_fetch_site": site} if site else {}))
+    if is_refused:
+        assert refused(guard.admit, call) == 403
+    else:
+        guard.admit(call)
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8080", "127.0.0.1:80", "127.8.8.8", "[::1]", "[::1]:8080"])
+def test_without_keys_calls_to_this_machines_own_name_are_answered(host: str) -> None:
+    assert Guard(ring(""), lambda: NOON).grant(called(host=host)) == EVERYBODY
+
+
+@pytest.mark.parametrize("host", ["", "rebound.example", "localhost.rebound.example:80", "192.0.2.7", "[2001:db8::1]"])
+def test_without_keys_calls_to_other_names_are_answered_only_when_that_was_allowed(host: str) -> None:
+    assert refused(Guard(ring(""), lambda: NOON).grant, called(host=host)) == 403
+    assert Guard(ring(""), lambda: NOON, anonymous=True).grant(called(host=host)) == EVERYBODY
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({b"authorization": "Bearer one"}, "one"),
+        ({b"authorization": "bearer  one "}, "one"),
+        ({b"authorization": "Basic one"}, ""),
+        ({b"authorization": "Basic one", b"x-api-key": "two"}, "two"),
+        ({b"authorization": "Bearer one", b"x-api-key": "two", b"cookie": "headwater_key=three"}, "one"),
+        ({b"x-api-key": "two", b"cookie": "headwater_key=three"}, "two"),
+        ({b"cookie": "a=b; headwater_key=three"}, "three"),
+        ({b"cookie": "key=three"}, ""),
+        ({b"cookie": "a\x00=b; headwater_key=three"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_key_is_taken_from_the_first_of_three_places(fields: dict[bytes, str], key: str) -> None:
+    assert presented(fields) == key

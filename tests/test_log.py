@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,20 @@ def test_a_record_is_one_json_object_with_its_time_in_utc(out: io.StringIO) -> N
     assert (line["level"], line["message"], line["logger"]) == ("warn", "wrote 7 rows", "app.test")
     assert (line["rows"], line["key"], line["seconds"], line["ratio"]) == (7, "a/b", 0.5, "nan")
     assert line["time"].endswith("Z")
-    assert abs(time.time() - time.mktime(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S")) + time.timezone) < 5
+    assert abs(datetime.fromisoformat(line["time"]) - datetime.now(UTC)) < timedelta(seconds=5)
     assert "run_id" not in line
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/St_Johns"])
+def test_the_time_of_a_record_is_utc_wherever_clocks_are_changed(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = logging.LogRecord("app", logging.INFO, __file__, 1, "x", (), None)
+    with monkeypatch.context() as environment:
+        environment.setenv("TZ", zone)
+        time.tzset()
+        for at in ("2026-02-07T12:00:00.250Z", "2026-07-07T12:00:00.250Z"):
+            record.created = datetime.fromisoformat(at).timestamp()
+            assert json.loads(JsonLines(Redaction()).format(record))["time"] == at
+    time.tzset()
 
 
 def test_a_traceback_is_one_field_of_the_same_line(out: io.StringIO) -> None:

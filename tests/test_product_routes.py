@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator, generated
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator
-from app.demo.appmetrica import generated as received
 from daemon import Daemons
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, generated
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator
+from simulators.appmetrica import generated as received
 
 WEEK = "/amplitude/export?start=20240201&end=20240207&source=web"
 WANTED = {"resource": "events", "date_since": "2026-02-01", "date_until": "2026-02-01"}

@@ -1,7 +1,7 @@
 """Install what a user would install and look at it: `python tools/check_wheel.py`.
 
 Takes the steps of the Dockerfile without its engine: an empty environment, requirements.txt with hashes, then the wheel
-without its dependencies. Fails unless the package imports, its SQL is inside it, and the command line answers.
+without its dependencies. Fails unless the packages import, the SQL is inside, and the command line answers.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INSIDE = """
 from importlib.resources import files
-import app
+import app, simulators.demo
 sql = {path.name for folder in files("app").joinpath("sql").iterdir() for path in folder.iterdir()}
 assert sql, "the wheel holds no SQL"
 """

@@ -250,7 +250,7 @@ def demo(given: argparse.Namespace) -> int:
         signal.signal(number, _leave)
     environ = {**os.environ, **({"PORT": str(given.port)} if given.port is not None else {})}
     sys.stderr.write("starting the simulated systems and writing some hours of telemetry to them\n")
-    from app.demo.daemon import simulated
+    from simulators.demo import simulated
 
     with simulated(environ, live=not given.once) as simulation:
         settings = configured(simulation, None, daemon=not given.once)

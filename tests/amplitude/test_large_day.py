@@ -13,9 +13,8 @@ import pytest
 from app.amplitude.client import project
 from app.amplitude.routes import week_zip
 from app.core.runs import Stop
-from app.demo.amplitude import AmplitudeSimulator
-from app.demo.product_events import amplitude_events
 from pulling import Clock, landed
+from simulators.amplitude import AmplitudeSimulator, amplitude_events
 
 DAY = datetime(2024, 2, 1, tzinfo=UTC)
 HOUR_BYTES = (4 << 30) // 24

@@ -13,9 +13,8 @@ import pytest
 
 from app.amplitude.hours import due_at
 from app.core.errors import Stopped
-from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator, generated
-from app.demo.product_events import amplitude_event, amplitude_events
 from pulling import HOUR, START, Landed, landed, pulling
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events, generated
 
 MONDAY = datetime.fromisoformat("2026-02-09T00:00:00Z")
 TUESDAY = MONDAY + timedelta(days=1)
@@ -170,6 +169,17 @@ def test_hours_that_the_service_has_not_settled_are_not_asked_for(world: tuple[L
     made.clock.now += timedelta(minutes=30)
     pull.run()
     assert made.state.checkpoints.cursors("amplitude") == {"web": DUE + HOUR}
+
+
+@pytest.mark.parametrize(("days", "weeks"), [(0, 0), (2, 0), (3, 1), (9, 1), (10, 2)])
+def test_the_first_pull_begins_on_the_monday_of_the_week_that_lies_its_lookback_behind(
+    world: tuple[Landed, AmplitudeSimulator], days: int, weeks: int
+) -> None:
+    made, simulator = world
+    pull = made.amplitude(simulator, lookback_days=days)
+    simulator.state.keys = {}  # the service refuses, so that nothing but the beginning is there
+    pull.run()
+    assert made.state.checkpoints.starts("amplitude") == {"web": MONDAY - timedelta(weeks=weeks)}
 
 
 def test_a_stop_in_the_middle_keeps_what_landed_and_the_next_run_goes_on(

@@ -14,10 +14,9 @@ from app.core.errors import Rejected
 from app.core.gaps import State
 from app.core.ledger import fault_of
 from app.core.window import Window
-from app.demo.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator
-from app.demo.product_events import amplitude_event, amplitude_events
 from app.stores.product_mapping import Tables
 from pulling import HOUR, START, AmplitudePull, Landed, pulling
+from simulators.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 HOURS = 219  # up to two and a half hours before START

@@ -12,11 +12,10 @@ import pytest
 from app.amplitude.verify import PullChart
 from app.core.gaps import State
 from app.core.window import Window
-from app.demo.amplitude import AmplitudeFault, AmplitudeSimulator
-from app.demo.product_events import amplitude_event, amplitude_events
 from app.stores.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
 from seaweed import Seaweed, target
+from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
 MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 DAY = timedelta(days=1)

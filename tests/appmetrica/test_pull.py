@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
-from app.demo.product_events import appmetrica_rows
 from pulling import HOUR, START, Landed, pulling
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows, generated
 
 FIRST = START - timedelta(days=1) - HOUR  # the hour before the cursor is asked for as well
 World = tuple[Landed, AppMetricaSimulator]
@@ -64,6 +63,26 @@ def test_ids_of_64_bits_newlines_and_text_that_is_no_json_arrive_as_they_are(wor
     assert key.startswith("appmetrica/events/date=2026-02-10/1234567_")
     rows = list(csv.reader(io.StringIO(gzip.decompress(body).decode(), newline="")))
     assert {len(row) for row in rows} == {32}
+
+
+def test_rows_that_the_service_received_late_in_the_hour_before_land_with_the_next_one(world: World) -> None:
+    made, simulator = world
+    made.clock.now += timedelta(minutes=20)
+    pull = made.appmetrica(simulator)
+    pull.to_the_end()
+    rows, before = simulator.state.rows, len(made.rows("events_part"))
+    late = {**rows(START - HOUR)[0], "event_timestamp": "1770000000"}
+    simulator.state.rows = lambda hour: [*rows(hour), *([late] if hour == START - HOUR else [])]
+    made.clock.now += HOUR
+    report = pull.to_the_end()
+    new = len(rows(START)) + 1
+    assert len(made.rows("events_part")) == before + new
+    assert (report.rows, report.late_rows, report.ledger.total.new) == (new, 1, new)
+    (body,) = made.objects(f"appmetrica/events/date={START:%Y-%m-%d}/1234567_{START - HOUR:%H%M%S}").values()
+    kept = list(csv.reader(io.StringIO(gzip.decompress(body).decode(), newline="")))
+    assert len(kept) == 1 + len(rows(START - HOUR)) + 1, "the header and the late one as well"
+    made.clock.now += HOUR
+    assert pull.to_the_end().late_rows == 0
 
 
 def test_a_file_that_takes_an_hour_is_waited_for_over_restarts(world: World) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.core.ledger import fault_of
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator
-from app.demo.product_events import appmetrica_rows
 from pulling import HOUR, START, Landed, pulling
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 DAY = timedelta(days=1)
 World = tuple[Landed, AppMetricaSimulator]

@@ -17,9 +17,8 @@ from app.appmetrica.verify import PullChart
 from app.core.gaps import State
 from app.core.ledger import fault_of
 from app.core.window import Window
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator
-from app.demo.product_events import appmetrica_rows
 from pulling import HOUR, START, Landed, MetricaPull, pulling
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
 DAY = timedelta(days=1)
 FIRST = START - DAY - HOUR

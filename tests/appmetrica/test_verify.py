@@ -12,10 +12,10 @@ import pytest
 from app.appmetrica.verify import PullChart
 from app.core.gaps import State
 from app.core.window import Window
-from app.demo.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
 from app.stores.s3 import S3Store
 from pulling import HOUR, START, Landed, MetricaPull, pulling
 from seaweed import Seaweed, target
+from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
 
 FIRST = START - timedelta(days=1)
 SPAN = Window(FIRST, START + HOUR)

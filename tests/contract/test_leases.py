@@ -66,6 +66,7 @@ def test_an_expired_lease_can_be_taken_over_with_the_next_generation(leases: Lea
     second = leases.acquire("job", "two", LONG)
     assert second
     assert second.generation == first.generation + 1
+    assert LONG - 5 < leases.remaining_seconds("job") <= LONG, "the TTL of who took it over"
 
 
 def test_an_expired_lease_is_taken_over_by_exactly_one_of_eight_threads(leases: Leases) -> None:

@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from app.core.errors import Rejected, Transient
+from app.core.errors import Permanent, Rejected, Transient
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import Put
+from disk_effects import Disk
 from needs import absent
 from object_stores import ANY, CREATE, get, keys, put
 
@@ -117,6 +118,33 @@ class TestLocalDirectory:
         assert start(DIE_BEFORE_RENAME, root, ".json", TOO_LONG).wait(20) == -signal.SIGKILL
         assert local.head("a/k") == before
         assert get(local, "a/k") == b"old bytes"
+
+    @pytest.mark.parametrize("long", [0, TOO_LONG])
+    def test_bytes_note_and_name_of_an_object_are_on_the_disk_when_put_returns(
+        self, local: LocalDirectory, root: Path, long: int
+    ) -> None:
+        disk = Disk(root)
+        with disk.recorded():
+            put(local, "a/b/k", b"bytes", Put("text/x", {"long": "x" * long}))
+        assert (disk.renamed_unflushed(), disk.unflushed_names()) == ([], [])
+        assert [each.target for each in disk.effects if each.what == "rename"][-1] == root / "a/b/k"
+        assert set(disk.paths("flush")) > {root, root / "a", root / "a/b"}
+        gone = Disk(root)
+        with gone.recorded():
+            local.delete("a/b/k")
+        assert [(each.what, each.path) for each in gone.effects][:2] == [
+            ("remove", root / "a/b/k"),
+            ("flush", root / "a/b"),
+        ]
+
+    def test_a_disk_that_fails_is_said_and_the_old_object_stays(self, local: LocalDirectory, root: Path) -> None:
+        put(local, "a/k", b"old")
+        disk = Disk(root, broken=lambda _: True)
+        with disk.recorded(), pytest.raises(Permanent, match="a/k: Input/output error") as told:
+            put(local, "a/k", b"new")
+        assert "kernel's log" in told.value.hint
+        assert [each.what for each in disk.effects] == ["fail", "remove"]
+        assert get(local, "a/k") == b"old"
 
     def test_leftovers_of_killed_writers_go_with_a_probe_when_they_are_old(
         self, local: LocalDirectory, root: Path

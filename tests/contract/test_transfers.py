@@ -20,6 +20,7 @@ from app.stores.local_transfers import LocalTransfers
 from app.stores.objects import ObjectInfo, ObjectStore, Put
 from app.stores.s3 import S3Store
 from app.stores.s3_client import S3Target
+from app.stores.s3_parts import PartDesk, part_bytes
 from app.stores.s3_transfers import S3Transfers
 from app.stores.transfers import MARK, Question, Stored, Transfers
 from memory_objects import MemoryObjects
@@ -287,3 +288,42 @@ class TestEveryStore:
             with pytest.raises((Rejected, UnicodeEncodeError)):
                 both.write(key, b"1")
         assert both.transfers.page(Question()).objects == []
+
+
+def test_an_upload_for_which_no_place_becomes_free_is_refused_and_the_places_of_others_stay_theirs() -> None:
+    with closing(PartDesk(at_once=1, large_at_once=2, wait_seconds=0.01)) as desk:
+        for _ in range(2):
+            with desk.place(), desk.place():
+                with pytest.raises(Transient, match="too many large uploads"), desk.place():
+                    pass
+                with suppress(Transient), desk.place():
+                    pass
+            with desk.place():
+                pass
+
+
+def test_a_buffer_is_used_again_while_an_upload_goes_on_and_its_memory_is_given_back_then() -> None:
+    with closing(PartDesk()) as desk:
+        with desk.place():
+            buffer = desk.buffer(10)
+            desk.give_back(buffer)
+            assert desk.buffer(10) is buffer
+            desk.give_back(buffer)
+            assert len(desk.buffer(20)) == 20, "of another size"
+            desk.give_back(buffer)
+        with desk.place():
+            assert desk.buffer(10) is not buffer
+        desk.give_back(buffer)
+        assert desk.buffer(10) is not buffer
+
+
+@pytest.mark.parametrize(
+    ("number", "size_bytes"), [(1, 8), (4_000, 8), (4_001, 16), (7_000, 16), (7_001, 32), (10_000, 32)]
+)
+def test_parts_grow_so_that_ten_thousand_of_them_hold_the_largest_object(number: int, size_bytes: int) -> None:
+    assert part_bytes(number) == size_bytes * MIB
+
+
+def test_there_is_no_part_beyond_ten_thousand() -> None:
+    with pytest.raises(Rejected, match=r"10,000 parts"):
+        part_bytes(10_001)

@@ -100,3 +100,26 @@ def test_text_from_outside_is_one_printable_line_and_can_be_encoded() -> None:
     ledger = Ledger("values", {hostile: Tally(counted=1, set_aside=1)}, (SetAside("x", 1, 1, hostile),))
     shown = json.dumps(to_json(ledger.of_partition(hostile)), ensure_ascii=False)
     assert shown.encode()
+
+
+def test_only_a_partition_that_a_person_would_want_to_see_is_named() -> None:
+    for odd in (Tally(1, corrected=1), Tally(1, set_aside=1), Tally(1, waiting=1), Tally(new=1)):
+        assert list(Ledger("rows", {ALL: odd}).of_partition("D1").partitions) == ["D1"]
+    assert not Ledger("rows", {ALL: Tally(counted=2, new=1, already_there=1)}).of_partition("D1").partitions
+    assert list(Ledger("rows", {ALL: Tally(counted=1)}).of_partition("").partitions) == ["(unnamed)"]
+
+
+def test_a_ledger_is_empty_only_without_any_entry() -> None:
+    assert not Ledger()
+    for some in (
+        Ledger(fields={ALL: Tally()}),
+        Ledger(set_aside=(SetAside("x", 1),)),
+        Ledger(partitions={"D": Tally()}),
+    ):
+        assert some
+        assert some + Ledger() == Ledger() + some == some
+
+
+def test_a_sample_is_cut_only_when_it_is_too_long() -> None:
+    assert sampled("x" * 200) == "x" * 200
+    assert sampled("x" * 201) == "x" * 200 + "..."

@@ -13,10 +13,10 @@ from io import BytesIO
 import pyarrow.parquet as pq
 import pytest
 
-from app.demo.influx import InfluxSimulator
 from daemon import Daemons
 from postgres import PostgresServer
 from seaweed import Seaweed
+from simulators.influx import InfluxSimulator
 
 DEVICES = 100
 KILLS = 30

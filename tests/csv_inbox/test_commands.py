@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from app.core.errors import Rejected
+from app.csv_inbox.job import run
 from app.csv_inbox.places import Places
 from inbox_world import world
 
@@ -156,3 +158,18 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path: Path) -> No
     assert done.returncode == 78
     assert len(done.stderr.splitlines()) == 3
     assert "did you mean 'watch_dir'?" in done.stderr
+
+
+def test_a_run_to_undo_is_named_by_a_beginning_of_its_id_that_only_it_has(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    for run_id in ("abcd-1", "abcd-2"):
+        work = here.work()
+        here.drop(f"{run_id}.csv", f"k,a\n{run_id},1\n")
+        run(replace(work, context=replace(work.context, run_id=run_id)))
+    for wrong, told in (("abcd", "several runs begin with 'abcd'"), ("abc", "no merge of a run"), ("", "no merge")):
+        with pytest.raises(Rejected, match=told):
+            here.undo(wrong)
+    here.undo("abcd-2")
+    assert here.master == b"k,a\nabcd-1,1\n"
+    here.undo("abcd")
+    assert not here.config.merged_file.exists()

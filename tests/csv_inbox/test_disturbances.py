@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,30 +13,40 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from app.core.errors import Permanent, Stopped, Transient
+from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.runs import Stop
-from app.csv_inbox.job import run
+from app.csv_inbox.job import run, undo
+from disk_effects import Disk, Effect
 from inbox_world import World, world
 
 
+class Waiting(Stop):
+    """A stop signal that nobody gives; while a run waits, something happens, and no time passes."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._act = act
+
+    def pause(self, seconds: float) -> None:
+        assert seconds == 5
+        self._act()
+
+
 def test_a_file_that_still_grows_is_left_and_the_others_go_on(tmp_path: Path) -> None:
-    here = world(tmp_path, checksum_wait_seconds=0.6)
+    here = world(tmp_path, checksum_wait_seconds=5)
     here.drop("whole.csv", "k,a\nx,1\n")
     path = here.drop("growing.csv", "k,a\ny,1\n")
-    grown = threading.Timer(0.2, lambda: path.write_text("k,a\ny,1\nz,2\n"))
-    grown.start()
-    report = here.run()
-    grown.join()
+    report = here.run(stop=Waiting(lambda: path.write_text("k,a\ny,1\nz,2\n")))
     assert here.master == b"k,a\nx,1\n"
     assert here.waiting == ["growing.csv"]
     assert any("still being written" in note for note in report.notes)
     assert not report.failures
-    here.run()
+    here.run(stop=Waiting(lambda: None))
     assert here.master == b"k,a\nx,1\ny,1\nz,2\n"
 
 
 def test_a_rewrite_of_the_same_size_and_time_is_seen_by_its_md5(tmp_path: Path) -> None:
-    here = world(tmp_path, checksum_wait_seconds=0.6)
+    here = world(tmp_path, checksum_wait_seconds=5)
     path = here.drop("sly.csv", "k,a\ny,1\n")
     os.utime(path, (100, 100))
 
@@ -44,10 +55,7 @@ def test_a_rewrite_of_the_same_size_and_time_is_seen_by_its_md5(tmp_path: Path) 
             file.write("k,a\ny,2\n")
         os.utime(path, (100, 100))
 
-    sly = threading.Timer(0.2, rewrite)
-    sly.start()
-    here.run()
-    sly.join()
+    here.run(stop=Waiting(rewrite))
     assert here.waiting == ["sly.csv"]
     assert not here.config.merged_file.exists()
 
@@ -99,6 +107,130 @@ def test_a_file_that_is_taken_away_in_mid_run_stops_no_other(tmp_path: Path, con
     assert not report.failures
     assert here.master == b"k,a\ny,1\n"
     assert here.waiting == []
+
+
+@pytest.mark.parametrize("content", ["k,a\nx,1\n", "k,a\nx\n"])
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_file_that_changes_after_it_was_read_is_neither_archived_nor_set_aside_for_what_it_was(
+    tmp_path: Path, content: str, how: str
+) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nw,1\n")
+    path = here.drop("1.csv", content)
+    later = path if how == "written to" else path.with_name(".later")
+    asked = 0
+
+    def clock() -> datetime:
+        """Asked before a file is read, and again before it is archived or set aside."""
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            later.write_text("k,a\ny,22\n")
+            later.replace(path)
+        return datetime.now(UTC)
+
+    report = run(replace(here.work(), clock=clock))
+    assert not report.failures
+    assert any(note.startswith("1.csv: ") and "while it was read" in note for note in report.notes)
+    assert (here.master, here.waiting, here.rejected) == (b"k,a\nw,1\n", ["1.csv"], [])
+    assert len(here.archived) == 1
+    here.run()
+    assert here.master == b"k,a\nw,1\ny,22\n"
+
+
+@pytest.mark.parametrize("content", ["k,a\ny,2\n", "k,a\nx,1\ny,2\n"])
+def test_a_file_dropped_under_the_same_name_between_commit_and_archive_is_merged_as_well(
+    tmp_path: Path, content: str
+) -> None:
+    here = world(tmp_path)
+
+    def drop(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            here.drop(".fresh", content).replace(path)
+
+    path = here.drop("1.csv", "k,a\nx,1\n")
+    with Disk(tmp_path, before=drop).recorded():
+        here.run()
+    assert here.master == b"k,a\nx,1\n"
+    assert here.waiting == ["1.csv"]
+    here.run()
+    assert here.master == b"k,a\nx,1\ny,2\n"
+    contents = [(here.config.archive_dir / name).read_text() for name in here.archived]
+    assert sorted(contents) == sorted(["k,a\nx,1\n", content])
+
+
+def test_a_row_written_between_commit_and_archive_goes_with_the_file_and_is_taken_in_from_there(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    def write(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            writer.write("y,2\n")
+
+    with here.drop("1.csv", "k,a\nx,1\n").open("a", 1) as writer, Disk(tmp_path, before=write).recorded():
+        here.run()
+    assert here.waiting == []
+    assert [(here.config.archive_dir / name).read_text() for name in here.archived] == ["k,a\nx,1\ny,2\n"]
+    here.run()
+    assert here.master == b"k,a\nx,1\ny,2\n"
+
+
+def test_a_file_taken_away_between_commit_and_archive_is_archived_all_the_same(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    path = here.drop("1.csv", "k,a\nx,1\n")
+    disk = Disk(tmp_path, before=lambda each: path.unlink() if each.target == here.config.merged_file else None)
+    with disk.recorded():
+        here.run()
+    assert [(here.config.archive_dir / name).read_text() for name in here.archived] == ["k,a\nx,1\n"]
+    assert here.waiting == []
+
+
+class Meanwhile(Stop):
+    """A stop signal that nobody gives: at its first safe point while the next master is written, something happens."""
+
+    def __init__(self, here: World, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._folder, self._acts = here.folder, [act]
+
+    def check(self) -> None:
+        if self._acts and any(any(self._folder.glob(f".*.{what}.merge.tmp")) for what in ("master", "restored")):
+            self._acts.pop()()
+
+
+@pytest.mark.parametrize("index_from_mb", [0, 1000])
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_a_master_that_changes_while_it_is_read_is_merged_into_as_it_is_then(
+    tmp_path: Path, index_from_mb: int, how: str
+) -> None:
+    here = world(tmp_path, index_from_mb=index_from_mb)
+    here.take("0.csv", "k,a\nx,1\ny,1\n")
+    theirs = here.master + b"theirs,1\n"
+
+    def change() -> None:
+        path = here.config.merged_file if how == "written to" else tmp_path / "theirs"
+        path.write_bytes(theirs)
+        path.replace(here.config.merged_file)
+
+    here.drop("1.csv", "k,a\nx,2\n")
+    with pytest.raises(Transient, match=f"was {how} while it was read"):
+        here.run(stop=Meanwhile(here, change))
+    assert (here.master, here.waiting) == (theirs, ["1.csv"])
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
+    here.run()
+    assert here.master == b"k,a\ny,1\ntheirs,1\nx,2\n"
+
+
+def test_a_master_that_changes_while_a_merge_is_taken_back_keeps_what_was_written_to_it(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,1\ny,1\n")
+    here.take("1.csv", "k,a\nx,2\n")
+    theirs = here.master + b"theirs,1\n"
+    stop = Meanwhile(here, lambda: here.config.merged_file.write_bytes(theirs))
+    with pytest.raises(Rejected, match="was changed by something else"):
+        undo(here.work(stop=stop), here.loads[0].run_id)
+    here.take("2.csv", "k,a\nz,3\n")
+    assert here.master == theirs + b"z,3\n"
+    assert [load.outcome for load in here.loads] == ["merged"] * 3
+    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
 
 
 def test_a_full_archive_is_the_folder_that_is_named(tmp_path: Path) -> None:

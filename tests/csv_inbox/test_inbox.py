@@ -6,11 +6,14 @@ import re
 import socket
 import subprocess
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from app.csv_inbox import records
+from app.csv_inbox.job import run
 from inbox_world import world
 
 WAIT_SECONDS = 1.5
@@ -76,6 +79,17 @@ def test_a_second_rejected_file_of_one_name_overwrites_nothing(tmp_path: Path) -
     kept = [name for name in here.rejected if not name.endswith(".json")]
     assert len(kept) == 2
     assert re.fullmatch(r"b\.csv\.\d{8}T\d{6}\.\d{3}", kept[1])
+
+
+def test_rejected_files_of_one_name_and_one_instant_are_numbered(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    at = datetime(2026, 2, 7, 12, tzinfo=UTC)
+    for number in range(4):
+        here.drop("b.csv", f"bad {number}\n")
+        run(replace(here.work(), clock=lambda: at))
+    kept = {name: (here.config.rejected_dir / name).read_text() for name in here.rejected if ".json" not in name}
+    stamped = "b.csv.20260207T120000.000"
+    assert kept == {"b.csv": "bad 0\n", stamped: "bad 1\n", f"{stamped}.1": "bad 2\n", f"{stamped}.2": "bad 3\n"}
 
 
 def test_links_pipes_and_folders_are_never_followed_or_opened(tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def test_an_index_of_another_key_column_is_not_used(tmp_path: Path) -> None:
     assert other.master == b"k,a\nx,old\n"
 
 
+@pytest.mark.parametrize("value", ["v", ""])
+def test_a_column_that_a_file_lacks_stays_while_any_row_of_the_master_has_a_value_in_it(
+    tmp_path: Path, value: str
+) -> None:
+    here = world(tmp_path)
+    rows = "".join(f"{n},1,{value if n == ROWS - 1 else ''}\n" for n in range(ROWS))
+    here.take("0.csv", f"k,a,b\n{rows}")
+    here.take("1.csv", "k,a\n7,2\n")
+    assert here.loads[0].columns_removed == (() if value else ("b",))
+    assert here.master.endswith(b"\n499,1,v\n7,2,\n" if value else b"\n499,1\n7,2\n")
+
+
 def test_a_small_master_has_no_index(tmp_path: Path) -> None:
     here = world(tmp_path, index_from_mb=16)
     here.take("1.csv", "k,a\nx,old\n")
@@ -167,36 +179,6 @@ class Meddling:
         """Change it once the master was looked at."""
         if done:
             self._change()
-
-
-def replaced(here: World) -> None:
-    copy = here.folder / "copy"
-    copy.write_bytes(b"k,a\nhand,made\n")
-    copy.replace(here.config.merged_file)
-
-
-@pytest.mark.parametrize("change", [replaced, longer])
-def test_a_master_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, change: Callable[[World], None]) -> None:
-    here = world(tmp_path)
-    here.take("0.csv", "k,a\n" + "".join(f"{n},{'x' * 100}\n" for n in range(20_000)))
-    here.drop("1.csv", "k,a\n7,new\n")
-    work = here.work()
-    calls: list[bytes] = []
-
-    def once() -> None:
-        if not calls:
-            calls.append(b"")
-            change(here)
-            calls.append(here.master)
-
-    meddled = Work(work.places, replace(work.context, progress=Meddling(once)), work.clock)
-    with pytest.raises(Transient, match="while it was read"):
-        run(meddled)
-    assert here.master == calls[1]
-    assert here.waiting == ["1.csv"]
-    assert not [name for name in here.names(tmp_path) if ".tmp" in name]
-    here.run()
-    assert here.master.endswith(b"7,new\n")
 
 
 def test_a_master_that_is_cut_while_it_is_read_is_left_as_it_is(tmp_path: Path) -> None:

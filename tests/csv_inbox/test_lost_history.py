@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent
+from app.csv_inbox.journal import recover
 from app.csv_inbox.places import Places
-from inbox_kills import child, killing
+from disk_effects import Disk, Effect
+from inbox_kills import child
 from inbox_world import World, world
 
 OLD, NEW = "k,a\nx,1\ny,1\n", "k,a\ny,2\nz,2\n"
@@ -42,41 +44,47 @@ def check(here: World, master: bytes = MERGED) -> None:
     assert {(here.config.archive_dir / name).read_text() for name in here.archived} == {OLD, NEW}
 
 
-def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(tmp_path: Path) -> None:
+def test_history_metadata_and_index_may_be_gone_when_a_merge_is_completed(memory_path: Path) -> None:
     number = 0
-    for here in begun(tmp_path):
+    for here in begun(memory_path):
         number += 1
         shutil.rmtree(Places(here.config).loads)
         here.config.metadata_file.unlink(missing_ok=True)
         Places(here.config).index.unlink(missing_ok=True)
-        here.run()
+        assert recover(Places(here.config)), "as a run does, and an undo"
         check(here)
     assert number > 5
 
 
-def test_without_its_journal_a_merge_is_completed_or_done_again(tmp_path: Path) -> None:
-    for here in begun(tmp_path):
+def test_without_its_journal_a_merge_is_completed_or_done_again(memory_path: Path) -> None:
+    for here in begun(memory_path):
         Places(here.config).journal.unlink()
         here.run()
         check(here)
 
 
-def test_a_journal_that_is_set_back_changes_nothing(tmp_path: Path) -> None:
-    for here in begun(tmp_path):
+def test_a_journal_that_is_set_back_changes_nothing_and_each_end_is_told(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for here in begun(memory_path):
         journal = Places(here.config).journal
         old = journal.read_bytes()
         here.run()
+        assert "before the process ended is complete now: new.csv" in caplog.text
         here.take("last.csv", "k,a\ny,3\n")
         after, archived, history = here.master, here.archived, here.loads
         journal.write_bytes(old)
+        caplog.clear()
         here.run()
+        assert "new.csv: the journal does not fit what is there" in caplog.text
+        assert "is complete now" not in caplog.text
         assert not journal.exists()
         assert (here.master, here.archived, here.loads) == (after, archived, history)
 
 
-def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(tmp_path: Path) -> None:
+def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the_inbox(memory_path: Path) -> None:
     outcomes = []
-    for here in begun(tmp_path):
+    for here in begun(memory_path):
         before = here.folder / "before.csv"
         before.write_text(OLD)
         for path in here.folder.glob(".*.master.merge.tmp"):
@@ -89,10 +97,10 @@ def test_a_merge_whose_new_master_is_gone_is_done_again_while_the_file_is_in_the
     assert True in outcomes
 
 
-def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_the_inbox(tmp_path: Path) -> None:
-    here = next(begun(tmp_path))
-    (tmp_path / "another.csv").write_text("k,a\nw,9\n")
-    (tmp_path / "another.csv").replace(here.config.watch_dir / "new.csv")
+def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_the_inbox(memory_path: Path) -> None:
+    here = next(begun(memory_path))
+    (memory_path / "another.csv").write_text("k,a\nw,9\n")
+    (memory_path / "another.csv").replace(here.config.watch_dir / "new.csv")
     next(here.folder.glob(".*.master.merge.tmp")).unlink()
     with pytest.raises(Permanent, match="a committed step cannot be completed"):
         here.run()
@@ -100,17 +108,55 @@ def test_a_merge_whose_new_master_is_gone_stops_when_its_file_was_replaced_in_th
 
 
 def journal_of(here: World, work: Callable[[], object]) -> bytes:
-    """What `work` commits, which is killed just after that."""
-    journal, event = Places(here.config).journal, 0
-    while not journal.exists():
-        event += 1
-        pid = os.fork()
-        if pid == 0:
-            killing(here.folder, event)
-            work()
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
-    return journal.read_bytes()
+    """What `work` commits, which is done then."""
+    journal, found = Places(here.config).journal, list[bytes]()
+
+    def look(_: Effect) -> None:
+        if journal.exists():
+            found.append(journal.read_bytes())
+
+    with Disk(here.folder, before=look).recorded():
+        work()
+    return found[0]
+
+
+@pytest.mark.parametrize("first", [OLD, ""])
+def test_a_journal_that_is_set_back_after_its_merge_was_undone_does_not_say_that_it_was_done(
+    tmp_path: Path, first: str
+) -> None:
+    here = world(tmp_path)
+    if first:
+        here.take("old.csv", first)
+    old = journal_of(here, lambda: here.take("new.csv", NEW))
+    here.undo(here.loads[0].run_id)
+    after = here.names(tmp_path), here.loads
+    Places(here.config).journal.write_bytes(old)
+    here.run()
+    assert (here.names(tmp_path), here.loads) == after
+    assert not first or here.master == OLD.encode()
+    shutil.rmtree(Places(here.config).loads)
+    Places(here.config).journal.write_bytes(old)
+    here.run()
+    assert [load.file for load in here.loads] == ["new.csv"], (
+        "what is in the archive was merged, and is on record again"
+    )
+
+
+def test_an_input_whose_place_in_the_archive_somebody_removed_stays_in_the_inbox(tmp_path: Path) -> None:
+    here = world(tmp_path)
+
+    def remove(effect: Effect) -> None:
+        if effect.target == here.config.merged_file:
+            shutil.rmtree(here.config.archive_dir)
+            here.config.archive_dir.mkdir()
+
+    here.drop("new.csv", NEW)
+    with Disk(tmp_path, before=remove).recorded():
+        here.run()
+    assert (here.waiting, here.archived) == (["new.csv"], [])
+    here.run()
+    assert (here.waiting, len(here.archived)) == ([], 1)
+    assert here.master == NEW.encode()
 
 
 def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path: Path) -> None:
@@ -118,7 +164,6 @@ def test_a_journal_of_an_undo_that_is_set_back_removes_no_later_master(tmp_path:
     here.take("old.csv", OLD)
     run_id = here.loads[0].run_id
     old = journal_of(here, lambda: here.undo(run_id))
-    here.run()
     here.take("new.csv", NEW)
     Places(here.config).journal.write_bytes(old)
     here.run()
@@ -131,7 +176,6 @@ def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp
         here.run()
         writer.write("y,2\n")
         old = journal_of(here, here.run)
-        here.run()
         writer.write("z,2\n")
         here.run()
         here.take("newer.csv", "k,a\ny,3\nz,3\n")

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from app.demo.annotated_csv import AnnotatedCsv, Dialect, decimal_text
-from app.demo.flux_tables import TIME, Column, Table, table
-from app.demo.instants import parse_rfc3339, rfc3339
-from app.demo.line_protocol import Value
+from simulators.annotated_csv import AnnotatedCsv, Dialect, decimal_text
+from simulators.flux_parser import parse_rfc3339, rfc3339
+from simulators.flux_steps import TIME, Column, Table, table
+from simulators.line_protocol import Value
 
 ALL = ("datatype", "group", "default")
 START, STOP = parse_rfc3339("2018-04-17T00:00:00Z"), parse_rfc3339("2018-04-17T00:05:00Z")

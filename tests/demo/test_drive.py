@@ -13,8 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from app.demo.drive import DriveSimulator
-from app.demo.drive_api import DriveFault
+from simulators.drive import DriveFault, DriveSimulator
 
 ALL = {"supportsAllDrives": "true", "includeItemsFromAllDrives": "true"}
 WRITES = {"supportsAllDrives": "true"}

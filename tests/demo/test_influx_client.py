@@ -10,9 +10,8 @@ from influxdb_client.client.influxdb_client import InfluxDBClient
 from influxdb_client.client.write_api import SYNCHRONOUS
 from influxdb_client.rest import ApiException
 
-from app.demo.faults import Cut, ErrorTable, Refuse
-from app.demo.influx import InfluxSimulator
 from influx import NOON_NS, SECOND_NS
+from simulators.influx import Cut, ErrorTable, InfluxSimulator, Refuse
 
 QUERY = (
     'from(bucket: "telemetry") |> range(start: 2026-02-07T12:00:00Z, stop: 2026-02-07T13:00:00Z) '

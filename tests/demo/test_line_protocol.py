@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.demo.line_protocol import BadLine, Field, Point, parse_lines
+from simulators.line_protocol import BadLine, Field, Point, parse_lines
 
 
 def points(text: str, precision: str = "ns") -> list[Point]:

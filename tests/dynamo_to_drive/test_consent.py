@@ -14,9 +14,9 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
-from app.demo.drive import DriveSimulator
 from daemon import KEPT
 from shipping import START, shipping
+from simulators.drive import DriveSimulator
 
 HOUR_12 = "locness_data_20260207_12.csv"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from app.core.window import floor_to
-from app.demo.drive_api import DriveFault
 from daemon import KEPT, Daemons
 from kill_rounds import asked
 from shipping import Shipping, item, shipping
+from simulators.drive import DriveFault
 
 TESTS = Path(__file__).parents[1]
 STALL_SECONDS = 60.0

@@ -12,11 +12,11 @@ import pytest
 from app.core.errors import Permanent, Transient
 from app.core.retry import RetryPolicy
 from app.core.runs import Stop
-from app.demo.drive_api import DriveFault
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.credentials import Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
 from shipping import START, Shipping, item, shipping
+from simulators.drive import DriveFault
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.demo.google_tokens import Tokens
 from app.dynamo_to_drive.credentials import Given, credentials
+from simulators.google_oauth import Tokens
 
 HOST = "http://127.0.0.1:9"
 

@@ -14,6 +14,7 @@ from app.core.errors import Permanent, Stopped, Transient
 from app.core.window import Window
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
+from simulators.drive import DriveFault
 
 HOUR_11, HOUR_12 = "locness_data_20260207_11.csv", "locness_data_20260207_12.csv"
 MINUTE = timedelta(minutes=1)
@@ -319,6 +320,39 @@ def test_a_stale_list_makes_no_second_file(ship: Shipping) -> None:
     ship.put_rows(START, 8)
     ship.run()
     assert len(ship.text(HOUR_12).splitlines()) == 9
+
+
+@pytest.mark.parametrize("fault", [DriveFault(cut=True, after=True), DriveFault(after=True)], ids=repr)
+def test_a_file_whose_upload_drive_did_not_answer_is_found_by_its_id_and_not_made_again(
+    ship: Shipping, fault: DriveFault
+) -> None:
+    ship.now = START + 5 * MINUTE
+    for rows, upload in ((5, "POST /upload"), (8, "PATCH /upload")):
+        ship.put_rows(START, rows)
+        ship.drive.add_fault(fault, upload)
+        report = ship.run()
+        assert (report.ledger.total.new, report.windows) == (5 if rows == 5 else 3, 1)
+        assert len(ship.text(HOUR_12).splitlines()) == rows + 1
+        assert not any(file.trashed for file in ship.drive.state.files.held.values())
+    ship.restart()
+    assert ship.run().windows == 0
+    assert ship.asked("generateIds") == 1
+
+
+def test_a_process_that_ended_before_drive_answered_is_followed_by_one_that_finds_the_file(ship: Shipping) -> None:
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.drive.add_fault(DriveFault(after=True), "/upload", times=100)
+    with pytest.raises(Transient):
+        ship.run()
+    ship.restart()
+    ship.drive.state.waiting.clear()
+    ship.drive.state.stale_lists = 1
+    ship.put_rows(START, 6)
+    ship.run()
+    assert len(ship.text(HOUR_12).splitlines()) == 7
+    assert len(ship.drive.named(HOUR_12)) == 1
+    assert ship.asked("generateIds") == 1
 
 
 def test_after_an_outage_the_hours_in_between_are_made_up_for_within_the_bound(

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from app.core.window import EPOCH, Window, window_at
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
+    MAX_NUMBER_CHARACTERS,
     OUTSIDE,
     UNREADABLE,
     Hour,
     Times,
     Trait,
+    ascend,
     is_found,
     number_ranges,
     text_ranges,
+    unit_of,
 )
 
 UNITS = {"s": 0, "ms": 3, "us": 6}
@@ -219,5 +222,60 @@ def test_blanks_behind_a_timestamp_and_capitals_change_nothing(write: Callable[[
     assert Times().read(write("2026-02-07t12:00:00z")).at == HOUR.start
 
 
+def test_the_hour_of_the_epoch_is_found_as_well() -> None:
+    found = list(text_ranges(window_at(EPOCH, 3600), ()))
+    for text in ("0", "9", "1000", "3599.9"):
+        assert any(low <= text <= high for low, high in found), text
+
+
+@pytest.mark.parametrize(("unit", "digits"), [("s", 0), ("ms", 3), ("us", 6)])
+def test_the_size_of_a_number_tells_its_unit_from_2001_to_2286(unit: str, digits: int) -> None:
+    first, end = Decimal(10 ** (9 + digits)), Decimal(10 ** (10 + digits))
+    assert [unit_of(each) for each in (first - 1, first, end - 1, end)] == ["", unit, unit, ""]
+
+
+def test_a_number_has_at_most_as_many_characters_as_dynamodb_writes() -> None:
+    number = "1770465600.".ljust(MAX_NUMBER_CHARACTERS, "0")
+    assert Times().read(number).at == HOUR.start
+    assert Times().read(f"{number}0").reason == UNREADABLE
+
+
 def test_a_negative_zero_is_the_epoch_without_a_fraction() -> None:
     assert [(Times("s").read(text).at, Times("s").read(text).fraction) for text in ("-0", "-0.0")] == [(EPOCH, "")] * 2
+
+
+def test_text_that_is_no_timestamp_has_the_place_of_its_letters_among_those_that_are() -> None:
+    texts = ["yesterday", "2026-02-07t12:00:01", "12", "2026-02-07 12:00:00x", "2026-02-07T12:00:00Z"]
+    assert sorted(texts, key=Times().rank) == [texts[at] for at in (2, 4, 3, 1, 0)]
+    assert Times().rank("2026-02-07 12:00:00x") == ("2026-02-07T12:00:00x", "")
+    assert Times().rank("1E+125") == ("1E+125", "")
+
+
+def test_ascending_texts_are_told_only_where_their_ranks_ascend_as_well() -> None:
+    ascending = ["2026-02-07T12:00:00.1Z", "2026-02-07T12:00:00.2Z"]
+    assert ascend(ascending)
+    assert not ascend(ascending[::-1])
+    assert not ascend([ascending[0]] * 2)
+    for texts in (
+        ["2026-02-07T12:00:00Z", "2026-02-07T12:00:01Z"],
+        ["2026-02-07 12:00:00", "2026-02-08 12:00:00"],
+        ["1770465600", "1770465601"],
+        ["1770465600000", "1770465600001"],
+    ):
+        assert ascend(texts)
+    for texts in (
+        ["2026-02-07 13:00:00Z", "2026-02-07T12:00:00Z"],
+        ["2026-02-07T12:00:00+00:00", "2026-02-07T12:00:00+01:00"],
+        ["2026-02-07T12:00:00.1Z", "2026-02-07T12:00:00.xZ"],
+        ["0770465600", "1770465601"],
+        ["17704656000", "17704656001"],
+        ["2026-02-07", "2026-02-08"],
+    ):
+        assert not ascend(texts)
+
+
+@given(st.lists(written | st.text("0123456789-T.Z+: ", max_size=25).map(lambda text: (EPOCH, text)), max_size=5))
+def test_what_is_said_to_ascend_does(found: list[tuple[datetime, str]]) -> None:
+    texts = sorted(text for _, text in found)
+    ranks = [Times().rank(text) for text in texts]
+    assert not ascend(texts) or ranks == sorted(set(ranks))

@@ -21,10 +21,10 @@ from app.core.errors import Permanent
 from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Sign, verify
 from app.core.window import Window
-from app.demo.dynamo import DynamoSimulator, Table
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from shipping import START, TABLE, Shipping, item, shipping
+from simulators.dynamodb import DynamoSimulator, DynamoTable
 
 LOCAL = dict.fromkeys(
     ("GOOGLE_CREDENTIALS_JSON", "GOOGLE_DRIVE_API_URL", "GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"), ""
@@ -300,7 +300,7 @@ def test_what_became_of_each_item_is_in_the_ledger(ship: Shipping) -> None:
 def simulated(key: Sequence[tuple[str, str]], items: Sequence[dict[str, Value]]) -> Iterator[dict[str, str]]:
     """A table of the demo's simulator, as the variables that name it."""
     names, letters = zip(*key, strict=True)
-    with DynamoSimulator([Table(TABLE, names, letters)]) as dynamo:
+    with DynamoSimulator([DynamoTable(TABLE, names, letters)]) as dynamo:
         dynamo.put(TABLE, items)
         yield {"DYNAMODB_ENDPOINT_URL": dynamo.url}
 

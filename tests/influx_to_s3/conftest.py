@@ -2,8 +2,8 @@
 
 from exporter import exporter
 from influx import influx
-from influx_readers import make, reader
 from influxdb1 import influxdb1
+from influxql_server import exporter_of_either, make, reader
 from object_stores import proxy, shared_proxy
 
-__all__ = ["exporter", "influx", "influxdb1", "make", "proxy", "reader", "shared_proxy"]
+__all__ = ["exporter", "exporter_of_either", "influx", "influxdb1", "make", "proxy", "reader", "shared_proxy"]

@@ -8,23 +8,15 @@ from app.core.runs import Outcome
 from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import content, exported, table
 
-APIS = pytest.mark.parametrize("api", ["flux", "influxql"])
 
-
-def by(exporter: Exporter, api: str) -> None:
-    exporter.environ |= {"INFLUXDB_API": api, "INFLUXDB_DATABASE": exporter.influx.bucket}
-
-
-@APIS
-def test_a_source_without_anything_is_no_fault(exporter: Exporter, api: str) -> None:
-    by(exporter, api)
+def test_a_source_without_anything_is_no_fault(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
     exporter.well()
     exporter.well(DEVICE_IDS="D1")
 
 
-@APIS
-def test_a_tag_that_no_point_has_fails_the_run_and_names_the_tags(exporter: Exporter, api: str) -> None:
-    by(exporter, api)
+def test_a_tag_that_no_point_has_fails_the_run_and_names_the_tags(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
     exporter.influx.write(f"device_telemetry,host=D1,rack=2 voltage=1 {ns(NOON)}")
     exporter.at(minutes=1)
     run = exporter.run()
@@ -35,9 +27,8 @@ def test_a_tag_that_no_point_has_fails_the_run_and_names_the_tags(exporter: Expo
     assert [device for device, *_ in exported(exporter.store)] == ["D1"]
 
 
-@APIS
-def test_listed_devices_of_which_none_exists_fail_the_run_and_the_cursor_stays(exporter: Exporter, api: str) -> None:
-    by(exporter, api)
+def test_listed_devices_of_which_none_exists_fail_the_run_and_the_cursor_stays(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
     exporter.write(NOON)
     exporter.at(hours=5)
     run = exporter.run(DEVICE_IDS="X1,X2")
@@ -60,9 +51,8 @@ def test_a_listed_device_that_does_not_exist_is_named_and_the_others_are_exporte
     assert sorted(device for device, *_ in exported(exporter.store)) == ["D,2", "D1"]
 
 
-@APIS
-def test_points_of_the_future_wait_for_their_window(exporter: Exporter, api: str) -> None:
-    by(exporter, api)
+def test_points_of_the_future_wait_for_their_window(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
     exporter.write(NOON)
     exporter.write(NOON + 50 * HOUR, fields="voltage=1,current=2")
     exporter.at(minutes=1)
@@ -73,9 +63,8 @@ def test_points_of_the_future_wait_for_their_window(exporter: Exporter, api: str
     exporter.check()
 
 
-@APIS
-def test_points_of_a_clock_that_was_never_set_are_set_aside_with_their_day(exporter: Exporter, api: str) -> None:
-    by(exporter, api)
+def test_points_of_a_clock_that_was_never_set_are_set_aside_with_their_day(exporter_of_either: Exporter) -> None:
+    exporter = exporter_of_either
     exporter.write(NOON)
     never = datetime(1970, 1, 1, 0, 0, 17, tzinfo=UTC)
     exporter.write(never, fields="voltage=1,current=2")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import AppError, Permanent, Transient
-from app.demo.annotated_csv import AnnotatedCsv, Dialect
-from app.demo.flux_tables import TIME, Cells, Column, Table
-from app.demo.flux_tables import table as made_table
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import QueryTooLarge
+from simulators.annotated_csv import AnnotatedCsv, Dialect
+from simulators.flux_steps import TIME, Cells, Column, Table
+from simulators.flux_steps import table as made_table
 
 CONTRACT = (
     b"#datatype,string,long,dateTime:RFC3339,dateTime:RFC3339,dateTime:RFC3339,string,string,double\r\n"

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.core.runs import Outcome
-from app.demo.line_protocol import parse_lines
 from app.influx_to_s3.set_aside import line
 from app.stores.local_directory import LocalDirectory
 from exporter import NOON, Exporter, exporter_on, ns
 from exports import content, objects, rows_of
 from influxdb1 import InfluxDB1
+from simulators.line_protocol import parse_lines
 
 MEASUREMENT = "device_telemetry"
 DAY_NS = 86_400 * 10**9

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from app.core.runs import Outcome
-from app.demo.devices import Device, samples
 from app.influx_to_s3.job import NAME
 from app.stores.local_directory import LocalDirectory
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on, ns
 from exports import content, exported, rows_of, stored, table
 from influxdb1 import InfluxDB1
+from simulators.demo_data import Device, samples
 
 
 def test_an_hour_of_a_device_is_one_object_under_the_documented_name(exporter: Exporter) -> None:
@@ -232,7 +232,7 @@ def test_points_that_differ_in_ignored_tags_only_are_one_row_and_what_disagrees_
     assert exporter.run().outcome is Outcome.OK
 
 
-def test_flux_influxql_and_a_real_influxdb_1_write_the_same_rows(
+def test_flux_and_influxql_of_a_real_influxdb_1_write_the_same_rows(
     exporter: Exporter, influxdb1: InfluxDB1, tmp_path: Path
 ) -> None:
     device = Device(3, seed=1)
@@ -245,7 +245,6 @@ def test_flux_influxql_and_a_real_influxdb_1_write_the_same_rows(
     for number, environ in enumerate(
         (
             {},
-            {"INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": exporter.influx.bucket},
             {"INFLUXDB_API": "influxql", "INFLUXDB_DATABASE": database, "INFLUXDB_URL": influxdb1.url},
         )
     ):

@@ -15,12 +15,22 @@ import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import Window
-from app.demo.faults import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, Refuse, Stall
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
+from influxql_server import InfluxQlServer, recorded
+from simulators.influx import Cut, EmptyTable, ErrorTable, Fault, ForceGzip, InfluxSimulator, Refuse, Stall
+
+
+@pytest.fixture(params=["flux", "influxql"], name="make")
+def make_over_lines(request: pytest.FixtureRequest, influx: InfluxSimulator) -> Iterator[Make]:
+    """A reader of either language: faults are those of the simulator, points none but `LINES`."""
+    if request.param == "flux":
+        yield lambda **more: flux(influx, **more)
+        return
+    with InfluxQlServer(influx, recorded()) as server:
+        yield lambda **more: influxql(influx, **{"url": server.url, **more})
 
 
 @pytest.mark.parametrize("question", ["ping", "rows", "counts", "devices"])
@@ -47,13 +57,19 @@ def test_a_missing_bucket_and_a_wrong_organisation_are_named(influx: InfluxSimul
     assert "INFLUXDB_ORG='nope'" in caught.value.hint
 
 
-def test_a_missing_database_is_named_by_the_simulator_and_by_a_real_influxdb_1(
-    influx: InfluxSimulator, influxdb1: InfluxDB1
-) -> None:
-    for reader in (influxql(influx, database="nope"), influxql_without_credentials(influxdb1.url, "nope")):
+NO_DATABASE = b'{"results":[{"statement_id":0,"error":"database not found: nope"}]}\n'
+
+
+def test_a_missing_database_is_named() -> None:
+    with answering(plain_answer(NO_DATABASE)) as url:
+        reader = influxql_without_credentials(url, "nope")
         with pytest.raises(Permanent, match="database not found: nope") as caught:
             reader.ping()
         assert "INFLUXDB_DATABASE='nope'" in caught.value.hint
+
+
+def test_a_missing_database_is_told_by_a_real_influxdb_1_in_these_words(influxdb1: InfluxDB1) -> None:
+    assert influxdb1.ask(q="SHOW FIELD KEYS", db="nope", chunked="true") == NO_DATABASE
 
 
 PASSING = [
@@ -103,11 +119,10 @@ def test_a_retry_after_that_is_a_date_is_no_number() -> None:
 
 
 def test_a_password_beyond_latin_1_is_sent_as_utf_8() -> None:
-    with InfluxSimulator(token="pässwörd € 密") as influx:
-        influx.write(LINES)
-        assert rows(influxql(influx, token="", username="jörg", password=influx.token))
+    with InfluxSimulator(token="pässwörd € 密") as influx, InfluxQlServer(influx, recorded()) as server:
+        assert rows(influxql(influx, url=server.url, token="", username="jörg", password=influx.token))
         with pytest.raises(Permanent, match="401"):
-            influxql(influx, token="", username="jörg", password="pässwörd").ping()
+            influxql(influx, url=server.url, token="", username="jörg", password="pässwörd").ping()
 
 
 @pytest.mark.parametrize("message", ["max-concurrent-queries limit exceeded(1, 1)", "timeout", "engine: closed"])

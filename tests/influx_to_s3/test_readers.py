@@ -1,5 +1,6 @@
-"""Both query languages on the simulator, InfluxQL on a real InfluxDB 1.x too: every point, whatever it is called."""
+"""Flux of the simulator and InfluxQL of a real InfluxDB 1.x or its recorded answers: every point, whatever its name."""
 
+import json
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,9 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.window import Window, floor_to
-from app.demo.influx import InfluxSimulator
-from app.demo.influx_points import SHARD_NS
-from app.demo.line_protocol import Field, Point, parse_lines
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
 from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader
@@ -34,6 +32,10 @@ from influx_readers import (
     values,
 )
 from influxdb1 import InfluxDB1, running_influxdb1
+from influxql_server import RECORDED, InfluxQlServer, record, recorded
+from simulators.influx import InfluxSimulator
+from simulators.influx_storage import SHARD_NS
+from simulators.line_protocol import Field, Point, parse_lines
 
 DAY = timedelta(days=1)
 EVER = Window(datetime(1960, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))
@@ -54,15 +56,32 @@ def test_both_languages_and_a_real_influxdb_1_give_equal_points(influx: InfluxSi
     influx.write(LINES)
     database = influxdb1.new_database()
     influxdb1.write(database, LINES)
-    readers: list[Reader] = [flux(influx), influxql(influx), influxql_without_credentials(influxdb1.url, database)]
+    readers: list[Reader] = [flux(influx), influxql_without_credentials(influxdb1.url, database)]
     first, *others = (values(each.rows("D1", HOUR)) + values(each.empty_texts("D1", HOUR, "note")) for each in readers)
     assert first.total() >= 150
-    assert others == [first, first]
-    assert [each.devices(NOON - DAY) for each in readers] == [["D1", "D2"]] * 3
+    assert others == [first]
+    assert [each.devices(NOON - DAY) for each in readers] == [["D1", "D2"]] * 2
     for device in (None, "D1"):
         counts, *other_counts = (counted(each, device) for each in readers)
-        assert other_counts == [counts, counts]
+        assert other_counts == [counts]
         assert counts["D1", "voltage", NOON] == 31
+
+
+def test_recorded_answers_of_an_influxdb_1_give_the_points_that_flux_gives(influx: InfluxSimulator) -> None:
+    influx.write(LINES)
+    with InfluxQlServer(influx, recorded()) as server:
+        reader, other = influxql(influx, url=server.url), flux(influx)
+        empty_texts = values(other.empty_texts("D1", HOUR, "note"))
+        assert values(reader.rows("D1", HOUR)) == values(other.rows("D1", HOUR)) + empty_texts
+        assert reader.devices(NOON - DAY) == other.devices(NOON - DAY)
+        for device in (None, "D1"):
+            assert counted(reader, device) == counted(other, device)
+        assert reader.inventory() == other.inventory()
+        assert reader.ping() == f"may read database telemetry at {server.url} by InfluxQL"
+
+
+def test_recorded_answers_are_those_of_a_real_influxdb_1(influxdb1: InfluxDB1) -> None:
+    assert record(influxdb1) == json.loads(RECORDED.read_text(encoding="utf-8")), "run tests/influxql_server.py"
 
 
 def test_points_that_differ_in_a_further_tag_stay_apart_and_keep_it(influx: InfluxSimulator, make: Make) -> None:
@@ -90,7 +109,7 @@ def test_tags_and_fields_may_bear_any_name_also_the_same(
     [parsed, *_] = parse_lines(text, 0)
     tags = {name: value for name, value in parsed.tags if name != "device_id"}
     fields = {one.name: exact(one.value) for one in parsed.fields}
-    for reader in (flux(influx), influxql(influx), influxql_without_credentials(influxdb1.url, database)):
+    for reader in (flux(influx), influxql_without_credentials(influxdb1.url, database)):
         assert rows(reader) == [(0, tags, fields), (1, {}, {"voltage": 1})]
         assert rows(reader, "D2") == [(0, {}, {"device_id": 7, "v": 1})]
         assert counted(reader, "D1") == {("D1", name, NOON): 1 for name in (*fields, "voltage")}
@@ -159,7 +178,7 @@ def test_a_field_of_another_type_in_another_shard_is_read_and_counted_whole(
     influxdb1.write(database, lines)
     with InfluxSimulator(shard_ns=shard_ns) as influx:
         influx.write(lines)
-        for reader in (flux(influx), influxql(influx), influxql_without_credentials(influxdb1.url, database)):
+        for reader in (flux(influx), influxql_without_credentials(influxdb1.url, database)):
             found = values(reader.rows("D1", span)) + values(reader.empty_texts("D1", span, "state"))
             assert [cell for _, _, _, cell in sorted(found, key=lambda value: value[0])] == expected
             assert sum(counted(reader, None, span, 86_400).values()) == 8
@@ -171,7 +190,7 @@ def test_a_far_span_is_counted_in_one_question(influx: InfluxSimulator, influxdb
     influx.write(lines)
     database = influxdb1.new_database()
     influxdb1.write(database, lines)
-    for reader in (flux(influx), influxql(influx), influxql_without_credentials(influxdb1.url, database)):
+    for reader in (flux(influx), influxql_without_credentials(influxdb1.url, database)):
         future = Window(NOON + DAY, datetime(9999, 1, 1, tzinfo=UTC))
         assert list(reader.outside(future)) == [Counted("", NOON + DAY, "v", 1)]
         past = Window(datetime(1, 1, 1, tzinfo=UTC), NOON)
@@ -183,7 +202,7 @@ def test_a_far_span_is_counted_in_one_question(influx: InfluxSimulator, influxdb
 def test_a_device_of_the_future_and_of_long_ago_is_found(influx: InfluxSimulator, make: Make) -> None:
     influx.write(f"{M},device_id=OLD v=1 1000\n{M},device_id=FUTURE v=1 {BASE + 10**18}")
     assert make().devices(datetime(1970, 1, 1, tzinfo=UTC)) == ["FUTURE", "OLD"]
-    assert make().devices(NOON) == ["FUTURE"]
+    assert flux(influx).devices(NOON) == ["FUTURE"]  # a 1.x server knows a value's time by its shard at best
 
 
 def test_the_inventory_says_what_there_is(influx: InfluxSimulator, influxdb1: InfluxDB1) -> None:
@@ -199,7 +218,6 @@ def test_the_inventory_says_what_there_is(influx: InfluxSimulator, influxdb1: In
 
     expected = Inventory([M, "other"], has_points=True, tags=["host"], fields=["v", "w"], devices=[])
     assert flux(influx).inventory() == expected
-    assert influxql(influx).inventory() == expected
     assert flux(influx, tag="host").inventory().devices == ["H1"]
     nothing = Inventory([M, "other"], has_points=False, tags=[], fields=[], devices=[])
     assert flux(influx, measurement="none").inventory() == nothing
@@ -335,7 +353,6 @@ def check_readers(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
         assert influx.points.write(given_points) == []
         names = {field.name for one in given_points for field in one.fields}
         readers: list[Reader] = [flux(influx), influxql_without_credentials(influxdb1.url, database)]
-        readers += [influxql(influx)]
         for reader in readers:
             for device, expected in by_device.items():
                 found = values(reader.rows(device, SPAN))
@@ -379,12 +396,12 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("device", HOSTILE)
-def test_hostile_values_are_bound(influx: InfluxSimulator, make: Make, device: str) -> None:
+def test_hostile_values_are_bound(influx: InfluxSimulator, device: str) -> None:
     for name in (device, "D1"):
         for measurement in (M, device):
             influx.points.extend((measurement, (("device_id", name),)), [BASE], {"voltage": [float(len(name))]})
     for measurement in (M, device):
-        reader = make(measurement=measurement)
+        reader = flux(influx, measurement=measurement)
         assert rows(reader, device) == [(0, {}, {"voltage": len(device)})]
         assert {one.device for one in reader.counts(device, HOUR, 3600)} == {device}
         assert sorted(reader.devices(NOON)) == sorted([device, "D1"])
@@ -426,7 +443,6 @@ def test_a_device_without_points_and_a_measurement_without_fields_give_nothing(
 
 def test_ping_says_what_answered(influx: InfluxSimulator, influxdb1: InfluxDB1) -> None:
     assert flux(influx).ping() == f"may read bucket telemetry at {influx.url} by Flux"
-    assert influxql(influx).ping() == f"may read database telemetry at {influx.url} by InfluxQL"
     database = influxdb1.new_database()
     ping = influxql_without_credentials(influxdb1.url, database).ping()
     assert ping == f"may read database {database} at {influxdb1.url} by InfluxQL"

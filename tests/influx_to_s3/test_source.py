@@ -8,14 +8,13 @@ import pytest
 from app.core.errors import Transient
 from app.core.ports import Count
 from app.core.window import Window
-from app.demo.faults import Cut, ErrorTable, Refuse
-from app.demo.influx import InfluxSimulator
 from app.influx_to_s3.reader import QueryTooLarge, Reader
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON
 from influx_points import batch_rows, source_of
 from influx_readers import BASE, HOUR, LINES, M, S, flux, influxql_without_credentials
 from influxdb1 import InfluxDB1
+from simulators.influx import Cut, ErrorTable, InfluxSimulator, Refuse
 
 HOUR_LONG = timedelta(hours=1)
 

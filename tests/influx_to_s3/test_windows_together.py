@@ -9,12 +9,12 @@ import pytest
 from app.core.errors import Transient
 from app.core.ports import Count
 from app.core.window import Window
-from app.demo.faults import Refuse
 from app.influx_to_s3.connection import Connection, Server
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.source import InfluxSource, runs_of_few_rows
 from exporter import Exporter
 from influx_points import source_of
+from simulators.influx import Refuse
 
 EVENING = datetime(2026, 2, 7, 21, tzinfo=UTC)
 HOURS = [Window(EVENING + timedelta(hours=n), EVENING + timedelta(hours=n + 1)) for n in range(6)]

@@ -17,10 +17,11 @@ from app.objects.conditions import check_match, expected_of, span_of, unchanged
 from app.objects.faults import NotServed
 from app.objects.feed import Feed, carried
 from app.objects.form import Form, boundary_of
-from app.objects.links import SignedLinks, disposition
+from app.objects.links import SECRET_BYTES, SECRET_NAME, SignedLinks, disposition
 from app.objects.media import media_type
 from app.objects.reach import Reach, check_query
 from app.stores.objects import ObjectInfo
+from disk_effects import Disk
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
 HELD = ObjectInfo("k", 10, '"e"', AT)
@@ -264,6 +265,18 @@ def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_
     secret.unlink()
     with pytest.raises(NotServed):
         links.check("a b/ü+%.csv", AT, expires, signature)
+
+
+def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_link_is_given(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    with disk.recorded():
+        SignedLinks(tmp_path).make("k", AT, 60)
+    assert [each.what for each in disk.effects] == ["flush", "link", "flush", "remove"]
+    assert (disk.effects[0].size_bytes, disk.effects[1].target, disk.effects[2].path) == (
+        SECRET_BYTES,
+        tmp_path / SECRET_NAME,
+        tmp_path,
+    )
 
 
 async def blocks(data: bytes, size: int, *, breaks: bool = False) -> AsyncIterator[bytes]:

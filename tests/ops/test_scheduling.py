@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.errors import Rejected, Transient
+from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Stopped, Transient
 from app.core.runs import (
     Context,
     Job,
@@ -30,6 +30,7 @@ from app.ops.outcomes import log_run
 from app.ops.scheduler import Backfill, Every, Scheduler
 from app.ops.worker import due_in, retry_in
 from app.stores.state import State, open_state
+from memory import MemoryLeases, MemoryRuns
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 DAY = 86_400
@@ -122,6 +123,97 @@ def test_the_times_of_a_run_lie_within_its_lease_so_that_runs_of_two_daemons_nev
             assert run.ended_at is not None
             assert leases.held_from < run.started_at <= run.ended_at < leases.held_until
             assert [kept.ended_at for kept in state.runs.recent("job", 1)] == [run.ended_at]
+
+
+def test_a_run_is_on_record_while_it_runs_and_a_dry_run_never_is(tmp_path: Path) -> None:
+    with closing(open_state("", tmp_path)) as state:
+        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("a"), log_run)
+        seen: list[Sequence[Run]] = []
+
+        def work(_: Context) -> Report:
+            seen.append(state.runs.recent("job", 5))
+            return Report()
+
+        execute(Job("job", 60, work), desk, Stop(), Unwatched(), dry_run=True)
+        run = execute(Job("job", 60, work), desk, Stop(), Unwatched())
+        assert run is not None
+        assert seen[0] == []
+        assert [(each.run_id, each.outcome, each.ended_at) for each in seen[1]] == [(run.run_id, Outcome.RUNNING, None)]
+        assert [each.outcome for each in state.runs.recent("job", 5)] == [Outcome.OK]
+
+
+class FailingLeases(MemoryLeases):
+    """Leases that cannot be renewed, with an error for each of the first times, and perhaps not given back."""
+
+    def __init__(self, *renewing: AppError, giving_back: AppError | None = None) -> None:
+        super().__init__()
+        self._renewing, self._giving_back = list(renewing), giving_back
+        self.renewed = 0
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
+        if self._renewing:
+            raise self._renewing.pop(0)
+        self.renewed += 1
+        return super().renew(lease, ttl_seconds)
+
+    def release(self, lease: Lease) -> None:
+        if self._giving_back:
+            raise self._giving_back
+        super().release(lease)
+
+
+def run_under(leases: FailingLeases, stop: Stop, work: Callable[[Context], Report]) -> Run:
+    terms = LeaseTerms("a", ttl_seconds=10, heartbeat_seconds=0.002)
+    desk = RunDesk(lambda: datetime.now(UTC), leases, MemoryRuns(), terms, log_run)
+    run = execute(Job("job", 60, work), desk, stop, Unwatched())
+    assert run is not None
+    return run
+
+
+@pytest.mark.parametrize("error", [LeaseLost("job was taken over"), Permanent("the state is damaged", "look at it")])
+def test_a_run_whose_lease_is_lost_is_asked_to_stop_and_no_other_run_of_the_process_is(error: AppError) -> None:
+    def work(context: Context) -> Report:
+        context.stop.pause(10)
+        return Report()
+
+    process = Stop()
+    run = run_under(FailingLeases(error), process, work)
+    assert (run.outcome, run.error) == (Outcome.STOPPED, f"stopped: {error.message}")
+    assert not process.asked
+
+
+def test_a_run_stops_when_its_process_is_asked_to() -> None:
+    process = Stop()
+
+    def work(context: Context) -> Report:
+        assert not context.stop.asked
+        threading.Timer(0.05, process.ask, ["the test wants it"]).start()
+        with pytest.raises(Stopped, match="the test wants it"):
+            context.stop.pause(10)
+        assert context.stop.asked
+        context.stop.pause(0)
+        return Report()
+
+    assert run_under(FailingLeases(), process, work).error == "stopped: the test wants it"
+
+
+def test_a_lease_is_renewed_again_after_outages_and_until_the_end_of_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    leases = FailingLeases(Transient("the database is away"), Transient("the database is away"))
+
+    def work(_: Context) -> Report:
+        until(lambda: leases.renewed >= 3)
+        return Report()
+
+    assert run_under(leases, Stop(), work).outcome is Outcome.OK
+    assert sum("could not be renewed" in each.getMessage() for each in caplog.records) == 2
+    assert not [each for each in threading.enumerate() if each.name == "lease-job"]
+
+
+def test_a_lease_that_cannot_be_given_back_does_not_hide_how_the_run_ended() -> None:
+    run = run_under(FailingLeases(giving_back=Transient("database away")), Stop(), lambda _: Report(rows=3))
+    assert (run.outcome, run.report.rows) == (Outcome.OK, 3)
 
 
 def failing(_: Context) -> Report:

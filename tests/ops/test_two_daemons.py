@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from app.core.runs import Outcome
-from app.demo.influx import InfluxSimulator
 from app.stores.local_directory import LocalDirectory
 from app.stores.state import State, open_state
 from daemon import Daemon, Daemons
 from exports import exported, stored
 from postgres import PostgresServer
+from simulators.influx import InfluxSimulator
 
 SECOND_NS = 10**9
 HOURS = 3

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 from app.analytics.formats import Answer
 from app.core.errors import Transient
-from app.core.turns import Turns
 
 PLACES = 2
 KEPT_ANSWERS = 64
 KEPT_BYTES = 16 << 20
 WAIT_SECONDS = 30.0
 WAITING = 200
-AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,6 @@ class Flights:
         self._soonest = math.inf  # no answer that is kept is over before
         self._running: dict[Hashable, asyncio.Task[Answer]] = {}
         self._places = asyncio.Semaphore(PLACES)
-        self._turns = Turns(AT_ONCE)
 
     def held(self, key: Hashable) -> Answer | None:
         """The answer that is kept under `key` and still holds."""
@@ -62,9 +59,7 @@ class Flights:
             running = asyncio.create_task(self._run(make))
             self._running[key] = running
             running.add_done_callback(lambda task: self._landed(key, task, keep_seconds))
-        answer = await asyncio.shield(running)
-        await self._turns.wait()
-        return answer
+        return await asyncio.shield(running)
 
     async def _run(self, make: Callable[[], Answer]) -> Answer:
         try:

@@ -42,6 +42,7 @@ def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
         with temporary.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
+            file.flush()  # else fsync would not see what Python still holds
             keep_mode(path, file.fileno())
             sync_file(file.fileno())
         replace_durably(temporary, path)

@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 
+from app.core.files import sync_file
 from app.csv_inbox.index import Indexing
 from app.csv_inbox.records import Offsets
 
@@ -102,7 +103,7 @@ class Output:
         if self._removed is not None:
             self._removed.write(self.ranges.tobytes())
             self._removed.flush()
-            os.fsync(self._removed.fileno())
+            sync_file(self._removed.fileno())
 
 
 def cut(data: bytes | memoryview, first: Offsets, last: Offsets) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
 from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.history import REJECTED, Load, save_load
-from app.csv_inbox.inbox import Candidate
+from app.csv_inbox.inbox import Candidate, unchanged
 from app.csv_inbox.places import BAD_ROWS, REASON, REJECTED_BYTES, Places, placed, printable, stamp
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 def reject(places: Places, candidate: Candidate, cause: Unmergeable, load: Load, at: datetime) -> Path:
     """Move the file to `rejected_dir`, its reason beside it, and record it; where it lies now.
 
-    Raises OSError, Unsteady when it is gone, and Stuck for what can only lie where it is.
+    Raises OSError, Unsteady when it is gone or another file by now, and Stuck for what can only lie where it is.
     """
     name = candidate.path.name
+    if not unchanged(candidate):  # what lies there now was not looked at
+        raise Unsteady(f"{name} is gone or was changed while it was read", "no action needed; the next run looks again")
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
     with placed(places.config.rejected_dir):
         target = _target(places.config.rejected_dir, candidate, bad_rows, at)

@@ -79,6 +79,7 @@ def undo(undoing: Undoing, load: Load) -> None:
         write_metadata(metadata, columns, rows, undoing.at)
         renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
         step = Step(renamings, [_revert(places, load)], None, undone(load))
+    check_master(config, load)  # nobody who takes no lock wrote to it while it was read
     commit(places, step)
     carry_out(places, step)
 

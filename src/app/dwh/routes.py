@@ -36,7 +36,8 @@ from app.ops.guard import needs
 
 FIRST_BYTES, BLOCK_BYTES = 1 << 16, 1 << 18
 ROOMY_PAGES = 16  # each may hold megabytes of an answer in memory; those beyond hold little
-READERS, WRITERS = 4, 6
+READERS = {"postgres": 4, "sqlite": 2}  # rows of SQLite are read in this process: more threads only wait for each other
+WRITERS = 6
 WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
@@ -62,7 +63,6 @@ class Serving:
     warehouse: Warehouse
     limits: Limits
     clock: Callable[[], datetime]
-    readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READERS))
     roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
 
@@ -70,6 +70,7 @@ class Serving:
 def build(serving: Serving) -> APIRouter:
     """The routes of all tables."""
     router = APIRouter(prefix="/dwh", tags=["dwh"])
+    readers = asyncio.Semaphore(READERS[serving.warehouse.database.dialect])
     for table in TABLES:
         # First, since the first route of a path answers for its other methods, and knows only its own.
         router.add_api_route(
@@ -77,7 +78,7 @@ def build(serving: Serving) -> APIRouter:
         )
         router.add_api_route(
             f"/{table.path}",
-            _reading(serving, table),
+            _reading(serving, table, readers),
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
@@ -126,7 +127,7 @@ def _refused(error: BadRequest) -> Refused:
     return Refused(Refusal(error.status, error.message, error.hint, error.fault))
 
 
-def _reading(serving: Serving, table: Table) -> Callable[[Request], Any]:
+def _reading(serving: Serving, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
         try:
             chosen = selection(table, request.query_params.multi_items())
@@ -139,10 +140,10 @@ def _reading(serving: Serving, table: Table) -> Callable[[Request], Any]:
                 stack.callback(serving.roomy.release)
             page = Page(serving.warehouse, chosen, lean=lean)
             stack.callback(page.close)
-            await _acquired(serving.readers)
+            await _acquired(readers)
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
             # The place is that of the reading from the database, however slowly the client takes the answer.
-            producing.add_done_callback(lambda _: serving.readers.release())
+            producing.add_done_callback(lambda _: readers.release())
             # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
             whole = request.scope["http_version"] == "1.0"
             size_bytes = await run_in_threadpool(partial(page.begin, whole=whole))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.errors import AppError
-from app.core.turns import Turns
 from app.ops.answers import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
 from app.ops.guard import SAFE_METHODS, Guard
 from app.ops.limits import BodyLimits, limited
@@ -34,7 +33,6 @@ HEADERS = (
 )
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 AUDITED_CHARACTERS = 300
-AT_ONCE = 8  # requests take a millisecond of the event loop each
 log = logging.getLogger(__name__)
 audit = logging.getLogger("app.audit")
 
@@ -59,7 +57,6 @@ class Front:
         self._limits = limits
         self._hooks = hooks
         self._api: asyncio.Future[Asgi] | None = None
-        self._turns = Turns(AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -106,7 +103,6 @@ class Front:
             answer = probe()
             await send_json(send, answer.status, answer.body, {})
             return
-        await self._turns.wait()
         if scope["method"] not in SAFE_METHODS:
             send = _audited(scope, send)
         try:

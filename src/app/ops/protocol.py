@@ -15,6 +15,7 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.ops.answers import Asgi, Receive, Refusal, Scope, Send, send_refusal
+from app.ops.event_loop import of_a_request
 from app.ops.probes import PATHS
 from app.ops.room import Room
 
@@ -110,14 +111,15 @@ class PunctualProtocol(HttpToolsProtocol):
         self._outgoing: Lingering | None = None
         self._unsent = (0.0, 0)  # since when, and how many bytes then
         self.asked_at = self.loop.time()
+        self.descriptor = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The clock starts with the connection."""
         self._outgoing = Lingering(transport, self.loop)
         super().connection_made(cast("asyncio.Transport", self._outgoing))
         connections = cast("set[PunctualProtocol]", self.connections)
-        descriptor = transport.get_extra_info("socket").fileno()
-        self._admitted = self._room.enter(self, descriptor, connections, len(connections))
+        self.descriptor = transport.get_extra_info("socket").fileno()
+        self._admitted = self._room.enter(self, self.descriptor, connections, len(connections))
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -202,7 +204,9 @@ class PunctualProtocol(HttpToolsProtocol):
         if probe and cycle.more_body and not self.transport.get_write_buffer_size():
             self._probe = (cycle, app)
         else:
+            before = of_a_request.set(not probe)
             super()._start_asgi_task(cycle, self._careful(cycle, app if probe or self._admitted else _full))
+            of_a_request.reset(before)
 
     def _careful(self, cycle: Any, app: Asgi) -> Any:
         """`app`, whose answers end the connection when they come before the end of the body, and which goes on when the

@@ -114,11 +114,11 @@ class DrainingServer(uvicorn.Server):
             loop.default_exception_handler(dict(context))
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: True when it is time to end."""
-        if counter % TICKS_A_SECOND == 0:
-            now = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                cast("PunctualProtocol", connection).watch_sending(now)
+        """Ten times a second: True when it is time to end. A tenth of all connections is looked at each time."""
+        now = asyncio.get_running_loop().time()
+        for connection in cast("list[PunctualProtocol]", list(self.server_state.connections)):
+            if (connection.descriptor - counter) % TICKS_A_SECOND == 0:
+                connection.watch_sending(now)
         if self._signal:
             if not self._asked:
                 self._asked = True
@@ -139,6 +139,7 @@ def serve(app: Asgi, serving: Serving) -> None:
         host=listening_host(serving.host),
         port=serving.port,
         http=cast("Any", partial(PunctualProtocol, room)),
+        loop="app.ops.event_loop:PoliteLoop",
         ws="none",
         lifespan="on",
         log_config=None,

@@ -60,7 +60,10 @@ def settled(store: S3Store, key: str, put: Put, error: AppError) -> ObjectInfo:
 class PartDesk:
     """What all uploads to one store share: threads and memory."""
 
-    def __init__(self, at_once: int = AT_ONCE, large_at_once: int = LARGE_AT_ONCE) -> None:
+    def __init__(
+        self, at_once: int = AT_ONCE, large_at_once: int = LARGE_AT_ONCE, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
+        self._wait_seconds = wait_seconds
         self._parts = threading.BoundedSemaphore(at_once)
         self._large = threading.BoundedSemaphore(large_at_once)
         self._threads = ThreadPoolExecutor(at_once, "s3-part")
@@ -74,7 +77,7 @@ class PartDesk:
     @contextmanager
     def place(self) -> Iterator[None]:
         """The right to hold a part in memory. Raises Transient when none becomes free in time."""
-        if not self._large.acquire(timeout=WAIT_SECONDS):
+        if not self._large.acquire(timeout=self._wait_seconds):
             raise Transient("too many large uploads at once", "send the same request again later")
         with self._turn:
             self._places_taken += 1

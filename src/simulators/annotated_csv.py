@@ -1,0 +1,134 @@
+"""Annotated CSV as InfluxDB 2 writes it (contracts/influxdb.md section 2), as a stream of pieces.
+
+Invariant: the pieces joined are the whole answer, to the byte; a piece holds whole rows only and says how many, so that
+a fault can be put after any row.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice, repeat
+
+from simulators.flux_parser import rfc3339
+from simulators.flux_steps import TIME, Column, Table
+from simulators.http_server import Piece
+
+ANNOTATIONS = frozenset({"datatype", "group", "default"})
+BATCH_ROWS = 1000
+Result = tuple[str, Iterable[Table]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How the client wants its CSV; without annotations unless it asks."""
+
+    annotations: tuple[str, ...] = ()
+    delimiter: str = ","
+    header: bool = True
+
+
+class AnnotatedCsv:
+    """Writes results, each a name and its tables. `batch_rows` bounds the rows of a piece."""
+
+    def __init__(self, dialect: Dialect, batch_rows: int = BATCH_ROWS) -> None:
+        self._dialect = dialect
+        self._batch_rows = batch_rows
+        special = f'{dialect.delimiter}"\r\n'
+        self._special = frozenset(special)
+
+    def pieces(self, results: Iterable[Result]) -> Iterator[Piece]:
+        """All results; each ends with an empty line, and no result at all is one empty line."""
+        none = True
+        for name, tables in results:
+            none = False
+            yield from self._result(name, tables)
+            yield Piece(b"\r\n")
+        if none:
+            yield Piece(b"\r\n")
+
+    def error(self, message: str) -> bytes:
+        """The table that says, behind rows already sent, that the query failed."""
+        known = {"datatype": ["string", "string"], "group": ["true", "true"], "default": ["", ""]}
+        rows = [[f"#{name}", *known[name]] for name in self._dialect.annotations]
+        rows += [["", "error", "reference"], ["", message, ""]]
+        return ("\r\n" + "".join(map(self._line, rows))).encode()
+
+    def _result(self, name: str, tables: Iterable[Table]) -> Iterator[Piece]:
+        known: tuple[Column, ...] | None = None
+        started = False
+        for number, one in enumerate(tables):
+            data = one.load()
+            empty = not data or not len(data[0])
+            if empty or one.columns != known:
+                head = self._head(name, one, number if empty else None)
+                yield Piece((b"\r\n" if started else b"") + head)
+            started, known = True, None if empty else one.columns
+            if not empty:
+                yield from self._rows(name, number, one.columns, data)
+
+    def _head(self, name: str, one: Table, empty_number: int | None) -> bytes:
+        """Annotations and names; an empty table has its number and its key in the defaults."""
+        key = one.key_by_label() if empty_number is not None else {}
+        defaults = [_text(key.get(column.label), column.kind) for column in one.columns]
+        number = "" if empty_number is None else str(empty_number)
+        known = {
+            "datatype": ["string", "long", *(column.kind for column in one.columns)],
+            "group": ["false", "false", *("true" if column.group else "false" for column in one.columns)],
+            "default": [name, number, *defaults],
+        }
+        rows = [[f"#{annotation}", *known[annotation]] for annotation in self._dialect.annotations]
+        if self._dialect.header:
+            rows.append(["", "result", "table", *one.labels()])
+        return "".join(map(self._line, rows)).encode()
+
+    def _rows(
+        self, name: str, number: int, columns: Sequence[Column], data: Sequence[Sequence[object]]
+    ) -> Iterator[Piece]:
+        result = "" if "default" in self._dialect.annotations else self._quoted(name)
+        delimiter = self._dialect.delimiter
+        start = f"{delimiter}{result}{delimiter}{number}{delimiter}"
+        rows = zip(*(self._cells(cells, one) for cells, one in zip(data, columns, strict=True)), strict=True)
+        while batch := list(islice(rows, self._batch_rows)):
+            text = "".join(f"{start}{delimiter.join(row)}\r\n" for row in batch)
+            yield Piece(text.encode(), len(batch))
+
+    def _cells(self, cells: Sequence[object], column: Column) -> Iterator[str]:
+        if column.group:
+            return repeat(self._quoted(_text(cells[0], column.kind)), len(cells))
+        write = WRITERS[column.kind]
+        if column.kind == "string":
+            return ("" if cell is None else self._quoted(str(cell)) for cell in cells)
+        return ("" if cell is None else write(cell) for cell in cells)
+
+    def _line(self, cells: Iterable[str]) -> str:
+        return self._dialect.delimiter.join(map(self._quoted, cells)) + "\r\n"
+
+    def _quoted(self, text: str) -> str:
+        if not text or (text[0] not in " \t\v\f\x85\xa0" and text != "\\." and self._special.isdisjoint(text)):
+            return text
+        plain = text.replace('"', '""').replace("\r", "").replace("\n", "\r\n")
+        return f'"{plain}"'
+
+
+def decimal_text(value: float) -> str:
+    """A float without exponent and without a needless `.0`; `NaN`, `+Inf`, `-Inf`."""
+    text = repr(value)
+    if "e" in text:
+        return format(Decimal(text), "f")
+    if "n" not in text:
+        return text.removesuffix(".0")
+    return {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}.get(text, text)
+
+
+def _text(value: object, kind: str) -> str:
+    return "" if value is None else WRITERS[kind](value)
+
+
+WRITERS: dict[str, Callable[..., str]] = {
+    "string": str,
+    "long": str,
+    "unsignedLong": str,
+    "double": decimal_text,
+    "boolean": lambda value: "true" if value else "false",
+    TIME: rfc3339,
+}

@@ -1,0 +1,499 @@
+"""Flux tables, and the transformations behind `|>`: each takes tables and gives tables.
+
+Invariants: every value of a group-key column is the same in all rows of a table, and no two tables of a stream have the
+same key once `merged` has seen them. Rows are held as columns, None for null, and fetched when somebody wants them. A
+step reads only the arguments that it knows and refuses the others, so that a query which this simulator would answer
+differently from a server fails instead.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from simulators.flux_parser import Call, Expression, FluxError, Function, Items, Literal, Member, Name, Operation
+from simulators.line_protocol import Value
+
+TIME = "dateTime:RFC3339"
+FLUX_NAMES = {
+    "double": "float",
+    "long": "int",
+    "unsignedLong": "uint",
+    "boolean": "bool",
+    "string": "string",
+    TIME: "time",
+}
+Cells = Sequence[Value | None]
+Data = list[Cells]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`kind` is the word of `#datatype`, `group` that of `#group`."""
+
+    label: str
+    kind: str
+    group: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`key` holds the values of the group columns in the order of `columns`; `load` fetches all cells, by column."""
+
+    columns: tuple[Column, ...]
+    key: tuple[Value | None, ...]
+    load: Callable[[], Data]
+
+    def labels(self) -> tuple[str, ...]:
+        """Column names in order."""
+        return tuple(column.label for column in self.columns)
+
+    def key_by_label(self) -> dict[str, Value | None]:
+        """The group key as a mapping."""
+        return dict(zip((one.label for one in self.columns if one.group), self.key, strict=True))
+
+    def index(self, label: str) -> int:
+        """Position of a column. Raises FluxError when there is none of that name."""
+        labels = self.labels()
+        if label not in labels:
+            raise FluxError(f'no column "{label}" exists')
+        return labels.index(label)
+
+
+def table(columns: Sequence[Column], data: Data, key: Sequence[Value | None] = ()) -> Table:
+    """A table whose rows are at hand."""
+    return Table(tuple(columns), tuple(key), lambda: data)
+
+
+def keep_columns(source: Table, keep: Callable[[str], bool]) -> Table:
+    """Without the columns that `keep` refuses; a dropped group column leaves the key too."""
+    wanted = [at for at, column in enumerate(source.columns) if keep(column.label)]
+    columns = tuple(source.columns[at] for at in wanted)
+    key = tuple(value for label, value in source.key_by_label().items() if keep(label))
+
+    def load() -> Data:
+        data = source.load()
+        return [data[at] for at in wanted]
+
+    return Table(columns, key, load)
+
+
+def merged(tables: Iterable[Table]) -> list[Table]:
+    """Tables of one key become one, in the order in which the keys were met; columns are united, gaps are null."""
+    groups: dict[object, list[Table]] = {}
+    for one in tables:
+        key = tuple((label, type(value), value) for label, value in sorted(one.key_by_label().items()))
+        groups.setdefault(key, []).append(one)
+    return [group[0] if len(group) == 1 else _union(group) for group in groups.values()]
+
+
+def _union(group: list[Table]) -> Table:
+    columns: dict[str, Column] = {}
+    for one in group:
+        for column in one.columns:
+            known = columns.setdefault(column.label, column)
+            if known.kind != column.kind:
+                kinds = f"{FLUX_NAMES[known.kind]} and {FLUX_NAMES[column.kind]}"
+                raise FluxError(f"schema collision: cannot group {kinds} types together")
+
+    def load() -> Data:
+        parts: list[list[Value | None]] = [[] for _ in columns]
+        for one in group:
+            data = dict(zip(one.labels(), one.load(), strict=True))
+            length = len(next(iter(data.values()), ()))
+            for label, part in zip(columns, parts, strict=True):
+                part.extend(data.get(label, (None,) * length))
+        return list(parts)
+
+    return Table(tuple(columns.values()), group[0].key, load)
+
+
+def regrouped(tables: Iterable[Table], by: Callable[[str], bool]) -> list[Table]:
+    """Tables split and merged so that the group key is the columns that `by` accepts."""
+    parts: list[Table] = []
+    for one in tables:
+        columns = tuple(replace(column, group=by(column.label)) for column in one.columns)
+        constant = one.key_by_label()
+        if all(column.label in constant for column in columns if column.group):
+            key = tuple(constant[column.label] for column in columns if column.group)
+            parts.append(Table(columns, key, one.load))
+        else:
+            parts.extend(_split(columns, one.load()))
+    return merged(parts)
+
+
+def _split(columns: tuple[Column, ...], data: Data) -> Iterator[Table]:
+    grouped = [at for at, column in enumerate(columns) if column.group]
+    rows: dict[tuple[Value | None, ...], list[int]] = {}
+    for number, key in enumerate(zip(*(data[at] for at in grouped), strict=True)):
+        rows.setdefault(key, []).append(number)
+    for key, numbers in rows.items():
+        yield table(columns, take(data, numbers), key)
+
+
+def take(data: Data, numbers: Sequence[int]) -> Data:
+    """The rows of these numbers."""
+    return [[cells[number] for number in numbers] for cells in data]
+
+
+def renamed(source: Table, new_label: Callable[[str], str]) -> Table:
+    """Columns under other names, as `rename` gives them. Raises FluxError when two would get the same."""
+    columns = tuple(replace(column, label=new_label(column.label)) for column in source.columns)
+    labels = [column.label for column in columns]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise FluxError(f"table builder already has column with label {label}")
+    return Table(columns, source.key, source.load)
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The columns of a pivot: one row per value of `row`, one column per value of `column`, cells from `value`."""
+
+    row: str
+    column: str
+    value: str
+
+
+def pivoted(tables: Iterable[Table], axes: Axes) -> Iterator[Table]:
+    """`pivot(rowKey: [row], columnKey: [column], valueColumn: value)`: one column per value of the column key.
+
+    Rows come in the order in which their row key is first met, table after table; columns that are neither group key
+    nor row key are lost. Raises FluxError when a value of the column key is the name of a column that stays.
+    """
+    groups: dict[object, list[Table]] = {}
+    for one in tables:
+        for label in (axes.row, axes.column, axes.value):
+            one.index(label)
+        key = one.key_by_label()
+        key.pop(axes.column, None)
+        groups.setdefault(tuple(sorted(key.items())), []).append(one)
+    for group in groups.values():
+        yield from _pivot_group(group, axes)
+
+
+def _pivot_group(group: list[Table], axes: Axes) -> Iterator[Table]:
+    first = group[0]
+    keys = [column for column in first.columns if column.group and column.label not in (axes.column, axes.value)]
+    values = tuple(first.key_by_label()[column.label] for column in keys)
+    times, fields = _spread(group, axes)
+    for name in fields:
+        if name == axes.row or any(column.label == name for column in keys):
+            message = f'value "{name}" appears in a column key column, but a column named "{name}" already exists'
+            raise FluxError(f'{message}; consider renaming "{name}" to something else before pivoting')
+    kind_of_row = first.columns[first.index(axes.row)].kind
+    columns = [*keys, Column(axes.row, kind_of_row), *(Column(name, kind) for name, (kind, _) in fields.items())]
+    filled: Data = [[value] * len(times) for value in values]
+    filled.append(times)
+    filled.extend(cells for _, cells in fields.values())
+    yield table(columns, filled, values)
+
+
+def _spread(group: list[Table], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+    """Times in the order in which they are first met, and type and cells of each field beside them."""
+    loaded = [(one, one.load()) for one in group]
+    times = loaded[0][1][group[0].index(axes.row)]
+    are_distinct = len(set(times)) == len(times)
+    direct: dict[str, tuple[str, Cells]] = {}
+    for one, data in loaded:
+        name = one.key_by_label().get(axes.column)
+        if name is None or name in direct or data[one.index(axes.row)] != times or not are_distinct:
+            return _spread_slowly(loaded, axes)
+        direct[str(name)] = one.columns[one.index(axes.value)].kind, data[one.index(axes.value)]
+    return times, direct
+
+
+def _spread_slowly(loaded: list[tuple[Table, Data]], axes: Axes) -> tuple[Cells, dict[str, tuple[str, Cells]]]:
+    times: dict[Value | None, int] = {}
+    fields: dict[str, tuple[str, dict[int, Value | None]]] = {}
+    for one, data in loaded:
+        kind = one.columns[one.index(axes.value)].kind
+        cells = (data[one.index(label)] for label in (axes.column, axes.row, axes.value))
+        for name, time, value in zip(*cells, strict=True):
+            known, column = fields.setdefault(str(name), (kind, {}))
+            if known != kind:
+                kinds = f"{FLUX_NAMES[known]} and {FLUX_NAMES[kind]}"
+                raise FluxError(f'schema collision detected: column "{name}" is both of type {kinds}')
+            column[times.setdefault(time, len(times))] = value
+    rows = range(len(times))
+    return list(times), {name: (kind, [cells.get(row) for row in rows]) for name, (kind, cells) in fields.items()}
+
+
+COMPARE: Mapping[str, Callable[[object, object], bool]] = {
+    "==": lambda left, right: left == right,
+    "!=": lambda left, right: left != right,
+    "<": lambda left, right: left < right,  # type: ignore[operator]
+    "<=": lambda left, right: left <= right,  # type: ignore[operator]
+    ">": lambda left, right: left > right,  # type: ignore[operator]
+    ">=": lambda left, right: left >= right,  # type: ignore[operator]
+}
+
+LOGIC: Mapping[str, Callable[[list[object]], object]] = {
+    "exists": lambda values: values[0] is not None,
+    "not": lambda values: None if values[0] is None else not values[0],
+    "and": lambda values: False if False in values else None if None in values else True,
+    "or": lambda values: True if True in values else None if None in values else False,
+    "if": lambda values: values[1] if values[0] is True else values[2],
+}
+
+
+def undefined(call: Call) -> FluxError:
+    """What the compiler says of a function that it does not know."""
+    return FluxError(f"compilation failed: error at {call.where}: undefined identifier {call.name}")
+
+
+def text_argument(call: Call, name: str, default: str | None = None) -> str:
+    """A string argument. Raises FluxError when it is missing or something else."""
+    value = call.arguments.get(name)
+    if isinstance(value, Literal) and isinstance(value.value, str):
+        return value.value
+    if value is None and default is not None:
+        return default
+    raise missing(call, name)
+
+
+def integer_argument(call: Call, name: str, kind: str = "integer") -> int:
+    """An argument that is an integer, or a `duration` in nanoseconds."""
+    value = call.arguments.get(name)
+    if isinstance(value, Literal) and value.kind == kind and isinstance(value.value, int):
+        return value.value
+    raise missing(call, name)
+
+
+def texts_argument(call: Call, name: str, default: Sequence[str] | None = None) -> tuple[str, ...]:
+    """An argument that is an array of strings."""
+    value = call.arguments.get(name)
+    if value is None and default is not None:
+        return tuple(default)
+    if not isinstance(value, Items):
+        raise missing(call, name)
+    texts = tuple(one.value for one in value.values if isinstance(one, Literal) and isinstance(one.value, str))
+    if len(texts) != len(value.values):
+        raise missing(call, name)
+    return texts
+
+
+def predicate_argument(call: Call, name: str) -> Expression:
+    """The body of an argument that is a function of `r`."""
+    return function_argument(call, name).body
+
+
+def function_argument(call: Call, name: str) -> Function:
+    """An argument that is a function of one parameter."""
+    value = call.arguments.get(name)
+    if not isinstance(value, Function):
+        raise missing(call, name)
+    return value
+
+
+def applied(function: Function, value: str) -> object:
+    """What a function of a string gives for it, such as the name that `rename` asks for."""
+
+    def bound(expression: Expression) -> Expression:
+        if expression == Name(function.parameter):
+            return Literal("string", value)
+        if isinstance(expression, Operation):
+            return Operation(expression.sign, tuple(map(bound, expression.operands)))
+        return expression
+
+    return evaluate(bound(function.body), {})
+
+
+def missing(call: Call, name: str) -> FluxError:
+    """What the compiler says of an argument that it cannot use."""
+    return FluxError(f"compilation failed: error at {call.where}: missing or wrong argument {name} of {call.name}")
+
+
+def labels_of(expression: Expression) -> frozenset[str]:
+    """The columns that a predicate reads."""
+    if isinstance(expression, Member):
+        return frozenset({expression.label})
+    if isinstance(expression, Operation):
+        return frozenset().union(*map(labels_of, expression.operands))
+    return frozenset()
+
+
+def evaluate(expression: Expression, row: Mapping[str, object]) -> object:
+    """The value of a predicate for a row; None is null, and a column that is missing is null."""
+    if isinstance(expression, Literal):
+        return expression.value
+    if isinstance(expression, Member):
+        return row.get(expression.label)
+    if isinstance(expression, Operation):
+        return _operate(expression, [evaluate(one, row) for one in expression.operands])
+    raise FluxError("compilation failed: a function may hold its parameter, literals and operators only")
+
+
+def _operate(operation: Operation, values: list[object]) -> object:
+    if operation.sign in LOGIC:
+        return LOGIC[operation.sign](values)
+    left, right = values
+    if left is None or right is None:
+        return None
+    if operation.sign == "+":
+        return _joined(left, right)
+    if isinstance(left, str) != isinstance(right, str):
+        raise FluxError("type conflict: string and a number cannot be compared")
+    return COMPARE[operation.sign](left, right)
+
+
+def _joined(left: object, right: object) -> str:
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise FluxError("compilation failed: this simulator adds strings only")
+    return left + right
+
+
+Tables = Iterable[Table]
+Bounds = tuple[int, int]
+Step = Callable[[Tables, Call, Bounds], Tables]
+
+
+def run_step(tables: Tables, call: Call, bounds: Bounds) -> Tables:
+    """The tables behind `|> call`. Raises FluxError for a step or an argument that is not known."""
+    if call.name not in STEPS:
+        raise undefined(call)
+    step, known = STEPS[call.name]
+    for name in call.arguments:
+        if name not in known:
+            raise FluxError(f"compilation failed: error at {call.where}: unexpected argument {name} of {call.name}")
+    return step(tables, call, bounds)
+
+
+def _filter(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    """`filter`: a table left without rows goes away unless `onEmpty: "keep"`."""
+    predicate = predicate_argument(call, "fn")
+    keep_empty = text_argument(call, "onEmpty", "drop") == "keep"
+    wanted = labels_of(predicate)
+    for one in tables:
+        key = one.key_by_label()
+        varying = [column.label for column in one.columns if column.label in wanted and column.label not in key]
+        if not varying:
+            if evaluate(predicate, key) is True:
+                yield one
+            elif keep_empty:
+                yield table(one.columns, [[] for _ in one.columns], one.key)
+            continue
+        rows = _matching(one, predicate, varying)
+        if keep_empty or (rows and len(rows[0])):
+            yield table(one.columns, rows, one.key)
+
+
+def _matching(one: Table, predicate: Expression, varying: list[str]) -> Data:
+    data, key = one.load(), one.key_by_label()
+    cells = zip(*(data[one.index(label)] for label in varying), strict=True)
+    chosen = (evaluate(predicate, {**key, **dict(zip(varying, row, strict=True))}) is True for row in cells)
+    return take(data, [number for number, yes in enumerate(chosen) if yes])
+
+
+def _drop(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    gone = frozenset(texts_argument(call, "columns"))
+    return merged(keep_columns(one, lambda label: label not in gone) for one in tables)
+
+
+def _keep(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    stay = frozenset(texts_argument(call, "columns"))
+    return merged(keep_columns(one, stay.__contains__) for one in tables)
+
+
+def _pivot(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    rows, columns = (texts_argument(call, name) for name in ("rowKey", "columnKey"))
+    if len(rows) != 1 or len(columns) != 1:
+        raise FluxError("this simulator pivots one column over one other only", "not implemented")
+    return pivoted(tables, Axes(rows[0], columns[0], text_argument(call, "valueColumn")))
+
+
+def _rename(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    function = function_argument(call, "fn")
+
+    def new_label(label: str) -> str:
+        new = applied(function, label)
+        if not isinstance(new, str):
+            raise FluxError(f"compilation failed: error at {call.where}: expected string but found something else")
+        return new
+
+    return merged(renamed(one, new_label) for one in tables)
+
+
+def _group(tables: Tables, call: Call, _bounds: Bounds) -> Tables:
+    return regrouped(tables, frozenset(texts_argument(call, "columns", ())).__contains__)
+
+
+def _limit(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    number = integer_argument(call, "n")
+    for one in tables:
+        yield table(one.columns, [cells[:number] for cells in one.load()], one.key)
+
+
+def _with_key(one: Table, extra: Sequence[tuple[str, str, Cells]]) -> Table:
+    """The key columns of `one`, then the extra ones."""
+    length = len(extra[0][2])
+    named = {label for label, _, _ in extra}
+    keys = [column for column in one.columns if column.group and column.label not in named]
+    values = tuple(one.key_by_label()[column.label] for column in keys)
+    data: Data = [[value] * length for value in values]
+    data.extend(cells for _, _, cells in extra)
+    return table([*keys, *(Column(label, kind) for label, kind, _ in extra)], data, values)
+
+
+def _count(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    label = text_argument(call, "column", "_value")
+    for one in tables:
+        yield _with_key(one, [(label, "long", [len(one.load()[one.index(label)])])])
+
+
+def _sum(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    label = text_argument(call, "column", "_value")
+    for one in tables:
+        at = one.index(label)
+        kind = one.columns[at].kind
+        if kind not in ("double", "long", "unsignedLong"):
+            raise FluxError(f"unsupported input type for sum aggregate: {kind}")
+        present = [cell for cell in one.load()[at] if cell is not None]
+        yield _with_key(one, [(label, kind, [sum(present) if present else None])])  # type: ignore[arg-type]
+
+
+def _first(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    label = text_argument(call, "column", "_value")
+    for one in tables:
+        data = one.load()
+        rows = (row for row, cell in enumerate(data[one.index(label)]) if cell is not None)
+        yield table(one.columns, take(data, list(islice(rows, 1))), one.key)
+
+
+COUNTED_WINDOWS = {
+    "fn": Name("count"),
+    "createEmpty": Literal("boolean", value=False),
+    "timeSrc": Literal("string", "_start"),
+}
+
+
+def _counted_windows(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
+    """`aggregateWindow` as a counter asks for it: windows on a grid from 1970 that hold a value, told by their starts,
+    the first one cut at the start of the range.
+    """
+    every = integer_argument(call, "every", "duration")
+    for name, value in COUNTED_WINDOWS.items():
+        if call.arguments.get(name) != value:
+            raise missing(call, name)
+    for one in tables:
+        data = one.load()
+        cells = zip(data[one.index("_time")], data[one.index("_value")], strict=True)
+        windows = Counter(int(time or 0) // every * every for time, value in cells if value is not None)
+        times = [max(at, bounds[0]) for at in sorted(windows)]
+        yield _with_key(one, [("_time", TIME, times), ("_value", "long", [windows[at] for at in sorted(windows)])])
+
+
+STEPS: Mapping[str, tuple[Step, frozenset[str]]] = {
+    "filter": (_filter, frozenset({"fn", "onEmpty"})),
+    "drop": (_drop, frozenset({"columns"})),
+    "keep": (_keep, frozenset({"columns"})),
+    "rename": (_rename, frozenset({"fn"})),
+    "pivot": (_pivot, frozenset({"rowKey", "columnKey", "valueColumn"})),
+    "group": (_group, frozenset({"columns"})),
+    "limit": (_limit, frozenset({"n"})),
+    "count": (_count, frozenset({"column"})),
+    "sum": (_sum, frozenset({"column"})),
+    "first": (_first, frozenset({"column"})),
+    "aggregateWindow": (_counted_windows, frozenset({"every", "fn", "createEmpty", "timeSrc"})),
+}
+"""Each step with the arguments that it knows."""

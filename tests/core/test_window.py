@@ -1,0 +1,77 @@
+"""Windows lie on one grid from the epoch on, and their age decides what may be done with them."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from app.core.window import EPOCH, Age, Window, age_of, floor_to, next_midnight, window_at, windows_between
+
+NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
+HOUR, SECOND, INSTANT = timedelta(hours=1), timedelta(seconds=1), timedelta(microseconds=1)
+
+
+def test_the_grid_is_counted_from_the_epoch_also_before_it() -> None:
+    assert floor_to(NOON + HOUR - INSTANT, 3600) == floor_to(NOON, 3600) == NOON
+    assert floor_to(EPOCH - INSTANT, 3600) == EPOCH - HOUR
+    assert window_at(NOON + INSTANT, 900) == Window(NOON, NOON + HOUR / 4)
+    assert window_at(NOON, 86_400) == Window(NOON - 12 * HOUR, NOON + 12 * HOUR)
+
+
+def test_every_window_that_overlaps_a_span_is_in_it_and_no_other() -> None:
+    for start in (NOON, NOON + SECOND, NOON + HOUR):
+        assert list(windows_between(start, start, 3600)) == list(windows_between(start, NOON, 3600)) == []
+    assert list(windows_between(NOON, NOON + HOUR, 3600)) == [Window(NOON, NOON + HOUR)]
+    around = list(windows_between(NOON - INSTANT, NOON + HOUR + INSTANT, 3600))
+    assert around == [Window(NOON + n * HOUR, NOON + (n + 1) * HOUR) for n in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("passed", "age"),
+    [
+        (-SECOND, Age.OPEN),
+        (-INSTANT, Age.OPEN),
+        (timedelta(), Age.SETTLING),
+        (10 * SECOND - INSTANT, Age.SETTLING),
+        (10 * SECOND, Age.DUE),
+        (HOUR, Age.DUE),
+    ],
+)
+def test_a_window_is_open_until_its_end_then_settles_for_the_grace(passed: timedelta, age: Age) -> None:
+    assert age_of(Window(NOON, NOON + HOUR), NOON + HOUR + passed, 10) is age
+
+
+def test_without_a_grace_a_window_is_due_at_its_end() -> None:
+    assert age_of(Window(NOON, NOON + HOUR), NOON + HOUR, 0) is Age.DUE
+
+
+def test_the_next_midnight_is_never_now() -> None:
+    midnight = NOON + 12 * HOUR
+    assert [next_midnight(at) for at in (NOON, midnight - INSTANT, midnight)] == [
+        midnight,
+        midnight,
+        midnight + 24 * HOUR,
+    ]
+
+
+def test_a_window_has_a_length_and_a_text() -> None:
+    window = Window(NOON, NOON + HOUR)
+    assert (window.seconds, str(window)) == (3600, "2026-02-07T12:00:00Z/2026-02-07T13:00:00Z")
+
+
+EAST = timezone(HOUR)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (NOON, NOON),
+        (NOON, NOON - HOUR),
+        (NOON.astimezone(EAST), NOON + HOUR),
+        (NOON, (NOON + HOUR).astimezone(EAST)),
+        (NOON.replace(tzinfo=None), NOON + HOUR),
+        (NOON, (NOON + HOUR).replace(tzinfo=None)),
+    ],
+)
+def test_a_window_that_is_empty_or_not_in_utc_cannot_be_made(start: datetime, end: datetime) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Window(start, end)
