@@ -168,8 +168,8 @@ class Sitting:
 
     def _set_back(self) -> bool:
         """It knows nothing then of what the reconcile has just brought."""
-        if self.chance.random() < 0.5 and self._reconcile():
-            time.sleep(1)
+        if self.chance.random() < 0.5:
+            self._reconcile()
         self._perhaps_kill_all()
         return self.state.set_back()
 
@@ -201,11 +201,17 @@ class Sitting:
             self._kill()
 
     def _reconcile(self) -> bool:
-        """Now, and not once a day."""
+        """Now, and not once a day; to its end if that comes soon."""
         for replica in self._alive():
-            url = f"http://127.0.0.1:{replica.port}/ops/jobs/influx_to_s3_reconcile/run"
+            url, name = f"http://127.0.0.1:{replica.port}/ops/jobs", "influx_to_s3_reconcile"
             with suppress(httpx.HTTPError):
-                return httpx.post(url, timeout=3).is_success
+                httpx.post(f"{url}/{name}/run", timeout=3).raise_for_status()
+                until = time.monotonic() + 5
+                while time.monotonic() < until:
+                    time.sleep(0.2)
+                    jobs = httpx.get(url, timeout=3).raise_for_status().json()["jobs"]
+                    if not any(job["name"] == name and job["state"] == "running" for job in jobs):
+                        return True
         return False
 
     # ---- what comes after ----
