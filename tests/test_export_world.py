@@ -1,6 +1,6 @@
 """How the rounds of the export tell what is wrong with the objects."""
 
-from export_world import Row, differences
+from export_world import Fields, Row, differences
 
 
 def row(number: int) -> Row:
@@ -8,8 +8,8 @@ def row(number: int) -> Row:
 
 
 def test_rows_that_are_lost_doubled_invented_and_stale_are_told_apart() -> None:
-    source = {row(number): {"voltage": number} for number in range(5)}
-    objects = {
+    source: dict[Row, Fields] = {row(number): {"voltage": number} for number in range(5)}
+    objects: dict[Row, list[Fields]] = {
         row(1): [{"voltage": 1}],
         row(2): [{"voltage": 2}, {"voltage": 2}],
         row(3): [{"voltage": 7}],
