@@ -30,7 +30,7 @@ lint: ## form, style, types, architecture, generated tables
 	uv run ruff check .
 	uv run mypy
 	uv run lint-imports
-	uv run python -m app.settings.reference --check
+	uv run python -m app.config.reference --check
 
 lock: ## after a change of dependencies: pin what they bring, write requirements.txt
 	uv run --no-project python tools/lock.py

@@ -140,9 +140,9 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     import logging
 
     from app.__main__ import tune
+    from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.influx_to_s3 import job
-    from app.settings import load_settings
     from app.stores.local_directory import LocalDirectory
     from app.stores.set_aside import SetAsideStore, folder_of
     from app.stores.state import open_state
@@ -184,8 +184,8 @@ def idle(_: str, __: Shape, ___: Path) -> Told:
     import pyarrow.parquet as pq
     import urllib3
 
+    from app.config.environment import load_settings
     from app.influx_to_s3 import job
-    from app.settings import load_settings
     from app.stores import local_directory, state
 
     imported = (urllib3, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)

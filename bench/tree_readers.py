@@ -148,9 +148,9 @@ def row_of(tags: Row, fields: Row, at_ns: int) -> Row:
 
 def write_tree(folder: Path) -> Found:
     """Export every point by the product's own job; what stands in the tree then, computed from the points."""
+    from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.influx_to_s3 import job
-    from app.settings import load_settings
     from app.stores.local_directory import LocalDirectory
     from app.stores.set_aside import SetAsideStore, folder_of
     from app.stores.state import open_state

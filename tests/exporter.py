@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from app.config.environment import load_settings
 from app.core.ports import Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.sync import NOTHING
 from app.core.window import Window
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.influx_to_s3.verify import ExportEnds
-from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
 from app.stores.set_aside import SetAsideStore, folder_of

@@ -8,8 +8,9 @@ from types import MappingProxyType
 import pytest
 from pydantic import SecretStr
 
+from app.config.environment import load_settings
+from app.config.settings import Settings
 from app.core.errors import BadSettings
-from app.settings import Settings, load_settings
 
 INFLUX = MappingProxyType(
     {

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from app.config.environment import load_settings
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.window import Window
 from app.dynamo_to_drive import job
-from app.settings import load_settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases

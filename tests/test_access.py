@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config.keys import GROUPS, SCOPES, parse_keys
 from app.core.errors import Rejected
 from app.ops.access import Grant, Keyring, new_key
 from app.ops.answers import Refused
 from app.ops.guard import ADDRESSES, EVERYBODY, FAILURES_A_MINUTE, Guard, Throttle, needs, presented
-from app.settings.keys import GROUPS, SCOPES, parse_keys
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 DIGEST = "0123456789abcdef" * 4

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import load_settings
-from app.settings.reference import BEGIN, END, env_example, main, table, with_table
-from app.settings.variables import PARTS
+from app.config.environment import load_settings
+from app.config.reference import BEGIN, END, env_example, main, meanings, table, with_table
+from app.config.variables import VARIABLES
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted({name for part in PARTS for variable in part.variables for name in variable.names})
+NAMES = sorted({name for variable in VARIABLES for name in variable.names})
 
 
 def assignments(text: str) -> list[str]:
@@ -34,7 +34,7 @@ def test_the_example_with_every_line_in_force_says_the_defaults(tmp_path: Path) 
 def test_the_example_names_each_variable_once() -> None:
     names = [line.partition("=")[0] for line in assignments(env_example())]
     assert len(names) == len(set(names))
-    assert {variable.names[0] for part in PARTS for variable in part.variables} == set(names)
+    assert {variable.names[0] for variable in VARIABLES} == set(names)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,7 +44,7 @@ def test_each_name_is_in_both_references(name: str) -> None:
 
 
 def test_each_variable_says_what_it_is_for() -> None:
-    assert all(variable.meaning for part in PARTS for variable in part.variables)
+    assert all(meanings().get(variable.goes_to) for variable in VARIABLES)
 
 
 def test_the_rest_of_the_readme_is_left_alone() -> None:

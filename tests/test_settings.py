@@ -1,13 +1,19 @@
 """Where settings come from: the env files of the documents, the environment, and which of several names wins."""
 
-from dataclasses import fields
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from app.config import settings as settings_module
+from app.config.environment import load_settings
+from app.config.masking import describe
+from app.config.rules import warnings
+from app.config.settings import Settings
+from app.config.variables import VARIABLES
 from app.core.errors import BadSettings
-from app.settings import Settings, describe, load_settings
-from app.settings.variables import PARTS
 from given_settings import faults, from_file, loaded, secret
 
 DOCUMENT_000 = """\
@@ -245,11 +251,91 @@ def test_unknown_variables_are_ignored() -> None:
 
 
 def test_each_field_of_each_group_has_exactly_one_variable() -> None:
-    declared = [variable.goes_to for part in PARTS for variable in part.variables]
+    declared = [variable.goes_to for variable in VARIABLES]
     assert len(declared) == len(set(declared))
-    settings = loaded()
-    names = [
-        f"{group.name}.{field.name}" for group in fields(settings) for field in fields(getattr(settings, group.name))
-    ]
+    names = [f"{group}.{field}" for group, held in loaded() for field, _ in held]
     composed = {f"checkpoint.{part}" for part in ("host", "port", "database", "user", "password")}
     assert set(declared) == {*names, *composed}
+
+
+def test_the_first_name_wins_wherever_each_of_them_is_set(tmp_path: Path) -> None:
+    assert from_file(tmp_path, "S3_BUCKET=first\n", {"S3_BUCKET_NAME": "second"}).s3.bucket == "first"
+    assert from_file(tmp_path, "S3_BUCKET_NAME=second\n", {"S3_BUCKET": "first"}).s3.bucket == "first"
+    assert from_file(tmp_path, "S3_BUCKET_NAME=second\n", {"S3_BUCKET": ""}).s3.bucket == "second"
+
+
+def test_tags_to_ignore_can_be_none_which_is_not_the_default(tmp_path: Path) -> None:
+    assert loaded().influx.ignored_tags == ("schema_version", "enrichment_status")
+    assert loaded(INFLUXDB_IGNORED_TAGS="").influx.ignored_tags == ()
+    assert from_file(tmp_path, "INFLUXDB_IGNORED_TAGS=\n").influx.ignored_tags == ()
+    assert from_file(tmp_path, "INFLUXDB_IGNORED_TAGS=a\n", {"INFLUXDB_IGNORED_TAGS": ""}).influx.ignored_tags == ()
+
+
+def test_the_rules_between_variables_are_applied_beside_values_that_cannot_be_read() -> None:
+    found = faults(PORT="x", HOST="0.0.0.0", LEASE_TTL_SECONDS="10", EXPORT_FORMAT="xml")  # noqa: S104 - without keys
+    assert [fault.partition("=")[0] for fault in found] == ["PORT", "EXPORT_FORMAT", "LEASE_HEARTBEAT_SECONDS", "HOST"]
+
+
+def test_no_rule_compares_a_value_that_could_not_be_read() -> None:
+    assert len(faults(HOST="0.0.0.0", ALLOW_ANONYMOUS="maybe")) == 1  # noqa: S104 - the rule waits for the other
+    assert len(faults(PORT="x", HEALTH_PORT="8080")) == 1
+    assert len(faults(LEASE_TTL_SECONDS="1", LEASE_HEARTBEAT_SECONDS="x")) == 1
+    assert len(faults(LOOKBACK_HOURS="x", LOG_LEVEL="x", LOGGING_LEVEL="y")) == 2
+
+
+def test_the_settings_of_document_002_are_read_on_first_use_and_print_no_secret(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("S3_ACCESS_KEY_ID=canary-1\nS3_SECRET_ACCESS_KEY=canary-2\nDEBUG=true\n")
+    program = "import app.config.settings as m; print('settings' in vars(m)); from app.config.settings import settings"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print(settings); print(settings.service.debug, settings is m.settings)"],
+        env={"PATH": os.environ["PATH"], "SERVICE_NAME": "from-environ"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, printed, used = done.stdout.splitlines()
+    assert (first, used) == ("False", "True True")
+    assert "name='from-environ'" in printed
+    assert "access_key_id=SecretStr('**********')" in printed
+    assert "canary" not in done.stdout + done.stderr
+
+
+def test_the_module_has_no_other_names() -> None:
+    misspelt = "setings"
+    with pytest.raises(AttributeError, match=f"no attribute '{misspelt}'"):
+        getattr(settings_module, misspelt)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("INFLUX_URL", "INFLUXDB_URL"),
+        ("S3_BUKET", "S3_BUCKET"),
+        ("DYNAMODB_TABLE", "DYNAMODB_TABLE_NAME"),
+        ("EXPORT_INTERVAL", "EXPORT_INTERVAL_SECONDS"),
+        ("INFLUXDB_USER", "INFLUXDB_USERNAME"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("API_KEY", "API_KEYS"),
+        ("s3_bucket", "S3_BUCKET"),
+        ("Port", "PORT"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_warned_of_with_the_right_one(name: str, meant: str) -> None:
+    line = f"{name} is not a variable of Headwater and is ignored: did you mean {meant}?"
+    assert warnings(loaded({name: "canary"}), {name: "canary"}) == [line]
+    assert warnings(loaded(), {}, {name: "canary"}) == [line]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PATH": "/bin", "HOME": "/root", "HOSTNAME": "c0ffee", "LANG": "C.UTF-8", "PYTHON_VERSION": "3.11.7"},
+        {"AWS_ENDPOINT_URL": "http://h", "AWS_DEFAULT_REGION": "eu-west-1", "AWS_PROFILE": "x", "PGHOST": "db"},
+        {"DATABASE_URL": "postgresql://h/n", "OTEL_SERVICE_NAME": "x", "XDG_DATA_DIRS": "/usr/share"},
+        {"INFLUXDB_SERVICE_HOST": "10.0.0.1", "INFLUXDB_SERVICE_PORT": "8086", "INFLUXDB_PORT": "tcp://10.0.0.1:8086"},
+        {"INFLUXDB_PORT_8086_TCP": "tcp://10.0.0.1:8086", "INFLUXDB_PORT_8086_TCP_ADDR": "10.0.0.1"},
+    ],
+)
+def test_what_other_programs_and_platforms_set_is_not_warned_of(environ: dict[str, str]) -> None:
+    assert warnings(loaded(environ), environ) == []

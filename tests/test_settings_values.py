@@ -112,6 +112,18 @@ def test_a_url_that_is_not_http_is_refused(text: str) -> None:
     assert found == (f"INFLUXDB_URL={text!r}: allowed: http://host[:port] or https://host[:port]",)
 
 
+@pytest.mark.parametrize("text", ["http://h?q=canary", "http://h#canary", "http://h/p?canary#canary"])
+def test_a_query_or_a_fragment_of_a_base_url_is_refused(text: str) -> None:
+    (fault,) = faults({**INFLUX, "INFLUXDB_URL": text})
+    assert "end the URL before ? or #" in fault
+
+
+def test_the_lowest_port_of_a_url_is_1() -> None:
+    assert loaded({**INFLUX, "INFLUXDB_URL": "http://h:1"}).influx.url == "http://h:1"
+    assert faults({**INFLUX, "INFLUXDB_URL": "http://h:0"})
+    assert loaded(CHECKPOINT_DATABASE_URL="postgresql://h:1/n").checkpoint.url.get_secret_value().endswith(":1/n")
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "80.5"])
 def test_a_port_out_of_range_is_refused(port: str) -> None:
     assert faults(PORT=port) == (f"PORT='{port}': allowed: a whole number from 1 to 65535",)
@@ -168,6 +180,18 @@ def test_origins_are_origins() -> None:
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "0"])
 def test_a_time_that_is_no_time_is_refused(text: str) -> None:
     assert faults(LEASE_TTL_SECONDS=text)[0].startswith(f"LEASE_TTL_SECONDS='{text}'")
+
+
+@pytest.mark.parametrize("text", ["Mars/Phobos", "Europe", "x" * 300, "../../etc/passwd", "a\0b"])
+def test_a_time_zone_that_does_not_exist_is_refused(text: str) -> None:
+    (fault,) = faults(APPMETRICA_TIMEZONE=text)
+    assert fault.startswith("APPMETRICA_TIMEZONE=")
+
+
+def test_seconds_of_a_job_that_are_no_number_are_refused_in_words() -> None:
+    assert faults(ALERT_GRACE_BY_JOB="csv_inbox=x") == (
+        "ALERT_GRACE_BY_JOB='csv_inbox=x': allowed: job=seconds, comma-separated",
+    )
 
 
 def test_bytes_that_are_no_text_are_a_fault_and_no_crash() -> None:

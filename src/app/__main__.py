@@ -17,10 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from app.arguments import Work, parser
+from app.config import DOTENV
 from app.core.errors import AppError, BadSettings
 
 if TYPE_CHECKING:
-    from app.settings import Settings
+    from app.config.settings import Settings
 
 OK, FAILED, USAGE, BUSY, BAD_SETTINGS = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -70,12 +71,12 @@ def say(line: str) -> None:
 
 
 def configured(
-    environ: Mapping[str, str] = os.environ, dotenv: Path | None = Path(".env"), *, daemon: bool = False
+    environ: Mapping[str, str] = os.environ, dotenv: Path | None = DOTENV, *, daemon: bool = False
 ) -> "Settings":
     """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
+    from app.config.environment import load_settings
+    from app.config.masking import secrets_of
     from app.ops import log
-    from app.settings import load_settings
-    from app.settings.masking import secrets_of
 
     settings = load_settings(environ, dotenv)
     service = settings.service
@@ -97,7 +98,7 @@ def serve(_: argparse.Namespace) -> int:
     from app.main import build
     from app.ops.daemon import run_daemon
 
-    run_daemon(build(settings), os.environ)
+    run_daemon(build(settings), os.environ, DOTENV)
     return OK
 
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
+from app.config.settings import Settings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.dwh.store import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of
@@ -25,7 +26,6 @@ from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
 from app.ops.shapes import Calls
 from app.serving import Inside, front, reach
-from app.settings import Settings
 from app.stores.state import State, open_state
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
+from app.config.settings import Settings
 from app.dwh.store import Warehouse
 from app.ops.access import Keyring
 from app.ops.alerts import Alerts
@@ -20,7 +21,6 @@ from app.ops.readiness import Readiness
 from app.ops.scheduler import Scheduler
 from app.ops.service import Pipelines
 from app.ops.stopping import steps_of
-from app.settings import Settings
 from app.stores.state import State
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import yaml
 
 from app.amplitude import hours as amplitude_hours
 from app.appmetrica import hours as appmetrica_hours
-from app.settings import load_settings
+from app.config.environment import load_settings
 from needs import absent
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,17 +1,16 @@
 """The daily job that deletes what was set aside long ago."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from app.config.environment import load_settings
 from app.core.errors import Permanent
 from app.core.runs import Context, Lease, Report, Stop, Unwatched
 from app.main import set_aside_starts
 from app.objects.job import build_set_aside
-from app.settings import load_settings
 from app.stores.objects import ObjectInfo
 from app.stores.set_aside import LINES, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
@@ -67,9 +66,7 @@ def test_zero_days_switch_it_off(days: int, why: str) -> None:
 def test_the_folders_are_those_of_the_pipelines_that_are_on(tmp_path: Path) -> None:
     settings = load_settings({"DATA_DIR": str(tmp_path)}, None)
     assert not dict(set_aside_starts(settings))
-    on = replace(
-        settings,
-        influx=replace(settings.influx, url="http://localhost:8086"),
-        dynamo=replace(settings.dynamo, table_name="t"),
-    )
+    influx = settings.influx.model_copy(update={"url": "http://localhost:8086"})
+    dynamo = settings.dynamo.model_copy(update={"table_name": "t"})
+    on = settings.model_copy(update={"influx": influx, "dynamo": dynamo})
     assert dict(set_aside_starts(on)) == {"influx_to_s3": "telemetry", "dynamo_to_drive": "dynamo_to_drive"}

@@ -158,6 +158,21 @@ def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shel
     assert "canary" not in away.stdout + away.stderr
 
 
+@pytest.mark.slow
+def test_check_says_which_env_file_it_read_and_names_what_is_misspelt(shell: Shell) -> None:
+    without = json.loads(shell.run("quick_jobs", "check", "--json").stdout)
+    assert (without["env_file"], without["wiring"]["warnings"]) == (None, [])
+    (shell.folder / ".env").write_text("DYNAMODB_TABLE=canary\nSERVICE_NAME=mine\n")
+    text = shell.run("quick_jobs", "check", S3_BUKET="canary").stdout
+    path = str(shell.folder / ".env")
+    assert path in text
+    found = json.loads(shell.run("quick_jobs", "check", "--json", S3_BUKET="canary").stdout)
+    assert (found["env_file"], found["values"]["service.name"]) == (path, "mine")
+    assert [line.split()[0] for line in found["wiring"]["warnings"]] == ["DYNAMODB_TABLE", "S3_BUKET"]
+    assert all(f"warning: {line}" in text for line in found["wiring"]["warnings"])
+    assert "canary" not in f"{text} {found}"
+
+
 def test_a_new_key_is_shown_once_with_the_line_that_knows_only_its_hash(shell: Shell) -> None:
     done = shell.run("", "keys", "new", "grafana", "--scopes", "ops:read", "analytics:read")
     assert done.returncode == 0

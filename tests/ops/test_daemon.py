@@ -63,6 +63,15 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
     assert daemon.rss_mib < 80
 
 
+def test_a_misspelt_variable_is_in_the_log_of_the_start_wherever_it_stands(daemons: Daemons, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("INFLUX_URL=http://canary\n")
+    daemon = daemons.start(S3_BUKET="canary")
+    daemon.until(lambda: "S3_BUKET" in daemon.log and "INFLUX_URL" in daemon.log)
+    assert "did you mean INFLUXDB_URL?" in daemon.log
+    assert "did you mean S3_BUCKET?" in daemon.log
+    assert "canary" not in daemon.log
+
+
 def test_with_postgresql_away_the_process_is_healthy_and_not_ready(daemons: Daemons) -> None:
     daemon = daemons.start("quick_jobs", CHECKPOINT_DATABASE_URL=f"postgresql://u:canary@127.0.0.1:{free_port()}/d")
     daemon.until(lambda: daemon.get("/ready").json["checks"]["s3_accessible"])

@@ -12,11 +12,11 @@ from app.amplitude.client import POLICY, Project, project
 from app.amplitude.hours import Places, SourceRun
 from app.amplitude.landing import NAME
 from app.amplitude.verify import PullChart, PullEnds
+from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.window import Window
-from app.settings import Settings
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Events
 from app.stores.set_aside import SetAsideStore, folder_of

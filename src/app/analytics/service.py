@@ -22,8 +22,8 @@ from app.analytics.engine import Engine, Limits, Remote
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import Report, load_reports
 from app.analytics.summaries import Summaries
+from app.config.settings import Settings
 from app.core.errors import AppError
-from app.settings import Settings
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore
 from app.stores.sql import sql_directory

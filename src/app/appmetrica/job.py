@@ -17,11 +17,11 @@ from app.appmetrica.exports import Polling
 from app.appmetrica.hours import NAME, Places, ResourceRun
 from app.appmetrica.questions import resources
 from app.appmetrica.verify import PullChart, PullEnds
+from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.ports import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.window import Window
-from app.settings import Settings
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Events
 from app.stores.pulls import SqlPulls

@@ -24,7 +24,7 @@ from app.csv_inbox.places import REFUSED, Places, printable, translated
 from app.csv_inbox.work import MEBIBYTE, UNIT, Work
 
 if TYPE_CHECKING:
-    from app.settings import Settings
+    from app.config.settings import Settings
 
 NAME = "csv_inbox"
 EXITS = Exits(partial=1, failed=2, busy=2)

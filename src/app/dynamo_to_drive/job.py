@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.gaps import Chart, Moment
 from app.core.partitions import live_windows
@@ -31,7 +32,6 @@ from app.dynamo_to_drive.plan import Wanted
 from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place, hour_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
-from app.settings import Settings
 from app.stores.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
+from app.config.settings import Settings
 from app.core.errors import Permanent, Rejected
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import Commit, Count
@@ -21,7 +22,6 @@ from app.influx_to_s3.reader import Counted, Inventory, Points
 from app.influx_to_s3.set_aside import CLOCK_NOT_SET, NO_DEVICE_TAG, REFUSED_ID, Aside, values_in
 from app.influx_to_s3.source import InfluxSource, totals
 from app.influx_to_s3.spool import RowBatch
-from app.settings import Settings
 from app.stores.parquet import EncodedFile, check_device
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]

@@ -42,8 +42,8 @@ from app.stores.layouts import Layout
 from app.stores.parquet import EncodedFile, TableSink
 
 if TYPE_CHECKING:
+    from app.config.settings import Settings
     from app.influx_to_s3.reader import Reader
-    from app.settings import Settings
     from app.stores.layouts import SqlLayouts
     from app.stores.objects import ObjectStore
     from app.stores.set_aside import SetAsideStore

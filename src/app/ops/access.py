@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, datetime
 
+from app.config.keys import NAME, KeyEntry, parse_keys
+from app.config.rules import loopback
 from app.core.errors import Rejected
-from app.settings.keys import NAME, KeyEntry, parse_keys
-from app.settings.rules import loopback
 
 __all__ = ["Grant", "KeyEntry", "Keyring", "loopback", "new_key"]
 

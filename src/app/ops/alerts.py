@@ -15,11 +15,11 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from app.config.settings import Settings
 from app.core.errors import AppError, Stopped
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
 from app.ops.addresses import Heartbeats, post
-from app.settings import Settings
 
 WATCH_SECONDS = 15.0
 WAITING = 1000

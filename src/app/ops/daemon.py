@@ -3,22 +3,24 @@
 import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+from app.config.environment import read_dotenv
+from app.config.rules import warnings
 from app.ops.allocator import give_back_large_blocks
 from app.ops.server import Serving, serve
 from app.ops.service import Headwater
 from app.ops.stopping import steps_of
-from app.settings import warnings
 
 # A job that computes holds the interpreter for this long at most before a request gets its turn.
 SWITCH_SECONDS = 0.002
 log = logging.getLogger(__name__)
 
 
-def run_daemon(service: Headwater, environ: Mapping[str, str]) -> None:
-    """Serve `service`. Ends by raising the stop signal again."""
+def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
+    """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
     settings = service.settings
-    for warning in warnings(settings, environ):
+    for warning in warnings(settings, environ, read_dotenv(dotenv)[0]):
         log.warning("%s", warning)
     for job in service.pipelines.jobs:
         if job.off:

@@ -12,9 +12,9 @@ from datetime import datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
+from app.config.keys import SCOPES
 from app.ops.access import Grant, Keyring, loopback
 from app.ops.answers import Refusal, Refused, Scope
-from app.settings.keys import SCOPES
 
 COOKIE = "headwater_key"
 FAILURES_A_MINUTE = 10

@@ -7,6 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.config import DOTENV
+from app.config.environment import read_dotenv
+from app.config.masking import describe
+from app.config.rules import warnings
 from app.core.errors import Rejected
 from app.core.ledger import summary_of
 from app.core.runs import Outcome, Run
@@ -14,8 +18,6 @@ from app.ops import output
 from app.ops.readiness import Finding, look
 from app.ops.service import Headwater
 from app.ops.shapes import instant_text, run_shown
-from app.settings import warnings
-from app.settings.masking import describe
 
 OK, FAILED = 0, 1
 
@@ -27,13 +29,14 @@ def check(service: Headwater, *, as_json: bool) -> int:
     """
     values = describe(service.settings)
     jobs = [{"name": job.name, "on": not job.off, "why": job.off} for job in service.pipelines.jobs]
-    said = warnings(service.settings, os.environ)
+    said = warnings(service.settings, os.environ, read_dotenv(DOTENV)[0])
+    env_file = str(DOTENV.absolute()) if DOTENV.exists() else None
     findings = {name: look(attempt) for name, attempt in {**service.checks, **service.rights}.items()}
     service.state.close()
     ok = all(finding.ok for finding in findings.values())
 
     def told() -> None:
-        output.line("1 values: as they were understood")
+        output.line(f"1 values: as they were understood, from the environment and {env_file or 'no .env file'}")
         output.table(("setting", "value"), values.items())
         output.line("2 wiring: what they switch on")
         every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
@@ -48,7 +51,8 @@ def check(service: Headwater, *, as_json: bool) -> int:
         {"system": name, "ok": each.ok, "note": each.note, "error": each.error, "hint": each.hint}
         for name, each in findings.items()
     ]
-    document = {"ok": ok, "values": values, "wiring": {"jobs": jobs, "warnings": said}, "live": live}
+    wiring = {"jobs": jobs, "warnings": said}
+    document = {"ok": ok, "env_file": env_file, "values": values, "wiring": wiring, "live": live}
     output.show(document, told, as_json=as_json)
     return OK if ok else FAILED
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from app.config.settings import Settings
 from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
@@ -14,7 +15,6 @@ from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
 from app.ops.shapes import Calls
-from app.settings import Settings
 from app.stores.state import State
 
 if TYPE_CHECKING:

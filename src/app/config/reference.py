@@ -1,43 +1,63 @@
-"""`.env.example` and README's table of variables, written from the one declaration.
+"""`.env.example` and README's table of variables, written from the models of the settings.
 
-`python -m app.settings.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
-stale as a diff and exits 1. Invariant: the text depends on `variables` alone, and `.env.example` sets nothing.
+`python -m app.config.reference` rewrites both in the working directory; `--check` changes nothing, shows what is
+stale as a diff and exits 1. Invariant: the text depends on `settings` alone, and `.env.example` sets nothing.
 """
 
+import ast
 import difflib
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from textwrap import wrap
 
+from app.config import settings
+from app.config.variables import GROUPS, VARIABLES, Variable
 from app.core.files import write_durably
-from app.settings.variables import PARTS, Variable
 
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 LINE_CHARACTERS = 118
 HEADING = """\
 # Every setting of Headwater with its default. Nothing here is required: with no setting at all, everything runs on
 # this machine. Copy this file to .env and take the # away from the lines you change. The environment beats .env.
-# Written by `python -m app.settings.reference`; change src/app/settings/variables.py instead.
+# Written by `python -m app.config.reference`; change src/app/config/settings.py instead.
 """
+
+
+def meanings() -> dict[str, str]:
+    """What each variable is for, by `group.field`: the text below its field. Only the source has these."""
+    source = ast.parse(inspect.getsource(settings))
+    classes = {each.name: each for each in source.body if isinstance(each, ast.ClassDef)}
+    found = {}
+    for group, model in GROUPS.items():
+        for pair in pairwise(classes[model.__name__].body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[f"{group}.{field}"] = text
+    return found
 
 
 def env_example() -> str:
     """The whole text of `.env.example`: every name once, each assignment commented out."""
-    lines, seen = [HEADING], set[str]()
-    for part in PARTS:
-        lines.append(f"# ---- {part.title} ----")
-        for variable in part.variables:
-            if variable.names[0] not in seen:
-                lines.extend((*_comments(variable), f"#{variable.names[0]}={_quoted(variable.default)}"))
-            seen.add(variable.names[0])
+    said, lines, seen = meanings(), [HEADING], set[str]()
+    for title, variables in groupby(VARIABLES, lambda each: each.title):
+        lines.append(f"# ---- {title} ----")
+        for variable in variables:
+            name = variable.names[0]
+            if name not in seen:
+                lines.extend((*_comments(variable, said[variable.goes_to]), f"#{name}={_quoted(variable.default)}"))
+            seen.add(name)
         lines.append("")
     return "\n".join(lines)
 
 
 def table() -> str:
     """README's tables, one for each part, without the markers."""
-    return "\n".join(line for part in PARTS for line in (f"**{part.title}**", "", *_rows(part.variables), ""))
+    said = meanings()
+    groups = groupby(VARIABLES, lambda each: each.title)
+    return "\n".join(line for title, each in groups for line in (f"**{title}**", "", *_rows(each, said), ""))
 
 
 def with_table(readme: str) -> str:
@@ -66,27 +86,27 @@ def main(arguments: Sequence[str], root: Path) -> int:
     return 1 if stale and "--check" in arguments else 0
 
 
-def _rows(variables: Sequence[Variable]) -> Iterator[str]:
+def _rows(variables: Iterable[Variable], said: Mapping[str, str]) -> Iterator[str]:
     yield "| variable | default | meaning |"
     yield "|---|---|---|"
     for variable in variables:
         names = ", ".join(f"`{name}`" for name in variable.names)
         default = f"`{variable.default}`" if variable.default else variable.unset or "unset"
-        yield f"| {names} | {_cell(default)} | {_cell(_sentence(variable))} |"
+        yield f"| {names} | {_cell(default)} | {_cell(_sentence(variable, said[variable.goes_to]))} |"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _sentence(variable: Variable) -> str:
-    return variable.meaning if variable.kind.obvious else f"{variable.meaning}. Allowed: {variable.kind.allowed}"
+def _sentence(variable: Variable, meaning: str) -> str:
+    return meaning if variable.allowed.obvious else f"{meaning} Allowed: {variable.allowed.words}."
 
 
-def _comments(variable: Variable) -> Iterator[str]:
-    yield from (f"# {line}" for line in wrap(variable.meaning, LINE_CHARACTERS))
-    if not variable.kind.obvious:
-        yield f"#   allowed: {variable.kind.allowed}"
+def _comments(variable: Variable, meaning: str) -> Iterator[str]:
+    yield from (f"# {line}" for line in wrap(meaning, LINE_CHARACTERS))
+    if not variable.allowed.obvious:
+        yield f"#   allowed: {variable.allowed.words}"
     if variable.unset:
         yield f"#   unset: {variable.unset}"
     if variable.names[1:]:
@@ -99,7 +119,7 @@ def _quoted(text: str) -> str:
 
 def _difference(name: str, there: str, wanted: str) -> Iterator[str]:
     return difflib.unified_diff(
-        there.splitlines(keepends=True), wanted.splitlines(keepends=True), name, f"{name} (from variables.py)"
+        there.splitlines(keepends=True), wanted.splitlines(keepends=True), name, f"{name} (from settings.py)"
     )
 
 

@@ -1,18 +1,22 @@
-"""What several variables must hold together, and what is odd about them without being wrong.
+"""What several variables must hold together, and configuration warnings.
 
-Invariant: the rules are pure; each fault names the variable to change and the next step, and shows no secret.
+Invariant: the rules are pure; each line names the variable to change and the next step, and shows no secret.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-from app.core.window import DAY_SECONDS
-from app.settings.groups import Settings
+from app.config.settings import LeaseSettings, ServiceSettings, Settings
+from app.config.variables import VARIABLES
 
-Values = Mapping[str, Any]
-
+# What Kubernetes tells each container about every service beside it.
+OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
+CLOSE = 0.8
 NEEDS = (
     ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"),
     ("S3_SECRET_ACCESS_KEY", "S3_ACCESS_KEY_ID"),
@@ -42,27 +46,29 @@ def loopback(host: str) -> bool:
         return host.rstrip(".").lower() == "localhost"
 
 
-def broken_rules(values: Values, names: frozenset[str]) -> Iterator[str]:
-    """One line per rule that does not hold. `values` by `group.field`, those that could be read; `names` are set."""
+def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractSet[str]) -> Iterator[str]:
+    """One line per rule that does not hold. `names` are set; no value of a name that was `refused` is compared."""
     for given, needed in NEEDS:
         if given in names and needed not in names:
             yield _missing(needed, given)
-    yield from _influx(values, names)
+    yield from _influx(settings.influx.api, names)
     yield from _drive(names)
-    yield from _export(values)
-    yield from _lease(values)
-    yield from _public_host(values)
-    yield from _ports(values)
+    if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
+        yield from _lease(settings.lease)
+    if not refused & {"HOST", "API_KEYS", "ALLOW_ANONYMOUS"}:
+        yield from _public_host(settings)
+    if not refused & {"PORT", "HEALTH_PORT"}:
+        yield from _ports(settings.service)
 
 
 def _missing(needed: str, given: str) -> str:
     return f"{needed}='': needed because {given} is set; set it, or remove {given}"
 
 
-def _influx(values: Values, names: frozenset[str]) -> Iterator[str]:
+def _influx(api: str, names: AbstractSet[str]) -> Iterator[str]:
     if "INFLUXDB_URL" not in names:
         return
-    if values.get("influx.api") == "influxql":
+    if api == "influxql":
         if not names & {"INFLUXDB_DATABASE", "INFLUXDB_BUCKET"}:
             yield _missing("INFLUXDB_DATABASE", "INFLUXDB_URL")
         return
@@ -73,31 +79,25 @@ def _influx(values: Values, names: frozenset[str]) -> Iterator[str]:
             yield _missing(needed, "INFLUXDB_URL")
 
 
-def _drive(names: frozenset[str]) -> Iterator[str]:
-    """A folder without credentials would send to this disk what somebody expects on Drive."""
+def _drive(names: AbstractSet[str]) -> Iterator[str]:
+    """Without credentials, files that somebody expects on Drive would go to this disk."""
     for given in ("GOOGLE_DRIVE_FOLDER_ID", "GOOGLE_SHARED_DRIVE_ID"):
         if given in names and not names & {"GOOGLE_CREDENTIALS_FILE", "GOOGLE_CREDENTIALS_JSON"}:
             yield _missing("GOOGLE_CREDENTIALS_FILE", given)
 
 
-def _export(values: Values) -> Iterator[str]:
-    window = values.get("export.window_seconds")
-    if window and DAY_SECONDS % window:
+def _lease(lease: LeaseSettings) -> Iterator[str]:
+    most = lease.ttl_seconds / 2
+    if lease.heartbeat_seconds > most:
         yield (
-            f"EXPORT_WINDOW_SECONDS='{window}': allowed: a number of seconds that divides {DAY_SECONDS}, "
-            "such as 300, 900 or 3600"
+            f"LEASE_HEARTBEAT_SECONDS='{lease.heartbeat_seconds:g}': allowed: at most half of LEASE_TTL_SECONDS, "
+            f"here {most:g}"
         )
 
 
-def _lease(values: Values) -> Iterator[str]:
-    ttl, heartbeat = values.get("lease.ttl_seconds"), values.get("lease.heartbeat_seconds")
-    if ttl and heartbeat and heartbeat > ttl / 2:
-        yield f"LEASE_HEARTBEAT_SECONDS='{heartbeat:g}': allowed: at most half of LEASE_TTL_SECONDS, here {ttl / 2:g}"
-
-
-def _public_host(values: Values) -> Iterator[str]:
-    host, keys = values.get("service.host"), values.get("access.api_keys")
-    if host is None or keys is None or loopback(host) or keys or values.get("access.allow_anonymous", True):
+def _public_host(settings: Settings) -> Iterator[str]:
+    host = settings.service.host
+    if loopback(host) or settings.access.api_keys or settings.access.allow_anonymous:
         return
     yield (
         f"HOST='{host}': others can reach this address and API_KEYS is not set; run `python -m app keys new NAME` and "
@@ -105,20 +105,36 @@ def _public_host(values: Values) -> Iterator[str]:
     )
 
 
-def _ports(values: Values) -> Iterator[str]:
-    port = values.get("service.health_port")
-    if port is not None and port == values.get("service.port"):
-        yield f"HEALTH_PORT='{port}': allowed: another port than PORT, which answers probes already"
+def _ports(service: ServiceSettings) -> Iterator[str]:
+    if service.health_port == service.port:
+        yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
 
 
-def warnings(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """What a person should look at before relying on this configuration; `environ` tells of the platform."""
-    found = []
+def warnings(
+    settings: Settings, environ: Mapping[str, str], in_file: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What a person should look at before relying on this configuration; `in_file` is what `.env` sets."""
+    found = list(_near_misses({**in_file, **environ}))
     if settings.access.allow_anonymous and not settings.access.api_keys and not loopback(settings.service.host):
         found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {settings.service.host} may read, write and delete")
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
     return found
+
+
+def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
+    """A line for each unknown name that is close to a variable, or the beginning of one."""
+    known = [name for variable in VARIABLES for name in variable.names]
+    for name in sorted(said.keys() - set(known)):
+        if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
+            continue
+        wanted = name.upper()
+        # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+        alike = [each for each in known if each[:2] == wanted[:2]]
+        longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
+        meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
+        if meant:
+            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant[0]}?"
 
 
 def _railway(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:

@@ -1,19 +1,19 @@
-"""Settings for the eyes of people: what was configured without its secrets, and the secrets for the log's filter.
+"""Settings for people to read: what was configured without its secrets, and the secrets for the log's filter.
 
 Invariant: nothing here decides by a field's name; a secret is what is held as SecretStr.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import unquote
 
 from pydantic import SecretStr
 
-from app.settings.groups import Settings
-from app.settings.keys import KeyEntry
+from app.config.keys import KeyEntry
+from app.config.settings import Settings
 
 MASK = "***"
 LEAST_CHARACTERS = 16
@@ -21,7 +21,7 @@ LEAST_CHARACTERS = 16
 
 def describe(settings: Settings) -> dict[str, str]:
     """Every setting as `group.field` -> text, secrets as `***`, unset as an empty text."""
-    return {name: _text(value) for name, value in _flat(settings)}
+    return {name: text_of(value) for name, value in _flat(settings)}
 
 
 def secrets_of(settings: Settings) -> tuple[str, ...]:
@@ -33,14 +33,8 @@ def secrets_of(settings: Settings) -> tuple[str, ...]:
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
-    for group in fields(settings):
-        held = getattr(settings, group.name)
-        for field in fields(held):
-            yield f"{group.name}.{field.name}", getattr(held, field.name)
-
-
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """A value as one would write it, a secret as `***`."""
     match value:
         case None:
             return ""
@@ -56,14 +50,22 @@ def _text(value: object) -> str:
             return str(value)
 
 
+def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
+    for group, held in settings:
+        for name, field in type(held).model_fields.items():
+            if not field.exclude:
+                yield f"{group}.{name}", getattr(held, name)
+
+
 def _inside(secret: str) -> Iterator[str]:
     scheme, separator, rest = secret.partition("://")
     login, at, _ = rest.rpartition("@")
     if separator and at and scheme.isalnum() and (password := login.partition(":")[2]):
         yield from (password, unquote(password))
     if secret.lstrip().startswith("{"):
-        for text in _strings(json.loads(secret)):
-            yield from (line for line in text.splitlines() if len(line) >= LEAST_CHARACTERS and "://" not in line)
+        with suppress(ValueError, RecursionError):  # a password may begin like a key file
+            for text in _strings(json.loads(secret)):
+                yield from (line for line in text.splitlines() if len(line) >= LEAST_CHARACTERS and "://" not in line)
 
 
 def _strings(node: object) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""What a variable may hold: a type that checks and converts its text, and the words that say so to a person.
+"""What a variable may hold: types that pydantic checks and converts, each with the words that say so to a person.
 
-Invariant: `read` raises ValueError whose text says what is allowed and never holds the value that was refused; the
-caller decides how much of that may be shown.
+Invariant: a check raises ValueError whose text says what is allowed and never holds the value that was refused; with
+no text, the words of the type stand for it.
 """
 
 import base64
@@ -9,18 +9,18 @@ import binascii
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
 
-from app.settings.keys import parse_keys
+from app.config.keys import KeyEntry, parse_keys
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
@@ -28,6 +28,7 @@ LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*")
 DATE_DIRECTIVE = re.compile(r"%(.?)")
 MAX_PREFIX_BYTES = 512
+MAX_FILE_STEM_BYTES = 200  # leaves room for the rest of a 255-byte name
 RECEIVED = (
     "events",
     "sessions_starts",
@@ -57,47 +58,12 @@ AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """`accepts` is a type for pydantic, `allowed` says in words what passes, `empty` stands for an unset variable.
+class Allowed:
+    """What a type takes, in words. `obvious`: they tell a reader of the reference nothing. `secret`: never shown."""
 
-    `secret`: never shown. `obvious`: `allowed` tells a reader of the reference nothing. `may_be_blank`: set to an empty
-    string means `empty`, not unset.
-    """
-
-    accepts: Any
-    allowed: str
-    empty: object = None
-    secret: bool = False
+    words: str
     obvious: bool = False
-    may_be_blank: bool = False
-
-    def read(self, text: str) -> object:
-        """The value that `text` stands for. Raises ValueError that does not quote it."""
-        try:
-            value: object = TypeAdapter(self.accepts).validate_python(text)
-        except ValidationError as error:
-            own = [
-                str(each["ctx"]["error"]) for each in error.errors(include_url=False) if each["type"] == "value_error"
-            ]
-        else:
-            return value
-        raise ValueError((own and own[0]) or f"allowed: {self.allowed}")
-
-
-def whole(low: int, high: int) -> Kind:
-    """A whole number from `low` to `high`."""
-    return Kind(Annotated[int, Field(ge=low, le=high)], f"a whole number from {low} to {high}")
-
-
-def seconds(low: float, high: float) -> Kind:
-    """A number of seconds, fractions allowed."""
-    accepts = Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
-    return Kind(accepts, f"a number from {low:g} to {high:g}")
-
-
-def one_of(*words: str) -> Kind:
-    """Exactly one of `words`, in lower case whatever case it was written in."""
-    return Kind(Annotated[Literal[words], BeforeValidator(str.lower)], f"one of {', '.join(words)}")
+    secret: bool = False
 
 
 def _plain(text: str) -> str:
@@ -133,13 +99,16 @@ def _endpoint(text: str) -> str:
 
 
 def _called(text: str) -> str:
-    """An address that is called as it stands, query and all."""
-    return text if _url(_plain(text).partition("?")[0]) and not re.search(r"[\s#]", text) else _url("")
+    """A URL that is called as it stands, query and all."""
+    _url(_plain(text).partition("?")[0])
+    if re.search(r"[\s#]", text):
+        raise ValueError
+    return text
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """`job=value` by commas."""
-    pairs = [part.partition("=") for part in _list(text)]
+    """`job=value`, comma-separated."""
+    pairs = [part.partition("=") for part in _parts(text)]
     if not all(re.fullmatch(r"\w{1,80}", name) and value for name, _, value in pairs):
         raise ValueError
     return [(name, value.strip()) for name, _, value in pairs]
@@ -149,8 +118,11 @@ def _job_urls(text: str) -> str:
     return ",".join(f"{name}={_called(value)}" for name, value in _pairs(text))
 
 
-def _job_seconds(text: str) -> list[tuple[str, int]]:
-    pairs = [(name, int(value)) for name, value in _pairs(text)]
+def _job_seconds(text: str) -> tuple[tuple[str, int], ...]:
+    try:
+        pairs = tuple((name, int(value)) for name, value in _pairs(text))
+    except ValueError:
+        raise ValueError from None
     if any(value <= 0 for _, value in pairs):
         raise ValueError
     return pairs
@@ -205,7 +177,7 @@ def _prefix(text: str) -> str:
 
 
 def _file_stem(text: str) -> str:
-    if "/" in _plain(text) or "\\" in text or text in (".", "..") or len(text.encode()) > 200:  # noqa: PLR2004 - leaves room for the rest of a 255-byte name
+    if "/" in _plain(text) or "\\" in text or text in (".", "..") or len(text.encode()) > MAX_FILE_STEM_BYTES:
         raise ValueError
     return text
 
@@ -229,7 +201,7 @@ def _instant(text: str) -> datetime:
         raise ValueError from None
 
 
-def _list(text: str) -> list[str]:
+def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -246,15 +218,15 @@ def _device_ids(text: str) -> tuple[str, ...]:
     return () if "*" in ids else ids
 
 
-def _column_types(text: str) -> list[tuple[str, str]]:
+def _column_types(text: str) -> tuple[tuple[str, str], ...]:
     """`count=double,state=text`: pairs of column name and type."""
     pairs = []
-    for part in _list(text):
+    for part in _parts(text):
         name, equals, kind = part.rpartition("=")
         if not equals or not name.strip() or kind.strip().lower() not in COLUMN_TYPES:
             raise ValueError
         pairs.append((name.strip(), COLUMN_TYPES[kind.strip().lower()]))
-    return pairs
+    return tuple(pairs)
 
 
 def _origin(text: str) -> str:
@@ -264,7 +236,7 @@ def _origin(text: str) -> str:
 
 
 def _log_file(text: str) -> Path | None:
-    return None if text.lower() in ("off", "none") else Path(text)
+    return None if _plain(text).lower() in ("off", "none") else Path(text)
 
 
 def _json_object(text: str) -> str:
@@ -286,84 +258,103 @@ def _json_object(text: str) -> str:
 def _timezone(text: str) -> str:
     try:
         return ZoneInfo(text).key
-    except (ZoneInfoNotFoundError, ValueError):
+    except (ZoneInfoNotFoundError, OSError, ValueError):
         raise ValueError from None
 
 
-def _resources(text: str) -> list[str]:
-    found = list(dict.fromkeys(_list(text.lower())))
+def _resources(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(_parts(text.lower())))
     if set(found) - set(RECEIVED):
         raise ValueError
     return found
 
 
-def _secret(check: Callable[[str], str]) -> Any:
-    return Annotated[SecretStr, BeforeValidator(check)]
+def _each(check: Callable[[str], str]) -> BeforeValidator:
+    """Comma-separated values, each of which `check` takes."""
+    return BeforeValidator(lambda text: tuple(check(part) for part in _parts(text)))
 
 
-def _texts(check: Callable[[str], str]) -> Any:
-    return Annotated[tuple[Annotated[str, AfterValidator(check)], ...], BeforeValidator(_list)]
+PLAIN = Allowed("text without control characters", obvious=True)
+HIDDEN = Allowed(PLAIN.words, obvious=True, secret=True)
+HTTP = Allowed("http://host[:port] or https://host[:port]")
+PREFIX = Allowed("names between single slashes, without '.' and '..'")
 
-
-def _split(convert: Callable[[str], Sequence[object]]) -> Any:
-    return Annotated[tuple[Any, ...], BeforeValidator(convert)]
-
-
-TEXT = Kind(Annotated[str, AfterValidator(_plain)], "text without control characters", "", obvious=True)
-SECRET = Kind(_secret(_plain), "text without control characters", SecretStr(""), secret=True, obvious=True)
-SECRET_OR_NONE = Kind(_secret(_plain), "text without control characters", None, secret=True, obvious=True)
-FLAG = Kind(bool, "true or false", obvious=True)
-PATH = Kind(Annotated[Path, BeforeValidator(_plain)], "a path", obvious=True)
-LOG_FILE = Kind(Annotated[Any, BeforeValidator(_plain), AfterValidator(_log_file)], "a path, or off", obvious=True)
-LOG_LEVEL = Kind(
-    Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)],
-    "one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
-)
-HOST = Kind(Annotated[str, AfterValidator(_host)], "an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")
-DATABASE_HOST = Kind(Annotated[str, AfterValidator(_database_host)], "a host, or the folder of a socket", "")
-HTTP_URL = Kind(Annotated[str, AfterValidator(_url)], "http://host[:port] or https://host[:port]", "")
-ENDPOINT = Kind(Annotated[str, AfterValidator(_endpoint)], HTTP_URL.allowed, "")
-POSTGRES_URL = Kind(_secret(_database_url), "postgresql://user:password@host:port/name", SecretStr(""), secret=True)
-WAREHOUSE_URL = Kind(
-    _secret(_warehouse_url),
-    "sqlite:///path or postgresql://user:password@host:port/name",
-    SecretStr(""),
-    secret=True,
-)
-BUCKET_NAME = Kind(
-    Annotated[str, AfterValidator(_bucket)],
-    "3 to 63 letters, digits, dots, dashes and underscores: the bare name, without s3:// and without a path",
-    "",
-)
-PREFIX = Kind(Annotated[str, AfterValidator(_prefix)], "names between single slashes, without '.' and '..'", "")
-PREFIXES = Kind(_split(lambda text: [_prefix(part) + "/" for part in _list(text)]), PREFIX.allowed + ", by commas", ())
-FILE_STEM = Kind(
-    Annotated[str, AfterValidator(_file_stem)], "the start of a file name, without a slash", "", obvious=True
-)
-DATE_FORMAT = Kind(
-    Annotated[str, AfterValidator(_date_format)],
-    "%Y with %m and %d, or %Y with %j, and letters, digits, = . _ - and single slashes between them",
-    "",
-)
-INSTANT = Kind(Annotated[Any, AfterValidator(_instant)], "an ISO 8601 date or instant, such as 2026-02-07T00:00:00Z")
-DEVICE_IDS = Kind(
-    _split(_device_ids), "comma-separated device ids, one with a comma in double quotes; or *", (), obvious=True
-)
-COLUMN_TYPES_KIND = Kind(
-    _split(_column_types), "comma-separated name=type, with one of the types double, integer, text, boolean", ()
-)
-LIST = Kind(_texts(_plain), "values by commas", (), obvious=True)
-LIST_OR_BLANK = Kind(_texts(_plain), "comma-separated values, or empty", (), obvious=True, may_be_blank=True)
-UNIT_OR_NONE = Kind(Annotated[Literal["us", "ns"], BeforeValidator(str.lower)], "us or ns")
-ORIGINS = Kind(_texts(_origin), "origins such as https://example.org by commas, or *", ())
-APPMETRICA_RESOURCES = Kind(_split(_resources), f"some of {', '.join(RECEIVED)}, by commas", ())
-TIMEZONE = Kind(Annotated[str, AfterValidator(_timezone)], "a name of the IANA time zone database", "")
-API_KEYS = Kind(
-    _split(parse_keys), "lines of `python -m app keys new`, by commas or newlines", (), secret=True, obvious=True
-)
-SECRET_URL = Kind(_secret(_called), "https://host/path", SecretStr(""), secret=True)
-JOB_URLS = Kind(_secret(_job_urls), "job=https://host/path, by commas", SecretStr(""), secret=True)
-JOB_SECONDS = Kind(_split(_job_seconds), "job=seconds, by commas", ())
-CREDENTIALS_JSON = Kind(
-    _secret(_json_object), "the JSON text of the key file, as it is or as base64", None, secret=True
-)
+LOWER_CASE = BeforeValidator(str.lower)
+Text = Annotated[str, AfterValidator(_plain), PLAIN]
+Secret = Annotated[SecretStr, BeforeValidator(_plain), HIDDEN]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_plain), HIDDEN]
+Flag = Annotated[bool, Allowed("true or false", obvious=True)]
+Folder = Annotated[Path, BeforeValidator(_plain), Allowed("a path", obvious=True)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_plain), Allowed("a path", obvious=True)]
+LogFile = Annotated[Path | None, PlainValidator(_log_file), Allowed("a path, or off", obvious=True)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)]
+Interval = Annotated[int, Field(ge=1, le=86_400)]
+Host = Annotated[str, AfterValidator(_host), Allowed("an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")]
+DatabaseHost = Annotated[str, AfterValidator(_database_host), Allowed("a host, or the directory of a socket")]
+HttpUrl = Annotated[str, AfterValidator(_url), HTTP]
+S3Endpoint = Annotated[str, AfterValidator(_endpoint), HTTP]
+PostgresUrl = Annotated[
+    SecretStr, BeforeValidator(_database_url), Allowed("postgresql://user:password@host:port/name", secret=True)
+]
+WarehouseUrl = Annotated[
+    SecretStr,
+    BeforeValidator(_warehouse_url),
+    Allowed("sqlite:///path or postgresql://user:password@host:port/name", secret=True),
+]
+BucketName = Annotated[
+    str,
+    AfterValidator(_bucket),
+    Allowed("3 to 63 letters, digits, dots, dashes and underscores: the bare name, without s3:// and without a path"),
+]
+Prefix = Annotated[str, AfterValidator(_prefix), PREFIX]
+Prefixes = Annotated[
+    tuple[str, ...], _each(lambda part: _prefix(part) + "/"), Allowed(f"{PREFIX.words}, comma-separated")
+]
+FileStem = Annotated[
+    str, AfterValidator(_file_stem), Allowed("the start of a file name, without a slash", obvious=True)
+]
+DateFormat = Annotated[
+    str,
+    AfterValidator(_date_format),
+    Allowed("%Y with %m and %d, or %Y with %j, and letters, digits, = . _ - and single slashes between them"),
+]
+Instant = Annotated[
+    datetime | None,
+    PlainValidator(_instant),
+    Allowed("an ISO 8601 date or timestamp, such as 2026-02-07T00:00:00Z"),
+]
+DeviceIds = Annotated[
+    tuple[str, ...],
+    PlainValidator(_device_ids),
+    Allowed("comma-separated device ids, one with a comma in double quotes; or *", obvious=True),
+]
+ColumnTypes = Annotated[
+    tuple[tuple[str, str], ...],
+    PlainValidator(_column_types),
+    Allowed("comma-separated name=type, with one of the types double, integer, text, boolean"),
+]
+Texts = Annotated[tuple[str, ...], _each(_plain), Allowed("comma-separated values", obvious=True)]
+Origins = Annotated[
+    tuple[str, ...], _each(_origin), Allowed("comma-separated origins such as https://example.org, or *")
+]
+Resources = Annotated[
+    tuple[str, ...], PlainValidator(_resources), Allowed(f"some of {', '.join(RECEIVED)}, comma-separated")
+]
+TimeZone = Annotated[str, AfterValidator(_timezone), Allowed("a name of the IANA time zone database")]
+ApiKeys = Annotated[
+    tuple[KeyEntry, ...],
+    PlainValidator(parse_keys),
+    Allowed("lines of `python -m app keys new`, separated by commas or newlines", obvious=True, secret=True),
+]
+SecretUrl = Annotated[SecretStr, BeforeValidator(_called), Allowed("https://host/path", secret=True)]
+JobUrls = Annotated[
+    SecretStr, BeforeValidator(_job_urls), Allowed("job=https://host/path, comma-separated", secret=True)
+]
+JobSeconds = Annotated[
+    tuple[tuple[str, int], ...], PlainValidator(_job_seconds), Allowed("job=seconds, comma-separated")
+]
+KeyFileText = Annotated[
+    SecretStr | None,
+    BeforeValidator(_json_object),
+    Allowed("the JSON text of the key file, as it is or as base64", secret=True),
+]

@@ -1,0 +1,118 @@
+"""From the environment and `.env` to `Settings`, or to the list of everything that is wrong.
+
+Invariants: the environment beats `.env` name by name, then the first name of a variable that is set wins; all faults
+are found in one go; no fault shows a secret, nor user and password in a URL.
+"""
+
+import re
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import StringIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dotenv.parser import parse_stream
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import PydanticBaseSettingsSource
+
+from app.config.rules import broken_rules
+from app.config.settings import Settings
+from app.config.variables import VARIABLES, Variable
+from app.core.errors import BadSettings
+
+SHOWN_CHARACTERS = 80
+QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
+MAY_BE_BLANK = {"INFLUXDB_IGNORED_TAGS"}  # an empty text means none here, and not the default
+
+
+class TextSource(PydanticBaseSettingsSource):
+    """The texts of one place by name. Every group gets all of them and takes its own, in the order of its names.
+
+    The sources that come with pydantic-settings choose a name inside each place, so that the second name in the
+    environment would beat the first in `.env`, and a fault would name the first whichever was written.
+    """
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__(Settings)
+        self._texts = dict(texts)
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - the port's
+        """The same for every group. See the base class."""
+        return self._texts, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The texts by group. See the base class."""
+        return dict.fromkeys(self.settings_cls.model_fields, self._texts)
+
+
+def load_settings(environ: Mapping[str, str], dotenv: Path | None) -> Settings:
+    """The settings, checked. A `dotenv` that does not exist is none. Raises BadSettings with every fault."""
+    in_file, faults = read_dotenv(dotenv)
+    places = (_unquoted(environ), in_file)
+    errors: list[ErrorDetails] = []
+    try:
+        settings = Settings(*map(TextSource, places))
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+    said, refused = ChainMap(*places), set[str]()
+    for variable, fault in _faults(errors, said):
+        refused.update(variable.names)
+        faults.append(fault)
+    if errors:
+        # What is left can be read, so that the rules are applied to it in the same go.
+        settings = Settings(
+            *(TextSource({name: text for name, text in place.items() if name not in refused}) for place in places)
+        )
+    faults += broken_rules(settings, said.keys(), refused)
+    if faults:
+        raise BadSettings(tuple(dict.fromkeys(faults)))
+    return settings
+
+
+def read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
+    """What a file sets, and a fault for each line that cannot be read. A file that does not exist sets nothing."""
+    if path is None or not path.exists():
+        return {}, []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{path}: cannot be read ({type(error).__name__}); allowed: a UTF-8 text file of NAME=value lines"]
+    lines = list(parse_stream(StringIO(text)))
+    faults = [f"{path} line {each.original.line}: allowed: NAME=value" for each in lines if each.error]
+    return _set((each.key, each.value or "") for each in lines if each.key), faults
+
+
+def _unquoted(environ: Mapping[str, str]) -> dict[str, str]:
+    """What is set. `docker run --env-file` hands quotes on as part of the value, so those of the whole value go."""
+    texts = ((name, text.strip()) for name, text in environ.items())
+    return _set((name, match[2] if (match := QUOTED.fullmatch(text)) else text) for name, text in texts)
+
+
+def _set(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Without the empty ones: they mean unset."""
+    stripped = ((name, text.strip()) for name, text in texts)
+    return {name: text for name, text in stripped if text or name in MAY_BE_BLANK}
+
+
+def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator[tuple[Variable, str]]:
+    """One line for each variable that was refused: name, value and what is allowed."""
+    declared = {(each.goes_to.partition(".")[0], name): each for each in VARIABLES for name in each.names}
+    # A default that follows from a refused field is not computed, and is no fault of its own.
+    own = (each for each in errors if each["type"] != "default_factory_not_called")
+    for (group, name), found in groupby(own, lambda each: each["loc"][:2]):
+        variable = declared[str(group), str(name)]
+        texts = [str(each["ctx"]["error"]) for each in found if each["type"] == "value_error"]
+        why = (texts and texts[0]) or f"allowed: {variable.allowed.words}"
+        yield variable, f"{name}={_shown(variable, said[str(name)])}: {why}"
+
+
+def _shown(variable: Variable, text: str) -> str:
+    """`text` as a fault may show it."""
+    if variable.allowed.secret:
+        return "***"
+    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:/*)?.*@", r"\1***@", text, flags=re.DOTALL)
+    text = re.sub(r"\?.*$", "?***", text, flags=re.DOTALL)
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
