@@ -41,6 +41,7 @@ class Source:
     chance: random.Random
     start_ns: int = 0
     points: list[tuple[str, int]] = field(default_factory=list)
+    quiet: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -73,7 +74,8 @@ class Source:
 
     def _go_on(self) -> None:
         while not self._over.wait(WRITE_SECONDS):
-            self.server.write(self.database, "\n".join(self._lines()))
+            with self.quiet:  # nothing is written while somebody else holds it
+                self.server.write(self.database, "\n".join(self._lines()))
 
     def _lines(self) -> Iterator[str]:
         """A new point of each device, now and then a late or future one or one with a further tag; of earlier points
