@@ -1,8 +1,9 @@
 """HTTP to an InfluxDB server, over one pool of connections for all threads; both query languages ask through it.
 
 urllib3 alone: of the vendor's library only the connection and the token would be used here, and importing it costs more
-than every other part of this pipeline (docs/decisions/0020). Invariants: a body is complete or an error; urllib3's
-exceptions become ours here and nowhere else; redirects are not followed, so a token goes to the configured host only.
+than every other part of this pipeline (docs/decisions/telemetry.md). Invariants: a body is complete or an error;
+urllib3's exceptions become ours here and nowhere else; redirects are not followed, so a token goes to the configured
+host only.
 """
 
 import base64
