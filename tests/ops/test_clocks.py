@@ -49,6 +49,24 @@ def test_a_clock_that_is_set_right_after_decades_costs_one_run_of_each_job(
 
 
 @pytest.mark.slow
+def test_a_clock_that_went_ahead_and_back_between_two_looks_leaves_no_timer_there(
+    daemons: Daemons, tmp_path: Path
+) -> None:
+    clock = FakeClock(tmp_path / "clock")
+    clock.set(timedelta())
+    daemon = daemons.start("quick_jobs", wait=True, key="", **clock.environ)
+    daemon.until(lambda: daemon.job("quick")["last_run"])
+
+    def next_in() -> timedelta:
+        return datetime.fromisoformat(daemon.job("quick")["next_run_at"]) - datetime.now(UTC)
+
+    clock.set(timedelta(hours=25))
+    daemon.until(lambda: next_in() > timedelta(hours=24), 30)
+    clock.set(timedelta())
+    daemon.until(lambda: next_in() < timedelta(minutes=1), 30)
+
+
+@pytest.mark.slow
 def test_what_lies_ahead_of_now_is_shown_and_makes_nothing_unready(daemons: Daemons, tmp_path: Path) -> None:
     ahead_at = datetime.now(UTC) + timedelta(days=40)
     with closing(open_state("", tmp_path / "data")) as state:

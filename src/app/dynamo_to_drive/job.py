@@ -23,13 +23,12 @@ from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
 from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to, windows_between
-from app.dynamo_to_drive.accounts import Accounts
+from app.dynamo_to_drive.access_path import Wanted
 from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
-from app.dynamo_to_drive.folder import FolderSink
-from app.dynamo_to_drive.hour_file import HourFile
-from app.dynamo_to_drive.plan import Wanted
-from app.dynamo_to_drive.sink import DriveSink, FolderOnce, HourBytes, Place, hour_of
+from app.dynamo_to_drive.drive_sink import DriveSink, FolderOnce, HourBytes, Place, hour_of
+from app.dynamo_to_drive.hour_file import Accounts, HourFile
+from app.dynamo_to_drive.local_sink import FolderSink
 from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
 from app.stores.set_aside import SetAsideStore

@@ -19,9 +19,8 @@ from app.core.runs import Context, Report
 from app.core.sync import Pipeline, Task, settle
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.window import DAY_SECONDS, Window, window_at
-from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.hour_file import HourFile, lines_of, read_file
-from app.dynamo_to_drive.sink import HourBytes
+from app.dynamo_to_drive.drive_sink import HourBytes
+from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_of, read_file
 
 HourPipeline = Pipeline[HourFile, HourBytes]
 
