@@ -95,8 +95,7 @@ def inflated(folder: Path) -> int:
 
 def ours(folder: Path) -> int:
     """As the route does it."""
-    from app.amplitude.archive import opened
-    from app.amplitude.weekly import weeks
+    from app.amplitude.archives import opened, weeks
     from app.core.window import Window
 
     def streams(file: BinaryIO) -> Iterator[tuple[datetime, BinaryIO]]:
@@ -148,11 +147,10 @@ def our_tables(folder: Path) -> int:
 
 def nothing(_: Path) -> int:
     """What importing costs."""
-    import app.amplitude.archive
+    import app.amplitude.archives
     import app.amplitude.events
-    import app.amplitude.weekly
 
-    return len({app.amplitude.archive, app.amplitude.events, app.amplitude.weekly})
+    return len({app.amplitude.archives, app.amplitude.events, app.amplitude.archives})
 
 
 WAYS: dict[str, Callable[[Path], int]] = {

@@ -16,9 +16,8 @@ def headwater(folder: Path) -> None:
     """Ours, the whole step: checks, MD5, spool, merge, undo data, fsync, journal, archive."""
     from app.core.runs import Context, Lease, Stop
     from app.csv_inbox.config import configured
+    from app.csv_inbox.discovery import Places, Work
     from app.csv_inbox.job import run
-    from app.csv_inbox.places import Places
-    from app.csv_inbox.work import Work
 
     class Silent:
         def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
@@ -41,8 +40,6 @@ def floor(folder: Path) -> None:
     """
     import hashlib
     import zlib
-
-    from app.csv_inbox import step  # noqa: F401 - what a merge imports
 
     hashlib.md5((folder / "incoming.csv").read_bytes(), usedforsecurity=False)
     with (folder / ".master.csv.index").open("rb", 0) as source, (folder / "out.index").open("wb", 0) as out:

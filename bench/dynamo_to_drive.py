@@ -79,8 +79,8 @@ def ours(url: str) -> Reading:
     from app.core.ports import UNCOUNTED
     from app.core.runs import Stop
     from app.core.window import Window
-    from app.dynamo_to_drive.accounts import Accounts
-    from app.dynamo_to_drive.plan import Wanted
+    from app.dynamo_to_drive.access_path import Wanted
+    from app.dynamo_to_drive.hour_file import Accounts
     from app.dynamo_to_drive.source import DynamoSource, Table, Target
 
     table = Table(Target(Wanted("bench", "datetime_utc", (), 0), "s", "us-east-1", url, "b", "b"))

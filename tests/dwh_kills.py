@@ -20,8 +20,8 @@ from uuid import UUID
 
 import httpx
 
-from app.dwh.store import open_warehouse
 from app.dwh.tables import EVENTS
+from app.dwh.warehouse import open_warehouse
 from daemon import Daemon, Daemons
 from warehouse import Desk
 

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from app.csv_inbox import faults
+from app.csv_inbox import config
 from inbox_world import Table
 
 MEBIBYTE = 1 << 20
@@ -29,25 +29,25 @@ def table_of(
 ) -> Table:
     """The columns and rows that a file means. Raises Rejected."""
     if len(content) > max_bytes:
-        raise Rejected(faults.TOO_LARGE)
+        raise Rejected(config.TOO_LARGE)
     text = text_of(content, encoding)
     said = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
     if said:
         delimiter, text = said[1], text[said.end() :]
     first, *others = [rows_of(part, delimiter) for part in text.replace("\n\ufeff", "\n\0").split("\0")]
     if not first:
-        raise Rejected(faults.NO_ROWS)
+        raise Rejected(config.NO_ROWS)
     known = [key, *required, *(master[0] if master else [])]
     header, rows = first[0], first[1:]
     names = names_of(header, known)
     for part in others:
         rows += appended(part, names, known)
     if len(set(names)) < len(names):
-        raise Rejected(faults.HEADER)
+        raise Rejected(config.HEADER)
     if not {key, *required} <= set(names):
-        raise Rejected(faults.MISSING_COLUMN)
+        raise Rejected(config.MISSING_COLUMN)
     if not rows:
-        raise Rejected(faults.NO_ROWS)
+        raise Rejected(config.NO_ROWS)
     return names, checked([even(row, names, header, rows) for row in rows], names.index(key))
 
 
@@ -56,9 +56,9 @@ def text_of(content: bytes, encoding: str) -> str:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise Rejected(faults.ENCODING) from error
+        raise Rejected(config.ENCODING) from error
     if "\0" in text:
-        raise Rejected(faults.ENCODING)
+        raise Rejected(config.ENCODING)
     return text.lstrip("\ufeff")
 
 
@@ -67,7 +67,7 @@ def appended(rows: list[list[str]], names: list[str], known: Sequence[str]) -> l
     if rows and names_of(rows[0], known) == names:
         return rows[1:]
     if rows and {name for name in names_of(rows[0], known) if name} & set(names):
-        raise Rejected(faults.SECOND_HEADER)
+        raise Rejected(config.SECOND_HEADER)
     return rows
 
 
@@ -77,15 +77,15 @@ def rows_of(text: str, delimiter: str) -> list[list[str]]:
     rows = list(csv.reader(io.StringIO(f"{text}\n{sentinel}", newline=""), delimiter=delimiter))
     if rows[-1] != [sentinel]:
         longest = len(text.encode()) > RECORD_BYTES
-        raise Rejected(faults.LONG_RECORD if longest else faults.OPEN_QUOTE)
+        raise Rejected(config.LONG_RECORD if longest else config.OPEN_QUOTE)
     plain = text.replace("\r\n", "\n")
     told_apart = list(csv.reader(io.StringIO(plain.replace("\r", "?"), newline=""), delimiter=delimiter))
     if text.endswith("\r") or len(told_apart) < len(
         list(csv.reader(io.StringIO(plain, newline=""), delimiter=delimiter))
     ):
-        raise Rejected(faults.LONE_RETURN)
+        raise Rejected(config.LONE_RETURN)
     if any(sum(len(value.encode()) + 1 for value in row) > RECORD_BYTES for row in rows):
-        raise Rejected(faults.LONG_RECORD)
+        raise Rejected(config.LONG_RECORD)
     return [row for row in rows[:-1] if any(value.strip(" \t") for value in row)]
 
 
@@ -107,12 +107,12 @@ def even(row: list[str], names: list[str], header: list[str], rows: list[list[st
     surplus_everywhere = {len(each) for each in rows} == {len(row)}
     allowed = width <= len(row) <= len(header) or (len(header) == width and surplus_everywhere)
     if len(row) < width or not allowed or any(value.strip(" \t") for value in row[width:]):
-        raise Rejected(faults.RAGGED)
+        raise Rejected(config.RAGGED)
     return row[:width]
 
 
 def checked(rows: list[list[str]], key: int) -> list[list[str]]:
     """The rows, each of which has a key."""
     if any(not row[key] or "\ufeff" in row[key] for row in rows):
-        raise Rejected(faults.EMPTY_KEY)
+        raise Rejected(config.EMPTY_KEY)
     return rows

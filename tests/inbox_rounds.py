@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import inbox_world
-from app.csv_inbox.places import BAD_ROWS, REASON
+from app.csv_inbox.discovery import BAD_ROWS, REASON
 from inbox_world import Table, World, model, parsed
 from kill_rounds import Command, main
 

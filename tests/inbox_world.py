@@ -13,10 +13,9 @@ from uuid import uuid4
 
 from app.core.runs import Context, Lease, Report, Stop
 from app.csv_inbox.config import InboxConfig, configured
-from app.csv_inbox.history import Load, loads
+from app.csv_inbox.discovery import Places, Work
 from app.csv_inbox.job import run, undo
-from app.csv_inbox.places import Places
-from app.csv_inbox.work import Work
+from app.csv_inbox.quarantine import Load, loads
 
 Table = tuple[list[str], list[list[str]]]
 WORD, FACTOR, OTHER = (1 << 64) - 1, 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93

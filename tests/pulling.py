@@ -18,15 +18,14 @@ from app.amplitude.hours import SourceRun
 from app.appmetrica import job as appmetrica_job
 from app.appmetrica import verify as appmetrica_verify
 from app.appmetrica.client import SERVICE, Service, service
-from app.appmetrica.exports import Polling
+from app.appmetrica.export_request import Polling, resources
 from app.appmetrica.hours import Places as AppMetricaPlaces
 from app.appmetrica.hours import ResourceRun
-from app.appmetrica.questions import resources
 from app.core.runs import Context, Report, Stop
 from app.core.verify import Sign, Verdict, Verification, heal, verify
 from app.core.window import Window
-from app.dwh.store import Warehouse, open_warehouse
 from app.dwh.tables import TABLES
+from app.dwh.warehouse import Warehouse, open_warehouse
 from app.stores.local_directory import LocalDirectory
 from app.stores.objects import ObjectStore, Put
 from app.stores.set_aside import SetAsideStore, folder_of

@@ -13,14 +13,13 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from app.dwh.answers import Inserted
-from app.dwh.bodies import JsonBody
-from app.dwh.intake import BatchLimits, Intake
-from app.dwh.pages import Page
 from app.dwh.query import selection
+from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
+from app.dwh.responses import Page
+from app.dwh.results import Inserted
 from app.dwh.rows import reader
-from app.dwh.store import Request, Warehouse, open_warehouse
 from app.dwh.tables import TABLES, Table
+from app.dwh.warehouse import Request, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from app.core.errors import Conflict
+from app.core.errors import Conflict, Permanent
+from app.core.joined import Grid, Pipeline
 from app.core.known_rows import KnownRows
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
 from app.core.ports import Commit, Count, Held, Objects, Record, Sums
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.sync import Grid, Pipeline
+from app.core.shrink import Shrink
 from app.core.window import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -120,6 +121,7 @@ class World:
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
     notes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    refuses_deletes: bool = False
 
     def write(self, partition: str, at: datetime, value: str = "v") -> None:
         """A point arrives at the source."""
@@ -144,6 +146,16 @@ class World:
             (key.split("/")[0], at, value) for key, (_, rows, _) in self.objects.items() for at, value in rows
         )
 
+    def shown(self) -> list[tuple[str, datetime, str]]:
+        """Every row of every object but of those deltas whose rows the object of their window says that it holds."""
+        folded = {key.rpartition(".")[0]: folded for key, (_, folded) in self.notes.items()}
+        return sorted(
+            (key.split("/")[0], at, value)
+            for key, (_, rows, _) in self.objects.items()
+            if not 0 < int(key.rpartition(".")[2]) <= folded.get(key.rpartition(".")[0], 0)
+            for at, value in rows
+        )
+
     def produced(self, until: datetime) -> list[tuple[str, datetime, str]]:
         """Every row of the source before `until`."""
         return sorted((name, at, value) for name, rows in self.rows.items() for at, value in rows.items() if at < until)
@@ -164,7 +176,7 @@ class Process:
     away: Exception | None = None
     loses: str = ""
     aside: Sequence[SetAside] = ()
-    allow_shrink: bool = False
+    shrink: Callable[[], Shrink] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
     probes: int = 0
@@ -208,11 +220,15 @@ class Process:
         by_start = {w.start: tuple((at, value) for at, value in rows if w.start <= at < w.end) for w in spans}
         return {start: sums_of(some) for start, some in by_start.items() if some}
 
-    def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
+    def union(self, batch: Rows, held: Sequence[Iterable[Row]], shrink: Shrink | None = None) -> Rows:
         """Of rows with one time the first one stands, the source's before all others."""
         there: dict[datetime, str] = {}
         for rows in held:
             there = {**dict(rows), **there}
+        gone = {at: there[at] for at in there if shrink and at >= shrink.since and at not in dict(batch.held)}
+        if shrink:
+            shrink.note(len(gone), sorted(gone.values()))
+            there = {at: value for at, value in there.items() if not (shrink.removes and at in gone)}
         known = {at: value == there[at] for at, value in batch.held if at in there}
         tally = batch.accounts[VALUE]
         united = self._batch(
@@ -288,6 +304,8 @@ class Process:
 
     def delete(self, key: str) -> None:
         self.hook(f"before delete {key}")
+        if self.world.refuses_deletes:
+            raise Permanent(f"{key} may not be deleted", "allow s3:DeleteObject")
         self.world.objects.pop(key, None)
         self.hook(f"after delete {key}")
 
@@ -351,7 +369,7 @@ class Process:
             grid=Grid(
                 lambda start, end: iter(list(windows(start, end))), GRACE_SECONDS, step_windows=4, count_windows=9
             ),
-            allow_shrink=self.allow_shrink,
+            shrink=self.shrink,
             deltas=self,
             kept=self.kept,
             identities=self.known,

@@ -34,7 +34,7 @@ WHERE pipeline = :pipeline AND started_at <= :until_at;
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
     window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
 FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition
@@ -45,7 +45,7 @@ ORDER BY window_start, part;
 -- The records of all partitions, of windows that start at since_at or later.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
 FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at
 ORDER BY device_id, window_start, part;
@@ -54,10 +54,10 @@ ORDER BY device_id, window_start, part;
 -- Insert or replace the record of one object. Whatever was wrong with it before is over.
 INSERT INTO export_windows (
     pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, updated_at
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, folded, updated_at
 ) VALUES (
     :pipeline, :partition, :starts_at, :part, :ends_at, :key, :version, :digest, :rows, :size_bytes,
-    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :sums, :now_at
+    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :sums, :folded, :now_at
 )
 ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     window_end = excluded.window_end,
@@ -74,6 +74,7 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     source_digest = excluded.source_digest,
     source_sums = excluded.source_sums,
     trouble = '',
+    folded = excluded.folded,
     updated_at = excluded.updated_at;
 
 -- name: mark

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from app.config.settings import Settings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
-from app.dwh.store import Warehouse, open_warehouse
+from app.dwh.warehouse import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.outcomes import both, log_run
 from app.ops.readiness import Check, Readiness
@@ -98,6 +98,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
@@ -209,11 +210,11 @@ def sweeps(parts: Parts) -> Sequence[Job]:
     """The jobs that delete what was set aside long ago, and abort what killed uploads left in a bucket (a directory
     clears its own leftovers).
     """
-    from app.objects import job
+    from app.objects import sweeps
 
     store, settings = parts.store, parts.settings
     folders = {name: set_aside(parts, start) for name, start in set_aside_starts(settings)}
-    kept = job.build_set_aside(folders, settings.set_aside.days, parts.clock)
+    kept = sweeps.build_set_aside(folders, settings.set_aside.days, parts.clock)
     if not settings.s3.bucket:
         return (kept,)
 
@@ -222,7 +223,7 @@ def sweeps(parts: Parts) -> Sequence[Job]:
 
         return abort(cast("S3Store", store), before, ours)
 
-    return (kept, job.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock))
+    return (kept, sweeps.build(sweep, settings.s3.sweep_hours, reach(settings).sweeps, parts.clock))
 
 
 def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:

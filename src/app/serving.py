@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
 from app.config.settings import Settings
-from app.dwh.store import Warehouse
+from app.dwh.warehouse import Warehouse
 from app.ops.access import Keyring
 from app.ops.alerts import Alerts
 from app.ops.front import Front, Hooks
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from app.analytics.service import Analytics
-    from app.objects.reach import Reach
+    from app.objects.requests import Reach
     from app.ops.answers import Asgi
     from app.ops.proof_routes import Proof
     from app.ops.shapes import PartitionView
@@ -160,7 +160,7 @@ def proof(service: Inside) -> "Proof":
 def warehouse_routes(service: Inside) -> "APIRouter":
     """/dwh."""
     from app.dwh import routes
-    from app.dwh.intake import BatchLimits
+    from app.dwh.request_parsing import BatchLimits
 
     limits, dwh = service.settings.limits, service.settings.dwh
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
@@ -190,7 +190,7 @@ def object_routes(service: Inside) -> "APIRouter":
 
 def reach(settings: Settings) -> "Reach":
     """Which keys /s3 may read and write."""
-    from app.objects.reach import Reach
+    from app.objects.requests import Reach
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""

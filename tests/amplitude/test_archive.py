@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.amplitude.archive import opened
+from app.amplitude.archives import opened
 from app.core.errors import AppError, Permanent, Transient
 from app.core.window import Window
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.amplitude import deflate
-from app.amplitude.deflate import Joined
+from app.amplitude import archives
+from app.amplitude.archives import Joined
 from app.core.errors import Permanent, Transient
 
 WAYS: dict[str, Callable[[], Joined]] = {
-    "copied": lambda: deflate._Copied(deflate.library()),  # noqa: SLF001 - both ways are tested, whatever this machine has
-    "compressed": deflate._Compressed,  # noqa: SLF001
+    "copied": lambda: archives._Copied(archives.library()),  # noqa: SLF001 - both ways are tested, whatever this machine has
+    "compressed": archives._Compressed,  # noqa: SLF001
 }
 STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 FLUSHES = (zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_PARTIAL_FLUSH)
@@ -77,7 +77,7 @@ def test_what_is_joined_inflates_to_what_was_in_the_members(
 def test_joining_does_not_compress_anew() -> None:
     content = b"".join(b'{"a":%d,"b":"%x"}\n' % (n, n * 7919) for n in range(60_000))
     packed = gzip.compress(content, 9)
-    stream = deflate.joined()
+    stream = archives.joined()
     out = b"".join(stream.add(io.BytesIO(packed))) + stream.finish()
     assert zlib.decompress(out, -15) == content
     assert abs(len(out) - len(packed)) < 64

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.amplitude.weekly import monday, name_of, weeks
+from app.amplitude.archives import monday, name_of, weeks
 from needs import needs
 
 

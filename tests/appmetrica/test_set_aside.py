@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from app.appmetrica.csv_rows import KEPT_ROW_BYTES, LARGE_ROW, NOT_A_ROW, NOT_TEXT, BadRow, CsvRows
 from app.appmetrica.hours import KEEPS_FAILING
-from app.appmetrica.records import ANOTHER_TIME, NO_RECEIPT
+from app.appmetrica.rows import (
+    ANOTHER_TIME,
+    KEPT_ROW_BYTES,
+    LARGE_ROW,
+    NO_RECEIPT,
+    NOT_A_ROW,
+    NOT_TEXT,
+    BadRow,
+    CsvRows,
+)
 from app.appmetrica.verify import PullChart
 from app.core.gaps import State
 from app.core.ledger import fault_of
@@ -243,7 +251,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
 
 
 def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
-    from app.appmetrica.questions import resources
+    from app.appmetrica.export_request import resources
 
     assert simulator.state.application_id == pull.service.application_id
     return resources()["events"].columns

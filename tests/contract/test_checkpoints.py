@@ -152,7 +152,7 @@ def test_committing_the_same_again_changes_nothing(store: Store) -> None:
 
 
 def test_a_later_record_of_the_same_part_replaces_the_earlier_one(store: Store) -> None:
-    lease, newer = store.lease(), replace(record(1), version='"new"', rows=7, closed=True)
+    lease, newer = store.lease(), replace(record(1), version='"new"', rows=7, closed=True, folded=3)
     store.commit(Commit([record(1)]), lease)
     store.commit(Commit([newer]), lease)
     assert store.records() == [newer]

@@ -24,11 +24,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from app.core.errors import Conflict, Transient
+from app.core.joined import Pipeline, Position
 from app.core.ledger import Tally
 from app.core.ports import Commit, Count, Held, Objects, Record, Sums
 from app.core.reconcile import reconcile
 from app.core.runs import Lease
-from app.core.sync import Pipeline, Position, sync_partition
+from app.core.shrink import Shrink
+from app.core.sync import sync_partition
 from app.core.window import Window
 from world import GRACE_SECONDS, START, VALUE, WINDOW_SECONDS, Bytes, Process, Row, Rows, World, context, sums_of
 
@@ -133,7 +135,7 @@ class Pass(Process):
     """The ports of one pass: what they answered before, then `Waits`."""
 
     def __init__(self, rules: Rules, who: Who, log: Log) -> None:
-        super().__init__(World(), allow_shrink=rules.left_out == "unite")
+        super().__init__(World(), shrink=Shrink if rules.left_out == "unite" else None)
         self.rules, self.who, self.answers, self.writes = rules, who, iter(log), 0
         self.recorded: Noted | None = None
 
@@ -150,8 +152,8 @@ class Pass(Process):
         _, rows = self.ask("read")
         return self._batch(rows, Tally(counted=len(rows), read=len(rows), new=len(rows)))
 
-    def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
-        united = super().union(batch, held)
+    def union(self, batch: Rows, held: Sequence[Iterable[Row]], shrink: Shrink | None = None) -> Rows:
+        united = super().union(batch, held, shrink)
         if self.rules.left_out == "source wins":
             united.held = tuple(sorted({**dict(united.held), **dict(row for rows in held for row in rows)}.items()))
         if self.rules.left_out == "identity":

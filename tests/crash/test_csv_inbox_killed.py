@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from app.csv_inbox.places import Places
+from app.csv_inbox.discovery import Places
 from inbox_world import World, model, parsed, world
 
 HERE = Path(__file__).parents[1]

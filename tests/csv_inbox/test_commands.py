@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Rejected
+from app.csv_inbox.discovery import Places
 from app.csv_inbox.job import run
-from app.csv_inbox.places import Places
 from inbox_world import world
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.csv_inbox import skip
-from app.csv_inbox.index import HEAD_BYTES
+from app.csv_inbox import merge_passes
+from app.csv_inbox.discovery import Places, Work
 from app.csv_inbox.job import run
-from app.csv_inbox.places import Places
-from app.csv_inbox.work import Work
+from app.csv_inbox.key_index import HEAD_BYTES
 from inbox_world import World, colliding, world
 
 ROWS = 500
@@ -22,7 +21,7 @@ ROWS = 500
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways along the index: rows that may go are close together, or far apart."""
     if request.param == "sparse":
-        monkeypatch.setattr(skip, "APART_BYTES", 0)
+        monkeypatch.setattr(merge_passes, "APART_BYTES", 0)
 
 
 def begun(folder: Path) -> World:

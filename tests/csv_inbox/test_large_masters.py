@@ -10,14 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.csv_inbox import skip
-from app.csv_inbox.dialect import Dialect, Malformed
-from app.csv_inbox.index import ENTRY, HEAD_BYTES, PIECE_RECORDS
-from app.csv_inbox.keys import DEEPEST, FEW_PAIRS, LONG_VALUE_BYTES, Sieve, hashed, same
-from app.csv_inbox.places import Places
-from app.csv_inbox.records import Cells, Marks, blocks, marked, walked
-from app.csv_inbox.scan import SCAN_BYTES
-from app.csv_inbox.tally import READ_BYTES
+from app.csv_inbox import merge_passes
+from app.csv_inbox.csv_tokenizer import Cells, Dialect, Malformed, Marks, blocks, marked, walked
+from app.csv_inbox.discovery import Places
+from app.csv_inbox.key_index import (
+    DEEPEST,
+    ENTRY,
+    FEW_PAIRS,
+    HEAD_BYTES,
+    LONG_VALUE_BYTES,
+    PIECE_RECORDS,
+    Sieve,
+    hashed,
+    same,
+)
+from app.csv_inbox.merge_passes import READ_BYTES, SCAN_BYTES
 from inbox_world import World, world
 
 DIALECT = Dialect(",", "latin-1")
@@ -29,7 +36,7 @@ HEAD = "k,a,b\n"
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A master of several chunks need not be as large as with those of 8 MiB."""
-    monkeypatch.setattr(skip, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(merge_passes, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def line(number: int, value: str = "old") -> str:
@@ -61,11 +68,11 @@ def edges() -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("apart", [skip.APART_BYTES, 0])
+@pytest.mark.parametrize("apart", [merge_passes.APART_BYTES, 0])
 def test_rows_at_the_edges_of_all_that_is_read_at_once_are_replaced_with_and_without_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
-    monkeypatch.setattr(skip, "APART_BYTES", apart)
+    monkeypatch.setattr(merge_passes, "APART_BYTES", apart)
     worlds = both(tmp_path)
     gone = edges()
     again = {number for number in gone if number % 3 == 0}

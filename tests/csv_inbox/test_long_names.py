@@ -9,7 +9,7 @@ import pytest
 
 from app.core.errors import BadSettings
 from app.core.files import NAME_BYTES, bounded_name, write_durably
-from app.csv_inbox.places import Places
+from app.csv_inbox.discovery import Places
 from inbox_world import World, world
 
 LONG = [

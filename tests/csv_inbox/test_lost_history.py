@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent
-from app.csv_inbox.journal import recover
-from app.csv_inbox.places import Places
+from app.csv_inbox.discovery import Places
+from app.csv_inbox.transaction import recover
 from disk_effects import Disk, Effect
 from inbox_kills import child
 from inbox_world import World, world

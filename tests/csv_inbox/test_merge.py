@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Permanent
-from app.csv_inbox import records
-from app.csv_inbox.dialect import Dialect
-from app.csv_inbox.records import blocks
+from app.csv_inbox import csv_tokenizer
+from app.csv_inbox.csv_tokenizer import Dialect, blocks
 from inbox_world import Table, World, model, parsed, world
 
 VALUES = st.sampled_from(
@@ -223,7 +222,7 @@ def test_a_master_far_larger_than_a_block_is_merged_in_pieces(tmp_path: Path) ->
     here = world(tmp_path)
     rows = [f'key-{n:06d},"{n}","text\n{n}",{"x" * 40}' for n in range(80_000)]
     here.take("1.csv", "\n".join(["k,a,b,c", *rows]) + "\n")
-    assert len(here.master) > 5 * records.BLOCK_BYTES
+    assert len(here.master) > 5 * csv_tokenizer.BLOCK_BYTES
     gone = dict.fromkeys(n for n in range(80_000) if n % 7 == 0 or 30_000 < n < 30_400)
     here.take("2.csv", "\n".join(["k,a,b,c", *(f"key-{n:06d},,," for n in gone)]) + "\n")
     left = [row for n, row in enumerate(rows) if n not in gone]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent
-from app.csv_inbox.places import Places
+from app.csv_inbox.discovery import Places
 from disk_effects import Disk, Effect
 from inbox_world import World, world
 

@@ -6,9 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.csv_inbox.dialect import Dialect, Malformed
-from app.csv_inbox.keys import LONG_KEY_BYTES, Gathering, hashed, same
-from app.csv_inbox.records import NONE, Block, Cells, Marks, marked, walked
+from app.csv_inbox.csv_tokenizer import NONE, Block, Cells, Dialect, Malformed, Marks, marked, walked
+from app.csv_inbox.key_index import LONG_KEY_BYTES, Gathering, hashed, same
 from inbox_world import colliding
 
 DIALECT = Dialect(",", "latin-1")

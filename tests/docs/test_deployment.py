@@ -132,6 +132,42 @@ def test_the_limit_of_a_pull_is_above_the_lag_that_it_has_by_nature(job: str, al
     assert all(re.fullmatch(excluded[label], job) for label in ("job", "exported_job"))
 
 
+def workflow(name: str) -> dict[Any, Any]:
+    loaded: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yaml").read_text())
+    return loaded
+
+
+def test_a_push_to_main_is_deployed_only_after_all_checks() -> None:
+    checks, deploy = workflow("checks"), workflow("deploy")
+    steps = checks["jobs"]["checks"]["steps"]
+    assert [step["env"] for step in steps if step.get("run") == "bash .ci/run"] == [{"CI": "true"}]
+    assert deploy["jobs"]["checks"] == {"uses": "./.github/workflows/checks.yaml"}
+    assert [job["needs"] for name, job in deploy["jobs"].items() if name != "checks"] == ["checks"]
+    assert "github.ref == 'refs/heads/main'" in deploy["jobs"]["railway"]["if"]
+    # YAML 1.1 reads the key `on` as true
+    assert "workflow_call" in checks[True]
+    assert deploy[True] == {"push": {"branches": ["main"]}, "workflow_dispatch": None}
+
+
+def test_workflows_may_only_read_the_repository_and_take_secrets_by_name() -> None:
+    for name in ("checks", "deploy"):
+        assert workflow(name)["permissions"] == {"contents": "read"}
+    steps = [step for job in workflow("deploy")["jobs"].values() for step in job.get("steps", ())]
+    assert {value for step in steps for value in step.get("env", {}).values()} == {
+        "${{ vars.RAILWAY_SERVICE }}",
+        "${{ secrets.RAILWAY_TOKEN }}",
+    }
+
+
+def test_hooks_before_a_commit_are_programs_of_this_checkout() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in repos] == ["local"]
+    assert {(hook["language"], hook["entry"].split()[0]) for hook in repos[0]["hooks"]} == {
+        ("system", "uv"),
+        ("system", "sh"),
+    }
+
+
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_manifest_is_one_yaml_document(name: str) -> None:
     assert {"apiVersion", "kind"} <= manifest(name).keys()

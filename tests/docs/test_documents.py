@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if "documents" not in path.parts)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:python|headwater:\S+|headwater) -m app ([a-z]+)")
+PAGE = re.compile(r"\b(?:docs/[\w/-]+|README|CONTRIBUTING|SECURITY|CHANGELOG)\.md\b")
+IMPORTED_AS = {
+    "APScheduler": "apscheduler",
+    "google-api-python-client": "googleapiclient",
+    "google-auth": "google.auth",
+    "psycopg[binary]": "psycopg",
+}
 TARGET = re.compile(r"`make ([a-z-]+)`")
 VARIABLE = re.compile(r"(?<![\w.$-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?!\w)")
 ASSIGNED = re.compile(r"^#? *([A-Z][A-Z0-9_]*)=|(?<!\w)([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)(?!\w)", re.MULTILINE)
@@ -58,6 +66,33 @@ def test_every_relative_link_leads_to_a_file_and_its_heading() -> None:
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 broken.append(f"{document.relative_to(ROOT)}: {link}")
     assert not broken
+
+
+def test_every_page_that_code_or_configuration_names_exists() -> None:
+    folders = ("src", "tests", "bench", "tools", "deploy", ".github")
+    files = (
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".toml", ".yaml"}
+    )
+    texts = (path.read_text(encoding="utf-8") for path in (*files, *ROOT.glob("*.toml"), *ROOT.glob("*.yaml")))
+    named = {page for text in texts for page in PAGE.findall(text)}
+    assert "docs/decisions/telemetry.md" in named
+    assert {page for page in named if not (ROOT / page).exists()} == set()
+
+
+def test_every_package_that_the_readme_lists_is_installed_and_imported() -> None:
+    """Those for development in tests or benchmarks, all others in the daemon."""
+    _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Packages")
+    rows = re.findall(r"^\| ([\w\[\]-]+) \| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)[1:]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    direct, development = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    assert rows
+    for package, use in rows:
+        pins, folders = (development, ("tests", "bench")) if use.startswith("development") else (direct, ("src/app",))
+        assert any(pin.startswith(f"{package.lower()}==") for pin in pins), package
+        files = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+        module = IMPORTED_AS.get(package, package.replace("-", "_"))
+        used = re.compile(rf"^\s*(import|from) {re.escape(module)}\b", re.MULTILINE)
+        assert any(used.search(path.read_text(encoding="utf-8")) for path in files), package
 
 
 def test_every_command_that_a_document_names_exists(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.dwh.bodies import Body, Gzip, JsonBody, NdjsonBody
-from app.dwh.csv_body import CsvBody
-from app.dwh.faults import BadRequest
-from app.dwh.intake import Batches, BatchLimits, Intake, Received
+from app.dwh.request_parsing import Batches, BatchLimits, Body, CsvBody, Gzip, Intake, JsonBody, NdjsonBody, Received
+from app.dwh.results import BadRequest
 from app.dwh.rows import reader
 from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
 from warehouse import LIMITS, ndjson, rows_of, uuid_of

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from app.core.errors import Permanent, Rejected
-from app.dwh.store import open_warehouse
 from app.dwh.tables import LOCATIONS, TECHNICAL
+from app.dwh.warehouse import open_warehouse
 from app.ops.rights import of_database
 from app.stores.postgres import PostgresDatabase
 from app.stores.state import open_state

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.dwh.faults import RowFault
-from app.dwh.rows import reader
-from app.dwh.strict import repeated_key
+from app.dwh.results import RowFault
+from app.dwh.rows import instant_texts, reader, repeated_key
 from app.dwh.tables import TABLES
-from app.dwh.values import instant_texts
 from app.stores.sql_values import instant_text
 from warehouse import BY_NAME, rows_of, uuid_of
 

@@ -7,9 +7,8 @@ from contextlib import closing, suppress
 import pytest
 
 from app.core.errors import AppError, Transient
-from app.dwh.pages import HEAD_BYTES, Page
 from app.dwh.query import selection
-from app.dwh.spool import SPOOL_BYTES, Abandoned, Spool
+from app.dwh.responses import HEAD_BYTES, SPOOL_BYTES, Abandoned, Page, Spool
 from app.dwh.tables import LOCATIONS
 from warehouse import Desk, uuid_of
 

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.core.errors import AppError
-from app.dwh.faults import BadRequest
-from app.dwh.intake import BatchLimits
 from app.dwh.query import selection
-from app.dwh.store import MERGE_ROWS
+from app.dwh.request_parsing import BatchLimits
+from app.dwh.results import BadRequest
 from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNICAL, Table
+from app.dwh.warehouse import MERGE_ROWS
 from warehouse import AT, Desk, key_of, rows_of, uuid_of
 
 

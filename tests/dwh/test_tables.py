@@ -2,8 +2,8 @@
 
 import pytest
 
-from app.dwh.ddl import migration
-from app.dwh.document import row, stored_row
+from app.dwh.openapi import row, stored_row
+from app.dwh.table_sql import migration
 from app.dwh.tables import TABLES
 from app.stores.sql import DIALECTS, Dialect, sql_directory
 

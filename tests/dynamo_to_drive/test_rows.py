@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.window import Window
-from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.decode import Value, cell
-from app.dynamo_to_drive.hour_file import HourWriter, Shape, lines_of, read_file
-from app.dynamo_to_drive.rows import MISSES, Pages
+from app.dynamo_to_drive.hour_file import Accounts, HourWriter, Shape, lines_of, read_file
+from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import Hour, Times, ascend
 from shipping import START

@@ -14,9 +14,9 @@ from app.core.errors import Permanent, Transient
 from app.core.ports import UNCOUNTED
 from app.core.runs import Stop
 from app.core.window import Window
-from app.dynamo_to_drive.accounts import Accounts
-from app.dynamo_to_drive.decode import items_of
-from app.dynamo_to_drive.plan import Plan, Wanted, plan_of
+from app.dynamo_to_drive.access_path import Plan, Wanted, plan_of
+from app.dynamo_to_drive.hour_file import Accounts
+from app.dynamo_to_drive.rows import items_of
 from app.dynamo_to_drive.source import DynamoSource, Table, Target
 from fault_proxy import FaultProxy, answer, lose_answer
 from shipping import START, shipping

@@ -21,19 +21,11 @@ from app.core.window import Window
 from app.influx_to_s3.columns import MEASURED, Columns
 from app.influx_to_s3.layout_file import EVER, INTEGER, Column
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import (
-    Comparison,
-    as_now_typed,
-    canonical,
-    identities_of,
-    of_object,
-    ordered,
-    united,
-    whole_instants,
-)
+from app.influx_to_s3.rows import as_now_typed, canonical, of_object, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.unions import Comparison, identities_of, united, whole_instants
 from app.stores.parquet import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 

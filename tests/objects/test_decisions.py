@@ -13,13 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import Transient
-from app.objects.conditions import check_match, expected_of, span_of, unchanged
-from app.objects.faults import NotServed
-from app.objects.feed import Feed, carried
-from app.objects.form import Form, boundary_of
 from app.objects.links import SECRET_BYTES, SECRET_NAME, SignedLinks, disposition
-from app.objects.media import media_type
-from app.objects.reach import Reach, check_query
+from app.objects.requests import NotServed, Reach, check_match, check_query, expected_of, span_of, unchanged
+from app.objects.streams import Feed, Form, boundary_of, carried, media_type
 from app.stores.objects import ObjectInfo
 from disk_effects import Disk
 

@@ -10,7 +10,7 @@ from app.config.environment import load_settings
 from app.core.errors import Permanent
 from app.core.runs import Context, Lease, Report, Stop, Unwatched
 from app.main import set_aside_starts
-from app.objects.job import build_set_aside
+from app.objects.sweeps import build_set_aside
 from app.stores.objects import ObjectInfo
 from app.stores.set_aside import LINES, SetAsideStore, folder_of
 from memory_objects import MemoryObjects

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from app.amplitude.client import POLICY, Project, project
 from app.amplitude.hours import Places, SourceRun
-from app.amplitude.landing import NAME
+from app.amplitude.load_hour import NAME
 from app.amplitude.verify import PullChart, PullEnds
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient

@@ -17,9 +17,8 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from app.amplitude.archive import opened
+from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import POLICY, Fetched, Patience, Project
-from app.amplitude.weekly import name_of, weeks
 from app.core.runs import Stop
 from app.core.window import Window
 from app.ops.answers import Refusal, Refused

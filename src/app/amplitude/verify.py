@@ -11,13 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from app.amplitude.archive import Archive, opened
+from app.amplitude.archives import WEEK, Archive, opened
 from app.amplitude.client import Patience, Project
-from app.amplitude.contents import Objects, content_of_hour
-from app.amplitude.hours import DUE_AFTER, HOUR_SECONDS, Places, SourceRun, due_at
-from app.amplitude.landing import NAME, hour_key
-from app.amplitude.weekly import WEEK
-from app.amplitude.weeks import PIPELINE, Weeks, week_key, week_of
+from app.amplitude.events import Objects, content_of_hour
+from app.amplitude.hours import DUE_AFTER, HOUR_SECONDS, PIPELINE, Places, SourceRun, Weeks, due_at, week_key, week_of
+from app.amplitude.load_hour import NAME, hour_key
 from app.core.errors import Permanent
 from app.core.gaps import Cell
 from app.core.runs import Context, Report, Stop

@@ -12,10 +12,9 @@ from threading import Lock
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.appmetrica.client import SERVICE, Service, service
-from app.appmetrica.csv_rows import KEPT_ROW_BYTES
-from app.appmetrica.exports import Polling
+from app.appmetrica.export_request import Polling, resources
 from app.appmetrica.hours import NAME, Places, ResourceRun
-from app.appmetrica.questions import resources
+from app.appmetrica.rows import KEPT_ROW_BYTES
 from app.appmetrica.verify import PullChart, PullEnds
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient

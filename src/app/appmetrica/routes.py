@@ -18,9 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.appmetrica.client import SERVICE, Service, Waiting
-from app.appmetrica.exports import LONGEST_PAUSE_SECONDS, SLOWER, Asking, Patience, asking, keep_question
-from app.appmetrica.merged import merged
-from app.appmetrica.questions import COLUMN, LOCAL, Wish, question, question_of, resources
+from app.appmetrica.export_request import (
+    COLUMN,
+    LOCAL,
+    LONGEST_PAUSE_SECONDS,
+    SLOWER,
+    Asking,
+    Patience,
+    Wish,
+    asking,
+    keep_question,
+    question,
+    question_of,
+    resources,
+)
+from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
 from app.ops.answers import Refusal, Refused

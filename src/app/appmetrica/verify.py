@@ -18,11 +18,9 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
 from app.appmetrica.client import Refused, Service
-from app.appmetrica.csv_rows import KEPT_ROW_BYTES
-from app.appmetrica.exports import Patience, asking, keep_question
+from app.appmetrica.export_request import Patience, Resource, asking, keep_question
 from app.appmetrica.hours import DUE_AFTER, EVENTS, NAME, Places, ResourceRun, due_at, hour_key, leave_out, question_for
-from app.appmetrica.questions import Resource
-from app.appmetrica.records import HOUR_SECONDS, HourFile, by_hour, tables
+from app.appmetrica.rows import HOUR_SECONDS, KEPT_ROW_BYTES, HourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.gaps import Cell
 from app.core.runs import Context, Report, Stop

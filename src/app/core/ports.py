@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from app.core.ledger import Tally
 from app.core.runs import Lease
+from app.core.shrink import Shrink
 from app.core.window import Window
 
 
@@ -160,7 +161,8 @@ class Record:
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
     `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
     source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
-    for a record of an older version. `sums`: what the source's values came to when the window was closed.
+    for a record of an older version. `sums`: what the source's values came to when the window was closed. `folded`: see
+    `Held`.
 
     `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
     Headwater did not write); "" when all is well.
@@ -181,11 +183,12 @@ class Record:
     source_digest: str = ""
     sums: Mapping[str, Sums] = field(default_factory=dict)
     trouble: str = ""
+    folded: int = 0
 
     @property
     def held(self) -> Held:
         """The object as this record knows it."""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +232,9 @@ class Source(Protocol[B]):
         Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
-    def union(self, batch: B, held: Sequence[Iterable[Any]]) -> B:
-        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row.
+    def union(self, batch: B, held: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
+        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row. Of those
+        that `shrink` covers it is told, and they are left out where it removes them.
 
         Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
         closes the result.

@@ -14,10 +14,11 @@ from itertools import islice
 from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
+from app.core.joined import Pipeline, Task
 from app.core.ports import FOREIGN, MISSING, Batch, Count, Encoded, Objects, Record, Sums
 from app.core.repair import heal_window
 from app.core.runs import Context, Failure, Report
-from app.core.sync import Pipeline, Task, already_there, delete_deltas, settle, waiting
+from app.core.sync import already_there, delete_deltas, settle, waiting
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -203,7 +204,9 @@ def _window(
     log.debug("%s %s: %d values counted, %s", partition, window, ends.count.cells, verdict.value)
     if verdict is Verdict.EMPTY:
         return Report()
-    if verdict is Verdict.AS_CONFIRMED and not reads:
+    record = ends.record
+    has_more = record is not None and record.digest != record.source_digest
+    if verdict is Verdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
         return Report(ledger=already_there(pipeline.unit, ends.count))
     left = waiting(pipeline.unit, [ends.count])
     if verdict is Verdict.TROUBLE and not heals:
@@ -212,7 +215,7 @@ def _window(
         if verdict is Verdict.TROUBLE:
             return heal_window(pipeline, context, partition, window, now)
         # Where the listing shows the recorded version and nothing else, the destination was asked already.
-        task = Task(partition, window, ends.count, ends.record, final=True, asks=not ends.is_as_recorded)
+        task = Task(partition, window, ends.count, record, final=True, asks=not ends.is_as_recorded)
         return settle(pipeline, context, task)
     except (Permanent, Rejected) as error:
         return Report(failures=(Failure(partition, error.message, error.hint),), ledger=left)

@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from app.csv_inbox.dialect import BOM, Dialect, Malformed
-from app.csv_inbox.faults import ENCODING, HEADER, LONG_RECORD, NO_ROWS
-from app.csv_inbox.records import LONGEST_RECORD_BYTES, MASTER_RECORD_BYTES, Read, marked
+from app.csv_inbox.config import ENCODING, HEADER, LONG_RECORD, NO_ROWS
+from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, MASTER_RECORD_BYTES, Dialect, Malformed, Read, marked
 
 PIECE_BYTES = 1 << 16
 SHOWN_BYTES = 1000

@@ -1,24 +1,18 @@
-"""One incoming file, read once: checked, and its rows written to a spool in the layout of the result.
-
-Invariants: the file is read through one descriptor, once, so what was checked is what is merged, whatever happens to
-the name meanwhile; a file with any fault is Unmergeable as a whole, with every fault that was found, and no row of it
-goes any further; memory grows with the keys of the file and nothing else of it.
-"""
+"""One incoming file, read once: checked, and its rows written to a spool in the columns of the new master."""
 
 import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.dialect import BOM, Dialect, Malformed
-from app.csv_inbox.faults import (
+from app.core.errors import Permanent
+from app.csv_inbox.config import (
     EMPTY_KEY,
     ENCODING,
     LONG_RECORD,
@@ -28,16 +22,128 @@ from app.csv_inbox.faults import (
     SECOND_HEADER,
     TOO_LARGE,
     Fault,
+    InboxConfig,
     Unmergeable,
     Unsteady,
 )
+from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, Block, Dialect, Malformed, Offsets, blocks, marked
+from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.header import Header, columns, read_incoming_header
-from app.csv_inbox.identity import Identity, identity_of, open_regular, read_some
-from app.csv_inbox.inbox import is_too_large
-from app.csv_inbox.keys import Gathering, Keys
-from app.csv_inbox.layout import Layout, united
-from app.csv_inbox.records import LONGEST_RECORD_BYTES, Block, Offsets, blocks
-from app.csv_inbox.spreadsheet import without_blank_records, without_surplus
+from app.csv_inbox.key_index import Gathering, Keys
+from app.csv_inbox.master_output import cut
+
+# How the rows of a file and those of the master come to have the same columns: a pure decision.
+#
+# Invariant: the master's columns keep their order and new ones follow, so a row of the master changes only by fields
+# that are put behind it; a row of the file is taken as it stands where its columns are already those.
+
+ABSENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of the result, before any is found to be obsolete.
+
+    `order` gives for each column its place in the file (ABSENT: empty there), None when rows fit as they are.
+    `doubtful` are places of columns that the file has not: obsolete if no row of the result has anything there.
+    """
+
+    names: tuple[str, ...]
+    fields: tuple[bytes, ...]
+    bom: bytes
+    eol: bytes
+    order: tuple[int, ...] | None
+    doubtful: tuple[int, ...]
+    added: tuple[str, ...]
+    key: int
+
+    def header(self, dialect: Dialect, dropped: Sequence[int] = ()) -> bytes:
+        """The header line without the columns `dropped`."""
+        fields = [field for place, field in enumerate(self.fields) if place not in dropped]
+        return self.bom + dialect.delimiter.encode().join(fields) + self.eol
+
+    def rendered(self, fields: Sequence[bytes]) -> list[bytes]:
+        """The fields of one row of the file, as raw as they came, in the order of the result."""
+        if self.order is None:
+            return list(fields)
+        return [b"" if place == ABSENT else fields[place] for place in self.order]
+
+
+def united(master: Header | None, incoming: Header, key: str, required: Sequence[str], dialect: Dialect) -> Layout:
+    """The layout of `incoming`, which has the key, merged into `master` (None: there is none yet)."""
+    held = incoming if master is None else master
+    if key not in held.names:
+        raise Permanent(
+            f"the master has no column {key!r}: {', '.join(held.names)[:200]}",
+            "correct key_column, or restore the master; it was not changed",
+        )
+    there = frozenset(held.names)
+    added = () if master is None else tuple(name for name in incoming.names if name not in there)
+    fields = dict(zip(incoming.names, incoming.fields, strict=True))
+    names = (*held.names, *added)
+    places = {name: place for place, name in enumerate(incoming.names)}
+    order = tuple(places.get(name, ABSENT) for name in names)
+    kept = {key, *required, *incoming.names}
+    return Layout(
+        names=names,
+        fields=(*held.fields, *(fields[name] for name in added)),
+        bom=dialect.bom if master is None else master.bom,
+        eol=held.eol or incoming.eol or b"\n",
+        order=None if order == tuple(range(len(incoming.names))) else order,
+        doubtful=tuple(place for place, name in enumerate(held.names) if name not in kept),
+        added=incoming.names if master is None else added,
+        key=names.index(key),
+    )
+
+
+# What spreadsheets write around the rows: records in which every cell is empty, and delimiters behind the last
+# column.
+#
+# Invariant: nothing that has a value is ever taken away, and lines keep their numbers.
+
+
+def without_blank_records(block: Block, dialect: Dialect) -> Block:
+    """The block; records of nothing but delimiters, blanks and empty quotes are no rows of it."""
+    soft = np.zeros(256, np.bool_)
+    soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
+    positions = block.rows
+    # Most rows are told by their first byte; only what is soft at both ends and in the middle is looked at as a whole.
+    for part in (0.0, 1.0, 0.5):
+        starts, lasts = block.starts[positions], block.stops[positions] - 1
+        places = starts + ((lasts - starts) * part).astype(np.int64)
+        positions = positions[soft[block.array[places]]]
+    blank = [at for at in positions.tolist() if dialect.blank(block.record(at))]
+    return block.without(np.array(blank, np.int64)) if blank else block
+
+
+def without_surplus(block: Block, dialect: Dialect, width: int, allowed: Container[int]) -> Block:
+    """Rows of an allowed number of fields cut to `width` fields, where all behind these are blank."""
+    if block.is_even(width):
+        return block
+    widths = block.widths
+    wide = np.flatnonzero(widths > width)
+    if not len(wide):
+        return block
+    firsts, lasts = block.tails(wide, width), block.stops[block.rows][wide]
+    only_delimiters = lasts - firsts == widths[wide] - width
+    goes = [
+        place
+        for place, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True))
+        if int(widths[wide[place]]) in allowed and (only_delimiters[place] or dialect.blank(block.data[first:last]))
+    ]
+    if not goes:
+        return block
+    stays_from, stays_to = np.append(0, lasts[goes]), np.append(firsts[goes], len(block.data))
+    data = cut(block.data, stays_from, stays_to)
+    marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect)
+    return replace(block, data=data, marks=marks)
+
+
+# One incoming file, read once: checked, and its rows written to a spool in the layout of the result.
+#
+# Invariants: the file is read through one descriptor, once, so what was checked is what is merged, whatever happens
+# to the name meanwhile; a file with any fault is Unmergeable as a whole, with every fault that was found, and no row
+# of it goes any further; memory grows with the keys of the file and nothing else of it.
 
 MOST_FAULTS = 1000
 LONGEST_VALUE = 200

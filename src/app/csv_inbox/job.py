@@ -1,30 +1,88 @@
-"""The pipeline put together: what waits in the inbox is merged, oldest first, archived or set aside.
-
-Invariants: all that writes happens under the lock and after recovery; one file is one committed step, so a run may end
-anywhere; each file ends in the archive or in quarantine, or it is still in the inbox and the run says why; what is
-wrong with one file keeps no other waiting.
-"""
+"""The pipeline put together: what waits in the inbox is merged, oldest first, archived or quarantined, and logged."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import Context, Exits, Failure, Job, Report
-from app.csv_inbox.config import load_config
-from app.csv_inbox.faults import Stuck, Unmergeable, Unsteady
-from app.csv_inbox.history import REJECTED, Load, loads, shown
-from app.csv_inbox.inbox import Candidate, candidates, fingerprint, in_order, is_too_large, refusal, unchanged
-from app.csv_inbox.log import logged
-from app.csv_inbox.places import REFUSED, Places, printable, translated
-from app.csv_inbox.work import MEBIBYTE, UNIT, Work
+from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady, load_config
+from app.csv_inbox.discovery import (
+    MEBIBYTE,
+    REFUSED,
+    UNIT,
+    Candidate,
+    Places,
+    Work,
+    candidates,
+    fingerprint,
+    in_order,
+    is_too_large,
+    printable,
+    refusal,
+    translated,
+    unchanged,
+)
+from app.csv_inbox.quarantine import REJECTED, Load, loads, shown
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
+
+# The inbox's own log file, as documented: rotating at 1 MB, five kept, at its own level, on the console if wanted.
+#
+# Invariant: the file is open only while a run goes on; warnings always reach the log of the service as well.
+
+LOG_NAME = "app.csv_inbox"
+FILE_BYTES, FILES_KEPT = 1_000_000, 5
+LINE = "%(asctime)s.%(msecs)03dZ - %(levelname)s - %(message)s"
+TIME = "%Y-%m-%dT%H:%M:%S"
+
+
+class _Onward(logging.Handler):
+    """Hands records on to the log of the service: all of them, or what is unexpected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger().handle(record)
+
+
+@contextmanager
+def logged(config: InboxConfig) -> Iterator[None]:
+    """Records of the inbox go to its file until the end of the block. Raises OSError when the file cannot be opened."""
+    log = logging.getLogger(LOG_NAME)
+    config.log_file.parent.mkdir(parents=True, exist_ok=True)
+    file = RotatingFileHandler(
+        config.log_file, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8", delay=True
+    )
+    lines = logging.Formatter(LINE, TIME)
+    lines.converter = time.gmtime  # names in the archive are UTC as well
+    file.setFormatter(lines)
+    onward = _Onward(logging.NOTSET if config.log_to_console else logging.WARNING)
+    held = log.level, log.propagate
+    log.setLevel(config.log_level)
+    log.propagate = False
+    log.addHandler(file)
+    log.addHandler(onward)
+    try:
+        yield
+    finally:
+        log.setLevel(held[0])
+        log.propagate = held[1]
+        for handler in (file, onward):
+            log.removeHandler(handler)
+            handler.close()
+
+
+# The pipeline put together: what waits in the inbox is merged, oldest first, archived or set aside.
+#
+# Invariants: all that writes happens under the lock and after recovery; one file is one committed step, so a run may
+# end anywhere; each file ends in the archive or in quarantine, or it is still in the inbox and the run says why; what
+# is wrong with one file keeps no other waiting.
 
 NAME = "csv_inbox"
 EXITS = Exits(partial=1, failed=2, busy=2)
@@ -73,7 +131,7 @@ def run(work: Work) -> Report:
 
 
 def _has_work(work: Work) -> bool:
-    from app.csv_inbox.late_tail import grown
+    from app.csv_inbox.late_rows import grown
 
     places = work.places
     return bool(candidates(work.config) or places.journal.exists() or places.leftovers() or grown(places))
@@ -96,7 +154,7 @@ def _locked(work: Work) -> Iterator[None]:
 
 
 def _recover(work: Work) -> None:
-    from app.csv_inbox.journal import recover
+    from app.csv_inbox.transaction import recover
 
     done = recover(work.places)
     if done is not None:
@@ -104,13 +162,13 @@ def _recover(work: Work) -> None:
 
 
 def _merge_all(work: Work) -> Report:
-    from app.csv_inbox.step import take
+    from app.csv_inbox.transaction import take
 
     return _all(work, lambda candidate: take(work, candidate))
 
 
 def _rehearse(work: Work) -> Report:
-    from app.csv_inbox.step import rehearsal
+    from app.csv_inbox.transaction import rehearsal
 
     with rehearsal(work) as dry:
         return _all(work, dry.take)
@@ -129,7 +187,7 @@ def _steady(work: Work) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_tail import grown, take_in
+    from app.csv_inbox.late_rows import grown, take_in
 
     waits = work.config.checksum_wait_seconds
     late = grown(work.places)
@@ -200,7 +258,7 @@ def _left(work: Work, name: str, error: Stuck) -> Report:
 def _set_aside(work: Work, candidate: Candidate, error: Unmergeable) -> str:
     """Where it went. Raises Stuck when it may not be moved there, Unsteady when it is gone, and OSError."""
     from app.csv_inbox.quarantine import reject
-    from app.csv_inbox.step import load_id_of, text_of
+    from app.csv_inbox.transaction import load_id_of, text_of
 
     at = work.clock()
     load = Load(load_id_of(at), work.context.run_id, printable(candidate.path.name), text_of(at), REJECTED)

@@ -1,12 +1,7 @@
-"""The upsert: master and file in, the new master out, in one pass over the master or along its index.
-
-Invariants: a row of the master whose key is not in the file is copied as bytes, in its place; both ways give the same
-bytes; memory is bounded by one block and the file's keys. The master is read, never written; one that cannot be read
-stops everything.
-"""
+"""The upsert: master and file in, the new master out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +10,48 @@ from typing import IO
 from app.core.errors import Permanent, Transient
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.dialect import Dialect, Malformed
+from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
+from app.csv_inbox.discovery import identity_of
 from app.csv_inbox.header import Header, read_header
-from app.csv_inbox.identity import identity_of
-from app.csv_inbox.incoming import Incoming
-from app.csv_inbox.index import Index, Indexing, Subject, Unfit, entries_of, fitting
-from app.csv_inbox.narrow import narrowed
-from app.csv_inbox.output import COPY_BYTES, Beat, Output
-from app.csv_inbox.scan import scan, settled
-from app.csv_inbox.skip import skip
-from app.csv_inbox.tally import Tally
+from app.csv_inbox.incoming import Incoming, Layout
+from app.csv_inbox.key_index import Index, Indexing, Subject, Unfit, entries_of, fitting
+from app.csv_inbox.master_output import COPY_BYTES, Beat, Output
+from app.csv_inbox.merge_passes import Tally, scan, settled, skip
+
+# A master written anew without columns that have become obsolete.
+#
+# Invariant: every other field, and every line end, is as it was to the byte.
+
+
+def narrowed(path: Path, layout: Layout, dropped: Sequence[int], dialect: Dialect, beat: Beat) -> os.stat_result:
+    """Replace the file, durably, by itself without the columns `dropped`. Raises OSError."""
+    second = path.with_name(f"{path.name}.2.tmp")
+    d, keep = dialect.delimiter.encode(), [at for at in range(len(layout.names)) if at not in frozenset(dropped)]
+    with path.open("rb", buffering=0) as file, second.open("xb", buffering=0) as narrow:
+        keep_mode(path, narrow.fileno())
+        out = Output(narrow, None, None, beat)
+        out.write(layout.header(dialect, dropped))
+        header = read_header(file.read, dialect)
+        file.seek(header.size_bytes)
+        for block in blocks(file.read, dialect, 1):
+            beat(0)
+            lines = []
+            for position in block.rows.tolist():
+                fields = dialect.fields(block.record(position))
+                stop, end = int(block.stops[position]), int(block.ends[position])
+                lines.append(d.join([fields[at] for at in keep]) + block.data[stop:end])
+            out.write(b"".join(lines))
+        sync_file(narrow.fileno())
+        after = os.fstat(narrow.fileno())
+    second.replace(path)
+    return after
+
+
+# The upsert: master and file in, the new master out, in one pass over the master or along its index.
+#
+# Invariants: a row of the master whose key is not in the file is copied as bytes, in its place; both ways give the
+# same bytes; memory is bounded by one block and the file's keys. The master is read, never written; one that cannot
+# be read stops everything.
 
 
 @dataclass(frozen=True, slots=True)

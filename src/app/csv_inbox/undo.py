@@ -14,14 +14,12 @@ from typing import IO
 from app.core.errors import Rejected
 from app.core.files import keep_mode, sync_file
 from app.csv_inbox.config import InboxConfig
-from app.csv_inbox.dialect import Dialect
+from app.csv_inbox.csv_tokenizer import Dialect, blocks
+from app.csv_inbox.discovery import Places, link_or_copy
 from app.csv_inbox.header import read_header
-from app.csv_inbox.history import KEPT_LOADS, MERGED, Load, loads, revert_file, undone
-from app.csv_inbox.journal import Step, carry_out, commit, renaming
-from app.csv_inbox.metadata import write_metadata
-from app.csv_inbox.output import COPY_BYTES
-from app.csv_inbox.places import Places, link_or_copy
-from app.csv_inbox.records import blocks
+from app.csv_inbox.master_output import COPY_BYTES, write_metadata
+from app.csv_inbox.quarantine import KEPT_LOADS, MERGED, Load, loads, revert_file, undone
+from app.csv_inbox.transaction import Step, carry_out, commit, renaming
 
 LEAST_CHARACTERS = 4
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
 
-from app.dwh.faults import BadRequest
+from app.dwh.results import BadRequest
 from app.dwh.tables import INTEGER_BITS, Column, Table
 from app.stores.sql import Dialect
 from app.stores.sql_values import UNSTORABLE, instant_text

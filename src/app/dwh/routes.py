@@ -21,16 +21,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.core.errors import AppError
-from app.dwh import answers, document, formats
-from app.dwh.answers import Inserted
-from app.dwh.faults import BadRequest
-from app.dwh.intake import BatchLimits, Intake, Received
-from app.dwh.options import Options, options
-from app.dwh.pages import Page
+from app.dwh import openapi, responses, results
 from app.dwh.query import Selection, selection
-from app.dwh.store import Request as Storing
-from app.dwh.store import Warehouse
+from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
+from app.dwh.responses import Page
+from app.dwh.results import BadRequest, Inserted
 from app.dwh.tables import TABLES, Table
+from app.dwh.warehouse import Request as Storing
+from app.dwh.warehouse import Warehouse
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import needs
 
@@ -82,8 +80,8 @@ def build(serving: Serving) -> APIRouter:
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
-            openapi_extra={**needs("dwh:read"), **document.reading(table)},
-            responses=document.read_answers(table),
+            openapi_extra={**needs("dwh:read"), **openapi.reading(table)},
+            responses=openapi.read_answers(table),
             response_class=Response,
         )
         router.add_api_route(
@@ -92,8 +90,8 @@ def build(serving: Serving) -> APIRouter:
             methods=["POST"],
             name=f"write_{table.name}",
             summary=f"Store rows in {table.name}, each once",
-            openapi_extra={**needs("dwh:write"), **document.writing(table)},
-            responses=document.write_answers(),
+            openapi_extra={**needs("dwh:write"), **openapi.writing(table)},
+            responses=openapi.write_answers(),
             response_class=Response,
         )
     return router
@@ -150,7 +148,7 @@ def _reading(serving: Serving, table: Table, readers: asyncio.Semaphore) -> Call
             headers = _headers(chosen, request.url.path, page.last_id)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
-            media_type = formats.MEDIA[chosen.format]
+            media_type = responses.MEDIA[chosen.format]
             return _Sent(page.pieces(), stack.pop_all(), headers=headers, media_type=media_type)
 
     return read
@@ -225,7 +223,7 @@ async def _stored(serving: Serving, table: Table, request: Request, given: tuple
     done = await run_in_threadpool(_insert, serving.warehouse, table, received, storing)
     faults = received.faults if chosen.skip else None
     headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
-    content = answers.body(done, faults, received.fault_count)
+    content = results.body(done, faults, received.fault_count)
     return StreamingResponse(content, headers=headers, media_type="application/json")
 
 

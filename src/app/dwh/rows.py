@@ -1,25 +1,239 @@
-"""Rows out of JSON, checked in compiled code: a typed decoder per table, made from its declaration.
+"""Rows out of JSON, checked by a typed decoder per table that is made from the table's declaration."""
 
-Invariants: a row that comes out can be stored in either database and means the same in both; a row that cannot is named
-with its field. Source of the types: https://jcristharif.com/msgspec/supported-types.html.
-"""
-
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from operator import attrgetter
+from types import NoneType
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 from msgspec.structs import astuple
 
-from app.dwh import strict, values
-from app.dwh.faults import RowFault
+from app.dwh.results import RowFault
 from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Column, Table
-from app.dwh.values import UUID_CHARACTERS, Turn, Values
+from app.stores.sql_values import instant_text
+
+# What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
+#
+# Invariant: nothing suspicious passes unseen, at the cost of a few searches through all the text. Keys are counted:
+# `":` stands behind each key, so when no blank may come between the two, and no escape hides a quote or a colon, the
+# text has at least as many as it has keys; when it has just as many as came out of the decoder, none was there twice.
+
+MAX_DEPTH = 100
+MARK = b'":'
+BLANKS = (b" ", b"\t", b"\n", b"\r")
+HIDDEN = (rb"\u0000", rb"\u0022", rb"\u003")
+NUMBER_CHARACTERS = 1000
+SMALL_OR_LONG = re.compile(rb"[eE]-[0-9]{3}|[0-9]{400}")
+TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
+NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+class Suspicious(Exception):
+    """Only a look at each row by itself can tell."""
+
+
+class _Repeated(Exception):
+    pass
+
+
+def check_keys(text: bytes, keys: int, json_texts: Sequence[str]) -> None:
+    """`keys` columns and `json_texts`, as a decoder leaves them, came from `text`: raise Suspicious unless it has no
+    repeated key and no NUL.
+    """
+    # One byte is found ten times quicker than two, and most texts hold neither escapes nor blanks but spaces.
+    if b"\\" in text and any(mark in text for mark in HIDDEN):
+        raise Suspicious
+    if any(blank in text and blank + b":" in text for blank in BLANKS):
+        raise Suspicious
+    if text.count(MARK) != keys + "\n".join(json_texts).count('":'):
+        raise Suspicious
+
+
+def repeated_key(text: bytes) -> str | None:
+    """A key that one object of `text` holds twice; None when there is none. `text` is JSON that was read already."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+
+    try:
+        json.loads(text, object_pairs_hook=check, parse_int=str, parse_float=str)
+    except _Repeated as repeated:
+        return str(repeated)
+    return None
+
+
+def holds_nul(value: str, column: Column) -> bool:
+    """True when the text of a value holds a NUL, which no database stores; in JSON it is escaped."""
+    return bool(NUL_IN_JSON.search(value)) if column.kind == "json" else "\x00" in value
+
+
+def check_depth(raw: Any, value: Any) -> None:
+    """Raise Suspicious for JSON that nests deeper than databases and readers can be trusted with."""
+    text = bytes(raw)
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise Suspicious
+
+
+def check_numbers(text: bytes) -> None:
+    """Raise Suspicious for a number that is not 0 and yet nearer to it than a double can be, or of very many digits.
+
+    PostgreSQL writes such a number out: nine characters such as 1e-16000 come back as sixteen thousand.
+    """
+    if SMALL_OR_LONG.search(text):
+        numbers = (token for token in TOKENS.findall(text) if not token.startswith(b'"'))
+        if any(len(number) > NUMBER_CHARACTERS or _vanishes(number) for number in numbers):
+            raise Suspicious
+
+
+def _vanishes(number: bytes) -> bool:
+    mantissa = number.lower().partition(b"e")[0]
+    return float(number) == 0 and mantissa.strip(b"-0.") != b""
+
+
+def depth(value: Any) -> int:
+    """How many objects and arrays are around the innermost value. Level by level, so that depth costs no stack."""
+    levels = 0
+    level = [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        levels += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return levels
+
+
+# What the values of a column become: plain values, in the form that both databases read.
+#
+# Invariant: a whole column at a time, since that costs a fraction of a value at a time; what only some values are is
+# left to the way value by value, and what cannot be stored raises Suspicious, OverflowError or an error of the
+# decoder.
+
+BLANK = re.compile(rb"[ \t\r\n]")
+BETWEEN = re.compile(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', re.DOTALL)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+Values = Sequence[Any]
+Turn = Callable[[Values], Values]
+
+ABSENT = {NoneType, UnsetType}
+UUID_CHARACTERS, UUID_BYTES = 36, 16
+HYPHENS = (8, 13, 18, 23)
+NAIVE, WHOLE = len("2026-02-07T12:34:56.789000"), len("2026-02-07T12:34:56.789000Z")
+SECONDS = len("2026-02-07T12:34:56")
+# What an instant of each length lacks: msgspec leaves out what is zero, and the offset where there is none.
+LACKING = {SECONDS: ".000000Z", SECONDS + 1: ".000000Z", NAIVE: "Z", WHOLE: ""}
+
+
+def turn(column: Column) -> Turn:
+    """The function for the values of a column."""
+    if column.kind == "uuid":
+        return _uuids
+    if column.kind == "instant":
+        return _instants
+    if column.kind == "json":
+        return lambda values: [_json(value) if value else None for value in values]
+    if column.takes_integers:
+        return _texts
+    default = column.default
+    return lambda values: [default if value is None or value is UNSET else value for value in values]
+
+
+def turn_present(column: Column) -> Turn | None:
+    """The same for values that are there or null; None when such values are as they have to be."""
+    as_they_are = column.kind in ("text", "integer", "bigint", "float", "bool") and not column.takes_integers
+    return None if as_they_are and column.default is None else turn(column)
+
+
+def check_uuids(values: Sequence[str]) -> None:
+    """Raise Suspicious unless all of these, each of 36 characters, are UUIDs."""
+    text = "".join(values)
+    if any(text[place::UUID_CHARACTERS].count("-") < len(values) for place in HYPHENS):
+        raise Suspicious
+    try:
+        made = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        raise Suspicious from None
+    if len(made) < UUID_BYTES * len(values):
+        raise Suspicious
+
+
+def _uuids(values: Values) -> Values:
+    text = "".join(values)
+    return values if text == text.lower() else [value.lower() for value in values]
+
+
+def _texts(values: Values) -> Values:
+    """Text, of which some may have come as integers."""
+    if set(map(type, values)) <= {str, NoneType}:
+        return values
+    return [None if value is None or value is UNSET else _text(value) for value in values]
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > KEY_CHARACTERS and not isinstance(value, str):
+        raise Suspicious
+    return text
+
+
+def _instants(values: Values) -> Values:
+    if ABSENT.isdisjoint(map(type, values)):
+        return instant_texts(values)
+    present = [value for value in values if value]
+    texts = iter(instant_texts(present) if present else ())
+    return [next(texts) if value else None for value in values]
+
+
+def instant_texts(instants: Sequence[datetime]) -> Sequence[str]:
+    """As `instant_text`; naive ones are in UTC. Encoded all together, and mended where the encoder is brief."""
+    encoded = msgspec.json.encode(instants)[2:-2]
+    texts = encoded.decode().split('","')
+    lengths = set(map(len, texts))
+    if lengths == {WHOLE}:
+        return texts
+    if lengths == {NAIVE}:
+        return (encoded.replace(b'","', b'Z","') + b"Z").decode().split('","')
+    return [_mended(text, at) for text, at in zip(texts, instants, strict=True)]
+
+
+def _mended(text: str, at: datetime) -> str:
+    lacking = LACKING.get(len(text))
+    if lacking is None:
+        return instant_text(at.astimezone(UTC))
+    return (text if len(text) > SECONDS + 1 else text[:SECONDS]) + lacking
+
+
+def _json(raw: Raw) -> str | None:
+    """The value as it was written, without the blanks between its parts: 1.10 stays 1.10, thirty digits stay thirty.
+    It is decoded all the same, which finds what is no JSON, no Unicode, or no finite number.
+    """
+    value = msgspec.json.decode(raw)
+    if value is None:
+        return None
+    check_depth(raw, value)
+    text = bytes(raw)
+    check_numbers(text)
+    if SURROGATE.search(text):
+        msgspec.json.encode(value)  # raises for half of a pair
+    if BLANK.search(text):
+        text = BETWEEN.sub(rb"\1", text)
+    return text.decode()
+
+
+def decoded_again(json_texts: Sequence[str]) -> Sequence[str]:
+    """JSON as a decoder leaves it, which keeps one of two equal keys."""
+    return [msgspec.json.encode(msgspec.json.decode(text)).decode() for text in json_texts]
+
+
+# Rows out of JSON, checked in compiled code: a typed decoder per table, made from its declaration.
+#
+# Invariants: a row that comes out can be stored in either database and means the same in both; a row that cannot is
+# named with its field. Source of the types: https://jcristharif.com/msgspec/supported-types.html.
 
 Slice = bytes | Raw
 
@@ -53,16 +267,16 @@ class RowReader:
         self._key = table.key
         self._decode = _decoder(table, _field)
         self._decode_whole = _decoder(table, _whole_field)
-        self._turns = [values.turn(column) for column in table.columns]
+        self._turns = [turn(column) for column in table.columns]
         self._values_of = [attrgetter(column.name) for column in table.columns]
-        self._whole_turns = [values.turn_present(column) for column in table.columns]
+        self._whole_turns = [turn_present(column) for column in table.columns]
         self._json = [position for position, column in enumerate(table.columns) if column.kind == "json"]
 
     def read(self, slices: Sequence[Slice], first: int) -> Checked:
         """Rows that stand next to each other in a body, the first with the index `first`."""
         try:
             columns = self._together(slices)
-        except (*UNREADABLE, strict.Suspicious, OverflowError):
+        except (*UNREADABLE, Suspicious, OverflowError):
             return self._one_by_one(slices, first)
         return Checked(columns, list(map(len, slices)))
 
@@ -73,7 +287,7 @@ class RowReader:
         except UNREADABLE:
             columns, keys = self._sparse(slices)
         json_texts = [value for position in self._json for value in columns[position] if value]
-        strict.check_keys(b",".join(slices), keys, values.decoded_again(json_texts))
+        check_keys(b",".join(slices), keys, decoded_again(json_texts))
         return columns
 
     def _whole(self, slices: Sequence[Slice]) -> Sequence[Values]:
@@ -81,7 +295,7 @@ class RowReader:
         rows = list(map(self._decode_whole, slices))
         columns: list[Values] = [list(map(value_of, rows)) for value_of in self._values_of]
         if self._key.kind == "uuid":
-            values.check_uuids(columns[0])
+            check_uuids(columns[0])
         return [turn(column) if turn else column for turn, column in zip(self._whole_turns, columns, strict=True)]
 
     def _sparse(self, slices: Sequence[Slice]) -> tuple[Sequence[Values], int]:
@@ -115,11 +329,11 @@ class RowReader:
         for column, (turn, value) in zip(self._columns.values(), turned_row, strict=True):
             try:
                 (turned,) = turn(value)
-            except (*UNREADABLE, strict.Suspicious, OverflowError):
+            except (*UNREADABLE, Suspicious, OverflowError):
                 return RowFault(index, column.name, f"must be {column.wanted}")
-            if isinstance(turned, str) and strict.holds_nul(turned, column):
+            if isinstance(turned, str) and holds_nul(turned, column):
                 return RowFault(index, column.name, f"must be {column.wanted}")
-        repeated = strict.repeated_key(bytes(row))
+        repeated = repeated_key(bytes(row))
         return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is there twice")
 
     def _unread(self, index: int, error: Exception) -> RowFault:

@@ -16,10 +16,11 @@ from urllib.parse import urlencode
 
 from app.core.errors import Permanent, Transient
 from app.core.ports import Sums
+from app.core.shrink import UNLIMITED
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.connection import Answer, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, Summed
+from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, Retention, Summed
 from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
@@ -187,6 +188,28 @@ class FluxReader:
         for block in self._ask(query):
             yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
 
+    def retention(self) -> Retention:
+        """See `Reader`."""
+        rules, told_at = self._rules()
+        if rules is None:
+            return Retention(None, self._oldest_at(), told_at)
+        kept_seconds = min((seconds for seconds, _ in rules if seconds > 0), default=0)
+        return Retention(timedelta(seconds=kept_seconds) if kept_seconds else UNLIMITED, told_at=told_at)
+
+    def _oldest_at(self) -> datetime | None:
+        """The first point of each series is pushed down to the storage engine."""
+        import pyarrow as pa
+
+        query = (
+            f"from(bucket: {literal(self._target.bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
+            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"])'
+        )
+        try:
+            times = [at for block in self._ask(query) for at in _column(block, "_time").cast(pa.int64()).to_pylist()]
+        except Permanent:
+            return None  # too many series, say
+        return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
+
     def inventory(self) -> Inventory:
         """See `Reader`."""
         fields = self._schema("fieldKeys", FIRST_INSTANT)
@@ -241,15 +264,28 @@ class FluxReader:
     @cached_property
     def _shard(self) -> timedelta:
         """How long the bucket's shard groups are; a day where the token may not look at buckets."""
+        rules, _ = self._rules()
+        seconds = min((seconds for _, seconds in rules or ()), default=0)
+        return timedelta(seconds=seconds) if seconds > 0 else DAY
+
+    def _rules(self) -> tuple[Sequence[tuple[int, int]] | None, datetime | None]:
+        """The bucket's retention rules, as seconds that points are kept (0: for ever) and those of a shard group, and
+        the server's clock. Without any rule the bucket keeps everything.
+
+        None where the token may not look at buckets, or the server has no such route, as 1.x.
+        """
         where = urlencode({"org": self._target.org, "name": self._target.bucket})
         try:
             with self._connection.ask(f"/api/v2/buckets?{where}", None, {}, self._variables) as answer:
-                answered = json.loads(b"".join(answer.chunks))
-            rules = [rule for bucket in answered["buckets"] for rule in bucket.get("retentionRules") or ()]
-            seconds = min((int(rule.get("shardGroupDurationSeconds") or 0) for rule in rules), default=0)
+                told_at = answer.told_at
+                [bucket] = json.loads(b"".join(answer.chunks))["buckets"]
+            rules = [
+                (int(rule.get("everySeconds") or 0), int(rule.get("shardGroupDurationSeconds") or 0))
+                for rule in bucket.get("retentionRules") or ()
+            ]
         except (Permanent, ValueError, TypeError, KeyError, AttributeError):
-            return DAY
-        return timedelta(seconds=seconds) if seconds > 0 else DAY
+            return None, None
+        return rules, told_at
 
     def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[Block]:
         """Stream the answer, without columns of the `known` tags."""

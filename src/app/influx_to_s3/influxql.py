@@ -9,6 +9,7 @@ Invariants: as for `flux`; an answer that ends while saying `partial` is an erro
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -17,8 +18,9 @@ from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ports import Sums
+from app.core.shrink import UNLIMITED
 from app.core.window import EPOCH, Window
-from app.influx_to_s3.connection import OK, Connection
+from app.influx_to_s3.connection import OK, Answer, Connection
 from app.influx_to_s3.reader import (
     INVENTORY_DEVICES,
     Counted,
@@ -26,6 +28,7 @@ from app.influx_to_s3.reader import (
     Points,
     QueryTooLarge,
     Refusal,
+    Retention,
     Summed,
     refusal,
 )
@@ -167,6 +170,31 @@ class InfluxQlReader:
         for series in self._ask(query):
             yield from self._counted(series, span.start)
 
+    def retention(self) -> Retention:
+        """See `Reader`. Only 1.x tells: 2.x answers `0s` for every bucket, whatever its retention is."""
+        found: dict[str, timedelta] = {}
+        default, told_at, version = "", None, ""
+        try:
+            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
+                told_at, version = answer.told_at, answer.version
+                for row in self._rows(answer):
+                    found[row["name"]] = _period(str(row.get("duration", "")))
+                    default = row["name"] if row.get("default") else default
+        except Permanent:
+            found = {}
+        period = found.get(self._target.retention_policy or default)
+        if period is None or not version.startswith("1."):
+            return Retention(None, self._oldest_at(), told_at)
+        return Retention(period, told_at=told_at)
+
+    def _oldest_at(self) -> datetime | None:
+        """The rows of all series come in the order of time."""
+        try:
+            times = [row[0] for series in self._ask(f"SELECT * {self._from()} LIMIT 1") for row in series["values"]]
+        except Permanent:
+            return None  # too many series, say
+        return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
+
     def inventory(self) -> Inventory:
         """See `Reader`."""
         default, others = self._policies
@@ -214,9 +242,8 @@ class InfluxQlReader:
         """The default retention policy, and every policy's shard group duration; none where nobody may ask."""
         default, found = "", {}
         try:
-            for series in self._ask(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}"):
-                for values in series["values"]:
-                    row = dict(zip(series["columns"], values, strict=True))
+            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
+                for row in self._rows(answer):
                     found[row["name"]] = _duration(str(row.get("shardGroupDuration", "")))
                     default = row["name"] if row.get("default") else default
         except Permanent:
@@ -252,15 +279,8 @@ class InfluxQlReader:
 
     def _answers(self, statements: str, number: int) -> Iterator[Mapping[str, Any] | None]:
         """The series that have values, statement by statement, with None at the end of each."""
-        form = {
-            "db": self._target.database,
-            "q": statements,
-            "epoch": "ns",
-            "chunked": "true",
-            "chunk_size": str(CHUNK_ROWS),
-        }
         ended = 0
-        with self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables) as answer:
+        with self._question(statements) as answer:
             for result in self._results(_lines(answer.chunks)):
                 yield from (series for series in result.get("series", ()) if series.get("values"))
                 if not result.get("partial"):
@@ -268,6 +288,23 @@ class InfluxQlReader:
                     yield None
         if ended < number:
             raise Transient("InfluxDB's answer ends although more was announced", "no action needed: it is read again")
+
+    def _question(self, statements: str) -> AbstractContextManager[Answer]:
+        form = {
+            "db": self._target.database,
+            "q": statements,
+            "epoch": "ns",
+            "chunked": "true",
+            "chunk_size": str(CHUNK_ROWS),
+        }
+        return self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables)
+
+    def _rows(self, answer: Answer) -> Iterator[Mapping[str, Any]]:
+        """The rows of a SHOW statement, by column."""
+        for result in self._results(_lines(answer.chunks)):
+            for series in result.get("series", ()):
+                for values in series.get("values", ()):
+                    yield dict(zip(series["columns"], values, strict=True))
 
     def _results(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
         """A statement's result, or a part of it that says so by `partial`."""
@@ -436,8 +473,20 @@ def _nanoseconds(instant: datetime) -> int:
 
 def _duration(text: str) -> timedelta:
     """`168h0m0s`; a day for what cannot be read, or is no time at all."""
-    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
+    seconds = _seconds(text)
     return timedelta(seconds=seconds) if seconds >= 1 else DAY
+
+
+def _period(text: str) -> timedelta:
+    """`720h0m0s`; `0s` keeps everything. What cannot be read keeps nothing for sure."""
+    seconds = _seconds(text)
+    if not seconds and re.search("[1-9]", text):
+        return timedelta()
+    return timedelta(seconds=seconds) if seconds else UNLIMITED
+
+
+def _seconds(text: str) -> float:
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
 
 
 def _integer(digits: str) -> int | float:

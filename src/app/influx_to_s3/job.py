@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from app.core.gaps import Chart
+from app.core.joined import Grid, Pipeline
 from app.core.known_rows import KnownRows
 from app.core.partitions import Backoff, Pass, isolated, sync_all
 from app.core.reconcile import HEAL_HINT, reconcile, said_of
-from app.core.repair import fill
+from app.core.repair import fill, write_again
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.sync import Done, Grid, Pipeline
+from app.core.shrink import Shrink
+from app.core.sync import Done
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
@@ -34,6 +36,7 @@ from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout_file import LayoutFile, Tree, as_on
 from app.influx_to_s3.recovery import tree_of_data
+from app.influx_to_s3.retention import Coverage
 from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
 from app.influx_to_s3.source import InfluxSource
@@ -96,6 +99,7 @@ class Export:
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
+    replace: Callable[[Context, Window, bool], Report]
     rewrite: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
@@ -159,6 +163,7 @@ def build(
     return Export(
         jobs,
         lambda context, span: _backfill(parts, context, span),
+        lambda context, span, allow_shrink: _replace(parts, context, span, allow_shrink=allow_shrink),
         lambda context, span: _rewrite(parts, context, span),
         ends,
         ExportChart(NAME, ends, checkpoints, export.grace_seconds),
@@ -251,7 +256,7 @@ def _open(
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(tree.windows, export.grace_seconds),
-        allow_shrink=export.allow_shrink,
+        shrink=_shrinking(parts, source, removes=True) if export.allow_shrink else None,
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
@@ -263,6 +268,12 @@ def _open(
         ),
     )
     return Opened(tree, now, columns, source, sink, pipeline)
+
+
+def _shrinking(parts: Parts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
+    """What may go in this run: what the source lacks although its retention still covers it."""
+    coverage = Coverage(parts.reader, source.again, parts.clock)
+    return lambda: Shrink(coverage.since(), removes=removes)
 
 
 def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
@@ -354,6 +365,23 @@ def _backfill(parts: Parts, context: Context, span: Window) -> Report:
             done(fill(opened.pipeline, context, partition, window, opened.now, by_content=True))
 
     return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+
+
+def _replace(parts: Parts, context: Context, span: Window, *, allow_shrink: bool) -> Report:
+    """Write the due windows of `span` again from the source. Rows that only an object has are told, and stay unless
+    `allow_shrink`, whatever the settings allow.
+    """
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    pipeline = replace(opened.pipeline, shrink=_shrinking(parts, opened.source, removes=allow_shrink))
+    cursors = parts.checkpoints.cursors(NAME)
+
+    def one(partition: str, done: Done) -> None:
+        until = min(span.end, cursors.get(partition, span.end))
+        if until > span.start:
+            done(write_again(pipeline, context, partition, Window(span.start, until), opened.now))
+
+    devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
+    return isolated(pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 
 
 def _rewrite(parts: Parts, context: Context, span: Window) -> Report:

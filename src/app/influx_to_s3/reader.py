@@ -5,7 +5,7 @@ Implementations: `flux` (`/api/v2/query`) and `influxql` (`/query`); both give t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from app.core.errors import AppError, Permanent, Transient
@@ -69,6 +69,19 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
+
+    None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
+    it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
+    """
+
+    period: timedelta | None
+    oldest_at: datetime | None = None
+    told_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """What the source holds, to tell a wrong setting from an empty source. All names are sorted.
 
@@ -121,6 +134,9 @@ class Reader(Protocol):
 
         A field that has several types in the span may be counted under one of them only.
         """
+
+    def retention(self) -> Retention:
+        """How long points are kept, asked anew each time: it may be changed at any time."""
 
     def inventory(self) -> Inventory:
         """What there is; costs several questions, to be asked when nothing was found."""

@@ -18,28 +18,18 @@ from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
+from app.core.joined import NOTHING
 from app.core.ledger import Tally
 from app.core.ports import Count, Sums
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
-from app.core.sync import NOTHING
+from app.core.shrink import Shrink
 from app.core.window import EPOCH, Window, windows_between
 from app.influx_to_s3.columns import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
-from app.influx_to_s3.rows import (
-    Comparison,
-    canonical,
-    in_order,
-    instants_of,
-    nanoseconds_of,
-    of_object,
-    ordered,
-    sums_of,
-    times_of,
-    united,
-    whole_instants,
-)
+from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
 from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.unions import Comparison, in_order, united, whole_instants
 from app.stores.parquet import lost_tags_in
 
 if TYPE_CHECKING:
@@ -168,9 +158,9 @@ class InfluxSource:
                     else self._cut_out(partition, window, count, blocks)
                 )
 
-    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]") -> RowBatch:
+    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]", shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
-        columns, comparison = self._columns, Comparison(self._columns)
+        columns, comparison = self._columns, Comparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:
             rows = (table for table in tables if table.num_rows)

@@ -18,8 +18,9 @@ from app.core.ledger import Tally
 from app.core.ports import Sums
 from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import identities_of, instant_of, instants_of
+from app.influx_to_s3.rows import instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
+from app.influx_to_s3.unions import identities_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from app.core.gaps import Cell, Found, Moment, cells_of
+from app.core.joined import Pipeline
 from app.core.ports import Checkpoints, Record
 from app.core.reconcile import look
 from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
-from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
 from app.core.window import DAY_SECONDS, Window, floor_to
 from app.influx_to_s3.accounting import is_nameable
@@ -67,7 +67,7 @@ class ExportEnds:
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
-        for _, info in unfolded(self.sink, slot.partition, slot.window, self._listing(slot)):
+        for info in named_in(slot.window, self._listing(slot)):
             tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
             total += content_of_tables(tables, as_text=self._as_text(slot.window))
         return total
@@ -114,11 +114,7 @@ class ExportChart:
             return ()
         moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
         listed, records = looked(ends.pipeline, ends.sink, partition, windows)
-        found = (
-            Found(window.start, info.key, info.etag)
-            for window in windows
-            for _, info in unfolded(ends.sink, partition, window, listed)
-        )
+        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
         return cells_of(windows, records, found, moment)
 
 
@@ -128,18 +124,11 @@ def looked(
     """A listing of each day of these windows, and their records, in which is noted what is gone."""
     records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
     days = {window.start.date(): window for window in windows}.values()
-    listed = tuple(each for day in days for each in sink.listed(partition, day))
+    listed = tuple(each for day in days for each in sink.unfolded(partition, day))
     look(pipeline, partition, records, by_window(listed, windows))
     return listed, records
 
 
-def unfolded(sink: TableSink, partition: str, window: Window, listed: Listing) -> Listing:
-    """The objects of a window out of its day's listing, without deltas whose rows the window's object holds: it says
-    itself which these are, and is asked only where there are deltas.
-    """
-    named = [(named_at, info) for named_at, info in listed if window.start <= named_at < window.end]
-    if all(named_at == window.start for named_at, _ in named):
-        return named
-    held = sink.head(sink.key(partition, window, 0))
-    folded_until = window.start + timedelta(seconds=held.folded if held else 0)
-    return [each for each in named if each[0] == window.start or each[0] > folded_until]
+def named_in(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
+    """The objects of one window out of its day's listing: its own, and deltas of older versions."""
+    return [info for named_at, info in listed if window.start <= named_at < window.end]

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
-from app.objects.conditions import Span
 from app.objects.links import disposition
+from app.objects.requests import Span
 from app.stores.objects import ObjectInfo
 from app.stores.transfers import MARK, Page, Question, Stored
 

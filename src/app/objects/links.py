@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 
 from app.core.errors import Permanent
 from app.core.files import sync_directory, sync_file
-from app.objects.faults import NotServed
+from app.objects.requests import NotServed
 
 SECRET_BYTES = 32
 SECRET_NAME = "link.key"  # noqa: S105 - the name of the file

@@ -18,15 +18,21 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Rejected
-from app.objects import answers, document
-from app.objects.conditions import Span, check_match, check_unmatched, expected_of, span_of, unchanged
-from app.objects.downloads import Outgoing, opened
-from app.objects.faults import NotServed, missing
-from app.objects.feed import Feed, carried
-from app.objects.form import Form, boundary_of
+from app.objects import answers, openapi
 from app.objects.links import Links
-from app.objects.media import media_type
-from app.objects.reach import Reach, check_query
+from app.objects.requests import (
+    NotServed,
+    Reach,
+    Span,
+    check_match,
+    check_query,
+    check_unmatched,
+    expected_of,
+    missing,
+    span_of,
+    unchanged,
+)
+from app.objects.streams import Feed, Form, Outgoing, boundary_of, carried, media_type, opened
 from app.ops.answers import Refusal, Refused
 from app.ops.guard import OPEN, needs
 from app.stores.objects import BadKey, ObjectInfo, ObjectStore, Put
@@ -119,7 +125,7 @@ def _looking(router: APIRouter, serving: Serving) -> None:
         "/objects",
         summary="Objects below a prefix, in order",
         openapi_extra=needs("s3:read"),
-        responses=document.answers(document.LISTED),
+        responses=openapi.answers(openapi.LISTED),
     )
     async def objects(
         request: Request,
@@ -136,7 +142,7 @@ def _looking(router: APIRouter, serving: Serving) -> None:
         "/object-info",
         summary="Whether there is an object, and its properties",
         openapi_extra=needs("s3:read"),
-        responses=document.answers(document.INFO),
+        responses=openapi.answers(openapi.INFO),
     )
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -172,8 +178,8 @@ def _downloading(router: APIRouter, serving: Serving) -> None:
         download,
         methods=["GET"],
         summary="The bytes of an object or of a range of it",
-        openapi_extra={**needs("s3:read"), **document.reading()},
-        responses=document.download(),
+        openapi_extra={**needs("s3:read"), **openapi.reading()},
+        responses=openapi.download(),
         response_class=Response,
     )
     router.add_api_route(
@@ -220,7 +226,7 @@ def _linking(router: APIRouter, serving: Serving) -> None:
         "/link",
         summary="A link that reads one object for a while without a key",
         openapi_extra=needs("s3:read"),
-        responses=document.answers(document.LINKED, (404,)),
+        responses=openapi.answers(openapi.LINKED, (404,)),
     )
     async def link(
         request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
@@ -248,8 +254,8 @@ def _linking(router: APIRouter, serving: Serving) -> None:
         shared,
         methods=["GET"],
         summary="What a link leads to",
-        openapi_extra={**needs(OPEN), **document.reading()},
-        responses=document.download(),
+        openapi_extra={**needs(OPEN), **openapi.reading()},
+        responses=openapi.download(),
         response_class=Response,
     )
     router.add_api_route("/shared", shared, methods=["HEAD"], openapi_extra=needs(OPEN), include_in_schema=False)
@@ -259,8 +265,8 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
     @router.post(
         "/upload",
         summary="Create or replace an object",
-        openapi_extra={**needs("s3:write"), **document.upload()},
-        responses=document.answers(document.STORED, document.BODY),
+        openapi_extra={**needs("s3:write"), **openapi.upload()},
+        responses=openapi.answers(openapi.STORED, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -270,8 +276,8 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
     @router.put(
         "/update",
         summary="Replace an object that exists",
-        openapi_extra={**needs("s3:write"), **document.upload()},
-        responses=document.answers(document.STORED, (404, *document.BODY)),
+        openapi_extra={**needs("s3:write"), **openapi.upload()},
+        responses=openapi.answers(openapi.STORED, (404, *openapi.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -337,8 +343,8 @@ def _patching(router: APIRouter, serving: Serving) -> None:
     @router.patch(
         "/patch",
         summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
-        openapi_extra={**needs("s3:write"), **document.upload()},
-        responses=document.answers(document.PATCHED, (404, 416, *document.BODY)),
+        openapi_extra={**needs("s3:write"), **openapi.upload()},
+        responses=openapi.answers(openapi.PATCHED, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
         async with _served(request):
@@ -360,7 +366,7 @@ def _deleting(router: APIRouter, serving: Serving) -> None:
         "/delete",
         summary="Delete an object",
         openapi_extra=needs("s3:delete"),
-        responses=document.answers(document.DELETED, (404, 412)),
+        responses=openapi.answers(openapi.DELETED, (404, 412)),
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):

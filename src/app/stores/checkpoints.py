@@ -170,6 +170,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
         "source_digest": record.source_digest,
+        "folded": record.folded,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
         "sums": json.dumps(_sums_shown(record.sums), separators=(",", ":")) if record.sums else "",
     }
@@ -192,6 +193,7 @@ def _record(row: Row, now: datetime) -> Record:
         source_digest=row["source_digest"],
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],
+        folded=row["folded"],
     )
 
 

@@ -8,7 +8,6 @@ digest and rows of its content.
 
 import csv
 import io
-import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.window import Window
+from app.stores.deltas import folded_in, named_second, noted_window, unfolded
 from app.stores.layouts import Layout
 from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
 
@@ -33,8 +33,6 @@ MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 MAX_DEVICE_BYTES = 255
-WINDOW = re.compile(r"[\d-]{10}T(?P<start>[\d:]{8})Z/[\d-]{10}T(?P<end>[\d:]{8})Z")
-NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
 """Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
@@ -118,9 +116,21 @@ class TableSink:
         folder = self.key(partition, window, 0).rpartition("/")[0]
         midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
         for info in self.store.list(f"{folder}/"):
-            if named := NAME.fullmatch(info.key.removeprefix(f"{folder}/")):
-                hours, minutes, seconds = map(int, named.groups())
-                yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
+            second = named_second(info.key)
+            if second is not None and info.key.rpartition("/")[0] == folder:
+                yield midnight + timedelta(seconds=second), info
+
+    def unfolded(self, partition: str, window: Window) -> "Sequence[tuple[datetime, ObjectInfo]]":
+        """The same without deltas whose rows the object of their window holds."""
+        listed = list(self.listed(partition, window))
+        named = {info.key: named_at for named_at, info in listed}
+        seconds = self.layout_at(window.start).window_seconds
+        left = unfolded(
+            (info for _, info in listed),
+            lambda one: self.store.head(one if isinstance(one, str) else one.key),
+            window_seconds=seconds,
+        )
+        return [(named[info.key], info) for info in left.infos]
 
     def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
         """See `app.core.ports.Deltas`: deltas are named by the seconds after the window's start."""
@@ -145,8 +155,8 @@ class TableSink:
         info = self.store.head(key)
         if info is None:
             return None
-        named, of = NAME.search(key), WINDOW.fullmatch(info.metadata.get("window", ""))
-        is_own = named and of and of["start"] <= ":".join(named.groups()) < of["end"].replace("00:00:00", "24:00:00")
+        second, noted = named_second(key), noted_window(info)
+        is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
@@ -244,12 +254,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows, folded = info.metadata.get("rows", ""), info.metadata.get("folded", "")
+    rows = info.metadata.get("rows", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
-        folded=int(folded) if folded.isdigit() else 0,
+        folded=folded_in(info),
         rows=int(rows) if rows.isdigit() else None,
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),

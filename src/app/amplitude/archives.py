@@ -1,0 +1,552 @@
+"""What an export is, and how gzip members are joined to one zip with an entry per week."""
+
+import ctypes
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
+
+from app.core.errors import Permanent, Transient
+from app.core.window import Window
+
+# What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
+#
+# Invariants: members come in the order of their hours, as numbers, whatever their names sort like; no name of a
+# member is ever used as a path; whatever is wrong with the file is one of our errors.
+
+NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
+HOUR = timedelta(hours=1)
+T = TypeVar("T")
+AGAIN = "nothing to do: the export is fetched again"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """One gzip file of the hour that starts at `hour_at`."""
+
+    hour_at: datetime
+    part: int
+    name: str
+
+
+class Archive:
+    """An export that lies in a file. Use it inside `opened`."""
+
+    def __init__(self, archive: zipfile.ZipFile, span: Window) -> None:
+        self._archive = archive
+        self.span = span
+
+    def hours(self) -> Mapping[datetime, Sequence[Member]]:
+        """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
+        found: dict[datetime, list[Member]] = {}
+        at = self.span.start
+        while at < self.span.end:
+            found[at] = []
+            at += HOUR
+        for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
+            if member.hour_at not in found:
+                raise Permanent(
+                    f"the export of {self.span} holds {member.name!r}, which is of another time",
+                    "check AMPLITUDE_BASE_URL: the service does not answer what was asked",
+                )
+            found[member.hour_at].append(member)
+        return found
+
+    @contextmanager
+    def open(self, member: Member) -> Iterator[BinaryIO]:
+        """The member's bytes, which are gzip; its checksum is compared at the end."""
+        with read_errors(), readable(lambda: self._archive.open(member.name)) as stream:
+            yield cast("BinaryIO", stream)
+
+
+@contextmanager
+def opened(file: BinaryIO, span: Window) -> Iterator[Archive]:
+    """The export in `file`. Raises Transient when it is no zip, or not a whole one."""
+    with read_errors():
+        archive = readable(lambda: zipfile.ZipFile(file))
+    with archive:
+        yield Archive(archive, span)
+
+
+@contextmanager
+def read_errors() -> Iterator[None]:
+    """What reading a broken zip raises, as ours."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise Transient(f"the export is no whole zip: {error or type(error).__name__}", AGAIN) from error
+
+
+def readable(opening: Callable[[], T]) -> T:
+    """What opening a zip or an entry of one gives. Raises Permanent for a kind of zip that zipfile lacks."""
+    try:
+        return opening()
+    except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
+        raise Permanent(f"the export is a zip of a kind that cannot be read: {error}", "please report it") from error
+
+
+def _member(name: str) -> Member:
+    found = NAME.search(name)
+    try:
+        year, month, day, hour, part = map(int, found.groups() if found else ())
+        return Member(datetime(year, month, day, hour, tzinfo=UTC), part, name)
+    except ValueError as error:
+        raise Permanent(
+            f"a member of the export is named {name[:120]!r}, which tells no hour",
+            "days before 2014-11-12 cannot be exported; else please report it",
+        ) from error
+
+
+# Gzip members joined to one deflate stream without compressing anything anew.
+#
+# A member is inflated block by block only to learn where its blocks end; its compressed bytes are copied, the mark of
+# its last block is taken off, and an empty stored block fills the last byte. That is the way of zlib's own
+# examples/gzjoin.c. Invariants: what comes out inflates to what was in the members, whose checksums zlib itself
+# compared; memory is bounded. Where no zlib can be called, members are compressed again, which gives the same content
+# at several times the work.
+
+PIECE_BYTES = 1 << 18
+OK, STREAM_END, BUF_ERROR = 0, 1, -5
+BLOCK = 5
+GZIP_BITS = 31
+AT_BOUNDARY, UNUSED_BITS = 128, 7
+STORED_EMPTY = b"\0\0\xff\xff"
+STORED_NEWLINE = b"\0\x01\0\xfe\xff\n"
+LAST_BLOCK = b"\x03\0"
+STORED_HEAD_BITS = 3
+MAX_RATIO, RATIO_FREE_BYTES = 500, 1 << 26
+NAMES = ("libz.so.1", "libz.so", "libz.dylib", "libz.1.dylib", "zlib1.dll")
+CUT = "nothing to do: the hours are fetched again"
+
+
+class Joined(Protocol):
+    """One deflate stream that grows. `crc` and `size_bytes` are of what it inflates to, `last` is its last byte."""
+
+    crc: int
+    size_bytes: int
+    last: bytes
+
+    def add(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Join all members of a gzip stream. Raises Transient when it is cut or broken, Permanent for a bomb."""
+
+    def newline(self) -> bytes:
+        """Join a line end."""
+
+    def finish(self) -> bytes:
+        """The end of the stream."""
+
+
+class _Stream(ctypes.Structure):
+    """`z_stream` of zlib.h."""
+
+    _fields_ = (
+        ("next_in", ctypes.c_void_p),
+        ("avail_in", ctypes.c_uint),
+        ("total_in", ctypes.c_ulong),
+        ("next_out", ctypes.c_void_p),
+        ("avail_out", ctypes.c_uint),
+        ("total_out", ctypes.c_ulong),
+        ("msg", ctypes.c_char_p),
+        ("state", ctypes.c_void_p),
+        ("zalloc", ctypes.c_void_p),
+        ("zfree", ctypes.c_void_p),
+        ("opaque", ctypes.c_void_p),
+        ("data_type", ctypes.c_int),
+        ("adler", ctypes.c_ulong),
+        ("reserved", ctypes.c_ulong),
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """zlib with its functions declared; None when there is none that can be called."""
+    for name in NAMES:
+        try:
+            found = ctypes.CDLL(name)
+            found.zlibVersion.restype = ctypes.c_char_p
+            found.crc32_combine.restype = ctypes.c_ulong
+            found.crc32_combine.argtypes = (ctypes.c_ulong, ctypes.c_ulong, ctypes.c_long)
+            for call in (found.inflate, found.inflateReset, found.inflateEnd, found.inflateInit2_):
+                call.restype = ctypes.c_int
+        except (OSError, AttributeError):
+            continue
+        return found
+    return None
+
+
+def joined() -> Joined:
+    """A new stream."""
+    found = library()
+    return _Copied(found) if found is not None else _Compressed()
+
+
+class _Input:
+    """Compressed bytes in one buffer. The byte before `position`, up to where they were read, is always kept.
+
+    `start` is the first byte that was not handed out; it may be one ahead of what was read.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._buffer = bytearray(PIECE_BYTES + 1)
+        self._shared = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer)
+        self._address = ctypes.addressof(self._shared)
+        self._end = self.start = self.position = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that wait to be read."""
+        return self._end - self.position
+
+    @property
+    def next(self) -> int:
+        """The address of the next one."""
+        return self._address + self.position
+
+    def refill(self) -> bytes:
+        """Read on once nothing is left; what goes out of the buffer. Raises Transient at the end of the stream."""
+        piece = self._stream.read(PIECE_BYTES)
+        if not piece:
+            raise Transient("a member of the archive ends in the middle", CUT)
+        kept = min(self.position, 1)
+        gone = self.position - kept
+        out = bytes(self._buffer[self.start : max(self.start, gone)])
+        self._buffer[:kept] = self._buffer[gone : gone + kept]
+        self._buffer[kept : kept + len(piece)] = piece
+        self.start = max(0, self.start - gone)
+        self.position, self._end = kept, kept + len(piece)
+        return out
+
+    def more(self) -> bool:
+        """True when another member follows. What fills up the last sector of a tape is none."""
+        while True:
+            while self.left and not self._buffer[self.position]:
+                self.position += 1
+            if self.left:
+                return True
+            piece = self._stream.read(PIECE_BYTES)
+            if not piece:
+                return False
+            self._buffer[: len(piece)] = piece
+            self.start = self.position = 0
+            self._end = len(piece)
+
+    def clear_last_read(self, mask: int) -> bool:
+        """Take a bit out of the last byte that was read; whether it was set."""
+        byte = self._buffer[self.position - 1]
+        self._buffer[self.position - 1] = byte & ~mask & 0xFF
+        return bool(byte & mask)
+
+    def take_next_cleared(self) -> bytes:
+        """When the next byte has its lowest bit set: all up to it and itself without that bit; else nothing.
+
+        It stays as it is for whoever reads it.
+        """
+        byte = self._buffer[self.position]
+        if not byte & 1:
+            return b""
+        out = self.take() + bytes([byte & ~1])
+        self.start = self.position + 1
+        return out
+
+    def take(self) -> bytes:
+        """What was read and not handed out."""
+        out = bytes(self._buffer[self.start : self.position])
+        self.start = self.position
+        return out
+
+
+class _Copied:
+    """See the module."""
+
+    def __init__(self, zlib_library: Any) -> None:
+        self._zlib = zlib_library
+        self._scrap = ctypes.create_string_buffer(PIECE_BYTES)
+        self._scrap_address = ctypes.addressof(self._scrap)
+        self.crc = self.size_bytes = 0
+        self.last = b""
+
+    def add(self, stream: BinaryIO) -> Iterator[bytes]:
+        """See `Joined.add`."""
+        source, state = _Input(stream), _Stream()
+        size = ctypes.sizeof(state)
+        if self._zlib.inflateInit2_(ctypes.byref(state), GZIP_BITS, self._zlib.zlibVersion(), size) != OK:
+            raise Permanent("the zlib of this system cannot be used", "install it again")
+        try:
+            while source.more():
+                yield from self._member(source, state)
+                self._zlib.inflateReset(ctypes.byref(state))
+        finally:
+            self._zlib.inflateEnd(ctypes.byref(state))
+
+    def newline(self) -> bytes:
+        """See `Joined.newline`."""
+        self._count(zlib.crc32(b"\n"), 1)
+        self.last = b"\n"
+        return STORED_NEWLINE
+
+    def finish(self) -> bytes:
+        """See `Joined.finish`."""
+        return LAST_BLOCK
+
+    def _count(self, crc: int, size_bytes: int) -> None:
+        self.crc = self._zlib.crc32_combine(self.crc, crc, size_bytes)
+        self.size_bytes += size_bytes
+
+    def _member(self, source: _Input, state: _Stream) -> Iterator[bytes]:
+        for _ in self._to_boundary(source, state):
+            pass  # its header
+        source.take()
+        last = False
+        while not last:
+            unused = state.data_type & UNUSED_BITS
+            if unused:
+                last = source.clear_last_read(0x100 >> unused)
+            else:
+                if not source.left:
+                    yield source.refill()
+                cleared = source.take_next_cleared()
+                last = bool(cleared)
+                yield cleared
+            yield from self._to_boundary(source, state)
+        yield _aligned(source.take(), state.data_type & UNUSED_BITS)
+        while self._inflate(source, state) != STREAM_END:  # its trailer
+            if not source.left:
+                source.refill()
+        source.take()
+        self._count(state.adler, state.total_out)
+
+    def _to_boundary(self, source: _Input, state: _Stream) -> Iterator[bytes]:
+        """Read up to the end of the header or of a block; what goes out of the buffer meanwhile."""
+        while True:
+            self._inflate(source, state)
+            if state.data_type & AT_BOUNDARY:
+                return
+            if state.avail_out and not source.left:
+                yield source.refill()
+
+    def _inflate(self, source: _Input, state: _Stream) -> int:
+        state.next_in, state.avail_in = source.next, source.left
+        state.next_out, state.avail_out = self._scrap_address, PIECE_BYTES
+        told: int = self._zlib.inflate(ctypes.byref(state), BLOCK)
+        source.position += source.left - state.avail_in
+        if state.avail_out < PIECE_BYTES:
+            self.last = self._scrap[PIECE_BYTES - state.avail_out - 1]
+        if told not in (OK, STREAM_END, BUF_ERROR):
+            raise Transient(f"a member of the archive is broken (zlib says {told})", CUT)
+        check_ratio(state.total_in, state.total_out)
+        return told
+
+
+def _aligned(body: bytes, unused: int) -> bytes:
+    """Blocks filled up to a whole byte by an empty one, whose head takes three of the unused bits or another byte."""
+    if not unused:
+        return body
+    whole = body[:-1] + bytes([body[-1] & ((0x100 >> unused) - 1)])
+    return whole + (b"" if unused >= STORED_HEAD_BITS else b"\0") + STORED_EMPTY
+
+
+def check_ratio(packed_bytes: int, size_bytes: int) -> None:
+    """Raise Permanent for what grows as no events do."""
+    if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
+        raise Permanent(
+            f"a member of the archive grows to more than {MAX_RATIO} times its size",
+            "it is no export of events: look at it in the service before it is fetched again",
+        )
+
+
+class _Compressed:
+    """The same by compressing again."""
+
+    def __init__(self) -> None:
+        self._compressor = zlib.compressobj(1, wbits=-15)
+        self.crc = self.size_bytes = 0
+        self.last = b""
+
+    def add(self, stream: BinaryIO) -> Iterator[bytes]:
+        """See `Joined.add`."""
+        for piece in inflated(stream):
+            yield self._taken(piece)
+
+    def newline(self) -> bytes:
+        """See `Joined.newline`."""
+        return self._taken(b"\n")
+
+    def finish(self) -> bytes:
+        """See `Joined.finish`."""
+        return self._compressor.flush()
+
+    def _taken(self, piece: bytes) -> bytes:
+        self.crc = zlib.crc32(piece, self.crc)
+        self.size_bytes += len(piece)
+        self.last = piece[-1:]
+        return self._compressor.compress(piece)
+
+
+def inflated(stream: BinaryIO) -> Iterator[bytes]:
+    """What the members of a gzip stream hold, in pieces. Raises Transient when it is cut, Permanent for a bomb."""
+    packed, size_bytes = 0, 0
+    inflater: zlib._Decompress | None = None
+    while block := stream.read(PIECE_BYTES):
+        packed += len(block)
+        while block:
+            if inflater is None:
+                block = block.lstrip(b"\0")
+                inflater = zlib.decompressobj(GZIP_BITS) if block else None
+                continue
+            try:
+                piece = inflater.decompress(block, PIECE_BYTES)
+            except zlib.error as error:
+                raise Transient(f"a member of the archive is broken: {error}", CUT) from error
+            block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            size_bytes += len(piece)
+            check_ratio(packed, size_bytes)
+            if piece:
+                yield piece
+            if inflater.eof:
+                inflater = None
+    if inflater is not None:
+        raise Transient("a member of the archive ends in the middle", CUT)
+
+
+# A zip with one NDJSON entry per ISO week, written front to back while its events still arrive.
+#
+# Invariants: an entry is the joined gzip members of its hours in order, not compressed again; every event is on a
+# line of its own; the same members give the same bytes. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3
+# (zip64).
+
+WEEK = timedelta(days=7)
+ZIP64_VERSION = 45
+SIZES_FOLLOW = 0x0808  # and names are UTF-8
+DEFLATED = 8
+FULL = 0xFFFFFFFF
+LOCAL, FOLLOWING, CENTRAL = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02"
+END64, LOCATE64, END = b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"
+ZIP64_FIELD = 1
+REGULAR_FILE = 0o100644 << 16
+
+
+def monday(day: date) -> date:
+    """The first day of the ISO week of `day`."""
+    return day - timedelta(days=day.weekday())
+
+
+def name_of(day: date) -> str:
+    """`{year}_week_{week}`: ISO year and ISO week, which begin together; the week without a leading zero."""
+    year, week, _ = day.isocalendar()
+    return f"{year}_week_{week}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: bytes
+    stamp: int
+    crc: int
+    packed_bytes: int
+    size_bytes: int
+    offset: int
+
+
+@dataclass(slots=True)
+class WeekZip:
+    """Give it members week by week: `open`, `add` for each stream, then `finish`. What they yield is the file."""
+
+    _entries: list[_Entry] = field(default_factory=list)
+    _offset: int = 0
+    _packed_bytes: int = 0
+    _start: int = 0
+    _day: date | None = None
+    _joined: Joined = field(default_factory=joined)
+
+    def open(self, day: date) -> Iterator[bytes]:
+        """Begin the entry of the week of `day`; one that is open ends before."""
+        if self._day is not None:
+            yield from self._close()
+        self._day, self._joined = monday(day), joined()
+        self._start, self._packed_bytes = self._offset, 0
+        name = _entry_name(self._day)
+        sizes = struct.pack("<HHQQ", ZIP64_FIELD, 16, 0, 0)
+        head = struct.pack(
+            "<HHHIIIIHH", ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, _stamp(self._day), 0, FULL, FULL, len(name), len(sizes)
+        )
+        yield self._put(LOCAL + head + name + sizes)
+
+    def add(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Join a gzip stream of whole lines to the open entry."""
+        for piece in self._joined.add(stream):
+            if piece:
+                yield self._put_packed(piece)
+        if self._joined.last not in (b"", b"\n"):
+            yield self._put_packed(self._joined.newline())
+
+    def finish(self) -> Iterator[bytes]:
+        """The end of the file."""
+        if self._day is not None:
+            yield from self._close()
+        start = self._offset
+        for entry in self._entries:
+            yield self._put(_central(entry))
+        yield self._put(_end(len(self._entries), start, self._offset - start))
+
+    def _close(self) -> Iterator[bytes]:
+        if self._day is None:
+            return
+        yield self._put_packed(self._joined.finish())
+        crc, size_bytes = self._joined.crc, self._joined.size_bytes
+        name, stamp = _entry_name(self._day), _stamp(self._day)
+        self._entries.append(_Entry(name, stamp, crc, self._packed_bytes, size_bytes, self._start))
+        yield self._put(FOLLOWING + struct.pack("<IQQ", crc, self._packed_bytes, size_bytes))
+        self._day = None
+
+    def _put(self, piece: bytes) -> bytes:
+        self._offset += len(piece)
+        return piece
+
+    def _put_packed(self, piece: bytes) -> bytes:
+        self._packed_bytes += len(piece)
+        return self._put(piece)
+
+
+def _entry_name(day: date) -> bytes:
+    return f"{name_of(day)}.ndjson".encode()
+
+
+def _stamp(day: date) -> int:
+    """Midnight of `day` as MS-DOS tells it: the time in the low half, the date in the high one."""
+    return ((day.year - 1980) << 9 | day.month << 5 | day.day) << 16
+
+
+def _central(entry: _Entry) -> bytes:
+    sizes = struct.pack("<HHQQQ", ZIP64_FIELD, 24, entry.size_bytes, entry.packed_bytes, entry.offset)
+    made_by_unix = 3 << 8 | ZIP64_VERSION
+    head = struct.pack(
+        "<HHHHIIII", made_by_unix, ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, entry.stamp, entry.crc, FULL, FULL
+    )
+    tail = struct.pack("<HHHHHII", len(entry.name), len(sizes), 0, 0, 0, REGULAR_FILE, FULL)
+    return CENTRAL + head + tail + entry.name + sizes
+
+
+def _end(entries: int, start: int, size_bytes: int) -> bytes:
+    end64 = struct.pack("<QHHIIQQQQ", 44, ZIP64_VERSION, ZIP64_VERSION, 0, 0, entries, entries, size_bytes, start)
+    locate = struct.pack("<IQI", 0, start + size_bytes, 1)
+    end = struct.pack("<HHHHIIH", 0, 0, entries, entries, FULL, FULL, 0)
+    return END64 + end64 + LOCATE64 + locate + END + end
+
+
+def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
+    """The whole file: an entry for each week of `days`, in order, with the streams of its hours, oldest first."""
+    made = WeekZip()
+    upcoming = iter(streams)
+    held = next(upcoming, None)
+    for week in dict.fromkeys(monday(day) for day in days):
+        yield from made.open(week)
+        while held is not None and monday(held[0].date()) == week:
+            yield from made.add(held[1])
+            held = next(upcoming, None)
+    yield from made.finish()

@@ -1,0 +1,405 @@
+"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping."""
+
+import csv
+import gzip
+import hashlib
+import io
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, BinaryIO, cast
+from uuid import NAMESPACE_URL, uuid5
+
+from app.core.errors import Permanent
+from app.core.window import Window, floor_to
+from app.stores.product_mapping import Tables, mapping
+
+# Rows of a CSV file of AppMetrica, by the names of its header; rows that cannot be read come with their bytes.
+#
+# Invariants: every row of the file comes once, good or bad; a bad row never takes a good one with it, also when a
+# quote too many makes it swallow what follows; the bytes of a bad row are those of the file; memory is bounded by
+# KEPT_ROW_BYTES. A record ends with the first line end up to which its quotes are even in number.
+
+MAX_ROW_BYTES = 1 << 24
+KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
+BUFFER_BYTES = 1 << 18
+BOM = b"\xef\xbb\xbf"
+
+NOT_TEXT = "invalid UTF-8"
+NOT_A_ROW = "not a row of the file"
+LARGE_ROW = "row above 16 MiB"
+
+Row = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read, for one of few reasons. `cells` are what can be told of it, by the file's own columns,
+    or nothing. `detail` says what is wrong, without values.
+    """
+
+    reason: str
+    raw: bytes
+    detail: str
+    cells: Row = ()
+
+
+class CsvRows:
+    """The rows of one gzip file. `header` is empty for a file without one; `raw` and `number` are of the row that came
+    last. Use it once.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        csv.field_size_limit(KEPT_ROW_BYTES)  # the default is below one stack trace of a crash
+        file.seek(0)
+        packed = cast("io.RawIOBase", gzip.open(file, "rb"))  # noqa: SIM115 - it holds nothing but `file`
+        self._stream = io.BufferedReader(packed, BUFFER_BYTES)  # finds lines in compiled code
+        self._back = deque[bytes]()
+        self.number, self.raw = 0, b""
+        first = self._line()
+        try:
+            self.header: Row = _cells(first.removeprefix(BOM).decode()) if first.strip() else ()
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise Permanent(
+                f"the header of AppMetrica's file cannot be read: {error}",
+                "check APPMETRICA_BASE_URL: the service does not answer what was asked",
+            ) from error
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        while line := self._line():
+            if line.strip():
+                self.number += 1
+                yield self._row(line)
+
+    def _row(self, line: bytes) -> Row | BadRow:
+        """The record that begins with `line`. Where it is none, the line alone is bad; what follows is read anew."""
+        lines, size_bytes, is_open = [line], len(line), line.count(b'"') % 2 == 1
+        while is_open and size_bytes < KEPT_ROW_BYTES and (more := self._line()):
+            lines.append(more)
+            size_bytes += len(more)
+            is_open ^= more.count(b'"') % 2 == 1
+        found = self._read(b"".join(lines))
+        if len(lines) > 1 and isinstance(found, BadRow) and not found.cells:
+            self._back.extendleft(reversed(lines[1:]))
+            return self._read(line)
+        return found
+
+    def _read(self, raw: bytes) -> Row | BadRow:
+        self.raw = raw
+        unreadable = LARGE_ROW if len(raw) > MAX_ROW_BYTES else NOT_A_ROW
+        try:
+            row = _cells(raw.decode())
+        except UnicodeDecodeError as error:
+            detail = f"row {self.number}: invalid UTF-8 byte 0x{raw[error.start]:02X} at byte {error.start + 1}"
+            return BadRow(NOT_TEXT, raw, detail, self._told(raw))
+        except csv.Error as error:
+            return BadRow(unreadable, raw, f"row {self.number}: {error}")
+        if len(row) != len(self.header):
+            return BadRow(unreadable, raw, f"row {self.number}: {len(row)} of {len(self.header)} cells")
+        if len(raw) > MAX_ROW_BYTES:
+            return BadRow(LARGE_ROW, raw, f"row {self.number}: {len(raw)} bytes", row)
+        return row
+
+    def _told(self, raw: bytes) -> Row:
+        """The cells of a row that is not text, as far as they are; nothing when it is no row either."""
+        try:
+            row = _cells(raw.decode("utf-8", "replace"))
+        except csv.Error:
+            return ()
+        return row if len(row) == len(self.header) else ()
+
+    def _line(self) -> bytes:
+        """The next line; of one above KEPT_ROW_BYTES the beginning. b"" at the end."""
+        if self._back:
+            return self._back.popleft()
+        line = self._stream.readline(KEPT_ROW_BYTES)
+        rest = line
+        while len(rest) >= KEPT_ROW_BYTES and not rest.endswith(b"\n"):
+            rest = self._stream.readline(KEPT_ROW_BYTES)
+        return line
+
+
+def _cells(text: str) -> Row:
+    return next(csv.reader((text,), strict=True))
+
+
+# Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
+#
+# Invariants: a row is in exactly one hour, by the second in which it was received, or is refused with its bytes; the
+# same rows of an hour give the same uuids, whatever their order; columns are found by their names; memory does not
+# grow with the number of rows: what must be remembered of each lies on disk.
+
+SERVICE = "appmetrica"
+HOUR = timedelta(hours=1)
+HOUR_SECONDS = 3600
+BESIDE = timedelta(hours=2)
+CHUNK_ROWS = 2000
+LEVEL = 1
+IDENTITY = (
+    "application_id",
+    "appmetrica_device_id",
+    "installation_id",
+    "session_id",
+    "event_timestamp",
+    "event_name",
+)
+JSON_COLUMN = "event_json"
+NEEDED = frozenset({*IDENTITY, JSON_COLUMN})
+MODULUS = 1 << 128
+NO_RECEIPT = "no time of receipt"
+ANOTHER_TIME = "received at another time"
+
+
+@dataclass(slots=True)
+class HourFile:
+    """The rows that were received in one hour, as a gzip file of CSV. `digest` is the same for the same rows.
+
+    `refused`: rows of the hour that cannot be taken, which are not in the file.
+    """
+
+    window: Window
+    columns: Sequence[str]
+    file: BinaryIO
+    rows: int = 0
+    refused: int = 0
+    _sum: int = 0
+    _text: Any = field(default=None)
+    _packed: Any = field(default=None)
+    _writer: Any = field(default=None)
+
+    @property
+    def digest(self) -> str:
+        """Hex."""
+        return hashlib.sha256(f"{','.join(self.columns)}:{self.rows}:{self._sum}".encode()).hexdigest()
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        if self._writer is None:
+            self._packed = gzip.GzipFile("", "wb", LEVEL, self.file, mtime=0)
+            self._text = io.TextIOWrapper(self._packed, encoding="utf-8", newline="")
+            self._writer = csv.writer(self._text, lineterminator="\n")
+            self._writer.writerow(self.columns)
+        self._writer.writerow(row)
+        self.rows += 1
+        number = int.from_bytes(hashlib.sha256("\x1f".join(row).encode()).digest()[:16])
+        self._sum = (self._sum + number) % MODULUS
+
+    def close_text(self) -> None:
+        """No more rows come."""
+        if self._text is not None:
+            self._text.close()
+            self._packed.close()
+            self._text = None
+
+    def read(self) -> Iterator[Row]:
+        """Its rows, without the header."""
+        if not self.rows:
+            return
+        csv.field_size_limit(KEPT_ROW_BYTES)
+        self.file.seek(0)
+        with gzip.open(self.file, "rt", encoding="utf-8", newline="") as text:
+            yield from islice(csv.reader(text), 1, None)
+
+
+@dataclass(slots=True)
+class Reading:
+    """Rows of a file by the hour of their receipt. `records`: all that were counted as they came; `left_out`: those of
+    hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
+    """
+
+    hours: Sequence[HourFile]
+    records: int = 0
+    left_out: int = 0
+    lacking: Collection[str] = ()
+
+
+Refuse = Callable[[datetime | None, BadRow], None]
+"""Where rows go that cannot be taken, with the hour that each tells of, None when it tells of none."""
+
+
+def not_kept(_hour_at: datetime | None, _row: BadRow) -> None:
+    """Bad rows are left out: who only compares what landed does not keep them."""
+
+
+@contextmanager
+def by_hour(
+    files: Sequence[BinaryIO],
+    columns: Sequence[str],
+    received: str,
+    span: Window,
+    spool: Path,
+    *,
+    needed: Collection[str] = (),
+    refuse: Refuse = not_kept,
+) -> Iterator[Reading]:
+    """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
+    no hour is refused.
+
+    Rows of hours just beside the span are left out: where clocks are put back, two hours have one name, and the service
+    gives both. Raises Permanent when a part lacks a column that is `needed`.
+    """
+    headers = [CsvRows(file).header for file in files]
+    names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
+    count = (span.end - span.start) // HOUR
+    starts = [span.start + number * HOUR for number in range(count)]
+    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in starts}
+    try:
+        reading = Reading(list(hours.values()))
+        for file, header in zip(files, headers, strict=True):
+            reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
+            check_columns(header, {received, *needed})
+            _sort(CsvRows(file), names, received=received, span=span, hours=hours, reading=reading, refuse=refuse)
+        for hour in hours.values():
+            hour.close_text()
+        yield reading
+    finally:
+        for hour in hours.values():
+            hour.file.close()
+
+
+def check_columns(header: Row, needed: Collection[str]) -> None:
+    """Raise Permanent when a file with rows has not all columns that are needed."""
+    lacking = sorted(set(needed) - set(header)) if header else []
+    if lacking:
+        raise Permanent(
+            f"AppMetrica's file lacks {', '.join(lacking)}, without which its rows cannot be told apart",
+            "see whether the service still has these columns; it goes on by itself once they are there again",
+        )
+
+
+def _sort(
+    part: CsvRows,
+    names: Sequence[str],
+    *,
+    received: str,
+    span: Window,
+    hours: Mapping[datetime, HourFile],
+    reading: Reading,
+    refuse: Refuse,
+) -> None:
+    """Each row of a part into the file of its hour, or refused."""
+    as_given = list(part.header) == list(names)
+    known = {name: at for at, name in reversed(list(enumerate(part.header)))}
+    places = [known.get(name) for name in names]
+    for found in part:
+        reading.records += 1
+        cells = found.cells if isinstance(found, BadRow) else found
+        at = hour_of(cells[known[received]]) if cells else None
+        if at is not None and at not in hours and span.start - BESIDE <= at < span.end + BESIDE:
+            reading.left_out += 1
+        elif not isinstance(found, BadRow) and at is not None and at in hours:
+            hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
+        else:
+            bad = found if isinstance(found, BadRow) else _of_no_hour(part, received, at, cells)
+            # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
+            gap = hours[at] if at is not None and at in hours else reading.hours[-1]
+            gap.refused += 1
+            refuse(at if at is not None else _some_hour(part.header, cells), bad)
+
+
+def _of_no_hour(part: CsvRows, received: str, at: datetime | None, cells: Row) -> BadRow:
+    reason = NO_RECEIPT if at is None else ANOTHER_TIME
+    return BadRow(reason, part.raw, f"row {part.number}: {received} is of no hour that was asked for", cells)
+
+
+def _some_hour(header: Row, cells: Row) -> datetime | None:
+    """An hour that a row tells of, whatever happened then: a row that comes again is known by it."""
+    told = (hour_of(cell) for name, cell in zip(header, cells, strict=False) if name.endswith("_timestamp"))
+    return next((at for at in told if at is not None), None)
+
+
+def _temporary(spool: Path) -> BinaryIO:
+    file: IO[bytes] = TemporaryFile(dir=spool)  # noqa: SIM115 - `by_hour` closes it
+    return file  # type: ignore[return-value]  # typeshed gives the wider type
+
+
+def hour_of(text: str) -> datetime | None:
+    """The hour of an instant in seconds since 1970; None for none, and for 0, which stands for none."""
+    try:
+        seconds = int(text)
+        return floor_to(datetime.fromtimestamp(seconds, UTC), HOUR_SECONDS) if seconds > 0 else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def tables(hour: HourFile, application_id: int) -> Iterator[Tables]:
+    """The hour's events as rows of the warehouse."""
+    what = mapping(SERVICE)
+    with closing(_Ordinals()) as ordinals:
+        rows = hour.read()
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            columns = _columns(chunk, hour.columns, application_id)
+            columns["uuid"] = _uuids(columns, len(chunk), ordinals)
+            yield what.tables({path: columns[path] for path in what.words}, len(chunk))
+
+
+def _columns(chunk: Sequence[Row], names: Sequence[str], application_id: int) -> dict[str, Sequence[Any]]:
+    """Cells by column; an empty one is nothing. A column that was not given is empty."""
+    given = dict(zip(names, zip(*chunk, strict=True), strict=True))
+    nothing = ("",) * len(chunk)
+    wanted = {*mapping(SERVICE).words, *IDENTITY, JSON_COLUMN} - {"uuid"}
+    columns: dict[str, Sequence[Any]] = {
+        name: [cell or None for cell in given.get(name, nothing)] for name in sorted(wanted)
+    }
+    columns["application_id"] = [str(application_id)] * len(chunk)
+    return columns
+
+
+def _uuids(columns: Mapping[str, Sequence[Any]], count: int, ordinals: "_Ordinals") -> Sequence[str]:
+    """What tells events apart; the service gives no id. Two that are equal in all of it get two ordinals."""
+    identities = zip(*(columns[name] for name in IDENTITY), strict=True)
+    made = []
+    for position, identity in zip(range(count), identities, strict=True):
+        json_digest = hashlib.sha256((columns[JSON_COLUMN][position] or "").encode()).hexdigest()
+        name = "\x1f".join([*(cell or "" for cell in identity), json_digest])
+        made.append(str(uuid5(NAMESPACE_URL, f"{name}\x1f{ordinals.next(name)}")))
+    return made
+
+
+class _Ordinals:
+    """How often something was seen, counted on disk: an hour may have millions of rows."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a file without a name
+        self._database.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def next(self, name: str) -> int:
+        """0, and one more each time."""
+        identity = hashlib.sha256(name.encode()).digest()[:16]
+        (found,) = self._database.execute(
+            "INSERT INTO seen VALUES (?, 0) ON CONFLICT (id) DO UPDATE SET n = n + 1 RETURNING n", (identity,)
+        ).fetchall()
+        return int(found[0])
+
+    def close(self) -> None:
+        self._database.close()
+
+
+# Parts of one file as one: the header once, every row on lines of its own.
+#
+# Invariant: rows are copied to the byte; memory is bounded.
+
+PIECE_BYTES = 1 << 18
+
+
+def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
+    """The rows of all parts under the header of the first. A header has no quotes, so it ends with its line."""
+    last = b"\n"
+    for number, file in enumerate(files):
+        file.seek(0)
+        with gzip.open(file, "rb") as stream:
+            if number:
+                stream.readline()
+                if last != b"\n":
+                    yield b"\n"
+                    last = b"\n"
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+                last = piece[-1:]

@@ -1,0 +1,469 @@
+"""CSV as bytes: the dialect, and where records and fields end."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from app.core.errors import AppError
+from app.csv_inbox.config import LONE_RETURN, LONG_RECORD, OPEN_QUOTE, RAGGED
+
+# How records of one CSV file are written, field by field: the plain rules that everything faster has to agree with.
+#
+# Invariant: quotes follow the csv module: one opens only at the start of a field, elsewhere it is text.
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Malformed(AppError):
+    """Not CSV of one width. `line` is that of the file, None where it is not known; `record` the raw record.
+
+    `kind` is one of the fixed texts of `faults`.
+    """
+
+    def __init__(self, message: str, line: int | None = None, record: bytes = b"", *, kind: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.record = record
+        self.kind = kind
+
+
+class Dialect:
+    """How records are written. `encoding` keeps ASCII as it is; `delimiter` is one ASCII character."""
+
+    def __init__(self, delimiter: str, encoding: str) -> None:
+        self.delimiter = delimiter
+        self.encoding = "utf-8" if encoding == "utf-8-sig" else encoding
+        self.bom = BOM if encoding == "utf-8-sig" else b""
+        d = re.escape(delimiter.encode("ascii"))
+        quoted = rb'"(?:[^"]++|"")*+"[^' + d + rb"\n]*+"
+        plain = rb'(?!")[^' + d + rb"\n]*+"
+        self._field = re.compile(rb"(?:" + quoted + rb"|" + plain + rb")")
+        self._record = re.compile(
+            rb"(?:" + quoted + rb"|" + plain + rb")(?:" + d + rb"(?:" + quoted + rb"|" + plain + rb"))*+\n"
+        )
+        self._value = re.compile(rb'"((?:[^"]++|"")*+)"(.*+)', re.DOTALL)
+        self._blank = re.compile(rb'[ \t"' + d + rb"]*+")
+        self._needs_quotes = re.compile(rb'["\r\n' + d + rb"]")
+
+    def fields(self, record: bytes) -> list[bytes]:
+        """The raw fields of one record without its line end, quotes and all."""
+        d = self.delimiter.encode("ascii")
+        if b'"' not in record:
+            return record.split(d)
+        found = []
+        at = 0
+        while True:
+            match = self._field.match(record, at)
+            if match is None:  # an opening quote that is never closed
+                found.append(record[at:])
+                return found
+            found.append(match[0])
+            at = match.end() + 1
+            if at > len(record):
+                return found
+
+    def blank(self, record: bytes) -> bool:
+        """True when nothing but delimiters, blanks and empty quotes is there, as spreadsheets write an empty row."""
+        blanks = self._blank.fullmatch(record) is not None
+        return blanks and not any(self.unquoted(field).strip(b" \t") for field in self.fields(record))
+
+    def written(self, value: bytes) -> bytes:
+        """A raw field with this value, quoted where that is needed."""
+        return b'"' + value.replace(b'"', b'""') + b'"' if self._needs_quotes.search(value) else value
+
+    def unquoted(self, field: bytes) -> bytes:
+        """The value of one raw field."""
+        match = self._value.fullmatch(field)
+        return match[1].replace(b'""', b'"') + match[2] if match else field
+
+    def outside(self, field: bytes) -> bytes:
+        """What of a raw field is not inside its quotes."""
+        match = self._value.fullmatch(field)
+        return match[2] if match else field
+
+    def record_end(self, data: bytes, at: int) -> int:
+        """The offset behind the record that begins at `at`, line end included; -1 when it does not end in `data`."""
+        match = self._record.match(data, at)
+        return match.end() if match else -1
+
+
+# CSV as bytes: where records and fields end, and the values of a few columns, found with numpy block by block.
+#
+# Invariants: a block holds whole records and begins where one begins, so memory is bounded by the block and by the
+# longest record; what cannot be read as records is an error that names the line, never a guess. Quotes are counted
+# where all of them stand as writers put them; a block where one does not is walked record by record by the dialect's
+# rules.
+
+Offsets = npt.NDArray[np.int64]
+Octets = npt.NDArray[np.uint8]
+Read = Callable[[int], bytes]
+
+BLOCK_BYTES = 1 << 20
+LONGEST_RECORD_BYTES = 1 << 24
+"""The one limit for a record and for a header that come in, line end included."""
+MASTER_RECORD_BYTES = 4 * LONGEST_RECORD_BYTES
+"""What is read back from the master. It can never be reached: a record that came in grows by delimiters only, and there
+are no more of these than bytes in a header. Earlier versions let records of twice that limit in.
+"""
+LF, CR, QUOTE = 10, 13, 34
+NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Where fields end: `at` are offsets of delimiters and line feeds outside quotes, `lasts` the places in it of the
+    line feeds, `quotes` the offsets of all quotes. `inner` counts line feeds inside quotes; `returns`: there are some.
+    """
+
+    at: Offsets
+    lasts: Offsets
+    quotes: Offsets
+    inner: int
+    returns: bool
+
+
+def marked(data: bytes, dialect: Dialect) -> Marks:
+    """The marks of bytes that begin where a record begins and may end anywhere. Raises Malformed."""
+    array = np.frombuffer(data, np.uint8)
+    found = array == ord(dialect.delimiter)
+    found |= array == LF
+    quotes = _sparse(array == QUOTE) if b'"' in data else NONE
+    if len(quotes) and not _strict(array, quotes, dialect):
+        return walked(data, dialect, quotes)
+    at = np.flatnonzero(found)
+    feeds = array.take(at) == LF
+    inside = _inside(at, quotes)
+    inner = int(np.count_nonzero(feeds[inside]))
+    if len(inside):
+        at, feeds = np.delete(at, inside), np.delete(feeds, inside)
+    returns = b"\r" in data
+    if returns:
+        _no_lone_return(array, quotes)
+    return Marks(at, np.flatnonzero(feeds), quotes, inner, returns)
+
+
+def _sparse(found: npt.NDArray[np.bool_]) -> Offsets:
+    """`np.flatnonzero` where few are true: looked at eight at a time first."""
+    whole = len(found) // 8 * 8
+    eights = np.flatnonzero(found[:whole].view(np.uint64) != 0)
+    if len(eights) * 16 > whole // 8:
+        return np.flatnonzero(found)
+    near = (eights[:, None] * 8 + np.arange(8)).ravel()
+    near = np.concatenate((near, np.arange(whole, len(found))))
+    result: Offsets = near[found[near]]
+    return result
+
+
+def _inside(at: Offsets, quotes: Offsets) -> Offsets:
+    """The places of those offsets that are inside quotes; looked up by the fewer of the two."""
+    if len(quotes) * 8 > len(at):
+        return np.flatnonzero(np.searchsorted(quotes, at) & 1)
+    bounds = np.searchsorted(at, quotes)
+    if len(bounds) % 2:  # the last one is not closed yet
+        bounds = np.append(bounds, len(at))
+    starts, ends = bounds[0::2], bounds[1::2]
+    return spread(starts, ends - starts)
+
+
+def spread(starts: Offsets, lengths: Offsets) -> Offsets:
+    """All numbers from each start on, as many as its length says."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _strict(array: Octets, quotes: Offsets, dialect: Dialect) -> bool:
+    """True when every quote opens, closes or doubles as writers do it: then counting them tells what is quoted."""
+    opening, closing = quotes[0::2], quotes[1::2]
+    before = array[opening[opening > 0] - 1]
+    after = array[closing[closing < len(array) - 1] + 1]
+    allowed = np.zeros(256, np.bool_)
+    allowed[[ord(dialect.delimiter), LF, QUOTE]] = True
+    if not allowed[before].all():
+        return False
+    allowed[CR] = True
+    return bool(allowed[after].all())
+
+
+def _no_lone_return(array: Octets, quotes: Offsets) -> None:
+    returns = np.flatnonzero(array == CR)
+    returns = returns[returns < len(array) - 1]
+    lone = returns[array[returns + 1] != LF]
+    lone = lone[(np.searchsorted(quotes, lone) & 1) == 0]
+    if len(lone):
+        raise _lone_return(1 + int(np.count_nonzero(array[: lone[0]] == LF)))
+
+
+def _lone_return(line: int) -> Malformed:
+    return Malformed("a carriage return that ends no line; write line ends as LF or CRLF", line, kind=LONE_RETURN)
+
+
+def walked(data: bytes, dialect: Dialect, quotes: Offsets) -> Marks:
+    """The same, record by record: for quotes inside plain fields, such as 5" in a list of sizes."""
+    at: list[int] = []
+    lasts: list[int] = []
+    start = 0
+    while (end := dialect.record_end(data, start)) > 0:
+        record = data[start : end - 1]
+        fields = dialect.fields(record)
+        if b"\r" in record.removesuffix(b"\r"):
+            plain = [*fields[:-1], fields[-1].removesuffix(b"\r")]
+            if any(b"\r" in dialect.outside(field) for field in plain):
+                raise _lone_return(1 + data.count(b"\n", 0, start))
+        at.extend(list(accumulate((len(field) + 1 for field in fields), initial=start - 1))[1:])
+        lasts.append(len(at) - 1)
+        start = end
+    inner = data.count(b"\n", 0, start) - len(lasts)
+    return Marks(np.array(at, np.int64), np.array(lasts, np.int64), quotes, inner, b"\r" in data)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Values as slices of one buffer: value n is `data[starts[n] : starts[n] + lengths[n]]`."""
+
+    data: Octets
+    starts: Offsets
+    lengths: Offsets
+
+    def value(self, place: int) -> bytes:
+        """One value."""
+        start = int(self.starts[place])
+        return self.data[start : start + int(self.lengths[place])].tobytes()
+
+    def taken(self, places: Offsets) -> "Cells":
+        """Those at these places."""
+        return Cells(self.data, self.starts[places], self.lengths[places])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole records; the last one of a file may lack its line end, which `marks` then have behind the data."""
+
+    data: bytes
+    marks: Marks
+    line: int
+    """Line of the file on which the block begins."""
+    begins: bool = False
+    """A byte order mark stood before it: here begins a file that was appended to another one."""
+    skipped: Offsets = field(default_factory=lambda: NONE)
+    """Positions of records that are no rows although their lines are not empty."""
+
+    @cached_property
+    def array(self) -> Octets:
+        """The data as numbers."""
+        return np.frombuffer(self.data, np.uint8)
+
+    @cached_property
+    def ends(self) -> Offsets:
+        """The offset behind each record, its line end included."""
+        found: Offsets = np.minimum(self.marks.at[self.marks.lasts] + 1, len(self.data))
+        return found
+
+    @cached_property
+    def starts(self) -> Offsets:
+        """The offset of each record."""
+        return np.concatenate(([0], self.ends[:-1])) if len(self.ends) else NONE
+
+    @cached_property
+    def stops(self) -> Offsets:
+        """The offset of each record's line end; what is blank has `stops == starts`."""
+        feeds = self.marks.at[self.marks.lasts]
+        if not self.marks.returns:
+            return feeds
+        crlf = (feeds > self.starts) & (self.array[np.maximum(feeds - 1, 0)] == CR)
+        found: Offsets = feeds - crlf
+        return found
+
+    @cached_property
+    def rows(self) -> Offsets:
+        """Positions of the records that are rows: lines with nothing in them are none."""
+        if len(self.skipped):
+            return np.setdiff1d(np.flatnonzero(self.stops > self.starts), self.skipped, assume_unique=True)
+        if len(self.ends) == 0 or int((self.ends - self.starts).min()) > 2:  # noqa: PLR2004 - longer than CRLF: no blank
+            return np.arange(len(self.ends))
+        return np.flatnonzero(self.stops > self.starts)
+
+    def without(self, positions: Offsets) -> "Block":
+        """The same; the records at these positions are no rows."""
+        return replace(self, skipped=np.concatenate((self.skipped, positions)))
+
+    @property
+    def widths(self) -> Offsets:
+        """The number of fields of each row."""
+        found: Offsets = np.diff(self.marks.lasts, prepend=-1)[self.rows]
+        return found
+
+    def is_even(self, width: int) -> bool:
+        """True when every record has `width` fields; False says nothing."""
+        return self._grid is not None and self._grid.shape[1] == width
+
+    def tails(self, places: Offsets, width: int) -> Offsets:
+        """The offsets behind the first `width` fields of the rows at these places, all of which have more."""
+        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows[places]]
+        found: Offsets = self.marks.at[firsts + (width - 1)]
+        return found
+
+    @cached_property
+    def _grid(self) -> Offsets | None:
+        """The marks of each record in a row of its own; None where records have unequal numbers of fields."""
+        lasts = self.marks.lasts
+        width = int(lasts[0]) + 1 if len(lasts) else 0
+        if not width or not np.array_equal(lasts, np.arange(width - 1, width * len(lasts), width)):
+            return None
+        found: Offsets = self.marks.at[: width * len(lasts)].reshape(-1, width)
+        return found
+
+    def uneven(self, width: int) -> Iterator[tuple[int, int]]:
+        """Position and number of fields of each row that has not `width` of them."""
+        if self.is_even(width):
+            return
+        widths = self.widths
+        for place in np.flatnonzero(widths != width):
+            yield int(self.rows[place]), int(widths[place])
+
+    def check_width(self, width: int) -> None:
+        """Raises Malformed, with the line, when a row has not `width` fields."""
+        for position, found in self.uneven(width):
+            told = f"{found} fields where the header has {width}"
+            raise Malformed(told, self.line_of(position), self.record(position)[:1000], kind=RAGGED)
+
+    def cells(self, place: int, dialect: Dialect) -> Cells:
+        """The values of a column, one for each of `rows`, all of which have that column and the same width."""
+        starts, stops = self._bounds(place)
+        if not len(self.marks.quotes):
+            return Cells(self.array, starts, stops - starts)
+        return self._unquoted(starts, stops, dialect)
+
+    def _bounds(self, place: int) -> tuple[Offsets, Offsets]:
+        """Where a column's field starts and stops in each of `rows`, quotes included."""
+        grid = self._grid
+        if grid is not None and len(self.rows) == len(grid):
+            starts = self.starts if place == 0 else grid[:, place - 1] + 1
+            return starts, self.stops if place == grid.shape[1] - 1 else grid[:, place]
+        at, lasts = self.marks.at, self.marks.lasts[self.rows]
+        firsts = np.concatenate(([0], self.marks.lasts[:-1] + 1))[self.rows]
+        starts = self.starts[self.rows] if place == 0 else at[firsts + (place - 1)] + 1
+        return starts, np.where(firsts + place == lasts, self.stops[self.rows], at[firsts + place])
+
+    def _unquoted(self, starts: Offsets, stops: Offsets, dialect: Dialect) -> Cells:
+        quoted = (stops > starts) & (self.array[np.minimum(starts, len(self.data) - 1)] == QUOTE)
+        places = np.flatnonzero(quoted)
+        if not len(places):
+            return Cells(self.array, starts, stops - starts)
+        bare = Cells(self.array, starts + quoted, stops - starts - 2 * quoted)
+        quotes = self.marks.quotes
+        inner = np.searchsorted(quotes, stops[places] - 1) - np.searchsorted(quotes, starts[places] + 1)
+        doubled = places[inner > 0]
+        if not len(doubled):
+            return bare
+        values = [dialect.unquoted(self.data[start:stop]) for start, stop in _pairs(starts, stops, doubled)]
+        lengths = np.array([len(value) for value in values], np.int64)
+        bare.starts[doubled] = len(self.data) + np.cumsum(lengths) - lengths
+        bare.lengths[doubled] = lengths
+        return Cells(np.frombuffer(self.data + b"".join(values), np.uint8), bare.starts, bare.lengths)
+
+    def line_of(self, position: int) -> int:
+        """The line of the file on which a record begins."""
+        return self.line + self.data.count(b"\n", 0, int(self.starts[position]))
+
+    def record(self, position: int) -> bytes:
+        """One record without its line end."""
+        return self.data[int(self.starts[position]) : int(self.stops[position])]
+
+
+def _pairs(starts: Offsets, stops: Offsets, places: Offsets) -> Iterator[tuple[int, int]]:
+    return zip(starts[places].tolist(), stops[places].tolist(), strict=True)
+
+
+def blocks(
+    read: Read,
+    dialect: Dialect,
+    line: int,
+    size: int = BLOCK_BYTES,
+    *,
+    longest_bytes: int = MASTER_RECORD_BYTES,
+    bom: bytes = b"",
+) -> Iterator[Block]:
+    """The records that `read` gives from here on; where one begins with `bom`, a new block begins without it.
+
+    Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
+    """
+    tail = b""
+    while piece := read(max(size, len(tail))):
+        end = piece.rfind(b"\n") + 1
+        data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]
+        more = True
+        while more:
+            block, data, more = _first_block(data, dialect, line, bom)
+            if block is not None:
+                _refuse_longer(block, longest_bytes)
+                yield block
+                marks = block.marks
+                line += block.data.count(b"\n") if data else len(marks.lasts) + marks.inner
+        tail = data + rest  # less than one record
+        if len(tail) > longest_bytes:
+            raise Malformed(f"{_longer(longest_bytes)}; is a quote not closed?", line, kind=LONG_RECORD)
+    if tail.removeprefix(bom):
+        last = _last(tail, dialect, line, bom)
+        _refuse_longer(last, longest_bytes)
+        yield last
+
+
+def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[Block | None, bytes, bool]:
+    """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
+    body = data.removeprefix(bom)
+    marks = _placed(body, dialect, line)
+    if not len(marks.lasts):
+        return None, data, False
+    cut = int(marks.at[marks.lasts[-1]]) + 1
+    block = Block(body if cut == len(body) else body[:cut], marks, line, len(body) < len(data))
+    at = _next_bom(block, bom)
+    if not at:
+        return block, body[cut:], False
+    # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
+    return Block(body[:at], _placed(body[:at], dialect, line), line, block.begins), body[at:], True
+
+
+def _next_bom(block: Block, bom: bytes) -> int:
+    """The offset of the next record that begins with `bom`; 0 when none does."""
+    if not bom or bom not in block.data:
+        return 0
+    starts = block.starts[1:]
+    maybe = starts[block.array[starts] == bom[0]].tolist()
+    return next((start for start in maybe if block.data.startswith(bom, start)), 0)
+
+
+def _longer(longest_bytes: int) -> str:
+    return f"a record longer than {longest_bytes >> 20} MiB"
+
+
+def _refuse_longer(block: Block, longest_bytes: int) -> None:
+    """Raises Malformed, with the line, for a record above the limit."""
+    if len(block.data) <= longest_bytes:
+        return
+    long = np.flatnonzero(block.ends - block.starts > longest_bytes)
+    if len(long):
+        raise Malformed(_longer(longest_bytes), block.line_of(int(long[0])), kind=LONG_RECORD)
+
+
+def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
+    """The last record of a file, which lacks its line end."""
+    body = tail.removeprefix(bom)
+    marks = _placed(body + b"\n", dialect, line)
+    if len(marks.lasts) != 1:
+        told = "a quote is not closed before the end of the file"
+        raise Malformed(told, line, body[:1000], kind=OPEN_QUOTE)
+    if body.endswith(b"\r"):
+        raise _lone_return(line)
+    return Block(body, marks, line, len(body) < len(tail))
+
+
+def _placed(data: bytes, dialect: Dialect, line: int) -> Marks:
+    try:
+        return marked(data, dialect)
+    except Malformed as error:
+        raise Malformed(error.message, line - 1 + (error.line or 1), kind=error.kind) from None

@@ -1,0 +1,371 @@
+"""The keys of a file looked up by the thousand, and the index beside a large master."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app.csv_inbox.csv_tokenizer import NONE, Cells, Offsets, spread
+
+# The keys of a file, looked up by the thousand: hashes of 64 bits find candidates, the bytes themselves decide.
+#
+# Invariants: hashes are the same in every process and version of INDEX_VERSION, since the index keeps them; two keys
+# are one only when their bytes are, whatever their hashes; memory grows with the number of keys only.
+
+Hashes = npt.NDArray[np.uint64]
+Truths = npt.NDArray[np.bool_]
+
+INDEX_VERSION = 2
+WORD_BYTES = 8
+LONG_KEY_BYTES = 64
+LONG_VALUE_BYTES = 512
+FEW_PAIRS = 16
+SIEVE_BITS_LEAST, SIEVE_BITS_MOST = 12, 22
+"""The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
+DEEPEST = 32
+BLANK = np.uint64(0)
+"""Stands for a record that is no row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
+
+_FACTOR, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+_HALF = np.uint64(32)
+_LEAST = np.uint64(1 << 32)
+_MASKS = np.array([*((1 << 8 * n) - 1 for n in range(WORD_BYTES)), (1 << 64) - 1], np.uint64)
+
+
+def _words(cells: Cells) -> Hashes:
+    """The little-endian number of 8 bytes at each offset; copies the data only when a value ends near its end."""
+    data = cells.data
+    if int((cells.starts + cells.lengths).max(initial=0)) + WORD_BYTES > len(data):
+        data = np.append(data, np.zeros(WORD_BYTES, np.uint8))
+    return np.ndarray((len(data) - WORD_BYTES + 1,), np.dtype("<u8"), data, 0, (1,))
+
+
+def _word(words: Hashes, cells: Cells, at: int, shortest: int) -> Hashes:
+    """Bytes `at` to `at` + 8 of each value, 0 behind its end; none is shorter than `shortest`."""
+    found: Hashes
+    if at + WORD_BYTES <= shortest:
+        found = words[cells.starts + at]
+    else:
+        rest = np.minimum(np.maximum(cells.lengths - at, 0), WORD_BYTES)
+        found = words[np.where(rest > 0, cells.starts + at, 0)] & _MASKS[rest]
+    return found
+
+
+def hashed(cells: Cells) -> Hashes:
+    """One hash for each value."""
+    words = _words(cells)
+    found = cells.lengths.astype(np.uint64) * _OTHER
+    longest = int(cells.lengths.max(initial=0))
+    shortest = int(cells.lengths.min(initial=longest))
+    for at in range(0, min(longest, LONG_KEY_BYTES), WORD_BYTES):
+        mixed = (found ^ _word(words, cells, at, shortest)) * _FACTOR
+        mixed ^= mixed >> _HALF
+        # A value that ended before is left as it is: its hash must not depend on its neighbours.
+        found = mixed if at < shortest else np.where(cells.lengths > at, mixed, found)
+    for place in np.flatnonzero(cells.lengths > LONG_KEY_BYTES) if longest > LONG_KEY_BYTES else ():
+        digest = hashlib.blake2b(cells.value(int(place)), digest_size=WORD_BYTES).digest()
+        found[place] = int.from_bytes(digest, "little")
+    found *= _OTHER
+    found[found < _LEAST] |= _LEAST
+    return found
+
+
+def same(left: Cells, right: Cells) -> Truths:
+    """Which pairs of values are the same bytes."""
+    equal: Truths = left.lengths == right.lengths
+    places = np.flatnonzero(equal)
+    longest = int(left.lengths[places].max(initial=0))
+    left_words, right_words = _words(left), _words(right)
+    for at in range(0, min(longest, LONG_VALUE_BYTES), WORD_BYTES):
+        if len(places) <= FEW_PAIRS:
+            break
+        pair = left.taken(places), right.taken(places)
+        alike = _word(left_words, pair[0], at, 0) == _word(right_words, pair[1], at, 0)
+        equal[places[~alike]] = False
+        places = places[alike & (pair[0].lengths > at + WORD_BYTES)]
+    for place in places.tolist():
+        equal[place] = left.value(place) == right.value(place)
+    return equal
+
+
+def firsts(values: npt.NDArray[Any]) -> Offsets:
+    """Where each distinct value is first, in the order of the values. np.unique imports far more of numpy."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    found: Offsets = order[np.append(ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1])]
+    return found
+
+
+class Sieve:
+    """Sorted, distinct hashes by their first bits: which may be there at all, and where each would be."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        bits = int(np.clip((8 * len(hashes)).bit_length(), SIEVE_BITS_LEAST, SIEVE_BITS_MOST))
+        self._hashes = hashes
+        self._shift = np.uint64(64 - bits)
+        self._holes = np.zeros(1 << bits, np.bool_)
+        self._holes[_numbers(hashes, self._shift)] = True
+        # Few enough hashes share their first bits that stepping from the first of them beats bisecting all.
+        self._step_shift = np.uint64(64 - min(len(hashes).bit_length(), bits))
+        counts = np.bincount(_numbers(hashes, self._step_shift), minlength=1 << 64 - int(self._step_shift))
+        self._depth = int(counts.max())
+        self._firsts = np.zeros(len(counts), np.int32)
+        np.cumsum(counts[:-1], out=self._firsts[1:])
+
+    def passed(self, hashes: Hashes) -> Offsets:
+        """The places of those that may be there."""
+        return np.flatnonzero(self._holes[_numbers(hashes, self._shift)])
+
+    def places(self, hashes: Hashes) -> Offsets:
+        """Where each is, or else where a greater one is or the last."""
+        last = len(self._hashes) - 1
+        if self._depth > DEEPEST:
+            return np.minimum(np.searchsorted(self._hashes, hashes), last)
+        found = np.minimum(self._firsts[_numbers(hashes, self._step_shift)].astype(np.int64), last)
+        for _ in range(self._depth):
+            found += self._hashes[found] < hashes
+            np.minimum(found, last, out=found)
+        return found
+
+
+def _numbers(hashes: Hashes, shift: np.uint64) -> Offsets:
+    """The first bits of each, signed: others numpy converts one by one where it looks places up, at twice the time."""
+    return (hashes >> shift).view(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of a file. `hashes` are sorted and distinct; `rows` the last row with it, whose key is that of `cells`.
+
+    `shared` has the last row of each key that shares its hash with another key; `by_row` the hash of each row.
+    """
+
+    hashes: Hashes
+    rows: Offsets
+    cells: Cells
+    shared: dict[bytes, int]
+    by_row: Hashes
+    count: int
+    sieve: Sieve
+
+    def candidates(self, hashes: Hashes) -> Offsets:
+        """The places of the hashes whose upper half is that of a key here; few others are looked at closely.
+
+        What the lower half is does not matter.
+        """
+        passed = self.sieve.passed(hashes)
+        halves = hashes[passed] >> _HALF
+        found: Offsets = passed[self.hashes[self.sieve.places(halves << _HALF)] >> _HALF == halves]
+        return found
+
+    def last_rows(self, cells: Cells, hashes: Hashes) -> Offsets:
+        """The last row here with the key of each candidate, -1 where it only looked alike."""
+        places = self.sieve.places(hashes)
+        found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
+        for place in np.flatnonzero(found < 0) if self.shared else ():
+            found[place] = self.shared.get(cells.value(int(place)), -1)
+        return found
+
+    def kept_rows(self) -> Offsets:
+        """The last row of each key, in the order of the file."""
+        rows = np.concatenate((self.rows, np.fromiter(self.shared.values(), np.int64, len(self.shared))))
+        return rows[firsts(rows)]
+
+
+@dataclass(slots=True)
+class Gathering:
+    """Keys being read, row by row."""
+
+    rows: int = 0
+    _data: bytearray = field(default_factory=bytearray)
+    _lengths: list[Offsets] = field(default_factory=list)
+    _hashes: list[Hashes] = field(default_factory=list)
+
+    def add(self, cells: Cells) -> None:
+        """The keys of the next rows."""
+        self._data += cells.data[spread(cells.starts, cells.lengths)].tobytes()
+        self._lengths.append(cells.lengths)
+        self._hashes.append(hashed(cells))
+        self.rows += len(cells.lengths)
+
+    def keys(self) -> Keys:
+        """All of them; there is at least one, and none is added afterwards."""
+        lengths = np.concatenate([NONE, *self._lengths])
+        by_row = np.concatenate(self._hashes)
+        self._lengths.clear()
+        self._hashes.clear()
+        self._data += bytes(WORD_BYTES)
+        cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
+        order = np.argsort(by_row)
+        if not _distinct(by_row[order]):  # the quick way does not keep the order of what is equal
+            order = np.argsort(by_row, kind="stable")
+        ordered = by_row[order]
+        is_last = np.append(ordered[1:] != ordered[:-1], True)
+        rows, hashes = order[is_last], ordered[is_last]
+        shared = _shared(cells, order, is_last)
+        groups = len(firsts(by_row[np.fromiter(shared.values(), np.int64, len(shared))]))
+        count = len(rows) - groups + len(shared)
+        return Keys(hashes, rows, cells.taken(rows), shared, by_row, count, Sieve(hashes))
+
+
+def _distinct(ordered: Hashes) -> bool:
+    return bool((ordered[1:] != ordered[:-1]).all())
+
+
+def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
+    """The last row of each key whose hash other keys have too. Keys that merely come again are none of these."""
+    others = np.flatnonzero(~is_last)
+    if not len(others):
+        return {}
+    group = np.concatenate(([0], np.cumsum(is_last)[:-1]))
+    lasts = order[is_last]
+    differs = others[~same(cells.taken(order[others]), cells.taken(lasts[group[others]]))]
+    if not len(differs):
+        return {}
+    apart = np.zeros(len(lasts), np.bool_)
+    apart[group[differs]] = True
+    members = order[apart[group]]
+    return {cells.value(int(row)): int(row) for row in np.sort(members)}
+
+
+# The index beside a large master: for each of its records half the hash of the key and the length, 8 bytes.
+#
+# Invariants: it is a cache and no part of the commit: it is used only for the very file it was made for (inode, size
+# and modification time), and what it says about a row is checked against the row before anything follows from it. It
+# is not synced: what a power cut leaves of it is told by its checksum. Without one that fits, the master is read
+# whole.
+
+ENTRY = np.dtype("<u8")
+"""The upper half is that of the hash, BLANK for a record that is no row; the lower half is the length."""
+LENGTH = np.uint64((1 << 32) - 1)
+HEAD_BYTES = 4096
+PIECE_RECORDS = 1 << 16
+
+
+class Unfit(Exception):
+    """The index is not that of the master, or was damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What hashes depend on: how the master is read, and which of its columns is the key."""
+
+    key_column: str
+    delimiter: str
+    encoding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An open index that fits its master."""
+
+    file: BufferedReader
+    records: int
+    rows: int
+    crc32: int
+
+    def pieces(self) -> Iterator[Hashes]:
+        """The entries, many at a time, each piece good until the next. Raises Unfit at the latest behind the last."""
+        crc, left = 0, self.records
+        held = np.empty(min(left, PIECE_RECORDS), ENTRY)
+        self.file.seek(HEAD_BYTES)
+        while left:
+            entries: Hashes = held[:left]
+            data = entries.data.cast("B")
+            if self.file.readinto(data) != len(data):
+                raise Unfit
+            crc = zlib.crc32(data, crc)
+            left -= len(entries)
+            yield entries
+        if crc != self.crc32:
+            raise Unfit
+
+
+def entries_of(hashes: Hashes, lengths: Offsets) -> Hashes:
+    """The entries of records with these hashes of keys, which may be BLANK, and these lengths."""
+    return (hashes & ~LENGTH) | lengths.view(np.uint64)
+
+
+def lengths_in(entries: Hashes) -> Offsets:
+    """The lengths in these entries."""
+    return (entries & LENGTH).view(np.int64)
+
+
+def _identity(found: os.stat_result) -> list[int]:
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def fitting(file: BufferedReader, master: os.stat_result, subject: Subject) -> Index | None:
+    """The index in this open file, if it is that of the master as it is now. Raises OSError."""
+    head = _head(file.read(HEAD_BYTES))
+    wanted = {"version": INDEX_VERSION, "master": _identity(master), "subject": _told(subject)}
+    numbers = [head.get(name) for name in ("records", "rows", "crc32")]
+    fits = {name: head.get(name) for name in wanted} == wanted and all(isinstance(each, int) for each in numbers)
+    if not fits or os.fstat(file.fileno()).st_size != HEAD_BYTES + int(head["records"]) * ENTRY.itemsize:
+        return None
+    return Index(file, head["records"], head["rows"], head["crc32"])
+
+
+def _head(data: bytes) -> Mapping[str, Any]:
+    try:
+        head = json.loads(data)
+    except ValueError:
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def _told(subject: Subject) -> list[str]:
+    return [subject.key_column, subject.delimiter, subject.encoding]
+
+
+class Indexing:
+    """An index being written. It is none before `seal`: its head is empty until then."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._crc = self._records = self._rows = 0
+        file.write(bytes(HEAD_BYTES))
+
+    def add(self, entries: Hashes) -> None:
+        """The next records."""
+        data = entries.astype(ENTRY, copy=False).data.cast("B")
+        self._crc = zlib.crc32(data, self._crc)
+        self._records += len(entries)
+        self._rows += int(np.count_nonzero(entries > LENGTH))
+        self._file.write(data)
+
+    def restart(self) -> None:
+        """Forget all records."""
+        self._file.seek(HEAD_BYTES)
+        self._file.truncate()
+        self._crc = self._records = self._rows = 0
+
+    def seal(self, master: os.stat_result, subject: Subject) -> None:
+        """From now on it is the index of this master, which is complete. A name too long for the head gets none."""
+        head = {
+            "version": INDEX_VERSION,
+            "master": _identity(master),
+            "subject": _told(subject),
+            "records": self._records,
+            "rows": self._rows,
+            "crc32": self._crc,
+        }
+        text = json.dumps(head).encode("ascii")
+        if len(text) <= HEAD_BYTES:
+            self._file.seek(0)
+            self._file.write(text.ljust(HEAD_BYTES))
+            self._file.flush()
+
+
+def settle(made: Path, index: Path) -> None:
+    """The finished index takes its name, once its master has; nothing when none was made. Raises OSError."""
+    if made.exists():
+        made.replace(index)

@@ -1,0 +1,498 @@
+"""One POST, from its bytes to rows that can be stored: options, formats, checks, batches."""
+
+import csv
+import hashlib
+import io
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, pairwise
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import msgspec
+
+from app.dwh.results import SHAPE_HINT, BadRequest, RowFault
+from app.dwh.tables import Column, Table
+
+if TYPE_CHECKING:
+    from msgspec import Raw
+
+    from app.dwh.rows import RowReader, Values
+
+# Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
+#
+# Invariants: bytes are counted before they are parsed, also those that gzip makes; NDJSON and CSV hold no more than
+# one row and one block in memory. A body is fed in blocks of any size, and cut the same way whatever the blocks are.
+
+GROUP_ROWS = 1000
+PIECE_BYTES = 1 << 18
+MAX_RATIO = 200
+RATIO_FREE_BYTES = 1 << 24
+BLANKS = b" \t\r\n"
+OPENING = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
+ENVELOPE = 'the body is {"data": [...]}, an array of rows and nothing else'
+EMPTY = BadRequest(400, "there are no rows in the body", "send at least one row", "data")
+
+
+class Body(Protocol):
+    """One body. Raises BadRequest."""
+
+    def feed(self, block: bytes) -> Iterator[Sequence["bytes | Raw"]]:
+        """Take the next bytes; the rows that are whole now, in groups."""
+
+    def finish(self) -> Iterator[Sequence["bytes | Raw"]]:
+        """The body has ended; the rows that were left."""
+
+
+class JsonBody:
+    """`{"data": [...]}`, held whole: a row can be told only when its end is there."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held = bytearray()
+
+    def feed(self, block: bytes) -> Iterator[Sequence["bytes | Raw"]]:
+        """See `Body.feed`; nothing is whole before the end."""
+        self._held += block
+        if len(self._held) > self._limit_bytes:
+            raise too_large(self._limit_bytes, "send it as NDJSON, which may be larger, or less at once")
+        yield from ()
+
+    def finish(self) -> Iterator[Sequence["bytes | Raw"]]:
+        """See `Body.finish`."""
+        rows = self._rows()
+        if not rows:
+            raise EMPTY
+        for start in range(0, len(rows), GROUP_ROWS):
+            yield rows[start : start + GROUP_ROWS]
+
+    def _rows(self) -> Sequence["Raw"]:
+        """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
+        import msgspec
+
+        opening = OPENING.match(self._held)
+        end = _last(self._held, len(self._held))
+        array_end = _last(self._held, end - 1)
+        enveloped = opening and self._held[end - 1 : end] == b"}" and self._held[array_end - 1 : array_end] == b"]"
+        if not opening or not enveloped:
+            raise self._misshapen()
+        try:
+            array = memoryview(self._held)[opening.end() : array_end]
+            return msgspec.json.decode(array, type=list[msgspec.Raw])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            raise self._misshapen() from None
+
+    def _misshapen(self) -> BadRequest:
+        """Why this is not the envelope: no JSON at all, or another shape."""
+        import msgspec
+
+        try:
+            msgspec.json.decode(self._held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            return BadRequest(400, "the body is not JSON", "check its syntax, also that it is complete")
+        return BadRequest(422, ENVELOPE, SHAPE_HINT, "data")
+
+
+def _last(held: bytearray, end: int) -> int:
+    """The end of `held[:end]` without blanks."""
+    while end > 0 and held[end - 1] in BLANKS:
+        end -= 1
+    return end
+
+
+class NdjsonBody:
+    """One object a line; blank lines count for nothing."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self._row_bytes = row_bytes
+        self._rest = b""
+
+    def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
+        """See `Body.feed`."""
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        if len(self._rest) > self._row_bytes or any(len(line) > self._row_bytes for line in lines):
+            raise row_too_large(self._row_bytes)
+        yield from _grouped(lines)
+
+    def finish(self) -> Iterator[Sequence[bytes]]:
+        """See `Body.finish`."""
+        yield from _grouped([self._rest])
+
+
+def _grouped(lines: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    rows = [line for line in lines if line.strip(BLANKS)]
+    for start in range(0, len(rows), GROUP_ROWS):
+        yield rows[start : start + GROUP_ROWS]
+
+
+class Gzip:
+    """What a gzip body holds, member by member, in pieces of bounded size."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._inflater = zlib.decompressobj(wbits=31)
+        self._taken_bytes = self._made_bytes = 0
+
+    def feed(self, block: bytes) -> Iterator[bytes]:
+        """The next bytes, inflated. Raises BadRequest for what is no gzip, and for too much of it."""
+        self._taken_bytes += len(block)
+        while block:
+            if self._inflater.eof:
+                self._inflater = zlib.decompressobj(wbits=31)
+            try:
+                piece = self._inflater.decompress(block, PIECE_BYTES)
+            except zlib.error:
+                raise BadRequest(400, "the body is not gzip, or damaged", "send it again, or without gzip") from None
+            block = self._inflater.unconsumed_tail or self._inflater.unused_data
+            self._count(len(piece))
+            yield piece
+
+    def _count(self, piece_bytes: int) -> None:
+        self._made_bytes += piece_bytes
+        if self._made_bytes > self._limit_bytes:
+            raise too_large(self._limit_bytes, "send less at once")
+        if self._made_bytes > RATIO_FREE_BYTES and self._made_bytes > MAX_RATIO * self._taken_bytes:
+            raise BadRequest(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
+
+    def finish(self) -> None:
+        """Raises BadRequest when the end is missing."""
+        if not self._inflater.eof:
+            raise BadRequest(400, "the gzip body is cut off", "send it again, whole")
+
+
+def too_large(limit_bytes: int, hint: str) -> BadRequest:
+    """The answer to a body over its limit."""
+    return BadRequest(413, f"the body is larger than {limit_bytes} bytes", hint)
+
+
+def row_too_large(row_bytes: int) -> BadRequest:
+    """The answer to a row without an end."""
+    return BadRequest(413, f"a row is larger than {row_bytes} bytes", "is a newline or a closing quote missing?")
+
+
+# CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
+#
+# Invariants: rows are cut outside of quotes; an empty cell is null; a cell never changes what stands in another one.
+# Source of the form: RFC 4180, with a header line, in UTF-8, a byte order mark tolerated.
+
+NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
+BOM = b"\xef\xbb\xbf"
+Cell = Callable[[str], bytes]
+
+
+class CsvBody:
+    """Header, then rows; see the module."""
+
+    def __init__(self, table: Table, row_bytes: int) -> None:
+        self._table = table
+        self._row_bytes = row_bytes
+        self._rest = b""
+        self._heads: Sequence[bytes] = ()
+        self._cells: Sequence[Cell] = ()
+
+    def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
+        """See `Body.feed`."""
+        self._rest += block
+        end = _row_end(self._rest)
+        whole, self._rest = self._rest[:end], self._rest[end:]
+        if len(self._rest) > self._row_bytes:
+            raise row_too_large(self._row_bytes)
+        yield from self._groups(whole)
+
+    def finish(self) -> Iterator[Sequence[bytes]]:
+        """See `Body.finish`."""
+        yield from self._groups(self._rest)
+
+    def _groups(self, whole: bytes) -> Iterator[Sequence[bytes]]:
+        rows: list[bytes] = []
+        for cells in _parsed(whole):
+            if not self._heads:
+                self._head(cells)
+            elif cells:
+                rows.append(self._row(cells))
+            if len(rows) == GROUP_ROWS:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+
+    def _head(self, cells: Sequence[str]) -> None:
+        columns = {column.name: column for column in self._table.columns}
+        cells = [cells[0].removeprefix("\ufeff"), *cells[1:]] if cells else []
+        unknown = [cell[:80] for cell in cells if cell not in columns]
+        if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
+            what = f"{unknown[0]!r} is no column" if unknown else f"columns twice, or no {self._table.key.name}"
+            raise BadRequest(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
+        self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
+        self._cells = [_cell(columns[cell]) for cell in cells]
+
+    def _row(self, cells: Sequence[str]) -> bytes:
+        if len(cells) != len(self._heads):
+            name = f"{len(cells)} cells where the header names {len(self._heads)}"
+            return b'{"' + name.encode() + b'":null}'  # the decoder refuses it by this name
+        pairs = zip(self._heads, self._cells, cells, strict=True)
+        return b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}"
+
+
+def _row_end(held: bytes) -> int:
+    """Behind the last newline that has an even number of quotes before it; 0 when there is none."""
+    end = held.rfind(b"\n")
+    quotes = held.count(b'"', 0, end + 1)
+    while end >= 0 and quotes % 2:
+        before = held.rfind(b"\n", 0, end)
+        quotes -= held.count(b'"', before + 1, end)
+        end = before
+    return end + 1
+
+
+def _parsed(whole: bytes) -> Iterator[list[str]]:
+    try:
+        # Decoded as it is read: a StringIO takes four bytes a character.
+        yield from csv.reader(io.TextIOWrapper(io.BytesIO(whole), "utf-8", newline=""), strict=True)
+    except UnicodeDecodeError:
+        raise BadRequest(400, "the body is not UTF-8", "encode it as UTF-8") from None
+    except csv.Error as error:
+        raise BadRequest(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says") from None
+
+
+def _cell(column: Column) -> Cell:
+    """The cell's JSON. What is no value of the kind becomes a string, which the decoder then refuses by its field."""
+    if column.kind in ("text", "uuid", "instant"):
+        return lambda cell: msgspec.json.encode(cell) if cell else b"null"
+    if column.kind == "json":
+        return _json
+    if column.kind == "bool":
+        return lambda cell: {"": "null", "true": "true", "false": "false"}.get(cell.lower(), '"?"').encode()
+    return lambda cell: (cell if NUMBER.fullmatch(cell) else '"?"').encode() if cell else b"null"
+
+
+def _json(cell: str) -> bytes:
+    raw = cell.encode()
+    try:
+        msgspec.json.decode(raw, type=msgspec.Raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return b'"\\ud800"' if cell else b"null"  # a string that is no Unicode is no JSON either
+    return raw
+
+
+# How a POST wants its body to be read and stored: query string and headers, checked.
+#
+# Invariant: what is unknown is refused, since a misspelt `dry_run` would otherwise store.
+
+Form = Literal["json", "ndjson", "csv"]
+FORMS: Mapping[str, Form] = {
+    "": "json",
+    "application/json": "json",
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "text/csv": "csv",
+}
+KEY = re.compile(r"[!-~]{1,255}")
+YES_NO = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`key` is the Idempotency-Key, "" for none."""
+
+    form: Form = "json"
+    gzip: bool = False
+    skip: bool = False
+    dry_run: bool = False
+    key: str = ""
+
+    def body(self, table: Table, body_bytes: int, stream_bytes: int) -> tuple[Body, Gzip | None]:
+        """The parser, and what unpacks before it. No row may be larger than a JSON body."""
+        gzip = Gzip(body_bytes if self.form == "json" else stream_bytes) if self.gzip else None
+        if self.form == "csv":
+            from app.dwh.request_parsing import CsvBody
+
+            return CsvBody(table, body_bytes), gzip
+        return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
+
+
+def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Options:
+    """Raises BadRequest."""
+    chosen = dict(given)
+    for name in chosen.keys() - {"on_error", "dry_run"}:
+        raise BadRequest(400, f"{name[:80]} is no parameter of this route", "use on_error and dry_run", name[:80])
+    on_error = chosen.get("on_error", "stop")
+    if len(chosen) < len(given) or on_error not in ("stop", "skip"):
+        raise BadRequest(422, "on_error is not stop or skip, or given twice", "correct it", "on_error")
+    dry_run = YES_NO.get(chosen.get("dry_run", "false").lower())
+    if dry_run is None:
+        raise BadRequest(422, "dry_run is not true or false", "correct it", "dry_run")
+    key = headers.get("idempotency-key")
+    if key is not None and not KEY.fullmatch(key):
+        raise BadRequest(
+            422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
+        )
+    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "")
+
+
+def _form(headers: Mapping[str, str]) -> Form:
+    media, _, parameters = headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower()
+    form = FORMS.get(media.strip().lower())
+    if form is None or ("charset=" in charset and charset.split("charset=")[1].strip('" ') not in ("utf-8", "utf8")):
+        raise BadRequest(
+            415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
+        )
+    return form
+
+
+def _packed(headers: Mapping[str, str]) -> bool:
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", ""):
+        raise BadRequest(415, "this content encoding is not read", "send gzip, or nothing")
+    return "gzip" in encoding
+
+
+# One POST, from its bytes to rows that can be stored: checked, cut into batches, spooled.
+#
+# Invariants: memory is bounded by the first rows, which are held as they are, a group of rows and the spool's part of
+# it, however large the body; nothing of a body reaches the database before the last byte was checked.
+
+SPOOL_BYTES = HELD_BYTES = 1 << 22
+HELD_ROWS = 10_000
+MAX_FAULTS = 1000
+LENGTH_BYTES = 8
+Frame = tuple[int, Sequence[Sequence[Any]]]  # the number of a batch, and rows of it, by column
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Rows of one batch, and then the bytes of its rows as they came, with their commas and brackets."""
+
+    rows: int
+    size_bytes: int
+
+
+class Batches:
+    """Deals rows out to batches: first by number, then by size; a larger single row goes alone."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self.count = 0
+        self._chunk_rows = self._size_bytes = 0
+
+    def deal(self, sizes: Sequence[int]) -> Sequence[int]:
+        """How many of the next rows go to each batch: to the current one first, then to new ones."""
+        ends = [0]
+        for position, size_bytes in enumerate(sizes):
+            if not self._fits(size_bytes):
+                self.count += 1
+                ends.append(position)
+                self._size_bytes = 1
+            self._chunk_rows += 1
+            self._size_bytes += size_bytes + 1
+        ends.append(len(sizes))
+        return [end - start for start, end in pairwise(ends)]
+
+    def _fits(self, size_bytes: int) -> bool:
+        if self._chunk_rows == self._limits.rows:
+            self._chunk_rows = 0
+            return False
+        return self.count > 0 and self._size_bytes + size_bytes + 1 <= self._limits.size_bytes
+
+
+@dataclass(slots=True)
+class Received:
+    """What a body came to. `digest` is of its bytes, hex; `size_bytes` of its good rows. The caller closes it."""
+
+    rows: int = 0
+    batches: int = 0
+    faults: list[RowFault] = field(default_factory=list)
+    fault_count: int = 0
+    digest: str = ""
+    size_bytes: int = 0
+    held: list[Frame] = field(default_factory=list)
+    spool: Any = field(default_factory=lambda: tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - `close`
+
+    def read(self) -> Iterator[Iterator["Values"]]:
+        """The batches, each as an iterator of its rows; read one to its end before the next."""
+        for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
+            yield chain.from_iterable(zip(*columns, strict=True) for _, columns in frames)
+
+    def blocks(self) -> Iterator[Sequence["Values"]]:
+        """All rows, some at a time, by column."""
+        return (columns for _, columns in self._frames())
+
+    def put(self, frame: Frame, size_bytes: int) -> None:
+        """The next rows; `size_bytes` as they came."""
+        self.rows += len(frame[1][0])
+        self.size_bytes += size_bytes
+        if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
+            self.held.append(frame)
+            return
+        import msgspec
+
+        packed = msgspec.msgpack.encode(frame)
+        self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
+
+    def _frames(self) -> Iterator[Frame]:
+        import msgspec
+
+        yield from self.held
+        self.spool.seek(0)
+        while head := self.spool.read(LENGTH_BYTES):
+            yield msgspec.msgpack.decode(self.spool.read(int.from_bytes(head)))
+
+    def close(self) -> None:
+        """Free the rows. Idempotent."""
+        self.held.clear()
+        self.spool.close()
+
+
+class Intake:
+    """Takes one body. `skip`: bad rows are noted and left out; else the first one refuses the body."""
+
+    def __init__(
+        self, body: Body, rows: "RowReader", limits: BatchLimits, *, gzip: Gzip | None = None, skip: bool = False
+    ) -> None:
+        self._body, self._rows, self._gzip, self._skip = body, rows, gzip, skip
+        self._batches = Batches(limits)
+        self._digest = hashlib.sha256()
+        self._seen_rows = 0
+        self.received = Received()
+
+    def feed(self, block: bytes) -> None:
+        """The next bytes. Raises BadRequest."""
+        for piece in self._gzip.feed(block) if self._gzip else (block,):
+            self._digest.update(piece)
+            for group in self._body.feed(piece):
+                self._take(group)
+
+    def finish(self) -> Received:
+        """The body has ended. Raises BadRequest."""
+        if self._gzip:
+            self._gzip.finish()
+        for group in self._body.finish():
+            self._take(group)
+        if not self._seen_rows:
+            raise EMPTY
+        self.received.batches = self._batches.count
+        self.received.digest = self._digest.hexdigest()
+        return self.received
+
+    def _take(self, group: "Sequence[bytes | Raw]") -> None:
+        checked = self._rows.read(group, self._seen_rows)
+        self._seen_rows += len(group)
+        if checked.faults and not self._skip:
+            raise checked.faults[0].refusal()
+        received = self.received
+        received.fault_count += len(checked.faults)
+        received.faults += checked.faults[: MAX_FAULTS - len(received.faults)]
+        self._put(checked.columns, checked.sizes)
+
+    def _put(self, columns: "Sequence[Values]", sizes: Sequence[int]) -> None:
+        batch, start = self._batches.count, 0
+        for number, length in enumerate(self._batches.deal(sizes)):
+            end = start + length
+            if length:
+                part = columns if length == len(sizes) else [column[start:end] for column in columns]
+                self.received.put((batch + number, part), sum(sizes[start:end]))
+            start = end

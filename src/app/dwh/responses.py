@@ -1,0 +1,369 @@
+"""Answers to GET: rows as JSON, NDJSON, CSV or Parquet, read in one thread and sent while they are read."""
+
+import csv
+import io
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+from app.core.errors import AppError, Permanent, Transient
+from app.dwh.query import Format, Selection
+from app.dwh.tables import Column, Table
+from app.dwh.warehouse import Warehouse
+
+# Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
+#
+# Invariant: the same rows in each; a writer holds one block, of Parquet one row group, at most.
+
+PARQUET_ROWS = 20_000
+MEDIA: dict[Format, str] = {
+    "json": "application/json",
+    "ndjson": "application/x-ndjson",
+    "csv": "text/csv; charset=utf-8",
+    "parquet": "application/vnd.apache.parquet",
+}
+Block = Sequence[Sequence[Any]]
+
+
+class Writer(Protocol):
+    """Writes blocks of rows to a file."""
+
+    def write(self, block: Block) -> None:
+        """The next rows."""
+
+    def close(self) -> None:
+        """No more rows."""
+
+
+def _flags(columns: Sequence[Column]) -> Sequence[int]:
+    return [place for place, column in enumerate(columns) if column.kind == "bool"]
+
+
+def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> Block:
+    """The block with the values at `places` turned; most tables have none."""
+    if not places:
+        return block
+    rows = [list(row) for row in block]
+    for row in rows:
+        for place in places:
+            row[place] = None if row[place] is None else turn(row[place])
+    return rows
+
+
+def _encoder(table: Table) -> Callable[[Block], bytes]:
+    """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
+    import msgspec
+
+    names = [column.name for column in table.stored]
+    row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
+    encode = msgspec.json.Encoder().encode_lines
+    flags = _flags(table.stored)
+    json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), json, msgspec.Raw)])
+
+
+def _made(block: Block) -> bytes:
+    """As `_encoder`, of lines that the database has made; beside each, its id."""
+    return ("\n".join([line for _, line in block]) + "\n").encode()
+
+
+class _Lines:
+    """NDJSON."""
+
+    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
+        self._file, self._lines = file, lines
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`."""
+        self._file.write(self._lines(block))
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+
+class _Json:
+    """`{"rows":[...],"count":n}`."""
+
+    def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
+        self._file, self._lines = file, lines
+        self._rows = 0
+        file.write(b'{"rows":[')
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
+        self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
+        self._rows += len(block)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self._file.write(b'],"count":%d}' % self._rows)
+
+
+class _Csv:
+    """A header, then rows; null is an empty cell."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        self._file = file
+        self._flags = _flags(table.stored)
+        self.write([[column.name for column in table.stored]])
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`."""
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(_turned(block, self._flags, _flag))
+        self._file.write(text.getvalue().encode())
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+
+def _flag(value: Any) -> Any:
+    return value if isinstance(value, str) else str(bool(value)).lower()
+
+
+class _Parquet:
+    """Typed columns; JSON stays text, instants are UTC in microseconds."""
+
+    def __init__(self, table: Table, file: Any) -> None:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
+
+        types = {
+            "integer": pa.int32(),
+            "bigint": pa.int64(),
+            "float": pa.float64(),
+            "bool": pa.bool_(),
+            "instant": pa.timestamp("us", tz="UTC"),
+        }
+        self._columns = table.stored
+        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
+        self._writer = ParquetWriter(file, self._schema, compression="zstd")
+        self._held: list[Sequence[Any]] = []
+
+    def write(self, block: Block) -> None:
+        """See `Writer.write`. A row group takes many blocks."""
+        self._held += block
+        if len(self._held) >= PARQUET_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        values = zip(*self._held, strict=True)
+        arrays = [self._array(column, each) for column, each in zip(self._columns, values, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._held.clear()
+
+    def _array(self, column: Column, values: Sequence[Any]) -> Any:
+        import pyarrow as pa
+
+        kind = self._schema.field(column.name).type
+        if column.kind == "instant":
+            return pa.array(values, pa.string()).cast(kind)
+        if column.kind == "bool":
+            return pa.array([None if value is None else bool(value) for value in values], kind)
+        return pa.array(values, kind)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        if self._held:
+            self._flush()
+        self._writer.close()
+
+
+def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
+    """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
+    table = selection.table
+    if selection.format == "csv":
+        return _Csv(table, file)
+    if selection.format == "parquet":
+        return _Parquet(table, file)
+    lines = _made if made else _encoder(table)
+    return (_Json if selection.format == "json" else _Lines)(file, lines)
+
+
+# Bytes between a thread that writes them and one that reads them, each at its own speed.
+#
+# Invariants: what the reader has not taken yet is in memory up to a few MiB, the rest in a file without a name in
+# TMPDIR; bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
+
+SPOOL_BYTES = 1 << 22
+BROKEN = Permanent("the answer could not be made to its end", "the log says why: please report it")
+
+
+class Abandoned(Exception):
+    """Nobody reads any more."""
+
+
+class Spool:
+    """One writer and one reader. Up to `memory_bytes` wait in memory."""
+
+    closed = False  # as writers of files look at it
+
+    def __init__(self, memory_bytes: int = SPOOL_BYTES) -> None:
+        self._memory_bytes = memory_bytes
+        self._held: deque[bytes] = deque()
+        self._held_bytes = 0
+        self._file = tempfile.SpooledTemporaryFile(1)  # noqa: SIM115 - `close`. A file with the first byte
+        self._file_bytes = self._file_read_bytes = 0
+        self._changed = threading.Condition()
+        self._shown = self._ended = self._abandoned = False
+        self._error: AppError | None = None
+        self.size_bytes = 0
+
+    @contextmanager
+    def written(self) -> Iterator["Spool"]:
+        """Write inside the block; the bytes are whole when it ends, and end in an error when it raises one."""
+        error: AppError | None = BROKEN
+        try:
+            yield self
+            error = None
+        except AppError as raised:
+            error = raised
+        finally:
+            with self._changed:
+                self._ended, self._error = True, error
+                self._changed.notify_all()
+
+    def write(self, piece: bytes) -> int:
+        """Put bytes behind the others. Raises Abandoned, and Transient when the disk takes no more."""
+        with self._changed:
+            if self._abandoned:
+                raise Abandoned
+            if self._file_bytes or self._held_bytes + len(piece) > self._memory_bytes:
+                self._spill(piece)
+            else:
+                self._held.append(piece)
+                self._held_bytes += len(piece)
+            self.size_bytes += len(piece)
+            self._changed.notify_all()
+        return len(piece)
+
+    def _spill(self, piece: bytes) -> None:
+        try:
+            self._file.seek(self._file_bytes)
+            self._file.write(piece)
+        except OSError as error:
+            raise Transient(
+                f"the answer cannot be spooled: {error.strerror}", "free space in TMPDIR, or ask for fewer rows"
+            ) from error
+        self._file_bytes += len(piece)
+
+    def flush(self) -> None:
+        """As files have it; there is nothing to do."""
+
+    def tell(self) -> int:
+        """Where the next byte goes."""
+        return self.size_bytes
+
+    def show(self) -> None:
+        """The reader may begin."""
+        with self._changed:
+            self._shown = True
+            self._changed.notify_all()
+
+    def wait(self, *, whole: bool) -> int | None:
+        """Until the reader may begin, or all is there; the size in the latter case. Raises what the writer raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or (self._shown and not whole))
+            if self._ended and self._error:
+                raise self._error
+            return self.size_bytes if self._ended else None
+
+    def read(self, start: int, count: int) -> bytes:
+        """The next bytes, `start` of which were read before: `count`, fewer or none at the end. Raises what the writer
+        raised.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._abandoned or self.size_bytes >= start + count)
+            if self._abandoned:
+                return b""
+            if self.size_bytes == start and self._error:
+                raise self._error
+            return self._from_memory(count) or self._from_file(count)
+
+    def _from_memory(self, count: int) -> bytes:
+        taken: list[bytes] = []
+        while self._held and count > 0:
+            piece = self._held.popleft()
+            if len(piece) > count:
+                self._held.appendleft(piece[count:])
+                piece = piece[:count]
+            taken.append(piece)
+            count -= len(piece)
+            self._held_bytes -= len(piece)
+        return b"".join(taken)
+
+    def _from_file(self, count: int) -> bytes:
+        """The file is used anew from its start when the reader has caught up."""
+        self._file.seek(self._file_read_bytes)
+        piece = self._file.read(min(count, self._file_bytes - self._file_read_bytes))
+        self._file_read_bytes += len(piece)
+        if self._file_read_bytes == self._file_bytes:
+            self._file_bytes = self._file_read_bytes = 0
+        return piece
+
+    def close(self) -> None:
+        """Free the bytes; the writer is told at its next write. Idempotent."""
+        with self._changed:
+            self._abandoned = True
+            self._held.clear()
+            self._file.close()
+
+
+# Answers to GET: rows are read in one thread at the speed of the database, and sent in another at that of the client.
+#
+# Invariants: what fails before the first byte is sent is an error, what fails later cuts the answer, so that no
+# client takes it for whole; memory is bounded, and a slow reader holds no connection.
+
+HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
+
+
+class Page:
+    """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
+
+    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False) -> None:
+        self._warehouse = warehouse
+        self._selection = selection
+        self._spool = Spool(LEAN_BYTES if lean else SPOOL_BYTES)
+        self.last_id: int | None = None  # set when more rows follow; for who has begun
+
+    def produce(self) -> None:
+        """Read the rows to their end, or until nobody wants them. What goes wrong is the reader's to know."""
+        with suppress(Abandoned), self._spool.written() as spool:
+            self._fill(spool)
+
+    def _fill(self, spool: Spool) -> None:
+        """Write the rows; `last_id` is known when the reader may begin."""
+        chosen = self._selection
+        out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))
+        left, last_id, shown = chosen.limit, 0, False
+        with self._warehouse.selected(chosen) as found:
+            for block in found.blocks:
+                if asked := block[:left]:
+                    out.write(asked)
+                    left, last_id = left - len(asked), asked[-1][0]
+                if len(asked) < len(block) and not shown:
+                    self.last_id = last_id
+                if not shown and spool.size_bytes >= HEAD_BYTES:
+                    self.last_id, shown = found.last_id(), True
+                    spool.show()
+        out.close()
+
+    def begin(self, *, whole: bool = False) -> int | None:
+        """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""
+        return self._spool.wait(whole=whole)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes. Raises what the database raised in the middle of it."""
+        sent_bytes = 0
+        while piece := self._spool.read(sent_bytes, PIECE_BYTES):
+            sent_bytes += len(piece)
+            yield piece
+
+    def close(self) -> None:
+        """Nobody reads it any more: reading from the database ends with the next block. Idempotent."""
+        self._spool.close()

@@ -1,0 +1,271 @@
+"""Google Drive as a sink: one file per hour name, whatever is lost, repeated or done to it by people.
+
+Invariants: a create carries an id that the state store has already, so its repetition can only find the same file; what
+Drive holds is asked of Drive, and MD5 and head revision say what it is; of several files of a name the oldest is it.
+Only what has binary content is a file: folders, shortcuts and Google documents of the name are left alone.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from app.core.errors import Conflict, Permanent, Transient
+from app.core.ports import Held
+from app.core.window import Window
+from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
+from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
+from app.dynamo_to_drive.hour_file import Accounts, HourFile, Unreadable, lines_in, read_file, readable, while_readable
+
+MEMORY_BYTES = 1 << 20
+READ_HINT = "nothing to do: it is read again"
+NEW_IDS = 3
+log = logging.getLogger(__name__)
+
+
+class FileIds(Protocol):
+    """Where the id of an hour's file is remembered, durably, before the file is."""
+
+    def known(self, key: str) -> str:
+        """The id; "" when none was kept."""
+
+    def keep(self, key: str, file_id: str) -> None:
+        """Keep it. Durable when this returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where files go. `folder_id` is never empty; `escaped` says whether cells are guarded against formulas."""
+
+    prefix: str
+    folder_id: str
+    shared_drive_id: str
+    escaped: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HourBytes:
+    """An hour's file as what is uploaded; the batch keeps and frees the bytes."""
+
+    hour: HourFile
+    write: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        return self.hour.size_bytes
+
+    def close(self) -> None:
+        """Nothing: the batch is closed by its reader."""
+
+
+def file_name(prefix: str, window: Window) -> str:
+    """The name of an hour's file, in UTC."""
+    return f"{prefix}_{window.start:%Y%m%d_%H}.csv"
+
+
+def hour_of(key: str) -> Window:
+    """The hour of a file's name."""
+    start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
+    return Window(start, start + timedelta(hours=1))
+
+
+class FolderOnce:
+    """What the folder is, looked up once per process and again after a failure. `told`: ids that were warned of."""
+
+    def __init__(self) -> None:
+        self.told = set[str]()
+        self._drive_id: str | None = None
+
+    def drive_id(self, drive: Drive, place: Place) -> str:
+        """The shared drive of the folder, "" in My Drive. Raises Permanent for what is no folder or is read-only."""
+        if self._drive_id is None:
+            self._drive_id = _checked(drive.folder(place.folder_id), place)
+        return self._drive_id
+
+    def forget(self) -> None:
+        """Look again next time."""
+        self._drive_id = None
+
+
+class DriveSink:
+    """`app.core.ports.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there."""
+
+    def __init__(self, drive: Drive, place: Place, ids: FileIds, folder: FolderOnce, accounts: Accounts) -> None:
+        self._drive = drive
+        self._place = place
+        self._ids = ids
+        self._folder = folder
+        self._accounts = accounts
+
+    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
+        """The file's name."""
+        return file_name(self._place.prefix, window)
+
+    def head(self, key: str) -> Held | None:
+        """The file of that name in the folder, else the one with the known id wherever a person moved it."""
+        found = self._find(key)
+        if found is None:
+            return None
+        rows, min_at, max_at = self._described(found)
+        self._accounts.held(hour_of(key), rows)
+        return Held(_version(found), found.md5, rows, min_at, max_at, found.size_bytes)
+
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: version and MD5."""
+        found = self._find(key)
+        return None if found is None else Held(_version(found), found.md5)
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`; of several of one name, the oldest."""
+        start = file_name(self._place.prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        drive_id = self._folder.drive_id(self._drive, self._place)
+        seen = set[str]()
+        for found in self._drive.beginning(start, self._place.folder_id, drive_id):
+            if found.is_binary and found.name not in seen:
+                seen.add(found.name)
+                yield found.name, found.md5
+
+    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of that version. Raises Conflict when another one is there."""
+        file_id = version.partition(":")[0]
+        self._check(key, version)
+        yield from self._rows(file_id)
+        self._check(key, version)
+
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourBytes:  # noqa: ARG002 - the port's words
+        """The batch is the file already."""
+        if self._place.dry_run:
+            name = file_name(self._place.prefix, window)
+            log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
+            self._accounts.waits(window, batch.rows)
+        return HourBytes(batch)
+
+    def put(self, key: str, encoded: HourBytes, expected: str | None) -> str:
+        """Create under the id that was kept before, or replace the content when the head revision is the expected."""
+        hour, content = encoded.hour, _content(encoded.hour)
+        if expected is None:
+            landed, version = hour.landed_over(()), self._create(key, content)
+        else:
+            self._check(key, expected)
+            file_id = expected.partition(":")[0]
+            landed = hour.landed_over(while_readable(self._rows(file_id)))
+            version = _version(self._drive.update(file_id, content))
+        self._accounts.landed(hour_of(key), landed)
+        log.info("%s: uploaded, %d rows, %d bytes", key, hour.rows, hour.size_bytes)
+        return version
+
+    def _create(self, key: str, content: Content) -> str:
+        file_id = self._ids.known(key)
+        for _ in range(NEW_IDS):
+            held = self._drive.get(file_id) if file_id else None
+            if held is not None and not held.trashed:
+                raise Conflict(f"{key}: is there already", READ_HINT)
+            if not file_id or held is not None:  # an id in the trash cannot be used again
+                file_id = self._drive.new_id()
+                self._ids.keep(key, file_id)
+            made = self._drive.create(file_id, key, self._place.folder_id, content)
+            if made is not None:
+                return _version(made)
+            held = self._drive.get(file_id)
+            if held is not None and not held.trashed and held.md5 == content.md5:
+                return _version(held)
+            if held is None:  # used once and deleted for good
+                file_id = ""
+        raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "nothing to do: the next run tries new ones")
+
+    def _find(self, key: str) -> DriveFile | None:
+        try:
+            named = self._drive.named(key, self._place.folder_id, self._folder.drive_id(self._drive, self._place))
+        except Permanent:
+            self._folder.forget()
+            raise
+        found = [each for each in named if each.is_binary]
+        self._tell_others(each for each in named if not each.is_binary)
+        if found:
+            self._put_aside(key, found[1:])
+            return found[0]
+        file_id = self._ids.known(key)
+        held = self._drive.get(file_id) if file_id else None
+        return None if held is None or held.trashed else held
+
+    def _tell_others(self, others: Iterable[DriveFile]) -> None:
+        """Once per process: a person may wonder which of the two is ours."""
+        for other in others:
+            if other.file_id not in self._folder.told:
+                self._folder.told.add(other.file_id)
+                what = other.mime_type.rpartition(".")[2]
+                log.warning("%s: a Google %s has the same name (%s); it is left alone", other.name, what, other.file_id)
+
+    def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
+        """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
+        for other in others:
+            log.warning("%s: is there more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
+            if self._place.dry_run:
+                continue
+            try:
+                self._drive.trash(other.file_id)
+            except Permanent as error:
+                log.warning("%s: %s could not be put into the trash: %s", key, other.file_id, error)
+
+    def _check(self, key: str, version: str) -> None:
+        held = self._drive.get(version.partition(":")[0])
+        if held is None or held.trashed or _version(held) != version:
+            raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
+
+    def _described(self, found: DriveFile) -> tuple[int, datetime | None, datetime | None]:
+        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted.
+
+        What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
+        """
+        noted = found.properties
+        if noted.get("headwaterMd5") == found.md5:
+            return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
+        try:
+            return sum(1 for _ in self._rows(found.file_id)), None, None
+        except Unreadable as error:
+            log.warning("%s: %s; it is made anew, what it held is among its versions", found.name, error.message)
+            return 0, None, None
+
+    def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
+        with closing(tempfile.SpooledTemporaryFile(MEMORY_BYTES)) as spool:
+            self._drive.download(file_id, spool)  # type: ignore[arg-type]  # a seekable binary file
+            with readable(file_id):
+                yield from read_file(lines_in(spool), escaped=self._place.escaped)  # type: ignore[arg-type]
+
+
+def _checked(folder: Mapping[str, object], place: Place) -> str:
+    what = f"GOOGLE_DRIVE_FOLDER_ID {place.folder_id}"
+    if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
+        raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'no folder'}", SHARE_HINT)
+    may = folder.get("capabilities")
+    if isinstance(may, Mapping) and may.get("canAddChildren") is False:
+        raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
+    drive_id = str(folder.get("driveId") or "")
+    if place.shared_drive_id and drive_id != place.shared_drive_id:
+        raise Permanent(
+            f"{what} is not on the shared drive {place.shared_drive_id}",
+            f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
+            if drive_id
+            else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive",
+        )
+    return drive_id
+
+
+def _content(hour: HourFile) -> Content:
+    properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
+    if hour.min_at and hour.max_at:
+        properties |= {"headwaterFrom": hour.min_at.isoformat(), "headwaterTo": hour.max_at.isoformat()}
+    return Content(hour.file, hour.digest, hour.size_bytes, properties)
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _version(found: DriveFile) -> str:
+    return f"{found.file_id}:{found.revision}"

@@ -1,0 +1,269 @@
+"""Bodies of /s3 on their way in and out."""
+
+import asyncio
+import mimetypes
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from app.core.errors import Transient
+from app.objects.requests import NotServed, Span
+from app.stores.objects import ObjectInfo
+from app.stores.transfers import Readable, Transfers
+
+# A body on its way from the event loop to the thread that stores it.
+#
+# Invariants: neither side waits for the other beyond the bytes in between, and these are bounded; the thread sees the
+# end of the body only when all of it came, and an error in every other case.
+
+WAKE_BYTES = 1 << 19
+HIGH_BYTES = 1 << 20
+T = TypeVar("T")
+
+
+class Feed:
+    """Bytes in between. `offer`, `end`, `lose` and `left` belong to the loop, `read` to the thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._turn = threading.Condition()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._ended = False
+        self._lost = False
+        self._closed = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._taken: deque[bytes] = deque()
+
+    async def offer(self, block: bytes) -> bool:
+        """Hand on `block`, then wait for room. False when nobody reads any more."""
+        with self._turn:  # held for a moment only, also by the thread
+            self._held.append(block)
+            self._held_bytes += len(block)
+            if self._held_bytes >= WAKE_BYTES:
+                self._turn.notify()
+            if self._held_bytes >= HIGH_BYTES and not self._closed:
+                self._room.clear()
+        await self._room.wait()
+        return not self._closed
+
+    def end(self) -> None:
+        """All of the body came."""
+        with self._turn:
+            self._ended = True
+            self._turn.notify()
+
+    def lose(self) -> None:
+        """The rest of the body does not come; nothing after `end`."""
+        with self._turn:
+            self._lost = not self._ended
+            self._turn.notify()
+
+    def left(self, work: "asyncio.Future[Any]") -> None:
+        """The thread is done with the body; what it failed with is looked at here, also when nobody waits for it."""
+        self._closed = True
+        self._room.set()
+        if not work.cancelled():
+            work.exception()
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable: blocks as they came, uncut where they fit. Raises Transient when the rest does not come."""
+        if not self._taken:
+            self._take()
+        block = self._taken.popleft() if self._taken else b""
+        if len(block) > count:
+            self._taken.appendleft(block[count:])
+            block = block[:count]
+        return block
+
+    def _take(self) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._held_bytes >= WAKE_BYTES or self._ended or self._lost)
+            if self._lost:
+                raise Transient("the client went away before the end of the body", "send it again")
+            self._taken.extend(self._held)
+            self._held, self._held_bytes = [], 0
+        self._loop.call_soon_threadsafe(self._room.set)
+
+
+async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callable[[Feed], T]) -> T:
+    """What `work` makes of the body. When it raises, the rest of the body is left unread."""
+    loop = asyncio.get_running_loop()
+    feed = Feed(loop)
+    future = loop.run_in_executor(threads, work, feed)
+    future.add_done_callback(feed.left)
+    try:
+        async for block in blocks:
+            if not await feed.offer(block):
+                break
+        else:
+            feed.end()
+        return await asyncio.shield(future)
+    finally:
+        feed.lose()
+
+
+# The file of a multipart form as a body, without keeping it anywhere.
+#
+# Invariant: the body ends only when the whole form was read and holds exactly one file; a form that breaks off
+# raises.
+
+FIELD = "file"
+MOST_FIELDS = 100
+STEP_BYTES = 1 << 18
+FORM_HINT = "send one file, as `curl -F file=@name` does, or the bare bytes"
+
+
+class Form:
+    """Reads to the file when it is made. `content_type` is what the file's own header says, "" for nothing."""
+
+    def __init__(self, body: Readable, boundary: str) -> None:
+        self._body = body
+        self._events = self._parsed(boundary)
+        self._piece = memoryview(b"")
+        self.content_type = self._find()
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        if not self._piece:
+            event = next(self._events, None)
+            if event is None:
+                self._finish()
+                return b""
+            if len(event) <= count:
+                return bytes(event)
+            self._piece = memoryview(event)
+        data, self._piece = self._piece[:count], self._piece[count:]
+        return bytes(data)
+
+    def _find(self) -> str:
+        for event in self._events:
+            if _is_file(event):
+                return str(event.content_type or "")
+        raise NotServed(422, "the form holds no file", FORM_HINT, fault=FIELD)
+
+    def _finish(self) -> None:
+        if any(_is_file(event) for event in self._events):
+            raise NotServed(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
+
+    def _parsed(self, boundary: str) -> Iterator[Any]:
+        """Segments, the bytes of each, and None at its end. Raises NotServed."""
+        from multipart import MultipartError, PushMultipartParser
+
+        try:
+            parser = PushMultipartParser(boundary, max_segment_count=MOST_FIELDS)
+            while not parser.closed:
+                yield from parser.parse(self._body.read(STEP_BYTES))
+            while self._body.read(STEP_BYTES):
+                pass  # what follows the form belongs to it and means nothing
+        except MultipartError as error:
+            raise NotServed(400, f"the form cannot be read: {error}", FORM_HINT) from error
+
+
+def _is_file(event: Any) -> bool:
+    name = getattr(event, "name", None)
+    return name is not None and (name == FIELD or event.filename is not None)
+
+
+def boundary_of(fields: Mapping[str, str]) -> str | None:
+    """The boundary of a multipart form; None for a bare body. Raises NotServed."""
+    from multipart import parse_options_header
+
+    given = fields.get("content-type", "")
+    if not given.lower().startswith("multipart/"):
+        return None
+    kind, options = parse_options_header(given)
+    if kind != "multipart/form-data" or not options.get("boundary"):
+        raise NotServed(415, f"{kind} without what is needed to read it", FORM_HINT, fault="Content-Type")
+    return str(options["boundary"])
+
+
+# The content type that an upload is stored with.
+
+UNKNOWN = "application/octet-stream"
+# what clients send when they know nothing: curl says the last one of any bare body
+SAYS_NOTHING = frozenset({"", UNKNOWN, "binary/octet-stream", "application/x-www-form-urlencoded"})
+MORE_TYPES = {".parquet": "application/vnd.apache.parquet", ".ndjson": "application/x-ndjson", ".md": "text/markdown"}
+MAX_CHARACTERS = 200
+# the module's own table: what this machine's files say must not decide
+KNOWN = mimetypes.MimeTypes(filenames=())
+
+
+def media_type(given: str, key: str) -> str:
+    """What the client said, unless that was nothing or no header can carry it; then what the key's ending says."""
+    said = given.strip()
+    fits = said.isascii() and said.isprintable() and len(said) <= MAX_CHARACTERS
+    if fits and said.partition(";")[0].strip().lower() not in SAYS_NOTHING:
+        return said
+    name = key.rpartition("/")[2]
+    ending = "." + name.rpartition(".")[2].lower()
+    guessed, encoding = KNOWN.guess_type(name)
+    return MORE_TYPES.get(ending) or (guessed if guessed and not encoding else UNKNOWN)
+
+
+# An object on its way out: read in threads, one piece ahead of what is being sent where there is memory for that.
+#
+# Invariant: every byte comes from the one version that was looked at; what cannot be read any more breaks the answer
+# off before its promised length, which every client notices.
+
+PIECE_BYTES, LEAN_BYTES = 1 << 19, 1 << 16
+
+
+class Outgoing:
+    """A span that is open; `close` it. A `lean` one holds one small piece at a time."""
+
+    def __init__(self, threads: Executor, opened: ExitStack, stream: Readable, count: int, *, lean: bool) -> None:
+        self._threads, self._opened, self._stream = threads, opened, stream
+        self._left = count
+        self._lean = lean
+        self._ahead: asyncio.Future[bytes] | None = None
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """All of it. Raises what reading raises."""
+        self._read_ahead()
+        while self._ahead is not None:
+            data = await asyncio.shield(self._ahead)
+            if not data:
+                raise Transient("the object ended before its end", "ask for it again")
+            self._left -= len(data)
+            if self._lean:
+                self._ahead = None
+                yield data
+                self._read_ahead()
+            else:
+                self._read_ahead()
+                yield data
+
+    def close(self) -> None:
+        """Let go of the stream as soon as no thread reads it. Waits for nobody."""
+        if self._ahead is None or self._ahead.done():
+            self._threads.submit(self._opened.close)
+        else:
+            self._ahead.add_done_callback(self._closed_after)
+
+    def _closed_after(self, reading: "asyncio.Future[bytes]") -> None:
+        if not reading.cancelled():
+            reading.exception()  # looked at: nobody waits for it any more
+        self._threads.submit(self._opened.close)
+
+    def _read_ahead(self) -> None:
+        self._ahead = None
+        if self._left:
+            count = min(LEAN_BYTES if self._lean else PIECE_BYTES, self._left)
+            self._ahead = asyncio.get_running_loop().run_in_executor(self._threads, self._stream.read, count)
+
+
+async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: Span, *, lean: bool) -> Outgoing:
+    """Open a span in a thread. Raises Conflict when the version is gone."""
+
+    def work() -> tuple[ExitStack, Readable]:
+        with ExitStack() as stack:
+            stream = stack.enter_context(transfers.open_span(held, span.first, span.count))
+            return stack.pop_all(), stream
+
+    stack, stream = await asyncio.get_running_loop().run_in_executor(threads, work)
+    return Outgoing(threads, stack, stream, span.count, lean=lean)
