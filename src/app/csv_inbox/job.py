@@ -211,7 +211,8 @@ def _marked(inbox: InboxRun, candidate: Candidate) -> Candidate:
         return candidate  # reading it to the end would keep the others waiting
     try:
         with open_regular(candidate.path) as file:
-            return replace(candidate, md5=md5_of(file, candidate.identity.size))
+            md5 = md5_of(file, candidate.identity.size)
+            return replace(candidate, md5=md5 or "shorter by now")  # which no later MD5 equals
     except (Unmergeable, Unsteady, Stuck):
         return candidate  # said when its turn comes
 
@@ -261,5 +262,5 @@ def _set_aside(inbox: InboxRun, candidate: Candidate, error: Unmergeable) -> Rep
         log.error("%r: %s: %s", candidate.path.name, where, error)
     inbox.told.append(f"{name}: {where}: {error}")
     rows = max(error.rows, 1)
-    ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind, rows, rows, name), unit=UNIT)
+    ledger = ledger_of(Tally(counted=rows, read=rows), SetAside(error.kind.value, rows, rows, name), unit=UNIT)
     return Report(failures=(Failure(name, error.message, error.hint),), ledger=ledger.of_partition(name))

@@ -265,21 +265,10 @@ def merge(
     """
     before = None
     with ExitStack() as files:
-
-        def created(path: Path, buffering: int = -1) -> IO[bytes]:
-            file: IO[bytes] = files.enter_context(path.open("xb", buffering=buffering))
-            if master is not None:
-                keep_mode(master, file.fileno())
-            return file
-
-        if incoming.union.added:
-            removed = None  # the old master is to be kept whole
-        output = Output(
-            created(out, 0),
-            created(removed) if removed is not None else None,
-            IndexWriter(created(new_index)) if new_index is not None else None,
-            beat,
-        )
+        # Rows that go are not kept where columns are added: the old master is kept whole then.
+        rows = _created(files, removed, master) if removed is not None and not incoming.union.added else None
+        indexing = IndexWriter(_created(files, new_index, master)) if new_index is not None else None
+        output = Output(_created(files, out, master, buffering=0), rows, indexing, beat)
         spool = files.enter_context(incoming.spool.open("rb", buffering=0))
         counts = MatchCounts(incoming, Dialect(config.csv_delimiter, config.csv_encoding), spool)
         try:
@@ -312,6 +301,13 @@ def merge(
         mtime_before_ns=before.st_mtime_ns if before else 0,
     )
     return Merged(load, tuple(name for place, name in enumerate(union.names) if place not in dropped), before)
+
+
+def _created(files: ExitStack, path: Path, master: Path | None, buffering: int = -1) -> IO[bytes]:
+    file: IO[bytes] = files.enter_context(path.open("xb", buffering=buffering))
+    if master is not None:
+        keep_mode(master, file.fileno())
+    return file
 
 
 def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: InboxConfig, index: Path) -> os.stat_result:
