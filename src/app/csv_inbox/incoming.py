@@ -89,13 +89,7 @@ def read_incoming(
         try:
             reading = _begin(file, master, config, rows)
             file.seek(0)
-            left = reading.header.size_bytes
-            while left > 0:  # read once more, so that it is in the digest
-                left -= len(read(left)) or left
-            bom = BOM if reading.dialect.encoding == "utf-8" else b""
-            line = 1 + reading.header.lines
-            for block in blocks(read, reading.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
-                reading.take(block)
+            reading.take_all(read)
         except Malformed as error:
             fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
             counted, hint = reading.counted if reading else 0, "correct the file and put it into the inbox again"
@@ -168,8 +162,16 @@ class _Reading:
     width: int = 0
     unended_bytes: int = 0
 
-    def take(self, block: Block) -> None:
-        """Check one block and spool it."""
+    def take_all(self, read: Callable[[int], bytes]) -> None:
+        """Check and spool every row; no block outlives this. `read` begins at the header. Raises Malformed."""
+        left = self.header.size_bytes
+        while left > 0:  # read once more, so that it is in the digest
+            left -= len(read(left)) or left
+        bom, line = BOM if self.dialect.encoding == "utf-8" else b"", 1 + self.header.lines
+        for block in blocks(read, self.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
+            self._take(block)
+
+    def _take(self, block: Block) -> None:
         self._check_text(block)
         self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
         block = _without_blank_records(block, self.dialect)

@@ -420,8 +420,7 @@ def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Outp
             counts.count(rows, block, gone)
         _write(block, at, gone, counts, out)
         if out.indexing is not None:
-            entries = _entries(block, hashes, counts)
-            out.indexing.add(np.delete(entries, gone) if len(gone) else entries)
+            _add_entries(out.indexing, block, gone, hashes, counts)
         at += len(block.data)
 
 
@@ -458,8 +457,8 @@ def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
 
-def _entries(block: Block, hashes: Hashes, counts: MatchCounts) -> Hashes:
-    """What the new index says of the block's records, as they are written."""
+def _add_entries(indexing: IndexWriter, block: Block, gone: Offsets, hashes: Hashes, counts: MatchCounts) -> None:
+    """Put the block's records that stay into the new index, as they are written."""
     lengths = block.ends - block.starts
     lengths[block.rows] += len(counts.padding)
     if not block.data.endswith(b"\n"):
@@ -467,7 +466,8 @@ def _entries(block: Block, hashes: Hashes, counts: MatchCounts) -> Hashes:
     if len(hashes) < len(lengths):  # some records are no rows
         hashes, found = np.full(len(lengths), BLANK), hashes
         hashes[block.rows] = found
-    return key_index.entries_of(hashes, lengths)
+    entries = key_index.entries_of(hashes, lengths)
+    indexing.add(np.delete(entries, gone) if len(gone) else entries)
 
 
 # The indexed merge: only rows whose key may be in the file are read; all others are copied verbatim. Nothing follows
