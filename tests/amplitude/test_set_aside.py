@@ -11,10 +11,10 @@ from app.amplitude.events import REFUSED
 from app.amplitude.hours import ABOVE_LIMIT, KEEPS_FAILING
 from app.amplitude.verify import PullChart
 from app.core.errors import Rejected
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.ledger import fault_of
-from app.core.window import Window
-from app.stores.product_mapping import Tables
+from app.core.windows import Window
+from app.product_events.mapping import Tables
 from pulling import HOUR, START, AmplitudePull, Landed, pulling
 from simulators.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 

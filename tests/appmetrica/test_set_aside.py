@@ -22,9 +22,9 @@ from app.appmetrica.rows import (
     CsvRows,
 )
 from app.appmetrica.verify import PullChart
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.ledger import fault_of
-from app.core.window import Window
+from app.core.windows import Window
 from pulling import HOUR, START, Landed, MetricaPull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 

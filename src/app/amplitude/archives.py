@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.window import Window
+from app.core.windows import Window
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
 #

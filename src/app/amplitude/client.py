@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.window import DAY_SECONDS, Window, floor_to
-from app.stores.upstream import Address, Answer, Upstream, receiving
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.product_events.http_client import Address, Answer, Upstream, receiving
 
 HOUR = timedelta(hours=1)
 DAY_HOURS = 24

@@ -20,10 +20,8 @@ import msgspec
 from app.amplitude.archives import Archive, inflated, read_errors, readable
 from app.core.errors import Permanent, Transient
 from app.core.verify import NOTHING, Content, content_of
-from app.stores.objects import ObjectInfo, ObjectStore
-from app.stores.product_loading import Known, lost
-from app.stores.product_mapping import ProductMapping, Tables, mapping
-from app.stores.product_values import cleaned, rule, storable_json
+from app.object_store.port import ObjectInfo, ObjectStore
+from app.product_events.mapping import Known, ProductMapping, Tables, cleaned, lost, mapping, rule, storable_json
 
 # NDJSON of events as columns for the mapping, decoded in compiled code: only what the mapping reads is taken out.
 #

@@ -16,15 +16,14 @@ from app.amplitude.client import Fetched, HourTooLarge, Patience, Project
 from app.amplitude.load_hour import HOUR, NAME, UNIT, BrokenHour, Grounds, Hour, Landed, hour_key, land, set_aside_name
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.ledger import Tally, ledger_of
-from app.core.ports import Checkpoints, Commit, Held, Record
+from app.core.pipeline import Checkpoints, Commit, Held, Record
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Failure, Report
-from app.core.window import DAY_SECONDS, Window, floor_to
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load
-from app.stores.raw_gaps import NOT_HAD, was_had
-from app.stores.raw_objects import Keep, RawObject, in_place_of, keep
-from app.stores.set_aside import LINES, SetAsideStore
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import LINES, SetAsideStore
+from app.product_events.mapping import Load
+from app.product_events.raw_objects import NOT_HAD, Keep, RawObject, in_place_of, keep, was_had
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.
 #

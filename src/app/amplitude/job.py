@@ -14,12 +14,12 @@ from app.amplitude.load_hour import NAME
 from app.amplitude.verify import PullChart, PullEnds
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.ports import Checkpoints
+from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.window import Window
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Events
-from app.stores.set_aside import SetAsideStore, folder_of
+from app.core.windows import Window
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore, folder_of
+from app.product_events.mapping import Events
 
 if TYPE_CHECKING:
     from pydantic import SecretStr

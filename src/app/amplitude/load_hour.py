@@ -17,15 +17,12 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from app.amplitude.archives import Archive, Member, inflated, joined
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
-from app.core.ports import Record
-from app.core.window import Window
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load, Loaded, events_in, load_in_turns
-from app.stores.product_mapping import Tables
-from app.stores.raw_gaps import was_had
-from app.stores.raw_objects import Keep, RawObject, keep
-from app.stores.raw_refused import RefusedLines
-from app.stores.set_aside import SetAsideStore
+from app.core.pipeline import Record
+from app.core.windows import Window
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore
+from app.product_events.mapping import Load, Loaded, Tables, events_in, load_in_turns
+from app.product_events.raw_objects import Keep, RawObject, RefusedLines, keep, was_had
 
 if TYPE_CHECKING:
     from app.amplitude.events import Block, Seen

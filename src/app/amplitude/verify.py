@@ -17,13 +17,12 @@ from app.amplitude.events import Objects, content_of_hour
 from app.amplitude.hours import DUE_AFTER, HOUR_SECONDS, PIPELINE, Places, SourceRun, Weeks, due_at, week_key, week_of
 from app.amplitude.load_hour import NAME, hour_key
 from app.core.errors import Permanent
-from app.core.gaps import Cell
+from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot
-from app.core.window import DAY_SECONDS, Window, floor_to, windows_between
-from app.stores.product_loading import Known
-from app.stores.raw_gaps import RawLine, RawMap, folder_of, was_had
-from app.stores.raw_objects import There, mending
+from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
+from app.product_events.mapping import Known
+from app.product_events.raw_objects import RawLine, RawMap, There, folder_of, mending, was_had
 
 WEEKS = ":weeks"
 
@@ -155,7 +154,7 @@ class PullEnds:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.gaps.Chart` over the pull: a line of hours and one of weeks for each source."""
+    """`app.core.gap_map.Chart` over the pull: a line of hours and one of weeks for each source."""
 
     places: Places
 

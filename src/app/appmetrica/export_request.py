@@ -16,8 +16,8 @@ from zoneinfo import ZoneInfo
 from app.appmetrica.client import SERVICE, MoreParts, Service, Waiting
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.window import Window
-from app.stores.pulls import Export, SqlPulls
+from app.core.windows import Window
+from app.db.run_records import Export, SqlPulls
 
 # What AppMetrica is asked for. The question is the name of the file upstream, so it is made once and kept as it is.
 #

@@ -40,16 +40,14 @@ from app.appmetrica.rows import (
 )
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.ledger import Tally, ledger_of
-from app.core.ports import Checkpoints, Commit, Record
+from app.core.pipeline import Checkpoints, Commit, Record
 from app.core.runs import Context, Failure, Report
-from app.core.window import DAY_SECONDS, Window, floor_to
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Load, Loaded, load_in_turns
-from app.stores.pulls import Export, SqlPulls
-from app.stores.raw_gaps import NOT_HAD, was_had
-from app.stores.raw_objects import Keep, RawObject, keep
-from app.stores.raw_refused import RefusedLines
-from app.stores.set_aside import LINES, SetAsideStore
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.db.run_records import Export, SqlPulls
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import LINES, SetAsideStore
+from app.product_events.mapping import Load, Loaded, load_in_turns
+from app.product_events.raw_objects import NOT_HAD, Keep, RawObject, RefusedLines, keep, was_had
 
 # The hours of one resource in one run: asked for together, landed one by one, in order.
 #

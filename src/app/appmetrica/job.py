@@ -18,13 +18,13 @@ from app.appmetrica.rows import KEPT_ROW_BYTES
 from app.appmetrica.verify import PullChart, PullEnds
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.ports import Checkpoints
+from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.window import Window
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Events
-from app.stores.pulls import SqlPulls
-from app.stores.set_aside import SetAsideStore, folder_of
+from app.core.windows import Window
+from app.db.run_records import SqlPulls
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore, folder_of
+from app.product_events.mapping import Events
 
 SPOOL = "spool"
 OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"

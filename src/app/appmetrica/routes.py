@@ -35,9 +35,9 @@ from app.appmetrica.export_request import (
 from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import needs
-from app.stores.pulls import Export, SqlPulls
+from app.db.run_records import Export, SqlPulls
+from app.web.auth import needs
+from app.web.errors import Refusal, Refused
 
 OWNER = "routes"
 AT_ONCE = 8

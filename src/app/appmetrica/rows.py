@@ -17,8 +17,8 @@ from typing import IO, Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
-from app.core.window import Window, floor_to
-from app.stores.product_mapping import Tables, mapping
+from app.core.windows import Window, floor_to
+from app.product_events.mapping import Tables, mapping
 
 # Rows of a CSV file of AppMetrica, by the names of its header; rows that cannot be read come with their bytes.
 #

@@ -22,13 +22,12 @@ from app.appmetrica.export_request import Patience, Resource, asking, keep_quest
 from app.appmetrica.hours import DUE_AFTER, EVENTS, NAME, Places, ResourceRun, due_at, hour_key, leave_out, question_for
 from app.appmetrica.rows import HOUR_SECONDS, KEPT_ROW_BYTES, HourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
-from app.core.gaps import Cell
+from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
-from app.core.window import DAY_SECONDS, Window, floor_to, windows_between
-from app.stores.product_loading import Known, lost
-from app.stores.raw_gaps import RawLine, RawMap, folder_of
-from app.stores.raw_objects import There, mending
+from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
+from app.product_events.mapping import Known, lost
+from app.product_events.raw_objects import RawLine, RawMap, There, folder_of, mending
 
 DAMAGED = "heal the window: the object is written again from what the service gives"
 LOST = "heal the window: its events are loaded again"
@@ -216,7 +215,7 @@ def _content(hour: HourFile) -> Content:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.gaps.Chart` over the pull."""
+    """`app.core.gap_map.Chart` over the pull."""
 
     places: Places
 
