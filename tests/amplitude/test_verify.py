@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from app.amplitude.verify import PullChart
 from app.core.gaps import State
 from app.core.window import Window
 from app.stores.s3 import S3Store
@@ -64,7 +63,7 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert (made.objects(), made.tables()) == (before, tables)
     assert whole.items() <= {info.key: info.etag for info in made.store.list("")}.items()
     assert made.mend("amplitude", pull.verification, SPAN) == (type(report)(), [])
-    states = PullChart(pull.places).cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
+    states = pull.chart.cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
     assert {cell.state for cell in states} == {State.EQUAL, State.EMPTY}
     if not made.bucket:
         with (made.folder / "objects" / key(10)).open("rb+") as file:
@@ -76,7 +75,7 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
 
 def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> None:
     made, _, pull = world
-    chart = PullChart(pull.places)
+    chart = pull.chart
     assert chart.partitions() == ["web", "web:weeks"]
     made.put(key(0), None)
     made.put(key(10), b"other")

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
 from app.core.window import Window
+from app.product_events.pull import hours_of
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
 #
@@ -21,9 +22,8 @@ from app.core.window import Window
 # member is ever used as a path; whatever is wrong with the file is one of our errors.
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
-HOUR = timedelta(hours=1)
 T = TypeVar("T")
-AGAIN = "nothing to do: the export is fetched again"
+AGAIN = "no action needed: the export is fetched again"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,11 +44,7 @@ class Archive:
 
     def hours(self) -> Mapping[datetime, Sequence[Member]]:
         """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
-        found: dict[datetime, list[Member]] = {}
-        at = self.span.start
-        while at < self.span.end:
-            found[at] = []
-            at += HOUR
+        found: dict[datetime, list[Member]] = {start: [] for start in hours_of(self.span)}
         for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
             if member.hour_at not in found:
                 raise Permanent(

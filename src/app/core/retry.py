@@ -3,6 +3,7 @@
 Invariant: a retry never outlasts the policy's attempts, and a stop that was asked for ends the waiting.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -28,8 +29,8 @@ class Pauses(Protocol):
         """Wait; raise `Stopped` as soon as a stop is asked for."""
 
 
-def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float]) -> T:
-    """Call `action` until it returns. `draw` gives a number in [0, 1).
+def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float] = random.random) -> T:
+    """Call `action` until it returns. `draw` gives a number in [0, 1), which is jitter only and not security-sensitive.
 
     `Conflict` and `LeaseLost` are not repeated here: their cure is to read again or to give up, which the caller does.
     Raises the last `Transient` when the attempts are used up.

@@ -41,7 +41,7 @@ class RawObject:
         }
 
 
-class Keep(Protocol):
+class PutPolicy(Protocol):
     """How the object of a window is stored."""
 
     def __call__(self, store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
@@ -63,7 +63,7 @@ def keep(store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
     return in_place_of(held.version if held else "")(store, file, what)
 
 
-def in_place_of(version: str) -> Keep:
+def in_place_of(version: str) -> PutPolicy:
     """Store over this very version, whatever it holds; "" = nothing is there."""
 
     def stored(store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
@@ -86,7 +86,7 @@ class There:
     content: Content | None
 
 
-def mending(there: There, given: Content, record: Record | None) -> Keep | None:
+def mending(there: There, given: Content, record: Record | None) -> PutPolicy | None:
     """How to store what the service gives now; None = what is there stays, since the service no longer has all of it.
 
     Raises Permanent when the object is damaged or foreign and the service has no rows to put in its place.
