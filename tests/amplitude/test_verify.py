@@ -93,6 +93,27 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
     assert chart.cells("web:weeks", Window(MONDAY, MONDAY + DAY))[0].state is State.MISSING
 
 
+def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
+    made, _, pull = world
+    due = pull.pull.due_at
+    hour = Window(due, due + HOUR)
+
+    def state_after(minutes: int) -> State:
+        """So long after the hour is due, which is two and a half hours after its end."""
+        made.clock.now = hour.end + timedelta(hours=2, minutes=30 + minutes)
+        return pull.chart.cells("web", hour)[0].state
+
+    assert [state_after(minutes) for minutes in (-1, 0, 60, 74, 75)] == [
+        State.OPEN,
+        State.WAITING,
+        State.WAITING,
+        State.WAITING,
+        State.MISSING,
+    ]
+    pull.to_the_end()
+    assert state_after(75) is State.EMPTY
+
+
 def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:
     made, _, pull = world
     before, objects = made.tables(), {info.key: info.etag for info in made.store.list("")}

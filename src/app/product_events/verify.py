@@ -107,4 +107,5 @@ class PullChart:
 def moment_of(pull: PullContext, partition: str) -> Moment:
     """Now, and how far a partition is."""
     cursor_at = pull.checkpoints.cursors(pull.name).get(partition)
-    return Moment(pull.clock(), pull.due_after.total_seconds(), cursor_at)
+    due, overdue = pull.due_after.total_seconds(), pull.overdue_after.total_seconds()
+    return Moment(pull.clock(), due, cursor_at, overdue)
