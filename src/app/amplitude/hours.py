@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from enum import Enum
+from itertools import groupby
 from typing import BinaryIO, cast
 
 from app.amplitude.archives import WEEK, Archive, monday, name_of, opened, weeks
@@ -48,11 +49,14 @@ def hours_of_week(pull: PullContext, source: str, window: Window) -> Sequence[Re
 
     A day with an hour that waits is not whole; one that was set aside is not waited for.
     """
-    days: dict[datetime, list[Record]] = {}
-    for record in pull.checkpoints.records(pull.name, source, window.start, window.end):
-        if was_had(record) or record.closed:
-            days.setdefault(floor_to(record.window.start, DAY_SECONDS), []).append(record)
-    return [record for day in sorted(days) for record in days[day] if len(days[day]) == DAY_HOURS]
+    records = pull.checkpoints.records(pull.name, source, window.start, window.end)
+    days = _by_day(record for record in records if was_had(record) or record.closed)
+    return [record for day in days if len(day) == DAY_HOURS for record in day]
+
+
+def _by_day(records: Iterable[Record]) -> Sequence[Sequence[Record]]:
+    """Records of hours, oldest first, day by day."""
+    return [list(day) for _, day in groupby(records, lambda record: record.window.start.date())]
 
 
 def mend_week(run: PartitionRun, window: Window, version: str) -> int:
@@ -197,7 +201,7 @@ class SourceRun:
         span = archive.span
         (hour,) = self._hours(span, archive, self.run.records(span), Mode.AGAIN)
         try:
-            record, new, ledger = load_hour(self.run.pull, self.run.context, archive, hour, put=put)
+            record, new, ledger = load_hour(self.run, archive, hour, put=put)
         except BrokenHour as error:
             raise error.fault from error
         loaded = self._commit(hour, record, new, ledger, Mode.AGAIN)
@@ -212,12 +216,9 @@ class SourceRun:
     def _look_again(self, now: datetime) -> Report:
         """Each day once more, a day after its last hour was due: what the service added since is loaded."""
         until = settled_at(now)
-        days: dict[datetime, list[Record]] = {}
-        for record in self.run.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values():
-            if not record.closed and was_had(record):
-                days.setdefault(floor_to(record.window.start, DAY_SECONDS), []).append(record)
+        records = self.run.records(Window(until - timedelta(days=AGAIN_DAYS), until)).values()
         report = Report()
-        for hours in days.values():
+        for hours in _by_day(record for record in records if not record.closed and was_had(record)):
             report += self._pull(Window(hours[0].window.start, hours[-1].window.end), Mode.ONCE_MORE)
         return report
 
@@ -258,7 +259,7 @@ class SourceRun:
             for hour in hours:
                 context.stop.check()
                 try:
-                    record, new, ledger = load_hour(self.run.pull, context, archive, hour)
+                    record, new, ledger = load_hour(self.run, archive, hour)
                 except BrokenHour as error:
                     alone = fetched.file if span == hour.window else None
                     report += self._not_had(hour.window, error.fault, hour.record, mode, came=True, evidence=alone)

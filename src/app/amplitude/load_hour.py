@@ -16,9 +16,8 @@ from app.amplitude.archives import Archive, Member, inflated, joined
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.ports import Record
-from app.core.runs import Context
 from app.core.window import Window
-from app.product_events.pull import GZIP, PullContext, record_of_nothing
+from app.product_events.pull import GZIP, PartitionRun, record_of_nothing, store_rows
 from app.stores.product_loading import Loaded, events_in, load_in_turns
 from app.stores.product_mapping import Tables
 from app.stores.raw_gaps import was_had
@@ -74,7 +73,7 @@ class BrokenHour(Exception):
 
 
 def load_hour(
-    pull: PullContext, context: Context, archive: Archive | None, hour: Hour, *, put: PutPolicy = keep
+    run: PartitionRun, archive: Archive | None, hour: Hour, *, put: PutPolicy = keep
 ) -> tuple[Record, int, Ledger]:
     """Load the hour: the record to commit, how many events are new, and the ledger of its lines.
 
@@ -82,8 +81,8 @@ def load_hour(
     """
     if archive is None or not hour.members:
         return _empty(hour), 0, Ledger()
-    with tempfile.TemporaryFile(dir=pull.spool) as file, closing(RefusedLines(pull.spool)) as refused:
-        lines = _Lines(pull, context, hour, cast("BinaryIO", file), refused)
+    with tempfile.TemporaryFile(dir=run.pull.spool) as file, closing(RefusedLines(run.pull.spool)) as refused:
+        lines = _Lines(run, hour, cast("BinaryIO", file), refused)
         with _broken():
             _gather(archive, hour.members, lines.file)
         known = hour.record if was_had(hour.record) and not hour.again else None
@@ -94,33 +93,13 @@ def load_hour(
                 return record, 0, lines.ledger(Loaded(known.rows))
         seen, loaded = lines.load()
         if seen.fault_rows:
-            what = "lines are not events; they are in the object and in _set_aside, not in the warehouse"
-            log.warning("%s: %d %s: %s", hour.key, seen.fault_rows, what, "; ".join(seen.faults))
-        record = Record(
-            window=hour.window,
-            part=0,
-            key=hour.key,
-            version="",
-            digest=seen.digest,
-            rows=seen.rows,
-            size_bytes=lines.file.seek(0, 2),
-            source_cells=seen.lines,  # what it has more than `rows` are lines that are not events
-            min_at=hour.window.start,
-            max_at=hour.window.end,
-            closed=hour.final,
-        )
-        if context.dry_run:
-            return record, 0, Ledger()
-        held = put(pull.store, lines.file, RawObject(NAME, hour.key, hour.window, GZIP, seen.rows, seen.digest))
-        rows = seen.rows if held.rows is None else held.rows
-        record = replace(
-            record,
-            version=held.version,
-            size_bytes=held.size_bytes,
-            rows=rows,
-            digest=held.digest,
-            source_cells=rows + seen.fault_rows,
-        )
+            where = "lines are not events; they are in the object and in _set_aside, not in the warehouse"
+            log.warning("%s: %d %s: %s", hour.key, seen.fault_rows, where, "; ".join(seen.faults))
+        if run.context.dry_run:
+            empty = record_of_nothing(hour.window, hour.key, closed=hour.final)
+            return replace(empty, rows=seen.rows, size_bytes=lines.file.seek(0, 2)), 0, Ledger()
+        what = RawObject(NAME, hour.key, hour.window, GZIP, seen.rows, seen.digest)
+        record = store_rows(run.pull.store, put, lines.file, what, refused=seen.fault_rows, closed=hour.final)
         return record, loaded.new, lines.ledger(loaded)
 
 
@@ -161,8 +140,7 @@ def _gather(archive: Archive, members: Sequence[Member], file: BinaryIO) -> None
 class _Lines:
     """The lines of an hour in a file. Each pass counts them anew, and sets aside anew what is no event."""
 
-    pull: PullContext
-    context: Context
+    run: PartitionRun
     hour: Hour
     file: BinaryIO
     refused: RefusedLines
@@ -177,13 +155,13 @@ class _Lines:
 
     def load(self) -> "tuple[HourStats, Loaded]":
         """Load all; where the warehouse refuses a value, each event with sanitised values, at last one by one."""
-        if self.context.dry_run:
+        if self.run.context.dry_run:
             return self.read(), Loaded()
         for careful in (False, True):
             seen = self._begin()
             try:
                 tables = self._tables(seen, careful=careful)
-                return seen, load_in_turns(self.pull.warehouse.load, tables, past=self.hour.past)
+                return seen, load_in_turns(self.run.pull.warehouse.load, tables, past=self.hour.past)
             except Rejected as error:
                 log.warning("%s: retrying row by row with sanitised values: %s", self.hour.key, error)
         seen = self._begin()
@@ -193,7 +171,7 @@ class _Lines:
         """Lines are counted as they are read, events where the warehouse took them, what is set aside where it lies."""
         counted = self.counted
         tally = Tally(counted=counted, read=counted, new=loaded.new, already_there=loaded.given - loaded.new)
-        entries = () if self.context.dry_run else self.refused.keep(self.pull.set_aside)
+        entries = () if self.run.context.dry_run else self.refused.keep(self.run.pull.set_aside)
         return ledger_of(tally, *entries, unit=UNIT)
 
     def _begin(self) -> "HourStats":
@@ -214,7 +192,7 @@ class _Lines:
         self.file.seek(0)
         found = blocks(inflated(self.file))
         while True:
-            self.context.stop.check()
+            self.run.context.stop.check()
             with _broken():
                 block = next(found, None)
             if block is None:
@@ -232,7 +210,7 @@ class _Lines:
         """Load line by line: the warehouse refuses some event even sanitised, and that one alone is set aside."""
         from app.amplitude.events import REFUSED, HourStats, reader
 
-        done, load = Loaded(), self.pull.warehouse.load
+        done, load = Loaded(), self.run.pull.warehouse.load
         for block in self._blocks():
             if not isinstance(block, bytes):
                 reader().tables(block, seen)

@@ -121,15 +121,6 @@ class TooManyParts(Permanent):
     """The file is too large for as many parts as we ask for."""
 
 
-class Files(list[BinaryIO]):
-    """The parts that are there so far, in order, each gzip with a header of its own."""
-
-    def close(self) -> None:
-        """Free all. Idempotent."""
-        while self:
-            self.pop().close()
-
-
 @dataclass(frozen=True, slots=True)
 class Exports:
     """The exports of one application. One call waits up to `timeout_seconds`, with pauses from `interval_seconds` on.
@@ -188,18 +179,21 @@ class Exports:
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
             self.pulls.save(export)
-        with closing(Files()) as files:
-            yield ExportInProgress(self, export, files, fresh)
+        with closing(ExportInProgress(self, export, fresh)) as under_way:
+            yield under_way
 
 
 @dataclass(slots=True)
 class ExportInProgress:
-    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept."""
+    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept.
+
+    `files`: the parts that are there so far, in order, each gzip with a header of its own.
+    """
 
     exports: Exports
     export: Export
-    files: Files
     fresh: bool
+    files: list[BinaryIO] = field(default_factory=list)
 
     @property
     def request(self) -> LogsRequest:
@@ -234,13 +228,18 @@ class ExportInProgress:
             interval_seconds = longer(interval_seconds)
         return answer
 
+    def close(self) -> None:
+        """Free the files. Idempotent."""
+        while self.files:
+            self.files.pop().close()
+
     def finish(self) -> None:
         """The file was taken in."""
         self._save(replace(self.export, done=True))
 
     def _double(self) -> None:
         """What was fetched is of another division, and goes."""
-        self.files.close()
+        self.close()
         if self.export.parts_count >= MAX_PARTS:
             raise TooManyParts(
                 f"AppMetrica wants more than {MAX_PARTS} parts of {self.request.path[:200]}", "ask for fewer days"

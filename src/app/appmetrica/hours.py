@@ -24,6 +24,7 @@ from app.product_events.pull import (
     PartitionRun,
     not_had,
     record_of_nothing,
+    store_rows,
 )
 from app.stores.product_loading import Loaded, load_in_turns
 from app.stores.pulls import Export
@@ -236,8 +237,10 @@ class ResourceRun:
         if run.context.dry_run:
             return Report(rows=hour.rows, windows=int(not same)), Loaded()
         loaded = self._load(hour, past=not live)
-        landed = had if had is not None and stays else self._store(hour, keep, closed=had is not None)
-        landed = replace(landed, source_cells=landed.rows + hour.refused)
+        if had is not None and stays:
+            landed = replace(had, source_cells=had.rows + hour.refused)
+        else:
+            landed = self._store(hour, keep, closed=had is not None)
         run.commit(landed, cursor_at=cursor_at)
         if self.resource.name != EVENTS:
             loaded = _stored(hour, landed, had)
@@ -252,7 +255,7 @@ class ResourceRun:
             return Report(windows=1)
         new = self._load(hour, past=True).new
         landed = self._store(hour, put, closed=record is not None and was_had(record) and record.closed)
-        self.run.commit(replace(landed, source_cells=landed.rows + hour.refused))
+        self.run.commit(landed)
         return Report(rows=new, bytes=landed.size_bytes, windows=1)
 
     def _load(self, hour: HourFile, *, past: bool) -> Loaded:
@@ -266,21 +269,10 @@ class ResourceRun:
         """The object is stored, unless the hour is empty; what is there then."""
         key = hour_key(self.run.name, hour.window)
         if not hour.rows:
-            return record_of_nothing(hour.window, key, closed=closed, digest=hour.digest)
-        held = put(self.run.pull.store, hour.file, RawObject(NAME, key, hour.window, GZIP, hour.rows, hour.digest))
-        return Record(
-            window=hour.window,
-            part=0,
-            key=key,
-            version=held.version,
-            digest=held.digest,
-            rows=hour.rows if held.rows is None else held.rows,
-            size_bytes=held.size_bytes,
-            source_cells=hour.rows,
-            min_at=hour.window.start,
-            max_at=hour.window.end,
-            closed=closed,
-        )
+            empty = record_of_nothing(hour.window, key, closed=closed, digest=hour.digest)
+            return replace(empty, source_cells=hour.refused)
+        what = RawObject(NAME, key, hour.window, GZIP, hour.rows, hour.digest)
+        return store_rows(self.run.pull.store, put, hour.file, what, refused=hour.refused, closed=closed)
 
 
 def _stored(hour: HourFile, landed: Record, had: Record | None) -> Loaded:

@@ -1,4 +1,11 @@
-"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping."""
+"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
+
+Invariants: every row of the file comes once, good or bad, and is in exactly one hour, by the second in which it was
+received, or is refused with its bytes as the file has them; a bad row never takes a good one with it, also when a quote
+too many makes it swallow what follows. A record ends with the first line end up to which its quotes are even in number.
+Columns are found by their names. The same rows of an hour give the same uuids, whatever their order. Memory is bounded
+by KEPT_ROW_BYTES: what must be remembered of each row lies on disk.
+"""
 
 import csv
 import gzip
@@ -18,13 +25,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
 from app.core.window import Window, floor_to
+from app.product_events.pull import HOUR, HOUR_SECONDS, hours_of
 from app.stores.product_mapping import Tables, mapping
-
-# Rows of a CSV file of AppMetrica, by the names of its header; rows that cannot be read come with their bytes.
-#
-# Invariants: every row of the file comes once, good or bad; a bad row never takes a good one with it, also when a
-# quote too many makes it swallow what follows; the bytes of a bad row are those of the file; memory is bounded by
-# KEPT_ROW_BYTES. A record ends with the first line end up to which its quotes are even in number.
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
@@ -129,15 +131,7 @@ def _cells(text: str) -> Row:
     return next(csv.reader((text,), strict=True))
 
 
-# Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
-#
-# Invariants: a row is in exactly one hour, by the second in which it was received, or is refused with its bytes; the
-# same rows of an hour give the same uuids, whatever their order; columns are found by their names; memory does not
-# grow with the number of rows: what must be remembered of each lies on disk.
-
 SERVICE = "appmetrica"
-HOUR = timedelta(hours=1)
-HOUR_SECONDS = 3600
 BESIDE = timedelta(hours=2)
 CHUNK_ROWS = 2000
 LEVEL = 1
@@ -246,9 +240,7 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    count = (span.end - span.start) // HOUR
-    starts = [span.start + number * HOUR for number in range(count)]
-    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in starts}
+    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
     try:
         reading = Reading(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
@@ -382,15 +374,11 @@ class _Ordinals:
         self._database.close()
 
 
-# Parts of one file as one: the header once, every row on lines of its own.
-#
-# Invariant: rows are copied to the byte; memory is bounded.
-
-PIECE_BYTES = 1 << 18
-
-
 def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
-    """The rows of all parts under the header of the first. A header has no quotes, so it ends with its line."""
+    """The parts of one file as one: each row copied to the byte, on lines of its own, under the header of the first.
+
+    A header has no quotes, so it ends with its line.
+    """
     last = b"\n"
     for number, file in enumerate(files):
         file.seek(0)
@@ -400,6 +388,6 @@ def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
                 if last != b"\n":
                     yield b"\n"
                     last = b"\n"
-            while piece := stream.read(PIECE_BYTES):
+            while piece := stream.read(BUFFER_BYTES):
                 yield piece
                 last = piece[-1:]

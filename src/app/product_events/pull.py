@@ -22,6 +22,7 @@ from app.core.window import Window, floor_to
 from app.stores.objects import ObjectStore
 from app.stores.product_loading import Events
 from app.stores.raw_gaps import NOT_HAD
+from app.stores.raw_objects import PutPolicy, RawObject
 from app.stores.set_aside import LINES, ZIP, SetAsideStore, folder_of
 
 HOUR = timedelta(hours=1)
@@ -177,6 +178,30 @@ class PartitionRun:
 def hours_of(span: Window) -> Sequence[datetime]:
     """The start of each hour."""
     return [span.start + number * HOUR for number in range((span.end - span.start) // HOUR)]
+
+
+def store_rows(
+    store: ObjectStore, put: PutPolicy, file: BinaryIO, what: RawObject, *, refused: int, closed: bool
+) -> Record:
+    """Store the rows of an hour as its object; the record of what is there then.
+
+    `source_cells` counts the `refused` ones too, so what it has more than `rows` are those that were set aside.
+    """
+    held = put(store, file, what)
+    rows = what.rows if held.rows is None else held.rows
+    return Record(
+        window=what.window,
+        part=0,
+        key=what.key,
+        version=held.version,
+        digest=held.digest,
+        rows=rows,
+        size_bytes=held.size_bytes,
+        source_cells=rows + refused,
+        min_at=what.window.start,
+        max_at=what.window.end,
+        closed=closed,
+    )
 
 
 def record_of_nothing(
