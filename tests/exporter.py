@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from app.config.environment import load_settings
+from app.core.joined import NOTHING
 from app.core.ports import Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
-from app.core.sync import NOTHING
 from app.core.window import Window
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.influx_to_s3.verify import ExportEnds
@@ -121,6 +121,16 @@ class Exporter:
 
     def backfill(self, start: datetime, end: datetime, **environ: str) -> Run:
         return self._past("backfill", start, end, dry_run=False, **environ)
+
+    def replace(
+        self, start: datetime, end: datetime, *, allow_shrink: bool = False, dry_run: bool = False, **environ: str
+    ) -> Run:
+        export = self.built or self.export(**environ)
+        job = Job(NAME, 60, lambda context: export.replace(context, Window(start, end), allow_shrink))
+        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        assert run is not None
+        assert run.outcome is Outcome.OK, f"{run.error} ({run.hint})"
+        return run
 
     def rewrite(self, start: datetime, end: datetime, *, dry_run: bool = False, **environ: str) -> Run:
         return self._past("rewrite", start, end, dry_run=dry_run, **environ)

@@ -20,7 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from daemon import KEPT
@@ -31,7 +33,7 @@ TTL_SECONDS = 1.0
 KILLED = {"LEASE_TTL_SECONDS": f"{TTL_SECONDS:g}", "LEASE_HEARTBEAT_SECONDS": "0.3"}
 UNDISTURBED = {"LEASE_TTL_SECONDS": "30", "LEASE_HEARTBEAT_SECONDS": "5"}  # a busy machine may not end a run
 WEDGED_AFTER_SECONDS = 60
-FAULTS = ("lost", "doubled", "invented", "wedged", "open_ledgers", "crashes")
+FAULTS = ("lost", "doubled", "invented", "stale", "unequal", "wedged", "open_ledgers", "crashes")
 
 Command = Sequence[str]
 
@@ -76,12 +78,12 @@ class Runner:
     process: "subprocess.Popen[str]"
 
     def begin(self, folder: Path, command: Command, environ: Mapping[str, str]) -> int:
-        """Start one; its pid."""
+        """Start one, the daemon for no words; its pid."""
         folder.mkdir(parents=True, exist_ok=True)
         base = {name: os.environ[name] for name in KEPT if name in os.environ}
         values = {**base, "DATA_DIR": str(folder), "LOG_FILE": "off", **environ}
         (folder / "environ.json").write_text(json.dumps(values))
-        (folder / "command.json").write_text(json.dumps([*command, "--json"]))
+        (folder / "command.json").write_text(json.dumps([*command, "--json"] if command else []))
         return asked(self.process, str(folder))
 
     def ended(self) -> int:
@@ -99,12 +101,12 @@ def asked(process: "subprocess.Popen[str]", line: str) -> int:
 
 
 @contextmanager
-def started() -> Iterator[Runner]:
-    """A runner, until the block ends."""
+def started(environ: Mapping[str, str] | None = None) -> Iterator[Runner]:
+    """A runner, until the block ends; `environ` is added to its environment."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
     with subprocess.Popen(
         [sys.executable, str(TESTS / "app_kills.py")],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, **(environ or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -236,35 +238,55 @@ def lived(make: MakeWorld, runner: Runner, folder: Path, seed: str, rounds: int)
         return Life(world, runner, folder, chance, counts).live(rounds)
 
 
-def faults(counts: Counter[str]) -> dict[str, int]:
+def faults(counts: Mapping[str, Any]) -> dict[str, int]:
     """What may not be."""
-    return {name: counts[name] for name in FAULTS if counts[name]}
+    return {name: counts[name] for name in FAULTS if counts.get(name)}
+
+
+def summed(sittings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of all sittings together, and the median of what was measured in them."""
+    total: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in sittings for name in each):
+        values = [each[name] for each in sittings if name in each]
+        if isinstance(values[0], list):
+            total[f"median_{name}"] = round(median(chain.from_iterable(values)), 2)
+        elif isinstance(values[0], int):
+            total[name] = sum(values)
+    return total
 
 
 def main(make: MakeWorld, description: str) -> int:
-    """Worlds until so many rounds are done; goes on where it stopped. 1 when something was lost, doubled or wedged."""
+    """See `sit`."""
+    with started() as runner:
+        return sit(lambda folder, seed, rounds: lived(make, runner, folder, seed, rounds), description)
+
+
+def sit(live: Callable[[Path, str, int], Mapping[str, Any]], description: str) -> int:
+    """Worlds until so many rounds are done; goes on where it stopped. 1 when something was lost, doubled or wedged.
+
+    `live(folder, seed, rounds)` is one world; what it counts is one line of `sittings.jsonl`.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=200, help="in all sittings together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no world after so long")
-    parser.add_argument("--folder", type=Path, default=None, help="keeps progress.json; without it nothing is kept")
+    parser.add_argument("--folder", type=Path, default=None, help="keeps sittings.jsonl; without it nothing is kept")
     given = parser.parse_args()
     until = time.monotonic() + given.minutes * 60
-    with tempfile.TemporaryDirectory(prefix="kill-rounds-") as temporary, started() as runner:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the processes that were started
+    with tempfile.TemporaryDirectory(prefix="kill-rounds-") as temporary:
         folder: Path = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        progress = folder / "progress.json"
-        document = json.loads(progress.read_text()) if progress.exists() else {"seed": given.seed}
-        if document.pop("seed") != given.seed:
-            parser.error(f"{progress} is of another seed")
-        counts = Counter[str](document)
-        while counts["rounds"] < given.rounds and time.monotonic() < until:
-            rounds = min(WORLD_ROUNDS, given.rounds - counts["rounds"])
-            place = folder / f"from-{counts['rounds']}"
-            found = lived(make, runner, place, f"{given.seed}-{counts['rounds']}", rounds)
-            counts = Counter({name: counts[name] + found[name] for name in found})
-            progress.write_text(json.dumps({"seed": given.seed, **counts}))
+        kept = folder / f"sittings-{given.seed}.jsonl"
+        sittings = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+        while (done := sum(each["rounds"] for each in sittings)) < given.rounds and time.monotonic() < until:
+            place, seed = folder / f"from-{done}", f"{given.seed}-{done}"
+            found = live(place, seed, min(WORLD_ROUNDS, given.rounds - done))
+            sittings.append({"seed": seed, **found})
+            with kept.open("a") as file:
+                file.write(f"{json.dumps(sittings[-1])}\n")
             if not faults(found):
                 shutil.rmtree(place)
-    sys.stdout.write(f"{json.dumps({'seed': given.seed, **counts})}\n")
-    return int(bool(faults(counts)))
+    total = summed(sittings)
+    sys.stdout.write(f"{json.dumps({'seed': given.seed, **total})}\n")
+    return int(bool(faults(total)))

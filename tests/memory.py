@@ -75,6 +75,7 @@ class MemoryCheckpoints:
         self._starts: dict[tuple[str, str], datetime] = {}
         self._records: dict[tuple[str, str], dict[tuple[datetime, int], Record]] = {}
         self.errors: dict[tuple[str, str], str] = {}
+        self.undeleted: dict[str, str] = {}
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         with self._leases.lock:
@@ -102,7 +103,7 @@ class MemoryCheckpoints:
         with self._leases.lock:
             self._leases.check(lease)
             held = self._records.setdefault(of, {})
-            held.update({(record.window.start, record.part): record for record in commit.records})
+            held.update({(each.window.start, each.part): replace(each, trouble="") for each in commit.records})
             if commit.cursor_at is not None:
                 self._starts.setdefault(of, commit.cursor_at)
                 self._cursors[of] = max(commit.cursor_at, self._cursors.get(of, commit.cursor_at))
@@ -112,6 +113,20 @@ class MemoryCheckpoints:
         with self._leases.lock:
             self._leases.check(lease)
             self.errors[pipeline, partition] = message
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        with self._leases.lock:
+            held = self._records.get((pipeline, partition), {})
+            for record, trouble in troubles:
+                slot = (record.window.start, record.part)
+                if slot in held and held[slot].version == record.version:
+                    held[slot] = replace(held[slot], trouble=trouble)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        with self._leases.lock:
+            self.undeleted.pop(key, None)
+            if error:
+                self.undeleted[key] = error
 
 
 class MemoryRuns:

@@ -6,8 +6,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count
@@ -34,6 +34,7 @@ class PostgresServer:
     port: int
     host: str = "127.0.0.1"
     user: str = "app"
+    environ: Mapping[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[Any] | None = None
     _numbers: Iterator[int] = field(default_factory=count)
 
@@ -57,7 +58,8 @@ class PostgresServer:
         data = str(self.data)
         command = [str(self.binaries / "postgres"), "-D", data, "-p", str(self.port), "-k", data, *options]
         with (self.data / "server.log").open("ab") as log:
-            self._process = process = subprocess.Popen(command, stdout=log, stderr=log, **_as_nobody())
+            environ = {**os.environ, **self.environ}
+            self._process = process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, **_as_nobody())
         deadline = time.monotonic() + READY_SECONDS
         while True:
             try:
@@ -110,16 +112,25 @@ class PostgresServer:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    server = PostgresServer(_binaries(), _data_directory(), _free_port())
+    with running_postgres() as server:
+        yield server
+
+
+@contextmanager
+def running_postgres(environ: Mapping[str, str] | None = None) -> Iterator[PostgresServer]:
+    """A server in a folder of its own; `environ` is added to its environment."""
+    server = PostgresServer(_binaries(), _data_directory(), _free_port(), environ=environ or {})
     initialise = [str(server.binaries / "initdb"), "-D", str(server.data), "-U", server.user, "--auth=trust"]
     options = ["-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
     subprocess.run([*initialise, *options], check=True, capture_output=True, **_as_nobody())
     access = server.data / "pg_hba.conf"
     access.write_text(f"host all {WITH_PASSWORD} all scram-sha-256\n{access.read_text()}")
     server.start()
-    yield server
-    server.stop_at_once()
-    throw_away(server.data)
+    try:
+        yield server
+    finally:
+        server.stop_at_once()
+        throw_away(server.data)
 
 
 def throw_away(folder: Path) -> None:

@@ -1,16 +1,18 @@
 """A source, a sink and checkpoints that live in memory and can be stopped before or after each of their effects."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from app.core.errors import Conflict
+from app.core.errors import Conflict, Permanent
+from app.core.joined import Grid, Pipeline
+from app.core.known_rows import KnownRows
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
-from app.core.ports import Commit, Count, Held, Record
+from app.core.ports import Commit, Count, Held, Objects, Record, Sums
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.sync import Grid, KnownRows, Pipeline
+from app.core.shrink import Shrink
 from app.core.window import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -30,6 +32,12 @@ def nothing(_point: str) -> None:
     """A hook that lets everything pass."""
 
 
+def sums_of(rows: Iterable[Row]) -> Mapping[str, Sums]:
+    """What the one field comes to; a value that is no number is one more value."""
+    some = [Sums(1, int(v), int(v), int(v), int(v)) if v.isdigit() else Sums(1) for _, v in rows]
+    return {VALUE: sum(some[1:], some[0])} if some else {}
+
+
 def windows(start: datetime, end: datetime) -> Iterable[Window]:
     return windows_between(start, end, WINDOW_SECONDS)
 
@@ -42,6 +50,8 @@ class Rows:
     reusable: bool = False
     is_closed: bool = False
     new: int | None = None
+    corrected_rows: int = 0
+    of_source: tuple[Row, ...] | None = None
     accounts: Mapping[str, Tally] = field(default_factory=dict)
 
     @property
@@ -59,6 +69,10 @@ class Rows:
     @property
     def max_at(self) -> datetime | None:
         return max((at for at, _ in self.held), default=None)
+
+    @property
+    def sums(self) -> Mapping[str, Sums]:
+        return sums_of(self.of_source if self.of_source is not None else self.held)
 
     @property
     def new_rows(self) -> int:
@@ -101,11 +115,13 @@ class World:
     starts: dict[str, datetime] = field(default_factory=dict)
     records: dict[tuple[str, datetime, int], Record] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    undeleted: dict[str, str] = field(default_factory=dict)
     versions: int = 0
     shrunk: list[str] = field(default_factory=list)
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
     notes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    refuses_deletes: bool = False
 
     def write(self, partition: str, at: datetime, value: str = "v") -> None:
         """A point arrives at the source."""
@@ -130,6 +146,16 @@ class World:
             (key.split("/")[0], at, value) for key, (_, rows, _) in self.objects.items() for at, value in rows
         )
 
+    def shown(self) -> list[tuple[str, datetime, str]]:
+        """Every row of every object but of those deltas whose rows the object of their window says that it holds."""
+        folded = {key.rpartition(".")[0]: folded for key, (_, folded) in self.notes.items()}
+        return sorted(
+            (key.split("/")[0], at, value)
+            for key, (_, rows, _) in self.objects.items()
+            if not 0 < int(key.rpartition(".")[2]) <= folded.get(key.rpartition(".")[0], 0)
+            for at, value in rows
+        )
+
     def produced(self, until: datetime) -> list[tuple[str, datetime, str]]:
         """Every row of the source before `until`."""
         return sorted((name, at, value) for name, rows in self.rows.items() for at, value in rows.items() if at < until)
@@ -150,7 +176,7 @@ class Process:
     away: Exception | None = None
     loses: str = ""
     aside: Sequence[SetAside] = ()
-    allow_shrink: bool = False
+    shrink: Callable[[], Shrink] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
     probes: int = 0
@@ -186,11 +212,23 @@ class Process:
         """All of them as early as the port allows: when the first is taken."""
         yield from [self.read(partition, window, count, None) for window, count in counted]
 
-    def union(self, batch: Rows, held: Sequence[Iterable[Row]]) -> Rows:
+    def asked(
+        self, partition: str, spans: Sequence[Window], numbers: Collection[str]
+    ) -> Mapping[datetime, Mapping[str, Sums]]:
+        """Sums, as the reconcile asks for them."""
+        rows = sorted(self.world.rows.get(partition, {}).items())
+        by_start = {w.start: tuple((at, value) for at, value in rows if w.start <= at < w.end) for w in spans}
+        return {start: sums_of(some) for start, some in by_start.items() if some}
+
+    def union(self, batch: Rows, held: Sequence[Iterable[Row]], shrink: Shrink | None = None) -> Rows:
         """Of rows with one time the first one stands, the source's before all others."""
         there: dict[datetime, str] = {}
         for rows in held:
             there = {**dict(rows), **there}
+        gone = {at: there[at] for at in there if shrink and at >= shrink.since and at not in dict(batch.held)}
+        if shrink:
+            shrink.note(len(gone), sorted(gone.values()))
+            there = {at: value for at, value in there.items() if not (shrink.removes and at in gone)}
         known = {at: value == there[at] for at, value in batch.held if at in there}
         tally = batch.accounts[VALUE]
         united = self._batch(
@@ -203,6 +241,8 @@ class Process:
             ),
         )
         united.new = batch.rows - len(known)
+        united.of_source = batch.held
+        united.corrected_rows = len(known) - sum(known.values())
         return united
 
     def _batch(self, rows: tuple[Row, ...], tally: Tally) -> Rows:
@@ -245,17 +285,27 @@ class Process:
         self.hook(f"after put {key}")
         return version
 
-    # Deltas of older versions
+    # What a listing shows, and deltas of older versions
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        found: dict[datetime, dict[int, tuple[str, str]]] = {}
+        for window in windows:
+            base = self.key(partition, window, 0).removesuffix("0")
+            for key, (version, _, _) in self.world.objects.items():
+                if key.startswith(base):
+                    found.setdefault(window.start, {})[int(key.removeprefix(base))] = (key, version)
+        return found
+
     def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        base = self.key(partition, window, 0).removesuffix("0")
-        parts = (int(key.removeprefix(base)) for key in self.world.objects if key.startswith(base))
-        return [(part, f"{base}{part}") for part in sorted(parts) if part]
+        there = self.objects(partition, [window]).get(window.start, {})
+        return sorted((part, key) for part, (key, _) in there.items() if part)
 
     def noted(self, encoded: Bytes, folded: int) -> Bytes:
         return replace(encoded, folded=folded)
 
     def delete(self, key: str) -> None:
         self.hook(f"before delete {key}")
+        if self.world.refuses_deletes:
+            raise Permanent(f"{key} may not be deleted", "allow s3:DeleteObject")
         self.world.objects.pop(key, None)
         self.hook(f"after delete {key}")
 
@@ -286,7 +336,7 @@ class Process:
 
     def _commit(self, partition: str, commit: Commit) -> None:
         for record in commit.records:
-            self.world.records[partition, record.window.start, record.part] = record
+            self.world.records[partition, record.window.start, record.part] = replace(record, trouble="")
         for window in commit.folded:
             for slot in [slot for slot in self.world.records if slot[:2] == (partition, window.start) and slot[2]]:
                 del self.world.records[slot]
@@ -298,6 +348,17 @@ class Process:
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         self.world.failures[partition] = message
 
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        for record, trouble in troubles:
+            slot = (partition, record.window.start, record.part)
+            if self.world.records[slot].version == record.version:
+                self.world.records[slot] = replace(self.world.records[slot], trouble=trouble)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        self.world.undeleted.pop(key, None)
+        if error:
+            self.world.undeleted[key] = error
+
     def pipeline(self) -> Pipeline[Rows, Bytes]:
         """This process's pipeline."""
         return Pipeline(
@@ -308,7 +369,7 @@ class Process:
             grid=Grid(
                 lambda start, end: iter(list(windows(start, end))), GRACE_SECONDS, step_windows=4, count_windows=9
             ),
-            allow_shrink=self.allow_shrink,
+            shrink=self.shrink,
             deltas=self,
             kept=self.kept,
             identities=self.known,

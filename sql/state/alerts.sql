@@ -11,8 +11,10 @@ ON CONFLICT (job, event) DO NOTHING
 RETURNING job;
 
 -- name: end_alerts
--- What was told of a job's runs before an instant is over; rows only for the one who ends it. A clock is no run.
-DELETE FROM open_alerts WHERE job = :job AND event <> 'clock_ahead' AND told_at < :before
+-- What was told of a job's runs before an instant is over; rows only for the one who ends it. Clocks and objects are no
+-- runs.
+DELETE FROM open_alerts
+WHERE job = :job AND event NOT IN ('clock_ahead', 'objects_missing') AND told_at < :before
 RETURNING job;
 
 -- name: end_alert

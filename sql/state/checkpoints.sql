@@ -34,7 +34,7 @@ WHERE pipeline = :pipeline AND started_at <= :until_at;
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
     window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
 FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition
@@ -45,19 +45,19 @@ ORDER BY window_start, part;
 -- The records of all partitions, of windows that start at since_at or later.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
 FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at
 ORDER BY device_id, window_start, part;
 
 -- name: save_record
--- Insert or replace the record of one object.
+-- Insert or replace the record of one object. Whatever was wrong with it before is over.
 INSERT INTO export_windows (
     pipeline, device_id, window_start, part, window_end, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, updated_at
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, folded, updated_at
 ) VALUES (
     :pipeline, :partition, :starts_at, :part, :ends_at, :key, :version, :digest, :rows, :size_bytes,
-    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :now_at
+    :source_cells, :min_at, :max_at, :status, :fields, :source_digest, :sums, :folded, :now_at
 )
 ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     window_end = excluded.window_end,
@@ -72,7 +72,37 @@ ON CONFLICT (pipeline, device_id, window_start, part) DO UPDATE SET
     status = excluded.status,
     source_fields = excluded.source_fields,
     source_digest = excluded.source_digest,
+    source_sums = excluded.source_sums,
+    trouble = '',
+    folded = excluded.folded,
     updated_at = excluded.updated_at;
+
+-- name: mark
+-- What a listing showed instead of an object, unless its record names another version by now.
+UPDATE export_windows SET trouble = :trouble
+WHERE
+    pipeline = :pipeline AND device_id = :partition AND window_start = :starts_at AND part = :part
+    AND version = :version;
+
+-- name: troubles
+-- How many objects listings showed to be missing, or to be another program's.
+SELECT pipeline, trouble, count(*) AS objects
+FROM export_windows
+WHERE trouble <> ''
+GROUP BY pipeline, trouble;
+
+-- name: note_undeleted
+-- An object that could not be deleted, and why.
+INSERT INTO undeleted_objects (pipeline, s3_key, error) VALUES (:pipeline, :key, :error)
+ON CONFLICT (pipeline, s3_key) DO UPDATE SET error = excluded.error;
+
+-- name: forget_undeleted
+-- It is gone.
+DELETE FROM undeleted_objects WHERE pipeline = :pipeline AND s3_key = :key;
+
+-- name: undeleted
+-- Objects that could not be deleted.
+SELECT s3_key, error FROM undeleted_objects WHERE pipeline = :pipeline ORDER BY s3_key;
 
 -- name: forget_deltas
 -- The rows of a window's deltas are part of its object now.

@@ -127,7 +127,10 @@ def run(given: argparse.Namespace) -> int:
 
 def backfill(given: argparse.Namespace) -> int:
     """Fill past windows in this process."""
-    return _past(given, "backfill")
+    if given.allow_shrink and not given.replace:
+        say("error: --allow-shrink goes with --replace")
+        return USAGE
+    return _past(given, "replace" if given.replace else "backfill")
 
 
 def rewrite(given: argparse.Namespace) -> int:
@@ -144,9 +147,11 @@ def _past(given: argparse.Namespace, name: str) -> int:
     from app.main import build
     from app.ops import commands
 
+    span, how = Window(given.start, given.end), commands.How(given.dry_run, given.as_json)
+    if name == "replace":
+        return commands.replacement(build(settings), given.job, span, how, allow_shrink=given.allow_shrink)
     command = {"backfill": commands.backfill, "rewrite": commands.rewrite}[name]
-    how = commands.How(given.dry_run, given.as_json)
-    return command(build(settings), given.job, Window(given.start, given.end), how)
+    return command(build(settings), given.job, span, how)
 
 
 def _is_empty(given: argparse.Namespace) -> bool:

@@ -95,6 +95,14 @@ def _add_past(commands: "Commands", work: Work) -> None:
         each.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
         _add_json(each)
         each.set_defaults(command=work[command])
+    fill.add_argument(
+        "--replace", action="store_true", help="write every window again; name the rows that the source no longer has"
+    )
+    fill.add_argument(
+        "--allow-shrink",
+        action="store_true",
+        help="with --replace: remove those rows, except where the source's retention may have dropped them",
+    )
 
 
 def _add_undo(commands: "Commands", work: Work) -> None:

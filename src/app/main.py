@@ -21,7 +21,7 @@ from app.dwh.warehouse import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.outcomes import both, log_run
 from app.ops.readiness import Check, Readiness
-from app.ops.rights import of_database, of_objects
+from app.ops.rights import of_database, of_objects, of_undeleted
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines
 from app.ops.shapes import Calls
@@ -99,6 +99,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         checks=checks,
         histories={inbox_job.NAME: inbox.history},
@@ -115,6 +116,7 @@ def wire(parts: Parts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
             lambda: amplitude_routes(amplitude.service),
@@ -137,7 +139,15 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     pipelines = wiring(Parts(settings, state, store, state.clock, warehouse))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
-    watched = Watched(pipelines.jobs, state.pauses.paused, state.runs, state.alerts, state.clocks, now)
+    watched = Watched(
+        pipelines.jobs,
+        state.pauses.paused,
+        state.runs,
+        state.alerts,
+        state.clocks,
+        now,
+        troubles=state.checkpoints.troubles,
+    )
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(log_run, alerts.ended))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
@@ -150,8 +160,12 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
     checks = {**stores, **pipelines.checks}
     rights = {
-        "checkpoint_store_connected": both_said(of_database(state.database), remembered(state)),
-        "s3_accessible": of_objects(store, settings.s3.prefix),
+        "checkpoint_store_connected": all_said(of_database(state.database), remembered(state)),
+        "s3_accessible": all_said(
+            of_objects(store, settings.s3.prefix),
+            of_undeleted(lambda: undeleted(state, pipelines.listed), store),
+            old_versions(settings, store),
+        ),
         "dwh_connected": of_database(warehouse.database),
     }
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
@@ -267,9 +281,25 @@ def remembered(state: State) -> Check:
     return check
 
 
-def both_said(first: Check, second: Check) -> Check:
-    """Two checks as one."""
-    return lambda: "; ".join(filter(None, (first(), second())))
+def all_said(*checks: Check) -> Check:
+    """Several checks as one."""
+    return lambda: "; ".join(filter(None, (check() for check in checks)))
+
+
+def undeleted(state: State, pipelines: Sequence[str]) -> Mapping[str, str]:
+    """Objects that could not be deleted, and why."""
+    return {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
+
+
+def old_versions(settings: Settings, store: "ObjectStore") -> Check:
+    """What to know of a bucket that keeps old versions; a directory has none."""
+
+    def check() -> str:
+        from app.stores.s3_versions import note_of_versions
+
+        return note_of_versions(cast("S3Store", store), settings.s3.prefix) if settings.s3.bucket else ""
+
+    return check
 
 
 def probed(store: "ObjectStore") -> Check:

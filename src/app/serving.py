@@ -128,6 +128,7 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         clock=service.clock,
         state_clock=service.state.clocks.now,
         ahead_seconds=lambda: service.alerts.ahead_seconds,
+        troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
     )
     about = service.settings.service
     serving = Serving(service.analytics)

@@ -6,10 +6,10 @@ step reads only the arguments that it knows and refuses the others, so that a qu
 differently from a server fails instead.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from simulators.flux_parser import Call, Expression, FluxError, Function, Items, Literal, Member, Name, Operation
 from simulators.line_protocol import Value
@@ -460,27 +460,44 @@ def _first(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
         yield table(one.columns, take(data, list(islice(rows, 1))), one.key)
 
 
-COUNTED_WINDOWS = {
-    "fn": Name("count"),
-    "createEmpty": Literal("boolean", value=False),
-    "timeSrc": Literal("string", "_start"),
-}
+def _least_or_greatest(tables: Tables, call: Call, _bounds: Bounds) -> Iterator[Table]:
+    """The first row with that value, whole."""
+    label, choose = text_argument(call, "column", "_value"), min if call.name == "min" else max
+    for one in tables:
+        data = one.load()
+        cells = data[one.index(label)]
+        rows = [row for row, cell in enumerate(cells) if cell is not None]
+        chosen = [choose(rows, key=lambda row: cells[row])] if rows else []  # type: ignore[arg-type,return-value]
+        yield table(one.columns, take(data, chosen), one.key)
 
 
-def _counted_windows(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
+AGGREGATES: Mapping[str, Callable[[Any], Any]] = {"count": len, "sum": sum, "min": min, "max": max}
+WINDOWED = {"createEmpty": Literal("boolean", value=False), "timeSrc": Literal("string", "_start")}
+
+
+def _windowed(tables: Tables, call: Call, bounds: Bounds) -> Iterator[Table]:
     """`aggregateWindow` as a counter asks for it: windows on a grid from 1970 that hold a value, told by their starts,
     the first one cut at the start of the range.
     """
     every = integer_argument(call, "every", "duration")
-    for name, value in COUNTED_WINDOWS.items():
-        if call.arguments.get(name) != value:
+    for name, wanted in WINDOWED.items():
+        if call.arguments.get(name) != wanted:
             raise missing(call, name)
+    function = call.arguments.get("fn")
+    if not isinstance(function, Name) or function.text not in AGGREGATES:
+        raise missing(call, "fn")
     for one in tables:
-        data = one.load()
-        cells = zip(data[one.index("_time")], data[one.index("_value")], strict=True)
-        windows = Counter(int(time or 0) // every * every for time, value in cells if value is not None)
+        data, kind = one.load(), one.columns[one.index("_value")].kind
+        if function.text != "count" and kind not in ("double", "long", "unsignedLong"):
+            raise FluxError(f"unsupported input type for {function.text} aggregate: {kind}")
+        windows: dict[int, list[Any]] = {}
+        for time, value in zip(data[one.index("_time")], data[one.index("_value")], strict=True):
+            if value is not None:
+                windows.setdefault(int(time or 0) // every * every, []).append(value)
         times = [max(at, bounds[0]) for at in sorted(windows)]
-        yield _with_key(one, [("_time", TIME, times), ("_value", "long", [windows[at] for at in sorted(windows)])])
+        values = [AGGREGATES[function.text](windows[at]) for at in sorted(windows)]
+        kind = "long" if function.text == "count" else kind
+        yield _with_key(one, [("_time", TIME, times), ("_value", kind, values)])
 
 
 STEPS: Mapping[str, tuple[Step, frozenset[str]]] = {
@@ -494,6 +511,8 @@ STEPS: Mapping[str, tuple[Step, frozenset[str]]] = {
     "count": (_count, frozenset({"column"})),
     "sum": (_sum, frozenset({"column"})),
     "first": (_first, frozenset({"column"})),
-    "aggregateWindow": (_counted_windows, frozenset({"every", "fn", "createEmpty", "timeSrc"})),
+    "min": (_least_or_greatest, frozenset({"column"})),
+    "max": (_least_or_greatest, frozenset({"column"})),
+    "aggregateWindow": (_windowed, frozenset({"every", "fn", "createEmpty", "timeSrc"})),
 }
 """Each step with the arguments that it knows."""

@@ -223,7 +223,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _head(self, answer: Answer, more: Mapping[str, str] | None) -> None:
-        self.send_response(answer.status)
+        self.send_response_only(answer.status)
+        self.send_header("Server", self.version_string())
+        if "Date" not in answer.headers:
+            self.send_header("Date", self.date_time_string())
         for name, value in {**answer.headers, **(more or {})}.items():
             self.send_header(name, value)
         if self.close_connection:

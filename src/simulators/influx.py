@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import formatdate
 from functools import partial
 from itertools import chain
 from threading import Lock
@@ -240,7 +241,7 @@ class InfluxSimulator(Simulator):
     def _buckets(self, request: Request) -> Answer:
         rule = {
             "type": "expire",
-            "everySeconds": 0,
+            "everySeconds": self.points.retention_seconds,
             "shardGroupDurationSeconds": self.points.shard_ns // 10**9,
         }
         bucket = {
@@ -251,8 +252,10 @@ class InfluxSimulator(Simulator):
             "retentionRules": [rule],
             "labels": [],
         }
-        is_asked = request.parameters.get("name", self.bucket) == self.bucket
-        return Answer(200, JSON, _json({"buckets": [bucket] if is_asked else []}))
+        is_named = request.parameters.get("name", self.bucket) == self.bucket
+        is_shown = is_named and self.points.retention_seconds is not None
+        date = {"Date": formatdate(self._now_ns() / 10**9, usegmt=True)}
+        return Answer(200, {**JSON, **date}, _json({"buckets": [bucket] if is_shown else []}))
 
     def _write(self, request: Request) -> Answer:
         bucket, precision = request.parameters.get("bucket", ""), request.parameters.get("precision", "ns")

@@ -124,6 +124,7 @@ class Points:
 
     def __init__(self, shard_ns: int = SHARD_NS) -> None:
         self.shard_ns = shard_ns
+        self.retention_seconds: int | None = 0  # only told, to a token that may look at buckets; nothing is dropped
         self._lock = Lock()
         self._series: dict[tuple[str, Tags], Series] = {}
         self._types: dict[tuple[str, int, str], str] = {}

@@ -1,5 +1,6 @@
 """Every sentence of the `Checkpoints` contract, over memory, SQLite and PostgreSQL."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.errors import LeaseLost, Rejected
-from app.core.ports import Checkpoints, Commit, Record
+from app.core.ports import FOREIGN, MISSING, Checkpoints, Commit, Record, Sums
 from app.core.runs import Lease, Leases
 from app.core.window import Window
 from app.stores.state import State
@@ -85,6 +86,49 @@ def test_a_record_keeps_how_many_values_of_each_field_the_object_holds(store: St
     assert [found.fields for found in store.records()] == [fields, {}]
 
 
+def test_a_record_keeps_what_the_values_of_the_source_came_to(store: Store) -> None:
+    sums = {
+        "voltage": Sums(3, -0.1, -5.5, 2**53 + 1, 1e300),
+        "note": Sums(7),
+        'a,b="\ud800"': Sums(1, 5.0, 5, 5.0, 5.0),
+        "huge": Sums(2, math.inf, 1.5e308, 1.5e308, math.inf),
+    }
+    store.commit(Commit([replace(record(1), sums=sums), record(2)]), store.lease())
+    assert [found.sums for found in store.records()] == [sums, {}]
+
+
+def test_a_mark_says_what_a_listing_showed_of_that_very_version(store: Store) -> None:
+    lease = store.lease()
+    store.commit(Commit([record(1), record(2), record(3)]), lease)
+    newer = replace(record(3), version="newer")
+    store.commit(Commit([newer]), lease)
+    marks = [(record(1), MISSING), (record(2), FOREIGN), (record(3), MISSING), (record(4), MISSING)]
+    store.checkpoints.mark(PIPELINE, "d1", marks)
+    assert [found.trouble for found in store.records()] == [MISSING, FOREIGN, ""]
+    store.checkpoints.mark(PIPELINE, "d1", [(record(2), "")])
+    store.commit(Commit([replace(record(1), trouble=MISSING)]), lease)
+    assert store.records() == [record(1), record(2), newer], "what is stored again is well"
+
+
+def test_troubles_are_counted_by_pipeline_and_what_they_are(state: State) -> None:
+    store = Store(state.checkpoints, state.leases)
+    store.commit(Commit([record(1), record(2), record(3)]), store.lease())
+    assert state.checkpoints.troubles() == {}
+    state.checkpoints.mark(PIPELINE, "d1", [(record(1), MISSING), (record(2), MISSING), (record(3), FOREIGN)])
+    assert state.checkpoints.troubles() == {PIPELINE: {MISSING: 2, FOREIGN: 1}}
+
+
+def test_what_could_not_be_deleted_is_known_until_it_is_gone(state: State) -> None:
+    for error in ("AccessDenied", "locked"):
+        state.checkpoints.note_undeleted(PIPELINE, "a/1", error)
+    state.checkpoints.note_undeleted(PIPELINE, "a/2", "locked")
+    state.checkpoints.note_undeleted("another", "a/3", "locked")
+    assert state.checkpoints.undeleted(PIPELINE) == {"a/1": "locked", "a/2": "locked"}
+    state.checkpoints.note_undeleted(PIPELINE, "a/1", "")
+    state.checkpoints.note_undeleted(PIPELINE, "a/9", "")
+    assert state.checkpoints.undeleted(PIPELINE) == {"a/2": "locked"}
+
+
 def test_a_record_of_an_empty_object_has_no_event_times(store: Store) -> None:
     empty = replace(record(1), rows=0, min_at=None, max_at=None)
     store.commit(Commit([empty]), store.lease())
@@ -108,7 +152,7 @@ def test_committing_the_same_again_changes_nothing(store: Store) -> None:
 
 
 def test_a_later_record_of_the_same_part_replaces_the_earlier_one(store: Store) -> None:
-    lease, newer = store.lease(), replace(record(1), version='"new"', rows=7, closed=True)
+    lease, newer = store.lease(), replace(record(1), version='"new"', rows=7, closed=True, folded=3)
     store.commit(Commit([record(1)]), lease)
     store.commit(Commit([newer]), lease)
     assert store.records() == [newer]

@@ -118,10 +118,7 @@ class Tries:
         return Report(windows=100)
 
 
-FAULTS = [Transient("away"), Rejected("bad id", "rename it"), Permanent("no right")]
-
-
-@pytest.mark.parametrize("error", FAULTS)
+@pytest.mark.parametrize("error", [Rejected("bad id", "rename it"), Permanent("no right")])
 def test_a_partition_that_failed_is_left_out_while_it_waits_and_stays_named(error: Exception) -> None:
     tries = Tries(a=error)
     first = tries.run()
@@ -131,6 +128,17 @@ def test_a_partition_that_failed_is_left_out_while_it_waits_and_stays_named(erro
     assert second.failures == first.failures
     assert [failure.partition for failure in second.failures] == ["a"]
     assert second.failures[0].message in str(error)
+
+
+def test_a_partition_that_failed_once_for_a_cause_that_may_pass_is_tried_again_by_the_next_run() -> None:
+    tries = Tries(a=Transient("the state was away for a moment"))
+    tries.run()
+    tries.run(minutes=0.01)
+    assert tries.tried == ["b", "c", "a"]
+    tries.run(minutes=0.5)
+    assert tries.tried == ["b", "c"]  # it failed twice in a row
+    tries.run(minutes=1.5)
+    assert tries.tried == ["b", "c", "a"]
 
 
 def test_a_partition_that_failed_is_tried_after_all_others() -> None:

@@ -3,14 +3,17 @@
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import SetAside, Tally, fault_of
-from app.core.repair import fill
+from app.core.ports import Record
+from app.core.repair import fill, heal_window
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.shrink import Shrink
 from app.core.window import Window
 from memory import MemoryLeases, MemoryRuns
 from world import FIRST_AT, GRACE_SECONDS, START, VALUE, Killed, Process, Silent, World, context
@@ -199,6 +202,42 @@ def test_deltas_of_an_older_version_are_folded_into_their_object_and_go_wherever
         assert {part for _, _, part in world.records} == {0}
 
 
+def test_a_delta_that_may_not_be_deleted_is_skipped_for_good_whatever_writes_its_object_later() -> None:
+    world = World(refuses_deletes=True)
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    Process(world).run_until_done()
+    span = Window(START, START + 10 * MINUTE)
+    for part, second in enumerate((30, 90), 1):
+        world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
+    fill(Process(world).pipeline(), context(), "a", span, world.now)
+    assert len(world.objects) == 3
+    assert world.shown() == world.produced(world.now)
+    closed = world.records["a", START, 0]
+    for second, passed in (
+        (100, lambda: fill(Process(world).pipeline(), context(), "a", span, world.now)),
+        (101, lambda: heal_window(Process(world).pipeline(), context(), "a", span, world.now)),
+        (102, lambda: run_again(world, replace(world.records["a", START, 0], closed=False))),  # looks for no deltas
+        (103, lambda: run_again(world, replace(closed, closed=False))),  # a state that is older than the object
+        (104, lambda: run_again(world, None)),
+    ):
+        world.write("a", START + timedelta(seconds=second), f"late{second}")
+        passed()
+        assert world.shown() == world.produced(world.now), second
+        assert (len(world.objects), world.records["a", START, 0].folded) == (3, 2)
+
+
+def run_again(world: World, record: Record | None) -> None:
+    """A run before the window is due, with this record of it."""
+    world.cursors["a"] = START
+    world.records.pop(("a", START, 0))
+    if record is not None:
+        world.records["a", START, 0] = record
+    now, world.now = world.now, START + 10 * MINUTE
+    Process(world).run_until_done()
+    world.now = now
+
+
 def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
     world = World()
     fill_minutes(world, 10, ("a",))
@@ -251,7 +290,7 @@ def test_shrinking_is_possible_when_it_is_allowed() -> None:
     world.now = START + 10 * MINUTE
     Process(world).run_until_done()
     del world.rows["a"][START]
-    Process(world, allow_shrink=True).run_until_done()
+    Process(world, shrink=Shrink).run_until_done()
     assert world.exported() == world.produced(world.now)
 
 

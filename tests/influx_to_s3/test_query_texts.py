@@ -77,6 +77,7 @@ def ask_everything(reader: Reader, device: str, field: str) -> None:
     for one in (None, "", device):
         list(reader.counts(one, DAY, 3600))
     for one in ("", device):
+        list(reader.sums(one, DAY, 3600, [field, device]))
         values(reader.rows(one, DAY))
         values(reader.empty_texts(one, DAY, field))
     list(reader.outside(EVER))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.errors import Permanent
+from app.core.ports import Sums
+from app.core.reconcile import same_sums
 from app.core.window import Window, floor_to
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
 from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader
+from app.influx_to_s3.rows import sums_of
 from app.influx_to_s3.spans import counted_in_parts, one_type_spans
 from exporter import NOON
 from influx_readers import (
@@ -38,6 +43,36 @@ from simulators.influx_storage import SHARD_NS
 from simulators.line_protocol import Field, Point, parse_lines
 
 DAY = timedelta(days=1)
+
+
+def test_both_languages_add_up_to_what_their_rows_come_to(influx: InfluxSimulator, influxdb1: InfluxDB1) -> None:
+    influx.write(LINES)
+    database = influxdb1.new_database()
+    influxdb1.write(database, LINES)
+    for reader in (flux(influx), influxql_without_credentials(influxdb1.url, database)):
+        blocks = [*reader.rows("D1", HOUR), *reader.empty_texts("D1", HOUR, "note")]
+        known = sums_of(field for block in blocks for field in block.fields)
+        numbers = [name for name, sums in known.items() if sums.total is not None]
+        asked: dict[str, Sums] = {}
+        for one in reader.sums("D1", HOUR, 3600, numbers):
+            assert one.start_at == NOON
+            asked[one.field] = asked.get(one.field, Sums()) + one.sums
+        assert len(known) > 8
+        assert known["note"].total is None
+        assert (known["voltage"].least, known["current"].greatest) == (1, 29)
+        assert same_sums(asked, known)
+        changed = {**known, "voltage": replace(known["voltage"], total=known["voltage"].magnitude + 1e-9)}
+        assert not same_sums(asked, changed)
+
+
+def test_sums_that_no_number_can_hold_are_an_error_that_is_not_repeated(influxdb1: InfluxDB1) -> None:
+    database = influxdb1.new_database()
+    influxdb1.write(database, "\n".join(f"{M},device_id=D1 voltage=1.5e308 {BASE + n}" for n in range(2)))
+    reader = influxql_without_credentials(influxdb1.url, database)
+    with pytest.raises(Permanent, match=r"cannot write its answer: json: .* \+Inf"):
+        list(reader.sums("D1", HOUR, 3600, ["voltage"]))
+
+
 EVER = Window(datetime(1960, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC))
 
 

@@ -16,24 +16,16 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.core.ledger import Tally
-from app.core.ports import Count
+from app.core.ports import Count, Sums
 from app.core.window import Window
 from app.influx_to_s3.columns import MEASURED, Columns
 from app.influx_to_s3.layout_file import EVER, INTEGER, Column
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import (
-    Comparison,
-    as_now_typed,
-    canonical,
-    identities_of,
-    of_object,
-    ordered,
-    united,
-    whole_instants,
-)
+from app.influx_to_s3.rows import as_now_typed, canonical, of_object, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.unions import Comparison, identities_of, united, whole_instants
 from app.stores.parquet import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
@@ -216,7 +208,7 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
     table, others, twice = in_order(blocks, columns)
     spool = Spool("D1", tmp_path, 0, columns)
     spool.append(table)
-    spool.note({"voltage": 3, "power": 1}, twice, others)
+    spool.note({"voltage": Sums(3), "power": Sums(1)}, twice, others)
     with closing(spool.finish({}, {"voltage": 3, "power": 1})) as batch:
         assert batch.accounts == {
             "voltage": Tally(counted=3, read=3, new=1, already_there=1, set_aside=1),
@@ -229,7 +221,7 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
 def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> None:
     spool = Spool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(0, 1, voltage=[1.5, 2.5]))
-    spool.note({"voltage": 3})
+    spool.note({"voltage": Sums(3)})
     with closing(spool.finish({}, {"voltage": 3})) as batch:
         assert batch.accounts["voltage"].gap == 1
 
@@ -237,7 +229,7 @@ def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> 
 def test_rows_that_come_between_counting_and_reading_are_counted_by_the_reading(tmp_path: Path) -> None:
     spool = Spool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(0, 1, voltage=[1.5, 2.5]))
-    spool.note({"voltage": 2})
+    spool.note({"voltage": Sums(2)})
     with closing(spool.finish({}, {"voltage": 1})) as batch:
         assert batch.accounts == {"voltage": Tally(counted=2, read=2, new=2)}
 

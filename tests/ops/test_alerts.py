@@ -15,7 +15,9 @@ from uuid import uuid4
 import pytest
 
 from app.core.errors import Permanent
+from app.core.ports import MISSING, Commit, Record
 from app.core.runs import Job, Outcome, Report, Run
+from app.core.window import Window
 from app.ops.addresses import Heartbeats, post
 from app.ops.alerts import Alerts, Rules, Told, Watched, is_stale
 from app.stores.state import State, open_state
@@ -137,7 +139,15 @@ class Process:
         clock, elapsed = time
         clocks = FollowedClock(clock, ahead)
         times = (lambda: clock[0], lambda: elapsed[0])
-        watched = Watched(jobs, state.pauses.paused, state.runs, told or state.alerts, clocks, *times)
+        watched = Watched(
+            jobs,
+            state.pauses.paused,
+            state.runs,
+            told or state.alerts,
+            clocks,
+            *times,
+            troubles=state.checkpoints.troubles,
+        )
         self.alerts = Alerts(Rules("water", f"{listener.url}/hook?token=s", **rules), watched)
         self.alerts.start()
 
@@ -359,6 +369,28 @@ def test_a_job_whose_records_lie_ahead_is_told_once_and_again_only_after_it_was_
     processes.ahead["export"] = 3600.0
     processes.pass_by(20)
     assert processes.told == [("clock_ahead", "export")] * 2
+
+
+def test_objects_that_vanished_are_told_once_and_no_good_run_ends_that(processes: Processes, state: State) -> None:
+    process = processes.start()
+    window = Window(NOW - timedelta(hours=2), NOW - timedelta(hours=1))
+    record = Record(window, 0, "k", "v", "d", 1, 1, 1, None, None, closed=True)
+    lease = state.leases.acquire("export", "me", 30)
+    assert lease is not None
+    state.checkpoints.commit("export", "d1", Commit([record]), lease)
+    state.checkpoints.mark("export", "d1", [(record, MISSING)])
+    processes.pass_by(20)
+    state.runs.save(run(1, Outcome.OK))
+    process.end(run(1, Outcome.OK))
+    processes.pass_by(100)
+    assert processes.told == [("objects_missing", "export")]
+    (body,) = (body for body in processes.listener.hooks if body["job"] == "export")
+    assert body["message"] == "1 objects missing at the destination"
+    assert "EXPORT_HEAL" in body["hint"]
+    state.checkpoints.mark("export", "d1", [(record, "")])
+    processes.pass_by(20)
+    processes.pass_by(20)
+    assert processes.told == [("objects_missing", "export"), ("recovered", "export")]
 
 
 def test_what_was_told_while_the_clock_was_ahead_is_over_with_the_next_good_run(

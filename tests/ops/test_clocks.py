@@ -11,26 +11,10 @@ from app.core.ports import Commit
 from app.core.runs import Outcome, Run
 from app.stores.state import FILE, open_state
 from daemon import Daemon, Daemons
-from needs import faketime_library
+from fake_clock import FakeClock
 from shell import Shell
 
 DECADES = timedelta(days=20_000)
-
-
-class Clock:
-    """The wall clock of a daemon, which a test sets; its monotonic clock is the machine's."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "clock"
-
-    @property
-    def environ(self) -> dict[str, str]:
-        names = ("FAKETIME_DONT_FAKE_MONOTONIC", "DONT_FAKE_MONOTONIC", "FAKETIME_NO_CACHE")
-        library = str(faketime_library())
-        return {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(self._file), **dict.fromkeys(names, "1")}
-
-    def set(self, ahead: timedelta) -> None:
-        self._file.write_text(f"{ahead.total_seconds():+.0f}s")
 
 
 def runs_of(daemon: Daemon, job: str) -> list[datetime]:
@@ -43,7 +27,7 @@ def runs_of(daemon: Daemon, job: str) -> list[datetime]:
 def test_a_clock_that_is_set_right_after_decades_costs_one_run_of_each_job(
     daemons: Daemons, tmp_path: Path, ahead: timedelta
 ) -> None:
-    clock = Clock(tmp_path)
+    clock = FakeClock(tmp_path / "clock")
     clock.set(ahead)
     daemon = daemons.start("quick_jobs", wait=True, key="", **clock.environ)
     daemon.until(lambda: daemon.job("quick")["last_run"])
@@ -62,6 +46,24 @@ def test_a_clock_that_is_set_right_after_decades_costs_one_run_of_each_job(
     assert "the clock was set" in daemon.log
     next_at = datetime.fromisoformat(daemon.job("quick")["next_run_at"])
     assert abs(next_at - now) < timedelta(minutes=5)
+
+
+@pytest.mark.slow
+def test_a_clock_that_went_ahead_and_back_between_two_looks_leaves_no_timer_there(
+    daemons: Daemons, tmp_path: Path
+) -> None:
+    clock = FakeClock(tmp_path / "clock")
+    clock.set(timedelta())
+    daemon = daemons.start("quick_jobs", wait=True, key="", **clock.environ)
+    daemon.until(lambda: daemon.job("quick")["last_run"])
+
+    def next_in() -> timedelta:
+        return datetime.fromisoformat(daemon.job("quick")["next_run_at"]) - datetime.now(UTC)
+
+    clock.set(timedelta(hours=25))
+    daemon.until(lambda: next_in() > timedelta(hours=24), 30)
+    clock.set(timedelta())
+    daemon.until(lambda: next_in() < timedelta(minutes=1), 30)
 
 
 @pytest.mark.slow

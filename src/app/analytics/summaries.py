@@ -19,13 +19,15 @@ from app.analytics.aggregate import OTHER, aggregated
 from app.analytics.engine import Engine
 from app.analytics.totals import merged
 from app.analytics.versions import Versions
-from app.core.errors import Transient
+from app.core.errors import Permanent, Rejected, Transient
+from app.stores.deltas import unfolded
 from app.stores.objects import ObjectInfo, ObjectStore
 from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
 
 SOME = 2000
 PAIRS = 500
 KEPT = timedelta(hours=1)
+ASKED = 16_384  # objects whose properties are remembered
 log = logging.getLogger(__name__)
 
 
@@ -81,6 +83,7 @@ class Summaries:
         self._lock = Lock()
         self._state = _State()
         self._view: View | None = None
+        self._asked: dict[tuple[str, str, datetime], ObjectInfo] = {}
 
     @property
     def view(self) -> View | None:
@@ -135,16 +138,37 @@ class Summaries:
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
-        """The versions that are there, and whether those are all that were listed. What is new is learnt, what cannot
-        be fetched is added to `unread`.
+        """The versions that are there, and whether the batch tells all of them: what is new is learnt, what cannot be
+        fetched is added to `unread`, and deltas whose rows another object holds are not there.
         """
-        by_version = {version_of(info.key, info.etag): info for info in infos if self._is_ours(info.key)}
+        left = unfolded((info for info in infos if self._is_ours(info.key)), self._head)
+        by_version = {version_of(info.key, info.etag): info for info in left.infos}
         versions = list(by_version)
         here = set(compress(versions, self._state.current.among(versions)))
         fresh = {version: info for version, info in by_version.items() if version not in here}
         if fresh:
             here |= self._learn(fresh, unread)
-        return b"".join(here), here >= by_version.keys()
+        return b"".join(here), left.is_whole and here >= by_version.keys()
+
+    def _head(self, one: ObjectInfo | str) -> ObjectInfo | None:
+        """An object that may have deltas beside it, asked once. One that may not be looked at says nothing, nor does
+        one of another batch that was replaced since it was listed.
+        """
+        listed = None if isinstance(one, str) else (one.key, one.etag, one.modified_at)
+        if listed is not None and listed in self._asked:
+            return self._asked[listed]
+        try:
+            found = self._store.head(one if isinstance(one, str) else one.key)
+        except (Permanent, Rejected) as error:
+            log.warning("%s", error)
+            return None
+        if found is None or listed is None:
+            return found if found and any(self._state.current.among([version_of(found.key, found.etag)])) else None
+        if found.etag == listed[1]:
+            if len(self._asked) >= ASKED:
+                self._asked.clear()
+            self._asked[listed] = found
+        return found
 
     def _is_ours(self, key: str) -> bool:
         """All but markers of folders, and what is other programs' own: names that begin with `_` or `.`."""

@@ -248,9 +248,11 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     )
     """Types of single columns, such as count=double; a change takes effect with the next UTC day."""
     allow_shrink: Flag = variable("EXPORT_ALLOW_SHRINK", default=False)
-    """Let an object lose rows that the source no longer returns (retention); otherwise they are kept."""
+    """Let an object lose rows that were deleted at the source; rows that its retention dropped are kept."""
     reconcile_days: int = variable("RECONCILE_DAYS", default=7, ge=0, le=3660)
-    """Days that the daily search for late rows covers."""
+    """Days that the daily reconcile compares with the source."""
+    heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
+    """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=2, ge=1, le=64)
     """Devices that are exported at once."""
 

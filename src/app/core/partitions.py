@@ -17,9 +17,10 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
+from app.core.joined import Pipeline, Position
 from app.core.ports import Batch, Checkpoints, Commit, Count, Encoded, Record
 from app.core.runs import Context, Failure, Lease, Report
-from app.core.sync import Done, Pipeline, Position, sync_partition, waiting
+from app.core.sync import Done, sync_partition, waiting
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -35,7 +36,10 @@ LONGEST_PAUSE = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True)
 class _Failing:
-    """A partition that failed: how often in a row, when it did last, and why."""
+    """A partition that failed: how often in a row, when it did last, and why.
+
+    Once for a cause that may pass is no time: when the state or the store was away for a moment, the next run goes on.
+    """
 
     times: int
     at: datetime
@@ -43,6 +47,8 @@ class _Failing:
 
     @property
     def due_at(self) -> datetime:
+        if not self.times:
+            return self.at
         return self.at + min(FIRST_PAUSE * (1 << min(self.times - 1, 10)), LONGEST_PAUSE)
 
 
@@ -69,11 +75,12 @@ class Backoff:
         """Why a partition failed last that failed."""
         return self._failing[partition].failure
 
-    def failed(self, failure: Failure, now: datetime) -> None:
+    def failed(self, failure: Failure, now: datetime, *, may_pass: bool = False) -> None:
         """The partition failed once more."""
         with self._lock:
             before = self._failing.get(failure.partition)
-            self._failing[failure.partition] = _Failing(before.times + 1 if before else 1, now, failure)
+            times = before.times + 1 if before else int(not may_pass)
+            self._failing[failure.partition] = _Failing(times, now, failure)
 
     def well(self, partition: str) -> None:
         """The partition was brought up to date."""
@@ -149,6 +156,14 @@ class BatchedCheckpoints:
         """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""
         self.flush(pipeline, lease)
         self._checkpoints.fail(pipeline, partition, message, lease)
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """See `Checkpoints.mark`."""
+        self._checkpoints.mark(pipeline, partition, troubles)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """See `Checkpoints.note_undeleted`."""
+        self._checkpoints.note_undeleted(pipeline, key, error)
 
     def flush(self, pipeline: str, lease: Lease) -> None:
         """Make the commits that wait."""
@@ -303,7 +318,7 @@ def isolated(
         except (Transient, Permanent, Rejected) as error:
             outage.saw(error if isinstance(error, Transient) else None)
             failure = Failure(partition, error.message, error.hint)
-            how.backoff.failed(failure, how.now)
+            how.backoff.failed(failure, how.now, may_pass=isinstance(error, Transient))
             _note(pipeline, context, failure, str(error))
             return sum(parts, Report(failures=(failure,)))
         outage.saw(None)

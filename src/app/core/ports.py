@@ -4,13 +4,15 @@ A source yields batches, a sink holds one object per window, checkpoints remembe
 is a contract that every implementation keeps and that one conformance suite checks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import add
 from typing import Any, Protocol, TypeVar
 
 from app.core.ledger import Tally
 from app.core.runs import Lease
+from app.core.shrink import Shrink
 from app.core.window import Window
 
 
@@ -25,6 +27,33 @@ class Count:
     cells: int
     points: int
     fields: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What the values of one field come to. Of numbers also their sum, least and greatest; of others these are None.
+
+    `magnitude`: the sum of the absolute values, by which it is known how far two sums of the same numbers may differ
+    that were added in another order; no source is asked for it.
+    """
+
+    values: int = 0
+    total: float | None = None
+    least: float | None = None
+    greatest: float | None = None
+    magnitude: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        def both(one: float | None, two: float | None, join: Callable[[float, float], float]) -> float | None:
+            return two if one is None else one if two is None else join(one, two)
+
+        return Sums(
+            self.values + other.values,
+            both(self.total, other.total, add),
+            both(self.least, other.least, min),
+            both(self.greatest, other.greatest, max),
+            self.magnitude + other.magnitude,
+        )
 
 
 UNCOUNTED = Count(-1, 0)
@@ -63,8 +92,16 @@ class Batch(Protocol):
         """
 
     @property
+    def sums(self) -> Mapping[str, Sums]:
+        """By field, what the values come to that were read at the source. Empty where the source cannot add them up."""
+
+    @property
     def new_rows(self) -> int:
         """After a union: rows that only the source has. Else all of them."""
+
+    @property
+    def corrected_rows(self) -> int:
+        """After a union: rows that were there with other values, or fewer. Else 0."""
 
     @property
     def identities(self) -> Any:
@@ -93,6 +130,7 @@ class Encoded(Protocol):
 
 
 ALL_TAGS, SOME_TAGS = "all", "some"
+MISSING, FOREIGN = "missing", "foreign"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +161,11 @@ class Record:
     `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
     `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
     source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
-    for a record of an older version.
+    for a record of an older version. `sums`: what the source's values came to when the window was closed. `folded`: see
+    `Held`.
+
+    `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
+    Headwater did not write); "" when all is well.
     """
 
     window: Window
@@ -139,11 +181,14 @@ class Record:
     closed: bool
     fields: Mapping[str, int] = field(default_factory=dict)
     source_digest: str = ""
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    trouble: str = ""
+    folded: int = 0
 
     @property
     def held(self) -> Held:
         """The object as this record knows it."""
-        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes)
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +232,9 @@ class Source(Protocol[B]):
         Rows may be read before their batch is taken, so versions must be known before the first one is taken.
         """
 
-    def union(self, batch: B, held: Sequence[Iterable[Any]]) -> B:
-        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row.
+    def union(self, batch: B, held: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
+        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row. Of those
+        that `shrink` covers it is told, and they are left out where it removes them.
 
         Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
         closes the result.
@@ -217,8 +263,15 @@ class Sink(Protocol[B_contra, E]):
         """
 
 
+Objects = Mapping[int, tuple[str, str]]
+"""Of one window: part -> key and version of what a listing shows."""
+
+
 class Deltas(Protocol[E]):
     """The further objects of a window that older versions wrote for late rows. Nothing writes them any more."""
+
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        """By window start, every object that is there, deltas or not, from a listing for each day made in this call."""
 
     def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
         """Part and key of each that is there, in order of parts."""
@@ -253,3 +306,12 @@ class Checkpoints(Protocol):
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """Note why the partition could not go on; its cursor stays."""
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """Note what a listing showed of recorded objects: see `Record.trouble`. Needs no lease.
+
+        Nothing happens to a record that names another version by now. Storing the record again ends its trouble.
+        """
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """An object could not be deleted, and why; "" when it is gone. Needs no lease."""

@@ -10,9 +10,10 @@ from itertools import islice
 from typing import TypeVar
 
 from app.core.errors import Permanent
+from app.core.joined import NOTHING, Pipeline, Task
 from app.core.ports import Batch, Encoded
 from app.core.runs import Context, Report
-from app.core.sync import NOTHING, Pipeline, Task, already_there, settle
+from app.core.sync import already_there, settle
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -47,6 +48,27 @@ def fill(
                 report += Report(ledger=already_there(pipeline.unit, count))
             else:
                 report += settle(pipeline, context, Task(partition, window, count, record, final=True, asks=True))
+            context.progress.advance(done=1)
+    return report
+
+
+def write_again(pipeline: Pipeline[B, E], context: Context, partition: str, span: Window, now: datetime) -> Report:
+    """Write every due window of `span` again, also what is right. Rows that only an object has are told in the notes;
+    they stay unless the pipeline's `shrink` takes them out.
+    """
+    due = (window for window in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, window, now))
+    report = Report()
+    while step := list(islice(due, pipeline.grid.count_windows)):
+        counts = pipeline.source.counts(partition, step)
+        found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
+        records = {record.window.start: record for record in found if not record.part}
+        for window in step:
+            context.stop.check()
+            count = counts.get((partition, window.start), NOTHING)
+            if count != NOTHING or pipeline.sink.head(pipeline.sink.key(partition, window, 0)) is not None:
+                record = records.get(window.start)
+                task = Task(partition, window, count, record, final=True, asks=True, always_writes=True)
+                report += settle(pipeline, context, task)
             context.progress.advance(done=1)
     return report
 

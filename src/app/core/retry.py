@@ -4,6 +4,8 @@ Invariant: a retry never outlasts the policy's attempts, and a stop that was ask
 """
 
 import random
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -27,6 +29,26 @@ class Pauses(Protocol):
 
     def pause(self, seconds: float) -> None:
         """Wait; raise `Stopped` as soon as a stop is asked for."""
+
+
+class Pace:
+    """Questions one after the other, each followed by a rest, so that whatever they cost the other side, it is at most
+    `share` of one core. From any thread.
+    """
+
+    def __init__(self, pauses: Pauses, share: float) -> None:
+        self._pauses = pauses
+        self._rest = 1 / share - 1
+        self._turn = threading.Lock()
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """The answer, after the rest."""
+        with self._turn:
+            began = time.monotonic()
+            try:
+                return question()
+            finally:
+                self._pauses.pause(self._rest * (time.monotonic() - began))
 
 
 def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float] = random.random) -> T:

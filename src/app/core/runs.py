@@ -87,8 +87,9 @@ class Failure:
 class Report:
     """What a job did. `more` is true when it stopped at its time limit with work left: run it again at once.
 
-    `notes` are lines for the person who ran it by hand; they are not recorded. `ledger` accounts for every row that was
-    counted at the source.
+    `late_rows` and `corrected_rows`: those of windows that were closed before. `removed_rows` left the destination: the
+    source has them no more, and that was allowed. `notes` are lines for the person who ran it by hand. Neither of these
+    two is recorded. `ledger` accounts for every row that was counted at the source.
     """
 
     rows: int = 0
@@ -99,6 +100,8 @@ class Report:
     more: bool = False
     notes: Sequence[str] = ()
     ledger: Ledger = field(default_factory=Ledger)
+    corrected_rows: int = 0
+    removed_rows: int = 0
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -110,6 +113,8 @@ class Report:
             self.more or other.more,
             (*self.notes, *other.notes),
             self.ledger + other.ledger,
+            self.corrected_rows + other.corrected_rows,
+            self.removed_rows + other.removed_rows,
         )
 
 

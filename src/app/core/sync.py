@@ -10,8 +10,7 @@ earlier version, however long ago, is refused. Deltas of older versions are fold
 """
 
 import logging
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,149 +19,35 @@ from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.ledger import Ledger, SetAside, Tally
-from app.core.ports import UNCOUNTED, Batch, Checkpoints, Commit, Count, Deltas, Encoded, Held, Record, Sink, Source
+from app.core.joined import NOTHING, Grid, Pipeline, Position, Task
+from app.core.ledger import Ledger, Tally
+from app.core.ports import (
+    UNCOUNTED,
+    Batch,
+    Commit,
+    Count,
+    Encoded,
+    Held,
+    Record,
+    Sums,
+)
 from app.core.runs import Context, Report
+from app.core.shrink import Shrink
 from app.core.window import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
 
-NOTHING = Count(0, 0)
 CONFLICTS = 8
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
-
-    One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
-    turns however long the backlog is.
-    """
-
-    windows: Callable[[datetime, datetime], Iterator[Window]]
-    grace_seconds: float
-    step_windows: int = 24
-    count_windows: int = 744
-
-
-class KnownRows:
-    """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
-    time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
-    """
-
-    def __init__(self, max_bytes: int = 48 << 20) -> None:
-        self._max_bytes = max_bytes
-        self._size_bytes = 0
-        self._known: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
-        """The object of a window has these rows in this version; None forgets what is known."""
-        with self._lock:
-            _, before = self._known.pop(slot, ("", None))
-            self._size_bytes -= getattr(before, "nbytes", 0)
-            if identities is None:
-                return
-            self._known[slot] = (version, identities)
-            self._size_bytes += getattr(identities, "nbytes", 0)
-            while self._size_bytes > self._max_bytes:
-                _, (_, oldest) = self._known.popitem(last=False)
-                self._size_bytes -= getattr(oldest, "nbytes", 0)
-
-    def of(self, slot: tuple[str, datetime], version: str) -> Any:
-        """The identities of that very version, None when they are not known."""
-        known, identities = self._known.get(slot, ("", None))
-        return identities if known == version else None
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline(Generic[B, E]):
-    """One source joined to one sink, named once.
-
-    `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
-    at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
-
-    `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
-    person did to it is seen. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is
-    never written again, and rows are united only where some are certainly gone from the source. `deltas`: those of
-    older versions, which are folded into their window's object.
-
-    `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
-    `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
-    """
-
-    name: str
-    source: Source[B]
-    sink: Sink[B, E]
-    checkpoints: Checkpoints
-    grid: Grid
-    allow_shrink: bool = False
-    asks_sink: bool = False
-    by_digest: bool = False
-    deltas: Deltas[E] | None = None
-    identities: KnownRows = field(default_factory=KnownRows)
-    kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
-    set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
-    refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
-    unit: str = "values"
-
-    def keep(self, task: "Task", version: str, batch: B) -> None:
-        """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
-        slot = (task.partition, task.window.start)
-        self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
-        if batch.reusable and not task.final:
-            self.kept[slot] = (version, batch)
-
-    def keeps(self, batch: B) -> bool:
-        """True when `batch` belongs to the pipeline."""
-        return any(batch is mine for _, mine in list(self.kept.values()))
-
-    def take(self, task: "Task", version: str) -> B | None:
-        """Hand over the rows that this process wrote as `version`; any other memory of the window is dropped."""
-        known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
-        if batch is None or (known == version and not task.final):
-            return batch
-        batch.close()
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
-
-    `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
-    `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
-    confirmed, and none of its rows is kept.
-    `ahead` gives the rows when they may be read together with those of other windows, after all their records.
-    """
-
-    partition: str
-    window: Window
-    count: Count
-    record: Record | None
-    final: bool
-    ahead: Iterator[Any] | None = None
-    asks: bool = False
-    mends: bool = False
-    replaces: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was."""
-
-    partition: str
-    cursor_at: datetime
-    now: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
     """The object after a window was settled, and how many bytes had to be stored for it (0 = it was right already).
 
-    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before.
+    `deltas`: keys of those whose rows the object holds now. `new_rows`: rows that it did not hold before, and
+    `corrected_rows` those that it held with other values. `shrink`: rows that the source lacks.
     """
 
     record: Record | None
@@ -170,6 +55,8 @@ class _Written:
     ledger: Ledger = field(default_factory=Ledger)
     deltas: Sequence[str] = ()
     new_rows: int = 0
+    corrected_rows: int = 0
+    shrink: Shrink | None = None
 
 
 Done = Callable[[Report], None]
@@ -322,13 +209,29 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         commit = Commit((record,) if record else (), cursor_at, folded)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
         delete_deltas(pipeline, written.deltas)
+    notes: list[str] = []
+    removed_rows = 0
+    if written.shrink is not None and written.shrink.rows:
+        notes.append(written.shrink.told(pipeline.sink.key(task.partition, task.window, 0), dry_run=context.dry_run))
+        log.warning("%s", notes[0])
+        removed_rows = written.shrink.rows if written.shrink.removes else 0
     if not written.stored_bytes or record is None:
-        return Report(ledger=written.ledger)
-    late_rows = written.new_rows if task.record is not None and task.record.closed else 0
-    if late_rows:
-        log.info("%s: %d late rows of a closed window", record.key, late_rows)
+        return Report(ledger=written.ledger, notes=notes)
+    was_closed = task.record is not None and task.record.closed
+    late_rows, corrected_rows = (written.new_rows, written.corrected_rows) if was_closed else (0, 0)
+    if late_rows or corrected_rows:
+        log.info("%s: %d late and %d corrected rows of a closed window", record.key, late_rows, corrected_rows)
     context.progress.advance(rows=record.rows)
-    return Report(rows=record.rows, bytes=written.stored_bytes, windows=1, late_rows=late_rows, ledger=written.ledger)
+    return Report(
+        rows=record.rows,
+        bytes=written.stored_bytes,
+        windows=1,
+        late_rows=late_rows,
+        corrected_rows=corrected_rows,
+        removed_rows=removed_rows,
+        notes=notes,
+        ledger=written.ledger,
+    )
 
 
 def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
@@ -340,8 +243,10 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
             pipeline.deltas.delete(key)  # type: ignore[union-attr]
         except (Permanent, Rejected) as error:
             log.warning("%s: its rows are in the object of its window, but it cannot be deleted: %s", key, error)
+            pipeline.checkpoints.note_undeleted(pipeline.name, key, error.message)
         else:
             log.info("%s: deleted, its rows are in the object of its window", key)
+            pipeline.checkpoints.note_undeleted(pipeline.name, key, "")
 
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
@@ -360,7 +265,8 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
                     found.batch.rows,
                     f"{written.stored_bytes} bytes written" if written.stored_bytes else "nothing to write",
                 )
-                return replace(written, ledger=_account(pipeline, context, task, found, written))
+                ledger = _account(pipeline, context, task, found, written)
+                return replace(written, ledger=ledger, shrink=found.shrink)
         except Conflict:
             held = pipeline.sink.head(key)
             task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
@@ -372,7 +278,7 @@ def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
 
 @dataclass(frozen=True, slots=True)
 class _Found(Generic[B]):
-    """The rows that the window's object has to hold. `source_digest` is that of the rows that the source answered.
+    """The rows that the window's object has to hold. `source_digest` and `sums` are those of what the source answered.
 
     `deltas`: keys whose rows are among these, or were already in the object; `folded` the highest of their parts.
     `is_united`: the accounts tell what is new beside the object. `is_confirmed`: the record knows the answer already.
@@ -380,10 +286,12 @@ class _Found(Generic[B]):
 
     batch: B
     source_digest: str
+    sums: Mapping[str, Sums]
     deltas: Sequence[str] = ()
     folded: int = 0
     is_united: bool = False
     is_confirmed: bool = False
+    shrink: Shrink | None = None
 
 
 def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | None, found: _Found[B]) -> _Written:
@@ -391,28 +299,38 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     batch, key = found.batch, pipeline.sink.key(task.partition, task.window, 0)
     same = batch.rows == 0 if held is None else batch.digest == held.digest
     closes = task.final and held is not None and not pipeline.by_digest and not (task.record and task.record.closed)
-    folds = found.folded > (held.folded if held is not None else 0)
+    already_folded = held.folded if held is not None else 0
+    folded = max(found.folded, already_folded)  # also of a delta that may not be deleted, and is skipped for good
+    folds = folded > already_folded
     if held is not None and task.record is not None and found.is_confirmed and not folds:
-        return _Written(replace(task.record, source_cells=task.count.cells), deltas=found.deltas)
-    if same and not closes and not folds:
+        sums = found.sums if task.final else {}
+        record = replace(task.record, source_cells=task.count.cells, sums=sums, folded=folded)
+        return _Written(record, deltas=found.deltas)
+    if same and not closes and not folds and (held is None or not task.always_writes):
         if held is None:
             return _Written(None)
         pipeline.keep(task, held.version, batch)
         return _Written(_record(task, key, held, found), deltas=found.deltas)
     encoded = pipeline.sink.encode(task.partition, task.window, batch)
     with closing(encoded):
-        if pipeline.deltas and found.folded:
-            encoded = pipeline.deltas.noted(encoded, found.folded)
-        stored = Held("", size_bytes=encoded.size_bytes)
+        if pipeline.deltas and folded:
+            encoded = pipeline.deltas.noted(encoded, folded)
+        stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
         if not context.dry_run:
-            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded))
+            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
             pipeline.keep(task, stored.version, batch)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
-        return _Written(record, encoded.size_bytes, deltas=found.deltas, new_rows=new_rows)
+        return _Written(
+            record,
+            encoded.size_bytes,
+            deltas=found.deltas,
+            new_rows=new_rows,
+            corrected_rows=batch.corrected_rows,
+        )
 
 
-def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E) -> str:
+def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int) -> str:
     """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
@@ -426,7 +344,8 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
         if there is None:
             raise
         is_ours = bool(encoded.write) and there.write == encoded.write
-        if not is_ours and (there.digest != batch.digest or (task.final and not pipeline.by_digest)):
+        same = (there.digest, there.folded) == (batch.digest, folded)
+        if not is_ours and (not same or (task.final and not pipeline.by_digest)):
             raise
         return there.version
 
@@ -462,6 +381,8 @@ def _record(task: Task, key: str, held: Held, found: _Found[B]) -> Record:
         closed=False,
         fields={name: tally.new + tally.already_there + tally.corrected for name, tally in batch.accounts.items()},
         source_digest=found.source_digest,
+        sums=found.sums if task.final else {},  # only past windows are compared by them
+        folded=held.folded,
     )
 
 
@@ -475,27 +396,37 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if kept is not None:
             kept.close()
-    digest = batch.digest
+    digest, sums = batch.digest, batch.sums
     try:
         deltas = _deltas(pipeline, task, held)
         rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
         is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
         if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
+        shrink = pipeline.shrink() if rows and pipeline.shrink else None
         if rows:
-            batch = _united(pipeline, task, batch, rows)
-        yield _Found(batch, digest, deltas.keys, deltas.highest, is_united=bool(rows), is_confirmed=is_confirmed)
+            batch = _united(pipeline, task, batch, rows, shrink)
+        yield _Found(
+            batch,
+            digest,
+            sums,
+            deltas.keys,
+            deltas.highest,
+            is_united=bool(rows),
+            is_confirmed=is_confirmed,
+            shrink=shrink,
+        )
     finally:
         if not pipeline.keeps(batch):
             batch.close()
 
 
-def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]]) -> B:
+def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
     """The batch with what only the object has. While its window is not closed, an object that cannot be read is written
     again from the source; of a closed one a person is told first, since the source may have forgotten its rows.
     """
     try:
-        united = pipeline.source.union(batch, rows)
+        united = pipeline.source.union(batch, rows, shrink)
     except Permanent as error:
         if batch.rows == 0 or (task.record is not None and task.record.closed):
             raise
@@ -510,8 +441,10 @@ def _is_confirmed(pipeline: Pipeline[B, E], task: Task, held: Held, source_diges
     rows stand in the object, whatever else does.
     """
     record = task.record
-    if record is None or task.replaces or pipeline.by_digest or pipeline.allow_shrink:
+    if record is None or task.replaces or task.always_writes or pipeline.by_digest:
         return False
+    if pipeline.shrink is not None and record.digest != source_digest:
+        return False  # the object has more than that, of which some may go by now
     same = (record.version, record.source_digest) == (held.version, source_digest)
     return same and (record.closed or not task.final)
 
@@ -523,10 +456,8 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     """
     if batch.digest == held.digest:
         return False
-    if pipeline.allow_shrink:
-        return False
     if pipeline.by_digest:
-        return _shrank(batch, held)
+        return pipeline.shrink is None and _shrank(batch, held)
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.gaps import Chart, Moment
+from app.core.joined import Grid, Pipeline, Position, Task
 from app.core.partitions import live_windows
 from app.core.ports import UNCOUNTED, Checkpoints, Commit, Record
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import Grid, Pipeline, Position, Task, settle, sync_partition
+from app.core.shrink import Shrink
+from app.core.sync import settle, sync_partition
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Wanted
@@ -199,7 +201,7 @@ def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) ->
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
-        allow_shrink=drive.allow_shrink,
+        shrink=Shrink if drive.allow_shrink else None,
         asks_sink=True,
         by_digest=True,
     )

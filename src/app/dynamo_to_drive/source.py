@@ -14,6 +14,7 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
 from app.core.ports import UNCOUNTED, Count
 from app.core.runs import Stop
+from app.core.shrink import Shrink
 from app.core.window import EPOCH, Window, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Wanted, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, HourWriter, Shape, lines_of, read_file
@@ -460,8 +461,9 @@ class DynamoSource:
         """Hour by hour: a Query of one hour is the cheapest question there is."""
         return (self.read(partition, window, count, None) for window, count in counted)
 
-    def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]]) -> HourFile:
-        """The rows of both; where both have a key, the table's row."""
+    def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]], shrink: Shrink | None) -> HourFile:
+        """The rows of both; where both have a key, the table's row. No file is read where rows may go."""
+        del shrink
         with closing(self._writer()) as writer:
             writer.add_rows(row for rows in held for row in rows if not self._is_misplaced(batch, row))
             writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))

@@ -13,10 +13,12 @@ from typing import Protocol
 
 from app.core.errors import Permanent
 from app.core.gaps import Cell, Found, Moment, cells_of
+from app.core.joined import Pipeline, Task
 from app.core.ports import UNCOUNTED, Held, Record, Sink
 from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report
-from app.core.sync import Pipeline, Task, settle
+from app.core.shrink import Shrink
+from app.core.sync import settle
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.window import DAY_SECONDS, Window, window_at
 from app.dynamo_to_drive.drive_sink import HourBytes
@@ -95,7 +97,7 @@ class HourEnds:
                 return settle(at.pipeline, context, task)
             if not self.source(slot).rows:
                 raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
-            return settle(replace(at.pipeline, sink=_Unread(at.sink), allow_shrink=True), context, task)
+            return settle(replace(at.pipeline, sink=_Unread(at.sink), shrink=Shrink), context, task)
 
 
 def _is_damaged(at: Opened, slot: Slot, record: Record | None) -> bool:

@@ -13,10 +13,11 @@ from itertools import islice
 
 from app.config.settings import Settings
 from app.core.errors import Permanent, Rejected
+from app.core.joined import Pipeline, Position
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.ports import Commit, Count
 from app.core.runs import Context, Report
-from app.core.sync import Pipeline, Position, waiting
+from app.core.sync import waiting
 from app.core.window import DAY_SECONDS, Age, Window, age_of, floor_to
 from app.influx_to_s3.reader import Counted, Inventory, Points
 from app.influx_to_s3.set_aside import CLOCK_NOT_SET, NO_DEVICE_TAG, REFUSED_ID, Aside, values_in

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any
 
@@ -37,10 +39,15 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A body in pieces of at most CHUNK_BYTES. `framed`: HTTP itself tells its end, by chunks or by a length."""
+    """A body in pieces of at most CHUNK_BYTES. `framed`: HTTP itself tells its end, by chunks or by a length.
+
+    `version` of the server, "" where it does not say; `told_at`: its own clock, None where it does not tell.
+    """
 
     chunks: Iterator[bytes]
     framed: bool
+    version: str = ""
+    told_at: datetime | None = None
 
 
 class Connection:
@@ -72,7 +79,8 @@ class Connection:
             if response.status != OK:
                 raise self._refused(response, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
-            yield Answer(self._chunks(response, where), framed)
+            version = response.headers.get("X-Influxdb-Version", "")
+            yield Answer(self._chunks(response, where), framed, version, _instant(response.headers.get("Date", "")))
 
     def _chunks(self, response: Any, where: str) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
@@ -142,6 +150,15 @@ class Connection:
     @property
     def _is_remote(self) -> bool:
         return self.server.url.lower().startswith("https://")
+
+
+def _instant(text: str) -> datetime | None:
+    """An HTTP date."""
+    try:
+        at = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _message(body: str) -> str:

@@ -7,18 +7,20 @@ question crosses the bound of a shard group, behind which the server would leave
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from app.core.errors import Permanent, Transient
+from app.core.ports import Sums
+from app.core.shrink import UNLIMITED
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.connection import Answer, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points
+from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, Retention, Summed
 from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
@@ -35,6 +37,13 @@ SCHEMA = 'import "influxdata/influxdb/schema"\n'
 FIRST_TIME, LAST_TIME = "1677-09-21T00:12:43.145224194Z", "2262-04-11T23:47:16.854775806Z"
 FIRST_INSTANT = datetime(1677, 9, 21, 0, 12, 44, tzinfo=UTC)
 LAST_INSTANT = datetime(2262, 4, 11, 23, 47, 16, tzinfo=UTC)
+PARTS: Mapping[str, Callable[[Any], Sums]] = {
+    "count": Sums,
+    "sum": lambda value: Sums(total=value),
+    "min": lambda value: Sums(least=value),
+    "max": lambda value: Sums(greatest=value),
+}
+AGGREGATES = tuple(PARTS)
 OWN_COLUMNS = frozenset({"_start", "_stop", "_measurement", "_field", "_time", "_value"})
 
 
@@ -105,6 +114,32 @@ class FluxReader:
 
         yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
+    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
+        """See `Reader`. Four aggregates in one question, each pushed down; Flux adds up numbers only."""
+        tag = literal(self._target.device_tag)
+        are_numbers = " or ".join(f"r._field == {literal(name)}" for name in numbers)
+
+        def aggregated(one: Window, name: str) -> str:
+            fields = "" if name == "count" else f" and ({are_numbers})"
+            over_series = "sum" if name == "count" else name
+            named = f'if column == "_value" then {literal(self._token + name)} else column'
+            return (
+                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)}{fields})"
+                f' |> aggregateWindow(every: {every_seconds}s, fn: {name}, createEmpty: false, timeSrc: "_start")'
+                f' |> group(columns: [{tag}, "_field", "_time"]) |> {over_series}()'
+                f' |> keep(columns: ["_field", "_time", "_value"]) |> rename(fn: (column) => {named})'
+                f" |> yield(name: {literal(name)})"
+            )
+
+        def ask(spans: Sequence[Window]) -> Iterator[Summed | None]:
+            for one in spans:
+                names = AGGREGATES if numbers else AGGREGATES[:1]
+                for block in self._ask("\n".join(aggregated(one, name) for name in names)):
+                    yield from self._summed(block, every_seconds)
+                yield None
+
+        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
+
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. The group key keeps the tags through the pivot, so each series is a table of its own."""
         token = self._token
@@ -152,6 +187,28 @@ class FluxReader:
         )
         for block in self._ask(query):
             yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
+
+    def retention(self) -> Retention:
+        """See `Reader`."""
+        rules, told_at = self._rules()
+        if rules is None:
+            return Retention(None, self._oldest_at(), told_at)
+        kept_seconds = min((seconds for seconds, _ in rules if seconds > 0), default=0)
+        return Retention(timedelta(seconds=kept_seconds) if kept_seconds else UNLIMITED, told_at=told_at)
+
+    def _oldest_at(self) -> datetime | None:
+        """The first point of each series is pushed down to the storage engine."""
+        import pyarrow as pa
+
+        query = (
+            f"from(bucket: {literal(self._target.bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
+            f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"])'
+        )
+        try:
+            times = [at for block in self._ask(query) for at in _column(block, "_time").cast(pa.int64()).to_pylist()]
+        except Permanent:
+            return None  # too many series, say
+        return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
     def inventory(self) -> Inventory:
         """See `Reader`."""
@@ -207,15 +264,28 @@ class FluxReader:
     @cached_property
     def _shard(self) -> timedelta:
         """How long the bucket's shard groups are; a day where the token may not look at buckets."""
+        rules, _ = self._rules()
+        seconds = min((seconds for _, seconds in rules or ()), default=0)
+        return timedelta(seconds=seconds) if seconds > 0 else DAY
+
+    def _rules(self) -> tuple[Sequence[tuple[int, int]] | None, datetime | None]:
+        """The bucket's retention rules, as seconds that points are kept (0: for ever) and those of a shard group, and
+        the server's clock. Without any rule the bucket keeps everything.
+
+        None where the token may not look at buckets, or the server has no such route, as 1.x.
+        """
         where = urlencode({"org": self._target.org, "name": self._target.bucket})
         try:
             with self._connection.ask(f"/api/v2/buckets?{where}", None, {}, self._variables) as answer:
-                answered = json.loads(b"".join(answer.chunks))
-            rules = [rule for bucket in answered["buckets"] for rule in bucket.get("retentionRules") or ()]
-            seconds = min((int(rule.get("shardGroupDurationSeconds") or 0) for rule in rules), default=0)
+                told_at = answer.told_at
+                [bucket] = json.loads(b"".join(answer.chunks))["buckets"]
+            rules = [
+                (int(rule.get("everySeconds") or 0), int(rule.get("shardGroupDurationSeconds") or 0))
+                for rule in bucket.get("retentionRules") or ()
+            ]
         except (Permanent, ValueError, TypeError, KeyError, AttributeError):
-            return DAY
-        return timedelta(seconds=seconds) if seconds > 0 else DAY
+            return None, None
+        return rules, told_at
 
     def _ask(self, query: str, known: frozenset[str] = frozenset()) -> Iterator[Block]:
         """Stream the answer, without columns of the `known` tags."""
@@ -244,16 +314,14 @@ class FluxReader:
         )
 
     def _counted(self, block: Block, every_seconds: int) -> Iterator[Counted]:
-        """A bucket that began before the question's span has the span's start as its time; it gets its own back.
-
-        Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
-        """
-        import pyarrow as pa
-
-        instants = _column(block, "_time").cast(pa.int64()).to_pylist()
-        for nanoseconds, (device, field, values) in zip(instants, self._sums(block), strict=True):
-            start_at = floor_to(EPOCH + timedelta(microseconds=nanoseconds // 1000), every_seconds)
+        for start_at, (device, field, values) in zip(_starts(block, every_seconds), self._sums(block), strict=True):
             yield Counted(device, start_at, field, values)
+
+    def _summed(self, block: Block, every_seconds: int) -> Iterator[Summed]:
+        name = next((each for each in AGGREGATES if self._token + each in block.names), AGGREGATES[0])
+        fields, values = (_column(block, each).to_pylist() for each in ("_field", self._token + name))
+        for start_at, field, value in zip(_starts(block, every_seconds), fields, values, strict=True):
+            yield Summed(start_at, field, PARTS[name](value))
 
     def _sums(self, block: Block) -> Iterator[tuple[str, str, int]]:
         """Device, field and number of values; points without the device tag come in tables without that column."""
@@ -262,6 +330,17 @@ class FluxReader:
         devices = _column(block, self._target.device_tag).to_pylist() if is_named else [""] * len(fields)
         for device, field, values in zip(devices, fields, _column(block, "_value").to_pylist(), strict=True):
             yield device or "", field, values
+
+
+def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
+    """A bucket that began before the question's span has the span's start as its time; it gets its own back.
+
+    Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
+    """
+    import pyarrow as pa
+
+    for nanoseconds in _column(block, "_time").cast(pa.int64()).to_pylist():
+        yield floor_to(EPOCH + timedelta(microseconds=nanoseconds // 1000), every_seconds)
 
 
 def _column(block: Block, name: str) -> "pa.ChunkedArray":

@@ -8,17 +8,30 @@ Invariants: as for `flux`; an answer that ends while saying `partial` is an erro
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.ports import Sums
+from app.core.shrink import UNLIMITED
 from app.core.window import EPOCH, Window
-from app.influx_to_s3.connection import OK, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, QueryTooLarge, Refusal, refusal
+from app.influx_to_s3.connection import OK, Answer, Connection
+from app.influx_to_s3.reader import (
+    INVENTORY_DEVICES,
+    Counted,
+    Inventory,
+    Points,
+    QueryTooLarge,
+    Refusal,
+    Retention,
+    Summed,
+    refusal,
+)
 from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
@@ -33,6 +46,9 @@ UNWRITABLE = re.compile("[\0\r]")  # the server takes these for the end of the t
 NEGATIVE_ZERO = re.compile(rb"[,\[]-0[,\]]")
 PASSING = ("timeout", "shutdown", "engine", "max-concurrent-queries")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|d|w)")
+AGGREGATES = "COUNT(*), SUM(*), MIN(*), MAX(*)"
+CANNOT_HINT = "no action needed: rows are read instead. JSON has no number for what these values add up to"
+T = TypeVar("T")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -91,10 +107,31 @@ class InfluxQlReader:
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
         """See `Reader`."""
+        return self._in_buckets("COUNT(*)", device, span, every_seconds, lambda series: self._counted(series, None))
 
-        def ask(spans: Sequence[Window]) -> Iterator[Counted | None]:
+    def sums(
+        self,
+        device: str,
+        span: Window,
+        every_seconds: int,
+        numbers: Sequence[str],  # noqa: ARG002 - InfluxQL's wildcards take those that are numbers
+    ) -> Iterator[Summed]:
+        """See `Reader`."""
+        return self._in_buckets(AGGREGATES, device, span, every_seconds, summed)
+
+    def _in_buckets(
+        self,
+        selected: str,
+        device: str | None,
+        span: Window,
+        every_seconds: int,
+        taken: Callable[[Mapping[str, Any]], Iterator[T]],
+    ) -> Iterator[T]:
+        """What is `taken` of each series of an answer that has a row for each bucket."""
+
+        def ask(spans: Sequence[Window]) -> Iterator[T | None]:
             statements = "; ".join(
-                f"SELECT COUNT(*) {self._from()} WHERE {self._where(device, one)}"
+                f"SELECT {selected} {self._from()} WHERE {self._where(device, one)}"
                 f" GROUP BY {self._tag}::tag, time({every_seconds}s) fill(none)"
                 for one in spans
             )
@@ -102,9 +139,9 @@ class InfluxQlReader:
                 if series is None:
                     yield None
                 else:
-                    yield from self._counted(series, None)
+                    yield from taken(series)
 
-        yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
+        return counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask, STATEMENTS)
 
     def rows(self, device: str, span: Window) -> Iterator[Points]:
         """See `Reader`. A field that has several types in several shards is selected once as each of them."""
@@ -132,6 +169,31 @@ class InfluxQlReader:
         query = f"SELECT COUNT(*) {self._from()} WHERE {self._where(None, span)} GROUP BY {self._tag}::tag"
         for series in self._ask(query):
             yield from self._counted(series, span.start)
+
+    def retention(self) -> Retention:
+        """See `Reader`. Only 1.x tells: 2.x answers `0s` for every bucket, whatever its retention is."""
+        found: dict[str, timedelta] = {}
+        default, told_at, version = "", None, ""
+        try:
+            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
+                told_at, version = answer.told_at, answer.version
+                for row in self._rows(answer):
+                    found[row["name"]] = _period(str(row.get("duration", "")))
+                    default = row["name"] if row.get("default") else default
+        except Permanent:
+            found = {}
+        period = found.get(self._target.retention_policy or default)
+        if period is None or not version.startswith("1."):
+            return Retention(None, self._oldest_at(), told_at)
+        return Retention(period, told_at=told_at)
+
+    def _oldest_at(self) -> datetime | None:
+        """The rows of all series come in the order of time."""
+        try:
+            times = [row[0] for series in self._ask(f"SELECT * {self._from()} LIMIT 1") for row in series["values"]]
+        except Permanent:
+            return None  # too many series, say
+        return EPOCH + timedelta(microseconds=-(-min(times) // 1000)) if times else None
 
     def inventory(self) -> Inventory:
         """See `Reader`."""
@@ -180,9 +242,8 @@ class InfluxQlReader:
         """The default retention policy, and every policy's shard group duration; none where nobody may ask."""
         default, found = "", {}
         try:
-            for series in self._ask(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}"):
-                for values in series["values"]:
-                    row = dict(zip(series["columns"], values, strict=True))
+            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
+                for row in self._rows(answer):
                     found[row["name"]] = _duration(str(row.get("shardGroupDuration", "")))
                     default = row["name"] if row.get("default") else default
         except Permanent:
@@ -218,15 +279,8 @@ class InfluxQlReader:
 
     def _answers(self, statements: str, number: int) -> Iterator[Mapping[str, Any] | None]:
         """The series that have values, statement by statement, with None at the end of each."""
-        form = {
-            "db": self._target.database,
-            "q": statements,
-            "epoch": "ns",
-            "chunked": "true",
-            "chunk_size": str(CHUNK_ROWS),
-        }
         ended = 0
-        with self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables) as answer:
+        with self._question(statements) as answer:
             for result in self._results(_lines(answer.chunks)):
                 yield from (series for series in result.get("series", ()) if series.get("values"))
                 if not result.get("partial"):
@@ -234,6 +288,23 @@ class InfluxQlReader:
                     yield None
         if ended < number:
             raise Transient("InfluxDB's answer ends although more was announced", "no action needed: it is read again")
+
+    def _question(self, statements: str) -> AbstractContextManager[Answer]:
+        form = {
+            "db": self._target.database,
+            "q": statements,
+            "epoch": "ns",
+            "chunked": "true",
+            "chunk_size": str(CHUNK_ROWS),
+        }
+        return self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables)
+
+    def _rows(self, answer: Answer) -> Iterator[Mapping[str, Any]]:
+        """The rows of a SHOW statement, by column."""
+        for result in self._results(_lines(answer.chunks)):
+            for series in result.get("series", ()):
+                for values in series.get("values", ()):
+                    yield dict(zip(series["columns"], values, strict=True))
 
     def _results(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
         """A statement's result, or a part of it that says so by `partial`."""
@@ -247,6 +318,8 @@ class InfluxQlReader:
                 yield result
 
     def _document(self, line: bytes) -> Mapping[str, Any]:
+        if line.startswith(b"json: "):
+            raise Permanent(f"InfluxDB cannot write its answer: {line[:200].decode(errors='replace')}", CANNOT_HINT)
         try:
             # JSON's -0 is an integer to Python, which knows a negative zero as a float only.
             document = json.loads(line, parse_int=_integer if NEGATIVE_ZERO.search(line) else None)
@@ -264,6 +337,22 @@ class InfluxQlReader:
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
         return refusal(Refusal(self._connection.server.url, OK, message, "", self._variables))
+
+
+def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
+    """The aggregates of a series, a part of a field's sums for each cell. MIN and MAX also come of truth values."""
+    for nanoseconds, *values in series["values"]:
+        at = EPOCH + timedelta(microseconds=nanoseconds // 1000)
+        for column, value in zip(series["columns"][1:], values, strict=True):
+            aggregate, _, name = column.partition("_")
+            if value is None or isinstance(value, bool):
+                continue
+            if aggregate == "count":
+                yield Summed(at, name, Sums(int(value)))
+            elif aggregate == "sum":
+                yield Summed(at, name, Sums(total=value))
+            else:
+                yield Summed(at, name, Sums(least=value) if aggregate == "min" else Sums(greatest=value))
 
 
 @dataclass(slots=True)
@@ -384,8 +473,20 @@ def _nanoseconds(instant: datetime) -> int:
 
 def _duration(text: str) -> timedelta:
     """`168h0m0s`; a day for what cannot be read, or is no time at all."""
-    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
+    seconds = _seconds(text)
     return timedelta(seconds=seconds) if seconds >= 1 else DAY
+
+
+def _period(text: str) -> timedelta:
+    """`720h0m0s`; `0s` keeps everything. What cannot be read keeps nothing for sure."""
+    seconds = _seconds(text)
+    if not seconds and re.search("[1-9]", text):
+        return timedelta()
+    return timedelta(seconds=seconds) if seconds else UNLIMITED
+
+
+def _seconds(text: str) -> float:
+    return sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
 
 
 def _integer(digits: str) -> int | float:

@@ -5,19 +5,22 @@ the cursor, so they never work on one window at once. Nothing is connected befor
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from app.core.gaps import Chart
+from app.core.joined import Grid, Pipeline
+from app.core.known_rows import KnownRows
 from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.ports import Checkpoints
-from app.core.repair import fill
-from app.core.retry import RetryPolicy
+from app.core.reconcile import HEAL_HINT, reconcile, said_of
+from app.core.repair import fill, write_again
+from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.sync import Done, Grid, KnownRows, Pipeline
+from app.core.shrink import Shrink
+from app.core.sync import Done
 from app.core.verify import Verification
 from app.core.window import EPOCH, Window, floor_to
 from app.influx_to_s3.accounting import (
@@ -33,11 +36,13 @@ from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout_file import LayoutFile, Tree, as_on
 from app.influx_to_s3.recovery import tree_of_data
+from app.influx_to_s3.retention import Coverage
 from app.influx_to_s3.rewrite import devices_in, rewrite
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
 from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
 from app.influx_to_s3.verify import ExportChart, ExportEnds
+from app.stores.checkpoints import SqlCheckpoints
 from app.stores.layouts import Layout
 from app.stores.parquet import EncodedFile, TableSink
 
@@ -51,6 +56,10 @@ if TYPE_CHECKING:
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"
 RECONCILE_SECONDS = 86_400
+RECONCILE_SHARE = 0.1
+# Each night the oldest day is compared by content, just before it is looked at no more, so that what came until then is
+# found. An hour more, since the next night's run may start later.
+CONTENT_SPAN = timedelta(hours=25)
 SPOOL = "spool"
 OFF = "off: set INFLUXDB_URL"
 LOOK_KEY = "headwater-readiness"
@@ -72,7 +81,7 @@ class Parts:
 
     settings: "Settings"
     reader: "Reader"
-    checkpoints: Checkpoints
+    checkpoints: SqlCheckpoints
     layout_file: LayoutFile
     store: "ObjectStore"
     aside: Aside
@@ -90,6 +99,7 @@ class Export:
 
     jobs: Sequence[Job]
     backfill: Callable[[Context, Window], Report]
+    replace: Callable[[Context, Window, bool], Report]
     rewrite: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
@@ -110,7 +120,7 @@ class Opened:
 
 def build(
     settings: "Settings",
-    checkpoints: Checkpoints,
+    checkpoints: SqlCheckpoints,
     layouts: "SqlLayouts",
     store: "ObjectStore",
     *,
@@ -153,6 +163,7 @@ def build(
     return Export(
         jobs,
         lambda context, span: _backfill(parts, context, span),
+        lambda context, span, allow_shrink: _replace(parts, context, span, allow_shrink=allow_shrink),
         lambda context, span: _rewrite(parts, context, span),
         ends,
         ExportChart(NAME, ends, checkpoints, export.grace_seconds),
@@ -186,10 +197,18 @@ def _reader(settings: "Settings") -> "Reader":
     return FluxReader(connection, FluxTarget(influx.org, influx.bucket, influx.measurement, influx.device_tag))
 
 
-def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, datetime], Tree] | None = None) -> Opened:
+def _open(
+    parts: Parts,
+    stop: Stop,
+    *,
+    dry_run: bool,
+    change: Callable[[Tree, datetime], Tree] | None = None,
+    share: float | None = None,
+) -> Opened:
     """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
 
-    `change(tree, now)` is made to the layout before anything is read or written.
+    `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the source, to
+    be taken by questions at most.
     """
     if not parts.store.conditional:
         parts.store.probe()
@@ -218,6 +237,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         spool_directory=spool,
         pauses=stop,
         policy=RetryPolicy(),
+        pace=Pace(stop, share) if share else None,
     )
     sink = TableSink(
         store=parts.store,
@@ -236,7 +256,7 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         sink=sink,
         checkpoints=parts.checkpoints,
         grid=Grid(tree.windows, export.grace_seconds),
-        allow_shrink=export.allow_shrink,
+        shrink=_shrinking(parts, source, removes=True) if export.allow_shrink else None,
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
@@ -248,6 +268,12 @@ def _open(parts: Parts, stop: Stop, *, dry_run: bool, change: Callable[[Tree, da
         ),
     )
     return Opened(tree, now, columns, source, sink, pipeline)
+
+
+def _shrinking(parts: Parts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
+    """What may go in this run: what the source lacks although its retention still covers it."""
+    coverage = Coverage(parts.reader, source.again, parts.clock)
+    return lambda: Shrink(coverage.since(), removes=removes)
 
 
 def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
@@ -298,39 +324,64 @@ def _sync(parts: Parts, context: Context) -> Report:
 
 
 def _reconcile(parts: Parts, context: Context) -> Report:
-    """Compare the counts of the last days' closed windows and write what came late. Counted in `late_rows`."""
-    opened = _open(parts, context.stop, dry_run=context.dry_run)
-    since = opened.now - timedelta(days=parts.settings.export.reconcile_days)
-    return _fill(parts, context, opened, Window(since, opened.now), parts.checkpoints.starts(NAME))
+    """Compare the last days' windows of every device with the destination and the source, and bring what differs."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run, share=RECONCILE_SHARE)
+    days, first_start_at = timedelta(days=parts.settings.export.reconcile_days), opened.tree.first_start_at
+    since = max(opened.now - days, first_start_at)
+    by_content = Window(since, since + CONTENT_SPAN)
+    cursors = parts.checkpoints.cursors(NAME)
+    devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(since)}))
+
+    def one(device: str, done: Done) -> None:
+        until = min(opened.now, cursors.get(device, opened.now))
+        if until > since:
+            report = reconcile(
+                opened.pipeline,
+                context,
+                device,
+                Window(since, until),
+                opened.now,
+                asked=opened.source.sums,
+                by_content=by_content,
+                heals=parts.settings.export.heal == "auto",
+            )
+            done(report)
+
+    report = isolated(opened.pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+    troubles = parts.checkpoints.troubles().get(NAME, {})
+    return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
 
 
 def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
-    return _fill(parts, context, _open(parts, context.stop, dry_run=context.dry_run), span, by_content=True)
-
-
-def _fill(
-    parts: Parts,
-    context: Context,
-    opened: Opened,
-    span: Window,
-    starts: Mapping[str, datetime] | None = None,
-    *,
-    by_content: bool = False,
-) -> Report:
-    """Fill `span` up to each partition's cursor; with `starts`, only for those that it names, from there on."""
-    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if is_nameable(name)}
-    found = starts.keys() & cursors if starts is not None else {*cursors, *opened.source.partitions(span.start)}
-    partitions = sorted(filter(is_nameable, found))
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    cursors = parts.checkpoints.cursors(NAME)
+    partitions = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
 
     def one(partition: str, done: Done) -> None:
-        since = max(span.start, starts[partition]) if starts is not None else span.start
         until = min(span.end, cursors.get(partition, span.end))
-        if until > since:
-            window = Window(since, until)
-            done(fill(opened.pipeline, context, partition, window, opened.now, by_content=by_content))
+        if until > span.start:
+            window = Window(span.start, until)
+            done(fill(opened.pipeline, context, partition, window, opened.now, by_content=True))
 
     return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+
+
+def _replace(parts: Parts, context: Context, span: Window, *, allow_shrink: bool) -> Report:
+    """Write the due windows of `span` again from the source. Rows that only an object has are told, and stay unless
+    `allow_shrink`, whatever the settings allow.
+    """
+    opened = _open(parts, context.stop, dry_run=context.dry_run)
+    pipeline = replace(opened.pipeline, shrink=_shrinking(parts, opened.source, removes=allow_shrink))
+    cursors = parts.checkpoints.cursors(NAME)
+
+    def one(partition: str, done: Done) -> None:
+        until = min(span.end, cursors.get(partition, span.end))
+        if until > span.start:
+            done(write_again(pipeline, context, partition, Window(span.start, until), opened.now))
+
+    devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
+    return isolated(pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 
 
 def _rewrite(parts: Parts, context: Context, span: Window) -> Report:

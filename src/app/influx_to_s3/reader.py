@@ -5,10 +5,11 @@ Implementations: `flux` (`/api/v2/query`) and `influxql` (`/query`); both give t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.ports import Sums
 from app.core.window import Window
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
+class Summed:
+    """What the values of one field come to in a bucket of time, or a part of that; parts add up."""
+
+    start_at: datetime
+    field: str
+    sums: Sums
+
+
+@dataclass(frozen=True, slots=True)
 class Points:
     """Points of one or more series as columns of one length, in any order.
 
@@ -56,6 +66,19 @@ class Points:
     times: "pa.Array | pa.ChunkedArray"
     tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
     fields: "Sequence[tuple[str, pa.Array | pa.ChunkedArray]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
+
+    None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
+    it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
+    """
+
+    period: timedelta | None
+    oldest_at: datetime | None = None
+    told_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +114,12 @@ class Reader(Protocol):
         may then come in several parts, which add up.
         """
 
+    def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[Summed]:
+        """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
+
+        Permanent or Transient also where a sum cannot be written, or one of `numbers` is no number in the span.
+        """
+
     def rows(self, device: str, span: Window) -> "Iterator[Points]":
         """All points of the device, complete or an error."""
 
@@ -105,6 +134,9 @@ class Reader(Protocol):
 
         A field that has several types in the span may be counted under one of them only.
         """
+
+    def retention(self) -> Retention:
+        """How long points are kept, asked anew each time: it may be changed at any time."""
 
     def inventory(self) -> Inventory:
         """What there is; costs several questions, to be asked when nothing was found."""

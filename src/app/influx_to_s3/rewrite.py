@@ -18,14 +18,15 @@ from app.core.sync import Done, delete_deltas
 from app.core.window import DAY_SECONDS, Age, Window, age_of, windows_between
 from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.recovery import KEY
-from app.influx_to_s3.rows import in_order, of_object, ordered
+from app.influx_to_s3.rows import of_object, ordered
 from app.influx_to_s3.source import InfluxSource
 from app.influx_to_s3.spool import RowBatch
+from app.influx_to_s3.unions import in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from app.core.sync import Pipeline
+    from app.core.joined import Pipeline
     from app.stores.parquet import EncodedFile, TableSink
 
 log = logging.getLogger(__name__)
@@ -138,8 +139,9 @@ def _replace(
     if context.dry_run:
         return report
     version, size_bytes = (base.version, base.size_bytes) if base is not None and is_done else ("", 0)
+    folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
-        with closing(sink.noted(sink.encode(batch.device, window, batch), max(held, default=0))) as encoded:
+        with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
             version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
@@ -153,6 +155,7 @@ def _replace(
             rows=batch.rows,
             size_bytes=size_bytes,
             source_digest=record.source_digest if is_confirmed else "",
+            folded=folded,
         )
         commit = Commit((after,), folded=(window,) if deltas else ())
         pipeline.checkpoints.commit(pipeline.name, batch.device, commit, context.lease)

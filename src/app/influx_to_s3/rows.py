@@ -6,20 +6,19 @@ ignored tags are one row: their fields are united, and where values disagree, th
 stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
+from app.core.ports import Sums
 from app.core.window import EPOCH
 from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns, type_of
 from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.set_aside import Disagreement
 from app.stores.parquet import CSV_ROWS, lost_tags_in
-from app.stores.row_sums import mixed, seed_of, text_bits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,6 +60,32 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
         column = columns.field(field)
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
     return pa.table(table)
+
+
+def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
+    """What the values of columns come to, by name; a name may stand there once for each of its types."""
+    sums: dict[str, Sums] = {}
+    for name, values in columns:
+        added = _sums(values)
+        sums[name] = sums[name] + added if name in sums else added
+    return sums
+
+
+def _sums(values: Any) -> Sums:
+    import numpy as np
+    import pyarrow as pa
+
+    number = len(values) - values.null_count
+    if not number or not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        return Sums(number)
+    if isinstance(values, pa.ChunkedArray):
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    there = (values.drop_null() if values.null_count else values).to_numpy()
+    least, floats = there.min().item(), there.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):
+        total = floats.sum().item()
+        magnitude = total if least >= 0 else np.abs(floats).sum().item()
+    return Sums(number, total, least, there.max().item(), magnitude)
 
 
 def kind_of(arrow_type: Any) -> str:
@@ -377,167 +402,3 @@ def _guessed(values: Any, kind: str) -> Iterator[Any]:
             rest = pc.if_else(fits, None, rest)
     if rest.null_count < len(rest) or kind == TEXT:
         yield rest
-
-
-class Comparison:
-    """What the rows of a source are beside those of an object: by field, how many values are new, there already or
-    corrected, and how many rows are new.
-
-    `lost_tags`: held rows were written without their further tags, so one that has none gives way to any row of the
-    source with its instant and documented tags, and what it held is corrected.
-    """
-
-    def __init__(self, columns: Columns) -> None:
-        self.lost_tags = False
-        self.new_rows = 0
-        self.new: Counter[str] = Counter()
-        self.same: Counter[str] = Counter()
-        self.corrected: Counter[str] = Counter()
-        self._columns = columns
-
-    def add(self, new: "pa.Table", held: "pa.Table") -> "pa.Table":
-        """Rows of one stretch of time; the held ones that none of the new ones stands for."""
-        import numpy as np
-        import pyarrow as pa
-
-        tags = self._columns.tags
-        ours, theirs = identities_of(new, tags), identities_of(held, tags)
-        places, exact = _places(ours, theirs)
-        superseded, matched = np.isin(theirs, ours), exact
-        if self.lost_tags:
-            ours, theirs = identities_of(new, TAGS), identities_of(held, TAGS)
-            plain = np.flatnonzero(lacks_further_tags(held, self._columns))
-            superseded[plain] |= np.isin(theirs[plain], ours)
-            loosely, found = _places(ours, theirs[plain])
-            places = np.where(exact | ~found, places, plain[loosely] if len(plain) else places)
-            matched = exact | found
-        self.new_rows += int((~matched).sum())
-        self._count(new, held.take(pa.array(places, mask=~matched)), pa.array(exact))
-        return held.filter(pa.array(~superseded))
-
-    def _count(self, new: "pa.Table", beside: "pa.Table", exact: "pa.Array") -> None:
-        """Values of the new rows, and of the held row beside each (nulls where there is none)."""
-        import pyarrow.compute as pc
-
-        for name in new.column_names:
-            if name == TIMESTAMP or name in self._columns.tags:
-                continue
-            field, values = self._columns.source_of(name) or name, new.column(name)
-            there = same = 0
-            if name in beside.column_names:
-                before = beside.column(name)
-                is_there = pc.and_(values.is_valid(), before.is_valid())
-                there = pc.sum(is_there).as_py() or 0
-                same = pc.sum(pc.and_kleene(pc.and_(is_there, exact), pc.equal(values, before))).as_py() or 0
-            self.same[field] += same
-            self.corrected[field] += there - same
-            self.new[field] += new.num_rows - values.null_count - there
-
-
-def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
-    """For each of our identities, where it stands among theirs, and whether it does; numpy arrays."""
-    import numpy as np
-
-    if not len(theirs):
-        return np.zeros(len(ours), np.int64), np.zeros(len(ours), bool)
-    order = np.argsort(theirs)
-    places = order[np.minimum(np.searchsorted(theirs, ours, sorter=order), len(order) - 1)]
-    return places, theirs[places] == ours
-
-
-def united(
-    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, comparison: Comparison
-) -> "Iterator[pa.Table]":
-    """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
-    streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
-    while live := [stream for stream in streams if stream.fill()]:
-        until = min(stream.last_ns for stream in live)
-        first, second = (stream.take(until) for stream in streams)
-        if first is not None:
-            second = comparison.add(first, first.slice(0, 0) if second is None else second)
-        yield ordered([table for table in (first, second) if table is not None], columns)[0]
-
-
-def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "Iterator[pa.Table]":
-    """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
-    first, *others = sequences or [()]
-    for other in others:
-        first = united(first, other, columns, Comparison(columns))
-    yield from first
-
-
-def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
-    """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
-    import numpy as np
-    import pyarrow as pa
-
-    rest: list[pa.Table] = []
-    for table in tables:
-        if table.num_rows == 0:
-            continue
-        instants = instants_of(table)
-        last = int(np.searchsorted(instants, instants[-1], side="left"))
-        if last:
-            yield pa.concat_tables([*rest, table.slice(0, last)], promote_options="default")
-            rest = [table.slice(last)]
-        elif rest and instants_of(rest[0])[0] != instants[0]:
-            yield pa.concat_tables(rest, promote_options="default")
-            rest = [table]
-        else:
-            rest.append(table)
-    if rest:
-        yield pa.concat_tables(rest, promote_options="default")
-
-
-def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
-    """For each row, true when it has no tag besides the documented ones; a numpy array."""
-    import numpy as np
-
-    lacks = np.ones(table.num_rows, bool)
-    for name in columns.tags & set(table.column_names) - set(TAGS):
-        lacks &= table.column(name).is_null().to_numpy()
-    return lacks
-
-
-def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
-    """64 bits per row for timestamp and these tags, a numpy array. Rows of one set of tags never share a number.
-
-    A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
-    """
-    import numpy as np
-
-    total = np.zeros(table.num_rows, np.uint64)
-    for name in sorted(set(tags) & set(table.column_names)):
-        column = table.column(name).combine_chunks()
-        bits, _ = text_bits(column)
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        total += np.where(valid, mixed(bits ^ seed_of(b"identity", name)), np.uint64(0))
-    return mixed(instants_of(table).view(np.uint64)) ^ mixed(total)
-
-
-class _Ahead:
-    """An ordered sequence of tables of which the next one is at hand."""
-
-    def __init__(self, tables: "Iterator[pa.Table]") -> None:
-        self._tables = tables
-        self._table: pa.Table | None = None
-        self.last_ns = 0
-
-    def fill(self) -> bool:
-        """True while there are rows."""
-        while self._table is None or self._table.num_rows == 0:
-            self._table = next(self._tables, None)
-            if self._table is None:
-                return False
-        self.last_ns = int(instants_of(self._table)[-1])
-        return True
-
-    def take(self, until_ns: int) -> "pa.Table | None":
-        """The rows up to and including `until_ns`, None when there are none."""
-        import numpy as np
-
-        if self._table is None:
-            return None
-        count = int(np.searchsorted(instants_of(self._table), until_ns, side="right"))
-        taken, self._table = self._table.slice(0, count), self._table.slice(count)
-        return taken if count else None

@@ -7,7 +7,7 @@ Invariant: a batch holds at least as many values of each field as the source cou
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -18,27 +18,18 @@ from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
+from app.core.joined import NOTHING
 from app.core.ledger import Tally
-from app.core.ports import Count
-from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.sync import NOTHING
+from app.core.ports import Count, Sums
+from app.core.retry import Pace, Pauses, RetryPolicy, retry
+from app.core.shrink import Shrink
 from app.core.window import EPOCH, Window, windows_between
 from app.influx_to_s3.columns import TIMESTAMP, Columns
-from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader
-from app.influx_to_s3.rows import (
-    Comparison,
-    canonical,
-    in_order,
-    instants_of,
-    nanoseconds_of,
-    of_object,
-    ordered,
-    times_of,
-    united,
-    whole_instants,
-)
+from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
+from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
 from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.unions import Comparison, in_order, united, whole_instants
 from app.stores.parquet import lost_tags_in
 
 if TYPE_CHECKING:
@@ -56,7 +47,7 @@ class InfluxSource:
     """`app.core.ports.Source` over a `Reader`.
 
     `devices` empty = every value of the device tag. `batch_rows` rows are held at a time. `pauses` ends waiting for a
-    retry when a stop is asked for.
+    retry when a stop is asked for. `pace` bounds what questions cost the server.
     """
 
     def __init__(
@@ -69,6 +60,7 @@ class InfluxSource:
         spool_directory: Path,
         pauses: Pauses,
         policy: RetryPolicy,
+        pace: Pace | None = None,
     ) -> None:
         self._reader = reader
         self._columns = columns
@@ -77,6 +69,7 @@ class InfluxSource:
         self._spool_directory = spool_directory
         self._pauses = pauses
         self._policy = policy
+        self._pace = pace
         self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
@@ -121,6 +114,29 @@ class InfluxSource:
             devices = ("", *self._found(span.start))
             return [each for device in devices for each in self._counted(device, span, every_seconds)]
 
+    def sums(
+        self, partition: str, windows: Sequence[Window], numbers: Collection[str]
+    ) -> Mapping[datetime, Mapping[str, Sums]]:
+        """By window start and field, what the values of adjacent windows come to; of the fields `numbers` also their
+        totals. One question per run of windows of one length.
+        """
+        found: dict[datetime, dict[str, Sums]] = {}
+        for span in runs_of_one_length(windows):
+            every_seconds = next(window.seconds for window in windows if window.start == span.start)
+            for one in self._summed(partition, span, every_seconds, sorted(numbers)):
+                fields = found.setdefault(one.start_at, {})
+                fields[one.field] = fields[one.field] + one.sums if one.field in fields else one.sums
+        return found
+
+    def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
+        """Where the server cannot add up, as numbers that come to more than a double holds, counts alone."""
+        try:
+            return self.again(lambda: list(self._reader.sums(partition, span, every_seconds, numbers)))
+        except (Permanent, Transient) as error:
+            log.info("%s %s: is compared by its rows, since InfluxDB cannot add it up: %s", partition, span, error)
+            counted = self._counted(partition, span, every_seconds)
+            return [Summed(one.start_at, one.field, Sums(one.values)) for one in counted]
+
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
         """The whole window; small ones in one question, large ones slice by slice."""
         cells: Mapping[datetime, int] = {}
@@ -142,9 +158,9 @@ class InfluxSource:
                     else self._cut_out(partition, window, count, blocks)
                 )
 
-    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]") -> RowBatch:
+    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]", shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
-        columns, comparison = self._columns, Comparison(self._columns)
+        columns, comparison = self._columns, Comparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:
             rows = (table for table in tables if table.num_rows)
@@ -161,9 +177,11 @@ class InfluxSource:
         return replace(
             whole,
             accounts={name: account(name, tally) for name, tally in batch.accounts.items()},
+            sums=batch.sums,
             disagreements=batch.disagreements,
             has_all_tags=batch.has_all_tags and (not comparison.lost_tags or whole.rows == batch.rows),
             united_new_rows=comparison.new_rows,
+            corrected_rows=comparison.changed_rows,
         )
 
     @contextmanager
@@ -192,7 +210,7 @@ class InfluxSource:
             for table in whole_instants(kept.tables()):
                 earlier = before(table, nanoseconds_of(start))
                 spool.append(earlier)
-                spool.note(values_of(earlier, self._columns))
+                spool.note(sums_in_rows(earlier, self._columns))
         if start < window.end:
             for part, count in slices(Window(start, window.end), every_seconds, counts, self._batch_rows):
                 self._read_whole(spool, part, count)
@@ -264,7 +282,7 @@ class InfluxSource:
             return
         table, others, twice = ordered(tables, self._columns)
         spool.append(table)
-        spool.note(_values_in_all(blocks), twice, others)
+        spool.note(sums_of(field for block in blocks for field in block.fields), twice, others)
 
     def _collect(self, device: str, span: Window) -> Sequence[Points]:
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
@@ -284,8 +302,9 @@ class InfluxSource:
         return blocks
 
     def again(self, action: Callable[[], T]) -> T:
-        """`action`, retried while it fails for a cause that may pass."""
-        return retry(action, self._policy, self._pauses, random)
+        """`action`, which asks a question, retried while it fails for a cause that may pass."""
+        pace = self._pace
+        return retry(action if pace is None else lambda: pace.ask(action), self._policy, self._pauses, random)
 
 
 def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
@@ -315,13 +334,13 @@ def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
     return total
 
 
-def values_of(table: "pa.Table", columns: Columns) -> Mapping[str, int]:
-    """By field, how many values canonical rows hold."""
-    numbers: Counter[str] = Counter()
-    for name in table.column_names:
-        if name != TIMESTAMP and name not in columns.tags:
-            numbers[columns.source_of(name) or name] += table.num_rows - table.column(name).null_count
-    return numbers
+def sums_in_rows(table: "pa.Table", columns: Columns) -> Mapping[str, Sums]:
+    """By field, what the values of canonical rows come to."""
+    return sums_of(
+        (columns.source_of(name) or name, table.column(name))
+        for name in table.column_names
+        if name != TIMESTAMP and name not in columns.tags
+    )
 
 
 def _is_text(values: "pa.Array") -> bool:

@@ -8,9 +8,12 @@ nor across midnight UTC, which is such a bound wherever the shard group's durati
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from app.core.window import DAY_SECONDS, EPOCH, Window, floor_to
-from app.influx_to_s3.reader import Counted, QueryTooLarge
+from app.influx_to_s3.reader import QueryTooLarge
+
+T = TypeVar("T")
 
 DAY = timedelta(seconds=DAY_SECONDS)
 SHARDS_FROM = datetime(1, 1, 1, tzinfo=UTC)  # Go cuts a time to a multiple of a duration since then: weeks from Mondays
@@ -30,9 +33,9 @@ def one_type_spans(span: Window, shard: timedelta) -> Iterator[Window]:
 def counted_in_parts(
     spans: Iterable[Window],
     every_seconds: int,
-    ask: Callable[[Sequence[Window]], Iterator[Counted | None]],
+    ask: Callable[[Sequence[Window]], Iterator[T | None]],
     spans_per_question: int = 1,
-) -> Iterator[Counted]:
+) -> Iterator[T]:
     """What `ask` counts over the spans; they are cut, down to one bucket, while the server finds them too long.
 
     `ask` gives the counts of its spans in their order, and None at the end of each. Raises QueryTooLarge when one

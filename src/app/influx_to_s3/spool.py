@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from app.core.ledger import Tally
+from app.core.ports import Sums
 from app.influx_to_s3.columns import TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.enrich import enrich, output_schema
-from app.influx_to_s3.rows import identities_of, instant_of, instants_of
+from app.influx_to_s3.rows import instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
+from app.influx_to_s3.unions import identities_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,9 +54,11 @@ class RowBatch:
     spooled: BinaryIO | None = None
     cells: Mapping[datetime, int] = field(default_factory=dict)
     accounts: Mapping[str, Tally] = field(default_factory=dict)
+    sums: Mapping[str, Sums] = field(default_factory=dict)
     disagreements: Sequence[Disagreement] = ()
     has_all_tags: bool = True
     united_new_rows: int | None = None
+    corrected_rows: int = 0
 
     @property
     def new_rows(self) -> int:
@@ -153,7 +157,7 @@ class Spool:
         self._file: BinaryIO | None = None
         self._types: dict[str, Any] = {}
         self._landed: Counter[str] = Counter()
-        self._read: Counter[str] = Counter()
+        self._read: dict[str, Sums] = {}
         self._twice: Counter[str] = Counter()
         self._disagreements: list[Disagreement] = []
         self._digest = hashlib.sha256()
@@ -179,10 +183,11 @@ class Spool:
             self._cut(whole_blocks_only=True)
 
     def note(
-        self, read: Mapping[str, int], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()
+        self, read: Mapping[str, Sums], twice: Mapping[str, int] = NONE, others: Sequence[Disagreement] = ()
     ) -> None:
-        """By field: values that were read for the rows, and those of them that stand in no row of their own."""
-        self._read.update(read)
+        """By field: values that were read for the rows, and how many of them stand in no row of their own."""
+        for name, sums in read.items():
+            self._read[name] = self._read[name] + sums if name in self._read else sums
         self._twice.update(twice)
         self._disagreements += others
 
@@ -212,6 +217,7 @@ class Spool:
             spooled=self._file,
             cells=cells,
             accounts=self._accounts(counted),
+            sums=self._read,
             disagreements=tuple(self._disagreements),
         )
 
@@ -221,15 +227,16 @@ class Spool:
         landed: Counter[str] = Counter()
         for name, number in self._landed.items():
             landed[self.columns.source_of(name) or name] += number
+        read = {name: sums.values for name, sums in self._read.items()}
         return {
             name: Tally(
-                counted=max(counted.get(name, 0), self._read[name]),
-                read=self._read[name],
+                counted=max(counted.get(name, 0), read.get(name, 0)),
+                read=read.get(name, 0),
                 new=landed[name],
                 already_there=self._twice[name],
                 set_aside=aside[name],
             )
-            for name in counted.keys() | self._read.keys() | landed.keys()
+            for name in counted.keys() | read.keys() | landed.keys()
         }
 
     def abandon(self) -> None:

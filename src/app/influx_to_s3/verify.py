@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.ports import Checkpoints
+from app.core.joined import Pipeline
+from app.core.ports import Checkpoints, Record
+from app.core.reconcile import look
 from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
-from app.core.sync import Pipeline
 from app.core.verify import NOTHING, Content, Slot
-from app.core.window import Window
+from app.core.window import DAY_SECONDS, Window, floor_to
 from app.influx_to_s3.accounting import is_nameable
 from app.influx_to_s3.columns import Columns
 from app.influx_to_s3.rows import as_now_typed
 from app.influx_to_s3.spool import RowBatch
 from app.stores.objects import ObjectInfo
-from app.stores.parquet import EncodedFile, TableSink
+from app.stores.parquet import EncodedFile, TableSink, by_window
 from app.stores.row_sums import content_of_tables
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
@@ -66,7 +67,7 @@ class ExportEnds:
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
-        for _, info in unfolded(self.sink, slot.partition, slot.window, self._listing(slot)):
+        for info in named_in(slot.window, self._listing(slot)):
             tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
             total += content_of_tables(tables, as_text=self._as_text(slot.window))
         return total
@@ -83,7 +84,10 @@ class ExportEnds:
         """The day's listing, made once; a second look at the same window makes it anew."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
-            self.listed = (day, tuple(self.sink.listed(slot.partition, slot.window)))
+            start = floor_to(slot.window.start, DAY_SECONDS)
+            windows = list(self.pipeline.grid.windows(start, start + timedelta(days=1)))
+            listed, _ = looked(self.pipeline, self.sink, slot.partition, windows)
+            self.listed = (day, listed)
         self.looked_at = slot
         return self.listed[1]
 
@@ -108,25 +112,23 @@ class ExportChart:
         windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
         if not windows:
             return ()
-        records = self.checkpoints.records(self.name, partition, windows[0].start, windows[-1].end)
         moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
-        days = {window.start.date(): window for window in windows}.values()
-        listed = {day.start.date(): tuple(ends.sink.listed(partition, day)) for day in days}
-        found = (
-            Found(window.start, info.key, info.etag)
-            for window in windows
-            for _, info in unfolded(ends.sink, partition, window, listed[window.start.date()])
-        )
+        listed, records = looked(ends.pipeline, ends.sink, partition, windows)
+        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
         return cells_of(windows, records, found, moment)
 
 
-def unfolded(sink: TableSink, partition: str, window: Window, listed: Listing) -> Listing:
-    """The objects of a window out of its day's listing, without deltas whose rows the window's object holds: it says
-    itself which these are, and is asked only where there are deltas.
-    """
-    named = [(named_at, info) for named_at, info in listed if window.start <= named_at < window.end]
-    if all(named_at == window.start for named_at, _ in named):
-        return named
-    held = sink.head(sink.key(partition, window, 0))
-    folded_until = window.start + timedelta(seconds=held.folded if held else 0)
-    return [each for each in named if each[0] == window.start or each[0] > folded_until]
+def looked(
+    pipeline: ExportPipeline, sink: TableSink, partition: str, windows: Sequence[Window]
+) -> tuple[Listing, Sequence[Record]]:
+    """A listing of each day of these windows, and their records, in which is noted what is gone."""
+    records = pipeline.checkpoints.records(pipeline.name, partition, windows[0].start, windows[-1].end)
+    days = {window.start.date(): window for window in windows}.values()
+    listed = tuple(each for day in days for each in sink.unfolded(partition, day))
+    look(pipeline, partition, records, by_window(listed, windows))
+    return listed, records
+
+
+def named_in(window: Window, listed: Listing) -> Sequence[ObjectInfo]:
+    """The objects of one window out of its day's listing: its own, and deltas of older versions."""
+    return [info for named_at, info in listed if window.start <= named_at < window.end]

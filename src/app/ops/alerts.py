@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Stopped
+from app.core.reconcile import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
 from app.ops.addresses import Heartbeats, post
@@ -27,6 +28,7 @@ POLICY = RetryPolicy(attempts=4, first_seconds=1.0, cap_seconds=20.0)
 BAD = (Outcome.FAILED, Outcome.PARTIAL)
 DONE = (Outcome.OK, Outcome.PARTIAL)
 FAILED, RECOVERED, STALE, CLOCK_AHEAD = "failed", "recovered", "stale", "clock_ahead"
+OBJECTS = "objects_missing"
 AHEAD = timedelta(seconds=60)
 TICK = timedelta(microseconds=1)
 STALE_HINT = "look at the dashboard and at /ready; `python -m app check` tries every system"
@@ -99,7 +101,8 @@ class Clocks(Protocol):
 class Watched:
     """What is watched: the jobs, which of them are paused, the record of runs, what was told of them, and its clock.
 
-    `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that.
+    `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that. `troubles`: by job, with how
+    many objects something is wrong, and what; see `core.ports.Record.trouble`.
     """
 
     jobs: Sequence[Job]
@@ -109,6 +112,7 @@ class Watched:
     clocks: Clocks
     clock: Callable[[], datetime]
     elapsed_seconds: Callable[[], float] = time.monotonic
+    troubles: Callable[[], Mapping[str, Mapping[str, int]]] = dict
 
 
 def is_stale(last_seconds: float | None, up_seconds: float, limits: tuple[float, float]) -> bool:
@@ -233,7 +237,14 @@ class Alerts:
         known = self._watched.told.told()
         silent = dict.fromkeys(self._stale, "no run came to its end in time")
         ahead = {name: ahead_message(seconds) for name, seconds in self._ahead.items()}
-        for event, messages, hint in ((STALE, silent, STALE_HINT), (CLOCK_AHEAD, ahead, CLOCK_HINT)):
+        objects = {
+            name: ", ".join(said_of(troubles)) for name, troubles in self._watched.troubles().items() if troubles
+        }
+        for event, messages, hint in (
+            (STALE, silent, STALE_HINT),
+            (CLOCK_AHEAD, ahead, CLOCK_HINT),
+            (OBJECTS, objects, HEAL_HINT),
+        ):
             for name in sorted(messages):
                 if (name, event) not in known and self._watched.told.begin(name, event, now):
                     self._tell(event, name, messages[name], {"hint": hint})
@@ -250,14 +261,20 @@ class Alerts:
                 return end_at > told_at if told_at <= now + AHEAD else end_at == latest[name]
 
             before = told_at + TICK
-            if event == CLOCK_AHEAD:
-                if name not in self._ahead:
-                    self._watched.told.end(name, before, event)
+            if event in (CLOCK_AHEAD, OBJECTS):
+                self._tell_put_right(event, name, before)
             elif is_since(good.get(name)):
                 if self._watched.told.end(name, before):
                     self._tell(RECOVERED, name, "runs come to their end again", {})
             elif event == STALE and is_since(done.get(name)):
                 self._watched.told.end(name, before, STALE)
+
+    def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
+        """No run ends these two: a clock is no run, and an object is there again when a listing shows it."""
+        if event == CLOCK_AHEAD and name not in self._ahead:
+            self._watched.told.end(name, before, event)
+        if event == OBJECTS and not self._watched.troubles().get(name) and self._watched.told.end(name, before, event):
+            self._tell(RECOVERED, name, "its objects are as they were confirmed", {})
 
     def _stale_now(self, last: Mapping[str, datetime], now: datetime) -> frozenset[str]:
         paused = self._watched.paused()
@@ -275,7 +292,7 @@ class Alerts:
 
     def _tell(self, event: str, job: str, message: str, more: Mapping[str, str]) -> None:
         """`text` is what chat services show; the other fields are for programs."""
-        sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…", CLOCK_AHEAD: "…"}[event]
+        sign = {FAILED: "✗", RECOVERED: "✓", STALE: "…", CLOCK_AHEAD: "…", OBJECTS: "✗"}[event]
         hint = f" Next: {more['hint']}" if more.get("hint") else ""
         body = {
             "event": event,

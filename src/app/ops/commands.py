@@ -50,6 +50,15 @@ def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
     return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
 
 
+def replacement(service: Headwater, name: str, span: Window, how: How, *, allow_shrink: bool) -> int:
+    """Write the windows of `span` again from the source; the exit code."""
+    job, work = _job(service, name), service.pipelines.replacements.get(name)
+    if work is None:
+        able = ", ".join(service.pipelines.replacements) or "none"
+        raise Rejected(f"job {name} cannot replace what it wrote", f"jobs that can: {able}; leave out --replace")
+    return _finish(service, named(replace(job, work=lambda context: work(context, span, allow_shrink))), how)
+
+
 def rewrite(service: Headwater, name: str, span: Window, how: How) -> int:
     """Re-encode the objects of `span` from themselves; the exit code."""
     job, work = _job(service, name), service.pipelines.rewrites.get(name)
@@ -210,6 +219,8 @@ def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
         "bytes": total.bytes,
         "windows": total.windows,
         "late_rows": total.late_rows,
+        "corrected_rows": total.corrected_rows,
+        "removed_rows": total.removed_rows,
         "ledger": to_json(total.ledger),
         "ledger_text": summary_of(total.ledger),
         "failures": failures_shown(total),
@@ -255,7 +266,12 @@ def _tell(name: str, last: Run, total: Report, how: How) -> None:
         output.line(note)
     would = "would write " if how.dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
-    output.line(f"{name} {last.outcome.value}: {would}{counts}")
+    corrected = f", {total.corrected_rows} corrected rows" if total.corrected_rows else ""
+    if total.removed_rows:
+        counts += (
+            f", {'would remove ' if how.dry_run else ''}{total.removed_rows} rows{'' if how.dry_run else ' removed'}"
+        )
+    output.line(f"{name} {last.outcome.value}: {would}{counts}{corrected}")
     if total.ledger:
         output.line(output.cell(summary_of(total.ledger)))
     if last.error:

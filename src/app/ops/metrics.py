@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from app.core.ledger import Ledger
+from app.core.ports import FOREIGN, MISSING
 from app.core.runs import LedgerTotal, Outcome, Total
 from app.ops.scheduler import JobView
 from app.ops.shapes import Calls
@@ -56,6 +57,7 @@ def total_series(totals: Sequence[Total]) -> Iterator[Series]:
         "bytes": "Bytes written to a sink.",
         "windows": "Windows written to a sink.",
         "late_rows": "Rows that came after their window was closed.",
+        "corrected_rows": "Rows that were corrected at the source after their window was closed.",
     }
     for name, about in abouts.items():
         sums: dict[str, float] = {}
@@ -109,6 +111,18 @@ def clock_series(views: Sequence[JobView], ahead_seconds: Mapping[str, float]) -
     samples = [({"job": name}, ahead_seconds.get(name, 0.0)) for name in able]
     about = "How far the last run or a cursor of a job lies ahead of now; 0 is well."
     return Series("headwater_clock_ahead_seconds", "gauge", about, samples)
+
+
+def object_series(views: Sequence[JobView], troubles: Mapping[str, Mapping[str, int]]) -> Iterator[Series]:
+    """`troubles`: by job, with how many recorded objects something is wrong."""
+    mapped = [view.job.name for view in views if not view.job.off and view.job.name in troubles]
+    abouts = {
+        MISSING: "Objects that were written and that the last listing of the destination did not show.",
+        FOREIGN: "Objects that the last listing showed in a version that Headwater did not write.",
+    }
+    for trouble, about in abouts.items():
+        samples = [({"job": name}, float(troubles[name].get(trouble, 0))) for name in mapped]
+        yield Series(f"headwater_objects_{trouble}", "gauge", about, samples)
 
 
 def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Series]:

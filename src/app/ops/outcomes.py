@@ -47,6 +47,7 @@ def log_run(run: Run, cause: BaseException | None) -> None:
                 "bytes": report.bytes,
                 "windows": report.windows,
                 "late_rows": report.late_rows,
+                "corrected_rows": report.corrected_rows,
                 **entries,
                 **({"ledger_closes": ledger.closes} if ledger else {}),
                 "seconds": round((run.ended_at - run.started_at).total_seconds(), 3) if run.ended_at else 0.0,

@@ -4,7 +4,7 @@ Invariant: what is tried leaves nothing behind, and a right that is missing is n
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from app.core.errors import AppError, Permanent
@@ -14,6 +14,7 @@ from app.stores.sql import Database
 if TYPE_CHECKING:
     from app.stores.objects import ObjectStore
 
+NAMED = 5
 ABSENT = "headwater-check-of-rights"
 ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
 POSTGRES = """
@@ -56,6 +57,22 @@ def of_objects(store: "ObjectStore", prefix: str) -> Check:
         )
         holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
         return f"{said}; {holds}"
+
+    return check
+
+
+def of_undeleted(undeleted: Callable[[], Mapping[str, str]], store: "ObjectStore") -> Check:
+    """Which of the objects are still there that could not be deleted, and why; "" for none."""
+
+    def check() -> str:
+        there = {key: error for key, error in undeleted().items() if store.head(key) is not None}
+        if not there:
+            return ""
+        names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
+        return (
+            f"deltas of an older version cannot be deleted: {names} ({next(iter(there.values()))}): allow"
+            " s3:DeleteObject, or end their Object Lock; until then other readers see their rows twice"
+        )
 
     return check
 

@@ -26,6 +26,7 @@ from app.ops.metrics import (
     job_series,
     lag_series,
     ledger_series,
+    object_series,
     success_series,
     total_series,
 )
@@ -70,6 +71,7 @@ class Operations:
     clock: Callable[[], datetime]
     state_clock: Callable[[], datetime]
     ahead_seconds: Callable[[], Mapping[str, float]]
+    troubles: Callable[[], Mapping[str, Mapping[str, int]]]
 
 
 class Span(BaseModel):
@@ -242,9 +244,11 @@ def _series(ops: Operations) -> Sequence[Series]:
         now, totals, partitions = ops.state_clock(), ops.totals(), ops.partitions()
         calls = {job: of() for job, of in ops.calls.items()}
         ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
+        troubles = ops.troubles()
     except AppError:
         return series  # the check of the store says why the counters are missing
     series += [*total_series(totals), success_series(totals, now), *ledgers, *call_series(calls)]
+    series += object_series(views, troubles)
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
 

@@ -51,7 +51,7 @@ RUN = _object(
         "started_at": INSTANT,
         "ended_at": {"anyOf": [INSTANT, {"type": "null"}]},
         "outcome": {"type": "string", "enum": [outcome.value for outcome in Outcome]},
-        **dict.fromkeys(("rows", "bytes", "windows", "late_rows"), WHOLE),
+        **dict.fromkeys(("rows", "bytes", "windows", "late_rows", "corrected_rows"), WHOLE),
         "ledger": LEDGER,
         "ledger_text": {**TEXT, "description": "The same in one line; empty for a run that kept no ledger."},
         "failures": {"type": "array", "items": FAILURE, "description": "At most 20."},

@@ -83,6 +83,7 @@ class Scheduler:
             timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
         )
         self._workers = {job.name: self._hired(job, desk) for job in jobs}
+        self._longest_seconds: dict[str, float] = {TICK: 2 * TICK_SECONDS}
         self._ticked_at = time.monotonic()
         self._closed = threading.Event()
 
@@ -96,6 +97,7 @@ class Scheduler:
             jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
             trigger = Every(seconds=interval, jitter=jitter, timezone=UTC)
             self._timers.add_job(worker.due, trigger, id=worker.job.name, next_run_time=now)
+            self._longest_seconds[worker.job.name] = interval + jitter + TICK_SECONDS
         self._timers.add_job(self._tick, Every(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now)
         self._timers.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -208,7 +210,11 @@ class Scheduler:
             if abs(step) > TICK_SECONDS:
                 way = "forward" if step > 0 else "back"
                 log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
-                for name in (TICK, *(worker.job.name for worker in self._able())):
+            # A clock that went ahead and back between two looks leaves no step, and timers that lie far ahead.
+            until = datetime.now(UTC) + timedelta(seconds=TICK_SECONDS)
+            for name, seconds in self._longest_seconds.items():
+                at = getattr(self._timers.get_job(name), "next_run_time", None)
+                if abs(step) > TICK_SECONDS or (at is not None and at > until + timedelta(seconds=seconds)):
                     self._mover(name)(0)
 
     def _follow_pauses(self) -> None:

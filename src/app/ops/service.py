@@ -11,6 +11,7 @@ from app.config.settings import Settings
 from app.core.gaps import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
+from app.core.window import Window
 from app.ops.front import Front
 from app.ops.readiness import Check
 from app.ops.scheduler import Backfill, Scheduler
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
 
+Replacement = Callable[[Context, Window, bool], Report]
+"""Write a span again from the source; the last argument allows that rows go which the source no longer has."""
+
 Undo = Callable[[Context, str], Report]
 """Take back what a run did, given its id or the beginning of it; a dry run says in `notes` what that would be."""
 
@@ -31,12 +35,14 @@ Undo = Callable[[Context, str], Report]
 class Pipelines:
     """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` and /ready try.
 
-    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `routers`
-    build the routes of slices that have both jobs and routes; they are called once, when the API is built.
+    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
+    jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
+    routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
     rewrites: Mapping[str, Backfill] = field(default_factory=dict)
     checks: Mapping[str, Check] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
@@ -44,6 +50,7 @@ class Pipelines:
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+    listed: Sequence[str] = ()
     routers: Sequence[Callable[[], "APIRouter"]] = ()
 
 

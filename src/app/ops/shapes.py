@@ -74,6 +74,7 @@ def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
         "runs_total": sum(total.runs for total in record.totals),
         "rows_total": sum(total.report.rows for total in record.totals),
         "late_rows_total": sum(total.report.late_rows for total in record.totals),
+        "corrected_rows_total": sum(total.report.corrected_rows for total in record.totals),
         "calls": record.calls and {"today": record.calls.today, "a_day": record.calls.a_day},
         "last_run": record.last and run_shown(record.last),
     }
@@ -97,6 +98,7 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "bytes": report.bytes,
         "windows": report.windows,
         "late_rows": report.late_rows,
+        "corrected_rows": report.corrected_rows,
         "ledger": to_json(report.ledger),
         "ledger_text": summary_of(report.ledger),
         "failures": failures_shown(report),

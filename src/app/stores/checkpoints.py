@@ -7,11 +7,11 @@ not believed: no cursor lies ahead of the database's clock, and no window is clo
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from typing import Any
 
-from app.core.ports import Commit, Record
+from app.core.ports import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.window import Window
 from app.stores.clocks import AHEAD, now_of
@@ -91,6 +91,36 @@ class SqlCheckpoints:
             params = {"pipeline": pipeline, "partition": partition, "message": storable(message), "now_at": now_at}
             session.run(self._queries["save_failure"], **params)
 
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """See `Checkpoints.mark`."""
+        of = {"pipeline": pipeline, "partition": partition}
+        marks = [
+            {**of, "starts_at": each.window.start, "part": each.part, "version": each.version, "trouble": trouble}
+            for each, trouble in troubles
+        ]
+        with self._database.transaction() as session:
+            session.run_many(self._queries["mark"], marks)
+
+    def troubles(self) -> Mapping[str, Mapping[str, int]]:
+        """Pipeline -> trouble -> how many objects it is with; see `Record.trouble`."""
+        found: dict[str, dict[str, int]] = {}
+        for row in self._rows("troubles"):
+            found.setdefault(row["pipeline"], {})[row["trouble"]] = row["objects"]
+        return found
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """See `Checkpoints.note_undeleted`."""
+        of = {"pipeline": pipeline, "key": storable(key)}
+        with self._database.transaction() as session:
+            if error:
+                session.run(self._queries["note_undeleted"], **of, error=storable(error))
+            else:
+                session.run(self._queries["forget_undeleted"], **of)
+
+    def undeleted(self, pipeline: str) -> Mapping[str, str]:
+        """Key -> why it could not be deleted, of objects that should be gone."""
+        return {row["s3_key"]: row["error"] for row in self._rows("undeleted", pipeline=pipeline)}
+
     def of(self, pipeline: str) -> Sequence[Checkpoint]:
         """Every partition of the pipeline, by name."""
         return [
@@ -140,7 +170,9 @@ def _columns(record: Record) -> dict[str, Any]:
         "max_at": record.max_at,
         "status": "closed" if record.closed else "open",
         "source_digest": record.source_digest,
+        "folded": record.folded,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
+        "sums": json.dumps(_sums_shown(record.sums), separators=(",", ":")) if record.sums else "",
     }
 
 
@@ -159,7 +191,15 @@ def _record(row: Row, now: datetime) -> Record:
         closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
         source_digest=row["source_digest"],
+        sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
+        trouble=row["trouble"],
+        folded=row["folded"],
     )
+
+
+def _sums_shown(sums: Mapping[str, Sums]) -> Mapping[str, Sequence[float | None]]:
+    """As a list of `Sums`' own order, without what says nothing of values that are no numbers."""
+    return {name: [each.values] if each.total is None else list(astuple(each)) for name, each in sums.items()}
 
 
 def _summary(commit: Commit) -> dict[str, Any]:

@@ -8,9 +8,9 @@ digest and rows of its content.
 
 import csv
 import io
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from app.core.errors import Conflict, Permanent, Rejected
-from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held
+from app.core.ports import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.window import Window
+from app.stores.deltas import folded_in, named_second, noted_window, unfolded
 from app.stores.layouts import Layout
 from app.stores.objects import CONTROL, ObjectInfo, ObjectStore, Put, check_key
 
@@ -32,8 +33,6 @@ MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
 MAX_DEVICE_BYTES = 255
-WINDOW = re.compile(r"[\d-]{10}T(?P<start>[\d:]{8})Z/[\d-]{10}T(?P<end>[\d:]{8})Z")
-NAME = re.compile(r"export_(\d\d)(\d\d)(\d\d)\.(?:parquet|csv)")
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
 """Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
@@ -117,18 +116,31 @@ class TableSink:
         folder = self.key(partition, window, 0).rpartition("/")[0]
         midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
         for info in self.store.list(f"{folder}/"):
-            if named := NAME.fullmatch(info.key.removeprefix(f"{folder}/")):
-                hours, minutes, seconds = map(int, named.groups())
-                yield midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds), info
+            second = named_second(info.key)
+            if second is not None and info.key.rpartition("/")[0] == folder:
+                yield midnight + timedelta(seconds=second), info
+
+    def unfolded(self, partition: str, window: Window) -> "Sequence[tuple[datetime, ObjectInfo]]":
+        """The same without deltas whose rows the object of their window holds."""
+        listed = list(self.listed(partition, window))
+        named = {info.key: named_at for named_at, info in listed}
+        seconds = self.layout_at(window.start).window_seconds
+        left = unfolded(
+            (info for _, info in listed),
+            lambda one: self.store.head(one if isinstance(one, str) else one.key),
+            window_seconds=seconds,
+        )
+        return [(named[info.key], info) for info in left.infos]
+
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        """See `app.core.ports.Deltas`: deltas are named by the seconds after the window's start."""
+        days = {window.start.date(): window for window in windows}.values()
+        return by_window((each for day in days for each in self.listed(partition, day)), windows)
 
     def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
-        """See `app.core.ports.Deltas`: they are named by the seconds after the window's start."""
-        deltas = [
-            (round((named_at - window.start).total_seconds()), info.key)
-            for named_at, info in self.listed(partition, window)
-            if window.start < named_at < window.end
-        ]
-        return sorted(deltas)
+        """See `app.core.ports.Deltas`."""
+        there = self.objects(partition, [window]).get(window.start, {})
+        return sorted((part, key) for part, (key, _) in there.items() if part)
 
     def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
         """See `app.core.ports.Deltas`."""
@@ -143,8 +155,8 @@ class TableSink:
         info = self.store.head(key)
         if info is None:
             return None
-        named, of = NAME.search(key), WINDOW.fullmatch(info.metadata.get("window", ""))
-        is_own = named and of and of["start"] <= ":".join(named.groups()) < of["end"].replace("00:00:00", "24:00:00")
+        second, noted = named_second(key), noted_window(info)
+        is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
     def read(self, key: str, version: str) -> "Iterator[pa.Table]":
@@ -210,6 +222,18 @@ class TableSink:
         return cast("BinaryIO", file)
 
 
+def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+    """A listing, as `TableSink.listed` makes it, by the starts of these windows, which are in order."""
+    starts = [window.start for window in windows]
+    found: dict[datetime, dict[int, tuple[str, str]]] = {}
+    for named_at, info in listed:
+        at = bisect_right(starts, named_at) - 1
+        if at >= 0 and named_at < windows[at].end:
+            part = round((named_at - starts[at]).total_seconds())
+            found.setdefault(starts[at], {})[part] = (info.key, info.etag)
+    return found
+
+
 def check_device(device: str) -> None:
     """Raises Rejected for an id that cannot be part of a key as it is."""
     problem = ""
@@ -230,12 +254,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows, folded = info.metadata.get("rows", ""), info.metadata.get("folded", "")
+    rows = info.metadata.get("rows", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
-        folded=int(folded) if folded.isdigit() else 0,
+        folded=folded_in(info),
         rows=int(rows) if rows.isdigit() else None,
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),

@@ -72,7 +72,7 @@ class SqlRuns:
 
 
 def _sums(run: Run) -> dict[str, Any]:
-    names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "ended_at")
+    names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "corrected_rows", "ended_at")
     columns = _columns(run)
     return {name: columns[name] for name in names}
 
@@ -89,7 +89,7 @@ def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _total(row: Row) -> Total:
-    report = Report(rows=row["rows"], bytes=row["bytes"], windows=row["windows"], late_rows=row["late_rows"])
+    report = Report(**{name: row[name] for name in ("rows", "bytes", "windows", "late_rows", "corrected_rows")})
     return Total(row["job"], Outcome(row["outcome"]), row["runs"], report, row["ended_at"])
 
 
@@ -104,6 +104,7 @@ def _columns(run: Run) -> dict[str, Any]:
         "bytes": run.report.bytes,
         "windows": run.report.windows,
         "late_rows": run.report.late_rows,
+        "corrected_rows": run.report.corrected_rows,
         "failures": json.dumps([asdict(failure) for failure in run.report.failures]),
         "more": run.report.more,
         "error": storable(run.error),
@@ -118,6 +119,7 @@ def _run(row: Row) -> Run:
         bytes=row["bytes"],
         windows=row["windows"],
         late_rows=row["late_rows"],
+        corrected_rows=row["corrected_rows"],
         failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
         more=bool(row["more"]),
         ledger=from_json(json.loads(row["ledger"])),
