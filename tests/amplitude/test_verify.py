@@ -1,7 +1,7 @@
 """Proof of delivery of hours and weeks: what was done to objects or rows is named exactly, and mended exactly."""
 
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from app.core.errors import Transient
 from app.core.gaps import State
+from app.core.verify import verify
 from app.core.window import Window
 from app.stores.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
@@ -112,6 +114,18 @@ def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is
     ]
     pull.to_the_end()
     assert state_after(75) is State.EMPTY
+
+
+def test_an_object_is_not_called_damaged_when_the_warehouse_cannot_be_asked(world: World) -> None:
+    made, simulator, _ = world
+
+    def away(_: Collection[str]) -> int:
+        raise Transient("the warehouse is away", "start it")
+
+    made.warehouse.known = away  # type: ignore[method-assign,assignment]  # the port itself, not a patch of a module
+    ends = made.amplitude(simulator).verification(made.clock)
+    (verdict,) = verify(ends, Window(MONDAY, MONDAY + HOUR), made.clock, "web")
+    assert (verdict.sign.value, verdict.error) == ("!", "the warehouse is away")
 
 
 def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:

@@ -26,7 +26,16 @@ def build(
     settings: Settings, checkpoints: Checkpoints, store: ObjectStore, warehouse: Events, clock: Callable[[], datetime]
 ) -> PullPipeline[Mapping[str, Project]]:
     """The pipeline as it is configured; its job is `off` while no source has its keys."""
-    given, known = settings.amplitude, projects(settings)
+    given, spool = settings.amplitude, spool_of(settings)
+    pairs: Mapping[str, tuple[SecretStr | None, SecretStr | None]] = {
+        "web": (given.web_client_id, given.web_secret_key),
+        "mobile": (given.mobile_client_id, given.mobile_secret_key),
+    }
+    known = {
+        source: project(given.base_url, client_id.get_secret_value(), secret_key.get_secret_value(), spool)
+        for source, (client_id, secret_key) in pairs.items()
+        if client_id is not None and secret_key is not None
+    }
     pull = PullContext(
         name=NAME,
         unit=UNIT,
@@ -36,7 +45,7 @@ def build(
         checkpoints=checkpoints,
         store=store,
         warehouse=warehouse,
-        spool=spool_of(settings),
+        spool=spool,
         clock=clock,
         set_aside=set_aside_of(settings, NAME, store, 2 * LARGE_LINE_BYTES),
     )
@@ -52,20 +61,6 @@ def build(
         chart=AmplitudeChart(pull),
         service=known,
     )
-
-
-def projects(settings: Settings) -> Mapping[str, Project]:
-    """Source -> project, for those whose keys are set."""
-    given = settings.amplitude
-    pairs: Mapping[str, tuple[SecretStr | None, SecretStr | None]] = {
-        "web": (given.web_client_id, given.web_secret_key),
-        "mobile": (given.mobile_client_id, given.mobile_secret_key),
-    }
-    return {
-        source: project(given.base_url, client_id.get_secret_value(), secret_key.get_secret_value(), spool_of(settings))
-        for source, (client_id, secret_key) in pairs.items()
-        if client_id is not None and secret_key is not None
-    }
 
 
 def every_source(

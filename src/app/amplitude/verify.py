@@ -27,6 +27,7 @@ from app.product_events.pull import PartitionRun, PullContext
 from app.product_events.verify import (
     PullChart,
     covers,
+    damage,
     downloaded,
     ended_hours,
     found_at,
@@ -152,8 +153,13 @@ class AmplitudeEnds:
         from app.amplitude.events import HourStats, reader
 
         total, seen, lacking = NOTHING, HourStats(), 0
-        with downloaded(self.pull, info, (Transient,)) as file:
-            for block in self._blocks(inflated(file)):
+        with downloaded(self.pull, info) as file:
+            found = self._blocks(inflated(file))
+            while True:
+                with damage(info.key, (Transient,)):
+                    block = next(found, None)
+                if block is None:
+                    break
                 total += content_of_events([block])
                 if known is not None:
                     lacking += lost(known, reader().tables(block, seen))
@@ -163,7 +169,8 @@ class AmplitudeEnds:
     def _content_of_week(self, info: ObjectInfo) -> Content:
         total = NOTHING
         with (
-            downloaded(self.pull, info, (Transient,)) as file,
+            downloaded(self.pull, info) as file,
+            damage(info.key, (Transient,)),
             read_errors(),
             readable(lambda: zipfile.ZipFile(file)) as archive,
         ):

@@ -288,16 +288,13 @@ def _sort(
         elif not isinstance(found, BadRow) and at is not None and at in hours:
             hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
         else:
-            bad = found if isinstance(found, BadRow) else _of_no_hour(part, received, at, cells)
+            detail = f"row {part.number}: {received} is of no hour that was asked for"
+            reason = NO_RECEIPT if at is None else ANOTHER_TIME
+            bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
             # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
             gap = hours[at] if at is not None and at in hours else reading.hours[-1]
             gap.refused += 1
             refuse(at if at is not None else _some_hour(part.header, cells), bad)
-
-
-def _of_no_hour(part: CsvRows, received: str, at: datetime | None, cells: Row) -> BadRow:
-    reason = NO_RECEIPT if at is None else ANOTHER_TIME
-    return BadRow(reason, part.raw, f"row {part.number}: {received} is of no hour that was asked for", cells)
 
 
 def _some_hour(header: Row, cells: Row) -> datetime | None:

@@ -22,7 +22,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.window import Window, windows_between
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext
-from app.product_events.verify import covers, downloaded, ended_hours, found_at, refuse_lost, rest_of_day
+from app.product_events.verify import covers, damage, downloaded, ended_hours, found_at, refuse_lost, rest_of_day
 from app.stores.objects import ObjectInfo
 from app.stores.product_loading import Known, lost
 from app.stores.raw_gaps import folder_of
@@ -109,9 +109,10 @@ class AppMetricaEnds:
 
     def _content_of_object(self, window: Window, info: ObjectInfo, known: Known | None = None) -> Content:
         """What an object holds. Raises Permanent when it is damaged, or when `known` lacks an event of it."""
-        with downloaded(self.pull, info, BROKEN) as file:
-            hour = _opened(file, window)
-            content = _content(hour)
+        with downloaded(self.pull, info) as file:
+            with damage(info.key, BROKEN):
+                hour = _opened(file, window)
+                content = _content(hour)
             hour.rows = content.rows
             if known is not None and hour.rows:
                 chunks = tables(hour, self.exports.service.application_id)

@@ -1,4 +1,4 @@
-"""Both ends of a pull: which hours are compared, how an object is read and put in order; and the gap map.
+"""Both ends of a pull: which hours are compared, and how an object is read; and the gap map.
 
 Invariant: an object is downloaded whole before it is read, so that what goes wrong inside is its own fault.
 """
@@ -38,22 +38,25 @@ def rest_of_day(hour: Window, until: datetime) -> Window:
 
 
 @contextmanager
-def downloaded(pull: PullContext, info: ObjectInfo, broken: tuple[type[Exception], ...]) -> Iterator[BinaryIO]:
-    """That version of an object in a file. What is `broken` while it is read is Permanent: the object is damaged.
-
-    Raises Conflict when it is no longer that version, Transient when it went away.
-    """
+def downloaded(pull: PullContext, info: ObjectInfo) -> Iterator[BinaryIO]:
+    """That version of an object in a file. Raises Conflict when it is another version, Transient when it is gone."""
     with TemporaryFile(dir=pull.spool) as spooled:
         with pull.store.open(info.key, info.etag) as stream:
             if stream is None:
                 raise Transient(f"{info.key} went away while it was read", "verify again")
             copyfileobj(stream, spooled, 1 << 18)
         spooled.seek(0)
-        try:
-            yield cast("BinaryIO", spooled)
-        except broken as error:
-            what = error.message if isinstance(error, Transient) else error
-            raise Permanent(f"{info.key} is damaged: {what}", DAMAGED) from error
+        yield cast("BinaryIO", spooled)
+
+
+@contextmanager
+def damage(key: str, broken: tuple[type[Exception], ...]) -> Iterator[None]:
+    """What is `broken` while an object is read is Permanent: it is damaged."""
+    try:
+        yield
+    except broken as error:
+        what = error.message if isinstance(error, Transient) else error
+        raise Permanent(f"{key} is damaged: {what}", DAMAGED) from error
 
 
 def refuse_lost(key: str, lacking: int, rows: int) -> None:
