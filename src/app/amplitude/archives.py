@@ -117,7 +117,7 @@ LAST_BLOCK = b"\x03\0"
 STORED_HEAD_BITS = 3
 MAX_RATIO, RATIO_FREE_BYTES = 500, 1 << 26
 NAMES = ("libz.so.1", "libz.so", "libz.dylib", "libz.1.dylib", "zlib1.dll")
-CUT = "nothing to do: the hours are fetched again"
+CUT = "no action needed: the hours are fetched again"
 
 
 class _Stream(ctypes.Structure):

@@ -175,7 +175,7 @@ class Exports:
 
     @contextmanager
     def resumed(self, export: Export, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
-        """An export to go on with. `fresh`: unless it is under way already, its file is made anew."""
+        """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
             self.pulls.save(export)
