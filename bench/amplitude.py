@@ -96,7 +96,7 @@ def inflated(folder: Path) -> int:
 def ours(folder: Path) -> int:
     """As the route does it."""
     from app.amplitude.archives import opened, weeks
-    from app.core.window import Window
+    from app.core.windows import Window
 
     def streams(file: BinaryIO) -> Iterator[tuple[datetime, BinaryIO]]:
         with opened(file, Window(MONDAY, MONDAY + HOURS * HOUR)) as archive:

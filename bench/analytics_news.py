@@ -12,10 +12,10 @@ from pathlib import Path
 from analytics_ways import PREFIX, hourly
 from app.analytics.engine import Engine, Limits
 from app.analytics.summaries import Summaries
-from app.stores.objects import Put
-from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target
-from app.stores.state import open_state
+from app.db.state import open_state
+from app.object_store.port import Put
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 
 ROUNDS = 5
 

@@ -66,7 +66,7 @@ def main() -> int:
 
 def fill(data: Path, given: Given) -> None:
     """Facts of every object, as if each had been read."""
-    from app.stores.state import open_state
+    from app.db.state import open_state
 
     data.mkdir(parents=True, exist_ok=True)
     state = open_state("", data)
@@ -78,7 +78,7 @@ def fill(data: Path, given: Given) -> None:
 
 def facts(given: Given) -> Iterator[Any]:
     """What one hour of one device adds up to."""
-    from app.stores.summaries import Facts, Part
+    from app.db.object_summaries import Facts, Part
 
     draw = random.Random(1)
     for device in range(given.devices):

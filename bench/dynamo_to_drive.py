@@ -76,9 +76,9 @@ def ordinary(url: str) -> Reading:
 
 def ours(url: str) -> Reading:
     """The product's source: the whole file of the hour with its digest."""
-    from app.core.ports import UNCOUNTED
+    from app.core.pipeline import UNCOUNTED
     from app.core.runs import Stop
-    from app.core.window import Window
+    from app.core.windows import Window
     from app.dynamo_to_drive.access_path import Wanted
     from app.dynamo_to_drive.hour_file import Accounts
     from app.dynamo_to_drive.source import DynamoSource, Table, Target

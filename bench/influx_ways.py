@@ -142,10 +142,10 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     from app.__main__ import tune
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
+    from app.db.state import open_state
     from app.influx_to_s3 import job
-    from app.stores.local_directory import LocalDirectory
-    from app.stores.set_aside import SetAsideStore, folder_of
-    from app.stores.state import open_state
+    from app.object_store.local import LocalDirectory
+    from app.object_store.set_aside import SetAsideStore, folder_of
 
     tune()
     logging.basicConfig(level=logging.WARNING)
@@ -185,10 +185,11 @@ def idle(_: str, __: Shape, ___: Path) -> Told:
     import urllib3
 
     from app.config.environment import load_settings
+    from app.db import state
     from app.influx_to_s3 import job
-    from app.stores import local_directory, state
+    from app.object_store import local
 
-    imported = (urllib3, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local_directory, state)
+    imported = (urllib3, np, pyarrow.compute, pyarrow.csv, pq, job, load_settings, local, state)
     return {"rows": 0, "imported": len(imported)}
 
 

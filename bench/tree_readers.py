@@ -150,10 +150,10 @@ def write_tree(folder: Path) -> Found:
     """Export every point by the product's own job; what stands in the tree then, computed from the points."""
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
+    from app.db.state import open_state
     from app.influx_to_s3 import job
-    from app.stores.local_directory import LocalDirectory
-    from app.stores.set_aside import SetAsideStore, folder_of
-    from app.stores.state import open_state
+    from app.object_store.local import LocalDirectory
+    from app.object_store.set_aside import SetAsideStore, folder_of
     from simulators.influx import InfluxSimulator
 
     class Silent:

@@ -14,12 +14,12 @@ from pathlib import Path
 from app import __main__ as command_line
 from app import main
 from app.core.errors import Permanent
-from app.core.gaps import Cell, State
+from app.core.gap_map import Cell, State
 from app.core.ledger import SetAside, Tally, ledger_of
-from app.core.ports import Commit
+from app.core.pipeline import Commit
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.verify import Content, Slot, content_of
-from app.core.window import Window, windows_between
+from app.core.windows import Window, windows_between
 from app.main import Parts
 from app.ops.service import Pipelines
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from app.core.window import floor_to
+from app.core.windows import floor_to
 from kill_rounds import Command, main
 from shipping import Shipping, item, shipping
 from simulators.drive import DriveFault, DriveSimulator

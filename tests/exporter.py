@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 
 from app.config.environment import load_settings
-from app.core.joined import NOTHING
-from app.core.ports import Commit
+from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
-from app.core.window import Window
+from app.core.windows import Window
+from app.db.state import State, open_state
 from app.influx_to_s3.job import NAME, RECONCILE, Export, build
 from app.influx_to_s3.verify import ExportEnds
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore
-from app.stores.set_aside import SetAsideStore, folder_of
-from app.stores.state import State, open_state
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore, folder_of
 from exports import CountingStore, content, exported, objects, stored
 from simulators.influx import InfluxSimulator
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.core.errors import Permanent
-from app.stores.objects import ObjectStore
+from app.object_store.port import ObjectStore
 from simulators.influx_storage import Points
 
 FORMATS = ("parquet", "csv")

@@ -9,15 +9,14 @@ import pyarrow as pa
 
 from app.core.retry import Pauses, RetryPolicy
 from app.core.runs import Stop
-from app.core.window import EPOCH
-from app.influx_to_s3.columns import Columns
-from app.influx_to_s3.layout_file import Column, LayoutFile, Tree, first_tree
+from app.core.windows import EPOCH
+from app.db.checkpoints import Layout
+from app.influx_to_s3.layout import Column, Columns, LayoutFile, Tree, first_tree
 from app.influx_to_s3.reader import Points, Reader
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import canonical, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.spool import RowBatch
-from app.stores.layouts import Layout
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 NOON_NS = (NOON - EPOCH) // timedelta(microseconds=1) * 1000

@@ -8,11 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from app.core.window import Window
-from app.influx_to_s3.connection import Connection, Server
+from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.reader import Points, Reader
+from app.influx_to_s3.reader import Connection, Points, Reader, Server
 from exporter import NOON, ns
 from simulators.influx import InfluxSimulator
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import LeaseLost
-from app.core.ports import Commit, Record
+from app.core.pipeline import Commit, Record
 from app.core.runs import Lease, Outcome, Run
-from app.stores.clocks import AHEAD
+from app.db.leases import AHEAD
 
 
 def wall_clock() -> datetime:

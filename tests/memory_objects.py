@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 
 from app.core.errors import Conflict
-from app.stores.local_transfers import page_of
-from app.stores.objects import Batch, ObjectInfo, Put, check_key, in_batches
-from app.stores.transfers import Page, Question, Readable, Stored
+from app.object_store.local_transfers import page_of
+from app.object_store.port import Batch, ObjectInfo, Page, Put, Question, Readable, Stored, check_key, in_batches
 
 
 class MemoryObjects:

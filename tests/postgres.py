@@ -18,7 +18,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from app.stores.state import State, open_state
+from app.db.state import State, open_state
 
 NOBODY = 65534  # PostgreSQL refuses to run as root
 READY_SECONDS = 30.0

@@ -26,9 +26,9 @@ from fastapi.routing import iter_route_contexts
 
 from app.config.environment import load_settings
 from app.csv_inbox.config import KEYS
+from app.db.state import open_state
 from app.main import build
 from app.ops import commands as one_off
-from app.stores.state import open_state
 from public_calls import CALLS, FROM_TO
 from public_world import INBOX, PULLED, SPAN, Commands, World, drop, use
 from shapes import ERROR, Shapes, inline, lines, schema

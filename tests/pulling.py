@@ -22,16 +22,16 @@ from app.appmetrica.export_request import Exports, resources
 from app.appmetrica.hours import ResourceRun, hour_key
 from app.core.runs import Context, Report, Stop
 from app.core.verify import Sign, Verdict, Verification, heal, verify
-from app.core.window import Window
+from app.core.windows import Window
+from app.db.state import State, open_state
 from app.dwh.tables import TABLES
 from app.dwh.warehouse import Warehouse, open_warehouse
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore, Put
+from app.object_store.set_aside import SetAsideStore, folder_of
+from app.product_events.http_client import Upstream
 from app.product_events.pull import PullContext
 from app.product_events.verify import PullChart
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore, Put
-from app.stores.set_aside import SetAsideStore, folder_of
-from app.stores.state import State, open_state
-from app.stores.upstream import Upstream
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
 

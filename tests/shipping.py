@@ -11,10 +11,10 @@ from typing import Any
 from app.config.environment import load_settings
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive import job
-from app.stores.local_directory import LocalDirectory
-from app.stores.set_aside import SetAsideStore, folder_of
+from app.object_store.local import LocalDirectory
+from app.object_store.set_aside import SetAsideStore, folder_of
 from memory import MemoryCheckpoints, MemoryLeases
 from simulators.drive import DriveSimulator
 from simulators.dynamodb import DynamoSimulator, DynamoTable

@@ -13,9 +13,19 @@ from hypothesis import strategies as st
 
 from app.config.keys import GROUPS, SCOPES, parse_keys
 from app.core.errors import Rejected
-from app.ops.access import Grant, Keyring, new_key
-from app.ops.answers import Refused
-from app.ops.guard import ADDRESSES, EVERYBODY, FAILURES_A_MINUTE, Guard, Throttle, needs, presented
+from app.web.auth import (
+    ADDRESSES,
+    EVERYBODY,
+    FAILURES_A_MINUTE,
+    Grant,
+    Guard,
+    Keyring,
+    Throttle,
+    needs,
+    new_key,
+    presented,
+)
+from app.web.errors import Refused
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 DIGEST = "0123456789abcdef" * 4

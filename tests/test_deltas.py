@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.window import Window
-from app.stores.deltas import unfolded
-from app.stores.objects import ObjectInfo
+from app.core.windows import Window
+from app.object_store.deltas import unfolded
+from app.object_store.port import ObjectInfo
 
 DAY = datetime(2026, 2, 7, tzinfo=UTC)
 FOLDER = "telemetry/device_id=D1/date=2026/02/07"

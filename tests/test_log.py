@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import BadSettings
-from app.ops.log import JsonLines, Redaction, bound, carried, configure, release
-from app.ops.log_limits import LogLimits
+from app.ops.logs import JsonLines, LogLimits, Redaction, bound, carried, configure, release
 
 log = logging.getLogger("app.test")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.verify import NOTHING, content_of
-from app.stores.row_sums import content_of_tables
+from app.object_store.row_digest import content_of_tables
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 ROW = st.fixed_dictionaries(

@@ -15,13 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Permanent, Rejected
-from app.core.window import Window
-from app.influx_to_s3.spool import RowBatch, Spool
-from app.stores.layouts import Layout
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore, Put
-from app.stores.parquet import ROW_GROUP_ROWS, TableSink, in_nanoseconds, stored, stored_schema
-from app.stores.s3 import S3Store
+from app.core.windows import Window
+from app.db.checkpoints import Layout
+from app.influx_to_s3.row_batch import RowBatch, Spool
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore, Put
+from app.object_store.s3 import S3Store
+from app.object_store.table_sink import ROW_GROUP_ROWS, TableSink, in_nanoseconds, stored, stored_schema
 from exporter import HOUR, NOON, ns
 from exports import FORMATS, content, rows_of
 from influx_points import columns_of

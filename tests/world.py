@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.core.errors import Conflict, Permanent
-from app.core.joined import Grid, Pipeline
-from app.core.known_rows import KnownRows
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
-from app.core.ports import Commit, Count, Held, Objects, Record, Sums
+from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Sums
 from app.core.runs import Context, Lease, Report, Stop
 from app.core.shrink import Shrink
-from app.core.window import Window, windows_between
+from app.core.windows import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
 WINDOW_SECONDS = 600

@@ -1,4 +1,4 @@
-"""The command line: what each command does. Its arguments stand in `app.arguments`.
+"""The command line: what each command does. Its arguments stand in `app.cli`.
 
 Exit codes: 0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage, 75 another process runs the job
 (sysexits' EX_TEMPFAIL: try later), 78 settings that cannot work (EX_CONFIG); a job may name other codes for how its
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from app.arguments import Work, parser
+from app.cli import Work, parser
 from app.config import DOTENV
 from app.core.errors import AppError, BadSettings
 
@@ -76,11 +76,11 @@ def configured(
     """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
     from app.config.environment import load_settings
     from app.config.masking import secrets_of
-    from app.ops import log
+    from app.ops import logs
 
     settings = load_settings(environ, dotenv)
     service = settings.service
-    log.configure(
+    logs.configure(
         service.log_level,
         service.log_format if daemon else "text",
         service.log_file if daemon else None,
@@ -139,7 +139,7 @@ def rewrite(given: argparse.Namespace) -> int:
 
 
 def _past(given: argparse.Namespace, name: str) -> int:
-    from app.core.window import Window
+    from app.core.windows import Window
 
     if _is_empty(given):
         return USAGE
@@ -164,14 +164,14 @@ def _is_empty(given: argparse.Namespace) -> bool:
 
 def verify(given: argparse.Namespace) -> int:
     """Compare both ends of a job, and mend what differs when that is asked for."""
-    from app.core.window import Window
+    from app.core.windows import Window
 
     if _is_empty(given):
         return USAGE
     settings = configured()
     from app.main import build
     from app.ops import commands
-    from app.ops.proof import Healing
+    from app.ops.verification import Healing
 
     what = Healing(Window(given.start, given.end), given.partition)
     wanted = commands.Wanted(given.job, what, healing=given.heal, every=given.every)
@@ -191,45 +191,45 @@ def check(given: argparse.Namespace) -> int:
     """Show the settings and try every system."""
     settings = configured()
     from app.main import build
-    from app.ops import inspection
+    from app.ops import commands
 
-    return inspection.check(build(settings), as_json=given.as_json)
+    return commands.check(build(settings), as_json=given.as_json)
 
 
 def status(given: argparse.Namespace) -> int:
     """Show every job."""
     settings = configured()
     from app.main import build
-    from app.ops import inspection
+    from app.ops import commands
 
-    return inspection.status(build(settings), as_json=given.as_json)
+    return commands.status(build(settings), as_json=given.as_json)
 
 
 def runs(given: argparse.Namespace) -> int:
     """Show recent runs."""
     settings = configured()
     from app.main import build
-    from app.ops import inspection
+    from app.ops import commands
 
-    return inspection.runs(build(settings), given.job, given.limit, as_json=given.as_json)
+    return commands.runs(build(settings), given.job, given.limit, as_json=given.as_json)
 
 
 def pause(given: argparse.Namespace) -> int:
     """Pause a job in every process."""
     settings = configured()
     from app.main import build
-    from app.ops import inspection
+    from app.ops import commands
 
-    return inspection.pause(build(settings), given.job, as_json=given.as_json)
+    return commands.pause(build(settings), given.job, as_json=given.as_json)
 
 
 def resume(given: argparse.Namespace) -> int:
     """End a job's pause."""
     settings = configured()
     from app.main import build
-    from app.ops import inspection
+    from app.ops import commands
 
-    return inspection.resume(build(settings), given.job, as_json=given.as_json)
+    return commands.resume(build(settings), given.job, as_json=given.as_json)
 
 
 def google(given: argparse.Namespace) -> int:
@@ -243,10 +243,10 @@ def google(given: argparse.Namespace) -> int:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
     with redirect_stdout(sys.stderr):  # the address, which the library prints
         kept = credentials.consent(where, open_browser=not given.no_browser)
-    from app.ops import output
+    from app.ops import commands
 
     text = f"the token is kept in {kept}; it is renewed there"
-    output.show({"token_file": str(kept)}, lambda: output.line(text), as_json=given.as_json)
+    commands.show({"token_file": str(kept)}, lambda: commands.line(text), as_json=given.as_json)
     return OK
 
 
@@ -274,14 +274,15 @@ def new_key(given: argparse.Namespace) -> int:
     """Print a new key and the line for API_KEYS."""
     import secrets
 
-    from app.ops import access, output
+    from app.ops import commands
+    from app.web import auth
 
-    presented, line = access.new_key(
+    presented, line = auth.new_key(
         given.name, "+".join(given.scopes), secrets.token_bytes, s3_prefix=given.s3_prefix, expires_on=given.expires
     )
     text = f"key, shown only now: {presented}\nadd to API_KEYS:     {line}"
     document = {"name": given.name, "key": presented, "api_keys_entry": line}
-    output.show(document, lambda: output.line(text), as_json=given.as_json)
+    commands.show(document, lambda: commands.line(text), as_json=given.as_json)
     return OK
 
 

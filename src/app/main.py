@@ -1,8 +1,4 @@
-"""The composition root: settings in, the whole service out. Everything is wired here, by hand.
-
-Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still starts
-and says so.
-"""
+"""The composition root: settings in, the whole service out. Everything is wired here."""
 
 import logging
 import os
@@ -17,16 +13,18 @@ from pydantic import SecretStr
 
 from app.config.settings import Settings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of
-from app.ops.outcomes import both, log_run
-from app.ops.readiness import Check, Readiness
-from app.ops.rights import of_database, of_objects, of_undeleted
+from app.ops.commands import of_database, of_objects, of_undeleted
+from app.ops.health import Check, Probes, Readiness
+from app.ops.json_views import Calls
+from app.ops.logs import both, log_run
 from app.ops.scheduler import Scheduler
-from app.ops.service import Headwater, Pipelines
-from app.ops.shapes import Calls
-from app.serving import Inside, front, reach
-from app.stores.state import State, open_state
+from app.ops.service import Headwater, Pipelines, steps_of
+from app.web.app import Front, Hooks
+from app.web.auth import Guard, Keyring
+from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -34,14 +32,205 @@ if TYPE_CHECKING:
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
     from app.appmetrica.export_request import Exports
-    from app.stores.objects import ObjectStore
-    from app.stores.s3 import S3Store
-    from app.stores.s3_client import S3Target
-    from app.stores.set_aside import SetAsideStore
+    from app.object_store.port import ObjectStore
+    from app.object_store.s3 import S3Store
+    from app.object_store.s3_client import S3Target
+    from app.object_store.set_aside import SetAsideStore
+    from app.objects.requests import Reach
+    from app.ops.json_views import PartitionView
+    from app.ops.verification_routes import Proof
+    from app.web.errors import Asgi
+
+# The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
+# ends.
+#
+# Invariant: FastAPI and what only routes need are imported when the API is built, after the probes already answer.
+
+UPLOAD_PREFIXES = ("/s3/",)
+STREAM_PREFIXES = ("/dwh/",)
+OPEN_CALLS = frozenset(
+    {
+        ("GET", "/"),
+        ("GET", "/health"),
+        ("GET", "/ready"),
+        ("GET", "/assets/elements.js"),
+        ("GET", "/assets/dashboard.js"),
+        ("GET", "/assets/gaps.js"),
+        ("GET", "/assets/dashboard.css"),
+        ("GET", "/assets/icon.svg"),
+        ("POST", "/ops/session"),
+        ("DELETE", "/ops/session"),
+        ("GET", "/s3/shared"),
+        ("HEAD", "/s3/shared"),
+        ("GET", "/analytics/explore"),
+        ("GET", "/assets/explore.js"),
+        ("GET", "/assets/explore.css"),
+    }
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What the HTTP side is built on."""
+
+    settings: Settings
+    state: State
+    warehouse: Warehouse
+    store: "ObjectStore"
+    analytics: "Analytics"
+    pipelines: Pipelines
+    scheduler: Scheduler
+    alerts: Alerts
+    readiness: Readiness
+    clock: Callable[[], datetime]
+
+
+def front(service: Inside) -> Front:
+    """The ASGI application; it starts and ends the work of `service`."""
+    readiness = service.readiness
+    access, limits = service.settings.access, service.settings.limits
+    steps = steps_of(service.settings.service.shutdown_grace_seconds)
+    probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
+    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous, OPEN_CALLS)
+
+    def opened() -> None:
+        readiness.start()
+        service.analytics.start()
+        service.alerts.start()
+        service.scheduler.start()
+
+    def closed() -> None:
+        readiness.close()
+        service.analytics.close(steps.refresh)
+        service.alerts.close()
+        stuck = service.scheduler.close(steps.stuck)
+        if stuck:
+            log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
+        service.state.close()
+        service.warehouse.close()
+
+    return Front(
+        {"/health": probes.health, "/ready": probes.ready},
+        guard,
+        BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
+        Hooks(opened, lambda: api(service, probes, guard), closed),
+    )
+
+
+def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
+    """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+    from app.analytics import routes as report_routes
+    from app.analytics.service import Serving
+    from app.ops import dashboard, routes, verification_routes
+    from app.web.api import About, build_api
+
+    ops = routes.Operations(
+        probes=probes,
+        guard=guard,
+        scheduler=service.scheduler,
+        runs=service.state.runs,
+        totals=service.state.runs.totals,
+        ledger_totals=service.state.runs.ledger_totals,
+        last_ended=service.state.runs.last_ended,
+        stale=lambda: service.alerts.stale,
+        partitions=partitions(service),
+        histories=service.pipelines.histories,
+        calls=service.pipelines.calls,
+        clock=service.clock,
+        state_clock=service.state.clocks.now,
+        ahead_seconds=lambda: service.alerts.ahead_seconds,
+        troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
+    )
+    about = service.settings.service
+    serving = Serving(service.analytics)
+    routers = [
+        dashboard.build(guard, lambda: routes.overview(ops)),
+        routes.build(ops),
+        verification_routes.build(proof(service)),
+        warehouse_routes(service),
+        object_routes(service),
+        report_routes.build(serving),
+        *(make() for make in service.pipelines.routers),
+    ]
+    return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
+
+
+def proof(service: Inside) -> "Proof":
+    """Verification, healing and the gap map."""
+    from app.ops.gap_map_cache import Atlas
+    from app.ops.verification import Proofs
+    from app.ops.verification_routes import Proof
+
+    pipelines, scheduler = service.pipelines, service.scheduler
+    atlas = Atlas(pipelines.charts)
+    # Who has just verified a job should not see a map that was drawn before.
+    proofs = Proofs(pipelines.verifications, scheduler.stop, service.clock, looked=atlas.forget)
+    return Proof(scheduler, proofs, atlas, pipelines.verifications, service.clock)
+
+
+def warehouse_routes(service: Inside) -> "APIRouter":
+    """/dwh."""
+    from app.dwh import routes
+    from app.dwh.request_parsing import BatchLimits
+
+    limits, dwh = service.settings.limits, service.settings.dwh
+    batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
+    sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
+    return routes.build(routes.Serving(service.warehouse, sizes, service.clock))
+
+
+def object_routes(service: Inside) -> "APIRouter":
+    """/s3."""
+    from app.object_store.local import LocalDirectory
+    from app.objects import routes
+    from app.objects.links import SignedLinks, StoreLinks
+
+    store, settings = service.store, service.settings
+    if isinstance(store, LocalDirectory):
+        from app.object_store.local_transfers import LocalTransfers
+
+        local = LocalTransfers(store)
+        return routes.build(
+            routes.Serving(store, local, reach(settings), SignedLinks(settings.service.data_dir), service.clock)
+        )
+    from app.object_store.s3_multipart import S3Transfers
+
+    remote = S3Transfers(cast("S3Store", store))
+    return routes.build(routes.Serving(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+
+
+def reach(settings: Settings) -> "Reach":
+    """Which keys /s3 may read and write."""
+    from app.objects.requests import Reach
+
+    s3 = settings.s3
+    exports = f"{s3.prefix}/" if s3.prefix else ""
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
+
+
+def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
+    """How far every partition of every job is, as the checkpoints say."""
+    from app.ops.json_views import PartitionView
+
+    def views() -> Sequence[PartitionView]:
+        return [
+            PartitionView(job.name, at.partition, at.cursor_at, at.high_watermark_at, at.error)
+            for job in service.pipelines.jobs
+            if job.name in service.pipelines.backfills
+            for at in service.state.checkpoints.of(job.name)
+        ]
+
+    return views
+
+
+# The composition root: settings in, the whole service out. Everything is wired here, by hand.
+#
+# Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still
+# starts and says so.
 
 LOOK_KEY = "headwater-readiness"
 ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +364,17 @@ def open_store(settings: Settings) -> "ObjectStore":
     """The bucket, or a directory below DATA_DIR when none is set."""
     s3 = settings.s3
     if not s3.bucket:
-        from app.stores.local_directory import LocalDirectory
+        from app.object_store.local import LocalDirectory
 
         return LocalDirectory(settings.service.data_dir / "objects")
-    from app.stores.s3 import PROBE_FOLDER, S3Store
+    from app.object_store.s3 import PROBE_FOLDER, S3Store
 
     return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
 
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.stores.s3_client import S3Target
+    from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -202,7 +391,7 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.stores.s3_client import key_source
+    from app.object_store.s3_client import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 
@@ -220,7 +409,7 @@ def sweeps(parts: Parts) -> Sequence[Job]:
         return (kept,)
 
     def sweep(before: datetime, ours: Callable[[str], bool]) -> int:
-        from app.stores.s3_sweep import sweep as abort
+        from app.object_store.s3_multipart import sweep as abort
 
         return abort(cast("S3Store", store), before, ours)
 
@@ -241,7 +430,7 @@ def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def set_aside(parts: Parts, start: str) -> "SetAsideStore":
     """Where the pipeline whose objects lie below `start` keeps what it sets aside."""
-    from app.stores.set_aside import SetAsideStore, folder_of
+    from app.object_store.set_aside import SetAsideStore, folder_of
 
     return SetAsideStore(parts.store, folder_of(start), parts.settings.set_aside.max_bytes)
 
@@ -295,7 +484,7 @@ def old_versions(settings: Settings, store: "ObjectStore") -> Check:
     """What to know of a bucket that keeps old versions; a directory has none."""
 
     def check() -> str:
-        from app.stores.s3_versions import note_of_versions
+        from app.object_store.s3_multipart import note_of_versions
 
         return note_of_versions(cast("S3Store", store), settings.s3.prefix) if settings.s3.bucket else ""
 

@@ -9,7 +9,7 @@ import pytest
 
 from app.amplitude.archives import opened
 from app.core.errors import AppError, Permanent, Transient
-from app.core.window import Window
+from app.core.windows import Window
 
 HOUR_AT = datetime(2026, 2, 7, 9, tzinfo=UTC)
 SPAN = Window(HOUR_AT, HOUR_AT + timedelta(hours=1))

@@ -20,7 +20,7 @@ from app.amplitude.events import (
     reader,
 )
 from app.dwh.tables import TABLES
-from app.stores.product_mapping import mapping
+from app.product_events.mapping import mapping
 
 ID = "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11"
 SAMPLE: dict[str, Any] = {

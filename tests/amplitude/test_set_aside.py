@@ -9,11 +9,11 @@ import pytest
 
 from app.amplitude.events import REFUSED
 from app.core.errors import Rejected
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.ledger import fault_of
-from app.core.window import Window
+from app.core.windows import Window
+from app.product_events.mapping import Tables
 from app.product_events.pull import ABOVE_LIMIT, KEEPS_FAILING
-from app.stores.product_mapping import Tables
 from pulling import HOUR, START, AmplitudePull, Landed, pulling
 from simulators.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from app.core.errors import Transient
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.verify import verify
-from app.core.window import Window
-from app.stores.s3 import S3Store
+from app.core.windows import Window
+from app.object_store.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
 from seaweed import Seaweed, target
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events

@@ -10,16 +10,15 @@ from typing import Any
 import duckdb
 import pytest
 
+from app.analytics.columns import File, file_of, literal
 from app.analytics.engine import Engine
-from app.analytics.faults import Wrong, translated, written
+from app.analytics.errors import Wrong, translated, written
 from app.analytics.formats import Shape
-from app.analytics.object_columns import File, file_of
 from app.analytics.queries import Queries
-from app.analytics.relation import literal
 from app.analytics.reports import parse
 from app.core.errors import AppError, Permanent, Transient
-from app.stores.state import State, open_state
-from app.stores.summaries import Source
+from app.db.object_summaries import Source
+from app.db.state import State, open_state
 from lake import Lake, exported, local_lake, parquet
 
 START = datetime(2026, 2, 1, tzinfo=UTC)

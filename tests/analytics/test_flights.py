@@ -4,8 +4,8 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from app.analytics.flights import KEPT_BYTES, Flights
 from app.analytics.formats import Answer
+from app.analytics.service import KEPT_BYTES, Flights
 
 
 class Made:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from app.analytics.summaries import Summaries
-from app.core.gaps import State as Cell
+from app.core.gap_map import State as Cell
 from app.core.runs import Stop
 from app.core.verify import Sign, verify
-from app.core.window import Window
-from app.stores.local_directory import LocalDirectory
-from app.stores.s3 import S3Store
-from app.stores.state import State
+from app.core.windows import Window
+from app.db.state import State
+from app.object_store.local import LocalDirectory
+from app.object_store.s3 import S3Store
 from exporter import HOUR, NOON, Exporter, exporter_on
 from exports import exported, stored
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, local_lake

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from app.analytics.columns import distinct, literal, path_texts
 from app.analytics.formats import Shape
-from app.analytics.object_columns import distinct, path_texts
 from app.analytics.queries import odd_ones
-from app.analytics.relation import literal
 from app.analytics.reports import parse
-from app.stores.state import State
+from app.db.state import State
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, exported, local_lake, parquet, same, scanned
 from seaweed import Seaweed
 

@@ -16,8 +16,8 @@ import pytest
 from app.analytics.queries import Queries
 from app.analytics.summaries import Summaries
 from app.core.errors import Transient
-from app.stores.objects import Batch
-from app.stores.state import State
+from app.db.state import State
+from app.object_store.port import Batch
 from lake import PREFIX, Lake, exported, local_lake
 
 START = datetime(2026, 2, 1, tzinfo=UTC)

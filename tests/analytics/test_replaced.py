@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import Transient
-from app.stores.state import State
-from app.stores.summaries import SqlSummaries
+from app.db.object_summaries import SqlSummaries
+from app.db.state import State
 from lake import Lake, bucket_lake, local_lake, parquet
 
 OBJECTS = 12

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import Put
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
 from daemon import Daemon, Daemons
 from lake import exported, flat
 

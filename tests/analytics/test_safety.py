@@ -13,8 +13,8 @@ from app.analytics.formats import Shape
 from app.analytics.queries import LocalObjects, Queries
 from app.analytics.reports import load_reports, parse
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.stores.objects import Put
-from app.stores.state import State, open_state
+from app.db.state import State, open_state
+from app.object_store.port import Put
 from lake import Lake, bucket_lake, local_lake, parquet
 from seaweed import Seaweed
 

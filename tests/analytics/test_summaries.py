@@ -12,7 +12,7 @@ import pytest
 from app.analytics.engine import Engine, Limits
 from app.analytics.summaries import Summaries
 from app.core.errors import Transient
-from app.stores.state import State
+from app.db.state import State
 from fault_proxy import FaultProxy, answer
 from lake import BUILT_IN, PREFIX, Lake, bucket_lake, exported, flat, local_lake, parquet, same, scanned
 from seaweed import Seaweed

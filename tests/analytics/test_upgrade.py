@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.stores.migrations import Migrated
-from app.stores.sql import sql_directory
-from app.stores.state import State
-from app.stores.summaries import NO_DAY, Facts, Part
+from app.db.database import sql_directory
+from app.db.migrations import Migrated
+from app.db.object_summaries import NO_DAY, Facts, Part
+from app.db.state import State
 from lake import local_lake, parquet
 
 KNOWN = {"timestamp": "TIMESTAMP WITH TIME ZONE", "device_id": "VARCHAR", "voltage": "DOUBLE"}

@@ -2,8 +2,8 @@
 
 import random
 
-import app.analytics.versions as module
-from app.analytics.versions import SIZE, Versions
+import app.analytics.summaries as module
+from app.analytics.summaries import SIZE, Versions
 
 
 def version(draw: random.Random) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from app.stores.state import State
+from app.db.state import State
 from lake import BUILT_IN, KNOWN, ORACLE, exported, flat, local_lake, same
 
 START = datetime(2025, 2, 7, tzinfo=UTC)

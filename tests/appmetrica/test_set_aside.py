@@ -20,9 +20,9 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.ledger import fault_of
-from app.core.window import Window
+from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING
 from pulling import HOUR, START, Landed, MetricaPull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from app.core.gaps import State
-from app.core.window import Window
-from app.stores.s3 import S3Store
+from app.core.gap_map import State
+from app.core.windows import Window
+from app.object_store.s3 import S3Store
 from pulling import HOUR, START, Landed, MetricaPull, pulling
 from seaweed import Seaweed, target
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, generated

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore
-from app.stores.s3 import S3Store
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore
+from app.object_store.s3 import S3Store
 from object_stores import (
     bucket,
     outside,

@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.errors import LeaseLost, Rejected
-from app.core.ports import FOREIGN, MISSING, Checkpoints, Commit, Record, Sums
+from app.core.pipeline import FOREIGN, MISSING, Checkpoints, Commit, Record, Sums
 from app.core.runs import Lease, Leases
-from app.core.window import Window
-from app.stores.state import State
+from app.core.windows import Window
+from app.db.state import State
 from memory import MemoryCheckpoints, MemoryLeases
 
 HOUR = timedelta(hours=1)

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.stores.connections import Connections
+from app.db.pool import Connections
 
 
 class Wire:

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.core.ports import Commit
+from app.core.pipeline import Commit
 from app.core.runs import Outcome, Run
-from app.stores.migrations import Migrated
-from app.stores.sql import sql_directory
-from app.stores.sqlite import FileConnection, SqliteDatabase
-from app.stores.state import FILE, State, open_state
-from app.stores.state_file import StateFile
+from app.db.database import sql_directory
+from app.db.migrations import Migrated
+from app.db.sqlite import FileConnection, SqliteDatabase
+from app.db.state import FILE, State, StateFile, open_state
 from postgres import PostgresServer
 
 AT = datetime(2026, 2, 7, tzinfo=UTC)
@@ -197,9 +196,7 @@ def test_the_files_of_an_older_backup_under_a_newer_log_wedge_nothing(tmp_path: 
 
 def test_of_several_processes_that_find_the_damage_at_once_one_moves_the_file(tmp_path: Path) -> None:
     used(tmp_path).write_bytes(os.urandom(30_000))
-    program = (
-        "import sys, pathlib; from app.stores.state import open_state as o; o('', pathlib.Path(sys.argv[1])).ping()"
-    )
+    program = "import sys, pathlib; from app.db.state import open_state as o; o('', pathlib.Path(sys.argv[1])).ping()"
 
     def use(_: int) -> int:
         return subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode
@@ -236,8 +233,8 @@ def test_a_locked_state_is_not_moved(tmp_path: Path) -> None:
 def test_a_state_that_may_not_be_read_or_written_is_not_moved(tmp_path: Path) -> None:
     """As a user without rights to it, for whom the file is there and nothing more."""
     program = (
-        "import os, sys, pathlib; from app.core.errors import AppError; from app.stores.state import open_state as o\n"
-        "from app.stores import sqlite, postgres, leases\n"
+        "import os, sys, pathlib; from app.core.errors import AppError; from app.db.state import open_state as o\n"
+        "from app.db import leases, postgres, sqlite\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "try: o('', pathlib.Path(sys.argv[1])).ping()\n"
         "except AppError as error: print(type(error).__name__, error)\n"

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Rejected
-from app.stores.local_directory import LocalDirectory
-from app.stores.local_names import Names, spelled
-from app.stores.objects import BadKey, ObjectStore, check_key, is_new_form, taken_for
-from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target
+from app.object_store.local import LocalDirectory
+from app.object_store.local_listing import Names, spelled
+from app.object_store.port import BadKey, ObjectStore, check_key, is_new_form, taken_for
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from memory_objects import MemoryObjects
 from object_stores import get, keys, put, s3_store, target_of
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.stores.layouts import Layout
-from app.stores.state import State
+from app.db.checkpoints import Layout
+from app.db.state import State
 
 PAST = Layout(datetime(2026, 1, 1, tzinfo=UTC), 3600, "parquet", "%Y/%m/%d", "ns")
 INSERT = """INSERT INTO layouts (pipeline, effective_from, window_seconds, format, date_format)

@@ -9,7 +9,7 @@ import pytest
 
 from app.core.errors import LeaseLost
 from app.core.runs import Leases
-from app.stores.state import State
+from app.db.state import State
 from memory import MemoryLeases
 
 LONG = 30.0

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from app.core.errors import Permanent, Rejected, Transient
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import Put
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
 from disk_effects import Disk
 from needs import absent
 from object_stores import ANY, CREATE, get, keys, put
@@ -34,8 +34,8 @@ DIE_BEFORE_RENAME = """
 import io, os, signal, sys
 from pathlib import Path
 from typing import Any
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import Put
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
 
 def die(event, arguments):
     if event == "os.rename" and str(arguments[1]).endswith(sys.argv[2]):
@@ -52,8 +52,8 @@ import io, sys
 from pathlib import Path
 from typing import Any
 from app.core.errors import Conflict
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import Put
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
 
 store, done = LocalDirectory(Path(sys.argv[1])), 0
 while done < int(sys.argv[2]):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from app.core.errors import Conflict, Rejected
-from app.stores.objects import ObjectStore, Put
+from app.object_store.port import ObjectStore, Put
 from object_stores import ANY, CREATE, get, keys, put
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import pytest
 
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Runs
-from app.stores.run_records import SqlRuns
-from app.stores.sql import load_queries, sql_directory
-from app.stores.state import State
+from app.db.database import load_queries, sql_directory
+from app.db.run_records import SqlRuns
+from app.db.state import State
 from memory import MemoryRuns
 
 LEDGER = Ledger(

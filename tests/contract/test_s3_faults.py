@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from app.core.errors import AppError, Conflict, Transient
-from app.stores.objects import Put
-from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target
+from app.object_store.port import Put
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from fault_proxy import (
     Fault,
     FaultProxy,

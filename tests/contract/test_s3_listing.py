@@ -9,10 +9,10 @@ from urllib.parse import quote_plus
 import pytest
 
 from app.core.errors import Transient
-from app.stores.objects import ObjectInfo
-from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target, make_client
-from app.stores.s3_listing import TAKEN, info_of
+from app.object_store.port import ObjectInfo
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target, make_client
+from app.object_store.s3_listing import TAKEN, info_of
 from fault_proxy import FaultProxy, answer
 from object_stores import keys, put, s3_store
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.stores.objects import Put
-from app.stores.s3_sweep import sweep
-from app.stores.transfers import Question
+from app.object_store.port import Put, Question
+from app.object_store.s3_multipart import sweep
 from contract.test_transfers import ANY, MIB, SIXTEEN, Both, Trickle, opened, parts_left, target_of
 from fault_proxy import (
     Fault,

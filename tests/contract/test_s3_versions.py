@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.stores.s3_versions import removes_old_versions
+from app.object_store.s3_multipart import removes_old_versions
 
 EXPIRES = {"NoncurrentVersionExpiration": {"NoncurrentDays": 7}}
 

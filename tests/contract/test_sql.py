@@ -13,9 +13,9 @@ from uuid import uuid4
 import pytest
 
 from app.core.errors import AppError, Permanent, Rejected
-from app.stores.migrations import Migrated
-from app.stores.sql import NAMED, Database, load_queries, open_database, sql_directory
-from app.stores.state import State, open_state
+from app.db.database import NAMED, Database, load_queries, open_database, sql_directory
+from app.db.migrations import Migrated
+from app.db.state import State, open_state
 from postgres import WITH_PASSWORD, PostgresServer
 
 AT = datetime(2026, 2, 7, 23, 59, 59, 5, tzinfo=UTC)
@@ -345,7 +345,7 @@ def test_a_migration_may_differ_by_dialect_but_must_exist_for_each(url: str, tmp
 
 
 def test_processes_that_start_at_once_migrate_a_new_database_once(url: str) -> None:
-    program = "import sys, pathlib; from app.stores.state import open_state as o; o(sys.argv[1], pathlib.Path()).ping()"
+    program = "import sys, pathlib; from app.db.state import open_state as o; o(sys.argv[1], pathlib.Path()).ping()"
     started = [subprocess.Popen([sys.executable, "-c", program, url], stderr=subprocess.PIPE) for _ in range(4)]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in started]
     assert ended == [(b"", 0)] * 4

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Transient
-from app.core.ports import Commit
-from app.stores.leases import identity
-from app.stores.postgres import PostgresDatabase
-from app.stores.sql import Session, load_queries, sql_directory
-from app.stores.state import State, open_state
+from app.core.pipeline import Commit
+from app.db.database import Session, load_queries, sql_directory
+from app.db.leases import identity
+from app.db.postgres import PostgresDatabase
+from app.db.state import State, open_state
 from postgres import PostgresServer
 
 START = datetime(2026, 2, 7, tzinfo=UTC)
@@ -30,8 +30,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from app.core.errors import AppError
-from app.core.ports import Commit
-from app.stores.state import open_state
+from app.core.pipeline import Commit
+from app.db.state import open_state
 state = open_state(sys.argv[1], Path())
 lease = state.leases.acquire("job", "paused", 0.3)
 print("ready", flush=True)
@@ -44,9 +44,9 @@ except AppError as error:
 SLEEPER = """
 import sys
 from pathlib import Path
-from app.stores.leases import identity
-from app.stores.sql import load_queries, sql_directory
-from app.stores.state import open_state
+from app.db.leases import identity
+from app.db.database import load_queries, sql_directory
+from app.db.state import open_state
 state = open_state(sys.argv[1], Path())
 fence = load_queries(sql_directory() / "state", "postgres")["fence"]
 lease = state.leases.acquire("job", "paused", 1.0)
@@ -59,8 +59,8 @@ WRITER = """
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from app.core.ports import Commit
-from app.stores.state import open_state
+from app.core.pipeline import Commit
+from app.db.state import open_state
 state = open_state("", Path(sys.argv[1]))
 lease = state.leases.acquire(sys.argv[2], "owner", 60)
 for number in range(int(sys.argv[3])):

@@ -15,14 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Rejected, Transient
-from app.stores.local_directory import LocalDirectory
-from app.stores.local_transfers import LocalTransfers
-from app.stores.objects import ObjectInfo, ObjectStore, Put
-from app.stores.s3 import S3Store
-from app.stores.s3_client import S3Target
-from app.stores.s3_parts import PartDesk, part_bytes
-from app.stores.s3_transfers import S3Transfers
-from app.stores.transfers import MARK, Question, Stored, Transfers
+from app.object_store.local import LocalDirectory
+from app.object_store.local_transfers import LocalTransfers
+from app.object_store.port import MARK, ObjectInfo, ObjectStore, Put, Question, Stored, Transfers
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
+from app.object_store.s3_multipart import PartDesk, S3Transfers, part_bytes
 from memory_objects import MemoryObjects
 from seaweed import Seaweed
 

@@ -17,11 +17,11 @@ import pytest
 
 from app.core.errors import LeaseLost, Permanent
 from app.core.ledger import Ledger
-from app.core.ports import Commit
+from app.core.pipeline import Commit
 from app.core.runs import Outcome
-from app.stores.migrations import Migrated
-from app.stores.sql import Database, Row, load_queries, open_database, sql_directory
-from app.stores.state import FILE, State, open_state
+from app.db.database import Database, Row, load_queries, open_database, sql_directory
+from app.db.migrations import Migrated
+from app.db.state import FILE, State, open_state
 
 BEFORE = Path(__file__).parent / "state_before_ledger"
 MIGRATIONS_BEFORE = ("0001_state", "0002_operations", "0003_pulls", "0004_summaries", "0005_alerts")

@@ -7,7 +7,7 @@ import pytest
 
 from app.core.errors import Permanent
 from app.core.repair import heal_window
-from app.core.window import Window, window_at
+from app.core.windows import Window, window_at
 from world import GRACE_SECONDS, SOMEBODYS, START, WINDOW_SECONDS, Killed, Process, Row, World, context
 
 Damage = Callable[[World], None]

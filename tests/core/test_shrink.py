@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from app.core.repair import fill, write_again
 from app.core.shrink import EARLIEST, LATEST, UNLIMITED, Shrink, covered_since
-from app.core.window import Window
+from app.core.windows import Window
 from world import GRACE_SECONDS, START, Process, World, context
 
 INSTANTS = st.datetimes(timezones=st.just(UTC))

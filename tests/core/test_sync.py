@@ -10,11 +10,11 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import SetAside, Tally, fault_of
-from app.core.ports import Record
+from app.core.pipeline import Record
 from app.core.repair import fill, heal_window
 from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.shrink import Shrink
-from app.core.window import Window
+from app.core.windows import Window
 from memory import MemoryLeases, MemoryRuns
 from world import FIRST_AT, GRACE_SECONDS, START, VALUE, Killed, Process, Silent, World, context
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from app.core.window import EPOCH, Age, Window, age_of, floor_to, next_midnight, window_at, windows_between
+from app.core.windows import EPOCH, Age, Window, age_of, floor_to, next_midnight, window_at, windows_between
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 HOUR, SECOND, INSTANT = timedelta(hours=1), timedelta(seconds=1), timedelta(microseconds=1)

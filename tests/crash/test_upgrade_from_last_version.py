@@ -25,11 +25,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from app.core.window import EPOCH, floor_to
+from app.core.windows import EPOCH, floor_to
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore, Put
-from app.stores.s3 import S3Store
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore, Put
+from app.object_store.s3 import S3Store
 from daemon import Daemons, free_port
 from exports import objects, rows_of
 from influxdb1 import InfluxDB1

@@ -8,11 +8,11 @@ import psycopg
 import pytest
 
 from app.core.errors import Permanent, Rejected
+from app.db.postgres import PostgresDatabase
+from app.db.state import open_state
 from app.dwh.tables import LOCATIONS, TECHNICAL
 from app.dwh.warehouse import open_warehouse
-from app.ops.rights import of_database
-from app.stores.postgres import PostgresDatabase
-from app.stores.state import open_state
+from app.ops.commands import of_database
 from daemon import Daemons
 from postgres import PostgresServer
 from warehouse import Desk, uuid_of

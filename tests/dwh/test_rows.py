@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.db.database import instant_text
 from app.dwh.results import RowFault
 from app.dwh.rows import instant_texts, reader, repeated_key
 from app.dwh.tables import TABLES
-from app.stores.sql_values import instant_text
 from warehouse import BY_NAME, rows_of, uuid_of
 
 U = uuid_of(1)

@@ -2,10 +2,10 @@
 
 import pytest
 
+from app.db.database import DIALECTS, Dialect, sql_directory
 from app.dwh.openapi import row, stored_row
 from app.dwh.table_sql import migration
 from app.dwh.tables import TABLES
-from app.stores.sql import DIALECTS, Dialect, sql_directory
 
 DOCUMENTED = {
     "events-part": "events_part",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.window import floor_to
+from app.core.windows import floor_to
 from daemon import KEPT, Daemons
 from kill_rounds import asked
 from shipping import Shipping, item, shipping

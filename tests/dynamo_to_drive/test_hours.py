@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Stopped, Transient
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive import job
 from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Transient
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive.hour_file import Accounts, HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
 from app.dynamo_to_drive.source import WantedItems

@@ -11,9 +11,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from app.core.errors import Permanent, Transient
-from app.core.ports import UNCOUNTED
+from app.core.pipeline import UNCOUNTED
 from app.core.runs import Stop
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive.access_path import Plan, Wanted, plan_of
 from app.dynamo_to_drive.hour_file import Accounts
 from app.dynamo_to_drive.rows import items_of

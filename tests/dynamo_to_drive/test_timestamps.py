@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.window import EPOCH, Window, window_at
+from app.core.windows import EPOCH, Window, window_at
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     MAX_NUMBER_CHARACTERS,

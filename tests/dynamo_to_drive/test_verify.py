@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.runs import Stop
 from app.core.verify import Sign, heal, verify
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive.job import Export
 from shipping import START, TABLE, Shipping, shipping
 

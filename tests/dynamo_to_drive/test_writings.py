@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from app.core.errors import Permanent
 from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Sign, verify
-from app.core.window import Window
+from app.core.windows import Window
 from app.dynamo_to_drive import job
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, OUTSIDE, UNREADABLE
 from shipping import START, TABLE, Shipping, item, shipping

@@ -12,8 +12,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.influx_to_s3.columns import OURS, Columns, type_of
-from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, EVER, INTEGER, TEXT, UNSIGNED, Column, LayoutFile
+from app.influx_to_s3.layout import (
+    BOOLEAN,
+    DOUBLE,
+    EVER,
+    INTEGER,
+    OURS,
+    TEXT,
+    UNSIGNED,
+    Column,
+    Columns,
+    LayoutFile,
+    type_of,
+)
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.rows import arrow_type, canonical
 from influx_points import NOON, NOON_NS, TIMES, columns_of, points, rows_in, tree_of

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from app.influx_to_s3.columns import Columns
-from app.influx_to_s3.enrich import enrich, output_schema
+from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.row_batch import enrich, output_schema
 from app.influx_to_s3.rows import canonical
 from influx_points import columns_of, points
 

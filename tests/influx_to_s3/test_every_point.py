@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.core.runs import Outcome
 from app.influx_to_s3.set_aside import line
-from app.stores.local_directory import LocalDirectory
+from app.object_store.local import LocalDirectory
 from exporter import NOON, Exporter, exporter_on, ns
 from exports import content, objects, rows_of
 from influxdb1 import InfluxDB1

@@ -12,9 +12,9 @@ import pytest
 
 from app.core.runs import Outcome
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import Put
-from app.stores.s3 import S3Store
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
+from app.object_store.s3 import S3Store
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on, ns
 from exports import FORMATS, exported, stored
 from fault_proxy import (

@@ -7,7 +7,7 @@ import pytest
 
 from app.core.runs import Outcome
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.stores.objects import Put
+from app.object_store.port import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import content, exported
 from simulators.influx import Cut, ErrorTable

@@ -7,12 +7,12 @@ from datetime import timedelta
 import pyarrow as pa
 import pytest
 
-from app.core.ports import Count
+from app.core.pipeline import Count
 from app.core.runs import Outcome
-from app.core.window import Window
-from app.influx_to_s3.connection import Connection, Server
+from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.job import NAME
+from app.influx_to_s3.reader import Connection, Server
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON, Exporter, ns
 from influx_points import source_of

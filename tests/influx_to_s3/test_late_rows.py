@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from app.core.runs import Outcome
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.job import NAME, RECONCILE
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of

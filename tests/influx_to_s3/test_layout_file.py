@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Permanent, Transient
-from app.core.window import EPOCH
-from app.influx_to_s3.layout_file import (
+from app.core.windows import EPOCH
+from app.db.checkpoints import Layout
+from app.influx_to_s3.layout import (
     DOUBLE,
     EVER,
     INTEGER,
@@ -33,9 +34,8 @@ from app.influx_to_s3.layout_file import (
     with_layout,
     with_types,
 )
-from app.stores.layouts import Layout
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectInfo, ObjectStore, Put
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectInfo, ObjectStore, Put
 from influx_points import LAYOUT, NOON, columns_of
 from memory_objects import MemoryObjects
 from object_stores import bucket, get, outside, put, s3_store, shared_bucket, target_of

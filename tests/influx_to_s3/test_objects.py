@@ -10,7 +10,7 @@ import pytest
 
 from app.core.runs import Outcome
 from app.influx_to_s3.job import NAME
-from app.stores.local_directory import LocalDirectory
+from app.object_store.local import LocalDirectory
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on, ns
 from exports import content, exported, rows_of, stored, table
 from influxdb1 import InfluxDB1

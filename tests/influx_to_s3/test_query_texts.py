@@ -11,11 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.core.window import Window
-from app.influx_to_s3.connection import Answer, Connection, Server
+from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget, identifier
-from app.influx_to_s3.reader import Reader
+from app.influx_to_s3.reader import Answer, Connection, Reader, Server
 from exporter import NOON
 from influx_readers import values
 from influxdb1 import InfluxDB1

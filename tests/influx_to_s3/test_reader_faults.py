@@ -14,7 +14,7 @@ import pytest
 import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.reader import QueryTooLarge, Reader, Refusal, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows

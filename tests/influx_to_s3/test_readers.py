@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Permanent
-from app.core.ports import Sums
+from app.core.pipeline import Sums
 from app.core.reconcile import same_sums
-from app.core.window import Window, floor_to
+from app.core.windows import Window, floor_to
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
-from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader
+from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader, counted_in_parts, one_type_spans
 from app.influx_to_s3.rows import sums_of
-from app.influx_to_s3.spans import counted_in_parts, one_type_spans
 from exporter import NOON
 from influx_readers import (
     BASE,

@@ -5,13 +5,13 @@ from datetime import timedelta
 
 import pytest
 
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.ledger import Tally
 from app.core.runs import Outcome, Stop
 from app.core.verify import verify
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.job import NAME, RECONCILE
-from app.stores.objects import Put
+from app.object_store.port import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
 from exports import rows_of
 from simulators.influx import Refuse

@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.core.window import EPOCH
-from app.influx_to_s3.columns import COMPUTED, MEASURED, TAGS
-from app.influx_to_s3.layout_file import DOUBLE, EVER, INTEGER, TEXT, UNSIGNED, Column, Tree
-from app.influx_to_s3.recovery import columns_of, tree_of_data
-from app.stores.layouts import Layout
-from app.stores.objects import Put
+from app.core.windows import EPOCH
+from app.db.checkpoints import Layout
+from app.influx_to_s3.layout import COMPUTED, DOUBLE, EVER, INTEGER, MEASURED, TAGS, TEXT, UNSIGNED, Column, Tree
+from app.influx_to_s3.layout_recovery import columns_of, tree_of_data
+from app.object_store.port import Put
 from memory_objects import MemoryObjects
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)

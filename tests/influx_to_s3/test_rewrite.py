@@ -10,9 +10,9 @@ import pytest
 
 from app.core.runs import Stop
 from app.core.verify import Sign, verify
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.job import NAME
-from app.stores.local_directory import LocalDirectory
+from app.object_store.local import LocalDirectory
 from exporter import HOUR, MINUTE, NOON, Exporter, exporter_on
 from exports import exported, rows_of, table
 

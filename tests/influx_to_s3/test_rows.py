@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.core.ledger import Tally
-from app.core.ports import Count, Sums
-from app.core.window import Window
-from app.influx_to_s3.columns import MEASURED, Columns
-from app.influx_to_s3.layout_file import EVER, INTEGER, Column
+from app.core.pipeline import Count, Sums
+from app.core.windows import Window
+from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column, Columns
 from app.influx_to_s3.reader import Points
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, Spool
 from app.influx_to_s3.rows import as_now_typed, canonical, of_object, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
-from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
 from app.influx_to_s3.unions import Comparison, identities_of, united, whole_instants
-from app.stores.parquet import CSV_ROWS, LOST_TAGS
+from app.object_store.table_sink import CSV_ROWS, LOST_TAGS
 from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
 
 COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.set_aside import (
@@ -24,7 +24,7 @@ from app.influx_to_s3.set_aside import (
     lines_of,
     values_in,
 )
-from app.stores.set_aside import SetAsideStore
+from app.object_store.set_aside import SetAsideStore
 from influx_points import NOON_NS, TIMES, points
 from influx_readers import HOUR, influxql_without_credentials
 from influxdb1 import InfluxDB1

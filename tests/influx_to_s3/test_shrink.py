@@ -7,9 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.shrink import UNLIMITED
-from app.influx_to_s3.connection import Answer, Server
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.reader import Retention
+from app.influx_to_s3.reader import Answer, Retention, Server
 from app.influx_to_s3.retention import Coverage
 from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Transient
-from app.core.ports import Count
-from app.core.window import Window
+from app.core.pipeline import Count
+from app.core.windows import Window
 from app.influx_to_s3.reader import QueryTooLarge, Reader
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Rejected
-from app.core.gaps import State
+from app.core.gap_map import State
 from app.core.runs import Job, Outcome, Run, Stop, execute
 from app.core.verify import Sign, Slot, Verdict, heal, verify
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.job import NAME, Export
-from app.stores.objects import Put
-from app.stores.s3 import S3Store
+from app.object_store.port import Put
+from app.object_store.s3 import S3Store
 from exporter import NOON, Exporter, Silent, exporter_on
 from exports import content, exported
 from seaweed import Seaweed, target

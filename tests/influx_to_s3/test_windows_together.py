@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.errors import Transient
-from app.core.ports import Count
-from app.core.window import Window
-from app.influx_to_s3.connection import Connection, Server
+from app.core.pipeline import Count
+from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader, FluxTarget
+from app.influx_to_s3.reader import Connection, Server
 from app.influx_to_s3.source import InfluxSource, runs_of_few_rows
 from exporter import Exporter
 from influx_points import source_of

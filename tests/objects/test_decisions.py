@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import Transient
+from app.object_store.port import ObjectInfo
 from app.objects.links import SECRET_BYTES, SECRET_NAME, SignedLinks, disposition
 from app.objects.requests import NotServed, Reach, check_match, check_query, expected_of, span_of, unchanged
 from app.objects.streams import Feed, Form, boundary_of, carried, media_type
-from app.stores.objects import ObjectInfo
 from disk_effects import Disk
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)

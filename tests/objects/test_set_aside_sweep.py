@@ -10,9 +10,9 @@ from app.config.environment import load_settings
 from app.core.errors import Permanent
 from app.core.runs import Context, Lease, Report, Stop, Unwatched
 from app.main import set_aside_starts
+from app.object_store.port import ObjectInfo
+from app.object_store.set_aside import LINES, SetAsideStore, folder_of
 from app.objects.sweeps import build_set_aside
-from app.stores.objects import ObjectInfo
-from app.stores.set_aside import LINES, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
 from object_stores import keys, put
 

@@ -15,12 +15,11 @@ from uuid import uuid4
 import pytest
 
 from app.core.errors import Permanent
-from app.core.ports import MISSING, Commit, Record
+from app.core.pipeline import MISSING, Commit, Record
 from app.core.runs import Job, Outcome, Report, Run
-from app.core.window import Window
-from app.ops.addresses import Heartbeats, post
-from app.ops.alerts import Alerts, Rules, Told, Watched, is_stale
-from app.stores.state import State, open_state
+from app.core.windows import Window
+from app.db.state import State, open_state
+from app.ops.alerts import Alerts, Heartbeats, Rules, Told, Watched, is_stale, post
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 
@@ -250,7 +249,7 @@ def test_a_dead_heartbeat_delays_no_alert(processes: Processes, deaf: str) -> No
 
 def test_who_ends_a_run_calls_no_address_itself(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     callers: list[str] = []
-    monkeypatch.setattr("app.ops.addresses.post", lambda *_: callers.append(threading.current_thread().name))
+    monkeypatch.setattr("app.ops.alerts.post", lambda *_: callers.append(threading.current_thread().name))
     process = processes.start(heartbeat_urls={"export": "http://127.0.0.1:1/"})
     process.end(run(0, Outcome.OK))
     until(lambda: callers)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.core.ports import Commit
+from app.core.pipeline import Commit
 from app.core.runs import Outcome, Run
-from app.stores.state import FILE, open_state
+from app.db.state import FILE, open_state
 from daemon import Daemon, Daemons
 from fake_clock import FakeClock
 from shell import Shell

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.stores.state import open_state
+from app.db.state import open_state
 from daemon import free_port
 from shell import Shell
 

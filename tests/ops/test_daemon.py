@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from app.core.runs import Outcome, Run
-from app.stores.state import open_state
+from app.db.state import open_state
 from daemon import Daemon, Daemons, free_port
 
 

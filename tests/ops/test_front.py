@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from app.ops.room import Room
+from app.web.limits import Room
 from daemon import Daemon, Daemons, free_port
 
 KEY = "hw_root_" + ("root" * 11)[:43]

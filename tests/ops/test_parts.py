@@ -10,19 +10,16 @@ import pytest
 
 from app.core.errors import Permanent, Transient
 from app.core.runs import Job, LeaseTerms, Report, RunDesk, Stop
-from app.ops.cards import cards
-from app.ops.guard import Throttle
+from app.db.state import open_state
+from app.ops.commands import tried
+from app.ops.dashboard import cards
+from app.ops.health import Probes, Readiness
+from app.ops.json_views import Calls, JobRecord, job_shown
+from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
-from app.ops.outcomes import log_run
-from app.ops.probes import Probes
-from app.ops.progress import Counts, Tally
-from app.ops.readiness import Readiness
-from app.ops.rights import tried
-from app.ops.scheduler import STALLED_SECONDS, JobView, Scheduler
-from app.ops.shapes import Calls, JobRecord, job_shown
-from app.ops.stopping import steps_of
-from app.ops.worker import Status
-from app.stores.state import open_state
+from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, Scheduler, Status, Tally
+from app.ops.service import steps_of
+from app.web.auth import Throttle
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)
 

@@ -13,9 +13,9 @@ import pytest
 from app import main
 from app.core.errors import Rejected
 from app.core.verify import Sign, Slot, Verdict
-from app.core.window import Window
+from app.core.windows import Window
 from app.ops.commands import How, Wanted, verify_both
-from app.ops.proof import Healing, Result
+from app.ops.verification import Healing, Result
 from daemon import TESTS, Daemon, Daemons
 from daemon_jobs import shelf
 from given_settings import loaded

@@ -25,11 +25,10 @@ from app.core.runs import (
     Unwatched,
     execute,
 )
-from app.core.window import Window
-from app.ops.outcomes import log_run
-from app.ops.scheduler import Backfill, Every, Scheduler
-from app.ops.worker import due_in, retry_in
-from app.stores.state import State, open_state
+from app.core.windows import Window
+from app.db.state import State, open_state
+from app.ops.logs import log_run
+from app.ops.scheduler import Backfill, Every, Scheduler, due_in, retry_in
 from memory import MemoryLeases, MemoryRuns
 
 NOW = datetime(2026, 2, 7, 12, tzinfo=UTC)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from app.core.runs import Outcome
-from app.stores.local_directory import LocalDirectory
-from app.stores.state import State, open_state
+from app.db.state import State, open_state
+from app.object_store.local import LocalDirectory
 from daemon import Daemon, Daemons
 from exports import exported, stored
 from postgres import PostgresServer

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.window import Window
+from app.core.windows import Window
 from app.product_events.pull import hours_of
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.

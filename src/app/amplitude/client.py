@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.window import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.product_events.http_client import Address, Answer, Upstream, receiving
 from app.product_events.pull import HOUR
-from app.stores.upstream import Address, Answer, Upstream, receiving
 
 DAY_HOURS = 24
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)

@@ -15,8 +15,7 @@ from typing import Any
 
 import msgspec
 
-from app.stores.product_mapping import ProductMapping, Tables, mapping
-from app.stores.product_values import cleaned, rule, storable_json
+from app.product_events.mapping import ProductMapping, Tables, cleaned, mapping, rule, storable_json
 
 SERVICE = "amplitude"
 JSON_WORD = "json"

@@ -16,12 +16,11 @@ from app.amplitude.client import Fetched, HourTooLarge, Project
 from app.amplitude.load_hour import BrokenHour, Hour, hour_key, load_hour, set_aside_name
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
-from app.core.ports import Record
+from app.core.pipeline import Record
 from app.core.runs import Failure, Report
-from app.core.window import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.product_events.pull import HOUR, SET_ASIDE_AFTER, PartitionRun, PullContext, hours_of, not_had
-from app.stores.raw_gaps import was_had
-from app.stores.raw_objects import PutPolicy, RawObject, in_place_of, keep
+from app.product_events.raw_objects import PutPolicy, RawObject, in_place_of, keep, was_had
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.
 #

@@ -9,11 +9,11 @@ from app.amplitude.hours import DUE_AFTER, SourceRun
 from app.amplitude.load_hour import NAME, UNIT
 from app.amplitude.verify import AmplitudeChart, AmplitudeEnds
 from app.config.settings import Settings
-from app.core.ports import Checkpoints
+from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report
+from app.object_store.port import ObjectStore
+from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, overdue_after, set_aside_of, spool_of
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Events
 
 if TYPE_CHECKING:
     from pydantic import SecretStr

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from app.amplitude.archives import Archive, Member, inflated, joined
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
-from app.core.ports import Record
-from app.core.window import Window
+from app.core.pipeline import Record
+from app.core.windows import Window
+from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
 from app.product_events.pull import GZIP, PartitionRun, record_of_nothing, store_rows
-from app.stores.product_loading import Loaded, events_in, load_in_turns
-from app.stores.product_mapping import Tables
-from app.stores.raw_gaps import was_had
-from app.stores.raw_objects import PutPolicy, RawObject, keep
-from app.stores.raw_refused import RefusedLines
+from app.product_events.raw_objects import PutPolicy, RawObject, RefusedLines, keep, was_had
 
 if TYPE_CHECKING:
     from app.amplitude.events import Block, HourStats

@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import Fetched, Project
 from app.core.runs import Stop
-from app.core.window import Window
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import needs
+from app.core.windows import Window
+from app.web.auth import needs
+from app.web.errors import Refusal, Refused
 
 MAX_DAYS = 365
 AT_ONCE = 2

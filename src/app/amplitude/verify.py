@@ -19,11 +19,14 @@ from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.amplitude.hours import SourceRun, hours_of_week, mend_week, week_key, week_of
 from app.amplitude.load_hour import hour_key
 from app.core.errors import Transient
-from app.core.gaps import Cell
+from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
-from app.core.window import Window
+from app.core.windows import Window
+from app.object_store.port import ObjectInfo
+from app.product_events.mapping import Known, lost
 from app.product_events.pull import PartitionRun, PullContext
+from app.product_events.raw_objects import mending, raw_cells, was_had
 from app.product_events.verify import (
     PullChart,
     covers,
@@ -35,10 +38,6 @@ from app.product_events.verify import (
     refuse_lost,
     rest_of_day,
 )
-from app.stores.objects import ObjectInfo
-from app.stores.product_loading import Known, lost
-from app.stores.raw_gaps import raw_cells, was_had
-from app.stores.raw_objects import mending
 
 if TYPE_CHECKING:
     from app.amplitude.events import Block
@@ -210,7 +209,7 @@ def _canonical(line: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeChart:
-    """`app.core.gaps.Chart` over the pull: a line of hours and one of weeks for each source."""
+    """`app.core.gap_map.Chart` over the pull: a line of hours and one of weeks for each source."""
 
     pull: PullContext
 

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.analytics.faults import MESSAGE_CHARACTERS, translated
-from app.analytics.relation import literal, write_pads
+from app.analytics.columns import literal, write_pads
+from app.analytics.errors import MESSAGE_CHARACTERS, translated
 from app.analytics.reports import RELATION
 from app.core.errors import Permanent, Rejected
 

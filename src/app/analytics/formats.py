@@ -20,8 +20,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analytics.faults import written
-from app.analytics.totals import Table
+from app.analytics.builtin_reports import Table
+from app.analytics.errors import written
 from app.core.errors import Rejected
 
 MEDIA: Mapping[str, str] = {

@@ -18,16 +18,15 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
+from app.analytics.aggregate import schemas
+from app.analytics.columns import File, family, file_of, format_of, relation, suffix_of
 from app.analytics.engine import Engine, Remote
-from app.analytics.faults import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
+from app.analytics.errors import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
 from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
-from app.analytics.object_columns import File, family, file_of, format_of, suffix_of
-from app.analytics.relation import relation
 from app.analytics.reports import Reads, Report
-from app.analytics.schemas import schemas
 from app.analytics.summaries import Summaries
 from app.core.errors import Conflict, Permanent, Rejected
-from app.stores.summaries import Source, Version
+from app.db.object_summaries import Source, Version
 
 ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20

@@ -15,14 +15,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from app.analytics.asked import Asked, Serving, headers_of, key_of, text_of, unchanged, warnings_of
+from app.analytics.builtin_reports import TABLES
 from app.analytics.formats import MEDIA, Answer, Shape, of_table
 from app.analytics.reports import Parameter, Report
+from app.analytics.service import Asked, Serving, headers_of, key_of, text_of, unchanged, warnings_of
 from app.analytics.summaries import View
-from app.analytics.totals import TABLES
 from app.core.errors import AppError, Rejected, Transient
-from app.ops.answers import Asgi, Receive, Refusal, Refused, Scope, Send
-from app.ops.guard import OPEN, needs
+from app.web.auth import OPEN, needs
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
 
 SCOPE = "analytics:read"
 READ = needs(SCOPE)

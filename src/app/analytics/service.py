@@ -1,33 +1,131 @@
-"""/analytics put together: the folder of this process, the engines, and the thread that keeps the summaries fresh.
-
-Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from the
-first request on, also after later starts, summaries are kept fresh; nothing that ends a refresh ends the refreshing.
+"""/analytics put together: requests understood, answers shared and kept, the engines, and the thread that keeps
+summaries fresh.
 """
 
+import asyncio
 import fcntl
 import logging
+import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from app.analytics.engine import Engine, Limits, Remote
+from app.analytics.formats import Answer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import Report, load_reports
-from app.analytics.summaries import Summaries
+from app.analytics.summaries import Summaries, View
 from app.config.settings import Settings
-from app.core.errors import AppError
-from app.stores.local_directory import LocalDirectory
-from app.stores.objects import ObjectStore
-from app.stores.sql import sql_directory
-from app.stores.summaries import SqlSummaries
+from app.core.errors import AppError, Transient
+from app.db.database import sql_directory
+from app.db.object_summaries import SqlSummaries
+from app.object_store.local import LocalDirectory
+from app.object_store.port import ObjectStore
+
+# One run for all who ask the same at once, and its answer kept while it holds.
+#
+# Invariants: an answer is kept for one state of the objects only, and when it may depend on the clock for a short
+# time only; what is over is given back with the next question at the latest; large answers, which lie on disk, are
+# not kept; few reports run at once, the others wait for their turn within limits. For the event loop's thread
+# alone.
+
+PLACES = 2
+KEPT_ANSWERS = 64
+KEPT_BYTES = 16 << 20
+WAIT_SECONDS = 30.0
+WAITING = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An answer and until when it may be given, by the monotonic clock."""
+
+    answer: Answer
+    until: float
+
+
+class Flights:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Held] = OrderedDict()
+        self._soonest = math.inf  # no answer that is kept is over before
+        self._running: dict[Hashable, asyncio.Task[Answer]] = {}
+        self._places = asyncio.Semaphore(PLACES)
+
+    def held(self, key: Hashable) -> Answer | None:
+        """The answer that is kept under `key` and still holds."""
+        self._drop_what_is_over()
+        held = self._kept.get(key)
+        if held is None:
+            return None
+        self._kept.move_to_end(key)
+        return held.answer
+
+    async def answer(self, key: Hashable, make: Callable[[], Answer], keep_seconds: float) -> Answer:
+        """The answer of `make`, run in a thread, once for all who wait for `key`. Raises what it raises, and Transient
+        when too many reports are waiting.
+        """
+        running = self._running.get(key)
+        if running is None:
+            if len(self._running) >= WAITING:
+                raise busy()
+            running = asyncio.create_task(self._run(make))
+            self._running[key] = running
+            running.add_done_callback(lambda task: self._landed(key, task, keep_seconds))
+        return await asyncio.shield(running)
+
+    async def _run(self, make: Callable[[], Answer]) -> Answer:
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await self._places.acquire()
+        except TimeoutError:
+            raise busy() from None
+        try:
+            return await asyncio.to_thread(make)
+        finally:
+            self._places.release()
+
+    def _landed(self, key: Hashable, task: "asyncio.Task[Answer]", keep_seconds: float) -> None:
+        self._running.pop(key, None)
+        self._drop_what_is_over()
+        if task.cancelled() or task.exception() is not None or task.result().size_bytes > KEPT_BYTES:
+            return
+        until = time.monotonic() + keep_seconds
+        self._kept[key] = Held(task.result(), until)
+        self._kept.move_to_end(key)
+        self._soonest = min(self._soonest, until)
+        while len(self._kept) > KEPT_ANSWERS:
+            self._kept.popitem(last=False)
+
+    def _drop_what_is_over(self) -> None:
+        now = time.monotonic()
+        if now >= self._soonest:
+            for key in [key for key, held in self._kept.items() if held.until <= now]:
+                del self._kept[key]
+            self._soonest = min((held.until for held in self._kept.values()), default=math.inf)
+
+
+def busy() -> Transient:
+    """Too many at once."""
+    return Transient("too many reports are waiting", "send the same request again later", retry_after_seconds=5)
+
+
+# /analytics put together: the folder of this process, the engines, and the thread that keeps the summaries fresh.
+#
+# Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from
+# the first request on, also after later starts, summaries are kept fresh; nothing that ends a refresh ends the
+# refreshing.
 
 FOLDER = "analytics"
 LOCK = "lock"
@@ -231,3 +329,97 @@ def _remote(settings: Settings, keys: Keys, *, whole: bool) -> Remote:
         session_token=keys[2],
         whole=whole,
     )
+
+
+# A request for a report, understood, and what its answer is known by; what was understood before is remembered.
+#
+# Invariant: an answer is known by everything that it depends on: report, parameters, format, the state of the
+# objects, and what is said beside it.
+
+REMEMBERED = 256
+WARNINGS = 20
+Warnings = tuple[tuple[tuple[str, str], ...], ...]
+Scope = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for a report, understood. `scan`: run it although there is a summary."""
+
+    report: Report
+    values: Mapping[str, Any]
+    format: str
+    scan: bool
+
+    @property
+    def from_memory(self) -> bool:
+        """Whether the summaries have the answer."""
+        return bool(self.report.summary) and not self.scan
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the routes act on. `asked`: requests that were understood before, by path and query, the newest last."""
+
+    analytics: Analytics
+    flights: Flights = field(default_factory=Flights)
+    described: list[Mapping[str, Any]] = field(default_factory=list)
+    asked: dict[tuple[str, bytes], Asked] = field(default_factory=dict)
+
+    def remember(self, scope: Scope, asked: Asked) -> None:
+        """Understand this request at once the next time."""
+        if len(self.asked) >= REMEMBERED:
+            del self.asked[next(iter(self.asked))]
+        self.asked[scope["path"], scope["query_string"]] = asked
+
+    def remembered(self, scope: Scope) -> Asked | None:
+        """What this request asks for, when it was understood before."""
+        return self.asked.get((scope["path"], scope["query_string"])) if scope["method"] == "GET" else None
+
+
+def key_of(asked: Asked, view: View, warnings: Warnings) -> Hashable:
+    """What the answer depends on."""
+    return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
+
+
+def headers_of(asked: Asked, view: View, answer: Answer, began: float) -> dict[str, str]:
+    """What every answer carries; `began` is by the performance counter."""
+    source = "summary" if asked.from_memory else "duckdb"
+    headers = {
+        "ETag": answer.etag,
+        "X-Data-As-Of": text_of(view.as_of),
+        "Server-Timing": f"{source};dur={(time.perf_counter() - began) * 1000:.2f}",
+        "Cache-Control": "private, no-cache",
+        "Content-Length": str(answer.size_bytes),
+    }
+    if warnings := len(view.faults) + answer.left_out:
+        headers["X-Warnings"] = str(warnings)
+    if asked.format != "json":
+        headers["Content-Disposition"] = f'attachment; filename="{asked.report.name}.{asked.format}"'
+    return headers
+
+
+def unchanged(answer: Answer, if_none_match: str) -> bool:
+    """Whether the caller has this answer already."""
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    return answer.etag in tags or "*" in tags
+
+
+def warnings_of(view: View, trouble: AppError | None) -> Warnings:
+    """Objects that are left out or not wholly understood, and why the answer is not of now."""
+    found = [(("object", key), ("message", fault)) for key, fault in view.faults[:WARNINGS]]
+    if len(view.faults) > WARNINGS:
+        found.append(
+            (
+                ("object", ""),
+                ("message", f"{len(view.faults) - WARNINGS} more objects are left out or not wholly understood"),
+            )
+        )
+    if trouble is not None:
+        found.append((("object", ""), ("message", f"not up to date: {trouble}")))
+    return tuple(found)
+
+
+def text_of(at: datetime) -> str:
+    """ISO 8601 with milliseconds and Z."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"

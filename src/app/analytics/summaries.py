@@ -1,9 +1,4 @@
-"""The summaries: which versions of objects are there now, and what they add up to by device and day.
-
-Invariants: a version is read once in its life, by whichever process meets it first; what is answered is the state of
-one whole listing, never half of one; a listing that fails changes nothing. The cost of a new object is that of its own
-days.
-"""
+"""The summaries: which versions of objects are there now, and what they add up to by device and day."""
 
 import json
 import logging
@@ -14,15 +9,102 @@ from datetime import datetime, timedelta
 from itertools import compress, islice
 from threading import Lock
 from types import MappingProxyType
+from typing import Any
 
 from app.analytics.aggregate import OTHER, aggregated
+from app.analytics.builtin_reports import merged
 from app.analytics.engine import Engine
-from app.analytics.totals import merged
-from app.analytics.versions import Versions
 from app.core.errors import Permanent, Rejected, Transient
-from app.stores.deltas import unfolded
-from app.stores.objects import ObjectInfo, ObjectStore
-from app.stores.summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
+from app.db.object_summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
+from app.object_store.deltas import unfolded
+from app.object_store.port import ObjectInfo, ObjectStore
+
+# A set of versions in little memory: 16 bytes each, sorted, one after another.
+#
+# Invariants: a version is in the set or not, to the last bit; a reader in another thread sees the set before a
+# change or after it.
+
+SIZE = 16
+LOOSE = 16_384
+SHARE = 8
+
+
+class Versions:
+    """One thread changes it, any thread reads."""
+
+    def __init__(self) -> None:
+        # One attribute: a reader never meets the sorted ones of one state beside the loose ones of another.
+        self._held: tuple[bytes, set[Version]] = (b"", set())
+
+    def __len__(self) -> int:
+        packed, loose = self._held
+        return len(packed) // SIZE + len(loose)
+
+    def copy(self) -> "Versions":
+        """The set as it is now, which stays so. What is sorted is held once for both."""
+        packed, loose = self._held
+        made = Versions()
+        made._held = (packed, set(loose))
+        return made
+
+    def among(self, versions: Sequence[Version]) -> Sequence[bool]:
+        """For each of them whether it is in the set."""
+        packed, loose = self._held
+        found: list[bool] = _among(b"".join(versions), packed).tolist() if packed else [False] * len(versions)
+        return [one or version in loose for one, version in zip(found, versions, strict=True)] if loose else found
+
+    def add(self, version: Version) -> None:
+        """One that is not in the set."""
+        packed, loose = self._held
+        loose.add(version)
+        if len(loose) >= max(LOOSE, len(packed) // SIZE // SHARE):
+            self._held = (_sorted(packed + b"".join(loose)), set())
+
+    def beyond(self, packed: bytes) -> Sequence[Version]:
+        """All that are not in `packed`, versions one after another in any order."""
+        here = self._held[0] + b"".join(self._held[1])
+        if not here:
+            return []
+        gone: bytes = _array(here)[~_among(here, _sorted(packed))].tobytes()
+        return [gone[start : start + SIZE] for start in range(0, len(gone), SIZE)]
+
+    def drop(self, versions: Sequence[Version]) -> None:
+        """Take these out."""
+        packed, loose = self._held
+        is_gone = _among(packed, _sorted(b"".join(versions)))
+        self._held = (_array(packed)[~is_gone].tobytes(), loose.difference(versions))
+
+
+def _array(packed: bytes) -> Any:
+    import numpy as np
+
+    return np.frombuffer(packed, f"S{SIZE}")  # compared byte by byte; all have the same length
+
+
+def _sorted(packed: bytes) -> bytes:
+    import numpy as np
+
+    found: bytes = np.sort(_array(packed)).tobytes()
+    return found
+
+
+def _among(wanted: bytes, held: bytes) -> Any:
+    """A mask over `wanted`; `held` is sorted."""
+    import numpy as np
+
+    array, looked = _array(held), _array(wanted)
+    if not len(array):
+        return np.zeros(len(looked), bool)
+    places = np.searchsorted(array, looked)
+    places[places == len(array)] = 0
+    return array[places] == looked
+
+
+# The summaries: which versions of objects are there now, and what they add up to by device and day.
+#
+# Invariants: a version is read once in its life, by whichever process meets it first; what is answered is the state
+# of one whole listing, never half of one; a listing that fails changes nothing. The cost of a new object is that of
+# its own days.
 
 SOME = 2000
 PAIRS = 500

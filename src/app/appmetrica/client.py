@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.core.errors import Permanent, Transient
-from app.stores.upstream import Address, Answer, Upstream, receiving
+from app.product_events.http_client import Address, Answer, Upstream, receiving
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")

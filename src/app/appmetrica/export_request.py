@@ -23,8 +23,8 @@ from app.appmetrica.client import SERVICE, MoreParts, RequestRefused, Service, W
 from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.window import Window
-from app.stores.pulls import Export, SqlPulls
+from app.core.windows import Window
+from app.db.run_records import Export, SqlPulls
 
 FILE = Path(__file__).with_name("resources.toml")
 SECOND = timedelta(seconds=1)

@@ -13,9 +13,11 @@ from app.appmetrica.export_request import ExportInProgress, Exports, LogsRequest
 from app.appmetrica.rows import NEEDED, BadRow, CsvRows, HourFile, Reading, by_hour, check_columns, hour_of, tables
 from app.core.errors import LeaseLost, Permanent, Transient
 from app.core.ledger import Tally, ledger_of
-from app.core.ports import Record
+from app.core.pipeline import Record
 from app.core.runs import Failure, Report
-from app.core.window import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.db.run_records import Export
+from app.product_events.mapping import Loaded, load_in_turns
 from app.product_events.pull import (
     GZIP,
     HOUR,
@@ -26,11 +28,7 @@ from app.product_events.pull import (
     record_of_nothing,
     store_rows,
 )
-from app.stores.product_loading import Loaded, load_in_turns
-from app.stores.pulls import Export
-from app.stores.raw_gaps import was_had
-from app.stores.raw_objects import PutPolicy, RawObject, keep
-from app.stores.raw_refused import RefusedLines
+from app.product_events.raw_objects import PutPolicy, RawObject, RefusedLines, keep, was_had
 
 # The hours of a resource in one run: requested together, landed one by one, in order.
 #

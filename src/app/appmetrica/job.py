@@ -15,14 +15,14 @@ from app.appmetrica.rows import KEPT_ROW_BYTES
 from app.appmetrica.verify import AppMetricaEnds
 from app.config.settings import Settings
 from app.core.errors import Permanent
-from app.core.ports import Checkpoints
+from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
-from app.core.window import Window
+from app.core.windows import Window
+from app.db.run_records import SqlPulls
+from app.object_store.port import ObjectStore
+from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, overdue_after, set_aside_of, spool_of
 from app.product_events.verify import PullChart
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Events
-from app.stores.pulls import SqlPulls
 
 OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
 

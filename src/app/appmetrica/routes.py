@@ -30,9 +30,9 @@ from app.appmetrica.export_request import (
 from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import needs
-from app.stores.pulls import Export
+from app.db.run_records import Export
+from app.web.auth import needs
+from app.web.errors import Refusal, Refused
 
 OWNER = "routes"
 AT_ONCE = 8

@@ -24,9 +24,9 @@ from typing import IO, Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
-from app.core.window import Window, floor_to
+from app.core.windows import Window, floor_to
+from app.product_events.mapping import Tables, mapping
 from app.product_events.pull import HOUR, HOUR_SECONDS, hours_of
-from app.stores.product_mapping import Tables, mapping
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES

@@ -20,13 +20,12 @@ from app.appmetrica.rows import KEPT_ROW_BYTES, HourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
-from app.core.window import Window, windows_between
+from app.core.windows import Window, windows_between
+from app.object_store.port import ObjectInfo
+from app.product_events.mapping import Known, lost
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext
+from app.product_events.raw_objects import folder_of, mending
 from app.product_events.verify import covers, damage, downloaded, ended_hours, found_at, refuse_lost, rest_of_day
-from app.stores.objects import ObjectInfo
-from app.stores.product_loading import Known, lost
-from app.stores.raw_gaps import folder_of
-from app.stores.raw_objects import mending
 
 LATER = "verify again in some minutes: the same file is asked for; APPMETRICA_POLL_TIMEOUT_SECONDS is how long to wait"
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, UnicodeDecodeError, ValueError)

@@ -65,7 +65,7 @@ from app.config.value_types import (
     TimeZone,
     WarehouseUrl,
 )
-from app.core.window import DAY_SECONDS
+from app.core.windows import DAY_SECONDS
 
 YEAR_SECONDS = 366 * DAY_SECONDS
 GIB = 1 << 30

@@ -14,12 +14,11 @@ from itertools import islice
 from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
-from app.core.joined import Pipeline, Task
-from app.core.ports import FOREIGN, MISSING, Batch, Count, Encoded, Objects, Record, Sums
+from app.core.pipeline import FOREIGN, MISSING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
 from app.core.repair import heal_window
 from app.core.runs import Context, Failure, Report
 from app.core.sync import already_there, delete_deltas, settle, waiting
-from app.core.window import Age, Window, age_of
+from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)

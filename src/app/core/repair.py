@@ -10,11 +10,10 @@ from itertools import islice
 from typing import TypeVar
 
 from app.core.errors import Permanent
-from app.core.joined import NOTHING, Pipeline, Task
-from app.core.ports import Batch, Encoded
+from app.core.pipeline import NOTHING, Batch, Encoded, Pipeline, Task
 from app.core.runs import Context, Report
 from app.core.sync import already_there, settle
-from app.core.window import Age, Window, age_of
+from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)

@@ -19,21 +19,25 @@ from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.joined import NOTHING, Grid, Pipeline, Position, Task
 from app.core.ledger import Ledger, Tally
-from app.core.ports import (
+from app.core.pipeline import (
+    NOTHING,
     UNCOUNTED,
     Batch,
     Commit,
     Count,
     Encoded,
+    Grid,
     Held,
+    Pipeline,
+    Position,
     Record,
     Sums,
+    Task,
 )
 from app.core.runs import Context, Report
 from app.core.shrink import Shrink
-from app.core.window import Age, Window, age_of
+from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)

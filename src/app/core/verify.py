@@ -12,7 +12,7 @@ from typing import Protocol
 
 from app.core.errors import AppError, LeaseLost, Rejected, Stopped
 from app.core.runs import Context, Failure, Report, Stop
-from app.core.window import Window
+from app.core.windows import Window
 
 LANE_BYTES = 8
 LANES = 2

@@ -10,10 +10,9 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
 
+from app.db.database import UNSTORABLE, Dialect, instant_text
 from app.dwh.results import BadRequest
 from app.dwh.tables import INTEGER_BITS, Column, Table
-from app.stores.sql import Dialect
-from app.stores.sql_values import UNSTORABLE, instant_text
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -29,8 +29,8 @@ from app.dwh.results import BadRequest, Inserted
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import Request as Storing
 from app.dwh.warehouse import Warehouse
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import needs
+from app.web.auth import needs
+from app.web.errors import Refusal, Refused
 
 FIRST_BYTES, BLOCK_BYTES = 1 << 16, 1 << 18
 ROOMY_PAGES = 16  # each may hold megabytes of an answer in memory; those beyond hold little

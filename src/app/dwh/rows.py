@@ -15,9 +15,9 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 from msgspec.structs import astuple
 
+from app.db.database import instant_text
 from app.dwh.results import RowFault
 from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Column, Table
-from app.stores.sql_values import instant_text
 
 # What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
 #

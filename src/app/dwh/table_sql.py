@@ -4,8 +4,8 @@ Invariants: the migrations in `sql/dwh/migrations` are these very texts, which a
 from the declaration, never from a caller.
 """
 
+from app.db.database import Dialect
 from app.dwh.tables import TABLES, Column, Kind, Table
-from app.stores.sql import Dialect
 
 TYPES: dict[Dialect, dict[Kind, str]] = {
     "postgres": {

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from app.core.errors import Transient
+from app.db.database import Session, load_queries, open_database, sql_directory
+from app.db.migrations import Migrated
+from app.db.sqlite import SqliteDatabase
 from app.dwh import table_sql
 from app.dwh.results import BadRequest, Inserted, answer_of, text_of
 from app.dwh.tables import EVENTS, TABLES, Table
-from app.stores.migrations import Migrated
-from app.stores.product_mapping import Rows, Tables
-from app.stores.sql import Session, load_queries, open_database, sql_directory
-from app.stores.sqlite import SqliteDatabase
+from app.product_events.mapping import Rows, Tables
 
 if TYPE_CHECKING:
     from app.dwh.query import Selection

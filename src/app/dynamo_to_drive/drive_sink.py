@@ -14,8 +14,8 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from app.core.errors import Conflict, Permanent, Transient
-from app.core.ports import Held
-from app.core.window import Window
+from app.core.pipeline import Held
+from app.core.windows import Window
 from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
 from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, Unreadable, lines_in, read_file, readable, while_readable
@@ -93,7 +93,7 @@ class FolderOnce:
 
 
 class DriveSink:
-    """`app.core.ports.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there."""
+    """`app.core.pipeline.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there."""
 
     def __init__(self, drive: Drive, place: Place, ids: FileIds, folder: FolderOnce, accounts: Accounts) -> None:
         self._drive = drive

@@ -17,11 +17,11 @@ from typing import BinaryIO
 
 from app.core.errors import Permanent
 from app.core.ledger import Ledger, SetAside, Tally, ledger_of, sampled
-from app.core.ports import Sums
-from app.core.window import Window
+from app.core.pipeline import Sums
+from app.core.windows import Window
 from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timed
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, Times, ascend
-from app.stores.set_aside import MAX_BYTES, NDJSON, SetAsideStore
+from app.object_store.set_aside import MAX_BYTES, NDJSON, SetAsideStore
 
 # The CSV file of one hour: rows come in pages of any order and any columns, one file with a digest comes out.
 #

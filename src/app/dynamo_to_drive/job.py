@@ -15,16 +15,15 @@ from pathlib import Path
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.gaps import Chart, Moment
-from app.core.joined import Grid, Pipeline, Position, Task
+from app.core.gap_map import Chart, Moment
 from app.core.partitions import live_windows
-from app.core.ports import UNCOUNTED, Checkpoints, Commit, Record
+from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Task
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
 from app.core.shrink import Shrink
 from app.core.sync import settle, sync_partition
 from app.core.verify import Verification
-from app.core.window import EPOCH, Window, floor_to, windows_between
+from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Wanted
 from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
@@ -33,7 +32,7 @@ from app.dynamo_to_drive.hour_file import Accounts, HourFile
 from app.dynamo_to_drive.local_sink import FolderSink
 from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
-from app.stores.set_aside import SetAsideStore
+from app.object_store.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
 LATE = "dynamo_to_drive_late"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from app.core.errors import Conflict, Permanent
 from app.core.files import write_durably
-from app.core.ports import Held
-from app.core.window import Window
+from app.core.pipeline import Held
+from app.core.windows import Window
 from app.dynamo_to_drive.drive_sink import READ_HINT, HourBytes, file_name, hour_of
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file, readable, while_readable
 from app.dynamo_to_drive.timestamps import Times
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class FolderSink:
-    """`app.core.ports.Sink` over a directory, which is made on the first write. `accounts` is told what lies there."""
+    """`app.core.pipeline.Sink` over a directory, made on the first write. `accounts` is told what lies there."""
 
     def __init__(
         self, root: Path, prefix: str, times: Times, accounts: Accounts, *, escaped: bool, dry_run: bool

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
-from app.core.ports import UNCOUNTED, Count
+from app.core.pipeline import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.shrink import Shrink
-from app.core.window import EPOCH, Window, window_at
+from app.core.windows import EPOCH, Window, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Wanted, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, HourWriter, Shape, lines_of, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
@@ -102,7 +102,7 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
     return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is tried again")
 
 
-# DynamoDB as a source: one table, one partition, one hour at a time; with `stores.s3` the home of boto3.
+# DynamoDB as a source: one table, one partition, one hour at a time; with `object_store.s3` the home of boto3.
 #
 # Invariants: every page is followed until there is no LastEvaluatedKey, also an empty page; signing and retries are
 # botocore's, only the items are decoded here; no exception of the SDK leaves this module (`dynamo_errors`); an item
@@ -322,7 +322,7 @@ class WantedItems:
 
 
 class DynamoSource:
-    """`app.core.ports.Source` over a table, for one run that began at `now`. `partition` is the one name under which
+    """`app.core.pipeline.Source` over a table, for one run that began at `now`. `partition` is the one name under which
     checkpoints are kept; `accounts` is told of every item that was read. `span`: the hours that the run brings up to
     date, all of them.
     """

@@ -16,7 +16,7 @@ from math import floor
 from operator import lt
 from typing import NamedTuple
 
-from app.core.window import DAY_SECONDS, EPOCH, Window, floor_to, window_at
+from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to, window_at
 
 AUTO = "auto"
 HOUR_SECONDS = 3600

@@ -15,13 +15,23 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from app.core.errors import Permanent, Transient
-from app.core.ports import Sums
+from app.core.pipeline import Sums
 from app.core.shrink import UNLIMITED
-from app.core.window import EPOCH, Window, floor_to
+from app.core.windows import EPOCH, Window, floor_to
 from app.influx_to_s3.annotated_csv import Block, read_blocks
-from app.influx_to_s3.connection import Answer, Connection
-from app.influx_to_s3.reader import INVENTORY_DEVICES, Counted, Inventory, Points, Retention, Summed
-from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
+from app.influx_to_s3.reader import (
+    DAY,
+    INVENTORY_DEVICES,
+    Answer,
+    Connection,
+    Counted,
+    Inventory,
+    Points,
+    Retention,
+    Summed,
+    counted_in_parts,
+    one_type_spans,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.ports import Sums
+from app.core.pipeline import Sums
 from app.core.shrink import UNLIMITED
-from app.core.window import EPOCH, Window
-from app.influx_to_s3.connection import OK, Answer, Connection
+from app.core.windows import EPOCH, Window
 from app.influx_to_s3.reader import (
+    DAY,
     INVENTORY_DEVICES,
+    OK,
+    Answer,
+    Connection,
     Counted,
     Inventory,
     Points,
@@ -30,9 +33,10 @@ from app.influx_to_s3.reader import (
     Refusal,
     Retention,
     Summed,
+    counted_in_parts,
+    one_type_spans,
     refusal,
 )
-from app.influx_to_s3.spans import DAY, counted_in_parts, one_type_spans
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,10 +11,9 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.gaps import Chart
-from app.core.joined import Grid, Pipeline
-from app.core.known_rows import KnownRows
+from app.core.gap_map import Chart
 from app.core.partitions import Backoff, Pass, isolated, sync_all
+from app.core.pipeline import Grid, KnownRows, Pipeline
 from app.core.reconcile import HEAL_HINT, reconcile, said_of
 from app.core.repair import fill, write_again
 from app.core.retry import Pace, RetryPolicy
@@ -22,36 +21,34 @@ from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.shrink import Shrink
 from app.core.sync import Done
 from app.core.verify import Verification
-from app.core.window import EPOCH, Window, floor_to
-from app.influx_to_s3.accounting import (
+from app.core.windows import EPOCH, Window, floor_to
+from app.db.checkpoints import Layout, SqlCheckpoints
+from app.influx_to_s3.flux import FluxReader, FluxTarget
+from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
+from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
+from app.influx_to_s3.layout_recovery import tree_of_data
+from app.influx_to_s3.outside_points import (
     OutsidePoints,
     RefusedPartition,
     absent_devices,
     is_nameable,
     refuse_wrong_settings,
 )
-from app.influx_to_s3.columns import DEVICE, TAGS, Columns
-from app.influx_to_s3.connection import Connection, Server
-from app.influx_to_s3.flux import FluxReader, FluxTarget
-from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.layout_file import LayoutFile, Tree, as_on
-from app.influx_to_s3.recovery import tree_of_data
+from app.influx_to_s3.reader import Connection, Server
 from app.influx_to_s3.retention import Coverage
 from app.influx_to_s3.rewrite import devices_in, rewrite
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
 from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.spool import RowBatch
 from app.influx_to_s3.verify import ExportChart, ExportEnds
-from app.stores.checkpoints import SqlCheckpoints
-from app.stores.layouts import Layout
-from app.stores.parquet import EncodedFile, TableSink
+from app.object_store.table_sink import EncodedFile, TableSink
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
+    from app.db.checkpoints import SqlLayouts
     from app.influx_to_s3.reader import Reader
-    from app.stores.layouts import SqlLayouts
-    from app.stores.objects import ObjectStore
-    from app.stores.set_aside import SetAsideStore
+    from app.object_store.port import ObjectStore
+    from app.object_store.set_aside import SetAsideStore
 
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"

@@ -12,22 +12,22 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from app.core.ports import ALL_TAGS, Commit, Held, Record
+from app.core.pipeline import ALL_TAGS, Commit, Held, Record
 from app.core.runs import Context, Report
 from app.core.sync import Done, delete_deltas
-from app.core.window import DAY_SECONDS, Age, Window, age_of, windows_between
-from app.influx_to_s3.columns import Columns
-from app.influx_to_s3.recovery import KEY
+from app.core.windows import DAY_SECONDS, Age, Window, age_of, windows_between
+from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.layout_recovery import KEY
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import of_object, ordered
 from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.spool import RowBatch
 from app.influx_to_s3.unions import in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from app.core.joined import Pipeline
-    from app.stores.parquet import EncodedFile, TableSink
+    from app.core.pipeline import Pipeline
+    from app.object_store.table_sink import EncodedFile, TableSink
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
-from app.core.ports import Sums
-from app.core.window import EPOCH
-from app.influx_to_s3.columns import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns, type_of
-from app.influx_to_s3.layout_file import BOOLEAN, DOUBLE, INTEGER, TEXT, UNSIGNED
+from app.core.pipeline import Sums
+from app.core.windows import EPOCH
+from app.influx_to_s3.layout import (
+    BOOLEAN,
+    COMPUTED,
+    DEVICE,
+    DOUBLE,
+    INTEGER,
+    NANOS,
+    TAGS,
+    TEXT,
+    TIMESTAMP,
+    UNKNOWN,
+    UNSIGNED,
+    Columns,
+    type_of,
+)
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.set_aside import Disagreement
-from app.stores.parquet import CSV_ROWS, lost_tags_in
+from app.object_store.table_sink import CSV_ROWS, lost_tags_in
 
 if TYPE_CHECKING:
     import pyarrow as pa

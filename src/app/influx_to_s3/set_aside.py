@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from app.core.ledger import SetAside
-from app.core.window import Window
+from app.core.windows import Window
 from app.influx_to_s3.reader import Points
-from app.stores.set_aside import LINES, Kept, SetAsideStore
+from app.object_store.set_aside import LINES, Kept, SetAsideStore
 
 NO_DEVICE_TAG = "no device tag"
 REFUSED_ID = "device id cannot name an object"

@@ -18,19 +18,18 @@ from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
-from app.core.joined import NOTHING
 from app.core.ledger import Tally
-from app.core.ports import Count, Sums
+from app.core.pipeline import NOTHING, Count, Sums
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
 from app.core.shrink import Shrink
-from app.core.window import EPOCH, Window, windows_between
-from app.influx_to_s3.columns import TIMESTAMP, Columns
+from app.core.windows import EPOCH, Window, windows_between
+from app.influx_to_s3.layout import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, Spool
 from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
 from app.influx_to_s3.set_aside import values_in
-from app.influx_to_s3.spool import BLOCK_ROWS, RowBatch, Spool
 from app.influx_to_s3.unions import Comparison, in_order, united, whole_instants
-from app.stores.parquet import lost_tags_in
+from app.object_store.table_sink import lost_tags_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class InfluxSource:
-    """`app.core.ports.Source` over a `Reader`.
+    """`app.core.pipeline.Source` over a `Reader`.
 
     `devices` empty = every value of the device tag. `batch_rows` rows are held at a time. `pauses` ends waiting for a
     retry when a stop is asked for. `pace` bounds what questions cost the server.
@@ -159,7 +158,7 @@ class InfluxSource:
                 )
 
     def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]", shrink: Shrink | None = None) -> RowBatch:
-        """See `app.core.ports.Source.union`; each of `held` is the rows of one object, in order."""
+        """See `app.core.pipeline.Source.union`; each of `held` is the rows of one object, in order."""
         columns, comparison = self._columns, Comparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
         for tables in held:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from app.core.shrink import EXAMPLES, LATEST, Shrink
-from app.influx_to_s3.columns import TAGS, TIMESTAMP, UNKNOWN, Columns
+from app.influx_to_s3.layout import TAGS, TIMESTAMP, UNKNOWN, Columns
 from app.influx_to_s3.rows import instants_of, nanoseconds_of, ordered
-from app.stores.row_sums import mixed, seed_of, text_bits
+from app.object_store.row_digest import mixed, seed_of, text_bits
 
 if TYPE_CHECKING:
     import pyarrow as pa

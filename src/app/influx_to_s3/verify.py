@@ -9,21 +9,20 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from app.core.gaps import Cell, Found, Moment, cells_of
-from app.core.joined import Pipeline
-from app.core.ports import Checkpoints, Record
+from app.core.gap_map import Cell, Found, Moment, cells_of
+from app.core.pipeline import Checkpoints, Pipeline, Record
 from app.core.reconcile import look
 from app.core.repair import heal_window
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot
-from app.core.window import DAY_SECONDS, Window, floor_to
-from app.influx_to_s3.accounting import is_nameable
-from app.influx_to_s3.columns import Columns
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.influx_to_s3.layout import Columns
+from app.influx_to_s3.outside_points import is_nameable
+from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import as_now_typed
-from app.influx_to_s3.spool import RowBatch
-from app.stores.objects import ObjectInfo
-from app.stores.parquet import EncodedFile, TableSink, by_window
-from app.stores.row_sums import content_of_tables
+from app.object_store.port import ObjectInfo
+from app.object_store.row_digest import content_of_tables
+from app.object_store.table_sink import EncodedFile, TableSink, by_window
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
 Listing = Sequence[tuple[datetime, ObjectInfo]]
@@ -94,7 +93,7 @@ class ExportEnds:
 
 @dataclass(frozen=True, slots=True)
 class ExportChart:
-    """`app.core.gaps.Chart` over the export; `opened` gives its ends as they are now."""
+    """`app.core.gap_map.Chart` over the export; `opened` gives its ends as they are now."""
 
     name: str
     opened: Callable[[Stop], ExportEnds]

@@ -5,10 +5,9 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
+from app.object_store.port import MARK, ObjectInfo, Page, Question, Stored
 from app.objects.links import disposition
 from app.objects.requests import Span
-from app.stores.objects import ObjectInfo
-from app.stores.transfers import MARK, Page, Question, Stored
 
 PARQUET_WARNING = (
     "a Parquet file ends with offsets of its own content: bytes that move or change can make it unreadable"

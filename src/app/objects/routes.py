@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Rejected
+from app.object_store.port import MAX_PAGE, BadKey, ObjectInfo, ObjectStore, Put, Question, Readable, Stored, Transfers
 from app.objects import answers, openapi
 from app.objects.links import Links
 from app.objects.requests import (
@@ -33,10 +34,8 @@ from app.objects.requests import (
     unchanged,
 )
 from app.objects.streams import Feed, Form, Outgoing, boundary_of, carried, media_type, opened
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import OPEN, needs
-from app.stores.objects import BadKey, ObjectInfo, ObjectStore, Put
-from app.stores.transfers import MAX_PAGE, Question, Readable, Stored, Transfers
+from app.web.auth import OPEN, needs
+from app.web.errors import Refusal, Refused
 
 READERS, WRITERS, ROOMY = 16, 64, 100
 FIRST_BYTES = 1 << 16

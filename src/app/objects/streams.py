@@ -10,9 +10,8 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from app.core.errors import Transient
+from app.object_store.port import ObjectInfo, Readable, Transfers
 from app.objects.requests import NotServed, Span
-from app.stores.objects import ObjectInfo
-from app.stores.transfers import Readable, Transfers
 
 # A body on its way from the event loop to the thread that stores it.
 #

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from app.core.errors import Permanent, Transient
 from app.core.runs import Context, Failure, Job, Report
-from app.stores.set_aside import SetAsideStore
+from app.object_store.set_aside import SetAsideStore
 
 NAME = "s3_sweep"
 INTERVAL_SECONDS = 3600

@@ -1,8 +1,4 @@
-"""Telling people and monitors: a webhook when a job begins to fail, recovers or falls silent, a heartbeat per job.
-
-Invariants: only addresses from the settings are called, and no job waits for an answer; what was told is kept in the
-state until it is over, so neither a restart, a pause nor another process tells it twice; a heartbeat delays no alert.
-"""
+"""Webhooks and heartbeats: when a job begins to fail, recovers or falls silent."""
 
 import logging
 import queue
@@ -10,17 +6,113 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from app.config.settings import Settings
-from app.core.errors import AppError, Stopped
+from app.core.errors import AppError, Permanent, Stopped, Transient
 from app.core.reconcile import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
-from app.ops.addresses import Heartbeats, post
+
+# Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
+#
+# Invariants: a redirect is never followed, an error names no more than the host, no answer is read beyond its head;
+# a heartbeat that cannot be delivered holds up nothing but other heartbeats, and those for no longer than one time-
+# out.
+
+SEND_SECONDS = 10.0
+BEAT_SECONDS = 4.0
+REFUSED = 300
+log = logging.getLogger(__name__)
+
+
+def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS) -> None:
+    """POST JSON, or GET without a body. Raises Transient or Permanent, whose texts hold no more than the host."""
+    import urllib3
+
+    host, method = urlsplit(url).hostname, "GET" if body is None else "POST"
+    pool = urllib3.PoolManager(retries=False, timeout=seconds, headers={"User-Agent": "headwater"})
+    try:
+        with pool, closing(pool.request(method, url, json=body, redirect=False, preload_content=False)) as answer:
+            status = answer.status
+    except urllib3.exceptions.HTTPError as error:
+        raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
+    if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
+        raise Transient(f"{host} answers {status}", "nothing to do: it is tried again")
+    if status >= REFUSED:
+        raise Permanent(f"{host} answers {status}", "check the address; redirects are not followed")
+
+
+class Heartbeats:
+    """One thread that calls the address of a job, once for each `beat`, which never waits.
+
+    Beats of a job that come while one of it waits are one, so what waits is bounded by the number of jobs.
+    """
+
+    def __init__(self, urls: Mapping[str, str], seconds: float = BEAT_SECONDS) -> None:
+        self._urls = urls
+        self._seconds = seconds
+        self._changed = threading.Condition()
+        self._waiting: dict[str, None] = {}
+        self._silent: set[str] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to call, if there is anybody to call."""
+        if self._urls:
+            threading.Thread(target=self._loop, name="heartbeats", daemon=True).start()
+
+    def close(self) -> None:
+        """Call no more; one that is on its way is left behind."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def beat(self, job: str) -> None:
+        """A run of `job` went well."""
+        if job in self._urls:
+            with self._changed:
+                self._waiting[job] = None
+                self._changed.notify_all()
+
+    def _loop(self) -> None:
+        while (job := self._next()) is not None:
+            self._call(job)
+
+    def _next(self) -> str | None:
+        """The job that waits longest; None once closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            job = next(iter(self._waiting))
+            del self._waiting[job]
+            return job
+
+    def _call(self, job: str) -> None:
+        """One attempt: the next good run calls again. That an address is away is said once, and so is its return."""
+        try:
+            post(self._urls[job], None, self._seconds)
+        except AppError as error:
+            if job not in self._silent:
+                log.warning("the heartbeat of %s does not arrive: %s", job, error)
+            self._silent.add(job)
+        else:
+            if job in self._silent:
+                log.info("the heartbeat of %s arrives again", job)
+            self._silent.discard(job)
+
+
+# Telling people and monitors: a webhook when a job begins to fail, recovers or falls silent, a heartbeat per job.
+#
+# Invariants: only addresses from the settings are called, and no job waits for an answer; what was told is kept in
+# the state until it is over, so neither a restart, a pause nor another process tells it twice; a heartbeat delays
+# no alert.
 
 WATCH_SECONDS = 15.0
 WAITING = 1000
@@ -33,7 +125,6 @@ AHEAD = timedelta(seconds=60)
 TICK = timedelta(microseconds=1)
 STALE_HINT = "look at the dashboard and at /ready; `python -m app check` tries every system"
 CLOCK_HINT = "check the clocks of the machines; nothing waits for them, and the next good run sets its own time right"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +193,7 @@ class Watched:
     """What is watched: the jobs, which of them are paused, the record of runs, what was told of them, and its clock.
 
     `clock` is this machine's; `elapsed_seconds` grows with time whatever is done to that. `troubles`: by job, with how
-    many objects something is wrong, and what; see `core.ports.Record.trouble`.
+    many objects something is wrong, and what; see `core.pipeline.Record.trouble`.
     """
 
     jobs: Sequence[Job]

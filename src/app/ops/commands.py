@@ -1,35 +1,312 @@
-"""One-off commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at once.
+"""The commands that work on a built service: run, backfill, verify, undo, check, runs, status, pause, resume."""
 
-Invariants: a command takes the same lease as the daemon, so both can be used at once; a signal ends it at the next
-safe point; results go to stdout, faults to stderr as one line with the next step.
-"""
-
+import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from app.core.errors import AppError, Rejected
+from app.config import DOTENV
+from app.config.environment import read_dotenv
+from app.config.masking import describe
+from app.config.rules import warnings
+from app.core.errors import AppError, Permanent, Rejected
 from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown, verify
-from app.core.window import Window
-from app.ops import output
-from app.ops.progress import Tally, bar, logged
-from app.ops.proof import Healing, found, heal_job, shown, summary, told
-from app.ops.scheduler import backfill_job, named
+from app.core.windows import Window
+from app.db.database import Database
+from app.ops.health import Check, Finding, look
+from app.ops.json_views import failures_shown, instant_text, run_shown
+from app.ops.scheduler import Tally, backfill_job, bar, logged, named
 from app.ops.service import Headwater
-from app.ops.shapes import failures_shown
+from app.ops.verification import Healing, found, heal_job, shown, summary, told
+
+if TYPE_CHECKING:
+    from app.object_store.port import ObjectStore
+
+# What commands print: tables for people, or one JSON document for programs.
+#
+# Invariants: with `--json` stdout holds exactly one document and nothing else; a cell is one line, whatever
+# characters data brought. The documents are described in docs/cli-json.md.
+
+
+def show(document: Mapping[str, Any], told: Callable[[], None], *, as_json: bool) -> None:
+    """The document as JSON, or what `told` prints."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    else:
+        told()
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    lines = [head, *([cell(each) for each in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
+    for line in lines:
+        cells = [each.ljust(width) for each, width in zip(line[:-1], widths, strict=True)]
+        sys.stdout.write("  ".join([*cells, line[-1]]).rstrip() + "\n")
+    sys.stdout.write("\n")
+
+
+def line(text: str) -> None:
+    """One line."""
+    sys.stdout.write(f"{text}\n")
+
+
+def cell(value: object) -> str:
+    """A value on one line."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
+
+
+# What the configured credentials may really do: each right is tried, for `python -m app check`.
+#
+# Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
+
+NAMED = 5
+ABSENT = "headwater-check-of-rights"
+ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
+POSTGRES = """
+SELECT current_setting('server_version') AS version, current_user AS name, current_schema() AS place,
+    current_setting('server_encoding') AS encoding,
+    has_schema_privilege(current_schema(), 'CREATE') AS creates
+"""
+log = logging.getLogger(__name__)
+
+Attempt = tuple[str, Callable[[], object]]
+
+
+def tried(attempts: Sequence[Attempt]) -> str:
+    """What may be done, when all attempts succeed. Raises Permanent that names those that fail and why."""
+    may, refused = [], list[tuple[str, AppError]]()
+    for name, attempt in attempts:
+        try:
+            attempt()
+            may.append(name)
+        except AppError as error:
+            refused.append((name, error))
+    if refused:
+        names = ", ".join(name for name, _ in refused)
+        _, first = refused[0]
+        has = f"may {', '.join(may)}; " if may else ""
+        raise Permanent(f"{has}may not {names}: {first.message}", first.hint)
+    return f"may {', '.join(may)}"
+
+
+def of_objects(store: "ObjectStore", prefix: str) -> Check:
+    """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
+
+    def check() -> str:
+        said = tried(
+            [
+                ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
+                ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
+                ("write", store.probe),
+            ]
+        )
+        holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
+        return f"{said}; {holds}"
+
+    return check
+
+
+def of_undeleted(undeleted: Callable[[], Mapping[str, str]], store: "ObjectStore") -> Check:
+    """Which of the objects are still there that could not be deleted, and why; "" for none."""
+
+    def check() -> str:
+        there = {key: error for key, error in undeleted().items() if store.head(key) is not None}
+        if not there:
+            return ""
+        names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
+        return (
+            f"deltas of an older version cannot be deleted: {names} ({next(iter(there.values()))}): allow"
+            " s3:DeleteObject, or end their Object Lock; until then other readers see their rows twice"
+        )
+
+    return check
+
+
+def of_database(database: Database) -> Check:
+    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended.
+
+    Raises Permanent for an encoding that holds only some characters: the service works there, and refuses the others.
+    """
+
+    def check() -> str:
+        with database.transaction() as session:
+            if database.dialect == "sqlite":
+                version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
+                return f"SQLite {version}: may read and write"
+            found = session.rows(POSTGRES)[0]
+        if found["encoding"] != "UTF8":
+            raise Permanent(
+                f"{database.place}: its encoding {found['encoding']} holds only some characters; others are refused",
+                ENCODING_HINT,
+            )
+        creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
+        return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
+
+    return check
+
+
+# Commands that look or say a word: check, runs, status, pause, resume.
+#
+# Invariant: they work while the daemon runs and while it does not, since everything that they need is in the state.
 
 OK, FAILED = 0, 1
+
+
+def check(service: Headwater, *, as_json: bool) -> int:
+    """Three layers: the values as they were understood, what they switch on, and every system tried with its rights.
+
+    The exit code is 1 when an attempt fails.
+    """
+    values = describe(service.settings)
+    jobs = [{"name": job.name, "on": not job.off, "why": job.off} for job in service.pipelines.jobs]
+    said = warnings(service.settings, os.environ, read_dotenv(DOTENV)[0])
+    env_file = str(DOTENV.absolute()) if DOTENV.exists() else None
+    findings = {name: look(attempt) for name, attempt in {**service.checks, **service.rights}.items()}
+    service.state.close()
+    ok = all(finding.ok for finding in findings.values())
+
+    def told() -> None:
+        line(f"1 values: as they were understood, from the environment and {env_file or 'no .env file'}")
+        table(("setting", "value"), values.items())
+        line("2 wiring: what they switch on")
+        every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
+        table(("job", "state"), ((each["name"], each["why"] or every[str(each["name"])]) for each in jobs))  # type: ignore[misc]
+        for warning in said:
+            line(f"warning: {warning}")
+        line("3 live: each system tried with these credentials")
+        rows = [(name, "ok" if f.ok else "FAILED", _said(f)) for name, f in findings.items()]
+        table(("system", "state", "what it said"), rows)
+
+    live = [
+        {"system": name, "ok": each.ok, "note": each.note, "error": each.error, "hint": each.hint}
+        for name, each in findings.items()
+    ]
+    wiring = {"jobs": jobs, "warnings": said}
+    document = {"ok": ok, "env_file": env_file, "values": values, "wiring": wiring, "live": live}
+    show(document, told, as_json=as_json)
+    return OK if ok else FAILED
+
+
+def _said(found: Finding) -> str:
+    return found.note or " - ".join(filter(None, (found.error, found.hint)))
+
+
+def runs(service: Headwater, job: str | None, limit: int, *, as_json: bool) -> int:
+    """Recent runs, newest first, and what they took in."""
+    found = service.state.runs.recent(job, limit)
+    wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
+    histories = {name: list(history(limit)) for name, history in wanted.items()}
+    service.state.close()
+
+    def told() -> None:
+        rows = [
+            (_instant(run), run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), _told_of(run))
+            for run in found
+        ]
+        table(("started", "run", "job", "outcome", "rows", "ledger; error"), rows)
+        for name, lines in histories.items():
+            line(f"what {name} took in, newest first")
+            head = tuple(lines[0]) if lines else ("nothing yet",)
+            table(head, [[cell(value) for value in each.values()] for each in lines])
+
+    document = {"runs": [run_shown(run) for run in found], "histories": histories}
+    show(document, told, as_json=as_json)
+    return OK
+
+
+def _instant(run: Run) -> str:
+    return f"{run.started_at:%Y-%m-%d %H:%M:%S}Z"
+
+
+def _told_of(run: Run) -> str:
+    error = f"{run.error} ({run.hint})" if run.hint else run.error
+    return "; ".join(filter(None, (summary_of(run.report.ledger), error)))
+
+
+def status(service: Headwater, *, as_json: bool) -> int:
+    """Every job as the state knows it; 1 when the last result of one that is on is a failure."""
+    paused = service.state.pauses.paused()
+    lines: list[Mapping[str, Any]] = []
+    for job in service.pipelines.jobs:
+        last = service.state.runs.last_ended(job.name)
+        going = next((run for run in service.state.runs.recent(job.name, 1) if run.outcome is Outcome.RUNNING), None)
+        state = "off" if job.off else "paused" if job.name in paused else "running" if going else "waiting"
+        partitions = service.state.checkpoints.of(job.name)
+        lines.append(
+            {
+                "name": job.name,
+                "state": state,
+                "off": job.off,
+                "interval_seconds": job.interval_seconds,
+                "paused_at": instant_text(paused.get(job.name)),
+                "last_run": last and run_shown(last),
+                "partitions": len(partitions),
+                "partitions_with_errors": sum(1 for each in partitions if each.error),
+            }
+        )
+    service.state.close()
+    show({"jobs": lines}, lambda: _told(lines), as_json=as_json)
+    bad = [each for each in lines if each["state"] != "off" and (each["last_run"] or {}).get("outcome") == "failed"]
+    return FAILED if bad else OK
+
+
+def _told(lines: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for each in lines:
+        last = each["last_run"] or {"started_at": "never", "outcome": "", "rows": 0, "error": "", "hint": ""}
+        error = f"{last['error']} ({last['hint']})" if last["hint"] else last["error"]
+        rows.append(
+            (each["name"], each["state"], last["started_at"], last["outcome"], str(last["rows"]), each["off"] or error)
+        )
+    table(("job", "state", "last run", "outcome", "rows", "error"), rows)
+
+
+def pause(service: Headwater, name: str, *, as_json: bool) -> int:
+    """Let the timer of a job pass, in every process, until it is resumed."""
+    service.state.pauses.pause(
+        _known(service, name), service.desk.clock(), f"command line: {os.environ.get('USER', '')}"
+    )
+    return _spoken(service, name, paused=True, as_json=as_json)
+
+
+def resume(service: Headwater, name: str, *, as_json: bool) -> int:
+    """Follow the timer of a job again."""
+    service.state.pauses.resume(_known(service, name))
+    return _spoken(service, name, paused=False, as_json=as_json)
+
+
+def _known(service: Headwater, name: str) -> str:
+    names = [job.name for job in service.pipelines.jobs]
+    if name not in names:
+        raise Rejected(f"no job is named {name!r}", f"jobs: {', '.join(names) or 'none'}")
+    return name
+
+
+def _spoken(service: Headwater, name: str, *, paused: bool, as_json: bool) -> int:
+    service.state.close()
+    word = "is paused: its timer passes until it is resumed" if paused else "follows its timer again"
+    show({"job": name, "paused": paused}, lambda: line(f"{name} {word}"), as_json=as_json)
+    return OK
+
+
+# One-off commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at
+# once.
+#
+# Invariants: a command takes the same lease as the daemon, so both can be used at once; a signal ends it at the
+# next safe point; results go to stdout, faults to stderr as one line with the next step.
+
 LEASE_POLL_SECONDS = 0.25
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +354,7 @@ def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
         raise Rejected(f"job {name} has no undo", f"jobs that keep what it takes: {able}")
     code = _finish(service, named(replace(job, work=lambda context: take_back(context, run_id))), how)
     if how.dry_run and code == OK and not how.as_json:
-        output.line("nothing was changed yet: add --yes to do this")
+        line("nothing was changed yet: add --yes to do this")
     return code
 
 
@@ -99,7 +376,7 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
     def seen(verdict: Verdict) -> None:
         verdicts.append(verdict)
         if not how.as_json and (wanted.every or verdict.sign is not Sign.EQUAL):
-            output.line(_line(verdict))
+            line(_line(verdict))
 
     if wanted.healing:
         refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
@@ -122,7 +399,7 @@ def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
 def _line(verdict: Verdict) -> str:
     rows = " ".join(str(end.rows) if end else "?" for end in (verdict.source, verdict.destination))
     error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
-    return output.cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}")
+    return cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}")
 
 
 def _judged(wanted: Wanted, verdicts: list[Verdict], how: How) -> int:
@@ -141,7 +418,7 @@ def _judged(wanted: Wanted, verdicts: list[Verdict], how: How) -> int:
     text = f"{wanted.job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
     if not verdicts:
         text = f"{wanted.job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
-    output.show(document, lambda: output.line(text), as_json=how.as_json)
+    show(document, lambda: line(text), as_json=how.as_json)
     return OK if fine else FAILED
 
 
@@ -161,7 +438,7 @@ def _finish(service: Headwater, job: Job, how: How) -> int:
     if last is None:
         return _busy(service, job, as_json=how.as_json)
     service.state.close()
-    output.show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
+    show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
     codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
     return codes.get(last.outcome, job.exits.failed)
 
@@ -174,7 +451,7 @@ def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
         until = "when it is done" + (f", or in {seconds} s if it was killed" if seconds else "")
         sys.stderr.write(f"{job.name}: another process runs this job now; try again {until}\n")
 
-    output.show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
+    show({"job": job.name, "outcome": "busy"}, told_busy, as_json=as_json)
     return job.exits.busy
 
 
@@ -241,17 +518,17 @@ def once(service: Headwater, how: How) -> int:
             documents.append(_document(last, total, how) if last else {"job": job.name, "outcome": "busy"})
     service.state.close()
     places = dict(_places(service))
-    output.show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=how.as_json)
+    show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=how.as_json)
     return OK if all(each["outcome"] == "ok" for each in documents) else FAILED
 
 
 def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
     names = ("job", "outcome", "windows", "rows", "bytes", "error")
-    output.table(
+    table(
         ("job", "outcome", "objects", "rows", "bytes", "error"),
         ([str(each.get(name, "")) for name in names] for each in documents),
     )
-    output.table(("where", ""), places.items())
+    table(("where", ""), places.items())
 
 
 def _places(service: Headwater) -> Iterator[tuple[str, str]]:
@@ -263,7 +540,7 @@ def _places(service: Headwater) -> Iterator[tuple[str, str]]:
 
 def _tell(name: str, last: Run, total: Report, how: How) -> None:
     for note in total.notes:
-        output.line(note)
+        line(note)
     would = "would write " if how.dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
     corrected = f", {total.corrected_rows} corrected rows" if total.corrected_rows else ""
@@ -271,9 +548,9 @@ def _tell(name: str, last: Run, total: Report, how: How) -> None:
         counts += (
             f", {'would remove ' if how.dry_run else ''}{total.removed_rows} rows{'' if how.dry_run else ' removed'}"
         )
-    output.line(f"{name} {last.outcome.value}: {would}{counts}{corrected}")
+    line(f"{name} {last.outcome.value}: {would}{counts}{corrected}")
     if total.ledger:
-        output.line(output.cell(summary_of(total.ledger)))
+        line(cell(summary_of(total.ledger)))
     if last.error:
         sys.stderr.write(f"{name}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from app.core.ledger import Ledger
-from app.core.ports import FOREIGN, MISSING
+from app.core.pipeline import FOREIGN, MISSING
 from app.core.runs import LedgerTotal, Outcome, Total
+from app.ops.json_views import Calls
 from app.ops.scheduler import JobView
-from app.ops.shapes import Calls
 
 PARTITIONS = 100
 

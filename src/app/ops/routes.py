@@ -15,9 +15,19 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 from app.core.errors import AppError
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Run, Runs, Total
-from app.core.window import Window
-from app.ops.answers import Refusal, Refused
-from app.ops.guard import COOKIE, OPEN, Guard, needs
+from app.core.windows import Window
+from app.ops.health import Answer, Probes
+from app.ops.json_views import (
+    RUNS_ANSWER,
+    Calls,
+    JobRecord,
+    PartitionView,
+    instant_text,
+    job_shown,
+    lag_seconds,
+    partition_shown,
+    run_shown,
+)
 from app.ops.metrics import (
     Series,
     call_series,
@@ -30,20 +40,10 @@ from app.ops.metrics import (
     success_series,
     total_series,
 )
-from app.ops.probes import Answer, Probes
-from app.ops.run_schema import RUNS_ANSWER
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
-from app.ops.shapes import (
-    Calls,
-    JobRecord,
-    PartitionView,
-    instant_text,
-    job_shown,
-    lag_seconds,
-    partition_shown,
-    run_shown,
-)
+from app.web.auth import COOKIE, OPEN, Guard, needs
+from app.web.errors import Refusal, Refused
 
 READ = needs("ops:read")
 RUN = needs("ops:run")

@@ -1,25 +1,54 @@
-"""The service as a value: what `main` builds, and what the daemon and the commands use.
-
-Invariant: nothing in it has been started.
-"""
+"""The service as a value: what `main` builds, and what daemon and commands use; and how long a stop may take."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from app.config.settings import Settings
-from app.core.gaps import Chart
+from app.core.gap_map import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
-from app.core.window import Window
-from app.ops.front import Front
-from app.ops.readiness import Check
+from app.core.windows import Window
+from app.db.state import State
+from app.ops.health import Check
+from app.ops.json_views import Calls
 from app.ops.scheduler import Backfill, Scheduler
-from app.ops.shapes import Calls
-from app.stores.state import State
+from app.web.app import Front
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
+
+# How the time that a stop may take is shared among its steps, which follow one another.
+#
+# Invariant: the sum stays below the grace with room for what lies between the steps, so the process is gone before
+# the platform kills it, also when every step takes all of its time.
+
+ROOM_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The longest that each step may take, in seconds and in this order.
+
+    `jobs` come to their next safe point, `requests` to their end, then the `refresh` of the reports; `stuck` is how
+    long the threads of jobs are waited for that heard nothing.
+    """
+
+    jobs: float
+    requests: float
+    refresh: float
+    stuck: float
+
+
+def steps_of(grace_seconds: float) -> Steps:
+    """The steps of a stop within `grace_seconds`."""
+    shared = grace_seconds - min(ROOM_SECONDS, grace_seconds / 2)
+    return Steps(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
+
+
+# The service as a value: what `main` builds, and what the daemon and the commands use.
+#
+# Invariant: nothing in it has been started.
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""

@@ -1,1 +1,1 @@
-"""What the pulls of product events share: the loop over partitions, the records of hours, verification, the gap map."""
+"""What the pulls of product events share: the loop over partitions, records, verification, mapping, HTTP client."""

@@ -13,17 +13,16 @@ from typing import BinaryIO, Generic, TypeVar
 
 from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
-from app.core.gaps import Chart
+from app.core.gap_map import Chart
 from app.core.ledger import Ledger, Tally, ledger_of
-from app.core.ports import Checkpoints, Commit, Record
+from app.core.pipeline import Checkpoints, Commit, Record
 from app.core.runs import Context, Failure, Job, Report
 from app.core.verify import Verification
-from app.core.window import Window, floor_to
-from app.stores.objects import ObjectStore
-from app.stores.product_loading import Events
-from app.stores.raw_gaps import NOT_HAD
-from app.stores.raw_objects import PutPolicy, RawObject
-from app.stores.set_aside import LINES, ZIP, SetAsideStore, folder_of
+from app.core.windows import Window, floor_to
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
+from app.product_events.mapping import Events
+from app.product_events.raw_objects import NOT_HAD, PutPolicy, RawObject
 
 HOUR = timedelta(hours=1)
 HOUR_SECONDS = 3600

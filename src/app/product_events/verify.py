@@ -13,13 +13,12 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.gaps import Cell, Moment
+from app.core.gap_map import Cell, Moment
 from app.core.verify import NOTHING, Content, Slot
-from app.core.window import DAY_SECONDS, Window, floor_to, windows_between
+from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
+from app.object_store.port import ObjectInfo
 from app.product_events.pull import HOUR_SECONDS, PullContext
-from app.stores.objects import ObjectInfo
-from app.stores.raw_gaps import folder_of, raw_cells
-from app.stores.raw_objects import There
+from app.product_events.raw_objects import There, folder_of, raw_cells
 
 DAMAGED = "heal the window: the object is written again from what the service gives"
 LOST = "heal the window: its events are loaded again"
@@ -82,7 +81,7 @@ def covers(partition: str, span: Window, slot: Slot) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.gaps.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
+    """`app.core.gap_map.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
 
     pull: PullContext
     key: Callable[[str, Window], str]

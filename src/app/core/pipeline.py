@@ -1,0 +1,459 @@
+"""The values and ports of the one loop: what a source, a sink and the checkpoints promise, and a pipeline of them."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from operator import add
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from app.core.ledger import SetAside, Tally
+from app.core.runs import Lease
+from app.core.shrink import Shrink
+from app.core.windows import Window
+
+if TYPE_CHECKING:
+    from app.core.runs import Context, Report
+
+# The values and ports of the one loop: what a source, a sink and the checkpoints promise.
+#
+# A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each method
+# below is a contract that every implementation keeps and that one conformance suite checks.
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What the source says a window holds, without handing over its rows.
+
+    `cells` counts single values and tells of any row that came or went; `points` is a lower bound for the rows.
+    `fields`: the values by field, where the source has fields and the window is to be read.
+    """
+
+    cells: int
+    points: int
+    fields: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What the values of one field come to. Of numbers also their sum, least and greatest; of others these are None.
+
+    `magnitude`: the sum of the absolute values, by which it is known how far two sums of the same numbers may differ
+    that were added in another order; no source is asked for it.
+    """
+
+    values: int = 0
+    total: float | None = None
+    least: float | None = None
+    greatest: float | None = None
+    magnitude: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        def both(one: float | None, two: float | None, join: Callable[[float, float], float]) -> float | None:
+            return two if one is None else one if two is None else join(one, two)
+
+        return Sums(
+            self.values + other.values,
+            both(self.total, other.total, add),
+            both(self.least, other.least, min),
+            both(self.greatest, other.greatest, max),
+            self.magnitude + other.magnitude,
+        )
+
+
+UNCOUNTED = Count(-1, 0)
+"""The source cannot count for less than it costs to read: read, and compare the rows themselves."""
+
+
+class Batch(Protocol):
+    """The complete rows of one partition and window, in one canonical order, spooled so that memory stays bounded."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def digest(self) -> str:
+        """The same for the same rows, however they were read. Hex."""
+
+    @property
+    def min_at(self) -> datetime | None:
+        """Oldest event time, None when empty."""
+
+    @property
+    def max_at(self) -> datetime | None:
+        """Newest event time, None when empty."""
+
+    @property
+    def reusable(self) -> bool:
+        """True when a later read of the same window may build on these rows instead of reading them again."""
+
+    @property
+    def accounts(self) -> Mapping[str, Tally]:
+        """By field, what was counted and read at the source for these rows; `new` is what the rows hold of it.
+
+        After a union: what is new, already there and corrected beside the rows that it was united with. Empty where
+        the pipeline keeps its ledger itself.
+        """
+
+    @property
+    def sums(self) -> Mapping[str, Sums]:
+        """By field, what the values come to that were read at the source. Empty where the source cannot add them up."""
+
+    @property
+    def new_rows(self) -> int:
+        """After a union: rows that only the source has. Else all of them."""
+
+    @property
+    def corrected_rows(self) -> int:
+        """After a union: rows that were there with other values, or fewer. Else 0."""
+
+    @property
+    def identities(self) -> Any:
+        """What `holds_all` of a later batch is asked with: 8 bytes a row; None where it is not kept."""
+
+    def holds_all(self, identities: Any) -> bool:
+        """True when each of these identities has a row in this batch."""
+
+    def close(self) -> None:
+        """Free what is spooled. Idempotent."""
+
+
+class Encoded(Protocol):
+    """A batch as the bytes that the sink will store, in a temporary file."""
+
+    @property
+    def write(self) -> str:
+        """Names this one write: no two writes have the same, so that no two share a version; "" where none is noted."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the object."""
+
+    def close(self) -> None:
+        """Remove the temporary file. Idempotent."""
+
+
+ALL_TAGS, SOME_TAGS = "all", "some"
+MISSING, FOREIGN = "missing", "foreign"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a sink holds under a window's name: its version, and what its writer said of it ("" and None if unknown).
+
+    `tags`: ALL_TAGS when its rows have all that tells rows apart; SOME_TAGS when rows that an older version cut are
+    among them; "" when an older version wrote it.
+    `write` names the one write that made this version; `folded` is the highest delta whose rows it holds.
+    """
+
+    version: str
+    digest: str = ""
+    rows: int | None = None
+    min_at: datetime | None = None
+    max_at: datetime | None = None
+    size_bytes: int = 0
+    tags: str = ALL_TAGS
+    write: str = ""
+    folded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was confirmed about the object of one window. `part` 0 is the object itself, 1.. are deltas of late rows,
+    which older versions wrote.
+
+    `source_cells` was counted before the rows were read, so a difference always means that there is something to read.
+    `fields`: by field, how many values of the source the object holds. `source_digest`: that of the rows that the
+    source answered; `digest` is that of the object, which may hold rows that the source no longer has. Both are empty
+    for a record of an older version. `sums`: what the source's values came to when the window was closed. `folded`: see
+    `Held`.
+
+    `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
+    Headwater did not write); "" when all is well.
+    """
+
+    window: Window
+    part: int
+    key: str
+    version: str
+    digest: str
+    rows: int
+    size_bytes: int
+    source_cells: int
+    min_at: datetime | None
+    max_at: datetime | None
+    closed: bool
+    fields: Mapping[str, int] = field(default_factory=dict)
+    source_digest: str = ""
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    trouble: str = ""
+    folded: int = 0
+
+    @property
+    def held(self) -> Held:
+        """The object as this record knows it."""
+        return Held(self.version, self.digest, self.rows, self.min_at, self.max_at, self.size_bytes, folded=self.folded)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished.
+
+    `folded`: windows whose deltas are part of the object now, so that their records go.
+    """
+
+    records: Sequence[Record] = ()
+    cursor_at: datetime | None = None
+    folded: Sequence[Window] = ()
+
+
+B = TypeVar("B", bound=Batch)
+B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
+E = TypeVar("E", bound=Encoded)
+
+
+class Source(Protocol[B]):
+    """Where rows come from. Reading is always safe to repeat. Raises Transient, Permanent or Rejected."""
+
+    def partitions(self, since: datetime) -> Sequence[str]:
+        """Every partition that may have rows at or after `since`; each once, sorted."""
+
+    def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
+        """By (partition, window start); absent = no rows. One partition, or all when it is None.
+
+        UNCOUNTED for every window where the source cannot count.
+        """
+
+    def read(self, partition: str, window: Window, count: Count, kept: B | None) -> B:
+        """All rows of the window, or an error; never a part of them. `count` was taken before this call.
+
+        `kept` is what this process last wrote as the very version that is to be replaced, else None.
+        """
+
+    def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[B]:
+        """A batch per window, in this order, each as `read` gives it, in fewer questions.
+
+        Rows may be read before their batch is taken, so versions must be known before the first one is taken.
+        """
+
+    def union(self, batch: B, held: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
+        """`batch` with the rows of `held` whose key it lacks; where several have a key, the first one's row. Of those
+        that `shrink` covers it is told, and they are left out where it removes them.
+
+        Its accounts tell what of `batch` is new, already there or corrected beside `held`. Closes neither; the caller
+        closes the result.
+        """
+
+
+class Sink(Protocol[B_contra, E]):
+    """Where rows land: one object per partition, window and part, replaced only by compare-and-swap on its version."""
+
+    def key(self, partition: str, window: Window, part: int) -> str:
+        """The object's name, a function of the arguments alone. Raises Rejected when the partition cannot be named."""
+
+    def head(self, key: str) -> Held | None:
+        """What is there now; None when nothing is."""
+
+    def read(self, key: str, version: str) -> Iterable[Any]:
+        """The rows of that very version, in order, as the source's `union` and `missing` take them. Raises Conflict."""
+
+    def encode(self, partition: str, window: Window, batch: B_contra) -> E:
+        """The batch as bytes in a temporary file. The caller closes it."""
+
+    def put(self, key: str, encoded: E, expected: str | None) -> str:
+        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version.
+
+        All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
+        """
+
+
+Objects = Mapping[int, tuple[str, str]]
+"""Of one window: part -> key and version of what a listing shows."""
+
+
+class Deltas(Protocol[E]):
+    """The further objects of a window that older versions wrote for late rows. Nothing writes them any more."""
+
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        """By window start, every object that is there, deltas or not, from a listing for each day made in this call."""
+
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        """Part and key of each that is there, in order of parts."""
+
+    def noted(self, encoded: E, folded: int) -> E:
+        """`encoded` with the note, beside its bytes, that the rows of all deltas up to part `folded` are in it."""
+
+    def delete(self, key: str) -> None:
+        """Remove one whose rows are in the window's object. Nothing when it is gone."""
+
+
+class Checkpoints(Protocol):
+    """What is confirmed. Each commit is one transaction, refused with LeaseLost when the lease is not ours any more."""
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """Partition -> everything before this instant is finished."""
+
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """Partition -> the first cursor that was ever committed; nothing before it was asked for."""
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """Records of windows that start in `[since, until)`, by window start, then part."""
+
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """`records` of every partition, of windows that start at or after `since`, in one question."""
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """`commit` of many (partition, commit), in this order, in one transaction."""
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """Note why the partition could not go on; its cursor stays."""
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """Note what a listing showed of recorded objects: see `Record.trouble`. Needs no lease.
+
+        Nothing happens to a record that names another version by now. Storing the record again ends its trouble.
+        """
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """An object could not be deleted, and why; "" when it is gone. Needs no lease."""
+
+
+# Which rows the objects of open windows have, as far as this process wrote them: then they need not be read again.
+
+
+class KnownRows:
+    """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
+    time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
+    """
+
+    def __init__(self, max_bytes: int = 48 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._size_bytes = 0
+        self._known: OrderedDict[tuple[str, datetime], tuple[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, slot: tuple[str, datetime], version: str, identities: Any) -> None:
+        """The object of a window has these rows in this version; None forgets what is known."""
+        with self._lock:
+            _, before = self._known.pop(slot, ("", None))
+            self._size_bytes -= getattr(before, "nbytes", 0)
+            if identities is None:
+                return
+            self._known[slot] = (version, identities)
+            self._size_bytes += getattr(identities, "nbytes", 0)
+            while self._size_bytes > self._max_bytes:
+                _, (_, oldest) = self._known.popitem(last=False)
+                self._size_bytes -= getattr(oldest, "nbytes", 0)
+
+    def of(self, slot: tuple[str, datetime], version: str) -> Any:
+        """The identities of that very version, None when they are not known."""
+        known, identities = self._known.get(slot, ("", None))
+        return identities if known == version else None
+
+
+# A pipeline as a value: one source joined to one sink, its windows, and one window as a task.
+
+
+NOTHING = Count(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
+
+    One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
+    turns however long the backlog is.
+    """
+
+    windows: Callable[[datetime, datetime], Iterator[Window]]
+    grace_seconds: float
+    step_windows: int = 24
+    count_windows: int = 744
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline(Generic[B, E]):
+    """One source joined to one sink, named once.
+
+    `kept` is what this process last wrote, as (version, batch) by partition and window start: a memory that may be lost
+    at any time. A kept batch belongs to the pipeline; every other one is closed by who read it.
+
+    `asks_sink`: what a window's object is at is asked of the sink before each read, not of the records, so that what a
+    person did to it is seen. `by_digest`: the sink's own digest is the checkpoint: an object with the same digest is
+    never written again, and rows are united only where some are certainly gone from the source. `deltas`: those of
+    older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
+    asked after the source was read; None: all stay.
+
+    `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
+    """
+
+    name: str
+    source: Source[B]
+    sink: Sink[B, E]
+    checkpoints: Checkpoints
+    grid: Grid
+    shrink: Callable[[], Shrink] | None = None
+    asks_sink: bool = False
+    by_digest: bool = False
+    deltas: Deltas[E] | None = None
+    identities: KnownRows = field(default_factory=KnownRows)
+    kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
+    refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
+    unit: str = "values"
+
+    def keep(self, task: "Task", version: str, batch: B) -> None:
+        """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
+        slot = (task.partition, task.window.start)
+        self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
+        if batch.reusable and not task.final:
+            self.kept[slot] = (version, batch)
+
+    def keeps(self, batch: B) -> bool:
+        """True when `batch` belongs to the pipeline."""
+        return any(batch is mine for _, mine in list(self.kept.values()))
+
+    def take(self, task: "Task", version: str) -> B | None:
+        """Hand over the rows that this process wrote as `version`; any other memory of the window is dropped."""
+        known, batch = self.kept.pop((task.partition, task.window.start), ("", None))
+        if batch is None or (known == version and not task.final):
+            return batch
+        batch.close()
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One window to bring up to date. `count` was taken before; `record` is what is confirmed so far.
+
+    `asks`: the destination is asked what it holds, deltas of older versions included, whatever the record says.
+    `mends`: what another program put in the place of a delta goes. `replaces`: the object itself is not what was
+    confirmed, and none of its rows is kept. `always_writes`: the object is put also where it is right.
+    `ahead` gives the rows when they may be read together with those of other windows, after all their records.
+    """
+
+    partition: str
+    window: Window
+    count: Count
+    record: Record | None
+    final: bool
+    ahead: Iterator[Any] | None = None
+    asks: bool = False
+    mends: bool = False
+    replaces: bool = False
+    always_writes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was."""
+
+    partition: str
+    cursor_at: datetime
+    now: datetime

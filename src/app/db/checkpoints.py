@@ -1,0 +1,243 @@
+"""Checkpoints in the state database: what was confirmed, per pipeline and partition."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from datetime import datetime
+from typing import Any
+
+from app.core.pipeline import Commit, Record, Sums
+from app.core.runs import Lease
+from app.core.windows import Window
+from app.db.database import Database, Row, Session, storable
+from app.db.leases import AHEAD, identity, lost, now_of
+
+# Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data.
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How objects of windows that start at or after `effective_at` are cut, named and encoded.
+
+    `timestamp_unit` "us" or "ns" is that of the column timestamp in Parquet; older versions knew nanoseconds only.
+    """
+
+    effective_at: datetime
+    window_seconds: int
+    format: str
+    date_format: str
+    timestamp_unit: str = "ns"
+
+
+class SqlLayouts:
+    """The layouts of all pipelines. Raises what `Session` raises."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def layouts(self, pipeline: str) -> Sequence[Layout]:
+        """Oldest first; empty before the first one was added."""
+        with self._database.transaction(read_only=True) as session:
+            return [Layout(**row) for row in session.rows(self._queries["layouts"], pipeline=pipeline)]
+
+
+# Checkpoints in the state database: what was confirmed, per pipeline and partition.
+#
+# Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a
+# cursor and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that
+# was ahead is not believed: no cursor lies ahead of the database's clock, and no window is closed before it has
+# ended.
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """How far one partition is: what is finished, the newest event time seen, and why it stands still if it does."""
+
+    partition: str
+    cursor_at: datetime | None
+    high_watermark_at: datetime | None
+    error: str
+    key: str
+    rows: int
+    updated_at: datetime
+
+
+class SqlCheckpoints:
+    """See `app.core.pipeline.Checkpoints`; `of` is for the dashboard and the metrics."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`."""
+        return {row["device_id"]: row["cursor_at"] for row in self._known("cursors", pipeline)}
+
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.starts`."""
+        return {row["device_id"]: row["started_at"] for row in self._known("starts", pipeline)}
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """See `Checkpoints.records`."""
+        of = {"pipeline": pipeline, "partition": partition}
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
+        return [_record(row, now) for row in rows]
+
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`."""
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
+        found: dict[str, list[Record]] = {}
+        for row in rows:
+            found.setdefault(row["device_id"], []).append(_record(row, now))
+        return found
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """See `Checkpoints.commit`."""
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
+        with self._database.transaction() as session:
+            now_at = self._fence(session, lease)
+            for partition, commit in commits:
+                of_now = {"pipeline": pipeline, "partition": partition, "now_at": now_at}
+                if commit.records:
+                    records = [{**of_now, **_columns(record)} for record in commit.records]
+                    session.run_many(self._queries["save_record"], records)
+                for window in commit.folded:
+                    session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
+                summary = {**_summary(commit), "until_at": now_at + AHEAD}
+                session.run(self._queries["save_checkpoint"], **of_now, **summary)
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """See `Checkpoints.fail`."""
+        with self._database.transaction() as session:
+            now_at = self._fence(session, lease)
+            params = {"pipeline": pipeline, "partition": partition, "message": storable(message), "now_at": now_at}
+            session.run(self._queries["save_failure"], **params)
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """See `Checkpoints.mark`."""
+        of = {"pipeline": pipeline, "partition": partition}
+        marks = [
+            {**of, "starts_at": each.window.start, "part": each.part, "version": each.version, "trouble": trouble}
+            for each, trouble in troubles
+        ]
+        with self._database.transaction() as session:
+            session.run_many(self._queries["mark"], marks)
+
+    def troubles(self) -> Mapping[str, Mapping[str, int]]:
+        """Pipeline -> trouble -> how many objects it is with; see `Record.trouble`."""
+        found: dict[str, dict[str, int]] = {}
+        for row in self._rows("troubles"):
+            found.setdefault(row["pipeline"], {})[row["trouble"]] = row["objects"]
+        return found
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """See `Checkpoints.note_undeleted`."""
+        of = {"pipeline": pipeline, "key": storable(key)}
+        with self._database.transaction() as session:
+            if error:
+                session.run(self._queries["note_undeleted"], **of, error=storable(error))
+            else:
+                session.run(self._queries["forget_undeleted"], **of)
+
+    def undeleted(self, pipeline: str) -> Mapping[str, str]:
+        """Key -> why it could not be deleted, of objects that should be gone."""
+        return {row["s3_key"]: row["error"] for row in self._rows("undeleted", pipeline=pipeline)}
+
+    def of(self, pipeline: str) -> Sequence[Checkpoint]:
+        """Every partition of the pipeline, by name."""
+        return [
+            Checkpoint(
+                partition=row["device_id"],
+                cursor_at=row["last_exported_at"],
+                high_watermark_at=row["high_watermark_at"],
+                error=row["error_message"] or "",
+                key=row["s3_key"] or "",
+                rows=row["record_count"] or 0,
+                updated_at=row["updated_at"],
+            )
+            for row in self._rows("checkpoints_of", pipeline=pipeline)
+        ]
+
+    def _fence(self, session: Session, lease: Lease) -> datetime:
+        """The database's clock; the lease is ours until the transaction ends. Raises LeaseLost."""
+        rows = session.rows(self._queries["fence"], **identity(lease))
+        if not rows:
+            raise lost(lease)
+        now_at: datetime = rows[0]["now_at"]
+        return now_at
+
+    def _known(self, query: str, pipeline: str) -> list[Row]:
+        """What lies ahead of the database's clock is left out by the query."""
+        with self._database.transaction(read_only=True) as session:
+            until_at = now_of(session, self._queries) + AHEAD
+            return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
+
+    def _rows(self, query: str, **params: Any) -> list[Row]:
+        with self._database.transaction(read_only=True) as session:
+            return session.rows(self._queries[query], **params)
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    return {
+        "starts_at": record.window.start,
+        "ends_at": record.window.end,
+        "part": record.part,
+        "key": record.key,
+        "version": record.version,
+        "digest": record.digest,
+        "rows": record.rows,
+        "size_bytes": record.size_bytes,
+        "source_cells": record.source_cells,
+        "min_at": record.min_at,
+        "max_at": record.max_at,
+        "status": "closed" if record.closed else "open",
+        "source_digest": record.source_digest,
+        "folded": record.folded,
+        "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
+        "sums": json.dumps(_sums_shown(record.sums), separators=(",", ":")) if record.sums else "",
+    }
+
+
+def _record(row: Row, now: datetime) -> Record:
+    return Record(
+        window=Window(row["starts_at"], row["ends_at"]),
+        part=row["part"],
+        key=row["s3_key"],
+        version=row["version"],
+        digest=row["digest"],
+        rows=row["record_count"],
+        size_bytes=row["size_bytes"],
+        source_cells=row["source_cells"],
+        min_at=row["min_at"],
+        max_at=row["max_at"],
+        closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
+        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        source_digest=row["source_digest"],
+        sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
+        trouble=row["trouble"],
+        folded=row["folded"],
+    )
+
+
+def _sums_shown(sums: Mapping[str, Sums]) -> Mapping[str, Sequence[float | None]]:
+    """As a list of `Sums`' own order, without what says nothing of values that are no numbers."""
+    return {name: [each.values] if each.total is None else list(astuple(each)) for name, each in sums.items()}
+
+
+def _summary(commit: Commit) -> dict[str, Any]:
+    """What a commit says of its partition as a whole: cursor, newest event time, last object."""
+    last = max(commit.records, key=lambda record: (record.window.start, record.part), default=None)
+    return {
+        "cursor_at": commit.cursor_at,
+        "high_watermark_at": max((record.max_at for record in commit.records if record.max_at), default=None),
+        "key": last.key if last else None,
+        "rows": last.rows if last else None,
+    }

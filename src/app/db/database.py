@@ -1,0 +1,207 @@
+"""One surface over SQLite and PostgreSQL, the named queries that run on it, and how values go in and come out."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from app.core.errors import Permanent, Rejected
+
+# Values on their way into and out of SQL: instants are aware UTC, text is what every database can hold.
+#
+# Invariant: SQLite's text form of an instant has a fixed width, so that its order as text is its order in time.
+
+UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+INSTANT_SUFFIX = "_at"
+
+
+def bound(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with instants in UTC. Raises Rejected for text with a NUL or a lone surrogate, which PostgreSQL
+    refuses and SQLite would keep: both dialects take the same values. Raises ValueError for a naive datetime.
+    """
+    return {name: _bound(name, value) for name, value in params.items()}
+
+
+def _bound(name: str, value: Any) -> Any:
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError(f"{name} must be an aware datetime, not {value}")
+        return value.astimezone(UTC)
+    if isinstance(value, str) and UNSTORABLE.search(value):
+        raise Rejected(
+            f"{name} {value[:60]!r} holds a NUL or a lone surrogate", "no database stores such text: correct the value"
+        )
+    return value
+
+
+def storable(text: str) -> str:
+    r"""Text for a message column: what no database stores is shown as `\x00`, `\ud800`."""
+    return UNSTORABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def instant_text(instant: datetime) -> str:
+    """`YYYY-MM-DDTHH:MM:SS.ffffffZ` of an instant in UTC."""
+    return instant.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+
+
+def instant_of(text: str) -> datetime:
+    """The aware UTC instant of its text form."""
+    return datetime.fromisoformat(text)
+
+
+# SQL stores: one small surface over SQLite and PostgreSQL, and the named queries that run on it.
+#
+# Invariants: queries are written with `:name` parameters for both dialects; instants go in and come out as aware
+# UTC datetimes; no exception of a driver leaves this surface, only Transient, Permanent and Rejected.
+
+Dialect = Literal["sqlite", "postgres"]
+Row = dict[str, Any]
+
+NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
+DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
+BROKEN_INSTALLATION = "the installation is damaged or a query is missing: install Headwater again"
+
+
+class Damaged(Permanent):
+    """What the database holds is not what was written to it.
+
+    `file` is the identity of the file in which that is certain; None where a fresh look has to confirm it.
+    """
+
+    def __init__(self, message: str, *, file: object = None) -> None:
+        super().__init__(message, "restore it from a backup, or move it away to start anew")
+        self.file = file
+
+
+class Session(Protocol):
+    """One open transaction. For the thread that opened it, until its block ends.
+
+    Raises Transient (connection lost, server away, timeout, deadlock), Permanent (access), Damaged (tables or their
+    content are gone) and Rejected (a value that cannot be stored, such as text with a NUL).
+    """
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """All rows, by column name. A column whose name ends in `_at` is an instant; name others so with AS."""
+
+    def run(self, sql: str, **params: Any) -> int:
+        """The number of rows changed."""
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """The statement once per set of parameters; the number of rows changed."""
+
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+        """The statement once per row, whose values stand for its `?`, as they are; in bounded memory. See `append`.
+
+        The number of rows changed.
+        """
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+        """Put rows into a table by the quickest means of the database, in bounded memory; how many there were.
+
+        Values are None, bool, int, float and str, each in the form that the column reads; instants are text. `table`
+        and `columns` are names of the program's own.
+        """
+
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """As `append`, of blocks of rows by column. None, and nothing of it stored, when a key is there already: the
+        transaction goes on as if it had not been asked for.
+        """
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """Rows as tuples of what the database holds, instants not turned, in bounded memory however many there are."""
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """As `stream`, some rows at a time, since each step of a generator costs as much as a value."""
+
+    def script(self, sql: str) -> None:
+        """Several statements without parameters, inside this transaction."""
+
+    def check(self) -> None:
+        """Look at all that is stored, where that is ours to look after. Raises Damaged."""
+
+
+class Database(Protocol):
+    """A database that many threads share. Opening it does not connect: the first transaction does."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """Which versions of the named queries to use."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages. Never holds a password."""
+
+    def transaction(self, *, read_only: bool = False) -> AbstractContextManager[Session]:
+        """Commits when the block ends, rolls back when it raises. Do not nest. A lost connection is replaced next time.
+
+        Transient out of the commit itself means that it may or may not have happened: repeat what is idempotent.
+        """
+
+    def close(self) -> None:
+        """Close all connections; a transaction that is still open keeps its own until it ends. Idempotent."""
+
+
+def open_database(url: str, *, variables: str) -> Database:
+    """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`.
+
+    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
+    and is therefore not repeated.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
+        from app.db.sqlite import SqliteDatabase
+
+        return SqliteDatabase(Path(rest[1:]))
+    if scheme in ("postgresql", "postgres"):
+        from app.db.postgres import PostgresDatabase
+
+        return PostgresDatabase(url, variables=variables)
+    raise Permanent(
+        f"a database URL that starts with {scheme[:20] if rest else ''!r} is not known",
+        f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",
+    )
+
+
+def sql_directory() -> Path:
+    """The folder of migrations and queries: inside the installed package, else at the root of the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "sql"
+    return installed if installed.is_dir() else package.parent.parent / "sql"
+
+
+def load_queries(folder: Path, dialect: Dialect) -> Mapping[str, str]:
+    """Name -> SQL of every `-- name: x` section in the folder's files; `-- name: x (postgres)` is for one dialect only.
+
+    Raises Permanent when a query is missing for this dialect, named twice, empty, or has an unknown dialect.
+    """
+    queries: dict[str, str] = {}
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.sql")):
+        for name, variant, sql in _sections(path):
+            names.add(name)
+            if variant not in ("", dialect):
+                continue
+            if name in queries:
+                raise Permanent(f"{path.name}: query {name} is defined twice for {dialect}", BROKEN_INSTALLATION)
+            queries[name] = sql
+    if missing := names - queries.keys():
+        raise Permanent(f"{folder.name}: no {dialect} version of {', '.join(sorted(missing))}", BROKEN_INSTALLATION)
+    if not names:
+        raise Permanent(f"no SQL queries found at {folder}", BROKEN_INSTALLATION)
+    return queries
+
+
+def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, dialect ("" for all) and SQL of each section; the comment lines that describe it are left out."""
+    text = path.read_text(encoding="utf-8")
+    heads = list(NAMED.finditer(text))
+    for number, head in enumerate(heads):
+        end = heads[number + 1].start() if number + 1 < len(heads) else len(text)
+        lines = text[head.end() : end].splitlines()
+        sql = "\n".join(line for line in lines if not line.lstrip().startswith("--")).strip().removesuffix(";")
+        variant = head["dialect"] or ""
+        if not sql or variant not in ("", *DIALECTS):
+            raise Permanent(f"{path.name}: query {head['name']} is empty or for no known dialect", BROKEN_INSTALLATION)
+        yield head["name"], variant, sql

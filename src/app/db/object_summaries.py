@@ -1,0 +1,231 @@
+"""Summaries in the state database: what is known of each version of each object, so that none is read twice.
+
+Invariants: facts belong to a version (key and ETag) and never change, so any process may write them and all may use
+them; which versions are current is not kept here, every process knows that from its own listing. Facts that are gone
+are noticed by the count of sweeps.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from hashlib import blake2b
+from typing import Any
+
+from app.db.database import Database, Row, storable
+
+NO_DAY = -(1 << 30)  # of rows without an instant
+SOME = 500
+
+Version = bytes
+"""One version of one object, see `version_of`."""
+
+Pair = tuple[str, int]
+"""A device, as JSON text, and a day, counted from 1970-01-01."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Aggregates of the rows of one device and one UTC day in one version; instants in microseconds since 1970.
+
+    `latest` holds the values of the newest reading, None when no row has an instant.
+    """
+
+    device: str
+    day: int
+    rows: int
+    min_us: int | None
+    max_us: int | None
+    voltage_sum: float | None
+    voltage_count: int
+    temperature_max: float | None
+    soc_sum: float | None
+    soc_count: int
+    latest: tuple[Any, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was found in one version. `columns`: name -> type. `fault` says why it is left out, and then there are no
+    parts; beside parts, what of it is not understood; "" when all is well.
+    """
+
+    key: str
+    etag: str
+    size_bytes: int
+    rows: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    fault: str = ""
+    parts: Sequence[Part] = ()
+
+    @property
+    def version(self) -> Version:
+        """See `version_of`."""
+        return version_of(self.key, self.etag)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Facts as they are kept, without their parts."""
+
+    key: str
+    size_bytes: int
+    rows: int
+    fault: str
+    columns: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A version that a query has to read. `columns`: name -> type as JSON, one text for all that have the same."""
+
+    version: Version
+    key: str
+    etag: str
+    size_bytes: int
+    columns: str = "{}"
+
+
+PART_FIELDS = tuple(each.name for each in fields(Part))[:-1]
+"""All but `latest`, in the order of the class and of the query."""
+
+
+def version_of(key: str, etag: str) -> Version:
+    """16 bytes that stand for one version of one object: small in memory, and no two versions share them."""
+    return blake2b(f"{key}\n{etag}".encode(), digest_size=16).digest()
+
+
+class SqlSummaries:
+    """The facts of all versions. Raises what `Session` raises."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def known(self, versions: Collection[Version]) -> Mapping[Version, Known]:
+        """Those of `versions` that are known."""
+        found: dict[Version, Known] = {}
+        with self._database.transaction(read_only=True) as session:
+            for ids in _id_lists(versions):
+                for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
+                    found[bytes.fromhex(version)] = Known(key, size_bytes, rows, fault, columns or "{}")
+        return found
+
+    def save(self, many: Sequence[Facts]) -> None:
+        """Add what was found. Idempotent, also against other processes."""
+        with self._database.transaction() as session:
+            schemas = {_schema(facts) for facts in many}
+            session.run_many(
+                self._queries["save_schema"], [{"schema_id": _digest(each), "columns": each} for each in schemas]
+            )
+            # Parts first: whoever sees a version sees them all, in whatever order the database shows its commits.
+            session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
+            session.run_many(self._queries["save_object"], [_object_row(facts) for facts in many])
+
+    def pairs(self, versions: Collection[Version]) -> set[Pair]:
+        """Device and day of every part of these versions."""
+        with self._database.transaction(read_only=True) as session:
+            return {
+                (row["device"], row["day"])
+                for ids in _id_lists(versions)
+                for row in session.rows(self._queries["pairs_of_objects"], ids=ids)
+            }
+
+    def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, Part]]:
+        """Version and part of all parts of these pairs; versions that are no longer current are among them."""
+        with self._database.transaction(read_only=True) as session:
+            rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
+            return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
+
+    def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[Source]:
+        """All that have rows of this device in these days, by key."""
+        with self._database.transaction(read_only=True) as session:
+            schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
+            rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
+            return [
+                Source(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
+                for version, key, etag, size_bytes, schema_id in rows
+            ]
+
+    def count(self) -> int:
+        """How many versions are known."""
+        with self._database.transaction(read_only=True) as session:
+            count: int = session.rows(self._queries["count_objects"])[0]["objects"]
+            return count
+
+    def versions(self) -> Iterator[Version]:
+        """Every version that is known."""
+        with self._database.transaction(read_only=True) as session:
+            for row in session.stream(self._queries["object_ids"]):
+                yield bytes.fromhex(row[0])
+
+    def is_asked(self) -> bool:
+        """Whether anything is known, of whatever version."""
+        with self._database.transaction(read_only=True) as session:
+            return bool(session.rows(self._queries["is_asked"])[0]["asked"])
+
+    def sweeps(self) -> int:
+        """How often versions were forgotten, by anybody."""
+        with self._database.transaction(read_only=True) as session:
+            count: int = session.rows(self._queries["sweeps"])[0]["sweeps"]
+            return count
+
+    def forget(self, versions: Collection[Version]) -> int:
+        """Remove what is known of these versions; the number of sweeps then. Idempotent."""
+        with self._database.transaction() as session:
+            session.run(self._queries["count_sweep"])
+            for ids in _id_lists(versions):
+                session.run(self._queries["forget_objects"], ids=ids)
+                session.run(self._queries["forget_parts"], ids=ids)
+            count: int = session.rows(self._queries["sweeps"])[0]["sweeps"]
+            return count
+
+
+def _id_lists(versions: Collection[Version]) -> Iterator[str]:
+    """JSON arrays of at most SOME ids."""
+    ids = [version.hex() for version in versions]
+    for start in range(0, len(ids), SOME):
+        yield json.dumps(ids[start : start + SOME])
+
+
+def _part(row: Sequence[Any]) -> Part:
+    latest = None if row[11] is None else tuple(json.loads(row[11]))
+    return Part(*(*row[1:11], latest))
+
+
+def _schema(facts: Facts) -> str:
+    return storable(json.dumps(dict(facts.columns), ensure_ascii=True))
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _object_row(facts: Facts) -> Row:
+    return {
+        "object_id": facts.version.hex(),
+        "key": facts.key,
+        "etag": facts.etag,
+        "size_bytes": facts.size_bytes,
+        "rows": facts.rows,
+        "schema_id": _digest(_schema(facts)),
+        "fault": storable(facts.fault),
+    }
+
+
+def _part_rows(facts: Facts) -> Iterator[Row]:
+    for place, part in enumerate(facts.parts):
+        yield {
+            "object_id": facts.version.hex(),
+            "place": place,
+            "device": part.device,
+            "day": part.day,
+            "rows": part.rows,
+            "min_us": part.min_us,
+            "max_us": part.max_us,
+            "voltage_sum": part.voltage_sum,
+            "voltage_count": part.voltage_count,
+            "temperature_max": part.temperature_max,
+            "soc_sum": part.soc_sum,
+            "soc_count": part.soc_count,
+            "latest": None if part.latest is None else json.dumps(part.latest),
+        }

@@ -1,0 +1,356 @@
+"""PostgreSQL as a `Database`: the store that several replicas share. psycopg has its home here."""
+
+import re
+import select
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row, tuple_row
+
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.db.database import Damaged, Dialect, Row, bound
+from app.db.pool import Connections
+
+# Rows in the text form of PostgreSQL's COPY, made column by column, since that costs a fraction of a value at a
+# time.
+#
+# Invariant: what COPY reads back is the very row, whatever tabs, newlines and backslashes its text holds. Source:
+# https://www.postgresql.org/docs/current/sql-copy.html, "Text Format".
+
+BLOCK_ROWS = 1000
+NULL = r"\N"
+NONE = type(None)
+ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def copy_text(rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """Blocks of whole lines. Values are None, bool, int, float and str."""
+    each = iter(rows)
+    while block := list(islice(each, BLOCK_ROWS)):
+        yield block_text(list(zip(*block, strict=True)))
+
+
+def block_text(columns: Sequence[Sequence[Any]]) -> bytes:
+    """The lines of some rows, which are given by column."""
+    return ("\n".join(map("\t".join, zip(*map(_texts, columns), strict=True))) + "\n").encode()
+
+
+def _texts(column: Sequence[Any]) -> Sequence[str]:
+    kinds = set(map(type, column))
+    if kinds == {NONE}:
+        return [NULL] * len(column)
+    if kinds <= {str, NONE}:
+        return _escaped(column, nullable=NONE in kinds)
+    if bool in kinds:
+        return [NULL if value is None else _plain(value) for value in column]
+    if NONE in kinds:
+        return [NULL if value is None else str(value) for value in column]
+    return list(map(str, column))
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).translate(ESCAPES)
+
+
+def _escaped(column: Sequence[Any], *, nullable: bool) -> Sequence[str]:
+    """A column of text; most hold nothing to escape, which three searches over all of it tell."""
+    joined = "".join(filter(None, column)) if nullable else "".join(column)
+    if "\\" in joined or "\t" in joined or "\n" in joined or "\r" in joined:
+        return [NULL if value is None else value.translate(ESCAPES) for value in column]
+    return [NULL if value is None else value for value in column] if nullable else column
+
+
+# PostgreSQL as a `Database`: the shared store of several replicas.
+#
+# Imported by `open_database` only when a PostgreSQL URL is set, so psycopg costs nothing elsewhere. Invariants: a
+# message never holds the URL or the password; no call waits for ever, whatever the network and the server do.
+
+T = TypeVar("T")
+
+STREAMED_ROWS = 1000
+ANSWER_SECONDS = 60.0  # longer than the server gives a statement, so that its own answer comes first
+CONNECTION = {
+    "connect_timeout": "5",
+    "application_name": "headwater",
+    # A peer that vanished is noticed within about 20 s instead of the system's hours.
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "2",
+    "tcp_user_timeout": "20000",
+}
+# Whatever the URL, the environment, the role or the database says: this is the encoding of the bytes that we send.
+ENCODING = {"client_encoding": "UTF8"}
+# Set by a statement and not by `options`, which connection poolers refuse. Those that change how values look are set
+# against defaults of the role or the database: with `extra_float_digits` below 1 floats come back rounded, and psycopg
+# reads only ISO dates. The last one frees the locks of a process that was paused in mid-transaction, before those who
+# wait to take over its lease give up.
+SESSION = """
+SELECT
+    current_setting('server_encoding') AS encoding,
+    set_config('client_encoding', 'UTF8', false),
+    set_config('extra_float_digits', '3', false),
+    set_config('DateStyle', 'ISO, MDY', false),
+    set_config('TimeZone', 'UTC', false),
+    set_config('statement_timeout', '30s', false),
+    set_config('lock_timeout', '15s', false),
+    set_config('idle_in_transaction_session_timeout', '10s', false)
+"""
+# What must be left alone (quoted text, comments, casts), a parameter, or a percent sign, which psycopg wants doubled.
+TOKEN = re.compile(
+    r"""(?P<kept>'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|(?P<tag>\$\w*\$).*?(?P=tag)|::)"""
+    r"""|:(?P<name>[A-Za-z_]\w*)|%""",
+    re.DOTALL,
+)
+REFUSED = re.compile(
+    r"password authentication failed|no password supplied|does not exist|no pg_hba\.conf entry|permission denied"
+    r"|authentication failed|not permitted to log in|certificate verify failed|does not support SSL"
+    r"|conversion between UTF8 and \w+ is not supported",
+)
+SQLSTATE_PASSING = ("08", "25006", "25P", "40", "53", "55P03", "57", "58")
+SQLSTATE_ACCESS = ("28", "3D", "42501")
+SQLSTATE_VALUE = ("22",)
+SQLSTATE_GONE = ("42P01", "42703")  # a table or a column
+SQLSTATE_NO_EQUIVALENT = "22P05"
+# It keeps bytes and knows no characters, so that each client reads them as another text.
+NO_TEXT = "SQL_ASCII"
+ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
+
+
+class BoundedConnection(psycopg.Connection[DictRow]):
+    """A connection that gives up waiting: a frozen server keeps its sockets alive and would hold us for ever."""
+
+    answer_seconds = ANSWER_SECONDS
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """See psycopg; without a timeout of the caller's, ours."""
+        return super().wait(gen, interval, timeout or self.answer_seconds)
+
+
+class PostgresSession:
+    """See `Session`."""
+
+    def __init__(self, connection: BoundedConnection, errors: "Errors") -> None:
+        self._connection = connection
+        self._errors = errors
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """See `Session.rows`."""
+        with self._errors.translated():
+            return self._connection.execute(_pyformat(sql), bound(params)).fetchall()
+
+    def run(self, sql: str, **params: Any) -> int:
+        """See `Session.run`."""
+        with self._errors.translated():
+            return self._connection.execute(_pyformat(sql), bound(params)).rowcount
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """See `Session.run_many`. One by one: `executemany` is a pipeline, and a process paused inside one is no
+        idle session to the server, so that its locks would stay for as long as it is paused.
+        """
+        with self._errors.translated():
+            return sum(self._connection.execute(_pyformat(sql), bound(params)).rowcount for params in many)
+
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+        """See `Session.run_rows`."""
+        with self._errors.translated(), self._connection.cursor() as cursor:
+            cursor.executemany(_pyformat(sql).replace(b"?", b"%s"), rows)
+            return cursor.rowcount
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+        """See `Session.append`: by COPY."""
+        with self._errors.translated():
+            return self._copied(table, columns, copy_text(rows))
+
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """See `Session.append_new`: by COPY, inside a savepoint."""
+        with self._errors.translated():
+            self._connection.execute(b"SAVEPOINT appending")
+            try:
+                count = self._copied(table, columns, map(block_text, blocks))
+            except psycopg.errors.UniqueViolation:
+                self._connection.execute(b"ROLLBACK TO SAVEPOINT appending")
+                count = None
+            self._connection.execute(b"RELEASE SAVEPOINT appending")
+            return count
+
+    def _copied(self, table: str, columns: Sequence[str], texts: Iterable[bytes]) -> int:
+        with self._connection.cursor() as cursor:
+            with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode()) as copy:
+                for text in texts:
+                    copy.write(text)
+            return cursor.rowcount
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`: by a cursor of the server, so that it holds what was not asked for yet."""
+        with (
+            self._errors.translated(),
+            self._connection.cursor(f"stream_{uuid4().hex}", row_factory=tuple_row) as cursor,
+        ):
+            cursor.execute(_pyformat(sql), bound(params))
+            while rows := cursor.fetchmany(STREAMED_ROWS):
+                yield rows
+
+    def script(self, sql: str) -> None:
+        """See `Session.script`."""
+        with self._errors.translated():
+            self._connection.execute(sql.encode())
+
+    def check(self) -> None:
+        """See `Session.check`: the server looks after what it stores."""
+
+
+class PostgresDatabase:
+    """See `Database`. Raises Permanent when the URL cannot be read.
+
+    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text.
+    """
+
+    dialect: Dialect = "postgres"
+
+    def __init__(self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS) -> None:
+        self._answer_seconds = answer_seconds
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.Error:
+            # Without the cause: its text repeats parts of the URL.
+            raise Permanent(
+                "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
+            ) from None
+        self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
+        self._errors = Errors(_place(given), variables)
+        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive)
+
+    @property
+    def place(self) -> str:
+        """Host, port and database."""
+        return self._errors.place
+
+    @contextmanager
+    def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:
+        """See `Database.transaction`."""
+        connection = self._connections.borrow()
+        with ExitStack() as undo:
+            undo.callback(self._roll_back, connection)
+            connection.read_only = read_only
+            yield PostgresSession(connection, self._errors)
+            with self._errors.translated():
+                connection.commit()
+            undo.pop_all()
+        self._connections.give_back(connection)
+
+    def close(self) -> None:
+        """See `Database.close`."""
+        self._connections.close()
+
+    def _roll_back(self, connection: BoundedConnection) -> None:
+        """Give back a connection that the error left in order, drop one that is lost or still waits for an answer."""
+        try:
+            if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+                connection.close()
+            connection.rollback()
+        except psycopg.Error:
+            self._connections.drop(connection)
+        else:
+            self._connections.give_back(connection)
+
+    def _connect(self) -> BoundedConnection:
+        with self._errors.translated():
+            # Never prepared on the server: behind a pooler the next statement may meet another server session.
+            connection = BoundedConnection.connect(self._conninfo, prepare_threshold=None, row_factory=dict_row)
+            with ExitStack() as undo:
+                undo.callback(connection.close)
+                connection.answer_seconds = self._answer_seconds
+                (found,) = connection.execute(SESSION).fetchall()
+                if found["encoding"] == NO_TEXT:
+                    raise Permanent(f"{self.place}: its encoding {NO_TEXT} cannot hold text", ENCODING_HINT)
+                connection.commit()
+                undo.pop_all()
+            return connection
+
+
+class Errors:
+    """The one place where psycopg's errors become ours."""
+
+    def __init__(self, place: str, variables: str) -> None:
+        self.place = place
+        self._variables = variables
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raises Transient, Permanent or Rejected from a psycopg error."""
+        try:
+            yield
+        except psycopg.Error as error:
+            raise self._error(error) from error
+
+    def _error(self, error: psycopg.Error) -> AppError:
+        state = error.sqlstate or ""
+        message = f"{self.place}: {_first_line(error)}"
+        if state == SQLSTATE_NO_EQUIVALENT:
+            return Rejected(message, ENCODING_HINT)
+        if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
+            return Rejected(message, "the value is outside of what the database holds: correct it")
+        if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
+            return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
+        if state.startswith(SQLSTATE_PASSING):
+            return Transient(message, "nothing to do if it passes; else look at the server's log and load")
+        if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            return Transient(message, f"check that the server runs and that {self._variables} points to it")
+        hint = "this is a fault of the program: please report it"
+        return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
+
+    @staticmethod
+    def _is_connecting(error: psycopg.Error) -> bool:
+        """A refused connection has no SQLSTATE, only the server's text."""
+        return error.sqlstate is None and isinstance(error, psycopg.OperationalError)
+
+
+def _first_line(error: psycopg.Error) -> str:
+    """What happened, without the values that PostgreSQL adds in its detail lines."""
+    text = error.diag.message_primary or str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _place(given: Mapping[str, Any]) -> str:
+    host = given.get("host") or given.get("hostaddr") or "localhost"
+    name = given.get("dbname") or given.get("user") or ""
+    return f"PostgreSQL at {host}:{given.get('port') or 5432}/{name}"
+
+
+@lru_cache(maxsize=512)
+def _pyformat(sql: str) -> bytes:
+    """`:name` as psycopg's `%(name)s`; quoted text, comments and `::` casts stay. Slices such as [1:n] do not."""
+
+    def replaced(token: re.Match[str]) -> str:
+        if token["name"]:
+            return f"%({token['name']})s"
+        return token[0].replace("%", "%%")
+
+    return TOKEN.sub(replaced, sql).encode()
+
+
+def _alive(connection: BoundedConnection) -> bool:
+    """False when the server has said or closed something on an idle connection, which it does only to end it."""
+    if connection.closed:
+        return False
+    idle: select.poll = select.poll()
+    idle.register(connection.fileno(), select.POLLIN)
+    events: Sequence[tuple[int, int]] = idle.poll(0)
+    return not events
+
+
+def _disconnect(connection: BoundedConnection) -> None:
+    with suppress(psycopg.Error):
+        connection.close()

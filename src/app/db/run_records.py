@@ -1,0 +1,293 @@
+"""What the state database remembers of jobs: runs, pauses, open alerts, and the calls and exports of the pulls."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from app.core.errors import Transient
+from app.core.ledger import from_json, to_json
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.core.windows import DAY_SECONDS, floor_to, next_midnight
+from app.db.database import Database, Row, storable
+from app.db.leases import AHEAD, now_of
+
+# Paused jobs in the state database: known to every process, and after every restart.
+#
+# Invariant: pausing and resuming are each one statement, so the last word of whoever speaks last holds.
+
+
+class SqlPauses:
+    """Which jobs are paused. Raises what `Session` raises."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def paused(self) -> Mapping[str, datetime]:
+        """Job -> since when."""
+        with self._database.transaction(read_only=True) as session:
+            return {row["job"]: row["paused_at"] for row in session.rows(self._queries["paused"])}
+
+    def pause(self, job: str, at: datetime, by: str) -> None:
+        """Pause a job. Idempotent; the first who did is kept."""
+        with self._database.transaction() as session:
+            session.run(self._queries["pause"], job=job, at=at, by=by)
+
+    def resume(self, job: str) -> None:
+        """End the pause. Idempotent."""
+        with self._database.transaction() as session:
+            session.run(self._queries["resume"], job=job)
+
+
+# What people were told and is not over yet, in the state database: known to every process, and after every restart.
+#
+# Invariant: beginning and ending an alert is each one statement that only one caller gets a True for, so of several
+# processes one tells.
+
+
+class SqlAlerts:
+    """See `app.ops.alerts.Told`. Raises what `Session` raises."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def told(self) -> Mapping[tuple[str, str], datetime]:
+        """See `Told.told`."""
+        with self._database.transaction(read_only=True) as session:
+            return {(row["job"], row["event"]): row["told_at"] for row in session.rows(self._queries["open_alerts"])}
+
+    def begin(self, job: str, event: str, at: datetime) -> bool:
+        """See `Told.begin`."""
+        return self._changed("begin_alert", job=job, event=event, at=at)
+
+    def end(self, job: str, before: datetime, event: str | None = None) -> bool:
+        """See `Told.end`."""
+        if event is None:
+            return self._changed("end_alerts", job=job, before=before)
+        return self._changed("end_alert", job=job, event=event, before=before)
+
+    def _changed(self, query: str, **params: object) -> bool:
+        with self._database.transaction() as session:
+            return bool(list(session.rows(self._queries[query], **params)))
+
+
+# What pulls remember in the state database: the questions put to export services, and the calls that a day has had.
+#
+# Invariants: a question keeps its number and its text, since the text is the name of the file upstream; a call is
+# counted before it is made, so a day never has more of them than it allows, whatever happens to their answers.
+
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One question. `asked_at` None: the service was never seen to have heard it. `done`: its file was taken in."""
+
+    export_id: int
+    request: str
+    parts_count: int
+    asked_at: datetime | None
+    created_at: datetime
+    done: bool = False
+
+
+class SqlPulls:
+    """Questions by service and owner, calls by service and day UTC. Raises what `Session` raises."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
+        self._database = database
+        self._queries = queries
+
+    def add(self, service: str, owner: str, request: str, now: datetime) -> Export:
+        """The export of this question, new or known. Idempotent."""
+        named = {"service": service, "owner": owner, "request": request}
+        for _ in range(ATTEMPTS):  # another process may take the same number at the same time
+            with self._database.transaction() as session:
+                session.run(self._queries["add_export"], **named, parts_count=1, created_at=now)
+                if rows := session.rows(self._queries["export_of"], **named):
+                    return _export(rows[0])
+        raise Transient("others number their exports at the same time", "send the same request again")
+
+    def find(self, service: str, export_id: int) -> Export | None:
+        """The export of that number; None for one that was never given."""
+        found = self._rows("export_by_id", service=service, export_id=export_id)
+        return _export(found[0]) if found else None
+
+    def open(self, service: str, owner: str) -> Sequence[Export]:
+        """Exports of an owner that are not done, oldest first."""
+        return [_export(row) for row in self._rows("open_exports", service=service, owner=owner)]
+
+    def save(self, export: Export) -> None:
+        """Store how far it is. Idempotent."""
+        with self._database.transaction() as session:
+            session.run(
+                self._queries["save_export"],
+                export_id=export.export_id,
+                parts_count=export.parts_count,
+                status="done" if export.done else "open",
+                asked_at=export.asked_at,
+            )
+
+    def forget(self, service: str, owner: str, before: datetime) -> None:
+        """Drop exports of an owner that are done and older."""
+        with self._database.transaction() as session:
+            session.run(self._queries["forget_exports"], service=service, owner=owner, before_at=before)
+
+    def count_call(self, service: str, limit: int, now: datetime) -> None:
+        """Count a call that is about to be made. Raises Transient when the day has had `limit` of them."""
+        day = floor_to(now, DAY_SECONDS)
+        with self._database.transaction() as session:
+            if session.run(self._queries["count_call"], service=service, day_at=day, limit_calls=limit):
+                return
+        raise Transient(
+            f"{service}: all {limit} calls of this day are used",
+            "nothing to do: it goes on at 00:00 UTC; fewer other programs on the same account leave more",
+            retry_after_seconds=(next_midnight(now) - now).total_seconds(),
+        )
+
+    def calls(self, service: str, now: datetime) -> int:
+        """How many calls this day has had."""
+        return self.calls_ever(service, now)[0]
+
+    def calls_ever(self, service: str, now: datetime) -> tuple[int, int]:
+        """How many calls this day has had, and all days together, which is never less than it was."""
+        (found,) = self._rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
+        return int(found["calls"]), int(found["calls_ever"])
+
+    def _rows(self, query: str, **params: object) -> list[Row]:
+        with self._database.transaction(read_only=True) as session:
+            return session.rows(self._queries[query], **params)
+
+
+def _export(row: Row) -> Export:
+    return Export(
+        export_id=row["export_id"],
+        request=row["request"],
+        parts_count=row["parts_count"],
+        asked_at=row["asked_at"],
+        created_at=row["created_at"],
+        done=row["status"] == "done",
+    )
+
+
+# The record of runs in the state database.
+#
+# Invariants: a job's newest runs are kept and older ones go when a run is saved, so the table cannot grow for ever;
+# each run that ends is added to the totals once, in the transaction that says so.
+
+KEPT_RUNS = 1000
+
+
+class SqlRuns:
+    """See `app.core.runs.Runs`."""
+
+    def __init__(self, database: Database, queries: Mapping[str, str], *, kept: int = KEPT_RUNS) -> None:
+        self._database = database
+        self._queries = queries
+        self._kept = kept
+
+    def save(self, run: Run) -> None:
+        """See `Runs.save`; the job's oldest runs beyond the kept number go."""
+        with self._database.transaction() as session:
+            ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
+            session.run(self._queries["save_run"], **_columns(run))
+            if ends:
+                session.run(self._queries["correct_totals"], job=run.job, ended_at=run.ended_at)
+                session.run(self._queries["add_total"], **_sums(run))
+                session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
+            prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
+            session.run(self._queries["prune_runs"], **prune)
+
+    def recent(self, job: str | None, limit: int) -> Sequence[Run]:
+        """See `Runs.recent`."""
+        if job is None:
+            return self._runs("recent_runs", limit=limit)
+        return self._runs("recent_runs_of_job", job=job, limit=limit)
+
+    def last_ended(self, job: str) -> Run | None:
+        """The newest run that has ended, whatever its outcome; None when none has."""
+        return next(iter(self._runs("last_ended", job=job, limit=1)), None)
+
+    def since_done_seconds(self, job: str) -> float | None:
+        """See `Runs.since_done_seconds`."""
+        with self._database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["last_done"], job=job, until_at=now + AHEAD)
+        return max((now - rows[0]["started_at"]).total_seconds(), 0.0) if rows else None
+
+    def totals(self) -> Sequence[Total]:
+        """The sums over all runs that ever ended, by job and outcome. They never fall."""
+        with self._database.transaction(read_only=True) as session:
+            return [_total(row) for row in session.rows(self._queries["totals"])]
+
+    def ledger_totals(self) -> Sequence[LedgerTotal]:
+        """The sums of the ledgers of all runs that ever ended, by job, entry and reason. They never fall."""
+        with self._database.transaction(read_only=True) as session:
+            return [LedgerTotal(**row) for row in session.rows(self._queries["ledger_totals"])]
+
+    def _runs(self, query: str, **params: Any) -> Sequence[Run]:
+        with self._database.transaction(read_only=True) as session:
+            until_at = now_of(session, self._queries) + AHEAD
+            return [_run(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
+
+
+def _sums(run: Run) -> dict[str, Any]:
+    names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "corrected_rows", "ended_at")
+    columns = _columns(run)
+    return {name: columns[name] for name in names}
+
+
+def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
+    """What a run adds to the sums. A job whose run kept a ledger has its entries also while they are 0."""
+    ledger = run.report.ledger
+    if ledger:
+        of = {"job": run.job, "reason": ""}
+        yield {**of, "entry": "new", "number": ledger.total.new}
+        yield {**of, "entry": "corrected", "number": ledger.total.corrected}
+    for one in ledger.set_aside:
+        yield {"job": run.job, "entry": "set_aside", "reason": storable(one.reason), "number": one.new}
+
+
+def _total(row: Row) -> Total:
+    report = Report(**{name: row[name] for name in ("rows", "bytes", "windows", "late_rows", "corrected_rows")})
+    return Total(row["job"], Outcome(row["outcome"]), row["runs"], report, row["ended_at"])
+
+
+def _columns(run: Run) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "job": run.job,
+        "started_at": run.started_at,
+        "ended_at": run.ended_at,
+        "outcome": run.outcome.value,
+        "rows": run.report.rows,
+        "bytes": run.report.bytes,
+        "windows": run.report.windows,
+        "late_rows": run.report.late_rows,
+        "corrected_rows": run.report.corrected_rows,
+        "failures": json.dumps([asdict(failure) for failure in run.report.failures]),
+        "more": run.report.more,
+        "error": storable(run.error),
+        "hint": storable(run.hint),
+        "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
+    }
+
+
+def _run(row: Row) -> Run:
+    report = Report(
+        rows=row["rows"],
+        bytes=row["bytes"],
+        windows=row["windows"],
+        late_rows=row["late_rows"],
+        corrected_rows=row["corrected_rows"],
+        failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
+        more=bool(row["more"]),
+        ledger=from_json(json.loads(row["ledger"])),
+    )
+    outcome = Outcome(row["outcome"])
+    return Run(
+        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
+    )

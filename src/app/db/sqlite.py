@@ -1,0 +1,314 @@
+"""SQLite as a `Database`: the embedded store of one machine.
+
+Invariants: write transactions take the write lock when they begin, so none fails half-way for want of it; a process
+that is killed at any instruction, or a power cut, leaves a database that opens again with every committed
+transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
+"""
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.db.database import INSTANT_SUFFIX, Damaged, Dialect, Row, bound, instant_of, instant_text
+from app.db.pool import Connections
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 10.0
+STREAMED_ROWS = 1000
+BESIDE = ("-wal", "-shm", "-journal")
+OWNER_ONLY, OTHERS = 0o600, 0o077
+TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
+PASSING = {
+    sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
+    sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
+    sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
+    sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
+    sqlite3.SQLITE_NOMEM: "give the process more memory",
+    sqlite3.SQLITE_FULL: "free space on the disk that holds DATA_DIR",
+    sqlite3.SQLITE_IOERR: "check the disk that holds DATA_DIR",
+}
+LASTING = {
+    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
+    sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its folder",
+    sqlite3.SQLITE_PERM: "let the user of this process write the database file and its folder",
+}
+DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
+
+
+class FileConnection(sqlite3.Connection):
+    """A connection that knows which file it opened: another one may lie in its place by now."""
+
+    file: tuple[int, int] | None = None
+
+
+class SqliteSession:
+    """See `Session`."""
+
+    def __init__(self, connection: FileConnection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    def rows(self, sql: str, **params: Any) -> list[Row]:
+        """See `Session.rows`."""
+        cursor = self._execute(sql, params)
+        names = [column[0] for column in cursor.description or ()]
+        found = _translated(self._path, cursor.fetchall)
+        try:
+            return [{name: _read(name, value) for name, value in zip(names, row, strict=True)} for row in found]
+        except ValueError as error:
+            raise Damaged(f"SQLite at {self._path}: {error}", file=self._connection.file) from error
+
+    def run(self, sql: str, **params: Any) -> int:
+        """See `Session.run`."""
+        return self._execute(sql, params).rowcount
+
+    def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
+        """See `Session.run_many`."""
+        prepared = [_bound(params) for params in many]
+        return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
+
+    def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+        """See `Session.run_rows`."""
+        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
+
+    def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+        """See `Session.append`."""
+        places = ", ".join("?" * len(columns))
+        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
+        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
+
+    def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
+        """See `Session.append_new`."""
+        rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
+        self._execute("SAVEPOINT appending", {})
+        count = None
+        try:
+            count = self.append(table, columns, rows)
+        except AppError as error:
+            if getattr(error.__cause__, "sqlite_errorcode", None) not in TAKEN:
+                raise
+            self._execute("ROLLBACK TO appending", {})
+        self._execute("RELEASE appending", {})
+        return count
+
+    def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
+        """See `Session.stream`."""
+        return chain.from_iterable(self.blocks(sql, **params))
+
+    def blocks(self, sql: str, **params: Any) -> Iterator[Sequence[Sequence[Any]]]:
+        """See `Session.blocks`."""
+        cursor = self._execute(sql, params)
+        while rows := _translated(self._path, lambda: cursor.fetchmany(STREAMED_ROWS)):
+            yield rows
+
+    def script(self, sql: str) -> None:
+        """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
+        for statement in _statements(sql):
+            self._execute(statement, {})
+
+    def check(self) -> None:
+        """See `Session.check`. Reads the whole file."""
+        for row in self.rows("PRAGMA integrity_check(1)"):
+            if (said := next(iter(row.values()))) != "ok":
+                raise Damaged(f"SQLite at {self._path}: {said}")
+
+    def _execute(self, sql: str, params: Mapping[str, Any]) -> sqlite3.Cursor:
+        prepared = _bound(params)
+        return _translated(self._path, lambda: self._connection.execute(sql, prepared))
+
+
+class SqliteDatabase:
+    """See `Database`. The file and its folder are made on first use."""
+
+    dialect: Dialect = "sqlite"
+
+    def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+        self._path = path
+        self._busy_seconds = busy_seconds
+        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def place(self) -> str:
+        """The file."""
+        return f"SQLite at {self._path}"
+
+    @contextmanager
+    def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
+        """See `Database.transaction`."""
+        connection = self._connections.borrow(self._busy_seconds)
+        with ExitStack() as undo:
+            undo.callback(self._roll_back, connection)
+            # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
+            self._finish(connection, "BEGIN" if read_only else "BEGIN IMMEDIATE")
+            yield SqliteSession(connection, self._path)
+            self._finish(connection, "COMMIT")
+            undo.pop_all()
+        self._connections.give_back(connection)
+
+    def close(self) -> None:
+        """See `Database.close`."""
+        self._connections.close()
+
+    def _finish(self, connection: FileConnection, statement: str) -> None:
+        _translated(self._path, lambda: connection.execute(statement))
+
+    def _roll_back(self, connection: FileConnection) -> None:
+        try:
+            connection.rollback()
+        except sqlite3.Error:
+            self._connections.drop(connection)
+        else:
+            self._connections.give_back(connection)
+
+    def _connect(self) -> FileConnection:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Permanent(f"{self.place}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
+        with folder_lock(self._path.parent):
+            _refuse_lone_wal(self._path)
+            return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
+
+    def _is_current(self, connection: FileConnection) -> bool:
+        """False when the file was moved, deleted or replaced since: what is committed to it would be seen by nobody."""
+        return connection.file == file_id(self._path)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
+    """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
+    moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise Permanent(f"{folder}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one that takes its place; None when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _refuse_lone_wal(path: Path) -> None:
+    """SQLite takes an empty file for a new database, and deletes the log of one that was emptied. Raises Damaged."""
+    with suppress(OSError):
+        if Path(f"{path}-wal").stat().st_size and not (path.exists() and path.stat().st_size):
+            raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
+
+
+def _opened(path: Path, busy_seconds: float) -> FileConnection:
+    connection = sqlite3.connect(
+        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+    )
+    with ExitStack() as undo:
+        undo.callback(connection.close)
+        connection.execute("PRAGMA schema_version")  # makes the file
+        _keep_to_owner(path)
+        _use_wal(connection, busy_seconds)
+        # FULL: what was committed is there after a power cut. With less, state and warehouse could come back from
+        # one at different instants, and the state would vouch for rows that the warehouse has lost.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.file = file_id(path)
+        undo.pop_all()
+    return connection
+
+
+def _keep_to_owner(path: Path) -> None:
+    """0600 for a file of ours and, when it is from an earlier version, those that SQLite keeps beside it; new ones have
+    the mode of the file. By name: to open and close the file here would give up the locks of other connections.
+    """
+    for name in (path, *(path.with_name(path.name + suffix) for suffix in BESIDE)):
+        try:
+            found = name.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & OTHERS:
+                name.chmod(OWNER_ONLY)
+        except FileNotFoundError:
+            pass  # SQLite has none, or has just removed it
+
+
+def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
+    """WAL lets readers go on while one writes. The switch of a new file to it is refused without any wait while another
+    process writes or switches (the busy timeout does not cover that), so the waiting is done here.
+    """
+    deadline = time.monotonic() + busy_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _bound(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: instant_text(value) if isinstance(value, datetime) else value for name, value in bound(params).items()
+    }
+
+
+def _read(name: str, value: Any) -> Any:
+    """Raises ValueError for what was never stored: text with a NUL is refused, and blank sectors read as such."""
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError(f"the text in {name} holds a NUL")
+    return instant_of(value) if name.endswith(INSTANT_SUFFIX) else value
+
+
+def _statements(sql: str) -> Iterator[str]:
+    statement = ""
+    for line in sql.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip():
+        yield statement
+
+
+def _translated(path: Path, action: Callable[[], T]) -> T:
+    """The one place where SQLite's errors become ours."""
+    try:
+        return action()
+    except (sqlite3.Error, OverflowError) as error:
+        raise _error(path, error) from error
+
+
+def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
+    message = f"SQLite at {path}: {error}"
+    if isinstance(error, OverflowError | sqlite3.DataError):
+        return Rejected(message, "the value is outside of what the database holds: correct it")
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte; the others tell details
+    if code in DAMAGED or any(sign in str(error) for sign in GONE):
+        return Damaged(message)
+    if code in PASSING:
+        return Transient(message, PASSING[code])
+    return Permanent(message, LASTING.get(code, "this is a fault of the program: please report it"))

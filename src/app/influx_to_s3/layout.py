@@ -1,0 +1,498 @@
+"""The layout beside the data: how objects are cut, named and typed, and which column each tag and field has."""
+
+import io
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
+from itertools import count
+from typing import Any
+
+from app.core.errors import Conflict, Permanent, Transient
+from app.core.windows import EPOCH, Window, floor_to, windows_between
+from app.db.checkpoints import Layout
+from app.object_store.port import ObjectStore, Put
+
+# `_headwater/layout.json` beside the data: the only truth of how a tree's objects are cut, named and typed.
+#
+# It holds the history of window length, format, date format and timestamp unit, the columns with their types, the
+# first start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or
+# older than the bucket cannot cut the same rows a second time under other names.
+#
+# Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day
+# that it read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two
+# ways. What is first seen (a column) is added before it is first written and holds for all days.
+
+FOLDER = "_headwater"
+NAME = "layout.json"
+VERSION = 1
+CONFLICTS = 20
+EVER = date(1970, 1, 1)
+DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED = "double", "integer", "text", "boolean", "unsigned"
+TYPES = (DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED)
+KINDS = ("tag", "field", "text of", "double of")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. `kind` "tag" and "field": `source` is the name at the source. "text of" and "double of": `source` is
+    the column whose values that it cannot hold stand here.
+
+    `types`: (first UTC day, type) pairs, oldest first, the first one from EVER on.
+    """
+
+    name: str
+    kind: str
+    source: str
+    types: tuple[tuple[date, str], ...]
+
+    def type_on(self, day: date) -> str:
+        """The type of values of a day."""
+        return next(kind for since, kind in reversed(self.types) if since <= day or since == EVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What the file holds. `sealed_day`: no day up to it may be cut or typed in another way any more."""
+
+    first_start_at: datetime
+    sealed_day: date
+    layouts: tuple[Layout, ...]
+    columns: tuple[Column, ...] = ()
+
+    def layout_at(self, instant: datetime) -> Layout:
+        """The layout in force at `instant`."""
+        return next(each for each in reversed(self.layouts) if each.effective_at <= instant or each is self.layouts[0])
+
+    def windows(self, start: datetime, end: datetime) -> Iterator[Window]:
+        """Every window that overlaps `[start, end)`, oldest first, each of the length in force at its start."""
+        ends = [*(later.effective_at for later in self.layouts[1:]), end]
+        for layout, until in zip(self.layouts, ends, strict=True):
+            since = start if layout is self.layouts[0] else max(start, layout.effective_at)
+            yield from windows_between(since, min(until, end), layout.window_seconds)
+
+
+def first_tree(wanted: Layout, first_start_at: datetime) -> Tree:
+    """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
+    layout = replace(wanted, effective_at=EPOCH)
+    return Tree(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
+
+
+def sealed(tree: Tree, day: date) -> Tree:
+    """With every day up to `day` sealed."""
+    return replace(tree, sealed_day=max(tree.sealed_day, day))
+
+
+def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
+    """`wanted` from the day after the later of today and the sealed day on, unless it is what stands last already."""
+    if replace(tree.layouts[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
+        return tree
+    effective_at = _midnight(_next_free(tree, today))
+    earlier = tuple(each for each in tree.layouts if each.effective_at < effective_at)
+    if replace(earlier[-1], effective_at=EPOCH) == replace(wanted, effective_at=EPOCH):
+        return replace(tree, layouts=earlier)  # a change that was still to come is taken back
+    return replace(tree, layouts=(*earlier, replace(wanted, effective_at=effective_at)))
+
+
+def with_types(tree: Tree, wanted: Mapping[str, str], today: date) -> Tree:
+    """The columns named in `wanted` have these types from the day after the later of today and the sealed day on."""
+    day = _next_free(tree, today)
+
+    def retyped(column: Column) -> Column:
+        kind = wanted.get(column.name)
+        if kind is None or column.kind != "field" or column.types[-1][1] == kind:
+            return column
+        earlier = tuple(each for each in column.types if each[0] < day)
+        return replace(column, types=earlier if earlier[-1][1] == kind else (*earlier, (day, kind)))
+
+    columns = tuple(map(retyped, tree.columns))
+    return tree if columns == tree.columns else replace(tree, columns=columns)
+
+
+def as_on(tree: Tree, today: date, *, first: date, end: date) -> Tree:
+    """The days in `[first, end)`, all before `today`, with the unit and the types of `today`: for a rewrite.
+
+    Neither is part of a name or of how days are cut, so a sealed day may change in them.
+    """
+    unit = tree.layout_at(_midnight(today)).timestamp_unit
+    since, until = max(_midnight(first), EPOCH), _midnight(end)
+    layouts: list[Layout] = []
+    for at in sorted({since, until, *(each.effective_at for each in tree.layouts)}):
+        layout = replace(tree.layout_at(at), effective_at=at)
+        layout = replace(layout, timestamp_unit=unit) if since <= at < until else layout
+        if not layouts or replace(layouts[-1], effective_at=at) != layout:
+            layouts.append(layout)
+
+    def retyped(column: Column) -> Column:
+        types: list[tuple[date, str]] = []
+        for day in sorted({EVER, first, end, *(each[0] for each in column.types)}):
+            kind = column.type_on(today if first <= day < end else day)
+            if not types or types[-1][1] != kind:
+                types.append((day, kind))
+        return replace(column, types=tuple(types))
+
+    return replace(tree, layouts=tuple(layouts), columns=tuple(map(retyped, tree.columns)))
+
+
+def _next_free(tree: Tree, today: date) -> date:
+    return max(tree.sealed_day, today) + timedelta(days=1)
+
+
+def _midnight(day: date) -> datetime:
+    return datetime.combine(day, time(), UTC)
+
+
+class LayoutFile:
+    """Reads and changes the file. `make(now)` gives the tree when there is none yet, new or as the data show it."""
+
+    def __init__(self, store: ObjectStore, prefix: str, make: Callable[[datetime], Tree]) -> None:
+        self._store = store
+        self.key = "/".join(part for part in (prefix, FOLDER, NAME) if part)
+        self._make = make
+
+    def begin(
+        self, now: datetime, *, wanted: Callable[[Tree], Layout], types: Mapping[str, str], dry_run: bool
+    ) -> tuple[Tree, datetime]:
+        """The tree with what the settings want and with today sealed, and up to when this run may write windows.
+
+        A day is sealed by the store's own clock at the earliest: a host whose clock is ahead waits, so that one wrong
+        clock cannot seal a year. A dry run changes nothing.
+        """
+        today = now.date()
+
+        def changed(tree: Tree, day: date) -> Tree:
+            return sealed(with_types(with_layout(tree, wanted(tree), day), types, day), day)
+
+        found = self._read()
+        if dry_run:
+            return changed(found[0] if found else self._make(now), today), now
+        tree = found[0] if found else self._create(now)
+        day = min(today, self._store_day()) if today > tree.sealed_day else tree.sealed_day
+        if changed(tree, day) != tree:
+            tree = self.change(lambda each: changed(each, day))
+        return tree, min(now, _midnight(tree.sealed_day + timedelta(days=1)))
+
+    def change(self, change: Callable[[Tree], Tree]) -> Tree:
+        """Change the tree by compare-and-swap; `change` is pure and may be called again. The tree that stands then."""
+        for _ in range(CONFLICTS):
+            found = self._read()
+            if found is None:
+                raise Transient(f"{self.key} is gone", "no action needed; the next run makes it again from the objects")
+            tree, etag = found
+            changed = change(tree)
+            if changed == tree:
+                return tree
+            try:
+                self._put(changed, etag)
+            except Conflict:
+                continue  # another process, or our own write whose answer was lost: read again and see
+            return changed
+        raise Transient(
+            f"{self.key}: changed {CONFLICTS} times while it was replaced", "no action needed; it is retried"
+        )
+
+    def _create(self, now: datetime) -> Tree:
+        """The first tree, unless another process was quicker.
+
+        The first start is counted from the store's clock where the host's is ahead: rows before it are never exported.
+        """
+        tree = self._make(now)
+        try:
+            self._put(tree, "")
+        except Conflict:
+            found = self._read()
+            if found is None:
+                raise
+            return found[0]
+        latest_at = _midnight(self._store_day() + timedelta(days=1))
+        if now <= latest_at:
+            return tree
+        first_start_at = min(tree.first_start_at, self._make(latest_at).first_start_at)
+        return self.change(lambda each: replace(each, first_start_at=first_start_at))
+
+    def _store_day(self) -> date:
+        """Today as the store's clock says, told by a write of what is there anyway."""
+        found = self._read()
+        if found is not None:
+            with suppress(Conflict):  # another process wrote it just now, which tells the time as well
+                self._put(*found)
+        info = self._store.head(self.key)
+        return info.modified_at.astimezone(UTC).date() if info else EVER
+
+    def _read(self) -> tuple[Tree, str] | None:
+        for _ in range(CONFLICTS):
+            info = self._store.head(self.key)
+            if info is None:
+                return None
+            try:
+                with self._store.open(self.key, info.etag) as body:
+                    text = body.read() if body else None
+            except Conflict:
+                continue  # replaced between the two questions
+            if text is not None:
+                return self._parsed(text), info.etag
+        raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
+
+    def _parsed(self, text: bytes) -> Tree:
+        try:
+            return from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise Permanent(
+                f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                "restore an earlier version of this object, or delete it: then it is made again from the objects. "
+                "Nothing is written before",
+            ) from error
+
+    def _put(self, tree: Tree, expected: str) -> None:
+        text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
+        self._store.put(
+            self.key, io.BytesIO(text.encode("utf-8", "surrogatepass")), Put("application/json", {}, expected)
+        )
+
+
+def to_json(tree: Tree) -> Mapping[str, Any]:
+    """As the file holds it."""
+    return {
+        "version": VERSION,
+        "first_start": f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+        "sealed_day": tree.sealed_day.isoformat(),
+        "layouts": [
+            {
+                "from": f"{each.effective_at:%Y-%m-%dT%H:%M:%SZ}",
+                "window_seconds": each.window_seconds,
+                "format": each.format,
+                "date_format": each.date_format,
+                "timestamp_unit": each.timestamp_unit,
+            }
+            for each in tree.layouts
+        ],
+        "columns": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "source": each.source,
+                "types": [{"from": since.isoformat(), "type": kind} for since, kind in each.types],
+            }
+            for each in tree.columns
+        ],
+    }
+
+
+def from_json(document: Mapping[str, Any]) -> Tree:
+    """The tree of a file. Raises ValueError, KeyError or TypeError for anything else."""
+    if document["version"] != VERSION:
+        raise ValueError(f"it is of version {document['version']!r}; this Headwater knows version {VERSION}")
+    layouts = tuple(
+        Layout(
+            _instant(each["from"]),
+            int(each["window_seconds"]),
+            str(each["format"]),
+            str(each["date_format"]),
+            str(each["timestamp_unit"]),
+        )
+        for each in document["layouts"]
+    )
+    if not layouts:
+        raise ValueError("it holds no layout")
+    return Tree(
+        _instant(document["first_start"]),
+        date.fromisoformat(document["sealed_day"]),
+        layouts,
+        tuple(map(_column, document["columns"])),
+    )
+
+
+def _instant(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.utcoffset() != timedelta(0):
+        raise ValueError(f"{text!r} is not a UTC instant: it must end with Z")
+    return at
+
+
+def _column(each: Mapping[str, Any]) -> Column:
+    types = tuple((date.fromisoformat(one["from"]), str(one["type"])) for one in each["types"])
+    if not types or types[0][0] != EVER or {kind for _, kind in types} - set(TYPES) or each["kind"] not in KINDS:
+        raise ValueError(f"column {each['name']!r} has a kind or type that is not known")
+    return Column(str(each["name"]), str(each["kind"]), str(each["source"]), types)
+
+
+def added(tree: Tree, columns: Sequence[Column]) -> Tree:
+    """With columns that are first seen; one that another process added meanwhile stays as that process made it."""
+    known = {(each.kind, each.source) for each in tree.columns}
+    new = tuple(each for each in columns if (each.kind, each.source) not in known)
+    return replace(tree, columns=(*tree.columns, *new)) if new else tree
+
+
+# Which column each tag and field has, and of which type: decided once, when it is first seen, and kept in the
+# layout.
+#
+# The documented columns are fixed. Any other name is the source's own, unless it is taken: a field called like a
+# tag or a column of ours becomes `{name}_field`, such a tag `{name}_tag`, and names that differ in case only get a
+# number, since engines such as Spark and DuckDB do not tell them apart. Invariant: what has a column keeps it,
+# whatever comes later.
+
+TIMESTAMP = "timestamp"
+NANOS = "timestamp_nanos"
+DEVICE = "device_id"
+TAGS = ("device_type", "location")
+MEASURED = ("voltage", "current", "power", "temperature")
+COMPUTED = ("hour", "day_of_week", "is_weekend", "power_factor")
+OURS = (TIMESTAMP, NANOS, DEVICE, *TAGS, *MEASURED, *COMPUTED)
+UNKNOWN = "unknown"
+log = logging.getLogger(__name__)
+
+
+class Columns:
+    """The columns of one tree for one run. From any thread.
+
+    `ignored`: tags that are neither a column nor part of a row's identity. `types`: types that the settings name, by
+    column; they decide for a column that is first seen. `file` None: a look that must not change anything.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        *,
+        device_tag: str,
+        ignored: Iterable[str],
+        types: Mapping[str, str],
+        file: LayoutFile | None,
+    ) -> None:
+        self._tree = tree
+        self._device_tag = device_tag
+        self.ignored = frozenset(ignored)
+        self._types = types
+        self._file = file
+        self._lock = threading.Lock()
+        self._take(tree)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """The names of all tag columns: with the timestamp, a row's identity."""
+        return self._tags
+
+    def see(self, tags: Iterable[str], fields: Mapping[str, str]) -> None:
+        """Make sure that these tags, and fields with the type that they have now, have columns."""
+        new = [("tag", name, TEXT) for name in tags if name not in self._tag_columns and name not in self.ignored]
+        new += [("field", name, kind) for name, kind in fields.items() if name not in self._fields]
+        if new:
+            self._add(new)
+
+    def tag(self, name: str) -> str:
+        """The column of a tag that was seen and is not ignored."""
+        return self._tag_columns[name]
+
+    def field(self, name: str) -> Column:
+        """The column of a field that was seen."""
+        return self._fields[name]
+
+    def overflow(self, column: Column, kind: str) -> str:
+        """The column for values that `column` cannot hold, as TEXT or DOUBLE; made when it is first needed."""
+        key = (f"{kind} of", column.name)
+        if key not in self._overflows:
+            self._add([(*key, kind)])
+            widen = (
+                ""
+                if column.name in MEASURED
+                else f"; to widen the column, set EXPORT_COLUMN_TYPES={column.name}={kind}"
+            )
+            log.warning(
+                "values of field %r do not fit its column %s (%s): they are written to %s%s",
+                column.source,
+                column.name,
+                column.types[-1][1],
+                self._overflows[key],
+                widen,
+            )
+        return self._overflows[key]
+
+    def source_of(self, name: str) -> str | None:
+        """The field whose values stand in the column `name`; None for a column that holds no field."""
+        return self._sources.get(name)
+
+    def tag_of(self, name: str) -> str:
+        """The tag whose values stand in the column `name`."""
+        return self._tag_names[name]
+
+    def by_name(self, name: str) -> Column | None:
+        """The field's column of this name, None when it is none."""
+        return self._by_name.get(name)
+
+    def describe(self, name: str) -> Mapping[bytes, bytes]:
+        """What a column stands for, as metadata of its Parquet field, so that the layout can be made from objects."""
+        kind, source = self._descriptions.get(name, ("", ""))
+        return {b"headwater": f"{kind}={source}".encode("utf-8", "surrogatepass")} if kind else {}
+
+    def overflow_kind(self, name: str) -> str | None:
+        """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
+        return self._overflow_kinds.get(name)
+
+    def overflow_of(self, name: str) -> Column | None:
+        """The field's column that could not hold the values of the column `name`; None when it is no overflow."""
+        return self._overflow_of.get(name)
+
+    def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
+        """Add columns of (kind, source, type) to the file before anything is written into them."""
+        with self._lock:
+
+            def change(tree: Tree) -> Tree:
+                columns: list[Column] = []
+                for kind, source, type_ in new:
+                    name = named(kind, source, {*OURS, *(each.name for each in (*tree.columns, *columns))})
+                    wanted = self._types.get(name, type_) if kind == "field" else type_
+                    columns.append(Column(name, kind, source, ((EVER, wanted),)))
+                return added(tree, columns)
+
+            self._take(self._file.change(change) if self._file else change(self._tree))
+
+    def _take(self, tree: Tree) -> None:
+        """Look-ups are replaced as a whole, so that readers need no lock.
+
+        Those that tell that a column is there come last: a thread that finds it finds everything else about it.
+        """
+        fixed = [Column(name, "field", name, ((EVER, DOUBLE),)) for name in MEASURED]
+        fields = [*fixed, *(each for each in tree.columns if each.kind == "field")]
+        by_name = {each.name: each for each in fields}
+        tags = {each.source: each.name for each in tree.columns if each.kind == "tag"}
+        tag_columns = {**{name: name for name in TAGS if name != self._device_tag}, **tags}
+        overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
+        overflow_of = {name: by_name[column] for (_, column), name in overflows.items() if column in by_name}
+        self._tree = tree
+        self._tags = frozenset((*TAGS, *tags.values()))
+        self._tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
+        self._sources = {name: each.source for name, each in {**by_name, **overflow_of}.items()}
+        self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
+        self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
+        self._overflow_of = overflow_of
+        self._overflows = overflows
+        self._by_name = by_name
+        self._fields = {each.source: each for each in fields}
+        self._tag_columns = tag_columns
+
+
+def named(kind: str, source: str, taken: AbstractSet[str]) -> str:
+    """A free column name for a tag, a field, or the overflow of a column."""
+    suffix = {"tag": "_tag", "field": "_field"}.get(kind, f"_{kind.removesuffix(' of')}")
+    wanted = source if kind in ("tag", "field") and source not in taken else f"{source}{suffix}"
+    folded = {name.casefold() for name in taken}
+    return next(name for name in _numbered(wanted) if name.casefold() not in folded)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in count(2):
+        yield f"{name}_{number}"
+
+
+def type_of(kinds: Iterable[str]) -> str:
+    """The type of a field that is first seen with several types: numbers meet in double, else the first counts."""
+    kinds = list(dict.fromkeys(kinds))
+    if DOUBLE in kinds:
+        return DOUBLE
+    if INTEGER in kinds:
+        return INTEGER
+    return kinds[0]

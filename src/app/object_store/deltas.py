@@ -1,0 +1,137 @@
+"""Deltas: further objects of a window, which older versions wrote for late rows, named by the seconds after its start.
+
+One rule for every reader: a delta whose rows the object of its window holds is skipped, since it stays for good where
+deletion is refused. The object says which these are (`folded`, the highest second) in its metadata, and is asked only
+where a window may have both. Invariant: a window is known from what its writers noted, never guessed from names.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from app.object_store.port import ObjectInfo
+
+NAME = re.compile(r"(?P<folder>(?:.*/)?)export_(\d\d)(\d\d)(\d\d)\.(?P<format>parquet|csv)", re.DOTALL)
+WINDOW = re.compile(r"[\d-]{10}T(\d\d):(\d\d):(\d\d)Z/[\d-]{10}T(\d\d):(\d\d):(\d\d)Z")
+DAY = 86_400
+
+Head = Callable[[ObjectInfo | str], ObjectInfo | None]
+"""The properties of a listed object, or of a key; None when it is gone or may not be looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfolded:
+    """What is left of a listing. An object that was asked has the version that it had then.
+
+    `is_whole`: each delta's object is in the listing as well, so that what is left depends on nothing else.
+    """
+
+    infos: Sequence[ObjectInfo]
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """What a window's object says: seconds of the day from `start` to before `end`, and the highest folded part."""
+
+    start: int = 0
+    end: int = 0
+    folded: int = 0
+
+    def covers(self, second: int) -> bool:
+        return self.start < second < self.end
+
+
+def named_second(key: str) -> int | None:
+    """The second of the day that an object of a window, or a delta, is named by; None for any other key."""
+    named = NAME.fullmatch(key)
+    return named and _second(*named.groups()[1:4])
+
+
+def noted_window(info: ObjectInfo) -> tuple[int, int] | None:
+    """The window that the object's writer noted, as seconds of its day; None for what another program wrote."""
+    noted = WINDOW.fullmatch(info.metadata.get("window", ""))
+    return noted and (_second(*noted.groups()[:3]), _second(*noted.groups()[3:]) or DAY)
+
+
+def unfolded(infos: Iterable[ObjectInfo], head: Head, *, window_seconds: int = 60) -> Unfolded:
+    """`infos` without the deltas whose rows the object of their window holds.
+
+    `window_seconds`: what the names of windows are a multiple of; where that is not known, the shortest window.
+    Whatever is named otherwise is looked at. Raises what `head` raises.
+    """
+    listed = list(infos)
+    days: dict[tuple[str, str], dict[int, ObjectInfo]] = {}
+    for info in listed:
+        if named := NAME.fullmatch(info.key):
+            second = _second(*named.groups()[1:4])
+            days.setdefault((named["folder"], named["format"]), {})[second] = info
+    changes: dict[str, ObjectInfo | None] = {}
+    is_whole = True
+    for (folder, suffix), day in days.items():
+        if any(second % window_seconds for second in day):
+            look = _Look(folder, suffix, day, head, changes)
+            look.over(window_seconds)
+            is_whole &= look.is_whole
+    left = (changes.get(info.key, info) for info in listed) if changes else listed
+    return Unfolded([info for info in left if info is not None], is_whole)
+
+
+@dataclass(slots=True)
+class _Look:
+    """A look at one day of one device. `changes`: what takes the place of a key's entry, None for a folded delta."""
+
+    folder: str
+    suffix: str
+    day: dict[int, ObjectInfo]
+    head: Head
+    changes: dict[str, ObjectInfo | None]
+    is_whole: bool = True
+
+    def over(self, window_seconds: int) -> None:
+        """Look at everything whose name may be that of a delta, and before it at the object that is named before."""
+        noted, before = _Noted(), None
+        for second, info in sorted(self.day.items()):
+            if not noted.covers(second) and second % window_seconds == 0:
+                noted, before = _Noted(), second
+                continue
+            if not noted.covers(second) and before is not None:
+                noted, before = self._ask(before), None
+            if not noted.covers(second):
+                noted = self._ask(second)
+            if noted.covers(second) and second - noted.start <= noted.folded:
+                self.changes[info.key] = None
+
+    def _ask(self, second: int) -> _Noted:
+        """What the object of this name says of its window; where it is a delta, what its window's object says."""
+        info = self.head(self.day[second])
+        window = noted_window(info) if info else None
+        if info is None or window is None:
+            return _Noted()
+        start, end = window
+        if start == second:
+            self.changes[info.key] = info
+        elif not start < second < end:
+            return _Noted()  # a copy of another window's object
+        elif start in self.day:
+            return _Noted(start, end)  # it was asked already, and says nothing
+        else:
+            self.is_whole = False
+            info = self.head(f"{self.folder}export_{_time(start)}.{self.suffix}")
+            if info is None or noted_window(info) != window:
+                return _Noted(start, end)
+        return _Noted(start, end, folded_in(info))
+
+
+def folded_in(info: ObjectInfo) -> int:
+    """The highest delta whose rows the object holds, as its writer noted."""
+    folded = info.metadata.get("folded", "")
+    return int(folded) if folded.isdigit() else 0
+
+
+def _second(hours: str, minutes: str, seconds: str) -> int:
+    return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
+
+
+def _time(second: int) -> str:
+    return f"{second // 3600:02d}{second // 60 % 60:02d}{second % 60:02d}"

@@ -1,0 +1,233 @@
+"""The object store port: named bytes with a version, replaced by compare-and-swap; transfers of bodies and parts."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from typing import BinaryIO, Protocol
+
+from app.core.errors import Rejected
+
+# The object store port: named bytes with a version, replaced by compare-and-swap.
+#
+# Invariants of every implementation: a reader sees a whole object or none, never a part; `put` either stores all
+# bytes with their metadata or changes nothing; an ETag is compared as it was received and differs after each change
+# of content.
+
+MAX_KEY_BYTES = 1024
+BATCH = 1000
+CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What is known of an object without its bytes. `metadata` keys are lower case ASCII; listings leave it empty."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    modified_at: datetime
+    content_type: str = "application/octet-stream"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some objects of a listing, read when they are asked for. Batches of one store with the same digest hold the same
+    objects in the same versions; an empty digest says nothing.
+    """
+
+    digest: bytes
+    infos: Callable[[], Sequence[ObjectInfo]]
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """What to store and under which condition.
+
+    `expected`: an ETag that the object must still have; "" = the object must not exist; None = whatever is there.
+    """
+
+    content_type: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    expected: str | None = None
+
+
+class ObjectStore(Protocol):
+    """All methods are safe to repeat and may be called from any thread.
+
+    They raise Transient (try again), Permanent (credentials, missing bucket), Rejected (the key cannot be used) and
+    Conflict (the condition does not hold).
+
+    One rule for keys: `put` takes what `check_key` lets pass; case and Unicode stay as they are. Any other key, which
+    an older version or another program made, is read, asked about and deleted only where a listing has exactly that
+    key; else BadKey, since stores resolve such keys to others.
+    """
+
+    @property
+    def conditional(self) -> bool:
+        """True when the store was seen to honour conditions. `probe` finds out; False before it has run."""
+
+    def probe(self) -> None:
+        """Check that the store can be reached and written, and whether it honours conditions."""
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """The object's properties; None when it does not exist."""
+
+    def put(self, key: str, body: BinaryIO, put: Put) -> str:
+        """Store the rest of `body` (seekable) and return the new ETag.
+
+        Raises Conflict when `put.expected` does not hold, which may be the echo of our own earlier write whose answer
+        was lost: compare metadata. With "" or an ETag on a store that is not `conditional`, the check is a HEAD before.
+        """
+
+    def open(self, key: str, etag: str | None = None) -> AbstractContextManager[BinaryIO | None]:
+        """A stream over the bytes, None when the object does not exist; Conflict when it no longer has that ETag.
+
+        A body that breaks off is resumed or raises Transient; it never ends early in silence.
+        """
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in UTF-8 order, all pages. A page that fails is an error."""
+
+    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+        """The same objects in batches, in no order; about so many `objects` are expected. Cheaper than `list` for whom
+        knows most batches by their digests, and quicker where a network is waited for.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing when it does not exist."""
+
+
+def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[Batch]:
+    """A listing in batches without digests."""
+    while some := list(islice(infos, BATCH)):
+        yield Batch(b"", partial(list, some))
+
+
+class BadKey(Rejected):
+    """A key that the store would take for another one, or not at all."""
+
+
+def check_key(key: str) -> str:
+    """`key` itself, when a new object may have it. Raises BadKey for what some store rewrites, refuses or resolves:
+    nothing, over 1024 bytes of UTF-8, no Unicode, a backslash (SeaweedFS: a slash), an empty, `.` or `..` segment, so
+    also a slash at either end, control characters.
+    """
+    segments = key.split("/")
+    if not key or any(segment in ("", ".", "..") for segment in segments):
+        raise BadKey(f"object key {key!r} has an empty, '.' or '..' segment", "use plain names between single slashes")
+    if "\\" in key:
+        raise BadKey(f"object key {key!r} holds a backslash, which some stores take for a slash", "use slashes")
+    check_characters(key)
+    return key
+
+
+def check_characters(key: str) -> None:
+    """Raises BadKey for text that no listing of ours holds, whatever its segments are."""
+    if not CONTROL.isdisjoint(key):
+        raise BadKey(f"object key {key!r} holds a control character", "remove it")
+    try:
+        size_bytes = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise BadKey(f"object key {key!r} is not valid Unicode", "use UTF-8 text") from error
+    if size_bytes > MAX_KEY_BYTES:
+        raise BadKey(f"object key {key[:60]!r}... is longer than {MAX_KEY_BYTES} bytes", "shorten it")
+
+
+def is_new_form(key: str) -> bool:
+    """Whether `check_key` lets it pass."""
+    try:
+        check_key(key)
+    except BadKey:
+        return False
+    return True
+
+
+def taken_for(key: str) -> str:
+    """The key that the least careful store could take `key` for: backslashes are slashes, empty and `.` segments are
+    nothing, `..` goes up. The same for every key of the form that new ones have.
+    """
+    segments = key.replace("\\", "/").split("/")
+    kept: list[str] = []
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    folder = "/" if kept and segments[-1] in ("", ".", "..") else ""
+    return "/".join(kept) + folder
+
+
+# What people and other programs need of an object store beside whole objects: bodies of unknown length, changes in
+# the middle of an object, parts of it, pages of a listing.
+#
+# Invariants of every implementation: memory is bounded whatever the size; a body that breaks off changes nothing;
+# what a change was made on is what it replaces, and `guarded` says whether the store itself saw to that.
+
+MAX_PAGE = 1000
+MARK = "headwater-write"
+"""Metadata that tells which write made an object; no business of whoever reads it."""
+
+
+class Readable(Protocol):
+    """A body. It need not be seekable, and blocks until there is something."""
+
+    def read(self, count: int, /) -> bytes:
+        """At most `count` bytes, `count` > 0; none at the end only. What it raises ends the transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What was stored. `version_id` None = the store keeps no versions.
+
+    `guarded` False: the store ignores conditions, so that the version was only looked at before it was replaced.
+    """
+
+    etag: str
+    size_bytes: int
+    version_id: str | None = None
+    guarded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to list. Keys with `delimiter` after the prefix are rolled up to the part before and with it; "" = none.
+
+    `continuation` is what the page before gave; "" = the first page. `limit` counts keys and rolled up prefixes.
+    """
+
+    prefix: str = ""
+    delimiter: str = ""
+    limit: int = MAX_PAGE
+    continuation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a listing. `continuation` "" = the last one."""
+
+    objects: Sequence[ObjectInfo]
+    prefixes: Sequence[str] = ()
+    continuation: str = ""
+
+
+class Transfers(Protocol):
+    """Raises what the object store raises; may be called from any thread."""
+
+    def write(self, key: str, body: Readable, put: Put) -> Stored:
+        """Store a body to its end under the condition of `put`. Raises Conflict; our own lost answer is none."""
+
+    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+        """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, type and metadata too.
+
+        `held` is what `head` gave. Raises Conflict when that is no longer there.
+        """
+
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
+        """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never a short end."""
+
+    def page(self, question: Question) -> Page:
+        """One page. Raises Rejected for a continuation that is none."""

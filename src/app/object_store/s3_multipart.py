@@ -1,0 +1,590 @@
+"""Uploads to S3 in parts: large bodies, patches of an object, and the sweep of what killed uploads left behind."""
+
+import io
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+from uuid import uuid4
+
+from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.object_store.port import MARK, ObjectInfo, Page, Put, Question, Readable, Stored, check_characters, check_key
+from app.object_store.s3 import S3Store, check_headers, check_unicode, condition_of
+from app.object_store.s3_client import AGAIN_HINT, STYLE_HINT, code_of, status_of
+from app.object_store.s3_listing import infos_of
+
+# One object in parts: sent in parallel, completed in one step or aborted.
+#
+# Invariants: no upload outlives its `with` block; parts that are under way, and uploads that hold one, are bounded
+# over all uploads together, so memory is as well; a failure of the last step is a failure only when the object that
+# stands there afterwards is not ours.
+
+MIB = 1 << 20
+MOST_PARTS = 10_000
+# Up to 31 GiB all parts but the last are alike, which some stores ask for; then they grow, and 171 GiB fit.
+GROWTH = ((4_000, 8 * MIB), (7_000, 16 * MIB), (MOST_PARTS, 32 * MIB))
+AT_ONCE = 4
+LARGE_AT_ONCE = 6
+COMPLETING = 64
+WAIT_SECONDS = 30.0
+NO_COPIES = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
+
+log = logging.getLogger(__name__)
+
+
+def part_bytes(number: int) -> int:
+    """How large part `number`, from 1, should be. Raises Rejected when there can be no such part."""
+    for last, size_bytes in GROWTH:
+        if number <= last:
+            return size_bytes
+    raise Rejected("the object would have more than 10,000 parts", "send it with the store's own tools")
+
+
+def marked(put: Put) -> Put:
+    """With a mark that tells the object of this very write from any other."""
+    return replace(put, metadata={**put.metadata, MARK: uuid4().hex})
+
+
+def settled(store: S3Store, key: str, put: Put, error: AppError) -> ObjectInfo:
+    """The object, if it is that of this write, whose answer was lost; else raises `error`."""
+    with suppress(AppError):
+        found = store.head(key)
+        if found is not None and found.metadata.get(MARK) == put.metadata[MARK]:
+            return found
+    raise error
+
+
+class PartDesk:
+    """What all uploads to one store share: threads and memory."""
+
+    def __init__(
+        self, at_once: int = AT_ONCE, large_at_once: int = LARGE_AT_ONCE, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
+        self._wait_seconds = wait_seconds
+        self._parts = threading.BoundedSemaphore(at_once)
+        self._large = threading.BoundedSemaphore(large_at_once)
+        self._threads = ThreadPoolExecutor(at_once, "s3-part")
+        self._turn = threading.Lock()
+        self._completing = [threading.Lock() for _ in range(COMPLETING)]
+        self._places_taken = 0
+        self._spare: list[bytearray] = []
+        self.copies: bool | None = None
+        """Whether the store copies parts itself; None before the first one."""
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """The right to hold a part in memory. Raises Transient when none becomes free in time."""
+        if not self._large.acquire(timeout=self._wait_seconds):
+            raise Transient("too many large uploads at once", "send the same request again later")
+        with self._turn:
+            self._places_taken += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._places_taken -= 1
+                if not self._places_taken:
+                    self._spare.clear()
+            self._large.release()
+
+    def buffer(self, size_bytes: int) -> bytearray:
+        """Room for a part, used before if possible: fresh memory costs more than what is put into it."""
+        with self._turn:
+            while self._spare:
+                if len(spare := self._spare.pop()) == size_bytes:
+                    return spare
+        return bytearray(size_bytes)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """Let another part use `buffer`; kept only while somebody holds a place."""
+        with self._turn:
+            if self._places_taken:
+                self._spare.append(buffer)
+
+    def completing(self, key: str) -> threading.Lock:
+        """One at a time for each key: SeaweedFS looks at the version and makes the object in two steps."""
+        return self._completing[hash(key) % COMPLETING]
+
+    def start(self, call: Callable[[], Any]) -> "Future[Any]":
+        """Run `call` in a thread as soon as there is room for one more part."""
+        self._parts.acquire()
+        started = False
+        try:
+            future = self._threads.submit(call)
+            started = True
+        finally:
+            if not started:
+                self._parts.release()
+        future.add_done_callback(lambda _: self._parts.release())
+        return future
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class S3Parts:
+    """A multipart upload under way; see `begun`. Used from one thread."""
+
+    def __init__(self, store: S3Store, desk: PartDesk, key: str, put: Put) -> None:
+        self._store, self._desk, self._key, self._put = store, desk, key, put
+        self._sent: list[Future[Any]] = []
+        self._under_way: list[Future[Any]] = []
+        self._upload_id = ""
+
+    @property
+    def number(self) -> int:
+        """The number of the next part."""
+        return len(self._sent) + 1
+
+    def send(self, data: bytearray) -> None:
+        """The next part. `data` is used again once it was sent."""
+        self._start("upload_part", {"Body": data})
+
+    def copy(self, held: ObjectInfo, first: int, count: int) -> bool:
+        """The next part, which the store copies itself from the version `held`; False when it does not know how."""
+        if self._desk.copies is False:
+            return False
+        source = {
+            "CopySource": {"Bucket": self._store.target.bucket, "Key": held.key},
+            "CopySourceRange": f"bytes={first}-{first + count - 1}",
+            "CopySourceIfMatch": held.etag,
+        }
+        self._start("upload_part_copy", source)
+        if self._desk.copies is None:
+            self._desk.copies = self._sent[-1].result() is not None
+            if not self._desk.copies:
+                self._sent.pop()
+        return self._desk.copies
+
+    def _start(self, operation: str, given: Mapping[str, Any]) -> None:
+        part_bytes(self.number)  # refuses a number that cannot be
+        for future in self._under_way:
+            if future.done():
+                future.result()  # raises early what one of them met
+        self._under_way = [future for future in self._under_way if not future.done()]
+        place = self._place | {"PartNumber": self.number}
+        self._sent.append(self._desk.start(lambda: self._sent_part(operation, place, given)))
+        self._under_way.append(self._sent[-1])
+
+    def _sent_part(self, operation: str, place: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        try:
+            return self._part(operation, place, given)
+        finally:
+            if "Body" in given:
+                self._desk.give_back(given["Body"])
+
+    def _part(self, operation: str, place: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What Complete has to know of the part; None when the store does not know the operation."""
+        from botocore.exceptions import ClientError
+
+        copies = "CopySource" in given
+        with self._store.translated(self._key, replaces=copies):
+            try:
+                answer = getattr(self._store.client(), operation)(**place, **given)
+            except ClientError as error:
+                if copies and self._desk.copies is None and status_of(error) in NO_COPIES:
+                    return None
+                raise
+            told = answer.get("CopyPartResult", answer)
+            sums = {name: told[name] for name in told if name.startswith("Checksum") and name != "ChecksumType"}
+            return {"PartNumber": place["PartNumber"], "ETag": told["ETag"], **sums}
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"Bucket": self._store.target.bucket, "Key": self._key, "UploadId": self._upload_id}
+
+    def begin(self) -> None:
+        """CreateMultipartUpload."""
+        with self._store.translated(self._key):
+            answer = self._store.client().create_multipart_upload(
+                Bucket=self._store.target.bucket,
+                Key=self._key,
+                ContentType=self._put.content_type,
+                Metadata=dict(self._put.metadata),
+            )
+            self._upload_id = answer["UploadId"]
+
+    def complete(self, size_bytes: int, *, guarded: bool) -> Stored:
+        """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
+        parts = [future.result() for future in self._sent]
+        expected = self._put.expected
+        with nullcontext() if expected is None else self._desk.completing(self._key):
+            if expected is not None and not guarded:
+                self._store.compare(self._key, expected)
+            try:
+                answer = self._complete(parts, condition_of(expected) if guarded else {})
+            except AppError as error:
+                found = settled(self._store, self._key, self._put, error)
+                return Stored(found.etag, size_bytes, None, guarded)
+        return Stored(answer["ETag"], size_bytes, answer.get("VersionId"), guarded)
+
+    def _complete(self, parts: list[Mapping[str, Any]], condition: Mapping[str, str]) -> Any:
+        """The SDK repeats a Complete whose answer was lost, and the store has forgotten the upload by then."""
+        from botocore.exceptions import ClientError
+
+        with self._store.translated(self._key, replaces=bool(condition)):
+            try:
+                return self._store.client().complete_multipart_upload(
+                    **self._place, MultipartUpload={"Parts": parts}, **condition
+                )
+            except ClientError as error:
+                if code_of(error) == "NoSuchUpload":
+                    raise Transient(f"{self._key}: the upload was ended by somebody else", AGAIN_HINT) from error
+                raise
+
+    def abort(self) -> None:
+        """Give the parts back. Those under way are waited for, since they would outlive it."""
+        for future in [each for each in self._sent if not each.cancel()]:
+            with suppress(AppError):
+                future.result()
+        try:
+            abort_upload(self._store, self._key, self._upload_id)
+        except AppError as error:
+            log.warning("parts of an upload stay behind until they are swept: %s", error)
+
+
+@contextmanager
+def begun(store: S3Store, desk: PartDesk, key: str, put: Put) -> Iterator[S3Parts]:
+    """An upload that is aborted unless the block comes to its end."""
+    parts = S3Parts(store, desk, key, put)
+    parts.begin()
+    complete = False
+    try:
+        yield parts
+        complete = True
+    finally:
+        if not complete:
+            parts.abort()
+
+
+def abort_upload(store: S3Store, key: str, upload_id: str) -> bool:
+    """False when it has ended meanwhile."""
+    from botocore.exceptions import ClientError
+
+    with store.translated(key):
+        try:
+            store.client().abort_multipart_upload(Bucket=store.target.bucket, Key=key, UploadId=upload_id)
+        except ClientError as error:
+            if code_of(error) not in ("NoSuchUpload", "404"):
+                raise
+            return False
+    return True
+
+
+def honours_conditions(store: S3Store, key: str) -> bool:
+    """Whether a Complete under a wrong condition is refused, tried on an object of our own at `key`."""
+    put = Put("text/plain", expected='"00000000000000000000000000000000"')
+    desk = PartDesk(1, 1)
+    store.put(key, io.BytesIO(b"probe"), Put("text/plain"))
+    try:
+        with begun(store, desk, key, marked(put)) as parts:
+            parts.send(bytearray(b"probe"))
+            parts.complete(5, guarded=True)
+    except Conflict:
+        return True
+    finally:
+        desk.close()
+        with suppress(AppError):  # a key that may not delete leaves it to the probes
+            store.delete(key)
+    return False
+
+
+# The transfers of an S3 bucket: bodies in parts, patches from copied parts, pages, links, a sweep of leftovers.
+#
+# Invariant: an object is replaced in one step of the store, a PutObject or a Complete, under the condition that it
+# was begun with.
+
+LARGE_BYTES = MIB
+STEP_BYTES = MIB
+PARTS_OF_OLD = 4_000
+
+
+class S3Transfers:
+    """Transfers of `store`'s bucket."""
+
+    def __init__(self, store: S3Store) -> None:
+        self._store = store
+        self._desk = PartDesk()
+        self._turn = threading.Lock()
+        self._guards_parts: bool | None = None
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        self._desk.close()
+
+    def write(self, key: str, body: Readable, put: Put) -> Stored:
+        """PutObject for what fits into one part, otherwise a multipart upload."""
+
+        def fill(assembly: "_Assembly") -> None:
+            assembly.take(body)
+
+        return self._assembled(key, put, fill)
+
+    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+        """What is large and stays is copied by the store itself; the rest is read and sent again."""
+        metadata = {name: value for name, value in held.metadata.items() if name != MARK}
+        put = Put(held.content_type, metadata, held.etag)
+
+        def fill(assembly: "_Assembly") -> None:
+            assembly.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
+            assembly.keep(held, 0, offset)
+            end = offset + assembly.take(body)
+            assembly.keep(held, end, held.size_bytes - end, last=True)
+
+        return self._assembled(held.key, put, fill)
+
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
+        """GetObject with a range."""
+        return self._store.open_span(held, first, count) if count > 0 else nullcontext(io.BytesIO())
+
+    def page(self, question: Question) -> Page:
+        """ListObjectsV2. The continuation is the store's own token."""
+        check_unicode(question.prefix)
+        asked = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
+        with self._store.translated(f"listing of {question.prefix!r}"):
+            found = self._listed(question, {name: value for name, value in asked.items() if value})
+            objects = infos_of(found)
+            prefixes = [entry["Prefix"] for entry in found.get("CommonPrefixes", ())]
+            more = found["NextContinuationToken"] if found["IsTruncated"] else ""
+        if more and more == question.continuation:
+            raise Transient(f"listing of {question.prefix!r}: the store gives the same page again", STYLE_HINT)
+        # SeaweedFS takes `a//` for `a/`
+        return Page(
+            [info for info in objects if info.key.startswith(question.prefix)],
+            [prefix for prefix in prefixes if prefix.startswith(question.prefix)],
+            more,
+        )
+
+    def _listed(self, question: Question, asked: dict[str, str]) -> Any:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._store.client().list_objects_v2(
+                Bucket=self._store.target.bucket, Prefix=question.prefix, MaxKeys=question.limit, **asked
+            )
+        except ClientError as error:
+            if not question.continuation or status_of(error) != HTTPStatus.BAD_REQUEST:
+                raise
+            raise Rejected(
+                f"the continuation is not one of a listing: {code_of(error)}", "begin the listing again without it"
+            ) from error
+
+    def link(self, key: str, seconds: int, disposition: str) -> str:
+        """A presigned GetObject. It ends with temporary credentials, if those are what it was made with."""
+        check_characters(key)
+        place = {"Bucket": self._store.target.bucket, "Key": key, "ResponseContentDisposition": disposition}
+        with self._store.translated(key):
+            return str(self._store.client().generate_presigned_url("get_object", Params=place, ExpiresIn=seconds))
+
+    def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], None]") -> Stored:
+        check_key(key)
+        put = marked(put)
+        check_headers(key, put)
+        with ExitStack() as stack:
+            assembly = _Assembly(self._store, self._desk, (key, put), stack)
+            fill(assembly)
+            if assembly.parts is None:
+                return self._put(key, assembly.rest(), put)
+            guarded = put.expected is not None and self._guards()
+            return replace(assembly.complete(guarded=guarded), guarded=guarded or put.expected is None)
+
+    def _put(self, key: str, data: bytearray, put: Put) -> Stored:
+        guarded = put.expected is None or self._store.conditional
+        try:
+            etag, version_id = self._store.put_version(key, io.BytesIO(data), put)
+        except AppError as error:
+            return Stored(settled(self._store, key, put, error).etag, len(data), None, guarded)
+        return Stored(etag, len(data), version_id, guarded)
+
+    def _guards(self) -> bool:
+        """Whether the store compares versions at a Complete; some do so only at a PutObject. Asked once."""
+        with self._turn:
+            if self._guards_parts is None:
+                self._guards_parts = self._store.conditional and honours_conditions(self._store, self._store.probe_key)
+            return self._guards_parts
+
+
+class _Assembly:
+    """An object put together from front to back. It becomes a multipart upload when it outgrows a part."""
+
+    def __init__(self, store: S3Store, desk: PartDesk, what: tuple[str, Put], stack: ExitStack) -> None:
+        self._store, self._desk, self._stack = store, desk, stack
+        self._key, self._put = what
+        self._held = bytearray()  # room for a whole part once the object is large
+        self._held_bytes = 0
+        self._size_bytes = 0
+        self._large = False
+        self.least_part_bytes = 0
+        self.parts: S3Parts | None = None
+
+    def take(self, body: Readable) -> int:
+        """All of `body`; how many bytes it had."""
+        before = self._size_bytes
+        while data := body.read(min(STEP_BYTES, self._room_bytes())):
+            self._add(data)
+        return self._size_bytes - before
+
+    def keep(self, held: ObjectInfo, first: int, count: int, *, last: bool = False) -> None:
+        """The bytes `[first, first + count)` of the version that is replaced; nothing when `count` is not positive.
+
+        What fills a part is copied; what shares one with other bytes is read, since all parts but the `last` are alike.
+        """
+        started = min(self._room_bytes(), count) if self._held_bytes else 0
+        self._read(held, first, started)
+        copied = self._copy(held, first + started, count - started, last=last) if count > 0 else 0
+        self._read(held, first + started + copied, count - started - copied)
+
+    def _read(self, held: ObjectInfo, first: int, count: int) -> None:
+        if count > 0:
+            with self._store.open_span(held, first, count) as stream:
+                self.take(stream)
+
+    def _copy(self, held: ObjectInfo, first: int, count: int, *, last: bool) -> int:
+        """How many of the bytes the store copied; fewer when they fill no part, or when it cannot copy at all."""
+        copied = 0
+        while (size_bytes := self._room_bytes()) <= count - copied or (copied and last and copied < count):
+            size_bytes = min(size_bytes, count - copied)
+            if not self._begin().copy(held, first + copied, size_bytes):
+                break
+            copied += size_bytes
+            self._size_bytes += size_bytes
+        return copied
+
+    def _room_bytes(self) -> int:
+        return max(part_bytes(self.parts.number if self.parts else 1), self.least_part_bytes) - self._held_bytes
+
+    def _add(self, data: bytes) -> None:
+        end = self._held_bytes + len(data)
+        if end > LARGE_BYTES and not self._large:
+            self._stack.enter_context(self._desk.place())
+            self._large = True
+        if self._large and end > len(self._held):
+            held, self._held = self._held, self._desk.buffer(self._held_bytes + self._room_bytes())
+            self._held[: len(held)] = held
+        self._held[self._held_bytes : end] = data
+        self._held_bytes = end
+        self._size_bytes += len(data)
+        if not self._room_bytes():
+            self._flush(self._begin())
+
+    def _begin(self) -> S3Parts:
+        if self.parts is None:
+            self.parts = self._stack.enter_context(begun(self._store, self._desk, self._key, self._put))
+        return self.parts
+
+    def _flush(self, parts: S3Parts) -> None:
+        parts.send(self.rest())
+
+    def rest(self) -> bytearray:
+        """What is held and was not sent; it is not held any more."""
+        held, count = self._held, self._held_bytes
+        self._held, self._held_bytes = bytearray(), 0
+        if count < len(held):
+            del held[count:]  # gives the memory back without a copy
+        return held
+
+    def complete(self, *, guarded: bool) -> Stored:
+        """Send the rest and make the object."""
+        parts = self._begin()
+        if self._held_bytes:
+            self._flush(parts)
+        return parts.complete(self._size_bytes, guarded=guarded)
+
+
+# What killed uploads left in a bucket: parts that nobody sees and everybody pays for.
+#
+# Invariant: an upload is aborted only when it is old and its key is one of ours; one that ends meanwhile is none.
+
+SWEEP_HINT = (
+    "let the key list and abort multipart uploads (s3:ListBucketMultipartUploads, s3:AbortMultipartUpload), "
+    "or set S3_SWEEP_HOURS=0"
+)
+
+
+def sweep(store: S3Store, before: datetime, ours: Callable[[str], bool]) -> int:
+    """Abort multipart uploads that were begun before under keys that are `ours`; how many there were."""
+    try:
+        old = [
+            (upload["Key"], upload["UploadId"])
+            for upload in _uploads(store)
+            if upload["Initiated"].astimezone(UTC) < before and ours(upload["Key"])
+        ]
+        return sum(abort_upload(store, key, upload_id) for key, upload_id in old)
+    except Permanent as error:
+        raise Permanent(error.message, SWEEP_HINT) from error
+
+
+def _uploads(store: S3Store) -> Iterator[Any]:
+    asked: dict[str, str] = {}
+    while True:
+        with store.translated("listing of multipart uploads"):
+            page = store.client().list_multipart_uploads(Bucket=store.target.bucket, **asked)
+            uploads, more = page.get("Uploads", ()), page.get("IsTruncated", False)
+            marks = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+        yield from uploads
+        if not more or not any(marks.values()) or marks == asked:
+            return
+        asked = {name: value for name, value in marks.items() if value}
+
+
+# Whether a bucket keeps old versions of its objects for ever: each replacement of an object would then be paid for.
+#
+# Source: the S3 API reference, GetBucketVersioning and GetBucketLifecycleConfiguration.
+
+NO_RIGHT = "whether old versions are kept cannot be seen: allow s3:GetBucketVersioning and s3:GetLifecycleConfiguration"
+KEPT = "old versions are kept for ever: add a lifecycle rule with NoncurrentVersionExpiration"
+
+
+def note_of_versions(store: S3Store, prefix: str) -> str:
+    """A warning for a bucket with versions that no lifecycle rule removes below `prefix`; "" when all is well.
+
+    Raises Transient. A store that knows no versions has none.
+    """
+    try:
+        if not _keeps_versions(store):
+            return ""
+        return "" if removes_old_versions(_rules(store), prefix) else KEPT
+    except Permanent:
+        return NO_RIGHT
+
+
+def removes_old_versions(rules: Sequence[Mapping[str, Any]], prefix: str) -> bool:
+    """True when one of a bucket's lifecycle rules removes old versions of everything below `prefix`."""
+    for rule in rules:
+        only = rule.get("Filter") or {"Prefix": rule.get("Prefix", "")}
+        is_for_all = set(only) <= {"Prefix"} and f"{prefix}/".lstrip("/").startswith(only.get("Prefix", ""))
+        if rule.get("Status") == "Enabled" and is_for_all and "NoncurrentVersionExpiration" in rule:
+            return True
+    return False
+
+
+def _keeps_versions(store: S3Store) -> bool:
+    answer = _answer(store, "get_bucket_versioning", HTTPStatus.NOT_IMPLEMENTED)
+    return answer.get("Status") == "Enabled"
+
+
+def _rules(store: S3Store) -> Sequence[Mapping[str, Any]]:
+    rules: Sequence[Mapping[str, Any]] = _answer(store, "get_bucket_lifecycle_configuration", HTTPStatus.NOT_FOUND).get(
+        "Rules", ()
+    )
+    return rules
+
+
+def _answer(store: S3Store, method: str, nothing: HTTPStatus) -> Mapping[str, Any]:
+    """What the store says of its bucket; nothing where it answers with this status."""
+    from botocore.exceptions import ClientError
+
+    with store.translated(f"bucket {store.target.bucket!r}"):
+        try:
+            found: Mapping[str, Any] = getattr(store.client(), method)(Bucket=store.target.bucket)
+        except ClientError as error:
+            if status_of(error) != nothing or code_of(error) == "NoSuchBucket":
+                raise
+            return {}
+    return found

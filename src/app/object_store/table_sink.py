@@ -1,0 +1,424 @@
+"""The shared sink of the pipelines that land rows as objects: Parquet or CSV, one object per window and part.
+
+Key: `{prefix}/device_id={id}/date={date}/export_{HHMMSS}.{parquet|csv}`, all UTC, HHMMSS being the start of the window;
+deltas, which older versions wrote for late rows, take the seconds after it. Invariants: the key is a function of
+partition, window and part alone; an object is replaced only while it is the version that was read; metadata names
+digest and rows of its content.
+"""
+
+import csv
+import io
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+
+from app.core.errors import Conflict, Permanent, Rejected
+from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
+from app.core.windows import Window
+from app.db.checkpoints import Layout
+from app.object_store.deltas import folded_in, named_second, noted_window, unfolded
+from app.object_store.port import CONTROL, ObjectInfo, ObjectStore, Put, check_key
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROW_GROUP_ROWS = 128 * 1024
+MEMORY_BYTES = 4 << 20
+CSV_BLOCK_BYTES = 1 << 20
+WRITE_BYTES = 1 << 18
+MAX_DEVICE_BYTES = 255
+TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
+CSV_ROWS = {b"headwater.format": b"csv"}
+"""Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
+LOST_TAGS = {b"headwater.lost-tags": b"yes"}
+"""Schema metadata of rows from an object without the mark `tags: all`: older versions dropped all but two tags."""
+CONTENT_TYPES = {"parquet": "application/vnd.apache.parquet", "csv": "text/csv; charset=utf-8"}
+
+
+class TableBatch(Batch, Protocol):
+    """A batch that can be written as a table."""
+
+    @property
+    def output_schema(self) -> "pa.Schema":
+        """Columns of the object, in order; the timestamp in nanoseconds."""
+
+    @property
+    def has_nanos(self) -> bool:
+        """True when an instant has digits below the microsecond."""
+
+    @property
+    def has_all_tags(self) -> bool:
+        """False when rows of an older version are among them, which lost tags."""
+
+    def output(self) -> "Iterator[pa.Table]":
+        """The rows with `output_schema`, in order, in tables of moderate size."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
+
+    file: BinaryIO
+    size_bytes: int
+    content_type: str
+    metadata: Mapping[str, str]
+
+    @property
+    def write(self) -> str:
+        """See `app.core.pipeline.Encoded.write`."""
+        return self.metadata.get("write", "")
+
+    def close(self) -> None:
+        """Remove the file. Idempotent."""
+        self.file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class TableSink:
+    """`app.core.pipeline.Sink` for tables on an object store. `layout_at` gives the layout of a window's start.
+
+    `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
+    committed of each partition when the run began, from which a lost cursor can be found again.
+    """
+
+    store: ObjectStore
+    pipeline: str
+    prefix: str
+    layout_at: Callable[[datetime], Layout]
+    spool_directory: Path
+    app_version: str
+    dictionary: tuple[str, ...] = ()
+    run: str = ""
+    cursors: Mapping[str, datetime] = field(default_factory=dict)
+    writes: Iterator[int] = field(default_factory=count)
+
+    def key(self, partition: str, window: Window, part: int) -> str:
+        """See the module. Raises Rejected for a partition that cannot be part of a key, or when no second is left."""
+        check_device(partition)
+        layout = self.layout_at(window.start)
+        named_at = window.start + timedelta(seconds=part)
+        if named_at >= window.end:
+            raise Rejected(
+                f"{partition} {window} has no name left for delta {part}", "export the window again elsewhere"
+            )
+        day = window.start.strftime(layout.date_format)
+        name = f"device_id={partition}/date={day}/export_{named_at:%H%M%S}.{layout.format}"
+        return check_key(f"{self.prefix}/{name}" if self.prefix else name)
+
+    def listed(self, partition: str, window: Window) -> "Iterator[tuple[datetime, ObjectInfo]]":
+        """Every object of the partition on the day of `window`, with the instant of its name. One listing."""
+        folder = self.key(partition, window, 0).rpartition("/")[0]
+        midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
+        for info in self.store.list(f"{folder}/"):
+            second = named_second(info.key)
+            if second is not None and info.key.rpartition("/")[0] == folder:
+                yield midnight + timedelta(seconds=second), info
+
+    def unfolded(self, partition: str, window: Window) -> "Sequence[tuple[datetime, ObjectInfo]]":
+        """The same without deltas whose rows the object of their window holds."""
+        listed = list(self.listed(partition, window))
+        named = {info.key: named_at for named_at, info in listed}
+        seconds = self.layout_at(window.start).window_seconds
+        left = unfolded(
+            (info for _, info in listed),
+            lambda one: self.store.head(one if isinstance(one, str) else one.key),
+            window_seconds=seconds,
+        )
+        return [(named[info.key], info) for info in left.infos]
+
+    def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+        """See `app.core.pipeline.Deltas`: deltas are named by the seconds after the window's start."""
+        days = {window.start.date(): window for window in windows}.values()
+        return by_window((each for day in days for each in self.listed(partition, day)), windows)
+
+    def found(self, partition: str, window: Window) -> Sequence[tuple[int, str]]:
+        """See `app.core.pipeline.Deltas`."""
+        there = self.objects(partition, [window]).get(window.start, {})
+        return sorted((part, key) for part, (key, _) in there.items() if part)
+
+    def noted(self, encoded: EncodedFile, folded: int) -> EncodedFile:
+        """See `app.core.pipeline.Deltas`."""
+        return replace(encoded, metadata={**encoded.metadata, "folded": str(folded)})
+
+    def delete(self, key: str) -> None:
+        """See `app.core.pipeline.Deltas`."""
+        self.store.delete(key)
+
+    def head(self, key: str) -> Held | None:
+        """What is there, with what its writer noted; a copy of another window's object says nothing."""
+        info = self.store.head(key)
+        if info is None:
+            return None
+        second, noted = named_second(key), noted_window(info)
+        is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
+        return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
+
+    def read(self, key: str, version: str) -> "Iterator[pa.Table]":
+        """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
+
+        Timestamps are in nanoseconds, whatever unit the object has. See LOST_TAGS and CSV_ROWS.
+        """
+        with closing(self._temporary()) as file:
+            with self.store.open(key, version) as body:
+                if body is None:
+                    raise Conflict(f"{key} is gone", "nothing to do: the window is read again")
+                while chunk := body.read(CSV_BLOCK_BYTES):
+                    file.write(chunk)
+            file.seek(0)
+            if key.endswith(".parquet"):
+                yield from _readable(key, _parquet_tables(file))
+            else:
+                held = self.head(key)
+                mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
+                for table in _readable(key, _csv_tables(file)):
+                    yield table.replace_schema_metadata(mark)
+
+    def encode(self, partition: str, window: Window, batch: TableBatch) -> EncodedFile:
+        """Write the batch to memory, from MEMORY_BYTES on to a temporary file. In Parquet each write differs."""
+        layout = self.layout_at(window.start)
+        metadata = {
+            "pipeline": self.pipeline,
+            "window": str(window),
+            "rows": str(batch.rows),
+            "digest": batch.digest,
+            "app-version": self.app_version,
+            "timestamp-unit": layout.timestamp_unit,
+            "tags": ALL_TAGS if batch.has_all_tags else SOME_TAGS,
+            "write": f"{self.run}:{next(self.writes)}",
+            **({"cursor": f"{self.cursors[partition]:%Y-%m-%dT%H:%M:%SZ}"} if partition in self.cursors else {}),
+        }
+        file = self._temporary()
+        with ExitStack() as undo:
+            undo.callback(file.close)
+            if layout.format == "parquet":
+                described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
+                in_microseconds = layout.timestamp_unit == "us"
+                schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
+                rows = batch.output()
+                if in_microseconds:
+                    rows = (stored(table, with_nanos=batch.has_nanos) for table in rows)
+                _write_parquet(file, rows, schema.with_metadata(described), self.dictionary)
+            else:
+                _write_csv(file, batch)
+            size_bytes = file.seek(0, 2)
+            undo.pop_all()
+        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
+
+    def put(self, key: str, encoded: EncodedFile, expected: str | None) -> str:
+        """Compare-and-swap: see `app.core.pipeline.Sink`."""
+        encoded.file.seek(0)
+        return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or ""))
+
+    def _temporary(self) -> BinaryIO:
+        self.spool_directory.mkdir(parents=True, exist_ok=True)
+        folder = str(self.spool_directory)
+        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
+        return cast("BinaryIO", file)
+
+
+def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+    """A listing, as `TableSink.listed` makes it, by the starts of these windows, which are in order."""
+    starts = [window.start for window in windows]
+    found: dict[datetime, dict[int, tuple[str, str]]] = {}
+    for named_at, info in listed:
+        at = bisect_right(starts, named_at) - 1
+        if at >= 0 and named_at < windows[at].end:
+            part = round((named_at - starts[at]).total_seconds())
+            found.setdefault(starts[at], {})[part] = (info.key, info.etag)
+    return found
+
+
+def check_device(device: str) -> None:
+    """Raises Rejected for an id that cannot be part of a key as it is."""
+    problem = ""
+    if not device or "/" in device or ".." in device:
+        problem = "is empty or holds '/' or '..'"
+    elif "\\" in device:
+        problem = "holds a backslash, which some stores take for a slash"
+    elif not CONTROL.isdisjoint(device):
+        problem = "holds a control character"
+    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
+        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
+    if problem:
+        raise Rejected(
+            f"device id {device[:80]!r} {problem}, so it cannot name an object",
+            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
+        )
+
+
+def held_of(info: ObjectInfo) -> Held:
+    """What an object's metadata says; an object that a person put there says nothing."""
+    rows = info.metadata.get("rows", "")
+    return Held(
+        version=info.etag,
+        digest=info.metadata.get("digest", ""),
+        write=info.metadata.get("write", ""),
+        folded=folded_in(info),
+        rows=int(rows) if rows.isdigit() else None,
+        size_bytes=info.size_bytes,
+        tags=info.metadata.get("tags", ""),
+    )
+
+
+def lost_tags_in(table: "pa.Table") -> bool:
+    """True for rows of an object that lost tags: see LOST_TAGS."""
+    return LOST_TAGS.items() <= (table.schema.metadata or {}).items()
+
+
+def stored_schema(schema: "pa.Schema", *, in_microseconds: bool, with_nanos: bool) -> "pa.Schema":
+    """The columns of a Parquet object. Digits below the microsecond stand in a last column of their own, 0 to 999."""
+    import pyarrow as pa
+
+    if not in_microseconds:
+        return schema
+    index = schema.get_field_index(TIMESTAMP)
+    schema = schema.set(index, pa.field(TIMESTAMP, pa.timestamp("us", "UTC")))
+    return schema.append(pa.field(NANOS, pa.int16())) if with_nanos else schema
+
+
+def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
+    """Rows with their timestamp in microseconds, and what is below that in a last column."""
+    import numpy as np
+    import pyarrow as pa
+
+    index = table.schema.get_field_index(TIMESTAMP)
+    times = table.column(index)
+    times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
+    instants = times.view(pa.int64()).to_numpy()
+    micros = instants // 1000  # rounds down, also before 1970, so that the rest is never negative
+    table = table.set_column(index, TIMESTAMP, pa.array(micros).view(pa.timestamp("us", "UTC")))
+    return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
+
+
+def in_nanoseconds(table: "pa.Table") -> "pa.Table":
+    """The reverse of `stored`, for an object of any unit."""
+    import numpy as np
+    import pyarrow as pa
+
+    index = table.schema.get_field_index(TIMESTAMP)
+    if index < 0:
+        raise pa.ArrowInvalid("it has no column timestamp")
+    if table.schema.field(index).type == pa.timestamp("ns", "UTC"):
+        return table
+    instants = table.column(index).cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() * 1000
+    if NANOS in table.column_names:
+        instants = instants + table.column(NANOS).to_numpy().astype(np.int64)
+        table = table.drop_columns([NANOS])
+    return table.set_column(index, TIMESTAMP, pa.array(instants).view(pa.timestamp("ns", "UTC")))
+
+
+def _write_parquet(
+    file: BinaryIO, rows: "Iterator[pa.Table]", schema: "pa.Schema", dictionary: tuple[str, ...]
+) -> None:
+    """Row groups of equal size whatever the size of the tables that come; dictionary only where values repeat.
+
+    Each page's few writes are gathered on Arrow's side: a call into Python for every one costs a fifth of a small file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [name for name in dictionary if name in schema.names]
+    gathered = pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), WRITE_BYTES)
+    with pq.ParquetWriter(
+        gathered, schema, compression="zstd", compression_level=1, use_dictionary=names, write_statistics=True
+    ) as writer:
+        for group in row_groups(rows, ROW_GROUP_ROWS):
+            writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+    gathered.detach()  # closing it would close the file as well
+
+
+def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
+    """The same rows in tables of exactly `rows`, the last one shorter."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        waiting.append(table)
+        size += table.num_rows
+        while size >= rows:
+            together = pa.concat_tables(waiting)
+            yield together.slice(0, rows)
+            waiting, size = [together.slice(rows)], size - rows
+    if size:
+        yield pa.concat_tables(waiting)
+
+
+def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
+    """RFC 4180 with LF; timestamps in ISO 8601 with nanoseconds and Z; null and empty text are both an empty cell."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as pacsv
+
+    options = pacsv.WriteOptions(include_header=False, quoting_style="needed")
+    header = io.StringIO(newline="")
+    csv.writer(header, lineterminator="\n").writerow(batch.output_schema.names)
+    file.write(header.getvalue().encode())
+    for table in batch.output():
+        for index, column in enumerate(table.schema):
+            if pa.types.is_timestamp(column.type):
+                text = pc.strftime(table.column(index), format="%Y-%m-%dT%H:%M:%SZ", locale="C")
+                table = table.set_column(index, column.name, text)  # noqa: PLW2901 - the same rows, written as text
+        pacsv.write_csv(table, file, write_options=options)
+
+
+def _readable(key: str, tables: "Iterator[pa.Table]") -> "Iterator[pa.Table]":
+    """The tables of a local copy. What cannot be parsed was not written by this sink, or was damaged since."""
+    import pyarrow as pa
+
+    try:
+        yield from tables
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+        raise Permanent(
+            f"{key} cannot be read: {str(error)[:200]}", "restore an earlier version of the object, or move it away"
+        ) from error
+
+
+def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
+            table = in_nanoseconds(pa.Table.from_batches([batch]))
+            said = table.schema.metadata or {}
+            yield (
+                table if said.get(b"headwater.tags") == ALL_TAGS.encode() else table.replace_schema_metadata(LOST_TAGS)
+            )
+
+
+def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
+    """Instants, and everything else as the text that it is: inference would look at the first block only, and make
+    numbers of texts such as 007.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+
+    names = next(csv.reader(io.StringIO(_first_record(file), newline="")), [])
+    options: Mapping[str, Any] = {
+        "read_options": pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES, use_threads=False),
+        "parse_options": pacsv.ParseOptions(newlines_in_values=True),
+        "convert_options": pacsv.ConvertOptions(
+            column_types={**dict.fromkeys(names, pa.string()), "timestamp": pa.timestamp("ns", "UTC")},
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    }
+    with pacsv.open_csv(file, **options) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _first_record(file: BinaryIO) -> str:
+    """The header, which ends at the first newline outside quotes. The file stands at its start again."""
+    record = file.readline()
+    while record.count(b'"') % 2 and (line := file.readline()):
+        record += line
+    file.seek(0)
+    return record.decode("utf-8")

@@ -1,0 +1,130 @@
+"""What /health and /ready answer, and the looks at outside systems behind /ready."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from app.core.errors import AppError
+from app.ops.scheduler import Scheduler
+
+# Whether the systems outside can be reached, looked at in the background, so that an answer costs nothing.
+#
+# Invariant: a check that hangs makes only its own answer old, and an answer that is too old counts as a failure.
+
+EVERY_SECONDS = 10.0
+LIMIT_SECONDS = 10.0
+log = logging.getLogger(__name__)
+
+Check = Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. `note` is what the check said when it succeeded; `error` and `hint` are empty then."""
+
+    ok: bool
+    note: str = ""
+    error: str = ""
+    hint: str = ""
+
+
+def look(check: Check) -> Finding:
+    """One attempt. A check returns a short note or raises AppError."""
+    try:
+        return Finding(ok=True, note=check())
+    except AppError as error:
+        return Finding(ok=False, error=error.message, hint=error.hint)
+
+
+class Readiness:
+    """One thread per check, each asking every ten seconds."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._checks = checks
+        self._found: dict[str, tuple[Finding, float]] = {}
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Begin to look; until its first answer a check counts as failed."""
+        for name in self._checks:
+            threading.Thread(target=self._watch, args=(name,), name=f"check-{name}", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop looking; a check that hangs is left behind."""
+        self._closed.set()
+
+    def findings(self) -> Mapping[str, Finding]:
+        """The latest answer of each check. No I/O."""
+        now = time.monotonic()
+        return {name: self._latest(name, now) for name in self._checks}
+
+    def _latest(self, name: str, now: float) -> Finding:
+        finding, at = self._found.get(name, (Finding(ok=False, error="not looked at yet", hint="ask again soon"), now))
+        if now - at > EVERY_SECONDS + LIMIT_SECONDS:
+            return Finding(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
+        return finding
+
+    def _watch(self, name: str) -> None:
+        """What is wrong is told once, and again when it is something else."""
+        told = ""
+        while not self._closed.is_set():
+            finding = look(self._checks[name])
+            self._found[name] = (finding, time.monotonic())
+            if finding.error and finding.error != told:
+                log.error("%s: %s (%s)", name, finding.error, finding.hint)
+            elif told and finding.ok:
+                log.info("%s: reached again", name)
+            told = finding.error
+            self._closed.wait(EVERY_SECONDS)
+
+
+# Liveness and readiness as values: what /health and /ready answer, without I/O.
+#
+# Invariant: neither looks outside the process, so both answer within milliseconds whatever the outside systems do.
+
+PATHS = ("/health", "/ready")
+OK = 200
+UNAVAILABLE = 503
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status code and a JSON body."""
+
+    status: int
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What the two probes look at."""
+
+    version: str
+    scheduler: Scheduler
+    readiness: Readiness
+    clock: Callable[[], datetime]
+
+    def health(self) -> Answer:
+        """Liveness: 503 once the scheduler stopped turning, which only a restart cures."""
+        turning = self.scheduler.turning
+        body = {
+            "status": "healthy" if turning else "unhealthy",
+            "version": self.version,
+            "timestamp": f"{self.clock():%Y-%m-%dT%H:%M:%SZ}",
+        }
+        return Answer(OK if turning else UNAVAILABLE, body)
+
+    def ready(self) -> Answer:
+        """Readiness: 503 while a system outside cannot be reached, and from the stop signal on."""
+        findings = self.readiness.findings()
+        checks = {"worker_running": self.scheduler.running and self.scheduler.turning}
+        checks |= {name: finding.ok for name, finding in findings.items()}
+        ready = all(checks.values())
+        body: dict[str, Any] = {"ready": ready, "checks": checks}
+        if notes := {name: finding.note for name, finding in findings.items() if finding.note}:
+            body["notes"] = notes
+        return Answer(OK if ready else UNAVAILABLE, body)

@@ -1,0 +1,425 @@
+"""Logs: one JSON object a line on stdout, text on a terminal, a rotating file, limits per kind of line, and one line
+per run.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from math import isfinite
+from pathlib import Path
+from typing import ParamSpec, TextIO, TypeVar
+from urllib.parse import quote
+
+from app.core.errors import AppError, BadSettings
+from app.core.ledger import TALLY_NAMES
+from app.core.runs import Outcome, Run
+
+# How many lines of one kind a log takes, so that nobody who can reach the service can fill a disk or push others
+# out.
+#
+# Invariants: what is left out is counted and told, with the next line or at the end; memory is bounded. Inside a
+# run, where only its own data make lines, and for callers with a key there is far more room than for everybody
+# else.
+
+TELL_SECONDS = 60.0
+KINDS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """So many lines at once, and so many more a minute."""
+
+    at_once: int
+    a_minute: int
+
+
+IN_RUNS = Allowance(1000, 100)
+OF_CALLERS = Allowance(100, 20)
+OF_ANYBODY = Allowance(20, 4)
+OF_ALL_OF_ANYBODY = Allowance(150, 20)
+NOBODY = "nobody"
+
+
+class _Bucket:
+    """An allowance in use. `record` is the last line that was left out."""
+
+    def __init__(self, allowance: Allowance, at: float) -> None:
+        self.allowance = allowance
+        self._left = float(allowance.at_once)
+        self._at = at
+        self.left_out = 0
+        self.since = at
+        self.record: logging.LogRecord | None = None
+
+    def takes(self, at: float) -> bool:
+        seconds = max(at - self._at, 0.0)  # the clock may have been set back
+        self._at = at
+        self._left = min(self._left + seconds * self.allowance.a_minute / 60, float(self.allowance.at_once))
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def count(self, other: "_Bucket") -> None:
+        """Tell of what `other` left out, which is forgotten."""
+        if other.left_out:
+            self.since = self.since if self.left_out else other.since
+            self.left_out += other.left_out
+            self.record = other.record
+
+
+class LogLimits:
+    """Lines of one kind: of one logger, level and text before its values are put in; of one job, caller and status."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[tuple[object, ...], _Bucket] = OrderedDict()
+        self._of_anybody = _Bucket(OF_ALL_OF_ANYBODY, 0.0)
+
+    def passed(self, record: logging.LogRecord, job: str) -> list[logging.LogRecord]:
+        """The lines to write instead of `record`: itself or nothing, and before it what is to be told of others."""
+        with self._lock:
+            told = list(self._due(record.created))
+            bucket = self._bucket(record, job)
+            fits = bucket.takes(record.created)
+            if fits and bucket.allowance is OF_ANYBODY:
+                fits = self._of_anybody.takes(record.created)
+            if fits:
+                return [*told, record]
+            if not bucket.left_out:
+                bucket.since = record.created
+            bucket.left_out += 1
+            bucket.record = record
+            return told
+
+    def rest(self) -> list[logging.LogRecord]:
+        """What is still to be told when the log is closed."""
+        with self._lock:
+            return [_summary(each) for each in (self._of_anybody, *self._buckets.values()) if each.left_out]
+
+    def _bucket(self, record: logging.LogRecord, job: str) -> _Bucket:
+        who, status = getattr(record, "who", NOBODY), getattr(record, "status", None)
+        kind = (record.name, record.levelno, str(record.msg), job, who, status)
+        allowance = IN_RUNS if job else OF_ANYBODY if who == NOBODY else OF_CALLERS
+        bucket = self._buckets.setdefault(kind, _Bucket(allowance, record.created))
+        self._buckets.move_to_end(kind)
+        return bucket
+
+    def _due(self, now: float) -> Iterator[logging.LogRecord]:
+        while len(self._buckets) > KINDS:
+            _, oldest = self._buckets.popitem(last=False)
+            self._of_anybody.count(oldest)
+        for bucket in (self._of_anybody, *self._buckets.values()):
+            if bucket.left_out and not 0 <= now - bucket.since < TELL_SECONDS:
+                yield _summary(bucket)
+
+
+def _summary(bucket: _Bucket) -> logging.LogRecord:
+    """A line that stands for those that were left out, the last of which it repeats."""
+    last, count = bucket.record, bucket.left_out
+    assert last is not None  # noqa: S101 - set with each count
+    bucket.left_out, bucket.record = 0, None
+    made = logging.makeLogRecord(last.__dict__)
+    made.msg, made.args = "%d more lines were left out, the last: %s", (count, last.getMessage())
+    made.exc_info = made.exc_text = made.stack_info = None
+    return made
+
+
+# Logs: one JSON object a line on stdout, text on a terminal, and a rotating file.
+#
+# Invariants: a record is one line of bounded length whatever is in its message, and of one kind only so many are
+# written in a minute, the others counted; the file is for its owner alone; no known secret and nothing shaped like
+# one leaves; every record made inside `bound`, or in a thread that was given `carried` work there, says which run
+# of which job made it.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FILE_BYTES, FILES_KEPT = 1_000_000, 5
+OURS = ("headwater-stdout", "headwater-file")
+OWNER_ONLY = 0o600
+MESSAGE_CHARACTERS, TRACE_CHARACTERS = 8000, 6000
+# At DEBUG these write request headers, signatures, tokens and whole bodies: no filter can know all of that.
+TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3", "googleapiclient", "google.auth", "httpx")
+# Railway indexes these four words; anything else counts as info.
+LEVEL_WORDS = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
+STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+ANYWHERE_CHARACTERS, WORD_CHARACTERS = 8, 4
+# Repeats are bounded: a hostile message of a megabyte must not cost a minute.
+NAMED = r"(?:password|passwd|pwd|secret\w{0,20}|api_?key|access_?key\w{0,20}|token|signature|X-Amz-Credential)"
+QUOTED = r"[\"']?\s{0,9}[:=]\s{0,9}(?=[\"'])"
+SHAPES = (
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "***"),
+    (re.compile(r"\bhw_[a-z0-9_-]{1,40}_[A-Za-z0-9_-]{43}"), "hw_***"),
+    (
+        re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|$)", re.DOTALL),
+        "***",
+    ),
+    (re.compile(r"\b(Bearer|Basic)\s+[^\s\"',;]+", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"\b(Token)\s+(?=[^\s\"',;]*[0-9_=-])[^\s\"',;]{8,}", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"(Authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[^\s\"',;]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"://[^\s/\"']*@"), "://***@"),
+    (re.compile(rf"({NAMED}(?:=|{QUOTED}))(?:([\"'])(?!\2).*?\2|[^\s&\"',;)}}]+)", re.IGNORECASE), r"\1***"),
+)
+_run: ContextVar[tuple[str, str]] = ContextVar("run", default=("", ""))
+
+
+@contextmanager
+def bound(run_id: str, job: str) -> Iterator[None]:
+    """Every record of this context says `run_id` and `job` until the end of the block."""
+    token = _run.set((run_id, job))
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+def carried(work: Callable[P, R]) -> Callable[P, R]:
+    """`work`, to be called in another thread as if in this context: threads start with an empty one.
+
+    May be called by several threads at once, each call has its own copy.
+    """
+    context = copy_context()
+
+    def in_context(*args: P.args, **kwargs: P.kwargs) -> R:
+        return context.copy().run(work, *args, **kwargs)
+
+    return in_context
+
+
+class Redaction:
+    """Takes secrets out of texts: the known ones, and what is shaped like one."""
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
+        words = sorted((form for form in forms if len(form) >= WORD_CHARACTERS), key=len, reverse=True)
+        # A short one may be part of an ordinary word; below four characters it would blank everything.
+        known = [re.escape(w) if len(w) >= ANYWHERE_CHARACTERS else rf"(?<!\w){re.escape(w)}(?!\w)" for w in words]
+        self._known = re.compile("|".join(known)) if known else None
+
+    def __call__(self, text: str) -> str:
+        """`text` with `***` in place of each secret."""
+        if self._known:
+            text = self._known.sub("***", text)
+        for shape, instead in SHAPES:
+            text = shape.sub(instead, text)
+        return text
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time, level, message, logger, run_id, job, what `extra` gave, exception."""
+
+    def __init__(self, redact: Redaction) -> None:
+        super().__init__()
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line. ASCII, so that no reader sees a line end or a broken character in it."""
+        run_id, job = _run.get()
+        line: dict[str, object] = {
+            "time": _time(record),
+            "level": LEVEL_WORDS.get(record.levelno, record.levelname.lower()),
+            "message": self._redact(_message(record)),
+            "logger": record.name,
+        }
+        line |= {name: value for name, value in (("run_id", run_id), ("job", job)) if value}
+        line |= {name: self._plain(value) for name, value in _extra(record) if name not in line}
+        if trace := _trace(self, record):
+            line["exception"] = self._redact(trace)
+        return json.dumps(line)
+
+    def _plain(self, value: object) -> object:
+        number = isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value))
+        return value if number or value is None else self._redact(str(value))
+
+
+class TextLines(logging.Formatter):
+    """For people: time, level, job, message; a traceback follows on marked lines that cannot pass for records."""
+
+    def __init__(self, redact: Redaction) -> None:
+        super().__init__()
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and the lines of the traceback."""
+        _, job = _run.get()
+        head = f"{_time(record)} {record.levelname:<7} {f'[{job}] ' if job else ''}"
+        extra = "".join(f" {name}={value}" for name, value in _extra(record))
+        lines = [head + _printable(self._redact(_message(record) + extra))]
+        trace = self._redact(_trace(self, record)).split("\n")
+        return "\n".join(lines + [f"    | {_printable(line)}" for line in trace if line])
+
+
+def configure(
+    log_level: str,
+    log_format: str,
+    log_file: Path | None,
+    *,
+    secrets: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> None:
+    """Send every record to stdout (or `stream`) and to the file; may be called again. Raises BadSettings for the file.
+
+    `log_format` auto is text on a terminal and JSON elsewhere; the file holds JSON unless text was asked for.
+    """
+    redact = Redaction(secrets)
+    out = stream or sys.stdout
+    text_out = log_format == "text" or (log_format == "auto" and out.isatty())
+    handlers: list[logging.Handler] = [logging.StreamHandler(out)]
+    if log_file is not None:
+        handlers.append(_rotating(log_file))
+    release()
+    for name, handler, text in zip(OURS, handlers, (text_out, log_format == "text"), strict=False):
+        handler.setFormatter(TextLines(redact) if text else JsonLines(redact))
+        limited = _Limited(handler)
+        limited.set_name(name)
+        logging.getLogger().addHandler(limited)
+    logging.getLogger().setLevel(log_level)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def release() -> None:
+    """Take away and close what `configure` set up."""
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if each.get_name() in OURS]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+class _Limited(logging.Handler):
+    """`target`, which is given no more than `LogLimits` lets pass."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self._target = target
+        self._limits = LogLimits()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it, or count it."""
+        for each in self._limits.passed(record, _run.get()[1]):
+            self._target.handle(each)
+
+    def flush(self) -> None:
+        """As the target does."""
+        self._target.flush()
+
+    def close(self) -> None:
+        """Tell what was left out, and close the target."""
+        for each in self._limits.rest():
+            self._target.handle(each)
+        self._target.close()
+        super().close()
+
+
+class _OwnersFile(RotatingFileHandler):
+    """Also a file that an earlier version left open to others, and each one that follows."""
+
+    def _open(self) -> TextIOWrapper:
+        file = super()._open()
+        os.fchmod(file.fileno(), OWNER_ONLY)
+        return file
+
+
+def _rotating(path: Path) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+    except OSError as error:
+        fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
+        raise BadSettings([fault]) from error
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The message; one whose arguments do not fit is shown as it was written, since the standard answer prints them."""
+    try:
+        return _cut(record.getMessage(), MESSAGE_CHARACTERS)
+    except (TypeError, ValueError, KeyError):
+        return f"{record.msg} (its arguments do not fit)"
+
+
+def _cut(text: str, characters: int) -> str:
+    """The beginning and the end of a text that is too long."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
+
+
+def _extra(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in record.__dict__.items() if name not in STANDARD)
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    traces = [formatter.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
+    return _cut("\n".join([*traces, *([record.stack_info] if record.stack_info else [])]), TRACE_CHARACTERS)
+
+
+def _printable(text: str) -> str:
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+# What is told of each run in the log.
+#
+# Invariant: every run that ended is logged exactly once, at the level that says what a person has to do.
+
+LEVELS = {Outcome.OK: logging.INFO, Outcome.STOPPED: logging.INFO, Outcome.PARTIAL: logging.WARNING}
+Ended = Callable[[Run, BaseException | None], None]
+log = logging.getLogger(__name__)
+
+
+def both(first: Ended, second: Ended) -> Ended:
+    """Both are told, in this order."""
+
+    def ended(run: Run, cause: BaseException | None) -> None:
+        first(run, cause)
+        second(run, cause)
+
+    return ended
+
+
+def log_run(run: Run, cause: BaseException | None) -> None:
+    """One line; the traceback only of what the program did not expect, or at DEBUG."""
+    report = run.report
+    told = f": {run.error}" + (f" ({run.hint})" if run.hint else "") if run.error else ""
+    ledger = report.ledger
+    entries = {name: getattr(ledger.total, name) for name in TALLY_NAMES} if ledger else {}
+    unexpected = cause is not None and not isinstance(cause, AppError)
+    with bound(run.run_id, run.job):
+        log.log(
+            LEVELS.get(run.outcome, logging.ERROR),
+            "%s %s%s",
+            run.job,
+            run.outcome.value,
+            told,
+            exc_info=cause if unexpected or log.isEnabledFor(logging.DEBUG) else None,
+            extra={
+                "outcome": run.outcome.value,
+                "rows": report.rows,
+                "bytes": report.bytes,
+                "windows": report.windows,
+                "late_rows": report.late_rows,
+                "corrected_rows": report.corrected_rows,
+                **entries,
+                **({"ledger_closes": ledger.closes} if ledger else {}),
+                "seconds": round((run.ended_at - run.started_at).total_seconds(), 3) if run.ended_at else 0.0,
+            },
+        )
+    if isinstance(cause, AppError) and not run.error:
+        log.warning("%s: the end of run %s could not be recorded: %s", run.job, run.run_id, cause)

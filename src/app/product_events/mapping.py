@@ -1,0 +1,469 @@
+"""Product events as rows of the warehouse, as `product_mapping.toml` says, and how they are loaded."""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+from app.db.database import UNSTORABLE, instant_text
+
+# What the values of product events become: one rule per word of `product_mapping.toml`, each over a whole column.
+#
+# Invariants: whatever comes in, what comes out can be stored in either database, or is None; a column whose values
+# need no change is handed back as it is, since most do not. JSON values come as text, and so do they leave.
+
+Column = Sequence[Any]
+Rule = Callable[[Column], Column]
+
+UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
+SPACED = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{6}")
+WHOLE = re.compile(r"[+-]?\d{1,19}(?:\.0*)?")
+KEY_CHARACTERS = 512
+NESTED_FROM_CHARACTERS, MAX_DEPTH = 200, 100
+NONE = type(None)
+YES, NO = frozenset({"true", "1"}), frozenset({"false", "0"})
+NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
+MAPPED_V4 = "::ffff:"
+
+
+def rule(word: str) -> Rule:
+    """The rule of a word. Raises KeyError for one that is not known."""
+    return RULES[word]
+
+
+def _each(turn: Callable[[Any], Any]) -> Rule:
+    """A rule that looks at one value at a time; nothing stays nothing."""
+    return lambda column: [None if value is None else turn(value) for value in column]
+
+
+def _unless(kinds: set[type], turn: Callable[[Any], Any]) -> Rule:
+    """As `_each`, for a column that may hold other values than of these kinds, which are fine as they are."""
+    each = _each(turn)
+    return lambda column: column if set(map(type, column)) <= kinds else each(column)
+
+
+def plain(text: str) -> str:
+    """Text without what no database stores: NUL and lone surrogates are shown as replaced."""
+    return UNSTORABLE.sub("\ufffd", text) if UNSTORABLE.search(text) else text
+
+
+def text(value: Any) -> str | None:
+    """A value as text; what is empty is nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return plain(str(value)) or None
+
+
+def _texts(column: Column) -> Column:
+    kinds = set(map(type, column))
+    if kinds <= {str, NONE} and "" not in column and not UNSTORABLE.search("".join(filter(None, column))):
+        return column
+    return [None if value is None else text(value) for value in column]
+
+
+def _keys(column: Column) -> Column:
+    texts = _texts(column)
+    longest = max(map(len, filter(None, texts)), default=0)
+    return texts if longest <= KEY_CHARACTERS else [key(value) for value in texts]
+
+
+def _uuids(column: Column) -> Column:
+    """Nearly always all are fine, which takes one search over each and one over all."""
+    if set(map(type, column)) == {str} and all(map(UUID.fullmatch, column)):
+        joined = "".join(column)
+        return column if joined == joined.lower() else [value.lower() for value in column]
+    return [None if value is None else uuid(value) for value in column]
+
+
+def _whole(bits: int) -> Rule:
+    each = _each(whole(bits))
+
+    def turn(column: Column) -> Column:
+        if not set(map(type, column)) <= {int, NONE}:
+            return each(column)
+        numbers = [value for value in column if value is not None]
+        fine = not numbers or (min(numbers) >= -(1 << bits) and max(numbers) < 1 << bits)
+        return column if fine else each(column)
+
+    return turn
+
+
+def _instants(column: Column) -> Column:
+    if set(map(type, column)) == {str} and all(map(SPACED.fullmatch, column)):
+        try:
+            for value in column:
+                datetime.fromisoformat(value)
+        except ValueError:
+            pass
+        else:
+            return [f"{value[:10]}T{value[11:]}Z" for value in column]
+    return [None if value is None else instant(value) for value in column]
+
+
+def _json_values(column: Column) -> Column:
+    """Values of one column are made text together: a line end cannot be inside of what came as a line."""
+    try:
+        texts = b"\n".join([b"null" if value is None else value for value in column]).decode().split("\n")
+    except TypeError:
+        texts = []
+    if len(texts) != len(column):
+        return [None if value is None else json_value(value) for value in column]
+    if "null" in texts or max(map(len, texts)) > NESTED_FROM_CHARACTERS:
+        return [json_value(value) for value in texts]
+    return texts
+
+
+def key(value: Any) -> str | None:
+    """Text that an index takes."""
+    found = text(value)
+    return found if found and len(found) <= KEY_CHARACTERS else None
+
+
+def uuid(value: Any) -> str | None:
+    """A UUID in lower case."""
+    return value.lower() if isinstance(value, str) and UUID.fullmatch(value) else None
+
+
+def whole(bits: int) -> Callable[[Any], int | None]:
+    """A whole number of `bits` and a sign, also out of text."""
+
+    def turn(value: Any) -> int | None:
+        if isinstance(value, str):
+            value = int(value.partition(".")[0]) if WHOLE.fullmatch(value.strip()) else None
+        if isinstance(value, float):
+            value = int(value) if value.is_integer() else None
+        return int(value) if value is not None and -(1 << bits) <= value < 1 << bits else None
+
+    return turn
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also out of text."""
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) and not isinstance(value, bool) else None
+
+
+def truth(value: Any) -> bool | None:
+    """true and false in the ways in which services say them; anything else is nothing."""
+    said = str(value).strip().lower()
+    return True if said in YES else False if said in NO else None
+
+
+def via_app(value: Any) -> bool | None:
+    """How somebody registered."""
+    return True if str(value).strip().lower() == "via app" else truth(value)
+
+
+def record(value: Any) -> int | None:
+    """The number of a health record, unless it says that there is none."""
+    return None if isinstance(value, bool) or str(value).strip().lower() in NO_RECORD else whole(63)(value)
+
+
+def instant(value: Any) -> str | None:
+    """An ISO 8601 instant, with a space or a T, without a zone in UTC; as the databases read it."""
+    if not isinstance(value, str):
+        return None
+    try:
+        at = datetime.fromisoformat(value)
+        if SPACED.fullmatch(value):  # the form of nearly all of them, now known to be a real instant
+            return f"{value[:10]}T{value[11:]}Z"
+        return instant_text(at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC))
+    except (ValueError, OverflowError):
+        return None
+
+
+def epoch(value: Any) -> str | None:
+    """Seconds since 1970."""
+    seconds = whole(40)(value)
+    try:
+        return None if seconds is None else instant_text(datetime.fromtimestamp(seconds, UTC))
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def json_value(value: Any) -> str | None:
+    """The text of a JSON value; null is nothing, and what nests too deep for a database is kept as one text."""
+    found = value if isinstance(value, str) else bytes(value).decode()
+    if found == "null":
+        return None
+    if len(found) > NESTED_FROM_CHARACTERS and nests_too_deep(found):
+        return json.dumps({"_raw": found})
+    return found
+
+
+def json_text(value: Any) -> str | None:
+    """JSON that came inside a text; what is none is kept as one text."""
+    if not value:
+        return None
+    try:
+        parsed = json.loads(value, parse_constant=_refuse)
+        _check_depth(value)
+    except (ValueError, RecursionError):
+        return json.dumps({"_raw": plain(str(value))}, ensure_ascii=False)
+    return storable_json(parsed)
+
+
+def storable_json(value: Any) -> str | None:
+    """JSON text of a value, without what no database stores. Infinite numbers become null."""
+    return None if value is None else json.dumps(cleaned(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def cleaned(value: Any) -> Any:
+    """The same value with plain texts and finite numbers, all the way in."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [cleaned(each) for each in value]
+    if isinstance(value, dict):
+        return {plain(name): cleaned(each) for name, each in value.items()}
+    return value
+
+
+def nests_too_deep(found: str) -> bool:
+    """True when JSON text may nest deeper than databases and readers can be trusted with."""
+    if found.count("{") + found.count("[") <= MAX_DEPTH:
+        return False
+    levels = deepest = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', found):
+        levels += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        deepest = max(deepest, levels)
+    return deepest > MAX_DEPTH
+
+
+def _check_depth(value: str) -> None:
+    if nests_too_deep(value):
+        raise ValueError
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _without_mapping(value: Any) -> str | None:
+    found = text(value)
+    return found.removeprefix(MAPPED_V4) if found else None
+
+
+def _lower(value: Any) -> str | None:
+    found = text(value)
+    return found.lower() if found else None
+
+
+RULES: Mapping[str, Rule] = {
+    "text": _texts,
+    "key": _keys,
+    "uuid": _uuids,
+    "bigint": _whole(63),
+    "integer": _whole(31),
+    "float": _unless({float, NONE}, number),
+    "bool": _unless({bool, NONE}, truth),
+    "flag": _each(truth),
+    "instant": _instants,
+    "epoch": _each(epoch),
+    "lower": _each(_lower),
+    "record": _each(record),
+    "via_app": _each(via_app),
+    "json": _json_values,
+    "jsontext": _each(json_text),
+    "ipv4": _each(_without_mapping),
+}
+
+
+# Product events as rows of the warehouse, as `product_mapping.toml` says: columns of events in, rows by table out.
+#
+# Invariants: the rows of one call belong to the same events, and an event's row is in a table only when it has that
+# table's key; nothing of a service or of a table is known here but what the file says.
+
+FILE = Path(__file__).with_name("product_mapping.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one table. `names` are its columns; those that are not among them stay empty."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+Tables = Mapping[str, Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value comes from and what it becomes. `constant` None = one of `paths`, the first that has something."""
+
+    paths: tuple[str, ...]
+    constant: str | None
+    word: str
+
+
+@dataclass(frozen=True)
+class ProductMapping:
+    """What one service's events become. `places` by table and column, in order."""
+
+    places: Mapping[str, Mapping[str, Place]]
+
+    @cached_property
+    def words(self) -> Mapping[str, frozenset[str]]:
+        """Every path that is read -> the words of what its values become."""
+        found: dict[str, set[str]] = {}
+        for place in self._all:
+            for path in place.paths:
+                found.setdefault(path, set()).add(place.word)
+        return {path: frozenset(words) for path, words in found.items()}
+
+    @cached_property
+    def _all(self) -> frozenset[Place]:
+        return frozenset(place for columns in self.places.values() for place in columns.values())
+
+    @cached_property
+    def _rules(self) -> Mapping[str, Rule]:
+        return {place.word: rule(place.word) for place in self._all}
+
+    def tables(self, events: Mapping[str, Column], count: int) -> Tables:
+        """Rows of `count` events, given as columns by path. Tables without a row are left out."""
+        turned = {place: self._rules[place.word](_taken(place, events, count)) for place in self._all}
+        found = {}
+        for table, places in self.places.items():
+            rows = _rows([turned[place] for place in places.values()], alone="uuid" not in places)
+            if rows:
+                found[table] = Rows(tuple(places), rows)
+        return found
+
+
+def _taken(place: Place, events: Mapping[str, Column], count: int) -> Column:
+    if place.constant is not None:
+        return [place.constant] * count
+    column = events[place.paths[0]]
+    for path in place.paths[1:]:
+        column = [first if first is not None else second for first, second in zip(column, events[path], strict=True)]
+    return column
+
+
+def _rows(columns: Sequence[Column], *, alone: bool) -> Sequence[Sequence[Any]]:
+    """Those that have a key, which may stand `alone`, or else anything besides."""
+    keys, *others = columns
+    rows = list(zip(*columns, strict=True))
+    if None in keys:
+        rows = [row for row in rows if row[0] is not None]
+    if not alone and all(None in other for other in others):
+        rows = [row for row in rows if row.count(None) < len(others)]
+    return rows
+
+
+@lru_cache(maxsize=4)
+def mapping(service: str) -> ProductMapping:
+    """The mapping of a service: `amplitude` or `appmetrica`."""
+    sections = tomllib.loads(FILE.read_text(encoding="utf-8"))[service]
+    return ProductMapping(
+        {table: {name: _place(text) for name, text in columns.items()} for table, columns in sections.items()}
+    )
+
+
+def _place(text: str) -> Place:
+    where, _, word = text.rpartition(" : ")
+    if where.startswith("'"):
+        return Place((), where.strip("'"), word)
+    return Place(tuple(path.strip() for path in where.split("|")), None, word)
+
+
+# Rows of product events on their way into the warehouse, in transactions of a size that does not hold up others.
+#
+# Invariant: an event's rows go to all tables in one transaction.
+
+LOAD_EVENTS = 50_000
+EVENTS_TABLE = "events_part"
+
+
+class Load(Protocol):
+    """The warehouse: rows of several tables in one transaction, each event once. Idempotent."""
+
+    def __call__(self, chunks: Iterable[Tables], *, past: bool) -> int:
+        """How many events are new. `past`: newer ones were loaded before, so what is known of a device stays.
+
+        Raises Transient, Permanent, and Rejected for a value that the database does not take.
+        """
+
+
+class Known(Protocol):
+    """The warehouse: which events it holds."""
+
+    def __call__(self, uuids: Collection[str]) -> int:
+        """How many of these events are there; each counts once. A few thousand at a time at most."""
+
+
+class Events(Protocol):
+    """What pulls ask of the warehouse."""
+
+    @property
+    def load(self) -> Load:
+        """See `Load`."""
+
+    @property
+    def known(self) -> Known:
+        """See `Known`."""
+
+
+def lost(known: Known, tables: Tables) -> int:
+    """How many events of a chunk the warehouse does not hold."""
+    rows = tables.get(EVENTS_TABLE)
+    if not rows:
+        return 0
+    place = rows.names.index("uuid")
+    uuids = {str(row[place]) for row in rows.rows}
+    return len(uuids) - known(uuids)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of events that were given to the warehouse: `given` of them, `new` for the first time."""
+
+    given: int = 0
+    new: int = 0
+
+    def __add__(self, other: "Loaded") -> "Loaded":
+        return Loaded(self.given + other.given, self.new + other.new)
+
+
+def load_in_turns(load: Load, tables: Iterator[Tables], *, past: bool) -> Loaded:
+    """Load all."""
+    done = Loaded()
+    for first in tables:
+        turn = _Turn()
+        new = load(turn.counted(chain([first], _up_to(tables, LOAD_EVENTS - events_in(first)))), past=past)
+        done += Loaded(turn.given, new)
+    return done
+
+
+@dataclass(slots=True)
+class _Turn:
+    given: int = 0
+
+    def counted(self, chunks: Iterable[Tables]) -> Iterator[Tables]:
+        for chunk in chunks:
+            self.given += events_in(chunk)
+            yield chunk
+
+
+def _up_to(tables: Iterator[Tables], events: int) -> Iterator[Tables]:
+    while events > 0 and (chunk := next(tables, None)) is not None:
+        yield chunk
+        events -= events_in(chunk)
+
+
+def events_in(chunk: Tables) -> int:
+    """How many events a chunk holds."""
+    rows = chunk.get(EVENTS_TABLE)
+    return len(rows.rows) if rows else 0

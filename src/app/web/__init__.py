@@ -1,0 +1,1 @@
+"""The HTTP front: application, keys and scopes, limits, errors, and the server."""

@@ -1,0 +1,159 @@
+"""The outermost ASGI application: probes at once, everything else through the guarded API.
+
+Invariants: the probes answer before the API is even imported and while its thread pool is full; every answer leaves
+with the security headers; whoever asks for a change stands in the log with the answer; start and end of the process's
+work are those of the lifespan.
+"""
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.errors import AppError
+from app.ops.health import Answer
+from app.web.auth import SAFE_METHODS, Guard
+from app.web.errors import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
+from app.web.limits import BodyLimits, limited
+
+SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+# FastAPI's pages start their scripts inline.
+DOCS = (
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; img-src 'self' data:; worker-src blob:; "
+    "script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
+)
+POLICIES = {"/": PAGE, "/analytics/explore": PAGE, "/docs": DOCS, "/redoc": DOCS}
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+HSTS = (b"strict-transport-security", b"max-age=31536000")
+AUDITED_CHARACTERS = 300
+log = logging.getLogger(__name__)
+audit = logging.getLogger("app.audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What surrounds the serving. `api` imports and builds the API; `close` ends everything within its time."""
+
+    opened: Callable[[], None]
+    api: Callable[[], Asgi]
+    close: Callable[[], None]
+
+
+class Front:
+    """See the module."""
+
+    def __init__(
+        self, probes: Mapping[str, Callable[[], Answer]], guard: Guard, limits: BodyLimits, hooks: Hooks
+    ) -> None:
+        self._probes = probes
+        self._guard = guard
+        self._limits = limits
+        self._hooks = hooks
+        self._api: asyncio.Future[Asgi] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI call."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, _sealed(scope, send))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await asyncio.to_thread(self._hooks.opened)
+        except AppError as error:
+            log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        self._build()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await asyncio.to_thread(self._hooks.close)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _build(self) -> "asyncio.Future[Asgi]":
+        """Import and build the API in a thread, once; requests that need it wait for it.
+
+        One that failed is built again with the next request: imports beside other threads may fail by chance, as
+        the AST constructor of CPython 3.11.7 was seen to (gh-106905).
+        """
+        if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
+            self._api = asyncio.ensure_future(asyncio.to_thread(self._built))
+        return self._api
+
+    def _built(self) -> Asgi:
+        """What was imported until now stays: to look through it for garbage again and again stops every thread for a
+        tenth of a second.
+        """
+        api = self._hooks.api()
+        gc.freeze()
+        return api
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        probe = self._probes.get(scope["path"])
+        if probe is not None and scope["method"] in ("GET", "HEAD"):
+            answer = probe()
+            await send_json(send, answer.status, answer.body, {})
+            return
+        if scope["method"] not in SAFE_METHODS:
+            send = _audited(scope, send)
+        try:
+            self._guard.admit(scope)
+        except Refused as refused:
+            await send_refusal(send, refused.refusal)
+            return
+        await self._delegate(scope, receive, send)
+
+    async def _delegate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        api = await asyncio.shield(self._build())
+        started = False
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await limited(api, scope, receive, noted, self._limits)
+        finally:
+            if not started:
+                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                await send_refusal(send, Refusal(500, BROKEN, BROKEN_HINT))
+
+
+def _audited(scope: Scope, send: Send) -> Send:
+    """`send` that writes who asked for what change, and how it was answered, into the log: one line per request."""
+
+    async def audited(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            who = getattr(scope.get("state", {}).get("grant"), "name", "nobody")
+            path = scope.get("raw_path", b"").decode("latin-1")[:AUDITED_CHARACTERS]
+            address, status = (scope.get("client") or ("",))[0], message["status"]
+            said = {"who": who, "method": scope["method"], "path": path, "status": status, "address": address}
+            audit.info("%s %s by %s: %d", scope["method"], path, who, status, extra=said)
+        await send(message)
+
+    return audited
+
+
+def _sealed(scope: Scope, send: Send) -> Send:
+    """`send` with the security headers on each answer; what the application set itself stays."""
+    policy = POLICIES.get(scope["path"], SAFE).encode()
+    added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
+
+    async def sealed(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            held = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in held}
+            message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
+        await send(message)
+
+    return sealed

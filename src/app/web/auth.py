@@ -1,0 +1,233 @@
+"""API keys, and who may call which route."""
+
+import hashlib
+import hmac
+import math
+import re
+from base64 import urlsafe_b64encode
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+from app.config.keys import NAME, SCOPES, KeyEntry, parse_keys
+from app.config.rules import loopback
+from app.core.errors import Rejected
+from app.web.errors import Refusal, Refused, Scope
+
+# API keys: making them, and telling who presents one.
+#
+# Invariants: the key itself is never kept, only its SHA-256, which is enough for 256 random bits and too quick to
+# be a lever for attackers; compares take constant time, and an unknown name costs one as well.
+
+__all__ = ["Grant", "KeyEntry", "Keyring", "loopback", "new_key"]
+
+KEY_BYTES = 32
+MAX_PRESENTED_CHARACTERS = 128
+PRESENTED = re.compile(r"hw_([a-z0-9_-]{1,40})_[A-Za-z0-9_-]{43}")
+NOBODY = KeyEntry("", frozenset(), "", bytes(hashlib.sha256().digest_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Who calls and what they may do. S3 scopes reach only keys that start with `s3_prefix`; "" = all."""
+
+    name: str
+    scopes: frozenset[str]
+    s3_prefix: str = ""
+
+    def allows(self, scope: str) -> bool:
+        """True when exactly this scope was granted; groups were opened when the key was read."""
+        return scope in self.scopes
+
+
+class Keyring:
+    """The configured keys, `settings.access.api_keys`. False when there is none. Safe to use from any thread."""
+
+    def __init__(self, entries: Iterable[KeyEntry], clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._by_name: dict[str, list[KeyEntry]] = {}
+        for entry in entries:
+            self._by_name.setdefault(entry.name, []).append(entry)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_name)
+
+    def authenticate(self, presented: str) -> Grant | None:
+        """The grant of the key that is `presented` and not expired; None for anything else, whatever it is."""
+        match = PRESENTED.fullmatch(presented[: MAX_PRESENTED_CHARACTERS + 1])
+        entries = self._by_name.get(match[1], []) if match else []
+        digest = _digest(presented if match else "")
+        grant = None
+        for entry in entries or [NOBODY]:
+            if hmac.compare_digest(digest, entry.digest) and self._alive(entry):
+                grant = Grant(entry.name, entry.scopes, entry.s3_prefix)
+        return grant
+
+    def _alive(self, entry: KeyEntry) -> bool:
+        return entry.expires_at is None or self._clock() < entry.expires_at
+
+
+def new_key(
+    name: str,
+    scopes: str,
+    randomness: Callable[[int], bytes],
+    *,
+    s3_prefix: str = "",
+    expires_on: date | None = None,
+) -> tuple[str, str]:
+    """The secret, to be shown once, and the line for API_KEYS. Raises Rejected when no such key can be.
+
+    `scopes`: scopes and groups by commas, blanks or `+`. `randomness(n)` gives n bytes: `secrets.token_bytes`.
+    `expires_on` is the last day, UTC, on which the key is good.
+    """
+    secret = f"hw_{name}_{urlsafe_b64encode(randomness(KEY_BYTES)).rstrip(b'=').decode()}"
+    head = f"{name}@{expires_on.isoformat()}" if expires_on else name
+    granted = "+".join(re.split(r"[+,\s]+", scopes.strip()))
+    line = ":".join(filter(None, (head, granted, s3_prefix, _digest(secret).hex())))
+    reason = "the name is not 1 to 40 of a-z, 0-9, - and _" if not NAME.fullmatch(name) else ""
+    if re.search(r"[,\n]", s3_prefix):
+        reason = "the S3 prefix holds a comma or a newline, which end an entry of API_KEYS"
+    try:
+        parse_keys("" if reason else line)
+    except ValueError as error:
+        reason = str(error).removeprefix("entry 1: ")
+    if reason:
+        raise Rejected(f"no key for {name!r}: {reason}", "see `python -m app keys new --help`")
+    return secret, line
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+# Who may call which route: deny by default, decided before a body is read.
+#
+# Invariants: a route that declares no scope is refused to everybody; a failed sign-in costs one hash and is counted
+# by address; a key never comes from a URL. A key that is right is never locked out by others that are wrong.
+
+COOKIE = "headwater_key"
+FAILURES_A_MINUTE = 10
+ADDRESSES = 10_000
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+OWN_PAGES = frozenset({"", "none", "same-origin"})
+EVERYBODY = Grant("anonymous", frozenset(SCOPES))
+OPEN = "open"
+SIGN_IN = "send a key as `Authorization: Bearer` or `X-API-Key`; `python -m app keys new` makes one"
+
+OTHER_KEY = "use a key that has this scope; `python -m app keys new NAME --scopes ...` makes one"
+
+
+def needs(scope: str) -> dict[str, str]:
+    """`openapi_extra` of a route: the scope that a caller must have, or OPEN."""
+    return {"x-scope": scope}
+
+
+class Throttle:
+    """Failed sign-ins by address in the last minute. Used from the event loop alone; bounded in memory."""
+
+    def __init__(self) -> None:
+        self._failed: OrderedDict[str, deque[datetime]] = OrderedDict()
+
+    def failed(self, address: str, now: datetime) -> float | None:
+        """Count a failure; seconds to wait when the address has had more than its share, else None."""
+        times = self._failed.setdefault(address, deque(maxlen=FAILURES_A_MINUTE))
+        self._failed.move_to_end(address)
+        if len(self._failed) > ADDRESSES:
+            self._failed.popitem(last=False)
+        while times and times[0] <= now - timedelta(minutes=1):
+            times.popleft()
+        if len(times) == FAILURES_A_MINUTE:
+            return (times[0] + timedelta(minutes=1) - now).total_seconds()
+        times.append(now)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """`anonymous`: serving without keys was allowed in so many words, so other machines may call."""
+
+    keyring: Keyring
+    clock: Callable[[], datetime]
+    anonymous: bool = False
+    open_calls: frozenset[tuple[str, str]] = frozenset()
+    throttle: Throttle = field(default_factory=Throttle)
+
+    def grant(self, scope: Scope) -> Grant | None:
+        """Who calls; None for nobody. Raises Refused for a wrong key."""
+        fields = _fields(scope)
+        if not self.keyring:
+            if not self.anonymous and not _local(fields.get(b"host", "")):
+                raise Refused(
+                    Refusal(403, "without keys only calls to this machine's own name are answered", "set API_KEYS")
+                )
+            return EVERYBODY
+        key = presented(fields)
+        return self.sign_in(key, scope) if key else None
+
+    def sign_in(self, key: str, scope: Scope) -> Grant:
+        """The grant of a key. Raises Refused with 401, or 429 after too many failures of this address."""
+        now = self.clock()
+        grant = self.keyring.authenticate(key)
+        if grant is not None:
+            return grant
+        seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
+        if seconds is not None:
+            wait = {"Retry-After": str(math.ceil(seconds))}
+            raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a key that is alive", headers=wait))
+        raise Refused(unauthorized("the key is not known or has expired"))
+
+    def admit(self, scope: Scope) -> None:
+        """Before anything of the body is read: somebody must call, unless the path is open to all."""
+        if scope["method"] not in SAFE_METHODS and _fields(scope).get(b"sec-fetch-site", "") not in OWN_PAGES:
+            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
+        if self._is_open(scope):
+            return
+        grant = self.grant(scope)
+        if grant is None:
+            raise Refused(unauthorized("this needs a key"))
+        scope.setdefault("state", {})["grant"] = grant
+
+    def check(self, scope: Scope) -> None:
+        """Once the route is known: the caller must have its scope. A route without one is refused."""
+        route: Any = scope.get("route")
+        wanted = (getattr(route, "openapi_extra", None) or {}).get("x-scope", "")
+        if wanted == OPEN and self._is_open(scope):
+            return
+        grant = scope.get("state", {}).get("grant")
+        if not wanted or not isinstance(grant, Grant) or not grant.allows(wanted):
+            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
+
+    def _is_open(self, scope: Scope) -> bool:
+        return (scope["method"], scope["path"]) in self.open_calls
+
+
+def _fields(scope: Scope) -> dict[bytes, str]:
+    return {name: value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def presented(fields: dict[bytes, str]) -> str:
+    """The key of a request: Bearer, X-API-Key, or the dashboard's cookie; "" when there is none."""
+    kind, _, token = fields.get(b"authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return token.strip()
+    if key := fields.get(b"x-api-key", ""):
+        return key
+    try:
+        cookie = SimpleCookie(fields.get(b"cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return cookie.value if cookie else ""
+
+
+def unauthorized(message: str) -> Refusal:
+    """401 as RFC 9110 wants it."""
+    return Refusal(401, message, SIGN_IN, headers={"WWW-Authenticate": 'Bearer realm="headwater"'})
+
+
+def _local(host: str) -> bool:
+    """True when the Host header names this machine; a name that a foreign page bound to 127.0.0.1 does not."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    return loopback(name)

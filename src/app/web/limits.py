@@ -1,0 +1,181 @@
+"""What a client may cost: bytes, seconds and connections."""
+
+import asyncio
+import logging
+from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
+
+# What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
+#
+# Invariant: a body is counted as it arrives, whatever its Content-Length says, and is cut when it pauses for 15 s,
+# or brings next to nothing in 30 s of waiting for it.
+
+BODY_IDLE_SECONDS = 15.0
+BODY_TOTAL_SECONDS = 900.0
+RATE_SECONDS, RATE_BYTES = 30.0, 1 << 15
+CLOSE = {"Connection": "close"}
+LATE = Refusal(408, "the body did not arrive in time", "send it without pauses", headers=CLOSE)
+BY_LINE = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "text/csv"})
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bytes allowed in a body. Paths under one of `upload_prefixes` may send `upload_bytes`, and so may those under
+    `stream_prefixes` in a media type that is read line by line.
+    """
+
+    body_bytes: int
+    upload_bytes: int
+    upload_prefixes: tuple[str, ...] = ()
+    stream_prefixes: tuple[str, ...] = ()
+
+    def bytes_for(self, path: str, media_type: str = "") -> int:
+        """The limit for a path and a Content-Type."""
+        by_line = media_type.partition(";")[0].strip().lower() in BY_LINE and path.startswith(self.stream_prefixes)
+        return self.upload_bytes if by_line or path.startswith(self.upload_prefixes) else self.body_bytes
+
+
+class _Cut(Exception):
+    """The body went over a limit."""
+
+
+class _Body:
+    """The receiving and sending side of one request, watched."""
+
+    def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
+        self._receive, self._send = receive, send
+        self._limit_bytes = limit_bytes
+        self._received_bytes = 0
+        self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
+        self._waited_seconds, self._waited_bytes = 0.0, 0
+        self._whole = False
+        self._started = False
+        self.refusal: Refusal | None = None
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        if self._whole:
+            return await self._receive()
+        began = asyncio.get_running_loop().time()
+        seconds = min(BODY_IDLE_SECONDS, self._until - began)
+        try:
+            async with asyncio.timeout(seconds):
+                message = await self._receive()
+        except TimeoutError:
+            self._cut(LATE)
+        self._received_bytes += len(message.get("body", b""))
+        if self._received_bytes > self._limit_bytes:
+            self._cut(too_large(self._limit_bytes))
+        self._whole = not message.get("more_body", False)
+        self._waited_seconds += asyncio.get_running_loop().time() - began
+        if self._waited_seconds >= RATE_SECONDS:
+            if self._received_bytes - self._waited_bytes < RATE_BYTES and not self._whole:
+                self._cut(LATE)
+            self._waited_seconds, self._waited_bytes = 0.0, self._received_bytes
+        return message
+
+    def _cut(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        raise _Cut
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Whatever the application says about a body that was cut is left out."""
+        if self.refusal is None:
+            self._started = True
+            await self._send(message)
+
+    async def finish(self) -> None:
+        if self.refusal is not None and not self._started:
+            await send_refusal(self._send, self.refusal)
+
+
+def too_large(limit_bytes: int) -> Refusal:
+    """The answer to a body over its limit."""
+    return Refusal(
+        413,
+        f"the body is larger than {limit_bytes} bytes",
+        "send less at once; MAX_BODY_BYTES limits it",
+        headers=CLOSE,
+    )
+
+
+async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
+    """Call `app` with a body that cannot go over its limits."""
+    types = [value for name, value in scope["headers"] if name == b"content-type"]
+    limit_bytes = limits.bytes_for(scope["path"], types[0].decode("latin-1") if types else "")
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    if any(value.isdigit() and int(value) > limit_bytes for value in lengths):
+        await send_refusal(send, too_large(limit_bytes))
+        return
+    body = _Body(receive, send, limit_bytes)
+    with suppress(_Cut):
+        await app(scope, body.receive, body.send)
+    await body.finish()
+
+
+# Room for connections: when nine tenths are used, those that have asked for nothing for longest are closed.
+#
+# Invariants: a connection whose request is whole is never closed for another; while there is no room, probes are
+# still answered. Nothing is counted by address: behind a proxy, or in a private network, many callers share one.
+
+USED = 0.9
+SPARE = 80  # descriptors for connections that are accepted before the first of them enters
+AT_WORK = 2
+CLOSED_SHARE, CLOSED_LEAST = 20, 32  # at once: one of so many, since to look at all of them takes a while
+log = logging.getLogger(__name__)
+
+
+class Waiting(Protocol):
+    """A connection."""
+
+    @property
+    def asked_at(self) -> float:
+        """When its last whole request had come, or it was made; monotonic seconds."""
+
+    @property
+    def rank(self) -> int:
+        """0 = no request is in work, 1 = the body of one is on its way, 2 = one is in work."""
+
+    def drop(self) -> None:
+        """Close it now, whatever it was about to send."""
+
+
+class Room:
+    """For so many `connections`, and as many as `descriptors` let in, which the process needs for other things too."""
+
+    def __init__(self, connections: int, descriptors: int) -> None:
+        self._connections = int(connections * USED)
+        self._descriptors = min(int(descriptors * USED), descriptors - SPARE)
+        self._leaving: set[Waiting] = set()
+
+    def enter(self, newest: Waiting, descriptor: int, all_of: Iterable[Waiting], count: int) -> bool:
+        """Whether `newest`, one of `all_of`, may ask for more than probes; makes room for it where it can.
+
+        `descriptor` is its own. The kernel gives the lowest that is free, so it tells how many are used.
+        """
+        if count < self._connections and descriptor < self._descriptors:
+            return True
+        return self.make(each for each in all_of if each is not newest)
+
+    def make(self, all_of: Iterable[Waiting]) -> bool:
+        """Close some connections; whether any could be. Also for when not one more descriptor is to be had."""
+        if self._leaving:  # they are about to be free, in the next turn of the event loop
+            return True
+        idle = [each for each in all_of if each.rank < AT_WORK]
+        idle.sort(key=lambda each: (each.rank, each.asked_at))
+        victims = idle[: max(self._connections // CLOSED_SHARE, CLOSED_LEAST)]
+        self._leaving.update(victims)
+        for victim in victims:
+            victim.drop()
+        if victims:
+            log.warning("nine tenths of all connections are used: %d without a request were closed", len(victims))
+        else:
+            log.warning("all connections are at work: new ones are answered 503")
+        return bool(victims)
+
+    def left(self, connection: Waiting) -> None:
+        """It is closed."""
+        self._leaving.discard(connection)

@@ -1,0 +1,271 @@
+"""HTTP as it arrives: uvicorn's protocol over httptools, with the limits that it lacks, and bodies copied less often.
+
+Invariants: a request whose head is not there within 15 s, or is larger than 64 KiB, or names no host or two, never
+reaches the application; header fields that come behind a body are dropped; what waits of a body is bounded. A client
+that takes next to nothing of its answer for 30 s is cut off. An answer that is given before the body has come arrives,
+since the rest of the body is taken and thrown away for a while. Probes are answered in the very turn of the event loop
+in which they come, before any limit.
+"""
+
+import asyncio
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.ops.health import PATHS
+from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
+from app.web.event_loop import of_a_request
+from app.web.limits import Room
+
+HEAD_SECONDS = 15.0
+HEAD_BYTES = 1 << 16
+BODY_WAITS_BYTES = 1 << 18
+HOST_SINCE = "1.1"
+SEND_SECONDS, SEND_BYTES = 30.0, 1 << 15
+LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 5.0
+LINGER_HEAD_BYTES = 1 << 20  # behind a request that cannot be read
+IDLE, SENDING, WORKING = range(3)  # see Waiting.rank
+PROBE_METHODS = ("GET", "HEAD")
+FULL = Refusal(
+    503,
+    "all connections are at work",
+    "send the same request again later",
+    headers={"Retry-After": "5", "Connection": "close"},
+)
+
+
+class _HeadRefused(Exception):
+    """The parser makes it a 400."""
+
+
+class Lingering:
+    """The transport of a connection. Closed while its client is still sending, it first sends what there is, and takes
+    what comes: a connection that is closed on unread bytes is reset, and its client sees a broken pipe and no answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._until = 0.0
+        self._came = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.still_coming = False
+        self.most_bytes = 1 << 62
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Also while it lingers."""
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """See the class; at most `most_bytes` are taken."""
+        if not self.still_coming or self._transport.is_closing():
+            self._transport.close()
+        elif not self.lingers:
+            self.lingers = True
+            self._until = self._loop.time() + LINGER_SECONDS
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._timer = self._loop.call_later(LINGER_IDLE_SECONDS, self._look)
+
+    def take(self, size_bytes: int) -> None:
+        """Bytes that nobody wants."""
+        self._came = True
+        self.most_bytes -= size_bytes
+        if self.most_bytes < 0:
+            self.abort()
+
+    def _look(self) -> None:
+        if not self._came or self._loop.time() >= self._until:
+            self.abort()
+        else:
+            self._came = False
+            self._timer = self._loop.call_later(LINGER_IDLE_SECONDS, self._look)
+
+    def abort(self) -> None:
+        """Close now."""
+        self._transport.abort()
+
+    def forget(self) -> None:
+        """It is closed."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class PunctualProtocol(HttpToolsProtocol):
+    """See the module. `room` decides who may ask for more than probes."""
+
+    def __init__(self, room: Room, **named: Any) -> None:
+        super().__init__(**named)
+        self._room = room
+        self._admitted = True
+        self._in_head = True
+        self._head_bytes = 0
+        self._late: asyncio.TimerHandle | None = None
+        self._probe: tuple[Any, Asgi] | None = None
+        self._outgoing: Lingering | None = None
+        self._unsent = (0.0, 0)  # since when, and how many bytes then
+        self.asked_at = self.loop.time()
+        self.descriptor = -1
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The clock starts with the connection."""
+        self._outgoing = Lingering(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", self._outgoing))
+        connections = cast("set[PunctualProtocol]", self.connections)
+        self.descriptor = transport.get_extra_info("socket").fileno()
+        self._admitted = self._room.enter(self, self.descriptor, connections, len(connections))
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """It is stopped by a whole head, and starts again with the first byte of the next."""
+        if self._outgoing is not None and self._outgoing.lingers:
+            self._outgoing.take(len(data))
+            return
+        if self.parser is None or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)  # a head begins from 0 with its first byte, whose block is at most 256 KiB
+        super().data_received(data)
+        if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too large.")
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is left to be late."""
+        self._forget()
+        if self._outgoing is not None:
+            self._outgoing.forget()
+        self._room.left(self)
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What cannot be read may go on for a while."""
+        if self._outgoing is not None:
+            self._outgoing.still_coming = True
+            self._outgoing.most_bytes = LINGER_HEAD_BYTES
+        super().send_400_response(msg)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Behind a body it is no header of the request any more, which may have been let in by then."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """RFC 9112 asks for one Host. What two of them mean would depend on who reads them."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head_bytes > HEAD_BYTES or (hosts != 1 and (hosts or self.parser.get_http_version() == HOST_SINCE)):
+            raise _HeadRefused
+        self._in_head = False
+        if self._outgoing is not None:
+            self._outgoing.still_coming = True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """As uvicorn's, but for that a block that comes alone is handed on as it is, and that more of them may wait."""
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        if not cycle.body:
+            cycle.body = cast("bytearray", body)  # `receive` makes bytes of it, which is the same object then
+        elif isinstance(cycle.body, bytearray):
+            cycle.body += body
+        else:
+            cycle.body = bytearray(cycle.body) + body
+        if len(cycle.body) > BODY_WAITS_BYTES:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        """The request is whole. A probe that waited for that is answered."""
+        self.asked_at = self.loop.time()
+        if self._outgoing is not None:
+            self._outgoing.still_coming = False
+        super().on_message_complete()
+        if self._probe is not None:
+            (cycle, app), self._probe = self._probe, None
+            # It waits for nothing, so that it ends here; a task would begin after those of all others.
+            with suppress(StopIteration):
+                cycle.run_asgi(app).send(None)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        scope = cycle.scope
+        probe = scope["path"] in PATHS and scope["method"] in PROBE_METHODS
+        if probe and cycle.more_body and not self.transport.get_write_buffer_size():
+            self._probe = (cycle, app)
+        else:
+            before = of_a_request.set(not probe)
+            super()._start_asgi_task(cycle, self._careful(cycle, app if probe or self._admitted else _full))
+            of_a_request.reset(before)
+
+    def _careful(self, cycle: Any, app: Asgi) -> Any:
+        """`app`, whose answers end the connection when they come before the end of the body, and which goes on when the
+        client has taken what was sent: what waits for one that does not read is a block and not three.
+        """
+
+        async def called(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sent(message: MutableMapping[str, Any]) -> None:
+                if message["type"] == "http.response.start" and cycle.more_body:
+                    cycle.keep_alive = False
+                await send(message)
+                if self.flow.write_paused:
+                    await self.flow.drain()
+
+            await app(scope, receive, sent)
+
+        return called
+
+    @property
+    def rank(self) -> int:
+        """See Waiting."""
+        if self.cycle is None or self.cycle.response_complete:
+            return IDLE
+        return SENDING if self.cycle.more_body else WORKING
+
+    def drop(self) -> None:
+        """See Waiting."""
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """As uvicorn's; nobody is waited for whose answer was sent."""
+        if self._outgoing is not None and self._outgoing.lingers:
+            self.transport.abort()
+        else:
+            super().shutdown()
+
+    def watch_sending(self, now: float) -> None:
+        """Once a second: cut off a client that leaves its answer lying."""
+        unsent_bytes = self.transport.get_write_buffer_size()
+        since, then_bytes = self._unsent
+        moved = not unsent_bytes or unsent_bytes > then_bytes or then_bytes - unsent_bytes >= SEND_BYTES
+        if moved:  # more than before: the application was let go on, which it is when nearly all was taken
+            self._unsent = (now, unsent_bytes)
+        elif now - since > SEND_SECONDS:
+            self.transport.abort()
+
+    def _watch_head(self) -> None:
+        if not self._in_head:
+            self._forget()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of those for whom there was no room."""
+    del scope, receive
+    await send_refusal(send, FULL)

@@ -1,0 +1,179 @@
+"""Serving: uvicorn with our limits, and a stop that lets running work come to its next safe point.
+
+Invariants: from the stop signal on /ready answers 503 and no run starts, while requests are still answered until
+running jobs have ended or their share of the grace has passed; a second signal ends the waiting; the process then
+ends with the signal's own status.
+"""
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+
+from app.ops.health import PATHS
+from app.ops.service import Steps
+from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
+from app.web.limits import Room
+from app.web.protocol import PunctualProtocol
+
+LINGER_SECONDS = 0.5
+CONNECTIONS = 2000
+# asyncio accepts so many in one turn of the event loop: few, so that room is made before descriptors run out.
+ACCEPTED_AT_ONCE = 16
+BACKLOG = 2048
+TICKS_A_SECOND = 10
+OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+CANNOT_LISTEN = 3  # uvicorn's own status
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Where to listen, and how a stop goes: `ask_stop` must only set flags, `busy` says whether work still runs. At
+    `health_port`, None for none, only probes are answered.
+    """
+
+    host: str
+    port: int
+    health_port: int | None
+    forwarded_allow_ips: tuple[str, ...]
+    steps: Steps
+    ask_stop: Callable[[str], None]
+    busy: Callable[[], bool]
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which goes on answering while jobs come to their end."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, room: Room) -> None:
+        super().__init__(config)
+        self._room = room
+        self._serving = serving
+        self._signal = 0
+        self._asked_at = 0.0
+        self._asked = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the stop; the next one ends the waiting."""
+        super().handle_exit(sig, frame)
+        if not self._signal:
+            self._signal = sig
+            self._asked_at = time.monotonic()
+            self.should_exit = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then the port of the probes, and a queue as long as the kernel allows."""
+        asyncio.get_running_loop().set_exception_handler(self._told)
+        await super().startup(sockets)
+        if self._serving.health_port is not None:
+            await self._listen_for_probes(self._serving.health_port)
+        for each in (each for server in self.servers for each in server.sockets):
+            with each.dup() as same:
+                same.listen(BACKLOG)
+
+    async def _listen_for_probes(self, port: int) -> None:
+        config = uvicorn.Config(
+            _only_probes(self.config.app),
+            http=self.config.http,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        config.load()
+
+        def protocol() -> asyncio.Protocol:
+            return config.http_protocol_class(config=config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
+
+        host = listening_host(self._serving.host)
+        try:
+            server = await asyncio.get_running_loop().create_server(protocol, host, port, backlog=ACCEPTED_AT_ONCE)
+        except OSError as error:
+            log.error("HEALTH_PORT=%d cannot be listened on: %s", port, error.strerror)  # noqa: TRY400 - says it all
+            await self.lifespan.shutdown()
+            sys.exit(CANNOT_LISTEN)
+        self.servers.append(server)
+
+    def _told(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+        """asyncio tells of each connection that it cannot accept, with a traceback: thousands of them a second."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in OUT_OF:
+            log.warning("no connection can be accepted: %s", error.strerror)
+            self._room.make(cast("set[PunctualProtocol]", self.server_state.connections))
+        else:
+            loop.default_exception_handler(dict(context))
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: True when it is time to end. A tenth of all connections is looked at each time."""
+        now = asyncio.get_running_loop().time()
+        for connection in cast("list[PunctualProtocol]", list(self.server_state.connections)):
+            if (connection.descriptor - counter) % TICKS_A_SECOND == 0:
+                connection.watch_sending(now)
+        if self._signal:
+            if not self._asked:
+                self._asked = True
+                self._serving.ask_stop("the process was asked to stop")
+            self.should_exit = self.should_exit or self._drained()
+        return await super().on_tick(counter)
+
+    def _drained(self) -> bool:
+        waited = time.monotonic() - self._asked_at
+        return waited >= self._serving.steps.jobs or (waited >= LINGER_SECONDS and not self._serving.busy())
+
+
+def serve(app: Asgi, serving: Serving) -> None:
+    """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on."""
+    room = Room(CONNECTIONS, raised_descriptors())
+    config = uvicorn.Config(
+        app,
+        host=listening_host(serving.host),
+        port=serving.port,
+        http=cast("Any", partial(PunctualProtocol, room)),
+        loop="app.web.event_loop:PoliteLoop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        forwarded_allow_ips=list(serving.forwarded_allow_ips),
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_graceful_shutdown=serving.steps.requests,  # type: ignore[arg-type]  # asyncio's, which takes fractions
+    )
+    DrainingServer(config, serving, room).run()
+
+
+def listening_host(host: str) -> str:
+    """The address for asyncio: without brackets, and `::` as the empty one, since asyncio binds `::` to IPv6 alone."""
+    bare = host.strip("[]")
+    return "" if bare == "::" else bare
+
+
+def raised_descriptors() -> int:
+    """How many files and connections this process may have open: enough for all connections, if the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted if soft == resource.RLIM_INFINITY else soft
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return raised
+
+
+def _only_probes(app: Any) -> Asgi:
+    async def probes(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in PATHS:
+            await app(scope, receive, send)
+        else:
+            await send_refusal(send, Refusal(404, "this port answers probes alone", f"ask {' or '.join(PATHS)}"))
+
+    return probes
