@@ -96,7 +96,7 @@ class LargeLine:
 Block = bytes | LargeLine
 
 
-class Reader:
+class EventReader:
     """Turns lines into tables. Made once per process, since a typed decoder takes a while to make."""
 
     def __init__(self, what: ProductMapping) -> None:
@@ -232,9 +232,9 @@ def _struct(name: str, kinds: Mapping[str, Any]) -> Any:
 
 
 @lru_cache(maxsize=1)
-def reader() -> Reader:
+def reader() -> EventReader:
     """The reader of Amplitude's events."""
-    return Reader(mapping(SERVICE))
+    return EventReader(mapping(SERVICE))
 
 
 def lines_in(block: Block) -> int:

@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 
 from app.amplitude.archives import WEEK, Archive, monday, name_of, opened, weeks
 from app.amplitude.client import Fetched, HourTooLarge, Project
-from app.amplitude.load_hour import BrokenHour, Hour, hour_key, load_hour, set_aside_name
+from app.amplitude.load_hour import BrokenHour, SourceHour, hour_key, load_hour, set_aside_name
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
@@ -338,11 +338,13 @@ class SourceRun:
         run.commit(not_had(window, key, closed=gives_up), cursor_at=window.end if mode is Mode.LIVE else None)
         return (failed if mode is Mode.AGAIN or not gives_up else Report()) + Report(ledger=ledger)
 
-    def _hours(self, span: Window, archive: Archive | None, known: Mapping[datetime, Record], mode: Mode) -> list[Hour]:
+    def _hours(
+        self, span: Window, archive: Archive | None, known: Mapping[datetime, Record], mode: Mode
+    ) -> list[SourceHour]:
         members = archive.hours() if archive is not None else {}
         settled = settled_at(self.run.pull.clock())
         return [
-            Hour(
+            SourceHour(
                 source=self.run.name,
                 window=Window(start, start + HOUR),
                 members=members.get(start, ()),
@@ -354,7 +356,7 @@ class SourceRun:
             for start in hours_of(span)
         ]
 
-    def _commit(self, hour: Hour, record: Record, new: int, ledger: Ledger, mode: Mode) -> Report:
+    def _commit(self, hour: SourceHour, record: Record, new: int, ledger: Ledger, mode: Mode) -> Report:
         self.run.context.progress.advance(done=1, rows=new)
         changed = hour.record is None or record.version != hour.record.version
         if self.run.context.dry_run:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Hour:
+class SourceHour:
     """One hour of an archive, and what is known of it from before. `past`: it is not the newest one.
 
     `again`: load its rows whatever the record says; `final`: this is the last look.
@@ -70,7 +70,7 @@ class BrokenHour(Exception):
 
 
 def load_hour(
-    run: PartitionRun, archive: Archive | None, hour: Hour, *, put: PutPolicy = keep
+    run: PartitionRun, archive: Archive | None, hour: SourceHour, *, put: PutPolicy = keep
 ) -> tuple[Record, int, Ledger]:
     """Load the hour: the record to commit, how many events are new, and the ledger of its lines.
 
@@ -100,7 +100,7 @@ def load_hour(
         return record, loaded.new, lines.ledger(loaded)
 
 
-def _empty(hour: Hour) -> Record:
+def _empty(hour: SourceHour) -> Record:
     """An hour without events; one that had some keeps them."""
     if hour.record is not None and hour.record.rows:
         log.warning("%s: the service has no events of this hour any more; those that were loaded stay", hour.key)
@@ -138,7 +138,7 @@ class _Lines:
     """The lines of an hour in a file. Each pass counts them anew, and sets aside anew what is no event."""
 
     run: PartitionRun
-    hour: Hour
+    hour: SourceHour
     file: BinaryIO
     refused: RefusedLines
     counted: int = 0

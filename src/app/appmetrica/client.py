@@ -31,7 +31,7 @@ ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, an
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class NotReady:
     """The file is not there yet. `percent` None = it was not said; `at_least_seconds`: to wait before asking again.
 
     `heard`: the service has accepted the request.
@@ -67,7 +67,7 @@ class Service:
     count_call: Callable[[], None]
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def ask(self, path: str, *, fresh: bool) -> Waiting | BinaryIO:
+    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
         """The file of a request, as gzip, or that it is not there yet. Whoever takes the file closes it.
 
         `fresh`: not one that was made before; that puts the request at the end of the queue, so it is said only once.
@@ -108,20 +108,20 @@ def service(base_url: str, token: str, application_id: int, spool: Path, count_c
     )
 
 
-def _said(answer: Answer) -> Waiting:
+def _said(answer: Answer) -> NotReady:
     """What an answer without a file means."""
     text = answer.text()
     match answer.status:
         case HTTPStatus.ACCEPTED:
             found = PROGRESS.search(text)
-            return Waiting(text, int(found[1]) if found else None)
+            return NotReady(text, int(found[1]) if found else None)
         case HTTPStatus.BAD_REQUEST if MORE_PARTS.search(text):
             raise MoreParts
         case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND:
             raise RequestRefused(text, answer.status)
         case status if status in BUSY:
             seconds = QUEUE_SECONDS if QUEUED.search(text) else RATE_SECONDS
-            return Waiting(text, None, answer.retry_after_seconds or seconds, heard=False)
+            return NotReady(text, None, answer.retry_after_seconds or seconds, heard=False)
     raise _error(answer, text)
 
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from urllib.parse import quote, urlencode
 from zoneinfo import ZoneInfo
 
-from app.appmetrica.client import SERVICE, MoreParts, RequestRefused, Service, Waiting
+from app.appmetrica.client import SERVICE, MoreParts, NotReady, RequestRefused, Service
 from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
@@ -200,7 +200,7 @@ class ExportInProgress:
         """What is asked for."""
         return request_of(self.export)
 
-    def step(self, pauses: Pauses) -> Waiting | None:
+    def step(self, pauses: Pauses) -> NotReady | None:
         """Ask for what is missing; None when all parts are in `files`. Raises as `Service.ask`, but no MoreParts."""
         service = self.exports.service
         while len(self.files) < self.export.parts_count:
@@ -211,14 +211,14 @@ class ExportInProgress:
             except MoreParts:
                 self._double()
                 continue
-            if self.export.asked_at is None and not (isinstance(answer, Waiting) and not answer.heard):
+            if self.export.asked_at is None and not (isinstance(answer, NotReady) and not answer.heard):
                 self._save(replace(self.export, asked_at=self.exports.clock()))
-            if isinstance(answer, Waiting):
+            if isinstance(answer, NotReady):
                 return answer
             self.files.append(answer)
         return None
 
-    def wait(self, pauses: Pauses) -> Waiting | None:
+    def wait(self, pauses: Pauses) -> NotReady | None:
         """Step until all is there or the time is over; then what the service said last."""
         waited_seconds, interval_seconds = 0.0, self.exports.interval_seconds
         while (answer := self.step(pauses)) is not None and waited_seconds < self.exports.timeout_seconds:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from app.appmetrica.client import RequestRefused
 from app.appmetrica.export_request import ExportInProgress, Exports, LogsRequest, Resource, TooManyParts, request_of
-from app.appmetrica.rows import NEEDED, BadRow, CsvRows, HourFile, Reading, by_hour, check_columns, hour_of, tables
+from app.appmetrica.rows import NEEDED, BadRow, CsvRows, HourFile, SortedRows, by_hour, check_columns, hour_of, tables
 from app.core.errors import LeaseLost, Permanent, Transient
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
@@ -208,7 +208,7 @@ class ResourceRun:
         )
         return report + Report(ledger=ledger_of(tally, *entries, unit=UNIT).of_partition(run.name))
 
-    def _warn(self, reading: Reading, span: Window) -> None:
+    def _warn(self, reading: SortedRows, span: Window) -> None:
         name = self.run.name
         if number := sum(hour.refused for hour in reading.hours):
             log.warning("%s %s: %d of %d rows cannot be taken and are set aside", name, span, number, reading.records)

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.appmetrica.client import SERVICE, Waiting
+from app.appmetrica.client import SERVICE, NotReady
 from app.appmetrica.export_request import (
     COLUMN,
     LOCAL,
@@ -169,7 +169,7 @@ async def _fetched(exports: Exports, export: Export, *, interval_seconds: float,
         held.close()
 
 
-def _not_yet(export: Export, answer: Waiting, seconds: float) -> Response:
+def _not_yet(export: Export, answer: NotReady, seconds: float) -> Response:
     wait = round(max(seconds, answer.at_least_seconds) + 0.5)
     body = {"export_id": export.export_id, "status": "waiting", "progress": answer.percent, "message": answer.text}
     return JSONResponse(body, 202, headers={"Retry-After": str(wait)})

@@ -202,7 +202,7 @@ class HourFile:
 
 
 @dataclass(slots=True)
-class Reading:
+class SortedRows:
     """Rows of a file by the hour of their receipt. `records`: all that were counted as they came; `left_out`: those of
     hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
     """
@@ -231,7 +231,7 @@ def by_hour(
     *,
     needed: Collection[str] = (),
     refuse: Refuse = not_kept,
-) -> Iterator[Reading]:
+) -> Iterator[SortedRows]:
     """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
     no hour is refused.
 
@@ -242,7 +242,7 @@ def by_hour(
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
     hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
     try:
-        reading = Reading(list(hours.values()))
+        reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
             reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
             check_columns(header, {received, *needed})
@@ -272,7 +272,7 @@ def _sort(
     received: str,
     span: Window,
     hours: Mapping[datetime, HourFile],
-    reading: Reading,
+    reading: SortedRows,
     refuse: Refuse,
 ) -> None:
     """Each row of a part into the file of its hour, or refused."""
