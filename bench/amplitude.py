@@ -136,9 +136,9 @@ def json_tables(folder: Path) -> int:
 
 def our_tables(folder: Path) -> int:
     """Rows of seven tables, as the job makes them."""
-    from app.amplitude.events import Seen, blocks, reader
+    from app.amplitude.events import HourStats, blocks, reader
 
-    seen, count = Seen(), 0
+    seen, count = HourStats(), 0
     with (folder / "events.ndjson").open("rb") as file:
         for block in blocks(iter(lambda: file.read(1 << 18), b"")):
             count += sum(len(rows.rows) for rows in reader().tables(block, seen).values())

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -10,17 +9,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from app.amplitude import hours as amplitude_hours
 from app.amplitude import job as amplitude_job
 from app.amplitude import verify as amplitude_verify
-from app.amplitude.client import POLICY, Patience, project
-from app.amplitude.hours import Places as AmplitudePlaces
+from app.amplitude.client import project
 from app.amplitude.hours import SourceRun
+from app.appmetrica import hours as appmetrica_hours
 from app.appmetrica import job as appmetrica_job
 from app.appmetrica import verify as appmetrica_verify
-from app.appmetrica.client import SERVICE, Service, service
-from app.appmetrica.export_request import Polling, resources
-from app.appmetrica.hours import Places as AppMetricaPlaces
-from app.appmetrica.hours import ResourceRun
+from app.appmetrica.client import SERVICE, service
+from app.appmetrica.export_request import Exports, resources
+from app.appmetrica.hours import ResourceRun, hour_key
 from app.core.runs import Context, Report, Stop
 from app.core.verify import Sign, Verdict, Verification, heal, verify
 from app.core.windows import Window
@@ -31,11 +30,14 @@ from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.product_events.http_client import Upstream
+from app.product_events.pull import PullContext
+from app.product_events.verify import PullChart
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
 
 START = datetime(2026, 2, 11, 6, 0, tzinfo=UTC)  # a Wednesday
 HOUR = timedelta(hours=1)
+OVERDUE_AFTER = timedelta(hours=1, minutes=15)
 
 
 class Silent:
@@ -94,20 +96,11 @@ class Landed:
 
     def amplitude(self, simulator: AmplitudeSimulator, *sources: str, lookback_days: int = 0) -> "AmplitudePull":
         spool = self.folder / "spool"
-        places = AmplitudePlaces(
-            self.state.checkpoints,
-            self.store,
-            self.warehouse.load,
-            spool,
-            self.clock,
-            POLICY,
-            lookback_days,
-            SetAsideStore(self.store, folder_of("amplitude"), 1 << 25),
-        )
+        pull = self.pull_context("amplitude", "lines", amplitude_hours.DUE_AFTER, lookback_days)
         keys = simulator.state.keys
         projects = {source: project(simulator.url, *keys[source], spool) for source in sources or ("web",)}
         self.asked += [each.upstream for each in projects.values()]
-        return AmplitudePull(self, places, projects)
+        return AmplitudePull(self, pull, projects)
 
     def appmetrica(
         self, simulator: AppMetricaSimulator, *, lookback_days: int = 1, calls: int = 5000, recount_days: int = 0
@@ -119,22 +112,32 @@ class Landed:
 
         asked = service(simulator.url, simulator.state.token, simulator.state.application_id, spool, count)
         self.asked.append(asked.upstream)
-        places = AppMetricaPlaces(
-            checkpoints=self.state.checkpoints,
+        exports = Exports(
+            service=asked,
             pulls=self.state.pulls,
-            store=self.store,
-            load=self.warehouse.load,
-            spool=spool,
             clock=self.clock,
-            polling=Polling(5, 300),
-            lookback_days=lookback_days,
-            zone=appmetrica_job.Zone(asked, "").find,
-            refused=set(),
-            set_aside=SetAsideStore(self.store, folder_of("appmetrica"), 1 << 26),
-            recount_days=recount_days,
+            interval_seconds=5,
+            timeout_seconds=300,
             daily_calls=calls,
+            zone=appmetrica_job.Zone(asked, "").find,
         )
-        return MetricaPull(self, places, asked)
+        pull = self.pull_context("appmetrica", "records", appmetrica_hours.DUE_AFTER, lookback_days)
+        return MetricaPull(self, pull, exports, recount_days)
+
+    def pull_context(self, name: str, unit: str, due_after: timedelta, lookback_days: int) -> PullContext:
+        return PullContext(
+            name=name,
+            unit=unit,
+            due_after=due_after,
+            overdue_after=OVERDUE_AFTER,
+            lookback_days=lookback_days,
+            checkpoints=self.state.checkpoints,
+            store=self.store,
+            warehouse=self.warehouse,
+            spool=self.folder / "spool",
+            clock=self.clock,
+            set_aside=SetAsideStore(self.store, folder_of(name), 1 << 26),
+        )
 
     def rows(self, table: str, columns: str = "*") -> list[dict[str, Any]]:
         """All rows, as the warehouse gives them back, without what depends on when they were stored."""
@@ -181,12 +184,12 @@ class Landed:
 @dataclass
 class AmplitudePull:
     landed: Landed
-    places: AmplitudePlaces
+    pull: PullContext
     projects: Mapping[str, Any]
 
     def run(self, *, dry_run: bool = False) -> Report:
         context = self.landed.context("amplitude", dry_run=dry_run)
-        return amplitude_job.every_source(self.places, self.projects, context, SourceRun.bring)
+        return amplitude_job.every_source(self.pull, self.projects, context, SourceRun.pull_due)
 
     def to_the_end(self) -> Report:
         report = self.run()
@@ -196,25 +199,26 @@ class AmplitudePull:
 
     def fill(self, start: datetime, end: datetime) -> Report:
         context = self.landed.context("amplitude")
-        return amplitude_job.every_source(self.places, self.projects, context, lambda run: run.fill(Window(start, end)))
+        return amplitude_job.every_source(self.pull, self.projects, context, lambda run: run.fill(Window(start, end)))
 
-    def verification(self, stop: Stop) -> amplitude_verify.PullEnds:
-        return amplitude_verify.PullEnds(self.places, self.projects, self.landed.warehouse.known, stop)
+    def verification(self, stop: Stop) -> amplitude_verify.AmplitudeEnds:
+        return amplitude_verify.AmplitudeEnds(self.pull, self.projects, stop)
 
-    def patience(self) -> Patience:
-        return Patience(POLICY, self.landed.clock, random.random)
+    @property
+    def chart(self) -> amplitude_verify.AmplitudeChart:
+        return amplitude_verify.AmplitudeChart(self.pull)
 
 
 @dataclass
 class MetricaPull:
     landed: Landed
-    places: AppMetricaPlaces
-    service: Service
+    pull: PullContext
+    exports: Exports
+    recount_days: int
     resources: Sequence[str] = ("events",)
 
     def run(self, *, dry_run: bool = False) -> Report:
-        context = self.landed.context("appmetrica", dry_run=dry_run)
-        return appmetrica_job.every_resource(self.places, self.service, self.resources, context, ResourceRun.bring)
+        return self._each(self.landed.context("appmetrica", dry_run=dry_run), ResourceRun.pull_due)
 
     def to_the_end(self) -> Report:
         report = self.run()
@@ -223,16 +227,20 @@ class MetricaPull:
         return report
 
     def fill(self, start: datetime, end: datetime) -> Report:
-        context = self.landed.context("appmetrica")
+        return self._each(self.landed.context("appmetrica"), lambda run: run.fill(Window(start, end)))
 
-        def work(run: ResourceRun) -> Report:
-            return run.fill(Window(start, end))
+    def _each(self, context: Context, work: Callable[[ResourceRun], Report]) -> Report:
+        return appmetrica_job.every_resource(
+            self.pull, self.exports, self.resources, context, work, recount_days=self.recount_days
+        )
 
-        return appmetrica_job.every_resource(self.places, self.service, self.resources, context, work)
-
-    def verification(self, stop: Stop) -> appmetrica_verify.PullEnds:
+    def verification(self, stop: Stop) -> appmetrica_verify.AppMetricaEnds:
         known = [resources()[name] for name in self.resources]
-        return appmetrica_verify.PullEnds(self.places, self.service, known, self.landed.warehouse.known, stop)
+        return appmetrica_verify.AppMetricaEnds(self.pull, self.exports, known, stop)
+
+    @property
+    def chart(self) -> PullChart:
+        return PullChart(self.pull, hour_key)
 
 
 def name_of(verdict: Verdict) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
-    from app.appmetrica.client import Service
+    from app.appmetrica.export_request import Exports
     from app.object_store.port import ObjectStore
     from app.object_store.s3 import S3Store
     from app.object_store.s3_client import S3Target
@@ -272,8 +272,9 @@ def wire(parts: Parts) -> Pipelines:
     dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
-    remembered = appmetrica_job.Remembered(state.checkpoints, state.pulls)
-    appmetrica = appmetrica_job.build(settings, remembered, parts.store, parts.warehouse, parts.clock)
+    appmetrica = appmetrica_job.build(
+        settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
+    )
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
@@ -307,8 +308,8 @@ def wire(parts: Parts) -> Pipelines:
         listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
-            lambda: amplitude_routes(amplitude.projects),
-            lambda: appmetrica_routes(parts, appmetrica.service),
+            lambda: amplitude_routes(amplitude.service),
+            lambda: appmetrica_routes(appmetrica.service),
         ),
     )
 
@@ -513,18 +514,8 @@ def amplitude_routes(projects: Mapping[str, "Project"]) -> "APIRouter":
     return routes.build(projects)
 
 
-def appmetrica_routes(parts: Parts, service: "Service | None") -> "APIRouter":
+def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     """/appmetrica."""
     from app.appmetrica import routes
 
-    given = parts.settings.appmetrica
-    return routes.build(
-        routes.Serving(
-            service=service,
-            pulls=parts.state.pulls,
-            clock=parts.clock,
-            interval_seconds=given.poll_interval_seconds,
-            timeout_seconds=given.poll_timeout_seconds,
-            daily_calls=given.daily_calls,
-        )
-    )
+    return routes.build(exports)

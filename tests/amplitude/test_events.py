@@ -13,8 +13,8 @@ from app.amplitude.events import (
     NO_UUID,
     NOT_JSON,
     NOT_TEXT,
+    HourStats,
     LargeLine,
-    Seen,
     blocks,
     lines_in,
     reader,
@@ -68,9 +68,9 @@ SAMPLE: dict[str, Any] = {
 }
 
 
-def tables(*lines: Any, careful: bool = False, seen: Seen | None = None) -> dict[str, list[dict[str, Any]]]:
+def tables(*lines: Any, careful: bool = False, seen: HourStats | None = None) -> dict[str, list[dict[str, Any]]]:
     texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    made = reader().tables(b"\n".join(texts) + b"\n", seen or Seen(), careful=careful)
+    made = reader().tables(b"\n".join(texts) + b"\n", seen or HourStats(), careful=careful)
     return {name: [dict(zip(rows.names, row, strict=True)) for row in rows.rows] for name, rows in made.items()}
 
 
@@ -164,7 +164,7 @@ NASTY = [
 
 @pytest.mark.parametrize("line", NASTY)
 def test_what_no_database_stores_is_mended_and_the_event_kept(line: bytes) -> None:
-    seen = Seen()
+    seen = HourStats()
     made = tables(line.replace(b"%s", ID.encode()), SAMPLE, seen=seen)
     assert (seen.rows, seen.fault_rows) == (2, 0)
     text = json.dumps(made)
@@ -179,7 +179,7 @@ def test_what_no_database_stores_is_mended_and_the_event_kept(line: bytes) -> No
     "line", [b"[]", b"{", b'"text"', b'{"uuid":null}', b'{"uuid":"7"}', b"{}", b"9" * 5000, b"[" * 9000]
 )
 def test_a_line_that_is_no_event_is_counted_and_no_other_is_lost(line: bytes) -> None:
-    seen = Seen()
+    seen = HourStats()
     made = tables(SAMPLE, line, {**SAMPLE, "uuid": ID.replace("0", "1")}, seen=seen)
     assert len(made["events_part"]) == 2
     assert (seen.rows, seen.fault_rows) == (2, 1)
@@ -189,7 +189,7 @@ def test_the_digest_does_not_depend_on_the_order_and_tells_events_apart() -> Non
     events = [{**SAMPLE, "uuid": f"{number:08x}{ID[8:]}"} for number in range(50)]
 
     def digest(found: list[dict[str, Any]]) -> str:
-        seen = Seen()
+        seen = HourStats()
         tables(*found, seen=seen)
         return seen.digest
 
@@ -241,7 +241,7 @@ def test_a_line_is_too_large_by_its_length_alone_and_its_neighbours_stay(more: i
 def test_a_refused_line_keeps_its_bytes_its_reason_and_its_place(line: bytes, reason: str) -> None:
     told: list[tuple[str, bytes, str]] = []
     given = line.replace(b"%s", ID.encode())
-    seen = Seen(lambda *refused: told.append(refused))
+    seen = HourStats(lambda *refused: told.append(refused))
     other = {**SAMPLE, "uuid": ID.replace("0", "1")}
     made = tables(SAMPLE, given, other, seen=seen)
     assert [row["uuid"] for row in made["events_part"]] == [ID, ID.replace("0", "1")]
@@ -252,7 +252,7 @@ def test_a_refused_line_keeps_its_bytes_its_reason_and_its_place(line: bytes, re
 
 def test_an_event_that_is_broken_over_two_lines_is_two_lines_that_are_not_events() -> None:
     told: list[bytes] = []
-    seen = Seen(lambda _reason, line, _place: told.append(line))
+    seen = HourStats(lambda _reason, line, _place: told.append(line))
     tables(SAMPLE, b'{"uuid":"%s",\n"city":"x"}' % ID.encode(), seen=seen)
     assert (seen.rows, seen.lines) == (1, 3)
     assert told == [b'{"uuid":"%s",' % ID.encode(), b'"city":"x"}']
@@ -260,7 +260,7 @@ def test_an_event_that_is_broken_over_two_lines_is_two_lines_that_are_not_events
 
 @pytest.mark.parametrize("member", [b'"cohort_day":1e400', b'"source":123456789012345678901234567890', b'"Gender":NaN'])
 def test_a_number_that_no_column_holds_does_not_cost_its_event(member: bytes) -> None:
-    seen = Seen()
+    seen = HourStats()
     made = tables(b'{"uuid":"%s","user_properties":{"EHR_ID":7,%s}}' % (ID.encode(), member), SAMPLE, seen=seen)
     assert (seen.rows, seen.fault_rows) == (2, 0)
     assert [row["ehr_id"] for row in made["permanent_user_properties"]] == [7, 42]
@@ -273,7 +273,7 @@ def test_a_changed_byte_costs_its_line_at_most_and_each_line_is_counted_once() -
     for _ in range(400):
         at, byte = chance.randrange(len(text)), chance.choice(b'\xfc"\n,\0\r{9\\')
         changed = text[:at] + bytes([byte]) * chance.choice((1, 30)) + text[at + chance.randrange(2) :]
-        seen, counted = Seen(), 0
+        seen, counted = HourStats(), 0
         for block in blocks([changed]):
             counted += lines_in(block)
             reader().tables(block, seen)

@@ -11,7 +11,6 @@ from uuid import UUID
 
 import pytest
 
-from app.amplitude.hours import due_at
 from app.core.errors import Stopped
 from pulling import HOUR, START, Landed, landed, pulling
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events, generated
@@ -128,7 +127,7 @@ def test_a_service_that_gives_nothing_sets_no_hour_aside_and_holds_up_no_other_s
     assert not made.objects("amplitude/_set_aside/")
     simulator.state.faults.clear()
     assert not pull.to_the_end().failures
-    assert made.state.checkpoints.cursors("amplitude")["web"] == due_at(made.clock.now)
+    assert made.state.checkpoints.cursors("amplitude")["web"] == pull.pull.due_at
 
 
 PASSING = [

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from app.amplitude.events import REFUSED
-from app.amplitude.hours import ABOVE_LIMIT, KEEPS_FAILING
-from app.amplitude.verify import PullChart
 from app.core.errors import Rejected
 from app.core.gap_map import State
 from app.core.ledger import fault_of
 from app.core.windows import Window
 from app.product_events.mapping import Tables
+from app.product_events.pull import ABOVE_LIMIT, KEEPS_FAILING
 from pulling import HOUR, START, AmplitudePull, Landed, pulling
 from simulators.amplitude import LARGE, AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
@@ -63,7 +62,7 @@ def given(simulator: AmplitudeSimulator, without: tuple[int, ...] = ()) -> set[s
 
 
 def gaps(pull: AmplitudePull, span: Window = SPAN) -> dict[int, State]:
-    cells = PullChart(pull.places).cells("web", span)
+    cells = pull.chart.cells("web", span)
     return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state is not State.EQUAL}
 
 

@@ -1,7 +1,7 @@
 """Proof of delivery of hours and weeks: what was done to objects or rows is named exactly, and mended exactly."""
 
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from app.amplitude.verify import PullChart
+from app.core.errors import Transient
 from app.core.gap_map import State
+from app.core.verify import verify
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling
@@ -64,7 +65,7 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert (made.objects(), made.tables()) == (before, tables)
     assert whole.items() <= {info.key: info.etag for info in made.store.list("")}.items()
     assert made.mend("amplitude", pull.verification, SPAN) == (type(report)(), [])
-    states = PullChart(pull.places).cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
+    states = pull.chart.cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
     assert {cell.state for cell in states} == {State.EQUAL, State.EMPTY}
     if not made.bucket:
         with (made.folder / "objects" / key(10)).open("rb+") as file:
@@ -76,7 +77,7 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
 
 def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> None:
     made, _, pull = world
-    chart = PullChart(pull.places)
+    chart = pull.chart
     assert chart.partitions() == ["web", "web:weeks"]
     made.put(key(0), None)
     made.put(key(10), b"other")
@@ -92,6 +93,39 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
     assert weeks == [State.EQUAL, State.OPEN]
     made.put(WEEK, None)
     assert chart.cells("web:weeks", Window(MONDAY, MONDAY + DAY))[0].state is State.MISSING
+
+
+def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
+    made, _, pull = world
+    due = pull.pull.due_at
+    hour = Window(due, due + HOUR)
+
+    def state_after(minutes: int) -> State:
+        """So long after the hour is due, which is two and a half hours after its end."""
+        made.clock.now = hour.end + timedelta(hours=2, minutes=30 + minutes)
+        return pull.chart.cells("web", hour)[0].state
+
+    assert [state_after(minutes) for minutes in (-1, 0, 60, 74, 75)] == [
+        State.OPEN,
+        State.WAITING,
+        State.WAITING,
+        State.WAITING,
+        State.MISSING,
+    ]
+    pull.to_the_end()
+    assert state_after(75) is State.EMPTY
+
+
+def test_an_object_is_not_called_damaged_when_the_warehouse_cannot_be_asked(world: World) -> None:
+    made, simulator, _ = world
+
+    def away(_: Collection[str]) -> int:
+        raise Transient("the warehouse is away", "start it")
+
+    made.warehouse.known = away  # type: ignore[method-assign,assignment]  # the port itself, not a patch of a module
+    ends = made.amplitude(simulator).verification(made.clock)
+    (verdict,) = verify(ends, Window(MONDAY, MONDAY + HOUR), made.clock, "web")
+    assert (verdict.sign.value, verdict.error) == ("!", "the warehouse is away")
 
 
 def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:

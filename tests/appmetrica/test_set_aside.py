@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from app.appmetrica.hours import KEEPS_FAILING
 from app.appmetrica.rows import (
     ANOTHER_TIME,
     KEPT_ROW_BYTES,
@@ -21,10 +20,10 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.appmetrica.verify import PullChart
 from app.core.gap_map import State
 from app.core.ledger import fault_of
 from app.core.windows import Window
+from app.product_events.pull import KEEPS_FAILING
 from pulling import HOUR, START, Landed, MetricaPull, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 
@@ -45,7 +44,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def gaps(pull: MetricaPull) -> dict[int, State]:
-    cells = PullChart(pull.places).cells("1234567:events", SPAN)
+    cells = pull.chart.cells("1234567:events", SPAN)
     return {(cell.window.start - FIRST) // HOUR: cell.state for cell in cells if cell.state is not State.EQUAL}
 
 
@@ -200,7 +199,7 @@ def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world
 
 def test_a_service_that_is_away_for_days_sets_nothing_aside(world: World) -> None:
     made, simulator, pull = world
-    pull.places.zone()
+    pull.exports.zone()
     for _ in range(4):
         simulator.add_fault(AppMetricaFault(503, b"away"), times=20)
         assert pull.run().failures
@@ -253,7 +252,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
 def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
     from app.appmetrica.export_request import resources
 
-    assert simulator.state.application_id == pull.service.application_id
+    assert simulator.state.application_id == pull.exports.service.application_id
     return resources()["events"].columns
 
 

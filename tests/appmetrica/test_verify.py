@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from app.appmetrica.verify import PullChart
 from app.core.gap_map import State
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
@@ -73,13 +72,13 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert made.signs(pull.verification, SPAN) == {}
     assert (made.lines("appmetrica/"), made.tables()) == (lines, tables)
     assert whole.items() <= {info.key: info.etag for info in made.store.list("")}.items()
-    cells = PullChart(pull.places).cells(NAME, Window(FIRST, START))
+    cells = pull.chart.cells(NAME, Window(FIRST, START))
     assert {cell.state for cell in cells} == {State.EQUAL, State.EMPTY}
     made.put(gone, None)
     made.put(cut, b"")
-    states = {f"{NAME} {cell.window.start:%d %H}": cell.state for cell in PullChart(pull.places).cells(NAME, SPAN)}
+    states = {f"{NAME} {cell.window.start:%d %H}": cell.state for cell in pull.chart.cells(NAME, SPAN)}
     assert (states[hour(gone)], states[hour(cut)]) == (State.MISSING, State.STALE)
-    assert PullChart(pull.places).partitions() == [NAME]
+    assert pull.chart.partitions() == [NAME]
 
 
 def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
 from app.core.windows import Window
+from app.product_events.pull import hours_of
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
 #
@@ -21,9 +22,8 @@ from app.core.windows import Window
 # member is ever used as a path; whatever is wrong with the file is one of our errors.
 
 NAME = re.compile(r"_(\d{4})-(\d\d)-(\d\d)_(\d{1,2})#(\d+)\.json\.gz$")
-HOUR = timedelta(hours=1)
 T = TypeVar("T")
-AGAIN = "nothing to do: the export is fetched again"
+AGAIN = "no action needed: the export is fetched again"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,11 +44,7 @@ class Archive:
 
     def hours(self) -> Mapping[datetime, Sequence[Member]]:
         """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
-        found: dict[datetime, list[Member]] = {}
-        at = self.span.start
-        while at < self.span.end:
-            found[at] = []
-            at += HOUR
+        found: dict[datetime, list[Member]] = {start: [] for start in hours_of(self.span)}
         for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
             if member.hour_at not in found:
                 raise Permanent(
@@ -105,11 +101,10 @@ def _member(name: str) -> Member:
 
 # Gzip members joined to one deflate stream without compressing anything anew.
 #
-# A member is inflated block by block only to learn where its blocks end; its compressed bytes are copied, the mark of
-# its last block is taken off, and an empty stored block fills the last byte. That is the way of zlib's own
-# examples/gzjoin.c. Invariants: what comes out inflates to what was in the members, whose checksums zlib itself
-# compared; memory is bounded. Where no zlib can be called, members are compressed again, which gives the same content
-# at several times the work.
+# A member is inflated only to learn where its blocks end; its compressed bytes are copied, the mark of its last block
+# is cleared, and an empty stored block fills the last byte, as zlib's own examples/gzjoin.c does. Invariants: the
+# output inflates to what was in the members, whose checksums zlib compared; memory is bounded. Where no zlib can be
+# called, members are compressed again: the same content at several times the work.
 
 PIECE_BYTES = 1 << 18
 OK, STREAM_END, BUF_ERROR = 0, 1, -5
@@ -122,24 +117,7 @@ LAST_BLOCK = b"\x03\0"
 STORED_HEAD_BITS = 3
 MAX_RATIO, RATIO_FREE_BYTES = 500, 1 << 26
 NAMES = ("libz.so.1", "libz.so", "libz.dylib", "libz.1.dylib", "zlib1.dll")
-CUT = "nothing to do: the hours are fetched again"
-
-
-class Joined(Protocol):
-    """One deflate stream that grows. `crc` and `size_bytes` are of what it inflates to, `last` is its last byte."""
-
-    crc: int
-    size_bytes: int
-    last: bytes
-
-    def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        """Join all members of a gzip stream. Raises Transient when it is cut or broken, Permanent for a bomb."""
-
-    def newline(self) -> bytes:
-        """Join a line end."""
-
-    def finish(self) -> bytes:
-        """The end of the stream."""
+CUT = "no action needed: the hours are fetched again"
 
 
 class _Stream(ctypes.Structure):
@@ -178,12 +156,6 @@ def library() -> Any:
             continue
         return found
     return None
-
-
-def joined() -> Joined:
-    """A new stream."""
-    found = library()
-    return _Copied(found) if found is not None else _Compressed()
 
 
 class _Input:
@@ -263,7 +235,10 @@ class _Input:
 
 
 class _Copied:
-    """See the module."""
+    """A deflate stream that grows. `crc` and `size_bytes` are of what it inflates to, `last` is its last byte.
+
+    `add` joins all members of a gzip stream. It raises Transient when that is cut or broken, Permanent for a bomb.
+    """
 
     def __init__(self, zlib_library: Any) -> None:
         self._zlib = zlib_library
@@ -273,7 +248,6 @@ class _Copied:
         self.last = b""
 
     def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        """See `Joined.add`."""
         source, state = _Input(stream), _Stream()
         size = ctypes.sizeof(state)
         if self._zlib.inflateInit2_(ctypes.byref(state), GZIP_BITS, self._zlib.zlibVersion(), size) != OK:
@@ -286,13 +260,11 @@ class _Copied:
             self._zlib.inflateEnd(ctypes.byref(state))
 
     def newline(self) -> bytes:
-        """See `Joined.newline`."""
         self._count(zlib.crc32(b"\n"), 1)
         self.last = b"\n"
         return STORED_NEWLINE
 
     def finish(self) -> bytes:
-        """See `Joined.finish`."""
         return LAST_BLOCK
 
     def _count(self, crc: int, size_bytes: int) -> None:
@@ -362,7 +334,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
 
 
 class _Compressed:
-    """The same by compressing again."""
+    """As `_Copied`, by compressing again."""
 
     def __init__(self) -> None:
         self._compressor = zlib.compressobj(1, wbits=-15)
@@ -370,16 +342,13 @@ class _Compressed:
         self.last = b""
 
     def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        """See `Joined.add`."""
         for piece in inflated(stream):
             yield self._taken(piece)
 
     def newline(self) -> bytes:
-        """See `Joined.newline`."""
         return self._taken(b"\n")
 
     def finish(self) -> bytes:
-        """See `Joined.finish`."""
         return self._compressor.flush()
 
     def _taken(self, piece: bytes) -> bytes:
@@ -387,6 +356,15 @@ class _Compressed:
         self.size_bytes += len(piece)
         self.last = piece[-1:]
         return self._compressor.compress(piece)
+
+
+Joined: TypeAlias = _Copied | _Compressed
+
+
+def joined() -> Joined:
+    """A new stream."""
+    found = library()
+    return _Copied(found) if found is not None else _Compressed()
 
 
 def inflated(stream: BinaryIO) -> Iterator[bytes]:

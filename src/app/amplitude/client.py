@@ -1,18 +1,19 @@
 """Amplitude's Export API: hours in, archives out, as `/api/2/export` answers.
 
-Invariants: both ends of a question are hours that are included, so neighbouring questions never share one; what is too
-large is halved, in order, down to single hours; one question at a time is put for a project. An archive lies in a file
-without a name, so a killed process leaves nothing behind.
+Invariants: a request names its first and its last hour, so neighbouring requests share none; what is too large is
+halved, in order, down to single hours; a project makes one request at a time. An archive lies in a file without a name,
+so a killed process leaves nothing behind.
 """
 
 import base64
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
@@ -21,24 +22,16 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.product_events.http_client import Address, Answer, Upstream, receiving
+from app.product_events.pull import HOUR
 
-HOUR = timedelta(hours=1)
 DAY_HOURS = 24
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
 BUSY_SECONDS = 60.0
 POLICY = RetryPolicy(attempts=5, first_seconds=2.0, cap_seconds=120.0)
-ATTEMPTS_AFTER_A_FAULT = 2
+# What comes after a fault: halving a day to the hour must not take as long as a day of waiting.
+SHORT_POLICY = replace(POLICY, attempts=2)
 KEYS_HINT = "check the pair of keys, and that AMPLITUDE_BASE_URL is of the region in which the project lives"
 LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API cannot give it"
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How often and how long to try again, and what ends the waiting."""
-
-    policy: RetryPolicy
-    pauses: Pauses
-    draw: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +54,12 @@ class HourTooLarge(Permanent):
     """The service said that it cannot give a single hour, which is above its limit."""
 
 
-class _Refused(Permanent):
-    """The pair of keys does not serve, which is no fault of any hour."""
+class _KeysRefused(Permanent):
+    """The pair of keys is not accepted, which is no fault of any hour."""
 
 
-class _Busy(Transient):
-    """Too many requests, which is no fault of any hour."""
+class _TooManyRequests(Transient):
+    """Which is no fault of any hour."""
 
 
 class _TooLarge(Exception):
@@ -102,79 +95,77 @@ class Project:
     turn: threading.Lock = field(default_factory=threading.Lock)
     _step: _Step = field(default_factory=_Step)
 
-    def fetch_all(self, span: Window, patience: Patience, *, ahead: bool = False) -> Iterator[Fetched]:
+    def fetch_all(self, span: Window, pauses: Pauses, *, ahead: bool = False) -> Iterator[Fetched]:
         """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
         one is used. Raises Transient and Permanent.
         """
-        pieces = self._pieces(span, patience, past_faults=False)
+        pieces = self._pieces(span, pauses, past_faults=False)
         return _ahead(pieces) if ahead else pieces
 
-    def fetch_each(self, span: Window, patience: Patience) -> Iterator[Fetched]:
+    def fetch_each(self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY) -> Iterator[Fetched]:
         """As `fetch_all`, past hours that cannot be had: what fails is halved down to the hour, which comes with its
         fault. Raises only what is no fault of an hour: a pair of keys that does not serve, too many requests.
         """
-        return self._pieces(span, patience, past_faults=True)
+        return self._pieces(span, pauses, policy, past_faults=True)
 
-    def answers(self, hour: Window, patience: Patience) -> bool:
+    def answers(self, hour: Window, pauses: Pauses) -> bool:
         """Whether the service gives this hour: then what it does not give is not because all of it is away."""
         try:
-            (fetched,) = self.fetch_each(hour, replace(patience, policy=_shorter(patience.policy)))
+            (fetched,) = self.fetch_each(hour, pauses, SHORT_POLICY)
         except (Transient, Permanent):
             return False
         fetched.close()
         return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
 
-    def _pieces(self, span: Window, patience: Patience, *, past_faults: bool) -> Iterator[Fetched]:
-        at, policy, most_hours = span.start, patience.policy, DAY_HOURS
+    def _pieces(
+        self, span: Window, pauses: Pauses, first_policy: RetryPolicy = POLICY, *, past_faults: bool
+    ) -> Iterator[Fetched]:
+        at, policy, most_hours = span.start, first_policy, DAY_HOURS
         while at < span.end:
             midnight = floor_to(at, DAY_SECONDS) + timedelta(days=1)
             piece = Window(at, min(at + min(self._step.hours, most_hours) * HOUR, midnight, span.end))
             hours = (piece.end - piece.start) // HOUR
             try:
-                fetched = self._fetch(piece, replace(patience, policy=policy))
+                fetched = retry(partial(self._fetch, piece, pauses), policy, pauses)
             except (_TooLarge, Transient, Permanent) as error:
                 fault = _hopeless(error) if isinstance(error, _TooLarge) else error
                 narrower = isinstance(error, _TooLarge) or past_faults
-                if not narrower or isinstance(error, _Refused | _Busy) or (hours == 1 and not past_faults):
+                if (
+                    not narrower
+                    or isinstance(error, _KeysRefused | _TooManyRequests)
+                    or (hours == 1 and not past_faults)
+                ):
                     raise fault from error
-                policy, most_hours = _shorter(patience.policy), max(1, hours // 2)
+                policy, most_hours = SHORT_POLICY, max(1, hours // 2)
                 if isinstance(error, _TooLarge):
                     self._step.refused(hours)
                 if hours > 1:
                     continue
                 fetched, most_hours = Fetched(piece, None, fault), DAY_HOURS
             else:
-                policy = patience.policy
+                policy = first_policy
                 self._step.answered(hours)
             at = piece.end
             yield fetched
 
-    def _fetch(self, span: Window, patience: Patience) -> Fetched:
-        def once() -> Fetched:
-            with self.turn:
-                return self._asked(span, patience)
-
-        return retry(once, patience.policy, patience.pauses, patience.draw)
-
-    def _asked(self, span: Window, patience: Patience) -> Fetched:
-        last = span.end - HOUR
-        path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={last:%Y%m%dT%H}"
+    def _fetch(self, span: Window, pauses: Pauses) -> Fetched:
+        path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
         # The archive is compressed already: compressing it again on the way would only cost.
-        with self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
+        with self.turn, self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return Fetched(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
-            return Fetched(span, self._received(answer, span, patience))
-
-    def _received(self, answer: Answer, span: Window, patience: Patience) -> BinaryIO:
-        """The archive in a file. Raises Transient when it is none."""
-        with receiving(self.spool, "an archive, which has up to 4 GB") as file:
-            for piece in answer.raw():
-                file.write(piece)
-                patience.pauses.pause(0)
-            _check_zip(file, span, answer.header("content-type"))
-        return file
+            with receiving(self.spool, "an archive, which has up to 4 GB") as file:
+                for piece in answer.raw():
+                    file.write(piece)
+                    pauses.pause(0)
+                # A page of a proxy, and an archive that was cut, may well come with status 200.
+                if not zipfile.is_zipfile(file):
+                    kind = answer.header("content-type") or "nothing"
+                    raise Transient(f"the export of {span} is no whole zip but {kind}", "no action needed if it passes")
+                file.seek(0)
+            return Fetched(span, file)
 
 
 def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
@@ -182,13 +173,6 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
     token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
     return Project(Upstream(Address("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)), spool)
-
-
-def _check_zip(file: BinaryIO, span: Window, kind: str) -> None:
-    """A page of a proxy, and an archive that was cut, may well come with status 200."""
-    if not zipfile.is_zipfile(file):
-        raise Transient(f"the export of {span} is no whole zip but {kind or 'nothing'}", "nothing to do if it passes")
-    file.seek(0)
 
 
 def _ahead(pieces: Iterator[Fetched]) -> Iterator[Fetched]:
@@ -200,11 +184,11 @@ def _ahead(pieces: Iterator[Fetched]) -> Iterator[Fetched]:
                 upcoming = pool.submit(next, pieces, None)
                 yield fetched
         finally:
-            upcoming.add_done_callback(lambda done: _dropped(done.result() if not done.exception() else None))
+            upcoming.add_done_callback(_close_unused)
 
 
-def _dropped(fetched: Fetched | None) -> None:
-    if fetched is not None:
+def _close_unused(done: Future[Fetched | None]) -> None:
+    if not done.exception() and (fetched := done.result()) is not None:
         fetched.close()
 
 
@@ -219,19 +203,14 @@ def _refusal(span: Window, answer: Answer) -> Exception:
             return _TooLarge(said, gave_up=True)
         case HTTPStatus.TOO_MANY_REQUESTS:
             seconds = answer.retry_after_seconds or BUSY_SECONDS
-            return _Busy(said, "nothing to do: it is asked again", retry_after_seconds=seconds)
+            return _TooManyRequests(said, "no action needed: it is retried", retry_after_seconds=seconds)
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            return _Refused(said, KEYS_HINT)
+            return _KeysRefused(said, KEYS_HINT)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Transient(said, "nothing to do if it passes; else see Amplitude's status page")
+            return Transient(said, "no action needed if it passes; else see Amplitude's status page")
     return Permanent(said, "please report it: the service answers in a way that is not known")
 
 
 def _hopeless(error: _TooLarge) -> AppError:
     """A single hour that cannot be had: said for good, or only this time."""
     return Transient(str(error), LARGE_HINT) if error.gave_up else HourTooLarge(str(error), LARGE_HINT)
-
-
-def _shorter(policy: RetryPolicy) -> RetryPolicy:
-    """For what comes after a fault: halving a day to the hour must not take as long as a day of waiting."""
-    return replace(policy, attempts=min(policy.attempts, ATTEMPTS_AFTER_A_FAULT))

@@ -1,33 +1,21 @@
-"""NDJSON of events as columns for the mapping, and the sums that tell whether both ends hold the same events."""
+"""NDJSON of events as columns for the mapping, decoded in compiled code: only what the mapping reads is taken out.
+
+Invariants: a line is either an event or is refused with one of a few reasons; a bad line never costs a good one;
+memory is bounded by a block and MAX_LINE_BYTES. An event is identified by its uuid; `digest` does not depend on order.
+"""
 
 import hashlib
 import json
 import re
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import lru_cache
 from operator import attrgetter
-from pathlib import Path
-from shutil import copyfileobj
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import msgspec
 
-from app.amplitude.archives import Archive, inflated, read_errors, readable
-from app.core.errors import Permanent, Transient
-from app.core.verify import NOTHING, Content, content_of
-from app.object_store.port import ObjectInfo, ObjectStore
-from app.product_events.mapping import Known, ProductMapping, Tables, cleaned, lost, mapping, rule, storable_json
-
-# NDJSON of events as columns for the mapping, decoded in compiled code: only what the mapping reads is taken out.
-#
-# Invariants: a line is either an event or is refused with one of a few reasons; a good line is never lost to a bad
-# one; memory is bounded by a block and MAX_LINE_BYTES. An event is told by its uuid; `digest` does not depend on
-# order.
+from app.product_events.mapping import ProductMapping, Tables, cleaned, mapping, rule, storable_json
 
 SERVICE = "amplitude"
 JSON_WORD = "json"
@@ -52,7 +40,7 @@ def _not_kept(_reason: str, _line: bytes, _what: str) -> None:
 
 
 @dataclass(slots=True)
-class Seen:
+class HourStats:
     """What an hour came to: `rows` events, `fault_rows` lines that are none, and what tells its events from others'.
 
     `refuse` is given the reason, the bytes and the place of each line that is no event.
@@ -80,7 +68,7 @@ class Seen:
         self.rows += len(numbers)
         self.uuid_sum = (self.uuid_sum + sum(numbers)) % MODULUS
 
-    def add(self, other: "Seen") -> None:
+    def add(self, other: "HourStats") -> None:
         """Count what was seen elsewhere."""
         self.rows += other.rows
         self.fault_rows += other.fault_rows
@@ -108,7 +96,7 @@ class LargeLine:
 Block = bytes | LargeLine
 
 
-class Reader:
+class EventReader:
     """Turns lines into tables. Made once per process, since a typed decoder takes a while to make."""
 
     def __init__(self, what: ProductMapping) -> None:
@@ -123,7 +111,7 @@ class Reader:
         self._event = msgspec.json.Decoder(event)
         self._inside = {head: _Inside(paths) for head, paths in self._nested.items() if paths}
 
-    def tables(self, block: Block, seen: Seen, *, careful: bool = False) -> Tables:
+    def tables(self, block: Block, seen: HourStats, *, careful: bool = False) -> Tables:
         """Rows by table of whole lines. `careful`: each line is taken apart and put together of what can be stored."""
         if isinstance(block, LargeLine):
             seen.refused(LARGE_LINE, block.head, seen.lines + 1, f"{block.size_bytes} bytes")
@@ -145,7 +133,7 @@ class Reader:
         # The decoder takes an object that goes on in the next line, which makes one event of two lines.
         return None if None in columns["uuid"] or len(events) != lines_in(block) else columns
 
-    def _by_line(self, block: bytes, seen: Seen, *, careful: bool) -> Sequence[Any]:
+    def _by_line(self, block: bytes, seen: HourStats, *, careful: bool) -> Sequence[Any]:
         events = []
         for number, line in enumerate(filter(None, map(bytes.strip, block.split(b"\n"))), seen.lines + 1):
             try:
@@ -244,9 +232,9 @@ def _struct(name: str, kinds: Mapping[str, Any]) -> Any:
 
 
 @lru_cache(maxsize=1)
-def reader() -> Reader:
+def reader() -> EventReader:
     """The reader of Amplitude's events."""
-    return Reader(mapping(SERVICE))
+    return EventReader(mapping(SERVICE))
 
 
 def lines_in(block: Block) -> int:
@@ -308,97 +296,3 @@ class _Tail:
             line = LargeLine(b"".join(self._held), self.size_bytes, self._hash.hexdigest())
         self._held, self._hash, self.size_bytes = [], hashlib.sha256(), 0
         return line
-
-
-# What archives and objects hold, as sums over their events: the same events give the same content wherever they lie.
-#
-# Invariants: an event counts by all that it holds, in whatever order its members are written; a line that is no event
-# counts by its bytes; objects are read to the last byte, and memory is bounded by a block.
-
-PIECE_BYTES = 1 << 18
-DAMAGED = "heal the window: the object is written again from what the service gives"
-LOST = "heal the window: its events are loaded again"
-
-
-def content_of_events(blocks: "Iterable[Block]") -> Content:
-    """The content of blocks of whole lines."""
-    total = NOTHING
-    for block in blocks:
-        if isinstance(block, bytes):
-            total += content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())
-        else:
-            total += content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
-    return total
-
-
-def _canonical(line: bytes) -> str:
-    import msgspec  # the decoder, which an idle daemon does without
-
-    try:
-        return msgspec.json.encode(msgspec.json.decode(line), order="sorted").decode()
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return line.strip().decode("utf-8", "backslashreplace")
-
-
-def content_of_hour(archive: Archive | None, hour_at: datetime, safe_point: Callable[[], None]) -> Content:
-    """What the service gives for an hour; an archive that is None has no events."""
-    total = NOTHING
-    for member in archive.hours().get(hour_at, ()) if archive else ():
-        with archive.open(member) as packed:  # type: ignore[union-attr]  # there are members
-            total += content_of_events(_blocks(inflated(packed), safe_point))
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class Objects:
-    """Reads the objects of a pull. Raises Permanent for a damaged one, Conflict when it is no longer that version."""
-
-    store: ObjectStore
-    spool: Path
-    safe_point: Callable[[], None]
-
-    def hour(self, info: ObjectInfo, known: Known | None = None) -> Content:
-        """What the object of an hour holds. Raises Permanent when `known` is given and lacks an event of it."""
-        from app.amplitude.events import Seen, reader
-
-        total, seen, lacking = NOTHING, Seen(), 0
-        with self._downloaded(info) as file:
-            for block in _blocks(inflated(file), self.safe_point):
-                total += content_of_events([block])
-                if known is not None:
-                    lacking += lost(known, reader().tables(block, seen))
-        if lacking:
-            raise Permanent(f"{lacking} of {seen.rows} events of {info.key} are not in the warehouse", LOST)
-        return total
-
-    def week(self, info: ObjectInfo) -> Content:
-        """What the object of a week holds."""
-        total = NOTHING
-        with self._downloaded(info) as file, read_errors(), readable(lambda: zipfile.ZipFile(file)) as archive:
-            for name in archive.namelist():
-                with readable(lambda name=name: archive.open(name)) as entry:  # type: ignore[misc]  # bound now
-                    pieces = iter(lambda entry=entry: entry.read(PIECE_BYTES), b"")  # type: ignore[misc]  # bound now
-                    total += content_of_events(_blocks(pieces, self.safe_point))
-        return total
-
-    @contextmanager
-    def _downloaded(self, info: ObjectInfo) -> Iterator[BinaryIO]:
-        """The object in a file, so that what goes wrong inside is the object's own fault."""
-        with tempfile.TemporaryFile(dir=self.spool) as file:
-            with self.store.open(info.key, info.etag) as stream:
-                if stream is None:
-                    raise Transient(f"{info.key} went away while it was read", "verify again")
-                copyfileobj(stream, file, PIECE_BYTES)
-            file.seek(0)
-            try:
-                yield cast("BinaryIO", file)
-            except Transient as error:
-                raise Permanent(f"{info.key} is damaged: {error.message}", DAMAGED) from error
-
-
-def _blocks(pieces: Iterator[bytes], safe_point: Callable[[], None]) -> "Iterator[Block]":
-    from app.amplitude.events import blocks
-
-    for block in blocks(pieces):
-        safe_point()
-        yield block

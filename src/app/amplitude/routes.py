@@ -6,7 +6,6 @@ takes a part for the whole.
 """
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
@@ -18,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from app.amplitude.archives import name_of, opened, weeks
-from app.amplitude.client import POLICY, Fetched, Patience, Project
+from app.amplitude.client import Fetched, Project
 from app.core.runs import Stop
 from app.core.windows import Window
 from app.web.auth import needs
@@ -110,11 +109,8 @@ def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[
     """The zip of the events of all days from `first` to `last`. Raises what fetching raises."""
     start = datetime.combine(first, time(), UTC)
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
-    # Jitter is no secret: any source of numbers serves.
-    patience = Patience(POLICY, stop, random.random)
     span = Window(start, start + timedelta(days=len(days)))
-    fetched = project.fetch_all(span, patience, ahead=len(days) > 1)
-    return _joined(weeks(_streams(fetched), days))
+    return _joined(weeks(_streams(project.fetch_all(span, stop, ahead=len(days) > 1)), days))
 
 
 def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[bytes]:

@@ -1,55 +1,69 @@
-"""Both ends of the pull read anew: events as the service gives them now, and events of the objects; and the gap map.
+"""Both ends of the pull: events as the service gives them now, and events of the objects; and the gap map.
 
 Invariants: a day is asked for once however many of its hours are compared, and an hour that differs once more by
 itself; an hour is whole only when the warehouse holds the events of its object; the object of a week is compared with
-what the service gives for the hours that it should hold.
+what the service gives for the hours that it should hold. An event counts by all that it holds, in whatever order its
+members are written; a line that is no event counts by its bytes.
 """
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from app.amplitude.archives import WEEK, Archive, opened
-from app.amplitude.client import Patience, Project
-from app.amplitude.events import Objects, content_of_hour
-from app.amplitude.hours import DUE_AFTER, HOUR_SECONDS, PIPELINE, Places, SourceRun, Weeks, due_at, week_key, week_of
-from app.amplitude.load_hour import NAME, hour_key
-from app.core.errors import Permanent
+from app.amplitude.archives import WEEK, Archive, inflated, opened, read_errors, readable
+from app.amplitude.client import Project
+from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
+from app.amplitude.hours import SourceRun, hours_of_week, mend_week, week_key, week_of
+from app.amplitude.load_hour import hour_key
+from app.core.errors import Transient
 from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot
-from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
-from app.product_events.mapping import Known
-from app.product_events.raw_objects import RawLine, RawMap, There, folder_of, mending, was_had
+from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.windows import Window
+from app.object_store.port import ObjectInfo
+from app.product_events.mapping import Known, lost
+from app.product_events.pull import PartitionRun, PullContext
+from app.product_events.raw_objects import mending, raw_cells, was_had
+from app.product_events.verify import (
+    PullChart,
+    covers,
+    damage,
+    downloaded,
+    ended_hours,
+    found_at,
+    moment_of,
+    refuse_lost,
+    rest_of_day,
+)
+
+if TYPE_CHECKING:
+    from app.amplitude.events import Block
 
 WEEKS = ":weeks"
+PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ExportAnswer:
     """An answer of the service that is at hand; `archive` None = it has no events."""
 
     source: str
     span: Window
     archive: Archive | None
 
-    def has(self, slot: Slot) -> bool:
-        """Whether it is the answer for this hour."""
-        return slot.partition == self.source and self.span.start <= slot.window.start < self.span.end
-
 
 @dataclass(slots=True)
-class PullEnds:
+class AmplitudeEnds:
     """`app.core.verify.Ends` over the pull. Partitions are sources, whose windows are hours, and `{source}:weeks`."""
 
-    places: Places
+    pull: PullContext
     projects: Mapping[str, Project]
-    known: Known
     stop: Stop
     _contents: dict[Slot, Content] = field(default_factory=dict)
-    _day: Given | None = None
+    _day: ExportAnswer | None = None
     _held: ExitStack = field(default_factory=ExitStack)
 
     def partitions(self, _: Window) -> Sequence[str]:
@@ -58,13 +72,12 @@ class PullEnds:
 
     def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
         """See `Ends.slots`: hours that can be asked for, and weeks that lie in the span whole."""
-        end = min(span.end, due_at(self.places.clock()))
-        self.places.spool.mkdir(parents=True, exist_ok=True)
+        end = min(span.end, self.pull.due_at)
+        self.pull.spool.mkdir(parents=True, exist_ok=True)
         with self._held:
             for source in self.projects:
                 if partition in (None, source):
-                    hours = windows_between(span.start, end, HOUR_SECONDS)
-                    yield from (Slot(source, hour) for hour in hours if hour.end <= end)
+                    yield from (Slot(source, hour) for hour in ended_hours(self.pull, span))
                 if partition in (None, source + WEEKS):
                     weeks = (week for week in weeks_between(span.start, end) if span.start <= week.start)
                     yield from (Slot(source + WEEKS, week) for week in weeks if week.end <= end)
@@ -73,106 +86,156 @@ class PullEnds:
         """See `Ends.source`. An hour is remembered, since its week asks for it again; a second look asks anew."""
         source = slot.partition.removesuffix(WEEKS)
         if source != slot.partition:
-            hours = self._weeks.hours(source, slot.window)
+            hours = hours_of_week(self.pull, source, slot.window)
             return sum((self._remembered(Slot(source, hour.window)) for hour in hours if was_had(hour)), NOTHING)
         if slot not in self._contents:
             return self._remembered(slot)
-        with self._asked(source, slot.window) as given:
-            return self._took(slot, given)
+        with self._ask(source, slot.window) as answer:
+            return self._count(slot, answer)
 
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`. Raises Permanent for an object that is damaged, or whose events are not loaded."""
         source = slot.partition.removesuffix(WEEKS)
         if source != slot.partition:
-            week = self.places.store.head(week_key(source, slot.window))
-            return self._objects.week(week) if week else NOTHING
-        hour = self.places.store.head(hour_key(source, slot.window))
-        return self._objects.hour(hour, self.known) if hour else NOTHING
+            week = self.pull.store.head(week_key(source, slot.window))
+            return self._content_of_week(week) if week else NOTHING
+        hour = self.pull.store.head(hour_key(source, slot.window))
+        return self._content_of_object(hour, self.pull.warehouse.known) if hour else NOTHING
 
     def heal(self, context: Context, slot: Slot) -> Report:
         """See `Ends.heal`. The service is asked once more, after the object was looked at."""
         source = slot.partition.removesuffix(WEEKS)
-        if source == slot.partition:
-            return self._heal_hour(context, slot)
-        there = self.places.store.head(week_key(source, slot.window))
-        return Report(0, self._weeks.mend(context, source, slot.window, there.etag if there else ""), 1)
-
-    def _heal_hour(self, context: Context, slot: Slot) -> Report:
-        there = self._there(hour_key(slot.partition, slot.window))
-        records = self.places.checkpoints.records(NAME, slot.partition, slot.window.start, slot.window.end)
-        with self._asked(slot.partition, slot.window) as given:
-            how = mending(there, self._took(slot, given), next(iter(records), None))
-            if how is None or given.archive is None:
+        run = PartitionRun(self.pull, context, source)
+        if source != slot.partition:
+            week = self.pull.store.head(week_key(source, slot.window))
+            return Report(bytes=mend_week(run, slot.window, week.etag if week else ""), windows=1)
+        key = hour_key(source, slot.window)
+        there = found_at(key, self.pull.store.head(key), self._content_of_object)
+        with self._ask(source, slot.window) as answer:
+            put = mending(there, self._count(slot, answer), run.records(slot.window).get(slot.window.start))
+            if put is None or answer.archive is None:
                 return Report()
-            run = SourceRun(self.places, context, slot.partition, self.projects[slot.partition])
-            return run.mend(given.archive, how)
+            return SourceRun(run, self.projects[source]).mend(answer.archive, put)
 
-    def _there(self, key: str) -> There:
-        info = self.places.store.head(key)
-        if info is None:
-            return There(key, "", NOTHING)
-        try:
-            return There(key, info.etag, self._objects.hour(info))
-        except Permanent:
-            return There(key, info.etag, None)
-
-    @property
-    def _weeks(self) -> Weeks:
-        return Weeks(self.places.store, self.places.checkpoints, self.places.spool)
-
-    @property
-    def _objects(self) -> Objects:
-        return Objects(self.places.store, self.places.spool, self.stop.check)
-
-    def _took(self, slot: Slot, given: Given) -> Content:
-        self._contents[slot] = content_of_hour(given.archive, slot.window.start, self.stop.check)
-        return self._contents[slot]
+    def _count(self, slot: Slot, answer: ExportAnswer) -> Content:
+        """What the service gives for an hour."""
+        total = NOTHING
+        if answer.archive is not None:
+            for member in answer.archive.hours().get(slot.window.start, ()):
+                with answer.archive.open(member) as packed:
+                    total += content_of_events(self._blocks(inflated(packed)))
+        self._contents[slot] = total
+        return total
 
     def _remembered(self, slot: Slot) -> Content:
         """What is known of an hour; else it is asked for, together with what is left of its day."""
         if slot in self._contents:
             return self._contents[slot]
-        if self._day is None or not self._day.has(slot):
+        if self._day is None or not covers(self._day.source, self._day.span, slot):
             self._held.close()
             self._day = None
-            midnight = floor_to(slot.window.start, DAY_SECONDS) + timedelta(days=1)
-            span = Window(slot.window.start, max(slot.window.end, min(midnight, due_at(self.places.clock()))))
-            self._day = self._held.enter_context(self._asked(slot.partition, span))
-        return self._took(slot, self._day)
+            span = rest_of_day(slot.window, self.pull.due_at)
+            self._day = self._held.enter_context(self._ask(slot.partition, span))
+        return self._count(slot, self._day)
 
     @contextmanager
-    def _asked(self, source: str, span: Window) -> Iterator[Given]:
+    def _ask(self, source: str, span: Window) -> Iterator[ExportAnswer]:
         """What the service gives for a span, or for the beginning of it when it cannot give all at once."""
-        # Jitter is no secret: any source of numbers serves.
-        patience = Patience(self.places.policy, self.stop, random.random)
-        fetched = next(self.projects[source].fetch_all(span, patience))
+        fetched = next(self.projects[source].fetch_all(span, self.stop))
         with ExitStack() as held:
             held.callback(fetched.close)
             archive = held.enter_context(opened(fetched.file, fetched.span)) if fetched.file else None
-            yield Given(source, fetched.span, archive)
+            yield ExportAnswer(source, fetched.span, archive)
+
+    def _content_of_object(self, info: ObjectInfo, known: Known | None = None) -> Content:
+        """What the object of an hour holds. Raises Permanent when `known` is given and lacks an event of it."""
+        from app.amplitude.events import HourStats, reader
+
+        total, seen, lacking = NOTHING, HourStats(), 0
+        with downloaded(self.pull, info) as file:
+            found = self._blocks(inflated(file))
+            while True:
+                with damage(info.key, (Transient,)):
+                    block = next(found, None)
+                if block is None:
+                    break
+                total += content_of_events([block])
+                if known is not None:
+                    lacking += lost(known, reader().tables(block, seen))
+        refuse_lost(info.key, lacking, seen.rows)
+        return total
+
+    def _content_of_week(self, info: ObjectInfo) -> Content:
+        total = NOTHING
+        with (
+            downloaded(self.pull, info) as file,
+            damage(info.key, (Transient,)),
+            read_errors(),
+            readable(lambda: zipfile.ZipFile(file)) as archive,
+        ):
+            for name in archive.namelist():
+                with readable(lambda name=name: archive.open(name)) as entry:  # type: ignore[misc]  # bound now
+                    pieces = iter(lambda entry=entry: entry.read(PIECE_BYTES), b"")  # type: ignore[misc]  # bound now
+                    total += content_of_events(self._blocks(pieces))
+        return total
+
+    def _blocks(self, pieces: Iterator[bytes]) -> "Iterator[Block]":
+        from app.amplitude.events import blocks  # the decoder, which an idle daemon does without
+
+        for block in blocks(pieces):
+            self.stop.check()
+            yield block
+
+
+def content_of_events(blocks: "Iterable[Block]") -> Content:
+    """The content of blocks of whole lines: the same for the same events, wherever they lie."""
+    total = NOTHING
+    for block in blocks:
+        if isinstance(block, bytes):
+            total += content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())
+        else:
+            total += content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
+    return total
+
+
+def _canonical(line: bytes) -> str:
+    import msgspec
+
+    try:
+        return msgspec.json.encode(msgspec.json.decode(line), order="sorted").decode()
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return line.strip().decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
-class PullChart:
+class AmplitudeChart:
     """`app.core.gap_map.Chart` over the pull: a line of hours and one of weeks for each source."""
 
-    places: Places
+    pull: PullContext
 
     def partitions(self) -> Sequence[str]:
         """See `Chart.partitions`."""
-        sources = self.places.checkpoints.cursors(NAME)
-        return sorted([*sources, *(source + WEEKS for source in sources)])
+        return sorted(each for source in self._hours.partitions() for each in (source, source + WEEKS))
 
     def cells(self, partition: str, span: Window) -> Sequence[Cell]:
         """See `Chart.cells`: one listing per day, and one per week."""
-        places = self.places
-        source, now = partition.removesuffix(WEEKS), places.clock()
-        made = RawMap(places.checkpoints, places.store, DUE_AFTER.total_seconds())
-        if source != partition:
-            line = RawLine(PIPELINE, source, (NAME, source), lambda week: week_key(source, week), str)
-            return made.cells(line, weeks_between(span.start, min(span.end, now)), now)
-        line = RawLine(NAME, source, (NAME, source), lambda hour: hour_key(source, hour), folder_of, by_line=True)
-        return made.cells(line, windows_between(span.start, min(span.end, now), HOUR_SECONDS), now)
+        source = partition.removesuffix(WEEKS)
+        if source == partition:
+            return self._hours.cells(partition, span)
+        at = moment_of(self.pull, source)
+        return raw_cells(
+            self.pull.checkpoints,
+            self.pull.store,
+            weeks_between(span.start, min(span.end, at.now)),
+            at,
+            pipeline=WEEKS_PIPELINE,
+            partition=source,
+            key=lambda week: week_key(source, week),
+        )
+
+    @property
+    def _hours(self) -> PullChart:
+        return PullChart(self.pull, hour_key)
 
 
 def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:

@@ -1,6 +1,6 @@
-"""AppMetrica's Logs API: one question in, one of four answers out, as contracts describe `/logs/v1/export`.
+"""AppMetrica's Logs API: one request in, one of four answers out, as contracts describe `/logs/v1/export`.
 
-Invariants: a call is counted before it is made, and none is made beyond the day's; one question at a time is under way;
+Invariants: a call is counted before it is made, and none is made beyond the day's; one request at a time is under way;
 what the service says is never taken for a file, and a file that ends early never for a whole one.
 """
 
@@ -31,10 +31,10 @@ ACCESS_HINT = "check APPMETRICA_API_KEY: an OAuth token with appmetrica:read, an
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class NotReady:
     """The file is not there yet. `percent` None = it was not said; `at_least_seconds`: to wait before asking again.
 
-    `heard`: the service has taken the question in.
+    `heard`: the service has accepted the request.
     """
 
     text: str
@@ -43,8 +43,8 @@ class Waiting:
     heard: bool = True
 
 
-class Refused(Permanent):
-    """The question itself is wrong, as the service says in `text`."""
+class RequestRefused(Permanent):
+    """The request itself is wrong, as the service says in `text`."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(
@@ -67,10 +67,10 @@ class Service:
     count_call: Callable[[], None]
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def ask(self, path: str, *, fresh: bool) -> Waiting | BinaryIO:
-        """The file of a question, as gzip, or that it is not there yet. Whoever takes the file closes it.
+    def ask(self, path: str, *, fresh: bool) -> NotReady | BinaryIO:
+        """The file of a request, as gzip, or that it is not there yet. Whoever takes the file closes it.
 
-        `fresh`: not one that was made before; that puts the question at the end of the queue, so it is said only once.
+        `fresh`: not one that was made before; that puts the request at the end of the queue, so it is said only once.
         Raises MoreParts, Refused, Transient and Permanent.
         """
         headers = {"Accept-Encoding": "gzip", **({"Cache-Control": "no-cache"} if fresh else {})}
@@ -108,20 +108,20 @@ def service(base_url: str, token: str, application_id: int, spool: Path, count_c
     )
 
 
-def _said(answer: Answer) -> Waiting:
+def _said(answer: Answer) -> NotReady:
     """What an answer without a file means."""
     text = answer.text()
     match answer.status:
         case HTTPStatus.ACCEPTED:
             found = PROGRESS.search(text)
-            return Waiting(text, int(found[1]) if found else None)
+            return NotReady(text, int(found[1]) if found else None)
         case HTTPStatus.BAD_REQUEST if MORE_PARTS.search(text):
             raise MoreParts
         case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND:
-            raise Refused(text, answer.status)
+            raise RequestRefused(text, answer.status)
         case status if status in BUSY:
             seconds = QUEUE_SECONDS if QUEUED.search(text) else RATE_SECONDS
-            return Waiting(text, None, answer.retry_after_seconds or seconds, heard=False)
+            return NotReady(text, None, answer.retry_after_seconds or seconds, heard=False)
     raise _error(answer, text)
 
 
@@ -130,7 +130,7 @@ def _error(answer: Answer, text: str) -> Exception:
     if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return Permanent(said, ACCESS_HINT)
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status in BUSY:
-        return Transient(said, "nothing to do if it passes; the file that is being made is kept")
+        return Transient(said, "no action needed if it passes; the file that is being made is kept")
     return Permanent(said, "check APPMETRICA_BASE_URL")
 
 
@@ -161,9 +161,11 @@ def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
                 rest = inflater.unconsumed_tail
             yield piece
     except zlib.error as error:
-        raise Transient(f"the file of AppMetrica is broken: {error}", "nothing to do: it is fetched again") from error
+        raise Transient(
+            f"the file of AppMetrica is broken: {error}", "no action needed: it is fetched again"
+        ) from error
     if not inflater.eof:
-        raise Transient("the file of AppMetrica was cut", "nothing to do: it is fetched again")
+        raise Transient("the file of AppMetrica was cut", "no action needed: it is fetched again")
 
 
 def _packed(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -1,33 +1,41 @@
-"""What AppMetrica is asked for, and the exports that are under way."""
+"""What AppMetrica is asked for, and the exports that are under way.
+
+Invariants: the query string identifies an export on the server, so it is made once, kept before it is first sent, and
+sent by the same text until it is done, over restarts; how many parts it takes is kept as well. A file that is older
+than a day is requested again, since the service has forgotten it.
+"""
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, urlencode
 from zoneinfo import ZoneInfo
 
-from app.appmetrica.client import SERVICE, MoreParts, Service, Waiting
+from app.appmetrica.client import SERVICE, MoreParts, NotReady, RequestRefused, Service
+from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
 from app.db.run_records import Export, SqlPulls
 
-# What AppMetrica is asked for. The question is the name of the file upstream, so it is made once and kept as it is.
-#
-# Invariant: the same wish gives the same text, and the text alone is enough to ask again, after a restart or
-# elsewhere.
-
 FILE = Path(__file__).with_name("resources.toml")
 SECOND = timedelta(seconds=1)
 LOCAL = "%Y-%m-%d %H:%M:%S"
 COLUMN = re.compile(r"[a-z][a-z0-9_]{0,80}")
+KEPT_FOR = timedelta(hours=24)
+FORGOTTEN_AFTER = timedelta(days=30)
+MAX_PARTS = 1024
+LONGEST_PAUSE_SECONDS = 60.0
+POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=60.0)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +57,8 @@ def resources() -> Mapping[str, Resource]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """Rows of a resource between two instants of the application's own clock, both included."""
-
-    application_id: int
-    resource: str
-    since: str
-    until: str
-    columns: Sequence[str]
-    by_receipt: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A wish as it is kept. `span`: the hours that it is for, None when a person asked."""
+class LogsRequest:
+    """A request to the Logs API as it is kept. `span`: the hours that it is for, None when a person asked."""
 
     path: str
     span: Window | None = None
@@ -88,128 +84,154 @@ class Question:
         return self.path if count == 1 else f"{self.path}&parts_count={count}&part_number={number}"
 
 
-def question(wish: Wish, span: Window | None = None) -> Question:
-    """The question of a wish. `fields` is last, since it is what an answer is read by."""
+def logs_request(
+    application_id: int,
+    resource: str,
+    *,
+    since: str,
+    until: str,
+    columns: Sequence[str],
+    by_receipt: bool,
+    span: Window | None = None,
+) -> LogsRequest:
+    """Rows between two instants of the application's own clock, both included.
+
+    `fields` is last, since it is what an answer is read by.
+    """
     given = {
-        "application_id": wish.application_id,
-        "date_since": wish.since,
-        "date_until": wish.until,
-        "date_dimension": "receive" if wish.by_receipt else "default",
+        "application_id": application_id,
+        "date_since": since,
+        "date_until": until,
+        "date_dimension": "receive" if by_receipt else "default",
         "use_utf8_bom": "false",
-        "fields": ",".join(wish.columns),
+        "fields": ",".join(columns),
     }
     query = urlencode(given, quote_via=quote, safe=",:")
-    return Question(f"/logs/v1/export/{wish.resource}.csv?{query}", span)
+    return LogsRequest(f"/logs/v1/export/{resource}.csv?{query}", span)
 
 
-def question_of(text: str) -> Question:
+def request_of(export: Export) -> LogsRequest:
     """What was kept."""
-    held = json.loads(text)
+    held = json.loads(export.request)
     span = held["span"]
-    return Question(held["path"], Window(*(datetime.fromisoformat(each) for each in span)) if span else None)
-
-
-def received_in(application_id: int, resource: Resource, span: Window, zone: ZoneInfo) -> Question:
-    """All rows that were received in whole hours, and perhaps more: where clocks go back, two hours have one name."""
-    since, until = local(span.start, zone), local(span.end - SECOND, zone)
-    return question(Wish(application_id, resource.name, since, until, resource.columns, by_receipt=True), span)
-
-
-def local(instant: datetime, zone: ZoneInfo) -> str:
-    """An instant as the application's clock shows it."""
-    return instant.astimezone(UTC).astimezone(zone).strftime(LOCAL)
-
-
-# Exports under way: the same question again and again until its file is there, however long and over restarts.
-#
-# Invariants: a question is kept before it is first asked, and asked by the same text until it is done; how many parts
-# it takes is kept as well; a file that is older than a day is asked for anew, since the service has forgotten it.
-
-KEPT_FOR = timedelta(hours=24)
-FORGOTTEN_AFTER = timedelta(days=30)
-MAX_PARTS = 1024
-SLOWER = 1.5
-LONGEST_PAUSE_SECONDS = 60.0
-POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=60.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Polling:
-    """How often to ask and for how long; the pause grows up to `longest_seconds`."""
-
-    interval_seconds: float
-    timeout_seconds: float
-    longest_seconds: float = LONGEST_PAUSE_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """What to do about errors that may pass, and what ends the waiting."""
-
-    pauses: Pauses
-    draw: Callable[[], float]
-    policy: RetryPolicy = POLICY
+    return LogsRequest(held["path"], Window(*(datetime.fromisoformat(each) for each in span)) if span else None)
 
 
 class TooManyParts(Permanent):
     """The file is too large for as many parts as we ask for."""
 
 
-class Files(list[BinaryIO]):
-    """The parts that are there so far, in order, each gzip with a header of its own."""
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """The exports of one application. One call waits up to `timeout_seconds`, with pauses from `interval_seconds` on.
 
-    def close(self) -> None:
-        """Free all. Idempotent."""
-        while self:
-            self.pop().close()
-
-
-@dataclass(slots=True)
-class Asking:
-    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept."""
+    `zone`: the application's time zone. `left_out` are columns that the service did not know.
+    """
 
     service: Service
     pulls: SqlPulls
     clock: Callable[[], datetime]
-    export: Export
-    files: Files
-    fresh: bool = False
+    interval_seconds: float
+    timeout_seconds: float
+    daily_calls: int
+    zone: Callable[[], ZoneInfo]
+    left_out: set[str] = field(default_factory=set)
 
     @property
-    def question(self) -> Question:
+    def calls_today(self) -> int:
+        """How many calls this day has had."""
+        return self.pulls.calls(SERVICE, self.clock())
+
+    def request_received(self, resource: Resource, span: Window) -> LogsRequest:
+        """All rows that were received in whole hours, without the columns that the service did not know.
+
+        Perhaps more: where clocks go back, two hours have one name.
+        """
+        zone = self.zone()
+        since, until = (at.astimezone(zone) for at in (span.start, span.end - SECOND))
+        return logs_request(
+            self.service.application_id,
+            resource.name,
+            since=since.strftime(LOCAL),
+            until=until.strftime(LOCAL),
+            columns=[column for column in resource.columns if column not in self.left_out],
+            by_receipt=True,
+            span=span,
+        )
+
+    def keep(self, owner: str, request: LogsRequest) -> Export:
+        """The export of a request, which has a number from now on. Those that were done with long ago go."""
+        now = self.clock()
+        self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
+        return self.pulls.add(SERVICE, owner, request.text, now)
+
+    def leave_out(self, resource: Resource, error: RequestRefused) -> None:
+        """Do without the column that the service does not know. Raises `error` when that is none to do without."""
+        named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
+        if len(named) != 1 or named & {*NEEDED, resource.received}:
+            raise error
+        self.left_out.update(named)
+        log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
+
+    @contextmanager
+    def resumed(self, export: Export, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
+        """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
+        if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
+            export = replace(export, asked_at=None, done=False)
+            self.pulls.save(export)
+        with closing(ExportInProgress(self, export, fresh)) as under_way:
+            yield under_way
+
+
+@dataclass(slots=True)
+class ExportInProgress:
+    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept.
+
+    `files`: the parts that are there so far, in order, each gzip with a header of its own.
+    """
+
+    exports: Exports
+    export: Export
+    fresh: bool
+    files: list[BinaryIO] = field(default_factory=list)
+
+    @property
+    def request(self) -> LogsRequest:
         """What is asked for."""
-        return question_of(self.export.request)
+        return request_of(self.export)
 
-    def step(self, patience: Patience) -> Waiting | None:
+    def step(self, pauses: Pauses) -> NotReady | None:
         """Ask for what is missing; None when all parts are in `files`. Raises as `Service.ask`, but no MoreParts."""
+        service = self.exports.service
         while len(self.files) < self.export.parts_count:
-            path = self.question.part(len(self.files), self.export.parts_count)
+            path = self.request.part(len(self.files), self.export.parts_count)
             fresh = self.fresh and self.export.asked_at is None
-
-            def once(path: str = path, *, fresh: bool = fresh) -> Waiting | BinaryIO:
-                return self.service.ask(path, fresh=fresh)
-
             try:
-                told = retry(once, patience.policy, patience.pauses, patience.draw)
+                answer = retry(partial(service.ask, path, fresh=fresh), POLICY, pauses)
             except MoreParts:
                 self._double()
                 continue
-            if isinstance(told, Waiting):
-                self._heard(told)
-                return told
-            self.files.append(told)
-            self._heard(None)
+            if self.export.asked_at is None and not (isinstance(answer, NotReady) and not answer.heard):
+                self._save(replace(self.export, asked_at=self.exports.clock()))
+            if isinstance(answer, NotReady):
+                return answer
+            self.files.append(answer)
         return None
 
-    def wait(self, patience: Patience, polling: Polling) -> Waiting | None:
+    def wait(self, pauses: Pauses) -> NotReady | None:
         """Step until all is there or the time is over; then what the service said last."""
-        waited_seconds, interval_seconds = 0.0, polling.interval_seconds
-        while (told := self.step(patience)) is not None and waited_seconds < polling.timeout_seconds:
-            pause_seconds = max(interval_seconds, told.at_least_seconds)
-            patience.pauses.pause(pause_seconds)
+        waited_seconds, interval_seconds = 0.0, self.exports.interval_seconds
+        while (answer := self.step(pauses)) is not None and waited_seconds < self.exports.timeout_seconds:
+            pause_seconds = max(interval_seconds, answer.at_least_seconds)
+            pauses.pause(pause_seconds)
             waited_seconds += pause_seconds
-            interval_seconds = min(interval_seconds * SLOWER, max(polling.longest_seconds, polling.interval_seconds))
-        return told
+            interval_seconds = longer(interval_seconds)
+        return answer
+
+    def close(self) -> None:
+        """Free the files. Idempotent."""
+        while self.files:
+            self.files.pop().close()
 
     def finish(self) -> None:
         """The file was taken in."""
@@ -217,36 +239,18 @@ class Asking:
 
     def _double(self) -> None:
         """What was fetched is of another division, and goes."""
-        self.files.close()
+        self.close()
         if self.export.parts_count >= MAX_PARTS:
             raise TooManyParts(
-                f"AppMetrica wants more than {MAX_PARTS} parts of {self.question.path[:200]}", "ask for fewer days"
+                f"AppMetrica wants more than {MAX_PARTS} parts of {self.request.path[:200]}", "ask for fewer days"
             )
         self._save(replace(self.export, parts_count=self.export.parts_count * 2))
 
-    def _heard(self, told: Waiting | None) -> None:
-        if self.export.asked_at is None and (told is None or told.heard):
-            self._save(replace(self.export, asked_at=self.clock()))
-
     def _save(self, export: Export) -> None:
-        self.pulls.save(export)
+        self.exports.pulls.save(export)
         self.export = export
 
 
-@contextmanager
-def asking(
-    service: Service, pulls: SqlPulls, clock: Callable[[], datetime], export: Export, *, fresh: bool
-) -> Iterator[Asking]:
-    """An export to go on with. `fresh`: unless it is under way already, its file is made anew."""
-    now = clock()
-    if export.done or (export.asked_at is not None and now - export.asked_at > KEPT_FOR):
-        export = replace(export, asked_at=None, done=False)
-        pulls.save(export)
-    with closing(Files()) as files:
-        yield Asking(service, pulls, clock, export, files, fresh)
-
-
-def keep_question(pulls: SqlPulls, owner: str, question: Question, now: datetime) -> Export:
-    """The export of a question, which has a number from now on. Those that were done with long ago go."""
-    pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
-    return pulls.add(SERVICE, owner, question.text, now)
+def longer(interval_seconds: float) -> float:
+    """The next pause, which grows, since a day has so many calls only."""
+    return min(interval_seconds * 1.5, max(LONGEST_PAUSE_SECONDS, interval_seconds))

@@ -1,98 +1,88 @@
 """The pipeline put together: one job that pulls every configured resource, each on its own.
 
-Invariants: nothing is connected before the first run; a resource that fails is noted beside its cursor, and others go
-on; the calls of a day are counted by all processes together.
+Invariant: the calls of a day are counted by all processes together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from threading import Lock
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.appmetrica.client import SERVICE, Service, service
-from app.appmetrica.export_request import Polling, resources
-from app.appmetrica.hours import NAME, Places, ResourceRun
+from app.appmetrica.export_request import Exports, resources
+from app.appmetrica.hours import DUE_AFTER, NAME, UNIT, ResourceRun, hour_key, partition_of
 from app.appmetrica.rows import KEPT_ROW_BYTES
-from app.appmetrica.verify import PullChart, PullEnds
+from app.appmetrica.verify import AppMetricaEnds
 from app.config.settings import Settings
-from app.core.errors import LeaseLost, Permanent, Rejected, Transient
+from app.core.errors import Permanent
 from app.core.pipeline import Checkpoints
-from app.core.runs import Context, Failure, Job, Report, Stop
+from app.core.runs import Context, Job, Report, Stop
 from app.core.windows import Window
 from app.db.run_records import SqlPulls
 from app.object_store.port import ObjectStore
-from app.object_store.set_aside import SetAsideStore, folder_of
 from app.product_events.mapping import Events
+from app.product_events.pull import PartitionRun, PullContext, PullPipeline, overdue_after, set_aside_of, spool_of
+from app.product_events.verify import PullChart
 
-SPOOL = "spool"
 OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
-
-Work = Callable[[ResourceRun], Report]
-
-
-@dataclass(frozen=True, slots=True)
-class Remembered:
-    """What is known of past windows and of exports."""
-
-    checkpoints: Checkpoints
-    pulls: SqlPulls
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """What `main` wires: the job, its backfill and proof, and the service (None = off), which routes ask as well."""
-
-    name: str
-    jobs: Sequence[Job]
-    backfill: Callable[[Context, Window], Report]
-    service: Service | None
-    verification: Callable[[Stop], PullEnds]
-    chart: PullChart
 
 
 def build(
-    settings: Settings, remembered: Remembered, store: ObjectStore, warehouse: Events, clock: Callable[[], datetime]
-) -> Pull:
+    settings: Settings,
+    checkpoints: Checkpoints,
+    pulls: SqlPulls,
+    store: ObjectStore,
+    warehouse: Events,
+    *,
+    clock: Callable[[], datetime],
+) -> PullPipeline[Exports | None]:
     """The pipeline as it is configured; its job is `off` without a token."""
-    given = settings.appmetrica
-    asked = _service(settings, remembered.pulls, clock)
-    places = Places(
-        checkpoints=remembered.checkpoints,
-        pulls=remembered.pulls,
-        store=store,
-        load=warehouse.load,
-        spool=settings.service.data_dir / SPOOL,
-        clock=clock,
-        polling=Polling(given.poll_interval_seconds, given.poll_timeout_seconds),
-        lookback_days=given.lookback_days,
-        zone=Zone(asked, given.timezone).find,
-        refused=set(),
-        recount_days=given.recount_days,
-        daily_calls=given.daily_calls,
-        # A row that is too large is kept whole, whatever the limit for many small ones.
-        set_aside=SetAsideStore(store, folder_of(NAME), max(settings.set_aside.max_bytes, KEPT_ROW_BYTES + 1)),
-    )
-    each = partial(every_resource, places, asked, given.resources)
-    job = Job(NAME, given.interval_seconds, lambda context: each(context, ResourceRun.bring), "" if asked else OFF)
-
-    def verification(stop: Stop) -> PullEnds:
-        if asked is None:
-            raise Permanent("AppMetrica is not configured", OFF)
-        return PullEnds(places, asked, [resources()[name] for name in given.resources], warehouse.known, stop)
-
-    return Pull(
+    given, exports = settings.appmetrica, exports_of(settings, pulls, clock)
+    pull = PullContext(
         name=NAME,
-        jobs=(job,),
-        backfill=lambda context, span: each(context, lambda run: run.fill(span)),
-        service=asked,
+        unit=UNIT,
+        due_after=DUE_AFTER,
+        overdue_after=overdue_after(settings, NAME, given.interval_seconds),
+        lookback_days=given.lookback_days,
+        checkpoints=checkpoints,
+        store=store,
+        warehouse=warehouse,
+        spool=spool_of(settings),
+        clock=clock,
+        set_aside=set_aside_of(settings, NAME, store, KEPT_ROW_BYTES + 1),
+    )
+
+    def run_each(context: Context, work: Callable[[ResourceRun], Report]) -> Report:
+        asked = _configured(exports)
+        return every_resource(pull, asked, given.resources, context, work, recount_days=given.recount_days)
+
+    def run(context: Context) -> Report:
+        return run_each(context, ResourceRun.pull_due)
+
+    def backfill(context: Context, span: Window) -> Report:
+        return run_each(context, lambda resource: resource.fill(span))
+
+    def verification(stop: Stop) -> AppMetricaEnds:
+        return AppMetricaEnds(pull, _configured(exports), [resources()[name] for name in given.resources], stop)
+
+    return PullPipeline(
+        name=NAME,
+        jobs=(Job(NAME, given.interval_seconds, run, "" if exports else OFF),),
+        backfill=backfill,
         verification=verification,
-        chart=PullChart(places),
+        chart=PullChart(pull, hour_key),
+        service=exports,
     )
 
 
-def _service(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime]) -> Service | None:
+def _configured(exports: Exports | None) -> Exports:
+    if exports is None:
+        raise Permanent("AppMetrica is not configured", OFF)
+    return exports
+
+
+def exports_of(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime]) -> Exports | None:
+    """The exports of the configured application; None without a token."""
     given = settings.appmetrica
     if given.api_key is None or given.application_id is None:
         return None
@@ -100,54 +90,55 @@ def _service(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime])
     def count() -> None:
         pulls.count_call(SERVICE, given.daily_calls, clock())
 
-    spool = settings.service.data_dir / SPOOL
-    return service(given.base_url, given.api_key.get_secret_value(), given.application_id, spool, count)
+    token = given.api_key.get_secret_value()
+    asked = service(given.base_url, token, given.application_id, spool_of(settings), count)
+    return Exports(
+        service=asked,
+        pulls=pulls,
+        clock=clock,
+        interval_seconds=given.poll_interval_seconds,
+        timeout_seconds=given.poll_timeout_seconds,
+        daily_calls=given.daily_calls,
+        zone=Zone(asked, given.timezone).find,
+    )
 
 
 class Zone:
     """The application's time zone: what is set, else what the service says, asked once."""
 
-    def __init__(self, asked: Service | None, name: str) -> None:
+    def __init__(self, asked: Service, name: str) -> None:
         self._service, self._name = asked, name
         self._lock = Lock()
 
     def find(self) -> ZoneInfo:
         """Raises Transient and Permanent."""
         with self._lock:
-            if not self._name and self._service is not None:
-                self._name = self._asked(self._service)
+            if not self._name:
+                found = self._service.applications().get(self._service.application_id)
+                if found is None:
+                    raise Permanent(
+                        f"the token does not see the application {self._service.application_id}",
+                        "check APPMETRICA_APPLICATION_ID, and who made the token",
+                    )
+                self._name = str(found.get("time_zone_name") or "UTC")
         try:
             return ZoneInfo(self._name)
         except (ZoneInfoNotFoundError, ValueError) as error:
-            raise Permanent(f"the time zone {self._name[:60]!r} is not known", "set APPMETRICA_TIMEZONE") from error
-
-    @staticmethod
-    def _asked(asked: Service) -> str:
-        found = asked.applications().get(asked.application_id)
-        if found is None:
-            raise Permanent(
-                f"the token does not see the application {asked.application_id}",
-                "check APPMETRICA_APPLICATION_ID, and who made the token",
-            )
-        return str(found.get("time_zone_name") or "UTC")
+            raise Permanent(f"unknown time zone {self._name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
 
 
-def every_resource(places: Places, asked: Service | None, names: Sequence[str], context: Context, work: Work) -> Report:
+def every_resource(
+    pull: PullContext,
+    exports: Exports,
+    names: Sequence[str],
+    context: Context,
+    work: Callable[[ResourceRun], Report],
+    *,
+    recount_days: int,
+) -> Report:
     """`work` for each resource."""
-    if asked is None:
-        raise Permanent("AppMetrica is not configured", OFF)
-    places.spool.mkdir(parents=True, exist_ok=True)
-    if not places.store.conditional:
-        places.store.probe()
-    total = Report()
-    known: Mapping[str, ResourceRun] = {name: ResourceRun(places, context, asked, resources()[name]) for name in names}
-    for run in known.values():
-        try:
-            total += work(run)
-        except LeaseLost:
-            raise
-        except (Transient, Permanent, Rejected) as error:
-            if not context.dry_run:
-                places.checkpoints.fail(NAME, run.partition, str(error), context.lease)
-            total += Report(failures=(Failure(run.partition, error.message, error.hint),))
-    return total
+    runs = {}
+    for resource in (resources()[name] for name in names):
+        partition = partition_of(exports, resource)
+        runs[partition] = ResourceRun(PartitionRun(pull, context, partition), exports, resource, recount_days)
+    return pull.run_each(context, runs, work)

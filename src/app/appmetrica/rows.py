@@ -1,4 +1,11 @@
-"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping."""
+"""Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
+
+Invariants: every row of the file comes once, good or bad, and is in exactly one hour, by the second in which it was
+received, or is refused with its bytes as the file has them; a bad row never takes a good one with it, also when a quote
+too many makes it swallow what follows. A record ends with the first line end up to which its quotes are even in number.
+Columns are found by their names. The same rows of an hour give the same uuids, whatever their order. Memory is bounded
+by KEPT_ROW_BYTES: what must be remembered of each row lies on disk.
+"""
 
 import csv
 import gzip
@@ -19,12 +26,7 @@ from uuid import NAMESPACE_URL, uuid5
 from app.core.errors import Permanent
 from app.core.windows import Window, floor_to
 from app.product_events.mapping import Tables, mapping
-
-# Rows of a CSV file of AppMetrica, by the names of its header; rows that cannot be read come with their bytes.
-#
-# Invariants: every row of the file comes once, good or bad; a bad row never takes a good one with it, also when a
-# quote too many makes it swallow what follows; the bytes of a bad row are those of the file; memory is bounded by
-# KEPT_ROW_BYTES. A record ends with the first line end up to which its quotes are even in number.
+from app.product_events.pull import HOUR, HOUR_SECONDS, hours_of
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
@@ -129,15 +131,7 @@ def _cells(text: str) -> Row:
     return next(csv.reader((text,), strict=True))
 
 
-# Rows of a file of AppMetrica: CSV in, hours of receipt out, and events as columns for the mapping.
-#
-# Invariants: a row is in exactly one hour, by the second in which it was received, or is refused with its bytes; the
-# same rows of an hour give the same uuids, whatever their order; columns are found by their names; memory does not
-# grow with the number of rows: what must be remembered of each lies on disk.
-
 SERVICE = "appmetrica"
-HOUR = timedelta(hours=1)
-HOUR_SECONDS = 3600
 BESIDE = timedelta(hours=2)
 CHUNK_ROWS = 2000
 LEVEL = 1
@@ -208,7 +202,7 @@ class HourFile:
 
 
 @dataclass(slots=True)
-class Reading:
+class SortedRows:
     """Rows of a file by the hour of their receipt. `records`: all that were counted as they came; `left_out`: those of
     hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
     """
@@ -237,7 +231,7 @@ def by_hour(
     *,
     needed: Collection[str] = (),
     refuse: Refuse = not_kept,
-) -> Iterator[Reading]:
+) -> Iterator[SortedRows]:
     """The rows of all parts, each in the file of its hour, one for each hour of the span; what cannot be read or is of
     no hour is refused.
 
@@ -246,11 +240,9 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    count = (span.end - span.start) // HOUR
-    starts = [span.start + number * HOUR for number in range(count)]
-    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in starts}
+    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
     try:
-        reading = Reading(list(hours.values()))
+        reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
             reading.lacking = {*reading.lacking, *(set(columns) - set(header) if header else ())}
             check_columns(header, {received, *needed})
@@ -280,7 +272,7 @@ def _sort(
     received: str,
     span: Window,
     hours: Mapping[datetime, HourFile],
-    reading: Reading,
+    reading: SortedRows,
     refuse: Refuse,
 ) -> None:
     """Each row of a part into the file of its hour, or refused."""
@@ -296,16 +288,13 @@ def _sort(
         elif not isinstance(found, BadRow) and at is not None and at in hours:
             hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
         else:
-            bad = found if isinstance(found, BadRow) else _of_no_hour(part, received, at, cells)
+            detail = f"row {part.number}: {received} is of no hour that was asked for"
+            reason = NO_RECEIPT if at is None else ANOTHER_TIME
+            bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
             # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
             gap = hours[at] if at is not None and at in hours else reading.hours[-1]
             gap.refused += 1
             refuse(at if at is not None else _some_hour(part.header, cells), bad)
-
-
-def _of_no_hour(part: CsvRows, received: str, at: datetime | None, cells: Row) -> BadRow:
-    reason = NO_RECEIPT if at is None else ANOTHER_TIME
-    return BadRow(reason, part.raw, f"row {part.number}: {received} is of no hour that was asked for", cells)
 
 
 def _some_hour(header: Row, cells: Row) -> datetime | None:
@@ -382,15 +371,11 @@ class _Ordinals:
         self._database.close()
 
 
-# Parts of one file as one: the header once, every row on lines of its own.
-#
-# Invariant: rows are copied to the byte; memory is bounded.
-
-PIECE_BYTES = 1 << 18
-
-
 def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
-    """The rows of all parts under the header of the first. A header has no quotes, so it ends with its line."""
+    """The parts of one file as one: each row copied to the byte, on lines of its own, under the header of the first.
+
+    A header has no quotes, so it ends with its line.
+    """
     last = b"\n"
     for number, file in enumerate(files):
         file.seek(0)
@@ -400,6 +385,6 @@ def merged(files: Sequence[BinaryIO]) -> Iterator[bytes]:
                 if last != b"\n":
                     yield b"\n"
                     last = b"\n"
-            while piece := stream.read(PIECE_BYTES):
+            while piece := stream.read(BUFFER_BYTES):
                 yield piece
                 last = piece[-1:]

@@ -17,7 +17,8 @@ from app.core.windows import Age, Window, age_of
 class State(Enum):
     """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
 
-    OPEN: not finished yet, so that what is there may still change. MISSING also: due, and not written yet.
+    OPEN: not finished yet, so that what is there may still change. WAITING: due, and a coming run writes it.
+    MISSING also: overdue, and not written yet.
     """
 
     EMPTY = "empty"
@@ -26,6 +27,7 @@ class State(Enum):
     STALE = "stale"
     EQUAL = "equal"
     OPEN = "open"
+    WAITING = "waiting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,15 @@ class Chart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When the map is made, how long windows take late rows, and up to where the partition is finished."""
+    """When the map is made, how long windows take late rows, and up to where the partition is finished.
+
+    A window is overdue when it was due for `overdue_seconds` and nothing of it was written.
+    """
 
     now: datetime
     grace_seconds: float
     cursor_at: datetime | None = None
+    overdue_seconds: float = 0.0
 
 
 def cells_of(
@@ -86,8 +92,10 @@ def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], a
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> State:
     if at.cursor_at is None or window.end > at.cursor_at:
-        is_due = age_of(window, at.now, at.grace_seconds) is Age.DUE
-        return State.MISSING if (is_due or records) and not there else State.OPEN
+        if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
+            return State.OPEN
+        is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
+        return State.MISSING if records or is_overdue else State.WAITING
     gone = [record for record in records if record.key not in there]
     if gone:
         return State.MISSING if len(gone) == len(records) else State.PARTIAL

@@ -3,6 +3,7 @@
 Invariant: a retry never outlasts the policy's attempts, and a stop that was asked for ends the waiting.
 """
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -50,8 +51,8 @@ class Pace:
                 self._pauses.pause(self._rest * (time.monotonic() - began))
 
 
-def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float]) -> T:
-    """Call `action` until it returns. `draw` gives a number in [0, 1).
+def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float] = random.random) -> T:
+    """Call `action` until it returns. `draw` gives a number in [0, 1), which is jitter only and not security-sensitive.
 
     `Conflict` and `LeaseLost` are not repeated here: their cure is to read again or to give up, which the caller does.
     Raises the last `Transient` when the attempts are used up.

@@ -1,1 +1,1 @@
-"""What the pulls of product events share: mapping to the warehouse, raw objects, and the HTTP client."""
+"""What the pulls of product events share: the loop over partitions, records, verification, mapping, HTTP client."""

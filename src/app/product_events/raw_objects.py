@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO, Protocol, cast
@@ -49,7 +48,7 @@ class RawObject:
         }
 
 
-class Keep(Protocol):
+class PutPolicy(Protocol):
     """How the object of a window is stored."""
 
     def __call__(self, store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
@@ -71,7 +70,7 @@ def keep(store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
     return in_place_of(held.version if held else "")(store, file, what)
 
 
-def in_place_of(version: str) -> Keep:
+def in_place_of(version: str) -> PutPolicy:
     """Store over this very version, whatever it holds; "" = nothing is there."""
 
     def stored(store: ObjectStore, file: BinaryIO, what: RawObject) -> Held:
@@ -94,7 +93,7 @@ class There:
     content: Content | None
 
 
-def mending(there: There, given: Content, record: Record | None) -> Keep | None:
+def mending(there: There, given: Content, record: Record | None) -> PutPolicy | None:
     """How to store what the service gives now; None = what is there stays, since the service no longer has all of it.
 
     Raises Permanent when the object is damaged or foreign and the service has no rows to put in its place.
@@ -130,56 +129,42 @@ NOT_HAD = "not had"
 """The version in the record of a window that the service could not give; `closed` says that it was set aside."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawLine:
-    """One partition of a map. `key`: the object of a window; `folder`: the prefix under which to list that key.
+def raw_cells(
+    checkpoints: Checkpoints,
+    store: ObjectStore,
+    windows: Iterable[Window],
+    at: Moment,
+    *,
+    pipeline: str,
+    partition: str,
+    key: Callable[[Window], str],
+    folder: Callable[[str], str] = str,
+    by_line: bool = False,
+) -> Sequence[Cell]:
+    """A cell per window that has begun. `key`: the object of a window; `folder`: the prefix under which to list it.
 
-    `cursor_of`: the pipeline and partition whose cursor says what is finished. `by_line`: `source_cells` of its records
-    counts the lines, of which `rows` landed.
+    One listing per folder. `by_line`: `source_cells` of the records counts the lines, of which `rows` landed.
     """
-
-    pipeline: str
-    partition: str
-    cursor_of: tuple[str, str]
-    key: Callable[[Window], str]
-    folder: Callable[[str], str]
-    by_line: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RawMap:
-    """Makes the cells of a line."""
-
-    checkpoints: Checkpoints
-    store: ObjectStore
-    grace_seconds: float
-
-    def cells(self, line: RawLine, windows: Iterable[Window], now: datetime) -> Sequence[Cell]:
-        """A cell per window that has begun. One listing per folder."""
-        begun = [window for window in windows if window.start < now]
-        if not begun:
-            return ()
-        keys = {line.key(window): window.start for window in begun}
-        folders = sorted({line.folder(key) for key in keys})
-        listed = (info for folder in folders for info in self.store.list(folder))
-        found = [Found(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
-        records = self.checkpoints.records(line.pipeline, line.partition, begun[0].start, begun[-1].end)
-        pipeline, partition = line.cursor_of
-        moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(pipeline).get(partition))
-        lacking = {record.window.start for record in records if line.by_line and record.source_cells > record.rows}
-        cells = cells_of(begun, records, found, moment)
-        return [_with_gaps(cell, lacking) for cell in cells]
+    begun = [window for window in windows if window.start < at.now]
+    if not begun:
+        return ()
+    keys = {key(window): window.start for window in begun}
+    folders = sorted(set(map(folder, keys)))
+    listed = (info for each in folders for info in store.list(each))
+    found = [Found(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
+    records = checkpoints.records(pipeline, partition, begun[0].start, begun[-1].end)
+    lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}
+    return [
+        replace(cell, state=State.PARTIAL)
+        if cell.state in (State.EQUAL, State.EMPTY) and cell.window.start in lacking
+        else cell
+        for cell in cells_of(begun, records, found, at)
+    ]
 
 
 def was_had(record: Record | None) -> bool:
     """False for a window that has no record, or one that says that the service could not give it."""
     return record is not None and record.version != NOT_HAD
-
-
-def _with_gaps(cell: Cell, lacking: Container[datetime]) -> Cell:
-    if cell.state in (State.EQUAL, State.EMPTY) and cell.window.start in lacking:
-        return replace(cell, state=State.PARTIAL)
-    return cell
 
 
 def folder_of(key: str) -> str:

@@ -7,10 +7,11 @@ const QUICK_MS = 1500;
 const QUICK_FOR_MS = 30000;
 const CELL_PX = 17;
 const STATES = {
-  equal: ["equal", "as confirmed"], open: ["open", "not closed yet"], empty: ["empty", "nothing was to be written"],
+  equal: ["equal", "as confirmed"], open: ["open", "not closed yet"], waiting: ["waiting", "the next run writes it"],
+  empty: ["empty", "nothing was to be written"],
   missing: ["missing", "not there"], partial: ["partial", "some objects are gone"], stale: ["stale", "changed by somebody else"],
 };
-const GLYPHS = { equal: "", open: "·", empty: "", missing: "–", partial: "◐", stale: "!" };
+const GLYPHS = { equal: "", open: "·", waiting: "…", empty: "", missing: "–", partial: "◐", stale: "!" };
 const SIGNS = { "=": "equal", "-": "missing", "+": "only at the destination", "*": "differs", "!": "error" };
 const HEALABLE = new Set(["missing", "partial", "stale"]);
 let hoursShown = 24;
