@@ -1,11 +1,13 @@
 """What is tried again, how often, and how long is waited between."""
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from app.core.errors import AppError, Conflict, LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.retry import RetryPolicy, pause_seconds, retry
+from app.core.retry import LEAST_REST_SECONDS, Pace, RetryPolicy, pause_seconds, retry
+from app.core.runs import Stop
 
 POLICY = RetryPolicy(attempts=4, first_seconds=1, cap_seconds=3)
 
@@ -73,3 +75,16 @@ def test_the_other_side_is_given_the_time_it_asks_for_up_to_the_cap() -> None:
     assert [pause_seconds(POLICY, 0, asked, 0.5) for asked in (None, 0.2, 2, 100)] == [0.5, 0.5, 2, 3]
     assert retry(failing(Transient("busy", retry_after_seconds=2)), POLICY, pauses := Pauses(), lambda: 0) == "done"
     assert pauses.seconds == [2]
+
+
+def test_questions_take_no_more_than_their_share_and_short_ones_wait_for_nothing() -> None:
+    stop, asked = Stop(), 0.0
+    pace = Pace(stop, 0.1)
+    began = time.monotonic()
+    for number in range(8):
+        at = time.monotonic()
+        pace.ask(lambda: time.sleep(0.015))
+        if number == 0:
+            assert time.monotonic() - at < LEAST_REST_SECONDS
+        asked += 0.015
+    assert time.monotonic() - began >= 10 * asked - 2 * LEAST_REST_SECONDS

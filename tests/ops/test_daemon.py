@@ -61,6 +61,8 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
     assert "default-src 'self'" in policy
     assert "frame-ancestors 'none'" in policy
     assert daemon.rss_mib < 80
+    loaded = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+    assert not [name for name in ("numpy", "pyarrow", "duckdb", "pandas") if f"/{name}" in loaded]
 
 
 def test_a_misspelt_variable_is_in_the_log_of_the_start_wherever_it_stands(daemons: Daemons, tmp_path: Path) -> None:

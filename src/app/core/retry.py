@@ -3,6 +3,7 @@
 Invariant: a retry never outlasts the policy's attempts, and a stop that was asked for ends the waiting.
 """
 
+import math
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Protocol, TypeVar
 from app.core.errors import Conflict, LeaseLost, Transient
 
 T = TypeVar("T")
+LEAST_REST_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +34,29 @@ class Pauses(Protocol):
 
 
 class Pace:
-    """Questions one after the other, each followed by a rest, so that whatever they cost the other side, it is at most
-    `share` of one core. From any thread.
+    """Questions one after the other with rests between them, so that whatever they cost the other side, it is at most
+    `share` of one core. Rests are gathered until they come to LEAST_REST_SECONDS, and other work in between counts.
+    From any thread.
     """
 
     def __init__(self, pauses: Pauses, share: float) -> None:
         self._pauses = pauses
         self._rest = 1 / share - 1
         self._turn = threading.Lock()
+        self._rested_at = -math.inf
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer, after the rest."""
+        """The answer, after a rest where one is owed."""
         with self._turn:
+            owed = self._rested_at - time.monotonic()
+            if owed >= LEAST_REST_SECONDS:
+                self._pauses.pause(owed)
             began = time.monotonic()
             try:
                 return question()
             finally:
-                self._pauses.pause(self._rest * (time.monotonic() - began))
+                now = time.monotonic()
+                self._rested_at = max(self._rested_at, began) + (now - began) * (self._rest + 1)
 
 
 def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Callable[[], float] = random.random) -> T:
