@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from analytics_ways import PREFIX, hourly
-from app.analytics.engine import Engine, Limits
+from app.analytics.engine import Engine, EngineLimits
 from app.analytics.summaries import Summaries
 from app.db.state import open_state
 from app.object_store.port import Put
@@ -30,7 +30,7 @@ def main() -> None:
     work = Path(folder) / "work"
     work.mkdir(parents=True)
     state = open_state("", Path(folder))
-    engine = Engine(work, Limits(128, 2, 60))
+    engine = Engine(work, EngineLimits(128, 2, 60))
     summaries = Summaries(store, state.summaries, engine, PREFIX, lambda: datetime.now(UTC))
     summaries.refresh()
     nothing, one_new = [], []

@@ -78,7 +78,7 @@ def fill(data: Path, given: Given) -> None:
 
 def facts(given: Given) -> Iterator[Any]:
     """What one hour of one device adds up to."""
-    from app.db.object_summaries import Facts, Part
+    from app.db.object_summaries import DaySummary, Facts
 
     draw = random.Random(1)
     for device in range(given.devices):
@@ -90,7 +90,7 @@ def facts(given: Given) -> Iterator[Any]:
             latest = (last_us, 230.0, 1.0, 230.0, 41.5, None, 0.9, "bulb", None)
             day = (at - datetime(1970, 1, 1, tzinfo=at.tzinfo)).days
             sums = (230.0 * ROWS + draw.random(), ROWS, 41.5, None, 0)
-            part = Part(name, day, ROWS, first_us, last_us, *sums, latest)
+            part = DaySummary(name, day, ROWS, first_us, last_us, *sums, latest)
             yield Facts(key, etag_of(key), SIZE_BYTES, ROWS, COLUMNS, "", (part,))
 
 

@@ -14,19 +14,19 @@ from pathlib import Path
 from app import __main__ as command_line
 from app import main
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, State
+from app.core.gap_map import Cell, CellState
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.pipeline import Commit
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.verify import Content, Slot, content_of
 from app.core.windows import Window, windows_between
-from app.main import Parts
+from app.main import ServiceParts
 from app.ops.service import Pipelines
 
 Work = Callable[[Context], Report]
 
 
-def traced(parts: Parts, name: str, work: Work) -> Work:
+def traced(parts: ServiceParts, name: str, work: Work) -> Work:
     def run(context: Context) -> Report:
         path = parts.settings.service.data_dir / "trace.log"
         note(path, f"begin {name} {os.getpid()}")
@@ -102,19 +102,19 @@ def filling(context: Context, span: Window) -> Report:
     return Report(rows=span.seconds, windows=1)
 
 
-def long_job(parts: Parts) -> Pipelines:
+def long_job(parts: ServiceParts) -> Pipelines:
     return Pipelines((Job("long", 60, traced(parts, "long", pausing(40))),))
 
 
-def stuck_job(parts: Parts) -> Pipelines:
+def stuck_job(parts: ServiceParts) -> Pipelines:
     return Pipelines((Job("stuck", 60, traced(parts, "stuck", deaf)),))
 
 
-def busy_job(parts: Parts) -> Pipelines:
+def busy_job(parts: ServiceParts) -> Pipelines:
     return Pipelines((Job("busy", 60, traced(parts, "busy", computing)),))
 
 
-def quick_jobs(parts: Parts) -> Pipelines:
+def quick_jobs(parts: ServiceParts) -> Pipelines:
     jobs = (
         Job("quick", 1, traced(parts, "quick", pausing(0.2))),
         Job("failing", 60, failing),
@@ -127,16 +127,16 @@ def quick_jobs(parts: Parts) -> Pipelines:
     return Pipelines(jobs, {"quick": filling}, routers=main.wire(parts).routers)
 
 
-def daily_job(parts: Parts) -> Pipelines:
+def daily_job(parts: ServiceParts) -> Pipelines:
     return Pipelines((Job("daily", 86_400, traced(parts, "daily", pausing(0.1))),))
 
 
-def idle_jobs(parts: Parts) -> Pipelines:
+def idle_jobs(parts: ServiceParts) -> Pipelines:
     """The product's own routes, whose jobs do not run by themselves."""
     return replace(main.wire(parts), jobs=())
 
 
-def lagging_job(parts: Parts) -> Pipelines:
+def lagging_job(parts: ServiceParts) -> Pipelines:
     def work(context: Context) -> Report:
         at = parts.clock().replace(microsecond=0)
         for name in ("dev-1", "<img src=x onerror=alert(1)>"):
@@ -150,7 +150,7 @@ def lagging_job(parts: Parts) -> Pipelines:
 class Shelf:
     """A pipeline whose source has ten rows in each of the last hours, and whose destination is a file an hour."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ServiceParts) -> None:
         self.root = parts.settings.service.data_dir / "shelf"
         self.clock = parts.clock
 
@@ -185,7 +185,7 @@ class Shelf:
 
     def cells(self, partition: str, span: Window) -> list[Cell]:
         held = [(hour, self.path(Slot(partition, hour)).exists()) for hour in self.hours(span)]
-        return [Cell(hour, State.EQUAL if there else State.MISSING, 10, int(there)) for hour, there in held]
+        return [Cell(hour, CellState.EQUAL if there else CellState.MISSING, 10, int(there)) for hour, there in held]
 
     def work(self, context: Context) -> Report:
         context.progress.advance(total=2, done=1)
@@ -197,7 +197,7 @@ class Shelf:
         return Report(rows=10, windows=1)
 
 
-def shelf(parts: Parts) -> Pipelines:
+def shelf(parts: ServiceParts) -> Pipelines:
     one = Shelf(parts)
     jobs = (
         Job("shelf", 60, one.work),

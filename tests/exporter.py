@@ -15,7 +15,7 @@ from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from app.db.state import State, open_state
-from app.influx_to_s3.job import NAME, RECONCILE, Export, build
+from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, build
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
@@ -49,7 +49,7 @@ class Exporter:
     state: State
     now: datetime = NOON
     environ: dict[str, str] = field(default_factory=dict)
-    built: Export | None = None
+    built: InfluxExport | None = None
     prefix: str = "telemetry"
 
     def clock(self) -> datetime:
@@ -76,7 +76,7 @@ class Exporter:
             number += 1
         return number
 
-    def export(self, **environ: str) -> Export:
+    def export(self, **environ: str) -> InfluxExport:
         """The pipeline as a process that starts now would build it."""
         given = {
             "DATA_DIR": str(self.folder / "data"),

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.analytics.builtin_reports import TABLES
-from app.analytics.engine import Engine, Limits, Remote
-from app.analytics.formats import Shape, of_table
+from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.formats import AnswerShape, of_table
 from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Objects, Queries
-from app.analytics.reports import Report, load_reports
+from app.analytics.reports import ReportDefinition, load_reports
 from app.analytics.summaries import Summaries
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
@@ -153,10 +153,10 @@ class Lake:
 
     def __post_init__(self) -> None:
         (self.folder / "work").mkdir(parents=True)
-        self.engine = Engine(self.folder / "work", Limits(128, 2, 60))
+        self.engine = Engine(self.folder / "work", EngineLimits(128, 2, 60))
         self.summaries = self.another()
         self.queries = Queries(self.summaries, self.objects(self.engine), self.engine)
-        self.reports: Mapping[str, Report] = load_reports([sql_directory() / "analytics"])
+        self.reports: Mapping[str, ReportDefinition] = load_reports([sql_directory() / "analytics"])
 
     def another(self) -> Summaries:
         """The summaries of a process that starts now, on the same store and the same state."""
@@ -179,7 +179,7 @@ class Lake:
         """The rows of a report that DuckDB ran over the objects."""
         report = self.reports[path]
         given = {**report.values([]), **values}
-        answer = self.queries.run(report, given, Shape("parquet", report.answer))
+        answer = self.queries.run(report, given, AnswerShape("parquet", report.answer))
         table = pq.read_table(io.BytesIO(b"".join(answer.pieces())))
         plain = [c.cast(pa.timestamp("us")) if pa.types.is_timestamp(c.type) else c for c in table.columns]
         return list(zip(*(column.to_pylist() for column in plain), strict=True))
@@ -189,7 +189,7 @@ class Lake:
         view = self.summaries.view
         assert view is not None
         report = self.reports[path]
-        answer = of_table(TABLES[report.summary](view.days), Shape(how, report.answer), self.folder)
+        answer = of_table(TABLES[report.summary](view.days), AnswerShape(how, report.answer), self.folder)
         return b"".join(answer.pieces())
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ def bucket_lake(server: Seaweed, folder: Path, facts: SqlSummaries, *, whole_byt
         )
 
     def objects(engine: Engine) -> Objects:
-        made = partial(Engine, engine.folder, Limits(128, 8, 60))
+        made = partial(Engine, engine.folder, EngineLimits(128, 8, 60))
         return BucketObjects(remote, made, whole_bytes)
 
     return Lake(S3Store(target, "probe/key"), facts, folder, objects)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from app.core.errors import Conflict
 from app.object_store.local_transfers import page_of
-from app.object_store.port import Batch, ObjectInfo, Page, Put, Question, Readable, Stored, check_key, in_batches
+from app.object_store.port import ListingBatch, ObjectInfo, Page, Put, Question, Readable, Stored, check_key, in_batches
 
 
 class MemoryObjects:
@@ -48,7 +48,7 @@ class MemoryObjects:
             if key.startswith(prefix):
                 yield self._held[key][0]
 
-    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         del objects
         return in_batches(self.list(prefix))
 

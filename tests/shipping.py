@@ -52,7 +52,7 @@ class Shipping:
     extra: dict[str, str] = field(default_factory=dict)
     leases: MemoryLeases = field(default_factory=MemoryLeases)
     stop: Stop = field(default_factory=Stop)
-    running: tuple[dict[str, str], job.Export] | None = None
+    running: tuple[dict[str, str], job.HourFileExport] | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = MemoryCheckpoints(self.leases)
@@ -74,7 +74,7 @@ class Shipping:
             **self.extra,
         }
 
-    def export(self) -> job.Export:
+    def export(self) -> job.HourFileExport:
         environ = {name: value for name, value in self.environ.items() if value}
         set_aside = SetAsideStore(LocalDirectory(self.folder / "objects"), folder_of(job.NAME))
         return job.build(load_settings(environ, None), self.checkpoints, set_aside, lambda: self.now, QUICK)
@@ -102,7 +102,7 @@ class Shipping:
             self.running[1].close()
             self.running = None
 
-    def _running(self) -> job.Export:
+    def _running(self) -> job.HourFileExport:
         """The process with the settings of now; others need a restart."""
         environ = self.environ
         if self.running is None or self.running[0] != environ:

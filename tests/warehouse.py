@@ -15,7 +15,7 @@ import pytest
 
 from app.dwh.query import selection
 from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
-from app.dwh.responses import Page
+from app.dwh.responses import AnswerPage
 from app.dwh.results import Inserted
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
@@ -90,7 +90,7 @@ class Desk:
 
     def read(self, table: Table, **params: Any) -> Got:
         chosen = selection(table, [(name, str(value)) for name, value in params.items()])
-        with closing(Page(self.warehouse, chosen)) as page:
+        with closing(AnswerPage(self.warehouse, chosen)) as page:
             page.produce()
             page.begin(whole=True)
             return Got(b"".join(page.pieces()), page.last_id)

@@ -174,7 +174,7 @@ def verify(given: argparse.Namespace) -> int:
     from app.ops.verification import Healing
 
     what = Healing(Window(given.start, given.end), given.partition)
-    wanted = commands.Wanted(given.job, what, healing=given.heal, every=given.every)
+    wanted = commands.VerifyRequest(given.job, what, healing=given.heal, every=given.every)
     return commands.verify_both(build(settings), wanted, commands.How(as_json=given.as_json))
 
 

@@ -121,7 +121,7 @@ def front(service: Inside) -> Front:
 def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     """The FastAPI application. Imports it, which takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
-    from app.analytics.service import Serving
+    from app.analytics.service import ReportService
     from app.ops import dashboard, routes, verification_routes
     from app.web.api import About, build_api
 
@@ -143,7 +143,7 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
     )
     about = service.settings.service
-    serving = Serving(service.analytics)
+    serving = ReportService(service.analytics)
     routers = [
         dashboard.build(guard, lambda: routes.overview(ops)),
         routes.build(ops),
@@ -176,8 +176,8 @@ def warehouse_routes(service: Inside) -> "APIRouter":
 
     limits, dwh = service.settings.limits, service.settings.dwh
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    sizes = routes.Limits(limits.max_body_bytes, limits.max_upload_bytes, batch)
-    return routes.build(routes.Serving(service.warehouse, sizes, service.clock))
+    sizes = routes.WarehouseLimits(limits.max_body_bytes, limits.max_upload_bytes, batch)
+    return routes.build(routes.WarehouseRoutes(service.warehouse, sizes, service.clock))
 
 
 def object_routes(service: Inside) -> "APIRouter":
@@ -192,12 +192,12 @@ def object_routes(service: Inside) -> "APIRouter":
 
         local = LocalTransfers(store)
         return routes.build(
-            routes.Serving(store, local, reach(settings), SignedLinks(settings.service.data_dir), service.clock)
+            routes.ObjectRoutes(store, local, reach(settings), SignedLinks(settings.service.data_dir), service.clock)
         )
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    return routes.build(routes.Serving(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -234,7 +234,7 @@ ONE_REPLICA = "the object store honours no conditional writes: run one replica o
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ServiceParts:
     """What the slices are built on."""
 
     settings: Settings
@@ -244,7 +244,7 @@ class Parts:
     warehouse: Warehouse
 
 
-Wiring = Callable[[Parts], Pipelines]
+Wiring = Callable[[ServiceParts], Pipelines]
 
 
 def now() -> datetime:
@@ -252,7 +252,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def wire(parts: Parts) -> Pipelines:
+def wire(parts: ServiceParts) -> Pipelines:
     """Every pipeline of the product."""
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
@@ -314,7 +314,7 @@ def wire(parts: Parts) -> Pipelines:
     )
 
 
-def calls_of(parts: Parts, service: str) -> Calls:
+def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
@@ -325,7 +325,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
-    pipelines = wiring(Parts(settings, state, store, state.clock, warehouse))
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
     watched = Watched(
@@ -396,7 +396,7 @@ def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "A
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 
 
-def sweeps(parts: Parts) -> Sequence[Job]:
+def sweeps(parts: ServiceParts) -> Sequence[Job]:
     """The jobs that delete what was set aside long ago, and abort what killed uploads left in a bucket (a directory
     clears its own leftovers).
     """
@@ -428,7 +428,7 @@ def set_aside_starts(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "appmetrica", "appmetrica"
 
 
-def set_aside(parts: Parts, start: str) -> "SetAsideStore":
+def set_aside(parts: ServiceParts, start: str) -> "SetAsideStore":
     """Where the pipeline whose objects lie below `start` keeps what it sets aside."""
     from app.object_store.set_aside import SetAsideStore, folder_of
 

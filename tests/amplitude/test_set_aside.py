@@ -9,7 +9,7 @@ import pytest
 
 from app.amplitude.events import REFUSED
 from app.core.errors import Rejected
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.ledger import fault_of
 from app.core.windows import Window
 from app.product_events.mapping import Tables
@@ -61,9 +61,9 @@ def given(simulator: AmplitudeSimulator, without: tuple[int, ...] = ()) -> set[s
     return {event["uuid"] for (_, at), events in held for event in events if at not in left_out}
 
 
-def gaps(pull: AmplitudePull, span: Window = SPAN) -> dict[int, State]:
+def gaps(pull: AmplitudePull, span: Window = SPAN) -> dict[int, CellState]:
     cells = pull.chart.cells("web", span)
-    return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state is not State.EQUAL}
+    return {(cell.window.start - MONDAY) // HOUR: cell.state for cell in cells if cell.state is not CellState.EQUAL}
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_one_hour_of_each_fault_among_200_good_ones(world: World) -> None:
     assert (ledger.total.new, ledger.total.set_aside, ledger.total.waiting) == (good, 5, len(waiting))
     reasons = {ABOVE_LIMIT, *(reason for _, reason in BAD_LINES.values())}
     assert {one.reason for one in ledger.newly_set_aside} == reasons
-    assert gaps(pull) == dict.fromkeys(NEVER, State.MISSING) | dict.fromkeys(BAD_LINES, State.PARTIAL)
+    assert gaps(pull) == dict.fromkeys(NEVER, CellState.MISSING) | dict.fromkeys(BAD_LINES, CellState.PARTIAL)
 
     kept = made.objects("amplitude/_set_aside/")
     for number, (line, reason) in BAD_LINES.items():

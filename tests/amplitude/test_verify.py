@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import Transient
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.verify import verify
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
@@ -66,7 +66,7 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert whole.items() <= {info.key: info.etag for info in made.store.list("")}.items()
     assert made.mend("amplitude", pull.verification, SPAN) == (type(report)(), [])
     states = pull.chart.cells("web", Window(MONDAY, MONDAY + 50 * HOUR))
-    assert {cell.state for cell in states} == {State.EQUAL, State.EMPTY}
+    assert {cell.state for cell in states} == {CellState.EQUAL, CellState.EMPTY}
     if not made.bucket:
         with (made.folder / "objects" / key(10)).open("rb+") as file:
             file.truncate(30)  # its metadata stays beside it
@@ -83,16 +83,16 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
     made.put(key(10), b"other")
     cells = {f"{cell.window.start:%d %H}": cell.state for cell in chart.cells("web", Window(MONDAY, MONDAY + 11 * DAY))}
     assert [cells[name] for name in ("02 00", "02 10", "02 11", "02 20", "11 04")] == [
-        State.MISSING,
-        State.STALE,
-        State.EMPTY,
-        State.EQUAL,
-        State.OPEN,
+        CellState.MISSING,
+        CellState.STALE,
+        CellState.EMPTY,
+        CellState.EQUAL,
+        CellState.OPEN,
     ]
     weeks = [cell.state for cell in chart.cells("web:weeks", Window(MONDAY, MONDAY + 10 * DAY))]
-    assert weeks == [State.EQUAL, State.OPEN]
+    assert weeks == [CellState.EQUAL, CellState.OPEN]
     made.put(WEEK, None)
-    assert chart.cells("web:weeks", Window(MONDAY, MONDAY + DAY))[0].state is State.MISSING
+    assert chart.cells("web:weeks", Window(MONDAY, MONDAY + DAY))[0].state is CellState.MISSING
 
 
 def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
@@ -100,20 +100,20 @@ def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is
     due = pull.pull.due_at
     hour = Window(due, due + HOUR)
 
-    def state_after(minutes: int) -> State:
+    def state_after(minutes: int) -> CellState:
         """So long after the hour is due, which is two and a half hours after its end."""
         made.clock.now = hour.end + timedelta(hours=2, minutes=30 + minutes)
         return pull.chart.cells("web", hour)[0].state
 
     assert [state_after(minutes) for minutes in (-1, 0, 60, 74, 75)] == [
-        State.OPEN,
-        State.WAITING,
-        State.WAITING,
-        State.WAITING,
-        State.MISSING,
+        CellState.OPEN,
+        CellState.WAITING,
+        CellState.WAITING,
+        CellState.WAITING,
+        CellState.MISSING,
     ]
     pull.to_the_end()
-    assert state_after(75) is State.EMPTY
+    assert state_after(75) is CellState.EMPTY
 
 
 def test_an_object_is_not_called_damaged_when_the_warehouse_cannot_be_asked(world: World) -> None:

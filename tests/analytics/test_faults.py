@@ -13,11 +13,11 @@ import pytest
 from app.analytics.columns import File, file_of, literal
 from app.analytics.engine import Engine
 from app.analytics.errors import Wrong, translated, written
-from app.analytics.formats import Shape
+from app.analytics.formats import AnswerShape
 from app.analytics.queries import Queries
 from app.analytics.reports import parse
 from app.core.errors import AppError, Permanent, Transient
-from app.db.object_summaries import Source
+from app.db.object_summaries import VersionToRead
 from app.db.state import State, open_state
 from lake import Lake, exported, local_lake, parquet
 
@@ -70,7 +70,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lake]:
 def test_a_report_that_is_wrong_is_told_at_once_by_name(lake: Lake, sql: str) -> None:
     before = lake.store.listings  # type: ignore[attr-defined]
     with pytest.raises(Permanent, match=r"report mine\.sql cannot be run: .* Error: ") as raised:
-        lake.queries.run(parse("mine", sql), {}, Shape("parquet", "data"))
+        lake.queries.run(parse("mine", sql), {}, AnswerShape("parquet", "data"))
     assert raised.value.hint == "correct its SQL file"
     assert lake.store.listings == before  # type: ignore[attr-defined]
 
@@ -123,13 +123,13 @@ class FullDisk:
         self.opens = 0
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
         self.opens += 1
         with written(), FULL.open("wb") as file:
             file.write(bytes(100_000))
         yield self._engine, [file_of(source.key, source.key, source.columns) for source in sources]
 
-    def certain(self, sources: Sequence[Source]) -> bool:
+    def certain(self, sources: Sequence[VersionToRead]) -> bool:
         return bool(sources)
 
     def close(self) -> None:
@@ -140,7 +140,9 @@ def test_a_full_disk_is_told_at_once_and_what_to_do_about_it(lake: Lake) -> None
     full = FullDisk(lake.engine)
     before = lake.store.listings  # type: ignore[attr-defined]
     with pytest.raises(Transient, match="No space left on device") as raised:
-        Queries(lake.summaries, full, lake.engine).run(parse("mine", f"SELECT 1 AS x {OWN}"), {}, Shape("json", "data"))
+        Queries(lake.summaries, full, lake.engine).run(
+            parse("mine", f"SELECT 1 AS x {OWN}"), {}, AnswerShape("json", "data")
+        )
     assert raised.value.hint == "make room in DATA_DIR"
     assert (full.opens, lake.store.listings) == (1, before)  # type: ignore[attr-defined]
 

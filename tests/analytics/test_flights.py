@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from app.analytics.formats import Answer
+from app.analytics.formats import ReportAnswer
 from app.analytics.service import KEPT_BYTES, Flights
 
 
@@ -15,11 +15,11 @@ class Made:
         self._folder = folder
         self._files: list[object] = []
 
-    def __call__(self, size_bytes: int) -> Answer:
+    def __call__(self, size_bytes: int) -> ReportAnswer:
         file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - the answer closes it
         file.truncate(size_bytes)
         self._files.append(file)
-        return Answer(file)
+        return ReportAnswer(file)
 
     async def are_open(self, number: int) -> bool:
         """So many and no more. The thread that made an answer may let go of it a moment after it was handed over."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.analytics.columns import distinct, literal, path_texts
-from app.analytics.formats import Shape
+from app.analytics.formats import AnswerShape
 from app.analytics.queries import odd_ones
 from app.analytics.reports import parse
 from app.db.state import State
@@ -68,7 +68,7 @@ def assert_same(lake: Lake, tmp_path: Path, contents: Sequence[bytes]) -> None:
 
 def asked(lake: Lake, sql: str) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows and warnings of a report."""
-    answer = lake.queries.run(parse("mine", sql), {}, Shape("json", "data"))
+    answer = lake.queries.run(parse("mine", sql), {}, AnswerShape("json", "data"))
     found = json.loads(b"".join(answer.pieces()))
     assert answer.left_out == len(found.get("warnings", []))
     return found["data"], found.get("warnings", [])

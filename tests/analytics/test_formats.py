@@ -8,7 +8,7 @@ from pathlib import Path
 
 import duckdb
 
-from app.analytics.formats import Shape, of_batches
+from app.analytics.formats import AnswerShape, of_batches
 
 NUMBERS = """
     SELECT sum(1::BIGINT) AS whole, 1.5 AS part, -7.00::DECIMAL(9, 2) AS places, 1::HUGEINT AS huge,
@@ -19,7 +19,7 @@ NUMBERS = """
 def answer(sql: str, how: str, folder: Path) -> bytes:
     with duckdb.connect() as connection:
         reader = connection.execute(sql).to_arrow_reader(10)
-        return b"".join(of_batches(reader, Shape(how, "data"), folder).pieces())
+        return b"".join(of_batches(reader, AnswerShape(how, "data"), folder).pieces())
 
 
 def test_sums_of_whole_numbers_and_decimals_are_numbers_in_json(tmp_path: Path) -> None:

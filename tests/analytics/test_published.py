@@ -17,7 +17,7 @@ from app.analytics.queries import Queries
 from app.analytics.summaries import Summaries
 from app.core.errors import Transient
 from app.db.state import State
-from app.object_store.port import Batch
+from app.object_store.port import ListingBatch
 from lake import PREFIX, Lake, exported, local_lake
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
@@ -64,13 +64,13 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         self.good -= 1
         if self.good >= 0:
             yield from self._store.batches(prefix, objects)
             return
         first = next(self._store.list(prefix))
-        yield Batch(b"", lambda: [first])
+        yield ListingBatch(b"", lambda: [first])
         raise Transient("the second page failed")
 
 

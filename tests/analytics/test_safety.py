@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.analytics.engine import Engine, Limits, Remote
-from app.analytics.formats import Shape
+from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.formats import AnswerShape
 from app.analytics.queries import LocalObjects, Queries
 from app.analytics.reports import load_reports, parse
 from app.core.errors import AppError, Permanent, Rejected, Transient
@@ -60,7 +60,7 @@ FORBIDDEN = {
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("engine")
     (folder.parent / "outside.parquet").write_bytes(b"")
-    with closing(Engine(folder, Limits(64, 2, 1.0))) as made:
+    with closing(Engine(folder, EngineLimits(64, 2, 1.0))) as made:
         yield made
 
 
@@ -75,7 +75,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lake]:
 def test_a_report_that_does_more_than_select_from_the_objects_is_refused(lake: Lake, sql: str) -> None:
     text = f"-- param path: text: x\n{sql}" if "$path" in sql else sql
     with pytest.raises(Permanent, match=r"is not for reports|a report is one SELECT"):
-        lake.queries.run(parse("report", text), {"path": "/etc/passwd"}, Shape("json", "data"))
+        lake.queries.run(parse("report", text), {"path": "/etc/passwd"}, AnswerShape("json", "data"))
 
 
 RAW = {
@@ -125,13 +125,13 @@ def test_a_report_that_would_run_for_ever_is_ended(engine: Engine, lake: Lake, s
     queries = Queries(lake.summaries, LocalObjects(engine, lambda *_: None), engine)
     began = time.monotonic()
     with pytest.raises((Transient, Rejected), match=r"longer than 1 s|too many for parquet"):
-        queries.run(parse("report", sql), {}, Shape("parquet", "data"))
+        queries.run(parse("report", sql), {}, AnswerShape("parquet", "data"))
     assert time.monotonic() - began < 30
     assert engine.rows("SELECT 1") == [(1,)]
 
 
 def test_a_report_that_needs_more_memory_and_disk_than_there_is_ends_with_the_next_step(engine: Engine) -> None:
-    with pytest.raises(AppError) as raised, closing(Engine(engine.folder, Limits(32, 2, 20))) as small:
+    with pytest.raises(AppError) as raised, closing(Engine(engine.folder, EngineLimits(32, 2, 20))) as small:
         small.rows("SELECT list(range), list(range + 1) FROM range(100000000)")
     assert "ANALYTICS_MEMORY_MB" in raised.value.hint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.analytics.engine import Engine, Limits
+from app.analytics.engine import Engine, EngineLimits
 from app.analytics.summaries import Summaries
 from app.core.errors import Transient
 from app.db.state import State
@@ -19,7 +19,7 @@ from seaweed import Seaweed
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 NOW = datetime(2026, 2, 7, tzinfo=UTC)
-LIMITS = Limits(128, 2, 60)
+LIMITS = EngineLimits(128, 2, 60)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

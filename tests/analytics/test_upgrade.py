@@ -9,7 +9,7 @@ import pytest
 
 from app.db.database import sql_directory
 from app.db.migrations import Migrated
-from app.db.object_summaries import NO_DAY, Facts, Part
+from app.db.object_summaries import NO_DAY, DaySummary, Facts
 from app.db.state import State
 from lake import local_lake, parquet
 
@@ -17,9 +17,9 @@ KNOWN = {"timestamp": "TIMESTAMP WITH TIME ZONE", "device_id": "VARCHAR", "volta
 LATEST = (1_770_422_400_000_000, 230.0, None, None, None, None, None, None, None)
 
 
-def part(device: str, day: int) -> Part:
+def part(device: str, day: int) -> DaySummary:
     at = LATEST[0]
-    return Part(device, day, 1, at, at, 230.0, 1, None, None, 0, LATEST)
+    return DaySummary(device, day, 1, at, at, 230.0, 1, None, None, 0, LATEST)
 
 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgres"])

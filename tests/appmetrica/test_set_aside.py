@@ -20,7 +20,7 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.ledger import fault_of
 from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING
@@ -43,9 +43,9 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield made, simulator, made.appmetrica(simulator)
 
 
-def gaps(pull: MetricaPull) -> dict[int, State]:
+def gaps(pull: MetricaPull) -> dict[int, CellState]:
     cells = pull.chart.cells("1234567:events", SPAN)
-    return {(cell.window.start - FIRST) // HOUR: cell.state for cell in cells if cell.state is not State.EQUAL}
+    return {(cell.window.start - FIRST) // HOUR: cell.state for cell in cells if cell.state is not CellState.EQUAL}
 
 
 BAD = {
@@ -100,7 +100,7 @@ def test_one_bad_row_of_each_kind_among_10_000(world: World) -> None:
     assert b"yesterday" in kept
     assert all(line + b"\n" in kept for line in LINES.values())
     assert {3, 5} <= gaps(pull).keys()
-    assert set(gaps(pull).values()) == {State.PARTIAL}
+    assert set(gaps(pull).values()) == {CellState.PARTIAL}
 
     made.clock.now += HOUR
     report = pull.to_the_end()
@@ -189,11 +189,11 @@ def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world
     assert [(one.reason, one.number) for one in newly] == [(KEEPS_FAILING, 1)]
     assert made.state.checkpoints.cursors("appmetrica")["1234567:events"] > START + DAY
     assert not reports[-1].failures
-    assert gaps(pull)[10] is State.MISSING
+    assert gaps(pull)[10] is CellState.MISSING
     assert pull.fill(bad, bad + HOUR).failures, "a backfill that brings nothing does not say ok"
     simulator.state.faults.clear()
     assert not pull.fill(SPAN.start, SPAN.end).failures
-    assert {number: state for number, state in gaps(pull).items() if state is not State.EMPTY} == {}
+    assert {number: state for number, state in gaps(pull).items() if state is not CellState.EMPTY} == {}
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
 from pulling import HOUR, START, Landed, MetricaPull, pulling
@@ -73,11 +73,11 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert (made.lines("appmetrica/"), made.tables()) == (lines, tables)
     assert whole.items() <= {info.key: info.etag for info in made.store.list("")}.items()
     cells = pull.chart.cells(NAME, Window(FIRST, START))
-    assert {cell.state for cell in cells} == {State.EQUAL, State.EMPTY}
+    assert {cell.state for cell in cells} == {CellState.EQUAL, CellState.EMPTY}
     made.put(gone, None)
     made.put(cut, b"")
     states = {f"{NAME} {cell.window.start:%d %H}": cell.state for cell in pull.chart.cells(NAME, SPAN)}
-    assert (states[hour(gone)], states[hour(cut)]) == (State.MISSING, State.STALE)
+    assert (states[hour(gone)], states[hour(cut)]) == (CellState.MISSING, CellState.STALE)
     assert pull.chart.partitions() == [NAME]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.csv_inbox.csv_tokenizer import NONE, Block, Cells, Dialect, Malformed, Marks, marked, walked
+from app.csv_inbox.csv_tokenizer import NONE, Cells, Dialect, Malformed, Marks, RecordBlock, marked, walked
 from app.csv_inbox.key_index import LONG_KEY_BYTES, Gathering, hashed, same
 from inbox_world import colliding
 
@@ -47,7 +47,7 @@ def test_values_of_columns_are_those_of_single_fields(parts: list[str]) -> None:
         return
     if not len(marks.lasts):
         return
-    block = Block(data[: int(marks.at[marks.lasts[-1]]) + 1], marks, 1)
+    block = RecordBlock(data[: int(marks.at[marks.lasts[-1]]) + 1], marks, 1)
     records = [block.record(position) for position in block.rows.tolist()]
     fields = [[DIALECT.unquoted(field) for field in DIALECT.fields(record)] for record in records]
     width = len(fields[0]) if fields else 0

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.dwh.request_parsing import Batches, BatchLimits, Body, CsvBody, Gzip, Intake, JsonBody, NdjsonBody, Received
+from app.dwh.request_parsing import (
+    BatchDealer,
+    BatchLimits,
+    Body,
+    CsvBody,
+    Gzip,
+    Intake,
+    JsonBody,
+    NdjsonBody,
+    Received,
+)
 from app.dwh.results import BadRequest
 from app.dwh.rows import reader
 from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
@@ -187,7 +197,7 @@ def test_gzip_that_is_damaged_cut_or_a_bomb_is_refused() -> None:
 
 def dealt(limits: BatchLimits, sizes: Sequence[int], group: int) -> tuple[int, list[int]]:
     """The number of batches, and the batch of each row, when rows come in groups."""
-    batches, numbers = Batches(limits), []
+    batches, numbers = BatchDealer(limits), []
     for start in range(0, len(sizes), group):
         first = batches.count
         for step, count in enumerate(batches.deal(sizes[start : start + group])):

@@ -8,7 +8,7 @@ import pytest
 
 from app.core.errors import AppError, Transient
 from app.dwh.query import selection
-from app.dwh.responses import HEAD_BYTES, SPOOL_BYTES, Abandoned, Page, Spool
+from app.dwh.responses import HEAD_BYTES, SPOOL_BYTES, Abandoned, AnswerPage, ByteSpool
 from app.dwh.tables import LOCATIONS
 from warehouse import Desk, uuid_of
 
@@ -17,7 +17,7 @@ def test_the_reader_begins_before_the_writer_has_ended_and_gets_every_byte() -> 
     piece = bytes(range(256)) * 4096
     begun = threading.Event()
 
-    def write(spool: Spool) -> None:
+    def write(spool: ByteSpool) -> None:
         with spool.written():
             spool.write(piece)
             spool.show()
@@ -25,7 +25,7 @@ def test_the_reader_begins_before_the_writer_has_ended_and_gets_every_byte() -> 
             for _ in range(SPOOL_BYTES // len(piece) + 2):
                 spool.write(piece)
 
-    with ThreadPoolExecutor(1) as pool, closing(Spool()) as spool:
+    with ThreadPoolExecutor(1) as pool, closing(ByteSpool()) as spool:
         writing = pool.submit(write, spool)
         assert spool.wait(whole=False) is None
         read = spool.read(0, 1000)
@@ -38,7 +38,7 @@ def test_the_reader_begins_before_the_writer_has_ended_and_gets_every_byte() -> 
 
 
 def test_what_was_written_is_read_before_the_error_that_ended_it() -> None:
-    with closing(Spool()) as spool:
+    with closing(ByteSpool()) as spool:
         with suppress(Transient), spool.written():
             spool.write(b"some")
             spool.show()
@@ -49,7 +49,7 @@ def test_what_was_written_is_read_before_the_error_that_ended_it() -> None:
 
 
 def test_a_writer_that_breaks_never_leaves_its_reader_waiting() -> None:
-    with closing(Spool()) as spool:
+    with closing(ByteSpool()) as spool:
         with pytest.raises(KeyError), spool.written():
             raise KeyError
         with pytest.raises(AppError, match="could not be made"):
@@ -57,7 +57,7 @@ def test_a_writer_that_breaks_never_leaves_its_reader_waiting() -> None:
 
 
 def test_a_writer_whose_reader_has_left_is_told() -> None:
-    spool = Spool()
+    spool = ByteSpool()
     spool.close()
     with pytest.raises(Abandoned), spool.written():
         spool.write(b"x")
@@ -67,7 +67,7 @@ def test_a_writer_whose_reader_has_left_is_told() -> None:
 def test_a_page_that_is_left_frees_its_connection(desk: Desk) -> None:
     desk.post(LOCATIONS, [{"uuid": uuid_of(n)} for n in range(20_000)])
     for _ in range(20):  # more than there are connections
-        page = Page(desk.warehouse, selection(LOCATIONS, [("format", "ndjson"), ("limit", "20000")]))
+        page = AnswerPage(desk.warehouse, selection(LOCATIONS, [("format", "ndjson"), ("limit", "20000")]))
         page.close()
         page.produce()
     assert desk.read(LOCATIONS, format="ndjson", limit=20_000).body.count(b"\n") == 20_000

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.windows import Window
-from app.dynamo_to_drive.hour_file import Accounts, HourWriter, Shape, lines_of, read_file
+from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourWriter, lines_of, read_file
 from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import Hour, Times, ascend
@@ -25,8 +25,8 @@ from shipping import START
 
 AT, HASH = "datetime_utc", "static_partition"
 TIMES = Times()
-SHAPE = Shape(AT, ("id",), TIMES)
-GUARDED = Shape(AT, ("id",), TIMES, escape=True)
+SHAPE = FileShape(AT, ("id",), TIMES)
+GUARDED = FileShape(AT, ("id",), TIMES, escape=True)
 FORMS = ("{:%Y-%m-%dT%H:%M:%S}Z", "{:%Y-%m-%dT%H:%M:%S}", "{:%Y-%m-%d %H:%M:%S}.250Z", "{:%Y-%m-%dT%H:%M:%S}.5+00:00")
 
 Item = dict[str, dict[str, Any]]
@@ -79,7 +79,7 @@ def counted(number: int) -> Item:
     return {"number": {"N": str(number)}}
 
 
-def file_of(found: Sequence[Sequence[Item]], shape: Shape, left_out: str = "") -> bytes:
+def file_of(found: Sequence[Sequence[Item]], shape: FileShape, left_out: str = "") -> bytes:
     read = Pages(AT, left_out)
     with closing(HourWriter(shape)) as writer:
         for page in found:
@@ -92,7 +92,7 @@ def file_of(found: Sequence[Sequence[Item]], shape: Shape, left_out: str = "") -
     return content
 
 
-def reference(items: Sequence[Item], shape: Shape, left_out: str = "") -> bytes:
+def reference(items: Sequence[Item], shape: FileShape, left_out: str = "") -> bytes:
     """All rows at once, sorted, the later one of two with a key, by csv.writer."""
     if not items:
         return b""
@@ -122,7 +122,7 @@ def is_number(text: str) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]), st.sampled_from(["", HASH]))
 def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
-    found: list[list[Item]], shape: Shape, left_out: str
+    found: list[list[Item]], shape: FileShape, left_out: str
 ) -> None:
     items = [one for page in found for one in page]
     expected = reference(items, shape, left_out)
@@ -132,7 +132,7 @@ def test_the_file_is_that_of_a_plain_reference_however_the_rows_were_paged(
 
 @settings(max_examples=60, deadline=None)
 @given(pages(), st.sampled_from([SHAPE, GUARDED]))
-def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: Shape) -> None:
+def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]], shape: FileShape) -> None:
     read = Pages(AT, "")
     with closing(HourWriter(shape)) as first, closing(HourWriter(shape)) as second:
         for page in found:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.runs import Stop
 from app.core.verify import Sign, heal, verify
 from app.core.windows import Window
-from app.dynamo_to_drive.job import Export
+from app.dynamo_to_drive.job import HourFileExport
 from shipping import START, TABLE, Shipping, shipping
 
 HOUR = timedelta(hours=1)
@@ -42,7 +42,7 @@ class World:
         (found,) = files.matching(lambda file: file.name == name and not file.trashed)
         files.change(found.file_id, **({"trashed": True} if content is None else {"content": content}))
 
-    def signs(self, export: Export) -> dict[str, str]:
+    def signs(self, export: HourFileExport) -> dict[str, str]:
         found = verify(export.verification(Stop()), SPAN, Stop())
         return {f"{each.slot.window.start:%H}": each.sign.value for each in found}
 
@@ -62,7 +62,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         yield World(at, on_drive=request.param == "drive")
 
 
-def mended(world: World, export: Export) -> tuple[list[str], int]:
+def mended(world: World, export: HourFileExport) -> tuple[list[str], int]:
     """The hours that were mended, and how many could not be."""
     told: list[str] = []
     context = world.at.context()
@@ -89,12 +89,12 @@ def test_what_is_deleted_cut_or_exchanged_is_named_and_mended(world: World) -> N
         chart = export.chart
         states = {f"{cell.window.start:%H}": cell.state for cell in chart.cells(chart.partitions()[0], SPAN)}
         assert states == {
-            "12": State.MISSING,
-            "13": State.STALE,
-            "14": State.EQUAL,
-            "15": State.STALE,
-            "16": State.EMPTY,
-            "17": State.OPEN,
+            "12": CellState.MISSING,
+            "13": CellState.STALE,
+            "14": CellState.EQUAL,
+            "15": CellState.STALE,
+            "16": CellState.EMPTY,
+            "17": CellState.OPEN,
         }
         assert mended(world, export) == (["12", "13", "15"], 0)
         assert set(world.signs(export).values()) == {"="}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app.core.windows import Window
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget, identifier
-from app.influx_to_s3.reader import Answer, Connection, Reader, Server
+from app.influx_to_s3.reader import Connection, Reader, Server, ServerAnswer
 from exporter import NOON
 from influx_readers import values
 from influxdb1 import InfluxDB1
@@ -39,13 +39,13 @@ class Recording(Connection):
         self.texts: list[str] = []
 
     @contextmanager
-    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
+    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[ServerAnswer]:
         assert path
         assert where
         assert body is None or headers
         if body is not None:
             self.texts.append(json.loads(body)["query"])
-        yield Answer(iter([b"{}" if body is None else b"\r\n"]), framed=True)
+        yield ServerAnswer(iter([b"{}" if body is None else b"\r\n"]), framed=True)
 
 
 @pytest.fixture(scope="module")

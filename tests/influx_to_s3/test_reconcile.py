@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.ledger import Tally
 from app.core.runs import Outcome, Stop
 from app.core.verify import verify
@@ -158,7 +158,7 @@ def test_the_gap_map_and_verify_tell_of_it_too(exporter: Exporter) -> None:
         content = body.read()
     exporter.store.inner.delete(key)
     [cell] = exporter.export().chart.cells("D1", SPAN)
-    assert (cell.state, troubles(exporter)) == (State.MISSING, {"missing": 1})
+    assert (cell.state, troubles(exporter)) == (CellState.MISSING, {"missing": 1})
     exporter.store.inner.put(key, io.BytesIO(content), Put(held.content_type, held.metadata))
     list(verify(exporter.export().verification(Stop()), SPAN, Stop()))
     assert troubles(exporter) == {}

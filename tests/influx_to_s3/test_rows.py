@@ -20,7 +20,7 @@ from app.core.pipeline import Count, Sums
 from app.core.windows import Window
 from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column, Columns
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
 from app.influx_to_s3.rows import as_now_typed, canonical, of_object, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
@@ -39,7 +39,7 @@ def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
 
 
 def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
-    spool = Spool("D1", folder, memory_rows, columns)
+    spool = RowSpool("D1", folder, memory_rows, columns)
     for table in tables:
         spool.append(table)
     return spool.finish({}, {})
@@ -205,7 +205,7 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
     columns = columns_of()
     blocks = versions("1", "2", "3", voltage=[1.5, 2.5, 1.5], power=[None, 7.0, None])
     table, others, twice = in_order(blocks, columns)
-    spool = Spool("D1", tmp_path, 0, columns)
+    spool = RowSpool("D1", tmp_path, 0, columns)
     spool.append(table)
     spool.note({"voltage": Sums(3), "power": Sums(1)}, twice, others)
     with closing(spool.finish({}, {"voltage": 3, "power": 1})) as batch:
@@ -218,7 +218,7 @@ def test_a_merged_batch_accounts_for_every_value_and_is_not_built_upon(tmp_path:
 
 
 def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> None:
-    spool = Spool("D1", tmp_path, 0, COLUMNS)
+    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(0, 1, voltage=[1.5, 2.5]))
     spool.note({"voltage": Sums(3)})
     with closing(spool.finish({}, {"voltage": 3})) as batch:
@@ -226,7 +226,7 @@ def test_a_row_that_no_longer_reaches_the_spool_leaves_a_gap(tmp_path: Path) -> 
 
 
 def test_rows_that_come_between_counting_and_reading_are_counted_by_the_reading(tmp_path: Path) -> None:
-    spool = Spool("D1", tmp_path, 0, COLUMNS)
+    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(0, 1, voltage=[1.5, 2.5]))
     spool.note({"voltage": Sums(2)})
     with closing(spool.finish({}, {"voltage": 1})) as batch:
@@ -341,7 +341,7 @@ def test_no_rows_make_a_batch_too(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_later_are_refused(tmp_path: Path) -> None:
-    spool = Spool("D1", tmp_path, 0, COLUMNS)
+    spool = RowSpool("D1", tmp_path, 0, COLUMNS)
     spool.append(rows(5, a=[1]))
     with pytest.raises(ValueError, match="out of order"):
         spool.append(rows(5, a=[1]))

@@ -8,7 +8,7 @@ import pytest
 
 from app.core.shrink import UNLIMITED
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
-from app.influx_to_s3.reader import Answer, Retention, Server
+from app.influx_to_s3.reader import Retention, Server, ServerAnswer
 from app.influx_to_s3.retention import Coverage
 from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported
@@ -133,9 +133,9 @@ class Recorded:
         self._answers = [points, POLICIES]
 
     @contextmanager
-    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
+    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[ServerAnswer]:
         del path, body, headers, where
-        yield Answer(iter([self._answers.pop().encode()]), framed=True, version="v2.7.12", told_at=NOON)
+        yield ServerAnswer(iter([self._answers.pop().encode()]), framed=True, version="v2.7.12", told_at=NOON)
 
 
 POLICIES = (

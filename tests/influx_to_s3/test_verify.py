@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Rejected
-from app.core.gap_map import State
+from app.core.gap_map import CellState
 from app.core.runs import Job, Outcome, Run, Stop, execute
 from app.core.verify import Sign, Slot, Verdict, heal, verify
 from app.core.windows import Window
-from app.influx_to_s3.job import NAME, Export
+from app.influx_to_s3.job import NAME, InfluxExport
 from app.object_store.port import Put
 from app.object_store.s3 import S3Store
 from exporter import NOON, Exporter, Silent, exporter_on
@@ -31,13 +31,13 @@ def hour(number: int) -> Window:
     return Window(NOON - number * HOUR, NOON - (number - 1) * HOUR)
 
 
-def signs(export: Export, span: Window = SPAN) -> dict[Slot, Sign]:
+def signs(export: InfluxExport, span: Window = SPAN) -> dict[Slot, Sign]:
     """Every window that is not equal."""
     found = verify(export.verification(Stop()), span, Stop())
     return {each.slot: each.sign for each in found if each.sign is not Sign.EQUAL}
 
 
-def mend(exporter: Exporter, export: Export, span: Window = SPAN) -> tuple[Run, list[Verdict]]:
+def mend(exporter: Exporter, export: InfluxExport, span: Window = SPAN) -> tuple[Run, list[Verdict]]:
     told: list[Verdict] = []
     work = Job(NAME, 60, lambda context: heal(export.verification(context.stop), span, context, told.append))
     run = execute(work, exporter._desk(), Stop(), Silent())  # noqa: SLF001 - the exporter's own desk
@@ -183,7 +183,7 @@ def test_a_delta_whose_rows_its_object_holds_is_neither_compared_nor_mapped(with
     full.store.inner.put(key, io.BytesIO(body), Put(held.content_type, held.metadata))  # it could not be deleted
     assert signs(export) == {}
     states = [cell.state for cell in export.chart.cells("D1", SPAN)]
-    assert states == [State.EQUAL] * 4 + [State.EMPTY, State.EQUAL]
+    assert states == [CellState.EQUAL] * 4 + [CellState.EMPTY, CellState.EQUAL]
     full.store.puts.clear()
     full.backfill(SPAN.start, NOON)
     assert (key in full.keys, full.store.puts) == (False, [])
@@ -242,14 +242,21 @@ def test_the_gap_map_shows_what_the_listing_shows(with_delta: Exporter) -> None:
     chart = full.export().chart
     assert chart.partitions() == ["D1", "D2"]
     before = [cell.state for cell in chart.cells("D1", SPAN)]
-    assert before == [State.EQUAL] * 4 + [State.EMPTY, State.EQUAL]
+    assert before == [CellState.EQUAL] * 4 + [CellState.EMPTY, CellState.EQUAL]
     delete(full, key_of(full, hour(6)))
     put_another(full, key_of(full, hour(5)))
     delete(full, delta_of(full))
     after = [cell.state for cell in chart.cells("D1", replace(SPAN, end=NOON + 3 * HOUR))]
-    assert after == [State.MISSING, State.STALE, State.PARTIAL, State.EQUAL, State.EMPTY, State.EQUAL]
+    assert after == [
+        CellState.MISSING,
+        CellState.STALE,
+        CellState.PARTIAL,
+        CellState.EQUAL,
+        CellState.EMPTY,
+        CellState.EQUAL,
+    ]
     full.at(minutes=30)
-    assert chart.cells("D1", SPAN)[-1].state is State.OPEN
+    assert chart.cells("D1", SPAN)[-1].state is CellState.OPEN
 
 
 ON_A_SERVER = (

@@ -17,7 +17,7 @@ from app.ops.health import Probes, Readiness
 from app.ops.json_views import Calls, JobRecord, job_shown
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
-from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, Scheduler, Status, Tally
+from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, ProgressTally, Scheduler, Status
 from app.ops.service import steps_of
 from app.web.auth import Throttle
 
@@ -49,7 +49,7 @@ def test_a_card_says_how_many_calls_a_service_has_had() -> None:
 
 def test_a_tally_adds_up_from_many_threads() -> None:
     seen: list[Counts] = []
-    tally = Tally(seen.append)
+    tally = ProgressTally(seen.append)
 
     def work() -> None:
         for _ in range(500):

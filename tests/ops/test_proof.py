@@ -14,7 +14,7 @@ from app import main
 from app.core.errors import Rejected
 from app.core.verify import Sign, Slot, Verdict
 from app.core.windows import Window
-from app.ops.commands import How, Wanted, verify_both
+from app.ops.commands import How, VerifyRequest, verify_both
 from app.ops.verification import Healing, Result
 from daemon import TESTS, Daemon, Daemons
 from daemon_jobs import shelf
@@ -161,7 +161,7 @@ def test_a_partition_that_is_not_known_is_refused_with_those_that_are(
 ) -> None:
     service = main.build(loaded(AWAY, DATA_DIR=str(tmp_path)))
     for healing in (False, True):
-        wanted = Wanted(job, Healing(LAST_DAY, typo), healing=healing, every=False)
+        wanted = VerifyRequest(job, Healing(LAST_DAY, typo), healing=healing, every=False)
         with pytest.raises(Rejected, match=f"no partition is named '{typo}'") as caught:
             verify_both(service, wanted, How())
         assert known in caught.value.hint
@@ -171,7 +171,7 @@ def test_a_partition_that_is_not_known_is_refused_with_those_that_are(
 
 def test_nothing_compared_is_not_equal_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = Window(LAST_DAY.end + timedelta(days=1), LAST_DAY.end + timedelta(days=2))
-    wanted = Wanted("shelf", Healing(later), healing=False, every=False)
+    wanted = VerifyRequest("shelf", Healing(later), healing=False, every=False)
     service = main.build(loaded(DATA_DIR=str(tmp_path)), shelf)
     assert verify_both(service, wanted, How()) == 0
     assert capsys.readouterr().out.startswith("shelf: nothing was compared: ")

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.product_events.http_client import Address, Answer, Upstream, receiving
+from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 from app.product_events.pull import HOUR
 
 DAY_HOURS = 24
@@ -35,7 +35,7 @@ LARGE_HINT = "export this hour by Amplitude's S3 destination: the Export API can
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchedArchive:
     """The answer for `span`; `file` None = it has no events, or `fault` says why this hour cannot be had. Whoever takes
     it closes it.
     """
@@ -95,14 +95,14 @@ class Project:
     turn: threading.Lock = field(default_factory=threading.Lock)
     _step: _Step = field(default_factory=_Step)
 
-    def fetch_all(self, span: Window, pauses: Pauses, *, ahead: bool = False) -> Iterator[Fetched]:
+    def fetch_all(self, span: Window, pauses: Pauses, *, ahead: bool = False) -> Iterator[FetchedArchive]:
         """The archives of whole hours, oldest first, in pieces of at most a day. `ahead`: the next one is fetched while
         one is used. Raises Transient and Permanent.
         """
         pieces = self._pieces(span, pauses, past_faults=False)
         return _ahead(pieces) if ahead else pieces
 
-    def fetch_each(self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY) -> Iterator[Fetched]:
+    def fetch_each(self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY) -> Iterator[FetchedArchive]:
         """As `fetch_all`, past hours that cannot be had: what fails is halved down to the hour, which comes with its
         fault. Raises only what is no fault of an hour: a pair of keys that does not serve, too many requests.
         """
@@ -119,7 +119,7 @@ class Project:
 
     def _pieces(
         self, span: Window, pauses: Pauses, first_policy: RetryPolicy = POLICY, *, past_faults: bool
-    ) -> Iterator[Fetched]:
+    ) -> Iterator[FetchedArchive]:
         at, policy, most_hours = span.start, first_policy, DAY_HOURS
         while at < span.end:
             midnight = floor_to(at, DAY_SECONDS) + timedelta(days=1)
@@ -141,19 +141,19 @@ class Project:
                     self._step.refused(hours)
                 if hours > 1:
                     continue
-                fetched, most_hours = Fetched(piece, None, fault), DAY_HOURS
+                fetched, most_hours = FetchedArchive(piece, None, fault), DAY_HOURS
             else:
                 policy = first_policy
                 self._step.answered(hours)
             at = piece.end
             yield fetched
 
-    def _fetch(self, span: Window, pauses: Pauses) -> Fetched:
+    def _fetch(self, span: Window, pauses: Pauses) -> FetchedArchive:
         path = f"/api/2/export?start={span.start:%Y%m%dT%H}&end={span.end - HOUR:%Y%m%dT%H}"
         # The archive is compressed already: compressing it again on the way would only cost.
         with self.turn, self.upstream.get(path, {"Accept-Encoding": "identity"}) as answer:
             if answer.status == HTTPStatus.NOT_FOUND:
-                return Fetched(span, None)
+                return FetchedArchive(span, None)
             if answer.status != HTTPStatus.OK:
                 raise _refusal(span, answer)
             with receiving(self.spool, "an archive, which has up to 4 GB") as file:
@@ -165,7 +165,7 @@ class Project:
                     kind = answer.header("content-type") or "nothing"
                     raise Transient(f"the export of {span} is no whole zip but {kind}", "no action needed if it passes")
                 file.seek(0)
-            return Fetched(span, file)
+            return FetchedArchive(span, file)
 
 
 def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Project:
@@ -175,7 +175,7 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
     return Project(Upstream(Address("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)), spool)
 
 
-def _ahead(pieces: Iterator[Fetched]) -> Iterator[Fetched]:
+def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
     """One piece in advance, fetched by a thread of its own."""
     with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
         upcoming = pool.submit(next, pieces, None)
@@ -187,12 +187,12 @@ def _ahead(pieces: Iterator[Fetched]) -> Iterator[Fetched]:
             upcoming.add_done_callback(_close_unused)
 
 
-def _close_unused(done: Future[Fetched | None]) -> None:
+def _close_unused(done: Future[FetchedArchive | None]) -> None:
     if not done.exception() and (fetched := done.result()) is not None:
         fetched.close()
 
 
-def _refusal(span: Window, answer: Answer) -> Exception:
+def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
     """What an answer without an archive means."""
     text = answer.text()
     said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import BinaryIO, cast
 
 from app.amplitude.archives import WEEK, Archive, monday, name_of, opened, weeks
-from app.amplitude.client import Fetched, HourTooLarge, Project
+from app.amplitude.client import FetchedArchive, HourTooLarge, Project
 from app.amplitude.load_hour import BrokenHour, SourceHour, hour_key, load_hour, set_aside_name
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import Ledger, Tally, ledger_of
@@ -237,14 +237,14 @@ class SourceRun:
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
         return self._load_each(self.project.fetch_each(span, self.run.context.stop), known, mode)
 
-    def _load_each(self, pieces: Iterator[Fetched], known: Mapping[datetime, Record], mode: Mode) -> Report:
+    def _load_each(self, pieces: Iterator[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
         report = Report()
         for fetched in pieces:
             with closing(fetched):
                 report += self._load_all(fetched, known, mode)
         return report
 
-    def _load_all(self, fetched: Fetched, known: Mapping[datetime, Record], mode: Mode) -> Report:
+    def _load_all(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: Mode) -> Report:
         context, span = self.run.context, fetched.span
         if fetched.fault is not None:
             return self._not_had(span, fetched.fault, known.get(span.start), mode)
@@ -267,7 +267,7 @@ class SourceRun:
         return report
 
     def _unreadable(
-        self, fetched: Fetched, error: Transient | Permanent, known: Mapping[datetime, Record], mode: Mode
+        self, fetched: FetchedArchive, error: Transient | Permanent, known: Mapping[datetime, Record], mode: Mode
     ) -> Report:
         """An archive that is not one: its hours one by one, so that only those that cannot be read are lacking."""
         span = fetched.span

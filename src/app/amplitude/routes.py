@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from app.amplitude.archives import name_of, opened, weeks
-from app.amplitude.client import Fetched, Project
+from app.amplitude.client import FetchedArchive, Project
 from app.core.runs import Stop
 from app.core.windows import Window
 from app.web.auth import needs
@@ -125,7 +125,7 @@ def _joined(pieces: Iterator[bytes], size_bytes: int = 1 << 16) -> Iterator[byte
         yield bytes(held)
 
 
-def _streams(fetched: Iterator[Fetched]) -> Iterator[tuple[datetime, BinaryIO]]:
+def _streams(fetched: Iterator[FetchedArchive]) -> Iterator[tuple[datetime, BinaryIO]]:
     """Every member of every archive, by hour."""
     for each in fetched:
         with closing(each):

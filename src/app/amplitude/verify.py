@@ -24,7 +24,7 @@ from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo
-from app.product_events.mapping import Known, lost
+from app.product_events.mapping import KnownEvents, lost
 from app.product_events.pull import PartitionRun, PullContext
 from app.product_events.raw_objects import mending, raw_cells, was_had
 from app.product_events.verify import (
@@ -147,7 +147,7 @@ class AmplitudeEnds:
             archive = held.enter_context(opened(fetched.file, fetched.span)) if fetched.file else None
             yield ExportAnswer(source, fetched.span, archive)
 
-    def _content_of_object(self, info: ObjectInfo, known: Known | None = None) -> Content:
+    def _content_of_object(self, info: ObjectInfo, known: KnownEvents | None = None) -> Content:
         """What the object of an hour holds. Raises Permanent when `known` is given and lacks an event of it."""
         from app.amplitude.events import HourStats, reader
 

@@ -18,9 +18,9 @@ from uuid import uuid4
 from app.analytics.builtin_reports import LATEST
 from app.analytics.columns import File, file_column, file_of, format_of, literal, lost_values, relation, suffix_of
 from app.analytics.engine import Engine
-from app.analytics.errors import TooLarge, Unreadable, Wrong, written
+from app.analytics.errors import TooLarge, UnreadableObject, Wrong, written
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.db.object_summaries import NO_DAY, PART_FIELDS, Facts, Part
+from app.db.object_summaries import NO_DAY, PART_FIELDS, DaySummary, Facts
 from app.object_store.port import ObjectInfo, ObjectStore
 
 # The columns of files, as they stand in them: of Parquet from the footer, of CSV from the first line.
@@ -34,7 +34,7 @@ Columns = Mapping[str, str]
 
 
 def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Columns]:
-    """File -> its columns, for pairs of file and key. Raises Unreadable when one of them cannot be read."""
+    """File -> its columns, for pairs of file and key. Raises UnreadableObject when one of them cannot be read."""
     found: dict[str, Columns] = {file: _of_csv(file) for file, key in files if format_of(key) == "csv"}
     if names := [file for file, _ in files if file not in found]:
         for file, columns in _of_parquet(engine.rows(SCHEMA.format(literal(names)))).items():
@@ -49,9 +49,9 @@ def _of_csv(file: str) -> Columns:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
             header = next(csv.reader(io.StringIO(_first_record(text), newline=""), strict=True), [])
     except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as error:
-        raise Unreadable(f"{file}: its first line is not CSV in UTF-8: {error}", HINT) from error
+        raise UnreadableObject(f"{file}: its first line is not CSV in UTF-8: {error}", HINT) from error
     if not any(header):
-        raise Unreadable(f"{file}: its first line has no names", HINT)
+        raise UnreadableObject(f"{file}: its first line has no names", HINT)
     columns: dict[str, str] = {}
     for place, name in enumerate(header):
         columns[_free(columns, name or f"column{place}")] = "VARCHAR"
@@ -127,7 +127,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchedObject:
     """One object on its way. Without a local copy, `refused` says why the store did not hand it out; without that too,
     it is no data.
     """
@@ -170,7 +170,7 @@ def _groups(infos: Sequence[ObjectInfo]) -> Iterator[Sequence[ObjectInfo]]:
         yield group
 
 
-def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> Fetched | None:
+def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> FetchedObject | None:
     """A local copy of the version that was listed, or of the one that is there now; None for an object that is gone."""
     wanted: ObjectInfo | None = info
     for _ in range(ATTEMPTS):
@@ -183,12 +183,12 @@ def _fetch(store: ObjectStore, folder: Path, info: ObjectInfo) -> Fetched | None
                     return None
                 start = body.read(len(MAGIC))
                 if not format_of(wanted.key) and start != MAGIC:
-                    return Fetched(Facts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
-                return Fetched(facts, _copy(body, start, folder / f"{uuid4().hex}{suffix_of(wanted.key)}"))
+                    return FetchedObject(Facts(wanted.key, wanted.etag, size_bytes=0, fault=OTHER))
+                return FetchedObject(facts, _copy(body, start, folder / f"{uuid4().hex}{suffix_of(wanted.key)}"))
         except Conflict:
             wanted = store.head(wanted.key)
         except (Permanent, Rejected) as error:
-            return Fetched(_faulty(facts, error.message), refused=error)
+            return FetchedObject(_faulty(facts, error.message), refused=error)
     raise Transient(f"{info.key}: is replaced faster than it can be read", "nothing to do: it is read again")
 
 
@@ -204,7 +204,7 @@ def _copy(body: BinaryIO, start: bytes, file: Path) -> Path:
 
 
 def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
-    fetched: list[Fetched] = [one for future in futures if (one := future.result()) is not None]
+    fetched: list[FetchedObject] = [one for future in futures if (one := future.result()) is not None]
     refused = [one for one in fetched if one.refused]
     if refused and len(refused) == len(fetched) and isinstance(refused[0].refused, Permanent):
         raise refused[0].refused
@@ -217,7 +217,7 @@ def _facts(engine: Engine, futures: Sequence[Any]) -> Group:
     return group
 
 
-def _read(engine: Engine, copies: Sequence[Fetched]) -> Group:
+def _read(engine: Engine, copies: Sequence[FetchedObject]) -> Group:
     """All in one query; one by one when that fails, to find which cannot be read. One that needs more memory than there
     is may find more another time, when no report runs.
     """
@@ -225,7 +225,7 @@ def _read(engine: Engine, copies: Sequence[Fetched]) -> Group:
         return Group([])
     try:
         return Group(_together(engine, copies))
-    except (Unreadable, Wrong) as error:
+    except (UnreadableObject, Wrong) as error:
         if len(copies) == 1:
             return Group([_named(copies[0], error)])
     except TooLarge as error:
@@ -237,7 +237,7 @@ def _read(engine: Engine, copies: Sequence[Fetched]) -> Group:
     )
 
 
-def _named(one: Fetched, error: AppError) -> Facts:
+def _named(one: FetchedObject, error: AppError) -> Facts:
     """What is wrong with it, by its key and not by that of the copy."""
     return _faulty(one.facts, error.message.replace(str(one.file), one.facts.key))
 
@@ -246,11 +246,11 @@ def _faulty(facts: Facts, message: str) -> Facts:
     return Facts(facts.key, facts.etag, facts.size_bytes, fault=message)
 
 
-def _together(engine: Engine, copies: Sequence[Fetched]) -> Sequence[Facts]:
+def _together(engine: Engine, copies: Sequence[FetchedObject]) -> Sequence[Facts]:
     columns = schemas(engine, [(str(one.file), one.facts.key) for one in copies])
     files = [file_of(str(one.file), one.facts.key, json.dumps(columns[str(one.file)])) for one in copies]
     usable = [file for file in files if not file.reading.problem]
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[DaySummary]] = {}
     notes = {file.name: list(file.reading.notes) for file in usable}
     if usable:
         for name, *values in engine.rows(_aggregates(engine.folder, usable)):
@@ -289,8 +289,8 @@ def _aggregates(folder: Path, files: Sequence[File]) -> str:
     """  # noqa: S608 - names of columns, and files of our own
 
 
-def _part(values: Sequence[Any]) -> Part:
+def _part(values: Sequence[Any]) -> DaySummary:
     device, day, *numbers, latest = values
     newest = None if latest is None else (latest["at"], *(latest[name] for name in LATEST[1:-1]), latest["nanos"])
     named = zip(PART_FIELDS, (json.dumps(device), NO_DAY if day is None else day, *numbers), strict=True)
-    return Part(**dict(named), latest=newest)
+    return DaySummary(**dict(named), latest=newest)

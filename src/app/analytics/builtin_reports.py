@@ -11,7 +11,7 @@ from datetime import date, datetime, timedelta
 from typing import Any, Literal
 
 from app.analytics.columns import NANOS, NUMBERS
-from app.db.object_summaries import NO_DAY, Pair, Part
+from app.db.object_summaries import NO_DAY, DaySummary, Pair
 
 LATEST = ("timestamp", *NUMBERS, "device_type", "location", NANOS)
 """The columns of the latest reading, as they are kept; before there were nanoseconds the last one was not there."""
@@ -21,25 +21,25 @@ Kind = Literal["text", "integer", "number", "instant", "date"]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """Rows with named and typed columns; instants are UTC without a zone."""
 
     columns: Sequence[tuple[str, Kind]]
     rows: Sequence[tuple[Any, ...]]
 
 
-def merged(parts: Iterable[Part]) -> Mapping[Pair, Part]:
+def merged(parts: Iterable[DaySummary]) -> Mapping[Pair, DaySummary]:
     """One part for each pair."""
-    by_pair: dict[Pair, list[Part]] = {}
+    by_pair: dict[Pair, list[DaySummary]] = {}
     for part in parts:
         by_pair.setdefault((part.device, part.day), []).append(part)
     return {pair: _merged(pair, many) for pair, many in by_pair.items()}
 
 
-def _merged(pair: Pair, parts: Sequence[Part]) -> Part:
+def _merged(pair: Pair, parts: Sequence[DaySummary]) -> DaySummary:
     if len(parts) == 1:
         return parts[0]
-    return Part(
+    return DaySummary(
         device=pair[0],
         day=pair[1],
         rows=sum(part.rows for part in parts),
@@ -78,16 +78,16 @@ def _at(microseconds: int | None) -> datetime | None:
     return None if microseconds is None else EPOCH + timedelta(microseconds=microseconds)
 
 
-def _devices(days: Mapping[Pair, Part]) -> Mapping[str, list[Part]]:
+def _devices(days: Mapping[Pair, DaySummary]) -> Mapping[str, list[DaySummary]]:
     """Device id -> its parts, oldest first; by code point, as DuckDB sorts. Rows without a device are left out."""
-    by_text: dict[str, list[Part]] = {}
+    by_text: dict[str, list[DaySummary]] = {}
     for part in sorted(days.values(), key=lambda part: part.day):
         by_text.setdefault(part.device, []).append(part)
     found = {json.loads(text): parts for text, parts in by_text.items()}
     return {device: found[device] for device in sorted(device for device in found if device is not None)}
 
 
-def overview(days: Mapping[Pair, Part]) -> Table:
+def overview(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """One row."""
     first = min((part.min_us for part in days.values() if part.min_us is not None), default=None)
     last = max((part.max_us for part in days.values() if part.max_us is not None), default=None)
@@ -98,10 +98,10 @@ def overview(days: Mapping[Pair, Part]) -> Table:
         ("min_timestamp", "instant"),
         ("max_timestamp", "instant"),
     )
-    return Table(columns, [row])
+    return ReportTable(columns, [row])
 
 
-def daily_summary(days: Mapping[Pair, Part]) -> Table:
+def daily_summary(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """A row for each device and day."""
     rows = [
         (
@@ -124,10 +124,10 @@ def daily_summary(days: Mapping[Pair, Part]) -> Table:
         ("avg_soc", "number"),
         ("row_count", "integer"),
     )
-    return Table(columns, rows)
+    return ReportTable(columns, rows)
 
 
-def devices(days: Mapping[Pair, Part]) -> Table:
+def devices(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """A row for each device."""
     rows = [
         (
@@ -144,10 +144,10 @@ def devices(days: Mapping[Pair, Part]) -> Table:
         ("last_seen", "instant"),
         ("total_records", "integer"),
     )
-    return Table(columns, rows)
+    return ReportTable(columns, rows)
 
 
-def device_latest(days: Mapping[Pair, Part]) -> Table:
+def device_latest(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """The newest reading of each device that has one with an instant."""
     rows = []
     for device, parts in _devices(days).items():
@@ -162,7 +162,7 @@ def device_latest(days: Mapping[Pair, Part]) -> Table:
         ("device_type", "text"),
         ("location", "text"),
     )
-    return Table(columns, rows)
+    return ReportTable(columns, rows)
 
 
 TABLES = {

@@ -48,7 +48,7 @@ def suffix_of(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ColumnReading:
     """Files with equal readings can be read by one query.
 
     `types`: name in DuckDB -> type; `source`: documented name -> name in DuckDB, of those that are there; `from_path`:
@@ -102,7 +102,7 @@ class File:
 
     name: str
     key: str
-    reading: Reading
+    reading: ColumnReading
 
 
 def file_of(name: str, key: str, schema: str) -> File:
@@ -138,8 +138,8 @@ def family(kind: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> Reading:
-    """See `Reading`; `in_path` are the documented names that the path gives."""
+def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> ColumnReading:
+    """See `ColumnReading`; `in_path` are the documented names that the path gives."""
     columns: Mapping[str, str] = json.loads(schema)
     types = dict(zip(distinct(list(columns)), columns.values(), strict=True))
     pairs = list(zip(columns, types, strict=True))
@@ -157,7 +157,7 @@ def reading(schema: str, in_path: tuple[str, ...], *, is_csv: bool = False) -> R
     missing = [name for name in ("device_id", INSTANT) if name not in source and name not in from_path]
     notes += [f"has no column {name}: its rows count as those without one" for name in missing]
     problem = next(_problems(types, source, is_csv=is_csv), "")
-    return Reading(types, source, from_path, is_csv, problem, tuple(notes))
+    return ColumnReading(types, source, from_path, is_csv, problem, tuple(notes))
 
 
 def _problems(types: Mapping[str, str], source: Mapping[str, str], *, is_csv: bool) -> Iterator[str]:
@@ -275,7 +275,7 @@ def file_column(files: Sequence[File]) -> str:
     return name
 
 
-def _readings(files: Sequence[File]) -> Sequence[Reading]:
+def _readings(files: Sequence[File]) -> Sequence[ColumnReading]:
     """Each one once."""
     return list({id(file.reading): file.reading for file in files}.values())
 
@@ -342,7 +342,7 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
     return f"(SELECT {columns} FROM {source}{joined})"  # noqa: S608 - own names, files as literals
 
 
-def _path_join(files: Sequence[File], own: Reading, file_name: str) -> str:
+def _path_join(files: Sequence[File], own: ColumnReading, file_name: str) -> str:
     lines = []
     for file in files:
         texts = path_texts(file.key)
@@ -369,7 +369,7 @@ def raw_rows(folder: Path, files: Sequence[File], file_name: str = "") -> str:
     )
 
 
-def documented(own: Reading | None) -> Mapping[str, str]:
+def documented(own: ColumnReading | None) -> Mapping[str, str]:
     """Documented column -> its value as an expression over the columns of `rows`."""
     values: dict[str, str] = {}
     for name in TEXTS:
@@ -391,7 +391,7 @@ def documented(own: Reading | None) -> Mapping[str, str]:
     return values
 
 
-def _column(own: Reading | None, name: str) -> str:
+def _column(own: ColumnReading | None, name: str) -> str:
     source = own.source.get(name, name) if own else name
     return f"rows.{quoted(source if source.lower() != name else name)}"
 
@@ -473,7 +473,7 @@ def lost_values(folder: Path, files: Sequence[File]) -> str:
     return " UNION ALL ".join(checks)
 
 
-def _lost(own: Reading) -> Iterator[tuple[str, str]]:
+def _lost(own: ColumnReading) -> Iterator[tuple[str, str]]:
     for name in NUMBERS:
         if family(own.type_of(name)) in ("VARCHAR", "BLOB", "JSON"):
             column = _column(own, name)

@@ -25,7 +25,7 @@ SPILL = "1GB"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """What queries may use."""
 
     memory_mb: int
@@ -52,7 +52,7 @@ class Remote:
 class Engine:
     """One DuckDB. `folder` is this process's own; queries may read there, and spill to disk."""
 
-    def __init__(self, folder: Path, limits: Limits, remote: Remote | None = None) -> None:
+    def __init__(self, folder: Path, limits: EngineLimits, remote: Remote | None = None) -> None:
         self.folder = folder
         self.limits = limits
         self.remote = remote
@@ -109,7 +109,7 @@ class Engine:
             return self._made
 
 
-def _opened(folder: Path, limits: Limits, remote: Remote | None) -> Any:
+def _opened(folder: Path, limits: EngineLimits, remote: Remote | None) -> Any:
     import duckdb
 
     spill = folder / "spill"

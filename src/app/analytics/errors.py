@@ -1,7 +1,7 @@
 """What goes wrong in DuckDB and on its disk, told as what the caller should do.
 
-Invariant: only what may be an object's fault is Unreadable, which costs a listing and another run; a report that is
-wrong, and a disk that is full, are told at once.
+Invariant: only what may be an object's fault is UnreadableObject, which costs a listing and another run; a report that
+is wrong, and a disk that is full, are told at once.
 """
 
 import errno
@@ -24,7 +24,7 @@ WRONG = re.compile(
 OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
 
 
-class Unreadable(Transient):
+class UnreadableObject(Transient):
     """An object could not be read, or changed while it was: list again, then read again."""
 
 
@@ -81,7 +81,7 @@ def _error(error: Exception, seconds: float | None) -> AppError:
         hint = "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
         return TooLarge(f"needs more memory or disk: {text}", hint)
     if isinstance(error, UnicodeDecodeError):
-        return Unreadable("an object changed while it was read", RETRY_HINT)
+        return UnreadableObject("an object changed while it was read", RETRY_HINT)
     if not WRONG.match(text) or OF_OBJECTS.search(said):
-        return Unreadable(text, RETRY_HINT)
+        return UnreadableObject(text, RETRY_HINT)
     return (Unbound if text.startswith("Binder") else Wrong)(text, "correct its SQL file")

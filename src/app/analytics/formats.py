@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analytics.builtin_reports import Table
+from app.analytics.builtin_reports import ReportTable
 from app.analytics.errors import written
 from app.core.errors import Rejected
 
@@ -44,7 +44,7 @@ MEMORY_BYTES = 1 << 20
 PIECE_BYTES = 1 << 18
 
 
-class Answer:
+class ReportAnswer:
     """The bytes of an answer, in memory or in a file without a name. Any number of readers may read it at once."""
 
     def __init__(self, spool: Any) -> None:
@@ -68,7 +68,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerShape:
     """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself."""
 
     format: str
@@ -76,7 +76,7 @@ class Shape:
     warnings: Sequence[Mapping[str, str]] = ()
 
 
-def of_table(table: Table, shape: Shape, folder: Path) -> Answer:
+def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnswer:
     """The answer with these rows."""
     _check_rows(len(table.rows), shape)
     if shape.format == "json":
@@ -85,7 +85,7 @@ def of_table(table: Table, shape: Shape, folder: Path) -> Answer:
     return of_batches(_arrow(table).to_reader(BATCH_ROWS), shape, folder)
 
 
-def of_batches(reader: Any, shape: Shape, folder: Path) -> Answer:
+def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
     """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them."""
     batches = _counted(reader, shape)
     if shape.format == "json":
@@ -96,18 +96,18 @@ def of_batches(reader: Any, shape: Shape, folder: Path) -> Answer:
     return _spooled(folder, lambda spool: write(spool, schema, (_cast(batch, schema) for batch in batches)))
 
 
-def _spooled(folder: Path, write: Callable[[Any], None]) -> Answer:
+def _spooled(folder: Path, write: Callable[[Any], None]) -> ReportAnswer:
     spool = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - the answer closes it
     with ExitStack() as undo:
         undo.callback(spool.close)
         with written():
             write(spool)
-        answer = Answer(spool)
+        answer = ReportAnswer(spool)
         undo.pop_all()
     return answer
 
 
-def _counted(reader: Any, shape: Shape) -> Iterator[Any]:
+def _counted(reader: Any, shape: AnswerShape) -> Iterator[Any]:
     count = 0
     for batch in reader:
         count += batch.num_rows
@@ -115,7 +115,7 @@ def _counted(reader: Any, shape: Shape) -> Iterator[Any]:
         yield batch
 
 
-def _check_rows(count: int, shape: Shape) -> None:
+def _check_rows(count: int, shape: AnswerShape) -> None:
     if count > MAX_ROWS[shape.format]:
         raise Rejected(
             f"the answer has more than {MAX_ROWS[shape.format]} rows, too many for {shape.format}",
@@ -149,7 +149,7 @@ def _rows(batch: Any) -> Sequence[tuple[Any, ...]]:
     return list(zip(*(column.to_pylist() for column in _cast(batch, _plain(batch.schema)).columns), strict=True))
 
 
-def _arrow(table: Table) -> Any:
+def _arrow(table: ReportTable) -> Any:
     import pyarrow as pa
 
     types = {
@@ -197,7 +197,9 @@ def _said_deep(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _write_json(spool: Any, names: Sequence[str], blocks: Iterable[Sequence[tuple[Any, ...]]], shape: Shape) -> None:
+def _write_json(
+    spool: Any, names: Sequence[str], blocks: Iterable[Sequence[tuple[Any, ...]]], shape: AnswerShape
+) -> None:
     import msgspec
 
     encode = msgspec.json.encode

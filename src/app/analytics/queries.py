@@ -21,12 +21,12 @@ from typing import Any, Protocol
 from app.analytics.aggregate import schemas
 from app.analytics.columns import File, family, file_of, format_of, relation, suffix_of
 from app.analytics.engine import Engine, Remote
-from app.analytics.errors import RETRY_HINT, TooLarge, Unbound, Unreadable, Wrong
-from app.analytics.formats import BATCH_ROWS, Answer, Shape, of_batches
-from app.analytics.reports import Reads, Report
+from app.analytics.errors import RETRY_HINT, TooLarge, Unbound, UnreadableObject, Wrong
+from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
+from app.analytics.reports import Reads, ReportDefinition
 from app.analytics.summaries import Summaries
 from app.core.errors import Conflict, Permanent, Rejected
-from app.db.object_summaries import Source, Version
+from app.db.object_summaries import Version, VersionToRead
 
 ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
@@ -42,12 +42,12 @@ class Objects(Protocol):
     """Where queries find the objects."""
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """An engine, and these objects as it reads them, good until the block ends: whole versions, the listed ones or
         newer. May raise Conflict when one of them is gone already.
         """
 
-    def certain(self, sources: Sequence[Source]) -> bool:
+    def certain(self, sources: Sequence[VersionToRead]) -> bool:
         """Whether what was read in `opened` cannot have been of two versions."""
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class LocalObjects:
     pin: Callable[[str, Path], str | None]
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`. A whole version that is newer than the listed one serves as well, and an object that is
         gone is left out: the answer is of now, however fast objects are replaced.
         """
@@ -77,7 +77,7 @@ class LocalObjects:
                     newer.append((str(file), source.key))
             yield self.engine, [*files, *_described(self.engine, newer)]
 
-    def certain(self, sources: Sequence[Source]) -> bool:
+    def certain(self, sources: Sequence[VersionToRead]) -> bool:
         """See `Objects.certain`: a link stays what it is."""
         del sources
         return True
@@ -88,12 +88,12 @@ class LocalObjects:
 
 
 def _described(engine: Engine, files: Sequence[tuple[str, str]]) -> Sequence[File]:
-    """Files, each with its key, whose columns are not known yet. Raises Unreadable for what reports cannot use."""
+    """Files, each with its key, whose columns are not known yet. Raises UnreadableObject for what no report can use."""
     found = schemas(engine, files) if files else {}
     described = [file_of(name, key, json.dumps(found[name])) for name, key in files]
     for file in described:
         if file.reading.problem:
-            raise Unreadable(f"{file.key}: {file.reading.problem}", RETRY_HINT)
+            raise UnreadableObject(f"{file.key}: {file.reading.problem}", RETRY_HINT)
     return described
 
 
@@ -110,19 +110,19 @@ class BucketObjects:
         self._engines: dict[bool, Engine] = {}
 
     @contextmanager
-    def opened(self, sources: Sequence[Source]) -> Iterator[tuple[Engine, Sequence[File]]]:
+    def opened(self, sources: Sequence[VersionToRead]) -> Iterator[tuple[Engine, Sequence[File]]]:
         """See `Objects.opened`."""
         engine = self._engine(whole=self._whole(sources))
         bucket = engine.remote.bucket if engine.remote else ""
         yield engine, [file_of(f"s3://{bucket}/{source.key}", source.key, source.columns) for source in sources]
 
-    def certain(self, sources: Sequence[Source]) -> bool:
+    def certain(self, sources: Sequence[VersionToRead]) -> bool:
         """See `Objects.certain`: fetched whole, unless one is too large to be held in memory; and a newer version of
         CSV may have other columns, which nothing in its rows tells.
         """
         return self._whole(sources) and not any(format_of(source.key) == "csv" for source in sources)
 
-    def _whole(self, sources: Sequence[Source]) -> bool:
+    def _whole(self, sources: Sequence[VersionToRead]) -> bool:
         return all(source.size_bytes <= self._whole_bytes for source in sources)
 
     def _engine(self, *, whole: bool) -> Engine:
@@ -158,14 +158,14 @@ class Queries:
         self._objects.close()
         self._local.close()
 
-    def columns(self, report: Report) -> Mapping[str, str]:
+    def columns(self, report: ReportDefinition) -> Mapping[str, str]:
         """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""
         self.check(report)
         values = {each.name: each.read(each.default) for each in report.parameters}
         with _named(report):
             return self._local.columns(report.sql(relation(self._local.folder, [])), values)
 
-    def check(self, report: Report) -> None:
+    def check(self, report: ReportDefinition) -> None:
         """Raises Permanent for a report that may not or cannot be run."""
         if report.text in self._checked:
             return
@@ -173,14 +173,14 @@ class Queries:
         try:
             with _named(report):
                 used = self._local.check(report.sql())
-        except (Rejected, Unreadable) as error:
+        except (Rejected, UnreadableObject) as error:
             raise Permanent(f"report {report.name}.sql: {error.message}", error.hint) from error
         if used != declared:
             names = ", ".join(sorted(used ^ declared))
             raise Permanent(f"report {report.name}.sql: {names}", "declare each parameter once and use it as $name")
         self._checked.add(report.text)
 
-    def run(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
+    def run(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> ReportAnswer:
         """The answer over all rows that are there; what is left out is in its warnings. Raises Permanent when the
         report is wrong, Transient when no object can be read, or they are replaced each time.
         """
@@ -189,16 +189,16 @@ class Queries:
             for _ in range(ATTEMPTS - 1):
                 try:
                     return self._answer(report, values, shape)
-                except (Unreadable, Conflict):
+                except (UnreadableObject, Conflict):
                     self._summaries.refresh()
             try:
                 return self._answer(report, values, shape)
-            except (Unreadable, Conflict):
+            except (UnreadableObject, Conflict):
                 if not self._find_broken(report, values, shape):
                     raise
             return self._answer(report, values, shape)
 
-    def _answer(self, report: Report, values: Mapping[str, Any], shape: Shape) -> Answer:
+    def _answer(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> ReportAnswer:
         """Without the objects that are known to be broken; where the report does not fit, without those whose columns
         are of another kind than in most.
         """
@@ -214,8 +214,13 @@ class Queries:
             raise
 
     def _attempt(
-        self, report: Report, values: Mapping[str, Any], shape: Shape, found: Sequence[Source], left_out: LeftOut
-    ) -> Answer:
+        self,
+        report: ReportDefinition,
+        values: Mapping[str, Any],
+        shape: AnswerShape,
+        found: Sequence[VersionToRead],
+        left_out: LeftOut,
+    ) -> ReportAnswer:
         sources = [source for source in found if source.version not in left_out]
         with self._objects.opened(sources) as (engine, files), _by_key(files):
             rows = relation(engine.folder, files)
@@ -224,11 +229,13 @@ class Queries:
         if not self._objects.certain(sources):
             self._summaries.refresh()
             if not self._summaries.holds(sources):
-                raise Unreadable("objects were replaced while they were read", "nothing to do: they are read again")
+                raise UnreadableObject(
+                    "objects were replaced while they were read", "nothing to do: they are read again"
+                )
         answer.left_out = len(left_out)
         return answer
 
-    def _known_broken(self, report: Report, sources: Sequence[Source]) -> LeftOut:
+    def _known_broken(self, report: ReportDefinition, sources: Sequence[VersionToRead]) -> LeftOut:
         """Those of the sources with which this report went wrong a while ago."""
         now = time.monotonic()
         held = {
@@ -238,7 +245,7 @@ class Queries:
         }
         return {one.version: (one.key, held[one.version]) for one in sources if one.version in held} if held else {}
 
-    def _find_broken(self, report: Report, values: Mapping[str, Any], shape: Shape) -> bool:
+    def _find_broken(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> bool:
         """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
         there is none, or too many, or the search takes too long.
         """
@@ -264,17 +271,19 @@ class Queries:
         self._broken = {**{key: held for key, held in self._broken.items() if held[1] > now}, **found}
         return True
 
-    def _trouble(self, report: Report, values: Mapping[str, Any], shape: Shape, sources: Sequence[Source]) -> str:
+    def _trouble(
+        self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape, sources: Sequence[VersionToRead]
+    ) -> str:
         """Why these cannot be read by the report; "" when they can, or the report does not fit so few of them."""
         try:
             self._attempt(report, values, shape, sources, {})
-        except (Unreadable, Conflict) as error:
+        except (UnreadableObject, Conflict) as error:
             return error.message
         except Wrong:
             return ""
         return ""
 
-    def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[Source]:
+    def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[VersionToRead]:
         def value(name: str) -> Any:
             return values[name] if name else None
 
@@ -282,7 +291,7 @@ class Queries:
 
 
 @contextmanager
-def _named(report: Report) -> Iterator[None]:
+def _named(report: ReportDefinition) -> Iterator[None]:
     """What is wrong with a report, with its name."""
     try:
         yield
@@ -301,7 +310,7 @@ def _fitting(engine: Engine, relation: str) -> Iterator[None]:
         try:
             engine.columns(f"SELECT * FROM {relation}", {})  # noqa: S608 - our own
         except Wrong as fault:
-            raise Unreadable(fault.message, RETRY_HINT) from error
+            raise UnreadableObject(fault.message, RETRY_HINT) from error
         raise
 
 
@@ -310,14 +319,14 @@ def _by_key(files: Sequence[File]) -> Iterator[None]:
     """An object that is named, by its key and not by that of a copy."""
     try:
         yield
-    except Unreadable as error:
+    except UnreadableObject as error:
         message = error.message
         for file in files:
             message = message.replace(file.name, file.key)
-        raise Unreadable(message, error.hint) from error
+        raise UnreadableObject(message, error.hint) from error
 
 
-def _warned(shape: Shape, left_out: LeftOut) -> Shape:
+def _warned(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
     """With what is left out among the warnings."""
     found = [{"object": key, "message": f"left out of this report: {reason}"} for key, reason in left_out.values()]
     if len(found) > WARNINGS:
@@ -326,11 +335,11 @@ def _warned(shape: Shape, left_out: LeftOut) -> Shape:
     return replace(shape, warnings=[*shape.warnings, *found])
 
 
-def odd_ones(text: str, sources: Sequence[Source]) -> Iterator[LeftOut]:
+def odd_ones(text: str, sources: Sequence[VersionToRead]) -> Iterator[LeftOut]:
     """What to leave out of a report with this text, so that each further column that it names is of one kind: that of
     most objects, then that of the next most.
     """
-    kinds: dict[str, dict[str, list[Source]]] = {}
+    kinds: dict[str, dict[str, list[VersionToRead]]] = {}
     words = {word.lower() for word in re.findall(r"\w+", text)}
     is_all = STAR.search(text) is not None
     for source in sources:

@@ -94,7 +94,7 @@ class Reads:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportDefinition:
     """One SQL file. `text` is it with its placeholder; `answer` and `summary` are as in its head."""
 
     name: str
@@ -127,11 +127,11 @@ class Report:
         return {each.name: each.read(given.get(each.name, each.default)) for each in self.parameters}
 
 
-def load_reports(folders: Sequence[Path]) -> Mapping[str, Report]:
+def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
     """Path -> report, for every SQL file of the folders. Raises Permanent for one that cannot be understood, or when
     two have one path.
     """
-    reports: dict[str, Report] = {}
+    reports: dict[str, ReportDefinition] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.sql")):
             report = parse(file.stem, _read(file))
@@ -148,7 +148,7 @@ def _read(file: Path) -> str:
         raise _fault(file.stem, f"cannot be read: {error}", "make it a readable UTF-8 file") from error
 
 
-def parse(name: str, text: str) -> Report:
+def parse(name: str, text: str) -> ReportDefinition:
     """The report in `text`. Raises Permanent when its head or its placeholder is not as it must be."""
     if not NAME.fullmatch(name):
         raise _fault(name, "its name is not usable", "use a to z, 0 to 9 and _")
@@ -165,7 +165,7 @@ def parse(name: str, text: str) -> Report:
     path = _last(head, "path", name.replace("_", "-"))
     if not PATH.fullmatch(path) or path in TAKEN:
         raise _fault(name, f"the path {path[:80]!r} cannot be", "use other words of a to z, 0 to 9, - and _")
-    return Report(
+    return ReportDefinition(
         name=name,
         path=path,
         title=_last(head, "title", name.replace("_", " ")),

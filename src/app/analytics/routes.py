@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.builtin_reports import TABLES
-from app.analytics.formats import MEDIA, Answer, Shape, of_table
-from app.analytics.reports import Parameter, Report
-from app.analytics.service import Asked, Serving, headers_of, key_of, text_of, unchanged, warnings_of
+from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
+from app.analytics.reports import Parameter, ReportDefinition
+from app.analytics.service import ReportRequest, ReportService, headers_of, key_of, text_of, unchanged, warnings_of
 from app.analytics.summaries import View
 from app.core.errors import AppError, Rejected, Transient
 from app.web.auth import OPEN, needs
@@ -46,7 +46,7 @@ TYPES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def build(serving: Serving) -> APIRouter:
+def build(serving: ReportService) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
     for path, (name, media_type) in ASSETS.items():
@@ -80,7 +80,7 @@ def _asset(router: APIRouter, path: str, name: str, media_type: str) -> None:
         return Response(content, media_type=media_type)
 
 
-def _report(router: APIRouter, serving: Serving, report: Report) -> None:
+def _report(router: APIRouter, serving: ReportService, report: ReportDefinition) -> None:
     answer = _answering(serving, report)
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
     for path in paths:
@@ -98,7 +98,7 @@ def _report(router: APIRouter, serving: Serving, report: Report) -> None:
         )
 
 
-def _parameters(report: Report) -> Sequence[Mapping[str, Any]]:
+def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
     formats = {"type": "string", "enum": list(MEDIA), "default": "json"}
     scan = {"type": "boolean", "default": False}
     own = [_parameter(each) for each in report.parameters]
@@ -119,7 +119,7 @@ def _answers() -> dict[int | str, dict[str, Any]]:
     return {200: {"description": "the answer", "content": content}, 304: {"description": "it has not changed"}}
 
 
-def _answering(serving: Serving, report: Report) -> Callable[[Request], Any]:
+def _answering(serving: ReportService, report: ReportDefinition) -> Callable[[Request], Any]:
     async def answer(request: Request) -> Response:
         began = time.perf_counter()
         asked = _asked(report, request)
@@ -129,7 +129,7 @@ def _answering(serving: Serving, report: Report) -> Callable[[Request], Any]:
         found = serving.flights.held(key)
         if found is None:
             make = _from_memory if asked.from_memory else _from_objects
-            shape = Shape(asked.format, report.answer, [dict(each) for each in warnings])
+            shape = AnswerShape(asked.format, report.answer, [dict(each) for each in warnings])
             keep_seconds = LONG_SECONDS if asked.from_memory else serving.analytics.refresh_seconds
             found = await serving.flights.answer(key, lambda: make(serving, asked, view, shape), keep_seconds)
         serving.remember(request.scope, asked)
@@ -150,7 +150,7 @@ class Quick:
     Most requests for reports are of this kind, and finding the route takes longer than all the rest of them.
     """
 
-    def __init__(self, api: Asgi, serving: Serving) -> None:
+    def __init__(self, api: Asgi, serving: ReportService) -> None:
         self._api = api
         self._serving = serving
 
@@ -173,7 +173,7 @@ class Quick:
         await send({"type": "http.response.start", "status": 304 if known else 200, "headers": raw})
         await send({"type": "http.response.body", "body": b"" if known else b"".join(answer.pieces())})
 
-    def _held(self, scope: Scope) -> tuple[Asked, View, Answer] | None:
+    def _held(self, scope: Scope) -> tuple[ReportRequest, View, ReportAnswer] | None:
         """What is held for this request, small enough to leave in one piece, if its caller may have it."""
         asked = self._serving.remembered(scope)
         view = self._serving.analytics.summaries.view
@@ -185,7 +185,7 @@ class Quick:
         return (asked, view, answer) if answer is not None and answer.size_bytes <= SMALL_BYTES else None
 
 
-def _asked(report: Report, request: Request) -> Asked:
+def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     query = request.query_params.multi_items()
     own = {"format": "json", "scan": "false"}
     rest = []
@@ -203,10 +203,10 @@ def _asked(report: Report, request: Request) -> Asked:
         values = report.values(rest)
     except Rejected as error:
         raise Refused(Refusal(422, error.message, error.hint, "query")) from error
-    return Asked(report, values, own["format"], own["scan"] == "true")
+    return ReportRequest(report, values, own["format"], own["scan"] == "true")
 
 
-async def _view(serving: Serving) -> View:
+async def _view(serving: ReportService) -> View:
     """The last listing; before the first one, wait a while for it."""
     until = time.monotonic() + FIRST_SECONDS
     if serving.analytics.summaries.view is None and serving.analytics.refresher.trouble is None:
@@ -221,15 +221,15 @@ async def _view(serving: Serving) -> View:
     return view
 
 
-def _from_memory(serving: Serving, asked: Asked, view: View, shape: Shape) -> Answer:
+def _from_memory(serving: ReportService, asked: ReportRequest, view: View, shape: AnswerShape) -> ReportAnswer:
     return of_table(TABLES[asked.report.summary](view.days), shape, serving.analytics.workplace.folder)
 
 
-def _from_objects(serving: Serving, asked: Asked, _: View, shape: Shape) -> Answer:
+def _from_objects(serving: ReportService, asked: ReportRequest, _: View, shape: AnswerShape) -> ReportAnswer:
     return serving.analytics.queries.run(asked.report, asked.values, shape)
 
 
-def _listing(serving: Serving) -> Callable[[], Any]:
+def _listing(serving: ReportService) -> Callable[[], Any]:
     async def listing() -> Response:
         if not serving.described:
             reports = serving.analytics.reports.values()
@@ -239,7 +239,7 @@ def _listing(serving: Serving) -> Callable[[], Any]:
     return listing
 
 
-def _described(serving: Serving, report: Report) -> Mapping[str, Any]:
+def _described(serving: ReportService, report: ReportDefinition) -> Mapping[str, Any]:
     try:
         columns = [{"name": name, "type": kind} for name, kind in serving.analytics.queries.columns(report).items()]
         fault = {}
@@ -262,7 +262,7 @@ def _described(serving: Serving, report: Report) -> Mapping[str, Any]:
     }
 
 
-def _schema(serving: Serving) -> Callable[[], Any]:
+def _schema(serving: ReportService) -> Callable[[], Any]:
     async def schema() -> Response:
         view = await _view(serving)
         columns = [

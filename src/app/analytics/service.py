@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from app.analytics.engine import Engine, Limits, Remote
-from app.analytics.formats import Answer
+from app.analytics.engine import Engine, EngineLimits, Remote
+from app.analytics.formats import ReportAnswer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
-from app.analytics.reports import Report, load_reports
+from app.analytics.reports import ReportDefinition, load_reports
 from app.analytics.summaries import Summaries, View
 from app.config.settings import Settings
 from app.core.errors import AppError, Transient
@@ -47,10 +47,10 @@ WAITING = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class KeptAnswer:
     """An answer and until when it may be given, by the monotonic clock."""
 
-    answer: Answer
+    answer: ReportAnswer
     until: float
 
 
@@ -58,12 +58,12 @@ class Flights:
     """See the module."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Held] = OrderedDict()
+        self._kept: OrderedDict[Hashable, KeptAnswer] = OrderedDict()
         self._soonest = math.inf  # no answer that is kept is over before
-        self._running: dict[Hashable, asyncio.Task[Answer]] = {}
+        self._running: dict[Hashable, asyncio.Task[ReportAnswer]] = {}
         self._places = asyncio.Semaphore(PLACES)
 
-    def held(self, key: Hashable) -> Answer | None:
+    def held(self, key: Hashable) -> ReportAnswer | None:
         """The answer that is kept under `key` and still holds."""
         self._drop_what_is_over()
         held = self._kept.get(key)
@@ -72,7 +72,7 @@ class Flights:
         self._kept.move_to_end(key)
         return held.answer
 
-    async def answer(self, key: Hashable, make: Callable[[], Answer], keep_seconds: float) -> Answer:
+    async def answer(self, key: Hashable, make: Callable[[], ReportAnswer], keep_seconds: float) -> ReportAnswer:
         """The answer of `make`, run in a thread, once for all who wait for `key`. Raises what it raises, and Transient
         when too many reports are waiting.
         """
@@ -85,7 +85,7 @@ class Flights:
             running.add_done_callback(lambda task: self._landed(key, task, keep_seconds))
         return await asyncio.shield(running)
 
-    async def _run(self, make: Callable[[], Answer]) -> Answer:
+    async def _run(self, make: Callable[[], ReportAnswer]) -> ReportAnswer:
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 await self._places.acquire()
@@ -96,13 +96,13 @@ class Flights:
         finally:
             self._places.release()
 
-    def _landed(self, key: Hashable, task: "asyncio.Task[Answer]", keep_seconds: float) -> None:
+    def _landed(self, key: Hashable, task: "asyncio.Task[ReportAnswer]", keep_seconds: float) -> None:
         self._running.pop(key, None)
         self._drop_what_is_over()
         if task.cancelled() or task.exception() is not None or task.result().size_bytes > KEPT_BYTES:
             return
         until = time.monotonic() + keep_seconds
-        self._kept[key] = Held(task.result(), until)
+        self._kept[key] = KeptAnswer(task.result(), until)
         self._kept.move_to_end(key)
         self._soonest = min(self._soonest, until)
         while len(self._kept) > KEPT_ANSWERS:
@@ -259,7 +259,7 @@ def _locked(path: Path) -> int:
 class Analytics:
     """What the routes serve."""
 
-    reports: Mapping[str, Report]
+    reports: Mapping[str, ReportDefinition]
     summaries: Summaries
     queries: Queries
     refresher: Refresher
@@ -289,7 +289,7 @@ def build(
 
     def engine(remote: Remote | None) -> Engine:
         threads = LOCAL_THREADS if remote is None else REMOTE_THREADS
-        limits = Limits(analytics.memory_mb, threads, analytics.timeout_seconds)
+        limits = EngineLimits(analytics.memory_mb, threads, analytics.timeout_seconds)
         return Engine(workplace.folder, limits, remote)
 
     local = engine(None)
@@ -343,10 +343,10 @@ Scope = MutableMapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ReportRequest:
     """A request for a report, understood. `scan`: run it although there is a summary."""
 
-    report: Report
+    report: ReportDefinition
     values: Mapping[str, Any]
     format: str
     scan: bool
@@ -358,31 +358,31 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ReportService:
     """What the routes act on. `asked`: requests that were understood before, by path and query, the newest last."""
 
     analytics: Analytics
     flights: Flights = field(default_factory=Flights)
     described: list[Mapping[str, Any]] = field(default_factory=list)
-    asked: dict[tuple[str, bytes], Asked] = field(default_factory=dict)
+    asked: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
 
-    def remember(self, scope: Scope, asked: Asked) -> None:
+    def remember(self, scope: Scope, asked: ReportRequest) -> None:
         """Understand this request at once the next time."""
         if len(self.asked) >= REMEMBERED:
             del self.asked[next(iter(self.asked))]
         self.asked[scope["path"], scope["query_string"]] = asked
 
-    def remembered(self, scope: Scope) -> Asked | None:
+    def remembered(self, scope: Scope) -> ReportRequest | None:
         """What this request asks for, when it was understood before."""
         return self.asked.get((scope["path"], scope["query_string"])) if scope["method"] == "GET" else None
 
 
-def key_of(asked: Asked, view: View, warnings: Warnings) -> Hashable:
+def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
     """What the answer depends on."""
     return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
 
 
-def headers_of(asked: Asked, view: View, answer: Answer, began: float) -> dict[str, str]:
+def headers_of(asked: ReportRequest, view: View, answer: ReportAnswer, began: float) -> dict[str, str]:
     """What every answer carries; `began` is by the performance counter."""
     source = "summary" if asked.from_memory else "duckdb"
     headers = {
@@ -399,7 +399,7 @@ def headers_of(asked: Asked, view: View, answer: Answer, began: float) -> dict[s
     return headers
 
 
-def unchanged(answer: Answer, if_none_match: str) -> bool:
+def unchanged(answer: ReportAnswer, if_none_match: str) -> bool:
     """Whether the caller has this answer already."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return answer.etag in tags or "*" in tags

@@ -15,7 +15,7 @@ from app.analytics.aggregate import OTHER, aggregated
 from app.analytics.builtin_reports import merged
 from app.analytics.engine import Engine
 from app.core.errors import Permanent, Rejected, Transient
-from app.db.object_summaries import Known, Pair, Part, Source, SqlSummaries, Version, version_of
+from app.db.object_summaries import DaySummary, KnownObject, Pair, SqlSummaries, Version, VersionToRead, version_of
 from app.object_store.deltas import unfolded
 from app.object_store.port import ObjectInfo, ObjectStore
 
@@ -122,7 +122,7 @@ class View:
     number: int
     as_of: datetime
     versions: Versions
-    days: Mapping[Pair, Part]
+    days: Mapping[Pair, DaySummary]
     objects: int
     rows: int
     size_bytes: int
@@ -139,7 +139,7 @@ class _State:
 
     current: Versions = field(default_factory=Versions)
     batches: Mapping[bytes, bytes] = field(default_factory=dict)
-    days: dict[Pair, Part] = field(default_factory=dict)
+    days: dict[Pair, DaySummary] = field(default_factory=dict)
     touched: set[Pair] = field(default_factory=set)
     faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
@@ -172,7 +172,7 @@ class Summaries:
         """The last whole listing; None before the first."""
         return self._view
 
-    def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[Source]:
+    def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[VersionToRead]:
         """What a query over this device and span has to read, all of one view; None = not limited."""
         view = self._view
         if view is None:
@@ -181,7 +181,7 @@ class Summaries:
         found = self._facts.keys(None if device is None else json.dumps(device), first, last)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
-    def holds(self, sources: Sequence[Source]) -> bool:
+    def holds(self, sources: Sequence[VersionToRead]) -> bool:
         """Whether the last view has all of them."""
         view = self._view
         return view is not None and all(view.versions.among([source.version for source in sources]))
@@ -272,11 +272,13 @@ class Summaries:
                 taken.add(facts.version)
                 if not any(state.current.among([facts.version])):
                     columns = json.dumps(dict(facts.columns))
-                    self._take(facts.version, Known(facts.key, facts.size_bytes, facts.rows, facts.fault, columns))
+                    self._take(
+                        facts.version, KnownObject(facts.key, facts.size_bytes, facts.rows, facts.fault, columns)
+                    )
             unread += [(facts.key, facts.fault) for facts in group.unread]
         return taken
 
-    def _take(self, version: Version, known: Known) -> None:
+    def _take(self, version: Version, known: KnownObject) -> None:
         state = self._state
         state.moved = True
         state.rows += known.rows

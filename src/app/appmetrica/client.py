@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.core.errors import Permanent, Transient
-from app.product_events.http_client import Address, Answer, Upstream, receiving
+from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -90,7 +90,7 @@ class Service:
                     raise _error(answer, answer.text())
                 return _listed(answer)
 
-    def _received(self, answer: Answer) -> BinaryIO:
+    def _received(self, answer: ServiceAnswer) -> BinaryIO:
         with receiving(self.spool, "a file of many rows") as file:
             packed = answer.header("content-encoding").lower() == "gzip"
             measured = bool(answer.header("content-length") or answer.header("transfer-encoding"))
@@ -108,7 +108,7 @@ def service(base_url: str, token: str, application_id: int, spool: Path, count_c
     )
 
 
-def _said(answer: Answer) -> NotReady:
+def _said(answer: ServiceAnswer) -> NotReady:
     """What an answer without a file means."""
     text = answer.text()
     match answer.status:
@@ -125,7 +125,7 @@ def _said(answer: Answer) -> NotReady:
     raise _error(answer, text)
 
 
-def _error(answer: Answer, text: str) -> Exception:
+def _error(answer: ServiceAnswer, text: str) -> Exception:
     said = f"AppMetrica answers {answer.status}: {text or 'nothing'}"
     if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return Permanent(said, ACCESS_HINT)
@@ -134,7 +134,7 @@ def _error(answer: Answer, text: str) -> Exception:
     return Permanent(said, "check APPMETRICA_BASE_URL")
 
 
-def _listed(answer: Answer) -> Mapping[int, Mapping[str, Any]]:
+def _listed(answer: ServiceAnswer) -> Mapping[int, Mapping[str, Any]]:
     body = bytearray()
     for piece in answer.raw():
         body += piece

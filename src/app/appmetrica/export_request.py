@@ -24,7 +24,7 @@ from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
-from app.db.run_records import Export, SqlPulls
+from app.db.run_records import PendingExport, SqlPulls
 
 FILE = Path(__file__).with_name("resources.toml")
 SECOND = timedelta(seconds=1)
@@ -110,7 +110,7 @@ def logs_request(
     return LogsRequest(f"/logs/v1/export/{resource}.csv?{query}", span)
 
 
-def request_of(export: Export) -> LogsRequest:
+def request_of(export: PendingExport) -> LogsRequest:
     """What was kept."""
     held = json.loads(export.request)
     span = held["span"]
@@ -159,7 +159,7 @@ class Exports:
             span=span,
         )
 
-    def keep(self, owner: str, request: LogsRequest) -> Export:
+    def keep(self, owner: str, request: LogsRequest) -> PendingExport:
         """The export of a request, which has a number from now on. Those that were done with long ago go."""
         now = self.clock()
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
@@ -174,7 +174,7 @@ class Exports:
         log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
 
     @contextmanager
-    def resumed(self, export: Export, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
+    def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
         """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
@@ -191,7 +191,7 @@ class ExportInProgress:
     """
 
     exports: Exports
-    export: Export
+    export: PendingExport
     fresh: bool
     files: list[BinaryIO] = field(default_factory=list)
 
@@ -246,7 +246,7 @@ class ExportInProgress:
             )
         self._save(replace(self.export, parts_count=self.export.parts_count * 2))
 
-    def _save(self, export: Export) -> None:
+    def _save(self, export: PendingExport) -> None:
         self.exports.pulls.save(export)
         self.export = export
 

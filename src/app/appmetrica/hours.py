@@ -10,13 +10,23 @@ from typing import BinaryIO
 
 from app.appmetrica.client import RequestRefused
 from app.appmetrica.export_request import ExportInProgress, Exports, LogsRequest, Resource, TooManyParts, request_of
-from app.appmetrica.rows import NEEDED, BadRow, CsvRows, HourFile, SortedRows, by_hour, check_columns, hour_of, tables
+from app.appmetrica.rows import (
+    NEEDED,
+    BadRow,
+    CsvRows,
+    ReceiptHourFile,
+    SortedRows,
+    by_hour,
+    check_columns,
+    hour_of,
+    tables,
+)
 from app.core.errors import LeaseLost, Permanent, Transient
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.run_records import Export
+from app.db.run_records import PendingExport
 from app.product_events.mapping import Loaded, load_in_turns
 from app.product_events.pull import (
     GZIP,
@@ -101,7 +111,7 @@ class ResourceRun:
         self.run.commit(cursor_at=start)
         return start
 
-    def _under_way(self, cursor: datetime) -> Export | None:
+    def _under_way(self, cursor: datetime) -> PendingExport | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with."""
         found = None
         for export in self.exports.pulls.open(NAME, self.run.name):
@@ -112,13 +122,13 @@ class ResourceRun:
                 self._done(export)
         return found
 
-    def _done(self, export: Export) -> None:
+    def _done(self, export: PendingExport) -> None:
         self.exports.pulls.save(replace(export, done=True))
 
-    def _kept(self, purpose: str, span: Window) -> Export:
+    def _kept(self, purpose: str, span: Window) -> PendingExport:
         return self.exports.keep(self.run.name + purpose, self.exports.request_received(self.resource, span))
 
-    def _land(self, export: Export, cursor: datetime | None, *, late: bool = False) -> Report:
+    def _land(self, export: PendingExport, cursor: datetime | None, *, late: bool = False) -> Report:
         """Wait for the file and land its hours; those from the cursor on move it. `more`: it is not there yet.
 
         Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
@@ -144,7 +154,7 @@ class ResourceRun:
             self.exports.leave_out(self.resource, error)
             return Report(more=not context.dry_run)
 
-    def _not_given(self, export: Export, cursor: datetime, error: Transient | Permanent) -> Report:
+    def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
         """A request that the service did not answer. Raises `error` while it may pass, or the service is away."""
         is_large, span, run = isinstance(error, TooManyParts), _span(export), self.run
         failing_for = run.pull.clock() - export.created_at
@@ -216,7 +226,7 @@ class ResourceRun:
             log.warning("%s %s: the file lacks the columns %s", name, span, ", ".join(sorted(reading.lacking)))
 
     def _one(
-        self, hour: HourFile, record: Record | None, *, live: bool, again: bool, whole: bool
+        self, hour: ReceiptHourFile, record: Record | None, *, live: bool, again: bool, whole: bool
     ) -> tuple[Report, Loaded]:
         """Land an hour; what became of its rows. `again`: load its rows whatever is recorded. `whole`: no column lacks;
         else what has as many rows already stays as it is.
@@ -247,7 +257,7 @@ class ResourceRun:
         size_bytes = 0 if same else landed.size_bytes
         return Report(rows=loaded.new, bytes=size_bytes, windows=int(not same), late_rows=late), loaded
 
-    def mend(self, hour: HourFile, record: Record | None, put: PutPolicy) -> Report:
+    def mend(self, hour: ReceiptHourFile, record: Record | None, put: PutPolicy) -> Report:
         """Land an hour again and store its object as `put` does. The cursor does not move."""
         if self.run.context.dry_run:
             return Report(windows=1)
@@ -256,14 +266,14 @@ class ResourceRun:
         self.run.commit(landed)
         return Report(rows=new, bytes=landed.size_bytes, windows=1)
 
-    def _load(self, hour: HourFile, *, past: bool) -> Loaded:
+    def _load(self, hour: ReceiptHourFile, *, past: bool) -> Loaded:
         """Events go into the warehouse as well."""
         if self.resource.name != EVENTS or not hour.rows:
             return Loaded()
         rows = tables(hour, self.exports.service.application_id)
         return load_in_turns(self.run.pull.warehouse.load, rows, past=past)
 
-    def _store(self, hour: HourFile, put: PutPolicy, *, closed: bool) -> Record:
+    def _store(self, hour: ReceiptHourFile, put: PutPolicy, *, closed: bool) -> Record:
         """The object is stored, unless the hour is empty; what is there then."""
         key = hour_key(self.run.name, hour.window)
         if not hour.rows:
@@ -273,7 +283,7 @@ class ResourceRun:
         return store_rows(self.run.pull.store, put, hour.file, what, refused=hour.refused, closed=closed)
 
 
-def _stored(hour: HourFile, landed: Record, had: Record | None) -> Loaded:
+def _stored(hour: ReceiptHourFile, landed: Record, had: Record | None) -> Loaded:
     """What became of rows that land only as an object, told by what the object holds."""
     if landed.version and landed.digest != hour.digest:  # it held more, and stays
         return Loaded(min(landed.rows, hour.rows))
@@ -299,7 +309,7 @@ def set_aside_name(partition: str, hour_at: datetime | None) -> tuple[str, ...]:
     return resource, f"date={hour_at:%Y-%m-%d}", f"{application_id}_{hour_at:%H%M%S}"
 
 
-def _span(export: Export) -> Window:
+def _span(export: PendingExport) -> Window:
     """The hours of an export that a job asked for."""
     span = request_of(export).span
     if span is None:

@@ -30,7 +30,7 @@ from app.appmetrica.export_request import (
 from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
-from app.db.run_records import Export
+from app.db.run_records import PendingExport
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
@@ -148,7 +148,9 @@ def _instant(text: str, rest: str, name: str) -> str:
         raise Refused(Refusal(422, f"{name} {text!r} is no instant", hint, f"body.{name}")) from None
 
 
-async def _fetched(exports: Exports, export: Export, *, interval_seconds: float, timeout_seconds: float) -> Response:
+async def _fetched(
+    exports: Exports, export: PendingExport, *, interval_seconds: float, timeout_seconds: float
+) -> Response:
     """Ask until the file is there or the time is over."""
     stop, held, left_seconds = Stop(), ExitStack(), timeout_seconds
     try:
@@ -169,7 +171,7 @@ async def _fetched(exports: Exports, export: Export, *, interval_seconds: float,
         held.close()
 
 
-def _not_yet(export: Export, answer: NotReady, seconds: float) -> Response:
+def _not_yet(export: PendingExport, answer: NotReady, seconds: float) -> Response:
     wait = round(max(seconds, answer.at_least_seconds) + 0.5)
     body = {"export_id": export.export_id, "status": "waiting", "progress": answer.percent, "message": answer.text}
     return JSONResponse(body, 202, headers={"Retry-After": str(wait)})

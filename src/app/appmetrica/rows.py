@@ -151,7 +151,7 @@ ANOTHER_TIME = "received at another time"
 
 
 @dataclass(slots=True)
-class HourFile:
+class ReceiptHourFile:
     """The rows that were received in one hour, as a gzip file of CSV. `digest` is the same for the same rows.
 
     `refused`: rows of the hour that cannot be taken, which are not in the file.
@@ -207,7 +207,7 @@ class SortedRows:
     hours beside the span, which belong to another question; `lacking`: columns that were asked for and are not there.
     """
 
-    hours: Sequence[HourFile]
+    hours: Sequence[ReceiptHourFile]
     records: int = 0
     left_out: int = 0
     lacking: Collection[str] = ()
@@ -240,7 +240,7 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    hours = {at: HourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
+    hours = {at: ReceiptHourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
     try:
         reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
@@ -271,7 +271,7 @@ def _sort(
     *,
     received: str,
     span: Window,
-    hours: Mapping[datetime, HourFile],
+    hours: Mapping[datetime, ReceiptHourFile],
     reading: SortedRows,
     refuse: Refuse,
 ) -> None:
@@ -317,7 +317,7 @@ def hour_of(text: str) -> datetime | None:
         return None
 
 
-def tables(hour: HourFile, application_id: int) -> Iterator[Tables]:
+def tables(hour: ReceiptHourFile, application_id: int) -> Iterator[Tables]:
     """The hour's events as rows of the warehouse."""
     what = mapping(SERVICE)
     with closing(_Ordinals()) as ordinals:

@@ -16,13 +16,13 @@ from typing import BinaryIO
 from app.appmetrica.client import RequestRefused
 from app.appmetrica.export_request import Exports, Resource
 from app.appmetrica.hours import EVENTS, ResourceRun, hour_key, partition_of
-from app.appmetrica.rows import KEPT_ROW_BYTES, HourFile, by_hour, tables
+from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.windows import Window, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.mapping import Known, lost
+from app.product_events.mapping import KnownEvents, lost
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext
 from app.product_events.raw_objects import folder_of, mending
 from app.product_events.verify import covers, damage, downloaded, ended_hours, found_at, refuse_lost, rest_of_day
@@ -40,11 +40,11 @@ class ReceivedHours:
 
     partition: str
     span: Window
-    hours: Mapping[Window, HourFile] = field(default_factory=dict)
+    hours: Mapping[Window, ReceiptHourFile] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     fault: AppError | None = None
 
-    def hour(self, slot: Slot) -> HourFile:
+    def hour(self, slot: Slot) -> ReceiptHourFile:
         """The hour. Raises the fault."""
         if self.fault is not None:
             raise self.fault
@@ -106,7 +106,7 @@ class AppMetricaEnds:
     def _resource(self, slot: Slot) -> Resource:
         return next(each for each in self.resources if partition_of(self.exports, each) == slot.partition)
 
-    def _content_of_object(self, window: Window, info: ObjectInfo, known: Known | None = None) -> Content:
+    def _content_of_object(self, window: Window, info: ObjectInfo, known: KnownEvents | None = None) -> Content:
         """What an object holds. Raises Permanent when it is damaged, or when `known` lacks an event of it."""
         with downloaded(self.pull, info) as file:
             with damage(info.key, BROKEN):
@@ -136,7 +136,7 @@ class AppMetricaEnds:
             return ReceivedHours(name, span, fault=error)
         return ReceivedHours(name, span, {hour.window: hour for hour in files}, versions)
 
-    def _fetched(self, name: str, resource: Resource, span: Window) -> Sequence[HourFile]:
+    def _fetched(self, name: str, resource: Resource, span: Window) -> Sequence[ReceiptHourFile]:
         """The hours of a span, in files that `_held` closes."""
         exports = self.exports
         while True:
@@ -154,15 +154,15 @@ class AppMetricaEnds:
                 exports.leave_out(resource, error)
 
 
-def _opened(file: BinaryIO, window: Window) -> HourFile:
+def _opened(file: BinaryIO, window: Window) -> ReceiptHourFile:
     """An object as an hour whose rows were not counted yet."""
     csv.field_size_limit(KEPT_ROW_BYTES)
     with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
         header = next(csv.reader(text), None)
     if not header:
         raise ValueError("it has no header")
-    return HourFile(window, header, file, rows=1)
+    return ReceiptHourFile(window, header, file, rows=1)
 
 
-def _content(hour: HourFile) -> Content:
+def _content(hour: ReceiptHourFile) -> Content:
     return content_of(dict(zip(hour.columns, row, strict=True)) for row in hour.read())

@@ -14,7 +14,7 @@ from app.core.pipeline import Record
 from app.core.windows import Age, Window, age_of
 
 
-class State(Enum):
+class CellState(Enum):
     """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
 
     OPEN: not finished yet, so that what is there may still change. WAITING: due, and a coming run writes it.
@@ -44,7 +44,7 @@ class Cell:
     """One window of a partition on the map."""
 
     window: Window
-    state: State
+    state: CellState
     rows: int
     objects: int
 
@@ -90,16 +90,16 @@ def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], a
     return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
 
 
-def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> State:
+def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
-            return State.OPEN
+            return CellState.OPEN
         is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
-        return State.MISSING if records or is_overdue else State.WAITING
+        return CellState.MISSING if records or is_overdue else CellState.WAITING
     gone = [record for record in records if record.key not in there]
     if gone:
-        return State.MISSING if len(gone) == len(records) else State.PARTIAL
+        return CellState.MISSING if len(gone) == len(records) else CellState.PARTIAL
     known = {record.key: record.version for record in records}
     if any(known.get(key) != version for key, version in there.items()):
-        return State.STALE
-    return State.EQUAL if records else State.EMPTY
+        return CellState.STALE
+    return CellState.EQUAL if records else CellState.EMPTY

@@ -31,7 +31,7 @@ Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Map
 """Of a partition, adjacent windows and fields that are numbers: the source's sums by window start and field."""
 
 
-class Verdict(Enum):
+class WindowVerdict(Enum):
     """EMPTY: neither end has anything. AS_CONFIRMED: both are as recorded. DIFFERS: to be settled.
 
     TROUBLE: the object is gone or another program's.
@@ -44,7 +44,7 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class WindowEnds:
     """What is known of one window: records, listed objects, sums of the source, and trouble (`Record.trouble`)."""
 
     records: Sequence[Record]
@@ -74,16 +74,16 @@ class Ends:
         return Count(sum(fields.values()), max(fields.values(), default=0), fields)
 
 
-def verdict_of(ends: Ends) -> Verdict:
+def verdict_of(ends: WindowEnds) -> WindowVerdict:
     """What is to be done about a window, from what was listed and answered."""
     record = ends.record
     if ends.trouble and record is not None and record.closed:
-        return Verdict.TROUBLE
+        return WindowVerdict.TROUBLE
     if record is None and not ends.objects and not ends.sums:
-        return Verdict.EMPTY
+        return WindowVerdict.EMPTY
     if record is None or not ends.is_as_recorded or not same_sums(ends.sums, record.sums):
-        return Verdict.DIFFERS
-    return Verdict.AS_CONFIRMED
+        return WindowVerdict.DIFFERS
+    return WindowVerdict.AS_CONFIRMED
 
 
 def same_sums(asked: Mapping[str, Sums], known: Mapping[str, Sums]) -> bool:
@@ -175,7 +175,7 @@ def reconcile(
         troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
         for window in step:
             context.stop.check()
-            ends = Ends(
+            ends = WindowEnds(
                 [record for record in records if record.window.start == window.start],
                 listed.get(window.start, {}),
                 sums.get(window.start, {}),
@@ -194,24 +194,24 @@ def _window(
     window: Window,
     now: datetime,
     *,
-    ends: Ends,
+    ends: WindowEnds,
     reads: bool,
     heals: bool,
 ) -> Report:
     """Whatever has to be done about one window; one that cannot be mended is a failure of its own."""
     verdict = verdict_of(_without_folded(pipeline, context, ends))
     log.debug("%s %s: %d values counted, %s", partition, window, ends.count.cells, verdict.value)
-    if verdict is Verdict.EMPTY:
+    if verdict is WindowVerdict.EMPTY:
         return Report()
     record = ends.record
     has_more = record is not None and record.digest != record.source_digest
-    if verdict is Verdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
+    if verdict is WindowVerdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
         return Report(ledger=already_there(pipeline.unit, ends.count))
     left = waiting(pipeline.unit, [ends.count])
-    if verdict is Verdict.TROUBLE and not heals:
+    if verdict is WindowVerdict.TROUBLE and not heals:
         return Report(ledger=left)
     try:
-        if verdict is Verdict.TROUBLE:
+        if verdict is WindowVerdict.TROUBLE:
             return heal_window(pipeline, context, partition, window, now)
         # Where the listing shows the recorded version and nothing else, the destination was asked already.
         task = Task(partition, window, ends.count, record, final=True, asks=not ends.is_as_recorded)
@@ -220,7 +220,7 @@ def _window(
         return Report(failures=(Failure(partition, error.message, error.hint),), ledger=left)
 
 
-def _without_folded(pipeline: Pipeline[B, E], context: Context, ends: Ends) -> Ends:
+def _without_folded(pipeline: Pipeline[B, E], context: Context, ends: WindowEnds) -> WindowEnds:
     """Without deltas whose rows the object holds: those that could not be deleted, which is tried again."""
     parts = [part for part in ends.objects if part]
     held = pipeline.sink.head(ends.objects[0][0]) if parts and 0 in ends.objects else None
@@ -228,4 +228,4 @@ def _without_folded(pipeline: Pipeline[B, E], context: Context, ends: Ends) -> E
     if folded and not context.dry_run:
         delete_deltas(pipeline, [ends.objects[part][0] for part in folded])
     objects = {part: found for part, found in ends.objects.items() if part not in folded}
-    return Ends(ends.records, objects, ends.sums, ends.trouble)
+    return WindowEnds(ends.records, objects, ends.sums, ends.trouble)

@@ -242,7 +242,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Whole records; the last one of a file may lack its line end, which `marks` then have behind the data."""
 
     data: bytes
@@ -289,11 +289,11 @@ class Block:
             return np.arange(len(self.ends))
         return np.flatnonzero(self.stops > self.starts)
 
-    def without(self, positions: Offsets) -> "Block":
+    def without(self, positions: Offsets) -> "RecordBlock":
         """The same; the records at these positions are no rows."""
         return replace(self, skipped=np.concatenate((self.skipped, positions)))
 
-    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "Block":
+    def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "RecordBlock":
         """The same without the ranges from each of `firsts` to that of `lasts`, no line end among them."""
         data = cut(self.data, np.append(0, lasts), np.append(firsts, len(self.data)))
         marks = marked(data if data.endswith(b"\n") else data + b"\n", dialect, self.line)
@@ -401,7 +401,7 @@ def blocks(
     *,
     longest_bytes: int = MASTER_RECORD_BYTES,
     bom: bytes = b"",
-) -> Iterator[Block]:
+) -> Iterator[RecordBlock]:
     """The records that `read` gives from here on; where one begins with `bom`, a new block begins without it.
 
     Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
@@ -427,22 +427,22 @@ def blocks(
         yield last
 
 
-def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[Block | None, bytes, bool]:
+def _first_block(data: bytes, dialect: Dialect, line: int, bom: bytes) -> tuple[RecordBlock | None, bytes, bool]:
     """The whole records of `data` up to the next `bom`, what is left, and whether that begins with `bom`."""
     body = data.removeprefix(bom)
     marks = marked(body, dialect, line)
     if not len(marks.lasts):
         return None, data, False
     cut = int(marks.at[marks.lasts[-1]]) + 1
-    block = Block(body if cut == len(body) else body[:cut], marks, line, len(body) < len(data))
+    block = RecordBlock(body if cut == len(body) else body[:cut], marks, line, len(body) < len(data))
     at = _next_bom(block, bom)
     if not at:
         return block, body[cut:], False
     # What follows was taken apart with the mark as text, which hides a quote behind it: that is done again.
-    return Block(body[:at], marked(body[:at], dialect, line), line, block.begins), body[at:], True
+    return RecordBlock(body[:at], marked(body[:at], dialect, line), line, block.begins), body[at:], True
 
 
-def _next_bom(block: Block, bom: bytes) -> int:
+def _next_bom(block: RecordBlock, bom: bytes) -> int:
     """The offset of the next record that begins with `bom`; 0 when none does."""
     if not bom or bom not in block.data:
         return 0
@@ -451,13 +451,13 @@ def _next_bom(block: Block, bom: bytes) -> int:
     return next((start for start in maybe if block.data.startswith(bom, start)), 0)
 
 
-def _refuse_longer(block: Block, longest_bytes: int, told: str) -> None:
+def _refuse_longer(block: RecordBlock, longest_bytes: int, told: str) -> None:
     """Raises Malformed, with the line, for a record above the limit."""
     if len(block.data) > longest_bytes and (long := block.ends - block.starts > longest_bytes).any():
         raise Malformed(told, block.line_of(int(long.argmax())), kind=FaultKind.LONG_RECORD)
 
 
-def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
+def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> RecordBlock:
     """The last record of a file, which lacks its line end."""
     body = tail.removeprefix(bom)
     marks = marked(body + b"\n", dialect, line)
@@ -466,4 +466,4 @@ def _last(tail: bytes, dialect: Dialect, line: int, bom: bytes) -> Block:
         raise Malformed(told, line, body[:1000], kind=FaultKind.OPEN_QUOTE)
     if body.endswith(b"\r"):
         raise _lone_return(line)
-    return Block(body, marks, line, len(body) < len(tail))
+    return RecordBlock(body, marks, line, len(body) < len(tail))

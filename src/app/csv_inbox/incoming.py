@@ -18,7 +18,16 @@ from typing import IO
 import numpy as np
 
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Unmergeable, Unsteady
-from app.csv_inbox.csv_tokenizer import BOM, LONGEST_RECORD_BYTES, Block, Dialect, Malformed, Offsets, blocks, pairs
+from app.csv_inbox.csv_tokenizer import (
+    BOM,
+    LONGEST_RECORD_BYTES,
+    Dialect,
+    Malformed,
+    Offsets,
+    RecordBlock,
+    blocks,
+    pairs,
+)
 from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.header import ColumnUnion, Header, columns, read_incoming_header, united
 from app.csv_inbox.key_index import Gathering, Keys
@@ -171,7 +180,7 @@ class _Reading:
         for block in blocks(read, self.dialect, line, longest_bytes=LONGEST_RECORD_BYTES, bom=bom):
             self._take(block)
 
-    def _take(self, block: Block) -> None:
+    def _take(self, block: RecordBlock) -> None:
         self._check_text(block)
         self.unended_bytes = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
         block = _without_blank_records(block, self.dialect)
@@ -199,7 +208,7 @@ class _Reading:
         if not self.faults:
             self._spool(block)
 
-    def _check_text(self, block: Block) -> None:
+    def _check_text(self, block: RecordBlock) -> None:
         """Every byte belongs to a character of the encoding, and none is NUL: what a half-written block leaves."""
         encoding, at = self.dialect.encoding, block.data.find(b"\0")
         if at < 0 and (at := block.first_invalid(encoding)) < 0:
@@ -210,7 +219,7 @@ class _Reading:
         hint = "save the file in that encoding, or set csv_encoding"
         raise Unmergeable([fault], hint, kind=FaultKind.ENCODING, rows=self.counted)
 
-    def _without_header(self, block: Block) -> Block:
+    def _without_header(self, block: RecordBlock) -> RecordBlock:
         """The block without the header of a file that was appended to another one. Raises Malformed for another header.
 
         Rows alone may follow the mark as well: then the part was saved without a header.
@@ -228,7 +237,7 @@ class _Reading:
             raise Malformed(told, block.line_of(position), record[:LONGEST_VALUE], kind=FaultKind.SECOND_HEADER)
         return block
 
-    def _without_empty_fields(self, block: Block) -> Block:
+    def _without_empty_fields(self, block: RecordBlock) -> RecordBlock:
         """Without empty fields behind the last column: where the header has them too, or every row has them."""
         header = self.header
         named = len(header.names)
@@ -243,7 +252,7 @@ class _Reading:
         self._blame(block, FaultKind.RAGGED, [(at, told, None) for at in short])
         return _without_surplus(block, self.dialect, named, range(self.width, self.width + 1))
 
-    def _blame(self, block: Block, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
+    def _blame(self, block: RecordBlock, kind: FaultKind, found: Sequence[tuple[int, str, str | None]]) -> None:
         """Remember bad rows, as many as fit."""
         room = MOST_FAULTS - len(self.faults)
         self.more += len(found[room:])
@@ -253,7 +262,7 @@ class _Reading:
             self.faults.append(Fault(reason, block.line_of(position), column, "" if column else _shown(record)))
             self.records.append(record)
 
-    def _spool(self, block: Block) -> None:
+    def _spool(self, block: RecordBlock) -> None:
         """Write the rows in the columns of the new master: as they are where that is possible."""
         union, base = self.union, self.offsets[-1]
         eol, d = union.eol, self.out.delimiter.encode()
@@ -300,7 +309,7 @@ def _shown(record: bytes) -> str:
     return record[:LONGEST_VALUE].decode("utf-8", "backslashreplace")
 
 
-def _without_blank_records(block: Block, dialect: Dialect) -> Block:
+def _without_blank_records(block: RecordBlock, dialect: Dialect) -> RecordBlock:
     """The block; records of nothing but delimiters, blanks and empty quotes are no rows of it."""
     soft = np.zeros(256, np.bool_)
     soft[[ord(dialect.delimiter), ord(" "), ord("\t"), ord('"')]] = True
@@ -314,7 +323,7 @@ def _without_blank_records(block: Block, dialect: Dialect) -> Block:
     return block.without(np.array(blank, np.int64)) if blank else block
 
 
-def _without_surplus(block: Block, dialect: Dialect, width: int, allowed: Container[int]) -> Block:
+def _without_surplus(block: RecordBlock, dialect: Dialect, width: int, allowed: Container[int]) -> RecordBlock:
     """Rows of an allowed number of fields cut to `width` fields, where all behind these are blank."""
     if block.is_even(width):
         return block

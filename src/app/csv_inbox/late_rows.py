@@ -30,7 +30,7 @@ from app.csv_inbox.discovery import (
     read_some,
 )
 from app.csv_inbox.header import read_incoming_header
-from app.csv_inbox.quarantine import Grown, Load, save_load
+from app.csv_inbox.quarantine import Grown, LoadRecord, save_load
 from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
     return None
 
 
-def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> Load:
+def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
     """The record of the merge once all of the file is dealt with."""
     found = each.found
     return replace(each.load, source=astuple(found), source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)

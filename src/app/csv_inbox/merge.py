@@ -23,12 +23,12 @@ from app.csv_inbox.config import FaultKind, InboxConfig
 from app.csv_inbox.csv_tokenizer import (
     MASTER_RECORD_BYTES,
     NONE,
-    Block,
     Cells,
     Dialect,
     Malformed,
     Octets,
     Offsets,
+    RecordBlock,
     blocks,
     cut,
     marked,
@@ -38,7 +38,7 @@ from app.csv_inbox.discovery import MEBIBYTE, identity_of
 from app.csv_inbox.header import ColumnUnion, Header, read_header
 from app.csv_inbox.incoming import Incoming
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
-from app.csv_inbox.quarantine import Load
+from app.csv_inbox.quarantine import LoadRecord
 
 READ_BYTES = 1 << 20
 SCAN_BYTES = 1 << 21
@@ -176,7 +176,7 @@ class MatchCounts:
         rows = self.incoming.keys.last_rows(cells.taken(places), hashes[places])
         return places[rows >= 0], rows[rows >= 0]
 
-    def count(self, rows: Offsets, block: Block, positions: Offsets) -> None:
+    def count(self, rows: Offsets, block: RecordBlock, positions: Offsets) -> None:
         """Count records of the master that go, with the row of the file that has the key of each."""
         self.taken += len(rows)
         first = key_index.firsts(rows)
@@ -209,7 +209,7 @@ class MatchCounts:
         pieces = b"".join([os.pread(self.spool.fileno(), length, start) for start, length in spans])
         return np.frombuffer(pieces, np.uint8), np.cumsum(lengths) - lengths
 
-    def doubt(self, block: Block, hits: Offsets) -> None:
+    def doubt(self, block: RecordBlock, hits: Offsets) -> None:
         """A column with a value in any row that stays is not obsolete."""
         stays = np.ones(len(block.rows), np.bool_)
         stays[hits] = False
@@ -222,7 +222,7 @@ class MatchCounts:
 class Merged:
     """A merge into temporary files: its record, the columns of the new master, and the old master if there was one."""
 
-    load: Load
+    load: LoadRecord
     columns: tuple[str, ...]
     before: os.stat_result | None
 
@@ -250,7 +250,7 @@ def merge(
     master: Path | None,
     incoming: Incoming,
     config: InboxConfig,
-    load: Load,
+    load: LoadRecord,
     *,
     out: Path,
     removed: Path | None,
@@ -424,7 +424,7 @@ def _full_scan(master: IO[bytes], header: Header, counts: MatchCounts, out: Outp
         at += len(block.data)
 
 
-def _looked_up(block: Block, header: Header, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
+def _looked_up(block: RecordBlock, header: Header, counts: MatchCounts) -> tuple[Hashes, Offsets, Offsets]:
     """The hash of each row's key, the places of those that the file has, and its row for each."""
     encoding = counts.dialect.encoding
     if (at := block.first_invalid(encoding)) >= 0:
@@ -436,7 +436,7 @@ def _looked_up(block: Block, header: Header, counts: MatchCounts) -> tuple[Hashe
     return hashes, *counts.find(cells, hashes)
 
 
-def _write(block: Block, at: int, gone: Offsets, counts: MatchCounts, out: Output) -> None:
+def _write(block: RecordBlock, at: int, gone: Offsets, counts: MatchCounts, out: Output) -> None:
     """The block without the records that go, every other byte as it is but for fields put behind."""
     first, last = _ranges(block.starts[gone], block.ends[gone])
     data = block.data
@@ -457,7 +457,7 @@ def _ranges(starts: Offsets, ends: Offsets) -> tuple[Offsets, Offsets]:
     return np.concatenate((starts[:1], starts[1:][apart])), np.concatenate((ends[:-1][apart], ends[-1:]))
 
 
-def _add_entries(indexing: IndexWriter, block: Block, gone: Offsets, hashes: Hashes, counts: MatchCounts) -> None:
+def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashes: Hashes, counts: MatchCounts) -> None:
     """Put the block's records that stay into the new index, as they are written."""
     lengths = block.ends - block.starts
     lengths[block.rows] += len(counts.padding)
@@ -578,7 +578,7 @@ class _IndexedMerge:
         if not len(asked):
             return NONE
         try:
-            block = Block(raw, marked(raw, self._counts.dialect), 0)
+            block = RecordBlock(raw, marked(raw, self._counts.dialect), 0)
             block.check_width(self._width)
         except Malformed as error:
             raise IndexMismatch from error

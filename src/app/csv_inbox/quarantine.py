@@ -52,7 +52,7 @@ def text_of(at: datetime) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadRecord:
     """What became of one file. `load_id` begins with its instant in UTC, so names sort by time.
 
     `revert` says how the merge can be taken back: "rows" (removed rows were kept), "whole" (the old master was),
@@ -105,22 +105,22 @@ class Load:
         return f"{self.file}: {self.outcome}, {'; '.join(parts)}; {self.rows_after} rows in all"
 
 
-def load_of(content: Mapping[str, Any]) -> Load:
+def load_of(content: Mapping[str, Any]) -> LoadRecord:
     """A load from its record; keys of a later version are left out."""
-    known = {each.name for each in fields(Load)}
+    known = {each.name for each in fields(LoadRecord)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
     }
-    return Load(**{name: value for name, value in values.items() if name in known})
+    return LoadRecord(**{name: value for name, value in values.items() if name in known})
 
 
-def save_load(folder: Path, load: Load) -> None:
+def save_load(folder: Path, load: LoadRecord) -> None:
     """Write or replace the record, durably. Raises OSError."""
     text = json.dumps(asdict(load), indent=1)
     write_durably(folder / f"{load.load_id}{RECORD}", [text.encode("ascii")])
 
 
-def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[Load]:
+def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
     """Newest first; empty when there is no folder. A record that cannot be read is left out."""
     try:
         names = [path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
@@ -145,7 +145,7 @@ def prune(folder: Path, undo_keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def history_row(load: Load) -> Mapping[str, Any]:
+def history_row(load: LoadRecord) -> Mapping[str, Any]:
     """A load as one line of a table."""
     columns = [f"+{name}" for name in load.columns_added] if load.rows_before else []
     columns += [f"-{name}" for name in load.columns_removed]
@@ -163,7 +163,7 @@ def history_row(load: Load) -> Mapping[str, Any]:
 class Grown:
     """A file of the archive that is not as it was when it was merged. `load` is the record of the merge."""
 
-    load: Load
+    load: LoadRecord
     path: Path
     found: Identity
 
@@ -215,7 +215,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         if bad_rows:
             write_durably(_beside(target, BAD_ROWS), [bad_rows])
     with placed(paths.loads):
-        save_load(paths.loads, Load(load_id, run_id, printable(name), text_of(at), REJECTED, error=cause.message))
+        save_load(paths.loads, LoadRecord(load_id, run_id, printable(name), text_of(at), REJECTED, error=cause.message))
     with placed(paths.config.rejected_dir):
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)

@@ -45,7 +45,17 @@ from app.csv_inbox.discovery import (
 )
 from app.csv_inbox.incoming import Incoming, read_incoming
 from app.csv_inbox.merge import Merged, master_header, merge
-from app.csv_inbox.quarantine import MERGED, Load, load_id_of, load_of, loads, prune, revert_file, save_load, text_of
+from app.csv_inbox.quarantine import (
+    MERGED,
+    LoadRecord,
+    load_id_of,
+    load_of,
+    loads,
+    prune,
+    revert_file,
+    save_load,
+    text_of,
+)
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -78,7 +88,7 @@ class Transaction:
     renamings: Sequence[Renaming]
     removals: Sequence[Path]
     archiving: Archiving | None
-    load: Load
+    load: LoadRecord
 
 
 def renaming(temporary: Path, target: Path) -> Renaming:
@@ -195,7 +205,7 @@ def _inode(path: Path) -> int:
     return found.inode if found else -1
 
 
-def recover(paths: InboxPaths) -> Load | None:
+def recover(paths: InboxPaths) -> LoadRecord | None:
     """Complete what was committed, remove what was not; the load that was completed.
 
     Raises OSError, and Permanent when the journal cannot be read or carried out.
@@ -270,7 +280,7 @@ def take(inbox: InboxRun, candidate: Candidate) -> Report:
     """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
     at, began = inbox.clock(), time.monotonic()
     name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
-    load = Load(load_id_of(at), inbox.context.run_id, name, text_of(at), MERGED)
+    load = LoadRecord(load_id_of(at), inbox.context.run_id, name, text_of(at), MERGED)
 
     def temporary(what: str) -> Path:
         return paths.temporary(load.load_id, what)
@@ -304,7 +314,7 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
         def rehearse(candidate: Candidate) -> Report:
             nonlocal master, index
             unique = uuid4().hex
-            load = Load("", inbox.context.run_id, printable(candidate.path.name), "", "valid")
+            load = LoadRecord("", inbox.context.run_id, printable(candidate.path.name), "", "valid")
             with placed(folder):
                 incoming, merged = _read_and_merge(
                     inbox,
@@ -324,7 +334,7 @@ def rehearsal(inbox: InboxRun) -> Iterator[Callable[[Candidate], Report]]:
         yield rehearse
 
 
-def _report(incoming: Incoming, load: Load) -> Report:
+def _report(incoming: Incoming, load: LoadRecord) -> Report:
     """What one file did. A row that a later row of the same file replaces counts as corrected."""
     tally = Tally(
         counted=incoming.counted,
@@ -338,7 +348,13 @@ def _report(incoming: Incoming, load: Load) -> Report:
 
 
 def _read_and_merge(
-    inbox: InboxRun, candidate: Candidate, load: Load, *, master: Path, index: Path, temporary: Callable[[str], Path]
+    inbox: InboxRun,
+    candidate: Candidate,
+    load: LoadRecord,
+    *,
+    master: Path,
+    index: Path,
+    temporary: Callable[[str], Path],
 ) -> tuple[Incoming, Merged]:
     """Check, spool and merge one file into temporary files; neither the master nor its index need exist."""
     # glibc hands memory back once twice the largest block ever freed lies idle, and the kernel has to clear each page
@@ -381,7 +397,9 @@ def _read_and_merge(
     return incoming, merged
 
 
-def _prepare(inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, load: Load) -> Transaction:
+def _prepare(
+    inbox: InboxRun, candidate: Candidate, incoming: Incoming, merged: Merged, load: LoadRecord
+) -> Transaction:
     """Everything durable under temporary names, the archive's second name for the input made: ready to be committed.
 
     Raises Unsteady when the input was replaced, Transient when something that takes no lock replaced the master.

@@ -17,13 +17,13 @@ from app.csv_inbox.config import InboxConfig
 from app.csv_inbox.csv_tokenizer import Dialect, blocks
 from app.csv_inbox.discovery import MEBIBYTE, InboxPaths, link_or_copy
 from app.csv_inbox.header import read_header
-from app.csv_inbox.quarantine import MERGED, UNDONE, Load, loads, revert_file
+from app.csv_inbox.quarantine import MERGED, UNDONE, LoadRecord, loads, revert_file
 from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming, write_metadata
 
 LEAST_CHARACTERS = 4
 
 
-def to_undo(paths: InboxPaths, run_id: str) -> Sequence[Load]:
+def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
     """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
     merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
     wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
@@ -41,7 +41,7 @@ def to_undo(paths: InboxPaths, run_id: str) -> Sequence[Load]:
     return taken
 
 
-def preview(load: Load) -> str:
+def preview(load: LoadRecord) -> str:
     """What taking this merge back does."""
     return (
         f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
@@ -49,7 +49,7 @@ def preview(load: Load) -> str:
     )
 
 
-def take_back(paths: InboxPaths, load: Load, at: datetime, beat: Callable[[int], None]) -> None:
+def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
     """Take one merge back, the newest; `beat` is told of bytes written and may stop it before the commit.
 
     Raises Rejected when the master was changed since, and OSError.
@@ -80,7 +80,7 @@ def take_back(paths: InboxPaths, load: Load, at: datetime, beat: Callable[[int],
     carry_out(paths, transaction)
 
 
-def check_master(config: InboxConfig, load: Load) -> None:
+def check_master(config: InboxConfig, load: LoadRecord) -> None:
     """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
     try:
         there = config.merged_file.stat()
@@ -93,7 +93,7 @@ def check_master(config: InboxConfig, load: Load) -> None:
         )
 
 
-def _splice(config: InboxConfig, load: Load, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
+def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
     """The kept bytes of the master with the removed rows back in their places; the ranges follow these in `kept`."""
     with (
         config.merged_file.open("rb", buffering=0) as master,

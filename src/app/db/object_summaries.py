@@ -24,7 +24,7 @@ Pair = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DaySummary:
     """Aggregates of the rows of one device and one UTC day in one version; instants in microseconds since 1970.
 
     `latest` holds the values of the newest reading, None when no row has an instant.
@@ -55,7 +55,7 @@ class Facts:
     rows: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
     fault: str = ""
-    parts: Sequence[Part] = ()
+    parts: Sequence[DaySummary] = ()
 
     @property
     def version(self) -> Version:
@@ -64,7 +64,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownObject:
     """Facts as they are kept, without their parts."""
 
     key: str
@@ -75,7 +75,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class VersionToRead:
     """A version that a query has to read. `columns`: name -> type as JSON, one text for all that have the same."""
 
     version: Version
@@ -85,7 +85,7 @@ class Source:
     columns: str = "{}"
 
 
-PART_FIELDS = tuple(each.name for each in fields(Part))[:-1]
+PART_FIELDS = tuple(each.name for each in fields(DaySummary))[:-1]
 """All but `latest`, in the order of the class and of the query."""
 
 
@@ -101,13 +101,13 @@ class SqlSummaries:
         self._database = database
         self._queries = queries
 
-    def known(self, versions: Collection[Version]) -> Mapping[Version, Known]:
+    def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
         """Those of `versions` that are known."""
-        found: dict[Version, Known] = {}
+        found: dict[Version, KnownObject] = {}
         with self._database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
                 for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
-                    found[bytes.fromhex(version)] = Known(key, size_bytes, rows, fault, columns or "{}")
+                    found[bytes.fromhex(version)] = KnownObject(key, size_bytes, rows, fault, columns or "{}")
         return found
 
     def save(self, many: Sequence[Facts]) -> None:
@@ -130,19 +130,19 @@ class SqlSummaries:
                 for row in session.rows(self._queries["pairs_of_objects"], ids=ids)
             }
 
-    def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, Part]]:
+    def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, DaySummary]]:
         """Version and part of all parts of these pairs; versions that are no longer current are among them."""
         with self._database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
             return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
 
-    def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[Source]:
+    def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[VersionToRead]:
         """All that have rows of this device in these days, by key."""
         with self._database.transaction(read_only=True) as session:
             schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
             return [
-                Source(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
+                VersionToRead(bytes.fromhex(version), key, etag, size_bytes, schemas.get(schema_id, "{}"))
                 for version, key, etag, size_bytes, schema_id in rows
             ]
 
@@ -187,9 +187,9 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
         yield json.dumps(ids[start : start + SOME])
 
 
-def _part(row: Sequence[Any]) -> Part:
+def _part(row: Sequence[Any]) -> DaySummary:
     latest = None if row[11] is None else tuple(json.loads(row[11]))
-    return Part(*(*row[1:11], latest))
+    return DaySummary(*(*row[1:11], latest))
 
 
 def _schema(facts: Facts) -> str:

@@ -83,7 +83,7 @@ ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class PendingExport:
     """One question. `asked_at` None: the service was never seen to have heard it. `done`: its file was taken in."""
 
     export_id: int
@@ -101,7 +101,7 @@ class SqlPulls:
         self._database = database
         self._queries = queries
 
-    def add(self, service: str, owner: str, request: str, now: datetime) -> Export:
+    def add(self, service: str, owner: str, request: str, now: datetime) -> PendingExport:
         """The export of this question, new or known. Idempotent."""
         named = {"service": service, "owner": owner, "request": request}
         for _ in range(ATTEMPTS):  # another process may take the same number at the same time
@@ -111,16 +111,16 @@ class SqlPulls:
                     return _export(rows[0])
         raise Transient("others number their exports at the same time", "send the same request again")
 
-    def find(self, service: str, export_id: int) -> Export | None:
+    def find(self, service: str, export_id: int) -> PendingExport | None:
         """The export of that number; None for one that was never given."""
         found = self._rows("export_by_id", service=service, export_id=export_id)
         return _export(found[0]) if found else None
 
-    def open(self, service: str, owner: str) -> Sequence[Export]:
+    def open(self, service: str, owner: str) -> Sequence[PendingExport]:
         """Exports of an owner that are not done, oldest first."""
         return [_export(row) for row in self._rows("open_exports", service=service, owner=owner)]
 
-    def save(self, export: Export) -> None:
+    def save(self, export: PendingExport) -> None:
         """Store how far it is. Idempotent."""
         with self._database.transaction() as session:
             session.run(
@@ -162,8 +162,8 @@ class SqlPulls:
             return session.rows(self._queries[query], **params)
 
 
-def _export(row: Row) -> Export:
-    return Export(
+def _export(row: Row) -> PendingExport:
+    return PendingExport(
         export_id=row["export_id"],
         request=row["request"],
         parts_count=row["parts_count"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, FORMATS, MAX_FILE_ROWS, MAX_OFFSET
 from app.dwh.responses import MEDIA
-from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Column, Table
+from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
 
 Schema = dict[str, Any]
 WITHOUT_NUL = "^[^\\x00]*$"
@@ -38,7 +38,7 @@ FAULTS = {
 READ_FAULTS = (400, 401, 403, 422, 429, 503)
 
 
-def value(column: Column) -> Schema:
+def value(column: TableColumn) -> Schema:
     """The JSON Schema of a value that is given."""
     if column.kind in INTEGER_BITS:
         limit = 1 << INTEGER_BITS[column.kind]
@@ -125,7 +125,7 @@ def reading(table: Table) -> Mapping[str, Any]:
     return {"parameters": [_parameter(name, schema) for name, schema in {**options, **filters}.items()]}
 
 
-def _filter(column: Column) -> Schema:
+def _filter(column: TableColumn) -> Schema:
     return {"type": "string", "pattern": WITHOUT_NUL} if column.kind == "text" else value(column)
 
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from app.db.database import UNSTORABLE, Dialect, instant_text
 from app.dwh.results import BadRequest
-from app.dwh.tables import INTEGER_BITS, Column, Table
+from app.dwh.tables import INTEGER_BITS, Table, TableColumn
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -83,7 +83,7 @@ class Selection:
             f"LIMIT :row_limit OFFSET :row_offset"
         )
 
-    def _order(self, column: Column, dialect: Dialect) -> str:
+    def _order(self, column: TableColumn, dialect: Dialect) -> str:
         direction = "DESC" if self.descending else "ASC"
         if column.name == "id":
             return f"id {direction}"
@@ -101,7 +101,7 @@ class Selection:
         return f"{path}?{urlencode({'limit': self.limit, **place, **order, **filters})}"
 
 
-def _read(column: Column, dialect: Dialect) -> str:
+def _read(column: TableColumn, dialect: Dialect) -> str:
     """The column as a plain value, the same in both databases."""
     if dialect == "sqlite":
         return column.name
@@ -110,13 +110,13 @@ def _read(column: Column, dialect: Dialect) -> str:
     return f"{column.name}::text AS {column.name}" if column.kind in ("uuid", "json") else column.name
 
 
-def _in_json(column: Column) -> str:
+def _in_json(column: TableColumn) -> str:
     """What stands for the column in SQLite's `json_object`."""
     flag = f"json(CASE {column.name} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END)"
     return flag if column.kind == "bool" else column.name
 
 
-def _bound(column: Column, dialect: Dialect) -> str:
+def _bound(column: TableColumn, dialect: Dialect) -> str:
     casts = {"uuid": "uuid", "instant": "timestamptz", "float": "double precision"}
     cast = casts.get(column.kind, "") if dialect == "postgres" else ""
     return f":equal_{column.name}" + (f"::{cast}" if cast else "")
@@ -167,7 +167,7 @@ def _digits(text: str) -> int | None:
     return int(text) if bare.isascii() and bare.isdigit() and len(bare) <= len(str(1 << 63)) else None
 
 
-def _value(column: Column | None, name: str, text: str) -> Any:
+def _value(column: TableColumn | None, name: str, text: str) -> Any:
     """The value of an equality filter."""
     if column is None or column.kind == "json":
         what = "cannot be filtered by" if column else "is no column of this table"
@@ -178,7 +178,7 @@ def _value(column: Column | None, name: str, text: str) -> Any:
         raise BadRequest(400, f"{name} must be {column.wanted}", "correct the filter", name) from None
 
 
-def _typed(column: Column, text: str) -> Any:
+def _typed(column: TableColumn, text: str) -> Any:
     if column.kind in INTEGER_BITS:
         value, bits = _digits(text), INTEGER_BITS[column.kind]
         if value is None or not -(1 << bits) <= value < 1 << bits:

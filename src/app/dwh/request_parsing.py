@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from app.dwh.results import SHAPE_HINT, BadRequest, RowFault
-from app.dwh.tables import Column, Table
+from app.dwh.tables import Table, TableColumn
 
 if TYPE_CHECKING:
     from msgspec import Raw
@@ -257,7 +257,7 @@ def _parsed(whole: bytes) -> Iterator[list[str]]:
         raise BadRequest(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says") from None
 
 
-def _cell(column: Column) -> Cell:
+def _cell(column: TableColumn) -> Cell:
     """The cell's JSON. What is no value of the kind becomes a string, which the decoder then refuses by its field."""
     if column.kind in ("text", "uuid", "instant"):
         return lambda cell: msgspec.json.encode(cell) if cell else b"null"
@@ -371,7 +371,7 @@ class BatchLimits:
     size_bytes: int
 
 
-class Batches:
+class BatchDealer:
     """Deals rows out to batches: first by number, then by size; a larger single row goes alone."""
 
     def __init__(self, limits: BatchLimits) -> None:
@@ -454,7 +454,7 @@ class Intake:
         self, body: Body, rows: "RowReader", limits: BatchLimits, *, gzip: Gzip | None = None, skip: bool = False
     ) -> None:
         self._body, self._rows, self._gzip, self._skip = body, rows, gzip, skip
-        self._batches = Batches(limits)
+        self._batches = BatchDealer(limits)
         self._digest = hashlib.sha256()
         self._seen_rows = 0
         self.received = Received()

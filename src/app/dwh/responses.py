@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from app.core.errors import AppError, Permanent, Transient
 from app.dwh.query import Format, Selection
-from app.dwh.tables import Column, Table
+from app.dwh.tables import Table, TableColumn
 from app.dwh.warehouse import Warehouse
 
 # Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
@@ -38,7 +38,7 @@ class Writer(Protocol):
         """No more rows."""
 
 
-def _flags(columns: Sequence[Column]) -> Sequence[int]:
+def _flags(columns: Sequence[TableColumn]) -> Sequence[int]:
     return [place for place, column in enumerate(columns) if column.kind == "bool"]
 
 
@@ -157,7 +157,7 @@ class _Parquet:
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._held.clear()
 
-    def _array(self, column: Column, values: Sequence[Any]) -> Any:
+    def _array(self, column: TableColumn, values: Sequence[Any]) -> Any:
         import pyarrow as pa
 
         kind = self._schema.field(column.name).type
@@ -198,7 +198,7 @@ class Abandoned(Exception):
     """Nobody reads any more."""
 
 
-class Spool:
+class ByteSpool:
     """One writer and one reader. Up to `memory_bytes` wait in memory."""
 
     closed = False  # as writers of files look at it
@@ -215,7 +215,7 @@ class Spool:
         self.size_bytes = 0
 
     @contextmanager
-    def written(self) -> Iterator["Spool"]:
+    def written(self) -> Iterator["ByteSpool"]:
         """Write inside the block; the bytes are whole when it ends, and end in an error when it raises one."""
         error: AppError | None = BROKEN
         try:
@@ -322,13 +322,13 @@ class Spool:
 HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
 
 
-class Page:
+class AnswerPage:
     """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
 
     def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False) -> None:
         self._warehouse = warehouse
         self._selection = selection
-        self._spool = Spool(LEAN_BYTES if lean else SPOOL_BYTES)
+        self._spool = ByteSpool(LEAN_BYTES if lean else SPOOL_BYTES)
         self.last_id: int | None = None  # set when more rows follow; for who has begun
 
     def produce(self) -> None:
@@ -336,7 +336,7 @@ class Page:
         with suppress(Abandoned), self._spool.written() as spool:
             self._fill(spool)
 
-    def _fill(self, spool: Spool) -> None:
+    def _fill(self, spool: ByteSpool) -> None:
         """Write the rows; `last_id` is known when the reader may begin."""
         chosen = self._selection
         out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))

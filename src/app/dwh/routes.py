@@ -24,7 +24,7 @@ from app.core.errors import AppError
 from app.dwh import openapi, responses, results
 from app.dwh.query import Selection, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import Page
+from app.dwh.responses import AnswerPage
 from app.dwh.results import BadRequest, Inserted
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import Request as Storing
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class WarehouseLimits:
     """Bytes of a JSON body and of a row; of a streamed body; and what a batch may hold."""
 
     body_bytes: int
@@ -55,17 +55,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class WarehouseRoutes:
     """What the routes act on."""
 
     warehouse: Warehouse
-    limits: Limits
+    limits: WarehouseLimits
     clock: Callable[[], datetime]
     roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
 
 
-def build(serving: Serving) -> APIRouter:
+def build(serving: WarehouseRoutes) -> APIRouter:
     """The routes of all tables."""
     router = APIRouter(prefix="/dwh", tags=["dwh"])
     readers = asyncio.Semaphore(READERS[serving.warehouse.database.dialect])
@@ -125,7 +125,7 @@ def _refused(error: BadRequest) -> Refused:
     return Refused(Refusal(error.status, error.message, error.hint, error.fault))
 
 
-def _reading(serving: Serving, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
+def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
         try:
             chosen = selection(table, request.query_params.multi_items())
@@ -136,7 +136,7 @@ def _reading(serving: Serving, table: Table, readers: asyncio.Semaphore) -> Call
             if not lean:
                 await serving.roomy.acquire()
                 stack.callback(serving.roomy.release)
-            page = Page(serving.warehouse, chosen, lean=lean)
+            page = AnswerPage(serving.warehouse, chosen, lean=lean)
             stack.callback(page.close)
             await _acquired(readers)
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
@@ -181,7 +181,7 @@ class _Sent(StreamingResponse):
             log.error("an answer of /dwh was cut off: %s", error)  # noqa: TRY400 - the message says it all
 
 
-def _writing(serving: Serving, table: Table) -> Callable[[Request], Any]:
+def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
         try:
             chosen = options(request.query_params.multi_items(), request.headers)
@@ -206,7 +206,7 @@ def _writing(serving: Serving, table: Table) -> Callable[[Request], Any]:
     return write
 
 
-def _intake(serving: Serving, table: Table, chosen: Options) -> Intake:
+def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
     """Imports the decoder, which an idle daemon does without."""
     from app.dwh.rows import reader
 
@@ -215,7 +215,7 @@ def _intake(serving: Serving, table: Table, chosen: Options) -> Intake:
     return Intake(body, reader(table.name), limits.batch, gzip=gzip, skip=chosen.skip)
 
 
-async def _stored(serving: Serving, table: Table, request: Request, given: tuple[Options, Intake]) -> Response:
+async def _stored(serving: WarehouseRoutes, table: Table, request: Request, given: tuple[Options, Intake]) -> Response:
     chosen, intake = given
     received = await run_in_threadpool(intake.finish)
     caller = request.scope["state"]["grant"].name

@@ -17,7 +17,7 @@ from msgspec.structs import astuple
 
 from app.db.database import instant_text
 from app.dwh.results import RowFault
-from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Column, Table
+from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Table, TableColumn
 
 # What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
 #
@@ -70,7 +70,7 @@ def repeated_key(text: bytes) -> str | None:
     return None
 
 
-def holds_nul(value: str, column: Column) -> bool:
+def holds_nul(value: str, column: TableColumn) -> bool:
     """True when the text of a value holds a NUL, which no database stores; in JSON it is escaped."""
     return bool(NUL_IN_JSON.search(value)) if column.kind == "json" else "\x00" in value
 
@@ -129,7 +129,7 @@ SECONDS = len("2026-02-07T12:34:56")
 LACKING = {SECONDS: ".000000Z", SECONDS + 1: ".000000Z", NAIVE: "Z", WHOLE: ""}
 
 
-def turn(column: Column) -> Turn:
+def turn(column: TableColumn) -> Turn:
     """The function for the values of a column."""
     if column.kind == "uuid":
         return _uuids
@@ -143,7 +143,7 @@ def turn(column: Column) -> Turn:
     return lambda values: [default if value is None or value is UNSET else value for value in values]
 
 
-def turn_present(column: Column) -> Turn | None:
+def turn_present(column: TableColumn) -> Turn | None:
     """The same for values that are there or null; None when such values are as they have to be."""
     as_they_are = column.kind in ("text", "integer", "bigint", "float", "bool") and not column.takes_integers
     return None if as_they_are and column.default is None else turn(column)
@@ -356,13 +356,13 @@ def reader(table_name: str) -> RowReader:
     return RowReader(next(table for table in TABLES if table.name == table_name))
 
 
-def _decoder(table: Table, field_of: Callable[[Column], Any]) -> Callable[[Slice], Any]:
+def _decoder(table: Table, field_of: Callable[[TableColumn], Any]) -> Callable[[Slice], Any]:
     fields = [field_of(column) for column in table.columns]
     row: Any = msgspec.defstruct(f"Row_{table.name}", fields, forbid_unknown_fields=True, kw_only=True, gc=False)
     return msgspec.json.Decoder(row).decode
 
 
-def _whole_field(column: Column) -> Any:
+def _whole_field(column: TableColumn) -> Any:
     """Required, though it may be null. The pattern of a UUID costs more than to check all of them together."""
     if column.kind == "uuid":
         return column.name, Annotated[str, Meta(min_length=UUID_CHARACTERS, max_length=UUID_CHARACTERS)]
@@ -370,7 +370,7 @@ def _whole_field(column: Column) -> Any:
     return column.name, kind if column.required or column.kind == "json" else kind | None
 
 
-def _field(column: Column) -> Any:
+def _field(column: TableColumn) -> Any:
     kind = _type(column)
     if column.required:
         return column.name, kind
@@ -378,7 +378,7 @@ def _field(column: Column) -> Any:
     return column.name, wider, UNSET
 
 
-def _type(column: Column) -> Any:
+def _type(column: TableColumn) -> Any:
     if column.kind in INTEGER_BITS:
         bits = INTEGER_BITS[column.kind]
         return Annotated[int, Meta(ge=-(1 << bits), le=(1 << bits) - 1)]

@@ -5,7 +5,7 @@ from the declaration, never from a caller.
 """
 
 from app.db.database import Dialect
-from app.dwh.tables import TABLES, Column, Kind, Table
+from app.dwh.tables import TABLES, Kind, Table, TableColumn
 
 TYPES: dict[Dialect, dict[Kind, str]] = {
     "postgres": {
@@ -54,7 +54,7 @@ def create(table: Table, dialect: Dialect) -> str:
     return f"CREATE TABLE {table.name} (\n    {body}\n){' STRICT' if dialect == 'sqlite' else ''};\n"
 
 
-def _column(column: Column, dialect: Dialect) -> str:
+def _column(column: TableColumn, dialect: Dialect) -> str:
     words = [column.name, TYPES[dialect][column.kind]]
     if column.required:
         words.append("NOT NULL UNIQUE")

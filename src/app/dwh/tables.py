@@ -25,7 +25,7 @@ WANTED: dict[Kind, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class TableColumn:
     """One column. `default` is what an absent or null value becomes; `takes_integers`: text that may come as one."""
 
     name: str
@@ -49,11 +49,11 @@ class Table:
     number: int
     name: str
     path: str
-    columns: Sequence[Column]
+    columns: Sequence[TableColumn]
     updates: bool = False
 
     @property
-    def key(self) -> Column:
+    def key(self) -> TableColumn:
         """The natural key."""
         return self.columns[0]
 
@@ -63,30 +63,30 @@ class Table:
         return [column.name for column in self.columns]
 
     @property
-    def stored(self) -> Sequence[Column]:
+    def stored(self) -> Sequence[TableColumn]:
         """All columns, as rows are read back."""
-        return [Column("id", "bigint"), *self.columns, Column("created_at", "instant")]
+        return [TableColumn("id", "bigint"), *self.columns, TableColumn("created_at", "instant")]
 
 
-def _texts(names: str) -> tuple[Column, ...]:
-    return tuple(Column(name, "text") for name in names.split())
+def _texts(names: str) -> tuple[TableColumn, ...]:
+    return tuple(TableColumn(name, "text") for name in names.split())
 
 
-UUID = Column("uuid", "uuid", required=True)
+UUID = TableColumn("uuid", "uuid", required=True)
 EVENTS = Table(
     1,
     "events_part",
     "events-part",
     (
         UUID,
-        Column("event_type", "text"),
-        Column("event_time", "instant"),
-        Column("user_id", "text", takes_integers=True),
-        Column("platform", "text"),
-        Column("device_id", "text", takes_integers=True),
-        Column("event_id", "bigint"),
+        TableColumn("event_type", "text"),
+        TableColumn("event_time", "instant"),
+        TableColumn("user_id", "text", takes_integers=True),
+        TableColumn("platform", "text"),
+        TableColumn("device_id", "text", takes_integers=True),
+        TableColumn("event_id", "bigint"),
         *_texts("language os_name os_version"),
-        Column("session_id", "bigint"),
+        TableColumn("session_id", "bigint"),
         *_texts("start_version version_name"),
     ),
 )
@@ -95,7 +95,7 @@ DEVICES = Table(
     "mobile_devices",
     "mobile-devices",
     (
-        Column("device_id", "text", required=True, takes_integers=True),
+        TableColumn("device_id", "text", required=True, takes_integers=True),
         *_texts("device_brand device_carrier device_family device_manufacturer device_model device_type"),
     ),
     updates=True,
@@ -105,13 +105,13 @@ PERMANENT = Table(
     "permanent_user_properties",
     "permanent-user-properties",
     (
-        Column("ehr_id", "bigint", required=True),
-        Column("gender", "text"),
-        Column("cohort_day", "integer"),
-        Column("cohort_week", "integer"),
-        Column("cohort_month", "integer"),
-        Column("registered_via_app", "bool"),
-        Column("source", "text"),
+        TableColumn("ehr_id", "bigint", required=True),
+        TableColumn("gender", "text"),
+        TableColumn("cohort_day", "integer"),
+        TableColumn("cohort_week", "integer"),
+        TableColumn("cohort_month", "integer"),
+        TableColumn("registered_via_app", "bool"),
+        TableColumn("source", "text"),
     ),
 )
 TECHNICAL = Table(
@@ -120,29 +120,31 @@ TECHNICAL = Table(
     "technical-data",
     (
         UUID,
-        Column("insert_id", "text"),
-        Column("amplitude_attribution_ids", "json"),
-        Column("amplitude_id", "bigint"),
-        Column("is_attribution_event", "bool"),
-        Column("library", "text"),
-        Column("group_properties_json", "json"),
-        Column("groups_json", "json"),
-        Column("plan_json", "json"),
+        TableColumn("insert_id", "text"),
+        TableColumn("amplitude_attribution_ids", "json"),
+        TableColumn("amplitude_id", "bigint"),
+        TableColumn("is_attribution_event", "bool"),
+        TableColumn("library", "text"),
+        TableColumn("group_properties_json", "json"),
+        TableColumn("groups_json", "json"),
+        TableColumn("plan_json", "json"),
     ),
 )
-EVENT_PROPERTIES = Table(5, "tmp_event_properties", "event-properties", (UUID, Column("event_properties_json", "json")))
+EVENT_PROPERTIES = Table(
+    5, "tmp_event_properties", "event-properties", (UUID, TableColumn("event_properties_json", "json"))
+)
 USER_PROPERTIES = Table(
     6,
     "tmp_user_properties",
     "user-properties",
     (
         UUID,
-        Column("user_properties_json", "json"),
-        Column("language", "text"),
-        Column("session_id", "bigint"),
-        Column("start_version", "text"),
-        Column("migrated", "bool", default=False),
-        Column("event_time", "instant"),
+        TableColumn("user_properties_json", "json"),
+        TableColumn("language", "text"),
+        TableColumn("session_id", "bigint"),
+        TableColumn("start_version", "text"),
+        TableColumn("migrated", "bool", default=False),
+        TableColumn("event_time", "instant"),
     ),
 )
 LOCATIONS = Table(
@@ -151,8 +153,8 @@ LOCATIONS = Table(
     "user-locations",
     (
         UUID,
-        Column("location_lat", "float"),
-        Column("location_lng", "float"),
+        TableColumn("location_lat", "float"),
+        TableColumn("location_lng", "float"),
         *_texts("city country region ip_address"),
     ),
 )

@@ -38,7 +38,7 @@ Row = Sequence[Any]
 Columns = Sequence[Sequence[Any]]
 
 
-class Batches(Protocol):
+class StorableBatches(Protocol):
     """What is to be stored: `rows` of them in all, in `batches` batches, told from others by `digest`."""
 
     @property
@@ -60,7 +60,7 @@ class Batches(Protocol):
         """All rows, some at a time, by column. From the first one, each time."""
 
 
-def in_sqlite(session: Session, table: Table, batches: Batches) -> "array[int]":
+def in_sqlite(session: Session, table: Table, batches: StorableBatches) -> "array[int]":
     """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
     before = newest(session, table)
     (now,) = session.rows(f"SELECT {table_sql.SQLITE_NOW} AS text")
@@ -73,7 +73,7 @@ def in_sqlite(session: Session, table: Table, batches: Batches) -> "array[int]":
     return _given(session, table, before, table_sql.newer(table), -1 if table.updates else written)
 
 
-def in_postgres(session: Session, table: Table, batches: Batches, group_rows: int) -> "array[int]":
+def in_postgres(session: Session, table: Table, batches: StorableBatches, group_rows: int) -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
         return _staged(session, table, (united(batch) for batch in batches.read()))
@@ -139,7 +139,7 @@ def _given(session: Session, table: Table, before: int, newer: str, written: int
     return array("q", (id_ for (id_,) in session.stream(newer, newest=before)))
 
 
-def _known(session: Session, table: Table, batches: Batches) -> bool:
+def _known(session: Session, table: Table, batches: StorableBatches) -> bool:
     """Whether some of the first rows are there already, as they all are when a request is repeated."""
     keys = next(batches.blocks())[0]
     probed = list(keys[:: len(keys) // PROBED_KEYS + 1])
@@ -275,7 +275,7 @@ class _Undo(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class SelectedRows:
     """`blocks` of rows hold one more than was asked for, if there are so many; `edge` is the last one asked for, and
     that one.
     """
@@ -318,7 +318,7 @@ class Warehouse:
         """Close all connections. Idempotent."""
         self._database.close()
 
-    def insert(self, table: Table, batches: Batches, request: Request) -> Inserted:
+    def insert(self, table: Table, batches: StorableBatches, request: Request) -> Inserted:
         """Store what is not there yet, all or nothing. Raises BadRequest for a key that was used for another request.
 
         Transient means that it may or may not have been stored: the same request again does no harm.
@@ -362,7 +362,7 @@ class Warehouse:
         finally:
             self._turn.release()
 
-    def _once(self, session: Session, table: Table, batches: Batches, request: Request) -> Inserted:
+    def _once(self, session: Session, table: Table, batches: StorableBatches, request: Request) -> Inserted:
         """The stored answer of an earlier request with the same key, else the rows and then the answer."""
         if not request.key or request.dry_run:
             return self._merge(session, table, batches)
@@ -380,12 +380,12 @@ class Warehouse:
         session.run(self._queries["answer_request"], **name, answer=text_of(done))
         return done
 
-    def _merge(self, session: Session, table: Table, batches: Batches) -> Inserted:
+    def _merge(self, session: Session, table: Table, batches: StorableBatches) -> Inserted:
         ids = in_sqlite(session, table, batches) if self._lite else in_postgres(session, table, batches, MERGE_ROWS)
         return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
-    def selected(self, selection: "Selection") -> Iterator["Selected"]:
+    def selected(self, selection: "Selection") -> Iterator["SelectedRows"]:
         """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
         dialect = self._database.dialect
         with self._database.transaction(read_only=True) as session:
@@ -393,7 +393,7 @@ class Warehouse:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             blocks = session.blocks(selection.sql(dialect), **selection.params)
             edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
-            yield Selected(blocks, edge)
+            yield SelectedRows(blocks, edge)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:

@@ -17,7 +17,7 @@ SEGMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReadSettings:
     """What the settings say about reading."""
 
     table: str
@@ -62,7 +62,7 @@ class _Way:
     consistent: bool
 
 
-def plan_of(table: Mapping[str, Any], wanted: Wanted) -> Plan:
+def plan_of(table: Mapping[str, Any], wanted: ReadSettings) -> Plan:
     """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
@@ -91,7 +91,7 @@ def plan_of(table: Mapping[str, Any], wanted: Wanted) -> Plan:
     return Plan(key=key, size_bytes=size_bytes)
 
 
-def advice(table: Mapping[str, Any], wanted: Wanted) -> str:
+def advice(table: Mapping[str, Any], wanted: ReadSettings) -> str:
     """What would let this table be queried instead of scanned."""
     for way in _ways(table):
         if way.ranges[:1] == [wanted.timestamp] and len(way.hashes) == 1:

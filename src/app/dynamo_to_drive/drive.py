@@ -61,7 +61,7 @@ class DriveFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class FileContent:
     """What to upload: a seekable stream, its MD5 and size, and properties that only this application sees."""
 
     body: BinaryIO
@@ -182,7 +182,7 @@ class Drive:
         made = self._again(lambda files: files.generateIds(count=1, space="drive", type="files").execute())
         return str(made["ids"][0])
 
-    def create(self, file_id: str, name: str, folder_id: str, content: Content) -> DriveFile | None:
+    def create(self, file_id: str, name: str, folder_id: str, content: FileContent) -> DriveFile | None:
         """The new file; None when the id is in use, perhaps by an earlier try of ours."""
         body = {"id": file_id, "name": name, "parents": [folder_id], **_metadata(content)}
         try:
@@ -192,7 +192,7 @@ class Drive:
                 return None
             raise
 
-    def update(self, file_id: str, content: Content) -> DriveFile:
+    def update(self, file_id: str, content: FileContent) -> DriveFile:
         """The file with its content and properties replaced; name and folder stay as people made them."""
         body = _metadata(content)
         return self._upload(
@@ -218,7 +218,7 @@ class Drive:
         body = {"trashed": True}
         self._again(lambda files: files.update(fileId=file_id, body=body, supportsAllDrives=True).execute())
 
-    def _upload(self, request: Callable[[Any, Any], Any], content: Content) -> DriveFile:
+    def _upload(self, request: Callable[[Any, Any], Any], content: FileContent) -> DriveFile:
         """In one request, or above 5 MB in pieces. The answer must show what was sent."""
         from googleapiclient.http import MediaInMemoryUpload, MediaIoBaseUpload
 
@@ -290,7 +290,7 @@ def _discovery() -> Mapping[str, Any]:
     return document
 
 
-def _metadata(content: Content) -> dict[str, Any]:
+def _metadata(content: FileContent) -> dict[str, Any]:
     return {"mimeType": "text/csv", "appProperties": dict(content.properties)}
 
 

@@ -16,9 +16,17 @@ from typing import Protocol
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.pipeline import Held
 from app.core.windows import Window
-from app.dynamo_to_drive.drive import FOLDER_TYPE, Content, Drive, DriveFile
+from app.dynamo_to_drive.drive import FOLDER_TYPE, Drive, DriveFile, FileContent
 from app.dynamo_to_drive.drive_errors import RIGHTS_HINT, SHARE_HINT
-from app.dynamo_to_drive.hour_file import Accounts, HourFile, Unreadable, lines_in, read_file, readable, while_readable
+from app.dynamo_to_drive.hour_file import (
+    Accounts,
+    HourFile,
+    UnreadableFile,
+    lines_in,
+    read_file,
+    readable,
+    while_readable,
+)
 
 MEMORY_BYTES = 1 << 20
 READ_HINT = "nothing to do: it is read again"
@@ -37,7 +45,7 @@ class FileIds(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FilePlace:
     """Where files go. `folder_id` is never empty; `escaped` says whether cells are guarded against formulas."""
 
     prefix: str
@@ -81,7 +89,7 @@ class FolderOnce:
         self.told = set[str]()
         self._drive_id: str | None = None
 
-    def drive_id(self, drive: Drive, place: Place) -> str:
+    def drive_id(self, drive: Drive, place: FilePlace) -> str:
         """The shared drive of the folder, "" in My Drive. Raises Permanent for what is no folder or is read-only."""
         if self._drive_id is None:
             self._drive_id = _checked(drive.folder(place.folder_id), place)
@@ -95,7 +103,7 @@ class FolderOnce:
 class DriveSink:
     """`app.core.pipeline.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there."""
 
-    def __init__(self, drive: Drive, place: Place, ids: FileIds, folder: FolderOnce, accounts: Accounts) -> None:
+    def __init__(self, drive: Drive, place: FilePlace, ids: FileIds, folder: FolderOnce, accounts: Accounts) -> None:
         self._drive = drive
         self._place = place
         self._ids = ids
@@ -159,7 +167,7 @@ class DriveSink:
         log.info("%s: uploaded, %d rows, %d bytes", key, hour.rows, hour.size_bytes)
         return version
 
-    def _create(self, key: str, content: Content) -> str:
+    def _create(self, key: str, content: FileContent) -> str:
         file_id = self._ids.known(key)
         for _ in range(NEW_IDS):
             held = self._drive.get(file_id) if file_id else None
@@ -227,7 +235,7 @@ class DriveSink:
             return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
         try:
             return sum(1 for _ in self._rows(found.file_id)), None, None
-        except Unreadable as error:
+        except UnreadableFile as error:
             log.warning("%s: %s; it is made anew, what it held is among its versions", found.name, error.message)
             return 0, None, None
 
@@ -238,7 +246,7 @@ class DriveSink:
                 yield from read_file(lines_in(spool), escaped=self._place.escaped)  # type: ignore[arg-type]
 
 
-def _checked(folder: Mapping[str, object], place: Place) -> str:
+def _checked(folder: Mapping[str, object], place: FilePlace) -> str:
     what = f"GOOGLE_DRIVE_FOLDER_ID {place.folder_id}"
     if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
         raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'no folder'}", SHARE_HINT)
@@ -256,11 +264,11 @@ def _checked(folder: Mapping[str, object], place: Place) -> str:
     return drive_id
 
 
-def _content(hour: HourFile) -> Content:
+def _content(hour: HourFile) -> FileContent:
     properties = {"headwaterMd5": hour.digest, "headwaterRows": str(hour.rows)}
     if hour.min_at and hour.max_at:
         properties |= {"headwaterFrom": hour.min_at.isoformat(), "headwaterTo": hour.max_at.isoformat()}
-    return Content(hour.file, hour.digest, hour.size_bytes, properties)
+    return FileContent(hour.file, hour.digest, hour.size_bytes, properties)
 
 
 def _instant(text: str | None) -> datetime | None:

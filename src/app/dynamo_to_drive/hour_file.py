@@ -42,7 +42,7 @@ Order = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class FileShape:
     """What a file of this table looks like. `key`: attributes that identify a row beside the timestamp.
 
     `times` reads a timestamp's text; `escape` guards against spreadsheet formulas.
@@ -76,7 +76,7 @@ class HourFile:
     `elsewhere` has timestamps of items that look as if they were of it and are not.
     """
 
-    shape: Shape
+    shape: FileShape
     file: BinaryIO
     rows: int
     digest: str
@@ -162,7 +162,7 @@ class _Segment:
 class HourWriter:
     """Takes pages, then makes the file. Close it in any case."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: FileShape) -> None:
         self._shape = shape
         self._spool = _temporary()
         self._segments: list[_Segment] = []
@@ -272,23 +272,23 @@ def read_file(lines: Iterable[str], *, escaped: bool) -> Iterator[dict[str, str]
         yield dict(zip(columns, map(_plain, row) if escaped else row, strict=False))
 
 
-class Unreadable(Permanent):
+class UnreadableFile(Permanent):
     """A file that was not written here, or was damaged since."""
 
 
 def while_readable(rows: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
     """The rows up to what cannot be read, for whom only compares with what is to be replaced anyway."""
-    with suppress(Unreadable):
+    with suppress(UnreadableFile):
         yield from rows
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Raises Unreadable for what cannot be parsed."""
+    """Raises UnreadableFile for what cannot be parsed."""
     try:
         yield
     except (csv.Error, UnicodeDecodeError) as error:
-        raise Unreadable(
+        raise UnreadableFile(
             f"{name} is no CSV of ours: {str(error)[:TEXT_LIMIT]}",
             "restore an earlier revision of the file, move it away, or heal its window",
         ) from error
@@ -367,7 +367,7 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
         target.write(block)
 
 
-def _finished(shape: Shape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:
+def _finished(shape: FileShape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:
     digest = md5(usedforsecurity=False)
     file.seek(0)
     size_bytes = 0

@@ -24,14 +24,14 @@ from app.core.shrink import Shrink
 from app.core.sync import settle, sync_partition
 from app.core.verify import Verification
 from app.core.windows import EPOCH, Window, floor_to, windows_between
-from app.dynamo_to_drive.access_path import Wanted
+from app.dynamo_to_drive.access_path import ReadSettings
 from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
 from app.dynamo_to_drive.drive import Drive, DriveService, Patience
-from app.dynamo_to_drive.drive_sink import DriveSink, FolderOnce, HourBytes, Place, hour_of
+from app.dynamo_to_drive.drive_sink import DriveSink, FilePlace, FolderOnce, HourBytes, hour_of
 from app.dynamo_to_drive.hour_file import Accounts, HourFile
 from app.dynamo_to_drive.local_sink import FolderSink
-from app.dynamo_to_drive.source import DynamoSource, Table, Target, ping
-from app.dynamo_to_drive.verify import HourChart, HourEnds, Opened
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, Target, ping
+from app.dynamo_to_drive.verify import HourChart, HourEnds, OpenedHourFiles
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
@@ -48,11 +48,11 @@ HourPipeline = Pipeline[HourFile, HourBytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class HourFileParts:
     """What the pipeline is made of. `drive` None = files go to `directory`."""
 
     settings: Settings
-    table: Table
+    table: DynamoTable
     drive: DriveService | None
     directory: Path
     folder: FolderOnce
@@ -70,7 +70,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class HourFileExport:
     """What `main` wires: the jobs, the backfill, how both ends are compared and mapped, and how to try them."""
 
     jobs: Sequence[Job]
@@ -122,12 +122,12 @@ def build(
     set_aside: SetAsideStore,
     clock: Callable[[], datetime],
     policy: RetryPolicy = POLICY,
-) -> Export:
+) -> HourFileExport:
     """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
     given = given_of(settings)
-    parts = Parts(
+    parts = HourFileParts(
         settings=settings,
-        table=Table(_target(settings)),
+        table=DynamoTable(_target(settings)),
         drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
         folder=FolderOnce(),
@@ -146,7 +146,7 @@ def build(
     def moment() -> Moment:
         return Moment(parts.clock(), settings.drive.grace_seconds)
 
-    return Export(
+    return HourFileExport(
         jobs,
         lambda context, span: _backfill(parts, context, span),
         lambda stop: HourEnds(
@@ -159,7 +159,7 @@ def build(
     )
 
 
-def _close(parts: Parts) -> None:
+def _close(parts: HourFileParts) -> None:
     """End the connections of this thread."""
     parts.table.close()
     if parts.drive is not None:
@@ -168,7 +168,7 @@ def _close(parts: Parts) -> None:
 
 def _target(settings: Settings) -> Target:
     dynamo = settings.dynamo
-    wanted = Wanted(dynamo.table_name, dynamo.timestamp_attribute, dynamo.partition_values, dynamo.scan_max_bytes)
+    wanted = ReadSettings(dynamo.table_name, dynamo.timestamp_attribute, dynamo.partition_values, dynamo.scan_max_bytes)
     secrets = (dynamo.access_key_id, dynamo.secret_access_key, dynamo.session_token)
     access_key_id, secret_access_key, session_token = (each.get_secret_value() if each else "" for each in secrets)
     return Target(
@@ -183,16 +183,16 @@ def _target(settings: Settings) -> Target:
     )
 
 
-def _opened(parts: Parts, context: Context, span: Window | None = None) -> Opened:
+def _opened(parts: HourFileParts, context: Context, span: Window | None = None) -> OpenedHourFiles:
     """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
     accounts = Accounts(parts.settings.dynamo.timestamp_attribute)
     sink = _sink(parts, context, accounts)
     source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
     pipeline = _joined(parts, source, sink)
-    return Opened(pipeline, sink, parts.partition, parts.settings.drive.escape_formulas, accounts)
+    return OpenedHourFiles(pipeline, sink, parts.partition, parts.settings.drive.escape_formulas, accounts)
 
 
-def _joined(parts: Parts, source: DynamoSource, sink: DriveSink | FolderSink) -> HourPipeline:
+def _joined(parts: HourFileParts, source: DynamoSource, sink: DriveSink | FolderSink) -> HourPipeline:
     drive = parts.settings.drive
     return Pipeline(
         name=NAME,
@@ -212,18 +212,18 @@ def _looking(stop: Stop) -> Context:
     return Context("", nobody, stop, Unwatched(), dry_run=True)
 
 
-def _sink(parts: Parts, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
+def _sink(parts: HourFileParts, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
     drive, escaped, dry_run = parts.settings.drive, parts.settings.drive.escape_formulas, context.dry_run
     if parts.drive is None:
         times = parts.table.target.times
         return FolderSink(parts.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
     # Jitter is no secret: any source of numbers serves.
     calls = Drive(parts.drive, Patience(parts.policy, context.stop, random.random))
-    place = Place(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, dry_run)
+    place = FilePlace(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, dry_run)
     return DriveSink(calls, place, RecordedIds(parts.checkpoints, parts.partition, context), parts.folder, accounts)
 
 
-def _live(parts: Parts, context: Context) -> Report:
+def _live(parts: HourFileParts, context: Context) -> Report:
     """Close what is due, bring the current hour and the one in its grace up to date."""
     now = parts.clock()
     at = Position(parts.partition, _cursor(parts, context, now), now)
@@ -233,7 +233,7 @@ def _live(parts: Parts, context: Context) -> Report:
     return _noted(parts, context, opened.accounts, work)
 
 
-def _noted(parts: Parts, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
+def _noted(parts: HourFileParts, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
     """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
     try:
         report = work()
@@ -248,7 +248,7 @@ def _noted(parts: Parts, context: Context, accounts: Accounts, work: Callable[[]
         raise
 
 
-def _cursor(parts: Parts, context: Context, now: datetime) -> datetime:
+def _cursor(parts: HourFileParts, context: Context, now: datetime) -> datetime:
     """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
     hours = parts.settings.drive.catchup_hours
     oldest = floor_to(now - timedelta(hours=hours), HOUR_SECONDS)
@@ -265,17 +265,17 @@ def _cursor(parts: Parts, context: Context, now: datetime) -> datetime:
     return oldest
 
 
-def _late(parts: Parts, context: Context) -> Report:
+def _late(parts: HourFileParts, context: Context) -> Report:
     """Look at the last hours again that are behind the cursor."""
     return _again(parts, context, timedelta(hours=parts.settings.drive.late_hours))
 
 
-def _reconcile(parts: Parts, context: Context) -> Report:
+def _reconcile(parts: HourFileParts, context: Context) -> Report:
     """Look at the last days again."""
     return _again(parts, context, timedelta(days=parts.settings.export.reconcile_days))
 
 
-def _again(parts: Parts, context: Context, age: timedelta) -> Report:
+def _again(parts: HourFileParts, context: Context, age: timedelta) -> Report:
     """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
     since = floor_to(parts.clock() - age, HOUR_SECONDS)
     first = parts.checkpoints.starts(NAME).get(parts.partition)
@@ -286,14 +286,14 @@ def _again(parts: Parts, context: Context, age: timedelta) -> Report:
     return replace(report, late_rows=report.rows)
 
 
-def _backfill(parts: Parts, context: Context, span: Window) -> Report:
+def _backfill(parts: HourFileParts, context: Context, span: Window) -> Report:
     """Bring every hour that overlaps `span` up to the table, to the cursor: what follows belongs to the live job."""
     until = parts.checkpoints.cursors(NAME).get(parts.partition) or floor_to(parts.clock(), HOUR_SECONDS)
     end = min(span.end, until)
     return _fill(parts, context, Window(span.start, end)) if end > span.start else Report()
 
 
-def _fill(parts: Parts, context: Context, span: Window) -> Report:
+def _fill(parts: HourFileParts, context: Context, span: Window) -> Report:
     opened = _opened(parts, context, span)
     hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
     context.progress.advance(total=len(hours))
@@ -320,13 +320,13 @@ def _fill(parts: Parts, context: Context, span: Window) -> Report:
         return _noted(parts, context, opened.accounts, work)
 
 
-def _ping_drive(parts: Parts) -> str:
+def _ping_drive(parts: HourFileParts) -> str:
     """Sign in and look at the folder, as the first run does."""
     if parts.drive is None:
         return ""
     parts.drive.forget()
     calls = Drive(parts.drive, Patience(RetryPolicy(attempts=1), Stop(), random.random))
-    place = Place("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
+    place = FilePlace("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
     drive_id = FolderOnce().drive_id(calls, place)
     return (
         f"may add files to the folder, on shared drive {drive_id}"

@@ -165,7 +165,7 @@ Columns = tuple[str, ...]
 Read = Callable[[Taken], list[Row]]
 
 
-class Wanted(Protocol):
+class RowFilter(Protocol):
     """Which items make rows."""
 
     def has_all(self, texts: Sequence[str]) -> bool:
@@ -185,7 +185,7 @@ class Pages:
     dropped, and so are columns that only such rows have. `items` counts those of all pages, `rows` those wanted.
     """
 
-    def __init__(self, timestamp: str, left_out: str, wanted: Wanted | None = None) -> None:
+    def __init__(self, timestamp: str, left_out: str, wanted: RowFilter | None = None) -> None:
         self.columns: Columns = (timestamp,)
         self.items = 0
         self.rows = 0

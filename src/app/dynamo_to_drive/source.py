@@ -16,16 +16,16 @@ from app.core.pipeline import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, window_at
-from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Wanted, advice, plan_of
-from app.dynamo_to_drive.hour_file import Accounts, HourFile, HourWriter, Shape, lines_of, read_file
+from app.dynamo_to_drive.access_path import SEGMENTS, Plan, ReadSettings, advice, plan_of
+from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_of, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
     UNREADABLE,
     Hour,
     KeyRange,
-    Reading,
     Times,
+    TimestampReading,
     Trait,
     is_found,
     number_ranges,
@@ -123,7 +123,7 @@ B = TypeVar("B")
 class Target:
     """Which table, where. Without keys the SDK's own chain is asked: environment, profile, role."""
 
-    wanted: Wanted
+    wanted: ReadSettings
     unit: str
     region: str
     endpoint_url: str = ""
@@ -146,7 +146,7 @@ class Target:
         return Times(self.unit)
 
 
-class Table:
+class DynamoTable:
     """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
 
     `traits`: what was seen of writings that do not begin as their hour in UTC does.
@@ -296,24 +296,24 @@ class WantedItems:
         self._accounts = accounts
 
     def has_all(self, texts: Sequence[str]) -> bool:
-        """See `Wanted`."""
+        """See `ReadSettings`."""
         return self._hour.has_all(texts)
 
     def has(self, text: str) -> bool | None:
-        """See `Wanted`."""
+        """See `ReadSettings`."""
         is_inside, reading = self._placed(text)
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
-        """See `Wanted`; the accounts are told of an item without an hour."""
+        """See `ReadSettings`; the accounts are told of an item without an hour."""
         text = timed(item, self._accounts.attribute)
-        is_inside, reading = (False, Reading(None)) if text is None else self._placed(text)
+        is_inside, reading = (False, TimestampReading(None)) if text is None else self._placed(text)
         if reading.at is None:
             self.unreadable += 1
             self._accounts.unplaced(item, reading.reason or UNREADABLE)
         return is_inside
 
-    def _placed(self, text: str) -> tuple[bool, Reading]:
+    def _placed(self, text: str) -> tuple[bool, TimestampReading]:
         is_inside, reading = self._hour.place(text)
         self.traits |= reading.traits
         if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
@@ -329,7 +329,7 @@ class DynamoSource:
 
     def __init__(
         self,
-        table: Table,
+        table: DynamoTable,
         partition: str,
         stop: Stop,
         *,
@@ -485,10 +485,10 @@ class DynamoSource:
     def _writer(self) -> HourWriter:
         return HourWriter(self._shape())
 
-    def _shape(self) -> Shape:
+    def _shape(self) -> FileShape:
         plan, target = self._table.plan(), self._table.target
         key = tuple(name for name in plan.key if name not in (target.wanted.timestamp, plan.left_out))
-        return Shape(target.wanted.timestamp, key, target.times, target.escape)
+        return FileShape(target.wanted.timestamp, key, target.times, target.escape)
 
 
 def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
@@ -516,7 +516,7 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def ping(table: Table) -> str:
+def ping(table: DynamoTable) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     table.forget()
     plan, times = table.plan(), table.target.times
@@ -535,7 +535,7 @@ def ping(table: Table) -> str:
     return f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}" if accounts.set_aside else way
 
 
-def _say(plan: Plan, described: Mapping[str, Any], wanted: Wanted) -> None:
+def _say(plan: Plan, described: Mapping[str, Any], wanted: ReadSettings) -> None:
     if plan.scans:
         log.warning(
             "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",

@@ -58,7 +58,7 @@ EVERY_TRAIT = frozenset(Trait)
 PLAINLY: frozenset[Trait] = frozenset()
 
 
-class Reading(NamedTuple):
+class TimestampReading(NamedTuple):
     """What a text says. `at` is whole microseconds, None when it cannot be read, and `reason` then says why.
 
     `fraction`: all digits below the second, without trailing zeros.
@@ -83,22 +83,22 @@ class Times:
 
     unit: str = AUTO
 
-    def read(self, text: str) -> Reading:
+    def read(self, text: str) -> TimestampReading:
         """What `text` says: ISO 8601 with or without a zone (then UTC), or a number of the unit since 1970."""
         if found := ISO.fullmatch(text):
             return _calendar(found)
         if len(text) <= MAX_NUMBER_CHARACTERS and NUMBER.fullmatch(text):
             return self._counted(Decimal(text))
-        return Reading(None, reason=UNREADABLE)
+        return TimestampReading(None, reason=UNREADABLE)
 
-    def _counted(self, number: Decimal) -> Reading:
+    def _counted(self, number: Decimal) -> TimestampReading:
         looks = unit_of(number)
         unit = looks if self.unit == AUTO else self.unit
         if looks not in ("", unit) or not unit:
-            return Reading(None, reason=OUTSIDE)
+            return TimestampReading(None, reason=OUTSIDE)
         seconds = EXACT.scaleb(number, -DIGITS[unit])
         if not abs(seconds) < PLAUSIBLE[1] * 100:  # before `floor` makes an integer of 1E+125
-            return Reading(None, reason=OUTSIDE)
+            return TimestampReading(None, reason=OUTSIDE)
         whole = floor(seconds)
         fraction = f"{abs(EXACT.subtract(seconds, whole)):f}"[2:].rstrip("0")  # abs: -0 has a sign
         return _at(EPOCH, timedelta(seconds=whole), fraction)
@@ -129,7 +129,7 @@ def unit_of(number: Decimal) -> str:
     return next((unit for unit, digits in DIGITS.items() if low * 10**digits <= number < high * 10**digits), "")
 
 
-def _calendar(found: re.Match[str]) -> Reading:
+def _calendar(found: re.Match[str]) -> TimestampReading:
     year, hyphen, month, day, between, hour, minute, second, fraction, sign, *offset = found.groups()
     digits, seconds = (fraction or "").rstrip("0"), int(second or 0)
     if seconds == 60:  # noqa: PLR2004 - a leap second has a place in its own hour, after every other instant
@@ -139,21 +139,21 @@ def _calendar(found: re.Match[str]) -> Reading:
     try:
         local = datetime(int(year), int(month), int(day), int(hour), int(minute or 0), seconds, tzinfo=UTC)
     except ValueError:
-        return Reading(None, reason=UNREADABLE)
+        return TimestampReading(None, reason=UNREADABLE)
     if abs(away) > FURTHEST or minutes >= 60:  # noqa: PLR2004 - minutes of an hour
-        return Reading(None, reason=UNREADABLE)
+        return TimestampReading(None, reason=UNREADABLE)
     traits = {Trait.OFFSET: bool(away), Trait.LOWER_T: between == "t", Trait.BASIC: not hyphen}
     if not any(traits.values()):
         return _at(local, timedelta(), digits)
     return _at(local, -away, digits)._replace(traits=frozenset(trait for trait, has in traits.items() if has))
 
 
-def _at(start: datetime, passed: timedelta, fraction: str) -> Reading:
+def _at(start: datetime, passed: timedelta, fraction: str) -> TimestampReading:
     try:
         at = start + passed + timedelta(microseconds=int(fraction[:6].ljust(6, "0")))
     except OverflowError:
-        return Reading(None, reason=OUTSIDE)
-    return Reading(at, fraction) if at.year in YEARS else Reading(None, reason=OUTSIDE)
+        return TimestampReading(None, reason=OUTSIDE)
+    return TimestampReading(at, fraction) if at.year in YEARS else TimestampReading(None, reason=OUTSIDE)
 
 
 class Hour:
@@ -185,7 +185,7 @@ class Hour:
         low, high = self._numbers.get(length, ("", ""))
         return _are_digits(joined) and len(low) == len(high) and low <= min(texts) and max(texts) < high
 
-    def place(self, text: str) -> tuple[bool, Reading]:
+    def place(self, text: str) -> tuple[bool, TimestampReading]:
         """Whether `text` is of this hour, and what it says."""
         reading = self._times.read(text)
         return reading.at is not None and self._window.start <= reading.at < self._window.end, reading

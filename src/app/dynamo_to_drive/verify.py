@@ -37,7 +37,7 @@ class HourSink(Sink[HourFile, HourBytes], Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedHourFiles:
     """A pipeline with its sink under the wider port, and the accounts that both write into.
 
     `escaped` says whether cells are guarded against formulas.
@@ -57,8 +57,8 @@ class HourEnds:
     `turn` is held while a file is mended: late hours and reconcile may be at work on the same one.
     """
 
-    at: Opened
-    acting: Callable[[Context], Opened]
+    at: OpenedHourFiles
+    acting: Callable[[Context], OpenedHourFiles]
     clock: Callable[[], "Moment"]
     turn: threading.Lock
 
@@ -99,7 +99,7 @@ class HourEnds:
             return settle(replace(at.pipeline, sink=_Unread(at.sink), shrink=Shrink), context, task)
 
 
-def _is_damaged(at: Opened, slot: Slot, record: Record | None) -> bool:
+def _is_damaged(at: OpenedHourFiles, slot: Slot, record: Record | None) -> bool:
     """True when the file is not the one that was confirmed."""
     there = at.sink.peek(at.sink.key(slot.partition, slot.window, 0))
     return bool(there and record and record.digest and record.digest != there.digest)
@@ -131,7 +131,7 @@ class _Unread:
 class HourChart:
     """`app.core.gap_map.Chart` over the files; one listing a day."""
 
-    opened: Callable[[], Opened]
+    opened: Callable[[], OpenedHourFiles]
     clock: Callable[[], "Moment"]
 
     def partitions(self) -> Sequence[str]:

@@ -22,12 +22,12 @@ from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import (
     DAY,
     INVENTORY_DEVICES,
-    Answer,
     Connection,
     Counted,
     Inventory,
     Points,
     Retention,
+    ServerAnswer,
     Summed,
     counted_in_parts,
     one_type_spans,
@@ -366,7 +366,7 @@ def _place(block: Block, name: str) -> int:
     return block.names.index(name)
 
 
-def _body(answer: Answer) -> Iterator[bytes]:
+def _body(answer: ServerAnswer) -> Iterator[bytes]:
     """The body's bytes, which are a blank line at least. Where neither chunks nor a length tell its end, the last blank
     line has to.
     """

@@ -24,14 +24,14 @@ from app.influx_to_s3.reader import (
     DAY,
     INVENTORY_DEVICES,
     OK,
-    Answer,
     Connection,
     Counted,
     Inventory,
     Points,
     QueryTooLarge,
-    Refusal,
     Retention,
+    ServerAnswer,
+    ServerRefusal,
     Summed,
     counted_in_parts,
     one_type_spans,
@@ -67,7 +67,7 @@ class InfluxQlTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class SelectedField:
     """A field as one of the types that it has in some shard. `heading`: its column in the answer."""
 
     name: str
@@ -259,13 +259,13 @@ class InfluxQlReader:
         default, durations = self._policies
         return durations.get(self._target.retention_policy or default, DAY)
 
-    def _fields(self) -> Sequence[Selected]:
+    def _fields(self) -> Sequence[SelectedField]:
         kinds: dict[str, set[str]] = {}
         for series in self._ask(f"SHOW FIELD KEYS {self._from()}"):
             for name, kind in series["values"]:
                 kinds.setdefault(name, set()).add(kind)
         columns = [(name, kind) for name in sorted(kinds) for kind in sorted(_castable(kinds[name]))]
-        return [Selected(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
+        return [SelectedField(name, kind, f"c{number}") for number, (name, kind) in enumerate(columns)]
 
     def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
         """The counts of a series; all at `start_at` where that is given, else at the starts of their buckets."""
@@ -293,7 +293,7 @@ class InfluxQlReader:
         if ended < number:
             raise Transient("InfluxDB's answer ends although more was announced", "no action needed: it is read again")
 
-    def _question(self, statements: str) -> AbstractContextManager[Answer]:
+    def _question(self, statements: str) -> AbstractContextManager[ServerAnswer]:
         form = {
             "db": self._target.database,
             "q": statements,
@@ -303,7 +303,7 @@ class InfluxQlReader:
         }
         return self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables)
 
-    def _rows(self, answer: Answer) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, answer: ServerAnswer) -> Iterator[Mapping[str, Any]]:
         """The rows of a SHOW statement, by column."""
         for result in self._results(_lines(answer.chunks)):
             for series in result.get("series", ()):
@@ -340,7 +340,7 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
-        return refusal(Refusal(self._connection.server.url, OK, message, "", self._variables))
+        return refusal(ServerRefusal(self._connection.server.url, OK, message, "", self._variables))
 
 
 def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
@@ -367,8 +367,8 @@ class _Batch:
     """
 
     device_tag: str
-    selected: Sequence[Selected]
-    patterned: Sequence[Selected]
+    selected: Sequence[SelectedField]
+    patterned: Sequence[SelectedField]
     values: list[Sequence[Any]] = field(default_factory=list)
     tags: list[tuple[Mapping[str, str], int]] = field(default_factory=list)
     columns: Sequence[str] = ()
@@ -409,7 +409,7 @@ class _Batch:
 
 
 def _numeric_and_other(
-    selected: Sequence[Selected], cells: Mapping[str, Sequence[Any]]
+    selected: Sequence[SelectedField], cells: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[str, "pa.Array"]]:
     """Each field's columns, by type; the several readings of one number meet in the exact one."""
     by_name: dict[str, dict[str, pa.Array]] = {}

@@ -68,7 +68,7 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ExportParts:
     """What the pipeline is made of.
 
     Memory of this process that may be lost at any time: `kept`, rows of large open windows; `identities`, which rows
@@ -91,7 +91,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class InfluxExport:
     """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
 
     jobs: Sequence[Job]
@@ -104,7 +104,7 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedExport:
     """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
 
     tree: Tree
@@ -123,7 +123,7 @@ def build(
     *,
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
-) -> Export:
+) -> InfluxExport:
     """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set."""
     export, influx = settings.export, settings.influx
 
@@ -137,7 +137,7 @@ def build(
             first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
         )
 
-    parts = Parts(
+    parts = ExportParts(
         settings=settings,
         reader=_reader(settings),
         checkpoints=checkpoints,
@@ -157,7 +157,7 @@ def build(
         now = _open(parts, stop, dry_run=True)
         return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
 
-    return Export(
+    return InfluxExport(
         jobs,
         lambda context, span: _backfill(parts, context, span),
         lambda context, span, allow_shrink: _replace(parts, context, span, allow_shrink=allow_shrink),
@@ -195,13 +195,13 @@ def _reader(settings: "Settings") -> "Reader":
 
 
 def _open(
-    parts: Parts,
+    parts: ExportParts,
     stop: Stop,
     *,
     dry_run: bool,
     change: Callable[[Tree, datetime], Tree] | None = None,
     share: float | None = None,
-) -> Opened:
+) -> OpenedExport:
     """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
 
     `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the source, to
@@ -264,16 +264,16 @@ def _open(
             pipeline, source, context, at, live
         ),
     )
-    return Opened(tree, now, columns, source, sink, pipeline)
+    return OpenedExport(tree, now, columns, source, sink, pipeline)
 
 
-def _shrinking(parts: Parts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
+def _shrinking(parts: ExportParts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
     """What may go in this run: what the source lacks although its retention still covers it."""
     coverage = Coverage(parts.reader, source.again, parts.clock)
     return lambda: Shrink(coverage.since(), removes=removes)
 
 
-def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
+def _with_earlier_start(parts: ExportParts, tree: Tree, *, is_new: bool) -> Tree:
     """EXPORT_START may be set earlier until the first device was found; later it has no effect, and that is said."""
     start_at = parts.settings.export.start
     if start_at is None or start_at >= tree.first_start_at:
@@ -295,7 +295,7 @@ def _with_earlier_start(parts: Parts, tree: Tree, *, is_new: bool) -> Tree:
     return tree
 
 
-def _pass(parts: Parts, opened: Opened) -> Pass:
+def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
     def probe() -> None:
         parts.reader.ping()
         parts.store.head(LOOK_KEY)
@@ -310,7 +310,7 @@ def _pass(parts: Parts, opened: Opened) -> Pass:
     )
 
 
-def _sync(parts: Parts, context: Context) -> Report:
+def _sync(parts: ExportParts, context: Context) -> Report:
     """Bring every device up to date, and account for points that no window of this run holds."""
     opened = _open(parts, context.stop, dry_run=context.dry_run)
     report = sync_all(opened.pipeline, context, _pass(parts, opened))
@@ -320,7 +320,7 @@ def _sync(parts: Parts, context: Context) -> Report:
     return report + Report(failures=failures) + outside
 
 
-def _reconcile(parts: Parts, context: Context) -> Report:
+def _reconcile(parts: ExportParts, context: Context) -> Report:
     """Compare the last days' windows of every device with the destination and the source, and bring what differs."""
     opened = _open(parts, context.stop, dry_run=context.dry_run, share=RECONCILE_SHARE)
     days, first_start_at = timedelta(days=parts.settings.export.reconcile_days), opened.tree.first_start_at
@@ -349,7 +349,7 @@ def _reconcile(parts: Parts, context: Context) -> Report:
     return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
 
 
-def _backfill(parts: Parts, context: Context, span: Window) -> Report:
+def _backfill(parts: ExportParts, context: Context, span: Window) -> Report:
     """Bring the due windows of `span` up to the source; the live cursor does not move."""
     opened = _open(parts, context.stop, dry_run=context.dry_run)
     cursors = parts.checkpoints.cursors(NAME)
@@ -364,7 +364,7 @@ def _backfill(parts: Parts, context: Context, span: Window) -> Report:
     return isolated(opened.pipeline, context, partitions, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 
 
-def _replace(parts: Parts, context: Context, span: Window, *, allow_shrink: bool) -> Report:
+def _replace(parts: ExportParts, context: Context, span: Window, *, allow_shrink: bool) -> Report:
     """Write the due windows of `span` again from the source. Rows that only an object has are told, and stay unless
     `allow_shrink`, whatever the settings allow.
     """
@@ -381,7 +381,7 @@ def _replace(parts: Parts, context: Context, span: Window, *, allow_shrink: bool
     return isolated(pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))
 
 
-def _rewrite(parts: Parts, context: Context, span: Window) -> Report:
+def _rewrite(parts: ExportParts, context: Context, span: Window) -> Report:
     """Re-encode the objects of closed windows from themselves, in today's unit, names and types.
 
     The layout says so first, for whole days of which every window is due: what is written there later is then alike.

@@ -152,7 +152,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class ServerRefusal:
     """An HTTP error answer. `status` 0 = no secure connection; `where` names the variables to look at."""
 
     url: str
@@ -162,7 +162,7 @@ class Refusal:
     where: str
 
 
-def refusal(refused: Refusal) -> AppError:
+def refusal(refused: ServerRefusal) -> AppError:
     """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`)."""
     told = f"InfluxDB at {refused.url} answers {refused.status}: {refused.message}"
     said = refused.message.lower()
@@ -209,7 +209,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ServerAnswer:
     """A body in pieces of at most CHUNK_BYTES. `framed`: HTTP itself tells its end, by chunks or by a length.
 
     `version` of the server, "" where it does not say; `told_at`: its own clock, None where it does not tell.
@@ -228,7 +228,7 @@ class Connection:
         self.server = server
 
     @contextmanager
-    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[Answer]:
+    def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[ServerAnswer]:
         """POST the body, or GET where there is none, and stream the answer.
 
         Its connection goes back to the pool only when the answer was read to its end.
@@ -251,7 +251,9 @@ class Connection:
                 raise self._refused(response, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
-            yield Answer(self._chunks(response, where), framed, version, _instant(response.headers.get("Date", "")))
+            yield ServerAnswer(
+                self._chunks(response, where), framed, version, _instant(response.headers.get("Date", ""))
+            )
 
     def _chunks(self, response: Any, where: str) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
@@ -266,7 +268,7 @@ class Connection:
         with self._translated(where):
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
         retry_after = response.headers.get("Retry-After", "")
-        return refusal(Refusal(self.server.url, response.status, _message(body), retry_after, where))
+        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where))
 
     @contextmanager
     def _translated(self, where: str) -> Iterator[None]:
@@ -278,7 +280,7 @@ class Connection:
         except urllib3.exceptions.LocationParseError as error:
             raise Permanent(f"INFLUXDB_URL={url!r} is not a valid URL", "correct INFLUXDB_URL") from error
         except urllib3.exceptions.SSLError as error:
-            raise refusal(Refusal(url, 0, str(error)[:200], "", where)) from error
+            raise refusal(ServerRefusal(url, 0, str(error)[:200], "", where)) from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
                 f"InfluxDB at {url} did not answer within {self.server.timeout_seconds:g} s",

@@ -236,7 +236,7 @@ class RowBatch:
             self.spooled.close()
 
 
-class Spool:
+class RowSpool:
     """Collects ordered rows into blocks of BLOCK_ROWS, digests them, and keeps them in memory or in a file."""
 
     def __init__(self, device: str, directory: Path, memory_rows: int, columns: Columns) -> None:

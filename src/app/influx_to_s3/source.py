@@ -25,7 +25,7 @@ from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, Spool
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
 from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
 from app.influx_to_s3.set_aside import values_in
 from app.influx_to_s3.unions import Comparison, in_order, united, whole_instants
@@ -184,9 +184,9 @@ class InfluxSource:
         )
 
     @contextmanager
-    def _spool(self, device: str) -> Iterator[Spool]:
+    def _spool(self, device: str) -> Iterator[RowSpool]:
         """What is not finished inside the block is removed."""
-        spool = Spool(device, self._spool_directory, self._batch_rows, self._columns)
+        spool = RowSpool(device, self._spool_directory, self._batch_rows, self._columns)
         with ExitStack() as undo:
             undo.callback(spool.abandon)
             yield spool
@@ -199,7 +199,7 @@ class InfluxSource:
                 spool.append(table)
             return spool.finish({}, {})
 
-    def _read_large(self, spool: Spool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
+    def _read_large(self, spool: RowSpool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
         every_seconds = bucket_seconds(window)
         counts = self._fine_counts(spool.device, window, every_seconds)
@@ -232,7 +232,7 @@ class InfluxSource:
             self._take(spool, window, count, [within(block, window) for block in blocks])
             return spool.finish({}, count.fields)
 
-    def _read_whole(self, spool: Spool, span: Window, count: Count) -> None:
+    def _read_whole(self, spool: RowSpool, span: Window, count: Count) -> None:
         """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
         try:
             blocks = self.again(lambda: self._collect(spool.device, span))
@@ -243,7 +243,7 @@ class InfluxSource:
         else:
             self._take(spool, span, count, blocks)
 
-    def _read_halves(self, spool: Spool, span: Window, count: Count, read: Counter[str]) -> None:
+    def _read_halves(self, spool: RowSpool, span: Window, count: Count, read: Counter[str]) -> None:
         """Append both halves of a span; what was counted for all of it cannot be checked for each."""
         if span.end - span.start < SHORTEST:
             raise QueryTooLarge(f"{spool.device} has too many rows in {span}", "lower EXPORT_BATCH_SIZE")
@@ -260,7 +260,7 @@ class InfluxSource:
                 read.update(values_in(block))
             self._append(spool, blocks)
 
-    def _take(self, spool: Spool, span: Window, count: Count, blocks: Sequence[Points]) -> None:
+    def _take(self, spool: RowSpool, span: Window, count: Count, blocks: Sequence[Points]) -> None:
         """Append what was read of a span. Raises Transient when it is less than was counted."""
         read = _values_in_all(blocks)
         short = [field for field, values in count.fields.items() if read[field] < values]
@@ -275,7 +275,7 @@ class InfluxSource:
         asked = [self.again(lambda name=name: list(reader.empty_texts(device, span, name))) for name in sorted(fields)]  # type: ignore[misc]
         return [block for blocks in asked for block in blocks]
 
-    def _append(self, spool: Spool, blocks: Sequence[Points]) -> None:
+    def _append(self, spool: RowSpool, blocks: Sequence[Points]) -> None:
         tables = [canonical(block, self._columns) for block in blocks if len(block.times)]
         if not tables:
             return

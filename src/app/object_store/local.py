@@ -22,7 +22,7 @@ from uuid import uuid4
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
 from app.object_store.local_listing import ABSENT, Listing, Names
-from app.object_store.port import BadKey, Batch, ObjectInfo, Put, check_key, in_batches, is_new_form
+from app.object_store.port import BadKey, ListingBatch, ObjectInfo, Put, check_key, in_batches, is_new_form
 
 # Content type and metadata of a file of `local_directory`, which a plain file has no place for.
 #
@@ -262,7 +262,7 @@ class LocalDirectory:
         """Depth first, one folder's names in memory at a time."""
         return self._listing.below(prefix)
 
-    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """As listed: each file is looked at."""
         del objects
         return in_batches(self.list(prefix))

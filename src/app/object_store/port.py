@@ -34,7 +34,7 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ListingBatch:
     """Some objects of a listing, read when they are asked for. Batches of one store with the same digest hold the same
     objects in the same versions; an empty digest says nothing.
     """
@@ -92,7 +92,7 @@ class ObjectStore(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key starts with `prefix`, in UTF-8 order, all pages. A page that fails is an error."""
 
-    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """The same objects in batches, in no order; about so many `objects` are expected. Cheaper than `list` for whom
         knows most batches by their digests, and quicker where a network is waited for.
         """
@@ -101,10 +101,10 @@ class ObjectStore(Protocol):
         """Remove the object; nothing when it does not exist."""
 
 
-def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[Batch]:
+def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[ListingBatch]:
     """A listing in batches without digests."""
     while some := list(islice(infos, BATCH)):
-        yield Batch(b"", partial(list, some))
+        yield ListingBatch(b"", partial(list, some))
 
 
 class BadKey(Rejected):

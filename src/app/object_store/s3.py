@@ -17,7 +17,16 @@ from http import HTTPStatus
 from typing import Any, BinaryIO
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.object_store.port import BadKey, Batch, ObjectInfo, Put, check_characters, check_key, is_new_form, taken_for
+from app.object_store.port import (
+    BadKey,
+    ListingBatch,
+    ObjectInfo,
+    Put,
+    check_characters,
+    check_key,
+    is_new_form,
+    taken_for,
+)
 from app.object_store.s3_client import (
     BUSY,
     REACH_HINT,
@@ -154,7 +163,7 @@ class S3Store:
         check_unicode(prefix)
         return listed(self.page, prefix)
 
-    def batches(self, prefix: str, objects: int) -> Iterator[Batch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """A page is a batch; the folders of a large listing are asked for side by side."""
         check_unicode(prefix)
         return batches(self.page, prefix, objects // self.target.page_keys)

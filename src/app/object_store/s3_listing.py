@@ -20,7 +20,7 @@ from urllib.parse import unquote_plus
 from xml.etree import ElementTree as ET
 
 from app.core.errors import Transient
-from app.object_store.port import Batch, ObjectInfo
+from app.object_store.port import ListingBatch, ObjectInfo
 from app.object_store.s3_client import STYLE_HINT, TEXT_LIMIT
 
 TAKEN = "HeadwaterEntries"
@@ -132,7 +132,7 @@ def listed(ask: Ask, prefix: str) -> Iterator[ObjectInfo]:
         question = following(page, question)
 
 
-def batches(ask: Ask, prefix: str, pages: int) -> Iterator[Batch]:
+def batches(ask: Ask, prefix: str, pages: int) -> Iterator[ListingBatch]:
     """Every object below `prefix`, a page at a time in no order. Where about so many `pages` are expected and not many
     more folders, the folders are listed side by side.
     """
@@ -188,11 +188,11 @@ def _side_by_side(ask: Ask, questions: Sequence[Question]) -> Iterator[tuple[Que
             yield question, page
 
 
-def _batch(prefix: str, page: Mapping[str, Any]) -> Batch:
+def _batch(prefix: str, page: Mapping[str, Any]) -> ListingBatch:
     """Without a digest where the SDK read entries."""
     taken = page.get(TAKEN)
     digest = b"" if taken is None or page.get("Contents") else taken.digest
-    return Batch(digest, lambda: _below(prefix, infos_of(page)))
+    return ListingBatch(digest, lambda: _below(prefix, infos_of(page)))
 
 
 def _below(prefix: str, infos: Sequence[ObjectInfo]) -> Sequence[ObjectInfo]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.object_store.port import MARK, ObjectInfo, Page, Question, Stored
 from app.objects.links import disposition
-from app.objects.requests import Span
+from app.objects.requests import ByteSpan
 
 PARQUET_WARNING = (
     "a Parquet file ends with offsets of its own content: bytes that move or change can make it unreadable"
@@ -60,7 +60,7 @@ def patched(key: str, done: Stored, offset: int) -> Mapping[str, Any]:
     return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer
 
 
-def headers(held: ObjectInfo, span: Span) -> Mapping[str, str]:
+def headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
     """Of a download. A cache may keep it, and asks each time whether it is still right."""
     fields = {
         "Accept-Ranges": "bytes",

@@ -38,7 +38,7 @@ CHANGED_HINT = "look at the object, then send it again"
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteSpan:
     """The bytes `[first, first + count)`; `part` False = it is the whole object."""
 
     first: int
@@ -46,11 +46,11 @@ class Span:
     part: bool
 
 
-def span_of(fields: Mapping[str, str], held: ObjectInfo) -> Span:
+def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     """What to send. Raises NotServed with 416 for a range that begins behind the end."""
     size_bytes = held.size_bytes
     match = RANGE.fullmatch(fields.get("range", ""))
-    whole = Span(0, size_bytes, part=False)
+    whole = ByteSpan(0, size_bytes, part=False)
     if match is None or match[1] + match[2] == "" or not _still(fields.get("if-range"), held.etag):
         return whole
     if match[1]:
@@ -67,7 +67,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> Span:
             fault="Range",
             headers={"Content-Range": f"bytes */{size_bytes}"},
         )
-    return Span(first, last - first + 1, part=True)
+    return ByteSpan(first, last - first + 1, part=True)
 
 
 def _still(if_range: str | None, etag: str) -> bool:

@@ -22,9 +22,9 @@ from app.object_store.port import MAX_PAGE, BadKey, ObjectInfo, ObjectStore, Put
 from app.objects import answers, openapi
 from app.objects.links import Links
 from app.objects.requests import (
+    ByteSpan,
     NotServed,
     Reach,
-    Span,
     check_match,
     check_query,
     check_unmatched,
@@ -52,7 +52,7 @@ Work = Callable[[Readable, str], Stored]
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ObjectRoutes:
     """What the routes act on."""
 
     store: ObjectStore
@@ -77,7 +77,7 @@ class Serving:
         return found
 
 
-def build(serving: Serving) -> APIRouter:
+def build(serving: ObjectRoutes) -> APIRouter:
     """All routes."""
     router = APIRouter(prefix="/s3", tags=["s3"])
     _looking(router, serving)
@@ -115,11 +115,11 @@ async def _served(request: Request) -> AsyncIterator[None]:
         raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
 
 
-def _reach(request: Request, serving: Serving) -> Reach:
+def _reach(request: Request, serving: ObjectRoutes) -> Reach:
     return replace(serving.reach, own=request.scope["state"]["grant"].s3_prefix)
 
 
-def _looking(router: APIRouter, serving: Serving) -> None:
+def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.get(
         "/objects",
         summary="Objects below a prefix, in order",
@@ -167,7 +167,7 @@ class _Streamed(StreamingResponse):
                 self._places.release()
 
 
-def _downloading(router: APIRouter, serving: Serving) -> None:
+def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
     async def download(request: Request, key: Key) -> Response:
         async with _served(request):
             return await _download(request, serving, _reach(request, serving).reads(key))
@@ -186,7 +186,7 @@ def _downloading(router: APIRouter, serving: Serving) -> None:
     )
 
 
-async def _download(request: Request, serving: Serving, key: str) -> Response:
+async def _download(request: Request, serving: ObjectRoutes, key: str) -> Response:
     """What is replaced between the look and the first byte is looked at again."""
     for look in range(LOOKS):
         held = await serving.held(key)
@@ -204,7 +204,7 @@ async def _download(request: Request, serving: Serving, key: str) -> Response:
     raise missing(key)
 
 
-async def _streamed(serving: Serving, held: ObjectInfo, span: Span) -> Response:
+async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
     """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
     places = None if serving.roomy.locked() else serving.roomy
     response: Response | None = None
@@ -220,7 +220,7 @@ async def _streamed(serving: Serving, held: ObjectInfo, span: Span) -> Response:
     return response
 
 
-def _linking(router: APIRouter, serving: Serving) -> None:
+def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.get(
         "/link",
         summary="A link that reads one object for a while without a key",
@@ -260,7 +260,7 @@ def _linking(router: APIRouter, serving: Serving) -> None:
     router.add_api_route("/shared", shared, methods=["HEAD"], openapi_extra=needs(OPEN), include_in_schema=False)
 
 
-def _uploading(router: APIRouter, serving: Serving) -> None:
+def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.post(
         "/upload",
         summary="Create or replace an object",
@@ -284,14 +284,14 @@ def _uploading(router: APIRouter, serving: Serving) -> None:
             return await _written(request, serving, held.key, held.etag)
 
 
-async def _to_change(request: Request, serving: Serving, key: str) -> ObjectInfo:
+async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
     held = await serving.held(key)
     check_match(request.headers, held.etag)
     check_unmatched(request.headers)
     return held
 
 
-async def _written(request: Request, serving: Serving, key: str, expected: str | None) -> Response:
+async def _written(request: Request, serving: ObjectRoutes, key: str, expected: str | None) -> Response:
     def work(body: Readable, media: str) -> Stored:
         return serving.transfers.write(key, body, Put(media_type(media, key), {}, expected))
 
@@ -299,7 +299,7 @@ async def _written(request: Request, serving: Serving, key: str, expected: str |
     return GONE if done is None else JSONResponse(answers.stored(key, done))
 
 
-async def _received(request: Request, serving: Serving, work: Work) -> Stored | None:
+async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
     """What `work` makes of the body, which is a form or bare; None when the client went away."""
     boundary = boundary_of(request.headers)
 
@@ -338,7 +338,7 @@ async def _all(first: Sequence[bytes], blocks: AsyncIterator[bytes]) -> AsyncIte
         yield block
 
 
-def _patching(router: APIRouter, serving: Serving) -> None:
+def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.patch(
         "/patch",
         summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
@@ -360,7 +360,7 @@ def _patching(router: APIRouter, serving: Serving) -> None:
             return GONE if done is None else JSONResponse(answers.patched(held.key, done, offset))
 
 
-def _deleting(router: APIRouter, serving: Serving) -> None:
+def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.delete(
         "/delete",
         summary="Delete an object",

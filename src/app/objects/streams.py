@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo, Readable, Transfers
-from app.objects.requests import NotServed, Span
+from app.objects.requests import ByteSpan, NotServed
 
 # A body on its way from the event loop to the thread that stores it.
 #
@@ -256,7 +256,7 @@ class Outgoing:
             self._ahead = asyncio.get_running_loop().run_in_executor(self._threads, self._stream.read, count)
 
 
-async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: Span, *, lean: bool) -> Outgoing:
+async def opened(threads: Executor, transfers: Transfers, held: ObjectInfo, span: ByteSpan, *, lean: bool) -> Outgoing:
     """Open a span in a thread. Raises Conflict when the version is gone."""
 
     def work() -> tuple[ExitStack, Readable]:

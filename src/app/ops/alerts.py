@@ -158,7 +158,7 @@ def rules_of(settings: Settings) -> Rules:
     )
 
 
-class Record(Protocol):
+class RunTotals(Protocol):
     """What is asked of the record of runs."""
 
     def totals(self) -> Sequence[Total]:
@@ -198,7 +198,7 @@ class Watched:
 
     jobs: Sequence[Job]
     paused: Callable[[], Collection[str]]
-    record: Record
+    record: RunTotals
     told: Told
     clocks: Clocks
     clock: Callable[[], datetime]

@@ -25,7 +25,7 @@ from app.core.windows import Window
 from app.db.database import Database
 from app.ops.health import Check, Finding, look
 from app.ops.json_views import failures_shown, instant_text, run_shown
-from app.ops.scheduler import Tally, backfill_job, bar, logged, named
+from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
 from app.ops.service import Headwater
 from app.ops.verification import Healing, found, heal_job, shown, summary, told
 
@@ -359,7 +359,7 @@ def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class VerifyRequest:
     """What to verify. `healing`: mend what differs. `every`: name also the windows that are equal."""
 
     job: str
@@ -368,7 +368,7 @@ class Wanted:
     every: bool
 
 
-def verify_both(service: Headwater, wanted: Wanted, how: How) -> int:
+def verify_both(service: Headwater, wanted: VerifyRequest, how: How) -> int:
     """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
     job, verdicts = _job(service, wanted.job), list[Verdict]()
     verification = found(service.pipelines.verifications, wanted.job)
@@ -402,7 +402,7 @@ def _line(verdict: Verdict) -> str:
     return cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}")
 
 
-def _judged(wanted: Wanted, verdicts: list[Verdict], how: How) -> int:
+def _judged(wanted: VerifyRequest, verdicts: list[Verdict], how: How) -> int:
     counts, span = summary(verdicts), wanted.what.span
     fine = all(each.sign is Sign.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)
@@ -455,7 +455,9 @@ def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
     return job.exits.busy
 
 
-def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool) -> tuple[Run | None, Report]:
+def _to_the_end(
+    job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dry_run: bool
+) -> tuple[Run | None, Report]:
     """Repeat the job while it says that it has more to do; its last run (None: another holds the lease) and the sum."""
     total = Report()
     while True:
@@ -467,7 +469,7 @@ def _to_the_end(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: b
             return run, total
 
 
-def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: Tally, *, dry_run: bool = False) -> Run | None:
+def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dry_run: bool = False) -> Run | None:
     """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
 
     A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
@@ -578,7 +580,7 @@ def _stoppable(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(job: Job) -> Iterator[Tally]:
+def _shown(job: Job) -> Iterator[ProgressTally]:
     if sys.stderr.isatty():
         with bar(job.name, job.unit) as tally:
             yield tally

@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.ops.service import Headwater, steps_of
-from app.web.server import Serving, serve
+from app.web.server import ServerOptions, serve
 
 # The C library's allocator, told to give large blocks back to the system as soon as they are free.
 #
@@ -57,7 +57,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
     give_back_large_blocks()
-    serving = Serving(
+    serving = ServerOptions(
         host=settings.service.host,
         port=settings.service.port,
         health_port=settings.service.health_port,

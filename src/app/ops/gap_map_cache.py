@@ -40,7 +40,7 @@ class GapMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MapRequest:
     """Which map: `limit` partitions of a job from `offset` on, by name."""
 
     job: str
@@ -55,7 +55,7 @@ class Atlas:
     def __init__(self, charts: Mapping[str, Chart]) -> None:
         self._charts = charts
         self._turn = threading.Lock()
-        self._kept: OrderedDict[Asked, tuple[GapMap, float]] = OrderedDict()
+        self._kept: OrderedDict[MapRequest, tuple[GapMap, float]] = OrderedDict()
 
     @property
     def jobs(self) -> Sequence[str]:
@@ -67,7 +67,7 @@ class Atlas:
         for asked in [each for each in list(self._kept) if each.job == job]:
             self._kept.pop(asked, None)
 
-    def gaps(self, asked: Asked) -> GapMap:
+    def gaps(self, asked: MapRequest) -> GapMap:
         """The map. Raises Rejected for a job without one, Transient when the destination keeps others waiting."""
         chart = self._charts.get(asked.job)
         if chart is None:
@@ -86,7 +86,7 @@ class Atlas:
             self._turn.release()
 
 
-def _drawn(chart: Chart, asked: Asked) -> GapMap:
+def _drawn(chart: Chart, asked: MapRequest) -> GapMap:
     partitions = chart.partitions()
 
     def line(partition: str) -> Line:

@@ -92,7 +92,7 @@ UNAVAILABLE = 503
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProbeAnswer:
     """A status code and a JSON body."""
 
     status: int
@@ -108,7 +108,7 @@ class Probes:
     readiness: Readiness
     clock: Callable[[], datetime]
 
-    def health(self) -> Answer:
+    def health(self) -> ProbeAnswer:
         """Liveness: 503 once the scheduler stopped turning, which only a restart cures."""
         turning = self.scheduler.turning
         body = {
@@ -116,9 +116,9 @@ class Probes:
             "version": self.version,
             "timestamp": f"{self.clock():%Y-%m-%dT%H:%M:%SZ}",
         }
-        return Answer(OK if turning else UNAVAILABLE, body)
+        return ProbeAnswer(OK if turning else UNAVAILABLE, body)
 
-    def ready(self) -> Answer:
+    def ready(self) -> ProbeAnswer:
         """Readiness: 503 while a system outside cannot be reached, and from the stop signal on."""
         findings = self.readiness.findings()
         checks = {"worker_running": self.scheduler.running and self.scheduler.turning}
@@ -127,4 +127,4 @@ class Probes:
         body: dict[str, Any] = {"ready": ready, "checks": checks}
         if notes := {name: finding.note for name, finding in findings.items() if finding.note}:
             body["notes"] = notes
-        return Answer(OK if ready else UNAVAILABLE, body)
+        return ProbeAnswer(OK if ready else UNAVAILABLE, body)

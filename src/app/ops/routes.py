@@ -16,7 +16,7 @@ from app.core.errors import AppError
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Run, Runs, Total
 from app.core.windows import Window
-from app.ops.health import Answer, Probes
+from app.ops.health import ProbeAnswer, Probes
 from app.ops.json_views import (
     RUNS_ANSWER,
     Calls,
@@ -111,7 +111,7 @@ def _probes(router: APIRouter, probes: Probes) -> None:
         return _answer(probes.ready())
 
 
-def _answer(answer: Answer) -> Response:
+def _answer(answer: ProbeAnswer) -> Response:
     return JSONResponse(dict(answer.body), answer.status)
 
 

@@ -36,7 +36,7 @@ class Counts:
     rows: int = 0
 
 
-class Tally:
+class ProgressTally:
     """Implements `app.core.runs.Progress` in memory; `told` is called with the new counts after each advance."""
 
     def __init__(self, told: Callable[[Counts], None]) -> None:
@@ -57,7 +57,7 @@ class Tally:
         return self._counts
 
 
-def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> Tally:
+def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> ProgressTally:
     """A tally that writes one line to the log every ten seconds of work; short work stays silent."""
     said_at = time.monotonic()
 
@@ -68,11 +68,11 @@ def logged(job: str, every_seconds: float = LOG_EVERY_SECONDS) -> Tally:
             said_at = now
             log.info("%s: %d of %d done, %d rows", job, counts.done, counts.total, counts.rows)
 
-    return Tally(told)
+    return ProgressTally(told)
 
 
 @contextmanager
-def bar(job: str, unit: str) -> Iterator[Tally]:
+def bar(job: str, unit: str) -> Iterator[ProgressTally]:
     """A tally shown as a progress bar on stderr, removed at the end."""
     from tqdm import tqdm
 
@@ -83,7 +83,7 @@ def bar(job: str, unit: str) -> Iterator[Tally]:
             shown.set_postfix(rows=counts.rows, refresh=False)
             shown.update(counts.done - shown.n)
 
-        yield Tally(told)
+        yield ProgressTally(told)
 
 
 # One job's own thread: it runs what is asked of it, one after the other.
@@ -165,7 +165,7 @@ class Worker:
         self._changed = threading.Condition()
         self._turns: list[_Turn] = []
         self._running: _Turn | None = None
-        self._tally: Tally | None = None
+        self._tally: ProgressTally | None = None
         self._paused = False
         self._thread = threading.Thread(target=self._loop, name=f"job-{job.name}", daemon=True)
 
@@ -348,7 +348,7 @@ JITTER_LIMIT_SECONDS = 30
 TICK = "tick"
 
 
-class Pauses(Protocol):
+class JobPauses(Protocol):
     """Which jobs are paused, kept where every process looks. All methods raise AppError."""
 
     def paused(self) -> Mapping[str, datetime]:
@@ -391,7 +391,7 @@ class Scheduler:
     """Starts jobs when they are due, and on request. All methods may be called from any thread."""
 
     def __init__(
-        self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: Pauses
+        self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: JobPauses
     ) -> None:
         self._clock = desk.clock
         self._pauses = pauses

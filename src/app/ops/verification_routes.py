@@ -14,7 +14,7 @@ from pydantic import AwareDatetime, Field
 from app.core.gap_map import Cell
 from app.core.verify import Verdict, Verification, refuse_unknown
 from app.core.windows import Window
-from app.ops.gap_map_cache import Asked, Atlas
+from app.ops.gap_map_cache import Atlas, MapRequest
 from app.ops.json_views import instant_text
 from app.ops.routes import Span, accepted, known, window_of
 from app.ops.scheduler import Scheduler
@@ -65,7 +65,7 @@ def _looking(router: APIRouter, proof: Proof) -> None:
     ) -> dict[str, Any]:
         now = proof.clock()
         end = _end(to, now)
-        gap_map = proof.atlas.gaps(Asked(known(proof.scheduler, job), _back(end, hours), offset, limit))
+        gap_map = proof.atlas.gaps(MapRequest(known(proof.scheduler, job), _back(end, hours), offset, limit))
         lines = [
             {"partition": line.partition, "error": line.error, "cells": [_cell(cell) for cell in line.cells]}
             for line in gap_map.lines

@@ -37,7 +37,7 @@ class Address:
     read_seconds: float = 300.0
 
 
-class Answer:
+class ServiceAnswer:
     """The head of an answer, and its body as it comes. Valid inside the block of `Upstream.get`."""
 
     def __init__(self, response: "httpx.Response") -> None:
@@ -101,14 +101,14 @@ class Upstream:
             client.close()
 
     @contextmanager
-    def get(self, path: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+    def get(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
         """Ask for `path`, its query included. Any status is an answer; Transient for none or a part."""
         import httpx
 
         client = self._client()
         try:
             with client.stream("GET", self.address.base_url + path, headers=dict(headers)) as response:
-                yield Answer(response)
+                yield ServiceAnswer(response)
         except httpx.HTTPError as error:
             what = str(error) or type(error).__name__
             raise Transient(

@@ -301,7 +301,7 @@ Tables = Mapping[str, Rows]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ValuePlace:
     """Where a value comes from and what it becomes. `constant` None = one of `paths`, the first that has something."""
 
     paths: tuple[str, ...]
@@ -313,7 +313,7 @@ class Place:
 class ProductMapping:
     """What one service's events become. `places` by table and column, in order."""
 
-    places: Mapping[str, Mapping[str, Place]]
+    places: Mapping[str, Mapping[str, ValuePlace]]
 
     @cached_property
     def words(self) -> Mapping[str, frozenset[str]]:
@@ -325,7 +325,7 @@ class ProductMapping:
         return {path: frozenset(words) for path, words in found.items()}
 
     @cached_property
-    def _all(self) -> frozenset[Place]:
+    def _all(self) -> frozenset[ValuePlace]:
         return frozenset(place for columns in self.places.values() for place in columns.values())
 
     @cached_property
@@ -343,7 +343,7 @@ class ProductMapping:
         return found
 
 
-def _taken(place: Place, events: Mapping[str, Column], count: int) -> Column:
+def _taken(place: ValuePlace, events: Mapping[str, Column], count: int) -> Column:
     if place.constant is not None:
         return [place.constant] * count
     column = events[place.paths[0]]
@@ -372,11 +372,11 @@ def mapping(service: str) -> ProductMapping:
     )
 
 
-def _place(text: str) -> Place:
+def _place(text: str) -> ValuePlace:
     where, _, word = text.rpartition(" : ")
     if where.startswith("'"):
-        return Place((), where.strip("'"), word)
-    return Place(tuple(path.strip() for path in where.split("|")), None, word)
+        return ValuePlace((), where.strip("'"), word)
+    return ValuePlace(tuple(path.strip() for path in where.split("|")), None, word)
 
 
 # Rows of product events on their way into the warehouse, in transactions of a size that does not hold up others.
@@ -387,7 +387,7 @@ LOAD_EVENTS = 50_000
 EVENTS_TABLE = "events_part"
 
 
-class Load(Protocol):
+class LoadRows(Protocol):
     """The warehouse: rows of several tables in one transaction, each event once. Idempotent."""
 
     def __call__(self, chunks: Iterable[Tables], *, past: bool) -> int:
@@ -397,7 +397,7 @@ class Load(Protocol):
         """
 
 
-class Known(Protocol):
+class KnownEvents(Protocol):
     """The warehouse: which events it holds."""
 
     def __call__(self, uuids: Collection[str]) -> int:
@@ -408,15 +408,15 @@ class Events(Protocol):
     """What pulls ask of the warehouse."""
 
     @property
-    def load(self) -> Load:
-        """See `Load`."""
+    def load(self) -> LoadRows:
+        """See `LoadRows`."""
 
     @property
-    def known(self) -> Known:
-        """See `Known`."""
+    def known(self) -> KnownEvents:
+        """See `KnownEvents`."""
 
 
-def lost(known: Known, tables: Tables) -> int:
+def lost(known: KnownEvents, tables: Tables) -> int:
     """How many events of a chunk the warehouse does not hold."""
     rows = tables.get(EVENTS_TABLE)
     if not rows:
@@ -437,8 +437,8 @@ class Loaded:
         return Loaded(self.given + other.given, self.new + other.new)
 
 
-def load_in_turns(load: Load, tables: Iterator[Tables], *, past: bool) -> Loaded:
-    """Load all."""
+def load_in_turns(load: LoadRows, tables: Iterator[Tables], *, past: bool) -> Loaded:
+    """LoadRows all."""
     done = Loaded()
     for first in tables:
         turn = _Turn()

@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, Protocol, cast
 
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, Found, Moment, State, cells_of
+from app.core.gap_map import Cell, CellState, Found, Moment, cells_of
 from app.core.ledger import SetAside
 from app.core.pipeline import Checkpoints, Held, Record
 from app.core.repair import GONE_HINT
@@ -155,8 +155,8 @@ def raw_cells(
     records = checkpoints.records(pipeline, partition, begun[0].start, begun[-1].end)
     lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}
     return [
-        replace(cell, state=State.PARTIAL)
-        if cell.state in (State.EQUAL, State.EMPTY) and cell.window.start in lacking
+        replace(cell, state=CellState.PARTIAL)
+        if cell.state in (CellState.EQUAL, CellState.EMPTY) and cell.window.start in lacking
         else cell
         for cell in cells_of(begun, records, found, at)
     ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.errors import AppError
-from app.ops.health import Answer
+from app.ops.health import ProbeAnswer
 from app.web.auth import SAFE_METHODS, Guard
 from app.web.errors import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
 from app.web.limits import BodyLimits, limited
@@ -50,7 +50,7 @@ class Front:
     """See the module."""
 
     def __init__(
-        self, probes: Mapping[str, Callable[[], Answer]], guard: Guard, limits: BodyLimits, hooks: Hooks
+        self, probes: Mapping[str, Callable[[], ProbeAnswer]], guard: Guard, limits: BodyLimits, hooks: Hooks
     ) -> None:
         self._probes = probes
         self._guard = guard

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServerOptions:
     """Where to listen, and how a stop goes: `ask_stop` must only set flags, `busy` says whether work still runs. At
     `health_port`, None for none, only probes are answered.
     """
@@ -55,7 +55,7 @@ class Serving:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which goes on answering while jobs come to their end."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving, room: Room) -> None:
+    def __init__(self, config: uvicorn.Config, serving: ServerOptions, room: Room) -> None:
         super().__init__(config)
         self._room = room
         self._serving = serving
@@ -131,7 +131,7 @@ class DrainingServer(uvicorn.Server):
         return waited >= self._serving.steps.jobs or (waited >= LINGER_SECONDS and not self._serving.busy())
 
 
-def serve(app: Asgi, serving: Serving) -> None:
+def serve(app: Asgi, serving: ServerOptions) -> None:
     """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on."""
     room = Room(CONNECTIONS, raised_descriptors())
     config = uvicorn.Config(
