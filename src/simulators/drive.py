@@ -113,7 +113,7 @@ class DriveFault:
 
 @dataclass(slots=True)
 class DriveState:
-    """What the simulator is made of. `my_drive` and `shared_drive` are ids of root folders."""
+    """What the simulator is made of. `my_drive` and `shared_drive` are ids of root folders; `full` has no quota left."""
 
     files: Files
     tokens: Tokens
@@ -121,6 +121,7 @@ class DriveState:
     shared_drive: str = "0ADEMO"
     my_drive: str = "root"
     revoked: bool = False
+    full: bool = False
     stale_lists: int = 0
     incomplete_lists: int = 0
     page_files: int = PAGE
@@ -339,6 +340,7 @@ class DriveSimulator(Simulator):
             )
         if service and not folder.drive_id:
             raise DriveRefusal(403, "storageQuotaExceeded", "Service Accounts do not have storage quota.")
+        self._check_quota()
         wanted = {
             "id": body.get("id") or self.state.files.new_id(),
             "name": body.get("name", "Untitled"),
@@ -357,6 +359,8 @@ class DriveSimulator(Simulator):
         held = self._visible(request.parameters, file_id)
         if content is not None and not held.is_binary:
             raise DriveRefusal(403, NOT_BINARY, "Only files with binary content can be changed.")
+        if content is not None:
+            self._check_quota()
         changes: dict[str, Any] = {} if content is None else {"content": content}
         if "appProperties" in body:
             changes["properties"] = {**held.properties, **body["appProperties"]}
@@ -369,6 +373,10 @@ class DriveSimulator(Simulator):
         return _json_answer(
             _selected(self.state.files.change(file_id, **changes), request.parameters.get("fields", ""))
         )
+
+    def _check_quota(self) -> None:
+        if self.state.full:
+            raise DriveRefusal(403, "storageQuotaExceeded", "The user's Drive storage quota has been exceeded.")
 
     def _visible(self, parameters: Mapping[str, str], file_id: str) -> StoredFile:
         """The file, for who may see it and says that shared drives are meant."""
