@@ -113,7 +113,7 @@ class DriveFault:
 
 @dataclass(slots=True)
 class DriveState:
-    """What the simulator is made of. `my_drive` and `shared_drive` are ids of root folders; `full` has no quota left."""
+    """What the simulator is made of. `my_drive` and `shared_drive`: ids of root folders. `full`: no quota is left."""
 
     files: Files
     tokens: Tokens
