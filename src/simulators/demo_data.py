@@ -8,6 +8,7 @@ import heapq
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -152,7 +153,7 @@ def _mixed(*numbers: int) -> int:
     return state
 
 
-class Writer:
+class Writer(ABC):
     """Writes what has come up since, each `interval_seconds` from `start` to `close`.
 
     Invariant: what is being written when it is closed is finished before `close` returns, and nothing follows.
@@ -163,9 +164,9 @@ class Writer:
         self._closing = Event()
         self._thread: Thread | None = None
 
+    @abstractmethod
     def write(self) -> None:
         """Write what has come up since the last time."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Begin, one interval from now, in a thread of its own."""

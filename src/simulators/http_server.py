@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,7 +72,7 @@ Respond = Callable[[Request], Answer]
 TOO_LARGE = Answer(413, {"Content-Type": "text/plain"}, b"request too large")
 
 
-class Simulator:
+class Simulator(ABC):
     """A simulated system behind a loopback port. Use it as a context manager, or `start` and `close` it.
 
     A closed simulator may be started again with what it holds, on the same port; `port` 0 takes a free one. `too_large`
@@ -86,9 +87,9 @@ class Simulator:
         self._server: Server | None = None
         self._thread: Thread | None = None
 
+    @abstractmethod
     def respond(self, request: Request) -> Answer:
         """The answer to any request; called from one thread per connection. Raises CutHere to give none."""
-        raise NotImplementedError
 
     def start(self) -> Self:
         """Listen on the loopback address and serve from threads."""

@@ -2,7 +2,7 @@
 
 Invariants: after the set-up nothing can be changed, loaded, attached or reached but the objects below the prefix and
 the folder of this process; only a single SELECT is run, whose tables are the rows of objects or its own; nothing is
-downloaded, since the one extension comes with a package. This is DuckDB's home: its exceptions end here, see `faults`.
+downloaded, since the one extension comes with a package. This is DuckDB's home: its exceptions end here, see `errors`.
 """
 
 import json

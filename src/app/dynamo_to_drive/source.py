@@ -105,8 +105,8 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
 # DynamoDB as a source: one table, one partition, one hour at a time; with `object_store.s3` the home of boto3.
 #
 # Invariants: every page is followed until there is no LastEvaluatedKey, also an empty page; signing and retries are
-# botocore's, only the items are decoded here; no exception of the SDK leaves this module (`dynamo_errors`); an item
-# that was read is a row of an hour or is handed to the accounts with the reason.
+# botocore's, only the items are decoded here; no exception of the SDK leaves this module; an item that was
+# read is a row of an hour or is handed to the accounts with the reason.
 
 LOOKED_ITEMS = 1000
 SOME_HOUR = window_at(EPOCH, 3600)  # for whom only wants to know what can be read

@@ -24,7 +24,7 @@ from app.core.files import replace_durably, sync_directory, sync_file
 from app.object_store.local_listing import ABSENT, Listing, Names
 from app.object_store.port import BadKey, ListingBatch, ObjectInfo, Put, check_key, in_batches, is_new_form
 
-# Content type and metadata of a file of `local_directory`, which a plain file has no place for.
+# Content type and metadata of an object, which a plain file has no place for.
 #
 # Kept as an extended attribute of the file itself, so that both appear with one rename; where the file system has
 # none, or the note is too long for one, in a file below `folder` named by the key's SHA-256: a name built from the
@@ -128,7 +128,7 @@ def _parsed(note: bytes) -> dict[str, Any] | None:
 #
 #     lock      taken around check and rename
 #     tmp/      objects that are still being written; leftovers of killed processes go with the next `probe`
-#     meta/     content type and metadata of objects that cannot carry them themselves: see `notes`
+#     meta/     content type and metadata of objects that cannot carry them themselves, see above
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
