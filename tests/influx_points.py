@@ -13,7 +13,7 @@ from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import Column, Columns, LayoutFile, Tree, first_tree
 from app.influx_to_s3.reader import Points, Reader
-from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.row_batch import RowBatch, RowSpool
 from app.influx_to_s3.rows import canonical, ordered
 from app.influx_to_s3.set_aside import Disagreement
 from app.influx_to_s3.source import InfluxSource
@@ -106,3 +106,36 @@ def source_of(
         pauses=pauses or Stop(),
         policy=RetryPolicy(attempts=attempts),
     )
+
+
+COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
+
+
+UNKNOWN = {"device_type": "unknown", "location": "unknown"}
+
+
+def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
+    """Canonical rows at nanoseconds after noon."""
+    times = pa.array([NOON_NS + at for at in instants], pa.int64()).cast(TIMES)
+    return pa.table({"timestamp": times, **columns})
+
+
+def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
+    spool = RowSpool("D1", folder, memory_rows, columns)
+    for table in tables:
+        spool.append(table)
+    return spool.finish({}, {})
+
+
+def listed(batch: RowBatch) -> list[dict[str, Any]]:
+    """The rows of a batch; `timestamp` in nanoseconds after noon."""
+    found: list[dict[str, Any]] = []
+    for table in batch.tables():
+        plain = table.set_column(0, "timestamp", table.column(0).cast(pa.int64()))
+        found += [{**row, "timestamp": row["timestamp"] - NOON_NS} for row in plain.to_pylist()]
+    return found
+
+
+def source(folder: Path) -> InfluxSource:
+    """A source whose reader is never asked."""
+    return source_of(None, folder, columns=COLUMNS)  # type: ignore[arg-type]

@@ -437,3 +437,38 @@ class Silent:
 def context(stop: Stop | None = None, *, dry_run: bool = False) -> Context:
     lease = Lease("test", "me", 1, datetime(2100, 1, 1, tzinfo=UTC))
     return Context("run", lease, stop or Stop(), Silent(), dry_run)
+
+
+MINUTE = timedelta(minutes=1)
+
+
+SETTLED = timedelta(seconds=GRACE_SECONDS + 600)
+
+
+def fill_minutes(world: World, minutes: int, devices: tuple[str, ...] = ("a", "b")) -> None:
+    """A point a minute and device from START on."""
+    for minute in range(minutes):
+        for device in devices:
+            world.write(device, START + minute * MINUTE, f"{device}{minute}")
+
+
+class Tripwire:
+    """Kills at the n-th effect, once."""
+
+    def __init__(self, fatal: int) -> None:
+        self.seen = 0
+        self.fatal = fatal
+
+    def __call__(self, point: str) -> None:
+        self.seen += 1
+        if self.seen == self.fatal:
+            raise Killed(point)
+
+
+def closed_world() -> World:
+    """Ten minutes of one device, whose windows are all closed."""
+    world = World()
+    fill_minutes(world, 10, ("a",))
+    world.now = START + 10 * MINUTE + SETTLED
+    Process(world).run_until_done()
+    return world

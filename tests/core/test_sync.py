@@ -9,24 +9,26 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
-from app.core.ledger import SetAside, Tally, fault_of
+from app.core.ledger import Tally
 from app.core.pipeline import Record
 from app.core.repair import fill, heal_window
-from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
+from app.core.runs import Stop
 from app.core.shrink import Shrink
 from app.core.windows import Window
-from memory import MemoryLeases, MemoryRuns
-from world import FIRST_AT, GRACE_SECONDS, START, VALUE, Killed, Process, Silent, World, context
-
-MINUTE = timedelta(minutes=1)
-SETTLED = timedelta(seconds=GRACE_SECONDS + 600)
-
-
-def fill_minutes(world: World, minutes: int, devices: tuple[str, ...] = ("a", "b")) -> None:
-    """A point a minute and device from START on."""
-    for minute in range(minutes):
-        for device in devices:
-            world.write(device, START + minute * MINUTE, f"{device}{minute}")
+from world import (
+    FIRST_AT,
+    MINUTE,
+    SETTLED,
+    START,
+    VALUE,
+    Killed,
+    Process,
+    Tripwire,
+    World,
+    closed_world,
+    context,
+    fill_minutes,
+)
 
 
 def play(world: World, hook: Callable[[str], None] = lambda _: None, *, keeps: bool = False) -> None:
@@ -44,19 +46,6 @@ def play(world: World, hook: Callable[[str], None] = lambda _: None, *, keeps: b
             process = Process(world, hook, keeps=keeps)
     world.now += SETTLED
     Process(world).run_until_done()
-
-
-class Tripwire:
-    """Kills at the n-th effect, once."""
-
-    def __init__(self, fatal: int) -> None:
-        self.seen = 0
-        self.fatal = fatal
-
-    def __call__(self, point: str) -> None:
-        self.seen += 1
-        if self.seen == self.fatal:
-            raise Killed(point)
 
 
 def undisturbed() -> World:
@@ -110,11 +99,8 @@ def test_a_late_point_lands_in_its_own_window_once() -> None:
 
 
 def test_what_comes_after_the_closing_goes_into_the_object_of_its_window() -> None:
-    world = World()
-    fill_minutes(world, 10, ("a",))
-    world.now = START + 10 * MINUTE + SETTLED
+    world = closed_world()
     process = Process(world)
-    process.run_until_done()
     keys = set(world.objects)
     world.write("a", START + 90 * timedelta(seconds=1), "very late")
     puts = len(world.puts)
@@ -185,10 +171,7 @@ def test_who_read_a_version_before_the_window_was_closed_cannot_write_over_it() 
 
 def test_deltas_of_an_older_version_are_folded_into_their_object_and_go_wherever_it_dies() -> None:
     for fatal in range(1, 9):
-        world = World()
-        fill_minutes(world, 10, ("a",))
-        world.now = START + 10 * MINUTE + SETTLED
-        Process(world).run_until_done()
+        world = closed_world()
         span = Window(START, START + 10 * MINUTE)
         for part, second in enumerate((30, 90), 1):
             world.old_delta("a", span, part, {START + timedelta(seconds=second): f"late{second}"})
@@ -239,11 +222,8 @@ def run_again(world: World, record: Record | None) -> None:
 
 
 def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
-    world = World()
-    fill_minutes(world, 10, ("a",))
-    world.now = START + 10 * MINUTE + SETTLED
+    world = closed_world()
     process = Process(world)
-    process.run_until_done()
     world.objects = {key: (f"copy {held[0]}", held[1], held[2]) for key, held in world.objects.items()}
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
@@ -253,10 +233,7 @@ def test_late_rows_are_found_also_when_the_bucket_was_copied() -> None:
 
 def test_late_rows_survive_a_kill_at_any_effect() -> None:
     for fatal in range(1, 12):
-        world = World()
-        fill_minutes(world, 10, ("a",))
-        world.now = START + 10 * MINUTE + SETTLED
-        Process(world).run_until_done()
+        world = closed_world()
         span = Window(START, START + 10 * MINUTE)
         for second in (30, 90):
             world.write("a", START + timedelta(seconds=second), f"late{second}")
@@ -334,11 +311,8 @@ def test_lost_checkpoints_do_not_double_rows_of_delta_objects() -> None:
 
 
 def test_a_state_that_is_older_than_the_bucket_doubles_no_late_row() -> None:
-    world = World()
-    fill_minutes(world, 10, ("a",))
-    world.now = START + 10 * MINUTE + SETTLED
+    world = closed_world()
     process = Process(world)
-    process.run_until_done()
     backup = dict(world.cursors), dict(world.records)
     world.write("a", START + timedelta(seconds=90), "very late")
     span = Window(START, START + 10 * MINUTE)
@@ -507,110 +481,3 @@ def test_two_processes_at_once_without_any_lease_lose_and_double_nothing(seed: i
     Process(world).run_until_done()
     assert world.exported() == world.produced(world.now)
     assert not world.shrunk
-
-
-def executed(process: Process) -> Run:
-    """A run of the job as it is recorded."""
-    desk = RunDesk(lambda: process.world.now, MemoryLeases(), MemoryRuns(), LeaseTerms("test"), lambda *_: None)
-    run = execute(Job("test", 60, lambda _: process.run()), desk, Stop(), Silent())
-    assert run is not None
-    return run
-
-
-def test_a_value_that_is_lost_between_reading_and_writing_leaves_a_gap_and_the_run_is_partial() -> None:
-    world = World()
-    fill_minutes(world, 10)
-    world.now = START + 10 * MINUTE
-    run = executed(Process(world, loses="a3"))
-    assert run.report.ledger.fields == {VALUE: Tally(counted=20, read=20, new=19)}
-    assert run.report.ledger.partitions == {"a": Tally(counted=10, read=10, new=9)}
-    assert (run.outcome, run.error.partition(":")[0]) == (Outcome.PARTIAL, "1 values of value are not accounted for")
-
-
-def test_what_a_window_gains_is_new_and_what_it_had_is_there_already() -> None:
-    world = World()
-    fill_minutes(world, 5, ("a",))
-    world.now = START + 5 * MINUTE
-    process = Process(world)
-    assert process.run().ledger.fields == {VALUE: Tally(counted=5, read=5, new=5)}
-    assert process.run().ledger.fields == {VALUE: Tally(counted=5, already_there=5)}
-    world.write("a", START + 30 * timedelta(seconds=1), "late")
-    assert process.run().ledger.fields == {VALUE: Tally(counted=6, read=6, new=1, already_there=5)}
-
-
-def test_what_a_step_does_not_reach_is_waiting() -> None:
-    world = World(cursors={"a": START})
-    fill_minutes(world, 80, ("a",))
-    world.now = START + 80 * MINUTE
-    report = Process(world).run()
-    assert report.more
-    assert report.ledger.fields == {VALUE: Tally(counted=80, read=40, new=40, waiting=40)}
-
-
-@pytest.mark.parametrize("error", [Transient("away"), Rejected("bad id", "rename it"), Permanent("no right")])
-def test_the_values_of_a_partition_that_fails_are_waiting(error: Exception) -> None:
-    world = World()
-    fill_minutes(world, 10, ("a", "b"))
-    world.now = START + 10 * MINUTE
-    ledger = Process(world, broken={"b": error}).run().ledger
-    assert ledger.fields == {VALUE: Tally(counted=20, read=10, new=10, waiting=10)}
-    assert ledger.partitions == {"b": Tally(counted=10, waiting=10)}
-
-
-def test_late_rows_of_closed_windows_are_new_and_the_others_there_already() -> None:
-    world = World()
-    fill_minutes(world, 10, ("a",))
-    world.now = START + 10 * MINUTE + SETTLED
-    process = Process(world)
-    process.run_until_done()
-    world.write("a", START + timedelta(seconds=90), "very late")
-    span = Window(START, START + 10 * MINUTE)
-    fields = fill(process.pipeline(), context(), "a", span, world.now).ledger.fields
-    assert fields == {VALUE: Tally(counted=11, read=11, new=1, already_there=10)}
-    fields = fill(process.pipeline(), context(), "a", span, world.now).ledger.fields
-    assert fields == {VALUE: Tally(counted=11, already_there=11)}
-
-
-@pytest.mark.parametrize(("new", "outcome"), [(2, Outcome.PARTIAL), (0, Outcome.OK)])
-def test_what_is_newly_set_aside_makes_a_run_partial_and_what_was_before_does_not(new: int, outcome: Outcome) -> None:
-    world = World()
-    fill_minutes(world, 10, ("a",))
-    world.now = START + 10 * MINUTE
-    run = executed(Process(world, aside=[SetAside("another value", 2, new, "v=1")]))
-    assert run.outcome is outcome
-    assert list(run.report.ledger.set_aside) == [SetAside("another value", 2, new, "v=1")]
-
-
-def test_every_run_accounts_for_every_value_also_when_the_process_before_it_died() -> None:
-    for fatal in range(1, 40, 3):
-        world, process = World(), None
-        for step in range(10):
-            world.now = START + step * 13 * MINUTE
-            for minute in range(15):
-                world.write("a", world.now - minute * MINUTE, f"{step}.{minute}")
-            try:
-                process = process or Process(world, Tripwire(fatal), keeps=True)
-                report = process.run()
-            except Killed:
-                process = Process(world, keeps=True)
-                report = process.run()
-            assert fault_of(report.ledger) is None
-            assert report.ledger.total.counted >= 10
-
-
-def test_rows_that_only_the_object_still_has_do_not_count_as_rows_of_the_source() -> None:
-    world = World()
-    fill_minutes(world, 5, ("a",))
-    world.now = START + 5 * MINUTE
-    process = Process(world)
-    process.run()
-    del world.rows["a"][START]
-    world.write("a", START + timedelta(seconds=30), "new")
-    world.write("a", START + timedelta(seconds=40), "newer")
-    ledger = process.run().ledger
-    assert len(world.exported()) == 7
-    assert ledger.fields == {VALUE: Tally(counted=6, read=6, new=2, already_there=4)}
-    world.now += SETTLED
-    ledger = process.run_until_done().ledger
-    assert ledger.gap == 0
-    assert ledger.total.new == 0

@@ -1,9 +1,8 @@
-"""Rows in canonical form and the spool that digests them: identity, union and missing, spilling."""
+"""Rows in canonical form and the spool that digests them: identity and spilling."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -16,33 +15,26 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.core.ledger import Tally
-from app.core.pipeline import Count, Sums
-from app.core.windows import Window
-from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column, Columns
+from app.core.pipeline import Sums
+from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
+from app.influx_to_s3.row_batch import BLOCK_ROWS, RowSpool
 from app.influx_to_s3.rows import as_now_typed, canonical, of_object, ordered
 from app.influx_to_s3.set_aside import Disagreement
-from app.influx_to_s3.source import InfluxSource, before, bucket_seconds, first_change, slices
-from app.influx_to_s3.unions import Comparison, identities_of, united, whole_instants
 from app.object_store.table_sink import CSV_ROWS, LOST_TAGS
-from influx_points import NOON, NOON_NS, TIMES, columns_of, in_order, points, rows_in, source_of
-
-COLUMNS = columns_of()  # nothing is added: the rows of most tests are in canonical form already
-UNKNOWN = {"device_type": "unknown", "location": "unknown"}
-
-
-def rows(*instants: int, **columns: Sequence[Any]) -> pa.Table:
-    """Canonical rows at nanoseconds after noon."""
-    times = pa.array([NOON_NS + at for at in instants], pa.int64()).cast(TIMES)
-    return pa.table({"timestamp": times, **columns})
-
-
-def spooled(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0, columns: Columns = COLUMNS) -> RowBatch:
-    spool = RowSpool("D1", folder, memory_rows, columns)
-    for table in tables:
-        spool.append(table)
-    return spool.finish({}, {})
+from influx_points import (
+    COLUMNS,
+    NOON,
+    NOON_NS,
+    UNKNOWN,
+    columns_of,
+    in_order,
+    listed,
+    points,
+    rows,
+    rows_in,
+    spooled,
+)
 
 
 def digest_of(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) -> str:
@@ -53,20 +45,6 @@ def digest_of(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) ->
 def read(tables: Sequence[pa.Table], folder: Path, memory_rows: int = 0) -> list[dict[str, Any]]:
     with closing(spooled(tables, folder, memory_rows)) as batch:
         return listed(batch)
-
-
-def listed(batch: RowBatch) -> list[dict[str, Any]]:
-    """The rows of a batch; `timestamp` in nanoseconds after noon."""
-    found: list[dict[str, Any]] = []
-    for table in batch.tables():
-        plain = table.set_column(0, "timestamp", table.column(0).cast(pa.int64()))
-        found += [{**row, "timestamp": row["timestamp"] - NOON_NS} for row in plain.to_pylist()]
-    return found
-
-
-def source(folder: Path) -> InfluxSource:
-    """A source whose reader is never asked."""
-    return source_of(None, folder, columns=COLUMNS)  # type: ignore[arg-type]
 
 
 def test_measured_fields_are_floats_and_what_is_no_number_stands_beside_them_as_text() -> None:
@@ -395,50 +373,6 @@ def test_the_digest_does_not_depend_on_the_cutting(
 TABLE = many_rows(BLOCK_ROWS + 5000)
 
 
-CELL = st.none() | st.integers(-3, 3)
-MODEL = st.dictionaries(st.integers(0, 30), CELL)
-
-
-def tabled(model: Mapping[int, int | None], sizes: Sequence[int]) -> list[pa.Table]:
-    """The model as ordered tables of these sizes, then one with the rest."""
-    instants = sorted(model)
-    tables, at = [], 0
-    for size in (*sizes, len(instants)):
-        part = instants[at : at + size]
-        tags = {tag: pa.array(["unknown"] * len(part), pa.string()) for tag in UNKNOWN}
-        tables.append(rows(*part, **tags, v=pa.array([model[n] for n in part], pa.int64())))
-        at += size
-    return tables
-
-
-@given(MODEL, MODEL, st.lists(st.integers(0, 5), max_size=6), st.lists(st.integers(0, 5), max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_a_union_is_that_of_dictionaries_and_tells_what_is_new_and_what_was_corrected(
-    tmp_path_factory: pytest.TempPathFactory,
-    new: dict[int, int | None],
-    held: dict[int, int | None],
-    new_sizes: list[int],
-    held_sizes: list[int],
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    influx = source(folder)
-    batch = spooled([table for table in tabled(new, new_sizes) if table.num_rows], folder)
-    read = sum(value is not None for value in new.values())
-    batch = replace(batch, accounts={"v": Tally(counted=read, read=read, new=read)})
-    union = influx.union(batch, [tabled(held, held_sizes)])
-    assert {row["timestamp"]: row.get("v") for row in listed(union)} == {**held, **new}
-    assert (union.rows, union.new_rows) == (len({*held, *new}), len({*new} - {*held}))
-    before = {at: held.get(at) for at, value in new.items() if value is not None}
-    assert union.accounts["v"] == Tally(
-        counted=read,
-        read=read,
-        new=sum(value is None for value in before.values()),
-        already_there=sum(value == new[at] for at, value in before.items()),
-        corrected=sum(value not in (None, new[at]) for at, value in before.items()),
-    )
-    assert union.digest == spooled(tabled({**held, **new}, []), folder).digest
-
-
 def test_rows_read_back_from_an_object_lose_what_was_computed_and_keep_renamed_fields(tmp_path: Path) -> None:
     columns = columns_of()
     given = points(0, tags={"location": "L", "phase": "L1", "hour": "late"}, hour=[9], voltage=[1.5], count=["x"])
@@ -504,141 +438,6 @@ def test_an_object_of_an_older_version_is_compared_in_the_types_that_its_columns
     ]  # fmt: skip
     newer = older.replace_schema_metadata(None)
     assert as_now_typed(newer, columns) is newer
-
-
-def test_a_union_of_nothing_is_nothing() -> None:
-    assert list(united([], [], COLUMNS, Comparison(COLUMNS))) == []
-
-
-def test_a_union_tells_rows_apart_by_all_tags_also_where_one_side_lacks_a_column() -> None:
-    columns = columns_of()
-    new = [in_order([points(0, 5, tags={"phase": "L1"}, voltage=[1.0, 1.0]), points(0, voltage=[2.0])], columns)[0]]
-    held = [in_order([points(0, 3, voltage=[3.0, 3.0])], columns)[0]]
-    comparison = Comparison(columns)
-    found = [
-        (row["timestamp"], row.get("phase"), row["voltage"]) for row in rows_in(united(new, held, columns, comparison))
-    ]
-    assert found == [(0, None, 2.0), (0, "L1", 1.0), (3, None, 3.0), (5, "L1", 1.0)]
-    assert (comparison.new_rows, comparison.new, comparison.corrected) == (2, {"voltage": 2}, {"voltage": 1})
-
-
-def test_a_row_that_lost_its_further_tags_stands_for_all_with_its_instant_and_documented_tags() -> None:
-    columns = columns_of()
-    phases = [points(0, 5, tags={"phase": phase}, voltage=[1.0, 1.0]) for phase in ("L1", "L2")]
-    elsewhere = points(0, tags={"location": "x", "phase": "L1"}, voltage=[1.0])
-    new = [in_order([*phases, elsewhere], columns)[0]]
-    held = [in_order([points(0, 3, voltage=[3.0, 3.0]), points(0, tags={"phase": "L3"}, voltage=[4.0])], columns)[0]]
-    comparison = Comparison(columns)
-    comparison.lost_tags = True
-    found = rows_in(united(new, held, columns, comparison))
-    told = [(row["timestamp"], row["location"], row.get("phase"), row["voltage"]) for row in found]
-    assert told == [
-        (0, "unknown", "L1", 1.0), (0, "unknown", "L2", 1.0), (0, "unknown", "L3", 4.0), (0, "x", "L1", 1.0),
-        (3, "unknown", None, 3.0), (5, "unknown", "L1", 1.0), (5, "unknown", "L2", 1.0),
-    ]  # fmt: skip
-    assert (comparison.new_rows, comparison.new, comparison.corrected) == (3, {"voltage": 3}, {"voltage": 2})
-
-
-@given(st.lists(st.integers(0, 6), max_size=25), st.lists(st.integers(0, 5), max_size=12))
-@settings(max_examples=60, deadline=None)
-def test_no_instant_is_in_two_tables_however_the_rows_were_cut(instants: list[int], sizes: list[int]) -> None:
-    table = rows(*sorted(instants), n=pa.array(range(len(instants)), pa.int64()))
-    pieces, at = [], 0
-    for size in sizes:
-        pieces.append(table.slice(at, size))
-        at += size
-    whole = list(whole_instants([*pieces, table.slice(at)]))
-    seen = [{row["timestamp"] for row in rows_in([one])} for one in whole]
-    assert all(one for one in seen)
-    assert len(set().union(*seen)) == sum(map(len, seen))
-    assert rows_in(whole) == rows_in([table])
-
-
-def phases(first: int, last: int, columns: Columns, *, value: float = 1.0, names: str = "123") -> list[pa.Table]:
-    """Three rows for each instant, so that blocks of the spool end between rows of one instant."""
-    instants = range(first, last)
-    blocks = [points(*instants, tags={"phase": f"L{name}"}, voltage=[value] * len(instants)) for name in names]
-    return [in_order(blocks, columns)[0]]
-
-
-def test_rows_of_one_instant_that_stand_in_two_blocks_are_united_like_others(tmp_path: Path) -> None:
-    columns = columns_of()
-    number = BLOCK_ROWS // 2
-    influx = source_of(None, tmp_path, columns=columns)  # type: ignore[arg-type]
-    batch = influx.spooled("D1", phases(0, number, columns))
-    blocks = list(batch.tables())
-    assert blocks[0].column("timestamp")[-1] == blocks[1].column("timestamp")[0]
-    # The other side lacks one phase, and its tables end elsewhere between rows of one instant.
-    held = phases(0, number + 5, columns, value=2.0, names="23")[0]
-    cut = [held.slice(0, 4001), held.slice(4001, 9000), held.slice(13_001)]
-    read = Tally(counted=3 * number, read=3 * number, new=3 * number)
-    batch = replace(batch, accounts={"voltage": read})
-    with closing(batch), closing(influx.union(batch, [cut])) as union:
-        assert union.accounts == {"voltage": replace(read, new=number, corrected=2 * number)}
-        assert union.new_rows == number
-        found = rows_in(union.tables())
-        with closing(influx.spooled("D1", blocks)) as again:
-            assert (again.rows, again.digest) == (batch.rows, batch.digest)
-    assert len(found) == 3 * number + 2 * 5
-    assert {(row["timestamp"], row["phase"]) for row in found} == {
-        *((at, f"L{name}") for at in range(number) for name in "123"),
-        *((at, f"L{name}") for at in range(number, number + 5) for name in "23"),
-    }
-    assert {row["voltage"] for row in found if row["timestamp"] < number} == {1.0}
-
-
-def test_no_two_tag_sets_share_an_identity() -> None:
-    columns = columns_of()
-    sets: list[dict[str, str | None]] = [
-        {}, {"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}, {"a": "b"}, {"b": "a"}, {"a": "xb"}, {"a": ""},
-        {"location": "x"}, {"device_type": "x"},
-    ]  # fmt: skip
-    tables = [canonical(points(0, 1, tags=tags, v=[1, 1]), columns) for tags in sets]
-    found = [identity for table in tables for identity in identities_of(table, columns.tags).tolist()]
-    assert len(set(found)) == len(found) == 2 * len(sets)
-
-
-WINDOW = Window(NOON, NOON + timedelta(hours=1))
-
-
-@pytest.mark.parametrize("seconds", [1, 7 * 60, 900, 3600, 86_400])
-def test_buckets_divide_the_window_and_are_few(seconds: int) -> None:
-    every = bucket_seconds(Window(NOON, NOON + timedelta(seconds=seconds)))
-    assert seconds % every == 0
-    assert seconds // every <= 30 or every == 1
-
-
-def test_reading_begins_one_bucket_before_the_first_that_changed() -> None:
-    buckets = [NOON + timedelta(minutes=2 * n) for n in range(30)]
-    old = dict.fromkeys(buckets[:20], 5)
-    assert first_change(old, {**old, buckets[20]: 3}, WINDOW, 120) == buckets[19]
-    assert first_change(old, {**old, buckets[4]: 6, buckets[20]: 3}, WINDOW, 120) == buckets[3]
-    assert first_change(old, {**old, buckets[0]: 6}, WINDOW, 120) == NOON
-    gone = {at: n for at, n in old.items() if at != buckets[7]}
-    assert first_change(old, gone, WINDOW, 120) == buckets[6]
-    assert first_change(old, old, WINDOW, 120) == WINDOW.end
-
-
-@given(st.dictionaries(st.integers(0, 29), st.integers(1, 400)), st.integers(1, 500), st.integers(0, 29))
-@settings(max_examples=100, deadline=None)
-def test_slices_cover_the_span_without_gaps_and_stay_near_the_batch_size(
-    numbers: dict[int, int], batch_rows: int, first: int
-) -> None:
-    counts = {NOON + timedelta(minutes=2 * n): Count(2 * many, many, {"v": many}) for n, many in numbers.items()}
-    span = Window(NOON + timedelta(minutes=2 * first), WINDOW.end)
-    parts = list(slices(span, 120, counts, batch_rows))
-    assert [part.start for part, _ in parts] == [span.start, *(part.end for part, _ in parts[:-1])]
-    assert parts[-1][0].end == span.end
-    assert sum(count.points for _, count in parts) == sum(many for n, many in numbers.items() if n >= first)
-    assert sum(count.cells for _, count in parts) == 2 * sum(many for n, many in numbers.items() if n >= first)
-    assert sum(count.fields.get("v", 0) for _, count in parts) == sum(count.points for _, count in parts)
-    biggest = max(numbers.values(), default=0)
-    assert all(count.points <= max(batch_rows, biggest) for _, count in parts)
-
-
-def test_before_takes_only_older_rows() -> None:
-    table = rows(1, 2, 3, a=[1, 2, 3])
-    assert before(table, NOON_NS + 2).column("a").to_pylist() == [1]
 
 
 def test_an_instant_with_nanoseconds_is_cut_to_microseconds_for_the_record(tmp_path: Path) -> None:

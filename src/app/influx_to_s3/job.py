@@ -326,11 +326,11 @@ def _reconcile(parts: ExportParts, context: Context) -> Report:
     days, first_start_at = timedelta(days=parts.settings.export.reconcile_days), opened.tree.first_start_at
     since = max(opened.now - days, first_start_at)
     by_content = Window(since, since + CONTENT_SPAN)
-    cursors = parts.checkpoints.cursors(NAME)
-    devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(since)}))
+    # A device without a cursor is new: the job closes its windows from the first start on.
+    cursors = {device: at for device, at in parts.checkpoints.cursors(NAME).items() if is_nameable(device)}
 
     def one(device: str, done: Done) -> None:
-        until = min(opened.now, cursors.get(device, opened.now))
+        until = min(opened.now, cursors[device])
         if until > since:
             report = reconcile(
                 opened.pipeline,
@@ -344,7 +344,8 @@ def _reconcile(parts: ExportParts, context: Context) -> Report:
             )
             done(report)
 
-    report = isolated(opened.pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))
+    how = replace(_pass(parts, opened), backoff=Backoff())
+    report = isolated(opened.pipeline, context, sorted(cursors), one, how=how)
     troubles = parts.checkpoints.troubles().get(NAME, {})
     return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
 
