@@ -16,10 +16,10 @@ from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.ops.alerts import Alerts, Watched, rules_of
-from app.ops.commands import of_database, of_objects, of_undeleted
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
+from app.ops.permission_checks import of_database, of_objects, of_undeleted
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
 from app.web.app import Front, Hooks

@@ -21,8 +21,8 @@ from app.core.runs import Job, Outcome, Run, Stop, Total
 # Calling addresses outside: one call without surprises, and the thread that calls heartbeats.
 #
 # Invariants: a redirect is never followed, an error names no more than the host, no answer is read beyond its head;
-# a heartbeat that cannot be delivered holds up nothing but other heartbeats, and those for no longer than one time-
-# out.
+# a heartbeat that cannot be delivered holds up nothing but other heartbeats, and those for no longer than one
+# time-out.
 
 SEND_SECONDS = 10.0
 BEAT_SECONDS = 4.0

@@ -1,0 +1,100 @@
+"""What the configured credentials may really do: each right is tried, for `python -m app check`.
+
+Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from app.core.errors import AppError, Permanent
+from app.db.database import Database
+from app.ops.health import Check
+
+if TYPE_CHECKING:
+    from app.object_store.port import ObjectStore
+
+NAMED = 5
+ABSENT = "headwater-check-of-rights"
+ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
+POSTGRES = """
+SELECT current_setting('server_version') AS version, current_user AS name, current_schema() AS place,
+    current_setting('server_encoding') AS encoding,
+    has_schema_privilege(current_schema(), 'CREATE') AS creates
+"""
+log = logging.getLogger(__name__)
+
+Attempt = tuple[str, Callable[[], object]]
+
+
+def tried(attempts: Sequence[Attempt]) -> str:
+    """What may be done, when all attempts succeed. Raises Permanent that names those that fail and why."""
+    may, refused = [], list[tuple[str, AppError]]()
+    for name, attempt in attempts:
+        try:
+            attempt()
+            may.append(name)
+        except AppError as error:
+            refused.append((name, error))
+    if refused:
+        names = ", ".join(name for name, _ in refused)
+        _, first = refused[0]
+        has = f"may {', '.join(may)}; " if may else ""
+        raise Permanent(f"{has}may not {names}: {first.message}", first.hint)
+    return f"may {', '.join(may)}"
+
+
+def of_objects(store: "ObjectStore", prefix: str) -> Check:
+    """Listing below the prefix, reading, and writing with a condition, which the store's own probe does."""
+
+    def check() -> str:
+        said = tried(
+            [
+                ("list", lambda: next(iter(store.list(f"{prefix}/" if prefix else "")), None)),
+                ("read", lambda: store.head(f"{prefix}/{ABSENT}" if prefix else ABSENT)),
+                ("write", store.probe),
+            ]
+        )
+        holds = "conditions hold" if store.conditional else "conditions do NOT hold: run one replica only"
+        return f"{said}; {holds}"
+
+    return check
+
+
+def of_undeleted(undeleted: Callable[[], Mapping[str, str]], store: "ObjectStore") -> Check:
+    """Which of the objects are still there that could not be deleted, and why; "" for none."""
+
+    def check() -> str:
+        there = {key: error for key, error in undeleted().items() if store.head(key) is not None}
+        if not there:
+            return ""
+        names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
+        return (
+            f"deltas of an older version cannot be deleted: {names} ({next(iter(there.values()))}): allow"
+            " s3:DeleteObject, or end their Object Lock; until then other readers see their rows twice"
+        )
+
+    return check
+
+
+def of_database(database: Database) -> Check:
+    """Who is signed in where, and whether tables may be made there; a write transaction is begun and ended.
+
+    Raises Permanent for an encoding that holds only some characters: the service works there, and refuses the others.
+    """
+
+    def check() -> str:
+        with database.transaction() as session:
+            if database.dialect == "sqlite":
+                version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
+                return f"SQLite {version}: may read and write"
+            found = session.rows(POSTGRES)[0]
+        if found["encoding"] != "UTF8":
+            raise Permanent(
+                f"{database.place}: its encoding {found['encoding']} holds only some characters; others are refused",
+                ENCODING_HINT,
+            )
+        creates = "may read, write and make tables" if found["creates"] else "may read and write, not make tables"
+        return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
+
+    return check
