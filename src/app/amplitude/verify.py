@@ -21,9 +21,10 @@ from app.amplitude.load_hour import hour_key
 from app.core.errors import Transient
 from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo
+from app.object_store.row_digest import content_of
 from app.product_events.mapping import KnownEvents, lost
 from app.product_events.pull import PartitionRun, PullContext
 from app.product_events.raw_objects import mending, raw_cells, was_had

@@ -19,9 +19,10 @@ from app.appmetrica.hours import EVENTS, ResourceRun, hour_key, partition_of
 from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, by_hour, tables
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Content, Slot
 from app.core.windows import Window, windows_between
 from app.object_store.port import ObjectInfo
+from app.object_store.row_digest import content_of
 from app.product_events.mapping import KnownEvents, lost
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext
 from app.product_events.raw_objects import folder_of, mending

@@ -18,10 +18,11 @@ from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report
 from app.core.shrink import Shrink
 from app.core.sync import settle
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Content, Slot
 from app.core.windows import DAY_SECONDS, Window, window_at
 from app.dynamo_to_drive.drive_sink import HourBytes
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_of, read_file
+from app.object_store.row_digest import content_of
 
 HourPipeline = Pipeline[HourFile, HourBytes]
 

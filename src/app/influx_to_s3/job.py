@@ -155,7 +155,7 @@ def build(
     def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
+        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, parts.clock)
 
     return InfluxExport(
         jobs,

@@ -75,6 +75,19 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
+class Cells:
+    """Raw values as columns of one length, in any order: each is the value of one field at one instant.
+
+    `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
+    """
+
+    times: "pa.Array | pa.ChunkedArray"
+    tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
+    fields: "pa.Array | pa.ChunkedArray"
+    values: "pa.Array | pa.ChunkedArray"
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
     """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
 
@@ -133,6 +146,11 @@ class Reader(Protocol):
         """The points whose text `field` is "", with that field alone, where `rows` gives null for them.
 
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
+        """
+
+    def cells(self, device: str, span: Window) -> "Iterator[Cells]":
+        """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
+        there. For verification: it shares no more with `rows` than the connection and the parser.
         """
 
     def outside(self, span: Window) -> Iterable[Counted]:

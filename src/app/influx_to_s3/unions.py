@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from app.core.shrink import EXAMPLES, LATEST, Shrink
 from app.influx_to_s3.layout import TAGS, TIMESTAMP, UNKNOWN, Columns
 from app.influx_to_s3.rows import instants_of, nanoseconds_of, ordered
-from app.object_store.row_digest import mixed, seed_of, text_bits
+from app.object_store.row_digest import row_lanes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,15 +179,8 @@ def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
 
     A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
     """
-    import numpy as np
-
-    total = np.zeros(table.num_rows, np.uint64)
-    for name in sorted(set(tags) & set(table.column_names)):
-        column = table.column(name).combine_chunks()
-        bits, _ = text_bits(column)
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        total += np.where(valid, mixed(bits ^ seed_of(b"identity", name)), np.uint64(0))
-    return mixed(instants_of(table).view(np.uint64)) ^ mixed(total)
+    names = set(tags) & set(table.column_names)
+    return row_lanes((name, table.column(name)) for name in (TIMESTAMP, *names))[0]
 
 
 class _Ahead:
