@@ -496,3 +496,30 @@ def type_of(kinds: Iterable[str]) -> str:
     if INTEGER in kinds:
         return INTEGER
     return kinds[0]
+
+
+def kind_of(arrow_type: Any) -> str:
+    """The type of a column, as the layout names it, for values of an Arrow type."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(arrow_type):
+        return DOUBLE
+    if pa.types.is_boolean(arrow_type):
+        return BOOLEAN
+    if pa.types.is_unsigned_integer(arrow_type):
+        return INTEGER
+    return INTEGER if pa.types.is_integer(arrow_type) else TEXT
+
+
+def arrow_type(kind: str) -> Any:
+    """The Arrow type of a type that the layout names."""
+    import pyarrow as pa
+
+    types = {
+        DOUBLE: pa.float64(),
+        INTEGER: pa.int64(),
+        UNSIGNED: pa.uint64(),
+        BOOLEAN: pa.bool_(),
+        TEXT: pa.string(),
+    }
+    return types[kind]

@@ -31,8 +31,8 @@ from app.influx_to_s3.layout import (
     Column,
     Tree,
     first_tree,
+    kind_of,
 )
-from app.influx_to_s3.rows import kind_of
 
 if TYPE_CHECKING:
     from app.object_store.port import ObjectInfo, ObjectStore

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 
 from app.config.settings import Settings
 from app.core.errors import Permanent, Rejected
@@ -18,13 +19,14 @@ from app.core.pipeline import Commit, Count, Pipeline, Position
 from app.core.runs import Context, Report
 from app.core.sync import waiting
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
-from app.influx_to_s3.reader import Counted, Inventory, Points
-from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.reader import Counted, Inventory, Points, totals
 from app.influx_to_s3.set_aside import CLOCK_NOT_SET, NO_DEVICE_TAG, REFUSED_ID, Aside, values_in
-from app.influx_to_s3.source import InfluxSource, totals
 from app.object_store.table_sink import EncodedFile, check_device
 
-ExportPipeline = Pipeline[RowBatch, EncodedFile]
+if TYPE_CHECKING:
+    from app.influx_to_s3.source import InfluxSource
+
+ExportPipeline: TypeAlias = "Pipeline[RowBatch, EncodedFile]"
 Known = dict[tuple[str, datetime], int]
 
 OLDEST_AT = datetime(1678, 1, 1, tzinfo=UTC)  # InfluxDB's instants are int64 nanoseconds
@@ -44,7 +46,9 @@ def is_nameable(device: str) -> bool:
     return True
 
 
-def absent_devices(source: InfluxSource, settings: Settings, first_start_at: datetime) -> Mapping[str, tuple[str, str]]:
+def absent_devices(
+    source: "InfluxSource", settings: Settings, first_start_at: datetime
+) -> Mapping[str, tuple[str, str]]:
     """Configured devices without any point, each with message and hint."""
     absent = source.absent(first_start_at) if settings.export.device_ids else ()
     if not absent:
@@ -57,7 +61,7 @@ def absent_devices(source: InfluxSource, settings: Settings, first_start_at: dat
     return dict.fromkeys(absent, (message, f"correct DEVICE_IDS; devices are: {there}"))
 
 
-def refuse_wrong_settings(source: InfluxSource, settings: Settings, first_start_at: datetime) -> None:
+def refuse_wrong_settings(source: "InfluxSource", settings: Settings, first_start_at: datetime) -> None:
     """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
     does not exist while others do; an empty source, or one without points in the span asked, is no fault.
     """
@@ -108,7 +112,7 @@ class RefusedPartition:
     def sync(
         self,
         pipeline: ExportPipeline,
-        source: InfluxSource,
+        source: "InfluxSource",
         context: Context,
         at: Position,
         live: Mapping[datetime, Count],
@@ -131,7 +135,7 @@ class RefusedPartition:
     def _set_aside(
         self,
         pipeline: ExportPipeline,
-        source: InfluxSource,
+        source: "InfluxSource",
         context: Context,
         *,
         device: str,
@@ -153,7 +157,7 @@ class RefusedPartition:
         )
 
 
-def _points(source: InfluxSource, device: str, window: Window, count: Count) -> Iterator[Points]:
+def _points(source: "InfluxSource", device: str, window: Window, count: Count) -> Iterator[Points]:
     """All points of a window; texts that are empty, which Flux's answer shows as absent, as points of their own."""
     read: Counter[str] = Counter()
     for block in source.reader.rows(device, window):
@@ -176,7 +180,7 @@ class OutsidePoints:
         self._aside = aside
         self._known = known
 
-    def account(self, pipeline: ExportPipeline, source: InfluxSource, context: Context, now: datetime) -> Report:
+    def account(self, pipeline: ExportPipeline, source: "InfluxSource", context: Context, now: datetime) -> Report:
         """The future waits for its windows; what is from before CLOCKS_SET_AT is kept as line protocol, by day."""
         newest = next(pipeline.grid.windows(now, now + datetime.resolution)).end
         future = totals(source.again(lambda: list(source.reader.outside(Window(newest, NEWEST_AT)))))
@@ -191,7 +195,7 @@ class OutsidePoints:
         return report
 
     def _set_aside(
-        self, pipeline: ExportPipeline, source: InfluxSource, context: Context, device: str, count: Count
+        self, pipeline: ExportPipeline, source: "InfluxSource", context: Context, device: str, count: Count
     ) -> Report:
         slot = (device, OLDEST_AT)
         if self._known.get(slot) == count.cells or context.dry_run:
@@ -206,7 +210,7 @@ class OutsidePoints:
         return _accounted(pipeline, count.fields, SetAside(CLOCK_NOT_SET, count.cells, new + max(left, 0), sample))
 
 
-def _days(source: InfluxSource, device: str, span: Window) -> Iterable[Window]:
+def _days(source: "InfluxSource", device: str, span: Window) -> Iterable[Window]:
     """The UTC days of a long span in which a device has points, found by halving it."""
     found: Sequence[Counted] = source.again(lambda: list(source.reader.outside(span)))
     if not any(each.device == device and each.values for each in found):

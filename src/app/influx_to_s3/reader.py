@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.pipeline import Sums
+from app.core.pipeline import Count, Sums
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 
 if TYPE_CHECKING:
@@ -115,6 +116,16 @@ class Inventory:
     fields: Sequence[str]
     devices: Sequence[str]
     policies: Sequence[str] = ()
+
+
+def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
+    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
+    fields: dict[tuple[str, datetime], dict[str, int]] = {}
+    for one in counted:
+        bucket = fields.setdefault((intern(one.device), one.start_at), {})
+        name = intern(one.field)
+        bucket[name] = bucket.get(name, 0) + one.values
+    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
 
 
 class Reader(Protocol):

@@ -27,6 +27,8 @@ from app.influx_to_s3.layout import (
     UNKNOWN,
     UNSIGNED,
     Columns,
+    arrow_type,
+    kind_of,
     type_of,
 )
 from app.influx_to_s3.reader import Points
@@ -99,33 +101,6 @@ def _sums(values: Any) -> Sums:
         total = floats.sum().item()
         magnitude = total if least >= 0 else np.abs(floats).sum().item()
     return Sums(number, total, least, there.max().item(), magnitude)
-
-
-def kind_of(arrow_type: Any) -> str:
-    """The type of a column, as the layout names it, for values of an Arrow type."""
-    import pyarrow as pa
-
-    if pa.types.is_floating(arrow_type):
-        return DOUBLE
-    if pa.types.is_boolean(arrow_type):
-        return BOOLEAN
-    if pa.types.is_unsigned_integer(arrow_type):
-        return INTEGER
-    return INTEGER if pa.types.is_integer(arrow_type) else TEXT
-
-
-def arrow_type(kind: str) -> Any:
-    """The Arrow type of a type that the layout names."""
-    import pyarrow as pa
-
-    types = {
-        DOUBLE: pa.float64(),
-        INTEGER: pa.int64(),
-        UNSIGNED: pa.uint64(),
-        BOOLEAN: pa.bool_(),
-        TEXT: pa.string(),
-    }
-    return types[kind]
 
 
 def _constant(text: str, rows: int) -> Any:

@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from random import random
-from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
@@ -24,7 +23,7 @@ from app.core.retry import Pace, Pauses, RetryPolicy, retry
 from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import TIMESTAMP, Columns
-from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
+from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
 from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
 from app.influx_to_s3.set_aside import values_in
@@ -314,16 +313,6 @@ def check_values(device: str, span: Window, read: Mapping[str, int], counted: Ma
                 f"InfluxDB sent {read.get(field, 0)} values of {field} of {device} {span} but had counted {values}",
                 "no action needed; it is retried. If it stays, points were deleted meanwhile, or answers are cut",
             )
-
-
-def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
-    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
-    fields: dict[tuple[str, datetime], dict[str, int]] = {}
-    for one in counted:
-        bucket = fields.setdefault((intern(one.device), one.start_at), {})
-        name = intern(one.field)
-        bucket[name] = bucket.get(name, 0) + one.values
-    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
 
 
 def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:

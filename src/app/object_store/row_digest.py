@@ -79,7 +79,7 @@ def row_lanes(columns: "Iterable[tuple[str, Any]]") -> "Sequence[Any]":
     import numpy as np
     import pyarrow as pa
 
-    sums = [np.uint64(0) for _ in LANES]
+    sums: list[Any] = [np.uint64(0) for _ in LANES]
     for name, column in columns:
         try:
             bits, valid = value_bits(column)
