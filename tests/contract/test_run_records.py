@@ -6,8 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.core.ledger import Ledger, SetAside, Tally
-from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Runs
+from app.core.runs import Failure, Ledger, LedgerTotal, Outcome, Report, Run, Runs, SetAside, Tally
 from app.db.database import load_queries, sql_directory
 from app.db.run_records import SqlRuns
 from app.db.state import State

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import LeaseLost, Permanent
-from app.core.ledger import Ledger
 from app.core.pipeline import Commit
-from app.core.runs import Outcome
+from app.core.runs import Ledger, Outcome
 from app.db.database import Database, Row, load_queries, open_database, sql_directory
 from app.db.migrations import Migrated
 from app.db.state import FILE, State, open_state

@@ -14,9 +14,8 @@ import pytest
 import urllib3
 
 from app.core.errors import Rejected
-from app.core.gap_map import CellState
 from app.core.runs import Job, Outcome, Run, Stop, execute
-from app.core.verify import Sign, Slot, Verdict, heal, verify, why
+from app.core.verify import CellState, Sign, Slot, Verdict, heal, verify, why
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME, InfluxExport
 from app.influx_to_s3.verify import ExportEnds

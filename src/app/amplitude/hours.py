@@ -15,9 +15,8 @@ from app.amplitude.archives import WEEK, Archive, monday, name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
 from app.amplitude.load_hour import BrokenHour, SourceHour, hour_key, load_hour, set_aside_name
 from app.core.errors import AppError, Permanent, Transient
-from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
-from app.core.runs import Failure, Report
+from app.core.runs import Failure, Ledger, Report, Tally, ledger_of
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.product_events.pull import HOUR, SET_ASIDE_AFTER, PartitionRun, PullContext, hours_of, not_had
 from app.product_events.raw_objects import PutPolicy, RawObject, in_place_of, keep, was_had

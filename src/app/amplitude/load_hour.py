@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from app.amplitude.archives import Archive, Member, inflated, joined
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
+from app.core.runs import Ledger, Tally, ledger_of
 from app.core.windows import Window
 from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
 from app.product_events.pull import GZIP, PartitionRun, record_of_nothing, store_rows

@@ -19,9 +19,8 @@ from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.amplitude.hours import SourceRun, hours_of_week, mend_week, week_key, week_of
 from app.amplitude.load_hour import hour_key
 from app.core.errors import Transient
-from app.core.gap_map import Cell
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot
+from app.core.verify import NOTHING, Cell, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo
 from app.object_store.row_digest import content_of
@@ -210,7 +209,7 @@ def _canonical(line: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeChart:
-    """`app.core.gap_map.Chart` over the pull: a line of hours and one of weeks for each source."""
+    """`app.core.verify.Chart` over the pull: a line of hours and one of weeks for each source."""
 
     pull: PullContext
 

@@ -23,8 +23,7 @@ from uuid import uuid4
 
 from app.core.errors import Permanent, Transient
 from app.core.files import bounded_name, sync_directory, sync_file, write_durably
-from app.core.ledger import Tally, ledger_of
-from app.core.runs import Report
+from app.core.runs import Report, Tally, ledger_of
 from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     MEBIBYTE,

@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from app.core.errors import Transient
-from app.core.ledger import from_json, to_json
-from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total, from_json, to_json
 from app.core.windows import DAY_SECONDS, floor_to, next_midnight
 from app.db.database import Database, Row, storable
 from app.db.leases import AHEAD, now_of

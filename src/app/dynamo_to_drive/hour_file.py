@@ -16,8 +16,8 @@ from operator import itemgetter
 from typing import BinaryIO
 
 from app.core.errors import Permanent
-from app.core.ledger import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.pipeline import Sums
+from app.core.runs import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.windows import Window
 from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timed
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, Times, ascend

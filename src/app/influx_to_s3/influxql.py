@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.pipeline import Sums
-from app.core.shrink import UNLIMITED
+from app.core.pipeline import UNLIMITED, Sums
 from app.core.windows import EPOCH, Window
 from app.influx_to_s3.reader import (
     DAY,
     INVENTORY_DEVICES,
     OK,
-    Cells,
     Connection,
     Counted,
     Inventory,
     Points,
     QueryTooLarge,
+    RawCells,
     Retention,
     ServerAnswer,
     ServerRefusal,
@@ -170,7 +169,7 @@ class InfluxQlReader:
         """See `Reader`: JSON tells an empty text from none."""
         return iter(())
 
-    def cells(self, device: str, span: Window) -> Iterator[Cells]:
+    def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """See `Reader`. One field at a time, without a cast: in one shard a field has one type."""
         kinds: dict[str, set[str]] = {}
         for one in self._fields():
@@ -182,7 +181,7 @@ class InfluxQlReader:
                 for series in self._ask(query):
                     yield from self._cells(name, some, series)
 
-    def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[Cells]:
+    def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[RawCells]:
         """The values of one series, or a part of them, by type: JSON does not say which type a number has."""
         import pyarrow as pa
 
@@ -193,7 +192,7 @@ class InfluxQlReader:
         for _, values in _untyped(name, [_read_as(kinds, value) for value in column], kinds):
             there = values.is_valid()
             number = len(values) - values.null_count
-            yield Cells(
+            yield RawCells(
                 pa.array(times, pa.int64()).filter(there).cast(pa.timestamp("ns", "UTC")),
                 {tag: pa.repeat(pa.scalar(text), number) for tag, text in tags.items()},
                 pa.repeat(pa.scalar(name), number),

@@ -76,7 +76,7 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class RawCells:
     """Raw values as columns of one length, in any order: each is the value of one field at one instant.
 
     `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
@@ -90,7 +90,7 @@ class Cells:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
+    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.pipeline`).
 
     None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
     it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
@@ -159,7 +159,7 @@ class Reader(Protocol):
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
         """
 
-    def cells(self, device: str, span: Window) -> "Iterator[Cells]":
+    def cells(self, device: str, span: Window) -> "Iterator[RawCells]":
         """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
         there. For verification: it shares no more with `rows` than the connection and the parser.
         """

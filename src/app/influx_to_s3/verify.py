@@ -12,17 +12,15 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, Found, Moment, cells_of
 from app.core.pipeline import Checkpoints, Pipeline, Record
-from app.core.reconcile import look
-from app.core.repair import heal_window
+from app.core.repair import heal_window, look
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot, content_from
+from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
-from app.influx_to_s3.outside_points import is_nameable
-from app.influx_to_s3.reader import Cells, QueryTooLarge
+from app.influx_to_s3.reader import QueryTooLarge, RawCells
 from app.influx_to_s3.row_batch import RowBatch, computed_from
+from app.influx_to_s3.set_aside import is_nameable
 from app.influx_to_s3.source import InfluxSource
 from app.object_store.port import ObjectInfo
 from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
@@ -124,7 +122,7 @@ class ExportEnds:
 
 
 def raw_content(
-    blocks: Iterable[Cells], device: str, *, ignored: frozenset[str], as_text: bool, most_cells: int = CELLS
+    blocks: Iterable[RawCells], device: str, *, ignored: frozenset[str], as_text: bool, most_cells: int = CELLS
 ) -> Content:
     """The cells that the objects of a span must hold. Raises QueryTooLarge for more than `most_cells` of them.
 
@@ -133,7 +131,7 @@ def raw_content(
     """
     import numpy as np
 
-    found, number, series = _RawCells(), 0, dict[bytes, int]()
+    found, number, series = _Collected(), 0, dict[bytes, int]()
     for block in blocks:
         number += len(block.times)
         if number > most_cells:
@@ -153,12 +151,12 @@ def raw_content(
 
 
 @dataclass(slots=True)
-class _RawCells:
-    """Cells of one span as arrays: hash of the row, of row and field, two of the cell, and the number of the series."""
+class _Collected:
+    """RawCells of one span as arrays: hash of the row, of row and field, two of the cell, and the number of the series."""
 
     parts: list[Sequence[Any]] = field(default_factory=list)
 
-    def add(self, block: Cells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
+    def add(self, block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
         """The cells of a block, field by field."""
         import pyarrow as pa
 
@@ -265,7 +263,7 @@ def _nulls(rows: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ExportChart:
-    """`app.core.gap_map.Chart` over the export; `opened` gives its ends as they are now."""
+    """`app.core.verify.Chart` over the export; `opened` gives its ends as they are now."""
 
     name: str
     opened: Callable[[Stop], ExportEnds]

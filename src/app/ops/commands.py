@@ -18,8 +18,7 @@ from app.config.environment import read_dotenv
 from app.config.masking import describe
 from app.config.rules import warnings
 from app.core.errors import AppError, Rejected
-from app.core.ledger import summary_of, to_json
-from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
+from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute, summary_of, to_json
 from app.core.verify import Sign, Verdict, refuse_unknown, verify
 from app.core.windows import Window
 from app.ops.health import Finding, look

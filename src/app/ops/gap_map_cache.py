@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from app.core.errors import AppError, Rejected, Transient
-from app.core.gap_map import Cell, Chart
+from app.core.verify import Cell, Chart
 from app.core.windows import Window
 
 KEPT_SECONDS = 20.0

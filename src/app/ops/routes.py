@@ -13,8 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError
-from app.core.ledger import Ledger
-from app.core.runs import LedgerTotal, Run, Runs, Total
+from app.core.runs import Ledger, LedgerTotal, Run, Runs, Total
 from app.core.windows import Window
 from app.ops.health import ProbeAnswer, Probes
 from app.ops.json_views import (

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query
 from pydantic import AwareDatetime, Field
 
-from app.core.gap_map import Cell
-from app.core.verify import Verdict, Verification, refuse_unknown
+from app.core.verify import Cell, Verdict, Verification, refuse_unknown
 from app.core.windows import Window
 from app.ops.gap_map_cache import Atlas, MapRequest
 from app.ops.json_views import instant_text

@@ -13,11 +13,9 @@ from typing import BinaryIO, Generic, TypeVar
 
 from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
-from app.core.gap_map import Chart
-from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Checkpoints, Commit, Record
-from app.core.runs import Context, Failure, Job, Report
-from app.core.verify import Verification
+from app.core.runs import Context, Failure, Job, Ledger, Report, Tally, ledger_of
+from app.core.verify import Chart, Verification
 from app.core.windows import Window, floor_to
 from app.object_store.port import ObjectStore
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of

@@ -9,11 +9,10 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, Protocol, cast
 
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, CellState, Found, Moment, cells_of
-from app.core.ledger import SetAside
 from app.core.pipeline import Checkpoints, Held, Record
 from app.core.repair import GONE_HINT
-from app.core.verify import Content
+from app.core.runs import SetAside
+from app.core.verify import Cell, CellState, Content, Found, Moment, cells_of
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore, Put
 from app.object_store.set_aside import LINES, SetAsideStore
@@ -121,7 +120,7 @@ def held_of(info: ObjectInfo) -> Held:
 
 # The gap map of raw objects: the keys that windows should have, beside the keys that a listing has.
 #
-# Invariants: as `app.core.gap_map`; only keys of windows of the map count, whatever else lies beside them. A window
+# Invariants: as `app.core.verify`; only keys of windows of the map count, whatever else lies beside them. A window
 # that could not be had is MISSING, since its record names a version that no object has; one that lines were set
 # aside of is PARTIAL.
 

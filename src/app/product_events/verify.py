@@ -13,8 +13,7 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.gap_map import Cell, Moment
-from app.core.verify import NOTHING, Content, Slot
+from app.core.verify import NOTHING, Cell, Content, Moment, Slot
 from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
 from app.product_events.pull import HOUR_SECONDS, PullContext
@@ -81,7 +80,7 @@ def covers(partition: str, span: Window, slot: Slot) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.gap_map.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
+    """`app.core.verify.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
 
     pull: PullContext
     key: Callable[[str, Window], str]
