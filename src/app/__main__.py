@@ -236,13 +236,13 @@ def google(given: argparse.Namespace) -> int:
     """Ask for a user's consent in a browser and keep the token."""
     settings = configured()
     from app.core.errors import Permanent
-    from app.dynamo_to_drive import credentials, job
+    from app.dynamo_to_drive import drive, job
 
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
     with redirect_stdout(sys.stderr):  # the address, which the library prints
-        kept = credentials.consent(where, open_browser=not given.no_browser)
+        kept = drive.consent(where, open_browser=not given.no_browser)
     from app.ops import commands
 
     text = f"the token is kept in {kept}; it is renewed there"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
-    from app.appmetrica.export_request import Exports
+    from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
     from app.object_store.s3 import S3Store
     from app.object_store.s3_client import S3Target

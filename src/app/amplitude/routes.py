@@ -102,7 +102,7 @@ def _day(text: str, name: str) -> date:
         return datetime.strptime(text + "+0000", "%Y%m%d%z").date()
     except ValueError:
         hint = "write it as YYYYMMDD, such as 20240201"
-        raise Refused(Refusal(422, f"{name}={text} is no day", hint, f"query.{name}")) from None
+        raise Refused(Refusal(422, f"{name}={text} is not a valid day", hint, f"query.{name}")) from None
 
 
 def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:

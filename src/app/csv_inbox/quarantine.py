@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from app.core.errors import Rejected
 from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
-from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     BAD_ROWS,
     REASON,
@@ -33,6 +34,7 @@ from app.csv_inbox.discovery import (
 
 KEPT_LOADS = 1000
 REVERT = ".undo"
+LEAST_CHARACTERS = 4
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,45 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
         "run": load.run_id[:12],
         "error": load.error,
     }
+
+
+def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
+    """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
+    merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
+    wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
+    if not wanted or len(run_id) < LEAST_CHARACTERS:
+        told = f"no merge of a run {run_id[:40]!r} is in the history"
+        raise Rejected(told, "take the run from: python -m app runs csv_inbox")
+    if len({merged[place].run_id for place in wanted}) > 1:
+        raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
+    taken = merged[: wanted[-1] + 1]
+    gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
+    if gone is not None:
+        kept = paths.config.undo_keep
+        hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
+        raise Rejected(f"the merge of {gone.file} at {gone.at} cannot be undone any more", hint)
+    return taken
+
+
+def preview(load: LoadRecord) -> str:
+    """What taking this merge back does."""
+    return (
+        f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
+        f"back as they were; {load.rows_after} rows become {load.rows_before}"
+    )
+
+
+def check_master(config: InboxConfig, load: LoadRecord) -> None:
+    """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
+    try:
+        there = config.merged_file.stat()
+    except FileNotFoundError:
+        there = None
+    if there is None or (there.st_size, there.st_mtime_ns) != (load.size_bytes, load.mtime_ns):
+        raise Rejected(
+            f"{config.merged_file.name} was changed by something else since {load.file} was merged",
+            "put back the file as the merge left it; undoing would destroy what was done since",
+        )
 
 
 @dataclass(frozen=True, slots=True)
