@@ -128,4 +128,7 @@ def _add_keys(commands: "Commands", work: Work) -> None:
 def instant(text: str) -> datetime:
     """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
     at = datetime.fromisoformat(text)
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    try:
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError as error:  # an offset at either end of time
+        raise ValueError(text) from error

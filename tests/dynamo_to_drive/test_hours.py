@@ -193,7 +193,7 @@ def test_a_file_that_a_person_made_unreadable_is_made_anew_with_a_warning(
     with caplog.at_level(logging.WARNING):
         ship.run()
     assert ship.text(HOUR_12) == before
-    assert "is no CSV of ours" in caplog.text
+    assert "is not a CSV file of ours" in caplog.text
 
 
 def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left(ship: Shipping) -> None:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -35,6 +35,7 @@ from app.csv_inbox.discovery import (
 KEPT_LOADS = 1000
 REVERT = ".undo"
 LEAST_CHARACTERS = 4
+STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,13 @@ log = logging.getLogger(__name__)
 # transaction that it tells of, under a name that is the same when that is repeated; only the newest are kept.
 
 
-def load_id_of(at: datetime) -> str:
-    """A new name for the record of a file; names sort by time."""
+def load_id_of(folder: Path, at: datetime) -> str:
+    """A new name for the record of a file. Names sort by time, and this one is the last of all that are there, also
+    when the clock was set back since: the newest merge is the one that can be taken back first.
+    """
+    newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
+    with suppress(ValueError, OverflowError):
+        at = max(at, datetime.strptime(f"{newest}000+0000", "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
     return f"{stamp(at)}-{uuid4().hex[:8]}"
 
 
@@ -124,15 +130,20 @@ def save_load(folder: Path, load: LoadRecord) -> None:
 
 def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
     """Newest first; empty when there is no folder. A record that cannot be read is left out."""
+    names = _record_names(folder)
+    found = []
+    for name in sorted(names, reverse=True)[:limit]:
+        with suppress(OSError, ValueError, TypeError):
+            found.append(load_of(json.loads((folder / name).read_bytes())))
+    return found
+
+
+def _record_names(folder: Path) -> list[str]:
+    """The files of records, none when there is no folder."""
     try:
-        names = [path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
+        return [path.name for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
     except FileNotFoundError:
         return []
-    found = []
-    for path in sorted(names, reverse=True)[:limit]:
-        with suppress(OSError, ValueError, TypeError):
-            found.append(load_of(json.loads(path.read_bytes())))
-    return found
 
 
 def revert_file(folder: Path, load_id: str) -> Path:
@@ -249,7 +260,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
-        load_id = _told_before(reason).get("load_id") or load_id_of(at)
+        load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
         content = _reason(cause, printable(name), at) | {"source": _source(candidate), "load_id": load_id}
         text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
         write_durably(reason, [text, b"\n"])

@@ -289,7 +289,7 @@ def take(inbox: InboxRun, candidate: Candidate) -> Report:
     """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
     at, began = inbox.clock(), time.monotonic()
     name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
-    load = LoadRecord(load_id_of(at), inbox.context.run_id, name, text_of(at), MERGED)
+    load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, name, text_of(at), MERGED)
 
     def temporary(what: str) -> Path:
         return paths.temporary(load.load_id, what)

@@ -21,7 +21,7 @@ from app.core.errors import AppError, Rejected
 from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown, verify
-from app.core.windows import Window
+from app.core.windows import Window, refuse_future
 from app.ops.health import Finding, look
 from app.ops.json_views import failures_shown, instant_text, run_shown
 from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
@@ -231,12 +231,14 @@ def run(service: Headwater, name: str, how: How) -> int:
 
 
 def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
-    """Fill the windows of `span`; the exit code."""
+    """Fill the windows of `span`; the exit code. Raises Rejected for one in the future."""
+    refuse_future(span, service.desk.clock())
     return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
 
 
 def replacement(service: Headwater, name: str, span: Window, how: How, *, allow_shrink: bool) -> int:
-    """Write the windows of `span` again from the source; the exit code."""
+    """Write the windows of `span` again from the source; the exit code. Raises Rejected for one in the future."""
+    refuse_future(span, service.desk.clock())
     job, work = _job(service, name), service.pipelines.replacements.get(name)
     if work is None:
         able = ", ".join(service.pipelines.replacements) or "none"

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
-from app.core.errors import AppError
+from app.core.errors import AppError, Rejected
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Run, Runs, Total
-from app.core.windows import Window
+from app.core.windows import Window, refuse_future
 from app.ops.health import ProbeAnswer, Probes
 from app.ops.json_views import (
     RUNS_ANSWER,
@@ -95,7 +95,7 @@ def build(ops: Operations) -> APIRouter:
     _probes(router, ops.probes)
     _session(router, ops.guard)
     _reading(router, ops)
-    _acting(router, ops.scheduler)
+    _acting(router, ops)
     return router
 
 
@@ -184,7 +184,9 @@ def overview(ops: Operations) -> dict[str, Any]:
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
-def _acting(router: APIRouter, scheduler: Scheduler) -> None:
+def _acting(router: APIRouter, ops: Operations) -> None:
+    scheduler = ops.scheduler
+
     @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202)
     def run(job: str) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job))
@@ -202,7 +204,7 @@ def _acting(router: APIRouter, scheduler: Scheduler) -> None:
 
     @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), window_of(span))
+        scheduler.backfill(known(scheduler, job), window_of(span, ops.clock()))
         return accepted(scheduler, job)
 
 
@@ -216,12 +218,17 @@ def known(scheduler: Scheduler, job: str) -> str:
     return job
 
 
-def window_of(span: Span) -> Window:
-    """The window of a body. Refuses one that is empty or reversed."""
+def window_of(span: Span, now: datetime) -> Window:
+    """The window of a body. Refuses one that is empty, reversed or in the future."""
     try:
-        return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
+        window = Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
     except (ValueError, OverflowError):
         raise Refused(Refusal(422, "from is not before to", "give the older instant as from", "body.from")) from None
+    try:
+        refuse_future(window, now)
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
+    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
