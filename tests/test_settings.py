@@ -9,8 +9,8 @@ import pytest
 
 from app.config import settings as settings_module
 from app.config.environment import describe, load_settings
-from app.config.rules import warnings
-from app.config.settings import VARIABLES, Settings
+from app.config.rules import VARIABLES, warnings
+from app.config.settings import Settings
 from app.core.errors import BadSettings
 from given_settings import faults, from_file, loaded, secret
 
