@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from app.core.errors import Transient
-from app.db.database import Session, load_queries, open_database, sql_directory
-from app.db.migrations import Migrated
-from app.db.sqlite import SqliteDatabase
+from app.db.database import NamedQueries, Session, sql_directory
+from app.db.migrations import Migrated, open_database
 from app.dwh import table_sql
 from app.dwh.results import BadRequest, Inserted, answer_of, text_of
 from app.dwh.tables import EVENTS, TABLES, Table
@@ -295,7 +294,7 @@ class Warehouse:
     def __init__(self, database: Migrated) -> None:
         self._database = database
         self._lite = database.dialect == "sqlite"
-        self._queries = load_queries(sql_directory() / "dwh", database.dialect)
+        self._queries = NamedQueries(database, sql_directory() / "dwh")
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
@@ -311,8 +310,7 @@ class Warehouse:
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the warehouse cannot be used."""
-        with self._database.transaction(read_only=True) as session:
-            session.rows("SELECT 1 AS found")
+        self._database.ping()
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -344,8 +342,7 @@ class Warehouse:
 
     def known(self, uuids: Collection[str]) -> int:
         """How many of these events are there; each counts once. A few thousand at a time at most."""
-        with self._database.transaction(read_only=True) as session:
-            (found,) = session.rows(self._queries["known_events"], uuids=json.dumps(sorted(uuids)))
+        (found,) = self._queries.rows("known_events", uuids=json.dumps(sorted(uuids)))
         return int(found["events"])
 
     @contextmanager
@@ -398,5 +395,5 @@ class Warehouse:
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:
     """The warehouse at a URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
-    plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
+    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
     return Warehouse(Migrated(plain, sql_directory() / "dwh"))
