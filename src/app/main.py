@@ -120,7 +120,6 @@ def front(service: Inside) -> Front:
 def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
     """The FastAPI application. Imports it, which takes longer than everything else at the start."""
     from app.analytics import routes as report_routes
-    from app.analytics.service import ReportService
     from app.ops import dashboard, routes, verification_routes
     from app.web.api import About, build_api
 
@@ -142,17 +141,17 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
     )
     about = service.settings.service
-    serving = ReportService(service.analytics)
     routers = [
         dashboard.build(guard, lambda: routes.overview(ops)),
         routes.build(ops),
         verification_routes.build(proof(service)),
         warehouse_routes(service),
         object_routes(service),
-        report_routes.build(serving),
+        report_routes.build(service.analytics),
         *(make() for make in service.pipelines.routers),
     ]
-    return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
+    built = build_api(About(about.title, about.version, about.description), routers, guard)
+    return report_routes.Quick(built, service.analytics)
 
 
 def proof(service: Inside) -> "Proof":
@@ -175,8 +174,8 @@ def warehouse_routes(service: Inside) -> "APIRouter":
 
     limits, dwh = service.settings.limits, service.settings.dwh
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    sizes = routes.WarehouseLimits(limits.max_body_bytes, limits.max_upload_bytes, batch)
-    return routes.build(routes.WarehouseRoutes(service.warehouse, sizes, service.clock))
+    body_bytes, stream_bytes = limits.max_body_bytes, limits.max_upload_bytes
+    return routes.build(routes.WarehouseRoutes(service.warehouse, batch, body_bytes, stream_bytes, service.clock))
 
 
 def object_routes(service: Inside) -> "APIRouter":

@@ -26,7 +26,7 @@ from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
-from app.db.run_records import PendingExport, SqlPulls
+from app.db.state import PendingExport, SqlPulls
 from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 
 SERVICE = "appmetrica"

@@ -23,7 +23,7 @@ from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.windows import Window, windows_between
-from app.db.run_records import SqlPulls
+from app.db.state import SqlPulls
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.product_events.mapping import Events, KnownEvents, lost
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext, PullPipeline, pull_context, spool_of
