@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import blake2b, md5
 from itertools import islice, pairwise
 from operator import itemgetter
@@ -415,11 +415,13 @@ class _Reason:
 
 class Accounts:
     """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
-    one timestamp.
+    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`, "" for none.
     """
 
-    def __init__(self, attribute: str) -> None:
+    def __init__(self, attribute: str, now: datetime | None = None) -> None:
         self.attribute = attribute
+        self._ahead_at = now + timedelta(days=1) if now else None
+        self.ahead = ""
         self.attributes: set[str] = set()
         self.text = ""
         self._hours: dict[Window, _Hour] = {}
@@ -427,6 +429,14 @@ class Accounts:
         self._known: set[bytes] = set()
         self._unplaced = 0
         self._lock = threading.Lock()
+
+    def placed(self, at: datetime, text: str) -> None:
+        """A timestamp was read. Far ahead of now it is perhaps a date in another unit or notation, which would wait
+        for its hour without a word.
+        """
+        if self._ahead_at is not None and at > self._ahead_at:
+            with self._lock:
+                self._ahead_at, self.ahead = at, text
 
     def note(self, hour: Window, **told: Any) -> None:
         """What is known of an hour's items now, by the names of `_Hour`; what an earlier look said of it goes."""

@@ -27,7 +27,7 @@ from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ping
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ahead_note, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, OpenedHourFiles
 from app.object_store.set_aside import SetAsideStore
 
@@ -156,7 +156,7 @@ def build(
             _opened(parts, _looking(stop)), lambda context: _opened(parts, context), moment, parts.turn
         ),
         HourChart(lambda: _opened(parts, _looking(Stop())), moment),
-        lambda: ping(parts.table),
+        lambda: ping(parts.table, parts.clock()),
         (lambda: _ping_drive(parts)) if given else None,
         lambda: _close(parts),
     )
@@ -190,7 +190,7 @@ def _target(settings: Settings) -> Target:
 
 def _opened(parts: HourFileParts, context: Context, span: Window | None = None) -> OpenedHourFiles:
     """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
-    accounts = Accounts(parts.settings.dynamo.timestamp_attribute)
+    accounts = Accounts(parts.settings.dynamo.timestamp_attribute, parts.clock())
     sink = _sink(parts, context, accounts)
     source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
     drive = parts.settings.drive
@@ -243,7 +243,9 @@ def _noted(parts: HourFileParts, context: Context, accounts: Accounts, work: Cal
     """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
     try:
         report = work()
-        return replace(report, ledger=accounts.closed(parts.partition, None if context.dry_run else parts.set_aside))
+        notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
+        ledger = accounts.closed(parts.partition, None if context.dry_run else parts.set_aside)
+        return replace(report, ledger=ledger, notes=notes)
     except LeaseLost:
         raise
     except (Transient, Permanent, Rejected) as error:

@@ -290,6 +290,8 @@ class WantedItems:
     def _placed(self, text: str) -> tuple[bool, TimestampReading]:
         is_inside, reading = self._hour.place(text)
         self.traits |= reading.traits
+        if reading.at is not None and not is_inside:
+            self._accounts.placed(reading.at, text)
         if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
             self.elsewhere.add(text)
         return is_inside, reading
@@ -388,7 +390,11 @@ class DynamoSource:
         for item in newest:
             if not is_readable(item):
                 self._accounts.unplaced(item, times.read(timed(item, self._accounts.attribute) or "").reason)
-        self._table.note(trait for text in texts for trait in times.read(text).traits)
+        for text in texts:
+            reading = times.read(text)
+            self._table.note(reading.traits)
+            if reading.at is not None:
+                self._accounts.placed(reading.at, text)
         return Newest("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
 
     def _refuse_other_values(self, plan: Plan) -> None:
@@ -487,11 +493,19 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def ping(table: DynamoTable) -> str:
+def ahead_note(accounts: Accounts) -> str:
+    """What to say of items that lie far ahead of now."""
+    return (
+        f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come; if "
+        "that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    )
+
+
+def ping(table: DynamoTable, now: datetime) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     table.forget()
     plan, times = table.plan(), table.target.times
-    accounts = Accounts(table.target.timestamp)
+    accounts = Accounts(table.target.timestamp, now)
     if plan.scans:
         wanted, items = WantedItems(Hour(times, SOME_HOUR), accounts), table.some()
         for item in items:
@@ -499,11 +513,13 @@ def ping(table: DynamoTable) -> str:
         is_readable = len(items) > wanted.unreadable or not items
         way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
     else:
-        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=EPOCH).look(plan).is_readable
+        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=now).look(plan).is_readable
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
         raise unreadable(accounts, times)
-    return f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}" if accounts.set_aside else way
+    if accounts.set_aside:
+        way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
+    return f"{way}; {ahead_note(accounts)}" if accounts.ahead else way
 
 
 def _say(plan: Plan, described: Mapping[str, Any], target: Target) -> None:

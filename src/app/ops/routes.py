@@ -204,7 +204,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
 
     @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), window_of(span, ops.clock()))
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
         return accepted(scheduler, job)
 
 
@@ -218,12 +218,17 @@ def known(scheduler: Scheduler, job: str) -> str:
     return job
 
 
-def window_of(span: Span, now: datetime) -> Window:
-    """The window of a body. Refuses one that is empty, reversed or in the future."""
+def window_of(span: Span) -> Window:
+    """The window of a body. Refuses one that is empty or reversed."""
     try:
-        window = Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
+        return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
     except (ValueError, OverflowError):
         raise Refused(Refusal(422, "from is not before to", "give the older instant as from", "body.from")) from None
+
+
+def past_window(span: Span, now: datetime) -> Window:
+    """The same of a span to be filled. Refuses one in the future as well."""
+    window = window_of(span)
     try:
         refuse_future(window, now)
     except Rejected as error:
