@@ -265,7 +265,8 @@ DOWNLOAD_BYTES = 8 << 20
 NO_PROGRESS = 6
 GONE = (404, 410)
 GOOGLE_TYPES = "application/vnd.google-apps."
-FOLDER_TYPE = f"{GOOGLE_TYPES}folder"
+FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
+CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
 FILE_FIELDS = "id,name,mimeType,md5Checksum,size,headRevisionId,createdTime,appProperties,trashed"
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
 
@@ -285,9 +286,11 @@ class DriveFile:
     mime_type: str
 
     @property
-    def is_binary(self) -> bool:
-        """False for a folder, a shortcut, a document: what has no bytes to download or to replace."""
-        return not self.mime_type.startswith(GOOGLE_TYPES)
+    def is_csv(self) -> bool:
+        """False for what is not a table of an hour although it has the name of one: a folder, a shortcut, a Google
+        document, a picture, an archive. Browsers of Windows send CSV as a spreadsheet's type.
+        """
+        return "headwaterMd5" in self.properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
 
 
 @dataclass(frozen=True, slots=True)

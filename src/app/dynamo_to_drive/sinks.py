@@ -4,11 +4,12 @@ One file per hour name, whatever is lost, repeated or done to it by people.
 
 Invariants: a create carries an id that the state store has already, so its repetition can only find the same file; what
 Drive holds is asked of Drive, and MD5 and head revision say what it is; of several files of a name the oldest is it.
-Only what has binary content is a file: folders, shortcuts and Google documents of the name are left alone. In a
+Only what may be a CSV file is one: folders, shortcuts, Google documents and pictures of the name are left alone. In a
 directory a file is whole or absent at every instant; its version is the MD5 of its bytes.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -21,7 +22,16 @@ from app.core.errors import Conflict, Permanent, Transient
 from app.core.files import temporary_file, write_durably
 from app.core.pipeline import Held
 from app.core.windows import Window
-from app.dynamo_to_drive.drive import FOLDER_TYPE, RIGHTS_HINT, SHARE_HINT, Drive, DriveFile, FileContent
+from app.dynamo_to_drive.drive import (
+    FOLDER_TYPE,
+    GOOGLE_TYPES,
+    RIGHTS_HINT,
+    SHARE_HINT,
+    SHORTCUT_TYPE,
+    Drive,
+    DriveFile,
+    FileContent,
+)
 from app.dynamo_to_drive.hour_file import (
     Accounts,
     HourFile,
@@ -83,6 +93,8 @@ class DriveFolder:
 
     def _checked(self, folder: Mapping[str, object]) -> str:
         what = f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
+        if folder.get("mimeType") == SHORTCUT_TYPE:
+            raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
         if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
             raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
         may = folder.get("capabilities")
@@ -154,7 +166,7 @@ class DriveSink:
         drive_id = self._folder.drive_id(self._drive)
         seen = set[str]()
         for found in self._drive.beginning(start, self._folder.folder_id, drive_id):
-            if found.is_binary and found.name not in seen:
+            if found.is_csv and found.name not in seen:
                 seen.add(found.name)
                 yield found.name, found.md5
 
@@ -216,8 +228,8 @@ class DriveSink:
         except Permanent:
             self._folder.forget()
             raise
-        found = [each for each in named if each.is_binary]
-        self._tell_others(each for each in named if not each.is_binary)
+        found = [each for each in named if each.is_csv]
+        self._tell_others(each for each in named if not each.is_csv)
         if found:
             self._put_aside(key, found[1:])
             return found[0]
@@ -230,8 +242,8 @@ class DriveSink:
         for other in others:
             if other.file_id not in self._folder.told:
                 self._folder.told.add(other.file_id)
-                what = other.mime_type.rpartition(".")[2]
-                log.warning("%s: a Google %s has the same name (%s); it is left alone", other.name, what, other.file_id)
+                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
+                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
@@ -357,10 +369,13 @@ class FolderSink:
             raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
 
     def _version(self, key: str) -> str | None:
-        digest = md5(usedforsecurity=False)
+        digest, path = md5(usedforsecurity=False), self._root / key
         with _translated(self._root):
             try:
-                with (self._root / key).open("rb") as file:
+                if not path.is_file() and os.path.lexists(path):  # opening a pipe would wait for ever
+                    what = "a directory" if path.is_dir() else "not a regular file"
+                    raise Permanent(f"{path}: is {what}", "move it away: the file has its name")
+                with path.open("rb") as file:
                     while block := file.read(BLOCK_BYTES):
                         digest.update(block)
             except FileNotFoundError:
@@ -376,8 +391,6 @@ class FolderSink:
 def _translated(root: Path) -> Iterator[None]:
     try:
         yield
-    except IsADirectoryError as error:
-        raise Permanent(f"{error.filename or root}: is a directory", "move it away: the file has its name") from error
     except OSError as error:
         raise Permanent(
             f"{root}: {error.strerror or error}", "make DATA_DIR writable, and free space on its disk"
