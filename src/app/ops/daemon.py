@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.ops.service import Headwater, steps_of
-from app.web.server import ServerOptions, serve
+from app.web.server import serve
 
 # The C library's allocator, told to give large blocks back to the system as soon as they are free.
 #
@@ -57,7 +57,8 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
     give_back_large_blocks()
-    serving = ServerOptions(
+    serve(
+        service.app,
         host=settings.service.host,
         port=settings.service.port,
         health_port=settings.service.health_port,
@@ -66,4 +67,3 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
         ask_stop=service.scheduler.ask_stop,
         busy=lambda: service.scheduler.busy,
     )
-    serve(service.app, serving)
