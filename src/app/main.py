@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.appmetrica.export_request import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store
-    from app.object_store.s3_client import S3Target
+    from app.object_store.s3 import S3Store, S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -104,7 +103,6 @@ def front(service: Inside) -> Front:
 def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
     """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
     from app.analytics import routes as report_routes
-    from app.analytics.service import ReportService
     from app.ops import dashboard, routes, verification_routes
     from app.web.api import build_api, route_scopes
 
@@ -126,18 +124,17 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
     )
     about = service.settings.service
-    serving = ReportService(service.analytics)
     routers = [
         dashboard.build(guard, lambda: routes.overview(ops)),
         routes.build(ops),
         verification_routes.build(proof(service)),
         warehouse_routes(service),
         object_routes(service),
-        report_routes.build(serving),
+        report_routes.build(service.analytics),
         *(make() for make in service.pipelines.routers),
     ]
     built = build_api(about.title, about.version, about.description, routers)
-    return report_routes.Quick(built, serving), route_scopes(built)
+    return report_routes.Quick(built, service.analytics), route_scopes(built)
 
 
 def proof(service: Inside) -> "Proof":
@@ -168,16 +165,12 @@ def object_routes(service: Inside) -> "APIRouter":
     """/s3."""
     from app.object_store.local import LocalDirectory
     from app.objects import routes
-    from app.objects.links import SignedLinks, StoreLinks
+    from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
     if isinstance(store, LocalDirectory):
-        from app.object_store.local_transfers import LocalTransfers
-
-        local = LocalTransfers(store)
-        return routes.build(
-            routes.ObjectRoutes(store, local, reach(settings), SignedLinks(settings.service.data_dir), service.clock)
-        )
+        links = SignedLinks(settings.service.data_dir)
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
@@ -358,7 +351,7 @@ def open_store(settings: Settings) -> "ObjectStore":
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3_client import S3Target
+    from app.object_store.s3 import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -375,7 +368,7 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3_client import key_source
+    from app.object_store.s3 import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 
