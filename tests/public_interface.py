@@ -178,7 +178,7 @@ def look(commands: Commands, world: World) -> None:
 def once(commands: Commands) -> None:
     """What `demo --once` prints, of this world: its own takes too long."""
     with redirect_stdout(io.StringIO()) as out:
-        one_off.once(build(load_settings(os.environ, None)), one_off.How(as_json=True))
+        one_off.once(build(load_settings(os.environ, None)), as_json=True)
     commands.documents["demo"] = [json.loads(out.getvalue())]
 
 

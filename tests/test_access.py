@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config.keys import GROUPS, SCOPES, parse_keys
+from app.config.value_types import GROUPS, SCOPES, parse_keys
 from app.core.errors import Rejected
 from app.web.auth import (
     ADDRESSES,

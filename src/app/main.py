@@ -157,8 +157,8 @@ def warehouse_routes(service: Inside) -> "APIRouter":
 
     limits, dwh = service.settings.limits, service.settings.dwh
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    sizes = routes.WarehouseLimits(limits.max_body_bytes, limits.max_upload_bytes, batch)
-    return routes.build(routes.WarehouseRoutes(service.warehouse, sizes, service.clock))
+    body_bytes, stream_bytes = limits.max_body_bytes, limits.max_upload_bytes
+    return routes.build(routes.WarehouseRoutes(service.warehouse, batch, body_bytes, stream_bytes, service.clock))
 
 
 def object_routes(service: Inside) -> "APIRouter":

@@ -30,7 +30,7 @@ from app.appmetrica.export_request import (
 from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
-from app.db.run_records import PendingExport
+from app.db.state import PendingExport
 from app.web.api import Streamed
 from app.web.auth import needs
 from app.web.errors import Answers, Refusal, Refused, faults

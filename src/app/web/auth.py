@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 
-from app.config.keys import NAME, SCOPES, KeyEntry, parse_keys
 from app.config.rules import loopback
+from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
 from app.web.errors import Refusal, Refused, Scope
 
@@ -84,7 +84,7 @@ def new_key(
     head = f"{name}@{expires_on.isoformat()}" if expires_on else name
     granted = "+".join(re.split(r"[+,\s]+", scopes.strip()))
     line = ":".join(filter(None, (head, granted, s3_prefix, _digest(secret).hex())))
-    reason = "the name is not 1 to 40 of a-z, 0-9, - and _" if not NAME.fullmatch(name) else ""
+    reason = "the name is not 1 to 40 of a-z, 0-9, - and _" if not KEY_NAME.fullmatch(name) else ""
     if re.search(r"[,\n]", s3_prefix):
         reason = "the S3 prefix holds a comma or a newline, which end an entry of API_KEYS"
     try:
