@@ -22,8 +22,8 @@ from app.ops.logs import both, log_run
 from app.ops.permission_checks import of_database, of_objects, of_undeleted
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
-from app.web.app import Front, Hooks
-from app.web.auth import Guard, Keyring
+from app.web.app import Front
+from app.web.auth import Guard, Keyring, RouteScopes
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -47,25 +47,6 @@ if TYPE_CHECKING:
 
 UPLOAD_PREFIXES = ("/s3/",)
 STREAM_PREFIXES = ("/dwh/",)
-OPEN_CALLS = frozenset(
-    {
-        ("GET", "/"),
-        ("GET", "/health"),
-        ("GET", "/ready"),
-        ("GET", "/assets/elements.js"),
-        ("GET", "/assets/dashboard.js"),
-        ("GET", "/assets/gaps.js"),
-        ("GET", "/assets/dashboard.css"),
-        ("GET", "/assets/icon.svg"),
-        ("POST", "/ops/session"),
-        ("DELETE", "/ops/session"),
-        ("GET", "/s3/shared"),
-        ("HEAD", "/s3/shared"),
-        ("GET", "/analytics/explore"),
-        ("GET", "/assets/explore.js"),
-        ("GET", "/assets/explore.css"),
-    }
-)
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +72,7 @@ def front(service: Inside) -> Front:
     access, limits = service.settings.access, service.settings.limits
     steps = steps_of(service.settings.service.shutdown_grace_seconds)
     probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
-    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous, OPEN_CALLS)
+    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous)
 
     def opened() -> None:
         readiness.start()
@@ -113,15 +94,17 @@ def front(service: Inside) -> Front:
         {"/health": probes.health, "/ready": probes.ready},
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
-        Hooks(opened, lambda: api(service, probes, guard), closed),
+        opened=opened,
+        api=lambda: api(service, probes, guard),
+        close=closed,
     )
 
 
-def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
-    """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
+    """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
     from app.analytics import routes as report_routes
     from app.ops import dashboard, routes, verification_routes
-    from app.web.api import About, build_api
+    from app.web.api import build_api, route_scopes
 
     ops = routes.Operations(
         probes=probes,
@@ -150,8 +133,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         report_routes.build(service.analytics),
         *(make() for make in service.pipelines.routers),
     ]
-    built = build_api(About(about.title, about.version, about.description), routers, guard)
-    return report_routes.Quick(built, service.analytics)
+    built = build_api(about.title, about.version, about.description, routers)
+    return report_routes.Quick(built, service.analytics), route_scopes(built)
 
 
 def proof(service: Inside) -> "Proof":

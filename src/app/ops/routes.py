@@ -43,13 +43,14 @@ from app.ops.metrics import (
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.web.auth import COOKIE, OPEN, Guard, needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
 EVERYBODY = needs(OPEN)
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
+KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -187,22 +188,40 @@ def overview(ops: Operations) -> dict[str, Any]:
 def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
-    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202)
+    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202, responses=KNOWN_JOB)
     def run(job: str) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/pause", openapi_extra=RUN, summary="Skip the timer until resumed", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/pause",
+        openapi_extra=RUN,
+        summary="Skip the timer until resumed",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def pause(job: str, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), request.scope["state"]["grant"].name)
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/resume", openapi_extra=RUN, summary="Follow the timer again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/resume",
+        openapi_extra=RUN,
+        summary="Follow the timer again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def resume(job: str) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/backfill",
+        openapi_extra=RUN,
+        summary="Fill past windows again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
         scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
         return accepted(scheduler, job)
