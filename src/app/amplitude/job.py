@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
 LARGE_LINE_BYTES = 1 << 24
-OFF = "off: set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
+OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 
 def build(

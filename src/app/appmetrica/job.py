@@ -24,7 +24,7 @@ from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, overdue_after, set_aside_of, spool_of
 from app.product_events.verify import PullChart
 
-OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
+OFF = "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
 
 
 def build(

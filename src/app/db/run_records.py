@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from app.core.errors import Transient
 from app.core.ledger import from_json, to_json
-from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.core.runs import VALUES, Failure, LedgerTotal, Outcome, Report, Run, Total
 from app.core.windows import DAY_SECONDS, floor_to, next_midnight
 from app.db.database import Database, Row, storable
 from app.db.leases import AHEAD, now_of
@@ -179,6 +179,9 @@ def _export(row: Row) -> PendingExport:
 # each run that ends is added to the totals once, in the transaction that says so.
 
 KEPT_RUNS = 1000
+KEPT_SLOTS = timedelta(days=35)
+SLOT_SECONDS = 900  # every time zone begins its day on a quarter of an hour
+SUMMED = ("rows", "bytes", "windows", "late_rows", "corrected_rows", "new_rows")
 
 
 class SqlRuns:
@@ -194,10 +197,13 @@ class SqlRuns:
         with self._database.transaction() as session:
             ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
             session.run(self._queries["save_run"], **_columns(run))
-            if ends:
+            if ends and run.ended_at is not None:
                 session.run(self._queries["correct_totals"], job=run.job, ended_at=run.ended_at)
                 session.run(self._queries["add_total"], **_sums(run))
                 session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
+                session.run(self._queries["add_new_rows"], **_slot(run, run.ended_at))
+                if run.report.new_rows:
+                    session.run(self._queries["prune_new_rows"], job=run.job, before_at=run.ended_at - KEPT_SLOTS)
             prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
             session.run(self._queries["prune_runs"], **prune)
 
@@ -231,11 +237,11 @@ class SqlRuns:
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
         with self._database.transaction(read_only=True) as session:
             until_at = now_of(session, self._queries) + AHEAD
-            return [_run(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
+            return [run_of(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
 
 
 def _sums(run: Run) -> dict[str, Any]:
-    names = ("job", "outcome", "rows", "bytes", "windows", "late_rows", "corrected_rows", "ended_at")
+    names = ("job", "outcome", *SUMMED, "ended_at")
     columns = _columns(run)
     return {name: columns[name] for name in names}
 
@@ -251,8 +257,21 @@ def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
         yield {"job": run.job, "entry": "set_aside", "reason": storable(one.reason), "number": one.new}
 
 
+def _slot(run: Run, ended_at: datetime) -> dict[str, Any]:
+    """What a run adds to the quarter of an hour in which it ended."""
+    ledger = run.report.ledger
+    return {
+        "job": run.job,
+        "slot_at": floor_to(ended_at, SLOT_SECONDS),
+        "new_rows": run.report.new_rows,
+        "updated_rows": run.report.corrected_rows or (0 if ledger.unit == VALUES else ledger.total.corrected),
+        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures)),
+    }
+
+
 def _total(row: Row) -> Total:
-    report = Report(**{name: row[name] for name in ("rows", "bytes", "windows", "late_rows", "corrected_rows")})
+    sums = {name: row[name] for name in SUMMED if name != "new_rows"}
+    report = Report(**sums, written_new_rows=row["new_rows"])
     return Total(row["job"], Outcome(row["outcome"]), row["runs"], report, row["ended_at"])
 
 
@@ -268,6 +287,7 @@ def _columns(run: Run) -> dict[str, Any]:
         "windows": run.report.windows,
         "late_rows": run.report.late_rows,
         "corrected_rows": run.report.corrected_rows,
+        "new_rows": run.report.new_rows,
         "failures": json.dumps([asdict(failure) for failure in run.report.failures]),
         "more": run.report.more,
         "error": storable(run.error),
@@ -276,7 +296,8 @@ def _columns(run: Run) -> dict[str, Any]:
     }
 
 
-def _run(row: Row) -> Run:
+def run_of(row: Row) -> Run:
+    """A run as its row records it."""
     report = Report(
         rows=row["rows"],
         bytes=row["bytes"],
@@ -286,6 +307,7 @@ def _run(row: Row) -> Run:
         failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
         more=bool(row["more"]),
         ledger=from_json(json.loads(row["ledger"])),
+        written_new_rows=row["new_rows"],
     )
     outcome = Outcome(row["outcome"])
     return Run(

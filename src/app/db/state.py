@@ -17,6 +17,7 @@ from app.db.database import Damaged, Database, load_queries, open_database, sql_
 from app.db.leases import SqlClocks, SqlLeases, StateClock
 from app.db.migrations import CREATE_TABLE, LOCK, RECORD, TABLE_EXISTS, Migrated, Migration, migrations, recorded
 from app.db.object_summaries import SqlSummaries
+from app.db.page_queries import SqlPages
 from app.db.run_records import SqlAlerts, SqlPauses, SqlPulls, SqlRuns
 from app.db.sqlite import SqliteDatabase, file_id, folder_lock
 
@@ -205,6 +206,7 @@ class State:
     alerts: SqlAlerts
     clocks: SqlClocks
     clock: StateClock
+    pages: SqlPages
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -247,4 +249,5 @@ def open_state(url: str, data_dir: Path) -> State:
         alerts=SqlAlerts(database, queries),
         clocks=SqlClocks(database, queries),
         clock=clock,
+        pages=SqlPages(database, queries),
     )
