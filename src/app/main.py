@@ -52,9 +52,8 @@ OPEN_CALLS = frozenset(
         *(("GET", path) for path in ("/", "/runs", "/run", "/health", "/ready", "/ops/session", "/analytics/explore")),
         *(
             ("GET", f"/assets/{name}")
-            for name in ("pages.css", "common.js", "overview.js", "map.js", "runs.js", "run.js")
+            for name in ("pages.css", "common.js", "overview.js", "map.js", "runs.js", "run.js", "explore.js")
         ),
-        *(("GET", f"/assets/{name}") for name in ("explore.js", "chart.js")),
         *(("GET", f"/assets/icon-{state}.svg") for state in ("ok", "bad", "away")),
         ("GET", "/assets/icon.svg"),
         ("POST", "/ops/session"),

@@ -1,4 +1,4 @@
-"""What the four built-in reports say, from aggregates by device and day.
+"""What the built-in reports say, from aggregates by device and day.
 
 Invariant: the answer depends on the parts alone and not on their order, so the same objects give the same bytes.
 """
@@ -127,6 +127,24 @@ def daily_summary(days: Mapping[Pair, DaySummary]) -> ReportTable:
     return ReportTable(columns, rows)
 
 
+def rows_by_day(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """A row for each day, of all devices together."""
+    parts: dict[int, list[DaySummary]] = {}
+    for part in days.values():
+        if part.day != NO_DAY:
+            parts.setdefault(part.day, []).append(part)
+    rows = [
+        (
+            date(1970, 1, 1) + timedelta(days=day),
+            sum(part.rows for part in parts[day]),
+            sum(json.loads(part.device) is not None for part in parts[day]),
+        )
+        for day in sorted(parts)
+    ]
+    columns: Sequence[tuple[str, Kind]] = (("date", "date"), ("row_count", "integer"), ("device_count", "integer"))
+    return ReportTable(columns, rows)
+
+
 def devices(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """A row for each device."""
     rows = [
@@ -168,6 +186,7 @@ def device_latest(days: Mapping[Pair, DaySummary]) -> ReportTable:
 TABLES = {
     "overview": overview,
     "daily_summary": daily_summary,
+    "rows_by_day": rows_by_day,
     "devices": devices,
     "device_latest": device_latest,
 }

@@ -120,7 +120,8 @@ class Seen:
 
 def counted(count: int, noun: str) -> str:
     """`1 window`, `2,000 windows`."""
-    return f"{count:,} {noun}" if count == 1 or noun.endswith("s") else f"{count:,} {noun}s"
+    one = noun.removesuffix("s")
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
 
 
 # ---- problems
@@ -154,7 +155,7 @@ def _failing(seen: Seen) -> Iterator[Problem]:
         gap = last.report.ledger.gap
         if gap:
             unit = last.report.ledger.unit
-            title = f"{name}: {gap:,} {unit} are unaccounted for"
+            title = f"{name}: {counted(gap, unit)} unaccounted for"
             yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
         runs, since = seen.look.failures_in_a_row(name)
         if not runs:
@@ -268,7 +269,7 @@ def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> 
     return Problem(
         "set_aside",
         job,
-        f"{job}: {count:,} {unit} set aside",
+        f"{job}: {counted(count, unit)} set aside",
         f"{reason}{example}.",
         ASIDE_HINT,
         count,
@@ -335,7 +336,7 @@ def _phrase(kind: str, some: Sequence[Problem]) -> str:
     if kind in WINDOW_WORDS:
         return f"{counted(count, 'window')} {verb} {WINDOW_WORDS[kind]} in {job}"
     if kind == "unaccounted":
-        return f"{count:,} {some[0].noun} of {job} are unaccounted for"
+        return f"{counted(count, some[0].noun)} of {job} {verb} unaccounted for"
     if kind == "set_aside":
         whose = "" if some[0].noun == "file" else f" of {job}"
         return f"{counted(count, some[0].noun)}{whose} {'was' if count == 1 else 'were'} set aside"
@@ -477,7 +478,7 @@ def _words(problem: Problem, count: int) -> str:
         return f"{counted(count, 'window')} {WINDOW_WORDS[problem.kind].removesuffix(' at the destination')}"
     if problem.kind == "failed":
         return "Failed once" if count == 1 else f"Failed {count:,} times"
-    words = {"late": "Late", "clock": "Clock ahead", "unaccounted": f"{count:,} {problem.noun} unaccounted for"}
+    words = {"late": "Late", "clock": "Clock ahead", "unaccounted": f"{counted(count, problem.noun)} unaccounted for"}
     return words.get(problem.kind, f"{counted(count, problem.noun)} set aside")
 
 

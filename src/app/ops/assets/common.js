@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const ROOT = document.body.dataset.root;
 const ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone || "UTC";
 const number = (value, digits) => (value ?? 0).toLocaleString("en-US", digits === undefined ? {} : { maximumFractionDigits: digits });
-const plural = (count, noun) => `${number(count)} ${noun}${count === 1 || noun.endsWith("s") ? "" : "s"}`;
+const plural = (count, noun) => { const one = noun.replace(/s$/, ""); return `${number(count)} ${count === 1 ? one : `${one}s`}`; };
 const SVG = new Set(["svg", "rect", "line", "path", "g", "text", "circle"]);
 
 function make(tag, attributes = {}, ...children) {
@@ -278,7 +278,7 @@ async function turn() {
       else {
         if (at("board").hidden) only("board");
         await page.refresh();
-        if (page.every) at("fresh").replaceChildren(ago(new Date(Date.now() + skew).toISOString(), "Updated "));
+        if (page.scope === "ops:read" && page.every) at("fresh").replaceChildren(ago(new Date(Date.now() + skew).toISOString(), "Updated "));
         lockActions();
       }
     } catch (error) {

@@ -9,14 +9,14 @@ function sayRun(run) {
   const { ledger } = run, gap = gapOf(ledger), windows = run.written.filter((each) => each.state === "missing" || each.state.startsWith("changed"));
   const failed = run.failures.map((each) => each.partition).filter(Boolean), started = when(run.started_at);
   if (!run.ended_at) return ["run", [run.progress && run.progress.total ? `Running: ${number(run.progress.done)} of ${number(run.progress.total)} done.` : "Running."], ["Started ", ago(run.started_at), ". What is not delivered yet counts as waiting."], `${run.job}: running`];
-  if (gap) return ["bad", [`${number(Math.abs(gap))} ${ledger.unit} are unaccounted for.`], `The source counted ${number(ledger.counted)} ${ledger.unit}; the columns below add up to ${number(ledger.counted - gap)}.`, `${number(Math.abs(gap))} ${ledger.unit} unaccounted for`];
+  if (gap) return ["bad", [`${plural(Math.abs(gap), ledger.unit)} unaccounted for.`], `The source counted ${number(ledger.counted)} ${ledger.unit}; the columns below add up to ${number(ledger.counted - gap)}.`, `${plural(Math.abs(gap), ledger.unit)} unaccounted for`];
   const kept = ledger.counted ? "Every row is accounted for." : "", name = `${run.job}, ${stamp(new Date(run.started_at), false)}`;
   if (windows.length) return ["bad", [`Delivered, but ${plural(windows.length, "window")} of it ${windows.length === 1 ? "is" : "are"} ${windows[0].state} now.`], kept, name];
   if (run.outcome === "failed") return ["bad", ["Failed: nothing more was delivered."], [run.seen_in_runs > 1 ? `The same error was seen in ${number(run.seen_in_runs)} runs.` : ""], `${run.job} failed`];
   if (run.outcome === "stopped") return ["paused", ["Stopped before its end."], "The next run goes on from the checkpoint.", name];
   if (run.outcome === "partial") {
-    const parts = [failed.length ? `${failed.slice(0, 3).join(", ")}${failed.length > 3 ? ` and ${failed.length - 3} more` : ""} could not be finished` : "", ledger.set_aside ? `${number(ledger.set_aside)} ${ledger.unit} were set aside` : ""].filter(Boolean);
-    return [failed.length ? "bad" : "warn", [`Partly delivered: ${parts.join(", and ") || "not all was delivered"}.`], kept, `${run.job} partly delivered`];
+    const parts = [failed.length ? `${failed.slice(0, 3).join(", ")}${failed.length > 3 ? ` and ${failed.length - 3} more` : ""} could not be finished` : "", ledger.set_aside ? `${plural(ledger.set_aside, ledger.unit)} set aside` : ""].filter(Boolean);
+    return [failed.length && !ledger.reasons.length ? "bad" : "warn", [`Partly delivered: ${parts.join(", and ") || "not all was delivered"}.`], kept, `${run.job} partly delivered`];
   }
   return ["ok", [run.windows ? `OK: ${plural(run.windows, "window")} delivered.` : run.rows ? "OK." : "OK: nothing new at the source."], kept, `OK, ${name}`, started];
 }
@@ -41,7 +41,7 @@ function showLedger(run) {
   const { ledger } = run, gap = gapOf(ledger), running_ = !run.ended_at, named = Object.entries(Object.keys(ledger.partitions).length ? ledger.partitions : ledger.fields);
   at("ledger-part").hidden = !ledger.counted && !named.length;
   at("closes").className = `small ${ledger.closes ? "text-ok" : "text-bad"}`;
-  show(at("closes"), mark(ledger.closes ? "ok" : "bad"), ledger.closes ? " The sum closes" : ` The sum does not close: ${number(Math.abs(gap))} ${ledger.unit} are in no column`);
+  show(at("closes"), mark(ledger.closes ? "ok" : "bad"), ledger.closes ? " The sum closes" : ` The sum does not close: ${plural(Math.abs(gap), ledger.unit)} in no column`);
   at("unit").textContent = `Every one of the ${ledger.unit} counted at the source is in exactly one column.`;
   show(at("sums"), ...ENTRIES.map((entry) => sum(entry, ledger, running_)), gap ? make("div", { "data-sign": "+", data: { key: "gap" } }, make("dt", {}, "Unaccounted for"), make("dd", {}, make("span", { class: "text-bad" }, number(gap)), make("span", { class: "note" }, "in no column: a fault"))) : null);
   const worst = ([, a], [, b]) => Math.abs(gapOf(b)) - Math.abs(gapOf(a)) || b.waiting - a.waiting || b.set_aside - a.set_aside;
