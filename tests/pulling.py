@@ -143,7 +143,7 @@ class Landed:
         """All rows, as the warehouse gives them back, without what depends on when they were stored."""
         names = next(each for each in TABLES if each.name == table).names
         wanted = ", ".join(names) if columns == "*" else columns
-        with self.warehouse._database.transaction(read_only=True) as session:  # noqa: SLF001 - to look at what is there
+        with self.warehouse.database.transaction(read_only=True) as session:
             return session.rows(f"SELECT {wanted} FROM {table} ORDER BY {names[0]}")  # noqa: S608 - declared names
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
-from app.db.run_records import PendingExport, SqlPulls
+from app.db.state import PendingExport, SqlPulls
 
 FILE = Path(__file__).with_name("resources.toml")
 SECOND = timedelta(seconds=1)

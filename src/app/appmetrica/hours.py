@@ -26,7 +26,7 @@ from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.run_records import PendingExport
+from app.db.state import PendingExport
 from app.product_events.mapping import Loaded, load_in_turns
 from app.product_events.pull import (
     GZIP,

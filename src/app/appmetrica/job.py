@@ -18,7 +18,7 @@ from app.core.errors import Permanent
 from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
 from app.core.windows import Window
-from app.db.run_records import SqlPulls
+from app.db.state import SqlPulls
 from app.object_store.port import ObjectStore
 from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, overdue_after, set_aside_of, spool_of

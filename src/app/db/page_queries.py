@@ -4,20 +4,22 @@ Invariant: no question reads a row for each window of a pipeline; what is asked 
 index for each, or a sum that the database makes.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from app.core.runs import Outcome, Run
-from app.db.database import Database, Row, Session
-from app.db.leases import AHEAD, now_of
-from app.db.run_records import run_of
+from app.core.ledger import from_json
+from app.core.runs import Failure, Outcome, Report, Run
+from app.db.checkpoints import AHEAD, now_of
+from app.db.database import NamedQueries, Row, Session
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FAULTS = 200
 FAULTY_WINDOWS = 20_000
+NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
 WRITTEN = 500
 PARTIAL_RUNS = 200
 
@@ -36,19 +38,18 @@ class RunChoice:
 class SqlPages:
     """Questions of the pages. Raises what `Session` raises. From any thread."""
 
-    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
-        self._database = database
+    def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     @contextmanager
     def look(self) -> "Iterator[Look]":
         """Several questions in one transaction."""
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             yield Look(session, self._queries)
 
     def dismiss(self, problem_id: str, at: datetime, by: str) -> None:
         """A person has seen a problem that only time ends. Idempotent."""
-        with self._database.transaction() as session:
+        with self._queries.database.transaction() as session:
             session.run(self._queries["forget_dismissed"], before_at=at - timedelta(days=60))
             session.run(self._queries["dismiss"], problem_id=problem_id, at=at, by=by)
 
@@ -56,7 +57,7 @@ class SqlPages:
 class Look:
     """One transaction of `SqlPages`. For the thread that opened it."""
 
-    def __init__(self, session: Session, queries: Mapping[str, str]) -> None:
+    def __init__(self, session: Session, queries: NamedQueries) -> None:
         self._session = session
         self._queries = queries
 
@@ -148,3 +149,22 @@ class Names:
         """As the queries take them."""
         escaped = self.find.lower().replace("!", "!!").replace("%", "!%").replace("_", "!_")
         return {"first": self.first, "last": self.last, "pattern": f"%{escaped}%"}
+
+
+def numbers_of(row: Row) -> dict[str, Any]:
+    """What a report adds up to, as its row records it."""
+    return {name: row[name] for name in NUMBERS} | {"written_new_rows": row["new_rows"]}
+
+
+def run_of(row: Row) -> Run:
+    """A run as its row records it."""
+    report = Report(
+        **numbers_of(row),
+        failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
+        more=bool(row["more"]),
+        ledger=from_json(json.loads(row["ledger"])),
+    )
+    outcome = Outcome(row["outcome"])
+    return Run(
+        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
+    )

@@ -50,17 +50,19 @@ from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.ops.verification import Proofs, Result, shown
 from app.web.auth import COOKIE, OPEN, Guard, needs, unauthorized
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
 EVERYBODY = needs(OPEN)
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
+KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
 MOST_HOURS = 31 * 24
 MOST_DAYS = 366
 MOST_LINES = 200
 NEWEST_CELLS = 200
+ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -235,7 +237,12 @@ def overview(ops: Operations) -> dict[str, Any]:
 
 
 def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
-    @router.get("/ops/gaps", openapi_extra=READ, summary="Which windows the destination holds, from its own listing")
+    @router.get(
+        "/ops/gaps",
+        openapi_extra=READ,
+        summary="Which windows the destination holds, from its own listing",
+        responses=KNOWN_JOB,
+    )
     def gaps(
         job: Annotated[str, Query(max_length=100)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
@@ -317,32 +324,62 @@ def _result(result: Result) -> Mapping[str, Any]:
 def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
-    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202)
+    @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
     def run(job: str) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/pause", openapi_extra=RUN, summary="Skip the timer until resumed", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/pause",
+        openapi_extra=RUN,
+        summary="Skip the timer until resumed",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def pause(job: str, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/resume", openapi_extra=RUN, summary="Follow the timer again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/resume",
+        openapi_extra=RUN,
+        summary="Follow the timer again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def resume(job: str) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/backfill",
+        openapi_extra=RUN,
+        summary="Fill past windows again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
         scheduler.backfill(known(scheduler, job), window_of(span))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/verify", openapi_extra=RUN, summary="Compare both ends by content", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/verify",
+        openapi_extra=RUN,
+        summary="Compare both ends by content",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def verify(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
-    @router.post("/ops/jobs/{job}/heal", openapi_extra=RUN, summary="Compare, and mend what differs", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/heal",
+        openapi_extra=RUN,
+        summary="Compare, and mend what differs",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         scheduler.queue(job, work)
