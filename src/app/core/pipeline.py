@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from operator import add
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from app.core.runs import Lease, SetAside, Tally
+from app.core.runs import VALUES, Lease, SetAside, Tally
 from app.core.windows import Window
 
 if TYPE_CHECKING:
@@ -456,7 +456,7 @@ class Pipeline(Generic[B, E]):
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
-    unit: str = "values"
+    unit: str = VALUES
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""

@@ -269,6 +269,7 @@ def _worst(partitions: Mapping[str, Tally]) -> Mapping[str, Tally]:
 # Invariants: a job runs in one process at a time as far as leases can tell, and stays right when they cannot, since
 # the lease's generation is checked again inside each commit; every started run gets an outcome.
 
+VALUES = "values"  # the unit of a ledger that counts the fields of a row one by one
 log = logging.getLogger(__name__)
 
 
@@ -353,6 +354,12 @@ class Report:
     ledger: Ledger = field(default_factory=Ledger)
     corrected_rows: int = 0
     removed_rows: int = 0
+    written_new_rows: int = 0
+
+    @property
+    def new_rows(self) -> int:
+        """Rows that appeared at the destination: counted where they are written, else what a ledger of rows says."""
+        return self.written_new_rows or (0 if self.ledger.unit == VALUES else self.ledger.total.new)
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -366,6 +373,7 @@ class Report:
             self.ledger + other.ledger,
             self.corrected_rows + other.corrected_rows,
             self.removed_rows + other.removed_rows,
+            self.written_new_rows + other.written_new_rows,
         )
 
 
@@ -498,7 +506,7 @@ class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
-    `busy_seconds`: how long a command waits while another process runs the job.
+    `busy_seconds`: how long a command waits while another process runs the job. `helper_of`: the pipeline it serves.
     """
 
     name: str
@@ -508,6 +516,7 @@ class Job:
     exits: Exits = Exits()
     unit: str = "window"
     busy_seconds: float = 0.0
+    helper_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

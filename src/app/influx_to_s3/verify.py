@@ -152,7 +152,7 @@ def raw_content(
 
 @dataclass(slots=True)
 class _Collected:
-    """RawCells of one span as arrays: hash of the row, of row and field, two of the cell, and the number of the series."""
+    """Values of one span as arrays: hash of the row, of row and field, two of the cell, and number of the series."""
 
     parts: list[Sequence[Any]] = field(default_factory=list)
 
