@@ -70,7 +70,7 @@ def parse_ours(url: str, shape: Shape, _: Path) -> Told:
     import pyarrow.compute
     import pyarrow.csv  # noqa: F401
 
-    from app.influx_to_s3.flux import read_blocks
+    from app.influx_to_s3.annotated_csv import read_blocks
 
     body = client(url).query_api().query_raw(flux(START, shape.end, "")).read()
     return timed(lambda: sum(len(block.columns[0]) for block in read_blocks(pieces(body))))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from app import cli, main
 from app.core.errors import Permanent
+from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.pipeline import Commit
-from app.core.runs import Context, Failure, Job, Report, SetAside, Stop, Tally, ledger_of
+from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.verify import Cell, CellState, Content, Slot
 from app.core.windows import Window, windows_between
 from app.main import ServiceParts

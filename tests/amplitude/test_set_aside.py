@@ -9,7 +9,7 @@ import pytest
 
 from app.amplitude.events import REFUSED
 from app.core.errors import Rejected
-from app.core.runs import fault_of
+from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.mapping import Tables

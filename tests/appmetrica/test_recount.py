@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.runs import fault_of
+from app.core.ledger import fault_of
 from pulling import HOUR, START, Landed, pulling
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, appmetrica_rows
 

@@ -20,7 +20,7 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.runs import fault_of
+from app.core.ledger import fault_of
 from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING

@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.core.runs import Failure, Ledger, LedgerTotal, Outcome, Report, Run, Runs, SetAside, Tally
+from app.core.ledger import Ledger, SetAside, Tally
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Runs
 from app.db.database import NamedQueries, sql_directory
 from app.db.state import SqlRuns, State
 from memory import MemoryRuns

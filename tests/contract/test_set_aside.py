@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import Permanent, Transient
-from app.core.runs import SetAside
+from app.core.ledger import SetAside
 from app.object_store.port import ObjectInfo, ObjectStore, Put, check_key
 from app.object_store.set_aside import BYTES, LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
 from memory_objects import MemoryObjects

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from app.core.errors import LeaseLost, Permanent
+from app.core.ledger import Ledger
 from app.core.pipeline import Commit
-from app.core.runs import Ledger, Outcome
+from app.core.runs import Outcome
 from app.db.database import Database, Row, load_queries, sql_directory
 from app.db.migrations import Migrated, open_database
 from app.db.state import FILE, State, open_state

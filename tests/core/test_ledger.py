@@ -2,7 +2,7 @@
 
 import json
 
-from app.core.runs import ALL, Ledger, SetAside, Tally, fault_of, from_json, ledger_of, sampled, summary_of, to_json
+from app.core.ledger import ALL, Ledger, SetAside, Tally, fault_of, from_json, ledger_of, sampled, summary_of, to_json
 
 
 def test_a_ledger_that_closes_has_no_fault() -> None:

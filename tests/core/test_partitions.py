@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.runs import Failure, Report, Tally
-from app.core.sync import Backoff, Done, Pass, isolated, live_windows
+from app.core.ledger import Tally
+from app.core.partitions import Backoff, Pass, isolated, live_windows
+from app.core.runs import Failure, Report
+from app.core.sync import Done
 from world import FIRST_AT, START, VALUE, Process, World, context
 
 MINUTE = timedelta(minutes=1)

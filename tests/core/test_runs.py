@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Stopped, Transient
+from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.runs import (
     Context,
     Failure,
@@ -18,12 +19,9 @@ from app.core.runs import (
     Report,
     Run,
     RunDesk,
-    SetAside,
     Stop,
-    Tally,
     Unwatched,
     execute,
-    ledger_of,
 )
 from memory import MemoryLeases, MemoryRuns
 

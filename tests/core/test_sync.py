@@ -9,9 +9,10 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
+from app.core.ledger import Tally
 from app.core.pipeline import Record, Shrink
 from app.core.repair import fill, heal_window
-from app.core.runs import Stop, Tally
+from app.core.runs import Stop
 from app.core.windows import Window
 from world import (
     FIRST_AT,

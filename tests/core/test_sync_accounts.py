@@ -5,8 +5,9 @@ from datetime import timedelta
 import pytest
 
 from app.core.errors import Permanent, Rejected, Transient
+from app.core.ledger import SetAside, Tally, fault_of
 from app.core.repair import fill
-from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, SetAside, Stop, Tally, execute, fault_of
+from app.core.runs import Job, LeaseTerms, Outcome, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from memory import MemoryLeases, MemoryRuns
 from world import (

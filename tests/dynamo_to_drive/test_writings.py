@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from app.core.errors import Permanent
-from app.core.runs import ALL, Tally, fault_of
+from app.core.ledger import ALL, Tally, fault_of
 from app.core.verify import Sign, verify
 from app.core.windows import Window
 from app.dynamo_to_drive import job

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import AppError, Permanent, Transient
-from app.influx_to_s3.flux import Block, read_blocks
+from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import QueryTooLarge
 from simulators.annotated_csv import AnnotatedCsv, Dialect
 from simulators.flux_steps import TIME, Cells, Column, Table

@@ -5,7 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from app.core.runs import Outcome, Stop, Tally
+from app.core.ledger import Tally
+from app.core.runs import Outcome, Stop
 from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME, RECONCILE

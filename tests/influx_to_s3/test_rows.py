@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Permanent
+from app.core.ledger import Tally
 from app.core.pipeline import Sums
-from app.core.runs import Tally
 from app.influx_to_s3.layout import EVER, INTEGER, MEASURED, Column
 from app.influx_to_s3.reader import Points
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowSpool

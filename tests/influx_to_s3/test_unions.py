@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.runs import Tally
+from app.core.ledger import Tally
 from app.influx_to_s3.layout import Columns
 from app.influx_to_s3.row_batch import BLOCK_ROWS
 from app.influx_to_s3.rows import Comparison, canonical, identities_of, united, whole_instants

@@ -14,8 +14,9 @@ from app.amplitude.archives import WEEK, Archive, Member, inflated, joined, mond
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.files import temporary_file
+from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
-from app.core.runs import Failure, Ledger, Report, Tally, ledger_of
+from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
 from app.product_events.pull import (

@@ -29,8 +29,9 @@ from app.appmetrica.rows import (
     tables,
 )
 from app.core.errors import LeaseLost, Permanent, Transient
+from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
-from app.core.runs import Failure, Report, Tally, ledger_of
+from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.state import PendingExport
 from app.product_events.mapping import Loaded, load_in_turns

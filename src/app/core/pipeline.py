@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from operator import add
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from app.core.runs import VALUES, Lease, SetAside, Tally
+from app.core.ledger import SetAside, Tally
+from app.core.runs import VALUES, Lease
 from app.core.windows import Window
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
-from app.core.runs import Context, Exits, Failure, Job, Report, SetAside, Tally, ledger_of
+from app.core.ledger import SetAside, Tally, ledger_of
+from app.core.runs import Context, Exits, Failure, Job, Report
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,

@@ -25,7 +25,8 @@ from uuid import uuid4
 
 from app.core.errors import Permanent, Rejected, Transient
 from app.core.files import bounded_name, keep_mode, sync_directory, sync_file, write_durably
-from app.core.runs import Report, Tally, ledger_of
+from app.core.ledger import Tally, ledger_of
+from app.core.runs import Report
 from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
 from app.csv_inbox.discovery import (

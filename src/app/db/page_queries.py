@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from app.core.runs import Failure, Outcome, Report, Run, from_json
+from app.core.ledger import from_json
+from app.core.runs import Failure, Outcome, Report, Run
 from app.db.checkpoints import AHEAD, now_of
 from app.db.database import NamedQueries, Row, Session
 

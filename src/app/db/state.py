@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from app.core.errors import Transient
-from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total, to_json
+from app.core.ledger import to_json
+from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
 from app.core.windows import DAY_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import AHEAD, SqlCheckpoints, SqlClocks, SqlLayouts, SqlLeases, StateClock, now_of
 from app.db.database import NamedQueries, Row, sql_directory, storable

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from app.core.errors import Permanent
 from app.core.files import temporary_file
+from app.core.ledger import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.pipeline import Sums
-from app.core.runs import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.windows import Window
 from app.dynamo_to_drive.rows import Columns, Item, Row, cell, text_of, timed
 from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, Times, ascend

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
+from app.core.partitions import live_windows
 from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Shrink, Task
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import live_windows, settle, sync_partition
+from app.core.sync import settle, sync_partition
 from app.core.verify import Chart, Moment, Verification
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Target

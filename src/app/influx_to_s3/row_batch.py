@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from app.core.ledger import Tally
 from app.core.pipeline import Sums
-from app.core.runs import Tally
 from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
 from app.influx_to_s3.rows import identities_of, instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement

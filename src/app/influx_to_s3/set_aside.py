@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 from app.config.settings import Settings
 from app.core.errors import Permanent, Rejected
+from app.core.ledger import Ledger, SetAside, Tally
 from app.core.pipeline import Commit, Count, Pipeline, Position
-from app.core.runs import Context, Ledger, Report, SetAside, Tally
+from app.core.runs import Context, Report
 from app.core.sync import waiting
 from app.core.windows import DAY_SECONDS, Age, Window, age_of, floor_to
 from app.influx_to_s3.reader import Counted, Inventory, Points, totals

@@ -13,9 +13,9 @@ from random import random
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
+from app.core.ledger import Tally
 from app.core.pipeline import NOTHING, Count, Shrink, Sums, covered_since
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
-from app.core.runs import Tally
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import TIMESTAMP, Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from urllib.parse import quote
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.runs import SetAside, sampled
+from app.core.ledger import SetAside, sampled
 from app.object_store.port import ObjectInfo, ObjectStore, Put
 
 FOLDER = "_set_aside"

@@ -23,7 +23,8 @@ from app.config import DOTENV
 from app.config.environment import describe, read_dotenv
 from app.config.rules import warnings
 from app.core.errors import AppError, Rejected
-from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute, summary_of, to_json
+from app.core.ledger import summary_of, to_json
+from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown
 from app.core.verify import verify as compared
 from app.core.windows import Window, refuse_future

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from app.core.runs import TALLY_NAMES, Outcome, Report, Run, Total, summary_of, to_json
+from app.core.ledger import TALLY_NAMES, summary_of, to_json
+from app.core.runs import Outcome, Report, Run, Total
 from app.ops.scheduler import JobView
 
 # What jobs, runs and partitions look like as JSON: the same in the API and in the output of commands.

@@ -22,7 +22,8 @@ from typing import ParamSpec, TextIO, TypeVar
 from urllib.parse import quote
 
 from app.core.errors import AppError, BadSettings
-from app.core.runs import TALLY_NAMES, Outcome, Run
+from app.core.ledger import TALLY_NAMES
+from app.core.runs import Outcome, Run
 
 # How many lines of one kind a log takes, so that nobody who can reach the service can fill a disk or push others
 # out.

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import datetime
 
+from app.core.ledger import Ledger
 from app.core.pipeline import FOREIGN, MISSING
-from app.core.runs import Ledger, LedgerTotal, Outcome, Total
+from app.core.runs import LedgerTotal, Outcome, Total
 from app.ops.json_views import Calls
 from app.ops.scheduler import JobView
 

@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError, Rejected
-from app.core.runs import Ledger, LedgerTotal, Outcome, Run, Runs, Total
+from app.core.ledger import Ledger
+from app.core.runs import LedgerTotal, Outcome, Run, Runs, Total
 from app.core.verify import Cell
 from app.core.windows import Window, refuse_future
 from app.db.page_queries import RunChoice, SqlPages

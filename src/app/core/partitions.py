@@ -1,0 +1,376 @@
+"""One pass over all partitions of a pipeline: who they are, where they start, and that one's failure stays its own.
+
+Invariants: a partition gets its first cursor committed before anything of it is read, so an outage that follows cannot
+move its start. A partition that fails waits longer each time, by itself, and is tried after all others: however many
+fail, they delay nobody. Many windows are committed together, each after its object was written: a crash in between
+repeats those writes onto the same names.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
+from app.core.pipeline import (
+    Batch,
+    Checkpoints,
+    Commit,
+    Count,
+    Encoded,
+    Pipeline,
+    Position,
+    Record,
+)
+from app.core.runs import Context, Failure, Lease, Report
+from app.core.sync import Done, sync_partition, waiting
+from app.core.windows import Age, Window, age_of
+
+B = TypeVar("B", bound=Batch)
+E = TypeVar("E", bound=Encoded)
+
+log = logging.getLogger(__name__)
+
+UNNAMED = ""  # the rows that name no partition; older versions kept the instant of their last discovery there
+COMMITS, COMMIT_SECONDS = 64, 5.0
+FIRST_PAUSE = timedelta(minutes=1)
+LONGEST_PAUSE = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failing:
+    """A partition that failed: how often in a row, when it did last, and why.
+
+    Once for a cause that may pass is no time: when the state or the store was away for a moment, the next run goes on.
+    """
+
+    times: int
+    at: datetime
+    failure: Failure
+
+    @property
+    def due_at(self) -> datetime:
+        if not self.times:
+            return self.at
+        return self.at + min(FIRST_PAUSE * (1 << min(self.times - 1, 10)), LONGEST_PAUSE)
+
+
+class Backoff:
+    """Which partitions failed, remembered by this process from run to run. From any thread."""
+
+    def __init__(self) -> None:
+        self._failing: dict[str, _Failing] = {}
+        self._lock = threading.Lock()
+
+    def turns(self, partitions: Sequence[str], now: datetime) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+        """Who is well, who failed and is due again (the longest waiting first), and who failed and still waits.
+
+        After a clock was set back nobody waits for it to catch up.
+        """
+        with self._lock:
+            failing = {name: self._failing[name] for name in partitions if name in self._failing}
+        due = {name for name, each in failing.items() if not each.at <= now < each.due_at}
+        well = [name for name in partitions if name not in failing]
+        again = sorted(due, key=lambda name: (failing[name].due_at, name))
+        return well, again, [name for name in failing if name not in due]
+
+    def last_failure(self, partition: str) -> Failure:
+        """Why a partition failed last that failed."""
+        return self._failing[partition].failure
+
+    def failed(self, failure: Failure, now: datetime, *, may_pass: bool = False) -> None:
+        """The partition failed once more."""
+        with self._lock:
+            before = self._failing.get(failure.partition)
+            times = before.times + 1 if before else int(not may_pass)
+            self._failing[failure.partition] = _Failing(times, now, failure)
+
+    def well(self, partition: str) -> None:
+        """The partition was brought up to date."""
+        with self._lock:
+            self._failing.pop(partition, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
+    anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
+
+    `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
+    partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run.
+    """
+
+    now: datetime
+    first_at: datetime
+    probe: Callable[[], None]
+    nothing_found: Callable[[], None]
+    backoff: Backoff = field(default_factory=Backoff)
+    concurrency: int = 4
+    transient_limit: int = 5
+    retry_seconds: float = 20.0
+
+
+class BatchedCheckpoints:
+    """The checkpoints of one pass: the records of live windows are read in one question, and commits are made together,
+    COMMITS at a time or after COMMIT_SECONDS. From any thread.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, pipeline: str, live_since: datetime | None) -> None:
+        self._checkpoints = checkpoints
+        self._live_since = live_since
+        self._live = checkpoints.live_records(pipeline, live_since) if live_since else {}
+        self._waiting: list[tuple[str, Commit]] = []
+        self._flush_at = 0.0
+        self._lock = threading.Lock()
+
+    def cursors(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.cursors`."""
+        return self._checkpoints.cursors(pipeline)
+
+    def starts(self, pipeline: str) -> Mapping[str, datetime]:
+        """See `Checkpoints.starts`."""
+        return self._checkpoints.starts(pipeline)
+
+    def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
+        """See `Checkpoints.records`. Those of live windows are as they were when the pass began."""
+        if self._live_since is None or since < self._live_since:
+            return self._checkpoints.records(pipeline, partition, since, until)
+        return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
+
+    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`."""
+        return self._checkpoints.live_records(pipeline, since)
+
+    def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
+        """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
+        self.commit_all(pipeline, [(partition, commit)], lease)
+
+    def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:
+        """See `Checkpoints.commit_all`."""
+        with self._lock:
+            if not self._waiting:
+                self._flush_at = time.monotonic() + COMMIT_SECONDS
+            self._waiting += commits
+            is_urgent = any(commit.folded for _, commit in commits)
+            if is_urgent or len(self._waiting) >= COMMITS or time.monotonic() >= self._flush_at:
+                self._flush(pipeline, lease)
+
+    def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
+        """See `Checkpoints.fail`. A commit clears the error, so those that wait are made first."""
+        self.flush(pipeline, lease)
+        self._checkpoints.fail(pipeline, partition, message, lease)
+
+    def mark(self, pipeline: str, partition: str, troubles: Sequence[tuple[Record, str]]) -> None:
+        """See `Checkpoints.mark`."""
+        self._checkpoints.mark(pipeline, partition, troubles)
+
+    def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
+        """See `Checkpoints.note_undeleted`."""
+        self._checkpoints.note_undeleted(pipeline, key, error)
+
+    def flush(self, pipeline: str, lease: Lease) -> None:
+        """Make the commits that wait."""
+        with self._lock:
+            self._flush(pipeline, lease)
+
+    def _flush(self, pipeline: str, lease: Lease) -> None:
+        if not self._waiting:
+            return
+        try:
+            self._checkpoints.commit_all(pipeline, self._waiting, lease)
+        except Rejected:
+            for partition, commit in self._waiting:
+                try:
+                    self._checkpoints.commit(pipeline, partition, commit, lease)
+                except Rejected as error:
+                    log.warning("partition %r cannot have a checkpoint: %s", partition, error)
+        self._waiting = []
+
+
+def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
+    """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
+    live_since = next((window.start for window in live_windows(pipeline, how.now)), None)
+    checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, live_since)
+    pipeline = replace(pipeline, checkpoints=checkpoints)
+    cursors = _cursors(pipeline, context, how)
+    checkpoints.flush(pipeline.name, context.lease)
+    live = live_counts(pipeline, how.now)
+    if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
+        how.nothing_found()
+    context.progress.advance(total=len(cursors))
+
+    def one(partition: str, done: Done) -> None:
+        at = Position(partition, cursors[partition], how.now)
+        if pipeline.refused and not _can_be_named(pipeline, partition, how.now):
+            done(pipeline.refused(context, at, live.get(partition, {})))
+        else:
+            sync_partition(pipeline, context, at, live.get(partition, {}), done)
+        context.progress.advance(done=1)
+
+    def left(partition: str) -> Report:
+        return Report(ledger=waiting(pipeline.unit, live.get(partition, {}).values()))
+
+    try:
+        report = isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
+    except (Transient, Permanent, Stopped):
+        checkpoints.flush(pipeline.name, context.lease)
+        raise
+    checkpoints.flush(pipeline.name, context.lease)
+    return report
+
+
+def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
+    try:
+        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
+    except Rejected as error:
+        log.debug("%r: %s", partition, error)
+        return False
+    return True
+
+
+def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
+    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first."""
+    known = dict(pipeline.checkpoints.cursors(pipeline.name))
+    if not pipeline.refused:
+        known.pop(UNNAMED, None)
+    for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
+        if partition not in known:
+            known[partition] = how.first_at
+            if not context.dry_run:
+                pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=how.first_at), context.lease)
+    return known
+
+
+def live_counts(pipeline: Pipeline[B, E], now: datetime) -> Mapping[str, Mapping[datetime, Count]]:
+    """The counts of all open and settling windows, by partition and window start, in one question to the source."""
+    windows = live_windows(pipeline, now)
+    by_partition: dict[str, dict[datetime, Count]] = {}
+    if windows:
+        for (partition, start), count in pipeline.source.counts(None, windows).items():
+            by_partition.setdefault(partition, {})[start] = count
+    return by_partition
+
+
+def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
+    """Open and settling windows at `now`, oldest first."""
+    grid = pipeline.grid
+
+    def backwards() -> Iterator[Window]:
+        window = next(grid.windows(now, now + datetime.resolution))
+        while age_of(window, now, grid.grace_seconds) is not Age.DUE:
+            yield window
+            window = next(grid.windows(window.start - datetime.resolution, window.start))
+
+    return list(backwards())[::-1]
+
+
+class _Outage:
+    """Tells an outage of the source or the sink from failures that are the partitions' own: when many fail in a row,
+    both are probed, once a pass.
+    """
+
+    def __init__(self, limit: int, probe: Callable[[], None]) -> None:
+        self._limit = limit
+        self._probe = probe
+        self._in_a_row = 0
+        self._is_probed = False
+        self._outage: Transient | None = None
+        self._lock = threading.Lock()
+
+    def saw(self, error: Transient | None) -> None:
+        """A partition went well (None) or failed for a cause that may pass."""
+        with self._lock:
+            self._in_a_row = self._in_a_row + 1 if error else 0
+            if error is None or self._is_probed or self._in_a_row < self._limit:
+                return
+            self._is_probed = True
+            try:
+                self._probe()
+            except Transient as away:
+                self._outage = away
+
+    def check(self) -> None:
+        """Raises what the probe found."""
+        if self._outage is not None:
+            raise self._outage
+
+
+def isolated(
+    pipeline: Pipeline[B, E],
+    context: Context,
+    partitions: Sequence[str],
+    one: Callable[[str, Done], None],
+    *,
+    how: Pass,
+    left: Callable[[str], Report] = lambda _: Report(),
+) -> Report:
+    """Run `one` for each partition, `how.concurrency` at a time; a failing one is reported and the others go on.
+
+    `left` is what a partition that still waits for its turn leaves for a later run.
+    """
+    outage = _Outage(how.transient_limit, how.probe)
+
+    def attempt(partition: str) -> Report:
+        context.stop.check()
+        outage.check()
+        parts: list[Report] = []
+        try:
+            one(partition, parts.append)
+        except (LeaseLost, Stopped):
+            raise
+        except (Transient, Permanent, Rejected) as error:
+            outage.saw(error if isinstance(error, Transient) else None)
+            failure = Failure(partition, error.message, error.hint)
+            how.backoff.failed(failure, how.now, may_pass=isinstance(error, Transient))
+            _note(pipeline, context, failure, str(error))
+            return sum(parts, Report(failures=(failure,)))
+        outage.saw(None)
+        how.backoff.well(partition)
+        return sum(parts, Report())
+
+    def wait(partition: str) -> Report:
+        report = left(partition)
+        failures = (how.backoff.last_failure(partition), *report.failures)
+        return replace(report, failures=failures, ledger=report.ledger.of_partition(partition))
+
+    well, again, still = how.backoff.turns(partitions, how.now)
+    with ThreadPoolExecutor(how.concurrency, thread_name_prefix=pipeline.name) as pool:
+        total = _all(pool, attempt, well)
+        ends_at = time.monotonic() + how.retry_seconds
+
+        def retry(partition: str) -> Report:
+            return attempt(partition) if time.monotonic() < ends_at else wait(partition)
+
+        total += _all(pool, retry, again)
+    outage.check()
+    return sum(map(wait, still), total)
+
+
+def _all(pool: ThreadPoolExecutor, attempt: Callable[[str], Report], partitions: Sequence[str]) -> Report:
+    """The sum over partitions; the first error that is not a partition's own ends the pass."""
+    # Each thread carries the run's context, which the log reads its run id from.
+    futures = [pool.submit(copy_context().run, attempt, partition) for partition in partitions]
+    total = Report()
+    try:
+        for partition, future in zip(partitions, futures, strict=True):
+            report = future.result()
+            total += replace(report, ledger=report.ledger.of_partition(partition))
+    finally:
+        for future in futures:
+            future.cancel()
+    return total
+
+
+def _note(pipeline: Pipeline[B, E], context: Context, failure: Failure, message: str) -> None:
+    """Note the failure beside the cursor, which stays. A lost lease or an absent store ends the whole run."""
+    if context.dry_run:
+        return
+    try:
+        pipeline.checkpoints.fail(pipeline.name, failure.partition, message, context.lease)
+    except Rejected as unnamed:
+        log.warning("the failure of partition %r cannot be noted beside its cursor: %s", failure.partition, unnamed)

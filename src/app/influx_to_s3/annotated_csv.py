@@ -1,0 +1,279 @@
+"""InfluxDB's annotated CSV to Arrow columns, in memory bounded by the block size and not by the response.
+
+Bytes are cut into blocks at row ends outside quotes, and each block is parsed by Arrow's compiled reader with the types
+of the annotations in force. Rows of many small tables with one schema are collected and parsed together, since a
+response may hold a table per series. Invariants: the same tables come out however the bytes were chunked; a response
+that is cut, malformed or ends in an error table raises, it never yields less in silence.
+
+Format: https://docs.influxdata.com/influxdb/v2/reference/syntax/annotated-csv/, details as in flux `csv/result.go`.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from app.core.errors import AppError, Permanent, Transient
+from app.influx_to_s3.reader import TOO_MUCH, QueryTooLarge
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_BYTES = 1 << 20
+QUOTE = 0x22
+HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
+BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
+ENVELOPE = 3  # the annotation's name, `result` and `table` come before the data
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of one schema: three parallel sequences. A name may occur more than once, so columns are taken by place.
+
+    `grouped`: whether the column belongs to the group key, which after a pivot are the tags of the series.
+    """
+
+    names: Sequence[str]
+    grouped: Sequence[bool]
+    columns: "Sequence[pa.ChunkedArray]"
+
+
+def read_blocks(
+    chunks: Iterable[bytes], block_bytes: int = BLOCK_BYTES, known: frozenset[str] = frozenset()
+) -> Iterator[Block]:
+    """Parse a response body, given as pieces of any size. Columns of the group key that are `known` are left out.
+
+    Raises Transient when the body ends inside a header or a quoted value and for in-band errors that may pass,
+    QueryTooLarge where a smaller question would do, Permanent for answers that are not annotated CSV.
+    """
+    parser = _Parser(block_bytes, known)
+    for piece in _whole_rows(chunks, block_bytes):
+        yield from parser.feed(piece)
+    yield from parser.finish()
+
+
+def error_of(message: str) -> AppError:
+    """An in-band error, sorted by whether repeating or asking for less can help."""
+    shown = message[:300]
+    if any(word in message.lower() for word in TOO_MUCH):
+        return QueryTooLarge(
+            f"InfluxDB gave up inside its answer: {shown}", "no action needed: a shorter range is tried"
+        )
+    return Transient(
+        f"InfluxDB reports an error inside its answer: {shown}", "no action needed: the window is read again"
+    )
+
+
+class _Schema:
+    """The annotations and the header row in force: how to parse the rows that follow."""
+
+    def __init__(self, head: bytes, known: frozenset[str]) -> None:
+        import pyarrow.csv as pacsv
+
+        rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
+        annotations, header = {row[0]: row for row in rows[:-1]}, rows[-1]
+        self.is_error = header[1:] == ["error", "reference"]
+        types = annotations.get("#datatype", [])
+        if len(types) != len(header):
+            raise Permanent(
+                f"the answer's header is not annotated CSV: {head[:200]!r}",
+                "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+            )
+        groups = [word == "true" for word in annotations.get("#group", ())] or [False] * len(header)
+        defaults = annotations.get("#default") or [""] * len(header)
+        # Data may be called `result` or `table` too, so the envelope is told by its place and not by its names.
+        kept = [at for at in range(ENVELOPE, len(header)) if not (groups[at] and header[at] in known)]
+        self.names = [header[at] for at in kept]
+        self.grouped = [groups[at] for at in kept]
+        self._defaults = [defaults[at] for at in kept]
+        self._places = [str(at) for at in range(len(header))]
+        self._convert = pacsv.ConvertOptions(
+            include_columns=[str(at) for at in kept],
+            column_types={str(at): _arrow_type(types[at]) for at in kept},
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            true_values=["true"],
+            false_values=["false"],
+        )
+
+    def block(self, rows: bytes) -> Block:
+        """Parse whole rows."""
+        import pyarrow as pa
+        import pyarrow.csv as pacsv
+
+        try:
+            table = pacsv.read_csv(
+                pa.BufferReader(rows),
+                # One block holds all rows, so that newlines inside quotes never meet a block's edge.
+                read_options=pacsv.ReadOptions(
+                    column_names=self._places, block_size=max(len(rows) + 1, 1 << 16), use_threads=False
+                ),
+                convert_options=self._convert,
+            )
+            columns = [_filled(*cells) for cells in zip(table.columns, self._defaults, strict=True)]
+        except pa.ArrowInvalid as error:
+            raise Transient(
+                f"InfluxDB's answer holds a row that does not fit its header: {error}",
+                "no action needed: the window is read again; if it stays, set INFLUXDB_API=influxql",
+            ) from error
+        # The server's writer turns a newline inside a value into CRLF; it is turned back here.
+        if QUOTE in rows and rows.count(b"\n") > table.num_rows:
+            columns = [_with_bare_newlines(column) for column in columns]
+        return Block(self.names, self.grouped, columns)
+
+
+def _arrow_type(datatype: str) -> Any:
+    """The Arrow type of a #datatype; durations and base64 stay text."""
+    import pyarrow as pa
+
+    if datatype.startswith("dateTime:RFC3339"):
+        return pa.timestamp("ns", "UTC")
+    plain = {
+        "long": pa.int64(),
+        "unsignedLong": pa.uint64(),
+        "double": pa.float64(),
+        "boolean": pa.bool_(),
+        "dateTime:number": pa.int64(),
+    }
+    return plain.get(datatype, pa.string())
+
+
+def _filled(column: "pa.ChunkedArray", default: str) -> "pa.ChunkedArray":
+    """An empty cell of a column with a #default means that default."""
+    import pyarrow as pa
+
+    return column.fill_null(pa.array([default]).cast(column.type)[0]) if default else column
+
+
+def _with_bare_newlines(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
+
+
+class _Parser:
+    """Takes whole rows, keeps the schema in force, and gives blocks of about `block_bytes`."""
+
+    def __init__(self, block_bytes: int, known: frozenset[str]) -> None:
+        self._block_bytes = block_bytes
+        self._known = known
+        self._schema: _Schema | None = None
+        self._schemas: dict[bytes, _Schema] = {}
+        self._head = b""
+        self._pending: dict[bytes, tuple[_Schema, list[bytes]]] = {}
+        self._pending_bytes = 0
+        self._current = b""
+
+    def feed(self, rows: bytes) -> Iterator[Block]:
+        """Whole rows, annotations and blank lines, in any mixture."""
+        plain = b"#" not in rows and not rows.startswith((b"\r\n", b"\n"))
+        if self._schema and not self._schema.is_error and plain and not self._head and not self._pending:
+            yield self._schema.block(rows)
+            return
+        position = 0
+        while position < len(rows):
+            position = self._line(rows, position) if self._in_head(rows, position) else self._rows(rows, position)
+        if self._pending_bytes >= self._block_bytes:
+            yield from self._flush()
+
+    def finish(self) -> Iterator[Block]:
+        """What is left. Raises when the body ended in an error table or inside a header."""
+        yield from self._flush()
+        if self._head or (self._schema and self._schema.is_error):
+            raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
+
+    def _in_head(self, rows: bytes, position: int) -> bool:
+        return bool(self._head) or rows.startswith(b"#", position)
+
+    def _line(self, rows: bytes, position: int) -> int:
+        """One annotation row, or the header row that ends them."""
+        end = rows.find(b"\n", position) + 1
+        while not _closed(rows, position, end):
+            end = rows.find(b"\n", end) + 1
+        line = rows[position:end]
+        self._head += line
+        if not line.startswith(b"#"):
+            met = self._schemas.get(self._head)
+            self._schema = met or self._schemas.setdefault(self._head, _Schema(self._head, self._known))
+            self._current, self._head = self._head, b""
+        return end
+
+    def _rows(self, rows: bytes, position: int) -> int:
+        """Data rows up to the next blank line or annotation; then the blank lines."""
+        end = _next_head(rows, position)
+        if end > position:
+            if self._schema is None:
+                raise Permanent(
+                    f"the answer is not annotated CSV: {rows[position : position + 200]!r}",
+                    "check that INFLUXDB_URL is an InfluxDB 2 server, or set INFLUXDB_API=influxql",
+                )
+            if self._schema.is_error:
+                raise error_of(rows[position:end].decode("utf-8", "replace").strip(" ,\r\n"))
+            self._pending.setdefault(self._current, (self._schema, []))[1].append(rows[position:end])
+            self._pending_bytes += end - position
+        while end < len(rows) and rows[end] in b"\r\n":
+            end += 1
+        return end
+
+    def _flush(self) -> Iterator[Block]:
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        for schema, parts in pending.values():
+            yield schema.block(b"".join(parts))
+
+
+def _whole_rows(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The same bytes in pieces of at least `block_bytes` that end at a row end; the last piece may be shorter."""
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size >= block_bytes:
+            block = b"".join(parts)
+            cut = _last_row_end(block)
+            if cut:
+                yield block[:cut]
+            parts, size = [block[cut:]], len(block) - cut
+    if size:
+        block = b"".join(parts)
+        if not _closed(block, 0, len(block)):
+            raise Transient(
+                "InfluxDB's answer ends inside a quoted value", "no action needed: the window is read again"
+            )
+        if not block.endswith(b"\n"):
+            raise Transient("InfluxDB's answer ends inside a row", "no action needed: the window is read again")
+        yield block
+
+
+def _closed(block: bytes, start: int, end: int) -> bool:
+    """True when no quote is open at `end`, given that none is at `start`. numpy counts 3 times faster than bytes."""
+    if block.find(b'"', start, end) < 0:
+        return True
+    import numpy as np
+
+    return not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1
+
+
+def _last_row_end(block: bytes) -> int:
+    """The offset just past the last newline outside quotes, 0 when there is none."""
+    end = len(block)
+    while (end := block.rfind(b"\n", 0, end)) >= 0:
+        if _closed(block, 0, end):
+            return end + 1
+    return 0
+
+
+def _next_head(rows: bytes, position: int) -> int:
+    """The offset of the next blank or annotation line outside quotes, else the length."""
+    if rows.startswith((b"\r\n", b"\n"), position):
+        return position
+    # Most blocks hold no annotation: one look for its mark is much cheaper than a look at the start of every row.
+    pattern = BLANK_ROW if rows.find(b"#", position) < 0 else HEAD_ROW
+    for found in pattern.finditer(rows, position):
+        if _closed(rows, position, found.start()):
+            return found.end()
+    return len(rows)

@@ -1,0 +1,357 @@
+"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
+from app.core.runs import Context, Report
+from app.core.sync import Done, delete_deltas
+from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
+from app.db.checkpoints import Layout
+from app.influx_to_s3.layout import (
+    COMPUTED,
+    DEVICE,
+    DOUBLE,
+    EVER,
+    INTEGER,
+    MEASURED,
+    NANOS,
+    OURS,
+    TAGS,
+    TEXT,
+    TIMESTAMP,
+    UNSIGNED,
+    Column,
+    Columns,
+    Tree,
+    first_tree,
+    kind_of,
+    log,
+)
+from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.rows import in_order, of_object, ordered
+from app.influx_to_s3.source import InfluxSource
+from app.object_store.port import ObjectStore
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from app.object_store.port import ObjectInfo, ObjectStore
+    from app.object_store.table_sink import EncodedFile, TableSink
+
+# The layout of data that have no `_headwater/layout.json`: of an older version, or because the file was lost.
+#
+# Made from the state's table of an older version where there is one, else from the names and metadata of the
+# objects.
+
+KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
+DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
+SAMPLES = 64
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
+
+    days: dict[date, "ObjectInfo"] = field(default_factory=dict)
+    newest: dict[str, tuple[datetime, "ObjectInfo"]] = field(default_factory=dict)
+    oldest_at: datetime | None = None
+    number: int = 0
+    some: list["ObjectInfo"] = field(default_factory=list)
+    date_formats: dict[date, str] = field(default_factory=dict)
+
+
+def tree_of_data(
+    store: "ObjectStore",
+    prefix: str,
+    *,
+    kept: Sequence[Layout],
+    starts: Iterable[datetime],
+    wanted: Layout,
+    first_start_at: datetime,
+) -> Tree:
+    """The tree as the data show it, or a new one when there are none.
+
+    `kept`: layouts of an older version's state, oldest first; `starts`: the first cursors that the state knows.
+    """
+    seen = _look(store, prefix, wanted.date_format)
+    if seen.oldest_at is None:
+        tree = first_tree(wanted, min([first_start_at, *starts]))
+        return replace(
+            tree, layouts=tuple(replace(each, timestamp_unit=wanted.timestamp_unit) for each in kept) or tree.layouts
+        )
+    layouts = tuple(kept) or _layouts(store, seen)
+    newest = [info for _, info in sorted(seen.newest.values(), key=lambda each: each[0])[-SAMPLES:]]
+    samples = {info.key: info for info in (*newest, *seen.some)}.values()
+    schemas = [schema for info in samples if (schema := _schema(store, info)) is not None]
+    unit = (
+        "us"
+        if schemas and all(str(each.field(TIMESTAMP).type).startswith("timestamp[us") for each in schemas)
+        else "ns"
+    )
+    first = min(starts, default=floor_to(seen.oldest_at, layouts[0].window_seconds))
+    log.warning(
+        "the layout of the objects is read from %s and kept beside them from now on",
+        "the state" if kept else "the objects",
+    )
+    return Tree(
+        first_start_at=first,
+        sealed_day=max(seen.days),
+        layouts=tuple(replace(each, timestamp_unit=unit) for each in layouts),
+        columns=columns_of(schemas),
+    )
+
+
+def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
+    seen = Seen()
+    chance = Random(0)  # noqa: S311 - the same sample each time, no secret
+    start = f"{prefix}/" if prefix else ""
+    formats = dict.fromkeys((date_format, *DATE_FORMATS))
+    for info in store.list(f"{start}device_id="):
+        named = KEY.fullmatch(info.key.removeprefix(start))
+        found = named and _stamp_in(named["date"], named["time"], formats)
+        if not named or not found:
+            continue
+        instant, written_as = found
+        day = instant.date()
+        seen.days.setdefault(day, info)
+        seen.date_formats.setdefault(day, written_as)
+        seen.oldest_at = min(seen.oldest_at or instant, instant)
+        # A sample in which each object of a tree of any size has the same chance to be.
+        seen.number += 1
+        place = chance.randrange(seen.number)
+        if len(seen.some) < SAMPLES:
+            seen.some.append(info)
+        elif place < SAMPLES:
+            seen.some[place] = info
+        if named["device"] not in seen.newest or seen.newest[named["device"]][0] < instant:
+            seen.newest[named["device"]] = instant, info
+    return seen
+
+
+def _stamp_in(day: str, time: str, formats: Iterable[str]) -> tuple[datetime, str] | None:
+    for written_as in formats:
+        try:
+            at = datetime.strptime(f"{day} {time}", f"{written_as} %H%M%S").replace(tzinfo=UTC)
+        except ValueError:
+            continue
+        if at.strftime(written_as) == day:
+            return at, written_as
+    return None
+
+
+def _layouts(store: "ObjectStore", seen: Seen) -> tuple[Layout, ...]:
+    """A layout for each run of days that are cut and named alike, from the metadata of one object a day."""
+    layouts: list[Layout] = []
+    for day, listed in sorted(seen.days.items()):
+        seconds = _seconds(store, listed) or (layouts[-1].window_seconds if layouts else 3600)
+        effective_at = datetime(day.year, day.month, day.day, tzinfo=UTC) if layouts else EPOCH
+        layout = Layout(effective_at, seconds, listed.key.rpartition(".")[2], seen.date_formats[day])
+        if not layouts or replace(layouts[-1], effective_at=effective_at) != layout:
+            layouts.append(layout)
+    return tuple(layouts)
+
+
+def _seconds(store: "ObjectStore", listed: "ObjectInfo") -> int | None:
+    """The window's length, which each writer noted: `{start}/{end}`."""
+    info = store.head(listed.key)
+    start, _, end = (info.metadata.get("window", "") if info else "").partition("/")
+    try:
+        return int((datetime.fromisoformat(end) - datetime.fromisoformat(start)) / timedelta(seconds=1)) or None
+    except ValueError:
+        return None
+
+
+def _schema(store: "ObjectStore", info: "ObjectInfo") -> Any:
+    """The Arrow schema of a Parquet object; None for CSV, and for what cannot be read, which verify tells of."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not info.key.endswith(".parquet"):
+        return None
+    with store.open(info.key, info.etag) as body:
+        content = body.read() if body else b""
+    try:
+        schema = pq.read_schema(io.BytesIO(content))
+    except (pa.ArrowException, OSError) as error:
+        log.warning("%s cannot be read: %s", info.key, error)
+        return None
+    return schema if TIMESTAMP in schema.names else None
+
+
+def columns_of(schemas: Iterable[Any]) -> tuple[Column, ...]:
+    """Columns with the type that most objects give them; numbers of both kinds make a double."""
+    kinds: dict[str, Counter[str]] = {}
+    described: dict[str, tuple[str, str]] = {}
+    for schema in schemas:
+        for each in schema:
+            if each.name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *MEASURED, *COMPUTED):
+                continue
+            unsigned = str(each.type) == "uint64"
+            kinds.setdefault(each.name, Counter())[UNSIGNED if unsigned else kind_of(each.type)] += 1
+            kind, equals, source = (
+                (each.metadata or {}).get(b"headwater", b"").decode("utf-8", "surrogatepass").partition("=")
+            )
+            described[each.name] = (
+                (kind, source) if equals else described.get(each.name, ("field", _source_of(each.name)))
+            )
+    return tuple(
+        Column(name, *described[name], ((EVER, _most_common(counts)),)) for name, counts in sorted(kinds.items())
+    )
+
+
+def _source_of(name: str) -> str:
+    """The field of a column of an older version, which renamed only fields called like a column of ours."""
+    stem = name.removesuffix("_field")
+    return stem if stem in OURS else name
+
+
+def _most_common(counts: "Counter[str]") -> str:
+    kind, _ = max(counts.items(), key=lambda item: (item[1], item[0] != TEXT))
+    return DOUBLE if kind == INTEGER and counts[DOUBLE] else kind
+
+
+# `python -m app rewrite influx_to_s3`: objects re-encoded from themselves, in today's unit, names and types.
+#
+# The source is not asked, since it may have forgotten these rows. Invariants: each object is replaced by compare-
+# and-swap on the version that was read, and its record follows; a rewrite that was interrupted goes on where it
+# stopped, since an object that is as it should be is left alone. Deltas of older versions are folded into the
+# object of their window.
+
+
+def devices_in(sink: "TableSink") -> Sequence[str]:
+    """Every device that has objects, from one listing."""
+    start = f"{sink.prefix}/" if sink.prefix else ""
+    found = (KEY.fullmatch(info.key.removeprefix(start)) for info in sink.store.list(f"{start}device_id="))
+    return sorted({named["device"] for named in found if named})
+
+
+def rewrite(
+    pipeline: "Pipeline[RowBatch, EncodedFile]",
+    source: InfluxSource,
+    sink: "TableSink",
+    columns: Columns,
+    context: Context,
+    *,
+    device: str,
+    span: Window,
+    now: datetime,
+    done: Done,
+) -> None:
+    """Re-encode the objects of one device whose windows start in `span` and are due."""
+    for day in windows_between(span.start, span.end, DAY_SECONDS):
+        found = pipeline.checkpoints.records(pipeline.name, device, day.start, day.end)
+        records = {record.window.start: record for record in found if not record.part}
+        windows: dict[Window, dict[int, str]] = {}
+        for named_at, info in sink.listed(device, day):
+            window = next(pipeline.grid.windows(named_at, named_at + datetime.resolution))
+            windows.setdefault(window, {})[round((named_at - window.start).total_seconds())] = info.key
+        for window, keys in sorted(windows.items()):
+            context.stop.check()
+            if span.start <= window.start < span.end and age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE:
+                held = {part: there for part in sorted(keys) if (there := _own(sink, keys[part]))}
+                record = records.get(window.start)
+                with closing(_rows(source, sink, columns, device=device, keys=keys, held=held)) as batch:
+                    done(
+                        _replace(
+                            pipeline, sink, context, window=window, keys=keys, held=held, batch=batch, record=record
+                        )
+                    )
+                context.progress.advance(done=1)
+
+
+def _own(sink: "TableSink", key: str) -> Held | None:
+    """What Headwater wrote under this key; what another program put there is left as it is."""
+    held = sink.head(key)
+    if held is not None and not held.digest:
+        log.warning("%s: was not written by Headwater, left as it is: run verify with --heal first", key)
+        return None
+    return held
+
+
+def _unit(sink: "TableSink", key: str) -> str:
+    """Unit of the object's timestamps; older versions noted none and wrote nanoseconds."""
+    info = sink.store.head(key)
+    return info.metadata.get("timestamp-unit", "ns") if info else ""
+
+
+def _unfolded(held: Mapping[int, Held]) -> Sequence[int]:
+    """The parts whose rows are not in the window's object, that object first."""
+    folded = held[0].folded if 0 in held else 0
+    return [part for part in held if not part or part > folded]
+
+
+def _rows(
+    source: InfluxSource,
+    sink: "TableSink",
+    columns: Columns,
+    *,
+    device: str,
+    keys: Mapping[int, str],
+    held: Mapping[int, Held],
+) -> RowBatch:
+    """The rows of a window's object and of its deltas. What lost tags once has lost them still."""
+
+    def rows(part: int) -> "Iterator[pa.Table]":
+        tables = (of_object(table, columns) for table in sink.read(keys[part], held[part].version) if table.num_rows)
+        return (ordered([table], columns)[0] for table in tables)
+
+    parts = _unfolded(held)
+    batch = source.spooled(device, in_order([rows(part) for part in parts], columns))
+    return replace(batch, has_all_tags=all(held[part].tags == ALL_TAGS for part in parts))
+
+
+def _replace(
+    pipeline: "Pipeline[RowBatch, EncodedFile]",
+    sink: "TableSink",
+    context: Context,
+    *,
+    window: Window,
+    keys: Mapping[int, str],
+    held: Mapping[int, Held],
+    batch: RowBatch,
+    record: Record | None,
+) -> Report:
+    """Put the re-encoded object, unless it is so already; its record follows, and the deltas go."""
+    if not held or (0 in keys and 0 not in held):
+        return Report()
+    base, key = held.get(0), keys.get(0) or sink.key(batch.device, window, 0)
+    is_done = (
+        base is not None
+        and base.digest == batch.digest
+        and len(_unfolded(held)) == 1
+        and (key.endswith(".csv") or _unit(sink, key) == sink.layout_at(window.start).timestamp_unit)
+    )
+    report = Report() if is_done else Report(rows=batch.rows, windows=1)
+    if context.dry_run:
+        return report
+    version, size_bytes = (base.version, base.size_bytes) if base is not None and is_done else ("", 0)
+    folded = max(base.folded if base is not None else 0, *held)
+    if not is_done:
+        with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
+            version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
+        log.info("%s: rewritten, %d rows", key, batch.rows)
+    deltas = [keys[part] for part in held if part]
+    if record is not None and (record.version, record.digest) != (version, batch.digest):
+        # A rewrite that was killed between the two finds the object done and the record behind.
+        is_confirmed = base is not None and record.version == base.version
+        after = replace(
+            record,
+            version=version,
+            digest=batch.digest,
+            rows=batch.rows,
+            size_bytes=size_bytes,
+            source_digest=record.source_digest if is_confirmed else "",
+            folded=folded,
+        )
+        commit = Commit((after,), folded=(window,) if deltas else ())
+        pipeline.checkpoints.commit(pipeline.name, batch.device, commit, context.lease)
+    delete_deltas(pipeline, deltas)
+    return report + Report(bytes=0 if is_done else size_bytes)
