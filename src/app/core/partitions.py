@@ -234,15 +234,23 @@ def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bo
 
 
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
-    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first."""
-    known = dict(pipeline.checkpoints.cursors(pipeline.name))
+    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first.
+
+    One whose cursor is lost, or was set by a clock that was ahead, goes on where the destination says. From the first
+    start it would pass all windows since then again, and its live windows would wait for that.
+    """
+    cursors = pipeline.checkpoints.cursors(pipeline.name)
+    known = {partition: at for partition, at in cursors.items() if at <= how.now}
     if not pipeline.refused:
         known.pop(UNNAMED, None)
-    for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
+    unnamed = (UNNAMED,) if pipeline.refused else ()
+    for partition in (*unnamed, *(cursors.keys() - {UNNAMED}), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
-            known[partition] = how.first_at
+            found = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
+            known[partition] = found or how.first_at
             if not context.dry_run:
-                pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=how.first_at), context.lease)
+                commit = Commit(cursor_at=known[partition])
+                pipeline.checkpoints.commit(pipeline.name, partition, commit, context.lease)
     return known
 
 

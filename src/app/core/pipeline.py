@@ -440,7 +440,8 @@ class Pipeline(Generic[B, E]):
     older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
     asked after the source was read; None: all stay.
 
-    `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    `lost_cursor(partition)` tells from the destination where a partition without a cursor goes on; None = at the first
+    start. `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what it was.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
@@ -455,6 +456,7 @@ class Pipeline(Generic[B, E]):
     deltas: Deltas[E] | None = None
     identities: KnownRows = field(default_factory=KnownRows)
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    lost_cursor: Callable[[str], datetime | None] | None = None
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
     unit: str = VALUES

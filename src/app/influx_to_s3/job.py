@@ -22,7 +22,7 @@ from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
 from app.influx_to_s3.reader import Connection, Server
-from app.influx_to_s3.rewrite import devices_in, rewrite, tree_of_data
+from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.set_aside import (
     OTHER_VALUE,
@@ -256,6 +256,7 @@ def _open(
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
+        lost_cursor=_lost_cursors(parts, tree, now),
         set_aside=lambda device, window, batch: parts.aside.keep_values(
             OTHER_VALUE, device, window, batch.disagreements
         ),
@@ -264,6 +265,19 @@ def _open(
         ),
     )
     return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+
+def _lost_cursors(parts: ExportParts, tree: Tree, now: datetime) -> Callable[[str], datetime | None]:
+    """Asks the destination about each device without a cursor; in a new tree, where thousands have none, only once."""
+    start = f"{prefix}/" if (prefix := parts.settings.s3.prefix) else ""
+    written: list[bool] = []
+
+    def find(device: str) -> datetime | None:
+        if not written:
+            written.append(any(True for _ in parts.store.list(f"{start}device_id=")))
+        return lost_cursor(parts.store, prefix, device, tree, now) if written[0] and is_nameable(device) else None
+
+    return find
 
 
 def _shrinking(parts: ExportParts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
