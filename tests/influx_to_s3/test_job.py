@@ -214,3 +214,23 @@ def test_a_lost_state_goes_on_where_the_objects_say_and_reads_nothing_again(expo
     assert run.report.rows <= 2
     assert not [key for key in exporter.store.puts if "export_120000" not in key and "export_110000" not in key]
     exporter.check()
+
+
+def test_a_device_whose_count_did_not_move_is_not_looked_at_and_late_points_come_within_ten_minutes(
+    exporter: Exporter,
+) -> None:
+    exporter.environ = {"LOOKBACK_HOURS": "6"}
+    for device in ("D1", "D2"):
+        exporter.write(NOON - 3 * HOUR, device)
+        exporter.write(NOON - MINUTE, device)
+    exporter.keep()
+    exporter.well()
+    again = exporter.well()
+    assert (again.report.rows, again.report.ledger.total.already_there) == (0, 6)
+    exporter.at(minutes=5)
+    exporter.write(NOON - 3 * HOUR + MINUTE)
+    exporter.write(NOON + MINUTE)
+    assert exporter.well().report.rows == 1  # the open window is counted each time
+    exporter.at(minutes=11)
+    assert exporter.well().report.rows == 2
+    exporter.check()

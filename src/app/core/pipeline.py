@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 UNLIMITED = timedelta.max
 EXAMPLES = 20
+LARGE_AT_ONCE = 2
 
 
 @dataclass(slots=True)
@@ -440,8 +441,10 @@ class Pipeline(Generic[B, E]):
     older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
     asked after the source was read; None: all stay.
 
-    `lost_cursor(partition)` tells from the destination where a partition without a cursor goes on; None = at the first
-    start. `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what it was.
+    Windows of more than `large_points` are written LARGE_AT_ONCE at a time, however many partitions are worked on,
+    since memory grows with them. `lost_cursor(partition)` tells from the destination where a partition without a cursor
+    goes on; None = at the first start. `set_aside(partition, window, batch)` keeps what the batch could not take into
+    its rows and says what it was.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
@@ -456,6 +459,8 @@ class Pipeline(Generic[B, E]):
     deltas: Deltas[E] | None = None
     identities: KnownRows = field(default_factory=KnownRows)
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    large_points: int = 1 << 62
+    large_turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_AT_ONCE))
     lost_cursor: Callable[[str], datetime | None] | None = None
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
@@ -505,8 +510,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was."""
+    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was.
+
+    `live_since`: live windows that start earlier were not counted in this pass and are not looked at.
+    """
 
     partition: str
     cursor_at: datetime
     now: datetime
+    live_since: datetime = EARLIEST

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.partitions import Backoff, Pass, isolated, sync_all
+from app.core.partitions import Backoff, Pass, Settling, isolated, sync_all
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
 from app.core.retry import Pace, RetryPolicy
@@ -71,8 +71,8 @@ class ExportParts:
     """What the pipeline is made of.
 
     Memory of this process that may be lost at any time: `kept`, rows of large open windows; `identities`, which rows
-    the objects of open windows have; `backoff`, partitions that
-    failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
+    the objects of open windows have; `backoff`, partitions that failed; `settling`, when older windows were counted;
+    `refused`, how many values of a window were set aside of partitions that cannot have objects.
     """
 
     settings: "Settings"
@@ -85,6 +85,7 @@ class ExportParts:
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
+    settling: Settling = field(default_factory=Settling)
     refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
 
@@ -256,6 +257,7 @@ def _open(
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
+        large_points=export.batch_size,
         lost_cursor=_lost_cursors(parts, tree, now),
         set_aside=lambda device, window, batch: parts.aside.keep_values(
             OTHER_VALUE, device, window, batch.disagreements
@@ -319,6 +321,8 @@ def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
         probe=probe,
         nothing_found=lambda: refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at),
         backoff=parts.backoff,
+        settling=parts.settling,
+        latency_seconds=opened.source.latency_seconds,
         concurrency=parts.settings.export.concurrency,
     )
 

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -83,6 +84,7 @@ class InfluxSource:
         self._pauses = pauses
         self._policy = policy
         self._pace = pace
+        self._seconds: deque[float] = deque(maxlen=256)
         self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
@@ -316,8 +318,19 @@ class InfluxSource:
 
     def again(self, action: Callable[[], T]) -> T:
         """`action`, which asks a question, retried while it fails for a cause that may pass."""
-        pace = self._pace
-        return retry(action if pace is None else lambda: pace.ask(action), self._policy, self._pauses, random)
+
+        def ask() -> T:
+            began = time.monotonic()
+            answer = action() if self._pace is None else self._pace.ask(action)
+            self._seconds.append(time.monotonic() - began)
+            return answer
+
+        return retry(ask, self._policy, self._pauses, random)
+
+    def latency_seconds(self) -> float | None:
+        """The mean of the questions since this was asked last, None without any."""
+        seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
+        return sum(seconds) / len(seconds) if seconds else None
 
 
 def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
