@@ -49,7 +49,8 @@ FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
 class _Failing:
     """A partition that failed: how often in a row, when it did last, and why.
 
-    Once for a cause that may pass is no time: when the state or the store was away for a moment, the next run goes on.
+    A first failure for a transient cause does not count: when the state or the store was away for a moment, the next
+    run tries again.
     """
 
     times: int

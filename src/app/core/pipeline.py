@@ -89,7 +89,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the values of one field come to. Of numbers also their sum, least and greatest; of others these are None.
+    """Number of values of one field; of numbers also sum, minimum and maximum, which are None for others.
 
     `magnitude`: the sum of the absolute values, by which it is known how far two sums of the same numbers may differ
     that were added in another order; no source is asked for it.
@@ -151,7 +151,7 @@ class Batch(Protocol):
 
     @property
     def sums(self) -> Mapping[str, Sums]:
-        """By field, what the values come to that were read at the source. Empty where the source cannot add them up."""
+        """By field, the sums of the values that were read at the source. Empty where the source cannot add them up."""
 
     @property
     def new_rows(self) -> int:

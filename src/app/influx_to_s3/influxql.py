@@ -524,7 +524,7 @@ def _nanoseconds(instant: datetime) -> int:
 
 
 def _duration(text: str) -> timedelta:
-    """`168h0m0s`; a day for what cannot be read, or is no time at all."""
+    """`168h0m0s`; a day for what cannot be read, or for zero."""
     seconds = _seconds(text)
     return timedelta(seconds=seconds) if seconds >= 1 else DAY
 

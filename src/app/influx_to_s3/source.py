@@ -132,8 +132,9 @@ class InfluxSource:
     def sums(
         self, partition: str, windows: Sequence[Window], numbers: Collection[str]
     ) -> Mapping[datetime, Mapping[str, Sums]]:
-        """By window start and field, what the values of adjacent windows come to; of the fields `numbers` also their
-        totals. One question per run of windows of one length.
+        """By window start and field, the sums of adjacent windows; totals only of the fields `numbers`.
+
+        One question per run of windows of one length.
         """
         found: dict[datetime, dict[str, Sums]] = {}
         for span in runs_of_one_length(windows):
@@ -144,7 +145,7 @@ class InfluxSource:
         return found
 
     def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
-        """Where the server cannot add up, as numbers that come to more than a double holds, counts alone."""
+        """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
         try:
             return self.again(lambda: list(self._reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
@@ -351,7 +352,7 @@ def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
 
 
 def sums_in_rows(table: "pa.Table", columns: Columns) -> Mapping[str, Sums]:
-    """By field, what the values of canonical rows come to."""
+    """By field, the sums of canonical rows."""
     return sums_of(
         (columns.source_of(name) or name, table.column(name))
         for name in table.column_names
