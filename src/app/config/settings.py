@@ -253,8 +253,8 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     """Days that the daily reconcile compares with the source."""
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
     """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
-    concurrency: int = variable("EXPORT_CONCURRENCY", default=2, ge=1, le=64)
-    """Devices that are exported at once."""
+    concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
+    """Most devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
 
     @field_validator("window_seconds")
     @classmethod

@@ -324,6 +324,7 @@ class SqlRequestCounts:
 
 FILE = "state.db"
 VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
+CONNECTIONS = 4  # of a process: commits are batched, and a server has about a hundred for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +368,7 @@ class State:
 def open_state(url: str, data_dir: Path) -> State:
     """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     folder = sql_directory() / "state"
-    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
+    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
     database = Migrated(plain, folder, file or StateTables(plain, folder))
     queries = NamedQueries(database, folder)
