@@ -43,6 +43,8 @@ HELD = ObjectInfo("k", 10, '"e"', AT)
         ("bytes=9-99", (9, 1)),
         ("bytes=-3", (7, 3)),
         ("bytes=-99", (0, 10)),
+        ("Bytes=3-5", (3, 3)),
+        ("BYTES=-3", (7, 3)),
     ],
 )
 def test_ranges_are_cut_to_the_object(given: str, wanted: tuple[int, int]) -> None:
@@ -74,19 +76,35 @@ def test_a_range_of_another_version_means_the_whole_object() -> None:
 
 
 def test_conditions_name_versions() -> None:
-    assert [unchanged({"if-none-match": given}, '"e"') for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
-    assert [unchanged(fields, '"e"') for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [
-        False
-    ] * 3
-    check_match({"if-match": '"a", "e"'}, '"e"')
+    assert [unchanged({"if-none-match": given}, HELD) for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
+    assert [unchanged(fields, HELD) for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [False] * 3
+    check_match({"if-match": '"a", "e"'}, HELD)
     for other in ('"x"', 'W/"e"', "e"):
         with pytest.raises(NotServed) as caught:
-            check_match({"if-match": other}, '"e"')
+            check_match({"if-match": other}, HELD)
         assert caught.value.status == 412
     assert (expected_of({}), expected_of({"if-none-match": "*"}), expected_of({"if-match": '"e"'})) == (None, "", '"e"')
     for fields in ({"if-match": "*"}, {"if-match": '"a","b"'}, {"if-none-match": '"e"'}, {"if-match": 'W/"e"'}):
         with pytest.raises(NotServed):
             expected_of(fields)
+
+
+BEFORE, THEN, AFTER = (f"Sat, 07 Feb 2026 {at} GMT" for at in ("11:59:59", "12:00:00", "12:00:01"))
+
+
+def test_dates_are_conditions_in_whole_seconds_where_no_etag_is_named() -> None:
+    held = ObjectInfo("k", 10, '"e"', AT.replace(microsecond=999_999))
+    assert [unchanged({"if-modified-since": given}, held) for given in (BEFORE, THEN, AFTER)] == [False, True, True]
+    assert not unchanged({"if-modified-since": AFTER, "if-none-match": '"x"'}, held)
+    for invalid in ("", "yesterday", "Sat, 99 Feb 2026 12:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -1400"):
+        assert not unchanged({"if-modified-since": invalid}, held)
+        check_match({"if-unmodified-since": invalid}, held)
+    for later in (THEN, AFTER):
+        check_match({"if-unmodified-since": later}, held)
+    check_match({"if-unmodified-since": BEFORE, "if-match": '"e"'}, held)
+    with pytest.raises(NotServed) as caught:
+        check_match({"if-unmodified-since": BEFORE}, held)
+    assert (caught.value.status, caught.value.fault) == (412, "If-Unmodified-Since")
 
 
 def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only() -> None:
@@ -164,10 +182,17 @@ def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
         assert caught.value.status == 403
 
 
-def test_a_query_that_is_not_utf8_is_refused() -> None:
-    check_query(b"key=%C3%BC+x")
-    with pytest.raises(NotServed):
-        check_query(b"key=%ff")
+def test_a_query_that_is_not_utf8_or_gives_a_parameter_twice_is_refused() -> None:
+    check_query(b"key=%C3%BC+x&offset=1")
+    for query, fault in (
+        (b"key=%ff", ""),
+        (b"key=a&key=b", "key"),
+        (b"key=a&k%65y=a", "key"),
+        (b"key=&x=1&key=", "key"),
+    ):
+        with pytest.raises(NotServed) as caught:
+            check_query(query)
+        assert (caught.value.status, caught.value.fault) == (422, fault)
 
 
 def form_of(*parts: tuple[str, str | None, bytes], boundary: str = "b0und") -> bytes:
@@ -212,12 +237,33 @@ def test_a_form_that_breaks_off_is_never_whole(cut: int, seed: int) -> None:
     assert caught.value.status in (400, 422)
 
 
+UNCHOSEN = ("file", "", b"")
+
+
 @pytest.mark.parametrize(
-    "body", [form_of(("comment", None, b"x")), form_of(("file", "a", b"1"), ("other", "b", b"2")), b"", b"nonsense"]
+    "body",
+    [
+        form_of(("comment", None, b"x")),
+        form_of(("file", "a", b"1"), ("other", "b", b"2")),
+        form_of(("file", "a", b"1"), ("other", "", b"2")),
+        form_of(UNCHOSEN),
+        form_of(UNCHOSEN, ("other", "", b"")),
+        form_of(("file", None, b"")),
+        b"",
+        b"nonsense",
+    ],
 )
 def test_a_form_without_exactly_one_file_is_refused(body: bytes) -> None:
-    with pytest.raises(NotServed):
-        whole(Form(io.BytesIO(body), "b0und"))
+    for size in (1, 7, 1000):
+        with pytest.raises(NotServed) as caught:
+            whole(Form(Pieces(body, size), "b0und"))
+        assert caught.value.status == (400 if body in (b"", b"nonsense") else 422)
+
+
+@pytest.mark.parametrize("chosen", [("file", "empty.csv", b""), ("file", "", b"12"), ("file", None, b"12")])
+def test_fields_in_which_no_file_was_chosen_are_not_a_file(chosen: tuple[str, str | None, bytes]) -> None:
+    for parts in ((chosen,), (UNCHOSEN, chosen), (chosen, UNCHOSEN), (UNCHOSEN, chosen, UNCHOSEN)):
+        assert whole(Form(Pieces(form_of(*parts), 3), "b0und")) == chosen[2]
 
 
 def test_a_content_type_says_whether_it_is_a_form() -> None:

@@ -189,6 +189,24 @@ def test_listings_have_folders_and_pages(objects: httpx.Client) -> None:
         assert objects.get("/objects", params=wrong).status_code == 422
 
 
+UNCHOSEN = b'--B\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n\r\n--B--\r\n'
+
+
+def test_a_form_without_a_chosen_file_and_a_parameter_given_twice_change_nothing(objects: httpx.Client) -> None:
+    key = fresh()
+    upload(objects, key, b"precious")
+    form = {"content": UNCHOSEN, "headers": {"Content-Type": "multipart/form-data; boundary=B"}}
+    for params, body in (({"key": key}, form), ({"key": [key, key]}, {"content": b"1"})):
+        for method, path in (("POST", "upload"), ("PUT", "update"), ("PATCH", "patch")):
+            refused = objects.request(method, f"/{path}", params=params, **body)  # type: ignore[arg-type]
+            assert (refused.status_code, refused.json()["error"]["field"]) == (422, "key" if body != form else "file")
+    assert objects.delete("/delete", params={"key": [key, key]}).status_code == 422
+    got = download(objects, key)
+    assert got.content == b"precious"
+    assert download(objects, key, If_Modified_Since=got.headers["last-modified"]).status_code == 304
+    assert download(objects, key, Range="BYTES=0-3").content == b"prec"
+
+
 def test_a_link_reads_one_object_without_a_key_for_a_while(objects: httpx.Client) -> None:
     key = f"{fresh()}/{WORDS[0]}"
     upload(objects, key, b"linked bytes")

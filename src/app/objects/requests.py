@@ -10,18 +10,20 @@ import hmac
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 from app.core.errors import Permanent, Rejected
 from app.core.files import sync_directory, sync_file
 from app.object_store.port import CONTROL, MAX_KEY_BYTES, BadKey, ObjectInfo, check_key, is_new_form, taken_for
 
-RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
+RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
 TAG = re.compile(r'(?:W/)?"[^"]*"')
 HIDDEN_SEGMENT = ".headwater"
 SECRET_BYTES = 32
@@ -81,17 +83,26 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     return ByteSpan(first, last - first + 1, part=True)
 
 
-def unchanged(fields: Mapping[str, str], etag: str) -> bool:
-    """Whether the caller has this version already: 304."""
+def unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
+    """Whether the caller has this version already: 304. ETags decide where both are given (RFC 9110, 13.1.3)."""
     given = fields.get("if-none-match")
-    return given is not None and _named(given, etag, weak=True)
+    if given is not None:
+        return _named(given, held.etag, weak=True)
+    since = _date(fields.get("if-modified-since"))
+    return since is not None and held.modified_at.replace(microsecond=0) <= since
 
 
-def check_match(fields: Mapping[str, str], etag: str) -> None:
+def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
     """Raises NotServed with 412 when the caller wants another version than this."""
     given = fields.get("if-match")
-    if given is not None and not _named(given, etag, weak=False):
-        raise NotServed(412, f"the object has the ETag {etag}", CHANGED_HINT, fault="If-Match")
+    if given is not None:
+        if not _named(given, held.etag, weak=False):
+            raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
+        return
+    since = _date(fields.get("if-unmodified-since"))
+    if since is not None and held.modified_at.replace(microsecond=0) > since:
+        changed = format_datetime(held.modified_at, usegmt=True)
+        raise NotServed(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
 
 
 def check_unmatched(fields: Mapping[str, str]) -> None:
@@ -108,6 +119,15 @@ def expected_of(fields: Mapping[str, str]) -> str | None:
     if match is not None and not re.fullmatch(r'"[^"]*"', match.strip()):
         raise NotServed(422, "an upload's If-Match takes one ETag", "send it with its quotes", fault="If-Match")
     return "" if none is not None else match.strip() if match is not None else None
+
+
+def _date(text: str | None) -> datetime | None:
+    """A date of a condition; None for an invalid one, which is ignored (RFC 9110, 13.1.3)."""
+    try:
+        at = parsedate_to_datetime(text or "")
+        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _named(given: str, etag: str, *, weak: bool) -> bool:
@@ -196,11 +216,17 @@ def _is_below(prefix: str, key: str) -> bool:
 
 
 def check_query(query: bytes) -> None:
-    """Raises NotServed for a query string that is not UTF-8: it would be read as another key."""
+    """Raises NotServed for a query string that is not UTF-8, which would be read as another key, and for a parameter
+    that is given twice: one of the two would be ignored.
+    """
     try:
         unquote_to_bytes(query).decode()
     except UnicodeDecodeError as error:
         raise NotServed(422, "the query is not UTF-8", "percent-encode the key's UTF-8 bytes") from error
+    counts = Counter(name for name, _ in parse_qsl(query.decode("ascii", "replace"), keep_blank_values=True))
+    for name, count in counts.items():
+        if count > 1:
+            raise NotServed(422, f"the parameter {name!r} is given {count} times", "give it once", fault=name)
 
 
 class Links(Protocol):

@@ -118,7 +118,7 @@ async def _served(request: Request) -> AsyncIterator[None]:
         fault = "key" if isinstance(error, BadKey) else ""
         raise Refused(Refusal(422, error.message, error.hint, fault)) from error
     except Conflict as error:
-        asked = {"if-match", "if-none-match"} & set(request.headers)
+        asked = {"if-match", "if-none-match", "if-unmodified-since"} & set(request.headers)
         hint = "look at the object, then send it again"
         raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
 
@@ -200,8 +200,8 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
     """What is replaced between the look and the first byte is looked at again."""
     for look in range(LOOKS):
         held = await serving.held(key)
-        check_match(request.headers, held.etag)
-        if unchanged(request.headers, held.etag):
+        check_match(request.headers, held)
+        if unchanged(request.headers, held):
             return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
         span = span_of(request.headers, held)
         if request.method == "HEAD":
@@ -287,7 +287,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
     held = await serving.held(key)
-    check_match(request.headers, held.etag)
+    check_match(request.headers, held)
     check_unmatched(request.headers)
     return held
 

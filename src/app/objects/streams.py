@@ -118,7 +118,10 @@ FORM_HINT = "send one file, as `curl -F file=@name` does, or the bare bytes"
 
 
 class Form:
-    """Reads to the file when it is made. `content_type` is what the file's own header says, "" for nothing."""
+    """Reads to the file when it is created. `content_type` is what the file's own header says, "" for nothing.
+
+    Browsers send a file field in which nobody chose a file as an empty file without a name: that is no file.
+    """
 
     def __init__(self, body: Readable, boundary: str) -> None:
         self._body = body
@@ -141,12 +144,17 @@ class Form:
 
     def _find(self) -> str:
         for event in self._events:
-            if _is_file(event):
+            if _is_file(event) and self._is_chosen(event):
                 return str(event.content_type or "")
-        raise NotServed(422, "the form holds no file", FORM_HINT, fault=FIELD)
+        raise NotServed(422, "no file was chosen in the form", FORM_HINT, fault=FIELD)
+
+    def _is_chosen(self, segment: Any) -> bool:
+        if not segment.filename:
+            self._piece = memoryview(next(self._events, None) or b"")
+        return bool(segment.filename or self._piece)
 
     def _finish(self) -> None:
-        if any(_is_file(event) for event in self._events):
+        if any(_is_file(event) and self._is_chosen(event) for event in self._events):
             raise NotServed(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
 
     def _parsed(self, boundary: str) -> Iterator[Any]:
