@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.appmetrica.export_request import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store, S3Target
+    from app.object_store.s3 import S3Store
+    from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -369,7 +370,7 @@ def open_store(settings: Settings) -> "ObjectStore":
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -386,7 +387,7 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3 import key_source
+    from app.object_store.s3_client import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 

@@ -297,7 +297,7 @@ def test_a_download_is_named_as_its_key_ends_and_nothing_breaks_out_of_the_heade
 
 def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
     links = SignedLinks(tmp_path / "data")
-    path = links.make("a b/ü+%.csv", AT, 60)
+    path = links.make(ObjectInfo("a b/ü+%.csv", 1, '"e"', AT), AT, 60)
     signature = path.rpartition("=")[2]
     expires = int((AT + timedelta(seconds=60)).timestamp())
     links.check("a b/ü+%.csv", AT + timedelta(seconds=59), expires, signature)
@@ -323,7 +323,7 @@ def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_
 def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_link_is_given(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     with disk.recorded():
-        SignedLinks(tmp_path).make("k", AT, 60)
+        SignedLinks(tmp_path).make(HELD, AT, 60)
     assert [each.what for each in disk.effects] == ["flush", "link", "flush", "remove"]
     assert (disk.effects[0].size_bytes, disk.effects[1].target, disk.effects[2].path) == (
         SECRET_BYTES,

@@ -198,7 +198,7 @@ def test_a_form_without_a_chosen_file_and_a_parameter_given_twice_change_nothing
     form = {"content": UNCHOSEN, "headers": {"Content-Type": "multipart/form-data; boundary=B"}}
     for params, body in (({"key": key}, form), ({"key": [key, key]}, {"content": b"1"})):
         for method, path in (("POST", "upload"), ("PUT", "update"), ("PATCH", "patch")):
-            refused = objects.request(method, f"/{path}", params=params, **body)  # type: ignore[arg-type]
+            refused = objects.request(method, f"/{path}", params=params, **body)
             assert (refused.status_code, refused.json()["error"]["field"]) == (422, "key" if body != form else "file")
     assert objects.delete("/delete", params={"key": [key, key]}).status_code == 422
     got = download(objects, key)

@@ -1,27 +1,44 @@
-"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, and links.
+"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, links, stored headers.
 
 Invariants: a key that stores would rewrite is never written, and one that the caller may not touch answers the same
 whether or not it exists; a link gives no more than whoever made it had: one object, by reading, until a time that is
 part of what is signed.
 """
 
+import base64
 import hashlib
 import hmac
+import io
 import os
 import re
 import secrets
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime, parsedate_to_datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 from app.core.errors import Permanent, Rejected
 from app.core.files import sync_directory, sync_file
-from app.object_store.port import CONTROL, MAX_KEY_BYTES, BadKey, ObjectInfo, check_key, is_new_form, taken_for
+from app.object_store.port import (
+    CONTENT_HEADERS,
+    CONTROL,
+    MARK,
+    MAX_KEY_BYTES,
+    TAG_COUNT,
+    TAGS,
+    BadKey,
+    ObjectInfo,
+    Readable,
+    check_key,
+    date_of,
+    is_new_form,
+    taken_for,
+)
 
 RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
 TAG = re.compile(r'(?:W/)?"[^"]*"')
@@ -84,11 +101,13 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
 
 
 def unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
-    """Whether the caller has this version already: 304. ETags decide where both are given (RFC 9110, 13.1.3)."""
+    """Whether the caller has this version already: 304. ETags decide where both are given, and an invalid date is
+    ignored (RFC 9110, 13.1.3).
+    """
     given = fields.get("if-none-match")
     if given is not None:
         return _named(given, held.etag, weak=True)
-    since = _date(fields.get("if-modified-since"))
+    since = date_of(fields.get("if-modified-since", ""))
     return since is not None and held.modified_at.replace(microsecond=0) <= since
 
 
@@ -99,7 +118,7 @@ def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
         if not _named(given, held.etag, weak=False):
             raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
         return
-    since = _date(fields.get("if-unmodified-since"))
+    since = date_of(fields.get("if-unmodified-since", ""))
     if since is not None and held.modified_at.replace(microsecond=0) > since:
         changed = format_datetime(held.modified_at, usegmt=True)
         raise NotServed(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
@@ -119,15 +138,6 @@ def expected_of(fields: Mapping[str, str]) -> str | None:
     if match is not None and not re.fullmatch(r'"[^"]*"', match.strip()):
         raise NotServed(422, "an upload's If-Match takes one ETag", "send it with its quotes", fault="If-Match")
     return "" if none is not None else match.strip() if match is not None else None
-
-
-def _date(text: str | None) -> datetime | None:
-    """A date of a condition; None for an invalid one, which is ignored (RFC 9110, 13.1.3)."""
-    try:
-        at = parsedate_to_datetime(text or "")
-        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        return None
 
 
 def _named(given: str, etag: str, *, weak: bool) -> bool:
@@ -232,8 +242,8 @@ def check_query(query: bytes) -> None:
 class Links(Protocol):
     """How links are made and opened."""
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:
-        """A URL, or a path of this service. Does not check that the object exists."""
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
+        """A URL, or a path of this service."""
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """Raises NotServed unless this service made the link and it has not expired."""
@@ -245,9 +255,9 @@ class StoreLinks:
     def __init__(self, presign: Callable[[str, int, str], str]) -> None:
         self._presign = presign
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
         """See Links."""
-        return self._presign(key, seconds, disposition(key))
+        return self._presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:  # noqa: ARG002 - the port's
         """See Links."""
@@ -260,10 +270,11 @@ class SignedLinks:
     def __init__(self, folder: Path) -> None:
         self._path = folder / SECRET_NAME
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
         """See Links."""
         expires = int((now + timedelta(seconds=seconds)).timestamp())
-        return "/s3/shared?" + urlencode({"key": key, "expires": expires, "signature": self._sign(key, expires)})
+        signature = self._sign(held.key, expires)
+        return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """See Links. Both failures cost the same and look the same."""
@@ -300,8 +311,207 @@ class SignedLinks:
             temporary.unlink()
 
 
-def disposition(key: str) -> str:
-    """Content-Disposition of a download: never shown as a page, named as the last segment of its key."""
+# What a request says of the bytes that it sends, and what a download says of those that are there.
+
+
+class Digest(Protocol):
+    """A checksum under way."""
+
+    def update(self, data: bytes, /) -> None:
+        """The next bytes."""
+
+    def digest(self) -> bytes:
+        """Of all bytes so far."""
+
+
+class Crc32:
+    """CRC-32 in hashlib's form."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes, /) -> None:
+        """The next bytes."""
+        self._value = zlib.crc32(data, self._value)
+
+    def digest(self) -> bytes:
+        """Big endian, as S3 sends it."""
+        return self._value.to_bytes(4)
+
+
+META = "x-amz-meta-"
+CHECKSUM = "x-amz-checksum-"
+CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
+    "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
+    f"{CHECKSUM}crc32": (4, Crc32),
+    f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),
+    f"{CHECKSUM}sha256": (32, hashlib.sha256),
+}
+NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM}mode"})
+SERVER_SIDE = ("x-amz-server-side-encryption", "x-amz-storage-class")
+MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 takes 2 KB of metadata, our own mark included
+MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
+TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
+
+
+class Checked:
+    """A body that ends only when its bytes are those that the request's checksums promise.
+
+    Raises NotServed when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
+    end of a body that has another one: whoever stores it has not made it visible by then.
+    """
+
+    def __init__(self, body: Readable, fields: Mapping[str, str]) -> None:
+        self._body = body
+        self._promised = [
+            (name, self._promise(name, fields[name]), CHECKSUMS[name][1]()) for name in CHECKSUMS if name in fields
+        ]
+
+    @staticmethod
+    def check(fields: Mapping[str, str]) -> None:
+        """Raises NotServed for what can be seen without the body."""
+        for name in fields:
+            if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
+                known = ", ".join(CHECKSUMS)
+                raise NotServed(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
+        Checked(io.BytesIO(), fields)
+
+    @staticmethod
+    def _promise(name: str, text: str) -> bytes:
+        size_bytes = CHECKSUMS[name][0]
+        try:
+            promised = base64.b64decode(text.strip(), validate=True)
+        except ValueError:
+            promised = b""
+        if len(promised) != size_bytes:
+            raise NotServed(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
+        return promised
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        data = self._body.read(count)
+        for name, promised, digest in self._promised:
+            if data:
+                digest.update(data)
+            elif digest.digest() != promised:
+                came = base64.b64encode(digest.digest()).decode()
+                raise NotServed(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
+        return data
+
+
+def joined(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+    """Header fields with lower case names; values of a name that comes several times are joined by commas."""
+    fields: dict[str, str] = {}
+    for name, value in pairs:
+        lower = name.lower()
+        fields[lower] = f"{fields[lower]}, {value}" if lower in fields else value
+    return fields
+
+
+def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """The headers and the metadata of the object that a request sends; a header without a value is in it as "".
+
+    Raises NotServed for what some store would refuse or change.
+    """
+    for name in fields:
+        if name.startswith(SERVER_SIDE):
+            raise NotServed(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)
+    headers = {name: _header(name, fields[name].strip()) for name in (*CONTENT_HEADERS, TAGS) if name in fields}
+    metadata = {
+        name.removeprefix(META): _checked_text(name, value.strip())
+        for name, value in fields.items()
+        if name.startswith(META)
+    }
+    if MARK in metadata:
+        raise NotServed(422, f"the metadata {MARK} is the service's own", "choose another name", fault=META + MARK)
+    if "" in metadata.values() or "" in metadata:
+        raise NotServed(422, "metadata without a name or a value, which some stores forget", "leave it out", fault=META)
+    if sum(len(name) + len(value) for name, value in metadata.items()) > MAX_METADATA:
+        raise NotServed(422, f"the metadata is longer than {MAX_METADATA} bytes", "shorten it", fault=META)
+    return headers, metadata
+
+
+def _checked_text(name: str, text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise NotServed(422, f"{name} is not printable ASCII", "encode other text, as in a URL", fault=name)
+    return text
+
+
+def _header(name: str, text: str) -> str:
+    if len(_checked_text(name, text)) > MAX_HEADER:
+        raise NotServed(422, f"{name} is longer than {MAX_HEADER} bytes", "shorten it", fault=name)
+    if name == TAGS:
+        return _tags(text)
+    if name == "content-encoding":
+        codings = [coding.strip().lower() for coding in text.split(",")]
+        if "aws-chunked" in codings:
+            raise NotServed(422, "a body in signed chunks cannot be read", "send the plain bytes", fault=name)
+        return "" if codings == ["identity"] else text
+    if name == "expires" and text:
+        at = date_of(text)
+        if at is None:
+            raise NotServed(422, "expires is not a date", "send it as Thu, 01 Jan 2032 00:00:00 GMT", fault=name)
+        return format_datetime(at, usegmt=True)
+    return text
+
+
+def _tags(text: str) -> str:
+    """Tags in one form. Source of the limits: the S3 API reference, PutObjectTagging."""
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text), errors="strict")
+    except ValueError:
+        pairs = [("", "")]
+    names = [name for name, _ in pairs]
+    if (
+        len(pairs) > MAX_TAGS
+        or len(set(names)) < len(names)
+        or any(not 0 < len(name) <= MAX_TAG_NAME or len(value) > MAX_TAG_VALUE for name, value in pairs)
+        or not all(TAG_TEXT.fullmatch(part) for pair in pairs for part in pair)
+    ):
+        hint = (
+            "send at most 10 as name=value&name=value, percent-encoded, of letters, digits, spaces and + - = . _ : / @"
+        )
+        raise NotServed(422, f"{TAGS} holds what cannot be tags", hint, fault=TAGS)
+    return urlencode(pairs, quote_via=quote)
+
+
+def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
+    """Of a download. A cache may keep it for its caller, and asks each time whether it is still right, unless whoever
+    stored it said otherwise.
+    """
+    kept = {name: value for name, value in held.headers.items() if value.isascii() and value.isprintable()}
+    count = kept.get(TAG_COUNT) or str(len(parse_qsl(kept.get(TAGS, ""), keep_blank_values=True)))
+    fields = {
+        "Accept-Ranges": "bytes",
+        "Content-Length": str(span.count),
+        "Content-Type": held.content_type,
+        "ETag": held.etag,
+        "Last-Modified": format_datetime(held.modified_at.astimezone(UTC), usegmt=True),
+        "Vary": "Authorization, X-API-Key, Cookie",
+        **{name.title(): kept[name] for name in CONTENT_HEADERS if name in kept},
+        "Cache-Control": kept.get("cache-control", "private, no-cache"),
+        "Content-Disposition": disposition(held.key, kept.get("content-disposition", "")),
+        **{META + name: _header_text(value) for name, value in held.metadata.items() if name != MARK},
+    }
+    if span.part:
+        fields["Content-Range"] = f"bytes {span.first}-{span.first + span.count - 1}/{held.size_bytes}"
+    return fields if count == "0" else {**fields, TAG_COUNT: count}
+
+
+def _header_text(text: str) -> str:
+    """As S3 sends metadata that another program stored with other characters (RFC 2047)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return f"=?UTF-8?B?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+
+def disposition(key: str, stored: str = "") -> str:
+    """Content-Disposition of a download: never shown as a page, whatever is `stored` with the object, and named as it
+    says there or as the last segment of its key.
+    """
+    parameters = stored.partition(";")[2].strip()
+    if parameters:
+        return f"attachment; {parameters}"
     name = key.rpartition("/")[2]
     plain = "".join(each if each.isascii() and each.isprintable() and each not in '"\\' else "_" for each in name)
     extended = f"; filename*=UTF-8''{quote(name, safe='')}" if plain != name else ""

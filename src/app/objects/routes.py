@@ -11,17 +11,19 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from app.core.errors import Conflict, Rejected
+from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
+    CONTENT_HEADERS,
     MARK,
     MAX_PAGE,
+    TAGS,
     BadKey,
     ObjectInfo,
     ObjectStore,
@@ -35,19 +37,22 @@ from app.object_store.port import (
 from app.objects import openapi
 from app.objects.requests import (
     ByteSpan,
+    Checked,
     Links,
     NotServed,
     Reach,
     check_match,
     check_query,
     check_unmatched,
-    disposition,
+    download_headers,
     expected_of,
+    joined,
     missing,
     span_of,
+    stored_fields,
     unchanged,
 )
-from app.objects.streams import Feed, Form, Outgoing, boundary_of, carried, media_type, opened
+from app.objects.streams import Feed, Form, Outgoing, begun, boundary_of, carried, media_type, opened
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
 
@@ -62,6 +67,8 @@ PARQUET_WARNING = (
 )
 GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
+NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
+GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
 Work = Callable[[Readable, str], Stored]
@@ -86,9 +93,9 @@ class ObjectRoutes:
         """Call the store in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, call, *given)
 
-    async def held(self, key: str) -> ObjectInfo:
-        """What stands at `key`. Raises NotServed with 404."""
-        found = await self.ask(self.store.head, key)
+    async def held(self, key: str, *, tags: bool = False) -> ObjectInfo:
+        """What is at `key`, with its `tags` if they are needed. Raises NotServed with 404."""
+        found = await self.ask(self.transfers.properties if tags else self.store.head, key)
         if found is None:
             raise missing(key)
         return found
@@ -154,7 +161,11 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
             known = _reach(request, serving).reads(key)
-            return JSONResponse(info_json(known, await serving.ask(serving.store.head, known)))
+            try:
+                found = await serving.ask(serving.transfers.properties, known)
+            except Permanent:  # an S3 key that may not read tags still sees the rest
+                found = await serving.ask(serving.store.head, known)
+            return JSONResponse(info_json(known, found))
 
 
 class _Streamed(StreamingResponse):
@@ -202,7 +213,8 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
         held = await serving.held(key)
         check_match(request.headers, held)
         if unchanged(request.headers, held):
-            return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
+            told = download_headers(held, ByteSpan(0, 0, part=False))
+            return Response(status_code=304, headers={name: told[name] for name in NOT_MODIFIED if name in told})
         span = span_of(request.headers, held)
         if request.method == "HEAD":
             return Response(status_code=206 if span.part else 200, headers=download_headers(held, span))
@@ -243,7 +255,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         async with _served(request):
             held = await serving.held(_reach(request, serving).reads(key))
             now = serving.clock()
-            made = await serving.ask(serving.links.make, held.key, now, expires)
+            made = await serving.ask(serving.links.make, held, now, expires)
             url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
             until = instant(now + timedelta(seconds=expires))
             return JSONResponse({"key": held.key, "url": url, "expires_at": until})
@@ -282,19 +294,34 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
             held = await _to_change(request, serving, _reach(request, serving).writes(key))
-            return await _written(request, serving, held.key, held.etag)
+            return await _written(request, serving, held.key, held.etag, held)
 
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
-    held = await serving.held(key)
+    held = await serving.held(key, tags=request.method != "DELETE")
     check_match(request.headers, held)
     check_unmatched(request.headers)
     return held
 
 
-async def _written(request: Request, serving: ObjectRoutes, key: str, expected: str | None) -> Response:
+async def _written(
+    request: Request, serving: ObjectRoutes, key: str, expected: str | None, held: ObjectInfo | None = None
+) -> Response:
+    """Store the body at `key`. What is said of `held`, which it replaces, stays where the request says nothing; of its
+    Content-Encoding, which describes the bytes, only that they are still gzip.
+    """
+    sent, sent_metadata = stored_fields(joined(request.headers.items()))
+    old = held.headers if held else {}
+    metadata = sent_metadata or {name: value for name, value in (held.metadata if held else {}).items() if name != MARK}
+
     def work(body: Readable, media: str) -> Stored:
-        return serving.transfers.write(key, body, Put(media_type(media, key), {}, expected))
+        headers = {**old, "content-encoding": "", **sent}
+        if old.get("content-encoding") == "gzip" and "content-encoding" not in sent:
+            start, body = begun(body, len(GZIP))
+            headers["content-encoding"] = "gzip" if start == GZIP else ""
+        headers = {name: value for name, value in headers.items() if value}
+        content_type = media_type(media, key, held.content_type if held else "")
+        return serving.transfers.write(key, body, Put(content_type, metadata, expected, headers))
 
     done = await _received(request, serving, work)
     return GONE if done is None else JSONResponse(stored_json(key, done))
@@ -302,13 +329,14 @@ async def _written(request: Request, serving: ObjectRoutes, key: str, expected: 
 
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
     """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
-    boundary = boundary_of(request.headers)
+    boundary, fields = boundary_of(request.headers), joined(request.headers.items())
+    Checked.check(fields)
 
     def store(feed: Feed) -> Stored:
         if boundary is None:
-            return work(feed, request.headers.get("content-type", ""))
+            return work(Checked(feed, fields), fields.get("content-type", ""))
         form = Form(feed, boundary)
-        return work(form, form.content_type)
+        return work(Checked(form, fields), form.content_type)
 
     blocks, first = request.stream(), bytearray()
 
@@ -405,6 +433,8 @@ def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
         "last_modified": instant(held.modified_at),
         "content_type": held.content_type,
         "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
+        **{name.replace("-", "_"): held.headers[name] for name in CONTENT_HEADERS if name in held.headers},
+        **({"tags": dict(parse_qsl(held.headers[TAGS], keep_blank_values=True))} if TAGS in held.headers else {}),
     }
 
 
@@ -418,19 +448,3 @@ def patched_json(key: str, done: Stored, offset: int) -> Mapping[str, Any]:
     """A patch."""
     answer = {**stored_json(key, done), "offset": offset, "guarded": done.guarded}
     return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer
-
-
-def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
-    """Of a download. A cache may keep it, and asks each time whether it is still right."""
-    fields = {
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, no-cache",
-        "Content-Disposition": disposition(held.key),
-        "Content-Length": str(span.count),
-        "Content-Type": held.content_type,
-        "ETag": held.etag,
-        "Last-Modified": format_datetime(held.modified_at.astimezone(UTC), usegmt=True),
-    }
-    if span.part:
-        fields["Content-Range"] = f"bytes {span.first}-{span.first + span.count - 1}/{held.size_bytes}"
-    return fields

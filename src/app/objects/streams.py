@@ -189,6 +189,28 @@ def boundary_of(fields: Mapping[str, str]) -> str | None:
     return str(options["boundary"])
 
 
+def begun(body: Readable, count: int) -> tuple[bytes, Readable]:
+    """The first `count` bytes of a body, or all of a shorter one, and the whole body."""
+    start = b""
+    while len(start) < count and (data := body.read(count - len(start))):
+        start += data
+    return start, _Again(start, body)
+
+
+class _Again:
+    """A body whose `start` was read before."""
+
+    def __init__(self, start: bytes, body: Readable) -> None:
+        self._start, self._body = start, body
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        if not self._start:
+            return self._body.read(count)
+        data, self._start = self._start[:count], self._start[count:]
+        return data
+
+
 # The content type that an upload is stored with.
 
 UNKNOWN = "application/octet-stream"
@@ -200,12 +222,16 @@ MAX_CHARACTERS = 200
 KNOWN = mimetypes.MimeTypes(filenames=())
 
 
-def media_type(given: str, key: str) -> str:
-    """What the client said, unless that was nothing or no header can carry it; then what the key's ending says."""
+def media_type(given: str, key: str, held: str = "") -> str:
+    """What the client said, unless that was nothing or no header can carry it; then that of the object that is `held`,
+    or what the key's ending says.
+    """
     said = given.strip()
     fits = said.isascii() and said.isprintable() and len(said) <= MAX_CHARACTERS
     if fits and said.partition(";")[0].strip().lower() not in SAYS_NOTHING:
         return said
+    if held:
+        return held
     name = key.rpartition("/")[2]
     ending = "." + name.rpartition(".")[2].lower()
     guessed, encoding = KNOWN.guess_type(name)
