@@ -14,11 +14,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.analytics.builtin_reports import TABLES
 from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import AnswerShape, of_table
 from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Objects, Queries
-from app.analytics.reports import ReportDefinition, load_reports
+from app.analytics.reports import TABLES, ReportDefinition, load_reports
 from app.analytics.summaries import Summaries
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries

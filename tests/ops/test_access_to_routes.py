@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.config.keys import SCOPES
+from app.config.value_types import SCOPES
 from daemon import Daemon, Daemons
 
 PAGES = ("/openapi.json", "/docs", "/redoc", "/docs/swagger-ui.css")

@@ -8,14 +8,14 @@ many slow clients cost little and keep nobody else waiting.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Permanent, Rejected
@@ -52,7 +52,8 @@ from app.objects.requests import (
     stored_fields,
     unchanged,
 )
-from app.objects.streams import Feed, Form, Outgoing, begun, boundary_of, carried, media_type, opened
+from app.objects.streams import Feed, Form, begun, boundary_of, carried, media_type, opened
+from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
 
@@ -139,7 +140,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/objects",
         summary="Objects below a prefix, in order",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LISTED),
+        responses=openapi.answers(openapi.ObjectListing),
     )
     async def objects(
         request: Request,
@@ -156,7 +157,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/object-info",
         summary="Whether there is an object, and its properties",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.INFO),
+        responses=openapi.answers(openapi.ObjectProperties),
     )
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -166,24 +167,6 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
             except Permanent:  # an S3 key that may not read tags still sees the rest
                 found = await serving.ask(serving.store.head, known)
             return JSONResponse(info_json(known, found))
-
-
-class _Streamed(StreamingResponse):
-    """A download. Its stream and its place, if any, are let go also when the client left before the first byte."""
-
-    def __init__(
-        self, outgoing: Outgoing, places: asyncio.Semaphore | None, status: int, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(outgoing.pieces(), status, headers)
-        self._outgoing, self._places = outgoing, places
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._outgoing.close()
-            if self._places is not None:
-                self._places.release()
 
 
 def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -228,18 +211,15 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
     """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
-    places = None if serving.roomy.locked() else serving.roomy
-    response: Response | None = None
-    if places is not None:
-        await places.acquire()
-    try:
-        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=places is None)
-        headers = download_headers(held, span)
-        response = _Streamed(outgoing, places, 206 if span.part else 200, headers)
-    finally:
-        if response is None and places is not None:
-            places.release()
-    return response
+    with ExitStack() as taken:
+        lean = serving.roomy.locked()
+        if not lean:
+            await serving.roomy.acquire()
+            taken.callback(serving.roomy.release)
+        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=lean)
+        taken.callback(outgoing.close)
+        status, headers = 206 if span.part else 200, download_headers(held, span)
+        return Streamed(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -247,7 +227,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/link",
         summary="A link that reads one object for a while without a key",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LINKED, (404,)),
+        responses=openapi.answers(openapi.ObjectLink, (404,)),
     )
     async def link(
         request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
@@ -278,7 +258,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/upload",
         summary="Create or replace an object",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, openapi.BODY),
+        responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -289,7 +269,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/update",
         summary="Replace an object that exists",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, (404, *openapi.BODY)),
+        responses=openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -366,9 +346,9 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.patch(
         "/patch",
-        summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
-        openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.PATCHED, (404, 416, *openapi.BODY)),
+        summary="Overwrite bytes from an offset on; the rest, the type, headers and metadata stay",
+        openapi_extra={**needs("s3:write"), **openapi.upload(kept=False)},
+        responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
         async with _served(request):
@@ -381,6 +361,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
                     fault="offset",
                     headers={"Content-Range": f"bytes */{held.size_bytes}"},
                 )
+            stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
             done = await _received(request, serving, lambda body, _: serving.transfers.patch(held, offset, body))
             return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
@@ -390,7 +371,7 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         "/delete",
         summary="Delete an object",
         openapi_extra=needs("s3:delete"),
-        responses=openapi.answers(openapi.DELETED, (404, 412)),
+        responses=openapi.answers(openapi.ObjectDeleted, (404, 412)),
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):
