@@ -182,13 +182,15 @@ def object_routes(service: Inside) -> "APIRouter":
     from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
+    largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+    presigned = StoreLinks(remote.link, remote.form)
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, service.clock, largest))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -376,6 +378,8 @@ def s3_target(settings: Settings) -> "S3Target":
         access_key_id=revealed(s3.access_key_id),
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
+        sse=s3.sse.upper() if s3.sse == "aes256" else s3.sse,
+        sse_kms_key_id=s3.sse_kms_key_id,
     )
 
 

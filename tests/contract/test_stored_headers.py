@@ -1,9 +1,11 @@
 """Headers, metadata and tags of an object stay through writes and patches on every store, whoever wrote it."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -112,6 +114,30 @@ def test_what_another_program_or_the_last_version_stored_is_kept_by_a_patch(both
         assert {name: found[name] for name in said} == said
         assert client.get_object_tagging(Bucket=bucket, Key="theirs")["TagSet"] == tags
     assert both.read("theirs") == b"1234"
+
+
+def test_what_is_written_is_encrypted_as_the_settings_say(both: Both) -> None:
+    if not isinstance(both.store, S3Store):
+        return
+    target = replace(both.store.target, sse="AES256")
+    if "127.0.0.1" in target.endpoint_url and target.access_key_id == "a":  # moto plays KMS too
+        target = replace(target, sse="aws:kms", sse_kms_key_id="key-1")
+    client, bucket = both.store.client(), target.bucket
+    client.put_object(Bucket=bucket, Key="patched", Body=b"1", ServerSideEncryption="AES256")
+    for sure in opened(target):
+        for key, data in (("small", b"1"), ("large", SIXTEEN[: 9 * MIB])):
+            sure.write(key, data)
+        sure.store.put("exported", io.BytesIO(b"1"), Put("text/csv"))
+        sure.transfers.patch(sure.held("patched"), 0, Trickle(b"2"))
+        for key in ("small", "large", "exported", "patched"):
+            found = client.head_object(Bucket=bucket, Key=key)
+            assert (found["ServerSideEncryption"], found.get("SSEKMSKeyId", "")) == (target.sse, target.sse_kms_key_id)
+        assert isinstance(sure.transfers, S3Transfers)
+        _, fields = sure.transfers.form("k", "text/csv", range(2), 60)
+        assert fields["x-amz-server-side-encryption"] == target.sse
+    if target.sse_kms_key_id:  # an object keeps its key where no setting names one
+        both.transfers.patch(both.held("small"), 0, Trickle(b"3"))
+        assert client.head_object(Bucket=bucket, Key="small")["SSEKMSKeyId"] == "key-1"
 
 
 def test_a_directory_reads_the_notes_of_the_last_version(tmp_path: Path) -> None:

@@ -332,6 +332,50 @@ def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_li
     )
 
 
+def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
+    links, end = SignedLinks(tmp_path), AT + timedelta(seconds=60)
+    url, fields = links.form("a b/ü.csv", "text/csv", range(1, 6), AT, 60)
+    assert url == "/s3/shared"
+    given = list(fields.items())
+    right = ("a b/ü.csv", "text/csv", range(1, 6))
+    assert links.check_form(given, end - timedelta(seconds=1)) == right
+    assert links.check_form([(name.upper(), value) for name, value in given], AT) == right
+    other = dict(links.form("other", "text/csv", range(1, 6), AT, 60)[1])
+    for wrong in (
+        [],
+        [*given, ("x-amz-meta-a", "b")],
+        [*given, ("key", "a b/ü.csv")],
+        [(name, value) for name, value in given if name != "key"],
+        *(
+            [(name, changed if name == field else value) for name, value in given]
+            for field, changed in other.items()
+            if fields[field] != changed
+        ),
+        *([(name, "\ud800ü" if name == field else value) for name, value in given] for field in fields),
+    ):
+        with pytest.raises(NotServed) as caught:
+            links.check_form(wrong, AT)
+        assert caught.value.status == 403
+    with pytest.raises(NotServed, match="expired"):
+        links.check_form(given, end)
+    expires = int(end.timestamp())
+    with pytest.raises(NotServed):  # what is signed of a form never opens a link
+        links.check("a b/ü.csv", AT, expires, fields["signature"])
+
+
+def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:
+    form = Form(
+        Pieces(
+            form_of(("key", None, "ü".encode()), UNCHOSEN, ("b", None, b""), ("file", "n", b"1"), ("c", None, b"x")), 3
+        ),
+        "b0und",
+    )
+    assert form.fields == [("key", "ü"), ("b", "")]
+    assert whole(form) == b"1"
+    with pytest.raises(NotServed, match="longer"):
+        Form(io.BytesIO(form_of(("key", None, bytes(70_000)), ("file", "n", b"1"))), "b0und")
+
+
 async def blocks(data: bytes, size: int, *, breaks: bool = False) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         await asyncio.sleep(0)

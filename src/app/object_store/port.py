@@ -27,6 +27,7 @@ MAX_PAGE = 1000
 BATCH = 1000
 MARK = "headwater-write"
 """Metadata that tells which write made an object; no business of whoever reads it."""
+STORAGE_CLASS = "x-amz-storage-class"
 TAGS, TAG_COUNT = "x-amz-tagging", "x-amz-tagging-count"
 CONTENT_HEADERS = ("content-encoding", "cache-control", "content-disposition", "content-language", "expires")
 """What is said of the bytes beside their type: these, TAGS (as in a URL) and what S3 says of how an object is kept."""

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
+    STORAGE_CLASS,
     TAG_COUNT,
     TAGS,
     BadKey,
@@ -36,6 +37,8 @@ from app.object_store.s3_client import (
     AGAIN_HINT,
     BUSY,
     REACH_HINT,
+    SSE,
+    SSE_KMS_KEY,
     ListQuery,
     S3Target,
     batches,
@@ -59,9 +62,9 @@ STORED_HEADERS: Mapping[str, str] = {
     "content-language": "ContentLanguage",
     "expires": "Expires",
     TAGS: "Tagging",
-    "x-amz-storage-class": "StorageClass",
-    "x-amz-server-side-encryption": "ServerSideEncryption",
-    "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
+    STORAGE_CLASS: "StorageClass",
+    SSE: "ServerSideEncryption",
+    SSE_KMS_KEY: "SSEKMSKeyId",
     "x-amz-website-redirect-location": "WebsiteRedirectLocation",
 }
 """What an object keeps beside its type and metadata, in S3's names and the SDK's."""
@@ -300,7 +303,7 @@ class S3Store:
             Bucket=self.target.bucket,
             Key=key,
             Body=rest,
-            **described(put),
+            **described(put, self.target),
             **condition,
         )
 
@@ -352,11 +355,12 @@ def check_headers(key: str, put: Put) -> None:
         raise Rejected(f"{key}: its metadata is longer than {MAX_METADATA_BYTES} bytes", "shorten it")
 
 
-def described(put: Put) -> Mapping[str, Any]:
-    """The SDK's arguments for all that an object keeps beside its bytes."""
-    headers: dict[str, Any] = {
-        STORED_HEADERS[name]: put.headers[name] for name in STORED_HEADERS if name in put.headers
-    }
+def described(put: Put, target: S3Target) -> Mapping[str, Any]:
+    """The SDK's arguments for all that an object keeps beside its bytes. S3_SSE goes before what an object had."""
+    given = dict(put.headers)
+    if target.sse:
+        given = {**given, SSE_KMS_KEY: "", **target.encryption}
+    headers: dict[str, Any] = {STORED_HEADERS[name]: given[name] for name in STORED_HEADERS if given.get(name)}
     if "Expires" in headers:  # the SDK sends dates only; any other text means that the object has expired already
         headers["Expires"] = date_of(headers["Expires"]) or EXPIRED_AT
     return {"ContentType": put.content_type, "Metadata": dict(put.metadata), **headers}

@@ -61,6 +61,9 @@ PASSING_STATUS = frozenset(
 )
 
 
+SSE, SSE_KMS_KEY = "x-amz-server-side-encryption", "x-amz-server-side-encryption-aws-kms-key-id"
+
+
 @dataclass(frozen=True, slots=True)
 class S3Target:
     """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
@@ -77,6 +80,14 @@ class S3Target:
     attempts: int = 4
     connections: int = 16
     page_keys: int = 1000
+    sse: str = ""
+    sse_kms_key_id: str = ""
+
+    @property
+    def encryption(self) -> Mapping[str, str]:
+        """Headers of every write; none = as the bucket does by itself."""
+        headers = {SSE: self.sse, SSE_KMS_KEY: self.sse_kms_key_id}
+        return {name: value for name, value in headers.items() if value}
 
 
 def make_client(target: S3Target) -> Any:

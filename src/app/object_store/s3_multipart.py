@@ -136,6 +136,16 @@ class S3Transfers:
         with self._store.translated(key):
             return str(self._store.client().generate_presigned_url("get_object", Params=place, ExpiresIn=seconds))
 
+    def form(self, key: str, content_type: str, sizes: range, seconds: int) -> tuple[str, Mapping[str, str]]:
+        """A presigned POST of one file with exactly this key and type and one of these sizes: URL and form fields."""
+        fields = {"Content-Type": content_type, **self._store.target.encryption}
+        conditions = [*({name: value} for name, value in fields.items()), ["content-length-range", sizes[0], sizes[-1]]]
+        with self._store.translated(key):
+            made = self._store.client().generate_presigned_post(
+                self._store.target.bucket, check_key(key), fields, conditions, seconds
+            )
+        return str(made["url"]), made["fields"]
+
     def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], Any]") -> Stored:
         """What `fill` put together, under a mark that tells the object of this very write from any other."""
         check_key(key)
@@ -341,7 +351,9 @@ class S3Parts:
 def begun(store: S3Store, desk: PartDesk, key: str, put: Put) -> Iterator[S3Parts]:
     """CreateMultipartUpload; the upload is aborted unless the block comes to its end."""
     with store.translated(key):
-        answer = store.client().create_multipart_upload(Bucket=store.target.bucket, Key=key, **described(put))
+        answer = store.client().create_multipart_upload(
+            Bucket=store.target.bucket, Key=key, **described(put, store.target)
+        )
         parts = S3Parts(store, desk, key, put, answer["UploadId"])
     with ExitStack() as undo:
         undo.callback(parts.abort)

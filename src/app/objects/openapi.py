@@ -106,6 +106,18 @@ class ObjectLink(BaseModel):
     expires_at: datetime
 
 
+class UploadForm(BaseModel):
+    """A form that needs no key: POST multipart/form-data to `url` with these fields, then `file`."""
+
+    key: str
+    url: str
+    fields: dict[str, str]
+    content_type: str
+    min_bytes: int = Field(ge=0)
+    max_bytes: int = Field(ge=0)
+    expires_at: datetime
+
+
 class ObjectDeleted(BaseModel):
     """A deletion."""
 
@@ -131,6 +143,19 @@ def download() -> Answers:
 
 def _faults(codes: Sequence[int]) -> Answers:
     return faults({code: FAULTS[code] for code in (*ALWAYS, *codes)})
+
+
+def form_upload() -> Mapping[str, Any]:
+    """The body of the form of an upload link."""
+    texts = {name: {"type": "string"} for name in ("key", "Content-Type", "policy", "signature")}
+    properties = {**texts, "file": {"type": "string", "format": "binary"}}
+    schema = {"type": "object", "required": [*properties], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def form_answers() -> Answers:
+    """The answers to the form of an upload link."""
+    return {204: {"description": "stored"}, **_faults((404, *BODY))}
 
 
 def upload(*, kept: bool = True) -> Mapping[str, Any]:

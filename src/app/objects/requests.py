@@ -8,11 +8,10 @@ part of what is signed.
 import base64
 import hashlib
 import hmac
-import io
+import json
 import os
 import re
 import secrets
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from app.object_store.port import (
     TAGS,
     BadKey,
     ObjectInfo,
-    Readable,
     check_key,
     date_of,
     is_new_form,
@@ -46,6 +44,7 @@ HIDDEN_SEGMENT = ".headwater"
 SECRET_BYTES = 32
 SECRET_NAME = "link.key"  # noqa: S105 - the name of the file
 CHANGED_HINT = "look at the object, then send it again"
+POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a link
 LINK_HINT = "ask whoever sent it for a new one"
 
 
@@ -248,12 +247,26 @@ class Links(Protocol):
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """Raises NotServed unless this service made the link and it has not expired."""
 
+    def form(
+        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
+    ) -> tuple[str, Mapping[str, str]]:
+        """Where a form may upload one file, and its fields: exactly this key and type, one of these sizes."""
+
+    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
+        """Key, type and sizes of a form. Raises NotServed unless its fields are exactly those that were made."""
+
 
 class StoreLinks:
-    """Links to the store itself. `presign` takes key, seconds and Content-Disposition."""
+    """Links to the store itself. `presign` takes key, seconds and Content-Disposition; `presign_form` key, type, sizes
+    and seconds.
+    """
 
-    def __init__(self, presign: Callable[[str, int, str], str]) -> None:
-        self._presign = presign
+    def __init__(
+        self,
+        presign: Callable[[str, int, str], str],
+        presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]],
+    ) -> None:
+        self._presign, self._presign_form = presign, presign_form
 
     def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
         """See Links."""
@@ -262,6 +275,25 @@ class StoreLinks:
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:  # noqa: ARG002 - the port's
         """See Links."""
         raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+
+    def form(
+        self,
+        key: str,
+        content_type: str,
+        sizes: range,
+        now: datetime,  # noqa: ARG002 - the store has its own clock
+        seconds: int,
+    ) -> tuple[str, Mapping[str, str]]:
+        """See Links."""
+        return self._presign_form(key, content_type, sizes, seconds)
+
+    def check_form(
+        self,
+        fields: Iterable[tuple[str, str]],  # noqa: ARG002 - the port's
+        now: datetime,  # noqa: ARG002 - the port's
+    ) -> tuple[str, str, range]:
+        """See Links."""
+        raise NotServed(404, "forms of this store do not lead here", LINK_HINT)
 
 
 class SignedLinks:
@@ -273,17 +305,46 @@ class SignedLinks:
     def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
         """See Links."""
         expires = int((now + timedelta(seconds=seconds)).timestamp())
-        signature = self._sign(held.key, expires)
+        signature = self._sign(f"{expires}\n{held.key}")
         return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """See Links. Both failures cost the same and look the same."""
-        right = hmac.compare_digest(self._sign(key, expires).encode(), signature.encode("utf-8", "replace"))
-        if not right or now.timestamp() >= expires:
+        if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
             raise NotServed(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
-    def _sign(self, key: str, expires: int) -> str:
-        return hmac.new(self._secret(), f"{expires}\n{key}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    def form(
+        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
+    ) -> tuple[str, Mapping[str, str]]:
+        """See Links. The policy has the form of S3's."""
+        expires_at = (now + timedelta(seconds=seconds)).astimezone(UTC)
+        conditions = [{"key": key}, {"Content-Type": content_type}, ["content-length-range", sizes[0], sizes[-1]]]
+        policy = {"expiration": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", "conditions": conditions}
+        text = base64.b64encode(json.dumps(policy).encode()).decode()
+        fields = {"key": key, "Content-Type": content_type, "policy": text, "signature": self._sign(POLICY + text)}
+        return "/s3/shared", fields
+
+    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
+        """See Links. As on S3, the names of fields are compared without their case."""
+        given = dict(joined(fields))
+        text = given.pop("policy", "")
+        if not self._is_ours(POLICY + text, given.pop("signature", "")):
+            raise NotServed(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
+        policy = json.loads(base64.b64decode(text))
+        if now >= datetime.fromisoformat(policy["expiration"]):
+            raise NotServed(403, "the upload link has expired", LINK_HINT, fault="policy")
+        key, content_type, (_, first, last) = policy["conditions"]
+        wanted = {"key": key["key"], "content-type": content_type["Content-Type"]}
+        for name in {*given, *wanted}:
+            if given.get(name) != wanted.get(name):
+                raise NotServed(403, f"the policy does not allow this {name}", "send the fields unchanged", fault=name)
+        return key["key"], content_type["Content-Type"], range(first, last + 1)
+
+    def _is_ours(self, text: str, signature: str) -> bool:
+        return hmac.compare_digest(self._sign(text).encode(), signature.encode("utf-8", "replace"))
+
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._secret(), text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:
         """Read each time, so that processes that share a folder agree, and that removing it works at once."""
@@ -314,89 +375,11 @@ class SignedLinks:
 # What a request says of the bytes that it sends, and what a download says of those that are there.
 
 
-class Digest(Protocol):
-    """A checksum under way."""
-
-    def update(self, data: bytes, /) -> None:
-        """The next bytes."""
-
-    def digest(self) -> bytes:
-        """Of all bytes so far."""
-
-
-class Crc32:
-    """CRC-32 in hashlib's form."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: bytes, /) -> None:
-        """The next bytes."""
-        self._value = zlib.crc32(data, self._value)
-
-    def digest(self) -> bytes:
-        """Big endian, as S3 sends it."""
-        return self._value.to_bytes(4)
-
-
 META = "x-amz-meta-"
-CHECKSUM = "x-amz-checksum-"
-CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
-    "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
-    f"{CHECKSUM}crc32": (4, Crc32),
-    f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),
-    f"{CHECKSUM}sha256": (32, hashlib.sha256),
-}
-NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM}mode"})
 SERVER_SIDE = ("x-amz-server-side-encryption", "x-amz-storage-class")
 MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 takes 2 KB of metadata, our own mark included
 MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
 TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
-
-
-class Checked:
-    """A body that ends only when its bytes are those that the request's checksums promise.
-
-    Raises NotServed when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
-    end of a body that has another one: whoever stores it has not made it visible by then.
-    """
-
-    def __init__(self, body: Readable, fields: Mapping[str, str]) -> None:
-        self._body = body
-        self._promised = [
-            (name, self._promise(name, fields[name]), CHECKSUMS[name][1]()) for name in CHECKSUMS if name in fields
-        ]
-
-    @staticmethod
-    def check(fields: Mapping[str, str]) -> None:
-        """Raises NotServed for what can be seen without the body."""
-        for name in fields:
-            if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
-                known = ", ".join(CHECKSUMS)
-                raise NotServed(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
-        Checked(io.BytesIO(), fields)
-
-    @staticmethod
-    def _promise(name: str, text: str) -> bytes:
-        size_bytes = CHECKSUMS[name][0]
-        try:
-            promised = base64.b64decode(text.strip(), validate=True)
-        except ValueError:
-            promised = b""
-        if len(promised) != size_bytes:
-            raise NotServed(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
-        return promised
-
-    def read(self, count: int, /) -> bytes:
-        """See Readable."""
-        data = self._body.read(count)
-        for name, promised, digest in self._promised:
-            if data:
-                digest.update(data)
-            elif digest.digest() != promised:
-                came = base64.b64encode(digest.digest()).decode()
-                raise NotServed(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
-        return data
 
 
 def joined(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:

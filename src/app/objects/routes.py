@@ -6,7 +6,7 @@ many slow clients cost little and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,6 @@ from app.object_store.port import (
 from app.objects import openapi
 from app.objects.requests import (
     ByteSpan,
-    Checked,
     Links,
     NotServed,
     Reach,
@@ -52,7 +51,7 @@ from app.objects.requests import (
     stored_fields,
     unchanged,
 )
-from app.objects.streams import Feed, Form, begun, boundary_of, carried, media_type, opened
+from app.objects.streams import Checked, Feed, Form, Sized, begun, boundary_of, carried, media_type, opened
 from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
@@ -72,8 +71,8 @@ NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
 GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
-Work = Callable[[Readable, str], Stored]
-"""Stores a body that came with this content type."""
+Work = Callable[[Readable, str, "Sequence[tuple[str, str]]"], Stored]
+"""Stores a body that came with this content type, after these fields of a form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,7 @@ class ObjectRoutes:
     reach: Reach
     links: Links
     clock: Callable[[], datetime]
+    max_upload_bytes: int = 5 << 30
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
     writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "s3-write"))
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
@@ -108,6 +108,7 @@ def build(serving: ObjectRoutes) -> APIRouter:
     _looking(router, serving)
     _downloading(router, serving)
     _linking(router, serving)
+    _upload_links(router, serving)
     _uploading(router, serving)
     _patching(router, serving)
     _deleting(router, serving)
@@ -253,6 +254,64 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
     _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
 
 
+def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
+    @router.get(
+        "/upload-link",
+        summary="A form that uploads one object without a key: exact key and type, bounded size",
+        openapi_extra=needs("s3:write"),
+        responses=openapi.answers(openapi.UploadForm),
+    )
+    async def upload_link(
+        request: Request,
+        key: Key,
+        expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS,
+        *,
+        content_type: Annotated[str, Query(max_length=200)] = "",
+        min_bytes: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
+        max_bytes: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    ) -> Response:
+        async with _served(request):
+            known = _reach(request, serving).writes(key)
+            largest = serving.max_upload_bytes if max_bytes is None else max_bytes
+            if not min_bytes <= largest <= serving.max_upload_bytes:
+                hint = f"give min_bytes <= max_bytes <= {serving.max_upload_bytes}, which is MAX_UPLOAD_BYTES"
+                raise NotServed(422, "there is no such size", hint, fault="max_bytes")
+            if "${filename}" in known:
+                raise NotServed(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
+            media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
+            url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
+            answer = {
+                "key": known,
+                "url": str(request.base_url).rstrip("/") + url if url.startswith("/") else url,
+                "fields": dict(fields),
+                "content_type": media,
+                "min_bytes": min_bytes,
+                "max_bytes": largest,
+                "expires_at": instant(now + timedelta(seconds=expires)),
+            }
+            return JSONResponse(answer)
+
+    @router.post(
+        "/shared",
+        summary="Where the form of an upload link leads to, when objects are in a local directory",
+        openapi_extra={**needs(OPEN), **openapi.form_upload()},
+        responses=openapi.form_answers(),
+        status_code=204,
+    )
+    async def shared_upload(request: Request) -> Response:
+        def work(body: Readable, _: str, fields: Sequence[tuple[str, str]]) -> Stored:
+            key, content_type, sizes = serving.links.check_form(fields, serving.clock())
+            return serving.transfers.write(serving.reach.writes(key), Sized(body, sizes), Put(content_type))
+
+        async with _served(request):
+            if boundary_of(request.headers) is None:
+                raise NotServed(
+                    415, "not a form", "send multipart/form-data with the fields of the link, then the file"
+                )
+            done = await _received(request, serving, work)
+            return GONE if done is None else Response(status_code=204, headers={"ETag": done.etag})
+
+
 def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.post(
         "/upload",
@@ -294,7 +353,7 @@ async def _written(
     old = held.headers if held else {}
     metadata = sent_metadata or {name: value for name, value in (held.metadata if held else {}).items() if name != MARK}
 
-    def work(body: Readable, media: str) -> Stored:
+    def work(body: Readable, media: str, _: object) -> Stored:
         headers = {**old, "content-encoding": "", **sent}
         if old.get("content-encoding") == "gzip" and "content-encoding" not in sent:
             start, body = begun(body, len(GZIP))
@@ -314,9 +373,9 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
 
     def store(feed: Feed) -> Stored:
         if boundary is None:
-            return work(Checked(feed, fields), fields.get("content-type", ""))
+            return work(Checked(feed, fields), fields.get("content-type", ""), ())
         form = Form(feed, boundary)
-        return work(Checked(form, fields), form.content_type)
+        return work(Checked(form, fields), form.content_type, form.fields)
 
     blocks, first = request.stream(), bytearray()
 
@@ -362,7 +421,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
                     headers={"Content-Range": f"bytes */{held.size_bytes}"},
                 )
             stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
-            done = await _received(request, serving, lambda body, _: serving.transfers.patch(held, offset, body))
+            done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
             return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
 
