@@ -117,6 +117,7 @@ class World:
     shrunk: list[str] = field(default_factory=list)
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
+    closing_puts: list[str] = field(default_factory=list)
     notes: dict[str, tuple[str, int]] = field(default_factory=dict)
     refuses_deletes: bool = False
 
@@ -268,7 +269,7 @@ class Process:
         self.world.versions += 1
         return Bytes(batch.held, batch.digest, f"write {self.world.versions}")
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         self.hook(f"before put {key}")
         there = self.world.objects.get(key)
         if (there[0] if there else None) != expected:
@@ -280,6 +281,8 @@ class Process:
         self.world.objects[key] = (version, encoded.content, encoded.digest)
         self.world.notes[key] = (encoded.write, encoded.folded)
         self.world.puts.append(key)
+        if closing:
+            self.world.closing_puts.append(key)
         self.hook(f"after put {key}")
         return version
 
@@ -426,8 +429,8 @@ class _SinkSide:
     def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
         return self.process.encode(partition, window, batch)
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
-        return self.process.put(key, encoded, expected)
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
+        return self.process.put(key, encoded, expected, closing=closing)
 
 
 class Silent:

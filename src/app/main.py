@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store, S3Target
+    from app.object_store.s3 import S3Store
+    from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -185,13 +186,15 @@ def object_routes(service: Inside) -> "APIRouter":
     from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
+    largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+    presigned = StoreLinks(remote.link, remote.form)
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, service.clock, largest))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -395,7 +398,7 @@ def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -406,13 +409,15 @@ def s3_target(settings: Settings) -> "S3Target":
         access_key_id=revealed(s3.access_key_id),
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
+        sse=s3.sse.upper() if s3.sse == "aes256" else s3.sse,
+        sse_kms_key_id=s3.sse_kms_key_id,
     )
 
 
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3 import key_source
+    from app.object_store.s3_client import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 

@@ -60,6 +60,7 @@ from app.config.value_types import (
     S3Endpoint,
     Secret,
     SecretUrl,
+    StorageClass,
     Text,
     Texts,
     TimeZone,
@@ -297,6 +298,15 @@ class S3Settings(SettingsGroup, title="S3 or a compatible store: exports, /s3, /
     """Let /s3 write below S3_PREFIX; closed objects are never expected to change."""
     sweep_hours: int = variable("S3_SWEEP_HOURS", default=24, ge=0, le=8760)
     """Age at which unfinished multipart uploads in the bucket are aborted, whoever started them; 0 = never."""
+
+    sse: Annotated[
+        Literal["", "aes256", "aws:kms", "aws:kms:dsse"], LOWER_CASE, Allowed("AES256, aws:kms or aws:kms:dsse")
+    ] = variable("S3_SSE", default="", unset="as the bucket does")
+    """Server-side encryption of everything that is written to the bucket."""
+    sse_kms_key_id: Text = variable("S3_SSE_KMS_KEY_ID", default="", unset="the key of AWS for S3")
+    """KMS key for S3_SSE=aws:kms and aws:kms:dsse."""
+    storage_class: StorageClass = variable("S3_STORAGE_CLASS", default="", unset="as the bucket does")
+    """Storage class of exported objects whose window is closed; archive classes are refused."""
 
     @model_validator(mode="before")
     @classmethod

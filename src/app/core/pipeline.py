@@ -315,8 +315,9 @@ class Sink(Protocol[B_contra, E]):
     def encode(self, partition: str, window: Window, batch: B_contra) -> E:
         """The batch as bytes in a temporary file. The caller closes it."""
 
-    def put(self, key: str, encoded: E, expected: str | None) -> str:
-        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version.
+    def put(self, key: str, encoded: E, expected: str | None, *, closing: bool = False) -> str:
+        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version. A
+        `closing` write is of a past window, which is not expected to change again.
 
         All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
         """

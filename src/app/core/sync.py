@@ -368,7 +368,7 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
-        return pipeline.sink.put(key, encoded, held.version if held else None)
+        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final)
     except Conflict:
         there = pipeline.sink.head(key)
         if there is None:

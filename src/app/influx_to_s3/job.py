@@ -252,6 +252,7 @@ def _open(
         dictionary=(DEVICE, *TAGS),
         run=uuid4().hex,
         cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
+        storage_class=settings.s3.storage_class if settings.s3.bucket else "",
     )
     pipeline = Pipeline(
         name=NAME,

@@ -361,7 +361,8 @@ def _replace(
     folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
         with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
-            version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
+            version = sink.put(key, encoded, base.version if base else None, closing=True)
+            size_bytes = encoded.size_bytes
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):
