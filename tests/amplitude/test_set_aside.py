@@ -156,6 +156,19 @@ def test_an_hour_that_fails_for_a_moment_lands_with_the_next_run(world: World) -
     assert len(simulator.state.asked) == calls, "it waits no more"
 
 
+def test_an_hour_that_failed_while_the_clock_was_ahead_waits_no_longer_than_others(world: World) -> None:
+    made, simulator, _ = world
+    pull = made.amplitude(simulator)
+    simulator.state.faults["web", MONDAY + 200 * HOUR] = AmplitudeFault(500)
+    made.clock.now += timedelta(days=2)
+    assert len(pull.run().failures) == 1
+    made.clock.now -= timedelta(days=2)
+    assert len(pull.run().failures) == 1
+    made.clock.now += timedelta(hours=25)
+    (newly,) = pull.run().ledger.newly_set_aside
+    assert newly.reason == KEEPS_FAILING
+
+
 def test_an_hour_that_landed_is_not_lost_when_its_second_look_fails(world: World) -> None:
     made, simulator, pull = world
     pull.to_the_end()

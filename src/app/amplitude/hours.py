@@ -538,6 +538,7 @@ class SourceRun:
         run, now = self.run, self.run.pull.clock()
         noted = run.records(window, WAITING).get(window.start)
         since = noted.min_at if noted and noted.min_at and (mode is Mode.AGAIN or not noted.closed) else now
+        since = min(since, now)  # it was noted later than now while the clock was ahead
         is_too_large = isinstance(fault, HourTooLarge)
         gives_up = is_too_large or now - since >= SET_ASIDE_AFTER
         if gives_up:
