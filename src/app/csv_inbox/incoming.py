@@ -174,7 +174,7 @@ def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
     try:
         return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
     except UnicodeDecodeError as error:
-        told = f"the header cannot be read as {dialect.encoding}: {error}"
+        told = f"invalid {dialect.encoding.upper()} byte 0x{error.object[error.start]:02X} in the header"
         raise Malformed(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
 
 
@@ -313,6 +313,8 @@ def read_incoming(
         except Malformed as error:
             fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
             counted, hint = reading.counted if reading else 0, "correct the file and put it into the inbox again"
+            if error.kind is FaultKind.ENCODING:
+                hint = _encoding_hint(config.csv_encoding)
             raise Unmergeable([fault], hint, kind=error.kind, rows=counted) from error
         if identity_of(os.fstat(file.fileno())) != before:
             raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
@@ -427,8 +429,7 @@ class _Reading:
         byte = f"0x{block.data[at]:02X}"
         told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {encoding.upper()} byte {byte}"
         fault = Fault(told, block.line_at(at), None, byte)
-        hint = "save the file in that encoding, or set csv_encoding"
-        raise Unmergeable([fault], hint, kind=FaultKind.ENCODING, rows=self.counted)
+        raise Unmergeable([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
 
     def _without_header(self, block: RecordBlock) -> RecordBlock:
         """The block without the header of a file that was appended to another one. Raises Malformed for another header.
@@ -514,6 +515,10 @@ class _Reading:
             raise Unmergeable(
                 [Fault("it has no rows")], "put a file with at least one row below the header", kind=FaultKind.NO_ROWS
             )
+
+
+def _encoding_hint(encoding: str) -> str:
+    return f"save the file as {encoding} without NUL bytes, or set csv_encoding, and put it into the inbox again"
 
 
 def _shown(record: bytes) -> str:
