@@ -123,7 +123,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
         log.warning("%s", warning)
     for job in service.pipelines.jobs:
         if job.off:
-            log.info("job %s is %s", job.name, job.off)
+            log.info("job %s is off: %s", job.name, job.off)
     log.info(
         "%s %s on %s:%d", settings.service.title, settings.service.version, settings.service.host, settings.service.port
     )
