@@ -183,9 +183,10 @@ def _target(settings: Settings) -> Target:
 
 def _opened(parts: HourFileParts, context: Context, span: Window | None = None) -> OpenedHourFiles:
     """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
-    accounts = Accounts(parts.settings.dynamo.timestamp_attribute, parts.clock())
+    now = parts.clock()
+    accounts = Accounts(parts.settings.dynamo.timestamp_attribute, now)
     sink = _sink(parts, context, accounts)
-    source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
+    source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=now, span=span)
     drive = parts.settings.drive
     pipeline: HourPipeline = Pipeline(
         name=NAME,
