@@ -36,6 +36,12 @@ from app.csv_inbox.csv_tokenizer import (
 from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.key_index import Gathering, Keys
 
+# Headers: the columns of the master, of a file that comes in, and of the two united.
+#
+# Invariants: names are distinct, and fields are what was written there, to the byte; for a file that comes in, what
+# spreadsheets put around a header is taken off first. The master's columns keep their order and new ones follow, so a
+# row of the master changes only by fields that are put behind it.
+
 PIECE_BYTES = 1 << 16
 SHOWN_BYTES = 1000
 ABSENT = -1
@@ -242,6 +248,8 @@ def united(master: Header | None, incoming: Header, key: str, required: Sequence
         key=names.index(key),
     )
 
+
+# The rows of a file that comes in.
 
 MOST_FAULTS = 1000
 LONGEST_VALUE = 200

@@ -1,4 +1,5 @@
-"""Google Drive v3 as few calls; the home of googleapiclient. Facts are those of contracts/google-drive.md.
+"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient; the facts are
+those of contracts/google-drive.md.
 
 Invariants: every call may be repeated, since a create carries an id that was made before; the flags for shared drives
 are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
@@ -21,6 +22,11 @@ from app.core.retry import Pauses, RetryPolicy, retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
+#
+# Invariants: the kind is told by the document's shape alone; the token of an installed app is kept in DATA_DIR, for its
+# owner's eyes only, and renewed there; no message holds a secret.
 
 SCOPES = ("https://www.googleapis.com/auth/drive",)
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
@@ -258,6 +264,8 @@ def failed(error: Exception) -> AppError:
 
 
 T = TypeVar("T")
+
+# The calls themselves.
 
 RESUMABLE_BYTES = 5_000_000
 CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory
