@@ -138,6 +138,8 @@ def test_a_backfill_of_hours_that_were_not_pulled_yet_says_that_it_did_nothing(w
     report = pull.fill(START - HOUR, START)
     assert report.failures[0].message.startswith("nothing was filled: the job has pulled web up to 2026-02-11T03:00Z")
     assert report.windows == 0
+    made.clock.now += 5 * HOUR
+    assert pull.fill(SPAN.end, SPAN.end + HOUR).failures, "it is due, and the job pulls it"
     assert made.state.checkpoints.cursors("amplitude") == {"web": SPAN.end}
 
 
