@@ -261,3 +261,13 @@ def test_an_hour_is_overdue_when_the_job_is_reported_as_stale_and_a_large_line_i
     large = b"x" * (20 << 20)
     kept = chart.pull.set_aside.keep(("web",), large, content_type="text/plain", reason="r", number=1, sample="")
     assert made.objects()[kept.key] == large
+
+
+def test_an_object_that_another_program_put_in_the_place_of_an_hour_is_replaced_when_the_hour_is_pulled(
+    world: tuple[Landed, AmplitudeSimulator],
+) -> None:
+    made, simulator = world
+    key = "amplitude/web/hours/2026-02-09/00.ndjson.gz"
+    made.put(key, b"theirs")
+    made.amplitude(simulator).run()
+    assert len(gzip.decompress(made.objects()[key]).splitlines()) == 9
