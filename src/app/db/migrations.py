@@ -207,12 +207,12 @@ def _refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, k
         )
 
 
-def open_database(url: str, *, variables: str, default: Path | None = None) -> Database:
+def open_database(url: str, *, variables: str, default: Path | None = None, connections: int = 12) -> Database:
     """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`; without a URL the
     SQLite file `default`.
 
-    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
-    and is therefore not repeated.
+    `variables` names the settings to look at in hints; at most `connections` to PostgreSQL are open at once. Raises
+    Permanent for any other URL, which may hold a password and is therefore not repeated.
     """
     if default and not url:
         return SqliteDatabase(default)
@@ -222,7 +222,7 @@ def open_database(url: str, *, variables: str, default: Path | None = None) -> D
     if scheme in ("postgresql", "postgres"):
         from app.db.postgres import PostgresDatabase  # psycopg is imported only where it is used
 
-        return PostgresDatabase(url, variables=variables)
+        return PostgresDatabase(url, variables=variables, connections=connections)
     raise Permanent(
         f"unknown scheme {scheme[:20] if rest else ''!r} of a database URL",
         f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",

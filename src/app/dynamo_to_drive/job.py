@@ -132,8 +132,8 @@ class HourFileExport:
         late, past = timedelta(hours=drive.late_hours), timedelta(days=self.settings.export.reconcile_days)
         return (
             Job(NAME, drive.interval_seconds, self._live, off),
-            Job(LATE, LATE_SECONDS, lambda context: self._again(context, late), off),
-            Job(RECONCILE, RECONCILE_SECONDS, lambda context: self._again(context, past), off),
+            Job(LATE, LATE_SECONDS, lambda context: self._again(context, late), off, helper_of=NAME),
+            Job(RECONCILE, RECONCILE_SECONDS, lambda context: self._again(context, past), off, helper_of=NAME),
         )
 
     @property
@@ -295,12 +295,16 @@ def build(
     set_aside: SetAsideStore,
     clock: Callable[[], datetime],
     policy: RetryPolicy = POLICY,
+    *,
+    spend: Callable[[float], None] = lambda _: None,
 ) -> HourFileExport:
-    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
+    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set. `spend` is told the
+    read units of each answer.
+    """
     given = given_of(settings)
     return HourFileExport(
         settings=settings,
-        table=DynamoTable(_target(settings)),
+        table=DynamoTable(_target(settings), spend),
         drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
         folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),
