@@ -284,7 +284,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
-        if dynamo.ping_drive is not None:
+        if dynamo.drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),

@@ -105,6 +105,7 @@ class SqlPulls:
         for _ in range(ATTEMPTS):  # another process may take the same number at the same time
             with self._queries.database.transaction() as session:
                 session.run(self._queries["add_export"], **named, parts_count=1, created_at=now)
+                session.run(self._queries["date_export"], **named, created_at=now)
                 if rows := session.rows(self._queries["export_of"], **named):
                     return _export(rows[0])
         raise Transient("other processes number their exports at the same time", "send the same request again")
