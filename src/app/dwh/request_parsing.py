@@ -13,7 +13,18 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from app.dwh.rows import SHAPE_HINT, RowFault, RowReader, Slice, Values
+from app.dwh.rows import (
+    SHAPE_HINT,
+    UNREADABLE,
+    CsvRow,
+    RowFault,
+    RowReader,
+    Slice,
+    Values,
+    cut,
+    has_json_grammar,
+    shown,
+)
 from app.dwh.tables import Table, TableColumn
 from app.web.errors import Refusal, Refused
 
@@ -64,7 +75,7 @@ class JsonBody:
         for start in range(0, len(rows), GROUP_ROWS):
             yield rows[start : start + GROUP_ROWS]
 
-    def _rows(self) -> Sequence[msgspec.Raw]:
+    def _rows(self) -> Sequence[Slice]:
         """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
         opening = OPENING.match(self._held)
         end = _last(self._held, len(self._held))
@@ -75,14 +86,30 @@ class JsonBody:
         try:
             array = memoryview(self._held)[opening.end() : array_end]
             return msgspec.json.decode(array, type=list[msgspec.Raw])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except UNREADABLE:
+            return self._rows_beside_a_bad_value(bytes(array))
+
+    def _rows_beside_a_bad_value(self, array: bytes) -> Sequence[bytes]:
+        """The rows of an array that holds a value which JSON cannot: its row is left to the reader of rows, which names
+        it. Text without JSON's grammar, such as a body that was cut off, refuses all of it.
+        """
+        try:
+            rows = cut(array)
+        except ValueError:
             raise self._misshapen() from None
+        for row in rows:
+            try:
+                msgspec.json.decode(row, type=msgspec.Raw)
+            except UNREADABLE:
+                if not has_json_grammar(row):
+                    raise self._misshapen() from None
+        return rows
 
     def _misshapen(self) -> Refused:
         """Why this is not the envelope: no JSON at all, or another shape."""
         try:
             msgspec.json.decode(self._held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except UNREADABLE:
             return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
         return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
 
@@ -171,7 +198,7 @@ def row_too_large(row_bytes: int) -> Refused:
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
 #
 # Invariants: rows are cut outside of quotes; an empty cell is null; a cell never changes what stands in another one.
-# Source of the form: RFC 4180, with a header line, in UTF-8, a byte order mark tolerated.
+# Source of the form: RFC 4180, with a header line, in UTF-8.
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 BOM = b"\xef\xbb\xbf"
@@ -187,6 +214,7 @@ class CsvBody:
         self._rest = b""
         self._heads: Sequence[bytes] = ()
         self._cells: Sequence[Cell] = ()
+        self._names: Sequence[str] = ()
 
     def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
         """See `Body.feed`."""
@@ -216,20 +244,36 @@ class CsvBody:
 
     def _head(self, cells: Sequence[str]) -> None:
         columns = {column.name: column for column in self._table.columns}
-        cells = [cells[0].removeprefix("\ufeff"), *cells[1:]] if cells else []
         unknown = [cell[:80] for cell in cells if cell not in columns]
         if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
-            what = f"{unknown[0]!r} is no column" if unknown else f"columns twice, or no {self._table.key.name}"
+            what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {self._table.key.name}"
             raise Refused(Refusal(422, f"the header cannot be used: {what}", SHAPE_HINT, "header"))
         self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
         self._cells = [_cell(columns[cell]) for cell in cells]
+        self._names = cells
 
-    def _row(self, cells: Sequence[str]) -> bytes:
-        if len(cells) != len(self._heads):
-            name = f"{len(cells)} cells where the header names {len(self._heads)}"
-            return b'{"' + name.encode() + b'":null}'  # the decoder refuses it by this name
-        pairs = zip(self._heads, self._cells, cells, strict=True)
-        return b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}"
+    def _row(self, cells: Sequence[str]) -> CsvRow:
+        try:
+            pairs = zip(self._heads, self._cells, cells, strict=True)
+            return CsvRow(b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}")
+        except ValueError:
+            row = CsvRow(b"")
+            row.fault = self._fault(cells)
+            return row
+
+    def _fault(self, cells: Sequence[str]) -> tuple[str, str]:
+        """The column and what is wrong: with one cell, or with their number."""
+        counts = f"the row has {len(cells)} cells, the header {len(self._names)}"
+        if len(cells) < len(self._names):
+            return self._names[len(cells)], f"is missing: {counts}; the last cell is {shown(cells[-1])}"
+        if len(cells) > len(self._names):
+            return self._names[-1], f"is followed by {shown(cells[len(self._names)])}: {counts}"
+        for name, turned, cell in zip(self._names, self._cells, cells, strict=True):
+            try:
+                turned(cell)
+            except ValueError as error:
+                return name, f"{error}, not {shown(cell)}"
+        raise AssertionError("called for a row without a fault")
 
 
 def _row_end(held: bytes) -> int:
@@ -246,31 +290,43 @@ def _row_end(held: bytes) -> int:
 def _parsed(whole: bytes) -> Iterator[list[str]]:
     try:
         # Decoded as it is read: a StringIO takes four bytes a character.
-        yield from csv.reader(io.TextIOWrapper(io.BytesIO(whole), "utf-8", newline=""), strict=True)
-    except UnicodeDecodeError:
-        raise Refused(Refusal(400, "the body is not UTF-8", "encode it as UTF-8")) from None
+        # A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body.
+        text = io.TextIOWrapper(io.BytesIO(whole), "utf-8", "surrogateescape", newline="")
+        yield from csv.reader(text, strict=True)
     except csv.Error as error:
         raise Refused(Refusal(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says")) from None
 
 
 def _cell(column: TableColumn) -> Cell:
-    """The cell's JSON. What is no value of the kind becomes a string, which the decoder then refuses by its field."""
-    if column.kind in ("text", "uuid", "instant"):
-        return lambda cell: msgspec.json.encode(cell) if cell else b"null"
-    if column.kind == "json":
-        return _json
-    if column.kind == "bool":
-        return lambda cell: {"": "null", "true": "true", "false": "false"}.get(cell.lower(), '"?"').encode()
-    return lambda cell: (cell if NUMBER.fullmatch(cell) else '"?"').encode() if cell else b"null"
+    """What makes a cell's JSON; raises ValueError for text that is not a value of the kind."""
+    is_text = column.kind in ("text", "uuid", "instant")
+
+    def turned(cell: str) -> bytes:
+        if not cell:
+            return b"null"
+        try:
+            if is_text:
+                return msgspec.json.encode(cell)
+            raw = cell.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must be valid UTF-8") from None
+        if column.kind == "bool" and cell.lower() in ("true", "false"):
+            return raw.lower()
+        if column.kind == "json" and _is_json(raw):
+            return raw
+        if column.kind not in ("bool", "json") and NUMBER.fullmatch(cell):
+            return raw
+        raise ValueError(f"must be {column.wanted}")
+
+    return turned
 
 
-def _json(cell: str) -> bytes:
-    raw = cell.encode()
+def _is_json(raw: bytes) -> bool:
     try:
-        msgspec.json.decode(raw, type=msgspec.Raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return b'"\\ud800"' if cell else b"null"  # a string that is no Unicode is no JSON either
-    return raw
+        msgspec.json.decode(raw)
+    except UNREADABLE:
+        return False
+    return True
 
 
 # How a POST wants its body to be read and stored: query string and headers, checked.
@@ -454,20 +510,30 @@ class Intake:
         self._batches = BatchDealer(limits)
         self._digest = hashlib.sha256()
         self._seen_rows = 0
+        self._head: bytes | None = b""  # the first bytes, until it is known whether they are a byte order mark
         self.received = Received()
 
     def feed(self, block: bytes) -> None:
         """The next bytes. Raises Refused."""
         for piece in self._gzip.feed(block) if self._gzip else (block,):
             self._digest.update(piece)
-            for group in self._body.feed(piece):
+            for group in self._body.feed(self._without_mark(piece)):
                 self._take(group)
+
+    def _without_mark(self, piece: bytes) -> bytes:
+        if self._head is None:
+            return piece
+        self._head += piece
+        if len(self._head) < len(BOM) and BOM.startswith(self._head):
+            return b""
+        piece, self._head = self._head.removeprefix(BOM), None
+        return piece
 
     def finish(self) -> Received:
         """The body has ended. Raises Refused."""
         if self._gzip:
             self._gzip.finish()
-        for group in self._body.finish():
+        for group in chain(self._body.feed(self._head or b""), self._body.finish()):
             self._take(group)
         if not self._seen_rows:
             raise Refused(EMPTY)
