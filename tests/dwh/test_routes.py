@@ -180,6 +180,24 @@ def test_pages_are_linked(served: httpx.Client) -> None:
     assert sizes == [3, 3, 1]
 
 
+def test_head_and_prefer_tell_of_the_rows_without_them(served: httpx.Client) -> None:
+    mine = f"walk-{next(numbers)}"
+    post(served, "user-locations", [{"uuid": uuid_of(next(numbers)), "city": mine} for _ in range(5)])
+    query = f"/dwh/user-locations?city={mine}&limit=2&select=id&sort_by=region"
+    counted = {"Prefer": "respond-async, count=exact"}
+    got, head = (served.request(method, query, headers=counted) for method in ("GET", "HEAD"))
+    assert (got.json()["count"], head.status_code, head.content) == (2, 200, b"")
+    told = {"content-range": "0-1/5", "preference-applied": "count=exact", "link": got.headers["link"]}
+    for name, value in told.items():
+        assert (got.headers[name], head.headers[name]) == (value, value)
+    assert head.headers["content-type"] == got.headers["content-type"]
+    second = served.get(got.links["next"]["url"], headers=counted)
+    assert (second.headers["content-range"], second.json()["count"], len(second.links)) == ("*/5", 2, 1)
+    plain = served.head(query.replace("limit=2", "limit=5"))
+    assert not {"content-range", "preference-applied", "link"} & set(plain.headers)
+    assert served.head("/dwh/user-locations?colour=1").status_code == 400
+
+
 def test_files_have_their_type_and_name(served: httpx.Client) -> None:
     post(served, "user-locations", fresh(LOCATIONS, 2))
     types = {
@@ -212,7 +230,7 @@ def test_sixteen_clients_at_once_are_all_served(served: httpx.Client) -> None:
 
 def test_other_methods_are_told_the_right_ones(served: httpx.Client) -> None:
     refused = served.put("/dwh/events-part", json={})
-    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, POST")
 
 
 def test_readiness_tells_of_the_warehouse(served: httpx.Client) -> None:

@@ -230,6 +230,8 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         # one at different instants, and the state would vouch for rows that the warehouse has lost.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        # SQLite's own lower() knows ASCII only.
+        connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
         connection.file = file_id(path)
         undo.pop_all()
     return connection

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import msgspec
 
 from app.core.errors import AppError, Permanent, Transient
-from app.dwh.query import Format, Selection
+from app.dwh.query import Format, Place, Selection
 from app.dwh.rows import RowFault
-from app.dwh.tables import Table, TableColumn
+from app.dwh.tables import TableColumn
 from app.dwh.warehouse import Inserted, Warehouse
 
 PIECE_IDS = 10_000
@@ -76,13 +76,13 @@ def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> 
     return rows
 
 
-def _encoder(table: Table) -> Callable[[Block], bytes]:
+def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
     """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
-    names = [column.name for column in table.stored]
-    row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
+    names = [column.name for column in columns]
+    row: Any = msgspec.defstruct("StoredRow", [(name, Any) for name in names], gc=False)
     encode = msgspec.json.Encoder().encode_lines
-    flags = _flags(table.stored)
-    as_json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+    flags = _flags(columns)
+    as_json = [place for place, column in enumerate(columns) if column.kind == "json"]
     return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), as_json, msgspec.Raw)])
 
 
@@ -126,10 +126,10 @@ class _Json:
 class _Csv:
     """A header, then rows; null is an empty cell."""
 
-    def __init__(self, table: Table, file: Any) -> None:
+    def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
         self._file = file
-        self._flags = _flags(table.stored)
-        self.write([[column.name for column in table.stored]])
+        self._flags = _flags(columns)
+        self.write([[column.name for column in columns]])
 
     def write(self, block: Block) -> None:
         """See `Writer.write`."""
@@ -148,7 +148,7 @@ def _flag(value: Any) -> Any:
 class _Parquet:
     """Typed columns; JSON stays text, instants are UTC in microseconds."""
 
-    def __init__(self, table: Table, file: Any) -> None:
+    def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
         import pyarrow as pa
         from pyarrow.parquet import ParquetWriter
 
@@ -159,8 +159,8 @@ class _Parquet:
             "bool": pa.bool_(),
             "instant": pa.timestamp("us", tz="UTC"),
         }
-        self._columns = table.stored
-        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
+        self._columns = columns
+        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
         self._writer = ParquetWriter(file, self._schema, compression="zstd")
         self._held: list[Sequence[Any]] = []
 
@@ -197,12 +197,12 @@ class _Parquet:
 
 def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
-    table = selection.table
+    columns = selection.columns
     if selection.format == "csv":
-        return _Csv(table, file)
+        return _Csv(columns, file)
     if selection.format == "parquet":
-        return _Parquet(table, file)
-    lines = _made if made else _encoder(table)
+        return _Parquet(columns, file)
+    lines = _made if made else _encoder(columns)
     return (_Json if selection.format == "json" else _Lines)(file, lines)
 
 
@@ -346,31 +346,42 @@ HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
 class AnswerPage:
     """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
 
-    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False) -> None:
+    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False, count: bool = False) -> None:
         self._warehouse = warehouse
         self._selection = selection
+        self._count = count
         self._spool = ByteSpool(LEAN_BYTES if lean else SPOOL_BYTES)
-        self.last_id: int | None = None  # set when more rows follow; for who has begun
+        # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
+        self.last: Place | None = None
+        self.total: int | None = None
 
     def produce(self) -> None:
-        """Read the rows to their end, or until nobody wants them. What goes wrong is the reader's to know."""
+        """Read the rows to their end, or until nobody wants them. `begin` and `pieces` raise what goes wrong."""
         with suppress(Abandoned), self._spool.written() as spool:
             self._fill(spool)
 
+    def look(self) -> None:
+        """Find out what the headers say, without any rows. Raises what the database raises."""
+        with self._warehouse.selected(self._selection, count=self._count) as found:
+            self.last, self.total = found.last(), found.total
+
     def _fill(self, spool: ByteSpool) -> None:
-        """Write the rows; `last_id` is known when the reader may begin."""
-        chosen = self._selection
-        out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))
-        left, last_id, shown = chosen.limit, 0, False
-        with self._warehouse.selected(chosen) as found:
+        """Write the rows; `last` is known when the reader may begin."""
+        chosen, dialect = self._selection, self._warehouse.database.dialect
+        made = chosen.is_made(dialect)
+        out = writer(chosen, spool, made=made)
+        width = len(chosen.columns)
+        left, last_row, shown = chosen.limit, None, False
+        with self._warehouse.selected(chosen, count=self._count) as found:
+            self.total = found.total
             for block in found.blocks:
                 if asked := block[:left]:
-                    out.write(asked)
-                    left, last_id = left - len(asked), asked[-1][0]
-                if len(asked) < len(block) and not shown:
-                    self.last_id = last_id
+                    left, last_row = left - len(asked), asked[-1]
+                    out.write([row[:width] for row in asked] if not made and len(last_row) > width else asked)
+                if len(asked) < len(block) and not shown and last_row:
+                    self.last = chosen.place_of(last_row, dialect)
                 if not shown and spool.size_bytes >= HEAD_BYTES:
-                    self.last_id, shown = found.last_id(), True
+                    self.last, shown = found.last(), True
                     spool.show()
         out.close()
 

@@ -7,7 +7,7 @@ there: who sends slowly, or reads slowly, keeps nobody else waiting.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -39,7 +39,7 @@ WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
-OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
+OTHERS = ["DELETE", "OPTIONS", "PATCH", "PUT", "TRACE"]
 GONE = Response(status_code=400)  # client disconnected
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,13 @@ def build(serving: WarehouseRoutes) -> APIRouter:
         router.add_api_route(
             f"/{table.path}", _other, methods=OTHERS, include_in_schema=False, openapi_extra=needs("dwh:read")
         )
+        read = _reading(serving, table, readers)
+        router.add_api_route(
+            f"/{table.path}", read, methods=["HEAD"], include_in_schema=False, openapi_extra=needs("dwh:read")
+        )
         router.add_api_route(
             f"/{table.path}",
-            _reading(serving, table, readers),
+            read,
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
@@ -92,7 +96,7 @@ def build(serving: WarehouseRoutes) -> APIRouter:
 
 
 async def _other() -> Response:
-    raise Refused(Refusal(405, "this path knows GET and POST", "see /docs", headers={"Allow": "GET, POST"}))
+    raise Refused(Refusal(405, "this path takes GET, HEAD and POST", "see /docs", headers={"Allow": "GET, HEAD, POST"}))
 
 
 async def _acquired(places: asyncio.Semaphore) -> None:
@@ -107,21 +111,27 @@ async def _acquired(places: asyncio.Semaphore) -> None:
 def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
         chosen = selection(table, request.query_params.multi_items())
+        count = "count=exact" in _preferred(request)
         with ExitStack() as stack:
             lean = serving.roomy.locked()
             if not lean:
                 await serving.roomy.acquire()
                 stack.callback(serving.roomy.release)
-            page = AnswerPage(serving.warehouse, chosen, lean=lean)
+            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count)
             stack.callback(page.close)
             await _acquired(readers)
+            if request.method == "HEAD":
+                with ExitStack() as place:
+                    place.callback(readers.release)
+                    await run_in_threadpool(page.look)
+                return Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
             # The place is that of the reading from the database, however slowly the client takes the answer.
             producing.add_done_callback(lambda _: readers.release())
             # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
             whole = request.scope["http_version"] == "1.0"
             size_bytes = await run_in_threadpool(partial(page.begin, whole=whole))
-            headers = _headers(chosen, request.url.path, page.last_id)
+            headers = _headers(chosen, request.url.path, page)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
             return _Sent(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
@@ -129,10 +139,18 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
     return read
 
 
-def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str]:
+def _preferred(request: Request) -> Sequence[str]:
+    """What `Prefer` asks for, see RFC 7240; what is not known there is ignored, as it says."""
+    return [each.strip().lower() for line in request.headers.getlist("prefer") for each in line.split(",")]
+
+
+def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
     headers = {}
-    if last_id is not None:
-        headers["Link"] = f'<{chosen.next_page(path, last_id)}>; rel="next"'
+    if page.last is not None:
+        headers["Link"] = f'<{chosen.next_page(path, page.last)}>; rel="next"'
+    if page.total is not None:
+        headers["Content-Range"] = chosen.content_range(page.total)
+        headers["Preference-Applied"] = "count=exact"
     if chosen.format != "json":
         headers["Content-Disposition"] = f'attachment; filename="{chosen.table.name}.{chosen.format}"'
     return headers

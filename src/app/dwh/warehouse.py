@@ -20,7 +20,7 @@ from app.product_events.mapping import Rows, Tables
 from app.web.errors import Refusal, Refused
 
 if TYPE_CHECKING:
-    from app.dwh.query import Selection
+    from app.dwh.query import Place, Selection
     from app.dwh.request_parsing import Received
 
 # The rows of one request into their table, in one transaction of the caller's.
@@ -299,17 +299,19 @@ class _Undo(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SelectedRows:
-    """`blocks` of rows hold one more than was asked for, if there are so many; `edge` is the last one asked for, and
-    that one.
+    """`blocks` of rows hold one more than was asked for, if there are so many. `total`: how many meet the filters, None
+    when nobody asked.
     """
 
     blocks: Iterator[Sequence[Sequence[Any]]]
     edge: Iterator[Sequence[Any]]
+    selection: "Selection"
+    total: int | None
 
-    def last_id(self) -> int | None:
-        """The id of the last row when more follow it, before the blocks are read to the end; an own search."""
+    def last(self) -> "Place | None":
+        """The last row when more follow it, before the blocks are read to the end; costs a search of its own."""
         found = list(self.edge)
-        return int(found[0][0]) if len(found) > 1 else None
+        return self.selection.edge_place(found[0]) if len(found) > 1 else None
 
 
 class Warehouse:
@@ -395,15 +397,19 @@ class Warehouse:
         return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
-    def selected(self, selection: "Selection") -> Iterator["SelectedRows"]:
+    def selected(self, selection: "Selection", *, count: bool = False) -> Iterator["SelectedRows"]:
         """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
         dialect = self.database.dialect
         with self.database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            blocks = session.blocks(selection.sql(dialect), **selection.params)
-            edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
-            yield SelectedRows(blocks, edge)
+            total = None
+            if count:
+                counting, params = selection.count_sql(dialect)
+                total = int(session.rows(counting, **params)[0]["total"])
+            (reading, read_params), (edge, edge_params) = selection.rows_sql(dialect), selection.edge_sql(dialect)
+            blocks, ends = session.blocks(reading, **read_params), session.stream(edge, **edge_params)
+            yield SelectedRows(blocks, ends, selection, total)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:
