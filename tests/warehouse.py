@@ -19,7 +19,7 @@ from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
 from app.dwh.responses import AnswerPage
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse, open_warehouse
+from app.dwh.warehouse import MERGE, Inserted, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -102,7 +102,8 @@ class Desk:
     def post_text(
         self, table: Table, body: bytes, *, limits: BatchLimits = LIMITS, skip: bool = False, **request: Any
     ) -> Inserted:
-        intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
+        merging = request.get("resolution") == MERGE
+        intake = Intake(JsonBody(1 << 30), reader(table.name, merging=merging), limits, skip=skip)
         with closing(intake.received):
             intake.feed(body)
             return self.warehouse.insert(table, intake.finish(), at=self.at, **request)

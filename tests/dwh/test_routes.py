@@ -198,6 +198,34 @@ def test_head_and_prefer_tell_of_the_rows_without_them(served: httpx.Client) -> 
     assert served.head("/dwh/user-locations?colour=1").status_code == 400
 
 
+def test_duplicates_are_resolved_as_the_caller_prefers(served: httpx.Client) -> None:
+    rows = [{"uuid": uuid_of(next(numbers)), "city": "a"}]
+    post(served, "user-locations", rows)
+    merge = {"Prefer": "resolution=merge-duplicates"}
+    answer = post(served, "user-locations", [{**rows[0], "city": "b"}], headers=merge)
+    assert (answer.json()["skipped"], answer.headers["preference-applied"]) == (1, "resolution=merge-duplicates")
+    unknown = post(served, "user-locations", [{**rows[0], "city": "c"}], headers={"Prefer": "resolution=guess"})
+    assert "preference-applied" not in unknown.headers
+    assert [row["city"] for row in served.get(f"/dwh/user-locations?uuid={rows[0]['uuid']}").json()["rows"]] == ["b"]
+
+
+def test_answers_are_compressed_when_asked_for(served: httpx.Client) -> None:
+    mine = f"gzip-{next(numbers)}"
+    post(served, "user-locations", [{"uuid": uuid_of(next(numbers)), "city": mine} for _ in range(300)])
+    for format_ in ("json", "ndjson", "csv", "parquet"):
+        query = f"/dwh/user-locations?city={mine}&limit=300&format={format_}"
+        plain = served.get(query, headers={"Accept-Encoding": "br, gzip;q=0"})
+        asked = served.get(query, headers={"Accept-Encoding": "deflate, gzip;q=0.5"})
+        assert "content-encoding" not in plain.headers
+        assert (asked.headers.get("content-encoding") == "gzip") is (format_ != "parquet")
+        assert asked.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
+        if format_ != "parquet":
+            assert asked.content == plain.content
+            assert int(asked.headers["content-length"]) * 3 < len(plain.content)
+    small = served.get(f"/dwh/user-locations?city={mine}&limit=1&select=id", headers={"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in small.headers
+
+
 def test_files_have_their_type_and_name(served: httpx.Client) -> None:
     post(served, "user-locations", fresh(LOCATIONS, 2))
     types = {
@@ -206,7 +234,9 @@ def test_files_have_their_type_and_name(served: httpx.Client) -> None:
         "parquet": "application/vnd.apache.parquet",
     }
     for format_, media_type in types.items():
-        answer = served.get("/dwh/user-locations", params={"format": format_, "limit": 2})
+        answer = served.get(
+            "/dwh/user-locations", params={"format": format_, "limit": 2}, headers={"Accept-Encoding": "identity"}
+        )
         assert (answer.status_code, answer.headers["content-type"]) == (200, media_type)
         assert answer.headers["content-disposition"] == f'attachment; filename="user_locations.{format_}"'
         assert len(answer.content) == int(answer.headers["content-length"]) > 0

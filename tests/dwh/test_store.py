@@ -19,7 +19,7 @@ from app.dwh.request_parsing import BatchLimits
 from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNICAL, Table
 from app.dwh.warehouse import MERGE_ROWS, open_warehouse
 from app.web.errors import Refused
-from warehouse import AT, SORTED, Desk, key_of, mixed, rows_of, uuid_of, walked
+from warehouse import AT, BY_NAME, SORTED, Desk, key_of, mixed, rows_of, uuid_of, walked
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -256,6 +256,31 @@ def test_whoever_follows_links_meets_each_row_of_the_start_once_while_rows_are_i
             ids = walked(desk, table, 23, lambda: desk.post(table, mixed(table, islice(numbers, 1))), **order, **select)
             assert len(ids) == len(set(ids)), (sort_by, sort_dir)
             assert start <= set(ids), (sort_by, sort_dir)
+
+
+def test_the_caller_decides_what_becomes_of_a_row_that_is_there(desk: Desk) -> None:
+    desk.post(LOCATIONS, [{"uuid": uuid_of(1), "city": "Riga", "country": "LV"}])
+    more = [{"uuid": uuid_of(1), "city": "Liepāja", "country": None}, {"uuid": uuid_of(2)}]
+    assert desk.post(LOCATIONS, more, dry_run=True, resolution="merge-duplicates").inserted_rows == 1
+    for resolution, city in (("ignore-duplicates", "Riga"), ("merge-duplicates", "Liepāja")):
+        done = desk.post(LOCATIONS, more, resolution=resolution, key=resolution)
+        assert (len(done.ids), done.rows) == (int(resolution == "ignore-duplicates"), 2)
+        row = desk.get(LOCATIONS, pk=1)[0]
+        assert (row["city"], row["country"]) == (city, "LV")
+        with pytest.raises(Refused, match="another request"):
+            desk.post(LOCATIONS, more, key=resolution)
+    desk.post(DEVICES, [{"device_id": "d", "device_type": "old"}])
+    desk.post(DEVICES, [{"device_id": "d", "device_type": "new"}], resolution="ignore-duplicates")
+    assert desk.get(DEVICES)[0]["device_type"] == "old"
+
+
+def test_what_is_absent_in_a_merge_stays_and_a_default_replaces_nothing(desk: Desk) -> None:
+    properties = BY_NAME["tmp_user_properties"]
+    desk.post(properties, [{"uuid": uuid_of(1), "migrated": True, "language": "lv"}])
+    with pytest.raises(Refused, match="migrated: is required"):
+        desk.post(properties, [{"uuid": uuid_of(1), "language": "de"}], resolution="merge-duplicates")
+    desk.post(properties, [{"uuid": uuid_of(1), "migrated": False}], resolution="merge-duplicates")
+    assert [(row["language"], row["migrated"]) for row in desk.get(properties)] == [("lv", False)]
 
 
 def test_orders_are_the_same_in_both_databases(desk: Desk) -> None:

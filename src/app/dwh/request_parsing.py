@@ -26,6 +26,7 @@ from app.dwh.rows import (
     shown,
 )
 from app.dwh.tables import Table, TableColumn
+from app.dwh.warehouse import RESOLUTIONS, Resolution
 from app.web.errors import Refusal, Refused
 
 # Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
@@ -355,6 +356,7 @@ class Options:
     skip: bool = False
     dry_run: bool = False
     key: str = ""
+    resolution: Resolution | None = None
 
     def body(self, table: Table, body_bytes: int, stream_bytes: int) -> tuple[Body, Gzip | None]:
         """The parser, and what unpacks before it. No row may be larger than a JSON body."""
@@ -364,11 +366,11 @@ class Options:
         return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
 
 
-def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Options:
-    """Raises Refused."""
+def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()) -> Options:
+    """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
-        raise Refused(Refusal(400, f"{name[:80]} is no parameter of this route", "use on_error and dry_run", name[:80]))
+        raise Refused(Refusal(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80]))
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
         raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
@@ -385,7 +387,8 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Opt
                 "Idempotency-Key",
             )
         )
-    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "")
+    resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
+    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
 
 
 def _form(headers: Mapping[str, str]) -> Form:

@@ -5,6 +5,7 @@ import io
 import json
 import tempfile
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -206,6 +207,48 @@ def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     return (_Json if selection.format == "json" else _Lines)(file, lines)
 
 
+# Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
+
+GZIP_FROM_BYTES = 1 << 10
+GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
+    allowed: dict[str, bool] = {}
+    for each in header.lower().split(","):
+        name, _, weight = each.partition(";")
+        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
+    return allowed.get("gzip", allowed.get("*", False))
+
+
+class GzipWriter:
+    """A file that compresses what is written to it, once it is worth that. Close it to write the end."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._held = b""
+        self._compress: Any = None
+
+    @property
+    def started(self) -> bool:
+        """Whether what is written to the file is compressed."""
+        return self._compress is not None
+
+    def write(self, piece: bytes) -> None:
+        """The next bytes."""
+        if self._compress is None:
+            self._held += piece
+            if len(self._held) < GZIP_FROM_BYTES:
+                return
+            self._compress, piece = zlib.compressobj(GZIP_LEVEL, wbits=31), self._held
+        self._file.write(self._compress.compress(piece))
+
+    def close(self) -> None:
+        """The last bytes."""
+        self._file.write(self._compress.flush() if self._compress else self._held)
+
+
 # Bytes between a thread that writes them and one that reads them, each at its own speed.
 #
 # Invariants: what the reader has not taken yet is in memory up to a few MiB, the rest in a file without a name in
@@ -346,11 +389,20 @@ HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
 class AnswerPage:
     """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
 
-    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False, count: bool = False) -> None:
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        selection: Selection,
+        *,
+        lean: bool = False,
+        count: bool = False,
+        gzip: bool = False,
+    ) -> None:
         self._warehouse = warehouse
         self._selection = selection
         self._count = count
         self._spool = ByteSpool(LEAN_BYTES if lean else SPOOL_BYTES)
+        self._gzip = GzipWriter(self._spool) if gzip and selection.format != "parquet" else None
         # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
         self.last: Place | None = None
         self.total: int | None = None
@@ -369,7 +421,7 @@ class AnswerPage:
         """Write the rows; `last` is known when the reader may begin."""
         chosen, dialect = self._selection, self._warehouse.database.dialect
         made = chosen.is_made(dialect)
-        out = writer(chosen, spool, made=made)
+        out = writer(chosen, self._gzip or spool, made=made)
         width = len(chosen.columns)
         left, last_row, shown = chosen.limit, None, False
         with self._warehouse.selected(chosen, count=self._count) as found:
@@ -384,6 +436,13 @@ class AnswerPage:
                     self.last, shown = found.last(), True
                     spool.show()
         out.close()
+        if self._gzip:
+            self._gzip.close()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the bytes are those of gzip; for callers that have begun."""
+        return self._gzip is not None and self._gzip.started
 
     def begin(self, *, whole: bool = False) -> int | None:
         """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""

@@ -24,10 +24,10 @@ from app.core.errors import AppError
 from app.dwh import openapi
 from app.dwh.query import Selection, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import MEDIA, AnswerPage, answer_to_post
+from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse
+from app.dwh.warehouse import MERGE, Inserted, Warehouse
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
@@ -117,7 +117,8 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
             if not lean:
                 await serving.roomy.acquire()
                 stack.callback(serving.roomy.release)
-            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count)
+            gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
+            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count, gzip=gzip)
             stack.callback(page.close)
             await _acquired(readers)
             if request.method == "HEAD":
@@ -145,7 +146,9 @@ def _preferred(request: Request) -> Sequence[str]:
 
 
 def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
-    headers = {}
+    headers = (
+        {"Vary": "Accept-Encoding", "Content-Encoding": "gzip"} if page.compressed else {"Vary": "Accept-Encoding"}
+    )
     if page.last is not None:
         headers["Link"] = f'<{chosen.next_page(path, page.last)}>; rel="next"'
     if page.total is not None:
@@ -176,7 +179,7 @@ class _Sent(StreamingResponse):
 
 def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
-        chosen = options(request.query_params.multi_items(), request.headers)
+        chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
         blocks = _blocks(request)
         try:
             first = await anext(blocks, b"")
@@ -192,6 +195,7 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
             received = await run_in_threadpool(intake.finish)
             caller = request.scope["state"]["grant"].name
             how = {"at": serving.clock(), "caller": caller, "key": chosen.key, "dry_run": chosen.dry_run}
+            how["resolution"] = chosen.resolution
             done = await run_in_threadpool(_insert, serving.warehouse, table, received, how)
         except ClientDisconnect:
             return GONE
@@ -201,6 +205,8 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
             serving.writers.release()
         content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
+        if chosen.resolution:
+            headers["Preference-Applied"] = f"resolution={chosen.resolution}"
         return StreamingResponse(content, headers=headers, media_type="application/json")
 
     return write
@@ -209,7 +215,8 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
 def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
     """The first one of a table makes its decoder, which takes a while."""
     body, gzip = chosen.body(table, serving.body_bytes, serving.stream_bytes)
-    return Intake(body, reader(table.name), serving.batch, gzip=gzip, skip=chosen.skip)
+    rows = reader(table.name, merging=chosen.resolution == MERGE)
+    return Intake(body, rows, serving.batch, gzip=gzip, skip=chosen.skip)
 
 
 def _insert(warehouse: Warehouse, table: Table, received: Received, how: dict[str, Any]) -> Inserted:

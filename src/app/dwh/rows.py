@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import attrgetter
@@ -462,9 +462,16 @@ class RowReader:
 
 
 @lru_cache(maxsize=16)
-def reader(table_name: str) -> RowReader:
-    """The reader of a table; made once, since a typed decoder takes a while to make."""
-    return RowReader(BY_NAME[table_name])
+def reader(table_name: str, *, merging: bool = False) -> RowReader:
+    """The reader of a table; made once, since a typed decoder takes a while to make.
+
+    `merging`: what is absent stays as it is in the row that is there, so a column with a default must be given.
+    """
+    table = BY_NAME[table_name]
+    if merging:
+        columns = [replace(each, required=each.required or each.default is not None) for each in table.columns]
+        table = replace(table, columns=columns)
+    return RowReader(table)
 
 
 def _decoder(table: Table, field_of: Callable[[TableColumn], Any]) -> Callable[[Slice], Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from app.core.errors import Transient
 from app.db.database import NamedQueries, Session, sql_directory
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
 STATEMENT_ROWS = 20  # of an INSERT in SQLite; more bring no more
 PROBED_KEYS = 16
+Resolution = Literal["ignore-duplicates", "merge-duplicates"]
+RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
+MERGE = RESOLUTIONS[1]
 Row = Sequence[Any]
 Columns = Sequence[Sequence[Any]]
 
@@ -333,20 +336,33 @@ class Warehouse:
         self.database.close()
 
     def insert(
-        self, table: Table, batches: "Received", *, at: datetime, caller: str = "", key: str = "", dry_run: bool = False
+        self,
+        table: Table,
+        batches: "Received",
+        *,
+        at: datetime,
+        caller: str = "",
+        key: str = "",
+        dry_run: bool = False,
+        resolution: Resolution | None = None,
     ) -> Inserted:
         """Store what is not there yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
+
+        `resolution` says what becomes of a row whose key is there; None: what the table declares.
 
         Raises Refused for a key that was used for another request. Transient means that it may or may not have been
         stored: the same request again does no harm.
         """
+        if resolution:
+            table = replace(table, updates=resolution == MERGE)
         with suppress(_Undo), self._writing() as session:
             if dry_run:
                 done = self._store(session, table, batches)
                 raise _Undo
             if not key:
                 return self._store(session, table, batches)
-            return self._once(session, table, batches, at=at, caller=caller, key=key)
+            fingerprint = ":".join(filter(None, (table.name, batches.digest, resolution)))
+            return self._once(session, table, batches, fingerprint, at=at, caller=caller, key=key)
         return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
@@ -374,11 +390,18 @@ class Warehouse:
                 self._turn.release()
 
     def _once(
-        self, session: Session, table: Table, batches: "Received", *, at: datetime, caller: str, key: str
+        self,
+        session: Session,
+        table: Table,
+        batches: "Received",
+        fingerprint: str,
+        *,
+        at: datetime,
+        caller: str,
+        key: str,
     ) -> Inserted:
         """The stored answer of an earlier request with the same key, else the rows and then the answer."""
         name = {"caller": caller, "key": key}
-        fingerprint = f"{table.name}:{batches.digest}"
         session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
         if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
             (held,) = session.rows(self._queries["request"], **name)
