@@ -6,8 +6,7 @@ there: who sends slowly, or reads slowly, keeps nobody else waiting.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,9 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from app.core.errors import AppError
 from app.dwh import openapi
 from app.dwh.query import Selection, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
@@ -28,6 +25,7 @@ from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import MERGE, Inserted, Warehouse
+from app.web.api import Streamed
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
@@ -41,7 +39,6 @@ BUSY = Refusal(
 )
 OTHERS = ["DELETE", "OPTIONS", "PATCH", "PUT", "TRACE"]
 GONE = Response(status_code=400)  # client disconnected
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +132,7 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
             headers = _headers(chosen, request.url.path, page)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
-            return _Sent(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
+            return Streamed(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
 
     return read
 
@@ -146,9 +143,9 @@ def _preferred(request: Request) -> Sequence[str]:
 
 
 def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
-    headers = (
-        {"Vary": "Accept-Encoding", "Content-Encoding": "gzip"} if page.compressed else {"Vary": "Accept-Encoding"}
-    )
+    headers = {"Vary": "Accept-Encoding"}
+    if page.compressed:
+        headers["Content-Encoding"] = "gzip"
     if page.last is not None:
         headers["Link"] = f'<{chosen.next_page(path, page.last)}>; rel="next"'
     if page.total is not None:
@@ -157,24 +154,6 @@ def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
     if chosen.format != "json":
         headers["Content-Disposition"] = f'attachment; filename="{chosen.table.name}.{chosen.format}"'
     return headers
-
-
-class _Sent(StreamingResponse):
-    """A page on its way. What fails in the middle is logged, and the answer left without its end, as HTTP has it."""
-
-    def __init__(self, pieces: Iterator[bytes], held: ExitStack, *, headers: dict[str, str], media_type: str) -> None:
-        super().__init__(pieces, headers=headers, media_type=media_type)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        except AppError as error:
-            log.error("an answer of /dwh was cut off: %s", error)  # noqa: TRY400 - the message says it all
 
 
 def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:

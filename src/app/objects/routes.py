@@ -8,14 +8,14 @@ many slow clients cost little and keep nobody else waiting.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Rejected
@@ -47,7 +47,8 @@ from app.objects.requests import (
     span_of,
     unchanged,
 )
-from app.objects.streams import Feed, Form, Outgoing, boundary_of, carried, media_type, opened
+from app.objects.streams import Feed, Form, boundary_of, carried, media_type, opened
+from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
 
@@ -132,7 +133,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/objects",
         summary="Objects below a prefix, in order",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LISTED),
+        responses=openapi.answers(openapi.ObjectListing),
     )
     async def objects(
         request: Request,
@@ -149,30 +150,12 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/object-info",
         summary="Whether there is an object, and its properties",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.INFO),
+        responses=openapi.answers(openapi.ObjectProperties),
     )
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
             known = _reach(request, serving).reads(key)
             return JSONResponse(info_json(known, await serving.ask(serving.store.head, known)))
-
-
-class _Streamed(StreamingResponse):
-    """A download. Its stream and its place, if any, are let go also when the client left before the first byte."""
-
-    def __init__(
-        self, outgoing: Outgoing, places: asyncio.Semaphore | None, status: int, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(outgoing.pieces(), status, headers)
-        self._outgoing, self._places = outgoing, places
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._outgoing.close()
-            if self._places is not None:
-                self._places.release()
 
 
 def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -216,18 +199,15 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
     """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
-    places = None if serving.roomy.locked() else serving.roomy
-    response: Response | None = None
-    if places is not None:
-        await places.acquire()
-    try:
-        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=places is None)
-        headers = download_headers(held, span)
-        response = _Streamed(outgoing, places, 206 if span.part else 200, headers)
-    finally:
-        if response is None and places is not None:
-            places.release()
-    return response
+    with ExitStack() as taken:
+        lean = serving.roomy.locked()
+        if not lean:
+            await serving.roomy.acquire()
+            taken.callback(serving.roomy.release)
+        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=lean)
+        taken.callback(outgoing.close)
+        status, headers = 206 if span.part else 200, download_headers(held, span)
+        return Streamed(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -235,7 +215,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/link",
         summary="A link that reads one object for a while without a key",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LINKED, (404,)),
+        responses=openapi.answers(openapi.ObjectLink, (404,)),
     )
     async def link(
         request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
@@ -266,7 +246,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/upload",
         summary="Create or replace an object",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, openapi.BODY),
+        responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -277,7 +257,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/update",
         summary="Replace an object that exists",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, (404, *openapi.BODY)),
+        responses=openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -340,7 +320,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
         "/patch",
         summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.PATCHED, (404, 416, *openapi.BODY)),
+        responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
         async with _served(request):
@@ -362,7 +342,7 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         "/delete",
         summary="Delete an object",
         openapi_extra=needs("s3:delete"),
-        responses=openapi.answers(openapi.DELETED, (404, 412)),
+        responses=openapi.answers(openapi.ObjectDeleted, (404, 412)),
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):
