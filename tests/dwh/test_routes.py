@@ -222,8 +222,28 @@ def test_answers_are_compressed_when_asked_for(served: httpx.Client) -> None:
         if format_ != "parquet":
             assert asked.content == plain.content
             assert int(asked.headers["content-length"]) * 3 < len(plain.content)
+    many = post(served, "user-locations", [{"uuid": uuid_of(next(numbers))} for _ in range(1001)])
+    assert (many.headers["content-encoding"], many.json()["count"]) == ("gzip", 1001)
     small = served.get(f"/dwh/user-locations?city={mine}&limit=1&select=id", headers={"Accept-Encoding": "gzip"})
     assert "content-encoding" not in small.headers
+
+
+def test_rows_are_deleted_for_good_on_request(served: httpx.Client) -> None:
+    rows = [{"uuid": uuid_of(next(numbers)), "city": "Erased"} for _ in range(2)]
+    post(served, "user-locations", rows)
+    named = f"in.({','.join(row['uuid'] for row in rows)})"
+
+    def delete(**params: Any) -> httpx.Response:
+        return served.delete("/dwh/user-locations", params=params)
+
+    refused = [delete(), delete(dry_run="true"), delete(colour="x"), delete(city="x", forget="true"), delete(uuid="x")]
+    assert [answer.status_code for answer in refused] == [400, 400, 400, 422, 400]
+    dry = {"deleted": 2, "remembered": 2, "forgotten": 0, "dry_run": True}
+    assert delete(uuid=named, dry_run="true").json() == dry
+    assert delete(uuid=named).json() == {"deleted": 2, "remembered": 2, "forgotten": 0}
+    assert post(served, "user-locations", rows).json()["skipped"] == 2
+    assert delete(uuid=named, forget="true").json() == {"deleted": 0, "remembered": 0, "forgotten": 2}
+    assert post(served, "user-locations", rows).json()["count"] == 2
 
 
 def test_files_have_their_type_and_name(served: httpx.Client) -> None:
@@ -260,7 +280,7 @@ def test_sixteen_clients_at_once_are_all_served(served: httpx.Client) -> None:
 
 def test_other_methods_are_told_the_right_ones(served: httpx.Client) -> None:
     refused = served.put("/dwh/events-part", json={})
-    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, POST")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, POST, DELETE")
 
 
 def test_readiness_tells_of_the_warehouse(served: httpx.Client) -> None:

@@ -27,7 +27,21 @@ MAX_ROWS = 10_000
 MAX_FILE_ROWS = 1_000_000
 MAX_OFFSET = (1 << 63) - 1 - MAX_FILE_ROWS
 MAX_ID = (1 << 63) - 1
-OPTIONS = ("pk", "limit", "offset", "after", "after_id", "sort_by", "sort_dir", "format", "select")
+OPTIONS = (
+    "pk",
+    "limit",
+    "offset",
+    "after",
+    "after_id",
+    "sort_by",
+    "sort_dir",
+    "format",
+    "select",
+    "bom",
+    "formula_safe",
+)
+ERASURE_OPTIONS = ("forget", "dry_run")
+YES_NO = {"true": True, "false": False, "1": True, "0": False}
 CASTS = {"uuid": "::uuid", "instant": "::timestamptz", "float": "::double precision"}
 
 # Filters: `column=value` for equality, `column=operator.value` for the operators below, `not.` before any of them.
@@ -203,7 +217,8 @@ def _place(token: str, column: TableColumn) -> Place:
 class Selection:
     """Rows of one table: those that meet all `filters`, in an order, from a place on. One more than `limit` is read.
 
-    `columns` are those of an answer; `given` is the query string that asked for it.
+    `columns` are those of an answer; `given` is the query string that asked for it; `bom` and `formula_safe` make CSV
+    for spreadsheets.
     """
 
     table: Table
@@ -216,6 +231,8 @@ class Selection:
     filters: Sequence[Filter]
     columns: Sequence[TableColumn]
     given: Sequence[tuple[str, str]] = ()
+    bom: bool = False
+    formula_safe: bool = False
 
     def is_made(self, dialect: Dialect) -> bool:
         """Whether the database makes the JSON of each row. SQLite does so for less than its values cost one by one; but
@@ -352,7 +369,44 @@ def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
         filters=filters_of(table, given, OPTIONS),
         columns=_columns(table, options.get("select", "*")),
         given=given,
+        bom=flag(options, "bom"),
+        formula_safe=flag(options, "formula_safe"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """Which rows to delete. `forget`: their natural keys, all of which are named by `keys`, may come back."""
+
+    table: Table
+    filters: Sequence[Filter]
+    keys: Sequence[str]
+    forget: bool = False
+    dry_run: bool = False
+
+
+def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
+    """What the query string of a DELETE asks for. Raises Refused, also without a filter: that would be every row."""
+    options = single(given, ("pk", *ERASURE_OPTIONS))
+    forget, dry_run = (flag(options, name) for name in ERASURE_OPTIONS)
+    filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
+    if not filters:
+        what = "a DELETE without a filter would delete every row"
+        raise Refused(Refusal(400, what, f"name the rows, such as ?{table.key.name}=eq.…"))
+    lists = [each for each in filters if each.operator in ("eq", "in") and not each.negated]
+    named = [each for each in lists if each.column == table.key]
+    if forget and (len(filters) > 1 or not named):
+        what = f"forget takes one filter, {table.key.name}=eq.… or in.(…): only natural keys are remembered"
+        raise Refused(Refusal(422, what, "name the keys", "forget"))
+    return Erasure(table, filters, [str(value) for each in named for value in each.values], forget, dry_run)
+
+
+def flag(options: Mapping[str, str], name: str) -> bool:
+    """An option that is true or false, which it is when it is absent. Raises Refused."""
+    value = YES_NO.get(options.get(name, "false").lower())
+    if value is None:
+        raise Refused(Refusal(422, f"{name} is not true or false", "correct it", name))
+    return value
 
 
 def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[str, str]:

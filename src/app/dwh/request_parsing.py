@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from app.dwh.query import flag
 from app.dwh.rows import (
     SHAPE_HINT,
     UNREADABLE,
@@ -344,7 +345,6 @@ FORMS: Mapping[str, Form] = {
     "text/csv": "csv",
 }
 KEY = re.compile(r"[!-~]{1,255}")
-YES_NO = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,9 +374,7 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], prefer
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
         raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
-    dry_run = YES_NO.get(chosen.get("dry_run", "false").lower())
-    if dry_run is None:
-        raise Refused(Refusal(422, "dry_run is not true or false", "correct it", "dry_run"))
+    dry_run = flag(chosen, "dry_run")
     key = headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
         raise Refused(

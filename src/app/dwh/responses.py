@@ -1,5 +1,6 @@
 """Answers of /dwh: of POST as JSON; of GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
 
+import codecs
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ import tempfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -124,22 +125,46 @@ class _Json:
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-class _Csv:
-    """A header, then rows; null is an empty cell."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
-    def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
+
+class _Csv:
+    """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
+    take for a formula; numbers stay as they are.
+    """
+
+    def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
         self._file = file
         self._flags = _flags(columns)
+        texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
+        self._texts = texts if formula_safe else ()
+        if bom:
+            file.write(codecs.BOM_UTF8)
         self.write([[column.name for column in columns]])
 
     def write(self, block: Block) -> None:
         """See `Writer.write`."""
+        cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(_turned(block, self._flags, _flag))
-        self._file.write(text.getvalue().encode())
+        csv.writer(text, lineterminator="\n").writerows(cells)
+        self._file.write((_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode())
 
     def close(self) -> None:
         """See `Writer.close`."""
+
+
+def _with_quoted_returns(block: Block) -> str:
+    """Rows with a carriage return somewhere, which Python quotes only when lines end in one."""
+    lines = io.StringIO(newline="")
+    for row in block:
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(row)
+        lines.write(line.getvalue()[:-2] + "\n")
+    return lines.getvalue()
+
+
+def _without_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _flag(value: Any) -> Any:
@@ -200,7 +225,7 @@ def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
     columns = selection.columns
     if selection.format == "csv":
-        return _Csv(columns, file)
+        return _Csv(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
     if selection.format == "parquet":
         return _Parquet(columns, file)
     lines = _made if made else _encoder(columns)
@@ -220,6 +245,13 @@ def accepts_gzip(header: str) -> bool:
         name, _, weight = each.partition(";")
         allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
     return allowed.get("gzip", allowed.get("*", False))
+
+
+def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces, compressed."""
+    packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
+    yield from filter(None, map(packer.compress, pieces))
+    yield packer.flush()
 
 
 class GzipWriter:

@@ -8,20 +8,20 @@ there: who sends slowly, or reads slowly, keeps nobody else waiting.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.dwh import openapi
-from app.dwh.query import Selection, selection
+from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post
+from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post, gzipped
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import MERGE, Inserted, Warehouse
@@ -37,7 +37,8 @@ WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
-OTHERS = ["DELETE", "OPTIONS", "PATCH", "PUT", "TRACE"]
+OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
+GZIPPED_IDS = 1000  # an answer to POST with fewer is small
 GONE = Response(status_code=400)  # client disconnected
 
 
@@ -89,11 +90,21 @@ def build(serving: WarehouseRoutes) -> APIRouter:
             responses=openapi.write_answers(),
             response_class=Response,
         )
+        router.add_api_route(
+            f"/{table.path}",
+            _erasing(serving, table),
+            methods=["DELETE"],
+            name=f"erase_{table.name}",
+            summary=f"Delete rows of {table.name} for good",
+            openapi_extra={**needs("dwh:delete"), **openapi.erasing(table)},
+            responses=openapi.erase_answers(),
+        )
     return router
 
 
 async def _other() -> Response:
-    raise Refused(Refusal(405, "this path takes GET, HEAD and POST", "see /docs", headers={"Allow": "GET, HEAD, POST"}))
+    methods = "GET, HEAD, POST, DELETE"
+    raise Refused(Refusal(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods}))
 
 
 async def _acquired(places: asyncio.Semaphore) -> None:
@@ -184,11 +195,25 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
             serving.writers.release()
         content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
+        if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
+            content, headers["Content-Encoding"] = gzipped(content), "gzip"
         if chosen.resolution:
             headers["Preference-Applied"] = f"resolution={chosen.resolution}"
         return StreamingResponse(content, headers=headers, media_type="application/json")
 
     return write
+
+
+def _erasing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
+    async def erase(request: Request) -> Response:
+        chosen = erasure(table, request.query_params.multi_items())
+        await _acquired(serving.writers)
+        with ExitStack() as place:
+            place.callback(serving.writers.release)
+            done = await run_in_threadpool(serving.warehouse.erase, chosen, at=serving.clock())
+        return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
+
+    return erase
 
 
 def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:

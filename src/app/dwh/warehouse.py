@@ -4,7 +4,7 @@ import json
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -12,15 +12,15 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from app.core.errors import Transient
-from app.db.database import NamedQueries, Session, sql_directory
+from app.core.errors import Permanent, Transient
+from app.db.database import Dialect, NamedQueries, Session, sql_directory
 from app.db.migrations import Migrated, open_database
+from app.dwh.query import Erasure, Place, Selection, conditions_of
 from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
 from app.product_events.mapping import Rows, Tables
 from app.web.errors import Refusal, Refused
 
 if TYPE_CHECKING:
-    from app.dwh.query import Place, Selection
     from app.dwh.request_parsing import Received
 
 # The rows of one request into their table, in one transaction of the caller's.
@@ -74,27 +74,32 @@ def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({names}) VALUES {places} {_on_conflict(table, past=past)}"  # noqa: S608
 
 
-def in_sqlite(session: Session, table: Table, batches: "Received") -> "array[int]":
+def in_sqlite(session: Session, table: Table, batches: "Received", deleted: "DeletedKeys") -> "array[int]":
     """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
     before = newest(session, table)
     (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
-    rows = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
+    rows: Iterator[Row] = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
+    together = batches.rows - batches.rows % STATEMENT_ROWS
+    if deleted.any_of(session, table):
+        rows, together = deleted.left_out(session, table, rows), 0
     written = 0
-    for rows_each, part in ((STATEMENT_ROWS, islice(rows, batches.rows - batches.rows % STATEMENT_ROWS)), (1, rows)):
+    for rows_each, part in ((STATEMENT_ROWS, islice(rows, together)), (1, rows)):
         values = [chain.from_iterable(part)] * (rows_each * len(table.columns))
         written += session.run_rows(_upsert(table, rows_each), zip(repeat(now["text"]), *values, strict=False))
     return _given(session, table, before, -1 if table.updates else written)
 
 
-def in_postgres(session: Session, table: Table, batches: "Received", group_rows: int) -> "array[int]":
+def in_postgres(
+    session: Session, table: Table, batches: "Received", deleted: "DeletedKeys", group_rows: int
+) -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
-        return _staged(session, table, (united(batch) for batch in batches.read()))
+        return _staged(session, table, deleted, (united(batch) for batch in batches.read()))
     ids = array("q")
     if not batches.rows:
         return ids
     before = turn(session, table)
-    if not _known(session, table, batches):
+    if not deleted.any_of(session, table) and not _known(session, table, batches):
         for group in _groups(batches.blocks(), group_rows):
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
@@ -104,7 +109,7 @@ def in_postgres(session: Session, table: Table, batches: "Received", group_rows:
             before = ids[-1]
     if len(ids) < batches.rows:
         rows = islice(chain.from_iterable(batches.read()), len(ids), None)
-        ids += _staged(session, table, _chunks(rows, group_rows), before)
+        ids += _staged(session, table, deleted, _chunks(rows, group_rows), before)
     return ids
 
 
@@ -151,7 +156,13 @@ def _merge(table: Table, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({columns}) {staged} {_on_conflict(table, past=past)}"
 
 
-def _staged(session: Session, table: Table, chunks: Iterable[Iterable[Row]], before: int | None = None) -> "array[int]":
+def _staged(
+    session: Session,
+    table: Table,
+    deleted: "DeletedKeys",
+    chunks: Iterable[Iterable[Row]],
+    before: int | None = None,
+) -> "array[int]":
     """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
     _create_stage(session, table)
     ids_written = "SELECT coalesce(string_agg(id::text, ','), '') AS ids FROM written"
@@ -162,6 +173,7 @@ def _staged(session: Session, table: Table, chunks: Iterable[Iterable[Row]], bef
             session.run(f"TRUNCATE {_stage(table)}")
         session.append(_stage(table), table.names, chunk)
         before = turn(session, table) if before is None else before
+        deleted.leave_out_staged(session, table)
         (written,) = session.rows(merge_chunk)
         given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
         ids.extend(given[bisect_right(given, before) :])
@@ -215,7 +227,7 @@ def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
 # numbers, so that two loads never wait for each other; memory is bounded by one chunk and the devices of a load.
 
 
-def load_postgres(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Stage all rows, then merge them; how many events are new."""
     staged: set[str] = set()
     latest = Latest()
@@ -234,11 +246,12 @@ def load_postgres(session: Session, chunks: Iterable[Tables], *, past: bool) -> 
     tables = [table for table in TABLES if table.name in staged]
     for table in tables:
         turn(session, table)
+        deleted.leave_out_staged(session, table)
     written = {table.name: session.run(_merge(table, past=past)) for table in tables}
     return written.get(EVENTS.name, 0)
 
 
-def load_sqlite(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Store all rows by prepared statements; how many events are new."""
     latest = Latest()
     before = newest(session, EVENTS)
@@ -251,9 +264,10 @@ def load_sqlite(session: Session, chunks: Iterable[Tables], *, past: bool) -> in
                 places = [rows.names.index(each) if each in rows.names else None for each in table.names]
                 whole = ([None if place is None else row[place] for place in places] for row in rows.rows)
                 as_they_are = tuple(rows.names) == tuple(table.names)
-                session.run_rows(_upsert(table), rows.rows if as_they_are else whole)
+                given = rows.rows if as_they_are else whole
+                session.run_rows(_upsert(table), deleted.left_out(session, table, given))
     for table, values in latest.rows():
-        session.run_rows(_upsert(table, past=past), values)
+        session.run_rows(_upsert(table, past=past), deleted.left_out(session, table, values))
     newer = f"SELECT id FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
     return sum(1 for _ in session.stream(newer, newest=before))
 
@@ -283,6 +297,70 @@ class Latest:
             yield table, [[values.get(column) for column in table.names] for values in held.values()]
 
 
+# Rows that were deleted on request, and stay so.
+#
+# Invariant: the keys are looked at in the turn of the table, so that no row comes back that was deleted meanwhile.
+
+LOOKED_UP_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """How many rows were deleted, how many keys are remembered for it, and how many are no longer."""
+
+    deleted: int
+    remembered: int = 0
+    forgotten: int = 0
+
+
+class DeletedKeys:
+    """The natural keys of deleted rows, as text."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def any_of(self, session: Session, table: Table) -> bool:
+        """Whether there are any of this table."""
+        return bool(session.rows(self._queries["has_deleted"], table=table.name)[0]["has_deleted"])
+
+    def left_out(self, session: Session, table: Table, rows: Iterable[Row]) -> Iterator[Row]:
+        """The other rows."""
+        each = iter(rows)
+        if not self.any_of(session, table):
+            yield from each
+        while some := list(islice(each, LOOKED_UP_ROWS)):
+            keys = json.dumps([str(row[0]) for row in some])
+            found = {row["key"] for row in session.rows(self._queries["deleted_keys"], table=table.name, keys=keys)}
+            yield from (row for row in some if str(row[0]) not in found)
+
+    def leave_out_staged(self, session: Session, table: Table) -> None:
+        """Take them out of what was staged in PostgreSQL."""
+        if self.any_of(session, table):
+            of_table = "table_name = :table AND "
+            session.run(
+                f"DELETE FROM {_stage(table)} AS staged USING dwh_deleted WHERE {of_table}"  # noqa: S608 - declared
+                f"dwh_deleted.key = staged.{table.key.name}::text",
+                table=table.name,
+            )
+
+    def remember(self, session: Session, table: Table, condition: str, params: Mapping[str, Any], at: datetime) -> int:
+        """Add the keys of all rows that meet the condition; how many are new."""
+        key = f"CAST({table.key.name} AS text)"
+        return session.run(
+            f"INSERT INTO dwh_deleted (table_name, key, deleted_at) SELECT '{table.name}', {key}, :deleted_at "  # noqa: S608
+            f"FROM {table.name} WHERE {condition} ON CONFLICT DO NOTHING",
+            **params,
+            deleted_at=at,
+        )
+
+    def forget(self, session: Session, table: Table, keys: Sequence[str]) -> int:
+        """Remove these keys; how many there were."""
+        names = {f"key_{number}": key for number, key in enumerate(keys)}
+        places = ", ".join(f":{name}" for name in names)
+        condition = f"table_name = :table AND key IN ({places})"
+        return session.run(f"DELETE FROM dwh_deleted WHERE {condition}", table=table.name, **names) if keys else 0  # noqa: S608
+
+
 # The warehouse in SQLite or PostgreSQL: rows in, each once, and rows out.
 #
 # Invariants: a request is one transaction, together with the answer kept under its Idempotency-Key; ids are given in
@@ -291,6 +369,14 @@ class Latest:
 
 FILE = "dwh.db"
 VARIABLES = "DWH_DATABASE_URL"
+OTHER_PROGRAM_HINT = (
+    "set DWH_DATABASE_URL to an empty database; if these are the tables of the DWH Helper, bring their rows over with "
+    "python -m app import-dwh URL, where URL is that of this database"
+)
+TABLE_NAMES: dict[Dialect, str] = {
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table'",
+    "postgres": "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p') AND pg_table_is_visible(oid)",
+}
 TURN_SECONDS = 60.0
 MERGE_ROWS = 20_000
 KEPT_DAYS = 7
@@ -308,10 +394,10 @@ class SelectedRows:
 
     blocks: Iterator[Sequence[Sequence[Any]]]
     edge: Iterator[Sequence[Any]]
-    selection: "Selection"
+    selection: Selection
     total: int | None
 
-    def last(self) -> "Place | None":
+    def last(self) -> Place | None:
         """The last row when more follow it, before the blocks are read to the end; costs a search of its own."""
         found = list(self.edge)
         return self.selection.edge_place(found[0]) if len(found) > 1 else None
@@ -324,6 +410,7 @@ class Warehouse:
         self.database = database
         self._lite = database.dialect == "sqlite"
         self._queries = NamedQueries(database, sql_directory() / "dwh")
+        self._deleted = DeletedKeys(self._queries)
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
@@ -371,10 +458,30 @@ class Warehouse:
         What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
         """
         with self._writing() as session:
-            return (load_sqlite if self._lite else load_postgres)(session, chunks, past=past)
+            return (load_sqlite if self._lite else load_postgres)(session, chunks, self._deleted, past=past)
+
+    def erase(self, erasure: Erasure, *, at: datetime) -> Erased:
+        """Delete all rows that meet the filters, and remember their natural keys, so that nothing brings them back; or,
+        to lift that, forget the keys.
+        """
+        table, dialect = erasure.table, self.database.dialect
+        conditions, params = conditions_of(erasure.filters, dialect)
+        condition = " AND ".join(conditions)
+        remembered = forgotten = deleted = 0
+        with suppress(_Undo), self._writing() as session:
+            if not self._lite:
+                turn(session, table)
+            if erasure.forget:
+                forgotten = self._deleted.forget(session, table, erasure.keys)
+            else:
+                remembered = self._deleted.remember(session, table, condition, params, at)
+            deleted = session.run(f"DELETE FROM {table.name} WHERE {condition}", **params)  # noqa: S608 - declared
+            if erasure.dry_run:
+                raise _Undo
+        return Erased(deleted, remembered, forgotten)
 
     def known(self, uuids: Collection[str]) -> int:
-        """How many of these events are there; each counts once. A few thousand at a time at most."""
+        """How many of these events are there, or were deleted on request; a few thousand at a time at most."""
         (found,) = self._queries.rows("known_events", uuids=json.dumps(sorted(uuids)))
         return int(found["events"])
 
@@ -416,11 +523,14 @@ class Warehouse:
         return done
 
     def _store(self, session: Session, table: Table, batches: "Received") -> Inserted:
-        ids = in_sqlite(session, table, batches) if self._lite else in_postgres(session, table, batches, MERGE_ROWS)
+        if self._lite:
+            ids = in_sqlite(session, table, batches, self._deleted)
+        else:
+            ids = in_postgres(session, table, batches, self._deleted, MERGE_ROWS)
         return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
-    def selected(self, selection: "Selection", *, count: bool = False) -> Iterator["SelectedRows"]:
+    def selected(self, selection: Selection, *, count: bool = False) -> Iterator["SelectedRows"]:
         """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
         dialect = self.database.dialect
         with self.database.transaction(read_only=True) as session:
@@ -438,4 +548,14 @@ class Warehouse:
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:
     """The warehouse at a URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
-    return Warehouse(Migrated(plain, sql_directory() / "dwh"))
+
+    def refuse_other_program(session: Session) -> None:
+        if names := other_tables(session, plain.dialect):
+            raise Permanent(f"{plain.place}: another program made the table {min(names)}", OTHER_PROGRAM_HINT)
+
+    return Warehouse(Migrated(plain, sql_directory() / "dwh", before_first=refuse_other_program))
+
+
+def other_tables(session: Session, dialect: Dialect) -> Collection[str]:
+    """The tables of the database that have the names of ours."""
+    return {row["name"] for row in session.rows(TABLE_NAMES[dialect])} & BY_NAME.keys()
