@@ -261,7 +261,7 @@ def test_whoever_follows_links_meets_each_row_of_the_start_once_while_rows_are_i
 
 def test_the_caller_decides_what_becomes_of_a_row_that_is_there(desk: Desk) -> None:
     desk.post(LOCATIONS, [{"uuid": uuid_of(1), "city": "Riga", "country": "LV"}])
-    more = [{"uuid": uuid_of(1), "city": "Liepāja", "country": None}, {"uuid": uuid_of(2)}]
+    more: list[dict[str, Any]] = [{"uuid": uuid_of(1), "city": "Liepāja", "country": None}, {"uuid": uuid_of(2)}]
     assert desk.post(LOCATIONS, more, dry_run=True, resolution="merge-duplicates").inserted_rows == 1
     for resolution, city in (("ignore-duplicates", "Riga"), ("merge-duplicates", "Liepāja")):
         done = desk.post(LOCATIONS, more, resolution=resolution, key=resolution)
