@@ -124,6 +124,7 @@ def test_csv_has_every_kind_of_value() -> None:
         (f"{U},,,,x", "plan_json: 'x': the row has 5 cells"),
         ("x,,,", "uuid: not 'x'"),
         (f"{U},\udcff,,", "amplitude_id: '\\udcff'"),
+        (f'{U},,,"""\udcff"""', "plan_json: '\"\\udcff\"'"),
     ],
 )
 def test_a_bad_cell_of_csv_is_named_with_row_column_and_value(line: str, field: str) -> None:

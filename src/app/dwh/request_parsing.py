@@ -301,17 +301,13 @@ def _parsed(whole: bytes) -> Iterator[list[str]]:
 
 def _cell(column: TableColumn) -> Cell:
     """What makes a cell's JSON; raises ValueError for text that is not a value of the kind."""
-    is_text = column.kind in ("text", "uuid", "instant")
+    if column.kind in ("text", "uuid", "instant"):
+        return _text_cell
 
     def turned(cell: str) -> bytes:
         if not cell:
             return b"null"
-        try:
-            if is_text:
-                return msgspec.json.encode(cell)
-            raw = cell.encode()
-        except UnicodeEncodeError:
-            raise ValueError("must be valid UTF-8") from None
+        raw = cell.encode(errors="surrogateescape")  # as it came
         if column.kind == "bool" and cell.lower() in ("true", "false"):
             return raw.lower()
         if column.kind == "json" and _is_json(raw):
@@ -321,6 +317,13 @@ def _cell(column: TableColumn) -> Cell:
         raise ValueError(f"must be {column.wanted}")
 
     return turned
+
+
+def _text_cell(cell: str) -> bytes:
+    try:
+        return msgspec.json.encode(cell) if cell else b"null"
+    except UnicodeEncodeError:
+        raise ValueError("must be valid UTF-8") from None
 
 
 def _is_json(raw: bytes) -> bool:
