@@ -4,15 +4,16 @@ import csv
 import hashlib
 import io
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
+from app.core.files import temporary_file
 from app.dwh.query import flag
 from app.dwh.rows import (
     SHAPE_HINT,
@@ -471,7 +472,7 @@ class Received:
     digest: str = ""
     size_bytes: int = 0
     held: list[Frame] = field(default_factory=list)
-    spool: Any = field(default_factory=lambda: tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - `close`
+    spool: BinaryIO = field(default_factory=partial(temporary_file, memory_bytes=SPOOL_BYTES))
 
     def read(self) -> Iterator[Iterator[Values]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""

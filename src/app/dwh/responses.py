@@ -4,7 +4,6 @@ import codecs
 import csv
 import io
 import json
-import tempfile
 import threading
 import zlib
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.files import temporary_file
 from app.dwh.query import Format, Place, Selection
 from app.dwh.rows import RowFault
 from app.dwh.tables import TableColumn
@@ -303,7 +303,7 @@ class ByteSpool:
         self._memory_bytes = memory_bytes
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
-        self._file = tempfile.SpooledTemporaryFile(1)  # noqa: SIM115 - `close`. A file with the first byte
+        self._file = temporary_file(memory_bytes=1)  # a file with the first byte
         self._file_bytes = self._file_read_bytes = 0
         self._changed = threading.Condition()
         self._shown = self._ended = self._abandoned = False
