@@ -306,6 +306,17 @@ class S3Settings(SettingsGroup, title="S3 or a compatible store: exports, /s3, /
         return {name: text for name, text in given.items() if name != "AWS_SESSION_TOKEN"}
 
 
+class RequestCostSettings(SettingsGroup, title="Request costs: what S3 and DynamoDB charge for"):
+    """`prices_file` "" = the built-in table of AWS prices; `max_monthly` None = no limit."""
+
+    prices_file: Text = variable("REQUEST_PRICES_FILE", default="", unset="AWS prices, for AWS only")
+    """JSON file of request prices, in the form of src/app/ops/request_prices.json."""
+    max_monthly: float | None = variable(
+        "MAX_MONTHLY_REQUEST_COST", default=None, unset="no limit", ge=0.01, le=1_000_000
+    )
+    """Monthly cost of requests, above which open windows are rewritten less often; closing is never delayed."""
+
+
 class SetAsideSettings(SettingsGroup, title="Set aside: rows that a run could not take"):
     """What runs set aside and keep in the object store. `days` 0 = for ever."""
 
@@ -536,6 +547,7 @@ class Settings(BaseSettings):
     influx: InfluxSettings
     export: ExportSettings
     s3: S3Settings
+    request_costs: RequestCostSettings
     set_aside: SetAsideSettings
     checkpoint: CheckpointSettings
     lease: LeaseSettings

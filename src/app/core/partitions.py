@@ -202,6 +202,9 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     live = live_counts(pipeline, how.now)
     if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
+    if pipeline.rewrite_seconds:
+        grid = replace(pipeline.grid, rewrite_seconds=pipeline.rewrite_seconds(len(live)))
+        pipeline = replace(pipeline, grid=grid)
     context.progress.advance(total=len(cursors))
 
     def one(partition: str, done: Done) -> None:

@@ -222,7 +222,7 @@ class Record:
     `Held`.
 
     `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
-    Headwater did not write); "" when all is well.
+    Headwater did not write); "" when all is well. `written_at`: when this was confirmed.
     """
 
     window: Window
@@ -241,6 +241,7 @@ class Record:
     sums: Mapping[str, Sums] = field(default_factory=dict)
     trouble: str = ""
     folded: int = 0
+    written_at: datetime | None = field(default=None, compare=False)
 
     @property
     def held(self) -> Held:
@@ -418,13 +419,15 @@ class Grid:
     """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
 
     One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
-    turns however long the backlog is.
+    turns however long the backlog is. An object of an open window is written again `rewrite_seconds` after the last
+    time at the earliest; closing never waits for that.
     """
 
     windows: Callable[[datetime, datetime], Iterator[Window]]
     grace_seconds: float
     step_windows: int = 24
     count_windows: int = 744
+    rewrite_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,6 +444,7 @@ class Pipeline(Generic[B, E]):
     asked after the source was read; None: all stay.
 
     `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which so many partitions have rows.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
@@ -458,6 +462,7 @@ class Pipeline(Generic[B, E]):
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
     unit: str = VALUES
+    rewrite_seconds: Callable[[int], float] | None = None
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""

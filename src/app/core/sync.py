@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, takewhile
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally
@@ -168,16 +168,37 @@ def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dic
     """Bring open and settling windows up to date; one whose count did not move costs nothing."""
     windows = list(pipeline.grid.windows(at.cursor_at, at.now))
     records = _records(pipeline, at.partition, windows) if windows else {}
+    later: dict[datetime, Count] = {}
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), left.get(window.start, NOTHING)
         if _is_settled(record, count) and not _is_of_older_version(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
+        elif _was_just_written(record, at.now, pipeline.grid.rewrite_seconds):
+            there, later[window.start] = _split(count, record)
+            done(Report(ledger=already_there(pipeline.unit, there)))
         else:
             done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
         left.pop(window.start, None)
     left.clear()  # what is before the cursor was closed earlier
+    left |= later
+
+
+def _was_just_written(record: Record | None, now: datetime, rewrite_seconds: float) -> TypeGuard[Record]:
+    """True for an object that is not written again yet, since each write is charged. A time ahead of now counts as
+    long ago.
+    """
+    if record is None or record.written_at is None:
+        return False
+    return 0 <= (now - record.written_at).total_seconds() < rewrite_seconds
+
+
+def _split(count: Count, record: Record) -> tuple[Count, Count]:
+    """Of what was counted, how much the object holds, and the rest."""
+    there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
+    rest = {name: number - there[name] for name, number in count.fields.items()}
+    return replace(count, fields=there), replace(count, fields=rest)
 
 
 def _is_of_older_version(record: Record | None, count: Count) -> bool:

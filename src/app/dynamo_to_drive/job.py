@@ -117,12 +117,16 @@ def build(
     set_aside: SetAsideStore,
     clock: Callable[[], datetime],
     policy: RetryPolicy = POLICY,
+    *,
+    spend: Callable[[float], None] = lambda _: None,
 ) -> HourFileExport:
-    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
+    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set. `spend` is told the
+    read units of each answer.
+    """
     given = given_of(settings)
     parts = HourFileParts(
         settings=settings,
-        table=DynamoTable(_target(settings)),
+        table=DynamoTable(_target(settings), spend),
         drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
         folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),

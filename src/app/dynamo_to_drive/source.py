@@ -122,12 +122,13 @@ B = TypeVar("B")
 class DynamoTable:
     """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
 
-    `traits`: what was seen of writings that do not begin as their hour in UTC does.
+    `traits`: what was seen of writings that do not begin as their hour in UTC does. `spend` is told the read units
+    of each answer.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, spend: Callable[[float], None] = lambda _: None) -> None:
         self.target = target
-        self.units = 0.0
+        self._spend = spend
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -234,8 +235,7 @@ class DynamoTable:
             asked["ReturnConsumedCapacity"] = "TOTAL"
         with translated(self.target.table, self.target.where):
             answer = getattr(self._made(), method)(**asked)
-        with self._lock:
-            self.units += (answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0)
+        self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
 
     def _made(self) -> Any:

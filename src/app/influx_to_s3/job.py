@@ -82,6 +82,7 @@ class ExportParts:
     store: "ObjectStore"
     aside: Aside
     clock: Callable[[], datetime]
+    rewrite_seconds: Callable[[int, float], float] | None = None
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
@@ -122,8 +123,12 @@ def build(
     *,
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
+    rewrite_seconds: Callable[[int, float], float] | None = None,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set."""
+    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set.
+
+    `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
+    """
     export, influx = settings.export, settings.influx
 
     def make(now: datetime) -> Tree:
@@ -144,6 +149,7 @@ def build(
         store=store,
         aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
         clock=clock,
+        rewrite_seconds=rewrite_seconds,
     )
     off = "" if influx.url else OFF
     jobs = (
@@ -262,8 +268,14 @@ def _open(
         refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
             pipeline, source, context, at, live
         ),
+        rewrite_seconds=_spaced(parts, tree.layout_at(now).window_seconds),
     )
     return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+
+def _spaced(parts: ExportParts, window_seconds: float) -> Callable[[int], float] | None:
+    spaced = parts.rewrite_seconds
+    return None if spaced is None else lambda devices: spaced(devices, window_seconds)
 
 
 def _shrinking(parts: ExportParts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:

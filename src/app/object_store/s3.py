@@ -29,6 +29,7 @@ from app.object_store.port import (
     is_new_form,
     taken_for,
 )
+from app.object_store.request_counts import RequestCounter
 from app.object_store.s3_listing import (
     STYLE_HINT,
     TEXT_LIMIT,
@@ -106,6 +107,7 @@ class S3Target:
     attempts: int = 4
     connections: int = 16
     page_keys: int = 1000
+    counter: RequestCounter = field(default_factory=RequestCounter, compare=False, repr=False)
 
 
 class S3Store:
@@ -422,6 +424,7 @@ def make_client(target: S3Target) -> Any:
         context.get("s3_redirect", {})["redirected"] = True
 
     client.meta.events.register("before-call.s3.HeadBucket", redirect_no_further)
+    client.meta.events.register("before-send.s3", target.counter.count_sent)  # each attempt is charged
     return client
 
 
