@@ -171,7 +171,7 @@ class AccessSettings(SettingsGroup, title="Access"):
 class LimitSettings(SettingsGroup, title="Limits"):
     """What a request may cost."""
 
-    max_body_bytes: int = variable("MAX_BODY_BYTES", default=10_000_000, ge=1024, le=GIB)
+    max_body_bytes: int = variable("MAX_BODY_BYTES", default=16_000_000, ge=1024, le=GIB)
     """Largest JSON body; memory grows with it."""
     max_upload_bytes: int = variable("MAX_UPLOAD_BYTES", default=5 * GIB, ge=1, le=5120 * GIB)
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""

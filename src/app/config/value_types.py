@@ -281,6 +281,7 @@ def _each(check: Callable[[str], str]) -> BeforeValidator:
 SCOPES = (
     "dwh:read",
     "dwh:write",
+    "dwh:delete",
     "s3:read",
     "s3:write",
     "s3:delete",
@@ -291,7 +292,7 @@ SCOPES = (
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run"},
+    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2
