@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
-from app.analytics.reports import TABLES, Parameter, ReportDefinition
+from app.analytics.reports import TABLES, BadParameter, Parameter, ReportDefinition, within
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
 from app.analytics.summaries import View
-from app.core.errors import AppError, Rejected, Transient
+from app.core.errors import AppError, Transient
 from app.web.auth import OPEN, needs
 from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
 
@@ -35,7 +35,7 @@ ASSETS = {
     "/assets/explore.js": ("explore.js", "text/javascript; charset=utf-8"),
     "/assets/explore.css": ("explore.css", "text/css; charset=utf-8"),
 }
-TYPES: Mapping[str, Mapping[str, str]] = {
+TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
     "integer": {"type": "integer"},
     "number": {"type": "number"},
@@ -104,19 +104,29 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
 
 
 def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
-    formats = {"type": "string", "enum": list(MEDIA), "default": "json"}
-    scan = {"type": "boolean", "default": False}
-    own = [_parameter(each) for each in report.parameters]
-    own.append({"name": "format", "in": "query", "schema": formats, "description": "how the answer is written"})
+    formats = {"type": "string", "enum": list(MEDIA), "default": report.format}
+    flag = {"type": "boolean", "default": False}
+    meaning = "put an apostrophe before texts in CSV that a spreadsheet would run as a formula"
+    own = [
+        *(_parameter(each) for each in report.parameters),
+        {"name": "format", "in": "query", "schema": formats, "description": "format of the answer"},
+        {"name": "formula_safe", "in": "query", "schema": flag, "description": meaning},
+    ]
     if report.summary:
-        meaning = "read all objects instead of the summaries; the answer is the same, and slow"
-        own.append({"name": "scan", "in": "query", "schema": scan, "description": meaning})
+        meaning = "read all objects instead of the summaries: slow, with the same answer"
+        own.append({"name": "scan", "in": "query", "schema": flag, "description": meaning})
     return own
 
 
 def _parameter(parameter: Parameter) -> Mapping[str, Any]:
-    schema = {**TYPES[parameter.kind], **({"default": parameter.default} if parameter.default else {})}
-    return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning}
+    schema = dict(TYPES[parameter.kind])
+    if parameter.default:
+        is_text = schema["type"] == "string"
+        schema["default"] = parameter.default if is_text else parameter.read(None)
+    if parameter.limits:
+        schema["minimum"], schema["maximum"] = parameter.limits
+    required = {"required": True} if parameter.required else {}
+    return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning, **required}
 
 
 def _answers() -> dict[int | str, dict[str, Any]]:
@@ -133,15 +143,20 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
         key = key_of(asked, view, warnings)
         found = analytics.cache.held(key)
         if found is None:
-            shape = AnswerShape(asked.format, report.answer, [dict(each) for each in warnings])
+            said = [dict(each) for each in warnings]
+            shape = AnswerShape(asked.format, report.answer, said, asked.formula_safe)
             keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
 
             def make() -> ReportAnswer:
                 if asked.from_memory:
-                    return of_table(TABLES[report.summary](view.days), shape, analytics.workplace.folder)
+                    days = within(view.days, *report.span(asked.values))
+                    return of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
                 return analytics.queries.run(report, asked.values, shape)
 
-            found = await analytics.cache.answer(key, make, keep_seconds)
+            try:
+                found = await analytics.cache.answer(key, make, keep_seconds)
+            except BadParameter as error:
+                raise Refused(Refusal(422, error.message, error.hint, "query")) from error
         analytics.remember(request.scope, asked)
         tags = request.headers.get("if-none-match", "")
         status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
@@ -191,24 +206,27 @@ class Quick:
 
 
 def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
-    query = request.query_params.multi_items()
-    own = {"format": "json", "scan": "false"}
+    options = {"format": report.format, "formula_safe": "false", **({"scan": "false"} if report.summary else {})}
+    for parameter in report.parameters:
+        options.pop(parameter.name, None)
     rest = []
-    for name, text in query:
-        if name in own and not (name == "scan" and not report.summary):
-            own[name] = text
+    for name, text in request.query_params.multi_items():
+        if name in options:
+            options[name] = text
         else:
             rest.append((name, text))
-    if own["format"] not in MEDIA:
+    written = options.pop("format")
+    if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"
-        raise Refused(Refusal(422, f"format={own['format'][:80]!r} is not known", allowed, "query.format"))
-    if own["scan"] not in ("true", "false"):
-        raise Refused(Refusal(422, f"scan={own['scan'][:80]!r} is neither", "send true or false", "query.scan"))
+        raise Refused(Refusal(422, f"format={written[:80]!r} is not known", allowed, "query.format"))
+    for name, text in options.items():
+        if text not in ("true", "false"):
+            raise Refused(Refusal(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}"))
     try:
         values = report.values(rest)
-    except Rejected as error:
+    except BadParameter as error:
         raise Refused(Refusal(422, error.message, error.hint, "query")) from error
-    return ReportRequest(report, values, own["format"], own["scan"] == "true")
+    return ReportRequest(report, values, written, **{name: text == "true" for name, text in options.items()})
 
 
 async def _view(analytics: Analytics) -> View:
@@ -233,7 +251,13 @@ def _described(analytics: Analytics, report: ReportDefinition) -> Mapping[str, A
     except AppError as error:
         columns, fault = [], {"fault": {"message": error.message, "hint": error.hint}}
     parameters = [
-        {"name": each.name, "type": each.kind, "default": each.default or None, "meaning": each.meaning}
+        {
+            "name": each.name,
+            "type": each.kind,
+            "default": each.default or None,
+            "meaning": each.meaning,
+            "required": each.required,
+        }
         for each in report.parameters
     ]
     return {

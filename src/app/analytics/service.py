@@ -121,22 +121,26 @@ Scope = MutableMapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """A parsed request for a report. `scan`: run it although there is a summary."""
+    """A parsed request for a report. `scan`: run it although there is a summary; `formula_safe`: see `formats`."""
 
     report: ReportDefinition
     values: Mapping[str, Any]
     format: str
-    scan: bool
+    scan: bool = False
+    formula_safe: bool = False
 
     @property
     def from_memory(self) -> bool:
-        """Whether the summaries have the answer."""
-        return bool(self.report.summary) and not self.scan
+        """Whether the summaries have the answer: they are sums of whole days."""
+        _, since, until = self.report.span(self.values)
+        is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (since, until))
+        return bool(self.report.summary) and not self.scan and is_whole_days
 
 
 def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
     """What the answer depends on."""
-    return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
+    how = asked.format, asked.scan, asked.formula_safe
+    return asked.report.path, *how, tuple(asked.values.items()), view.number, warnings
 
 
 def reply_of(

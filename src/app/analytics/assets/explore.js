@@ -103,7 +103,7 @@ async function show() {
   at("rows").classList.add("busy");
   at("plot").classList.add("busy");
   try {
-    const { data, headers } = await ask(address(values));
+    const { data, headers } = await ask(address(values, "json"));
     if (turn !== asking) return;
     const list = Object.values(data).find((each, place) => Array.isArray(each) && Object.keys(data)[place] !== "warnings");
     const rows = list || [Object.fromEntries(Object.entries(data).filter(([name]) => name !== "warnings"))];
