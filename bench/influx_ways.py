@@ -139,7 +139,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     """The product's job, run until nothing is left."""
     import logging
 
-    from app.__main__ import tune
+    from app.cli import tune
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.db.state import open_state
@@ -175,7 +175,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
 
 def idle(_: str, __: Shape, ___: Path) -> Told:
     """Everything imported that an export needs, and nothing done."""
-    from app.__main__ import tune
+    from app.cli import tune
 
     tune()
     import numpy as np

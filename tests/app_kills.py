@@ -14,13 +14,11 @@ from pathlib import Path
 from forked import answer
 
 USED_LATER = (
-    "app.__main__",
     "app.amplitude.job",
     "app.analytics.service",
     "app.appmetrica.job",
     "app.cli",
     "app.csv_inbox.job",
-    "app.csv_inbox.late_rows",
     "app.csv_inbox.transaction",
     "app.dynamo_to_drive.job",
     "app.influx_to_s3.job",
@@ -28,7 +26,6 @@ USED_LATER = (
     "app.objects.routes",
     "app.objects.sweeps",
     "app.ops.commands",
-    "app.ops.daemon",
     "app.ops.routes",
     "app.db.postgres",
     "app.object_store.s3_multipart",
@@ -46,7 +43,7 @@ USED_LATER = (
 
 
 def child(folder: Path) -> int:
-    from app.__main__ import main
+    from app.cli import main
 
     os.chdir(folder)
     os.environ.clear()

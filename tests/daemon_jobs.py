@@ -11,8 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from app import __main__ as command_line
-from app import main
+from app import cli, main
 from app.core.errors import Permanent
 from app.core.gap_map import Cell, CellState
 from app.core.ledger import SetAside, Tally, ledger_of
@@ -211,4 +210,4 @@ if __name__ == "__main__":
     wiring = globals()[sys.argv[1]]
     build = main.build
     main.build = lambda settings, _=None: build(settings, wiring)  # type: ignore[assignment]  # the one seam of serve
-    sys.exit(command_line.main(sys.argv[2:]))
+    sys.exit(cli.main(sys.argv[2:]))

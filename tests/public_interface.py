@@ -31,7 +31,7 @@ from app.main import build
 from app.ops import commands as one_off
 from public_calls import CALLS, FROM_TO
 from public_world import INBOX, PULLED, SPAN, Commands, World, drop, use
-from shapes import ERROR, Shapes, inline, lines, schema
+from shapes import Shapes, inline, lines, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED = re.compile(r"^\S+Z (?=- )")
@@ -178,7 +178,7 @@ def look(commands: Commands, world: World) -> None:
 def once(commands: Commands) -> None:
     """What `demo --once` prints, of this world: its own takes too long."""
     with redirect_stdout(io.StringIO()) as out:
-        one_off.once(build(load_settings(os.environ, None)), one_off.How(as_json=True))
+        one_off.once(build(load_settings(os.environ, None)), as_json=True)
     commands.documents["demo"] = [json.loads(out.getvalue())]
 
 
@@ -248,7 +248,6 @@ def answered(answers: Sequence[httpx.Response]) -> Iterator[str]:
 
 def documented(document: Mapping[str, Any]) -> Iterator[str]:
     """The OpenAPI document: each route with its scope, its parameters, its body and its answers by status."""
-    yield f"Error: {ERROR}"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"\n{method.upper()} {path}  {scope_of(operation)}  {operation['operationId']}"

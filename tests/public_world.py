@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from app.__main__ import main
+from app.cli import main
 from simulators.amplitude import AmplitudeSimulator, amplitude_event
 from simulators.appmetrica import AppMetricaSimulator, appmetrica_rows
 from simulators.drive import DriveSimulator

@@ -6,7 +6,7 @@ import pytest
 
 from app.config.environment import load_settings
 from app.config.reference import BEGIN, END, env_example, main, meanings, table, with_table
-from app.config.variables import VARIABLES
+from app.config.rules import VARIABLES
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted({name for variable in VARIABLES for name in variable.names})

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from app.config import settings as settings_module
-from app.config.environment import load_settings
-from app.config.masking import describe
-from app.config.rules import warnings
+from app.config.environment import describe, load_settings
+from app.config.rules import VARIABLES, warnings
 from app.config.settings import Settings
-from app.config.variables import VARIABLES
 from app.core.errors import BadSettings
 from given_settings import faults, from_file, loaded, secret
 

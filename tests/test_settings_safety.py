@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from app.config.masking import describe, secrets_of
-from app.config.rules import loopback, warnings
-from app.config.variables import VARIABLES
+from app.config.environment import describe, secrets_of
+from app.config.rules import VARIABLES, loopback, warnings
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 

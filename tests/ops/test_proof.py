@@ -14,8 +14,9 @@ from app import main
 from app.core.errors import Rejected
 from app.core.verify import Sign, Slot, Verdict
 from app.core.windows import Window
-from app.ops.commands import How, VerifyRequest, verify_both
-from app.ops.verification import Healing, Result
+from app.ops.commands import verify
+from app.ops.service import Headwater
+from app.ops.verification import Result
 from daemon import TESTS, Daemon, Daemons
 from daemon_jobs import shelf
 from given_settings import loaded
@@ -152,6 +153,11 @@ AWAY = {
 LAST_DAY = Window(datetime.now(UTC) - timedelta(days=1), datetime.now(UTC))
 
 
+def compared(service: Headwater, job: str, span: Window, **options: Any) -> int:
+    given = {"partition": None, "heal": False, "every": False, "as_json": False, **options}
+    return verify(service, job=job, start=span.start, end=span.end, **given)
+
+
 @pytest.mark.parametrize(
     ("job", "typo", "known"),
     [("dynamo_to_drive", "cycle", "cycles"), ("amplitude", "wbe", "web"), ("appmetrica", "events", "1234567:events")],
@@ -161,9 +167,8 @@ def test_a_partition_that_is_not_known_is_refused_with_those_that_are(
 ) -> None:
     service = main.build(loaded(AWAY, DATA_DIR=str(tmp_path)))
     for healing in (False, True):
-        wanted = VerifyRequest(job, Healing(LAST_DAY, typo), healing=healing, every=False)
         with pytest.raises(Rejected, match=f"no partition is named '{typo}'") as caught:
-            verify_both(service, wanted, How())
+            compared(service, job, LAST_DAY, partition=typo, heal=healing)
         assert known in caught.value.hint
     assert not service.state.runs.recent(job, 1)
     service.state.close()
@@ -171,11 +176,10 @@ def test_a_partition_that_is_not_known_is_refused_with_those_that_are(
 
 def test_nothing_compared_is_not_equal_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = Window(LAST_DAY.end + timedelta(days=1), LAST_DAY.end + timedelta(days=2))
-    wanted = VerifyRequest("shelf", Healing(later), healing=False, every=False)
     service = main.build(loaded(DATA_DIR=str(tmp_path)), shelf)
-    assert verify_both(service, wanted, How()) == 0
+    assert compared(service, "shelf", later) == 0
     assert capsys.readouterr().out.startswith("shelf: nothing was compared: ")
-    assert verify_both(service, wanted, How(as_json=True)) == 0
+    assert compared(service, "shelf", later, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["equal"] is None
 
 

@@ -84,6 +84,7 @@ class AnswerShape:
     answer: str
     warnings: Sequence[Mapping[str, str]] = ()
     formula_safe: bool = False
+    max_rows: int | None = None
 
 
 def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnswer:

@@ -20,21 +20,16 @@ from app.analytics.reports import TABLES, BadParameter, Parameter, ReportDefinit
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
 from app.analytics.summaries import View
 from app.core.errors import AppError, Transient
-from app.web.auth import OPEN, needs
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
+from app.ops.pages import SCRIPT, framed, serve
+from app.web.auth import needs
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, faults
 
-SCOPE = "analytics:read"
-READ = needs(SCOPE)
+READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
 SMALL_BYTES = 1 << 18
 ALIASES = frozenset({"overview", "daily-summary", "devices", "devices/latest"})
-ASSETS = {
-    "/analytics/explore": ("explore.html", "text/html; charset=utf-8"),
-    "/assets/explore.js": ("explore.js", "text/javascript; charset=utf-8"),
-    "/assets/explore.css": ("explore.css", "text/css; charset=utf-8"),
-}
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
     "integer": {"type": "integer"},
@@ -48,8 +43,9 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 def build(analytics: Analytics) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
-    for path, (name, media_type) in ASSETS.items():
-        _asset(router, path, name, media_type)
+    page = framed("Explore", _asset("explore.html"), ("explore",), link="Explore", root="../")
+    serve(router, "/analytics/explore", page.encode(), "text/html; charset=utf-8")
+    serve(router, "/assets/explore.js", _asset("explore.js").encode(), SCRIPT)
 
     @router.get(
         "/analytics",
@@ -77,12 +73,8 @@ def build(analytics: Analytics) -> APIRouter:
     return router
 
 
-def _asset(router: APIRouter, path: str, name: str, media_type: str) -> None:
-    content = files("app.analytics").joinpath("assets", name).read_bytes()
-
-    @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
-    async def asset() -> Response:
-        return Response(content, media_type=media_type)
+def _asset(name: str) -> str:
+    return files("app.analytics").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
@@ -131,7 +123,13 @@ def _parameter(parameter: Parameter) -> Mapping[str, Any]:
 
 def _answers() -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
-    return {200: {"description": "the answer", "content": content}, 304: {"description": "it has not changed"}}
+    return {
+        200: {"description": "the answer", "content": content},
+        304: {"description": "it has not changed"},
+        **faults(
+            {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
+        ),
+    }
 
 
 def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Request], Any]:
@@ -170,7 +168,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
 
 
 class Quick:
-    """The API, but for cached answers: those are sent at once, to callers with the scope.
+    """The API, but for cached answers of reports: those are sent at once.
 
     Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
     """
@@ -178,11 +176,13 @@ class Quick:
     def __init__(self, api: Asgi, analytics: Analytics) -> None:
         self._api = api
         self._analytics = analytics
+        reports = analytics.reports.values()
+        self._paths = {f"{start}/{report.path}" for report in reports for start in ("", "/analytics")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
         began = time.perf_counter()
-        found = self._held(scope) if scope["type"] == "http" else None
+        found = self._held(scope) if scope["path"] in self._paths else None
         if found is None:
             await self._api(scope, receive, send)
             return
@@ -194,11 +194,10 @@ class Quick:
         await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else b"".join(answer.pieces())})
 
     def _held(self, scope: Scope) -> tuple[ReportRequest, View, ReportAnswer] | None:
-        """The cached answer of this request, small enough to be sent in one piece, if its caller may have it."""
+        """The cached answer of this request, small enough to be sent in one piece."""
         asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
         view = self._analytics.summaries.view
-        grant = scope.get("state", {}).get("grant")
-        if scope["method"] != "GET" or asked is None or view is None or grant is None or not grant.allows(SCOPE):
+        if scope["method"] != "GET" or asked is None or view is None:
             return None
         warnings = warnings_of(view, self._analytics.refresher.trouble)
         answer = self._analytics.cache.held(key_of(asked, view, warnings))

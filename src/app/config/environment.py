@@ -4,23 +4,25 @@ Invariants: the environment beats `.env` name by name, then the first name of a 
 are found in one go; no fault shows a secret, nor user and password in a URL.
 """
 
+import json
 import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from dotenv.parser import parse_stream
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import PydanticBaseSettingsSource
 
-from app.config.rules import broken_rules
+from app.config.rules import MASK, VARIABLES, Variable, broken_rules, text_of
 from app.config.settings import Settings
-from app.config.variables import VARIABLES, Variable
 from app.core.errors import BadSettings
 
 SHOWN_CHARACTERS = 80
@@ -112,7 +114,58 @@ def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator
 def _shown(variable: Variable, text: str) -> str:
     """`text` as a fault may show it."""
     if variable.allowed.secret:
-        return "***"
+        return MASK
     text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:/*)?.*@", r"\1***@", text, flags=re.DOTALL)
     text = re.sub(r"\?.*$", "?***", text, flags=re.DOTALL)
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
+
+
+# The settings for people to read: what was configured without its secrets, and the secrets for the log's filter.
+#
+# Nothing here decides by a field's name: a secret is what is held as SecretStr.
+
+LEAST_CHARACTERS = 16
+
+
+def describe(settings: Settings) -> dict[str, str]:
+    """Every setting as `group.field` -> text, secrets as `***`, unset as an empty text."""
+    return {name: text_of(value) for name, value in _flat(settings)}
+
+
+def secrets_of(settings: Settings) -> tuple[str, ...]:
+    """Every text that must never be seen: the secrets, the passwords inside URLs, the parts of a key file. For logs."""
+    found: dict[str, None] = {}
+    for _, value in _flat(settings):
+        if isinstance(value, SecretStr) and (secret := value.get_secret_value()):
+            found.update(dict.fromkeys((secret, *_inside(secret))))
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
+    for group, held in settings:
+        for name, field in type(held).model_fields.items():
+            if not field.exclude:
+                yield f"{group}.{name}", getattr(held, name)
+
+
+def _inside(secret: str) -> Iterator[str]:
+    scheme, separator, rest = secret.partition("://")
+    login, at, _ = rest.rpartition("@")
+    if separator and at and scheme.isalnum() and (password := login.partition(":")[2]):
+        yield from (password, unquote(password))
+    if secret.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):  # a password may begin like a key file
+            for text in _strings(json.loads(secret)):
+                yield from (line for line in text.splitlines() if len(line) >= LEAST_CHARACTERS and "://" not in line)
+
+
+def _strings(node: object) -> Iterator[str]:
+    """Key files are small and flat; each long line of theirs may be part of a key, and none is needed in a log."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        for each in node.values():
+            yield from _strings(each)
+    elif isinstance(node, list):
+        for each in node:
+            yield from _strings(each)

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from app.config import settings
-from app.config.variables import GROUPS, VARIABLES, Variable
+from app.config.rules import GROUPS, VARIABLES, Variable
 from app.core.files import write_durably
 
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"

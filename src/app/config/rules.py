@@ -1,4 +1,4 @@
-"""What several variables must hold together, and configuration warnings.
+"""The declared variables as a person meets them, what several of them must hold together, and configuration warnings.
 
 Invariant: the rules are pure; each line names the variable to change and the next step, and shows no secret.
 """
@@ -6,13 +6,93 @@ Invariant: the rules are pure; each line names the variable to change and the ne
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal, cast, get_args, get_origin
 
-from app.config.settings import LeaseSettings, ServiceSettings, Settings
-from app.config.variables import VARIABLES
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from app.config.settings import LeaseSettings, ServiceSettings, Settings, SettingsGroup
+from app.config.value_types import Allowed, KeyEntry
+
+# The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
+
+MASK = "***"
+
+
+def text_of(value: object) -> str:
+    """A value as one would write it, a secret as `***`."""
+    match value:
+        case None:
+            return ""
+        case SecretStr():
+            return MASK if value.get_secret_value() else ""
+        case bool():
+            return str(value).lower()
+        case datetime():
+            return value.isoformat()
+        case tuple():
+            return ",".join(each.name if isinstance(each, KeyEntry) else str(each) for each in value)
+        case _:
+            return str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One setting. `title` is that of its group, `goes_to` is `group.field`.
+
+    `default` is written as a person would, "" where `unset` says what happens then.
+    """
+
+    title: str
+    goes_to: str
+    names: tuple[str, ...]
+    default: str
+    unset: str
+    allowed: Allowed
+
+
+def _allowed(field: FieldInfo) -> Allowed:
+    """What the type says of itself, or else what its limits or its literals say."""
+    said = [each for each in field.metadata if isinstance(each, Allowed)]
+    if said:
+        return said[-1]
+    if get_origin(field.annotation) is Literal:
+        return Allowed(f"one of {', '.join(get_args(field.annotation))}")
+    limits = {name: getattr(each, name) for each in field.metadata for name in ("ge", "le") if hasattr(each, name)}
+    number = "a number" if field.annotation is float else "a whole number"
+    return Allowed(f"{number} from {limits['ge']} to {limits['le']}")
+
+
+def _default(field: FieldInfo, shown: str | None) -> str:
+    if shown is not None or field.default_factory is not None:
+        return shown or ""
+    return f"{field.default:g}" if isinstance(field.default, float) else text_of(field.default)
+
+
+def _variables(group: str, model: type[SettingsGroup]) -> Iterator[Variable]:
+    for name, field in model.model_fields.items():
+        words = cast("dict[str, Any]", field.json_schema_extra)
+        yield Variable(
+            title=str(model.model_config.get("title")),
+            goes_to=f"{group}.{name}",
+            names=tuple(cast("Any", field.validation_alias).choices),
+            default=_default(field, words["shown"]),
+            unset=words["unset"],
+            allowed=_allowed(field),
+        )
+
+
+GROUPS = {name: cast("type[SettingsGroup]", field.annotation) for name, field in Settings.model_fields.items()}
+VARIABLES = tuple(variable for group, model in GROUPS.items() for variable in _variables(group, model))
+
+
+# What several of them must hold together, and configuration warnings.
 
 # What Kubernetes tells each container about every service beside it.
 OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")

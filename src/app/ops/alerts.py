@@ -56,8 +56,8 @@ class Heartbeats:
     def __init__(self, urls: Mapping[str, str], seconds: float = BEAT_SECONDS) -> None:
         self._urls = urls
         self._seconds = seconds
-        self._changed = threading.Condition()
-        self._waiting: dict[str, None] = {}
+        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waiting: set[str] = set()
         self._silent: set[str] = set()
         self._closed = False
 
@@ -68,31 +68,19 @@ class Heartbeats:
 
     def close(self) -> None:
         """Call no more; one that is on its way is left behind."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._queue.put("")
 
     def beat(self, job: str) -> None:
         """A run of `job` went well."""
-        if job in self._urls:
-            with self._changed:
-                self._waiting[job] = None
-                self._changed.notify_all()
+        if job in self._urls and job not in self._waiting:
+            self._waiting.add(job)
+            self._queue.put(job)
 
     def _loop(self) -> None:
-        while (job := self._next()) is not None:
+        while (job := self._queue.get()) and not self._closed:
+            self._waiting.discard(job)
             self._call(job)
-
-    def _next(self) -> str | None:
-        """The job that waits longest; None once closed."""
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                return None
-            job = next(iter(self._waiting))
-            del self._waiting[job]
-            return job
 
     def _call(self, job: str) -> None:
         """One attempt: the next good run calls again. That an address is away is said once, and so is its return."""

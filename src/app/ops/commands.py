@@ -1,4 +1,9 @@
-"""The commands that work on a built service: run, backfill, verify, undo, check, runs, status, pause, resume."""
+"""The commands that work on a built service: run, backfill, rewrite, verify, undo, check, runs, status, pause, resume.
+
+Invariants: results go to stdout, faults to stderr as one line with the next step; with `--json` stdout holds one
+document, described in docs/cli-json.md; a command takes the same lease as the daemon, so both can be used at once; a
+signal ends it at the next safe point.
+"""
 
 import json
 import logging
@@ -9,31 +14,32 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import datetime
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from app.config import DOTENV
-from app.config.environment import read_dotenv
-from app.config.masking import describe
+from app.config.environment import describe, read_dotenv
 from app.config.rules import warnings
 from app.core.errors import AppError, Rejected
 from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
-from app.core.verify import Sign, Verdict, refuse_unknown, verify
-from app.core.windows import Window
-from app.ops.health import Finding, look
+from app.core.verify import Sign, Verdict, refuse_unknown
+from app.core.verify import verify as compared
+from app.core.windows import Window, refuse_future
+from app.ops.health import look
 from app.ops.json_views import failures_shown, instant_text, run_shown
 from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
 from app.ops.service import Headwater
 from app.ops.verification import Healing, found, heal_job, shown, summary, told
 
+OK, FAILED = 0, 1
+LEASE_POLL_SECONDS = 0.25
 log = logging.getLogger(__name__)
+Work = TypeVar("Work")
 
 # What commands print: tables for people, or one JSON document for programs.
-#
-# Invariants: with `--json` stdout holds exactly one document and nothing else; a cell is one line, whatever
-# characters data brought. The documents are described in docs/cli-json.md.
 
 
 def show(document: Mapping[str, Any], told: Callable[[], None], *, as_json: bool) -> None:
@@ -45,7 +51,7 @@ def show(document: Mapping[str, Any], told: Callable[[], None], *, as_json: bool
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Columns as wide as their widest cell, each cell on one line whatever characters data brought."""
     lines = [head, *([cell(each) for each in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
     for line in lines:
@@ -64,11 +70,7 @@ def cell(value: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
-# Commands that look or say a word: check, runs, status, pause, resume.
-#
-# Invariant: they work while the daemon runs and while it does not, since everything that they need is in the state.
-
-OK, FAILED = 0, 1
+# Commands that look at the state, which works while the daemon runs and while it does not.
 
 
 def check(service: Headwater, *, as_json: bool) -> int:
@@ -93,7 +95,10 @@ def check(service: Headwater, *, as_json: bool) -> int:
         for warning in said:
             line(f"warning: {warning}")
         line("3 live: each system tried with these credentials")
-        rows = [(name, "ok" if f.ok else "FAILED", _said(f)) for name, f in findings.items()]
+        rows = [
+            (name, "ok" if f.ok else "FAILED", f.note or " - ".join(filter(None, (f.error, f.hint))))
+            for name, f in findings.items()
+        ]
         table(("system", "state", "what it said"), rows)
 
     live = [
@@ -106,11 +111,7 @@ def check(service: Headwater, *, as_json: bool) -> int:
     return OK if ok else FAILED
 
 
-def _said(found: Finding) -> str:
-    return found.note or " - ".join(filter(None, (found.error, found.hint)))
-
-
-def runs(service: Headwater, job: str | None, limit: int, *, as_json: bool) -> int:
+def runs(service: Headwater, *, job: str | None, limit: int, as_json: bool) -> int:
     """Recent runs, newest first, and what they took in."""
     found = service.state.runs.recent(job, limit)
     wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
@@ -119,7 +120,14 @@ def runs(service: Headwater, job: str | None, limit: int, *, as_json: bool) -> i
 
     def told() -> None:
         rows = [
-            (_instant(run), run.run_id[:8], run.job, run.outcome.value, str(run.report.rows), _told_of(run))
+            (
+                f"{run.started_at:%Y-%m-%d %H:%M:%SZ}",
+                run.run_id[:8],
+                run.job,
+                run.outcome.value,
+                str(run.report.rows),
+                _ledger_and_error(run),
+            )
             for run in found
         ]
         table(("started", "run", "job", "outcome", "rows", "ledger; error"), rows)
@@ -133,11 +141,7 @@ def runs(service: Headwater, job: str | None, limit: int, *, as_json: bool) -> i
     return OK
 
 
-def _instant(run: Run) -> str:
-    return f"{run.started_at:%Y-%m-%d %H:%M:%S}Z"
-
-
-def _told_of(run: Run) -> str:
+def _ledger_and_error(run: Run) -> str:
     error = f"{run.error} ({run.hint})" if run.hint else run.error
     return "; ".join(filter(None, (summary_of(run.report.ledger), error)))
 
@@ -164,12 +168,12 @@ def status(service: Headwater, *, as_json: bool) -> int:
             }
         )
     service.state.close()
-    show({"jobs": lines}, lambda: _told(lines), as_json=as_json)
+    show({"jobs": lines}, lambda: _status_table(lines), as_json=as_json)
     bad = [each for each in lines if each["state"] != "off" and (each["last_run"] or {}).get("outcome") == "failed"]
     return FAILED if bad else OK
 
 
-def _told(lines: Sequence[Mapping[str, Any]]) -> None:
+def _status_table(lines: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for each in lines:
         last = each["last_run"] or {"started_at": "never", "outcome": "", "rows": 0, "error": "", "hint": ""}
@@ -180,175 +184,195 @@ def _told(lines: Sequence[Mapping[str, Any]]) -> None:
     table(("job", "state", "last run", "outcome", "rows", "error"), rows)
 
 
-def pause(service: Headwater, name: str, *, as_json: bool) -> int:
-    """Let the timer of a job pass, in every process, until it is resumed."""
-    service.state.pauses.pause(
-        _known(service, name), service.desk.clock(), f"command line: {os.environ.get('USER', '')}"
-    )
-    return _spoken(service, name, paused=True, as_json=as_json)
-
-
-def resume(service: Headwater, name: str, *, as_json: bool) -> int:
-    """Follow the timer of a job again."""
-    service.state.pauses.resume(_known(service, name))
-    return _spoken(service, name, paused=False, as_json=as_json)
-
-
-def _known(service: Headwater, name: str) -> str:
-    names = [job.name for job in service.pipelines.jobs]
-    if name not in names:
-        raise Rejected(f"no job is named {name!r}", f"jobs: {', '.join(names) or 'none'}")
-    return name
-
-
-def _spoken(service: Headwater, name: str, *, paused: bool, as_json: bool) -> int:
+def pause(service: Headwater, *, job: str, as_json: bool) -> int:
+    """Suspend scheduled runs of a job, in every process, until it is resumed."""
+    _job(service, job, on=False)
+    service.state.pauses.pause(job, service.desk.clock(), f"command line: {os.environ.get('USER', '')}")
     service.state.close()
-    word = "is paused: its timer passes until it is resumed" if paused else "follows its timer again"
-    show({"job": name, "paused": paused}, lambda: line(f"{name} {word}"), as_json=as_json)
+    show({"job": job, "paused": True}, lambda: line(f"{job} is paused until it is resumed"), as_json=as_json)
     return OK
 
 
-# One-off commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at
-# once.
-#
-# Invariants: a command takes the same lease as the daemon, so both can be used at once; a signal ends it at the
-# next safe point; results go to stdout, faults to stderr as one line with the next step.
-
-LEASE_POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """How a command works and speaks."""
-
-    dry_run: bool = False
-    as_json: bool = False
+def resume(service: Headwater, *, job: str, as_json: bool) -> int:
+    """Run a job on its schedule again."""
+    _job(service, job, on=False)
+    service.state.pauses.resume(job)
+    service.state.close()
+    show({"job": job, "paused": False}, lambda: line(f"{job} runs on its schedule again"), as_json=as_json)
+    return OK
 
 
-def run(service: Headwater, name: str, how: How) -> int:
+# Commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at once.
+
+
+def run(service: Headwater, *, job: str, dry_run: bool, as_json: bool) -> int:
     """Run a job until it has nothing left to do; the exit code."""
-    return _finish(service, _job(service, name), how)
+    return _finish(service, _job(service, job), dry_run=dry_run, as_json=as_json)
 
 
-def backfill(service: Headwater, name: str, span: Window, how: How) -> int:
-    """Fill the windows of `span`; the exit code."""
-    return _finish(service, backfill_job(_job(service, name), service.pipelines.backfills, span), how)
+def backfill(
+    service: Headwater,
+    *,
+    job: str,
+    start: datetime,
+    end: datetime,
+    replacing: bool,
+    allow_shrink: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Fill the windows of a span, or write them again from the source; the exit code."""
+    span, ours = Window(start, end), _job(service, job)
+    refuse_future(span, service.desk.clock())
+    if replacing:
+        work = _able(
+            service.pipelines.replacements,
+            job,
+            "cannot replace what it wrote",
+            "jobs that can: {}; leave out --replace",
+        )
+        ours = named(replace(ours, work=lambda context: work(context, span, allow_shrink)))
+    else:
+        ours = backfill_job(ours, service.pipelines.backfills, span)
+    return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
-def replacement(service: Headwater, name: str, span: Window, how: How, *, allow_shrink: bool) -> int:
-    """Write the windows of `span` again from the source; the exit code."""
-    job, work = _job(service, name), service.pipelines.replacements.get(name)
-    if work is None:
-        able = ", ".join(service.pipelines.replacements) or "none"
-        raise Rejected(f"job {name} cannot replace what it wrote", f"jobs that can: {able}; leave out --replace")
-    return _finish(service, named(replace(job, work=lambda context: work(context, span, allow_shrink))), how)
+def rewrite(service: Headwater, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
+    """Re-encode the objects of a span from themselves; the exit code."""
+    span, ours = Window(start, end), _job(service, job)
+    work = _able(service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}")
+    ours = named(replace(ours, work=lambda context: work(context, span)))
+    return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
-def rewrite(service: Headwater, name: str, span: Window, how: How) -> int:
-    """Re-encode the objects of `span` from themselves; the exit code."""
-    job, work = _job(service, name), service.pipelines.rewrites.get(name)
-    if work is None:
-        able = ", ".join(service.pipelines.rewrites) or "none"
-        raise Rejected(f"job {name} has no rewrite", f"jobs whose objects can be re-encoded: {able}")
-    return _finish(service, named(replace(job, work=lambda context: work(context, span))), how)
-
-
-def undo(service: Headwater, name: str, run_id: str, how: How) -> int:
-    """Take back what run `run_id` of a job did, or in a dry run only say what that would be; the exit code."""
-    job = _job(service, name)
-    take_back = service.pipelines.undos.get(name)
-    if take_back is None:
-        able = ", ".join(service.pipelines.undos) or "none"
-        raise Rejected(f"job {name} has no undo", f"jobs that keep what it takes: {able}")
-    code = _finish(service, named(replace(job, work=lambda context: take_back(context, run_id))), how)
-    if how.dry_run and code == OK and not how.as_json:
+def undo(service: Headwater, *, job: str, run: str, yes: bool, as_json: bool) -> int:
+    """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
+    ours = _job(service, job)
+    take_back = _able(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
+    ours = named(replace(ours, work=lambda context: take_back(context, run)))
+    code = _finish(service, ours, dry_run=not yes, as_json=as_json)
+    if not yes and code == OK and not as_json:
         line("nothing was changed yet: add --yes to do this")
     return code
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyRequest:
-    """What to verify. `healing`: mend what differs. `every`: name also the windows that are equal."""
-
-    job: str
-    what: Healing
-    healing: bool
-    every: bool
-
-
-def verify_both(service: Headwater, wanted: VerifyRequest, how: How) -> int:
+def verify(
+    service: Headwater,
+    *,
+    job: str,
+    start: datetime,
+    end: datetime,
+    partition: str | None,
+    heal: bool,
+    every: bool,
+    as_json: bool,
+) -> int:
     """Compare both ends window by window; 0 when all are equal or were mended, or nothing is there to compare yet."""
-    job, verdicts = _job(service, wanted.job), list[Verdict]()
-    verification = found(service.pipelines.verifications, wanted.job)
+    ours, verdicts = _job(service, job), list[Verdict]()
+    what = Healing(Window(start, end), partition)
+    verification = found(service.pipelines.verifications, job)
 
     def seen(verdict: Verdict) -> None:
         verdicts.append(verdict)
-        if not how.as_json and (wanted.every or verdict.sign is not Sign.EQUAL):
-            line(_line(verdict))
+        if not as_json and (every or verdict.sign is not Sign.EQUAL):
+            rows = " ".join(str(each.rows) if each else "?" for each in (verdict.source, verdict.destination))
+            error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
+            line(cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}"))
 
-    if wanted.healing:
-        refuse_unknown(verification(service.stop), wanted.what.span, wanted.what.partition)
-        desk = replace(service.desk, ended=_unexpected)
-        with _stoppable(service.stop):
-            ended = _waited_for(heal_job(job, verification, wanted.what, seen), desk, service.stop, logged(job.name))
-        if ended is None:
-            return _busy(service, job, as_json=how.as_json)
-        if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
-            service.state.close()
-            raise Rejected(ended.error, ended.hint)
-    else:
-        with _stoppable(service.stop):
-            for verdict in verify(verification(service.stop), wanted.what.span, service.stop, wanted.what.partition):
+    with _stoppable(service.stop):
+        if heal:
+            refuse_unknown(verification(service.stop), what.span, partition)
+            desk = replace(service.desk, ended=_unexpected)
+            ended = _waited_for(heal_job(ours, verification, what, seen), desk, service.stop, logged(job))
+            if ended is None:
+                return _busy(service, ours, as_json=as_json)
+            if ended.outcome not in (Outcome.OK, Outcome.PARTIAL):
+                service.state.close()
+                raise Rejected(ended.error, ended.hint)
+        else:
+            for verdict in compared(verification(service.stop), what.span, service.stop, partition):
                 seen(verdict)
     service.state.close()
-    return _judged(wanted, verdicts, how)
+    return _judged(job, what.span, verdicts, every=every, as_json=as_json)
 
 
-def _line(verdict: Verdict) -> str:
-    rows = " ".join(str(end.rows) if end else "?" for end in (verdict.source, verdict.destination))
-    error = f"  {verdict.error} ({verdict.hint})" if verdict.error else ""
-    return cell(f"{verdict.sign.value} {verdict.slot}  {rows}{'  healed' if verdict.healed else ''}{error}")
-
-
-def _judged(wanted: VerifyRequest, verdicts: list[Verdict], how: How) -> int:
-    counts, span = summary(verdicts), wanted.what.span
+def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool, as_json: bool) -> int:
+    counts = summary(verdicts)
     fine = all(each.sign is Sign.EQUAL or each.healed for each in verdicts)
     healed = sum(each.healed for each in verdicts)
     document = {
-        "job": wanted.job,
+        "job": job,
         "from": f"{span.start:%Y-%m-%dT%H:%M:%SZ}",
         "to": f"{span.end:%Y-%m-%dT%H:%M:%SZ}",
         "equal": fine if verdicts else None,
         "counts": counts,
         "healed": healed,
-        "windows": [shown(each) for each in verdicts if wanted.every or each.sign is not Sign.EQUAL],
+        "windows": [shown(each) for each in verdicts if every or each.sign is not Sign.EQUAL],
     }
-    text = f"{wanted.job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
+    text = f"{job}: {len(verdicts)} windows: {told(counts)}{f'; {healed} healed' if healed else ''}"
     if not verdicts:
-        text = f"{wanted.job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
-    show(document, lambda: line(text), as_json=how.as_json)
+        text = f"{job}: nothing was compared: no window of {span} has ended yet, or nothing is known to look at"
+    show(document, lambda: line(text), as_json=as_json)
     return OK if fine else FAILED
 
 
-def _job(service: Headwater, name: str) -> Job:
+def once(service: Headwater, *, as_json: bool) -> int:
+    """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
+    documents = []
+    desk = replace(service.desk, ended=_unexpected)
+    with _stoppable(service.stop):
+        for job in (named(job) for job in service.pipelines.jobs if not job.off):
+            with _shown(job) as tally:
+                last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
+            documents.append(_document(last, total, dry_run=False) if last else {"job": job.name, "outcome": "busy"})
+    service.state.close()
+    settings = service.settings
+    s3, data_dir = settings.s3, settings.service.data_dir
+    places = {
+        "objects": f"s3://{s3.bucket}/{s3.prefix}" if s3.bucket else str(data_dir / "objects"),
+        "state": "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(data_dir),
+    }
+    show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=as_json)
+    return OK if all(each["outcome"] == "ok" for each in documents) else FAILED
+
+
+def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
+    names = ("job", "outcome", "windows", "rows", "bytes", "error")
+    table(
+        ("job", "outcome", "objects", "rows", "bytes", "error"),
+        ([str(each.get(name, "")) for name in names] for each in documents),
+    )
+    table(("where", ""), places.items())
+
+
+def _job(service: Headwater, name: str, *, on: bool = True) -> Job:
+    """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is not."""
     jobs = {job.name: job for job in service.pipelines.jobs}
     if name not in jobs:
         raise Rejected(f"no job is named {name!r}", f"jobs: {', '.join(jobs) or 'none'}")
-    if jobs[name].off:
+    if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
     return named(jobs[name])
 
 
-def _finish(service: Headwater, job: Job, how: How) -> int:
+def _able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
+    """What `job` has of a kind that only some jobs have. Raises Rejected, whose `hint` names those."""
+    work = works.get(job)
+    if work is None:
+        raise Rejected(f"job {job} {refusal}", hint.format(", ".join(works) or "none"))
+    return work
+
+
+def _finish(service: Headwater, job: Job, *, dry_run: bool, as_json: bool) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
-        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=how.dry_run)
+        last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
     if last is None:
-        return _busy(service, job, as_json=how.as_json)
+        return _busy(service, job, as_json=as_json)
     service.state.close()
-    show(_document(last, total, how), lambda: _tell(job.name, last, total, how), as_json=how.as_json)
-    codes = {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}
-    return codes.get(last.outcome, job.exits.failed)
+    document = _document(last, total, dry_run=dry_run)
+    show(document, lambda: _tell(last, total, dry_run=dry_run), as_json=as_json)
+    return {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}.get(last.outcome, job.exits.failed)
 
 
 def _busy(service: Headwater, job: Job, *, as_json: bool) -> int:
@@ -397,11 +421,11 @@ def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dr
     return run
 
 
-def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
+def _document(last: Run, total: Report, *, dry_run: bool) -> dict[str, Any]:
     return {
         "job": last.job,
         "outcome": last.outcome.value,
-        "dry_run": how.dry_run,
+        "dry_run": dry_run,
         "rows": total.rows,
         "bytes": total.bytes,
         "windows": total.windows,
@@ -417,52 +441,19 @@ def _document(last: Run, total: Report, how: How) -> dict[str, Any]:
     }
 
 
-def once(service: Headwater, how: How) -> int:
-    """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
-    documents = []
-    desk = replace(service.desk, ended=_unexpected)
-    with _stoppable(service.stop):
-        for job in (named(job) for job in service.pipelines.jobs if not job.off):
-            with _shown(job) as tally:
-                last, total = _to_the_end(job, desk, service.stop, tally, dry_run=False)
-            documents.append(_document(last, total, how) if last else {"job": job.name, "outcome": "busy"})
-    service.state.close()
-    places = dict(_places(service))
-    show({"jobs": documents, "where": places}, lambda: _tell_all(documents, places), as_json=how.as_json)
-    return OK if all(each["outcome"] == "ok" for each in documents) else FAILED
-
-
-def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
-    names = ("job", "outcome", "windows", "rows", "bytes", "error")
-    table(
-        ("job", "outcome", "objects", "rows", "bytes", "error"),
-        ([str(each.get(name, "")) for name in names] for each in documents),
-    )
-    table(("where", ""), places.items())
-
-
-def _places(service: Headwater) -> Iterator[tuple[str, str]]:
-    settings = service.settings
-    bucket = settings.s3.bucket
-    yield "objects", f"s3://{bucket}/{settings.s3.prefix}" if bucket else str(settings.service.data_dir / "objects")
-    yield "state", "PostgreSQL" if settings.checkpoint.url.get_secret_value() else str(settings.service.data_dir)
-
-
-def _tell(name: str, last: Run, total: Report, how: How) -> None:
+def _tell(last: Run, total: Report, *, dry_run: bool) -> None:
     for note in total.notes:
         line(note)
-    would = "would write " if how.dry_run else ""
+    would = "would write " if dry_run else ""
     counts = f"{total.rows} rows, {total.bytes} bytes, {total.windows} windows, {total.late_rows} late rows"
     corrected = f", {total.corrected_rows} corrected rows" if total.corrected_rows else ""
     if total.removed_rows:
-        counts += (
-            f", {'would remove ' if how.dry_run else ''}{total.removed_rows} rows{'' if how.dry_run else ' removed'}"
-        )
-    line(f"{name} {last.outcome.value}: {would}{counts}{corrected}")
+        counts += f", {'would remove ' if dry_run else ''}{total.removed_rows} rows{'' if dry_run else ' removed'}"
+    line(f"{last.job} {last.outcome.value}: {would}{counts}{corrected}")
     if total.ledger:
         line(cell(summary_of(total.ledger)))
     if last.error:
-        sys.stderr.write(f"{name}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
+        sys.stderr.write(f"{last.job}: {last.error}{f' ({last.hint})' if last.hint else ''}\n")
 
 
 def _unexpected(run: Run, cause: BaseException | None) -> None:

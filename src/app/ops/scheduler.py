@@ -1,4 +1,10 @@
-"""When jobs run and in which thread. APScheduler has its home here."""
+"""When jobs run. Timers, queues and threads are APScheduler's, whose only home this is.
+
+Invariants: each job has an executor of one thread, so it never overlaps itself in this process, whoever asks (timer,
+person, backfill); a timer that was missed fires once when it can; when the wall clock steps, either way, each job
+checks once whether it is due, and none waits for the clock to come round again; work that stopped at its time limit
+goes on soon, but never in a tight loop.
+"""
 
 import logging
 import random
@@ -9,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
+from uuid import uuid4
 
+from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
@@ -86,11 +94,7 @@ def bar(job: str, unit: str) -> Iterator[ProgressTally]:
         yield ProgressTally(told)
 
 
-# One job's own thread: it runs what is asked of it, one after the other.
-#
-# Invariants: a job never overlaps itself in this process, whoever asks (timer, person, backfill); work that stopped
-# at its time limit goes on soon, but never in a tight loop; the thread is a daemon, so a stuck run cannot hold up
-# the exit.
+# When a job is due.
 
 LONG_SECONDS = 300
 HELD_SECONDS = 60.0
@@ -132,222 +136,6 @@ class Status:
     queued_backfills: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One thing to run, not before a monotonic instant.
-
-    `asked`: a person wants it, also while paused. `more`: it goes on with what a time limit cut short.
-    """
-
-    job: Job
-    not_before: float
-    asked: bool = False
-    more: bool = False
-    backfill: bool = False
-
-
-class Worker:
-    """The thread of one job. `fire_in(seconds)` moves its timer; `paused()` asks the state, and raises AppError."""
-
-    def __init__(
-        self,
-        job: Job,
-        desk: RunDesk,
-        stop: Stop,
-        fire_in: Callable[[float], None],
-        paused: Callable[[], bool],
-    ) -> None:
-        self.job = job
-        self._asks_paused = paused
-        self._desk = desk
-        self._stop = stop
-        self._fire_in = fire_in
-        self._changed = threading.Condition()
-        self._turns: list[_Turn] = []
-        self._running: _Turn | None = None
-        self._tally: ProgressTally | None = None
-        self._paused = False
-        self._thread = threading.Thread(target=self._loop, name=f"job-{job.name}", daemon=True)
-
-    def start(self) -> None:
-        """Begin to take turns."""
-        self._thread.start()
-
-    def due(self) -> None:
-        """The timer fired: run once, unless paused. A wake during a run means one more run after it."""
-        with self._changed:
-            if not self._paused:
-                self._put(_Turn(self.job, 0.0))
-
-    def run_now(self) -> None:
-        """Run once more, as soon as nothing of this job runs; also while paused. Raises Rejected or Transient."""
-        with self._changed:
-            self._refuse()
-            self._put(_Turn(self.job, 0.0, asked=True))
-
-    def backfill(self, job: Job) -> None:
-        """Queue `job`, this job with other work, to be repeated until it has no more to do."""
-        with self._changed:
-            self._refuse()
-            if sum(turn.backfill for turn in self._turns) >= BACKFILLS:
-                raise Transient(
-                    f"{self.job.name}: {BACKFILLS} backfills are waiting already", "try again when one of them is done"
-                )
-            self._put(_Turn(job, 0.0, asked=True, backfill=True))
-
-    def follow(self, *, paused: bool) -> None:
-        """Let the timer pass while `paused`, what runs now runs to its end; then follow it again, beginning at once."""
-        with self._changed:
-            if paused == self._paused:
-                return
-            self._paused = paused
-            if paused:
-                self._turns = [turn for turn in self._turns if turn.asked]
-        if not paused:
-            self.due()
-
-    def wake(self) -> None:
-        """Look at the stop signal now."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread's end; False when it is stuck."""
-        self._thread.join(max(seconds, 0.0))
-        return not self._thread.is_alive()
-
-    @property
-    def alive(self) -> bool:
-        """True while the thread lives."""
-        return self._thread.is_alive()
-
-    @property
-    def busy(self) -> bool:
-        """True while something runs."""
-        return self._running is not None
-
-    @property
-    def status(self) -> Status:
-        """Where the job stands now."""
-        with self._changed:
-            waiting = sum(turn.backfill for turn in self._turns)
-            counts = self._tally.counts if self._tally else None
-            return Status(self._state(), counts, waiting)
-
-    def _state(self) -> str:
-        if self.job.off:
-            return "off"
-        if self._running:
-            return "backfill" if self._running.backfill else "running"
-        return "paused" if self._paused else "waiting"
-
-    def _refuse(self) -> None:
-        if self.job.off:
-            raise Rejected(f"job {self.job.name} is off", self.job.off)
-        if self._stop.asked:
-            raise Transient("the process is stopping: no new run starts", "ask again after the restart")
-
-    def _put(self, turn: _Turn) -> None:
-        """Add a turn. Of ordinary turns one is enough: an asked one takes the place of one that the timer put."""
-        if not turn.backfill:
-            same = [held for held in self._turns if not held.backfill]
-            asked = turn.asked or any(held.asked for held in same)
-            turn = replace(turn, asked=asked, more=turn.more or any(held.more for held in same))
-            self._turns = [held for held in self._turns if held.backfill]
-        self._turns.append(turn)
-        self._changed.notify_all()
-
-    def _loop(self) -> None:
-        while (turn := self._next()) is not None:
-            try:
-                self._take(turn)
-            finally:
-                with self._changed:
-                    self._running = None
-                    self._tally = None
-
-    def _next(self) -> _Turn | None:
-        """Wait for a turn; None once a stop was asked for."""
-        with self._changed:
-            while not self._stop.asked:
-                now = time.monotonic()
-                ready = next((turn for turn in self._turns if turn.not_before <= now), None)
-                if ready is not None:
-                    self._turns.remove(ready)
-                    self._running = ready
-                    return ready
-                soonest = min((turn.not_before for turn in self._turns), default=None)
-                self._changed.wait(None if soonest is None else soonest - now)
-        return None
-
-    def _take(self, turn: _Turn) -> None:
-        if not turn.asked and (self._is_paused() or not (turn.more or self._is_due())):
-            return
-        tally = logged(turn.job.name)
-        with self._changed:
-            self._tally = tally
-        run = execute(turn.job, self._desk, self._stop, tally)
-        if run is None:
-            log.debug("%s: another process holds the lease", turn.job.name)
-        if run is not None and run.report.more:
-            self._go_on(turn, run)
-        elif not turn.backfill:
-            self._retry_early(run)
-        elif run is None:
-            self._again(turn, HELD_SECONDS)
-
-    def _is_paused(self) -> bool:
-        """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
-        try:
-            paused = self._asks_paused()
-        except AppError as error:
-            log.debug("%s: whether it is paused cannot be read: %s", self.job.name, error)
-            return self._paused
-        self.follow(paused=paused)
-        return paused
-
-    def _is_due(self) -> bool:
-        """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
-        if self.job.interval_seconds < LONG_SECONDS:
-            return True
-        try:
-            seconds = due_in(self._desk.runs.since_done_seconds(self.job.name), self.job.interval_seconds)
-        except AppError as error:
-            log.debug("%s: when it ran last cannot be read: %s", self.job.name, error)
-            self._fire_in(STORE_AWAY_SECONDS)
-            return False
-        if seconds > 0:
-            self._fire_in(seconds)
-        return seconds == 0
-
-    def _go_on(self, turn: _Turn, run: Run) -> None:
-        """There is work left: go on at once, or a little later when a part of it fails each time."""
-        spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
-        self._again(turn, spread if run.outcome is Outcome.OK else 25 * spread)
-
-    def _again(self, turn: _Turn, seconds: float) -> None:
-        with self._changed:
-            if not self._paused or turn.asked:
-                self._put(replace(turn, not_before=time.monotonic() + seconds, more=True))
-
-    def _retry_early(self, run: Run | None) -> None:
-        seconds = retry_in(run, self.job.interval_seconds)
-        if seconds is not None and not self._stop.asked:
-            self._fire_in(seconds)
-
-
-# When jobs run. The timers are APScheduler's, whose only home this is; the runs have threads of their own.
-#
-# Invariants: jobs that are off get no timer; a timer that was missed fires once when it can; when the wall clock
-# steps, either way, each job checks once if it is due, and none waits for the clock to come round again.
-
-TICK_SECONDS = 5
-STALLED_SECONDS = 30.0
-JITTER_PARTS = 20
-JITTER_LIMIT_SECONDS = 30
-TICK = "tick"
-
-
 class JobPauses(Protocol):
     """Which jobs are paused, kept where every process looks. All methods raise AppError."""
 
@@ -387,35 +175,62 @@ class Every(IntervalTrigger):  # type: ignore[misc]  # the library has no types
         return super().get_next_fire_time(now, now) if at is not None and at <= now else at
 
 
+@dataclass(slots=True)
+class _Lane:
+    """What goes on with one job. `running` is "" while nothing of it runs."""
+
+    job: Job
+    running: str = ""
+    tally: ProgressTally | None = None
+    paused: bool = False
+    backfills: int = 0
+
+    @property
+    def state(self) -> str:
+        return "off" if self.job.off else self.running or ("paused" if self.paused else "waiting")
+
+
+TICK_SECONDS = 5
+STALLED_SECONDS = 30.0
+JITTER_PARTS = 20
+JITTER_LIMIT_SECONDS = 30
+TICK = "tick"
+
+
 class Scheduler:
     """Starts jobs when they are due, and on request. All methods may be called from any thread."""
 
     def __init__(
         self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: JobPauses
     ) -> None:
-        self._clock = desk.clock
-        self._pauses = pauses
+        self._desk = desk
         self._stop = stop
         self._backfills = backfills
+        self._pauses = pauses
+        self._lanes = {job.name: _Lane(named(job)) for job in jobs}
+        self._changed = threading.Condition()
         self._timers = BackgroundScheduler(
-            timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
+            timezone=UTC,
+            executors={"default": ThreadPoolExecutor(1)},
+            # two of what people ask for: one that runs, and one more after it
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 2},
         )
-        self._workers = {job.name: self._hired(job, desk) for job in jobs}
         self._longest_seconds: dict[str, float] = {TICK: 2 * TICK_SECONDS}
         self._ticked_at = time.monotonic()
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Start the timers; every job that can run is looked at at once, spread by its jitter."""
-        logging.getLogger("apscheduler").setLevel(logging.WARNING)
+        # a timer that fires while its job runs is passed over, which is no reason for a warning
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)
         now = datetime.now(UTC)
-        for worker in self._able():
-            worker.start()
-            interval = worker.job.interval_seconds
+        for lane in self._able():
+            name, interval = lane.job.name, lane.job.interval_seconds
             jitter = min(interval / JITTER_PARTS, JITTER_LIMIT_SECONDS)
             trigger = Every(seconds=interval, jitter=jitter, timezone=UTC)
-            self._timers.add_job(worker.due, trigger, id=worker.job.name, next_run_time=now)
-            self._longest_seconds[worker.job.name] = interval + jitter + TICK_SECONDS
+            self._longest_seconds[name] = interval + jitter + TICK_SECONDS
+            self._timers.add_executor(ThreadPoolExecutor(1, {"thread_name_prefix": f"job-{name}"}), name)
+            self._timers.add_job(self._turn, trigger, [lane], id=name, executor=name, next_run_time=now)
         self._timers.add_job(self._tick, Every(seconds=TICK_SECONDS, timezone=UTC), id=TICK, next_run_time=now)
         self._timers.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -423,8 +238,6 @@ class Scheduler:
     def ask_stop(self, reason: str) -> None:
         """No new run starts from now on; running ones end at their next safe point."""
         self._stop.ask(reason)
-        for worker in self._workers.values():
-            worker.wake()
 
     def close(self, seconds: float) -> Sequence[str]:
         """Stop everything within `seconds`; the names of jobs that are stuck and were left behind."""
@@ -432,8 +245,9 @@ class Scheduler:
         self._closed.set()
         if self._timers.running:
             self._timers.shutdown(wait=False)
-        deadline = time.monotonic() + seconds
-        return [w.job.name for w in self._able() if w.alive and not w.join(deadline - time.monotonic())]
+        with self._changed:
+            self._changed.wait_for(lambda: not self.busy, seconds)
+            return [lane.job.name for lane in self._able() if lane.running]
 
     @property
     def stop(self) -> Stop:
@@ -442,77 +256,167 @@ class Scheduler:
 
     @property
     def turning(self) -> bool:
-        """True while timers fire and every job's thread lives, or the process is about to end. No I/O."""
-        return self._stop.asked or (time.monotonic() - self._ticked_at < STALLED_SECONDS and self.running)
+        """True while timers fire, or the process is about to end. No I/O."""
+        return self._stop.asked or time.monotonic() - self._ticked_at < STALLED_SECONDS
 
     @property
     def running(self) -> bool:
-        """True while every job's thread lives and no stop was asked for."""
-        return not self._stop.asked and all(worker.alive for worker in self._able())
+        """True from the start until a stop was asked for."""
+        return bool(self._timers.running) and not self._stop.asked
 
     @property
     def busy(self) -> bool:
         """True while a run goes on."""
-        return any(worker.busy for worker in self._able())
+        return any(lane.running for lane in self._able())
 
     def views(self) -> Sequence[JobView]:
         """Every job, also those that are off."""
-        return [self._view(worker) for worker in self._workers.values()]
+        return [self._view(lane) for lane in self._lanes.values()]
 
     def run_now(self, name: str) -> None:
-        """Run `name` as soon as nothing of it runs. Raises Rejected (unknown, off) or Transient (stopping)."""
-        self._worker(name).run_now()
+        """Run `name` as soon as nothing of it runs, also while it is paused. Raises Rejected (unknown, off) or
+        Transient (stopping).
+        """
+        lane = self._lane(name)
+        self._refuse(lane)
+        self._turn_in(0, lane, asked=True)
 
     def pause(self, name: str, by: str) -> None:
         """Skip the timer of `name` in every process until it is resumed. Raises Transient while the state is away."""
-        worker = self._worker(name)
-        self._pauses.pause(name, self._clock(), by)
-        worker.follow(paused=True)
+        lane = self._lane(name)
+        self._pauses.pause(name, self._desk.clock(), by)
+        self._follow(lane, paused=True)
 
     def resume(self, name: str) -> None:
         """Follow the timer of `name` again, in every process."""
-        worker = self._worker(name)
+        lane = self._lane(name)
         self._pauses.resume(name)
-        worker.follow(paused=False)
+        self._follow(lane, paused=False)
 
     def backfill(self, name: str, span: Window) -> None:
         """Fill `span` once the job is free. Raises Rejected when the job has no backfill."""
         self.queue(name, lambda job: backfill_job(job, self._backfills, span))
 
     def queue(self, name: str, other: Callable[[Job], Job]) -> None:
-        """Run `other(job)`, the job with other work, once the job is free."""
-        worker = self._worker(name)
-        worker.backfill(other(worker.job))
+        """Run `other(job)`, the job with other work, once the job is free, until it has no more to do."""
+        lane = self._lane(name)
+        work = other(lane.job)
+        self._refuse(lane)
+        if lane.backfills >= BACKFILLS:
+            raise Transient(f"{name}: {BACKFILLS} backfills are waiting already", "try again when one of them is done")
+        self._turn_in(0, lane, work)
 
-    def _hired(self, job: Job, desk: RunDesk) -> Worker:
-        def paused() -> bool:
-            return job.name in self._pauses.paused()
+    def _able(self) -> Sequence[_Lane]:
+        return [lane for lane in self._lanes.values() if not lane.job.off]
 
-        return Worker(named(job), desk, self._stop, self._mover(job.name), paused)
-
-    def _able(self) -> Sequence[Worker]:
-        return [worker for worker in self._workers.values() if not worker.job.off]
-
-    def _worker(self, name: str) -> Worker:
+    def _lane(self, name: str) -> _Lane:
         try:
-            return self._workers[name]
+            return self._lanes[name]
         except KeyError:
-            raise Rejected(f"no job is named {name[:80]!r}", f"jobs: {', '.join(self._workers)}") from None
+            raise Rejected(f"no job is named {name[:80]!r}", f"jobs: {', '.join(self._lanes)}") from None
 
-    def _view(self, worker: Worker) -> JobView:
-        status = worker.status
-        timer = None if status.state in ("off", "paused") else self._timers.get_job(worker.job.name)
+    def _refuse(self, lane: _Lane) -> None:
+        if lane.job.off:
+            raise Rejected(f"job {lane.job.name} is off", lane.job.off)
+        if self._stop.asked:
+            raise Transient("the process is stopping: no new run starts", "ask again after the restart")
+
+    def _view(self, lane: _Lane) -> JobView:
+        name, tally = lane.job.name, lane.tally
+        status = Status(lane.state, tally.counts if tally else None, lane.backfills)
+        timer = None if status.state in ("off", "paused") else self._timers.get_job(name)
         at = getattr(timer, "next_run_time", None)
-        return JobView(worker.job, status, at, worker.job.name in self._backfills and not worker.job.off)
+        return JobView(lane.job, status, at, name in self._backfills and not lane.job.off)
 
-    def _mover(self, name: str) -> Callable[[float], None]:
-        def fire_in(seconds: float) -> None:
-            try:
-                self._timers.modify_job(name, next_run_time=datetime.now(UTC) + timedelta(seconds=seconds))
-            except JobLookupError:
-                log.debug("%s: its timer is gone, the process ends", name)
+    def _turn_in(
+        self, seconds: float, lane: _Lane, other: Job | None = None, *, asked: bool = False, more: bool = False
+    ) -> None:
+        """One turn of a job beside its timer. Of ordinary ones that wait, the last takes the place of the others."""
+        if self._stop.asked:
+            return
+        with self._changed:
+            lane.backfills += other is not None
+        self._timers.add_job(
+            self._turn,
+            "date",
+            [lane, other],
+            {"asked": asked, "more": more},
+            id=f"{lane.job.name} {uuid4().hex if other else asked}",
+            executor=lane.job.name,
+            run_date=datetime.now(UTC) + timedelta(seconds=seconds),
+            replace_existing=True,
+        )
 
-        return fire_in
+    def _turn(self, lane: _Lane, other: Job | None = None, *, asked: bool = False, more: bool = False) -> None:
+        """One run, in the thread of its job. `other`: a backfill. `asked`: a person wants it, also while paused.
+        `more`: it goes on with what a time limit cut short.
+        """
+        with self._changed:
+            lane.backfills -= other is not None
+        if not (other or asked) and (self._is_paused(lane) or not (more or self._is_due(lane))):
+            return
+        tally = logged(lane.job.name)
+        with self._changed:
+            if self._stop.asked:
+                return
+            lane.running, lane.tally = "backfill" if other else "running", tally
+        try:
+            run = execute(other or lane.job, self._desk, self._stop, tally)
+        finally:
+            with self._changed:
+                lane.running, lane.tally = "", None
+                self._changed.notify_all()
+        if run is None:
+            log.debug("%s: another process holds the lease", lane.job.name)
+        if run is not None and run.report.more:
+            # Go on at once, or a little later when a part of it fails each time.
+            spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
+            seconds = spread if run.outcome is Outcome.OK else 25 * spread
+            self._turn_in(seconds, lane, other, asked=asked, more=True)
+        elif other is None:
+            early_seconds = retry_in(run, lane.job.interval_seconds)
+            if early_seconds is not None and not self._stop.asked:
+                self._fire_in(early_seconds, lane.job.name)
+        elif run is None:
+            self._turn_in(HELD_SECONDS, lane, other)
+
+    def _is_paused(self, lane: _Lane) -> bool:
+        """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
+        try:
+            paused = lane.job.name in self._pauses.paused()
+        except AppError as error:
+            log.debug("%s: cannot read whether it is paused: %s", lane.job.name, error)
+            return lane.paused
+        self._follow(lane, paused=paused)
+        return paused
+
+    def _is_due(self, lane: _Lane) -> bool:
+        """Look at the record of runs, which other processes share; when the job is not due, move the timer instead."""
+        name, interval = lane.job.name, lane.job.interval_seconds
+        if interval < LONG_SECONDS:
+            return True
+        try:
+            seconds = due_in(self._desk.runs.since_done_seconds(name), interval)
+        except AppError as error:
+            log.debug("%s: cannot read when it ran last: %s", name, error)
+            seconds = STORE_AWAY_SECONDS
+        if seconds > 0:
+            self._fire_in(seconds, name)
+        return seconds == 0
+
+    def _follow(self, lane: _Lane, *, paused: bool) -> None:
+        """Let the timer pass while `paused`, what runs now runs to its end; then follow it again, beginning at once."""
+        with self._changed:
+            resumed = lane.paused and not paused
+            lane.paused = paused
+        if resumed:
+            self._fire_in(0, lane.job.name)
+
+    def _fire_in(self, seconds: float, name: str) -> None:
+        try:
+            self._timers.modify_job(name, next_run_time=datetime.now(UTC) + timedelta(seconds=seconds))
+        except JobLookupError:
+            log.debug("%s: its timer is gone", name)
 
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
@@ -530,19 +434,19 @@ class Scheduler:
                 log.warning("the clock was set %s by %.0f s: every job looks now whether it is due", way, abs(step))
             # A clock that went ahead and back between two looks leaves no step, and timers that lie far ahead.
             until = datetime.now(UTC) + timedelta(seconds=TICK_SECONDS)
-            for name, seconds in self._longest_seconds.items():
-                at = getattr(self._timers.get_job(name), "next_run_time", None)
-                if abs(step) > TICK_SECONDS or (at is not None and at > until + timedelta(seconds=seconds)):
-                    self._mover(name)(0)
+            for timer in self._timers.get_jobs():
+                longest = timedelta(seconds=self._longest_seconds.get(timer.id, HELD_SECONDS))
+                if abs(step) > TICK_SECONDS or timer.next_run_time > until + longest:
+                    self._fire_in(0, timer.id)
 
     def _follow_pauses(self) -> None:
         try:
             paused = self._pauses.paused()
         except AppError as error:
-            log.debug("which jobs are paused cannot be read: %s", error)
+            log.debug("cannot read which jobs are paused: %s", error)
             return
-        for worker in self._able():
-            worker.follow(paused=worker.job.name in paused)
+        for lane in self._able():
+            self._follow(lane, paused=lane.job.name in paused)
 
 
 def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> Job:
