@@ -78,7 +78,9 @@ class ReportAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself."""
+    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself; `max_rows`: fewer
+    than the format allows.
+    """
 
     format: str
     answer: str
@@ -142,9 +144,10 @@ def _counted(reader: Any, shape: AnswerShape) -> Iterator[Any]:
 
 
 def _check_rows(count: int, shape: AnswerShape) -> None:
-    if count > MAX_ROWS[shape.format]:
+    most = min(MAX_ROWS[shape.format], shape.max_rows or MAX_ROWS[shape.format])
+    if count > most:
         raise Rejected(
-            f"the answer has more than {MAX_ROWS[shape.format]} rows, too many for {shape.format}",
+            f"the answer has more than {most} rows, too many for {shape.format}",
             "narrow the parameters, or ask for format=parquet",
         )
 

@@ -8,16 +8,19 @@ its ETag.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
 from app.analytics.reports import TABLES, BadParameter, Parameter, ReportDefinition, within
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
+from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import View
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
@@ -68,6 +71,16 @@ def build(analytics: Analytics) -> APIRouter:
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
 
+    router.add_api_route(
+        "/analytics/sql",
+        _statement(analytics),
+        methods=["POST"],
+        openapi_extra=needs("analytics:sql"),
+        name="run_sql",
+        summary="One SELECT over all rows, as the view telemetry",
+        responses=_answers(),
+        response_class=Response,
+    )
     for report in analytics.reports.values():
         _report(router, analytics, report)
     return router
@@ -270,6 +283,45 @@ def _described(analytics: Analytics, report: ReportDefinition) -> Mapping[str, A
         "from_summaries": bool(report.summary),
         **fault,
     }
+
+
+SqlFormat = Literal["json", "ndjson", "csv", "parquet", "xlsx"]
+
+
+class SqlStatement(BaseModel):
+    """`device_id`, `from` and `to` limit the view, and the objects that are opened for it."""
+
+    model_config = ConfigDict(extra="forbid")
+    sql: str = Field(examples=["SELECT device_id, avg(power) AS power FROM telemetry GROUP BY device_id"])
+    device_id: str | None = None
+    since: datetime | None = Field(None, alias="from")
+    until: datetime | None = Field(None, alias="to")
+
+
+def _statement(analytics: Analytics) -> Callable[..., Any]:
+    async def statement(
+        body: SqlStatement, *, form: Annotated[SqlFormat, Query(alias="format")] = "json", formula_safe: bool = False
+    ) -> Response:
+        view = await _view(analytics)
+        request = SqlRequest(body.sql, body.device_id, _naive(body.since), _naive(body.until))
+        shape = AnswerShape(form, "data", (), formula_safe, MAX_ROWS)
+        try:
+            answer = await asyncio.to_thread(analytics.sandbox.run, request, shape)
+        except BadParameter as error:
+            raise Refused(Refusal(422, error.message, error.hint, "body.sql")) from error
+        except SqlBusy as error:
+            raise Refused(Refusal(429, error.message, error.hint, headers={"Retry-After": "5"})) from error
+        headers = {"X-Data-As-Of": text_of(view.as_of), "Content-Length": str(answer.size_bytes)}
+        if form != "json":
+            headers["Content-Disposition"] = f'attachment; filename="sql.{form}"'
+        return StreamingResponse(answer.pieces(), headers=headers, media_type=MEDIA[form])
+
+    return statement
+
+
+def _naive(at: datetime | None) -> datetime | None:
+    """UTC without a zone, as queries have it."""
+    return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
 
 
 def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:

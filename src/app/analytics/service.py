@@ -24,6 +24,7 @@ from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import MEDIA, ReportAnswer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import ReportDefinition, load_reports
+from app.analytics.sql_sandbox import SqlSandbox
 from app.analytics.summaries import Summaries, View
 from app.config.settings import Settings
 from app.core.errors import AppError, Transient
@@ -326,6 +327,7 @@ class Analytics:
     refresher: Refresher
     workplace: Workplace
     refresh_seconds: float
+    sandbox: SqlSandbox
     cache: SingleFlightCache = field(default_factory=SingleFlightCache)
     parsed: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
     described: list[Mapping[str, Any]] = field(default_factory=list)
@@ -337,6 +339,7 @@ class Analytics:
 
     def close(self, seconds: float) -> None:
         """End, within `seconds`."""
+        self.sandbox.close()
         self.refresher.close(seconds)
         self.queries.close()
         self.workplace.leave()
@@ -364,15 +367,17 @@ def build(
 
     local = engine(None)
     summaries = Summaries(store, facts, local, settings.s3.prefix, clock)
-    objects: Objects
-    if isinstance(store, LocalDirectory):
-        objects = LocalObjects(local, store.pin)
-    else:
-        objects = BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
+
+    def objects(over: Engine) -> Objects:
+        if isinstance(store, LocalDirectory):
+            return LocalObjects(over, store.pin)
+        return BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
+
     return Analytics(
         reports=load_reports([folder for folder in (sql_directory() / "analytics", analytics.reports_dir) if folder]),
         summaries=summaries,
-        queries=Queries(summaries, objects, local),
+        queries=Queries(summaries, objects(local), local),
+        sandbox=SqlSandbox(summaries, workplace.folder, local.limits, objects),
         refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,

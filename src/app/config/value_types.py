@@ -291,7 +291,7 @@ SCOPES = (
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run"},
+    "write": frozenset(SCOPES) - {"ops:run", "analytics:sql"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2
