@@ -347,6 +347,8 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         ),
         "dwh_connected": of_database(warehouse.database),
     }
+    if settings.influx.url:
+        rights["influxdb"] = diagnosed(settings, pipelines.checks["influxdb"])
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
 
 
@@ -509,3 +511,14 @@ def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     from app.appmetrica import routes
 
     return routes.build(exports)
+
+
+def diagnosed(settings: Settings, ping: Check) -> Check:
+    """The attempt with what a refused token may do. Only `check` asks so: the client that finds it out is heavy."""
+
+    def check() -> str:
+        from app.influx_to_s3.diagnosis import checked
+
+        return checked(ping, settings.influx)
+
+    return check

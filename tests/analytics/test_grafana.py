@@ -1,4 +1,4 @@
-"""The Grafana board: each of its requests, sent as the Infinity data source sends it, gives the columns that a panel reads."""
+"""The Grafana board: each of its requests, as the Infinity data source sends it, gives the columns of its panel."""
 
 import json
 import random

@@ -78,7 +78,7 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=needs("analytics:sql"),
         name="run_sql",
         summary="One SELECT over all rows, as the view telemetry",
-        responses=_answers(),
+        responses=_answers({422: "the statement is refused, or needs too much", 429: "another statement is running"}),
         response_class=Response,
     )
     for report in analytics.reports.values():
@@ -102,7 +102,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             summary=report.title,
             description=report.description,
             openapi_extra={**READ, "parameters": _parameters(report)},
-            responses=_answers(),
+            responses={**_answers({400: "more rows than the format may have"}), 304: {"description": "unchanged"}},
             response_class=Response,
             include_in_schema=path == paths[0],
         )
@@ -134,15 +134,10 @@ def _parameter(parameter: Parameter) -> Mapping[str, Any]:
     return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning, **required}
 
 
-def _answers() -> dict[int | str, dict[str, Any]]:
+def _answers(others: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
-    return {
-        200: {"description": "the answer", "content": content},
-        304: {"description": "it has not changed"},
-        **faults(
-            {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
-        ),
-    }
+    unread = {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
+    return {200: {"description": "the answer", "content": content}, **faults({**others, **unread})}
 
 
 def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Request], Any]:
