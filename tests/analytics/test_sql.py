@@ -151,6 +151,7 @@ def test_what_is_refused_has_a_status_and_the_next_step(served: Daemon) -> None:
         "SELECT * FROM read_csv('/etc/passwd')": "the table function read_csv() is not allowed",
         "SELECT nothing FROM telemetry": 'column "nothing" not found',
         "SELECT CAST('x' AS INTEGER)": "Could not convert string 'x'",
+        "SELECT '\0'": "NUL",
     }.items():
         reply = ask(served, sql)
         assert reply.status == 422, (sql, reply.text)
@@ -194,6 +195,7 @@ def test_statements_run_one_at_a_time_and_only_for_administrators(served: Daemon
     first.join()
     assert replies[0].status == 422
     assert served.post("/analytics/sql", {"sql": "SELECT 1"}, {"Authorization": f"Bearer {READER}"}).status == 403
-    assert served.post("/analytics/sql", {"sql": "SELECT 1", "other": 1}).status == 422
+    for wrong in ({"other": 1}, {"from": "0001-01-01T00:00:00+14:00"}, {"from": "2026-02-02", "to": "2026-02-01"}):
+        assert served.post("/analytics/sql", {"sql": "SELECT 1", **wrong}).status == 422, wrong
     assert ask(served, "SELECT 1 FROM telemetry", device_id="' OR true --").json["count"] == 0
     assert json.loads(ask(served, "SELECT count(*) AS n FROM telemetry").text)["data"] == [{"n": 60}]

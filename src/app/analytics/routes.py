@@ -316,7 +316,11 @@ def _statement(analytics: Analytics) -> Callable[..., Any]:
 
 def _naive(at: datetime | None) -> datetime | None:
     """UTC without a zone, as queries have it."""
-    return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
+    try:
+        return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
+    except OverflowError:
+        message = f"{at} is outside of the years 1 to 9999 in UTC"
+        raise Refused(Refusal(422, message, "send an instant within them", "body")) from None
 
 
 def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:

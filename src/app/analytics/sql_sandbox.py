@@ -7,6 +7,7 @@ so that whatever a statement does ends there. One statement runs at a time.
 """
 
 import json
+import logging
 import os
 import re
 import resource
@@ -39,12 +40,15 @@ from app.analytics.reports import BadParameter
 from app.analytics.summaries import Summaries
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 
+log = logging.getLogger(__name__)
+
 MAX_CHARACTERS = 20_000
 MAX_ROWS = 100_000
 ANSWER_BYTES = 64 << 20
 BASE_BYTES = 512 << 20  # of an interpreter with DuckDB and pyarrow that runs nothing yet, their threads included
 SPILL_BYTES = 1 << 30
 START_SECONDS = 10.0
+TRACE_CHARACTERS = 2000
 ATTEMPTS = 3
 KEPT = ("PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
 NARROW = "narrow it by device_id, from and to, or aggregate more"
@@ -130,6 +134,10 @@ class SqlSandbox:
         """
         if len(request.sql) > MAX_CHARACTERS:
             raise BadParameter(f"the statement has more than {MAX_CHARACTERS} characters", "send a shorter one")
+        if "\0" in request.sql + (request.device_id or ""):
+            raise BadParameter("the statement or device_id holds a NUL character", "leave it out")
+        if request.since is not None and request.until is not None and request.since >= request.until:
+            raise BadParameter("from is not earlier than to", "send the earlier instant as from")
         if not self._turn.acquire(blocking=False):
             hint = "send the same request again later"
             raise SqlBusy("another statement is running, and they run one at a time", hint, retry_after_seconds=5)
@@ -172,11 +180,11 @@ class SqlSandbox:
         environ = {name: os.environ[name] for name in KEPT if name in os.environ}
         command = [sys.executable, "-I", "-m", "app.analytics.sql_sandbox"]
         with subprocess.Popen(  # noqa: S603 - our own module
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env=environ
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=environ
         ) as process:
             self._process = process
             try:
-                said, _ = process.communicate(json.dumps(job).encode(), self._limits.seconds + START_SECONDS)
+                said, trace = process.communicate(json.dumps(job).encode(), self._limits.seconds + START_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise _too_slow(self._limits) from None
@@ -185,6 +193,9 @@ class SqlSandbox:
         fault = json.loads(said) if said else None
         if fault is None and process.returncode == 0:
             return ReportAnswer((folder / "answer").open("rb"))
+        if fault is None and process.returncode > 0:
+            log.error("the process of a statement failed: %s", trace.decode(errors="replace")[-TRACE_CHARACTERS:])
+            raise Permanent("the process of the statement failed", "bug in Headwater; please report it with its log")
         raise _fault(fault, self._limits)
 
 
@@ -206,7 +217,7 @@ def _too_slow(limits: EngineLimits) -> BadParameter:
 
 
 def _fault(fault: Mapping[str, str] | None, limits: EngineLimits) -> AppError:
-    """What the process said; it ends without a word when it is refused memory in the middle of something."""
+    """The error of the process. None: a signal ended it, since it was refused memory inside of DuckDB."""
     if fault is None or fault["kind"] == "TooLarge":
         return BadParameter(f"the statement needs more than {limits.memory_mb} MB of memory, or 1 GB of disk", NARROW)
     if fault["kind"] == "TooSlow":
