@@ -99,7 +99,7 @@ class Parameter:
         if text is None and self.required:
             raise BadParameter(f"{self.name} is missing", f"send {self.name}: {self.allowed}")
         text = self.default if text is None else text
-        if not text and not self.default and not self.required:
+        if not text and not self.required and (self.kind == "text" or not self.default):
             return None
         try:
             value = KINDS[self.kind][0](text)
