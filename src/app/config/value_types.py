@@ -286,13 +286,14 @@ SCOPES = (
     "s3:write",
     "s3:delete",
     "analytics:read",
+    "analytics:sql",
     "pull:read",
     "ops:read",
     "ops:run",
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete"},
+    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete", "analytics:sql"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2
