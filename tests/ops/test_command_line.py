@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from app.cli import COMMANDS, FIRST, JOBS, UsageError, parsed
+from app.config import NEW_KEY
 from app.db.state import open_state
+from app.main import build
 from daemon import free_port
+from given_settings import loaded
 from shell import Shell
 
 
@@ -45,6 +49,51 @@ def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> 
     assert done.returncode == 78
     for heavy in ("fastapi", "uvicorn", "pyarrow", "boto3", "psycopg"):
         assert f" {heavy}\n" not in done.stderr
+
+
+def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_path: Path) -> None:
+    for example in (*FIRST, *(line for command in COMMANDS for line in command.examples)):
+        parsed(example.split())
+    assert f"python -m app {next(line for line in FIRST if line.startswith('keys'))}" == NEW_KEY
+    service = build(loaded(DATA_DIR=str(tmp_path), S3_BUCKET="bucket"))
+    service.state.close()
+    assert list(JOBS) == [job.name for job in service.pipelines.jobs]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("stauts", "unknown command 'stauts'", "did you mean status? commands: serve, run"),
+        ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
+        ("run", "python -m app run: the following arguments are required: JOB", "python -m app run --help"),
+        ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
+        ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),
+        ("keys old x", "invalid choice: 'old'", "python -m app keys --help"),
+    ],
+)
+def test_wrong_usage_names_what_was_meant(words: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parsed(words.split())
+    assert message in caught.value.message
+    assert caught.value.hint.startswith(hint)
+
+
+def test_errors_are_documents_too_when_json_was_asked_for(shell: Shell) -> None:
+    for jobs, words, code, message in (
+        ("", ("stauts",), 2, "unknown command 'stauts'"),
+        ("quick_jobs", ("run", "quik"), 1, "no job is named 'quik'"),
+        ("", ("check",), 78, "PORT='eighty': allowed: a whole number from 1 to 65535"),
+    ):
+        done = shell.run(jobs, *words, "--json", **({"PORT": "eighty"} if code == 78 else {}))
+        assert done.returncode == code
+        error = json.loads(done.stdout)["error"]
+        assert error["message"] == message
+        assert error["hint"]
+        assert message in done.stderr
+        assert error.get("faults", [message]) == [message]
+    assert json.loads(shell.run("quick_jobs", "run", "quik", "--json").stdout)["error"]["hint"].startswith(
+        "did you mean quick? "
+    )
 
 
 def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:

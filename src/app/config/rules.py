@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from app.config import NEW_KEY
 from app.config.settings import LeaseSettings, ServiceSettings, Settings, SettingsGroup
 from app.config.value_types import Allowed, KeyEntry
 
@@ -180,7 +181,7 @@ def _public_host(settings: Settings) -> Iterator[str]:
     if loopback(host) or settings.access.api_keys or settings.access.allow_anonymous:
         return
     yield (
-        f"HOST='{host}': others can reach this address and API_KEYS is not set; run `python -m app keys new NAME` and "
+        f"HOST='{host}': others can reach this address and API_KEYS is not set; run `{NEW_KEY}` and "
         "set API_KEYS to the line it prints, or set HOST=127.0.0.1, or say ALLOW_ANONYMOUS=true"
     )
 

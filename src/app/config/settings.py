@@ -158,7 +158,7 @@ class AccessSettings(SettingsGroup, title="Access"):
     """Who may call. Without keys and without `allow_anonymous` the host is loopback, that is checked at the start."""
 
     api_keys: ApiKeys = variable("API_KEYS", default=(), unset="loopback only")
-    """Who may call: lines of `python -m app keys new NAME`; only hashes stand here."""
+    """Who may call: lines that `python -m app keys new` prints; only hashes stand here."""
     allow_anonymous: Flag = variable("ALLOW_ANONYMOUS", default=False)
     """Serve a public HOST without keys: everybody may write."""
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from app.config import DOTENV
 from app.config.environment import describe, read_dotenv
 from app.config.rules import warnings
-from app.core.errors import AppError, Rejected
+from app.core.errors import AppError, Rejected, did_you_mean
 from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown
@@ -113,6 +113,8 @@ def check(service: Headwater, *, as_json: bool) -> int:
 
 def runs(service: Headwater, *, job: str | None, limit: int, as_json: bool) -> int:
     """Recent runs, newest first, and what they took in."""
+    if job is not None:
+        _job(service, job, on=False)
     found = service.state.runs.recent(job, limit)
     wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
     histories = {name: list(history(limit)) for name, history in wanted.items()}
@@ -348,7 +350,7 @@ def _job(service: Headwater, name: str, *, on: bool = True) -> Job:
     """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is not."""
     jobs = {job.name: job for job in service.pipelines.jobs}
     if name not in jobs:
-        raise Rejected(f"no job is named {name!r}", f"jobs: {', '.join(jobs) or 'none'}")
+        raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
     if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
     return named(jobs[name])

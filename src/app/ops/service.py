@@ -114,6 +114,14 @@ class Headwater:
 SWITCH_SECONDS = 0.002
 
 
+def link(settings: Settings) -> str:
+    """Where a browser on this machine finds the dashboard; a host of all addresses is none to go to."""
+    host, port = settings.service.host, settings.service.port
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not listened on
+        return f"http://localhost:{port} (listening on all addresses)"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
     """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
     from app.web.server import ServerOptions, serve
@@ -124,9 +132,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
     for job in service.pipelines.jobs:
         if job.off:
             log.info("job %s is %s", job.name, job.off)
-    log.info(
-        "%s %s on %s:%d", settings.service.title, settings.service.version, settings.service.host, settings.service.port
-    )
+    log.info("%s %s on %s", settings.service.title, settings.service.version, link(settings))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
     give_back_large_blocks()
