@@ -324,7 +324,12 @@ COMMANDS = (
         ),
         examples=(f"verify influx_to_s3 {DAY} --heal",),
     ),
-    Command("check", "show the settings, what they switch on, and try every system", (JSON,), examples=("check",)),
+    Command(
+        "check",
+        "say what the settings switch on and where rows will go, and try every system",
+        (argument("--settings", action="store_true", help="show every setting too, secrets as ***"), JSON),
+        examples=("check", "check --settings"),
+    ),
     Command("status", "every job: state, last run, error", (JSON,), examples=("status --json",)),
     Command(
         "runs",

@@ -4,22 +4,26 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
 from app.config.settings import Settings
+from app.core.errors import Permanent
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
-from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.alerts import Alerts, Watched, post, rules_of
+from app.ops.connection_checks import System, of_database, of_objects, of_undeleted
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.permission_checks import of_database, of_objects, of_undeleted
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
 from app.web.app import Front, Hooks
@@ -275,11 +279,18 @@ def wire(parts: ServiceParts) -> Pipelines:
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
     )
-    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    systems = [System("influxdb", "InfluxDB", "INFLUXDB_URL", influx.ping)] if settings.influx.url else []
     if settings.dynamo.table_name:
-        checks["dynamodb"] = dynamo.ping_table
-        if dynamo.ping_drive is not None:
-            checks["google_drive"] = dynamo.ping_drive
+        systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
+    if dynamo.ping_drive is not None:
+        systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
+    for name, project in amplitude.service.items():
+        variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
+        check = partial(exports_events, project, parts.clock)
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+    if appmetrica.service:
+        check = partial(sees_application, appmetrica.service)
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
@@ -290,7 +301,8 @@ def wire(parts: ServiceParts) -> Pipelines:
         },
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
-        checks=checks,
+        systems=systems,
+        destinations=destinations(settings),
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -312,6 +324,50 @@ def wire(parts: ServiceParts) -> Pipelines:
             lambda: appmetrica_routes(appmetrica.service),
         ),
     )
+
+
+def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
+    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
+    from app.amplitude.client import SHORT_POLICY, HourTooLarge
+
+    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
+    with closing(project.upstream):
+        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
+            fetched.close()
+            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+                raise fetched.fault
+    return "may export events"
+
+
+def sees_application(exports: "Exports") -> str:
+    """Whether the token sees the application. Raises Transient or Permanent."""
+    number = exports.service.application_id
+    with closing(exports.service.upstream):
+        applications = exports.service.applications()
+    if number not in applications:
+        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+        raise Permanent(f"the token does not see application {number}", hint)
+    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
+
+
+def destinations(settings: Settings) -> Mapping[str, str]:
+    """Where the rows of each pipeline end up, for people. Raises BadSettings for the inbox's configuration."""
+    from app.csv_inbox.config import load_config
+
+    export, drive, s3, data_dir = settings.export, settings.drive, settings.s3, settings.service.data_dir.absolute()
+    root = f"s3://{s3.bucket}" if s3.bucket else str(data_dir / "objects")
+    file = f"{drive.csv_name_prefix}_YYYYMMDD_HH.csv"
+    is_on_drive = drive.credentials_file or drive.credentials_json
+    folder = drive.folder_id or drive.shared_drive_id or "root"
+    inbox = load_config(settings.inbox.config_file, settings.service.data_dir)
+    tree = f"{s3.prefix}/device_id=.../date={export.date_format}/export_HHMMSS.{export.format}".lstrip("/")
+    return {
+        "influx_to_s3": f"{root}/{tree}",
+        "dynamo_to_drive": f"Google Drive folder {folder}: {file}" if is_on_drive else str(data_dir / "drive" / file),
+        "csv_inbox": f"{inbox.watch_dir.absolute()}/*.csv into {inbox.merged_file.absolute()}",
+        "amplitude": f"{root}/amplitude/ and /dwh",
+        "appmetrica": f"{root}/appmetrica/ and /dwh",
+    }
 
 
 def calls_of(parts: ServiceParts, service: str) -> Calls:
@@ -347,17 +403,42 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     }
     analytics = open_analytics(settings, state, store)
     ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
-    checks = {**stores, **pipelines.checks}
-    rights = {
-        "checkpoint_store_connected": all_said(of_database(state.database), remembered(state)),
-        "s3_accessible": all_said(
-            of_objects(store, settings.s3.prefix),
-            of_undeleted(lambda: undeleted(state, pipelines.listed), store),
-            old_versions(settings, store),
-        ),
-        "dwh_connected": of_database(warehouse.database),
-    }
-    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
+    systems = [
+        *stores_tried(settings, state, warehouse, store, pipelines.listed),
+        *pipelines.systems,
+        *webhook(settings),
+    ]
+    return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+
+
+def stores_tried(
+    settings: Settings, state: State, warehouse: Warehouse, store: "ObjectStore", listed: Sequence[str]
+) -> Iterator[System]:
+    """The three stores that are always there, embedded or outside, under the names of /ready."""
+    kept = all_said(of_database(state.database), remembered(state))
+    variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
+    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
+    objects = all_said(
+        of_objects(store, settings.s3.prefix),
+        of_undeleted(lambda: undeleted(state, listed), store),
+        old_versions(settings, store),
+    )
+    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
+    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
+
+
+def webhook(settings: Settings) -> Iterator[System]:
+    """The address that is told of failures gets a message that says what it is."""
+    url = settings.alert.webhook_url.get_secret_value()
+    if not url:
+        return
+    text = f"{settings.service.name}: `python -m app check` tries this webhook; nothing is wrong"
+
+    def check() -> str:
+        post(url, {"event": "check", "service": settings.service.name, "text": text})
+        return "took a message of the event check"
+
+    yield System("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
 
 
 def open_store(settings: Settings) -> "ObjectStore":

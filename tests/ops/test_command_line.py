@@ -203,8 +203,10 @@ def test_a_signal_stops_a_command_at_its_next_safe_point(shell: Shell, tmp_path:
 def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shell) -> None:
     fine = shell.run("quick_jobs", "check")
     assert fine.returncode == 0
-    for text in ("service.port", "8080", "checkpoint_store_connected  ok", "s3_accessible", "set INFLUXDB_URL"):
+    for text in ("state: checkpoints", "CHECKPOINT_DATABASE_URL  ok", "may list, read, write", "set INFLUXDB_URL"):
         assert text in fine.stdout
+    assert not re.search(r"^PORT +8080$", fine.stdout, re.MULTILINE)
+    assert re.search(r"^PORT +8080$", shell.run("quick_jobs", "check", "--settings").stdout, re.MULTILINE)
     away = shell.run("quick_jobs", "check", CHECKPOINT_DATABASE_URL=f"postgresql://u:canary@127.0.0.1:{free_port()}/d")
     assert away.returncode == 1
     assert "FAILED" in away.stdout
@@ -215,7 +217,7 @@ def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shel
 def test_check_says_which_env_file_it_read_and_names_what_is_misspelt(shell: Shell) -> None:
     without = json.loads(shell.run("quick_jobs", "check", "--json").stdout)
     assert (without["env_file"], without["wiring"]["warnings"]) == (None, [])
-    (shell.folder / ".env").write_text("DYNAMODB_TABLE=canary\nSERVICE_NAME=mine\n")
+    (shell.folder / ".env").write_text("DYNAMODB_TABLE=canary\nSERVICE_NAME=mine\nOTHER=canary\n")
     text = shell.run("quick_jobs", "check", S3_BUKET="canary").stdout
     path = str(shell.folder / ".env")
     assert path in text
@@ -223,6 +225,7 @@ def test_check_says_which_env_file_it_read_and_names_what_is_misspelt(shell: She
     assert (found["env_file"], found["values"]["service.name"]) == (path, "mine")
     assert [line.split()[0] for line in found["wiring"]["warnings"]] == ["DYNAMODB_TABLE", "S3_BUKET"]
     assert all(f"warning: {line}" in text for line in found["wiring"]["warnings"])
+    assert (found["wiring"]["unread"], "does not read: OTHER" in text) == (["OTHER"], True)
     assert "canary" not in f"{text} {found}"
 
 

@@ -205,17 +205,26 @@ def warnings(
 
 def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
     """A line for each unknown name that is close to a variable, or the beginning of one."""
-    known = [name for variable in VARIABLES for name in variable.names]
-    for name in sorted(said.keys() - set(known)):
-        if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
-            continue
-        wanted = name.upper()
-        # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
-        alike = [each for each in known if each[:2] == wanted[:2]]
-        longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
-        meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
-        if meant:
-            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant[0]}?"
+    for name in sorted(said):
+        if not OF_KUBERNETES.search(name) and not said[name].startswith("tcp://") and (meant := _meant(name)):
+            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant}?"
+
+
+def _meant(name: str) -> str:
+    """The variable that an unknown name is close to, "" where it is close to none or one itself."""
+    known = [each for variable in VARIABLES for each in variable.names]
+    wanted = name.upper()
+    # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+    alike = [each for each in known if each[:2] == wanted[:2]]
+    longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
+    meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
+    return meant[0] if meant and name not in known else ""
+
+
+def unknown_names(in_file: Mapping[str, str]) -> list[str]:
+    """Names in `.env` that are no variable and close to none: for a person to see what is not read."""
+    known = {name for variable in VARIABLES for name in variable.names}
+    return sorted(name for name in in_file.keys() - known if not _meant(name))
 
 
 def _railway(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:

@@ -85,8 +85,9 @@ def bar(job: str, unit: str) -> Iterator[ProgressTally]:
     """A tally shown as a progress bar on stderr, removed at the end."""
     from tqdm import tqdm
 
-    # a terminal that does not know its width, as one of a CI job, has 80 columns: with 0, tqdm shows nothing
-    with tqdm(desc=job, unit=unit, leave=False, ncols=get_terminal_size().columns) as shown:
+    # a terminal that does not know its size, as one of a CI job, has 80 columns here: with 0, tqdm shows nothing
+    columns, rows = get_terminal_size()
+    with tqdm(desc=job, unit=unit, leave=False, ncols=columns, nrows=rows) as shown:
 
         def told(counts: Counts) -> None:
             shown.total = max(counts.total, counts.done) or None

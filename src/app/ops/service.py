@@ -15,7 +15,7 @@ from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
 from app.core.windows import Window
 from app.db.state import State
-from app.ops.health import Check
+from app.ops.connection_checks import System
 from app.ops.json_views import Calls
 from app.ops.scheduler import Backfill, Scheduler
 from app.web.app import Front
@@ -68,7 +68,9 @@ Undo = Callable[[Context, str], Report]
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` and /ready try.
+    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` tries.
+
+    `destinations`: where a job's rows end up, for people.
 
     `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
     jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
@@ -79,7 +81,8 @@ class Pipelines:
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     rewrites: Mapping[str, Backfill] = field(default_factory=dict)
-    checks: Mapping[str, Check] = field(default_factory=dict)
+    systems: Sequence[System] = ()
+    destinations: Mapping[str, str] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
     verifications: Mapping[str, Verification] = field(default_factory=dict)
@@ -93,15 +96,13 @@ class Pipelines:
 class Headwater:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `checks` are attempts to reach every system, of which only those of stores decide on readiness; `rights` take the
-    place of those of the same name in `python -m app check`, which tries what the credentials may do.
+    `systems` are what `python -m app check` tries; readiness looks at the stores alone, and less closely.
     """
 
     settings: Settings
     state: State
     pipelines: Pipelines
-    checks: Mapping[str, Check]
-    rights: Mapping[str, Check]
+    systems: Sequence[System]
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler

@@ -1,10 +1,11 @@
-"""What the configured credentials may really do: each right is tried, for `python -m app check`.
+"""The systems that are set, and what their credentials may really do: each right is tried, for `python -m app check`.
 
 Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from app.core.errors import AppError, Permanent
@@ -25,6 +26,16 @@ SELECT current_setting('server_version') AS version, current_user AS name, curre
 log = logging.getLogger(__name__)
 
 Attempt = tuple[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One system. `key` is its name for programs, `variable` what sets it, or would where it is embedded."""
+
+    key: str
+    title: str
+    variable: str
+    check: Check
 
 
 def tried(attempts: Sequence[Attempt]) -> str:
@@ -87,7 +98,7 @@ def of_database(database: Database) -> Check:
         with database.transaction() as session:
             if database.dialect == "sqlite":
                 version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
-                return f"SQLite {version}: may read and write"
+                return f"{database.place}, version {version}: may read and write"
             found = session.rows(POSTGRES)[0]
         if found["encoding"] != "UTF8":
             raise Permanent(
