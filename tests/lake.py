@@ -14,18 +14,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.analytics.builtin_reports import TABLES
 from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import AnswerShape, of_table
 from app.analytics.queries import WHOLE_BYTES, BucketObjects, LocalObjects, Objects, Queries
-from app.analytics.reports import ReportDefinition, load_reports
+from app.analytics.reports import TABLES, ReportDefinition, load_reports
 from app.analytics.summaries import Summaries
 from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
-from app.object_store.s3 import S3Store
-from app.object_store.s3_client import S3Target
+from app.object_store.s3 import S3Store, S3Target
 from seaweed import Seaweed
 
 PREFIX = "telemetry"

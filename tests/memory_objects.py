@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 
 from app.core.errors import Conflict
-from app.object_store.local_transfers import page_of
+from app.object_store.local import page_of
 from app.object_store.port import ListingBatch, ObjectInfo, Page, Put, Question, Readable, Stored, check_key, in_batches
 
 

@@ -31,7 +31,7 @@ from app.main import build
 from app.ops import commands as one_off
 from public_calls import CALLS, FROM_TO
 from public_world import INBOX, PULLED, SPAN, Commands, World, drop, use
-from shapes import ERROR, Shapes, inline, lines, schema
+from shapes import Shapes, inline, lines, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED = re.compile(r"^\S+Z (?=- )")
@@ -248,7 +248,6 @@ def answered(answers: Sequence[httpx.Response]) -> Iterator[str]:
 
 def documented(document: Mapping[str, Any]) -> Iterator[str]:
     """The OpenAPI document: each route with its scope, its parameters, its body and its answers by status."""
-    yield f"Error: {ERROR}"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"\n{method.upper()} {path}  {scope_of(operation)}  {operation['operationId']}"

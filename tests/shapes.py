@@ -17,7 +17,6 @@ NAMED = {"runs": "Run", "last_run": "Run", "ledger": "Ledger"}
 PROSE = frozenset({"title", "description", "summary", "examples", "example"})
 TYPES = {"boolean": "bool", "integer": "int", "number": "num", "string": "str"}
 LEAVES = {bool: "bool", int: "int", float: "num", str: "str", type(None): "null"}
-ERROR = "{error: {message: str, hint: str, field?: str}}"
 
 
 @dataclass(slots=True)
@@ -82,8 +81,6 @@ def schema(given: Mapping[str, Any]) -> Any:
             found["*"] = schema(more) if isinstance(more, dict) else json.dumps(more)
     else:
         found = " | ".join(inline(schema(each)) for each in rest.pop("anyOf", ())) or TYPES.get(kind, kind)
-    if inline(found) == ERROR:
-        return "Error"
     keywords = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(rest.items()))
     return f"{inline(found)} {keywords}".strip() if keywords else found
 

@@ -2,9 +2,8 @@
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +16,16 @@ from app.web.auth import (
     ADDRESSES,
     EVERYBODY,
     FAILURES_A_MINUTE,
+    OPEN,
     Grant,
     Guard,
     Keyring,
+    RouteScopes,
     Throttle,
-    needs,
     new_key,
     presented,
 )
-from app.web.errors import Refused
+from app.web.errors import Refusal, Refused
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 DIGEST = "0123456789abcdef" * 4
@@ -216,44 +216,47 @@ def test_addresses_without_number_are_forgotten_oldest_first() -> None:
     assert throttle.failed("192.0.2.1", NOON) is None
 
 
-def called(method: str = "GET", path: str = "/x", scope: str | None = None, **fields: str) -> dict[str, Any]:
-    """A call as the server hands it on; `scope` is what its route asks for."""
-    route = SimpleNamespace(openapi_extra=needs(scope) if scope else None)
+def called(method: str = "GET", **fields: str) -> dict[str, Any]:
+    """A call as the server hands it on."""
     headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in fields.items()]
-    return {"method": method, "path": path, "headers": headers, "client": ("192.0.2.1", 1), "route": route}
+    return {"method": method, "path": "/x", "headers": headers, "client": ("192.0.2.1", 1)}
 
 
-def refused(act: Callable[[dict[str, Any]], object], call: dict[str, Any]) -> int:
+def refused(guard: Guard, call: dict[str, Any], methods: Mapping[str, str]) -> Refusal:
     with pytest.raises(Refused) as told:
-        act(call)
-    return told.value.refusal.status
+        guard.authorize(call, methods)
+    return told.value.refusal
 
 
-def test_a_call_needs_a_key_unless_it_is_one_that_is_open_to_all() -> None:
-    secret, line = new_key("ci", "ops:read", secrets.token_bytes)
-    guard = Guard(ring(line), lambda: NOON, open_calls=frozenset({("GET", "/health")}))
-    for path, method in (("/x", "GET"), ("/health", "POST"), ("/health/", "GET")):
-        assert refused(guard.admit, called(method, path)) == 401
-    opened = called("GET", "/health", "open")
-    guard.admit(opened)
-    guard.check(opened)
-    assert "state" not in opened
-    assert refused(guard.check, called("POST", "/health", "open")) == 403
-    assert refused(guard.check, called("GET", "/health", "ops:read")) == 403
-    call = called(scope="ops:read", x_api_key=secret)
-    guard.admit(call)
-    guard.check(call)
-    assert call["state"]["grant"].name == "ci"
-
-
-def test_a_route_is_for_keys_of_its_scope_and_one_that_declares_none_is_for_nobody() -> None:
+def test_a_call_needs_a_key_of_the_scope_unless_it_is_open_to_all() -> None:
     secret, line = new_key("ci", "ops:read", secrets.token_bytes)
     guard = Guard(ring(line), lambda: NOON)
-    for scope in ("ops:run", None):
-        call = called(scope=scope, x_api_key=secret)
-        guard.admit(call)
-        assert refused(guard.check, call) == 403
-    assert refused(guard.check, called(scope="ops:read")) == 403, "nobody was admitted"
+    methods = {"GET": "ops:read", "POST": "ops:run", "DELETE": "", "PUT": OPEN}
+    for method in ("GET", "POST", "DELETE", "HEAD"):
+        assert refused(guard, called(method), methods).status == 401
+    assert refused(guard, called(), {}).status == 401, "what is there is told to callers with a key only"
+    opened = called("PUT")
+    guard.authorize(opened, methods)
+    assert "state" not in opened
+    call = called(x_api_key=secret)
+    guard.authorize(call, methods)
+    assert call["state"]["grant"].name == "ci"
+    for method in ("POST", "DELETE"):
+        assert refused(guard, called(method, x_api_key=secret), methods).status == 403
+    assert refused(guard, called(x_api_key=secret), {}).status == 404
+    unknown = refused(guard, called("HEAD", x_api_key=secret), methods)
+    assert (unknown.status, unknown.headers) == (405, {"Allow": "DELETE, GET, POST, PUT"})
+
+
+def test_the_first_route_of_a_path_and_method_counts_and_near_misses_are_no_routes() -> None:
+    scopes = RouteScopes()
+    scopes.add("/x", re.compile("^/x$"), {"GET": "ops:read"})
+    scopes.add("/x", re.compile("^/x$"), {"GET": OPEN, "POST": "ops:run"})
+    scopes.add("/y/{name}/run", re.compile("^/y/(?P<name>[^/]+)/run$"), {"POST": "ops:run"})
+    assert scopes.of("/x") == {"GET": "ops:read", "POST": "ops:run"}
+    assert scopes.of("/y/a%b\n/run") == {"POST": "ops:run"}
+    for path in ("/x\n", "/X", "/x/", "/y//run", "/y/a/b/run", "/y/a/run\n", ""):
+        assert scopes.of(path) == {}
 
 
 @pytest.mark.parametrize(
@@ -279,9 +282,9 @@ def test_what_changes_something_may_not_come_from_a_page_of_another_site(
     guard = Guard(ring(line), lambda: NOON)
     call = called(method, x_api_key=secret, **({"sec_fetch_site": site} if site else {}))
     if is_refused:
-        assert refused(guard.admit, call) == 403
+        assert refused(guard, call, {method: "ops:run"}).status == 403
     else:
-        guard.admit(call)
+        guard.authorize(call, {method: "ops:run"})
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8080", "127.0.0.1:80", "127.8.8.8", "[::1]", "[::1]:8080"])
@@ -291,7 +294,7 @@ def test_without_keys_calls_to_this_machines_own_name_are_answered(host: str) ->
 
 @pytest.mark.parametrize("host", ["", "rebound.example", "localhost.rebound.example:80", "192.0.2.7", "[2001:db8::1]"])
 def test_without_keys_calls_to_other_names_are_answered_only_when_that_was_allowed(host: str) -> None:
-    assert refused(Guard(ring(""), lambda: NOON).grant, called(host=host)) == 403
+    assert refused(Guard(ring(""), lambda: NOON), called(host=host), {"GET": "ops:read"}).status == 403
     assert Guard(ring(""), lambda: NOON, anonymous=True).grant(called(host=host)) == EVERYBODY
 
 

@@ -16,10 +16,9 @@ import pytest
 from app.dwh.query import selection
 from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
 from app.dwh.responses import AnswerPage
-from app.dwh.results import Inserted
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Request, Warehouse, open_warehouse
+from app.dwh.warehouse import Inserted, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -82,7 +81,7 @@ class Desk:
         intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
         with closing(intake.received):
             intake.feed(body)
-            return self.warehouse.insert(table, intake.finish(), Request(self.at, **request))
+            return self.warehouse.insert(table, intake.finish(), at=self.at, **request)
 
     def get(self, table: Table, **params: Any) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.read(table, **params).body)["rows"]

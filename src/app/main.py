@@ -26,8 +26,8 @@ from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
-from app.web.app import Front, Hooks
-from app.web.auth import Guard, Keyring
+from app.web.app import Front
+from app.web.auth import Guard, Keyring, RouteScopes
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
-    from app.appmetrica.export_request import Exports
+    from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store
-    from app.object_store.s3_client import S3Target
+    from app.object_store.s3 import S3Store, S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -52,25 +51,6 @@ if TYPE_CHECKING:
 
 UPLOAD_PREFIXES = ("/s3/",)
 STREAM_PREFIXES = ("/dwh/",)
-OPEN_CALLS = frozenset(
-    {
-        ("GET", "/"),
-        ("GET", "/health"),
-        ("GET", "/ready"),
-        ("GET", "/assets/elements.js"),
-        ("GET", "/assets/dashboard.js"),
-        ("GET", "/assets/gaps.js"),
-        ("GET", "/assets/dashboard.css"),
-        ("GET", "/assets/icon.svg"),
-        ("POST", "/ops/session"),
-        ("DELETE", "/ops/session"),
-        ("GET", "/s3/shared"),
-        ("HEAD", "/s3/shared"),
-        ("GET", "/analytics/explore"),
-        ("GET", "/assets/explore.js"),
-        ("GET", "/assets/explore.css"),
-    }
-)
 log = logging.getLogger(__name__)
 
 
@@ -96,7 +76,7 @@ def front(service: Inside) -> Front:
     access, limits = service.settings.access, service.settings.limits
     steps = steps_of(service.settings.service.shutdown_grace_seconds)
     probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
-    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous, OPEN_CALLS)
+    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous)
 
     def opened() -> None:
         readiness.start()
@@ -118,16 +98,17 @@ def front(service: Inside) -> Front:
         {"/health": probes.health, "/ready": probes.ready},
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
-        Hooks(opened, lambda: api(service, probes, guard), closed),
+        opened=opened,
+        api=lambda: api(service, probes, guard),
+        close=closed,
     )
 
 
-def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
-    """The FastAPI application. Imports it, which takes longer than everything else at the start."""
+def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
+    """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
     from app.analytics import routes as report_routes
-    from app.analytics.service import ReportService
     from app.ops import dashboard, routes, verification_routes
-    from app.web.api import About, build_api
+    from app.web.api import build_api, route_scopes
 
     ops = routes.Operations(
         probes=probes,
@@ -147,17 +128,17 @@ def api(service: Inside, probes: Probes, guard: Guard) -> "Asgi":
         troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
     )
     about = service.settings.service
-    serving = ReportService(service.analytics)
     routers = [
         dashboard.build(guard, lambda: routes.overview(ops)),
         routes.build(ops),
         verification_routes.build(proof(service)),
         warehouse_routes(service),
         object_routes(service),
-        report_routes.build(serving),
+        report_routes.build(service.analytics),
         *(make() for make in service.pipelines.routers),
     ]
-    return report_routes.Quick(build_api(About(about.title, about.version, about.description), routers, guard), serving)
+    built = build_api(about.title, about.version, about.description, routers)
+    return report_routes.Quick(built, service.analytics), route_scopes(built)
 
 
 def proof(service: Inside) -> "Proof":
@@ -180,24 +161,20 @@ def warehouse_routes(service: Inside) -> "APIRouter":
 
     limits, dwh = service.settings.limits, service.settings.dwh
     batch = BatchLimits(dwh.max_rows_per_insert, dwh.max_write_batch_bytes)
-    sizes = routes.WarehouseLimits(limits.max_body_bytes, limits.max_upload_bytes, batch)
-    return routes.build(routes.WarehouseRoutes(service.warehouse, sizes, service.clock))
+    body_bytes, stream_bytes = limits.max_body_bytes, limits.max_upload_bytes
+    return routes.build(routes.WarehouseRoutes(service.warehouse, batch, body_bytes, stream_bytes, service.clock))
 
 
 def object_routes(service: Inside) -> "APIRouter":
     """/s3."""
     from app.object_store.local import LocalDirectory
     from app.objects import routes
-    from app.objects.links import SignedLinks, StoreLinks
+    from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
     if isinstance(store, LocalDirectory):
-        from app.object_store.local_transfers import LocalTransfers
-
-        local = LocalTransfers(store)
-        return routes.build(
-            routes.ObjectRoutes(store, local, reach(settings), SignedLinks(settings.service.data_dir), service.clock)
-        )
+        links = SignedLinks(settings.service.data_dir)
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
@@ -455,7 +432,7 @@ def open_store(settings: Settings) -> "ObjectStore":
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3_client import S3Target
+    from app.object_store.s3 import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -472,7 +449,7 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3_client import key_source
+    from app.object_store.s3 import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 

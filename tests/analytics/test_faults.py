@@ -10,9 +10,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from app.analytics.columns import File, file_of, literal
-from app.analytics.engine import Engine
-from app.analytics.errors import Wrong, translated, written
+from app.analytics.columns import File, file_of
+from app.analytics.engine import Engine, Wrong, literal, translated, written
 from app.analytics.formats import AnswerShape
 from app.analytics.queries import Queries
 from app.analytics.reports import parse

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.analytics.columns import distinct, literal, path_texts
+from app.analytics.columns import distinct, path_texts
+from app.analytics.engine import literal
 from app.analytics.formats import AnswerShape
 from app.analytics.queries import odd_ones
 from app.analytics.reports import parse

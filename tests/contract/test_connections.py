@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from app.core.errors import Permanent, Transient
-from app.db.pool import Connections
+from app.db.database import Connections
 
 
 class Wire:

@@ -18,9 +18,9 @@ from app.core.errors import Permanent, Transient
 from app.core.pipeline import Commit
 from app.core.runs import Outcome, Run
 from app.db.database import sql_directory
-from app.db.migrations import Migrated
+from app.db.migrations import Migrated, StateFile
 from app.db.sqlite import FileConnection, SqliteDatabase
-from app.db.state import FILE, State, StateFile, open_state
+from app.db.state import FILE, State, open_state
 from postgres import PostgresServer
 
 AT = datetime(2026, 2, 7, tzinfo=UTC)
@@ -234,7 +234,7 @@ def test_a_state_that_may_not_be_read_or_written_is_not_moved(tmp_path: Path) ->
     """As a user without rights to it, for whom the file is there and nothing more."""
     program = (
         "import os, sys, pathlib; from app.core.errors import AppError; from app.db.state import open_state as o\n"
-        "from app.db import leases, postgres, sqlite\n"
+        "from app.db import checkpoints, postgres, sqlite\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "try: o('', pathlib.Path(sys.argv[1])).ping()\n"
         "except AppError as error: print(type(error).__name__, error)\n"

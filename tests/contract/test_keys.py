@@ -16,11 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Rejected
-from app.object_store.local import LocalDirectory
-from app.object_store.local_listing import Names, spelled
+from app.object_store.local import LocalDirectory, Names, spelled
 from app.object_store.port import BadKey, ObjectStore, check_key, is_new_form, taken_for
-from app.object_store.s3 import S3Store
-from app.object_store.s3_client import S3Target
+from app.object_store.s3 import S3Store, S3Target
 from memory_objects import MemoryObjects
 from object_stores import get, keys, put, s3_store, target_of
 

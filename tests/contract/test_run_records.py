@@ -8,9 +8,8 @@ import pytest
 
 from app.core.ledger import Ledger, SetAside, Tally
 from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Runs
-from app.db.database import load_queries, sql_directory
-from app.db.run_records import SqlRuns
-from app.db.state import State
+from app.db.database import NamedQueries, sql_directory
+from app.db.state import SqlRuns, State
 from memory import MemoryRuns
 
 LEDGER = Ledger(
@@ -88,7 +87,7 @@ def test_the_last_ended_run_is_the_newest_that_is_not_running(state: State) -> N
 
 
 def test_only_the_newest_runs_of_a_job_are_kept(state: State) -> None:
-    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=3)
+    runs = SqlRuns(NamedQueries(state.database, sql_directory() / "state"), kept=3)
     runs.save(run(0, "other"))
     for number in range(1, 8):
         runs.save(run(number))
@@ -103,7 +102,7 @@ def test_an_error_text_that_no_database_stores_is_kept_readable(state: State) ->
 
 
 def test_totals_count_each_run_once_when_it_ends_and_outlive_its_record(state: State) -> None:
-    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=1)
+    runs = SqlRuns(NamedQueries(state.database, sql_directory() / "state"), kept=1)
     for saved in (run(1), ended(1), ended(1), run(2), ended(3), ended(4, "other")):
         runs.save(saved)
     assert list(runs.recent("influx_to_s3", 10)) == [ended(3)]
@@ -114,7 +113,7 @@ def test_totals_count_each_run_once_when_it_ends_and_outlive_its_record(state: S
 
 
 def test_ledgers_are_summed_once_per_run_in_the_transaction_that_ends_it_and_outlive_its_record(state: State) -> None:
-    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=1)
+    runs = SqlRuns(NamedQueries(state.database, sql_directory() / "state"), kept=1)
     assert list(runs.ledger_totals()) == []
     for saved in (run(1), ended(1), ended(1), ended(2), ended(3, "other")):
         runs.save(saved)
@@ -187,7 +186,7 @@ def test_the_age_of_the_last_finished_run_leaves_out_failures_and_what_lies_ahea
 
 def test_runs_ahead_of_now_do_not_push_the_others_out(state: State) -> None:
     now = datetime.now(UTC)
-    runs = SqlRuns(state.database, load_queries(sql_directory() / "state", state.database.dialect), kept=3)
+    runs = SqlRuns(NamedQueries(state.database, sql_directory() / "state"), kept=3)
     for number in range(5):
         runs.save(done(now + timedelta(days=40, minutes=number)))
     for number in range(5, 0, -1):

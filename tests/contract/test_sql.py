@@ -13,8 +13,8 @@ from uuid import uuid4
 import pytest
 
 from app.core.errors import AppError, Permanent, Rejected
-from app.db.database import NAMED, Database, load_queries, open_database, sql_directory
-from app.db.migrations import Migrated
+from app.db.database import NAMED, Database, load_queries, sql_directory
+from app.db.migrations import Migrated, open_database
 from app.db.state import State, open_state
 from postgres import WITH_PASSWORD, PostgresServer
 

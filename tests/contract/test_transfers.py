@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Rejected, Transient
 from app.object_store.local import LocalDirectory
-from app.object_store.local_transfers import LocalTransfers
 from app.object_store.port import MARK, ObjectInfo, ObjectStore, Put, Question, Stored, Transfers
-from app.object_store.s3 import S3Store
-from app.object_store.s3_client import S3Target
+from app.object_store.s3 import S3Store, S3Target
 from app.object_store.s3_multipart import PartDesk, S3Transfers, part_bytes
 from memory_objects import MemoryObjects
 from seaweed import Seaweed
@@ -117,7 +115,7 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> Both:
     if request.param == "local directory":
         local = LocalDirectory(tmp_path / "objects")
         local.probe()
-        return Both(local, LocalTransfers(local))
+        return Both(local, local)
     remote: Both = request.getfixturevalue("s3")
     return remote
 
@@ -298,21 +296,6 @@ def test_an_upload_for_which_no_place_becomes_free_is_refused_and_the_places_of_
                     pass
             with desk.place():
                 pass
-
-
-def test_a_buffer_is_used_again_while_an_upload_goes_on_and_its_memory_is_given_back_then() -> None:
-    with closing(PartDesk()) as desk:
-        with desk.place():
-            buffer = desk.buffer(10)
-            desk.give_back(buffer)
-            assert desk.buffer(10) is buffer
-            desk.give_back(buffer)
-            assert len(desk.buffer(20)) == 20, "of another size"
-            desk.give_back(buffer)
-        with desk.place():
-            assert desk.buffer(10) is not buffer
-        desk.give_back(buffer)
-        assert desk.buffer(10) is not buffer
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from app.core.errors import LeaseLost, Permanent
 from app.core.ledger import Ledger
 from app.core.pipeline import Commit
 from app.core.runs import Outcome
-from app.db.database import Database, Row, load_queries, open_database, sql_directory
-from app.db.migrations import Migrated
+from app.db.database import Database, Row, load_queries, sql_directory
+from app.db.migrations import Migrated, open_database
 from app.db.state import FILE, State, open_state
 
 BEFORE = Path(__file__).parent / "state_before_ledger"

@@ -23,9 +23,9 @@ from app.dwh.request_parsing import (
     NdjsonBody,
     Received,
 )
-from app.dwh.results import BadRequest
 from app.dwh.rows import reader
 from app.dwh.tables import EVENTS, LOCATIONS, TECHNICAL, Table
+from app.web.errors import Refusal, Refused
 from warehouse import LIMITS, ndjson, rows_of, uuid_of
 
 BIG = 1 << 20
@@ -49,7 +49,7 @@ def take(table: Table, body: Body, pieces: Sequence[bytes], **how: Any) -> Recei
         for piece in pieces:
             intake.feed(piece)
         return intake.finish()
-    except BadRequest:
+    except Refused:
         intake.received.close()
         raise
 
@@ -59,10 +59,10 @@ def values(received: Received) -> list[list[Any]]:
         return [list(row) for batch in received.read() for row in batch]
 
 
-def refused(table: Table, body: Body, sent: bytes, **how: Any) -> BadRequest:
-    with pytest.raises(BadRequest) as caught:
+def refused(table: Table, body: Body, sent: bytes, **how: Any) -> Refusal:
+    with pytest.raises(Refused) as caught:
         take(table, body, [sent], **how)
-    return caught.value
+    return caught.value.refusal
 
 
 ROWS = rows_of(TECHNICAL, 60)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.db.database import instant_text
-from app.dwh.results import RowFault
-from app.dwh.rows import instant_texts, reader, repeated_key
+from app.dwh.rows import RowFault, instant_texts, reader, repeated_key
 from app.dwh.tables import TABLES
 from warehouse import BY_NAME, rows_of, uuid_of
 

@@ -12,9 +12,9 @@ import pytest
 from app.core.errors import AppError
 from app.dwh.query import selection
 from app.dwh.request_parsing import BatchLimits
-from app.dwh.results import BadRequest
 from app.dwh.tables import DEVICES, EVENTS, LOCATIONS, PERMANENT, TABLES, TECHNICAL, Table
 from app.dwh.warehouse import MERGE_ROWS
+from app.web.errors import Refused
 from warehouse import AT, Desk, key_of, rows_of, uuid_of
 
 
@@ -150,10 +150,10 @@ def test_an_idempotency_key_gives_the_first_answer_again(desk: Desk) -> None:
     first = desk.post(EVENTS, rows_of(EVENTS, 3), caller="a", key="k")
     again = desk.post(EVENTS, rows_of(EVENTS, 3), caller="a", key="k")
     assert (list(again.ids), again.batches, again.rows, again.replayed) == (list(first.ids), 1, 3, True)
-    with pytest.raises(BadRequest, match="another request") as refused:
+    with pytest.raises(Refused, match="another request") as refused:
         desk.post(EVENTS, rows_of(EVENTS, 4), caller="a", key="k")
-    assert refused.value.status == 409
-    with pytest.raises(BadRequest):
+    assert refused.value.refusal.status == 409
+    with pytest.raises(Refused):
         desk.post(LOCATIONS, rows_of(LOCATIONS, 3), caller="a", key="k")
     assert not desk.post(EVENTS, rows_of(EVENTS, 3), caller="b", key="k").replayed
     assert len(desk.get(EVENTS)) == 3
@@ -161,7 +161,7 @@ def test_an_idempotency_key_gives_the_first_answer_again(desk: Desk) -> None:
 
 def test_a_key_is_forgotten_after_a_week(desk: Desk) -> None:
     desk.post(EVENTS, rows_of(EVENTS, 1), key="k")
-    with pytest.raises(BadRequest):
+    with pytest.raises(Refused):
         desk.post(EVENTS, rows_of(EVENTS, 2), key="k")
     desk.at = AT + timedelta(days=8)
     assert not desk.post(EVENTS, rows_of(EVENTS, 2), key="k").replayed
@@ -290,9 +290,9 @@ def test_rows_are_found_by_equality(desk: Desk, table: Table, params: dict[str, 
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_by_name(params: dict[str, Any], status: int, fault: str) -> None:
-    with pytest.raises(BadRequest) as refused:
+    with pytest.raises(Refused) as refused:
         selection(TECHNICAL, [(name, str(value)) for name, value in params.items()])
-    assert (refused.value.status, refused.value.fault) == (status, fault)
+    assert (refused.value.refusal.status, refused.value.refusal.fault) == (status, fault)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)

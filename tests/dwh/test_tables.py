@@ -4,8 +4,7 @@ import pytest
 
 from app.db.database import DIALECTS, Dialect, sql_directory
 from app.dwh.openapi import row, stored_row
-from app.dwh.table_sql import migration
-from app.dwh.tables import TABLES
+from app.dwh.tables import TABLES, migration
 
 DOCUMENTED = {
     "events-part": "events_part",

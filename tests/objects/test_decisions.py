@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo
-from app.objects.links import SECRET_BYTES, SECRET_NAME, SignedLinks, disposition
-from app.objects.requests import NotServed, Reach, check_match, check_query, expected_of, span_of, unchanged
+from app.objects.requests import (
+    SECRET_BYTES,
+    SECRET_NAME,
+    NotServed,
+    Reach,
+    SignedLinks,
+    check_match,
+    check_query,
+    disposition,
+    expected_of,
+    span_of,
+    unchanged,
+)
 from app.objects.streams import Feed, Form, boundary_of, carried, media_type
 from disk_effects import Disk
 

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from app.web.event_loop import LOOK_SECONDS, PoliteLoop, of_a_request
+from app.web.protocol import LOOK_SECONDS, PoliteLoop, of_a_request
 
 MANY = 50
 

@@ -12,22 +12,34 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from app.amplitude.archives import name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, Project
 from app.core.runs import Stop
 from app.core.windows import Window
+from app.web.api import Streamed
 from app.web.auth import needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Answers, Refusal, Refused, faults
 
 MAX_DAYS = 365
 AT_ONCE = 2
+FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip has no date for other weeks
 DAY = r"^\d{8}$"
 Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
 BUSY = Refusal(429, "two exports of Amplitude run already", "try again when one is done", headers={"Retry-After": "30"})
+
+ANSWERS: Answers = {
+    200: {"content": {"application/zip": {}}, "description": "`{year}_week_{week}.zip`"},
+    **faults(
+        {
+            409: "this source is not configured",
+            429: "two exports run already",
+            502: "Amplitude refuses, with what it says",
+            503: "Amplitude cannot be reached: send the same request again",
+        }
+    ),
+}
 
 
 def build(projects: Mapping[str, Project]) -> APIRouter:
@@ -40,7 +52,7 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
         openapi_extra=needs("pull:read"),
         summary="Events of whole days as a zip with one NDJSON file per ISO week",
         response_class=Response,
-        responses={200: {"content": {"application/zip": {}}, "description": "`{year}_week_{week}.zip`"}},
+        responses=ANSWERS,
     )
     async def export(start: Day, end: Day, source: Literal["web", "mobile"]) -> Response:
         first, last = _days(start, end)
@@ -50,34 +62,17 @@ def build(projects: Mapping[str, Project]) -> APIRouter:
             raise Refused(Refusal(409, f"the source {source} is not configured", f"set {name} and its secret key"))
         if places.locked():
             raise Refused(BUSY)
-        stop = Stop()
-        pieces = week_zip(project, first, last, stop)
         await places.acquire()
-        with ExitStack() as undo:
-            undo.callback(places.release)
+        with ExitStack() as held:
+            held.callback(places.release)
+            stop = Stop()
+            held.callback(stop.ask, "the caller went away")
+            pieces = week_zip(project, first, last, stop)
             head = await run_in_threadpool(next, pieces, b"")
-            undo.pop_all()
-        headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
-        answer = _Export(_body(head, pieces), headers=headers, media_type="application/zip")
-        answer.places, answer.stop = places, stop
-        return answer
+            headers = {"Content-Disposition": f'attachment; filename="{name_of(first)}.zip"'}
+            return Streamed(_body(head, pieces), held.pop_all(), headers=headers, media_type="application/zip")
 
     return router
-
-
-class _Export(StreamingResponse):
-    """Gives its place back and stops the fetching at its next safe point, however the answer ends."""
-
-    places: asyncio.Semaphore
-    stop: Stop
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.stop.ask("the caller went away")
-            self.places.release()
 
 
 async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
@@ -90,6 +85,9 @@ async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
 def _days(start: str, end: str) -> tuple[date, date]:
     """Both days. Raises Refused with 422."""
     first, last = _day(start, "start"), _day(end, "end")
+    if first < FIRST_DAY or last > LAST_DAY:
+        said, hint = f"no export from {start} to {end}", f"days go from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
+        raise Refused(Refusal(422, said, hint, "query.start" if first < FIRST_DAY else "query.end"))
     if first > last:
         raise Refused(Refusal(422, f"start {start} is after end {end}", "give the older day as start", "query.start"))
     if (last - first).days >= MAX_DAYS:
@@ -102,7 +100,7 @@ def _day(text: str, name: str) -> date:
         return datetime.strptime(text + "+0000", "%Y%m%d%z").date()
     except ValueError:
         hint = "write it as YYYYMMDD, such as 20240201"
-        raise Refused(Refusal(422, f"{name}={text} is no day", hint, f"query.{name}")) from None
+        raise Refused(Refusal(422, f"{name}={text} is not a valid day", hint, f"query.{name}")) from None
 
 
 def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:

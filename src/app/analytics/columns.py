@@ -1,7 +1,13 @@
-"""How the columns of foreign and own objects become the documented ones, and the rows of many objects one relation."""
+"""How the columns of our own and of other programs' objects become the documented ones, and the rows of many objects
+one relation.
+"""
 
+import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -9,7 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from app.analytics.reports import RELATION
+from app.analytics.engine import (
+    DOCUMENTED,
+    INSTANT,
+    NANOS,
+    NUMBERS,
+    PAD,
+    PAD_WITH_INSTANT,
+    RELATION,
+    TEXTS,
+    Engine,
+    UnreadableObject,
+    literal,
+    quoted,
+)
 
 # How the columns of one object become the documented ones, decided from its schema and its key alone.
 #
@@ -17,11 +36,6 @@ from app.analytics.reports import RELATION
 # of a kind that no report can use makes its object unusable, by name; everything else has a text, so nothing is
 # null in silence.
 
-TEXTS = ("device_id", "device_type", "location")
-NUMBERS = ("voltage", "current", "power", "temperature", "soc", "power_factor")
-INSTANT = "timestamp"
-NANOS = "timestamp_nanos"
-DOCUMENTED = (*TEXTS, *NUMBERS, INSTANT, NANOS)
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 CSV_SUFFIXES = (".csv", ".csv.gz")
 IN_PATH = re.compile(rf"(?<![^/])({'|'.join(TEXTS)})=([^/]*)(?=/)", re.IGNORECASE)
@@ -41,7 +55,7 @@ def format_of(key: str) -> Format:
 
 
 def suffix_of(key: str) -> str:
-    """A suffix by which DuckDB takes a copy for what it is."""
+    """The suffix of a local copy, by which DuckDB knows its format."""
     if format_of(key) != "csv":
         return PARQUET_SUFFIXES[0]
     return ".csv.gz" if key.lower().endswith(".gz") else ".csv"
@@ -168,16 +182,11 @@ def _problems(types: Mapping[str, str], source: Mapping[str, str], *, is_csv: bo
         if name == INSTANT:
             usable = instant_kind(kind) != "unusable"
         elif name in TEXTS:
-            usable = not is_nested(kind)
+            usable = not (kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "VARIANT", "UNION")))
         else:
             usable = family(kind) in ("number", "VARCHAR", "BLOB", "JSON", "") or kind.startswith("ENUM")
         if not usable:
             yield f"its column {own} is of type {kind}, which reports cannot use as {name}"
-
-
-def is_nested(kind: str) -> bool:
-    """Whether values hold other values."""
-    return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "VARIANT", "UNION"))
 
 
 def distinct(names: Sequence[str]) -> Sequence[str]:
@@ -185,7 +194,7 @@ def distinct(names: Sequence[str]) -> Sequence[str]:
     collisions: dict[str, int] = {}
     found = []
     for name in names:
-        while (low := _lower(name)) in collisions:
+        while (low := name.encode().lower().decode()) in collisions:  # DuckDB lowers ASCII letters only
             collisions[low] += 1
             name = f"{name}_{collisions[low]}"  # noqa: PLW2901 - the next try, as DuckDB's reader does it
         collisions[low] = 0
@@ -193,9 +202,81 @@ def distinct(names: Sequence[str]) -> Sequence[str]:
     return found
 
 
-def _lower(name: str) -> str:
-    """As DuckDB does: ASCII only."""
-    return name.encode().lower().decode()
+# The columns of files, as they stand in them: of Parquet from the footer, of CSV from the first line.
+
+NESTED = "NESTED"
+HEADER_CHARACTERS = 1 << 20
+HINT = "save it as UTF-8 with commas and a first line of column names"
+SCHEMA = "SELECT file_name, name, duckdb_type, num_children FROM parquet_schema({})"
+Columns = Mapping[str, str]
+"""Column -> type, in the file's order."""
+
+
+def schemas(engine: Engine, files: Sequence[tuple[str, str]]) -> Mapping[str, Columns]:
+    """File -> its columns, for pairs of file and key. Raises UnreadableObject when one of them cannot be read."""
+    found: dict[str, Columns] = {file: _of_csv(file) for file, key in files if format_of(key) == "csv"}
+    if names := [file for file, _ in files if file not in found]:
+        for file, columns in _of_parquet(engine.rows(SCHEMA.format(literal(names)))).items():
+            found[file] = columns
+            if NESTED in columns.values():  # a footer spells their types out in pieces
+                source = f"read_parquet({literal([file])}, hive_partitioning = false)"
+                types = engine.columns(f"SELECT * FROM {source}", {}).values()  # noqa: S608 - our own copy
+                found[file] = {
+                    name: known if kind == NESTED else kind
+                    for (name, kind), known in zip(columns.items(), types, strict=True)
+                }
+    return found
+
+
+def _of_csv(file: str) -> Columns:
+    """All are text; a column without a name gets one, as the index that pandas writes first."""
+    opened = gzip.open if file.endswith(".gz") else open
+    try:
+        with opened(file, "rt", encoding="utf-8-sig", newline="") as text:
+            header = next(csv.reader(io.StringIO(_first_record(text), newline=""), strict=True), [])
+    except (UnicodeDecodeError, csv.Error, OSError, EOFError, zlib.error) as error:
+        raise UnreadableObject(f"{file}: its first line is not CSV in UTF-8: {error}", HINT) from error
+    if not any(header):
+        raise UnreadableObject(f"{file}: its first line has no names", HINT)
+    columns: dict[str, str] = {}
+    for place, name in enumerate(header):
+        columns[_free(columns, name or f"column{place}")] = "VARCHAR"
+    return columns
+
+
+def _free(columns: Columns, name: str) -> str:
+    """The name, with a number when it is there already."""
+    number, own = 0, name
+    while own in columns:
+        number += 1
+        own = f"{name}_{number}"
+    return own
+
+
+def _first_record(text: io.TextIOBase) -> str:
+    """The header, which ends at the first newline outside of quotes."""
+    record = text.readline(HEADER_CHARACTERS)
+    while record.count('"') % 2 and len(record) < HEADER_CHARACTERS and (line := text.readline(HEADER_CHARACTERS)):
+        record += line
+    return record
+
+
+def _of_parquet(rows: Sequence[tuple[str, str, str | None, int | None]]) -> Mapping[str, dict[str, str]]:
+    """File -> top-level column -> type, from the elements of each file's schema, depth first, the root first."""
+    found: dict[str, dict[str, str]] = {}
+    awaited: list[int] = []  # children still to come, of each element on the way down
+    for file, name, kind, children in rows:
+        if file not in found:
+            found[file], awaited = {}, [children or 0]
+            continue
+        if len(awaited) == 1:
+            found[file][_free(found[file], name)] = kind or NESTED
+        awaited[-1] -= 1
+        if children:
+            awaited.append(children)
+        while len(awaited) > 1 and awaited[-1] == 0:
+            awaited.pop()
+    return found
 
 
 # The rows of many objects as one table expression of DuckDB, in which every documented column has its type.
@@ -204,7 +285,6 @@ def _lower(name: str) -> str:
 # further column keeps objects from being read together; instants are UTC without a zone, whole microseconds, of the
 # years 1 to 9999; numbers are finite; what is not so is null.
 
-PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999  # the years 1 to 9999
 CSV = "header = true, auto_detect = false, delim = ',', quote = '\"', escape = '\"', nullstr = ''"
 
@@ -224,43 +304,10 @@ REWRITTEN = (
 ISO = r"^\d{4}-\d{1,2}-\d{1,2}([T ]|$)"
 
 
-def write_pads(connection: Any, folder: Path) -> None:
-    """Files without rows, but with every documented column: one joins each read, so that a column that no object has is
-    null instead of an error, and no object at all is an empty table.
-    """
-    columns = [f"CAST(NULL AS VARCHAR) AS {name}" for name in TEXTS]
-    columns += [f'CAST(NULL AS DOUBLE) AS "{name}"' for name in NUMBERS]
-    columns.append(f"CAST(NULL AS SMALLINT) AS {NANOS}")
-    for name, more in ((PAD, []), (PAD_WITH_INSTANT, [f"CAST(NULL AS TIMESTAMP) AS {INSTANT}"])):
-        listed = ", ".join([*columns, *more])
-        connection.execute(f"COPY (SELECT {listed} LIMIT 0) TO {literal(str(folder / name))} (FORMAT parquet)")
-
-
-def literal(value: Any) -> str:
-    """A value as it stands in SQL."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(literal, value))}]"
-    return "'" + str(value).replace("'", "''") + "'"
-
-
-def quoted(name: str) -> str:
-    """A name as it stands in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 def relation(folder: Path, files: Sequence[File], *, file_name: str = "") -> str:
     """The rows of all files; `folder` has the pads. `file_name` adds a column with the file under that name."""
     casts = _casts(files)
-    groups = _grouped(files, casts)
-    if not groups:
-        return f"{_rows(folder, [], casts, file_name)} AS {RELATION}"
-    selects = [_rows(folder, group, casts, file_name) for group in groups]
+    selects = [_rows(folder, group, casts, file_name) for group in _grouped(files, casts) or [[]]]
     if len(selects) == 1:
         return f"{selects[0]} AS {RELATION}"
     together = " UNION ALL BY NAME ".join(f"SELECT * FROM {each}" for each in selects)  # noqa: S608 - our own
@@ -270,23 +317,23 @@ def relation(folder: Path, files: Sequence[File], *, file_name: str = "") -> str
 def file_column(files: Sequence[File]) -> str:
     """A name for the column with the file, which no file has."""
     name = "file_of_row"
-    while any(name in own.lower_names for own in _readings(files)):
+    while any(name in some[0].reading.lower_names for some in _by_reading(files)):
         name += "_"
     return name
 
 
-def _readings(files: Sequence[File]) -> Sequence[ColumnReading]:
-    """Each one once."""
-    return list({id(file.reading): file.reading for file in files}.values())
+def _by_reading(files: Sequence[File]) -> Sequence[Sequence[File]]:
+    """Files whose columns are read in the same way, together."""
+    found: dict[int, list[File]] = {}
+    for file in files:
+        found.setdefault(id(file.reading), []).append(file)
+    return list(found.values())
 
 
 def _grouped(files: Sequence[File], casts: Mapping[str, str]) -> Sequence[Sequence[File]]:
     """Files that one query can read, together."""
-    by_reading: dict[int, list[File]] = {}
-    for file in files:
-        by_reading.setdefault(id(file.reading), []).append(file)
     groups: dict[Any, list[File]] = {}
-    for some in by_reading.values():
+    for some in _by_reading(files):
         own = some[0].reading
         types = tuple(own.types[own.further[name]] if name in own.further else "" for name in casts)
         groups.setdefault((own.kind, types), []).extend(some)
@@ -299,7 +346,7 @@ def _casts(files: Sequence[File]) -> Mapping[str, str]:
     """
     types: dict[str, set[str]] = {}
     in_csv: set[str] = set()
-    for own in _readings(files):
+    for own in (some[0].reading for some in _by_reading(files)):
         for name, known in own.further.items():
             if own.is_csv:
                 in_csv.add(name)
@@ -329,8 +376,11 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
                 replaced[known] = f"TRY_CAST(rows.{quoted(known)} AS {kind})"
         if own.from_path:
             file_name = given_column or file_column(files)
-            joined = _path_join(files, own, file_name)
             hidden += [] if given_column else [file_name]
+            lines = [[file.name, *map(path_texts(file.key).get, own.from_path)] for file in files]
+            values = ", ".join(f"({', '.join(map(literal, line))})" for line in lines)
+            names = ", ".join(["file", *own.from_path])
+            joined = f" INNER JOIN (VALUES {values}) AS path({names}) ON path.file = rows.{quoted(file_name)}"
     typed = ", ".join(f"{expression} AS {quoted(name)}" for name, expression in replaced.items())
     source = raw_rows(folder, files, file_name)
     if own is not None and own.has_unnamed:
@@ -340,15 +390,6 @@ def _rows(folder: Path, files: Sequence[File], casts: Mapping[str, str], given_c
         without = f"EXCLUDE ({', '.join(map(quoted, hidden))}) " if hidden else ""
         columns = f"rows.* {without}REPLACE ({typed})"
     return f"(SELECT {columns} FROM {source}{joined})"  # noqa: S608 - own names, files as literals
-
-
-def _path_join(files: Sequence[File], own: ColumnReading, file_name: str) -> str:
-    lines = []
-    for file in files:
-        texts = path_texts(file.key)
-        lines.append(f"({', '.join(literal(each) for each in (file.name, *(texts[name] for name in own.from_path)))})")
-    names = ", ".join(["file", *own.from_path])
-    return f" INNER JOIN (VALUES {', '.join(lines)}) AS path({names}) ON path.file = rows.{quoted(file_name)}"
 
 
 def raw_rows(folder: Path, files: Sequence[File], file_name: str = "") -> str:

@@ -1,11 +1,16 @@
-"""DuckDB, locked down: one instance, a cursor per query, bounded memory and threads, an end to every query.
+"""DuckDB, locked down: one instance, a cursor per query, bounded memory and threads, a time limit on every query.
 
 Invariants: after the set-up nothing can be changed, loaded, attached or reached but the objects below the prefix and
 the folder of this process; only a single SELECT is run, whose tables are the rows of objects or its own; nothing is
-downloaded, since the one extension comes with a package. This is DuckDB's home: its exceptions end here, see `errors`.
+downloaded, since the one extension comes with a package. DuckDB's exceptions end here: only what may be an object's
+fault becomes UnreadableObject, which costs a listing and another run; a wrong report and a full disk are errors at
+once.
 """
 
+import errno
 import json
+import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +19,51 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.analytics.columns import literal, write_pads
-from app.analytics.errors import MESSAGE_CHARACTERS, translated
-from app.analytics.reports import RELATION
-from app.core.errors import Permanent, Rejected
+from app.core.errors import AppError, Permanent, Rejected, Transient
 
+RELATION = "telemetry"
+TEXTS = ("device_id", "device_type", "location")
+NUMBERS = ("voltage", "current", "power", "temperature", "soc", "power_factor")
+INSTANT = "timestamp"
+NANOS = "timestamp_nanos"
+DOCUMENTED: Mapping[str, str] = {
+    **dict.fromkeys(TEXTS, "VARCHAR"),
+    **dict.fromkeys(NUMBERS, "DOUBLE"),
+    INSTANT: "TIMESTAMP",
+    NANOS: "SMALLINT",
+}
+"""The columns that a report always finds -> their types."""
+
+PAD, PAD_WITH_INSTANT = "columns.parquet", "columns-with-instant.parquet"
 SOURCES = frozenset({"range", "generate_series", "unnest", "repeat"})
 FORBIDDEN = frozenset({"write_log", "parse_duckdb_log_message", "nextval", "currval"})
 SPILL = "1GB"
+MESSAGE_CHARACTERS = 300
+RETRY_HINT = "no action needed, it is retried; if this goes on, look at the object that is named"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# By its text, since pyarrow hands DuckDB's errors on without their class.
+WRONG = re.compile(
+    r"(Binder|Catalog|Parser|Syntax|Permission|Not implemented|Conversion|Out of Range|Divide by Zero|Mismatch Type"
+    r"|Invalid type|Invalid Input|Expression|Sequence|Parameter Not \w+) Error: "
+)
+# What is said of objects' bytes: names of objects end in .parquet, and where none is named, one of these words is.
+OF_OBJECTS = re.compile(r"parquet|csv error|corrupt|unicode|string encoding|bitpacked|stats size", re.IGNORECASE)
+
+
+class UnreadableObject(Transient):
+    """An object could not be read, or changed while it was: list again, then read again."""
+
+
+class Wrong(Permanent):
+    """The query cannot be run over whole objects: the report is wrong."""
+
+
+class TooLarge(Permanent):
+    """The query needs more memory or disk than it may use."""
+
+
+class Unbound(Wrong):
+    """A name or a type does not fit. Unless objects that changed since they were listed do not fit together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +99,14 @@ class Engine:
         self.limits = limits
         self.remote = remote
         self._lock = threading.Lock()
-        self._made: Any = None
+        self._connection: Any = None
 
     def close(self) -> None:
-        """Give the memory back. A later query opens it anew."""
+        """Give the memory back. A later query opens it again."""
         with self._lock:
-            made, self._made = self._made, None
-        if made is not None:
-            made.close()
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def columns(self, sql: str, values: Mapping[str, Any]) -> Mapping[str, str]:
         """Name -> type of what `sql` would answer."""
@@ -91,22 +133,21 @@ class Engine:
 
     @contextmanager
     def _cursor(self, seconds: float | None) -> Iterator[Any]:
-        with translated(seconds), self._instance().cursor() as cursor:
-            timer = threading.Timer(seconds, cursor.interrupt) if seconds else None
-            if timer:
-                timer.daemon = True
-                timer.start()
+        with self._lock:
+            if self._connection is None:
+                self._connection = _opened(self.folder, self.limits, self.remote)
+            connection = self._connection
+        with translated(seconds), connection.cursor() as cursor:
+            if seconds is None:
+                yield cursor
+                return
+            timer = threading.Timer(seconds, cursor.interrupt)
+            timer.daemon = True
+            timer.start()
             try:
                 yield cursor
             finally:
-                if timer:
-                    timer.cancel()
-
-    def _instance(self) -> Any:
-        with self._lock:
-            if self._made is None:
-                self._made = _opened(self.folder, self.limits, self.remote)
-            return self._made
+                timer.cancel()
 
 
 def _opened(folder: Path, limits: EngineLimits, remote: Remote | None) -> Any:
@@ -125,22 +166,28 @@ def _opened(folder: Path, limits: EngineLimits, remote: Remote | None) -> Any:
         "memory_limit": f"{limits.memory_mb}MB",
         "temp_directory": str(spill),
         "max_temp_directory_size": SPILL,
-        "enable_external_file_cache": False,  # what it keeps may be of another version than what is read next
+        "enable_external_file_cache": False,  # it may hold another version than the one that is read next
     }
-    for name, value in settings.items():
-        connection.execute(f"SET GLOBAL {name} = {literal(value)}")
+    _set(connection, settings)
     allowed = [f"{folder}/"]
     if remote is not None:
         allowed.append(_open_remote(connection, remote))
-    write_pads(connection, folder)
-    connection.execute(f"SET GLOBAL allowed_directories = {literal(allowed)}")
-    connection.execute("SET GLOBAL enable_external_access = false")
-    connection.execute("SET GLOBAL lock_configuration = true")
+    # Files without rows but with every documented column: one joins each read, so that a column that no object has is
+    # null instead of an error, and no object at all is an empty table.
+    for name, left_out in ((PAD, INSTANT), (PAD_WITH_INSTANT, "")):
+        columns = ", ".join(f'CAST(NULL AS {kind}) AS "{own}"' for own, kind in DOCUMENTED.items() if own != left_out)
+        connection.execute(f"COPY (SELECT {columns} LIMIT 0) TO {literal(str(folder / name))} (FORMAT parquet)")
+    _set(connection, {"allowed_directories": allowed, "enable_external_access": False, "lock_configuration": True})
     return connection
 
 
+def _set(connection: Any, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        connection.execute(f"SET GLOBAL {name} = {literal(value)}")
+
+
 def _open_remote(connection: Any, remote: Remote) -> str:
-    """Load the extension of the package, set it up, and hand it the keys; what may be read."""
+    """Load the extension of the package, set it up, and hand it the keys; the URL of what may be read."""
     connection.execute(f"LOAD {literal(str(extension()))}")
     settings = {
         "force_download": remote.whole,  # one request: the object is one version, whoever replaces it meanwhile
@@ -149,8 +196,7 @@ def _open_remote(connection: Any, remote: Remote) -> str:
         "http_timeout": 20,
         "http_retries": 2,
     }
-    for name, value in settings.items():
-        connection.execute(f"SET GLOBAL {name} = {literal(value)}")
+    _set(connection, settings)
     scope = f"s3://{remote.bucket}/{remote.prefix}/" if remote.prefix else f"s3://{remote.bucket}/"
     secret = {
         "KEY_ID": remote.access_key_id,
@@ -176,6 +222,24 @@ def extension() -> Path:
     raise Permanent("the httpfs extension of DuckDB is not installed", "install Headwater again")
 
 
+def literal(value: Any) -> str:
+    """A value as a SQL literal."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def quoted(name: str) -> str:
+    """A name as a SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def checked(parsed: Mapping[str, Any]) -> set[str]:
     """Names of the parameters of a parsed text. Raises Rejected for what a report may not do."""
     if parsed["error"]:
@@ -183,9 +247,12 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
     if len(parsed["statements"]) != 1:
         raise Rejected("there is more than one statement", "a report is one SELECT")
     nodes = list(_nodes(parsed["statements"]))
-    own = {name.lower() for node in nodes for name in _named(node)}
+    own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:
-        _check_node(node, own)
+        if refused := _refused_in(node, own):
+            raise Rejected(
+                f"{refused} is not for reports"[:MESSAGE_CHARACTERS], "read FROM read_parquet({{S3_PATH}}) only"
+            )
     return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
 
@@ -200,27 +267,66 @@ def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
             waiting.extend(one)
 
 
-def _named(node: Mapping[str, Any]) -> Iterator[str]:
-    """Names that WITH gives in this node."""
-    for entry in (node.get("cte_map") or {}).get("map", ()):
-        yield str(entry["key"])
+def _refused_in(node: Mapping[str, Any], own: set[str]) -> str:
+    """What of this node a report may not do, "" for nothing. `own`: names that WITH gives."""
+    match node.get("type"):
+        case "BASE_TABLE":
+            name = str(node["table_name"])
+            if node["schema_name"] or node["catalog_name"] or name.lower() not in own | {RELATION}:
+                return f"table {name!r}"
+        case "TABLE_FUNCTION":
+            name = str(node["function"].get("function_name"))
+            if name.lower() not in SOURCES:
+                return f"table function {name}()"
+        case "SHOW_REF":
+            return "DESCRIBE, SHOW and SUMMARIZE"
+        case "FUNCTION" if str(node.get("function_name")).lower() in FORBIDDEN:
+            return f"function {node['function_name']}()"
+    return ""
 
 
-def _check_node(node: Mapping[str, Any], own: set[str]) -> None:
-    kind, name = node.get("type"), ""
-    if kind == "BASE_TABLE":
-        name = str(node["table_name"])
-        if node["schema_name"] or node["catalog_name"] or name.lower() not in own | {RELATION}:
-            raise _refused(f"table {name!r}")
-    elif kind == "TABLE_FUNCTION":
-        name = str(node["function"].get("function_name"))
-        if name.lower() not in SOURCES:
-            raise _refused(f"table function {name}()")
-    elif kind == "SHOW_REF":
-        raise _refused("DESCRIBE, SHOW and SUMMARIZE")
-    elif kind == "FUNCTION" and str(node.get("function_name")).lower() in FORBIDDEN:
-        raise _refused(f"function {node['function_name']}()")
+@contextmanager
+def translated(seconds: float | None) -> Iterator[None]:
+    """Every exception of DuckDB as an error with the next step; `seconds` is the time limit of the query."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, UnicodeDecodeError, OSError) as error:
+        # UnicodeDecodeError: a message that quotes bytes of a torn read; OSError: what pyarrow makes of DuckDB's errors
+        raise _error(error, seconds) from error
 
 
-def _refused(what: str) -> Rejected:
-    return Rejected(f"{what} is not for reports"[:MESSAGE_CHARACTERS], "read FROM read_parquet({{S3_PATH}}) only")
+@contextmanager
+def written() -> Iterator[None]:
+    """A full disk as an error that says so; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise _disk_full(str(error)) from error
+        raise
+
+
+def _disk_full(text: str) -> Transient:
+    return Transient(f"the disk is full: {text}"[:MESSAGE_CHARACTERS], "make room in DATA_DIR")
+
+
+def _error(error: Exception, seconds: float | None) -> AppError:
+    import duckdb
+
+    said = str(error).split("\n\nLINE ", 1)[0]  # what follows quotes the statement
+    text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
+    if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
+        hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
+        return Transient(f"the report took longer than {seconds or 0:g} s", hint)
+    if getattr(error, "errno", None) in FULL or any(os.strerror(number) in said for number in FULL):
+        return _disk_full(text)
+    if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
+        hint = "narrow its parameters, or raise ANALYTICS_MEMORY_MB"
+        return TooLarge(f"needs more memory or disk: {text}", hint)
+    if isinstance(error, UnicodeDecodeError):
+        return UnreadableObject("an object changed while it was read", RETRY_HINT)
+    if not WRONG.match(text) or OF_OBJECTS.search(said):
+        return UnreadableObject(text, RETRY_HINT)
+    return (Unbound if text.startswith("Binder") else Wrong)(text, "correct its SQL file")

@@ -1,9 +1,9 @@
 """Rows as the bytes of an answer: JSON, CSV, Parquet or an Excel sheet.
 
 Invariants: an answer is whole before its first byte is sent; its memory is bounded by a spool; instants are ISO 8601
-with Z in text and UTC in types; what is no number (NaN, infinity) is null in JSON; a decimal is a number wherever a
-number can be. Nothing in a cell of a sheet becomes a formula. CSV is left as it is, because it is data for programs: a
-text that begins with = is a formula to a spreadsheet that opens it.
+with Z in text and UTC in types; NaN and infinity are null in JSON; a decimal is a number wherever a number can be.
+Nothing in a cell of a sheet becomes a formula. CSV is left as it is, because it is data for programs: a text that
+begins with = is a formula to a spreadsheet that opens it.
 """
 
 import io
@@ -20,8 +20,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analytics.builtin_reports import ReportTable
-from app.analytics.errors import written
+from app.analytics.engine import written
+from app.analytics.reports import ReportTable
 from app.core.errors import Rejected
 
 MEDIA: Mapping[str, str] = {
@@ -77,12 +77,23 @@ class AnswerShape:
 
 
 def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnswer:
-    """The answer with these rows."""
+    """The answer with these rows. JSON needs no pyarrow, so that an idle daemon answers without importing it."""
     _check_rows(len(table.rows), shape)
     if shape.format == "json":
-        names = [name for name, _ in table.columns]
-        return _spooled(folder, lambda spool: _write_json(spool, names, [table.rows], shape))
-    return of_batches(_arrow(table).to_reader(BATCH_ROWS), shape, folder)
+        return _spooled(folder, lambda spool: _write_json(spool, list(table.columns), [table.rows], shape))
+    import pyarrow as pa
+
+    types = {
+        "text": pa.string(),
+        "integer": pa.int64(),
+        "number": pa.float64(),
+        "instant": pa.timestamp("us"),
+        "date": pa.date32(),
+    }
+    schema = pa.schema([(name, types[kind]) for name, kind in table.columns.items()])
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return of_batches(pa.table(arrays, schema=schema).to_reader(BATCH_ROWS), shape, folder)
 
 
 def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
@@ -127,15 +138,12 @@ def _plain(schema: Any) -> Any:
     """The schema with instants in UTC without a zone, and without dictionaries."""
     import pyarrow as pa
 
-    return pa.schema([(column.name, _plain_type(column.type)) for column in schema])
+    def plain(kind: Any) -> Any:
+        if pa.types.is_timestamp(kind):
+            return pa.timestamp("us")
+        return kind.value_type if pa.types.is_dictionary(kind) else kind
 
-
-def _plain_type(kind: Any) -> Any:
-    import pyarrow as pa
-
-    if pa.types.is_timestamp(kind):
-        return pa.timestamp("us")
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.schema([(column.name, plain(column.type)) for column in schema])
 
 
 def _cast(batch: Any, schema: Any) -> Any:
@@ -149,52 +157,30 @@ def _rows(batch: Any) -> Sequence[tuple[Any, ...]]:
     return list(zip(*(column.to_pylist() for column in _cast(batch, _plain(batch.schema)).columns), strict=True))
 
 
-def _arrow(table: ReportTable) -> Any:
-    import pyarrow as pa
-
-    types = {
-        "text": pa.string(),
-        "integer": pa.int64(),
-        "number": pa.float64(),
-        "instant": pa.timestamp("us"),
-        "date": pa.date32(),
-    }
-    schema = pa.schema([(name, types[kind]) for name, kind in table.columns])
-    columns = list(zip(*table.rows, strict=True)) or [()] * len(schema)
-    return pa.table(
-        [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)], schema=schema
-    )
-
-
-def said(value: Any) -> Any:
-    """A value as it stands in JSON."""
+def to_json(value: Any) -> Any:
+    """A value as JSON has it. DuckDB gives decimals for sums of whole numbers, and for literals such as 1.5."""
+    found: Any
     match value:
         case float():
-            return value if math.isfinite(value) else None
+            found = value if math.isfinite(value) else None
         case None | int() | str():
-            return value
+            found = value
         case Decimal():
-            return _number(value)
+            is_whole = value.as_tuple().exponent == 0 and int(value) in WHOLE
+            found = int(value) if is_whole else float(value)
         case datetime():
-            return f"{value.replace(tzinfo=None).isoformat()}Z"
+            found = f"{value.replace(tzinfo=None).isoformat()}Z"
         case date():
-            return value.isoformat()
+            found = value.isoformat()
+        case bytes():
+            found = value.hex()
+        case Mapping():
+            found = {str(name): to_json(each) for name, each in value.items()}
+        case list() | tuple():
+            found = [to_json(each) for each in value]
         case _:
-            return _said_deep(value)
-
-
-def _number(value: Decimal) -> int | float:
-    """Sums of whole numbers, and literals such as 1.5, come as decimals from DuckDB."""
-    is_whole = value.as_tuple().exponent == 0 and int(value) in WHOLE
-    return int(value) if is_whole else float(value)
-
-
-def _said_deep(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): said(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [said(each) for each in value]
-    return value.hex() if isinstance(value, bytes) else str(value)
+            found = str(value)
+    return found
 
 
 def _write_json(
@@ -207,12 +193,12 @@ def _write_json(
     if shape.answer == "object":
         first = next((row for block in blocks for row in block), None)
         row = first or (None,) * len(names)
-        spool.write(encode({name: said(value) for name, value in zip(names, row, strict=True)})[:-1] + tail + b"}")
+        spool.write(encode({name: to_json(value) for name, value in zip(names, row, strict=True)})[:-1] + tail + b"}")
         return
     count = 0
     spool.write(b"{%s:[" % encode(shape.answer))
     for block in blocks:
-        lines = encode([{name: said(value) for name, value in zip(names, row, strict=True)} for row in block])
+        lines = encode([{name: to_json(value) for name, value in zip(names, row, strict=True)} for row in block])
         spool.write((b"," if count and block else b"") + lines[1:-1])
         count += len(block)
     spool.write(b'],"count":%d%s}' % (count, tail))
@@ -244,7 +230,7 @@ def _json_texts(values: Any) -> Any:
     import pyarrow as pa
 
     return pa.array(
-        [None if value is None else msgspec.json.encode(said(value)).decode() for value in values.to_pylist()],
+        [None if value is None else msgspec.json.encode(to_json(value)).decode() for value in values.to_pylist()],
         pa.string(),
     )
 
@@ -271,22 +257,20 @@ def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
         rows = (row for batch in batches for row in _rows(batch))
         for number, row in enumerate(rows, 1):
             for column, value in enumerate(row):
-                _write_cell(sheet, (number, column), value, days)
+                if type(value) is date:
+                    sheet.write_datetime(number, column, value, days)
+                elif (cell := _cell(value)) is not None:
+                    sheet.write(number, column, cell)
 
 
-def _write_cell(sheet: Any, place: tuple[int, int], value: Any, days: Any) -> None:
-    """An empty cell for null and for what is no number."""
-    if type(value) is date:
-        sheet.write_datetime(*place, value, days)
-    elif value is not None and not (isinstance(value, float) and not math.isfinite(value)):
-        sheet.write(*place, value if isinstance(value, IN_CELLS) else _text(value))
-
-
-def _text(value: Any) -> str:
+def _cell(value: Any) -> Any:
+    """None leaves the cell empty: for null, NaN and infinity."""
     import msgspec
 
-    found = said(value)
-    return found if isinstance(found, str) else msgspec.json.encode(found).decode()
+    if isinstance(value, IN_CELLS):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    found = to_json(value)
+    return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
 
 
 WRITERS: Mapping[str, Callable[[Any, Any, Iterable[Any]], None]] = {

@@ -2,9 +2,8 @@
 
 Invariants: in a directory every file is pinned by a link, or copied, before it is read; in a bucket every object is
 fetched whole by one request, and where one is too large for that, the answer counts only if no object has changed
-meanwhile. Whatever goes wrong with an object, the objects are listed again and the report run again, a few times only;
-one with which it still goes wrong is left out and named, and takes no other with it; what is wrong with a report is
-told at once.
+meanwhile. Whatever goes wrong with an object, the objects are listed again and the report is run again, a few times
+only; one that still fails is left out and named, and hinders no other; an error of the report itself is raised at once.
 """
 
 import json
@@ -18,10 +17,8 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Protocol
 
-from app.analytics.aggregate import schemas
-from app.analytics.columns import File, family, file_of, format_of, relation, suffix_of
-from app.analytics.engine import Engine, Remote
-from app.analytics.errors import RETRY_HINT, TooLarge, Unbound, UnreadableObject, Wrong
+from app.analytics.columns import File, family, file_of, format_of, relation, schemas, suffix_of
+from app.analytics.engine import RETRY_HINT, Engine, Remote, TooLarge, Unbound, UnreadableObject, Wrong
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import Reads, ReportDefinition
 from app.analytics.summaries import Summaries
@@ -30,10 +27,10 @@ from app.db.object_summaries import Version, VersionToRead
 
 ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
-BROKEN = 20  # more than that are no single objects' fault
+BROKEN = 20  # more than that is not the fault of single objects
 BROKEN_SECONDS = 600.0
 WARNINGS = 20
-STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not that of count(*) or of a product
+STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a product
 LeftOut = Mapping[Version, tuple[str, str]]
 """Version -> key and reason."""
 
@@ -75,7 +72,12 @@ class LocalObjects:
                     files.append(file_of(str(file), source.key, source.columns))
                 elif etag is not None:
                     newer.append((str(file), source.key))
-            yield self.engine, [*files, *_described(self.engine, newer)]
+            found = schemas(self.engine, newer) if newer else {}
+            described = [file_of(name, key, json.dumps(found[name])) for name, key in newer]
+            for each in described:
+                if each.reading.problem:
+                    raise UnreadableObject(f"{each.key}: {each.reading.problem}", RETRY_HINT)
+            yield self.engine, [*files, *described]
 
     def certain(self, sources: Sequence[VersionToRead]) -> bool:
         """See `Objects.certain`: a link stays what it is."""
@@ -85,16 +87,6 @@ class LocalObjects:
     def close(self) -> None:
         """See `Objects.close`."""
         self.engine.close()
-
-
-def _described(engine: Engine, files: Sequence[tuple[str, str]]) -> Sequence[File]:
-    """Files, each with its key, whose columns are not known yet. Raises UnreadableObject for what no report can use."""
-    found = schemas(engine, files) if files else {}
-    described = [file_of(name, key, json.dumps(found[name])) for name, key in files]
-    for file in described:
-        if file.reading.problem:
-            raise UnreadableObject(f"{file.key}: {file.reading.problem}", RETRY_HINT)
-    return described
 
 
 class BucketObjects:
@@ -169,14 +161,12 @@ class Queries:
         """Raises Permanent for a report that may not or cannot be run."""
         if report.text in self._checked:
             return
-        declared = {each.name for each in report.parameters}
         try:
-            with _named(report):
-                used = self._local.check(report.sql())
+            used = self._local.check(report.sql())
         except (Rejected, UnreadableObject) as error:
             raise Permanent(f"report {report.name}.sql: {error.message}", error.hint) from error
-        if used != declared:
-            names = ", ".join(sorted(used ^ declared))
+        if odd := used ^ {each.name for each in report.parameters}:
+            names = ", ".join(sorted(odd))
             raise Permanent(f"report {report.name}.sql: {names}", "declare each parameter once and use it as $name")
         self._checked.add(report.text)
 
@@ -199,17 +189,23 @@ class Queries:
             return self._answer(report, values, shape)
 
     def _answer(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> ReportAnswer:
-        """Without the objects that are known to be broken; where the report does not fit, without those whose columns
-        are of another kind than in most.
+        """Without the objects with which this report went wrong a while ago; where the report does not fit, without
+        those whose columns are of another kind than in most.
         """
         found = self._sources(report.reads, values)
-        broken = self._known_broken(report, found)
+        now = time.monotonic()
+        faults = {
+            version: text
+            for (path, version), (text, until) in self._broken.items()
+            if until > now and path == report.path
+        }
+        broken = {one.version: (one.key, faults[one.version]) for one in found if one.version in faults}
         sources = [source for source in found if source.version not in broken]
         try:
             return self._attempt(report, values, shape, sources, broken)
         except Wrong:
             for odd in odd_ones(report.text, sources):
-                with suppress(Wrong):  # the error of the whole is told
+                with suppress(Wrong):  # the error over all objects is raised below
                     return self._attempt(report, values, shape, sources, {**broken, **odd})
             raise
 
@@ -225,25 +221,13 @@ class Queries:
         with self._objects.opened(sources) as (engine, files), _by_key(files):
             rows = relation(engine.folder, files)
             with _fitting(engine, rows), engine.batches(report.sql(rows), values, BATCH_ROWS) as reader:
-                answer = of_batches(reader, _warned(shape, left_out), engine.folder)
+                answer = of_batches(reader, _with_warnings(shape, left_out), engine.folder)
         if not self._objects.certain(sources):
             self._summaries.refresh()
             if not self._summaries.holds(sources):
-                raise UnreadableObject(
-                    "objects were replaced while they were read", "nothing to do: they are read again"
-                )
+                raise UnreadableObject("objects were replaced while they were read", RETRY_HINT)
         answer.left_out = len(left_out)
         return answer
-
-    def _known_broken(self, report: ReportDefinition, sources: Sequence[VersionToRead]) -> LeftOut:
-        """Those of the sources with which this report went wrong a while ago."""
-        now = time.monotonic()
-        held = {
-            version: text
-            for (path, version), (text, until) in self._broken.items()
-            if until > now and path == report.path
-        }
-        return {one.version: (one.key, held[one.version]) for one in sources if one.version in held} if held else {}
 
     def _find_broken(self, report: ReportDefinition, values: Mapping[str, Any], shape: AnswerShape) -> bool:
         """Remember each object with which alone the report goes wrong, twice, while it does not with others. False when
@@ -284,15 +268,13 @@ class Queries:
         return ""
 
     def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[VersionToRead]:
-        def value(name: str) -> Any:
-            return values[name] if name else None
-
-        return self._summaries.sources(value(reads.device), value(reads.since), value(reads.until))
+        limits = (values[name] if name else None for name in (reads.device, reads.since, reads.until))
+        return self._summaries.sources(*limits)
 
 
 @contextmanager
 def _named(report: ReportDefinition) -> Iterator[None]:
-    """What is wrong with a report, with its name."""
+    """Errors of a report with its name."""
     try:
         yield
     except TooLarge as error:
@@ -316,7 +298,7 @@ def _fitting(engine: Engine, relation: str) -> Iterator[None]:
 
 @contextmanager
 def _by_key(files: Sequence[File]) -> Iterator[None]:
-    """An object that is named, by its key and not by that of a copy."""
+    """Errors with the key of an object instead of the name of its copy."""
     try:
         yield
     except UnreadableObject as error:
@@ -326,8 +308,8 @@ def _by_key(files: Sequence[File]) -> Iterator[None]:
         raise UnreadableObject(message, error.hint) from error
 
 
-def _warned(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
-    """With what is left out among the warnings."""
+def _with_warnings(shape: AnswerShape, left_out: LeftOut) -> AnswerShape:
+    """The shape with a warning for each object that is left out."""
     found = [{"object": key, "message": f"left out of this report: {reason}"} for key, reason in left_out.values()]
     if len(found) > WARNINGS:
         more = {"object": "", "message": f"{len(found) - WARNINGS} more objects are left out of this report"}

@@ -1,4 +1,5 @@
-"""Reports: one SQL file each, with its title, its typed parameters and the shape of its answer in comments at its head.
+"""Reports: one SQL file each, with title, typed parameters and the shape of its answer in comments at its head; and
+what the built-in ones answer from the summaries.
 
     -- title: Each device over time          what it is called
     -- path: devices/latest                  where it is served; the file's name with dashes unless said
@@ -10,16 +11,19 @@
 Invariant: values reach DuckDB only as bound parameters; the one thing that is filled into the text is the placeholder.
 """
 
+import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from app.analytics.engine import NANOS, NUMBERS, RELATION
 from app.core.errors import Permanent, Rejected
+from app.db.object_summaries import NO_DAY, DaySummary, Pair
 
-RELATION = "telemetry"
 PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
@@ -35,10 +39,6 @@ MAX_TEXT = 1000
 def _instant(text: str) -> datetime:
     instant = datetime.fromisoformat(text)
     return instant.astimezone(UTC).replace(tzinfo=None) if instant.tzinfo else instant
-
-
-def _flag(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
 def _text(text: str) -> str:
@@ -58,7 +58,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "text": (_text, f"text of at most {MAX_TEXT} characters"),
     "integer": (_whole, "a whole number"),
     "number": (float, "a number"),
-    "boolean": (_flag, "true or false"),
+    "boolean": (lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()], "true or false"),
     "date": (date.fromisoformat, "a date such as 2026-02-07"),
     "timestamp": (_instant, "an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"),
 }
@@ -132,20 +132,16 @@ def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
     two have one path.
     """
     reports: dict[str, ReportDefinition] = {}
-    for folder in folders:
-        for file in sorted(folder.glob("*.sql")):
-            report = parse(file.stem, _read(file))
-            if report.path in reports:
-                raise _fault(report.name, f"the path {report.path} is another report's", "rename the file")
-            reports[report.path] = report
+    for file in (file for folder in folders for file in sorted(folder.glob("*.sql"))):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _fault(file.stem, f"cannot be read: {error}", "make it a readable UTF-8 file") from error
+        report = parse(file.stem, text)
+        if report.path in reports:
+            raise _fault(report.name, f"the path {report.path} is another report's", "rename the file")
+        reports[report.path] = report
     return reports
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _fault(file.stem, f"cannot be read: {error}", "make it a readable UTF-8 file") from error
 
 
 def parse(name: str, text: str) -> ReportDefinition:
@@ -159,27 +155,28 @@ def parse(name: str, text: str) -> ReportDefinition:
             head.setdefault(found[1], []).append(found[2].strip())
         elif line.startswith("--"):
             words.append(line.removeprefix("--").strip())
+
+    def last(field: str, default: str) -> str:
+        return head[field][-1] if field in head else default
+
     text = text.strip().removesuffix(";")
     if "{{" in PLACEHOLDER.sub("", text):
         raise _fault(name, "holds {{...}} elsewhere", "write FROM read_parquet({{S3_PATH}}), nothing else is filled in")
-    path = _last(head, "path", name.replace("_", "-"))
+    path = last("path", name.replace("_", "-"))
     if not PATH.fullmatch(path) or path in TAKEN:
         raise _fault(name, f"the path {path[:80]!r} cannot be", "use other words of a to z, 0 to 9, - and _")
+    parameters = [_parameter(name, line) for line in head.get("param", ())]
     return ReportDefinition(
         name=name,
         path=path,
-        title=_last(head, "title", name.replace("_", " ")),
+        title=last("title", name.replace("_", " ")),
         description=" ".join(words),
         text=text,
-        parameters=(parameters := [_parameter(name, line) for line in head.get("param", ())]),
-        reads=_reads(name, _last(head, "reads", ""), {each.name: each.kind for each in parameters}),
-        answer=_last(head, "answer", "data"),
-        summary=_last(head, "summary", ""),
+        parameters=parameters,
+        reads=_reads(name, last("reads", ""), {each.name: each.kind for each in parameters}),
+        answer=last("answer", "data"),
+        summary=last("summary", ""),
     )
-
-
-def _last(head: Mapping[str, Sequence[str]], name: str, default: str) -> str:
-    return head[name][-1] if name in head else default
 
 
 def _parameter(report: str, line: str) -> Parameter:
@@ -216,3 +213,145 @@ def _reads(report: str, line: str, kinds: Mapping[str, str]) -> Reads:
 
 def _fault(report: str, message: str, hint: str) -> Permanent:
     return Permanent(f"report {report}.sql: {message}", hint)
+
+
+# What the built-in reports answer, from aggregates by device and day.
+#
+# Invariant: the answer depends on the parts alone and not on their order, so the same objects give the same bytes.
+
+LATEST = ("timestamp", *NUMBERS, "device_type", "location", NANOS)
+"""The columns of the latest reading, as they are kept; older versions kept it without the nanoseconds at the end."""
+
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - instants in answers are UTC without a zone, as DuckDB's are
+ColumnKind = Literal["text", "integer", "number", "instant", "date"]
+NUMBER: ColumnKind = "number"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """Rows, and column -> kind in their order; instants are UTC without a zone."""
+
+    columns: Mapping[str, ColumnKind]
+    rows: Sequence[tuple[Any, ...]]
+
+
+def merged(parts: Iterable[DaySummary]) -> Mapping[Pair, DaySummary]:
+    """One part for each pair."""
+    by_pair: dict[Pair, list[DaySummary]] = {}
+    for part in parts:
+        by_pair.setdefault((part.device, part.day), []).append(part)
+    return {pair: many[0] if len(many) == 1 else _merged(many) for pair, many in by_pair.items()}
+
+
+def _merged(parts: Sequence[DaySummary]) -> DaySummary:
+    """The sum of parts; device and day are those of the first."""
+    return DaySummary(
+        device=parts[0].device,
+        day=parts[0].day,
+        rows=sum(part.rows for part in parts),
+        min_us=min((part.min_us for part in parts if part.min_us is not None), default=None),
+        max_us=max((part.max_us for part in parts if part.max_us is not None), default=None),
+        voltage_sum=_sum(part.voltage_sum for part in parts),
+        voltage_count=sum(part.voltage_count for part in parts),
+        temperature_max=max((part.temperature_max for part in parts if part.temperature_max is not None), default=None),
+        soc_sum=_sum(part.soc_sum for part in parts),
+        soc_count=sum(part.soc_count for part in parts),
+        latest=max((part.latest for part in parts if part.latest is not None), key=_rank, default=None),
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Exact to the last bit, whatever the order."""
+    held = [value for value in values if value is not None]
+    try:
+        return math.fsum(held) if held else None
+    except OverflowError:
+        return math.inf
+
+
+def _rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+    """By instant and its nanoseconds; ties as DuckDB orders structs: from left to right, null above all."""
+    instant, *values = latest[: len(LATEST) - 1]
+    nanos = latest[-1] if len(latest) == len(LATEST) else 0
+    return [(value is None, 0 if value is None else value) for value in (instant, nanos, *values)]
+
+
+def _mean(total: float | None, count: int) -> float | None:
+    return total / count if total is not None and count and math.isfinite(total) else None
+
+
+def _at(microseconds: int | None) -> datetime | None:
+    return None if microseconds is None else EPOCH + timedelta(microseconds=microseconds)
+
+
+def _devices(days: Mapping[Pair, DaySummary]) -> Mapping[str, list[DaySummary]]:
+    """Device id -> its parts, oldest first; by code point, as DuckDB sorts. Rows without a device are left out."""
+    by_text: dict[str, list[DaySummary]] = {}
+    for part in sorted(days.values(), key=lambda part: part.day):
+        by_text.setdefault(part.device, []).append(part)
+    found = {json.loads(text): parts for text, parts in by_text.items()}
+    return {device: found[device] for device in sorted(device for device in found if device is not None)}
+
+
+def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | None, int]:
+    """First and last instant, and the number of rows."""
+    first = min((part.min_us for part in parts if part.min_us is not None), default=None)
+    last = max((part.max_us for part in parts if part.max_us is not None), default=None)
+    return _at(first), _at(last), sum(part.rows for part in parts)
+
+
+def overview(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """One row."""
+    first, last, rows = _span(days.values())
+    devices = len({part.device for part in days.values()} - {"null"})
+    return ReportTable(
+        {"total_rows": "integer", "device_count": "integer", "min_timestamp": "instant", "max_timestamp": "instant"},
+        [(rows, devices, first, last)],
+    )
+
+
+def daily_summary(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """A row for each device and day."""
+    rows = [
+        (
+            device,
+            date(1970, 1, 1) + timedelta(days=part.day),
+            _mean(part.voltage_sum, part.voltage_count),
+            part.temperature_max,
+            _mean(part.soc_sum, part.soc_count),
+            part.rows,
+        )
+        for device, parts in _devices(days).items()
+        for part in parts
+        if part.day != NO_DAY
+    ]
+    numbers = dict.fromkeys(("avg_voltage", "max_temperature", "avg_soc"), NUMBER)
+    return ReportTable({"device_id": "text", "date": "date", **numbers, "row_count": "integer"}, rows)
+
+
+def devices(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """A row for each device."""
+    return ReportTable(
+        {"device_id": "text", "first_seen": "instant", "last_seen": "instant", "total_records": "integer"},
+        [(device, *_span(parts)) for device, parts in _devices(days).items()],
+    )
+
+
+def device_latest(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """The latest reading of each device that has one with an instant."""
+    rows = [
+        (device, _at(latest[0]), *latest[1 : len(LATEST) - 1])
+        for device, parts in _devices(days).items()
+        if (latest := parts[-1].latest) is not None
+    ]
+    numbers = dict.fromkeys(NUMBERS, NUMBER)
+    texts: Mapping[str, ColumnKind] = {"device_type": "text", "location": "text"}
+    return ReportTable({"device_id": "text", "timestamp": "instant", **numbers, **texts}, rows)
+
+
+TABLES = {
+    "overview": overview,
+    "daily_summary": daily_summary,
+    "devices": devices,
+    "device_latest": device_latest,
+}

@@ -1,8 +1,8 @@
 """/analytics: a route for each report, the list of them, the schema of the data, and the page to explore them with.
 
 Invariants: the built-in answers come from memory and touch no file; everything else runs in a thread, once for all who
-ask the same; the event loop is never held. Every answer says of when it is, what it took, and under which ETag it is
-known.
+ask for the same; the event loop is never held. Every answer carries when the objects were listed, how long it took and
+its ETag.
 """
 
 import asyncio
@@ -15,17 +15,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from app.analytics.builtin_reports import TABLES
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
-from app.analytics.reports import Parameter, ReportDefinition
-from app.analytics.service import ReportRequest, ReportService, headers_of, key_of, text_of, unchanged, warnings_of
+from app.analytics.reports import TABLES, Parameter, ReportDefinition
+from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
 from app.analytics.summaries import View
 from app.core.errors import AppError, Rejected, Transient
 from app.web.auth import OPEN, needs
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, faults
 
-SCOPE = "analytics:read"
-READ = needs(SCOPE)
+READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
 POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
@@ -46,29 +44,35 @@ TYPES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def build(serving: ReportService) -> APIRouter:
+def build(analytics: Analytics) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
     for path, (name, media_type) in ASSETS.items():
         _asset(router, path, name, media_type)
-    router.add_api_route(
+
+    @router.get(
         "/analytics",
-        _listing(serving),
-        methods=["GET"],
         openapi_extra=READ,
         summary="All reports, with their parameters and columns",
         name="list_reports",
     )
-    router.add_api_route(
+    async def listing() -> Response:
+        if not analytics.described:
+            reports = analytics.reports.values()
+            analytics.described[:] = await run_in_threadpool(lambda: [_described(analytics, each) for each in reports])
+        return JSONResponse({"count": len(analytics.described), "reports": analytics.described})
+
+    @router.get(
         "/analytics/schema",
-        _schema(serving),
-        methods=["GET"],
         openapi_extra=READ,
         summary="Columns of the data, and how much of it there is",
         name="read_schema",
     )
-    for report in serving.analytics.reports.values():
-        _report(router, serving, report)
+    async def schema() -> Response:
+        return JSONResponse(_schema(analytics, await _view(analytics)))
+
+    for report in analytics.reports.values():
+        _report(router, analytics, report)
     return router
 
 
@@ -80,8 +84,8 @@ def _asset(router: APIRouter, path: str, name: str, media_type: str) -> None:
         return Response(content, media_type=media_type)
 
 
-def _report(router: APIRouter, serving: ReportService, report: ReportDefinition) -> None:
-    answer = _answering(serving, report)
+def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:
+    answer = _answering(analytics, report)
     paths = [f"/analytics/{report.path}", *([f"/{report.path}"] if report.path in ALIASES else [])]
     for path in paths:
         router.add_api_route(
@@ -116,72 +120,79 @@ def _parameter(parameter: Parameter) -> Mapping[str, Any]:
 
 def _answers() -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
-    return {200: {"description": "the answer", "content": content}, 304: {"description": "it has not changed"}}
+    return {
+        200: {"description": "the answer", "content": content},
+        304: {"description": "it has not changed"},
+        **faults(
+            {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
+        ),
+    }
 
 
-def _answering(serving: ReportService, report: ReportDefinition) -> Callable[[Request], Any]:
+def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Request], Any]:
     async def answer(request: Request) -> Response:
         began = time.perf_counter()
         asked = _asked(report, request)
-        view = await _view(serving)
-        warnings = warnings_of(view, serving.analytics.refresher.trouble)
+        view = await _view(analytics)
+        warnings = warnings_of(view, analytics.refresher.trouble)
         key = key_of(asked, view, warnings)
-        found = serving.flights.held(key)
+        found = analytics.cache.held(key)
         if found is None:
-            make = _from_memory if asked.from_memory else _from_objects
             shape = AnswerShape(asked.format, report.answer, [dict(each) for each in warnings])
-            keep_seconds = LONG_SECONDS if asked.from_memory else serving.analytics.refresh_seconds
-            found = await serving.flights.answer(key, lambda: make(serving, asked, view, shape), keep_seconds)
-        serving.remember(request.scope, asked)
-        headers = headers_of(asked, view, found, began)
-        if unchanged(found, request.headers.get("if-none-match", "")):
-            del headers["Content-Length"]
-            return Response(status_code=304, headers=headers)
+            keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
+
+            def make() -> ReportAnswer:
+                if asked.from_memory:
+                    return of_table(TABLES[report.summary](view.days), shape, analytics.workplace.folder)
+                return analytics.queries.run(report, asked.values, shape)
+
+            found = await analytics.cache.answer(key, make, keep_seconds)
+        analytics.remember(request.scope, asked)
+        tags = request.headers.get("if-none-match", "")
+        status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
+        if status == UNCHANGED:
+            return Response(status_code=status, headers=headers)
         if found.size_bytes <= SMALL_BYTES:  # a stream costs a task group and threads, and many may wait for one answer
-            return Response(b"".join(found.pieces()), headers=headers, media_type=MEDIA[asked.format])
-        return StreamingResponse(found.pieces(), headers=headers, media_type=MEDIA[asked.format])
+            return Response(b"".join(found.pieces()), headers=headers)
+        return StreamingResponse(found.pieces(), headers=headers)
 
     return answer
 
 
 class Quick:
-    """The API, but for answers that are held already: those leave at once, to whom may have them.
+    """The API, but for cached answers of reports: those are sent at once.
 
-    Most requests for reports are of this kind, and finding the route takes longer than all the rest of them.
+    Most requests for reports are of this kind, and routing would take longer than the rest of such a request.
     """
 
-    def __init__(self, api: Asgi, serving: ReportService) -> None:
+    def __init__(self, api: Asgi, analytics: Analytics) -> None:
         self._api = api
-        self._serving = serving
+        self._analytics = analytics
+        reports = analytics.reports.values()
+        self._paths = {f"{start}/{report.path}" for report in reports for start in ("", "/analytics")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
         began = time.perf_counter()
-        found = self._held(scope) if scope["type"] == "http" else None
+        found = self._held(scope) if scope["path"] in self._paths else None
         if found is None:
             await self._api(scope, receive, send)
             return
         asked, view, answer = found
         sent = next((value for name, value in scope["headers"] if name == b"if-none-match"), b"").decode("latin-1")
-        known = unchanged(answer, sent)
-        headers = headers_of(asked, view, answer, began)
-        if known:
-            del headers["Content-Length"]
-        else:
-            headers["Content-Type"] = MEDIA[asked.format]
+        status, headers = reply_of(asked, view, answer, if_none_match=sent, began=began)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 304 if known else 200, "headers": raw})
-        await send({"type": "http.response.body", "body": b"" if known else b"".join(answer.pieces())})
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        await send({"type": "http.response.body", "body": b"" if status == UNCHANGED else b"".join(answer.pieces())})
 
     def _held(self, scope: Scope) -> tuple[ReportRequest, View, ReportAnswer] | None:
-        """What is held for this request, small enough to leave in one piece, if its caller may have it."""
-        asked = self._serving.remembered(scope)
-        view = self._serving.analytics.summaries.view
-        grant = scope.get("state", {}).get("grant")
-        if asked is None or view is None or grant is None or not grant.allows(SCOPE):
+        """The cached answer of this request, small enough to be sent in one piece."""
+        asked = self._analytics.parsed.get((scope["path"], scope["query_string"]))
+        view = self._analytics.summaries.view
+        if scope["method"] != "GET" or asked is None or view is None:
             return None
-        warnings = warnings_of(view, self._serving.analytics.refresher.trouble)
-        answer = self._serving.flights.held(key_of(asked, view, warnings))
+        warnings = warnings_of(view, self._analytics.refresher.trouble)
+        answer = self._analytics.cache.held(key_of(asked, view, warnings))
         return (asked, view, answer) if answer is not None and answer.size_bytes <= SMALL_BYTES else None
 
 
@@ -206,13 +217,13 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     return ReportRequest(report, values, own["format"], own["scan"] == "true")
 
 
-async def _view(serving: ReportService) -> View:
+async def _view(analytics: Analytics) -> View:
     """The last listing; before the first one, wait a while for it."""
     until = time.monotonic() + FIRST_SECONDS
-    if serving.analytics.summaries.view is None and serving.analytics.refresher.trouble is None:
-        serving.analytics.refresher.hurry()
-    while (view := serving.analytics.summaries.view) is None:
-        trouble = serving.analytics.refresher.trouble
+    if analytics.summaries.view is None and analytics.refresher.trouble is None:
+        analytics.refresher.hurry()
+    while (view := analytics.summaries.view) is None:
+        trouble = analytics.refresher.trouble
         if trouble is not None:
             raise trouble
         if time.monotonic() > until:
@@ -221,27 +232,9 @@ async def _view(serving: ReportService) -> View:
     return view
 
 
-def _from_memory(serving: ReportService, asked: ReportRequest, view: View, shape: AnswerShape) -> ReportAnswer:
-    return of_table(TABLES[asked.report.summary](view.days), shape, serving.analytics.workplace.folder)
-
-
-def _from_objects(serving: ReportService, asked: ReportRequest, _: View, shape: AnswerShape) -> ReportAnswer:
-    return serving.analytics.queries.run(asked.report, asked.values, shape)
-
-
-def _listing(serving: ReportService) -> Callable[[], Any]:
-    async def listing() -> Response:
-        if not serving.described:
-            reports = serving.analytics.reports.values()
-            serving.described[:] = await run_in_threadpool(lambda: [_described(serving, each) for each in reports])
-        return JSONResponse({"count": len(serving.described), "reports": serving.described})
-
-    return listing
-
-
-def _described(serving: ReportService, report: ReportDefinition) -> Mapping[str, Any]:
+def _described(analytics: Analytics, report: ReportDefinition) -> Mapping[str, Any]:
     try:
-        columns = [{"name": name, "type": kind} for name, kind in serving.analytics.queries.columns(report).items()]
+        columns = [{"name": name, "type": kind} for name, kind in analytics.queries.columns(report).items()]
         fault = {}
     except AppError as error:
         columns, fault = [], {"fault": {"message": error.message, "hint": error.hint}}
@@ -262,22 +255,16 @@ def _described(serving: ReportService, report: ReportDefinition) -> Mapping[str,
     }
 
 
-def _schema(serving: ReportService) -> Callable[[], Any]:
-    async def schema() -> Response:
-        view = await _view(serving)
-        columns = [
-            {"name": name, "types": dict(types), "objects": sum(types.values())}
-            for name, types in sorted(view.columns.items())
-        ]
-        return JSONResponse(
-            {
-                "as_of": text_of(view.as_of),
-                "objects": view.objects,
-                "rows": view.rows,
-                "bytes": view.size_bytes,
-                "columns": columns,
-                "warnings": [dict(each) for each in warnings_of(view, serving.analytics.refresher.trouble)],
-            }
-        )
-
-    return schema
+def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:
+    columns = [
+        {"name": name, "types": dict(types), "objects": sum(types.values())}
+        for name, types in sorted(view.columns.items())
+    ]
+    return {
+        "as_of": text_of(view.as_of),
+        "objects": view.objects,
+        "rows": view.rows,
+        "bytes": view.size_bytes,
+        "columns": columns,
+        "warnings": [dict(each) for each in warnings_of(view, analytics.refresher.trouble)],
+    }

@@ -1,5 +1,5 @@
-"""/analytics put together: requests understood, answers shared and kept, the engines, and the thread that keeps
-summaries fresh.
+"""/analytics put together: parsed requests, shared and cached answers, the engines, and the thread that keeps summaries
+fresh.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from app.analytics.engine import Engine, EngineLimits, Remote
-from app.analytics.formats import ReportAnswer
+from app.analytics.formats import MEDIA, ReportAnswer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import ReportDefinition, load_reports
 from app.analytics.summaries import Summaries, View
@@ -32,12 +32,9 @@ from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
 
-# One run for all who ask the same at once, and its answer kept while it holds.
-#
-# Invariants: an answer is kept for one state of the objects only, and when it may depend on the clock for a short
-# time only; what is over is given back with the next question at the latest; large answers, which lie on disk, are
-# not kept; few reports run at once, the others wait for their turn within limits. For the event loop's thread
-# alone.
+# Invariants: an answer is kept for one state of the objects only, and for a short time only when it may depend on the
+# clock; an expired answer is dropped with the next request at the latest; large answers, which lie on disk, are not
+# kept; few reports run at once, the others wait for their turn within limits.
 
 PLACES = 2
 KEPT_ANSWERS = 64
@@ -46,31 +43,22 @@ WAIT_SECONDS = 30.0
 WAITING = 200
 
 
-@dataclass(frozen=True, slots=True)
-class KeptAnswer:
-    """An answer and until when it may be given, by the monotonic clock."""
-
-    answer: ReportAnswer
-    until: float
-
-
-class Flights:
-    """See the module."""
+class SingleFlightCache:
+    """One run for all who ask for the same at once; its answer is kept while it holds. Event loop's thread only."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, KeptAnswer] = OrderedDict()
-        self._soonest = math.inf  # no answer that is kept is over before
+        self._kept: OrderedDict[Hashable, tuple[ReportAnswer, float]] = OrderedDict()  # until when, monotonic
+        self._soonest = math.inf  # no answer that is kept expires earlier
         self._running: dict[Hashable, asyncio.Task[ReportAnswer]] = {}
         self._places = asyncio.Semaphore(PLACES)
 
     def held(self, key: Hashable) -> ReportAnswer | None:
         """The answer that is kept under `key` and still holds."""
-        self._drop_what_is_over()
-        held = self._kept.get(key)
-        if held is None:
+        self._drop_expired()
+        if key not in self._kept:
             return None
         self._kept.move_to_end(key)
-        return held.answer
+        return self._kept[key][0]
 
     async def answer(self, key: Hashable, make: Callable[[], ReportAnswer], keep_seconds: float) -> ReportAnswer:
         """The answer of `make`, run in a thread, once for all who wait for `key`. Raises what it raises, and Transient
@@ -82,7 +70,7 @@ class Flights:
                 raise busy()
             running = asyncio.create_task(self._run(make))
             self._running[key] = running
-            running.add_done_callback(lambda task: self._landed(key, task, keep_seconds))
+            running.add_done_callback(lambda task: self._keep(key, task, keep_seconds))
         return await asyncio.shield(running)
 
     async def _run(self, make: Callable[[], ReportAnswer]) -> ReportAnswer:
@@ -96,36 +84,101 @@ class Flights:
         finally:
             self._places.release()
 
-    def _landed(self, key: Hashable, task: "asyncio.Task[ReportAnswer]", keep_seconds: float) -> None:
+    def _keep(self, key: Hashable, task: "asyncio.Task[ReportAnswer]", keep_seconds: float) -> None:
         self._running.pop(key, None)
-        self._drop_what_is_over()
+        self._drop_expired()
         if task.cancelled() or task.exception() is not None or task.result().size_bytes > KEPT_BYTES:
             return
         until = time.monotonic() + keep_seconds
-        self._kept[key] = KeptAnswer(task.result(), until)
+        self._kept[key] = task.result(), until
         self._kept.move_to_end(key)
         self._soonest = min(self._soonest, until)
         while len(self._kept) > KEPT_ANSWERS:
             self._kept.popitem(last=False)
 
-    def _drop_what_is_over(self) -> None:
+    def _drop_expired(self) -> None:
         now = time.monotonic()
         if now >= self._soonest:
-            for key in [key for key, held in self._kept.items() if held.until <= now]:
+            for key in [key for key, (_, until) in self._kept.items() if until <= now]:
                 del self._kept[key]
-            self._soonest = min((held.until for held in self._kept.values()), default=math.inf)
+            self._soonest = min((until for _, until in self._kept.values()), default=math.inf)
 
 
 def busy() -> Transient:
-    """Too many at once."""
+    """The error when too many run at once."""
     return Transient("too many reports are waiting", "send the same request again later", retry_after_seconds=5)
 
 
-# /analytics put together: the folder of this process, the engines, and the thread that keeps the summaries fresh.
-#
+# Invariant: the key of an answer holds everything that the answer depends on: report, parameters, format, the state of
+# the objects, and the warnings.
+
+REMEMBERED = 256
+UNCHANGED = 304
+WARNINGS = 20
+Warnings = tuple[tuple[tuple[str, str], ...], ...]
+Scope = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRequest:
+    """A parsed request for a report. `scan`: run it although there is a summary."""
+
+    report: ReportDefinition
+    values: Mapping[str, Any]
+    format: str
+    scan: bool
+
+    @property
+    def from_memory(self) -> bool:
+        """Whether the summaries have the answer."""
+        return bool(self.report.summary) and not self.scan
+
+
+def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
+    """What the answer depends on."""
+    return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
+
+
+def reply_of(
+    asked: ReportRequest, view: View, answer: ReportAnswer, *, if_none_match: str, began: float
+) -> tuple[int, dict[str, str]]:
+    """Status and headers: 304 when the caller has this answer already. `began` is by the performance counter."""
+    source = "summary" if asked.from_memory else "duckdb"
+    headers = {
+        "ETag": answer.etag,
+        "X-Data-As-Of": text_of(view.as_of),
+        "Server-Timing": f"{source};dur={(time.perf_counter() - began) * 1000:.2f}",
+        "Cache-Control": "private, no-cache",
+        "Content-Length": str(answer.size_bytes),
+    }
+    if warnings := len(view.faults) + answer.left_out:
+        headers["X-Warnings"] = str(warnings)
+    if asked.format != "json":
+        headers["Content-Disposition"] = f'attachment; filename="{asked.report.name}.{asked.format}"'
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    if answer.etag in tags or "*" in tags:
+        del headers["Content-Length"]
+        return UNCHANGED, headers
+    return 200, {**headers, "Content-Type": MEDIA[asked.format]}
+
+
+def warnings_of(view: View, trouble: AppError | None) -> Warnings:
+    """Objects that are left out or not wholly understood, and why the answer is not of now."""
+    found = list(view.faults[:WARNINGS])
+    if len(view.faults) > WARNINGS:
+        found.append(("", f"{len(view.faults) - WARNINGS} more objects are left out or not wholly understood"))
+    if trouble is not None:
+        found.append(("", f"not up to date: {trouble}"))
+    return tuple((("object", key), ("message", fault)) for key, fault in found)
+
+
+def text_of(at: datetime) -> str:
+    """ISO 8601 with milliseconds and Z."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+
 # Invariants: building touches nothing; where nobody ever asked, nothing is listed and DuckDB is not imported; from
-# the first request on, also after later starts, summaries are kept fresh; nothing that ends a refresh ends the
-# refreshing.
+# the first request on, also after later starts, summaries are kept fresh; a failed refresh is followed by the next one.
 
 FOLDER = "analytics"
 LOCK = "lock"
@@ -162,18 +215,18 @@ class Refresher:
         self._awake.set()
 
     def close(self, seconds: float) -> None:
-        """End; a refresh that goes on is waited for that long and no longer."""
+        """End, waiting at most that long for a refresh that is running."""
         self._ended = True
         self._awake.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def _turn(self) -> None:
-        """Each refresh runs in a thread of its own, so that whatever it raises ends there and is told."""
+        """Each refresh runs in a thread of its own, so that whatever it raises ends there and is logged."""
         pause_seconds = FIRST_SECONDS
         with ThreadPoolExecutor(1, thread_name_prefix="analytics") as one:
             asked = one.submit(self._is_asked)
-            if asked.exception() is None and not asked.result():  # a failure is that of the refresh too, which tells it
+            if asked.exception() is None and not asked.result():  # the refresh fails and logs in the same way
                 self._awake.wait()
             while True:
                 self._awake.wait(pause_seconds)
@@ -195,7 +248,9 @@ class Refresher:
         known = isinstance(error, AppError)
         trouble = error if isinstance(error, AppError) else AppError(f"{type(error).__name__}: {error}", "see the log")
         if self.trouble is None or self.trouble.message != trouble.message:
-            log.warning("analytics: answers stay as they are: %s", trouble, exc_info=None if known else error)
+            log.warning(
+                "analytics: refresh failed; serving stale results: %s", trouble, exc_info=None if known else error
+            )
         self.trouble = trouble
 
 
@@ -257,7 +312,9 @@ def _locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Analytics:
-    """What the routes serve."""
+    """What the routes act on. `parsed`: requests by path and query, the newest last; `described`: the list of reports
+    with their columns.
+    """
 
     reports: Mapping[str, ReportDefinition]
     summaries: Summaries
@@ -265,6 +322,9 @@ class Analytics:
     refresher: Refresher
     workplace: Workplace
     refresh_seconds: float
+    cache: SingleFlightCache = field(default_factory=SingleFlightCache)
+    parsed: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
+    described: list[Mapping[str, Any]] = field(default_factory=list)
 
     def start(self) -> None:
         """Begin to refresh."""
@@ -276,6 +336,12 @@ class Analytics:
         self.refresher.close(seconds)
         self.queries.close()
         self.workplace.leave()
+
+    def remember(self, scope: Scope, asked: ReportRequest) -> None:
+        """Keep a parsed request, for the next one with the same path and query."""
+        if len(self.parsed) >= REMEMBERED:
+            del self.parsed[next(iter(self.parsed))]
+        self.parsed[scope["path"], scope["query_string"]] = asked
 
 
 def build(
@@ -300,18 +366,13 @@ def build(
     else:
         objects = BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
     return Analytics(
-        reports=load_reports(_folders(analytics.reports_dir)),
+        reports=load_reports([folder for folder in (sql_directory() / "analytics", analytics.reports_dir) if folder]),
         summaries=summaries,
         queries=Queries(summaries, objects, local),
         refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,
     )
-
-
-def _folders(own: Path | None) -> Sequence[Path]:
-    shipped = sql_directory() / "analytics"
-    return [shipped, own] if own else [shipped]
 
 
 def _remote(settings: Settings, keys: Keys, *, whole: bool) -> Remote:
@@ -329,97 +390,3 @@ def _remote(settings: Settings, keys: Keys, *, whole: bool) -> Remote:
         session_token=keys[2],
         whole=whole,
     )
-
-
-# A request for a report, understood, and what its answer is known by; what was understood before is remembered.
-#
-# Invariant: an answer is known by everything that it depends on: report, parameters, format, the state of the
-# objects, and what is said beside it.
-
-REMEMBERED = 256
-WARNINGS = 20
-Warnings = tuple[tuple[tuple[str, str], ...], ...]
-Scope = MutableMapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ReportRequest:
-    """A request for a report, understood. `scan`: run it although there is a summary."""
-
-    report: ReportDefinition
-    values: Mapping[str, Any]
-    format: str
-    scan: bool
-
-    @property
-    def from_memory(self) -> bool:
-        """Whether the summaries have the answer."""
-        return bool(self.report.summary) and not self.scan
-
-
-@dataclass(frozen=True, slots=True)
-class ReportService:
-    """What the routes act on. `asked`: requests that were understood before, by path and query, the newest last."""
-
-    analytics: Analytics
-    flights: Flights = field(default_factory=Flights)
-    described: list[Mapping[str, Any]] = field(default_factory=list)
-    asked: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
-
-    def remember(self, scope: Scope, asked: ReportRequest) -> None:
-        """Understand this request at once the next time."""
-        if len(self.asked) >= REMEMBERED:
-            del self.asked[next(iter(self.asked))]
-        self.asked[scope["path"], scope["query_string"]] = asked
-
-    def remembered(self, scope: Scope) -> ReportRequest | None:
-        """What this request asks for, when it was understood before."""
-        return self.asked.get((scope["path"], scope["query_string"])) if scope["method"] == "GET" else None
-
-
-def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
-    """What the answer depends on."""
-    return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
-
-
-def headers_of(asked: ReportRequest, view: View, answer: ReportAnswer, began: float) -> dict[str, str]:
-    """What every answer carries; `began` is by the performance counter."""
-    source = "summary" if asked.from_memory else "duckdb"
-    headers = {
-        "ETag": answer.etag,
-        "X-Data-As-Of": text_of(view.as_of),
-        "Server-Timing": f"{source};dur={(time.perf_counter() - began) * 1000:.2f}",
-        "Cache-Control": "private, no-cache",
-        "Content-Length": str(answer.size_bytes),
-    }
-    if warnings := len(view.faults) + answer.left_out:
-        headers["X-Warnings"] = str(warnings)
-    if asked.format != "json":
-        headers["Content-Disposition"] = f'attachment; filename="{asked.report.name}.{asked.format}"'
-    return headers
-
-
-def unchanged(answer: ReportAnswer, if_none_match: str) -> bool:
-    """Whether the caller has this answer already."""
-    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    return answer.etag in tags or "*" in tags
-
-
-def warnings_of(view: View, trouble: AppError | None) -> Warnings:
-    """Objects that are left out or not wholly understood, and why the answer is not of now."""
-    found = [(("object", key), ("message", fault)) for key, fault in view.faults[:WARNINGS]]
-    if len(view.faults) > WARNINGS:
-        found.append(
-            (
-                ("object", ""),
-                ("message", f"{len(view.faults) - WARNINGS} more objects are left out or not wholly understood"),
-            )
-        )
-    if trouble is not None:
-        found.append((("object", ""), ("message", f"not up to date: {trouble}")))
-    return tuple(found)
-
-
-def text_of(at: datetime) -> str:
-    """ISO 8601 with milliseconds and Z."""
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"

@@ -8,20 +8,21 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.appmetrica.client import SERVICE, NotReady
-from app.appmetrica.export_request import (
+from app.appmetrica.client import (
     COLUMN,
     LOCAL,
+    SERVICE,
     ExportInProgress,
     Exports,
     LogsRequest,
+    NotReady,
     logs_request,
     longer,
     request_of,
@@ -30,9 +31,10 @@ from app.appmetrica.export_request import (
 from app.appmetrica.rows import merged
 from app.core.errors import AppError
 from app.core.runs import Stop
-from app.db.run_records import PendingExport
+from app.db.state import PendingExport
+from app.web.api import Streamed
 from app.web.auth import needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Answers, Refusal, Refused, faults
 
 OWNER = "routes"
 AT_ONCE = 8
@@ -42,6 +44,7 @@ UNCONFIGURED = Refusal(
 )
 BUSY = Refusal(429, "many callers wait for exports already", "try again later", headers={"Retry-After": "30"})
 READ = needs("pull:read")
+NOT_SET = faults({409: "AppMetrica is not configured"})
 
 
 class ExportRequest(BaseModel):
@@ -55,6 +58,30 @@ class ExportRequest(BaseModel):
     by_receipt: bool = Field(default=False, description="when the service received it, not when it happened")
 
 
+class ExportWaiting(BaseModel):
+    """An export that is not there yet."""
+
+    export_id: int
+    status: Literal["waiting"]
+    progress: int | None = Field(description="percent, where the service says so")
+    message: str
+
+
+FETCHED: Answers = {
+    200: {"content": {"text/csv": {}}, "description": "the file"},
+    202: {"model": ExportWaiting, "description": "it is not there yet; ask again after Retry-After"},
+    **NOT_SET,
+    **faults(
+        {
+            404: "no export has this number",
+            429: "many callers wait already",
+            502: "AppMetrica refuses, with what it says",
+            503: "AppMetrica cannot be reached: send the same request again",
+        }
+    ),
+}
+
+
 def build(exports: Exports | None) -> APIRouter:
     """All routes of this module; None = not configured."""
     router = APIRouter(prefix="/appmetrica", tags=["appmetrica"])
@@ -65,7 +92,11 @@ def build(exports: Exports | None) -> APIRouter:
         return {"module": SERVICE, **_ping(exports)}
 
     @router.post(
-        "/exports", openapi_extra=READ, summary="Ask for an export; the number to fetch it by", status_code=201
+        "/exports",
+        openapi_extra=READ,
+        summary="Ask for an export; the number to fetch it by",
+        status_code=201,
+        responses=NOT_SET,
     )
     def ask(wanted: ExportRequest) -> dict[str, Any]:
         known = _configured(exports)
@@ -78,7 +109,7 @@ def build(exports: Exports | None) -> APIRouter:
         openapi_extra=READ,
         summary="The file of an export: 200 with it, 202 while it is made",
         response_class=Response,
-        responses={200: {"content": {"text/csv": {}}}, 202: {"description": "it is not there yet; ask again"}},
+        responses=FETCHED,
     )
     async def fetch(
         export_id: Annotated[int, Query(ge=1, le=2**53)],
@@ -129,7 +160,9 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
     columns = list(dict.fromkeys(wanted.fields)) or list(resource.columns)
     for column in columns:
         if not COLUMN.fullmatch(column):
-            raise Refused(Refusal(422, f"{column[:60]!r} is no column", "small letters, digits and _", "body.fields"))
+            raise Refused(
+                Refusal(422, f"{column[:60]!r} is not a column name", "use small letters, digits and _", "body.fields")
+            )
     since = _instant(wanted.date_since, " 00:00:00", "date_since")
     until = _instant(wanted.date_until, " 23:59:59", "date_until")
     if since > until:
@@ -145,7 +178,7 @@ def _instant(text: str, rest: str, name: str) -> str:
         return datetime.strptime(full, LOCAL).strftime(LOCAL)  # noqa: DTZ007 - of the application's own clock
     except ValueError:
         hint = "write it as YYYY-MM-DD or YYYY-MM-DD hh:mm:ss"
-        raise Refused(Refusal(422, f"{name} {text!r} is no instant", hint, f"body.{name}")) from None
+        raise Refused(Refusal(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}")) from None
 
 
 async def _fetched(
@@ -164,8 +197,7 @@ async def _fetched(
             interval_seconds = longer(interval_seconds)
         name = f"appmetrica_{under_way.request.resource}_{export.export_id}.csv"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        body = _body(under_way, held.pop_all())
-        return StreamingResponse(body, headers=headers, media_type="text/csv; charset=utf-8")
+        return Streamed(_body(under_way), held.pop_all(), headers=headers, media_type="text/csv; charset=utf-8")
     finally:
         stop.ask("the caller went away")
         held.close()
@@ -177,9 +209,8 @@ def _not_yet(export: PendingExport, answer: NotReady, seconds: float) -> Respons
     return JSONResponse(body, 202, headers={"Retry-After": str(wait)})
 
 
-async def _body(under_way: ExportInProgress, held: ExitStack) -> AsyncIterator[bytes]:
+async def _body(under_way: ExportInProgress) -> AsyncIterator[bytes]:
     pieces: Iterator[bytes] = merged(under_way.files)
-    with held:
-        while piece := await run_in_threadpool(next, pieces, b""):
-            yield piece
-        await run_in_threadpool(under_way.finish)
+    while piece := await run_in_threadpool(next, pieces, b""):
+        yield piece
+    await run_in_threadpool(under_way.finish)

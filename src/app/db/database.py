@@ -1,13 +1,14 @@
 """One surface over SQLite and PostgreSQL, the named queries that run on it, and how values go in and come out."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from app.core.errors import Permanent, Rejected
+from app.core.errors import Permanent, Rejected, Transient
 
 # Values on their way into and out of SQL: instants are aware UTC, text is what every database can hold.
 #
@@ -31,7 +32,7 @@ def _bound(name: str, value: Any) -> Any:
         return value.astimezone(UTC)
     if isinstance(value, str) and UNSTORABLE.search(value):
         raise Rejected(
-            f"{name} {value[:60]!r} holds a NUL or a lone surrogate", "no database stores such text: correct the value"
+            f"{name} {value[:60]!r} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
         )
     return value
 
@@ -61,7 +62,7 @@ Row = dict[str, Any]
 
 NAMED = re.compile(r"^-- name: *(?P<name>\w+)(?: *\((?P<dialect>\w+)\))? *$", re.MULTILINE)
 DIALECTS: tuple[Dialect, ...] = ("sqlite", "postgres")
-BROKEN_INSTALLATION = "the installation is damaged or a query is missing: install Headwater again"
+BROKEN_INSTALLATION = "reinstall Headwater: the installation is damaged or a query is missing"
 
 
 class Damaged(Permanent):
@@ -71,7 +72,7 @@ class Damaged(Permanent):
     """
 
     def __init__(self, message: str, *, file: object = None) -> None:
-        super().__init__(message, "restore it from a backup, or move it away to start anew")
+        super().__init__(message, "restore it from a backup, or move it away to start with an empty one")
         self.file = file
 
 
@@ -143,27 +144,6 @@ class Database(Protocol):
         """Close all connections; a transaction that is still open keeps its own until it ends. Idempotent."""
 
 
-def open_database(url: str, *, variables: str) -> Database:
-    """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`.
-
-    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
-    and is therefore not repeated.
-    """
-    scheme, _, rest = url.partition("://")
-    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
-        from app.db.sqlite import SqliteDatabase
-
-        return SqliteDatabase(Path(rest[1:]))
-    if scheme in ("postgresql", "postgres"):
-        from app.db.postgres import PostgresDatabase
-
-        return PostgresDatabase(url, variables=variables)
-    raise Permanent(
-        f"a database URL that starts with {scheme[:20] if rest else ''!r} is not known",
-        f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",
-    )
-
-
 def sql_directory() -> Path:
     """The folder of migrations and queries: inside the installed package, else at the root of the checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -205,3 +185,107 @@ def _sections(path: Path) -> Iterator[tuple[str, str, str]]:
         if not sql or variant not in ("", *DIALECTS):
             raise Permanent(f"{path.name}: query {head['name']} is empty or for no known dialect", BROKEN_INSTALLATION)
         yield head["name"], variant, sql
+
+
+class NamedQueries:
+    """The named queries of a folder on one database. Each call is one transaction; raises what `Session` raises."""
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.database = database
+        self._texts = load_queries(folder, database.dialect)
+
+    def __getitem__(self, query: str) -> str:
+        """The SQL of a query, for callers that hold a session."""
+        return self._texts[query]
+
+    def rows(self, query: str, /, **params: Any) -> list[Row]:
+        """What the query finds."""
+        with self.database.transaction(read_only=True) as session:
+            return session.rows(self._texts[query], **params)
+
+    def run(self, query: str, /, **params: Any) -> int:
+        """The number of rows that the statement changed."""
+        with self.database.transaction() as session:
+            return session.run(self._texts[query], **params)
+
+
+# A bounded pool of connections that threads borrow one at a time.
+#
+# Invariants: a connection is in one thread's hands or idle, never both; one that failed is closed, never given back;
+# after one was found lost, all idle ones are dropped too, so that one outage is one error and not one per connection.
+
+C = TypeVar("C")
+
+
+class Connections(Generic[C]):
+    """`connect` opens one, `disconnect` closes one and does not raise, `alive` says cheaply if an idle one still is."""
+
+    def __init__(
+        self,
+        place: str,
+        connect: Callable[[], C],
+        disconnect: Callable[[C], None],
+        *,
+        alive: Callable[[C], bool] = lambda _: True,
+        limit: int = 12,
+    ) -> None:
+        self._place = place
+        self._connect, self._disconnect, self._alive = connect, disconnect, alive
+        self._idle: list[C] = []
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(limit)
+        self._limit = limit
+        self._closed = False
+
+    def borrow(self, timeout_seconds: float = 10.0) -> C:
+        """An idle connection or a new one. Raises Transient when all are busy for too long, and what `connect` does."""
+        if not self._places.acquire(timeout=timeout_seconds):
+            raise Transient(
+                f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
+                "look for slow statements or a slow disk; the next attempt may succeed",
+            )
+        with ExitStack() as undo:
+            undo.callback(self._places.release)
+            connection = self._idle_one() or self._connect()
+            undo.pop_all()
+        return connection
+
+    def _idle_one(self) -> C | None:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise Permanent(f"{self._place}: used after it was closed", "start the program again")
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if self._alive(connection):
+                return connection
+            self._disconnect(connection)
+
+    def give_back(self, connection: C) -> None:
+        """It is in order and outside a transaction."""
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._idle.append(connection)
+        if closed:
+            self._disconnect(connection)
+        self._places.release()
+
+    def drop(self, connection: C) -> None:
+        """It is lost; the idle ones are dropped with it."""
+        self._disconnect(connection)
+        self._drop_idle()
+        self._places.release()
+
+    def close(self) -> None:
+        """Close the idle ones; borrowed ones are closed when they come back."""
+        with self._lock:
+            self._closed = True
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            self._disconnect(connection)

@@ -1,20 +1,28 @@
-"""Migrations: SQL files that are applied once, in order, each in one transaction.
+"""Opening a database: migrations, which are SQL files applied once, in order, each in one transaction; and what
+happens when the state's file or tables are damaged.
 
 Invariants: an applied migration is recorded in the same transaction, so it is applied whole or not at all; its file
 must not change afterwards; two processes that start at once apply each migration once; a database that a newer version
 has migrated is not touched.
 """
 
+import logging
+import os
+import re
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 from app.core.errors import Permanent, Transient
 from app.db.database import BROKEN_INSTALLATION, DIALECTS, Damaged, Database, Dialect, Session
+from app.db.sqlite import SqliteDatabase, file_id, folder_lock
 
 LOCK = 4_937_238_650_112  # any number that no other program uses for its advisory locks
 CREATE_TABLE = """
@@ -49,7 +57,7 @@ class Migration:
 
 
 class Rebuilt(Protocol):
-    """A database that can be made anew when it is damaged, since what it holds can be found again."""
+    """A database that can be re-created when it is damaged, since what it holds can be found again."""
 
     def check(self, wanted: Sequence[Migration]) -> None:
         """Raises Damaged when it is not as the recorded migrations left it."""
@@ -132,6 +140,11 @@ class Migrated:
             with self._database.transaction(read_only=True) as session:
                 session.check()
 
+    def ping(self) -> None:
+        """One round trip. Raises Transient or Permanent when the database cannot be used."""
+        with self.transaction(read_only=True) as session:
+            session.rows("SELECT 1 AS found")
+
     def close(self) -> None:
         """See `Database.close`."""
         self._database.close()
@@ -145,7 +158,7 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
         stem, _, variant = path.name.removesuffix(".sql").partition(".")
         stems.add(stem)
         if variant not in ("", *DIALECTS) or (stem in found and variant in ("", dialect)):
-            raise Permanent(f"migration {path.name} is named wrongly or there twice", BROKEN_INSTALLATION)
+            raise Permanent(f"migration {path.name} has a wrong or duplicate name", BROKEN_INSTALLATION)
         if variant in ("", dialect):
             found[stem] = Migration(f"{folder.name}/{stem}", path.read_text(encoding="utf-8"))
     if missing := stems - found.keys():
@@ -172,7 +185,7 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
         elif done[0]["checksum"] != migration.checksum:
             raise Permanent(
                 f"{database.place}: migration {migration.name} was applied with another text",
-                "this database belongs to another version of Headwater: use that version, or another database",
+                "use the version of Headwater that this database belongs to, or another database",
             )
 
 
@@ -190,5 +203,185 @@ def _refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, k
     if newer:
         raise Permanent(
             f"{place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
-            "start that version, or restore a backup that was made before the upgrade",
+            "start that version, or restore a backup from before the upgrade",
         )
+
+
+def open_database(url: str, *, variables: str, default: Path | None = None) -> Database:
+    """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`; without a URL the
+    SQLite file `default`.
+
+    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
+    and is therefore not repeated.
+    """
+    if default and not url:
+        return SqliteDatabase(default)
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
+        return SqliteDatabase(Path(rest[1:]))
+    if scheme in ("postgresql", "postgres"):
+        from app.db.postgres import PostgresDatabase  # psycopg is imported only where it is used
+
+        return PostgresDatabase(url, variables=variables)
+    raise Permanent(
+        f"unknown scheme {scheme[:20] if rest else ''!r} of a database URL",
+        f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",
+    )
+
+
+# The SQLite file of the state. The state is a cache, so a damaged file is moved aside and a new one is made.
+#
+# Invariants: nothing is deleted; a file is moved only while no process opens or moves it, and only when it is still
+# the file that was found damaged; a file that is locked, may not be read, or has no space left is not damaged.
+
+MARK = ".damaged-"
+COMPANIONS = ("-wal", "-shm", "-journal")
+AGAIN_SECONDS = 60.0
+SQLITE_COLUMNS = """
+SELECT thing.type, thing.name, col.name AS col
+FROM sqlite_master AS thing LEFT JOIN pragma_table_info(thing.name) AS col
+"""
+log = logging.getLogger(__name__)
+
+Schema = set[tuple[str, str, str | None]]
+
+
+class StateFile:
+    """See `Rebuilt`."""
+
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
+        self._path = Path(os.path.realpath(database.path))  # what a link names is moved, not the link
+        self._moved_at: float | None = None
+
+    def check(self, wanted: Sequence[Migration]) -> None:
+        """Raises Damaged when the tables are not those of the migrations that are recorded. Nothing is changed."""
+        with self._database.transaction(read_only=True) as session:
+            names = recorded(session, self._database.dialect)
+            actual = {(row["type"], row["name"], row["col"]) for row in session.rows(SQLITE_COLUMNS)}
+        done = [each for each in wanted if each.name in names]
+        if len(done) < sum(name.partition("/")[0] == wanted[0].name.partition("/")[0] for name in names):
+            return  # a newer version's, which is refused and left alone
+        before, after = schema_after(done), schema_after(wanted)
+        if missing := before - actual:
+            raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
+        if extra := (after - before) & actual:
+            raise self._damaged(f"{_named(extra)} there already, though no applied migration makes it")
+
+    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
+        """Move the file with its companions, unless another process has done so or `look` finds nothing wrong.
+
+        Raises `error` when a file that was made a minute ago is damaged again, and Permanent when it cannot be moved.
+        """
+        if self._moved_at is not None and time.monotonic() - self._moved_at < AGAIN_SECONDS:
+            raise error
+        seen = file_id(self._path)
+        if error.file is None or error.file != seen:
+            try:
+                look()
+            except Damaged as again:
+                error = again
+            else:
+                return
+        with folder_lock(self._path.parent, exclusive=True):
+            if file_id(self._path) != seen:
+                return  # another process has moved it
+            name = self._move()
+        self._moved_at = time.monotonic()
+        log.error("%s; moved to %s and re-created: jobs go on from what the destinations hold", error.message, name)
+
+    def made(self) -> None:
+        """The new file is in order."""
+        self._moved_at = None
+
+    @property
+    def note(self) -> str:
+        """Which files were moved aside and are still there; "" for none."""
+        moved = self._path.parent.glob(f"{self._path.name}{MARK}*")
+        names = sorted({re.sub(f"({'|'.join(COMPANIONS)})$", "", path.name) for path in moved})
+        if not names:
+            return ""
+        return f"a damaged state was moved to {', '.join(names)} and a new one made; delete it when nobody needs it"
+
+    def _damaged(self, what: str) -> Damaged:
+        return Damaged(f"{self._database.place}: {what}", file=file_id(self._path))
+
+    def _move(self) -> str:
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        names = (f"{self._path.name}{MARK}{stamp}{f'-{number}' if number else ''}" for number in range(1000))
+        name = next(name for name in names if not list(self._path.parent.glob(f"{name}*")))
+        # The database itself first: a log that is left behind by a crash here is found alone, and moved then.
+        for suffix in ("", *COMPANIONS):
+            try:
+                Path(f"{self._path}{suffix}").rename(self._path.parent / f"{name}{suffix}")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise Permanent(
+                    f"{self._database.place} is damaged and cannot be moved aside: {error}",
+                    "let the user of this process change the folder, or move the file yourself",
+                ) from error
+        return name
+
+
+def schema_after(wanted: Sequence[Migration]) -> Schema:
+    """What an SQLite database has after these migrations."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        for migration in wanted:
+            model.executescript(migration.sql)
+        return {(kind, name, col) for kind, name, col in model.execute(SQLITE_COLUMNS)}
+
+
+def _named(schema: Schema) -> str:
+    kind, name, col = min(schema, key=str)
+    return f"{kind} {name}{f' ({col})' if col else ''} is"
+
+
+# The tables of the state in PostgreSQL, after somebody emptied or dropped some of them.
+#
+# Invariant: nothing is made, changed or removed here but the record of migrations, and that only where all tables
+# and columns are there.
+
+POSTGRES_COLUMNS = """
+SELECT c.relname AS name, a.attname AS col
+FROM pg_class AS c INNER JOIN pg_attribute AS a ON a.attrelid = c.oid
+WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) AND a.attnum > 0 AND NOT a.attisdropped
+"""
+
+
+class StateTables:
+    """See `Rebuilt`. Tables that are gone while others are there are a person's to bring back."""
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+
+    def check(self, wanted: Sequence[Migration]) -> None:
+        """Record the migrations of tables that are all there without any record: to make them again would fail.
+
+        Raises Damaged when a table or a column is missing though its migration was applied.
+        """
+        with self._database.transaction() as session:
+            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
+            names = recorded(session, "postgres")
+            there = {(row["name"], row["col"]) for row in session.rows(POSTGRES_COLUMNS)}
+            done = {each.name for each in wanted if each.name in names}
+            # The tables and columns of both dialects are the same.
+            model = [each for each in migrations(self._folder, "sqlite") if not done or each.name in done]
+            missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
+            if done and missing:
+                table, col = min(missing, key=str)
+                raise Damaged(
+                    f"{self._database.place}: table {table} ({col}) is missing, though its migration was applied"
+                )
+            if not done and not missing:
+                if not session.rows(TABLE_EXISTS["postgres"]):
+                    session.run(CREATE_TABLE)
+                session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
+
+    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
+        """Nothing is moved. Raises Damaged unless `look` finds everything in order by now."""
+        look()
+
+    def made(self) -> None:
+        """Nothing to do."""

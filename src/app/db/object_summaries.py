@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
-from app.db.database import Database, Row, storable
+from app.db.database import NamedQueries, Row, storable
 
 NO_DAY = -(1 << 30)  # of rows without an instant
 SOME = 500
@@ -97,14 +97,13 @@ def version_of(key: str, etag: str) -> Version:
 class SqlSummaries:
     """The facts of all versions. Raises what `Session` raises."""
 
-    def __init__(self, database: Database, queries: Mapping[str, str]) -> None:
-        self._database = database
+    def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
 
     def known(self, versions: Collection[Version]) -> Mapping[Version, KnownObject]:
         """Those of `versions` that are known."""
         found: dict[Version, KnownObject] = {}
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             for ids in _id_lists(versions):
                 for version, key, size_bytes, rows, fault, columns in session.stream(self._queries["facts"], ids=ids):
                     found[bytes.fromhex(version)] = KnownObject(key, size_bytes, rows, fault, columns or "{}")
@@ -112,7 +111,7 @@ class SqlSummaries:
 
     def save(self, many: Sequence[Facts]) -> None:
         """Add what was found. Idempotent, also against other processes."""
-        with self._database.transaction() as session:
+        with self._queries.database.transaction() as session:
             schemas = {_schema(facts) for facts in many}
             session.run_many(
                 self._queries["save_schema"], [{"schema_id": _digest(each), "columns": each} for each in schemas]
@@ -123,7 +122,7 @@ class SqlSummaries:
 
     def pairs(self, versions: Collection[Version]) -> set[Pair]:
         """Device and day of every part of these versions."""
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             return {
                 (row["device"], row["day"])
                 for ids in _id_lists(versions)
@@ -132,13 +131,13 @@ class SqlSummaries:
 
     def parts(self, pairs: Collection[Pair]) -> Sequence[tuple[Version, DaySummary]]:
         """Version and part of all parts of these pairs; versions that are no longer current are among them."""
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             rows = session.stream(self._queries["parts_of_pairs"], pairs=json.dumps(list(pairs)))
             return [(bytes.fromhex(row[0]), _part(row)) for row in rows]
 
     def keys(self, device: str | None, first_day: int | None, last_day: int | None) -> Sequence[VersionToRead]:
         """All that have rows of this device in these days, by key."""
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             schemas = {row["schema_id"]: row["columns"] for row in session.rows(self._queries["schemas"])}
             rows = session.stream(self._queries["keys"], device=device, first_day=first_day, last_day=last_day)
             return [
@@ -148,36 +147,30 @@ class SqlSummaries:
 
     def count(self) -> int:
         """How many versions are known."""
-        with self._database.transaction(read_only=True) as session:
-            count: int = session.rows(self._queries["count_objects"])[0]["objects"]
-            return count
+        return int(self._queries.rows("count_objects")[0]["objects"])
 
     def versions(self) -> Iterator[Version]:
         """Every version that is known."""
-        with self._database.transaction(read_only=True) as session:
+        with self._queries.database.transaction(read_only=True) as session:
             for row in session.stream(self._queries["object_ids"]):
                 yield bytes.fromhex(row[0])
 
     def is_asked(self) -> bool:
         """Whether anything is known, of whatever version."""
-        with self._database.transaction(read_only=True) as session:
-            return bool(session.rows(self._queries["is_asked"])[0]["asked"])
+        return bool(self._queries.rows("is_asked")[0]["asked"])
 
     def sweeps(self) -> int:
         """How often versions were forgotten, by anybody."""
-        with self._database.transaction(read_only=True) as session:
-            count: int = session.rows(self._queries["sweeps"])[0]["sweeps"]
-            return count
+        return int(self._queries.rows("sweeps")[0]["sweeps"])
 
     def forget(self, versions: Collection[Version]) -> int:
         """Remove what is known of these versions; the number of sweeps then. Idempotent."""
-        with self._database.transaction() as session:
+        with self._queries.database.transaction() as session:
             session.run(self._queries["count_sweep"])
             for ids in _id_lists(versions):
                 session.run(self._queries["forget_objects"], ids=ids)
                 session.run(self._queries["forget_parts"], ids=ids)
-            count: int = session.rows(self._queries["sweeps"])[0]["sweeps"]
-            return count
+            return int(session.rows(self._queries["sweeps"])[0]["sweeps"])
 
 
 def _id_lists(versions: Collection[Version]) -> Iterator[str]:
@@ -215,17 +208,8 @@ def _object_row(facts: Facts) -> Row:
 def _part_rows(facts: Facts) -> Iterator[Row]:
     for place, part in enumerate(facts.parts):
         yield {
+            **{name: getattr(part, name) for name in PART_FIELDS},
             "object_id": facts.version.hex(),
             "place": place,
-            "device": part.device,
-            "day": part.day,
-            "rows": part.rows,
-            "min_us": part.min_us,
-            "max_us": part.max_us,
-            "voltage_sum": part.voltage_sum,
-            "voltage_count": part.voltage_count,
-            "temperature_max": part.temperature_max,
-            "soc_sum": part.soc_sum,
-            "soc_count": part.soc_count,
             "latest": None if part.latest is None else json.dumps(part.latest),
         }

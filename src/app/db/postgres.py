@@ -15,8 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import Damaged, Dialect, Row, bound
-from app.db.pool import Connections
+from app.db.database import Connections, Damaged, Dialect, Row, bound
 
 # Rows in the text form of PostgreSQL's COPY, made column by column, since that costs a fraction of a value at a
 # time.
@@ -301,14 +300,14 @@ class Errors:
         if state == SQLSTATE_NO_EQUIVALENT:
             return Rejected(message, ENCODING_HINT)
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
-            return Rejected(message, "the value is outside of what the database holds: correct it")
+            return Rejected(message, "correct the value: it is outside the range of the column")
         if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
             return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
         if state.startswith(SQLSTATE_PASSING):
-            return Transient(message, "nothing to do if it passes; else look at the server's log and load")
+            return Transient(message, "no action needed if it passes; otherwise look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
-        hint = "this is a fault of the program: please report it"
+        hint = "bug in Headwater; please report it"
         return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
 
     @staticmethod

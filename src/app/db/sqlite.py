@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import INSTANT_SUFFIX, Damaged, Dialect, Row, bound, instant_of, instant_text
-from app.db.pool import Connections
+from app.db.database import INSTANT_SUFFIX, Connections, Damaged, Dialect, Row, bound, instant_of, instant_text
 
 T = TypeVar("T")
 
@@ -28,7 +27,7 @@ BESIDE = ("-wal", "-shm", "-journal")
 OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
-    sqlite3.SQLITE_BUSY: "another process holds the write lock for long: look for a second Headwater on this folder",
+    sqlite3.SQLITE_BUSY: "another process holds the write lock: look for a second Headwater on this directory",
     sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
     sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
     sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
@@ -38,8 +37,8 @@ PASSING = {
 }
 LASTING = {
     sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
-    sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its folder",
-    sqlite3.SQLITE_PERM: "let the user of this process write the database file and its folder",
+    sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its directory",
+    sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
@@ -85,7 +84,7 @@ class SqliteSession:
         """See `Session.append`."""
         places = ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"  # noqa: S608 - names of the program's own
-        return _translated(self._path, lambda: self._connection.executemany(sql, rows)).rowcount
+        return self.run_rows(sql, rows)
 
     def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
         """See `Session.append_new`."""
@@ -154,18 +153,15 @@ class SqliteDatabase:
         with ExitStack() as undo:
             undo.callback(self._roll_back, connection)
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
-            self._finish(connection, "BEGIN" if read_only else "BEGIN IMMEDIATE")
+            _translated(self._path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
             yield SqliteSession(connection, self._path)
-            self._finish(connection, "COMMIT")
+            _translated(self._path, lambda: connection.execute("COMMIT"))
             undo.pop_all()
         self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
-
-    def _finish(self, connection: FileConnection, statement: str) -> None:
-        _translated(self._path, lambda: connection.execute(statement))
 
     def _roll_back(self, connection: FileConnection) -> None:
         try:
@@ -305,10 +301,10 @@ def _translated(path: Path, action: Callable[[], T]) -> T:
 def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
     message = f"SQLite at {path}: {error}"
     if isinstance(error, OverflowError | sqlite3.DataError):
-        return Rejected(message, "the value is outside of what the database holds: correct it")
+        return Rejected(message, "correct the value: it is outside the range of the column")
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte; the others tell details
     if code in DAMAGED or any(sign in str(error) for sign in GONE):
         return Damaged(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
-    return Permanent(message, LASTING.get(code, "this is a fault of the program: please report it"))
+    return Permanent(message, LASTING.get(code, "bug in Headwater; please report it"))

@@ -1,187 +1,276 @@
-"""The state of the product in one database, and what happens when its file or its tables are damaged."""
+"""The state of the product in one database: runs, pauses, alerts and pulls, together with checkpoints and leases."""
 
-import logging
-import os
-import re
-import sqlite3
-import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from app.core.errors import Permanent
-from app.db.checkpoints import SqlCheckpoints, SqlLayouts
-from app.db.database import Damaged, Database, load_queries, open_database, sql_directory
-from app.db.leases import SqlClocks, SqlLeases, StateClock
-from app.db.migrations import CREATE_TABLE, LOCK, RECORD, TABLE_EXISTS, Migrated, Migration, migrations, recorded
+from app.core.errors import Transient
+from app.core.ledger import from_json, to_json
+from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.core.windows import DAY_SECONDS, floor_to, next_midnight
+from app.db.checkpoints import AHEAD, SqlCheckpoints, SqlClocks, SqlLayouts, SqlLeases, StateClock, now_of
+from app.db.database import NamedQueries, Row, sql_directory, storable
+from app.db.migrations import Migrated, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
-from app.db.run_records import SqlAlerts, SqlPauses, SqlPulls, SqlRuns
-from app.db.sqlite import SqliteDatabase, file_id, folder_lock
+from app.db.sqlite import SqliteDatabase
 
-# The SQLite file of the state. The state is a cache, so a damaged file is moved aside and a new one is made.
+# Paused jobs: known to every process, and after every restart.
 #
-# Invariants: nothing is deleted; a file is moved only while no process opens or moves it, and only when it is still
-# the file that was found damaged; a file that is locked, may not be read, or has no space left is not damaged.
-
-MARK = ".damaged-"
-COMPANIONS = ("-wal", "-shm", "-journal")
-AGAIN_SECONDS = 60.0
-TABLES = """
-SELECT thing.type, thing.name, col.name AS col
-FROM sqlite_master AS thing LEFT JOIN pragma_table_info(thing.name) AS col
-"""
-log = logging.getLogger(__name__)
-
-Schema = set[tuple[str, str, str | None]]
+# Invariant: pausing and resuming are each one statement, so the last caller wins.
 
 
-class StateFile:
-    """See `app.db.migrations.Rebuilt`."""
+class SqlPauses:
+    """Which jobs are paused. Raises what `Session` raises."""
 
-    def __init__(self, database: SqliteDatabase) -> None:
-        self._database = database
-        self._path = Path(os.path.realpath(database.path))  # what a link names is moved, not the link
-        self._moved_at: float | None = None
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
 
-    def check(self, wanted: Sequence[Migration]) -> None:
-        """Raises Damaged when the tables are not those of the migrations that are recorded. Nothing is changed."""
-        with self._database.transaction(read_only=True) as session:
-            names = recorded(session, self._database.dialect)
-            actual = {(row["type"], row["name"], row["col"]) for row in session.rows(TABLES)}
-        done = [each for each in wanted if each.name in names]
-        if len(done) < sum(name.partition("/")[0] == wanted[0].name.partition("/")[0] for name in names):
-            return  # a newer version's, which is refused and left alone
-        before, after = schema_after(done), schema_after(wanted)
-        if missing := before - actual:
-            raise self._damaged(f"{_named(missing)} missing, though its migration was applied")
-        if extra := (after - before) & actual:
-            raise self._damaged(f"{_named(extra)} there already, though no applied migration makes it")
+    def paused(self) -> Mapping[str, datetime]:
+        """Job -> since when."""
+        return {row["job"]: row["paused_at"] for row in self._queries.rows("paused")}
 
-    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:
-        """Move the file with its companions, unless another process has done so or `look` finds nothing wrong.
+    def pause(self, job: str, at: datetime, by: str) -> None:
+        """Pause a job. Idempotent; the first caller is kept."""
+        self._queries.run("pause", job=job, at=at, by=by)
 
-        Raises `error` when a file that was made a minute ago is damaged again, and Permanent when it cannot be moved.
-        """
-        if self._moved_at is not None and time.monotonic() - self._moved_at < AGAIN_SECONDS:
-            raise error
-        seen = file_id(self._path)
-        if error.file is None or error.file != seen:
-            try:
-                look()
-            except Damaged as again:
-                error = again
-            else:
-                return
-        with folder_lock(self._path.parent, exclusive=True):
-            if file_id(self._path) != seen:
-                return  # another process has moved it
-            name = self._move()
-        self._moved_at = time.monotonic()
-        log.error(
-            "%s; moved to %s, a new state is made: jobs go on from what the destinations hold", error.message, name
+    def resume(self, job: str) -> None:
+        """End the pause. Idempotent."""
+        self._queries.run("resume", job=job)
+
+
+# Alerts that were sent and are not over yet: known to every process, and after every restart.
+#
+# Invariant: beginning and ending an alert is each one statement that only one caller gets a True for, so of several
+# processes one sends it.
+
+
+class SqlAlerts:
+    """See `app.ops.alerts.Told`. Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def told(self) -> Mapping[tuple[str, str], datetime]:
+        """See `Told.told`."""
+        return {(row["job"], row["event"]): row["told_at"] for row in self._queries.rows("open_alerts")}
+
+    def begin(self, job: str, event: str, at: datetime) -> bool:
+        """See `Told.begin`."""
+        return self._changed("begin_alert", job=job, event=event, at=at)
+
+    def end(self, job: str, before: datetime, event: str | None = None) -> bool:
+        """See `Told.end`."""
+        if event is None:
+            return self._changed("end_alerts", job=job, before=before)
+        return self._changed("end_alert", job=job, event=event, before=before)
+
+    def _changed(self, query: str, **params: object) -> bool:
+        with self._queries.database.transaction() as session:
+            return bool(session.rows(self._queries[query], **params))
+
+
+# What pulls remember: the requests sent to export services, and how many calls each day has had.
+#
+# Invariants: a request keeps its number and its text, since the text identifies the export on the server; a call is
+# counted before it is made, so a day never has more of them than it allows, whatever happens to their answers.
+
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PendingExport:
+    """One request. `asked_at` None: the service is not known to have received it. `done`: its file was ingested."""
+
+    export_id: int
+    request: str
+    parts_count: int
+    asked_at: datetime | None
+    created_at: datetime
+    done: bool = False
+
+
+class SqlPulls:
+    """Exports by service and owner, calls by service and day UTC. Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def add(self, service: str, owner: str, request: str, now: datetime) -> PendingExport:
+        """The export of this request, new or known. Idempotent."""
+        named = {"service": service, "owner": owner, "request": request}
+        for _ in range(ATTEMPTS):  # another process may take the same number at the same time
+            with self._queries.database.transaction() as session:
+                session.run(self._queries["add_export"], **named, parts_count=1, created_at=now)
+                if rows := session.rows(self._queries["export_of"], **named):
+                    return _export(rows[0])
+        raise Transient("other processes number their exports at the same time", "send the same request again")
+
+    def find(self, service: str, export_id: int) -> PendingExport | None:
+        """The export of that number; None for one that was never given."""
+        found = self._queries.rows("export_by_id", service=service, export_id=export_id)
+        return _export(found[0]) if found else None
+
+    def open(self, service: str, owner: str) -> Sequence[PendingExport]:
+        """Exports of an owner that are not done, oldest first."""
+        return [_export(row) for row in self._queries.rows("open_exports", service=service, owner=owner)]
+
+    def save(self, export: PendingExport) -> None:
+        """Store how far it is. Idempotent."""
+        self._queries.run(
+            "save_export",
+            export_id=export.export_id,
+            parts_count=export.parts_count,
+            status="done" if export.done else "open",
+            asked_at=export.asked_at,
         )
 
-    def made(self) -> None:
-        """The new file is in order."""
-        self._moved_at = None
+    def forget(self, service: str, owner: str, before: datetime) -> None:
+        """Drop exports of an owner that are done and older."""
+        self._queries.run("forget_exports", service=service, owner=owner, before_at=before)
 
-    @property
-    def note(self) -> str:
-        """Which files were moved aside and are still there; "" for none."""
-        moved = self._path.parent.glob(f"{self._path.name}{MARK}*")
-        names = sorted({re.sub(f"({'|'.join(COMPANIONS)})$", "", path.name) for path in moved})
-        if not names:
-            return ""
-        return f"a damaged state was moved to {', '.join(names)} and a new one made; delete it when nobody needs it"
+    def count_call(self, service: str, limit: int, now: datetime) -> None:
+        """Count a call that is about to be made. Raises Transient when the day has had `limit` of them."""
+        day = floor_to(now, DAY_SECONDS)
+        if not self._queries.run("count_call", service=service, day_at=day, limit_calls=limit):
+            raise Transient(
+                f"{service}: all {limit} calls of this day are used",
+                "no action needed; it goes on at 00:00 UTC; fewer other programs on the same account leave more",
+                retry_after_seconds=(next_midnight(now) - now).total_seconds(),
+            )
 
-    def _damaged(self, what: str) -> Damaged:
-        return Damaged(f"{self._database.place}: {what}", file=file_id(self._path))
+    def calls(self, service: str, now: datetime) -> int:
+        """How many calls this day has had."""
+        return self.calls_ever(service, now)[0]
 
-    def _move(self) -> str:
-        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        names = (f"{self._path.name}{MARK}{stamp}{f'-{number}' if number else ''}" for number in range(1000))
-        name = next(name for name in names if not list(self._path.parent.glob(f"{name}*")))
-        # The database itself first: a log that is left behind by a crash here is found alone, and moved then.
-        for suffix in ("", *COMPANIONS):
-            try:
-                Path(f"{self._path}{suffix}").rename(self._path.parent / f"{name}{suffix}")
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise Permanent(
-                    f"{self._database.place} is damaged and cannot be moved aside: {error}",
-                    "let the user of this process change the folder, or move the file yourself",
-                ) from error
-        return name
+    def calls_ever(self, service: str, now: datetime) -> tuple[int, int]:
+        """How many calls this day has had, and all days together, which never falls."""
+        (found,) = self._queries.rows("calls_of", service=service, day_at=floor_to(now, DAY_SECONDS))
+        return int(found["calls"]), int(found["calls_ever"])
 
 
-def schema_after(wanted: Sequence[Migration]) -> Schema:
-    """What an SQLite database has after these migrations."""
-    with closing(sqlite3.connect(":memory:")) as model:
-        for migration in wanted:
-            model.executescript(migration.sql)
-        return {(kind, name, col) for kind, name, col in model.execute(TABLES)}
+def _export(row: Row) -> PendingExport:
+    return PendingExport(
+        export_id=row["export_id"],
+        request=row["request"],
+        parts_count=row["parts_count"],
+        asked_at=row["asked_at"],
+        created_at=row["created_at"],
+        done=row["status"] == "done",
+    )
 
 
-def _named(schema: Schema) -> str:
-    kind, name, col = min(schema, key=str)
-    return f"{kind} {name}{f' ({col})' if col else ''} is"
-
-
-# The tables of the state in PostgreSQL, after somebody emptied or dropped some of them.
+# The record of runs.
 #
-# Invariant: nothing is made, changed or removed here but the record of migrations, and that only where all tables
-# and columns are there.
+# Invariants: a job's latest runs are kept and older ones go when a run is saved, so the table cannot grow for ever;
+# each run that ends is added to the totals once, in the transaction that says so.
 
-COLUMNS = """
-SELECT c.relname AS name, a.attname AS col
-FROM pg_class AS c INNER JOIN pg_attribute AS a ON a.attrelid = c.oid
-WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) AND a.attnum > 0 AND NOT a.attisdropped
-"""
+KEPT_RUNS = 1000
+NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
 
 
-class StateTables:
-    """See `app.db.migrations.Rebuilt`. Tables that are gone while others are there are a person's to bring back."""
+class SqlRuns:
+    """See `app.core.runs.Runs`."""
 
-    def __init__(self, database: Database, folder: Path) -> None:
-        self._database = database
-        self._folder = folder
+    def __init__(self, queries: NamedQueries, *, kept: int = KEPT_RUNS) -> None:
+        self._queries = queries
+        self._kept = kept
 
-    def check(self, wanted: Sequence[Migration]) -> None:
-        """Record the migrations of tables that are all there without any record: to make them again would fail.
+    def save(self, run: Run) -> None:
+        """See `Runs.save`; the job's oldest runs beyond the kept number go."""
+        columns = _columns(run)
+        with self._queries.database.transaction() as session:
+            ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
+            session.run(self._queries["save_run"], **columns)
+            if ends:
+                session.run(self._queries["correct_totals"], job=run.job, ended_at=run.ended_at)
+                sums = {name: columns[name] for name in ("job", "outcome", *NUMBERS, "ended_at")}
+                session.run(self._queries["add_total"], **sums)
+                session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
+            prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
+            session.run(self._queries["prune_runs"], **prune)
 
-        Raises Damaged when a table or a column is missing though its migration was applied.
-        """
-        with self._database.transaction() as session:
-            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
-            names = recorded(session, "postgres")
-            there = {(row["name"], row["col"]) for row in session.rows(COLUMNS)}
-            done = {each.name for each in wanted if each.name in names}
-            # The tables and columns of both dialects are the same.
-            model = [each for each in migrations(self._folder, "sqlite") if not done or each.name in done]
-            missing = {(name, col) for kind, name, col in schema_after(model) if kind == "table"} - there
-            if done and missing:
-                table, col = min(missing, key=str)
-                raise Damaged(
-                    f"{self._database.place}: table {table} ({col}) is missing, though its migration was applied"
-                )
-            if not done and not missing:
-                if not session.rows(TABLE_EXISTS["postgres"]):
-                    session.run(CREATE_TABLE)
-                session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
+    def recent(self, job: str | None, limit: int) -> Sequence[Run]:
+        """See `Runs.recent`."""
+        if job is None:
+            return self._runs("recent_runs", limit=limit)
+        return self._runs("recent_runs_of_job", job=job, limit=limit)
 
-    def move_aside(self, error: Damaged, look: Callable[[], None]) -> None:  # noqa: ARG002 - the port's
-        """Nothing is moved. Raises Damaged unless `look` finds everything in order by now."""
-        look()
+    def last_ended(self, job: str) -> Run | None:
+        """The latest run that has ended, whatever its outcome; None when none has."""
+        return next(iter(self._runs("last_ended", job=job, limit=1)), None)
 
-    def made(self) -> None:
-        """Nothing to do."""
+    def since_done_seconds(self, job: str) -> float | None:
+        """See `Runs.since_done_seconds`."""
+        with self._queries.database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["last_done"], job=job, until_at=now + AHEAD)
+        return max((now - rows[0]["started_at"]).total_seconds(), 0.0) if rows else None
+
+    def totals(self) -> Sequence[Total]:
+        """The sums over all runs that ever ended, by job and outcome. They never fall."""
+        return [
+            Total(row["job"], Outcome(row["outcome"]), row["runs"], Report(**_numbers(row)), row["ended_at"])
+            for row in self._queries.rows("totals")
+        ]
+
+    def ledger_totals(self) -> Sequence[LedgerTotal]:
+        """The sums of the ledgers of all runs that ever ended, by job, entry and reason. They never fall."""
+        return [LedgerTotal(**row) for row in self._queries.rows("ledger_totals")]
+
+    def _runs(self, query: str, **params: Any) -> Sequence[Run]:
+        with self._queries.database.transaction(read_only=True) as session:
+            until_at = now_of(session, self._queries) + AHEAD
+            return [_run(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
 
 
-# The state of the product in one database: checkpoints, leases, runs, layouts, pauses, open alerts, pulls,
-# summaries.
+def _numbers(row: Row) -> dict[str, Any]:
+    return {name: row[name] for name in NUMBERS}
+
+
+def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
+    """What a run adds to the sums. A job whose run kept a ledger has its entries also while they are 0."""
+    ledger = run.report.ledger
+    if ledger:
+        of = {"job": run.job, "reason": ""}
+        yield {**of, "entry": "new", "number": ledger.total.new}
+        yield {**of, "entry": "corrected", "number": ledger.total.corrected}
+    for one in ledger.set_aside:
+        yield {"job": run.job, "entry": "set_aside", "reason": storable(one.reason), "number": one.new}
+
+
+def _columns(run: Run) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "job": run.job,
+        "started_at": run.started_at,
+        "ended_at": run.ended_at,
+        "outcome": run.outcome.value,
+        **{name: getattr(run.report, name) for name in NUMBERS},
+        "failures": json.dumps([asdict(failure) for failure in run.report.failures]),
+        "more": run.report.more,
+        "error": storable(run.error),
+        "hint": storable(run.hint),
+        "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
+    }
+
+
+def _run(row: Row) -> Run:
+    report = Report(
+        **_numbers(row),
+        failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
+        more=bool(row["more"]),
+        ledger=from_json(json.loads(row["ledger"])),
+    )
+    outcome = Outcome(row["outcome"])
+    return Run(
+        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
+    )
+
+
+# All of it on one database.
 #
 # Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 
@@ -208,8 +297,7 @@ class State:
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
-        with self.database.transaction(read_only=True) as session:
-            session.rows("SELECT 1 AS found")
+        self.database.ping()
 
     def check(self) -> None:
         """As `ping`, and look at all that is stored. Transient when that was damaged: it was replaced."""
@@ -217,7 +305,7 @@ class State:
             session.check()
 
     def note(self) -> str:
-        """What a person should know of the state though it can be used; "" for nothing."""
+        """What an operator should know of the state though it can be used; "" for nothing."""
         notes = [self.file.note if self.file else "", self.clocks.note()]
         return "; ".join(filter(None, notes))
 
@@ -229,22 +317,22 @@ class State:
 def open_state(url: str, data_dir: Path) -> State:
     """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     folder = sql_directory() / "state"
-    plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
+    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
     database = Migrated(plain, folder, file or StateTables(plain, folder))
-    queries = load_queries(folder, database.dialect)
+    queries = NamedQueries(database, folder)
     clock = StateClock()
     return State(
         database=database,
         file=file,
-        checkpoints=SqlCheckpoints(database, queries),
-        leases=SqlLeases(database, queries, clock),
-        runs=SqlRuns(database, queries),
-        layouts=SqlLayouts(database, queries),
-        summaries=SqlSummaries(database, queries),
-        pauses=SqlPauses(database, queries),
-        pulls=SqlPulls(database, queries),
-        alerts=SqlAlerts(database, queries),
-        clocks=SqlClocks(database, queries),
+        checkpoints=SqlCheckpoints(queries),
+        leases=SqlLeases(queries, clock),
+        runs=SqlRuns(queries),
+        layouts=SqlLayouts(queries),
+        summaries=SqlSummaries(queries),
+        pauses=SqlPauses(queries),
+        pulls=SqlPulls(queries),
+        alerts=SqlAlerts(queries),
+        clocks=SqlClocks(queries),
         clock=clock,
     )

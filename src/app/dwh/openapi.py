@@ -3,39 +3,32 @@
 Invariant: it promises neither more nor less than the decoder does, which schemathesis tries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import BaseModel, Field
 
 from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, FORMATS, MAX_FILE_ROWS, MAX_OFFSET
 from app.dwh.responses import MEDIA
 from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
+from app.web.errors import Answers, faults
 
 Schema = dict[str, Any]
 WITHOUT_NUL = "^[^\\x00]*$"
-ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "hint"],
-            "properties": {name: {"type": "string"} for name in ("message", "hint", "field")},
-        }
-    },
-}
-FAULTS = {
-    400: "not readable, without rows, or an unknown column or parameter",
-    401: "no key, or one that is not known",
-    403: "the key lacks the scope",
-    408: "the body did not arrive in time",
-    409: "the Idempotency-Key was used for another request",
-    413: "the body or a row is too large",
-    415: "a media type or encoding that is not read",
-    422: "a row or a parameter is wrong: it is named",
-    429: "too many requests at once",
-    503: "the warehouse cannot be reached: send the same request again",
-}
-READ_FAULTS = (400, 401, 403, 422, 429, 503)
+WHOLE: Schema = {"type": "integer", "minimum": 0}
+BUSY = {429: "too many requests at once", 503: "the warehouse cannot be reached: send the same request again"}
+READ_FAULTS = faults({400: "an unknown column or parameter", 422: "a parameter is wrong: it is named", **BUSY})
+WRITE_FAULTS = faults(
+    {
+        400: "not readable, without rows, or an unknown column or parameter",
+        408: "the body did not arrive in time",
+        409: "the Idempotency-Key was used for another request",
+        413: "the body or a row is too large",
+        415: "a media type or encoding that is not read",
+        422: "a row or a parameter is wrong: it is named",
+        **BUSY,
+    }
+)
 
 
 def value(column: TableColumn) -> Schema:
@@ -110,62 +103,57 @@ def writing(table: Table) -> Mapping[str, Any]:
 
 def reading(table: Table) -> Mapping[str, Any]:
     """The operation GET."""
-    whole = {"type": "integer", "minimum": 0}
     sortable = [column.name for column in table.stored if column.kind != "json"]
     options = {
         "pk": value(table.stored[0]),
-        "limit": {**whole, "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
-        "offset": {**whole, "maximum": MAX_OFFSET},
-        "after_id": {**whole, "maximum": (1 << 63) - 1},
+        "limit": {**WHOLE, "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
+        "offset": {**WHOLE, "maximum": MAX_OFFSET},
+        "after_id": {**WHOLE, "maximum": (1 << 63) - 1},
         "sort_by": {"type": "string", "enum": sortable, "default": "id"},
         "sort_dir": {"type": "string", "enum": list(DIRECTIONS)},
         "format": {"type": "string", "enum": list(FORMATS)},
     }
-    filters = {column.name: _filter(column) for column in table.stored if column.kind != "json"}
-    return {"parameters": [_parameter(name, schema) for name, schema in {**options, **filters}.items()]}
-
-
-def _filter(column: TableColumn) -> Schema:
-    return {"type": "string", "pattern": WITHOUT_NUL} if column.kind == "text" else value(column)
+    for column in table.stored:
+        if column.kind != "json":
+            options[column.name] = (
+                {"type": "string", "pattern": WITHOUT_NUL} if column.kind == "text" else value(column)
+            )
+    return {"parameters": [_parameter(name, schema) for name, schema in options.items()]}
 
 
 def _parameter(name: str, schema: Schema, place: str = "query") -> Schema:
     return {"name": name, "in": place, "required": False, "schema": schema}
 
 
-def write_answers() -> dict[int | str, dict[str, Any]]:
+class RowFault(BaseModel):
+    """A row that was left out."""
+
+    index: int = Field(ge=0)
+    field: str
+    message: str
+
+
+class RowsStored(BaseModel):
+    """What POST answers. The last three: a dry run, and `on_error=skip`."""
+
+    inserted_ids: list[int]
+    count: int = Field(ge=0)
+    batches: int = Field(ge=0)
+    skipped: int = Field(ge=0)
+    dry_run: bool = False
+    error_count: int = Field(default=0, ge=0)
+    errors: list[RowFault] = []
+
+
+def write_answers() -> Answers:
     """What POST answers."""
-    whole = {"type": "integer", "minimum": 0}
-    fault = {
-        "type": "object",
-        "properties": {"index": whole, "field": {"type": "string"}, "message": {"type": "string"}},
-    }
-    properties = {
-        "inserted_ids": {"type": "array", "items": {"type": "integer"}},
-        **dict.fromkeys(("count", "batches", "skipped", "error_count"), whole),
-        "dry_run": {"type": "boolean"},
-        "errors": {"type": "array", "items": fault},
-    }
-    answer = {"type": "object", "required": ["inserted_ids", "count", "batches", "skipped"], "properties": properties}
-    return {200: _answer("stored", {"application/json": {"schema": answer}}), **_faults(tuple(FAULTS))}
+    return {200: {"description": "stored", "content": {"application/json": {}}, "model": RowsStored}, **WRITE_FAULTS}
 
 
-def read_answers(table: Table) -> dict[int | str, dict[str, Any]]:
+def read_answers(table: Table) -> Answers:
     """What GET answers."""
     rows = {"type": "array", "items": stored_row(table)}
-    page = {
-        "type": "object",
-        "required": ["rows", "count"],
-        "properties": {"rows": rows, "count": {"type": "integer", "minimum": 0}},
-    }
+    page = {"type": "object", "required": ["rows", "count"], "properties": {"rows": rows, "count": WHOLE}}
     content: dict[str, Any] = {media: {} for media in MEDIA.values()}
     content[MEDIA["json"]] = {"schema": page}
-    return {200: _answer("the rows", content), **_faults(READ_FAULTS)}
-
-
-def _faults(codes: Sequence[int]) -> dict[int | str, dict[str, Any]]:
-    return {code: _answer(FAULTS[code], {"application/json": {"schema": ERROR}}) for code in codes}
-
-
-def _answer(description: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": content}
+    return {200: {"description": "the rows", "content": content}, **READ_FAULTS}

@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 from app.db.database import UNSTORABLE, Dialect, instant_text
-from app.dwh.results import BadRequest
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
+from app.web.errors import Refusal, Refused
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -123,11 +123,11 @@ def _bound(column: TableColumn, dialect: Dialect) -> str:
 
 
 def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
-    """What the query string asks for. Raises BadRequest: 400 for what is unknown, 422 for a value out of its range."""
+    """What the query string asks for. Raises Refused: 400 for what is unknown, 422 for a value out of its range."""
     options = dict(given)
     if len(options) < len(given):
         name = next(name for number, (name, _) in enumerate(given) if name in dict(given[:number]))
-        raise BadRequest(422, f"{name[:80]} is given twice", "give each parameter once", name[:80])
+        raise Refused(Refusal(422, f"{name[:80]} is given twice", "give each parameter once", name[:80]))
     columns = {column.name: column for column in table.stored}
     filters = {name: _value(columns.get(name), name, text) for name, text in options.items() if name not in OPTIONS}
     if "pk" in options:
@@ -139,7 +139,9 @@ def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
     sortable = tuple(column.name for column in table.stored if column.kind != "json")
     sort_by = _one_of(options, "sort_by", sortable)
     if after_id is not None and (sort_by != "id" or offset):
-        raise BadRequest(422, "after_id goes with the order by id, and without offset", "leave one out", "after_id")
+        raise Refused(
+            Refusal(422, "after_id goes with the order by id, and without offset", "leave one out", "after_id")
+        )
     descending = _one_of(options, "sort_dir", DIRECTIONS) == "desc"
     limit = DEFAULT_ROWS if limit is None else limit
     return Selection(table, format_, limit, offset or 0, sort_by, descending, after_id, filters)  # type: ignore[arg-type]
@@ -149,7 +151,7 @@ def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> st
     """The first one is the default."""
     value = options.get(name, allowed[0])
     if value not in allowed:
-        raise BadRequest(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name)
+        raise Refused(Refusal(400, f"{name} is not one of {', '.join(allowed)}", "use one of these", name))
     return value
 
 
@@ -158,7 +160,7 @@ def _whole(options: Mapping[str, str], name: str, bounds: tuple[int, int]) -> in
         return None
     value = _digits(options[name])
     if value is None or not bounds[0] <= value <= bounds[1]:
-        raise BadRequest(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name)
+        raise Refused(Refusal(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name))
     return value
 
 
@@ -171,11 +173,11 @@ def _value(column: TableColumn | None, name: str, text: str) -> Any:
     """The value of an equality filter."""
     if column is None or column.kind == "json":
         what = "cannot be filtered by" if column else "is no column of this table"
-        raise BadRequest(400, f"{name[:80]} {what}", "see /docs for the columns of this table", name[:80])
+        raise Refused(Refusal(400, f"{name[:80]} {what}", "see /docs for the columns of this table", name[:80]))
     try:
         return _typed(column, text)
     except (ValueError, OverflowError):
-        raise BadRequest(400, f"{name} must be {column.wanted}", "correct the filter", name) from None
+        raise Refused(Refusal(400, f"{name} must be {column.wanted}", "correct the filter", name)) from None
 
 
 def _typed(column: TableColumn, text: str) -> Any:

@@ -9,17 +9,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from app.dwh.results import SHAPE_HINT, BadRequest, RowFault
+from app.dwh.rows import SHAPE_HINT, RowFault, RowReader, Slice, Values
 from app.dwh.tables import Table, TableColumn
-
-if TYPE_CHECKING:
-    from msgspec import Raw
-
-    from app.dwh.rows import RowReader, Values
+from app.web.errors import Refusal, Refused
 
 # Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
 #
@@ -33,16 +29,16 @@ RATIO_FREE_BYTES = 1 << 24
 BLANKS = b" \t\r\n"
 OPENING = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 ENVELOPE = 'the body is {"data": [...]}, an array of rows and nothing else'
-EMPTY = BadRequest(400, "there are no rows in the body", "send at least one row", "data")
+EMPTY = Refusal(400, "there are no rows in the body", "send at least one row", "data")
 
 
 class Body(Protocol):
-    """One body. Raises BadRequest."""
+    """One body. Raises Refused."""
 
-    def feed(self, block: bytes) -> Iterator[Sequence["bytes | Raw"]]:
+    def feed(self, block: bytes) -> Iterator[Sequence[Slice]]:
         """Take the next bytes; the rows that are whole now, in groups."""
 
-    def finish(self) -> Iterator[Sequence["bytes | Raw"]]:
+    def finish(self) -> Iterator[Sequence[Slice]]:
         """The body has ended; the rows that were left."""
 
 
@@ -53,25 +49,23 @@ class JsonBody:
         self._limit_bytes = limit_bytes
         self._held = bytearray()
 
-    def feed(self, block: bytes) -> Iterator[Sequence["bytes | Raw"]]:
+    def feed(self, block: bytes) -> Iterator[Sequence[Slice]]:
         """See `Body.feed`; nothing is whole before the end."""
         self._held += block
         if len(self._held) > self._limit_bytes:
             raise too_large(self._limit_bytes, "send it as NDJSON, which may be larger, or less at once")
         yield from ()
 
-    def finish(self) -> Iterator[Sequence["bytes | Raw"]]:
+    def finish(self) -> Iterator[Sequence[Slice]]:
         """See `Body.finish`."""
         rows = self._rows()
         if not rows:
-            raise EMPTY
+            raise Refused(EMPTY)
         for start in range(0, len(rows), GROUP_ROWS):
             yield rows[start : start + GROUP_ROWS]
 
-    def _rows(self) -> Sequence["Raw"]:
+    def _rows(self) -> Sequence[msgspec.Raw]:
         """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
-        import msgspec
-
         opening = OPENING.match(self._held)
         end = _last(self._held, len(self._held))
         array_end = _last(self._held, end - 1)
@@ -84,15 +78,13 @@ class JsonBody:
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             raise self._misshapen() from None
 
-    def _misshapen(self) -> BadRequest:
+    def _misshapen(self) -> Refused:
         """Why this is not the envelope: no JSON at all, or another shape."""
-        import msgspec
-
         try:
             msgspec.json.decode(self._held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            return BadRequest(400, "the body is not JSON", "check its syntax, also that it is complete")
-        return BadRequest(422, ENVELOPE, SHAPE_HINT, "data")
+            return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
+        return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
 
 
 def _last(held: bytearray, end: int) -> int:
@@ -136,7 +128,7 @@ class Gzip:
         self._taken_bytes = self._made_bytes = 0
 
     def feed(self, block: bytes) -> Iterator[bytes]:
-        """The next bytes, inflated. Raises BadRequest for what is no gzip, and for too much of it."""
+        """The next bytes, inflated. Raises Refused for what is no gzip, and for too much of it."""
         self._taken_bytes += len(block)
         while block:
             if self._inflater.eof:
@@ -144,7 +136,9 @@ class Gzip:
             try:
                 piece = self._inflater.decompress(block, PIECE_BYTES)
             except zlib.error:
-                raise BadRequest(400, "the body is not gzip, or damaged", "send it again, or without gzip") from None
+                raise Refused(
+                    Refusal(400, "the body is not gzip, or damaged", "send it again, or without gzip")
+                ) from None
             block = self._inflater.unconsumed_tail or self._inflater.unused_data
             self._count(len(piece))
             yield piece
@@ -154,22 +148,24 @@ class Gzip:
         if self._made_bytes > self._limit_bytes:
             raise too_large(self._limit_bytes, "send less at once")
         if self._made_bytes > RATIO_FREE_BYTES and self._made_bytes > MAX_RATIO * self._taken_bytes:
-            raise BadRequest(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
+            raise Refused(
+                Refusal(413, f"the body unpacks to more than {MAX_RATIO} times its size", "send it without gzip")
+            )
 
     def finish(self) -> None:
-        """Raises BadRequest when the end is missing."""
+        """Raises Refused when the end is missing."""
         if not self._inflater.eof:
-            raise BadRequest(400, "the gzip body is cut off", "send it again, whole")
+            raise Refused(Refusal(400, "the gzip body is cut off", "send it again, whole"))
 
 
-def too_large(limit_bytes: int, hint: str) -> BadRequest:
+def too_large(limit_bytes: int, hint: str) -> Refused:
     """The answer to a body over its limit."""
-    return BadRequest(413, f"the body is larger than {limit_bytes} bytes", hint)
+    return Refused(Refusal(413, f"the body is larger than {limit_bytes} bytes", hint))
 
 
-def row_too_large(row_bytes: int) -> BadRequest:
+def row_too_large(row_bytes: int) -> Refused:
     """The answer to a row without an end."""
-    return BadRequest(413, f"a row is larger than {row_bytes} bytes", "is a newline or a closing quote missing?")
+    return Refused(Refusal(413, f"a row is larger than {row_bytes} bytes", "is a newline or a closing quote missing?"))
 
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
@@ -224,7 +220,7 @@ class CsvBody:
         unknown = [cell[:80] for cell in cells if cell not in columns]
         if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
             what = f"{unknown[0]!r} is no column" if unknown else f"columns twice, or no {self._table.key.name}"
-            raise BadRequest(422, f"the header cannot be used: {what}", SHAPE_HINT, "header")
+            raise Refused(Refusal(422, f"the header cannot be used: {what}", SHAPE_HINT, "header"))
         self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
         self._cells = [_cell(columns[cell]) for cell in cells]
 
@@ -252,9 +248,9 @@ def _parsed(whole: bytes) -> Iterator[list[str]]:
         # Decoded as it is read: a StringIO takes four bytes a character.
         yield from csv.reader(io.TextIOWrapper(io.BytesIO(whole), "utf-8", newline=""), strict=True)
     except UnicodeDecodeError:
-        raise BadRequest(400, "the body is not UTF-8", "encode it as UTF-8") from None
+        raise Refused(Refusal(400, "the body is not UTF-8", "encode it as UTF-8")) from None
     except csv.Error as error:
-        raise BadRequest(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says") from None
+        raise Refused(Refusal(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says")) from None
 
 
 def _cell(column: TableColumn) -> Cell:
@@ -308,27 +304,30 @@ class Options:
         """The parser, and what unpacks before it. No row may be larger than a JSON body."""
         gzip = Gzip(body_bytes if self.form == "json" else stream_bytes) if self.gzip else None
         if self.form == "csv":
-            from app.dwh.request_parsing import CsvBody
-
             return CsvBody(table, body_bytes), gzip
         return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
 
 
 def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Options:
-    """Raises BadRequest."""
+    """Raises Refused."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
-        raise BadRequest(400, f"{name[:80]} is no parameter of this route", "use on_error and dry_run", name[:80])
+        raise Refused(Refusal(400, f"{name[:80]} is no parameter of this route", "use on_error and dry_run", name[:80]))
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
-        raise BadRequest(422, "on_error is not stop or skip, or given twice", "correct it", "on_error")
+        raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
     dry_run = YES_NO.get(chosen.get("dry_run", "false").lower())
     if dry_run is None:
-        raise BadRequest(422, "dry_run is not true or false", "correct it", "dry_run")
+        raise Refused(Refusal(422, "dry_run is not true or false", "correct it", "dry_run"))
     key = headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
-        raise BadRequest(
-            422, "Idempotency-Key is not 1 to 255 characters of ASCII without blanks", "use a UUID", "Idempotency-Key"
+        raise Refused(
+            Refusal(
+                422,
+                "Idempotency-Key is not 1 to 255 characters of ASCII without blanks",
+                "use a UUID",
+                "Idempotency-Key",
+            )
         )
     return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "")
 
@@ -338,8 +337,10 @@ def _form(headers: Mapping[str, str]) -> Form:
     charset = parameters.strip().lower()
     form = FORMS.get(media.strip().lower())
     if form is None or ("charset=" in charset and charset.split("charset=")[1].strip('" ') not in ("utf-8", "utf8")):
-        raise BadRequest(
-            415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
+        raise Refused(
+            Refusal(
+                415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"
+            )
         )
     return form
 
@@ -347,7 +348,7 @@ def _form(headers: Mapping[str, str]) -> Form:
 def _packed(headers: Mapping[str, str]) -> bool:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
-        raise BadRequest(415, "this content encoding is not read", "send gzip, or nothing")
+        raise Refused(Refusal(415, "this content encoding is not read", "send gzip, or nothing"))
     return "gzip" in encoding
 
 
@@ -412,12 +413,12 @@ class Received:
     held: list[Frame] = field(default_factory=list)
     spool: Any = field(default_factory=lambda: tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - `close`
 
-    def read(self) -> Iterator[Iterator["Values"]]:
+    def read(self) -> Iterator[Iterator[Values]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""
         for _, frames in groupby(self._frames(), key=lambda frame: frame[0]):
             yield chain.from_iterable(zip(*columns, strict=True) for _, columns in frames)
 
-    def blocks(self) -> Iterator[Sequence["Values"]]:
+    def blocks(self) -> Iterator[Sequence[Values]]:
         """All rows, some at a time, by column."""
         return (columns for _, columns in self._frames())
 
@@ -428,14 +429,10 @@ class Received:
         if self.rows <= HELD_ROWS and self.size_bytes <= HELD_BYTES:
             self.held.append(frame)
             return
-        import msgspec
-
         packed = msgspec.msgpack.encode(frame)
         self.spool.write(len(packed).to_bytes(LENGTH_BYTES) + packed)
 
     def _frames(self) -> Iterator[Frame]:
-        import msgspec
-
         yield from self.held
         self.spool.seek(0)
         while head := self.spool.read(LENGTH_BYTES):
@@ -451,7 +448,7 @@ class Intake:
     """Takes one body. `skip`: bad rows are noted and left out; else the first one refuses the body."""
 
     def __init__(
-        self, body: Body, rows: "RowReader", limits: BatchLimits, *, gzip: Gzip | None = None, skip: bool = False
+        self, body: Body, rows: RowReader, limits: BatchLimits, *, gzip: Gzip | None = None, skip: bool = False
     ) -> None:
         self._body, self._rows, self._gzip, self._skip = body, rows, gzip, skip
         self._batches = BatchDealer(limits)
@@ -460,25 +457,25 @@ class Intake:
         self.received = Received()
 
     def feed(self, block: bytes) -> None:
-        """The next bytes. Raises BadRequest."""
+        """The next bytes. Raises Refused."""
         for piece in self._gzip.feed(block) if self._gzip else (block,):
             self._digest.update(piece)
             for group in self._body.feed(piece):
                 self._take(group)
 
     def finish(self) -> Received:
-        """The body has ended. Raises BadRequest."""
+        """The body has ended. Raises Refused."""
         if self._gzip:
             self._gzip.finish()
         for group in self._body.finish():
             self._take(group)
         if not self._seen_rows:
-            raise EMPTY
+            raise Refused(EMPTY)
         self.received.batches = self._batches.count
         self.received.digest = self._digest.hexdigest()
         return self.received
 
-    def _take(self, group: "Sequence[bytes | Raw]") -> None:
+    def _take(self, group: Sequence[Slice]) -> None:
         checked = self._rows.read(group, self._seen_rows)
         self._seen_rows += len(group)
         if checked.faults and not self._skip:
@@ -488,7 +485,7 @@ class Intake:
         received.faults += checked.faults[: MAX_FAULTS - len(received.faults)]
         self._put(checked.columns, checked.sizes)
 
-    def _put(self, columns: "Sequence[Values]", sizes: Sequence[int]) -> None:
+    def _put(self, columns: Sequence[Values], sizes: Sequence[int]) -> None:
         batch, start = self._batches.count, 0
         for number, length in enumerate(self._batches.deal(sizes)):
             end = start + length

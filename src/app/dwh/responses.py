@@ -1,7 +1,8 @@
-"""Answers to GET: rows as JSON, NDJSON, CSV or Parquet, read in one thread and sent while they are read."""
+"""Answers of /dwh: of POST as JSON; of GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
 
 import csv
 import io
+import json
 import tempfile
 import threading
 from collections import deque
@@ -9,10 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+import msgspec
+
 from app.core.errors import AppError, Permanent, Transient
 from app.dwh.query import Format, Selection
+from app.dwh.rows import RowFault
 from app.dwh.tables import Table, TableColumn
-from app.dwh.warehouse import Warehouse
+from app.dwh.warehouse import Inserted, Warehouse
+
+PIECE_IDS = 10_000
+
+
+def answer_to_post(done: Inserted, faults: Sequence[RowFault] | None, fault_count: int) -> Iterator[bytes]:
+    """The body, in pieces, since there may be millions of ids. `faults` None: not asked to skip them."""
+    yield b'{"inserted_ids":['
+    for start in range(0, len(done.ids), PIECE_IDS):
+        ids = msgspec.json.encode(done.ids[start : start + PIECE_IDS].tolist())
+        yield (b"," if start else b"") + ids[1:-1]
+    inserted = done.inserted_rows
+    yield f'],"count":{inserted},"batches":{done.batches},"skipped":{done.rows - inserted}'.encode()
+    if done.dry_run:
+        yield b',"dry_run":true'
+    if faults is not None:
+        listed = [{"index": each.index, "field": each.field, "message": each.message} for each in faults]
+        yield f',"errors":{json.dumps(listed)},"error_count":{fault_count}'.encode()
+    yield b"}"
+
 
 # Rows as the bytes of an answer: JSON, NDJSON, CSV or Parquet, written to a file block by block.
 #
@@ -55,14 +78,12 @@ def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> 
 
 def _encoder(table: Table) -> Callable[[Block], bytes]:
     """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
-    import msgspec
-
     names = [column.name for column in table.stored]
     row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
     encode = msgspec.json.Encoder().encode_lines
     flags = _flags(table.stored)
-    json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
-    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), json, msgspec.Raw)])
+    as_json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+    return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), as_json, msgspec.Raw)])
 
 
 def _made(block: Block) -> bytes:

@@ -6,9 +6,8 @@ there: who sends slowly, or reads slowly, keeps nobody else waiting.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -18,17 +17,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from app.core.errors import AppError
-from app.dwh import openapi, responses, results
+from app.dwh import openapi
 from app.dwh.query import Selection, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import AnswerPage
-from app.dwh.results import BadRequest, Inserted
+from app.dwh.responses import MEDIA, AnswerPage, answer_to_post
+from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Request as Storing
-from app.dwh.warehouse import Warehouse
+from app.dwh.warehouse import Inserted, Warehouse
+from app.web.api import Streamed
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
@@ -41,25 +38,19 @@ BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
 OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
-GONE = Response(status_code=400)  # nobody is there to read it
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WarehouseLimits:
-    """Bytes of a JSON body and of a row; of a streamed body; and what a batch may hold."""
-
-    body_bytes: int
-    stream_bytes: int
-    batch: BatchLimits
+GONE = Response(status_code=400)  # client disconnected
 
 
 @dataclass(frozen=True, slots=True)
 class WarehouseRoutes:
-    """What the routes act on."""
+    """What the routes act on, and the places that they share. No JSON body and no row is larger than `body_bytes`, no
+    streamed body than `stream_bytes`.
+    """
 
     warehouse: Warehouse
-    limits: WarehouseLimits
+    batch: BatchLimits
+    body_bytes: int
+    stream_bytes: int
     clock: Callable[[], datetime]
     roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
@@ -101,19 +92,8 @@ async def _other() -> Response:
     raise Refused(Refusal(405, "this path knows GET and POST", "see /docs", headers={"Allow": "GET, POST"}))
 
 
-@asynccontextmanager
-async def _place(places: asyncio.Semaphore) -> AsyncIterator[None]:
-    """One of the places; 429 when none becomes free in time."""
-    await _acquired(places)
-    try:
-        yield
-    except BadRequest as error:
-        raise _refused(error) from error
-    finally:
-        places.release()
-
-
 async def _acquired(places: asyncio.Semaphore) -> None:
+    """Take one of the places; 429 when none becomes free in time."""
     try:
         async with asyncio.timeout(WAIT_SECONDS):
             await places.acquire()
@@ -121,16 +101,9 @@ async def _acquired(places: asyncio.Semaphore) -> None:
         raise Refused(BUSY) from None
 
 
-def _refused(error: BadRequest) -> Refused:
-    return Refused(Refusal(error.status, error.message, error.hint, error.fault))
-
-
 def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
-        try:
-            chosen = selection(table, request.query_params.multi_items())
-        except BadRequest as error:
-            raise _refused(error) from error
+        chosen = selection(table, request.query_params.multi_items())
         with ExitStack() as stack:
             lean = serving.roomy.locked()
             if not lean:
@@ -148,8 +121,7 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
             headers = _headers(chosen, request.url.path, page.last_id)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
-            media_type = responses.MEDIA[chosen.format]
-            return _Sent(page.pieces(), stack.pop_all(), headers=headers, media_type=media_type)
+            return Streamed(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
 
     return read
 
@@ -163,74 +135,48 @@ def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str
     return headers
 
 
-class _Sent(StreamingResponse):
-    """A page on its way. What fails in the middle is logged, and the answer left without its end, as HTTP has it."""
-
-    def __init__(self, pieces: Iterator[bytes], held: ExitStack, *, headers: dict[str, str], media_type: str) -> None:
-        super().__init__(pieces, headers=headers, media_type=media_type)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        except AppError as error:
-            log.error("an answer of /dwh was cut off: %s", error)  # noqa: TRY400 - the message says it all
-
-
 def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
+        chosen = options(request.query_params.multi_items(), request.headers)
+        blocks = _blocks(request)
         try:
-            chosen = options(request.query_params.multi_items(), request.headers)
-            blocks = _blocks(request)
             first = await anext(blocks, b"")
-        except BadRequest as error:
-            raise _refused(error) from error
         except ClientDisconnect:
             return GONE
-        async with _place(serving.writers):
+        await _acquired(serving.writers)
+        intake = None
+        try:
             intake = await run_in_threadpool(_intake, serving, table, chosen)
-            try:
-                await run_in_threadpool(intake.feed, first)
-                async for block in blocks:
-                    await run_in_threadpool(intake.feed, block)
-                return await _stored(serving, table, request, (chosen, intake))
-            except ClientDisconnect:
-                return GONE
-            finally:
+            await run_in_threadpool(intake.feed, first)
+            async for block in blocks:
+                await run_in_threadpool(intake.feed, block)
+            received = await run_in_threadpool(intake.finish)
+            caller = request.scope["state"]["grant"].name
+            how = {"at": serving.clock(), "caller": caller, "key": chosen.key, "dry_run": chosen.dry_run}
+            done = await run_in_threadpool(_insert, serving.warehouse, table, received, how)
+        except ClientDisconnect:
+            return GONE
+        finally:
+            if intake:
                 intake.received.close()
+            serving.writers.release()
+        content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
+        headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
+        return StreamingResponse(content, headers=headers, media_type="application/json")
 
     return write
 
 
 def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
-    """Imports the decoder, which an idle daemon does without."""
-    from app.dwh.rows import reader
-
-    limits = serving.limits
-    body, gzip = chosen.body(table, limits.body_bytes, limits.stream_bytes)
-    return Intake(body, reader(table.name), limits.batch, gzip=gzip, skip=chosen.skip)
+    """The first one of a table makes its decoder, which takes a while."""
+    body, gzip = chosen.body(table, serving.body_bytes, serving.stream_bytes)
+    return Intake(body, reader(table.name), serving.batch, gzip=gzip, skip=chosen.skip)
 
 
-async def _stored(serving: WarehouseRoutes, table: Table, request: Request, given: tuple[Options, Intake]) -> Response:
-    chosen, intake = given
-    received = await run_in_threadpool(intake.finish)
-    caller = request.scope["state"]["grant"].name
-    storing = Storing(serving.clock(), caller, chosen.key, chosen.dry_run)
-    done = await run_in_threadpool(_insert, serving.warehouse, table, received, storing)
-    faults = received.faults if chosen.skip else None
-    headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
-    content = results.body(done, faults, received.fault_count)
-    return StreamingResponse(content, headers=headers, media_type="application/json")
-
-
-def _insert(warehouse: Warehouse, table: Table, received: Received, storing: Storing) -> Inserted:
-    """To free many rows takes a while, which the event loop should not wait for."""
+def _insert(warehouse: Warehouse, table: Table, received: Received, how: dict[str, Any]) -> Inserted:
+    """Also frees the rows here: that takes a while, which the event loop should not wait for."""
     with closing(received):
-        return warehouse.insert(table, received, storing)
+        return warehouse.insert(table, received, **how)
 
 
 async def _blocks(request: Request) -> AsyncIterator[bytes]:

@@ -16,8 +16,31 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from msgspec.structs import astuple
 
 from app.db.database import instant_text
-from app.dwh.results import RowFault
-from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, TABLES, Table, TableColumn
+from app.dwh.tables import BY_NAME, INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
+from app.web.errors import Refusal, Refused
+
+# What is wrong with a row, as the caller is told.
+#
+# Invariant: a message says where and what is wanted; only `fault` of a request may repeat a value of the body.
+
+SHAPE_HINT = "see /docs for the columns of this table"
+ROW_HINT = "correct that row, or send ?on_error=skip to store the others"
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """A row that cannot be stored. `index` counts from 0; `field` is "" when it is the row as such."""
+
+    index: int
+    field: str
+    message: str
+
+    def refusal(self) -> Refused:
+        """The answer when one bad row refuses the whole request."""
+        where = f"row {self.index}, field {self.field}" if self.field else f"row {self.index}"
+        fault = f"data.{self.index}.{self.field}" if self.field else f"data.{self.index}"
+        return Refused(Refusal(422, f"{where}: {self.message}", ROW_HINT, fault))
+
 
 # What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
 #
@@ -353,7 +376,7 @@ class RowReader:
 @lru_cache(maxsize=16)
 def reader(table_name: str) -> RowReader:
     """The reader of a table; made once, since a typed decoder takes a while to make."""
-    return RowReader(next(table for table in TABLES if table.name == table_name))
+    return RowReader(BY_NAME[table_name])
 
 
 def _decoder(table: Table, field_of: Callable[[TableColumn], Any]) -> Callable[[Slice], Any]:

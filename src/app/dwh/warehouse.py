@@ -10,26 +10,25 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
-from app.db.database import Session, load_queries, open_database, sql_directory
-from app.db.migrations import Migrated
-from app.db.sqlite import SqliteDatabase
-from app.dwh import table_sql
-from app.dwh.results import BadRequest, Inserted, answer_of, text_of
-from app.dwh.tables import EVENTS, TABLES, Table
+from app.db.database import NamedQueries, Session, sql_directory
+from app.db.migrations import Migrated, open_database
+from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
 from app.product_events.mapping import Rows, Tables
+from app.web.errors import Refusal, Refused
 
 if TYPE_CHECKING:
     from app.dwh.query import Selection
+    from app.dwh.request_parsing import Received
 
 # The rows of one request into their table, in one transaction of the caller's.
 #
 # Invariants: each row once, by its natural key; ids are given in the order of the rows; writers of a table take
 # turns, so that overlapping requests never deadlock. Rows that are new, as most are, take the shortest way: COPY into
 # the table itself. Only when it meets a key that is there already do they go through a temporary table, where COPY
-# knows conflicts.
+# knows conflicts. Every name in the SQL comes from the declaration of a table, never from a caller.
 
 LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
 STATEMENT_ROWS = 20  # of an INSERT in SQLite; more bring no more
@@ -38,42 +37,53 @@ Row = Sequence[Any]
 Columns = Sequence[Sequence[Any]]
 
 
-class StorableBatches(Protocol):
-    """What is to be stored: `rows` of them in all, in `batches` batches, told from others by `digest`."""
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """`ids` of rows that were really inserted. In a dry run the ids are left out, their number is `count`."""
+
+    ids: "array[int]"
+    rows: int
+    batches: int
+    count: int = -1
+    dry_run: bool = False
+    replayed: bool = False
 
     @property
-    def rows(self) -> int:
-        """How many rows there are."""
-
-    @property
-    def batches(self) -> int:
-        """How many batches they make."""
-
-    @property
-    def digest(self) -> str:
-        """The same for the same request, hex."""
-
-    def read(self) -> Iterator[Iterable[Row]]:
-        """The batches, each as its rows. From the first one, each time."""
-
-    def blocks(self) -> Iterator[Columns]:
-        """All rows, some at a time, by column. From the first one, each time."""
+    def inserted_rows(self) -> int:
+        """How many rows were inserted, or would be."""
+        return self.count if self.count >= 0 else len(self.ids)
 
 
-def in_sqlite(session: Session, table: Table, batches: StorableBatches) -> "array[int]":
+def _on_conflict(table: Table, *, past: bool = False) -> str:
+    """Rows of the `past` add what is not known yet, and replace nothing."""
+    first, second = (table.name, "excluded") if past else ("excluded", table.name)
+    taken = ", ".join(f"{name} = coalesce({first}.{name}, {second}.{name})" for name in table.names[1:])
+    return f"ON CONFLICT ({table.key.name}) DO {f'UPDATE SET {taken}' if table.updates else 'NOTHING'}"
+
+
+def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
+    """The upsert of one row, its values bound in order; in SQLite also of several `rows`: `created_at` of all is bound
+    first, then their values. Many rows a statement, and an instant that is not made for each, save a third of the time.
+    """
+    values = ", ".join("?" * len(table.columns))
+    names = ", ".join((["created_at"] if rows else []) + list(table.names))
+    places = ", ".join([f"(?1, {values})"] * rows) if rows else f"({values})"
+    return f"INSERT INTO {table.name} ({names}) VALUES {places} {_on_conflict(table, past=past)}"  # noqa: S608
+
+
+def in_sqlite(session: Session, table: Table, batches: "Received") -> "array[int]":
     """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
     before = newest(session, table)
-    (now,) = session.rows(f"SELECT {table_sql.SQLITE_NOW} AS text")
+    (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
     rows = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
     written = 0
     for rows_each, part in ((STATEMENT_ROWS, islice(rows, batches.rows - batches.rows % STATEMENT_ROWS)), (1, rows)):
         values = [chain.from_iterable(part)] * (rows_each * len(table.columns))
-        upsert = table_sql.upsert_many(table, rows_each)
-        written += session.run_rows(upsert, zip(repeat(now["text"]), *values, strict=False))
-    return _given(session, table, before, table_sql.newer(table), -1 if table.updates else written)
+        written += session.run_rows(_upsert(table, rows_each), zip(repeat(now["text"]), *values, strict=False))
+    return _given(session, table, before, -1 if table.updates else written)
 
 
-def in_postgres(session: Session, table: Table, batches: StorableBatches, group_rows: int) -> "array[int]":
+def in_postgres(session: Session, table: Table, batches: "Received", group_rows: int) -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
         return _staged(session, table, (united(batch) for batch in batches.read()))
@@ -86,7 +96,8 @@ def in_postgres(session: Session, table: Table, batches: StorableBatches, group_
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
                 break
-            ids += _given(session, table, before, table_sql.newer_own(table), copied)
+            # Without rows that came from elsewhere: `now()` is when the transaction began.
+            ids += _given(session, table, before, copied, own="AND created_at = now()")
             before = ids[-1]
     if len(ids) < batches.rows:
         rows = islice(chain.from_iterable(batches.read()), len(ids), None)
@@ -103,7 +114,7 @@ def turn(session: Session, table: Table) -> int:
 
 def newest(session: Session, table: Table) -> int:
     """The largest id, 0 for none."""
-    (row,) = session.rows(table_sql.newest(table))
+    (row,) = session.rows(f"SELECT coalesce(max(id), 0) AS newest FROM {table.name}")  # noqa: S608
     return int(row["newest"])
 
 
@@ -116,48 +127,78 @@ def united(rows: Iterable[Row]) -> Iterable[Row]:
     return found.values()
 
 
+def _stage(table: Table) -> str:
+    """The name of the temporary table that takes rows in PostgreSQL, where COPY knows no conflicts."""
+    return f"staged_{table.name}"
+
+
+def _create_stage(session: Session, table: Table) -> None:
+    """Made once per connection; it is empty whenever a transaction begins to use it. The server numbers the rows as
+    they come, which costs less than to send their numbers.
+    """
+    columns = ", ".join(f"{each.name} {TYPES['postgres'][each.kind]}" for each in table.columns)
+    ordinal = "n bigint GENERATED ALWAYS AS IDENTITY"
+    session.run(f"CREATE TEMP TABLE IF NOT EXISTS {_stage(table)} ({ordinal}, {columns}) ON COMMIT DELETE ROWS")
+
+
+def _merge(table: Table, *, past: bool = False) -> str:
+    """The upsert of all staged rows, in the order in which they came."""
+    columns = ", ".join(table.names)
+    staged = f"SELECT {columns} FROM {_stage(table)} ORDER BY n"  # noqa: S608
+    return f"INSERT INTO {table.name} ({columns}) {staged} {_on_conflict(table, past=past)}"
+
+
 def _staged(session: Session, table: Table, chunks: Iterable[Iterable[Row]], before: int | None = None) -> "array[int]":
     """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
-    session.run(table_sql.create_stage(table))
+    _create_stage(session, table)
+    ids_written = "SELECT coalesce(string_agg(id::text, ','), '') AS ids FROM written"
+    merge_chunk = f"WITH written AS ({_merge(table)} RETURNING id) {ids_written}"
     ids = array("q")
     for number, chunk in enumerate(chunks):
         if number:
-            session.run(table_sql.empty_stage(table))
-        session.append(table_sql.stage(table), table.names, chunk)
+            session.run(f"TRUNCATE {_stage(table)}")
+        session.append(_stage(table), table.names, chunk)
         before = turn(session, table) if before is None else before
-        (written,) = session.rows(table_sql.merge(table))
+        (written,) = session.rows(merge_chunk)
         given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
         ids.extend(given[bisect_right(given, before) :])
     return ids
 
 
-def _given(session: Session, table: Table, before: int, newer: str, written: int) -> "array[int]":
-    """The ids above `before` that were given to `written` rows, in order; `newer` reads them."""
-    (span,) = session.rows(table_sql.span(table), newest=before)
+def _given(session: Session, table: Table, before: int, written: int, *, own: str = "") -> "array[int]":
+    """The ids above `before` that were given to `written` rows, in order; -1: not known how many."""
+    newer = f"FROM {table.name} WHERE id > :newest"
+    # Two searches in the index, however many there are.
+    ends = f"SELECT (SELECT min(id) {newer}) AS first, (SELECT max(id) {newer}) AS last"
+    (span,) = session.rows(ends, newest=before)
     if span["first"] is not None and span["last"] - span["first"] + 1 == written:
         return array("q", range(span["first"], span["last"] + 1))  # so many rows fill all of it, and are all ours
-    return array("q", (id_ for (id_,) in session.stream(newer, newest=before)))
+    return array("q", (id_ for (id_,) in session.stream(f"SELECT id {newer} {own} ORDER BY id", newest=before)))
 
 
-def _known(session: Session, table: Table, batches: StorableBatches) -> bool:
+def _known(session: Session, table: Table, batches: "Received") -> bool:
     """Whether some of the first rows are there already, as they all are when a request is repeated."""
     keys = next(batches.blocks())[0]
-    probed = list(keys[:: len(keys) // PROBED_KEYS + 1])
-    (row,) = session.rows(table_sql.known(table), keys=probed)
+    probed = f"{table.key.name} = ANY(:keys::{TYPES['postgres'][table.key.kind]}[])"
+    (row,) = session.rows(
+        f"SELECT EXISTS (SELECT FROM {table.name} WHERE {probed}) AS known",  # noqa: S608
+        keys=list(keys[:: len(keys) // PROBED_KEYS + 1]),
+    )
     return bool(row["known"])
 
 
 def _groups(blocks: Iterator[Columns], rows: int) -> Iterator[Iterator[Columns]]:
     """Some rows together; read a group to its end before the next."""
-    for first in blocks:
-        yield _until(rows, chain((first,), blocks))
 
+    def until_enough(first: Columns) -> Iterator[Columns]:
+        taken = 0
+        for block in chain((first,), blocks):
+            yield block
+            taken += len(block[0])
+            if taken >= rows:
+                return
 
-def _until(rows: int, blocks: Iterator[Columns]) -> Iterator[Columns]:
-    taken = 0
-    while taken < rows and (block := next(blocks, None)):
-        taken += len(block[0])
-        yield block
+    return map(until_enough, blocks)
 
 
 def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
@@ -170,56 +211,48 @@ def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
 # Invariants: in PostgreSQL no lock is held while rows still come, and locks are taken in the order of the tables'
 # numbers, so that two loads never wait for each other; memory is bounded by one chunk and the devices of a load.
 
-BY_NAME = {table.name: table for table in TABLES}
 
-
-def stage(session: Session, chunks: Iterable[Tables]) -> Sequence[Table]:
-    """Stage all rows in PostgreSQL; the tables that have some, in the order of their numbers."""
+def load_postgres(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+    """Stage all rows, then merge them; how many events are new."""
     staged: set[str] = set()
     latest = Latest()
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
             if name not in staged:
-                session.run(table_sql.create_stage(table))
+                _create_stage(session, table)
                 staged.add(name)
             if table.updates:
                 latest.add(table, rows)
             else:
-                session.append(table_sql.stage(table), rows.names, rows.rows)
+                session.append(_stage(table), rows.names, rows.rows)
     for table, values in latest.rows():
-        session.append(table_sql.stage(table), table.names, values)
-    return [table for table in TABLES if table.name in staged]
-
-
-def merge(session: Session, tables: Sequence[Table], *, past: bool) -> int:
-    """Merge what was staged; how many events are new."""
-    written = {table.name: session.run(table_sql.merge_all(table, past=past)) for table in tables}
+        session.append(_stage(table), table.names, values)
+    tables = [table for table in TABLES if table.name in staged]
+    for table in tables:
+        turn(session, table)
+    written = {table.name: session.run(_merge(table, past=past)) for table in tables}
     return written.get(EVENTS.name, 0)
 
 
-def one_by_one(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
-    """Store all rows in SQLite, by prepared statements; how many events are new."""
+def load_sqlite(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+    """Store all rows by prepared statements; how many events are new."""
     latest = Latest()
-    (before,) = session.rows(table_sql.newest(EVENTS))
+    before = newest(session, EVENTS)
     for chunk in chunks:
         for name, rows in chunk.items():
             table = BY_NAME[name]
             if table.updates:
                 latest.add(table, rows)
             else:
-                session.run_rows(table_sql.upsert(table), _whole(table, rows))
+                places = [rows.names.index(each) if each in rows.names else None for each in table.names]
+                whole = ([None if place is None else row[place] for place in places] for row in rows.rows)
+                as_they_are = tuple(rows.names) == tuple(table.names)
+                session.run_rows(_upsert(table), rows.rows if as_they_are else whole)
     for table, values in latest.rows():
-        session.run_rows(table_sql.upsert(table, past=past), values)
-    return sum(1 for _ in session.stream(table_sql.newer(EVENTS), newest=before["newest"]))
-
-
-def _whole(table: Table, rows: Rows) -> Iterable[Sequence[Any]]:
-    """Rows with every column of the table, in its order."""
-    if tuple(rows.names) == tuple(table.names):
-        return rows.rows
-    places = [rows.names.index(name) if name in rows.names else None for name in table.names]
-    return ([None if place is None else row[place] for place in places] for row in rows.rows)
+        session.run_rows(_upsert(table, past=past), values)
+    newer = f"SELECT id FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
+    return sum(1 for _ in session.stream(newer, newest=before))
 
 
 class Latest:
@@ -260,16 +293,6 @@ MERGE_ROWS = 20_000
 KEPT_DAYS = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """How to store: for `caller`, under an Idempotency-Key ("" for none), in earnest or to see what would happen."""
-
-    at: datetime
-    caller: str = ""
-    key: str = ""
-    dry_run: bool = False
-
-
 class _Undo(Exception):
     """Ends the transaction of a dry run."""
 
@@ -284,7 +307,7 @@ class SelectedRows:
     edge: Iterator[Sequence[Any]]
 
     def last_id(self) -> int | None:
-        """The id of the last row when more follow it. For who has not read to the end; costs a search of its own."""
+        """The id of the last row when more follow it, before the blocks are read to the end; an own search."""
         found = list(self.edge)
         return int(found[0][0]) if len(found) > 1 else None
 
@@ -293,41 +316,36 @@ class Warehouse:
     """Seven tables in one database. Connects on first use. Safe to use from many threads."""
 
     def __init__(self, database: Migrated) -> None:
-        self._database = database
+        self.database = database
         self._lite = database.dialect == "sqlite"
-        self._queries = load_queries(sql_directory() / "dwh", database.dialect)
+        self._queries = NamedQueries(database, sql_directory() / "dwh")
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
-    @property
-    def database(self) -> Migrated:
-        """Where the tables are."""
-        return self._database
-
-    @property
-    def place(self) -> str:
-        """Where it is, for messages."""
-        return self._database.place
-
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the warehouse cannot be used."""
-        with self._database.transaction(read_only=True) as session:
-            session.rows("SELECT 1 AS found")
+        self.database.ping()
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
-        self._database.close()
+        self.database.close()
 
-    def insert(self, table: Table, batches: StorableBatches, request: Request) -> Inserted:
-        """Store what is not there yet, all or nothing. Raises BadRequest for a key that was used for another request.
+    def insert(
+        self, table: Table, batches: "Received", *, at: datetime, caller: str = "", key: str = "", dry_run: bool = False
+    ) -> Inserted:
+        """Store what is not there yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
 
-        Transient means that it may or may not have been stored: the same request again does no harm.
+        Raises Refused for a key that was used for another request. Transient means that it may or may not have been
+        stored: the same request again does no harm.
         """
         with suppress(_Undo), self._writing() as session:
-            done = self._once(session, table, batches, request)
-            if request.dry_run:
+            if dry_run:
+                done = self._store(session, table, batches)
                 raise _Undo
-        return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True) if request.dry_run else done
+            if not key:
+                return self._store(session, table, batches)
+            return self._once(session, table, batches, at=at, caller=caller, key=key)
+        return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
         """Rows of several tables in one transaction, all or nothing; how many events are new. Idempotent.
@@ -335,60 +353,52 @@ class Warehouse:
         What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
         """
         with self._writing() as session:
-            if self._lite:
-                return one_by_one(session, chunks, past=past)
-            staged = stage(session, chunks)
-            for table in staged:
-                turn(session, table)
-            return merge(session, staged, past=past)
+            return (load_sqlite if self._lite else load_postgres)(session, chunks, past=past)
 
     def known(self, uuids: Collection[str]) -> int:
         """How many of these events are there; each counts once. A few thousand at a time at most."""
-        with self._database.transaction(read_only=True) as session:
-            (found,) = session.rows(self._queries["known_events"], uuids=json.dumps(sorted(uuids)))
+        (found,) = self._queries.rows("known_events", uuids=json.dumps(sorted(uuids)))
         return int(found["events"])
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        if not self._lite:
-            with self._database.transaction() as session:
-                yield session
-            return
-        if not self._turn.acquire(timeout=TURN_SECONDS):
+        if self._lite and not self._turn.acquire(timeout=TURN_SECONDS):
             raise Transient("other requests are writing to the warehouse", "send the same request again later")
         try:
-            with self._database.transaction() as session:
+            with self.database.transaction() as session:
                 yield session
         finally:
-            self._turn.release()
+            if self._lite:
+                self._turn.release()
 
-    def _once(self, session: Session, table: Table, batches: StorableBatches, request: Request) -> Inserted:
+    def _once(
+        self, session: Session, table: Table, batches: "Received", *, at: datetime, caller: str, key: str
+    ) -> Inserted:
         """The stored answer of an earlier request with the same key, else the rows and then the answer."""
-        if not request.key or request.dry_run:
-            return self._merge(session, table, batches)
-        name = {"caller": request.caller, "key": request.key}
+        name = {"caller": caller, "key": key}
         fingerprint = f"{table.name}:{batches.digest}"
-        session.run(self._queries["forget_requests"], before_at=request.at - timedelta(days=KEPT_DAYS))
-        if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=request.at):
+        session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
+        if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
             (held,) = session.rows(self._queries["request"], **name)
             if held["fingerprint"] != fingerprint:
-                raise BadRequest(
-                    409, "this Idempotency-Key was used for another request", "use a new key", "Idempotency-Key"
-                )
-            return replace(answer_of(held["answer"]), replayed=True)
-        done = self._merge(session, table, batches)
-        session.run(self._queries["answer_request"], **name, answer=text_of(done))
+                what = "this Idempotency-Key was used for another request"
+                raise Refused(Refusal(409, what, "use a new key", "Idempotency-Key"))
+            answer = json.loads(held["answer"])
+            return Inserted(array("q", answer["ids"]), answer["rows"], answer["batches"], replayed=True)
+        done = self._store(session, table, batches)
+        answer_text = json.dumps({"ids": done.ids.tolist(), "rows": done.rows, "batches": done.batches})
+        session.run(self._queries["answer_request"], **name, answer=answer_text)
         return done
 
-    def _merge(self, session: Session, table: Table, batches: StorableBatches) -> Inserted:
+    def _store(self, session: Session, table: Table, batches: "Received") -> Inserted:
         ids = in_sqlite(session, table, batches) if self._lite else in_postgres(session, table, batches, MERGE_ROWS)
         return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
     def selected(self, selection: "Selection") -> Iterator["SelectedRows"]:
         """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
-        dialect = self._database.dialect
-        with self._database.transaction(read_only=True) as session:
+        dialect = self.database.dialect
+        with self.database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             blocks = session.blocks(selection.sql(dialect), **selection.params)
@@ -398,5 +408,5 @@ class Warehouse:
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:
     """The warehouse at a URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
-    plain = open_database(url, variables=VARIABLES) if url else SqliteDatabase(data_dir / FILE)
+    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
     return Warehouse(Migrated(plain, sql_directory() / "dwh"))

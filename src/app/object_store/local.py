@@ -1,134 +1,56 @@
-"""The object store port on a directory of this machine: a key is a path below the root."""
+"""The object store port on a directory of this machine: a key is a path below the root, readable by any other program.
 
+Invariants: a name holds the whole old object or the whole new one, also after a kill or a power cut; check and rename
+happen under one lock of all threads and processes, which is never held while a body is streamed; no symbolic link
+below the root is followed. What has no place in a plain file is kept below `.headwater/`, which no listing shows:
+
+    lock      taken around check and rename
+    tmp/      objects that are still being written; `probe` removes what killed processes left there
+    meta/     content type and metadata of objects that cannot carry them themselves, see Notes
+"""
+
+import binascii
 import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from shutil import copyfileobj
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
-from app.object_store.local_listing import ABSENT, Listing, Names
-from app.object_store.port import BadKey, ListingBatch, ObjectInfo, Put, check_key, in_batches, is_new_form
-
-# Content type and metadata of an object, which a plain file has no place for.
-#
-# Kept as an extended attribute of the file itself, so that both appear with one rename; where the file system has
-# none, or the note is too long for one, in a file below `folder` named by the key's SHA-256: a name built from the
-# key itself could be too long, or stand where another key needs a folder. Invariant: a note names the ETag that it
-# belongs to and counts for no other, so a crash or a change by another program loses metadata and never gives an
-# object another's.
-
-ATTRIBUTE = "user.headwater"
-UNABLE = {errno.ENOTSUP, errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM}
-
-
-class Notes:
-    """The notes of one directory; half-written ones are in `temporaries`. All methods may raise OSError."""
-
-    def __init__(self, folder: Path, temporaries: Path) -> None:
-        self._folder = folder
-        self._temporaries = temporaries
-
-    def attach(self, descriptor: int, etag: str, put: Put) -> bool:
-        """Keep the note with the open file, durable with its next fsync; False where that cannot be done."""
-        if sys.platform != "linux":
-            return False
-        try:
-            os.setxattr(descriptor, ATTRIBUTE, _text(etag, put))
-        except OSError as error:
-            if error.errno in UNABLE:
-                return False
-            raise
-        return True
-
-    def write(self, key: str, etag: str, put: Put) -> None:
-        """Keep the note in a file of its own, before the object that has this ETag gets its name."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporaries / uuid4().hex
-        try:
-            with temporary.open("xb") as file:
-                file.write(_text(etag, put))
-                file.flush()
-                sync_file(file.fileno())
-            replace_durably(temporary, self._path(key))
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def read(self, key: str, path: Path, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
-        """`info` with what is noted of it, and whether that is certain: it is not while a writer may stand between the
-        note of the next version and its rename.
-        """
-        attached = _attached(path)
-        found = _parsed(self._read_file(key) if attached is None else attached)
-        if found is None:
-            return info, True
-        if found.get("etag") != info.etag:
-            return info, attached is not None
-        return replace(info, content_type=found["content_type"], metadata=found["metadata"]), True
-
-    def remove(self, key: str) -> None:
-        """Forget the note of a deleted object."""
-        self._path(key).unlink(missing_ok=True)
-
-    def _read_file(self, key: str) -> bytes:
-        try:
-            return self._path(key).read_bytes()
-        except FileNotFoundError:
-            return b""
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-
-
-def _text(etag: str, put: Put) -> bytes:
-    metadata = {name.lower(): value for name, value in put.metadata.items()}
-    return json.dumps({"etag": etag, "content_type": put.content_type, "metadata": metadata}).encode()
-
-
-def _attached(path: Path) -> bytes | None:
-    """The note inside the file's attributes; None when there is none."""
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
-    except OSError:
-        return None  # no attribute, no support, or the file is gone, which its caller sees as well
-
-
-def _parsed(note: bytes) -> dict[str, Any] | None:
-    """None for no note, or for one that a power cut tore."""
-    try:
-        found = json.loads(note)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-# The object store port on a directory of this machine: a key is a path below the root, readable by any other
-# program.
-#
-# Invariants: a name holds the whole old object or the whole new one, also after a kill or a power cut; check and
-# rename happen under one lock of all threads and processes, which is never held while a body is streamed; no
-# symbolic link below the root is followed. What has no place in a plain file is kept below `.headwater/`, which is
-# never part of a listing:
-#
-#     lock      taken around check and rename
-#     tmp/      objects that are still being written; leftovers of killed processes go with the next `probe`
-#     meta/     content type and metadata of objects that cannot carry them themselves, see above
+from app.object_store.port import (
+    CONTROL,
+    MAX_KEY_BYTES,
+    BadKey,
+    ListingBatch,
+    ObjectInfo,
+    Page,
+    Put,
+    Question,
+    Readable,
+    Stored,
+    check_characters,
+    check_key,
+    in_batches,
+    is_new_form,
+)
 
 HIDDEN = ".headwater"
 LOCK_SECONDS = 30
@@ -136,33 +58,28 @@ POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+ABSENT = (FileNotFoundError, NotADirectoryError)
 # Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+AGAIN_HINT = "no action needed; it is retried"
 
-
-@dataclass(frozen=True, slots=True)
-class _Sealed:
-    """A temporary file as it will be under its name. `noted`: it carries its own note."""
-
-    etag: str
-    modified_at_ns: int
-    noted: bool
+log = logging.getLogger(__name__)
 
 
 class LocalDirectory:
-    """Objects below `root`, which is made on the first write. `clock_ns` gives nanoseconds since the epoch.
+    """Both ports on the files below `root`, which the first write creates. `clock_ns`: nanoseconds since the epoch.
 
     An ETag is inode, modification time and size of the file: it needs no store of its own, and a change by another
-    program is seen. Each write is a new file with a later time than the one it replaces, so that it never comes back.
+    program is seen. Each write is a new file with a later time than the one it replaces, so that no ETag comes back.
     Reading a key that is a folder, or below a file, finds nothing; writing it is Rejected.
     """
 
     def __init__(self, root: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._root = Path(os.path.realpath(root))
         self._hidden = self._root / HIDDEN
-        self._notes = Notes(self._hidden / "meta", self._hidden / "tmp")
-        self._listing = Listing(self._root, HIDDEN, _info, _translated)
-        self._names = Names(self._root, self._hidden / "tmp")
+        self._temporaries = self._hidden / "tmp"
+        self._notes = Notes(self._hidden / "meta", self._temporaries)
+        self._names = Names(self._root, self._temporaries)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
         self._probed = False
@@ -177,42 +94,47 @@ class LocalDirectory:
         with _translated(str(self._root)):
             with self._spooled([b"probe"], Put("text/plain")), self._locked():
                 oldest_ns = self._clock_ns() - LEFTOVER_NS
-            for leftover in (self._hidden / "tmp").iterdir():
+            for leftover in self._temporaries.iterdir():
                 found = _stat(leftover)
                 if found is not None and found.st_mtime_ns < oldest_ns:
                     leftover.unlink(missing_ok=True)
         self._probed = True
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Properties, with the metadata unless the file was changed by another program."""
+        """Properties, with the metadata unless another program changed the file."""
         path = self._held_path(key)
         if path is None:
             return None
+
+        def look() -> tuple[ObjectInfo | None, bool]:
+            found = _stat(path)
+            return (None, True) if found is None else self._notes.read(key, path, _info(key, found))
+
         with _translated(key):
-            info, certain = self._look(key, path)
+            info, certain = look()
             if not certain:  # a writer may stand between the note and the rename: look when there is none
                 with self._locked():
-                    info, _ = self._look(key, path)
+                    info, _ = look()
             return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
         path = self._path(check_key(key))
         chunks = iter(partial(body.read, CHUNK_BYTES), b"")
-        with _translated(key), self._spooled(chunks, put) as (spooled, first), self._locked():
-            sealed = first
+        with _translated(key), self._spooled(chunks, put) as sealed, self._locked():
+            spooled, etag, noted = sealed
             self._check_name(key)
             held = _stat(path)
-            _check_expected(key, put.expected, held)
-            if held is not None and sealed.modified_at_ns <= held.st_mtime_ns:
+            if put.expected not in (None, found := "" if held is None else _etag(held)):
+                raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
+            if held is not None and spooled.lstat().st_mtime_ns <= held.st_mtime_ns:
                 # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
                 # earlier version, so the time alone tells them apart. Inode, time and size outlive the rename.
                 with spooled.open("rb+") as file:
-                    sealed = self._seal(file, held.st_mtime_ns + 1, put)
-            etag = sealed.etag
+                    etag, noted = self._seal(file, held.st_mtime_ns + 1, put)
             try:
                 _make_folder(path.parent)
-                if not sealed.noted:
+                if not noted:
                     self._notes.write(key, etag, put)
                 if path.is_dir():
                     path.rmdir()  # an empty one was left by a killed writer; any other is another key's folder
@@ -234,7 +156,7 @@ class LocalDirectory:
             return
         with file:
             if etag is not None and etag != _etag(os.fstat(file.fileno())):
-                raise Conflict(f"{key}: is no longer the version {etag}", "nothing to do: it is read again")
+                raise Conflict(f"{key}: is no longer the version {etag}", AGAIN_HINT)
             yield file
 
     def pin(self, key: str, target: Path) -> str | None:
@@ -259,8 +181,21 @@ class LocalDirectory:
             return None if found is None else _etag(found)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Depth first, one folder's names in memory at a time."""
-        return self._listing.below(prefix)
+        """Depth first in UTF-8 order of the keys; one folder's names are in memory at a time."""
+        folder = prefix.rpartition("/")[0]
+        segments = folder.split("/") if folder else []
+        # prefixes that no key starts with must not be turned into a path
+        if (
+            prefix.startswith("/")
+            or any(segment in ("", ".", "..") for segment in segments)
+            or HIDDEN in segments[:1]
+            or not CONTROL.isdisjoint(prefix)
+            or prefix.encode("utf-8", "replace").decode() != prefix
+        ):
+            return
+        start = f"{self._root}/{folder}" if folder else str(self._root)
+        if os.path.realpath(start) == start:
+            yield from self._walk(f"{folder}/" if folder else "", prefix)
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
         """As listed: each file is looked at."""
@@ -280,9 +215,40 @@ class LocalDirectory:
                 self._notes.remove(key)
                 self._prune(path.parent)
 
+    def write(self, key: str, body: Readable, put: Put) -> Stored:
+        """As `put`, which reads its body from front to back."""
+        counted = _Counted(body)
+        etag = self.put(key, cast("BinaryIO", counted), put)
+        return Stored(etag, counted.size_bytes)
+
+    def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
+        """The object is written again as a whole: its readers keep what they have."""
+        with self.open(held.key, held.etag) as old:
+            if old is None:
+                raise Conflict(
+                    f"{held.key}: was deleted while it was patched", "look at the object, then send it again"
+                )
+            spliced = Spliced(old, held.size_bytes, offset, body)
+            return self.write(held.key, spliced, Put(held.content_type, held.metadata, held.etag))
+
+    @contextmanager
+    def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:
+        """The open file, from `first` on."""
+        with self.open(held.key, held.etag) as stream:
+            if stream is None:
+                raise Conflict(f"{held.key}: was deleted", AGAIN_HINT)
+            stream.seek(first)
+            yield Limited(stream, count)
+
+    def page(self, question: Question) -> Page:
+        """The keys after the last one of the page before."""
+        return page_of(self.list(question.prefix), question)
+
     def _held_path(self, key: str) -> Path | None:
-        """Where the object is, if there is one; None where the file system has it under another name."""
-        if not is_new_form(key) and not self._listing.has(key):
+        """Where the object is, if there is one; None where the file system has it under another name. Of keys that no
+        new object may have only those that a listing holds, where each comes before all others that begin with it.
+        """
+        if not is_new_form(key) and next((info.key for info in self.list(key)), None) != key:
             check_key(key)
         path = self._path(key)
         with _translated(key):
@@ -303,9 +269,7 @@ class LocalDirectory:
 
     def _path(self, key: str) -> Path:
         if key.split("/", 1)[0] == HIDDEN:
-            raise Rejected(
-                f"object key {key!r} lies in the store's own folder {HIDDEN}", "choose another first segment"
-            )
+            raise Rejected(f"object key {key!r} is in the store's own folder {HIDDEN}", "choose another first segment")
         path = self._root / key
         if os.path.realpath(path) != str(path):
             raise Rejected(
@@ -314,33 +278,34 @@ class LocalDirectory:
         return path
 
     @contextmanager
-    def _spooled(self, chunks: Iterable[bytes], put: Put) -> Iterator[tuple[Path, "_Sealed"]]:
-        """A synced temporary file on the root's file system."""
-        _make_folder(self._hidden / "tmp")
-        path = self._hidden / "tmp" / uuid4().hex
+    def _spooled(self, chunks: Iterable[bytes], put: Put) -> Iterator[tuple[Path, str, bool]]:
+        """A synced temporary file on the root's file system: path, ETag, and whether it carries its own note."""
+        _make_folder(self._temporaries)
+        path = self._temporaries / uuid4().hex
         try:
             with path.open("xb") as file:
                 for chunk in chunks:
                     file.write(chunk)
                 file.flush()
-                sealed = self._seal(file, self._clock_ns(), put)
-            yield path, sealed
+                etag, noted = self._seal(file, self._clock_ns(), put)
+            yield path, etag, noted
         finally:
             path.unlink(missing_ok=True)
 
-    def _seal(self, file: BinaryIO, at_ns: int, put: Put) -> "_Sealed":
+    def _seal(self, file: BinaryIO, at_ns: int, put: Put) -> tuple[str, bool]:
         """Give the file its time, the clock's since the kernel's own is coarser, and its note; then make it durable."""
         descriptor = file.fileno()
         os.utime(descriptor, ns=(at_ns, at_ns))
-        found = os.fstat(descriptor)
-        etag = _etag(found)
+        etag = _etag(os.fstat(descriptor))
         noted = self._notes.attach(descriptor, etag, put)
         sync_file(descriptor)
-        return _Sealed(etag, found.st_mtime_ns, noted)
+        return etag, noted
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time: threads of this object wait for each other, processes on the file."""
+        """One writer at a time: threads of this object wait for each other, processes on the file. The kernel frees a
+        file's lock when its descriptor is closed, however its process ends.
+        """
         _make_folder(self._hidden)
         path = self._hidden / "lock"
         with self._turn:
@@ -349,14 +314,35 @@ class LocalDirectory:
                 _lock(descriptor, path)
                 yield
             finally:
-                os.close(descriptor)  # gives the lock back
+                os.close(descriptor)
 
-    def _look(self, key: str, path: Path) -> tuple[ObjectInfo | None, bool]:
-        """What is there, and whether that is certain: it is not when the note belongs to another version."""
-        found = _stat(path)
-        if found is None:
-            return None, True
-        return self._notes.read(key, path, _info(key, found))
+    def _walk(self, base: str, prefix: str) -> Iterator[ObjectInfo]:
+        for key in self._names_in(base):
+            if key.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key, prefix)
+            elif key.startswith(prefix):
+                with _translated(key):
+                    found = _stat(f"{self._root}/{key}")
+                if found is not None:
+                    yield _info(key, found)
+
+    def _names_in(self, base: str) -> Sequence[str]:
+        """Files and folders directly below `base`, folders with a slash at the end, which is what sorts them right:
+        `a-b` comes before all of `a/`. Text sorts by code point, and so does UTF-8.
+        """
+        names = []
+        with _translated(base):
+            try:
+                with os.scandir(f"{self._root}/{base}") as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            names.append(f"{base}{entry.name}/")
+                        elif entry.is_file(follow_symlinks=False):
+                            names.append(base + entry.name)
+            except ABSENT:
+                return ()  # removed since its parent was read
+        return sorted(name for name in names if _is_key(name.removesuffix("/")))
 
     def _prune(self, folder: Path) -> None:
         while folder != self._root:
@@ -369,12 +355,19 @@ class LocalDirectory:
             folder = folder.parent
 
 
-def _check_expected(key: str, expected: str | None, held: os.stat_result | None) -> None:
-    found = "" if held is None else _etag(held)
-    if expected is not None and expected != found:
-        raise Conflict(
-            f"{key}: expected {expected or 'no object'}, found {found or 'none'}", "nothing to do: it is read again"
-        )
+def _lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise Transient(
+                    f"another process has held {path} for over {LOCK_SECONDS} s", "find it with `fuser` on that file"
+                ) from error
+            time.sleep(POLL_SECONDS)
+        else:
+            return
 
 
 def _etag(found: os.stat_result) -> str:
@@ -386,10 +379,26 @@ def _info(key: str, found: os.stat_result) -> ObjectInfo:
     return ObjectInfo(key, found.st_size, _etag(found), modified_at)
 
 
-def _stat(path: Path) -> os.stat_result | None:
+def _is_key(name: str) -> bool:
+    """Whether a key can name a file that somebody put here, even one that no new object may have. A name that the file
+    system gave has no empty or dot segments, so that usual ones need no closer look.
+    """
+    if name == HIDDEN:
+        return False
+    if name.isascii() and name.isprintable() and len(name) <= MAX_KEY_BYTES:
+        return True
+    try:
+        check_characters(name)
+    except Rejected as error:
+        log.warning("left out of a listing: %s", error)
+        return False
+    return True
+
+
+def _stat(path: Path | str) -> os.stat_result | None:
     """A regular file's properties; None for anything else and for nothing."""
     try:
-        found = path.lstat()
+        found = os.lstat(path)
     except ABSENT:
         return None
     return found if stat.S_ISREG(found.st_mode) else None
@@ -419,23 +428,6 @@ def _copied(path: Path, target: Path) -> str | None:
         return _etag(os.fstat(file.fileno()))
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    """Wait for the file's lock. The kernel frees it when the descriptor is closed, however its process ends."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise Transient(
-                    f"{path} is held by another process for over {LOCK_SECONDS} s",
-                    "find it with `fuser` on that file",
-                ) from error
-            time.sleep(POLL_SECONDS)
-        else:
-            return
-
-
 def _make_folder(folder: Path) -> None:
     """With all parents, each made durable."""
     if not folder.is_dir():
@@ -446,16 +438,15 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
+    """The file system's refusals as what the caller should do."""
     try:
         yield
     except OSError as error:
-        raise _said(what, error) from error
+        raise _refusal(f"{what}: {error.strerror}", error.errno) from error
 
 
-def _said(what: str, error: OSError) -> AppError:
-    """The file system's refusal as what the caller should do."""
-    text = f"{what}: {error.strerror}"
-    match error.errno:
+def _refusal(text: str, number: int | None) -> AppError:
+    match number:
         case errno.ENOSPC | errno.EDQUOT:
             return Transient(text, "free space on the disks that hold the object directory and DATA_DIR")
         case errno.EACCES | errno.EPERM | errno.EROFS:
@@ -468,3 +459,236 @@ def _said(what: str, error: OSError) -> AppError:
             return Rejected(text, "this file system cannot hold such a name: shorten each segment to 255 bytes")
         case _:
             return Transient(text, "check the disk that holds the object directory")
+
+
+# Content type and metadata of an object, which a plain file has no place for.
+
+ATTRIBUTE = "user.headwater"
+UNABLE = {errno.ENOTSUP, errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM}
+
+
+class Notes:
+    """The notes of one directory; half-written ones are in `temporaries`. All methods may raise OSError.
+
+    A note is an extended attribute of the object's file, so that both appear with one rename; where the file system has
+    none, or the note is too long for one, a file below `folder` named by the key's SHA-256: a name built from the key
+    itself could be too long, or be where another key needs a folder. Invariant: a note names the ETag that it belongs
+    to and counts for no other, so a crash or a change by another program loses metadata and gives no object another's.
+    """
+
+    def __init__(self, folder: Path, temporaries: Path) -> None:
+        self._folder = folder
+        self._temporaries = temporaries
+
+    def attach(self, descriptor: int, etag: str, put: Put) -> bool:
+        """Keep the note with the open file, durable with its next fsync; False where that cannot be done."""
+        if sys.platform != "linux":
+            return False
+        try:
+            os.setxattr(descriptor, ATTRIBUTE, _note(etag, put))
+        except OSError as error:
+            if error.errno in UNABLE:
+                return False
+            raise
+        return True
+
+    def write(self, key: str, etag: str, put: Put) -> None:
+        """Keep the note in a file of its own, before the object that has this ETag gets its name."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporaries / uuid4().hex
+        try:
+            with temporary.open("xb") as file:
+                file.write(_note(etag, put))
+                file.flush()
+                sync_file(file.fileno())
+            replace_durably(temporary, self._path(key))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read(self, key: str, path: Path, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
+        """`info` with what is noted of it, and whether that is certain: it is not while a writer may stand between the
+        note of the next version and its rename.
+        """
+        note = attached = _attached(path)
+        if note is None:
+            try:
+                note = self._path(key).read_bytes()
+            except FileNotFoundError:
+                return info, True
+        try:
+            found = json.loads(note)
+        except ValueError:
+            return info, True  # a power cut tore it
+        if not isinstance(found, dict):
+            return info, True
+        if found.get("etag") != info.etag:
+            return info, attached is not None
+        return replace(info, content_type=found["content_type"], metadata=found["metadata"]), True
+
+    def remove(self, key: str) -> None:
+        """Forget the note of a deleted object."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _note(etag: str, put: Put) -> bytes:
+    metadata = {name.lower(): value for name, value in put.metadata.items()}
+    return json.dumps({"etag": etag, "content_type": put.content_type, "metadata": metadata}).encode()
+
+
+def _attached(path: Path) -> bytes | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
+    except OSError:
+        return None  # no attribute, no support, or the file is gone, which its caller sees as well
+
+
+# Whether a file system keeps names as they are given: some ignore case, some rewrite Unicode or drop a last dot.
+
+PROBE = "e\N{COMBINING ACUTE ACCENT}\N{LATIN SMALL LETTER E WITH ACUTE} a."
+
+NamesIn = Callable[[Path], Collection[str]]
+
+
+class Names:
+    """Names below `root`. `scratch` is a folder on the same file system, where names are tried out once it is there.
+
+    Where names are kept, as on nearly every server, a look costs nothing; elsewhere each segment is compared with the
+    names that its folder really holds.
+    """
+
+    def __init__(self, root: Path, scratch: Path, names_in: NamesIn = os.listdir) -> None:
+        self._root, self._scratch = root, scratch
+        self._names_in = names_in
+        self._kept: bool | None = None
+
+    def same(self, key: str) -> bool:
+        """False where a part of `key` leads to a file or folder of another name. Raises OSError."""
+        if self._kept is None and self._scratch.is_dir() and os.access(self._scratch, os.W_OK):
+            self._kept = self._tried()
+        # None: nothing was written here yet, or nothing can be
+        return self._kept is not False or spelled(self._root, key, self._names_in)
+
+    def _tried(self) -> bool:
+        name = uuid4().hex + PROBE
+        path = self._scratch / name
+        twins = [unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name), name.upper()]
+        try:
+            path.touch(exist_ok=False)
+            kept = name in self._names_in(self._scratch)
+            twice = any((self._scratch / twin).exists() for twin in twins)
+            path.unlink()
+        except OSError:
+            return False  # not even this name: each one is looked at
+        return kept and not twice
+
+
+def spelled(root: Path, key: str, names_in: NamesIn) -> bool:
+    """Whether each part of `key` that is there is held by its folder in exactly this spelling."""
+    folder = root
+    for segment in key.split("/"):
+        try:
+            names = names_in(folder)
+        except ABSENT:
+            return True
+        if segment not in names:
+            return not os.path.lexists(folder / segment)
+        folder = folder / segment
+    return True
+
+
+# Bodies of transfers, and pages of any store that lists its keys in order.
+
+
+class _Counted:
+    """A body whose bytes are counted."""
+
+    def __init__(self, body: Readable) -> None:
+        self._body = body
+        self.size_bytes = 0
+
+    def read(self, count: int, /) -> bytes:
+        data = self._body.read(count)
+        self.size_bytes += len(data)
+        return data
+
+
+class Limited:
+    """The next `count` bytes of a stream, as a body."""
+
+    def __init__(self, stream: BinaryIO, count: int) -> None:
+        self._stream = stream
+        self._left = count
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable. Raises Conflict when the stream ends before: somebody cut the file."""
+        if not self._left:
+            return b""
+        data = self._stream.read(min(count, self._left))
+        if not data:
+            raise Conflict("the file became shorter while it was read", AGAIN_HINT)
+        self._left -= len(data)
+        return data
+
+
+class Spliced:
+    """Bytes of `old` up to `offset`, then a body, then what the body leaves of `old`."""
+
+    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: Readable) -> None:
+        self._old, self._size_bytes, self._body = old, size_bytes, body
+        self._pieces = iter((Limited(old, offset), body))
+        self._now: Readable | None = next(self._pieces)
+        self._end = 0
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        while self._now is not None:
+            data = self._now.read(count)
+            if data:
+                self._end += len(data)
+                return data
+            self._now = self._after(self._now)
+        return b""
+
+    def _after(self, ended: Readable) -> Readable | None:
+        if ended is not self._body:
+            return next(self._pieces, None)
+        self._old.seek(min(self._end, self._size_bytes))
+        return Limited(self._old, max(self._size_bytes - self._end, 0))
+
+
+def page_of(found: Iterable[ObjectInfo], question: Question) -> Page:
+    """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
+    try:
+        after = urlsafe_b64decode(question.continuation.encode())
+        after.decode()
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("invalid continuation", "begin the listing again without it") from error
+    objects: list[ObjectInfo] = []
+    prefixes: list[str] = []
+    last = ""
+    for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
+        for info in group:
+            name = rolled or info.key
+            if name.encode() <= after:
+                continue
+            if len(objects) + len(prefixes) == question.limit:
+                return Page(objects, prefixes, urlsafe_b64encode(last.encode()).decode())
+            last = name
+            if rolled:
+                prefixes.append(rolled)
+                break
+            objects.append(info)
+    return Page(objects, prefixes)
+
+
+def _rolled(key: str, question: Question) -> str:
+    """The common prefix that stands for `key`; "" when it stands for itself."""
+    if not question.delimiter:
+        return ""
+    head, delimiter, _ = key[len(question.prefix) :].partition(question.delimiter)
+    return f"{question.prefix}{head}{delimiter}" if delimiter else ""

@@ -1,4 +1,13 @@
-"""The object store port: named bytes with a version, replaced by compare-and-swap; transfers of bodies and parts."""
+"""The object store ports: whole objects that are replaced by compare-and-swap, and transfers of bodies and parts.
+
+Back ends: `local.LocalDirectory` is both; `s3.S3Store` and `s3_multipart.S3Transfers`; in the tests `MemoryObjects`.
+Their methods come in the order of the ports, so that they can be read side by side.
+
+Invariants of every implementation: a reader sees a whole object or none, never a part; a write either stores all bytes
+with their metadata or changes nothing; an ETag is compared as it was received and differs after each change of content.
+Of transfers also: memory is bounded whatever the size; what a change was made on is what it replaces, and `guarded`
+says whether the store itself saw to that.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,14 +19,11 @@ from typing import BinaryIO, Protocol
 
 from app.core.errors import Rejected
 
-# The object store port: named bytes with a version, replaced by compare-and-swap.
-#
-# Invariants of every implementation: a reader sees a whole object or none, never a part; `put` either stores all
-# bytes with their metadata or changes nothing; an ETag is compared as it was received and differs after each change
-# of content.
-
 MAX_KEY_BYTES = 1024
+MAX_PAGE = 1000
 BATCH = 1000
+MARK = "headwater-write"
+"""Metadata that tells which write made an object; no business of whoever reads it."""
 CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
 
 
@@ -79,8 +85,8 @@ class ObjectStore(Protocol):
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Store the rest of `body` (seekable) and return the new ETag.
 
-        Raises Conflict when `put.expected` does not hold, which may be the echo of our own earlier write whose answer
-        was lost: compare metadata. With "" or an ETag on a store that is not `conditional`, the check is a HEAD before.
+        Raises Conflict when `put.expected` does not hold, which may be due to our own earlier write whose answer was
+        lost: compare metadata. With "" or an ETag on a store that is not `conditional`, the check is a HEAD before.
         """
 
     def open(self, key: str, etag: str | None = None) -> AbstractContextManager[BinaryIO | None]:
@@ -93,8 +99,8 @@ class ObjectStore(Protocol):
         """Every object whose key starts with `prefix`, in UTF-8 order, all pages. A page that fails is an error."""
 
     def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
-        """The same objects in batches, in no order; about so many `objects` are expected. Cheaper than `list` for whom
-        knows most batches by their digests, and quicker where a network is waited for.
+        """The same objects in batches, in no order; about so many `objects` are expected. Cheaper than `list` for a
+        caller who knows most batches by their digests, and faster over a network.
         """
 
     def delete(self, key: str) -> None:
@@ -108,7 +114,7 @@ def in_batches(infos: Iterator[ObjectInfo]) -> Iterator[ListingBatch]:
 
 
 class BadKey(Rejected):
-    """A key that the store would take for another one, or not at all."""
+    """A key that some store would refuse or take for another one."""
 
 
 def check_key(key: str) -> str:
@@ -126,7 +132,7 @@ def check_key(key: str) -> str:
 
 
 def check_characters(key: str) -> None:
-    """Raises BadKey for text that no listing of ours holds, whatever its segments are."""
+    """Raises BadKey for text that no listing holds, whatever its segments are."""
     if not CONTROL.isdisjoint(key):
         raise BadKey(f"object key {key!r} holds a control character", "remove it")
     try:
@@ -159,17 +165,6 @@ def taken_for(key: str) -> str:
             kept.append(segment)
     folder = "/" if kept and segments[-1] in ("", ".", "..") else ""
     return "/".join(kept) + folder
-
-
-# What people and other programs need of an object store beside whole objects: bodies of unknown length, changes in
-# the middle of an object, parts of it, pages of a listing.
-#
-# Invariants of every implementation: memory is bounded whatever the size; a body that breaks off changes nothing;
-# what a change was made on is what it replaces, and `guarded` says whether the store itself saw to that.
-
-MAX_PAGE = 1000
-MARK = "headwater-write"
-"""Metadata that tells which write made an object; no business of whoever reads it."""
 
 
 class Readable(Protocol):
@@ -218,7 +213,7 @@ class Transfers(Protocol):
     """Raises what the object store raises; may be called from any thread."""
 
     def write(self, key: str, body: Readable, put: Put) -> Stored:
-        """Store a body to its end under the condition of `put`. Raises Conflict; our own lost answer is none."""
+        """Store a body to its end under the condition of `put`. Raises Conflict, but not for our own lost answer."""
 
     def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
         """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, type and metadata too.
@@ -230,4 +225,4 @@ class Transfers(Protocol):
         """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never a short end."""
 
     def page(self, question: Question) -> Page:
-        """One page. Raises Rejected for a continuation that is none."""
+        """One page. Raises Rejected for an invalid continuation."""

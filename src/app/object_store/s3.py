@@ -1,22 +1,24 @@
-"""The object store port on S3 and on stores that speak its protocol.
+"""The object store port on S3 and on stores that speak its protocol; with `dynamo_to_drive.source` the home of boto3.
 
-Invariants: no exception of the SDK leaves this module; a conditional write is sent with its condition, so the store
-decides it atomically; a read stays on the version it began with, however often it has to be resumed.
-Where a fact about the protocol is used, it comes from the S3 API reference or was seen on a real server.
+Invariants: no exception of the SDK leaves this package, each becomes exactly one of the errors that say what the caller
+should do; making a client asks nobody on the network while keys are given; a conditional write is sent with its
+condition, so the store decides it atomically; a read stays on the version it began with, however often it is resumed,
+and ends at the size that was promised or raises. Where a fact about the protocol is used, it comes from the S3 API
+reference or was seen on a real server.
 """
 
 import io
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
-from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
     BadKey,
     ListingBatch,
@@ -27,31 +29,83 @@ from app.object_store.port import (
     is_new_form,
     taken_for,
 )
-from app.object_store.s3_client import (
-    BUSY,
-    REACH_HINT,
-    READ_HINT,
-    Rest,
-    Resumed,
-    S3Target,
-    code_of,
-    make_client,
-    status_of,
-    translated,
+from app.object_store.s3_listing import (
+    STYLE_HINT,
+    TEXT_LIMIT,
+    ListQuery,
+    batches,
+    info_of,
+    infos_of,
+    listed,
+    take_entries,
 )
-from app.object_store.s3_listing import Question, batches, info_of, infos_of, listed, take_entries
 
+KEYS_HINT = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY"
+RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and put objects under S3_PREFIX"
+BUCKET_HINT = "create the bucket or correct S3_BUCKET"
+REGION_HINT = "set S3_REGION to the bucket's region, and S3_ENDPOINT_URL to an address that does not redirect"
+REACH_HINT = "check S3_ENDPOINT_URL and the network; it is retried"
+AGAIN_HINT = "no action needed; it is retried"
+TOOLS_HINT = "use the store's own tools for this object"
+
+HINTS: Mapping[str, str] = {
+    "InvalidAccessKeyId": KEYS_HINT,
+    "SignatureDoesNotMatch": KEYS_HINT,
+    "ExpiredToken": "the temporary credentials expired: renew them",
+    "InvalidToken": "check AWS_SESSION_TOKEN; leave it out for keys that do not expire",
+    "AccessDenied": RIGHTS_HINT,
+    "403": RIGHTS_HINT,  # the codes of HEAD, which has no body, are its status
+    "RequestTimeTooSkewed": "set this machine's clock (NTP)",
+    "InvalidBucketName": BUCKET_HINT,
+    "PermanentRedirect": REGION_HINT,
+    "TemporaryRedirect": REGION_HINT,
+    "AuthorizationHeaderMalformed": REGION_HINT,
+    "IllegalLocationConstraintException": REGION_HINT,
+    "301": REGION_HINT,
+    "302": REGION_HINT,
+    "307": REGION_HINT,
+    "400": f"{REGION_HINT}; {KEYS_HINT}",
+}
+BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted"})
+PASSING = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "SlowDown", "Throttling"})
+REFUSED = frozenset({"KeyTooLongError", "EntityTooLarge", "MetadataTooLarge", "InvalidObjectState", "InvalidURI"})
+PASSING_STATUS = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+    }
+)
+CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
 MAX_PUT_BYTES = 5 << 30
 MAX_METADATA_BYTES = 2048
 READ_BYTES = 1 << 18
 BUSY_ATTEMPTS = 4
-CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+RESUMES = 8
 PROBE_FOLDER = ".headwater-probe"
 LEFTOVER = timedelta(hours=1)
-OWN_TOOLS = "use the store's own tools for this object"
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Target:
+    """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
+
+    bucket: str
+    region: str = "us-east-1"
+    endpoint_url: str = ""
+    addressing_style: str = "auto"
+    access_key_id: str = ""
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
+    connect_timeout_seconds: float = 5
+    read_timeout_seconds: float = 60
+    attempts: int = 4
+    connections: int = 16
+    page_keys: int = 1000
 
 
 class S3Store:
@@ -81,18 +135,18 @@ class S3Store:
             client.close()
 
     def probe(self) -> None:
-        """Look into the bucket, write, and try each condition on the probe object.
+        """List, write, and try each condition on the probe object.
 
         A listing stands for HeadBucket: it needs no right outside the prefix, and its errors say what is wrong.
         """
         self._bucket_seen = False
         self._see_bucket(self.probe_key.rpartition("/")[0])
-        etag, _ = self._send(self.probe_key, Rest(io.BytesIO(b"probe")), Put("text/plain"), {})
+        _, etag = self._probed({})
         try:
             self._honours = (
-                self._status_of({"IfNoneMatch": "*"}) == HTTPStatus.PRECONDITION_FAILED
-                and self._status_of({"IfMatch": OTHER_ETAG}) == HTTPStatus.PRECONDITION_FAILED
-                and self._status_of({"IfMatch": etag}) == HTTPStatus.OK
+                self._probed({"IfNoneMatch": "*"})[0] == HTTPStatus.PRECONDITION_FAILED
+                and self._probed({"IfMatch": OTHER_ETAG})[0] == HTTPStatus.PRECONDITION_FAILED
+                and self._probed({"IfMatch": etag})[0] == HTTPStatus.OK
             )
         finally:
             self._remove_probes()
@@ -110,7 +164,7 @@ class S3Store:
                 metadata={name.lower(): value for name, value in found.get("Metadata", {}).items()},
             )
         if entry is not None and (entry.etag, entry.size_bytes) != (info.etag, info.size_bytes):
-            raise BadKey(f"object key {key!r}: the store takes it for another object's", OWN_TOOLS)
+            raise BadKey(f"object key {key!r}: the store takes it for another object's", TOOLS_HINT)
         return info
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
@@ -118,7 +172,11 @@ class S3Store:
         return self.put_version(key, body, put)[0]
 
     def put_version(self, key: str, body: BinaryIO, put: Put) -> tuple[str, str | None]:
-        """As `put`; the new ETag and version id, None where the bucket keeps no versions."""
+        """As `put`; the new ETag and version id, None where the bucket keeps no versions.
+
+        Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its ETag would
+        have to be read again, so that is a Conflict.
+        """
         check_key(key)
         check_headers(key, put)
         rest = Rest(body)
@@ -129,7 +187,17 @@ class S3Store:
             )
         if put.expected is not None and not self.conditional:
             self.compare(key, put.expected)
-        return self._send(key, rest, put, {} if self._honours is False else condition_of(put.expected))
+        condition = {} if self._honours is False else condition_of(put.expected)
+        attempts_left = 1 if "IfMatch" in condition else BUSY_ATTEMPTS
+        with self.translated(key, replaces="IfMatch" in condition):
+            while True:
+                attempts_left -= 1
+                try:
+                    answer = self._send(key, rest, put, condition)
+                    return str(answer["ETag"]), answer.get("VersionId")
+                except client_error() as error:
+                    if code_of(error) not in BUSY or not attempts_left:
+                        raise
 
     @contextmanager
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
@@ -148,13 +216,9 @@ class S3Store:
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[BinaryIO]:
         """The bytes `[first, first + count)`, `count` > 0, of exactly this version, resumed like a whole object."""
-        last = first + count - 1
-        body = self._get_rest(held.key, held.etag, str(last), first)
-        raw = Resumed(
-            held.key,
-            {"Body": body, "ContentLength": count},
-            lambda position: self._get_rest(held.key, held.etag, str(last), first + position),
-        )
+        rest = partial(self._get_rest, held.key, held.etag, str(first + count - 1))
+        answer = {"Body": rest(first), "ContentLength": count}
+        raw = Resumed(held.key, answer, lambda position: rest(first + position))
         with io.BufferedReader(raw, READ_BYTES) as stream:
             yield stream
 
@@ -168,19 +232,46 @@ class S3Store:
         check_unicode(prefix)
         return batches(self.page, prefix, objects // self.target.page_keys)
 
-    def page(self, question: Question) -> Mapping[str, Any]:
+    def page(self, query: ListQuery) -> Mapping[str, Any]:
         """One ListObjectsV2. Its entries are read by `infos_of`."""
-        with self.translated(f"listing of {question['Prefix']!r}"):
+        with self.translated(f"listing of {query['Prefix']!r}"):
             page: Mapping[str, Any] = self.client().list_objects_v2(
-                **{"Bucket": self.target.bucket, "MaxKeys": self.target.page_keys, **question}
+                **{"Bucket": self.target.bucket, "MaxKeys": self.target.page_keys, **query}
             )
         return page
 
     def delete(self, key: str) -> None:
-        """DeleteObject; S3 answers the same whether or not there was one."""
-        if not is_new_form(key) and self._has_twin(key):
-            raise BadKey(f"object key {key!r}: an equal object has the key {taken_for(key)!r}", OWN_TOOLS)
+        """DeleteObject; S3 answers the same whether or not there was one. Of two objects with the same bytes, under an
+        odd key and the one that a store could take it for, nothing would tell which the store deletes.
+        """
+        if not is_new_form(key):
+            held, other = self.head(key), taken_for(key)
+            twin = self.head(other) if other != key and is_new_form(other) else None
+            if held is not None and twin is not None and twin.etag == held.etag:
+                raise BadKey(f"object key {key!r}: an equal object has the key {other!r}", TOOLS_HINT)
         self._unless_missing(key, lambda: self.client().delete_object(Bucket=self.target.bucket, Key=key))
+
+    def compare(self, key: str, expected: str) -> None:
+        """What a store without conditions cannot do itself: Conflict when the object has another version."""
+        held = self.head(key)
+        found = "" if held is None else held.etag
+        if found != expected:
+            raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
+
+    def client(self) -> Any:
+        """The SDK's client, made on first use and shared by all threads."""
+        with self._lock:
+            if self._made is None:
+                self._made = make_client(self.target)
+                # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
+                self._made.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
+            return self._made
+
+    @contextmanager
+    def translated(self, what: str, *, replaces: bool = False) -> Iterator[None]:
+        """See `translated` below."""
+        with translated(what, self.target, replaces=replaces):
+            yield
 
     def _entry(self, key: str) -> ObjectInfo | None:
         """What a listing says of a key that no new object may have; None for every other key. Raises BadKey when it
@@ -195,12 +286,6 @@ class S3Store:
             check_key(key)
         return entry
 
-    def _has_twin(self, key: str) -> bool:
-        """Whether the key that a store could take this one for has the same bytes, so that nothing tells them apart."""
-        held, other = self.head(key), taken_for(key)
-        twin = self.head(other) if other != key and is_new_form(other) else None
-        return held is not None and twin is not None and twin.etag == held.etag
-
     def _get(self, key: str, conditions: Mapping[str, str]) -> Any:
         def call() -> Any:
             return self.client().get_object(Bucket=self.target.bucket, Key=key, **conditions)
@@ -210,20 +295,18 @@ class S3Store:
     def _get_rest(self, key: str, etag: str, last: str, position: int) -> Any:
         answer = self._get(key, {"IfMatch": etag, "Range": f"bytes={position}-{last}"})
         if answer is None:
-            raise Conflict(f"{key}: was deleted while it was read", READ_HINT)
+            raise Conflict(f"{key}: was deleted while it was read", AGAIN_HINT)
         if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
             answer["Body"].close()
-            raise Transient(f"{key}: the store does not give the part of an object that it is asked for", REACH_HINT)
+            raise Transient(f"{key}: the store ignores Range", REACH_HINT)
         return answer["Body"]
 
     def _unless_missing(self, key: str, call: Callable[[], Any]) -> Any:
         """The answer, None for a missing key. A 404 may mean the bucket or a wrong endpoint too: asked once."""
-        from botocore.exceptions import ClientError
-
         with self.translated(key):
             try:
                 return call()
-            except ClientError as error:
+            except client_error() as error:
                 if status_of(error) != HTTPStatus.NOT_FOUND or code_of(error) == "NoSuchBucket":
                     raise
         self._see_bucket(key)
@@ -235,53 +318,30 @@ class S3Store:
                 self.client().list_objects_v2(Bucket=self.target.bucket, Prefix=prefix, MaxKeys=1)
             self._bucket_seen = True
 
-    def compare(self, key: str, expected: str) -> None:
-        """What a store without conditions cannot do itself: Conflict when the object has another version."""
-        held = self.head(key)
-        found = "" if held is None else held.etag
-        if found != expected:
-            raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", READ_HINT)
-
-    def _send(self, key: str, body: "Rest", put: Put, condition: Mapping[str, str]) -> tuple[str, str | None]:
-        """PutObject. Where it met another write under way, S3 asks to repeat it; before a replacement is repeated, its
-        ETag would have to be read again, so that is a Conflict.
-        """
-        from botocore.exceptions import ClientError
-
-        attempts_left = 1 if "IfMatch" in condition else BUSY_ATTEMPTS
-        with self.translated(key, replaces="IfMatch" in condition):
-            while True:
-                attempts_left -= 1
-                try:
-                    answer = self._put_object(key, body, put, condition)
-                    return str(answer["ETag"]), answer.get("VersionId")
-                except ClientError as error:
-                    if code_of(error) not in BUSY or not attempts_left:
-                        raise
-
-    def _put_object(self, key: str, body: "Rest", put: Put, condition: Mapping[str, str]) -> Any:
-        body.seek(0)
+    def _send(self, key: str, rest: "Rest", put: Put, condition: Mapping[str, str]) -> Any:
+        """PutObject, with the SDK's own exceptions."""
+        rest.seek(0)
         return self.client().put_object(
             Bucket=self.target.bucket,
             Key=key,
-            Body=body,
+            Body=rest,
             ContentType=put.content_type,
             Metadata=dict(put.metadata),
             **condition,
         )
 
-    def _status_of(self, condition: Mapping[str, str]) -> int:
-        """How the store answers a write of the probe object: 200, 412, or 400 and 501 where it knows no conditions."""
-        from botocore.exceptions import ClientError
-
+    def _probed(self, condition: Mapping[str, str]) -> tuple[int, str]:
+        """How the store answers a write of the probe object, 200, 412, or 400 and 501 where it knows no conditions, and
+        its ETag.
+        """
         with self.translated(self.probe_key):
             try:
-                self._put_object(self.probe_key, Rest(io.BytesIO(b"probe")), Put("text/plain"), condition)
-            except ClientError as error:
-                if status_of(error) not in CONDITION_ANSWERS:
+                answer = self._send(self.probe_key, Rest(io.BytesIO(b"probe")), Put("text/plain"), condition)
+            except client_error() as error:
+                if not condition or status_of(error) not in CONDITION_ANSWERS:
                     raise
-                return status_of(error)
-        return HTTPStatus.OK
+                return status_of(error), ""
+            return HTTPStatus.OK, str(answer["ETag"])
 
     def _remove_probes(self) -> None:
         """Ours, and in PROBE_FOLDER, which holds nothing else, those of processes that were killed in mid-probe."""
@@ -294,22 +354,9 @@ class S3Store:
         except Permanent as error:
             log.warning("the probe object stays in the bucket: %s", error)
 
-    def client(self) -> Any:
-        """The SDK's client, made on first use and shared by all threads."""
-        with self._lock:
-            if self._made is None:
-                self._made = make_client(self.target)
-                # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
-                self._made.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
-            return self._made
-
-    def translated(self, what: str, *, replaces: bool = False) -> AbstractContextManager[None]:
-        """See `s3_client.translated`."""
-        return translated(what, self.target, replaces=replaces)
-
 
 def old_probes(probes: Sequence[ObjectInfo]) -> Sequence[str]:
-    """Keys of probes that no process is still at; the newest of them tells the store's own time."""
+    """Keys of probes that no process still uses; the newest of them tells the store's own time."""
     now_at = max((probe.modified_at for probe in probes), default=None)
     return [probe.key for probe in probes if now_at is not None and now_at - probe.modified_at > LEFTOVER]
 
@@ -336,3 +383,229 @@ def condition_of(expected: str | None) -> Mapping[str, str]:
     if expected is None:
         return {}
     return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
+
+
+def make_client(target: S3Target) -> Any:
+    """A client of its own session: sessions are not safe to share between threads, clients are."""
+    import boto3
+    from botocore.config import Config
+
+    # Compatible stores may not know the SDK's newer checksums, and some keep their framing as data.
+    needed = "when_required" if target.endpoint_url else "when_supported"
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": target.attempts},
+        connect_timeout=target.connect_timeout_seconds,
+        read_timeout=target.read_timeout_seconds,
+        max_pool_connections=target.connections,
+        request_checksum_calculation=needed,
+        response_checksum_validation=needed,
+        signature_version="s3v4",  # links too: the older way of signing them is refused for keys that are escaped
+        s3={"addressing_style": target.addressing_style},
+    )
+    try:
+        client = boto3.session.Session().client(
+            "s3",
+            region_name=target.region,
+            endpoint_url=target.endpoint_url or None,
+            aws_access_key_id=target.access_key_id or None,
+            aws_secret_access_key=target.secret_access_key or None,
+            aws_session_token=target.session_token or None,
+            config=config,
+        )
+    except ValueError as error:
+        raise Permanent(f"the S3 client cannot be created: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
+
+    def redirect_no_further(context: Mapping[str, Any], **_: Any) -> None:
+        # On a redirect the SDK asks HeadBucket for the region, on whose redirect it asks HeadBucket, and so on: an
+        # address that redirects everything (http to https, say) would cost hundreds of requests. Nothing else here
+        # calls HeadBucket.
+        context.get("s3_redirect", {})["redirected"] = True
+
+    client.meta.events.register("before-call.s3.HeadBucket", redirect_no_further)
+    return client
+
+
+def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
+    """Access key, secret key and session token as they are at each call: those of the target, else of the SDK's own
+    chain, which may change from hour to hour. The call raises Permanent when there are none.
+    """
+    found: list[Any] = []
+
+    def keys() -> tuple[str, str, str]:
+        if target.access_key_id:
+            return target.access_key_id, target.secret_access_key, target.session_token
+        import boto3
+
+        with translated(f"keys of bucket {target.bucket!r}", target):
+            if not found:
+                found.append(boto3.session.Session().get_credentials())
+            frozen = found[0].get_frozen_credentials() if found[0] else None
+        if frozen is None:
+            raise Permanent(f"there are no keys for bucket {target.bucket!r}", KEYS_HINT)
+        return frozen.access_key, frozen.secret_key, frozen.token or ""
+
+    return keys
+
+
+# What the SDK's exceptions mean.
+
+
+def client_error() -> type[Exception]:
+    """The SDK's exception for an answer that is an error. Imported here, so that a start loads no SDK."""
+    from botocore.exceptions import ClientError
+
+    return ClientError  # type: ignore[no-any-return]
+
+
+def code_of(error: Any) -> str:
+    """S3's name for the error in a ClientError; of HEAD, whose answer has no body, the status as text."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status in a ClientError."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@contextmanager
+def translated(what: str, target: S3Target, *, replaces: bool = False) -> Iterator[None]:
+    """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except ClientError as error:
+        if replaces and (code_of(error) == "NoSuchKey" or code_of(error) in BUSY):
+            raise Conflict(f"{what}: {code_of(error)}", AGAIN_HINT) from error
+        raise _answered(what, error, target) from error
+    except (ResponseParserError, KeyError) as error:
+        raise Transient(f"{what}: not an answer of S3: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
+    except BotoCoreError as error:
+        raise _failed(f"{what}: {error}"[:TEXT_LIMIT], error) from error
+
+
+def _answered(what: str, error: Any, target: S3Target) -> AppError:
+    """The store's refusal as what the caller should do. Its message is quoted; it never repeats the secret."""
+    code, status = code_of(error), status_of(error)
+    text = f"{what}: {code}: {error.response.get('Error', {}).get('Message', '')}"[:TEXT_LIMIT]
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return Conflict(text, AGAIN_HINT)
+    if code == "NoSuchBucket":
+        return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
+    if code in REFUSED:
+        return Rejected(text, "change the key or the object; an archived object has to be restored first")
+    if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
+        wait = headers.get("retry-after", "")
+        return Transient(text, AGAIN_HINT, retry_after_seconds=float(wait) if wait.isdecimal() else None)
+    region = headers.get("x-amz-bucket-region", target.region)
+    if region != target.region:
+        return Permanent(f"{text}; bucket {target.bucket!r} is in {region}", f"set S3_REGION to {region}")
+    return Permanent(text, HINTS.get(code, STYLE_HINT))
+
+
+def _failed(text: str, error: Exception) -> AppError:
+    """A call that got no answer as what the caller should do."""
+    from botocore import exceptions as sdk
+
+    if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
+        return Permanent(text, "install the certificate authority of the store, or set AWS_CA_BUNDLE to its file")
+    if isinstance(error, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
+        return Transient(text, f"check the role of this machine, or set the keys: {KEYS_HINT}")
+    unreachable = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.FlexibleChecksumError)
+    if isinstance(error, unreachable):
+        return Transient(text, REACH_HINT)
+    return Permanent(text, BUCKET_HINT if isinstance(error, sdk.ParamValidationError) else KEYS_HINT)
+
+
+# Bodies on their way to and from S3.
+
+
+class Rest:
+    """What is left of a stream, as a stream of its own: the SDK rewinds to 0 before it sends a body again."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._start = stream.tell()
+        self.size_bytes = stream.seek(0, io.SEEK_END) - self._start
+        stream.seek(self._start)
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes."""
+        return self._stream.read(count)
+
+    def tell(self) -> int:
+        """The position in the rest."""
+        return self._stream.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position in the rest."""
+        start = self._start if whence == io.SEEK_SET else 0
+        return self._stream.seek(offset + start, whence) - self._start
+
+
+class Resumed(io.RawIOBase):
+    """A download that is asked for again from where it broke off, at most RESUMES times, and ends only at its size.
+
+    botocore retries no request after its headers came: `contracts` of S3, GetObject.
+    """
+
+    def __init__(self, key: str, answer: Mapping[str, Any], resume: Callable[[int], Any]) -> None:
+        self._key = key
+        self._body = answer["Body"]
+        self._size_bytes: int = answer["ContentLength"]
+        self._resume = resume
+        self._position = 0
+        self._resumes_left = RESUMES
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; 0 only at the end. Raises Transient."""
+        chunk = b""
+        while not chunk and self._position < self._size_bytes:
+            chunk = self._read(min(len(buffer), self._size_bytes - self._position))
+        if not chunk:
+            self._verify()
+        buffer[: len(chunk)] = chunk
+        self._position += len(chunk)
+        return len(chunk)
+
+    def _read(self, count: int) -> bytes:
+        """Some of the next bytes; none when the connection broke and a new one was made."""
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        cause = None
+        try:
+            chunk: bytes = self._body.read(count)
+        except (BotoCoreError, HTTPError, OSError) as error:
+            chunk, cause = b"", error
+        if not chunk:
+            self._body.close()
+            if not self._resumes_left:
+                where = f"at byte {self._position} of {self._size_bytes}"
+                raise Transient(
+                    f"{self._key}: the download broke off {RESUMES + 1} times, now {where}", REACH_HINT
+                ) from cause
+            self._resumes_left -= 1
+            self._body = self._resume(self._position)
+        return chunk
+
+    def _verify(self) -> None:
+        """The SDK compares the checksum, where the store sent one, when it is asked for more than there is."""
+        from botocore.exceptions import FlexibleChecksumError
+
+        try:
+            self._body.read(1)
+        except FlexibleChecksumError as error:
+            raise Transient(f"{self._key}: what arrived is not what was stored: {error}", AGAIN_HINT) from error
+
+    def close(self) -> None:
+        """Give the connection back."""
+        if not self.closed:
+            self._body.close()
+        super().close()

@@ -1,14 +1,33 @@
-"""What a request to /s3 may ask for: keys, conditions and ranges, and how it is refused."""
+"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, and links.
 
+Invariants: a key that stores would rewrite is never written, and one that the caller may not touch answers the same
+whether or not it exists; a link gives no more than whoever made it had: one object, by reading, until a time that is
+part of what is signed.
+"""
+
+import hashlib
+import hmac
+import os
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote_to_bytes, urlencode
 
-from app.core.errors import Rejected
+from app.core.errors import Permanent, Rejected
+from app.core.files import sync_directory, sync_file
 from app.object_store.port import CONTROL, MAX_KEY_BYTES, BadKey, ObjectInfo, check_key, is_new_form, taken_for
 
-# What is wrong with a request to /s3, as the caller is told.
+RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
+TAG = re.compile(r'(?:W/)?"[^"]*"')
+HIDDEN_SEGMENT = ".headwater"
+SECRET_BYTES = 32
+SECRET_NAME = "link.key"  # noqa: S105 - the name of the file
+CHANGED_HINT = "look at the object, then send it again"
+LINK_HINT = "ask whoever sent it for a new one"
 
 
 class NotServed(Rejected):
@@ -28,15 +47,6 @@ def missing(key: str) -> NotServed:
     return NotServed(404, f"there is no object {key!r}", "list what there is: GET /s3/objects?prefix=", fault="key")
 
 
-# What the conditions and ranges of a request ask for: Range, If-Range, If-Match, If-None-Match.
-#
-# Invariant: pure functions; what cannot be read as a range is no range, as RFC 9110 wants it.
-
-RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
-TAG = re.compile(r'(?:W/)?"[^"]*"')
-CHANGED_HINT = "look at the object, then send it again"
-
-
 @dataclass(frozen=True, slots=True)
 class ByteSpan:
     """The bytes `[first, first + count)`; `part` False = it is the whole object."""
@@ -47,11 +57,12 @@ class ByteSpan:
 
 
 def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
-    """What to send. Raises NotServed with 416 for a range that begins behind the end."""
+    """What to send. Raises NotServed with 416 for a range that begins after the end."""
     size_bytes = held.size_bytes
     match = RANGE.fullmatch(fields.get("range", ""))
     whole = ByteSpan(0, size_bytes, part=False)
-    if match is None or match[1] + match[2] == "" or not _still(fields.get("if-range"), held.etag):
+    # what cannot be read as a range is no range (RFC 9110), and a date, which has only seconds, never names a version
+    if match is None or match[1] + match[2] == "" or fields.get("if-range", held.etag).strip() != held.etag:
         return whole
     if match[1]:
         first, last = int(match[1]), min(int(match[2]) if match[2] else size_bytes - 1, size_bytes - 1)
@@ -68,11 +79,6 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
             headers={"Content-Range": f"bytes */{size_bytes}"},
         )
     return ByteSpan(first, last - first + 1, part=True)
-
-
-def _still(if_range: str | None, etag: str) -> bool:
-    """A date is never taken for the version: it has only seconds."""
-    return if_range is None or if_range.strip() == etag
 
 
 def unchanged(fields: Mapping[str, str], etag: str) -> bool:
@@ -111,14 +117,6 @@ def _named(given: str, etag: str, *, weak: bool) -> bool:
     return etag in ([tag.removeprefix("W/") for tag in tags] if weak else tags)
 
 
-# Which keys a caller may read and write.
-#
-# Invariant: a key that stores would rewrite is never written, and one that the caller may not touch answers the same
-# whether or not it exists.
-
-HIDDEN_SEGMENT = ".headwater"
-
-
 @dataclass(frozen=True, slots=True)
 class Reach:
     """`allowed` prefixes of the routes and `own` of the caller, "" and none = all; under `read_only` nobody writes, and
@@ -135,7 +133,7 @@ class Reach:
 
     def reads(self, key: str) -> str:
         """`key`, of whatever form: the store looks whether it has exactly that one. Raises NotServed."""
-        for form in _forms(key):
+        for form in {key, taken_for(key)}:
             if form.split("/", 1)[0].startswith(HIDDEN_SEGMENT):
                 hint = "choose another first segment"
                 raise NotServed(422, f"keys below {HIDDEN_SEGMENT} are the service's own", hint, fault="key")
@@ -193,12 +191,8 @@ class Reach:
             raise NotServed(403, f"/s3 is confined to {places}", f"begin with one of {places}", fault=fault)
 
 
-def _forms(key: str) -> set[str]:
-    return {key, taken_for(key)}
-
-
 def _is_below(prefix: str, key: str) -> bool:
-    return any(form.startswith(prefix) for form in _forms(key))
+    return key.startswith(prefix) or taken_for(key).startswith(prefix)
 
 
 def check_query(query: bytes) -> None:
@@ -207,3 +201,82 @@ def check_query(query: bytes) -> None:
         unquote_to_bytes(query).decode()
     except UnicodeDecodeError as error:
         raise NotServed(422, "the query is not UTF-8", "percent-encode the key's UTF-8 bytes") from error
+
+
+class Links(Protocol):
+    """How links are made and opened."""
+
+    def make(self, key: str, now: datetime, seconds: int) -> str:
+        """A URL, or a path of this service. Does not check that the object exists."""
+
+    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
+        """Raises NotServed unless this service made the link and it has not expired."""
+
+
+class StoreLinks:
+    """Links to the store itself. `presign` takes key, seconds and Content-Disposition."""
+
+    def __init__(self, presign: Callable[[str, int, str], str]) -> None:
+        self._presign = presign
+
+    def make(self, key: str, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
+        """See Links."""
+        return self._presign(key, seconds, disposition(key))
+
+    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:  # noqa: ARG002 - the port's
+        """See Links."""
+        raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+
+
+class SignedLinks:
+    """Links to this service, signed with a secret of its own in `folder`. Removing that file revokes every link."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SECRET_NAME
+
+    def make(self, key: str, now: datetime, seconds: int) -> str:
+        """See Links."""
+        expires = int((now + timedelta(seconds=seconds)).timestamp())
+        return "/s3/shared?" + urlencode({"key": key, "expires": expires, "signature": self._sign(key, expires)})
+
+    def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
+        """See Links. Both failures cost the same and look the same."""
+        right = hmac.compare_digest(self._sign(key, expires).encode(), signature.encode("utf-8", "replace"))
+        if not right or now.timestamp() >= expires:
+            raise NotServed(403, "the link has expired or was changed", LINK_HINT, fault="signature")
+
+    def _sign(self, key: str, expires: int) -> str:
+        return hmac.new(self._secret(), f"{expires}\n{key}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+    def _secret(self) -> bytes:
+        """Read each time, so that processes that share a folder agree, and that removing it works at once."""
+        try:
+            if not self._path.exists():
+                self._create()
+            return self._path.read_bytes()
+        except OSError as error:
+            raise Permanent(f"{self._path}: {error.strerror}", "let the service's user write to DATA_DIR") from error
+
+    def _create(self) -> None:
+        """Whole or not at all, and never over one that another process made meanwhile."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{SECRET_NAME}.{secrets.token_hex(8)}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(descriptor, secrets.token_bytes(SECRET_BYTES))
+            sync_file(descriptor)
+            os.link(temporary, self._path)
+            sync_directory(self._path.parent)
+        except FileExistsError:
+            pass
+        finally:
+            os.close(descriptor)
+            temporary.unlink()
+
+
+def disposition(key: str) -> str:
+    """Content-Disposition of a download: never shown as a page, named as the last segment of its key."""
+    name = key.rpartition("/")[2]
+    plain = "".join(each if each.isascii() and each.isprintable() and each not in '"\\' else "_" for each in name)
+    extended = f"; filename*=UTF-8''{quote(name, safe='')}" if plain != name else ""
+    return f'attachment; filename="{plain}"{extended}'

@@ -6,34 +6,49 @@ many slow clients cost little and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Rejected
-from app.object_store.port import MAX_PAGE, BadKey, ObjectInfo, ObjectStore, Put, Question, Readable, Stored, Transfers
-from app.objects import answers, openapi
-from app.objects.links import Links
+from app.object_store.port import (
+    MARK,
+    MAX_PAGE,
+    BadKey,
+    ObjectInfo,
+    ObjectStore,
+    Page,
+    Put,
+    Question,
+    Readable,
+    Stored,
+    Transfers,
+)
+from app.objects import openapi
 from app.objects.requests import (
     ByteSpan,
+    Links,
     NotServed,
     Reach,
     check_match,
     check_query,
     check_unmatched,
+    disposition,
     expected_of,
     missing,
     span_of,
     unchanged,
 )
-from app.objects.streams import Feed, Form, Outgoing, boundary_of, carried, media_type, opened
+from app.objects.streams import Feed, Form, boundary_of, carried, media_type, opened
+from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
 
@@ -43,7 +58,10 @@ WAIT_SECONDS = 30.0
 LOOKS = 3
 LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
 MAX_INTEGER = (1 << 63) - 1
-GONE = Response(status_code=400)  # nobody is there to read it
+PARQUET_WARNING = (
+    "a Parquet file ends with offsets of its own content: bytes that move or change can make it unreadable"
+)
+GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
@@ -89,15 +107,6 @@ def build(serving: ObjectRoutes) -> APIRouter:
     return router
 
 
-async def _taken(places: asyncio.Semaphore) -> None:
-    """One of the places; 429 when none becomes free in time."""
-    try:
-        async with asyncio.timeout(WAIT_SECONDS):
-            await places.acquire()
-    except TimeoutError:
-        raise Refused(BUSY) from None
-
-
 @asynccontextmanager
 async def _served(request: Request) -> AsyncIterator[None]:
     """Every refusal in the one shape."""
@@ -124,7 +133,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/objects",
         summary="Objects below a prefix, in order",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LISTED),
+        responses=openapi.answers(openapi.ObjectListing),
     )
     async def objects(
         request: Request,
@@ -135,36 +144,18 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
     ) -> Response:
         async with _served(request):
             question = Question(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
-            return JSONResponse(answers.listed(question, await serving.ask(serving.transfers.page, question)))
+            return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
 
     @router.get(
         "/object-info",
         summary="Whether there is an object, and its properties",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.INFO),
+        responses=openapi.answers(openapi.ObjectProperties),
     )
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
             known = _reach(request, serving).reads(key)
-            return JSONResponse(answers.info(known, await serving.ask(serving.store.head, known)))
-
-
-class _Streamed(StreamingResponse):
-    """A download. Its stream and its place, if any, are let go also when the client left before the first byte."""
-
-    def __init__(
-        self, outgoing: Outgoing, places: asyncio.Semaphore | None, status: int, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(outgoing.pieces(), status, headers)
-        self._outgoing, self._places = outgoing, places
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._outgoing.close()
-            if self._places is not None:
-                self._places.release()
+            return JSONResponse(info_json(known, await serving.ask(serving.store.head, known)))
 
 
 def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -172,18 +163,20 @@ def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
         async with _served(request):
             return await _download(request, serving, _reach(request, serving).reads(key))
 
+    _get_and_head(router, "/download", download, "s3:read", "The bytes of an object or of a range of it")
+
+
+def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope: str, summary: str) -> None:
     router.add_api_route(
-        "/download",
-        download,
+        path,
+        route,
         methods=["GET"],
-        summary="The bytes of an object or of a range of it",
-        openapi_extra={**needs("s3:read"), **openapi.reading()},
+        summary=summary,
+        openapi_extra={**needs(scope), **openapi.reading()},
         responses=openapi.download(),
         response_class=Response,
     )
-    router.add_api_route(
-        "/download", download, methods=["HEAD"], openapi_extra=needs("s3:read"), include_in_schema=False
-    )
+    router.add_api_route(path, route, methods=["HEAD"], openapi_extra=needs(scope), include_in_schema=False)
 
 
 async def _download(request: Request, serving: ObjectRoutes, key: str) -> Response:
@@ -195,7 +188,7 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
             return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
         span = span_of(request.headers, held)
         if request.method == "HEAD":
-            return Response(status_code=206 if span.part else 200, headers=answers.headers(held, span))
+            return Response(status_code=206 if span.part else 200, headers=download_headers(held, span))
         try:
             return await _streamed(serving, held, span)
         except Conflict:
@@ -206,18 +199,15 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
 
 async def _streamed(serving: ObjectRoutes, held: ObjectInfo, span: ByteSpan) -> Response:
     """The answer. Where others hold all places, it is read in small pieces, however slowly they take theirs."""
-    places = None if serving.roomy.locked() else serving.roomy
-    response: Response | None = None
-    if places is not None:
-        await places.acquire()
-    try:
-        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=places is None)
-        headers = answers.headers(held, span)
-        response = _Streamed(outgoing, places, 206 if span.part else 200, headers)
-    finally:
-        if response is None and places is not None:
-            places.release()
-    return response
+    with ExitStack() as taken:
+        lean = serving.roomy.locked()
+        if not lean:
+            await serving.roomy.acquire()
+            taken.callback(serving.roomy.release)
+        outgoing = await opened(serving.readers, serving.transfers, held, span, lean=lean)
+        taken.callback(outgoing.close)
+        status, headers = 206 if span.part else 200, download_headers(held, span)
+        return Streamed(outgoing.pieces(), taken.pop_all(), status=status, headers=headers)
 
 
 def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -225,7 +215,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         "/link",
         summary="A link that reads one object for a while without a key",
         openapi_extra=needs("s3:read"),
-        responses=openapi.answers(openapi.LINKED, (404,)),
+        responses=openapi.answers(openapi.ObjectLink, (404,)),
     )
     async def link(
         request: Request, key: Key, expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS
@@ -235,7 +225,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
             now = serving.clock()
             made = await serving.ask(serving.links.make, held.key, now, expires)
             url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
-            until = answers.instant(now + timedelta(seconds=expires))
+            until = instant(now + timedelta(seconds=expires))
             return JSONResponse({"key": held.key, "url": url, "expires_at": until})
 
     async def shared(
@@ -248,16 +238,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
             await serving.ask(serving.links.check, key, serving.clock(), expires, signature)
             return await _download(request, serving, serving.reach.reads(key))
 
-    router.add_api_route(
-        "/shared",
-        shared,
-        methods=["GET"],
-        summary="What a link leads to",
-        openapi_extra={**needs(OPEN), **openapi.reading()},
-        responses=openapi.download(),
-        response_class=Response,
-    )
-    router.add_api_route("/shared", shared, methods=["HEAD"], openapi_extra=needs(OPEN), include_in_schema=False)
+    _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
 
 
 def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -265,7 +246,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/upload",
         summary="Create or replace an object",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, openapi.BODY),
+        responses=openapi.answers(openapi.ObjectStored, openapi.BODY),
     )
     async def upload(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -276,7 +257,7 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
         "/update",
         summary="Replace an object that exists",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.STORED, (404, *openapi.BODY)),
+        responses=openapi.answers(openapi.ObjectStored, (404, *openapi.BODY)),
     )
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
@@ -296,11 +277,11 @@ async def _written(request: Request, serving: ObjectRoutes, key: str, expected: 
         return serving.transfers.write(key, body, Put(media_type(media, key), {}, expected))
 
     done = await _received(request, serving, work)
-    return GONE if done is None else JSONResponse(answers.stored(key, done))
+    return GONE if done is None else JSONResponse(stored_json(key, done))
 
 
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
-    """What `work` makes of the body, which is a form or bare; None when the client went away."""
+    """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
     boundary = boundary_of(request.headers)
 
     def store(feed: Feed) -> Stored:
@@ -309,33 +290,29 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
         form = Form(feed, boundary)
         return work(form, form.content_type)
 
-    blocks = request.stream()
+    blocks, first = request.stream(), bytearray()
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield bytes(first)
+        async for block in blocks:
+            yield block
+
     try:
-        first = await _begun(blocks)
-        await _taken(serving.uploads)
+        async for block in blocks:  # a slow client takes no place from others before it has sent this much
+            first += block
+            if len(first) >= FIRST_BYTES:
+                break
         try:
-            return await carried(_all(first, blocks), serving.writers, store)
+            async with asyncio.timeout(WAIT_SECONDS):
+                await serving.uploads.acquire()
+        except TimeoutError:
+            raise Refused(BUSY) from None
+        try:
+            return await carried(whole(), serving.writers, store)
         finally:
             serving.uploads.release()
     except ClientDisconnect:
         return None
-
-
-async def _begun(blocks: AsyncIterator[bytes]) -> Sequence[bytes]:
-    """The first bytes of a body, or all of it: whoever sends no more than these takes no place from others."""
-    first: list[bytes] = []
-    async for block in blocks:
-        first.append(block)
-        if sum(map(len, first)) >= FIRST_BYTES:
-            break
-    return first
-
-
-async def _all(first: Sequence[bytes], blocks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    for block in first:
-        yield block
-    async for block in blocks:
-        yield block
 
 
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -343,7 +320,7 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
         "/patch",
         summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
         openapi_extra={**needs("s3:write"), **openapi.upload()},
-        responses=openapi.answers(openapi.PATCHED, (404, 416, *openapi.BODY)),
+        responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
         async with _served(request):
@@ -351,13 +328,13 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
             if offset > held.size_bytes:
                 raise NotServed(
                     416,
-                    f"offset {offset} is behind the end of {held.size_bytes} bytes",
+                    f"offset {offset} is after the end of {held.size_bytes} bytes",
                     "patch at the end to append",
                     fault="offset",
                     headers={"Content-Range": f"bytes */{held.size_bytes}"},
                 )
             done = await _received(request, serving, lambda body, _: serving.transfers.patch(held, offset, body))
-            return GONE if done is None else JSONResponse(answers.patched(held.key, done, offset))
+            return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
 
 def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -365,10 +342,75 @@ def _deleting(router: APIRouter, serving: ObjectRoutes) -> None:
         "/delete",
         summary="Delete an object",
         openapi_extra=needs("s3:delete"),
-        responses=openapi.answers(openapi.DELETED, (404, 412)),
+        responses=openapi.answers(openapi.ObjectDeleted, (404, 412)),
     )
     async def delete(request: Request, key: Key) -> Response:
         async with _served(request):
             held = await _to_change(request, serving, _reach(request, serving).deletes(key))
             await serving.ask(serving.store.delete, held.key)
             return JSONResponse({"key": held.key, "deleted": True})
+
+
+# What /s3 answers, as JSON and as headers.
+
+
+def instant(at: datetime) -> str:
+    """Whole seconds with Z, as S3's own listings are shown."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def page_json(question: Question, page: Page) -> Mapping[str, Any]:
+    """A page of a listing."""
+    objects = [
+        {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}
+        for info in page.objects
+    ]
+    answer: dict[str, Any] = {"prefix": question.prefix, "objects": objects, "count": len(objects)}
+    if question.delimiter:
+        answer["common_prefixes"] = list(page.prefixes)
+    if page.continuation:
+        answer["continuation"] = page.continuation
+    return answer
+
+
+def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
+    """An object's properties."""
+    if held is None:
+        return {"key": key, "exists": False, "size": None}
+    return {
+        "key": key,
+        "exists": True,
+        "size": held.size_bytes,
+        "etag": held.etag,
+        "last_modified": instant(held.modified_at),
+        "content_type": held.content_type,
+        "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
+    }
+
+
+def stored_json(key: str, done: Stored) -> Mapping[str, Any]:
+    """An upload."""
+    answer = {"key": key, "etag": done.etag, "version_id": done.version_id, "size": done.size_bytes}
+    return answer if done.guarded else {**answer, "guarded": False}
+
+
+def patched_json(key: str, done: Stored, offset: int) -> Mapping[str, Any]:
+    """A patch."""
+    answer = {**stored_json(key, done), "offset": offset, "guarded": done.guarded}
+    return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer
+
+
+def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
+    """Of a download. A cache may keep it, and asks each time whether it is still right."""
+    fields = {
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": disposition(held.key),
+        "Content-Length": str(span.count),
+        "Content-Type": held.content_type,
+        "ETag": held.etag,
+        "Last-Modified": format_datetime(held.modified_at.astimezone(UTC), usegmt=True),
+    }
+    if span.part:
+        fields["Content-Range"] = f"bytes {span.first}-{span.first + span.count - 1}/{held.size_bytes}"
+    return fields

@@ -83,7 +83,7 @@ class Feed:
         with self._turn:
             self._turn.wait_for(lambda: self._held_bytes >= WAKE_BYTES or self._ended or self._lost)
             if self._lost:
-                raise Transient("the client went away before the end of the body", "send it again")
+                raise Transient("the client disconnected before the end of the body", "send it again")
             self._taken.extend(self._held)
             self._held, self._held_bytes = [], 0
         self._loop.call_soon_threadsafe(self._room.set)

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
-from app.core.errors import AppError
+from app.core.errors import AppError, Rejected
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Run, Runs, Total
-from app.core.windows import Window
+from app.core.windows import Window, refuse_future
 from app.ops.health import ProbeAnswer, Probes
 from app.ops.json_views import (
     RUNS_ANSWER,
@@ -43,13 +43,14 @@ from app.ops.metrics import (
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.web.auth import COOKIE, OPEN, Guard, needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
 EVERYBODY = needs(OPEN)
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
+KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -95,7 +96,7 @@ def build(ops: Operations) -> APIRouter:
     _probes(router, ops.probes)
     _session(router, ops.guard)
     _reading(router, ops)
-    _acting(router, ops.scheduler)
+    _acting(router, ops)
     return router
 
 
@@ -184,25 +185,45 @@ def overview(ops: Operations) -> dict[str, Any]:
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
-def _acting(router: APIRouter, scheduler: Scheduler) -> None:
-    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202)
+def _acting(router: APIRouter, ops: Operations) -> None:
+    scheduler = ops.scheduler
+
+    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202, responses=KNOWN_JOB)
     def run(job: str) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/pause", openapi_extra=RUN, summary="Skip the timer until resumed", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/pause",
+        openapi_extra=RUN,
+        summary="Skip the timer until resumed",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def pause(job: str, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), request.scope["state"]["grant"].name)
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/resume", openapi_extra=RUN, summary="Follow the timer again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/resume",
+        openapi_extra=RUN,
+        summary="Follow the timer again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def resume(job: str) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
-    @router.post("/ops/jobs/{job}/backfill", openapi_extra=RUN, summary="Fill past windows again", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/backfill",
+        openapi_extra=RUN,
+        summary="Fill past windows again",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), window_of(span))
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
         return accepted(scheduler, job)
 
 
@@ -222,6 +243,16 @@ def window_of(span: Span) -> Window:
         return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
     except (ValueError, OverflowError):
         raise Refused(Refusal(422, "from is not before to", "give the older instant as from", "body.from")) from None
+
+
+def past_window(span: Span, now: datetime) -> Window:
+    """The same of a span to be filled. Refuses one in the future as well."""
+    window = window_of(span)
+    try:
+        refuse_future(window, now)
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
+    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:

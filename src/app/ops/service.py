@@ -125,7 +125,7 @@ def link(settings: Settings) -> str:
 
 def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
     """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
-    from app.web.server import ServerOptions, serve
+    from app.web.server import serve
 
     settings = service.settings
     for warning in warnings(settings, environ, read_dotenv(dotenv)[0]):
@@ -137,7 +137,8 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
     give_back_large_blocks()
-    serving = ServerOptions(
+    serve(
+        service.app,
         host=settings.service.host,
         port=settings.service.port,
         health_port=settings.service.health_port,
@@ -146,7 +147,6 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
         ask_stop=service.scheduler.ask_stop,
         busy=lambda: service.scheduler.busy,
     )
-    serve(service.app, serving)
 
 
 # The C library's allocator, told to give large blocks back to the system as soon as they are free.

@@ -16,7 +16,7 @@ from app.core.verify import Verdict, Verification, refuse_unknown
 from app.core.windows import Window
 from app.ops.gap_map_cache import Atlas, MapRequest
 from app.ops.json_views import instant_text
-from app.ops.routes import Span, accepted, known, window_of
+from app.ops.routes import KNOWN_JOB, Span, accepted, known, window_of
 from app.ops.scheduler import Scheduler
 from app.ops.verification import Healing, Proofs, Result, found, heal_job, shown
 from app.web.auth import needs
@@ -55,7 +55,12 @@ def build(proof: Proof) -> APIRouter:
 
 
 def _looking(router: APIRouter, proof: Proof) -> None:
-    @router.get("/ops/gaps", openapi_extra=READ, summary="Which windows the destination holds, from its own listing")
+    @router.get(
+        "/ops/gaps",
+        openapi_extra=READ,
+        summary="Which windows the destination holds, from its own listing",
+        responses=KNOWN_JOB,
+    )
     def gaps(
         job: Annotated[str, Query(max_length=100)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
@@ -96,12 +101,24 @@ def _back(end: datetime, hours: int) -> Window:
 
 
 def _acting(router: APIRouter, proof: Proof) -> None:
-    @router.post("/ops/jobs/{job}/verify", openapi_extra=RUN, summary="Compare both ends by content", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/verify",
+        openapi_extra=RUN,
+        summary="Compare both ends by content",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def verify(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
         proof.proofs.start(known(proof.scheduler, job), _bounded(span))
         return {"job": job, "state": "verifying"}
 
-    @router.post("/ops/jobs/{job}/heal", openapi_extra=RUN, summary="Compare, and mend what differs", status_code=202)
+    @router.post(
+        "/ops/jobs/{job}/heal",
+        openapi_extra=RUN,
+        summary="Compare, and mend what differs",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
     def heal(job: str, part: Annotated[Part, Body()]) -> dict[str, Any]:
         verification = found(proof.verifications, known(proof.scheduler, job))
         what = Healing(_bounded(part), part.partition)

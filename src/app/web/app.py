@@ -9,14 +9,13 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
-from app.web.auth import SAFE_METHODS, Guard
+from app.web.auth import SAFE_METHODS, Guard, RouteScopes
 from app.web.errors import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
-from app.web.limits import BodyLimits, limited
+from app.web.limits import BodyLimits
 
 SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -37,26 +36,26 @@ log = logging.getLogger(__name__)
 audit = logging.getLogger("app.audit")
 
 
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What surrounds the serving. `api` imports and builds the API; `close` ends everything within its time."""
-
-    opened: Callable[[], None]
-    api: Callable[[], Asgi]
-    close: Callable[[], None]
-
-
 class Front:
-    """See the module."""
+    """See the module. `opened` starts the work and `close` ends it within its time; `api` imports and builds the API,
+    and says what its routes declare.
+    """
 
     def __init__(
-        self, probes: Mapping[str, Callable[[], ProbeAnswer]], guard: Guard, limits: BodyLimits, hooks: Hooks
+        self,
+        probes: Mapping[str, Callable[[], ProbeAnswer]],
+        guard: Guard,
+        limits: BodyLimits,
+        *,
+        opened: Callable[[], None],
+        api: Callable[[], tuple[Asgi, RouteScopes]],
+        close: Callable[[], None],
     ) -> None:
         self._probes = probes
         self._guard = guard
         self._limits = limits
-        self._hooks = hooks
-        self._api: asyncio.Future[Asgi] | None = None
+        self._opened, self._make_api, self._close = opened, api, close
+        self._api: asyncio.Future[tuple[Asgi, RouteScopes]] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -68,7 +67,7 @@ class Front:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
-            await asyncio.to_thread(self._hooks.opened)
+            await asyncio.to_thread(self._opened)
         except AppError as error:
             log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
             await send({"type": "lifespan.startup.failed", "message": str(error)})
@@ -76,44 +75,34 @@ class Front:
         self._build()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await asyncio.to_thread(self._hooks.close)
+        await asyncio.to_thread(self._close)
         await send({"type": "lifespan.shutdown.complete"})
 
-    def _build(self) -> "asyncio.Future[Asgi]":
+    def _build(self) -> "asyncio.Future[tuple[Asgi, RouteScopes]]":
         """Import and build the API in a thread, once; requests that need it wait for it.
 
         One that failed is built again with the next request: imports beside other threads may fail by chance, as
         the AST constructor of CPython 3.11.7 was seen to (gh-106905).
         """
+
+        def built() -> tuple[Asgi, RouteScopes]:
+            api = self._make_api()
+            gc.freeze()  # to look for garbage in what was imported stops every thread for a tenth of a second
+            return api
+
         if self._api is None or (self._api.done() and (self._api.cancelled() or self._api.exception())):
-            self._api = asyncio.ensure_future(asyncio.to_thread(self._built))
+            self._api = asyncio.ensure_future(asyncio.to_thread(built))
         return self._api
 
-    def _built(self) -> Asgi:
-        """What was imported until now stays: to look through it for garbage again and again stops every thread for a
-        tenth of a second.
-        """
-        api = self._hooks.api()
-        gc.freeze()
-        return api
-
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        probe = self._probes.get(scope["path"])
+        path = scope["path"]
+        probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
             await send_json(send, answer.status, answer.body, {})
             return
         if scope["method"] not in SAFE_METHODS:
             send = _audited(scope, send)
-        try:
-            self._guard.admit(scope)
-        except Refused as refused:
-            await send_refusal(send, refused.refusal)
-            return
-        await self._delegate(scope, receive, send)
-
-    async def _delegate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        api = await asyncio.shield(self._build())
         started = False
 
         async def noted(message: MutableMapping[str, Any]) -> None:
@@ -122,10 +111,15 @@ class Front:
             await send(message)
 
         try:
-            await limited(api, scope, receive, noted, self._limits)
+            api, scopes = await asyncio.shield(self._build())
+            # A path with a slash too many is FastAPI's to redirect.
+            self._guard.authorize(scope, scopes.of(path) or scopes.of(path.rstrip("/")))
+            await self._limits.call(api, scope, receive, noted)
+        except Refused as refused:
+            await send_refusal(noted, refused.refusal)
         finally:
             if not started:
-                log.error("%s %s: no answer was given", scope["method"], scope["path"])
+                log.error("%s %s: no answer was given", scope["method"], path)
                 await send_refusal(send, Refusal(500, BROKEN, BROKEN_HINT))
 
 

@@ -6,11 +6,10 @@ import math
 import re
 from base64 import urlsafe_b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
 
 from app.config import NEW_KEY
 from app.config.rules import loopback
@@ -22,8 +21,6 @@ from app.web.errors import Refusal, Refused, Scope
 #
 # Invariants: the key itself is never kept, only its SHA-256, which is enough for 256 random bits and too quick to
 # be a lever for attackers; compares take constant time, and an unknown name costs one as well.
-
-__all__ = ["Grant", "KeyEntry", "Keyring", "loopback", "new_key"]
 
 KEY_BYTES = 32
 MAX_PRESENTED_CHARACTERS = 128
@@ -104,7 +101,7 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-# Who may call which route: deny by default, decided before a body is read.
+# Who may call which route: deny by default, decided once and before a body is read.
 #
 # Invariants: a route that declares no scope is refused to everybody; a failed sign-in costs one hash and is counted
 # by address; a key never comes from a URL. A key that is right is never locked out by others that are wrong.
@@ -118,11 +115,35 @@ EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
 SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
 OTHER_KEY = f"use a key that has this scope; `{NEW_KEY}` makes one that has all"
+Methods = Mapping[str, str]
+"""The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""
 
 
 def needs(scope: str) -> dict[str, str]:
     """`openapi_extra` of a route: the scope that a caller must have, or OPEN."""
     return {"x-scope": scope}
+
+
+class RouteScopes:
+    """What the routes declare, by path. Paths that only FastAPI would match, such as one with a newline, are unknown
+    here, and what is unknown here never reaches it.
+    """
+
+    def __init__(self) -> None:
+        self._fixed: dict[str, dict[str, str]] = {}
+        self._templates: dict[re.Pattern[str], dict[str, str]] = {}
+
+    def add(self, path: str, pattern: re.Pattern[str], methods: Methods) -> None:
+        """A route. The first one of a path and method is the one that answers."""
+        held = self._templates.setdefault(pattern, {}) if "{" in path else self._fixed.setdefault(path, {})
+        held.update({method: scope for method, scope in methods.items() if method not in held})
+
+    def of(self, path: str) -> Methods:
+        """The methods of a path; none when there is no such path."""
+        fixed = self._fixed.get(path)
+        if fixed is not None:
+            return fixed
+        return next((methods for pattern, methods in self._templates.items() if pattern.fullmatch(path)), {})
 
 
 class Throttle:
@@ -152,8 +173,32 @@ class Guard:
     keyring: Keyring
     clock: Callable[[], datetime]
     anonymous: bool = False
-    open_calls: frozenset[tuple[str, str]] = frozenset()
     throttle: Throttle = field(default_factory=Throttle)
+
+    def authorize(self, scope: Scope, methods: Methods) -> None:
+        """Whether the caller may make this call of a path with these `methods`; who it is stands in the state then.
+
+        Raises Refused: 401 for nobody, 403 without the scope, 404 and 405 for what is not there, told to callers with
+        a key only.
+        """
+        method = scope["method"]
+        if method not in SAFE_METHODS and _fields(scope).get(b"sec-fetch-site", "") not in OWN_PAGES:
+            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
+        wanted = methods.get(method, "")
+        if wanted == OPEN:
+            return
+        grant = self.grant(scope)
+        if grant is None:
+            raise Refused(unauthorized("this needs a key"))
+        scope.setdefault("state", {})["grant"] = grant
+        if not methods:
+            raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
+        if method not in methods:
+            allowed = {"Allow": ", ".join(sorted(methods))}
+            hint = "see /docs for the methods of this path"
+            raise Refused(Refusal(405, "Method Not Allowed", hint, headers=allowed))
+        if not grant.allows(wanted):
+            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
 
     def grant(self, scope: Scope) -> Grant | None:
         """Who calls; None for nobody. Raises Refused for a wrong key."""
@@ -179,36 +224,12 @@ class Guard:
             raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a key that is alive", headers=wait))
         raise Refused(unauthorized("the key is not known or has expired"))
 
-    def admit(self, scope: Scope) -> None:
-        """Before anything of the body is read: somebody must call, unless the path is open to all."""
-        if scope["method"] not in SAFE_METHODS and _fields(scope).get(b"sec-fetch-site", "") not in OWN_PAGES:
-            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
-        if self._is_open(scope):
-            return
-        grant = self.grant(scope)
-        if grant is None:
-            raise Refused(unauthorized("this needs a key"))
-        scope.setdefault("state", {})["grant"] = grant
-
-    def check(self, scope: Scope) -> None:
-        """Once the route is known: the caller must have its scope. A route without one is refused."""
-        route: Any = scope.get("route")
-        wanted = (getattr(route, "openapi_extra", None) or {}).get("x-scope", "")
-        if wanted == OPEN and self._is_open(scope):
-            return
-        grant = scope.get("state", {}).get("grant")
-        if not wanted or not isinstance(grant, Grant) or not grant.allows(wanted):
-            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
-
-    def _is_open(self, scope: Scope) -> bool:
-        return (scope["method"], scope["path"]) in self.open_calls
-
 
 def _fields(scope: Scope) -> dict[bytes, str]:
     return {name: value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def presented(fields: dict[bytes, str]) -> str:
+def presented(fields: Mapping[bytes, str]) -> str:
     """The key of a request: Bearer, X-API-Key, or the dashboard's cookie; "" when there is none."""
     kind, _, token = fields.get(b"authorization", "").partition(" ")
     if kind.lower() == "bearer":
@@ -229,5 +250,4 @@ def unauthorized(message: str) -> Refusal:
 
 def _local(host: str) -> bool:
     """True when the Host header names this machine; a name that a foreign page bound to 127.0.0.1 does not."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    return loopback(name)
+    return loopback(host.rsplit(":", 1)[0] if not host.endswith("]") else host)

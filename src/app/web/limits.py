@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
+from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send
 
 # What a client may cost before anything is parsed: bytes that really came, seconds that really passed.
 #
@@ -33,10 +33,21 @@ class BodyLimits:
     upload_prefixes: tuple[str, ...] = ()
     stream_prefixes: tuple[str, ...] = ()
 
-    def bytes_for(self, path: str, media_type: str = "") -> int:
-        """The limit for a path and a Content-Type."""
-        by_line = media_type.partition(";")[0].strip().lower() in BY_LINE and path.startswith(self.stream_prefixes)
-        return self.upload_bytes if by_line or path.startswith(self.upload_prefixes) else self.body_bytes
+    async def call(self, app: Asgi, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call `app` with a body that cannot go over its limits."""
+        fields = dict(reversed(scope["headers"]))  # the first of a name counts
+        media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        by_line = media_type in BY_LINE and scope["path"].startswith(self.stream_prefixes)
+        large = by_line or scope["path"].startswith(self.upload_prefixes)
+        limit_bytes = self.upload_bytes if large else self.body_bytes
+        length = fields.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit_bytes:
+            raise Refused(too_large(limit_bytes))
+        body = _Body(receive, send, limit_bytes)
+        with suppress(_Cut):
+            await app(scope, body.receive, body.send)
+        if body.refusal is not None and not body.started:
+            raise Refused(body.refusal)
 
 
 class _Cut(Exception):
@@ -44,7 +55,9 @@ class _Cut(Exception):
 
 
 class _Body:
-    """The receiving and sending side of one request, watched."""
+    """The receiving and sending side of one request, watched. Once the body is cut, what the application says about it
+    is left out.
+    """
 
     def __init__(self, receive: Receive, send: Send, limit_bytes: int) -> None:
         self._receive, self._send = receive, send
@@ -53,16 +66,15 @@ class _Body:
         self._until = asyncio.get_running_loop().time() + BODY_TOTAL_SECONDS
         self._waited_seconds, self._waited_bytes = 0.0, 0
         self._whole = False
-        self._started = False
+        self.started = False
         self.refusal: Refusal | None = None
 
     async def receive(self) -> MutableMapping[str, Any]:
         if self._whole:
             return await self._receive()
         began = asyncio.get_running_loop().time()
-        seconds = min(BODY_IDLE_SECONDS, self._until - began)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(min(BODY_IDLE_SECONDS, self._until - began)):
                 message = await self._receive()
         except TimeoutError:
             self._cut(LATE)
@@ -82,38 +94,15 @@ class _Body:
         raise _Cut
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Whatever the application says about a body that was cut is left out."""
         if self.refusal is None:
-            self._started = True
+            self.started = True
             await self._send(message)
-
-    async def finish(self) -> None:
-        if self.refusal is not None and not self._started:
-            await send_refusal(self._send, self.refusal)
 
 
 def too_large(limit_bytes: int) -> Refusal:
     """The answer to a body over its limit."""
-    return Refusal(
-        413,
-        f"the body is larger than {limit_bytes} bytes",
-        "send less at once; MAX_BODY_BYTES limits it",
-        headers=CLOSE,
-    )
-
-
-async def limited(app: Asgi, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
-    """Call `app` with a body that cannot go over its limits."""
-    types = [value for name, value in scope["headers"] if name == b"content-type"]
-    limit_bytes = limits.bytes_for(scope["path"], types[0].decode("latin-1") if types else "")
-    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-    if any(value.isdigit() and int(value) > limit_bytes for value in lengths):
-        await send_refusal(send, too_large(limit_bytes))
-        return
-    body = _Body(receive, send, limit_bytes)
-    with suppress(_Cut):
-        await app(scope, body.receive, body.send)
-    await body.finish()
+    message = f"the body is larger than {limit_bytes} bytes"
+    return Refusal(413, message, "send less at once; MAX_BODY_BYTES limits it", headers=CLOSE)
 
 
 # Room for connections: when nine tenths are used, those that have asked for nothing for longest are closed.

@@ -1,22 +1,28 @@
-"""HTTP as it arrives: uvicorn's protocol over httptools, with the limits that it lacks, and bodies copied less often.
+"""HTTP as it arrives: uvicorn's protocol over httptools with the limits that it lacks, and an event loop that keeps
+probes quick.
 
 Invariants: a request whose head is not there within 15 s, or is larger than 64 KiB, or names no host or two, never
 reaches the application; header fields that come behind a body are dropped; what waits of a body is bounded. A client
 that takes next to nothing of its answer for 30 s is cut off. An answer that is given before the body has come arrives,
-since the rest of the body is taken and thrown away for a while. Probes are answered in the very turn of the event loop
-in which they come, before any limit.
+since the rest of the body is taken and thrown away for a while.
+
+What the two tricks here earn (docs/benchmarks.md, "The front" and "/s3"):
+- PoliteLoop, and probes answered in the iteration in which they come: beside 64 clients at work the p99 of /health
+  fell from 50-61 to 12-20 ms, on a quiet machine from 5.8 to 2.1 times that of a bare application.
+- `on_body` hands blocks on without a copy: an upload of 2 GiB takes 5.8 to 8 s of CPU instead of 12.7.
 """
 
 import asyncio
-from collections.abc import MutableMapping
+from collections import deque
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
+from contextvars import Context, ContextVar
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.ops.health import PATHS
 from app.web.errors import Asgi, Receive, Refusal, Scope, Send, send_refusal
-from app.web.event_loop import of_a_request
 from app.web.limits import Room
 
 HEAD_SECONDS = 15.0
@@ -34,6 +40,48 @@ FULL = Refusal(
     "send the same request again later",
     headers={"Retry-After": "5", "Connection": "close"},
 )
+
+
+LOOK_SECONDS = 0.001
+of_a_request = ContextVar("of_a_request", default=False)
+"""True in the context of whatever a request does, and of all that it begins."""
+
+
+class PoliteLoop(asyncio.SelectorEventLoop):
+    """An event loop that caps how long the steps of requests run between two looks at its sockets, so that a probe
+    waits for few of them.
+
+    asyncio runs whatever is ready before it looks at its sockets again, and a hundred requests at once are ready for a
+    while. Here their steps run for a millisecond; the rest, accepting and reading above all, is not held back. They
+    run in the order in which they became ready, at least one per look.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: deque[asyncio.Handle] = deque()
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """As asyncio's. Tasks and futures come through here with each step."""
+        if not (of_a_request.get() if context is None else context.get(of_a_request, False)):
+            return super().call_soon(callback, *args, context=context)
+        if not self._steps:
+            super().call_soon(self._go_on, context=Context())
+        step = asyncio.Handle(callback, args, self, context)
+        self._steps.append(step)
+        return step
+
+    def _go_on(self) -> None:
+        until = self.time() + LOOK_SECONDS
+        for _ in range(len(self._steps)):  # what these make ready waits for the next look, as in asyncio
+            step = self._steps.popleft()
+            if not step.cancelled():
+                step._run()  # noqa: SLF001 - as asyncio's own loops do it
+            if self.time() >= until:
+                break
+        if self._steps:
+            super().call_soon(self._go_on, context=Context())
 
 
 class _HeadRefused(Exception):
@@ -78,18 +126,14 @@ class Lingering:
         self._came = True
         self.most_bytes -= size_bytes
         if self.most_bytes < 0:
-            self.abort()
+            self._transport.abort()
 
     def _look(self) -> None:
         if not self._came or self._loop.time() >= self._until:
-            self.abort()
+            self._transport.abort()
         else:
             self._came = False
             self._timer = self._loop.call_later(LINGER_IDLE_SECONDS, self._look)
-
-    def abort(self) -> None:
-        """Close now."""
-        self._transport.abort()
 
     def forget(self) -> None:
         """It is closed."""
@@ -108,7 +152,7 @@ class PunctualProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._late: asyncio.TimerHandle | None = None
         self._probe: tuple[Any, Asgi] | None = None
-        self._outgoing: Lingering | None = None
+        self._outgoing: Lingering
         self._unsent = (0.0, 0)  # since when, and how many bytes then
         self.asked_at = self.loop.time()
         self.descriptor = -1
@@ -124,7 +168,7 @@ class PunctualProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """It is stopped by a whole head, and starts again with the first byte of the next."""
-        if self._outgoing is not None and self._outgoing.lingers:
+        if self._outgoing.lingers:
             self._outgoing.take(len(data))
             return
         if self.parser is None or self.transport.is_closing():
@@ -138,16 +182,14 @@ class PunctualProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is left to be late."""
         self._forget()
-        if self._outgoing is not None:
-            self._outgoing.forget()
+        self._outgoing.forget()
         self._room.left(self)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read may go on for a while."""
-        if self._outgoing is not None:
-            self._outgoing.still_coming = True
-            self._outgoing.most_bytes = LINGER_HEAD_BYTES
+        self._outgoing.still_coming = True
+        self._outgoing.most_bytes = LINGER_HEAD_BYTES
         super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
@@ -167,8 +209,7 @@ class PunctualProtocol(HttpToolsProtocol):
         if head_bytes > HEAD_BYTES or (hosts != 1 and (hosts or self.parser.get_http_version() == HOST_SINCE)):
             raise _HeadRefused
         self._in_head = False
-        if self._outgoing is not None:
-            self._outgoing.still_coming = True
+        self._outgoing.still_coming = True
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -189,8 +230,7 @@ class PunctualProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole. A probe that waited for that is answered."""
         self.asked_at = self.loop.time()
-        if self._outgoing is not None:
-            self._outgoing.still_coming = False
+        self._outgoing.still_coming = False
         super().on_message_complete()
         if self._probe is not None:
             (cycle, app), self._probe = self._probe, None
@@ -238,7 +278,7 @@ class PunctualProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """As uvicorn's; nobody is waited for whose answer was sent."""
-        if self._outgoing is not None and self._outgoing.lingers:
+        if self._outgoing.lingers:
             self.transport.abort()
         else:
             super().shutdown()

@@ -12,8 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -37,28 +36,25 @@ CANNOT_LISTEN = 3  # uvicorn's own status
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """Where to listen, and how a stop goes: `ask_stop` must only set flags, `busy` says whether work still runs. At
-    `health_port`, None for none, only probes are answered.
-    """
-
-    host: str
-    port: int
-    health_port: int | None
-    forwarded_allow_ips: tuple[str, ...]
-    steps: Steps
-    ask_stop: Callable[[str], None]
-    busy: Callable[[], bool]
-
-
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which goes on answering while jobs come to their end."""
+    """uvicorn's server, which goes on answering while jobs come to their end. See `serve`."""
 
-    def __init__(self, config: uvicorn.Config, serving: ServerOptions, room: Room) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        room: Room,
+        *,
+        health_port: int | None,
+        jobs_seconds: float,
+        ask_stop: Callable[[str], None],
+        busy: Callable[[], bool],
+    ) -> None:
         super().__init__(config)
         self._room = room
-        self._serving = serving
+        self._health_port = health_port
+        self._jobs_seconds = jobs_seconds
+        self._ask_stop = ask_stop
+        self._busy = busy
         self._signal = 0
         self._asked_at = 0.0
         self._asked = False
@@ -75,29 +71,30 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn's; then the port of the probes, and a queue as long as the kernel allows."""
         asyncio.get_running_loop().set_exception_handler(self._told)
         await super().startup(sockets)
-        if self._serving.health_port is not None:
-            await self._listen_for_probes(self._serving.health_port)
+        if self._health_port is not None:
+            await self._listen_for_probes(self._health_port)
         for each in (each for server in self.servers for each in server.sockets):
             with each.dup() as same:
                 same.listen(BACKLOG)
 
     async def _listen_for_probes(self, port: int) -> None:
-        config = uvicorn.Config(
-            _only_probes(self.config.app),
-            http=self.config.http,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-        )
+        app: Any = self.config.app
+
+        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] in PATHS:
+                await app(scope, receive, send)
+            else:
+                await send_refusal(send, Refusal(404, "this port answers probes only", f"ask {' or '.join(PATHS)}"))
+
+        config = uvicorn_config(probes, http=self.config.http)
         config.load()
 
         def protocol() -> asyncio.Protocol:
             return config.http_protocol_class(config=config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
 
-        host = listening_host(self._serving.host)
+        loop = asyncio.get_running_loop()
         try:
-            server = await asyncio.get_running_loop().create_server(protocol, host, port, backlog=ACCEPTED_AT_ONCE)
+            server = await loop.create_server(protocol, self.config.host, port, backlog=ACCEPTED_AT_ONCE)
         except OSError as error:
             log.error("HEALTH_PORT=%d cannot be listened on: %s", port, error.strerror)  # noqa: TRY400 - says it all
             await self.lifespan.shutdown()
@@ -122,34 +119,47 @@ class DrainingServer(uvicorn.Server):
         if self._signal:
             if not self._asked:
                 self._asked = True
-                self._serving.ask_stop("the process was asked to stop")
-            self.should_exit = self.should_exit or self._drained()
+                self._ask_stop("the process was asked to stop")
+            waited_seconds = time.monotonic() - self._asked_at
+            drained = waited_seconds >= LINGER_SECONDS and not self._busy()
+            self.should_exit = self.should_exit or drained or waited_seconds >= self._jobs_seconds
         return await super().on_tick(counter)
 
-    def _drained(self) -> bool:
-        waited = time.monotonic() - self._asked_at
-        return waited >= self._serving.steps.jobs or (waited >= LINGER_SECONDS and not self._serving.busy())
+
+def uvicorn_config(app: Asgi, **options: Any) -> uvicorn.Config:
+    """uvicorn without its own logs and without WebSockets."""
+    return uvicorn.Config(app, ws="none", log_config=None, access_log=False, server_header=False, **options)
 
 
-def serve(app: Asgi, serving: ServerOptions) -> None:
-    """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on."""
+def serve(
+    app: Asgi,
+    *,
+    host: str,
+    port: int,
+    health_port: int | None,
+    forwarded_allow_ips: Sequence[str],
+    steps: Steps,
+    ask_stop: Callable[[str], None],
+    busy: Callable[[], bool],
+) -> None:
+    """Serve until a signal. Ends by raising that signal again, so nothing after this call can be relied on.
+
+    At `health_port`, None for none, only probes are answered. `ask_stop` must only set flags; `busy` says whether
+    work still runs.
+    """
     room = Room(CONNECTIONS, raised_descriptors())
-    config = uvicorn.Config(
+    config = uvicorn_config(
         app,
-        host=listening_host(serving.host),
-        port=serving.port,
-        http=cast("Any", partial(PunctualProtocol, room)),
-        loop="app.web.event_loop:PoliteLoop",
-        ws="none",
+        host=listening_host(host),
+        port=port,
+        http=partial(PunctualProtocol, room),
+        loop="app.web.protocol:PoliteLoop",
         lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        forwarded_allow_ips=list(serving.forwarded_allow_ips),
+        forwarded_allow_ips=list(forwarded_allow_ips),
         backlog=ACCEPTED_AT_ONCE,
-        timeout_graceful_shutdown=serving.steps.requests,  # type: ignore[arg-type]  # asyncio's, which takes fractions
+        timeout_graceful_shutdown=steps.requests,  # asyncio's, which takes fractions
     )
-    DrainingServer(config, serving, room).run()
+    DrainingServer(config, room, health_port=health_port, jobs_seconds=steps.jobs, ask_stop=ask_stop, busy=busy).run()
 
 
 def listening_host(host: str) -> str:
@@ -167,13 +177,3 @@ def raised_descriptors() -> int:
     raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
     return raised
-
-
-def _only_probes(app: Any) -> Asgi:
-    async def probes(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in PATHS:
-            await app(scope, receive, send)
-        else:
-            await send_refusal(send, Refusal(404, "this port answers probes alone", f"ask {' or '.join(PATHS)}"))
-
-    return probes

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from app.analytics.formats import ReportAnswer
-from app.analytics.service import KEPT_BYTES, Flights
+from app.analytics.service import KEPT_BYTES, SingleFlightCache
 
 
 class Made:
@@ -32,17 +32,17 @@ class Made:
 
 def test_an_answer_is_given_again_for_its_time_and_its_file_goes_with_the_next_question(tmp_path: Path) -> None:
     async def scenario() -> None:
-        flights, made = Flights(), Made(tmp_path)
+        cache, made = SingleFlightCache(), Made(tmp_path)
         for number in range(5):
-            await flights.answer(number, lambda: made(10), 0.05)
-        lasting = await flights.answer("lasting", lambda: made(20), 60)
-        assert flights.held("lasting") is lasting
+            await cache.answer(number, lambda: made(10), 0.05)
+        lasting = await cache.answer("lasting", lambda: made(20), 60)
+        assert cache.held("lasting") is lasting
         await asyncio.sleep(0.1)
-        assert flights.held("another") is None
+        assert cache.held("another") is None
         assert await made.are_open(1)
-        assert flights.held("lasting") is lasting
-        await flights.answer("short", lambda: made(10), 0)
-        await flights.answer("next", lambda: made(10), 60)
+        assert cache.held("lasting") is lasting
+        await cache.answer("short", lambda: made(10), 0)
+        await cache.answer("next", lambda: made(10), 60)
         assert await made.are_open(2), "what lands drops what is over too"
 
     asyncio.run(scenario())
@@ -50,14 +50,14 @@ def test_an_answer_is_given_again_for_its_time_and_its_file_goes_with_the_next_q
 
 def test_a_large_answer_is_given_to_who_waits_for_it_and_not_kept(tmp_path: Path) -> None:
     async def scenario() -> None:
-        flights, made = Flights(), Made(tmp_path)
+        cache, made = SingleFlightCache(), Made(tmp_path)
         first, second = await asyncio.gather(
-            *(flights.answer("large", lambda: made(KEPT_BYTES + 1), 60) for _ in range(2))
+            *(cache.answer("large", lambda: made(KEPT_BYTES + 1), 60) for _ in range(2))
         )
         assert first is second
-        assert flights.held("large") is None
-        await flights.answer("small", lambda: made(KEPT_BYTES), 60)
-        assert flights.held("small") is not None
+        assert cache.held("large") is None
+        await cache.answer("small", lambda: made(KEPT_BYTES), 60)
+        assert cache.held("small") is not None
         del first, second
         assert await made.are_open(1)
 
