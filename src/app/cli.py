@@ -19,6 +19,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -110,6 +111,7 @@ def configured(
 
     settings = load_settings(environ, dotenv)
     service = settings.service
+    refuse_read_only(service.data_dir)
     logs.configure(
         service.log_level,
         service.log_format if daemon else "text",
@@ -118,6 +120,17 @@ def configured(
         stream=sys.stdout if daemon else sys.stderr,
     )
     return settings
+
+
+def refuse_read_only(data_dir: Path) -> None:
+    """Raises BadSettings when DATA_DIR cannot be written: what is written there first is otherwise blamed."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=data_dir):
+            pass
+    except OSError as error:
+        allowed = "allowed: a directory that this user can write to"
+        raise BadSettings([f"DATA_DIR='{data_dir}': {error.strerror}; {allowed}"]) from error
 
 
 def serve(*, port: int | None = None) -> int:

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
@@ -355,6 +356,7 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
+    use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     store = open_store(settings)
@@ -386,6 +388,23 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         *webhook(settings),
     ]
     return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+
+
+def use_network(settings: Settings) -> None:
+    """Tell every library of the proxies and of CA_FILE. Raises Permanent when DATA_DIR cannot be written."""
+    from app.core.network import use
+
+    given, public = settings.network, Path()
+    if given.ca_file is not None:
+        import certifi  # what httpx, botocore and httplib2 trust anyway
+
+        public = Path(certifi.where())
+    proxies = {
+        "HTTPS_PROXY": given.https_proxy.get_secret_value(),
+        "HTTP_PROXY": given.http_proxy.get_secret_value(),
+        "NO_PROXY": given.no_proxy,
+    }
+    use(proxies, given.ca_file, public, settings.service.data_dir.absolute() / "ca-bundle.pem")
 
 
 def stores_tried(

@@ -37,6 +37,14 @@ def test_a_public_host_without_keys_does_not_start(shell: Shell) -> None:
     assert "API_KEYS" in done.stderr
 
 
+def test_a_data_dir_that_cannot_be_written_is_named(shell: Shell) -> None:
+    (shell.folder / "file").write_text("")
+    done = shell.run("", "serve", DATA_DIR=str(shell.folder / "file"))
+    assert done.returncode == 78
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"DATA_DIR='{shell.folder}/file': ")
+
+
 def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "app", "serve"],

@@ -98,6 +98,10 @@ VARIABLES = tuple(variable for group, model in GROUPS.items() for variable in _v
 # What Kubernetes tells each container about every service beside it.
 OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 CLOSE = 0.8
+MOUNTS = Path("/proc/self/mounts")  # only Linux has it
+OF_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\d?|smbfs|afs|ceph|9p|lustre|gpfs|glusterfs|beegfs|fuse\.(?:sshfs|s3fs|rclone|glusterfs)"
+)
 NEEDS = (
     ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"),
     ("S3_SECRET_ACCESS_KEY", "S3_ACCESS_KEY_ID"),
@@ -108,6 +112,7 @@ NEEDS = (
     ("CHECKPOINT_DB_USER", "CHECKPOINT_DB_HOST"),
     ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_HOST"),
     ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_USER"),
+    ("CHECKPOINT_DB_SSLMODE", "CHECKPOINT_DB_HOST"),
     ("INFLUXDB_PASSWORD", "INFLUXDB_USERNAME"),
     ("APPMETRICA_API_KEY", "APPMETRICA_APPLICATION_ID"),
     ("APPMETRICA_APPLICATION_ID", "APPMETRICA_API_KEY"),
@@ -200,7 +205,24 @@ def warnings(
         found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {settings.service.host} may read, write and delete")
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
+    urls = {"CHECKPOINT_DB_HOST": settings.checkpoint.url, "DWH_DATABASE_URL": settings.dwh.database_url}
+    kept_here = [variable for variable, url in urls.items() if not url.get_secret_value()]
+    data_dir = settings.service.data_dir.absolute()
+    kind = network_file_system(data_dir, MOUNTS.read_text() if MOUNTS.exists() else "")
+    if kind and kept_here:
+        found.append(
+            f"DATA_DIR={data_dir} is on a network file system ({kind}), on which SQLite may be damaged: set DATA_DIR to"
+            f" a local disk, or {' and '.join(kept_here)} to a PostgreSQL"
+        )
     return found
+
+
+def network_file_system(path: Path, mounts: str) -> str:
+    """The kind of network file system that `path` lies on, "" for none; `mounts` as in /proc/self/mounts."""
+    fields = [line.split() for line in mounts.splitlines()]
+    places = {Path(each[1].replace("\\040", " ")): each[2] for each in fields}
+    kind = next((places[place] for place in (path, *path.parents) if place in places), "")
+    return kind if OF_NETWORK.fullmatch(kind) else ""
 
 
 def _near_misses(said: Mapping[str, str]) -> Iterator[str]:

@@ -10,8 +10,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.network import CA_HINT, is_untrusted, proxy_for
 from app.core.pipeline import Sums
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 
@@ -153,7 +155,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerRefusal:
-    """An HTTP error answer. `status` 0 = no secure connection; `where` names the variables to look at."""
+    """An HTTP error answer. `where` names the variables to look at."""
 
     url: str
     status: int
@@ -175,7 +177,6 @@ def refusal(refused: ServerRefusal) -> AppError:
     if any(word in said for word in TOO_MUCH):
         return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {
-        0: "check INFLUXDB_URL and the certificate of the server",
         UNAUTHORIZED: "set INFLUXDB_TOKEN, or the user name and password, to credentials that may read the data",
         FORBIDDEN: f"give the token the right to read; now {refused.where}",
         NOT_FOUND: f"check {refused.where} and that the token may read it",
@@ -236,7 +237,7 @@ class Connection:
         Raises Transient when the server is away, slow or breaks off, and what `refusal` says of any status but 200;
         `where` names the variables to look at then.
         """
-        with self._translated(where):
+        with self._translated():
             response = self._pool.request(
                 "GET" if body is None else "POST",
                 self.server.url.rstrip("/") + path,
@@ -251,27 +252,25 @@ class Connection:
                 raise self._refused(response, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
-            yield ServerAnswer(
-                self._chunks(response, where), framed, version, _instant(response.headers.get("Date", ""))
-            )
+            yield ServerAnswer(self._chunks(response), framed, version, _instant(response.headers.get("Date", "")))
 
-    def _chunks(self, response: Any, where: str) -> Iterator[bytes]:
+    def _chunks(self, response: Any) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
         while True:
-            with self._translated(where):
+            with self._translated():
                 chunk = response.read(CHUNK_BYTES, decode_content=True)
             if not chunk:
                 return
             yield chunk
 
     def _refused(self, response: Any, where: str) -> AppError:
-        with self._translated(where):
+        with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
         retry_after = response.headers.get("Retry-After", "")
         return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where))
 
     @contextmanager
-    def _translated(self, where: str) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         import urllib3.exceptions
 
         url = self.server.url
@@ -280,7 +279,8 @@ class Connection:
         except urllib3.exceptions.LocationParseError as error:
             raise Permanent(f"INFLUXDB_URL={url!r} is not a valid URL", "correct INFLUXDB_URL") from error
         except urllib3.exceptions.SSLError as error:
-            raise refusal(ServerRefusal(url, 0, str(error)[:200], "", where)) from error
+            hint = CA_HINT if is_untrusted(error) else "check INFLUXDB_URL and the certificate of the server"
+            raise Permanent(f"InfluxDB at {url}: no secure connection: {str(error)[:200]}", hint) from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
                 f"InfluxDB at {url} did not answer within {self.server.timeout_seconds:g} s",
@@ -296,6 +296,10 @@ class Connection:
     def _pool(self) -> Any:
         import urllib3
 
+        if proxy := proxy_for(self.server.url):
+            login = urlsplit(proxy).netloc.rpartition("@")[0]
+            headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
+            return urllib3.ProxyManager(proxy, maxsize=self.server.connections, proxy_headers=headers)
         return urllib3.PoolManager(maxsize=self.server.connections)
 
     @cached_property

@@ -1,6 +1,8 @@
 """The service as a value: what `main` builds, what the commands use, and what the daemon serves until a signal."""
 
+import errno
 import logging
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
-from app.config.settings import Settings
+from app.config.settings import ServiceSettings, Settings
+from app.core.errors import BadSettings
 from app.core.gap_map import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
@@ -123,11 +126,43 @@ def link(settings: Settings) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def refuse_taken_ports(settings: ServiceSettings) -> None:
+    """Before any job runs. Raises BadSettings with one line for each port that cannot be listened on."""
+    faults = []
+    for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
+        try:
+            for family, kind, *_, address in _addresses(settings.host, port):
+                with socket.socket(family, kind) as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    tried.bind(address)
+                    tried.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                free = "another port" + (", or serve --port" if name == "PORT" else "")
+                faults.append(f"{name}='{port}': another program listens there; set {name} to {free}")
+            elif error.errno == errno.EACCES:
+                faults.append(f"{name}='{port}': not permitted; set {name} to a port above 1023")
+            else:
+                faults.append(f"HOST='{settings.host}': {error.strerror}; set HOST to an address of this machine")
+    if faults:
+        raise BadSettings(list(dict.fromkeys(faults)))
+
+
+def _addresses(host: str, port: int | None) -> list[Any]:
+    if port is None:
+        return []
+    bare = host.strip("[]")
+    return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
+
 def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
     """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
     from app.web.server import serve
 
     settings = service.settings
+    refuse_taken_ports(settings.service)
     for warning in warnings(settings, environ, read_dotenv(dotenv)[0]):
         log.warning("%s", warning)
     for job in service.pipelines.jobs:
