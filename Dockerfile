@@ -24,6 +24,7 @@ COPY --from=build /opt/headwater /opt/headwater
 ENV PATH=/opt/headwater/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
     ARROW_DEFAULT_MEMORY_POOL=system \
     HOST=0.0.0.0 \
     PORT=8080 \
