@@ -47,9 +47,12 @@ def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: 
 
 
 def proxy_for(url: str) -> str:
-    """The proxy that the environment names for `url`, "" for none."""
-    parts = urlsplit(url)
+    """The proxy that the environment names for `url`, "" for none; also for what is no URL, which its client says."""
     proxies = getproxies_environment()
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
     if proxy_bypass(parts.netloc.rpartition("@")[2]):
         return ""
     return proxies.get(parts.scheme) or proxies.get("all", "")

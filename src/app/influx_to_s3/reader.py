@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -155,13 +156,14 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerRefusal:
-    """An HTTP error answer. `where` names the variables to look at."""
+    """An HTTP error answer. `where` names the variables to look at; `advice` is a better hint than its status gives."""
 
     url: str
     status: int
     message: str
     retry_after: str
     where: str
+    advice: str = ""
 
 
 def refusal(refused: ServerRefusal) -> AppError:
@@ -178,10 +180,11 @@ def refusal(refused: ServerRefusal) -> AppError:
         return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {
         UNAUTHORIZED: "set INFLUXDB_TOKEN, or the user name and password, to credentials that may read the data",
-        FORBIDDEN: f"give the token the right to read; now {refused.where}",
+        FORBIDDEN: f"give these credentials the right to read; now {refused.where}",
         NOT_FOUND: f"check {refused.where} and that the token may read it",
     }
-    return Permanent(told, hints.get(refused.status, f"check INFLUXDB_URL, {refused.where} and INFLUXDB_MEASUREMENT"))
+    general = f"check INFLUXDB_URL, {refused.where} and INFLUXDB_MEASUREMENT"
+    return Permanent(told, refused.advice or hints.get(refused.status, general))
 
 
 # HTTP to an InfluxDB server, over one pool of connections for all threads; both query languages ask through it.
@@ -192,6 +195,7 @@ def refusal(refused: ServerRefusal) -> AppError:
 # the configured host only.
 
 CHUNK_BYTES = 1 << 18
+HTML = re.compile(r"\s*<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 REFUSAL_BYTES = 1 << 16
 CONNECT_SECONDS = 5.0
 OK = 200
@@ -249,7 +253,7 @@ class Connection:
             )
         with closing(response):
             if response.status != OK:
-                raise self._refused(response, where)
+                raise self._refused(response, path, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
             yield ServerAnswer(self._chunks(response), framed, version, _instant(response.headers.get("Date", "")))
@@ -263,11 +267,24 @@ class Connection:
                 return
             yield chunk
 
-    def _refused(self, response: Any, where: str) -> AppError:
+    def _refused(self, response: Any, path: str, where: str) -> AppError:
         with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
         retry_after = response.headers.get("Retry-After", "")
-        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where))
+        advice = self._advice(response, path, body)
+        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where, advice))
+
+    def _advice(self, response: Any, path: str, body: str) -> str:
+        """The next step that the server itself points to, "" where it does not."""
+        version = response.headers.get("X-Influxdb-Version", "").lstrip("v")
+        if path.startswith("/api/v2") and (version.startswith("1.") or body.strip() == "404 page not found"):
+            return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} answers no Flux here"
+        if HTML.match(body):
+            return "set INFLUXDB_URL to an InfluxDB: a web page answers there, perhaps a proxy's or a login"
+        if response.status == UNAUTHORIZED and (self.server.token or self.server.username):
+            pair = "INFLUXDB_TOKEN" if self.server.token else "INFLUXDB_USERNAME and INFLUXDB_PASSWORD"
+            return f"set {pair} to credentials that this server knows"
+        return ""
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -343,7 +360,10 @@ def _message(body: str) -> str:
     try:
         parsed = json.loads(body)
     except ValueError:
-        return body[:200]
+        if HTML.match(body):
+            title = re.search(r"<title[^>]*>(.*?)</title>", body, re.IGNORECASE | re.DOTALL)
+            return " ".join(f"an HTML page, {title[1] if title else 'without a title'}".split())[:200]
+        return " ".join(body.split())[:200]
     if not isinstance(parsed, dict):
         return body[:200]
     return str(parsed.get("error") or parsed.get("message") or body)[:300]
