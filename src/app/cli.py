@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
@@ -212,6 +212,25 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
     return OK
 
 
+def setup(*, pipeline: str, printing: bool) -> int:
+    """Ask for what a pipeline needs, try it, and write `.env` or print its lines; 1 when a system did not answer."""
+    with suppress(BadSettings):  # half of what is set may be what is about to be put right
+        configured()
+    from app.main import build
+    from app.ops.setup import setup as asked
+    from app.ops.setup import write_dotenv
+
+    text, fine = asked(pipeline, os.environ, DOTENV, build)
+    if printing:
+        sys.stdout.write(text)
+    elif fine or (sys.stdin.isatty() and input("write .env all the same? [y/N] ").strip().lower() == "y"):
+        write_dotenv(DOTENV, text)
+        say(f"wrote {DOTENV.absolute()}; next: python -m app run {pipeline} --dry-run")
+    else:
+        say("nothing was written: correct what failed and call this again, or add --print")
+    return OK if fine else FAILED
+
+
 def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date | None, as_json: bool) -> int:
     """Print a new key and the line for API_KEYS."""
     import secrets
@@ -282,6 +301,7 @@ JOBS = {
     "set_aside_sweep": "deletes what was set aside long ago",
     "s3_sweep": "aborts unfinished uploads in the bucket",
 }
+SETUPS = ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica")
 JSON = argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout, errors too")
 JOB = argument("job", metavar="JOB", help="name of a job, see `python -m app --help`")
 DRY_RUN = argument("--dry-run", action="store_true", help="change nothing, say what would be done")
@@ -339,6 +359,16 @@ COMMANDS = (
             JSON,
         ),
         examples=(f"verify influx_to_s3 {DAY} --heal",),
+    ),
+    Command(
+        "setup",
+        "ask for what a pipeline needs, try it, and write .env",
+        (
+            argument("pipeline", metavar="PIPELINE", choices=SETUPS, help=", ".join(SETUPS)),
+            argument("--print", action="store_true", dest="printing", help="print the text of .env, write nothing"),
+        ),
+        setup,
+        ("setup influx_to_s3", "setup csv_inbox --print"),
     ),
     Command(
         "check",
