@@ -37,6 +37,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    if refusal := unsupported(os.name):
+        say(refusal)
+        return BAD_SETTINGS
     tune()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -49,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error, (str(error),), USAGE, as_json="--json" in words)
     except AppError as error:
         return failed(error, (f"error: {error}",), FAILED, as_json="--json" in words)
+
+
+def unsupported(system: str) -> str:
+    """Why `os.name` is none that this runs on, "" where it is one."""
+    if system != "nt":
+        return ""
+    return "Headwater runs on Linux and macOS: on Windows install it in WSL 2, or use Docker (docs/deploy/windows.md)"
 
 
 def failed(error: AppError, lines: Sequence[str], code: int, *, as_json: bool) -> int:
