@@ -208,5 +208,5 @@ def test_nothing_is_configured_says_what_to_set(daemons: Daemons) -> None:
     assert daemon.get("/appmetrica/ping").json["status"] == "unconfigured"
     assert daemon.get("/appmetrica/fetch-export?export_id=1").status == 409
     assert daemon.get(WEEK).status == 409
-    assert daemon.job("amplitude")["off"].startswith("off: set AMPLITUDE_WEB_CLIENT_ID")
-    assert daemon.job("appmetrica")["off"].startswith("off: set APPMETRICA_API_KEY")
+    assert daemon.job("amplitude")["off"].startswith("set AMPLITUDE_WEB_CLIENT_ID")
+    assert daemon.job("appmetrica")["off"].startswith("set APPMETRICA_API_KEY")

@@ -53,7 +53,7 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
             "dwh_connected": True,
         },
     }
-    for path in ("/", "/docs", "/redoc", "/openapi.json", "/assets/dashboard.js", "/assets/dashboard.css"):
+    for path in ("/", "/docs", "/redoc", "/openapi.json", "/runs", "/run", "/assets/overview.js", "/assets/pages.css"):
         assert daemon.get(path).status == 200, path
     pages = daemon.get("/").text + daemon.get("/docs").text + daemon.get("/redoc").text
     assert not re.search(r'(?:src|href)="(?:https?:)?//', pages), "a page asks another server"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from app.amplitude.events import Block
 
 KEPT_LINE_BYTES = 1 << 25  # of a line that is too large
-OFF = "off: set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
+OFF = "set AMPLITUDE_WEB_CLIENT_ID or AMPLITUDE_MOBILE_CLIENT_ID, with its secret key"
 
 
 def build(

@@ -39,7 +39,7 @@ from app.product_events.verify import (
     rest_of_day,
 )
 
-OFF = "off: set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
+OFF = "set APPMETRICA_API_KEY and APPMETRICA_APPLICATION_ID"
 
 
 def build(

@@ -37,7 +37,7 @@ RECONCILE = "dynamo_to_drive_reconcile"
 LATE_SECONDS = 900
 RECONCILE_SECONDS = 86_400
 HOUR_SECONDS = 3600
-OFF = "off: set DYNAMODB_TABLE_NAME"
+OFF = "set DYNAMODB_TABLE_NAME"
 POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)
 
@@ -137,13 +137,8 @@ def build(
     late, past = timedelta(hours=settings.drive.late_hours), timedelta(days=settings.export.reconcile_days)
     jobs = (
         Job(NAME, settings.drive.interval_seconds, lambda context: _live(parts, context), off),
-        Job(LATE, LATE_SECONDS, lambda context: _again(parts, context, late), off),
-        Job(
-            RECONCILE,
-            RECONCILE_SECONDS,
-            lambda context: _again(parts, context, past),
-            off,
-        ),
+        Job(LATE, LATE_SECONDS, lambda context: _again(parts, context, late), off, helper_of=NAME),
+        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _again(parts, context, past), off, helper_of=NAME),
     )
 
     def moment() -> Moment:

@@ -101,7 +101,7 @@ def check(service: Headwater, *, settings: bool, as_json: bool) -> int:
             line(f"note: .env has names that Headwater does not read: {', '.join(unread)}")
         every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
         states = (
-            (job.name, job.off or every[job.name], "" if job.off else where.get(job.name, ""))
+            (job.name, f"off: {job.off}" if job.off else every[job.name], "" if job.off else where.get(job.name, ""))
             for job in service.pipelines.jobs
         )
         table(("job", "state", "delivers to"), states)

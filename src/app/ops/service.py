@@ -167,7 +167,7 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
         log.warning("%s", warning)
     for job in service.pipelines.jobs:
         if job.off:
-            log.info("job %s is %s", job.name, job.off)
+            log.info("job %s is off: %s", job.name, job.off)
     log.info("%s %s on %s", settings.service.title, settings.service.version, link(settings))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_SECONDS)
