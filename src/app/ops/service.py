@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.config.settings import ServiceSettings, Settings
-from app.core.errors import BadSettings
 from app.core.gap_map import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
 from app.core.verify import Verification
@@ -116,6 +115,7 @@ class Headwater:
 
 # A job that computes holds the interpreter for this long at most before a request gets its turn.
 SWITCH_SECONDS = 0.002
+CANNOT_LISTEN = 3
 
 
 def link(settings: Settings) -> str:
@@ -127,7 +127,10 @@ def link(settings: Settings) -> str:
 
 
 def refuse_taken_ports(settings: ServiceSettings) -> None:
-    """Before any job runs. Raises BadSettings with one line for each port that cannot be listened on."""
+    """Before any job runs: one line for each port that cannot be listened on, and the end of the process.
+
+    Its exit code is uvicorn's own and not 78: the port may be that of a daemon that is about to end.
+    """
     faults = []
     for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
         try:
@@ -146,8 +149,10 @@ def refuse_taken_ports(settings: ServiceSettings) -> None:
                 faults.append(f"{name}='{port}': not permitted; set {name} to a port above 1023")
             else:
                 faults.append(f"HOST='{settings.host}': {error.strerror}; set HOST to an address of this machine")
+    for fault in dict.fromkeys(faults):
+        log.error("%s", fault)
     if faults:
-        raise BadSettings(list(dict.fromkeys(faults)))
+        sys.exit(CANNOT_LISTEN)
 
 
 def _addresses(host: str, port: int | None) -> list[Any]:
