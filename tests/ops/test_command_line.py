@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -108,6 +110,27 @@ def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:
     done = shell.run("quick_jobs", "run", "more")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "more ok: 3 rows, 0 bytes, 0 windows, 0 late rows\n"
+
+
+def test_on_a_terminal_that_does_not_know_its_size_progress_is_a_bar(shell: Shell) -> None:
+    (shell.folder / "data").mkdir()
+    ours, theirs = pty.openpty()
+    environ = shell.environ()
+    with subprocess.Popen(
+        shell.command("quick_jobs", "run", "quick"),
+        env=environ,
+        cwd=shell.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ):
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # how the end of a terminal shows
+            while piece := os.read(ours, 4096):
+                said += piece
+        os.close(ours)
+    assert b"quick:" in said
+    assert b"/4 [" in said
 
 
 def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(shell: Shell) -> None:
