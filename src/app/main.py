@@ -270,7 +270,9 @@ def wire(parts: ServiceParts) -> Pipelines:
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
     )
-    systems = [System("influxdb", "InfluxDB", "INFLUXDB_URL", influx.ping)] if settings.influx.url else []
+    systems = []
+    if settings.influx.url:
+        systems.append(System("influxdb", "InfluxDB", "INFLUXDB_URL", diagnosed(settings, influx.ping)))
     if settings.dynamo.table_name:
         systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
     if dynamo.ping_drive is not None:
@@ -609,3 +611,14 @@ def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     from app.appmetrica import routes
 
     return routes.build(exports)
+
+
+def diagnosed(settings: Settings, ping: Check) -> Check:
+    """The attempt with what a refused token may do. Only `check` asks so: the client that finds it out is heavy."""
+
+    def check() -> str:
+        from app.influx_to_s3.diagnosis import checked
+
+        return checked(ping, settings.influx)
+
+    return check

@@ -20,8 +20,8 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.gap_map import CellState
 from app.core.ledger import fault_of
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING
 from pulling import HOUR, START, Landed, MetricaPull, pulling

@@ -14,14 +14,12 @@ from pathlib import Path
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.gap_map import Chart, Moment
 from app.core.partitions import live_windows
-from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Task
+from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Shrink, Task
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.shrink import Shrink
 from app.core.sync import settle, sync_partition
-from app.core.verify import Verification
+from app.core.verify import Chart, Moment, Verification
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given

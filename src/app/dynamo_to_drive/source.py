@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
 from app.core.network import CA_HINT, is_untrusted
-from app.core.pipeline import UNCOUNTED, Count
+from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
-from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_of, read_file

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
 from app.core.network import CA_HINT, is_untrusted, proxy_for
-from app.core.reconcile import HEAL_HINT, said_of
+from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
 
