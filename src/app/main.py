@@ -8,20 +8,20 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from pydantic import SecretStr
 
+from app.config.environment import use_network
 from app.config.settings import Settings
 from app.core.errors import Permanent
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
-from app.ops.alerts import Alerts, Watched, post, rules_of
-from app.ops.connection_checks import System, of_database, of_objects, of_undeleted
+from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
@@ -252,6 +252,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
+    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -295,7 +296,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
-        destinations=destinations(settings),
+        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -343,26 +344,6 @@ def sees_application(exports: "Exports") -> str:
     return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
 
 
-def destinations(settings: Settings) -> Mapping[str, str]:
-    """Where the rows of each pipeline end up, for people. Raises BadSettings for the inbox's configuration."""
-    from app.csv_inbox.config import load_config
-
-    export, drive, s3, data_dir = settings.export, settings.drive, settings.s3, settings.service.data_dir.absolute()
-    root = f"s3://{s3.bucket}" if s3.bucket else str(data_dir / "objects")
-    file = f"{drive.csv_name_prefix}_YYYYMMDD_HH.csv"
-    is_on_drive = drive.credentials_file or drive.credentials_json
-    folder = drive.folder_id or drive.shared_drive_id or "root"
-    inbox = load_config(settings.inbox.config_file, settings.service.data_dir)
-    tree = f"{s3.prefix}/device_id=.../date={export.date_format}/export_HHMMSS.{export.format}".lstrip("/")
-    return {
-        "influx_to_s3": f"{root}/{tree}",
-        "dynamo_to_drive": f"Google Drive folder {folder}: {file}" if is_on_drive else str(data_dir / "drive" / file),
-        "csv_inbox": f"{inbox.watch_dir.absolute()}/*.csv into {inbox.merged_file.absolute()}",
-        "amplitude": f"{root}/amplitude/ and /dwh",
-        "appmetrica": f"{root}/appmetrica/ and /dwh",
-    }
-
-
 def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
@@ -405,23 +386,6 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
 
 
-def use_network(settings: Settings) -> None:
-    """Tell every library of the proxies and of CA_FILE. Raises Permanent when DATA_DIR cannot be written."""
-    from app.core.network import use
-
-    given, public = settings.network, Path()
-    if given.ca_file is not None:
-        import certifi  # what httpx, botocore and httplib2 trust anyway
-
-        public = Path(certifi.where())
-    proxies = {
-        "HTTPS_PROXY": given.https_proxy.get_secret_value(),
-        "HTTP_PROXY": given.http_proxy.get_secret_value(),
-        "NO_PROXY": given.no_proxy,
-    }
-    use(proxies, given.ca_file, public, settings.service.data_dir.absolute() / "ca-bundle.pem")
-
-
 def stores_tried(
     settings: Settings, state: State, warehouse: Warehouse, store: "ObjectStore", listed: Sequence[str]
 ) -> Iterator[System]:
@@ -436,20 +400,6 @@ def stores_tried(
     )
     yield System("s3_accessible", "objects", "S3_BUCKET", objects)
     yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
-
-
-def webhook(settings: Settings) -> Iterator[System]:
-    """The address that is told of failures gets a message that says what it is."""
-    url = settings.alert.webhook_url.get_secret_value()
-    if not url:
-        return
-    text = f"{settings.service.name}: `python -m app check` tries this webhook; nothing is wrong"
-
-    def check() -> str:
-        post(url, {"event": "check", "service": settings.service.name, "text": text})
-        return "took a message of the event check"
-
-    yield System("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
 
 
 def open_store(settings: Settings) -> "ObjectStore":

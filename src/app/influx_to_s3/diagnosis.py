@@ -31,7 +31,10 @@ def checked(ping: Callable[[], str], influx: "InfluxSettings") -> str:
     except Permanent as error:
         if influx.api != "flux" or not influx.token.get_secret_value():
             raise
-        network = {"proxy": proxy_for(influx.url) or None, "ssl_ca_cert": os.environ.get("SSL_CERT_FILE")}
+        network: dict[str, Any] = {
+            "proxy": proxy_for(influx.url) or None,
+            "ssl_ca_cert": os.environ.get("SSL_CERT_FILE"),
+        }
         with InfluxDBClient(
             influx.url, influx.token.get_secret_value(), timeout=TIMEOUT_MS, retries=False, **network
         ) as client:
