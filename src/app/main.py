@@ -4,8 +4,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -13,16 +14,19 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
+from app.config.environment import use_network
 from app.config.settings import Settings
+from app.core.errors import Permanent
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.permission_checks import of_database, of_objects, of_undeleted
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
@@ -256,6 +260,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
+    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -281,11 +286,20 @@ def wire(parts: ServiceParts) -> Pipelines:
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
     )
-    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    systems = []
+    if settings.influx.url:
+        systems.append(System("influxdb", "InfluxDB", "INFLUXDB_URL", diagnosed(settings, influx.ping)))
     if settings.dynamo.table_name:
-        checks["dynamodb"] = dynamo.ping_table
-        if dynamo.drive is not None:
-            checks["google_drive"] = dynamo.ping_drive
+        systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
+    if settings.dynamo.table_name and dynamo.drive is not None:
+        systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
+    for name, project in amplitude.service.items():
+        variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
+        check = partial(exports_events, project, parts.clock)
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+    if appmetrica.service:
+        check = partial(sees_application, appmetrica.service)
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
@@ -296,7 +310,8 @@ def wire(parts: ServiceParts) -> Pipelines:
         },
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
-        checks=checks,
+        systems=systems,
+        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -320,6 +335,30 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
 
 
+def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
+    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
+    from app.amplitude.client import SHORT_POLICY, HourTooLarge
+
+    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
+    with closing(project.upstream):
+        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
+            fetched.close()
+            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+                raise fetched.fault
+    return "may export events"
+
+
+def sees_application(exports: "Exports") -> str:
+    """Whether the token sees the application. Raises Transient or Permanent."""
+    number = exports.service.application_id
+    with closing(exports.service.upstream):
+        applications = exports.service.applications()
+    if number not in applications:
+        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+        raise Permanent(f"the token does not see application {number}", hint)
+    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
+
+
 def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
@@ -328,6 +367,7 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
 
 def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
+    use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
@@ -357,20 +397,29 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     }
     analytics = open_analytics(settings, state, store)
     ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
-    checks = {**stores, **pipelines.checks}
-    rights = {
-        "checkpoint_store_connected": all_said(of_database(state.database), remembered(state)),
-        "s3_accessible": all_said(
-            of_objects(store, settings.s3.prefix),
-            of_undeleted(lambda: undeleted(state, pipelines.listed), store),
-            old_versions(settings, store),
-        ),
-        "dwh_connected": of_database(warehouse.database),
-        "request_costs": lambda: costs.estimate().text(),
-    }
-    if settings.influx.url:
-        rights["influxdb"] = diagnosed(settings, pipelines.checks["influxdb"])
-    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
+    systems = [
+        *stores_tried(settings, state, warehouse, store, pipelines.listed),
+        *pipelines.systems,
+        *webhook(settings),
+        System("request_costs", "requests a month", "REQUEST_PRICES_FILE", lambda: costs.estimate().text()),
+    ]
+    return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+
+
+def stores_tried(
+    settings: Settings, state: State, warehouse: Warehouse, store: "ObjectStore", listed: Sequence[str]
+) -> Iterator[System]:
+    """The three stores that are always there, embedded or outside, under the names of /ready."""
+    kept = all_said(of_database(state.database), remembered(state))
+    variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
+    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
+    objects = all_said(
+        of_objects(store, settings.s3.prefix),
+        of_undeleted(lambda: undeleted(state, listed), store),
+        old_versions(settings, store),
+    )
+    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
+    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
 
 
 def request_prices(settings: Settings) -> RequestPrices | None:

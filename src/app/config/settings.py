@@ -34,6 +34,7 @@ from app.config.value_types import (
     Allowed,
     ApiKeys,
     BucketName,
+    CaFile,
     ColumnTypes,
     DatabaseHost,
     DateFormat,
@@ -159,7 +160,7 @@ class AccessSettings(SettingsGroup, title="Access"):
     """Who may call. Without keys and without `allow_anonymous` the host is loopback, that is checked at the start."""
 
     api_keys: ApiKeys = variable("API_KEYS", default=(), unset="loopback only")
-    """Who may call: lines of `python -m app keys new NAME`; only hashes stand here."""
+    """Who may call: lines that `python -m app keys new` prints; only hashes stand here."""
     allow_anonymous: Flag = variable("ALLOW_ANONYMOUS", default=False)
     """Serve a public HOST without keys: everybody may write."""
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))
@@ -175,6 +176,19 @@ class LimitSettings(SettingsGroup, title="Limits"):
     """Largest JSON body; memory grows with it."""
     max_upload_bytes: int = variable("MAX_UPLOAD_BYTES", default=5 * GIB, ge=1, le=5120 * GIB)
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""
+
+
+class NetworkSettings(SettingsGroup, title="Network: for every system outside"):
+    """How this machine reaches others. `ca_file` None = the authorities that are known everywhere."""
+
+    https_proxy: Secret = variable("HTTPS_PROXY https_proxy", default=NO_SECRET, unset="none")
+    """Proxy for https://, such as http://proxy.example.org:3128."""
+    http_proxy: Secret = variable("HTTP_PROXY http_proxy", default=NO_SECRET, unset="none")
+    """Proxy for http://."""
+    no_proxy: Text = variable("NO_PROXY no_proxy", default="", unset="none")
+    """Comma-separated hosts that are reached without a proxy."""
+    ca_file: CaFile = variable("CA_FILE", default=None, unset="the public authorities")
+    """Certificates of a private authority, in PEM, that are trusted beside the public ones."""
 
 
 class InfluxSettings(SettingsGroup, title="InfluxDB, the source of influx_to_s3"):
@@ -348,7 +362,8 @@ def _checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
     user, password, database = (quote(text, safe="", errors="surrogateescape") for text in texts)
     login = user + (f":{password}" if password else "")
     address = f"[{host}]" if ":" in host else quote(host, safe="", errors="surrogateescape")
-    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}")
+    mode = f"?sslmode={parts['sslmode']}" if parts.get("sslmode") else ""
+    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}{mode}")
 
 
 class CheckpointSettings(SettingsGroup, title="Checkpoints"):
@@ -364,6 +379,12 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """Its user: a role that owns one schema is enough."""
     password: Secret = variable("CHECKPOINT_DB_PASSWORD", default=NO_SECRET, **OF_URL)
     """Its password."""
+    sslmode: Annotated[
+        Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None,
+        LOWER_CASE,
+        Allowed("disable, allow, prefer, require, verify-ca or verify-full"),
+    ] = variable("CHECKPOINT_DB_SSLMODE", default=None, unset="prefer: TLS where the server offers it", **OF_URL)
+    """How its TLS is checked; verify-full checks the certificate, against CA_FILE too, and the host name."""
     url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=_checkpoint_url)
     """All of the above in one URL."""
 
@@ -554,6 +575,7 @@ class Settings(BaseSettings):
     service: ServiceSettings
     access: AccessSettings
     limits: LimitSettings
+    network: NetworkSettings
     influx: InfluxSettings
     export: ExportSettings
     s3: S3Settings

@@ -238,6 +238,15 @@ def _log_file(text: str) -> Path | None:
     return None if _plain(text).lower() in ("off", "none") else Path(text)
 
 
+def _ca_file(text: str) -> Path | None:
+    try:
+        if b"-----BEGIN CERTIFICATE-----" in Path(_plain(text)).read_bytes():
+            return Path(text).absolute()
+    except OSError:
+        pass
+    raise ValueError
+
+
 def _json_object(text: str) -> str:
     """The JSON text of a key file, also when it came as base64."""
     if not text.lstrip().startswith("{"):
@@ -403,6 +412,9 @@ Flag = Annotated[bool, Allowed("true or false", obvious=True)]
 Folder = Annotated[Path, BeforeValidator(_plain), Allowed("a path", obvious=True)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_plain), Allowed("a path", obvious=True)]
 LogFile = Annotated[Path | None, PlainValidator(_log_file), Allowed("a path, or off", obvious=True)]
+CaFile = Annotated[
+    Path | None, PlainValidator(_ca_file), Allowed("the path of a file with certificates in PEM, that can be read")
+]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)]
 Interval = Annotated[int, Field(ge=1, le=86_400)]
 Host = Annotated[str, AfterValidator(_host), Allowed("an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")]

@@ -10,14 +10,18 @@ import logging
 import os
 import random
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
+from app.core.network import CA_HINT, is_untrusted, proxy_for
 from app.core.retry import Pauses, RetryPolicy, retry
 
 if TYPE_CHECKING:
@@ -260,6 +264,8 @@ def failed(error: Exception) -> AppError:
         return Permanent(f"Google refused the sign-in: {why[:TEXT_LIMIT]}", GRANT_HINT)
     # The second argument of a sign-in's error is the whole answer, which may hold a token.
     text = str(error.args[0]) if isinstance(error, GoogleAuthError) and error.args else str(error)
+    if is_untrusted(error):
+        return Permanent(f"Drive: {text[:TEXT_LIMIT]}", CA_HINT)
     return Transient(f"Drive cannot be reached: {text[:TEXT_LIMIT] or type(error).__name__}", AGAIN_HINT)
 
 
@@ -346,7 +352,27 @@ class DriveService:
         import httplib2
         from google_auth_httplib2 import AuthorizedHttp
 
-        plain = httplib2.Http(timeout=self._timeout_seconds)
+        class Tunnel(httplib2.HTTPSConnectionWithTimeout):  # type: ignore[misc]  # the library is untyped
+            """Through the proxy with what the standard library has: httplib2's own way needs PySocks."""
+
+            host: str
+            port: int
+
+            def connect(self) -> None:
+                proxy = urlsplit(proxy_for(f"https://{self.host}:{self.port}"))
+                login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
+                self.set_tunnel(self.host, self.port, {"Proxy-Authorization": f"Basic {login}"} if login else {})
+                self.host, self.port = proxy.hostname or "", proxy.port or 80
+                HTTPSConnection.connect(self)
+
+        class Http(httplib2.Http):  # type: ignore[misc]
+            def request(self, uri: str, *args: Any, **given: Any) -> Any:
+                if uri.startswith("https:") and proxy_for(uri):
+                    given["connection_type"] = Tunnel
+                return super().request(uri, *args, **given)
+
+        # the library reads the variable when it is imported, which may be before `app.core.network` sets it
+        plain = Http(timeout=self._timeout_seconds, ca_certs=os.environ.get("HTTPLIB2_CA_CERTS"), proxy_info=None)
         plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 says how much of an upload it has
         return AuthorizedHttp(found, http=plain)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
+from app.core.network import CA_HINT, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
 from app.core.windows import EPOCH, Window, window_at
@@ -94,6 +95,8 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
     from botocore import exceptions as sdk
 
     text = f"table {table!r}: {str(error)[:TEXT_LIMIT]}"
+    if is_untrusted(error):
+        return Permanent(text, CA_HINT)
     if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError):
         return Permanent(text, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role")
     if isinstance(error, sdk.ParamValidationError):

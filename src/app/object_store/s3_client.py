@@ -19,6 +19,7 @@ from urllib.parse import unquote_plus
 from xml.etree import ElementTree as ET
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.core.network import CA_HINT
 from app.object_store.port import ListingBatch, ObjectInfo
 from app.object_store.request_counts import RequestCounter
 
@@ -218,7 +219,7 @@ def _failed(text: str, error: Exception) -> AppError:
     from botocore import exceptions as sdk
 
     if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
-        return Permanent(text, "install the certificate authority of the store, or set AWS_CA_BUNDLE to its file")
+        return Permanent(text, CA_HINT)
     if isinstance(error, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
         return Transient(text, f"check the role of this machine, or set the keys: {KEYS_HINT}")
     unreachable = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.FlexibleChecksumError)
