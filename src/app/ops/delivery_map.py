@@ -142,16 +142,16 @@ def _midnight(day: date, zone: tzinfo) -> datetime:
 
 
 def _within_days(start: datetime, end: datetime, seconds: int, zone: tzinfo) -> list[datetime]:
-    """Bounds from before `start` to after `end`, counted from each local midnight."""
+    """Bounds from before `start` to the first after `end`, counted from each local midnight."""
     edges: list[datetime] = []
     day = start.astimezone(zone).date()
-    while not edges or edges[-1] < end:
+    while not edges or edges[-1] <= end:
         midnight, next_midnight = _midnight(day, zone), _midnight(day + timedelta(days=1), zone)
         steps = max(round((next_midnight - midnight).total_seconds() / seconds), 1)
         edges += [midnight + timedelta(seconds=seconds * step) for step in range(steps)]
         day += timedelta(days=1)
     edges.append(_midnight(day, zone))
-    first = next(place for place, edge in enumerate(edges) if edge >= end)
+    first = next(place for place, edge in enumerate(edges) if edge > end)
     return edges[: first + 1]
 
 
