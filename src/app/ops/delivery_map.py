@@ -332,12 +332,14 @@ class DeliveryMaps:
             return  # whoever opens the map is told; the strip stays as it was
 
     def _is_listable(self, job: str, cells: Cells, names: Names) -> bool:
-        if names.first or cells.window.seconds > LISTED_DAYS * DAY:
+        """Few enough to ask the destination, or nothing recorded that could tell instead."""
+        if names.first:
             return False
         with self._pages.look() as look:
             number = look.partitions(job, Names())
         days = max(cells.window.seconds / DAY, 1)
-        return number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
+        few = number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
+        return number == 0 or (few and days <= LISTED_DAYS)
 
     def _is_chosen(self, name: str, names: Names) -> bool:
         return names.find.lower() in name.lower()
