@@ -8,9 +8,8 @@ from datetime import UTC, datetime, timedelta
 from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
-from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Sums
+from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Shrink, Sums
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.shrink import Shrink
 from app.core.windows import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
-    from app.appmetrica.export_request import Exports
+    from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
     from app.object_store.s3 import S3Store, S3Target
     from app.object_store.set_aside import SetAsideStore
@@ -347,6 +347,8 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         ),
         "dwh_connected": of_database(warehouse.database),
     }
+    if settings.influx.url:
+        rights["influxdb"] = diagnosed(settings, pipelines.checks["influxdb"])
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
 
 
@@ -509,3 +511,14 @@ def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     from app.appmetrica import routes
 
     return routes.build(exports)
+
+
+def diagnosed(settings: Settings, ping: Check) -> Check:
+    """The attempt with what a refused token may do. Only `check` asks so: the client that finds it out is heavy."""
+
+    def check() -> str:
+        from app.influx_to_s3.diagnosis import checked
+
+        return checked(ping, settings.influx)
+
+    return check

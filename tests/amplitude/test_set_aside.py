@@ -9,8 +9,8 @@ import pytest
 
 from app.amplitude.events import REFUSED
 from app.core.errors import Rejected
-from app.core.gap_map import CellState
 from app.core.ledger import fault_of
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.mapping import Tables
 from app.product_events.pull import ABOVE_LIMIT, KEEPS_FAILING

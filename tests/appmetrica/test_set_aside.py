@@ -20,8 +20,8 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.gap_map import CellState
 from app.core.ledger import fault_of
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING
 from pulling import HOUR, START, Landed, MetricaPull, pulling
@@ -250,7 +250,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
 
 
 def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
-    from app.appmetrica.export_request import resources
+    from app.appmetrica.client import resources
 
     assert simulator.state.application_id == pull.exports.service.application_id
     return resources()["events"].columns

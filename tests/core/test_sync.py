@@ -10,10 +10,9 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import Record
+from app.core.pipeline import Record, Shrink
 from app.core.repair import fill, heal_window
 from app.core.runs import Stop
-from app.core.shrink import Shrink
 from app.core.windows import Window
 from world import (
     FIRST_AT,

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.core.runs import Outcome
+from app.core.runs import Outcome, Stop
+from app.core.verify import Sign, verify
+from app.core.windows import Window
 from app.influx_to_s3.set_aside import line
 from app.object_store.local import LocalDirectory
 from exporter import NOON, Exporter, exporter_on, ns
@@ -171,6 +173,11 @@ def check(api: str, influxdb1: InfluxDB1, some: Mapping[tuple[Tags, int], Mappin
         found = landed + Counter(in_set_aside(exporter, without))
         assert found == in_source(some, without)
         assert exporter.run().report.rows == 0
+        span = Window(START - timedelta(hours=1), exporter.now)
+        compared = list(verify(exporter.export().verification(Stop()), span, Stop()))
+        assert [each for each in compared if each.sign is not Sign.EQUAL] == []
+        others = [cell for cell in in_set_aside(exporter, without) if dict(cell[0]).get("device_id") in ("D1", "D2")]
+        assert sum(each.source.set_aside for each in compared if each.source) == len(others)
 
 
 @pytest.mark.parametrize("ignored", ["default", ""])

@@ -176,6 +176,8 @@ def test_jobs_are_run_paused_resumed_and_filled_over_http(daemons: Daemons) -> N
         ("/ops/jobs/failing/backfill", {"from": "2026-02-01T00:00:00Z", "to": "2026-02-02T00:00:00Z"}, 400),
         ("/ops/jobs/quick/backfill", {"from": "2026-02-02T00:00:00Z", "to": "2026-02-01T00:00:00Z"}, 422),
         ("/ops/jobs/quick/backfill", {"from": "2026-02-01T00:00:00", "to": "2026-02-02T00:00:00Z"}, 422),
+        ("/ops/jobs/quick/backfill", {"from": "2999-01-01T00:00:00Z", "to": "2999-01-02T00:00:00Z"}, 422),
+        ("/ops/jobs/quick/backfill", {"from": "2026-02-01T00:00:00Z", "to": "9999-12-31T23:59:59Z"}, 422),
         ("/ops/jobs/quick/backfill", {"from": 1e400, "to": "x"}, 422),
         ("/ops/jobs/quick/backfill", None, 422),
         ("/nowhere", None, 404),

@@ -17,7 +17,16 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.pipeline import Batch, Checkpoints, Commit, Count, Encoded, Pipeline, Position, Record
+from app.core.pipeline import (
+    Batch,
+    Checkpoints,
+    Commit,
+    Count,
+    Encoded,
+    Pipeline,
+    Position,
+    Record,
+)
 from app.core.runs import Context, Failure, Lease, Report
 from app.core.sync import Done, sync_partition, waiting
 from app.core.windows import Age, Window, age_of

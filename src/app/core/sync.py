@@ -32,11 +32,11 @@ from app.core.pipeline import (
     Pipeline,
     Position,
     Record,
+    Shrink,
     Sums,
     Task,
 )
 from app.core.runs import Context, Report
-from app.core.shrink import Shrink
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)

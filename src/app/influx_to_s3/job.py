@@ -1,7 +1,5 @@
-"""The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
-
-Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows before
-the cursor, so they never work on one window at once. Nothing is connected before the first run.
+"""The pipeline put together: its job, its daily reconcile, its backfill and its rewrite. Nothing is connected before
+the first run.
 """
 
 import logging
@@ -11,35 +9,31 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.gap_map import Chart
 from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.pipeline import Grid, KnownRows, Pipeline
-from app.core.reconcile import HEAL_HINT, reconcile, said_of
-from app.core.repair import fill, write_again
+from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
+from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.shrink import Shrink
 from app.core.sync import Done
-from app.core.verify import Verification
+from app.core.verify import Chart, Verification
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
-from app.influx_to_s3.layout_recovery import tree_of_data
-from app.influx_to_s3.outside_points import (
+from app.influx_to_s3.reader import Connection, Server
+from app.influx_to_s3.rewrite import devices_in, rewrite, tree_of_data
+from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.set_aside import (
+    OTHER_VALUE,
+    Aside,
     OutsidePoints,
     RefusedPartition,
     absent_devices,
     is_nameable,
     refuse_wrong_settings,
 )
-from app.influx_to_s3.reader import Connection, Server
-from app.influx_to_s3.retention import Coverage
-from app.influx_to_s3.rewrite import devices_in, rewrite
-from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import Coverage, InfluxSource
 from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.object_store.table_sink import EncodedFile, TableSink
 
@@ -49,6 +43,11 @@ if TYPE_CHECKING:
     from app.influx_to_s3.reader import Reader
     from app.object_store.port import ObjectStore
     from app.object_store.set_aside import SetAsideStore
+
+# The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
+#
+# Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows
+# before the cursor, so they never work on one window at once. Nothing is connected before the first run.
 
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"
@@ -155,7 +154,7 @@ def build(
     def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
+        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, parts.clock)
 
     return InfluxExport(
         jobs,

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.pipeline import Sums
+from app.core.pipeline import Count, Sums
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 
 if TYPE_CHECKING:
@@ -75,8 +76,21 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
+class RawCells:
+    """Raw values as columns of one length, in any order: each is the value of one field at one instant.
+
+    `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
+    """
+
+    times: "pa.Array | pa.ChunkedArray"
+    tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
+    fields: "pa.Array | pa.ChunkedArray"
+    values: "pa.Array | pa.ChunkedArray"
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
-    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
+    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.pipeline`).
 
     None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
     it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
@@ -102,6 +116,16 @@ class Inventory:
     fields: Sequence[str]
     devices: Sequence[str]
     policies: Sequence[str] = ()
+
+
+def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
+    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
+    fields: dict[tuple[str, datetime], dict[str, int]] = {}
+    for one in counted:
+        bucket = fields.setdefault((intern(one.device), one.start_at), {})
+        name = intern(one.field)
+        bucket[name] = bucket.get(name, 0) + one.values
+    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
 
 
 class Reader(Protocol):
@@ -133,6 +157,11 @@ class Reader(Protocol):
         """The points whose text `field` is "", with that field alone, where `rows` gives null for them.
 
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
+        """
+
+    def cells(self, device: str, span: Window) -> "Iterator[RawCells]":
+        """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
+        there. For verification: it shares no more with `rows` than the connection and the parser.
         """
 
     def outside(self, span: Window) -> Iterable[Counted]:

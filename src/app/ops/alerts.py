@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
-from app.core.reconcile import HEAL_HINT, said_of
+from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
 

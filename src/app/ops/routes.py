@@ -13,11 +13,11 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
-from app.core.errors import AppError
-from app.core.gap_map import Cell
+from app.core.errors import AppError, Rejected
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Outcome, Run, Runs, Total
-from app.core.windows import Window
+from app.core.verify import Cell
+from app.core.windows import Window, refuse_future
 from app.db.page_queries import RunChoice, SqlPages
 from app.ops.delivery_map import DeliveryMaps
 from app.ops.health import ProbeAnswer, Probes
@@ -359,7 +359,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         responses=KNOWN_JOB,
     )
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), window_of(span))
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
         return accepted(scheduler, job)
 
     @router.post(
@@ -417,6 +417,16 @@ def window_of(span: Span) -> Window:
     except (ValueError, OverflowError):
         hint = "give the earlier instant as 'from'"
         raise Refused(Refusal(422, "'from' must be earlier than 'to'", hint, "body.from")) from None
+
+
+def past_window(span: Span, now: datetime) -> Window:
+    """The same of a span to be filled. Refuses one in the future as well."""
+    window = window_of(span)
+    try:
+        refuse_future(window, now)
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
+    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:

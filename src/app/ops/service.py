@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.config.settings import Settings
-from app.core.gap_map import Chart
 from app.core.runs import Context, Job, Report, RunDesk, Stop
-from app.core.verify import Verification
+from app.core.verify import Chart, Verification
 from app.core.windows import Window
 from app.db.state import State
 from app.ops.health import Check
