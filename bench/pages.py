@@ -60,8 +60,13 @@ class Daemon:
             held.bind(("127.0.0.1", 0))
             self.port: int = held.getsockname()[1]
         environ = {**clean_environ(), **ENVIRON, "PORT": str(self.port), "DATA_DIR": str(folder)}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([sys.executable, "-m", "app", "serve"], env=environ, cwd=folder, **quiet)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "app", "serve"],
+            env=environ,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         until = time.monotonic() + WAIT_SECONDS
         while not self.answers():
             if time.monotonic() > until:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
-from app.core.gap_map import Cell
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import FOREIGN, MISSING, Commit, Record
 from app.core.runs import Failure, Outcome, Report, Run
+from app.core.verify import Cell
 from app.core.windows import Window
 from app.db.page_queries import Names, RunChoice
 from app.db.state import State
@@ -54,7 +55,7 @@ def maps(state: State) -> DeliveryMaps:
     return DeliveryMaps({JOB: Unlisted()}, state.pages, lambda: NOW)
 
 
-def ended(number: int, outcome: Outcome = Outcome.OK, job: str = JOB, **report: object) -> Run:
+def ended(number: int, outcome: Outcome = Outcome.OK, job: str = JOB, **report: Any) -> Run:
     start = START + timedelta(minutes=number)
     return Run(
         f"{job}-{number}",
@@ -62,7 +63,7 @@ def ended(number: int, outcome: Outcome = Outcome.OK, job: str = JOB, **report: 
         start,
         start + timedelta(seconds=2),
         outcome,
-        Report(**report),  # type: ignore[arg-type]  # of any field
+        Report(**report),
     )
 
 
@@ -108,7 +109,7 @@ def test_more_than_two_hundred_partitions_are_groups_by_name_each_with_its_worst
 
 
 def test_runs_are_chosen_by_job_outcome_time_and_news_and_come_in_pages(state: State) -> None:
-    bad = {"failures": (Failure("web", "403", "set the key"),)}
+    bad: dict[str, Any] = {"failures": (Failure("web", "403", "set the key"),)}
     runs = [
         ended(0, rows=5, written_new_rows=5),
         ended(1),

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from app.core.errors import Rejected, Transient
-from app.core.gap_map import Cell, CellState
+from app.core.verify import Cell, CellState
 from app.core.windows import Window
 from app.db.page_queries import Names
 from app.db.state import open_state
@@ -113,6 +113,8 @@ def test_few_partitions_are_listed_once_for_all_who_look_and_again_after_somethi
     maps.healed("pull", "web", Window(cells.edges[3], cells.edges[4]))
     assert [fault.partition for fault in maps.faults("pull")] == ["web:weeks"]
     assert maps.whole("pull", cells).rows[1].cells == "cc" + "k" * 21 + "n"
+    week = [maps.whole("pull", cells_of_span("7d", number, BERLIN, NOW)) for number in (42, 14)]
+    assert [len(found.rows[1].cells) for found in week] == [42, 14], "a phone and a desk have maps of their own"
     with pytest.raises(Rejected, match="no delivery map"):
         maps.whole("other", cells)
     with pytest.raises(Rejected, match="no partition 'nobody'"):

@@ -291,9 +291,7 @@ class DeliveryMaps:
             )
             return DeliveryMap(1, [MapRow(names.first, text, problems=int(bool(PROBLEMS & set(text))))], listed=True)
         if self._is_listable(job, cells, names):
-            found = self._once(
-                (job, "map", cells.edges[0], cells.edges[-1]), lambda chart: self._listed(job, chart, cells)
-            )
+            found = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
             rows = [row for row in found.rows if self._is_chosen(row.name, names)]
             return DeliveryMap(len(rows), rows, listed=True, problems=sum(row.problems for row in rows))
         return DeliveryMap(0, (), listed=False)
@@ -311,7 +309,7 @@ class DeliveryMaps:
         if not self._is_listable(job, cells, Names()):
             with self._pages.look() as look:
                 return _Recorded(look, job, cells, self._clock()).strip()
-        key = (job, "map", cells.edges[0], cells.edges[-1])
+        key = (job, "map", *cells.edges)
         found = self._kept.get(key, KEPT_SECONDS)
         if found is None:
             thread = self._refreshing.get(job)
