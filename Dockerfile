@@ -14,6 +14,7 @@ RUN uv pip install --no-cache --python /opt/headwater/bin/python --require-hashe
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
 COPY sql ./sql
+COPY docs ./docs
 RUN uv build --no-cache --wheel --out-dir dist && \
     uv pip install --no-cache --python /opt/headwater/bin/python --no-deps dist/*.whl
 

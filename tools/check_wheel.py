@@ -16,6 +16,7 @@ from importlib.resources import files
 import app, simulators.demo
 sql = {path.name for folder in files("app").joinpath("sql").iterdir() for path in folder.iterdir()}
 assert sql, "the wheel holds no SQL"
+assert files("app").joinpath("docs", "influx_to_s3.md").is_file(), "the wheel holds no guides"
 """
 
 
