@@ -142,6 +142,11 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def put_telemetry(folder: Path, key: str, content: bytes) -> None:
+    """An object of a daemon whose test folder this is."""
+    LocalDirectory(folder / "data" / "objects").put(f"{PREFIX}/{key}", io.BytesIO(content), Put("x"))
+
+
 @dataclass
 class Lake:
     """A store with objects, and /analytics over it."""

@@ -177,6 +177,7 @@ class Process:
     shrink: Callable[[], Shrink] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
+    rewrite_seconds: Callable[[int], float] | None = None
     probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
     known: KnownRows = field(default_factory=KnownRows)
@@ -336,7 +337,9 @@ class Process:
 
     def _commit(self, partition: str, commit: Commit) -> None:
         for record in commit.records:
-            self.world.records[partition, record.window.start, record.part] = replace(record, trouble="")
+            self.world.records[partition, record.window.start, record.part] = replace(
+                record, trouble="", written_at=self.world.now
+            )
         for window in commit.folded:
             for slot in [slot for slot in self.world.records if slot[:2] == (partition, window.start) and slot[2]]:
                 del self.world.records[slot]
@@ -374,6 +377,7 @@ class Process:
             kept=self.kept,
             identities=self.known,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
+            rewrite_seconds=self.rewrite_seconds,
         )
 
     def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:

@@ -6,7 +6,9 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
@@ -15,11 +17,13 @@ from app.config.settings import Settings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
+from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
 from app.ops.permission_checks import of_database, of_objects, of_undeleted
+from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
 from app.web.app import Front
@@ -235,6 +239,8 @@ class ServiceParts:
     store: "ObjectStore"
     clock: Callable[[], datetime]
     warehouse: Warehouse
+    counter: RequestCounter
+    costs: RequestCosts
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -261,8 +267,15 @@ def wire(parts: ServiceParts) -> Pipelines:
         parts.store,
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
+        rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
     )
-    dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
+    dynamo = dynamo_job.build(
+        settings,
+        state.checkpoints,
+        set_aside(parts, dynamo_job.NAME),
+        parts.clock,
+        spend=partial(parts.counter.add, READ_UNIT),
+    )
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
@@ -271,7 +284,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
     if settings.dynamo.table_name:
         checks["dynamodb"] = dynamo.ping_table
-        if dynamo.ping_drive is not None:
+        if dynamo.drive is not None:
             checks["google_drive"] = dynamo.ping_drive
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
@@ -317,8 +330,12 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
-    store = open_store(settings)
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse))
+    counter = RequestCounter()
+    store = open_store(settings, counter)
+    costs = RequestCosts(
+        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
+    )
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
     watched = Watched(
@@ -331,7 +348,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         troubles=state.checkpoints.troubles,
     )
     alerts = Alerts(rules_of(settings), watched)
-    desk = replace(desk, ended=both(log_run, alerts.ended))
+    desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
         "checkpoint_store_connected": remembered(state),
@@ -349,13 +366,23 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
             old_versions(settings, store),
         ),
         "dwh_connected": of_database(warehouse.database),
+        "request_costs": lambda: costs.estimate().text(),
     }
     if settings.influx.url:
         rights["influxdb"] = diagnosed(settings, pipelines.checks["influxdb"])
     return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
 
 
-def open_store(settings: Settings) -> "ObjectStore":
+def request_prices(settings: Settings) -> RequestPrices | None:
+    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
+    s3, path = settings.s3, settings.request_costs.prices_file
+    host = urlsplit(s3.endpoint_url).hostname or ""
+    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
+        return None
+    return load_prices(path, s3.region)
+
+
+def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
     """The bucket, or a directory below DATA_DIR when none is set."""
     s3 = settings.s3
     if not s3.bucket:
@@ -364,7 +391,9 @@ def open_store(settings: Settings) -> "ObjectStore":
         return LocalDirectory(settings.service.data_dir / "objects")
     from app.object_store.s3 import PROBE_FOLDER, S3Store
 
-    return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+    return S3Store(
+        replace(s3_target(settings), counter=counter), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/")
+    )
 
 
 def s3_target(settings: Settings) -> "S3Target":

@@ -281,17 +281,19 @@ def _each(check: Callable[[str], str]) -> BeforeValidator:
 SCOPES = (
     "dwh:read",
     "dwh:write",
+    "dwh:delete",
     "s3:read",
     "s3:write",
     "s3:delete",
     "analytics:read",
+    "analytics:sql",
     "pull:read",
     "ops:read",
     "ops:run",
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run"},
+    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete", "analytics:sql"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2

@@ -20,6 +20,7 @@ from xml.etree import ElementTree as ET
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.object_store.port import ListingBatch, ObjectInfo
+from app.object_store.request_counts import RequestCounter
 
 STYLE_HINT = "check S3_ENDPOINT_URL, and set S3_ADDRESSING_STYLE to path or virtual as the store asks"
 TEXT_LIMIT = 400
@@ -80,6 +81,7 @@ class S3Target:
     attempts: int = 4
     connections: int = 16
     page_keys: int = 1000
+    counter: RequestCounter = field(default_factory=RequestCounter, compare=False, repr=False)
     sse: str = ""
     sse_kms_key_id: str = ""
 
@@ -127,6 +129,7 @@ def make_client(target: S3Target) -> Any:
         context.get("s3_redirect", {})["redirected"] = True
 
     client.meta.events.register("before-call.s3.HeadBucket", redirect_no_further)
+    client.meta.events.register("before-send.s3", target.counter.count_sent)  # each attempt is charged
     return client
 
 
