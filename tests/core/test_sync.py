@@ -83,7 +83,7 @@ def test_a_window_that_did_not_change_is_not_written_again() -> None:
     assert world.puts == before
 
 
-def test_the_last_write_of_a_window_and_what_comes_later_are_told_as_closing() -> None:
+def test_only_the_last_write_of_a_window_is_told_as_closing() -> None:
     world = World()
     fill_minutes(world, 7, ("a",))
     process, key = Process(world), f"a/{START:%Y%m%dT%H%M%S}.0"
@@ -92,9 +92,6 @@ def test_the_last_write_of_a_window_and_what_comes_later_are_told_as_closing() -
         process.run_until_done()
         assert (key in world.closing_puts) == (minute == 30)
     assert world.puts.count(key) > world.closing_puts.count(key) == 1
-    world.write("a", START + MINUTE + timedelta(seconds=30), "late")
-    process.run_until_done()
-    assert world.closing_puts.count(key) == 2
 
 
 def test_a_late_point_lands_in_its_own_window_once() -> None:
