@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
@@ -255,6 +255,25 @@ def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date |
     return OK
 
 
+def import_dwh(*, source: str, dry_run: bool, as_json: bool) -> int:
+    """Bring the rows of another program's tables into the warehouse."""
+    settings = configured()
+    from dataclasses import asdict
+
+    from app.db.migrations import open_database
+    from app.dwh.old_tables import bring_over, told
+    from app.dwh.warehouse import open_warehouse
+    from app.ops import commands
+
+    with closing(open_database(source, variables="the URL to import from", read_only=True)) as old:
+        url = settings.dwh.database_url.get_secret_value()
+        with closing(open_warehouse(url, settings.service.data_dir)) as warehouse:
+            done = bring_over(old, warehouse, datetime.now(UTC), dry_run=dry_run)
+    text = "\n".join(told(done, dry_run=dry_run))
+    commands.show({"tables": [asdict(each) for each in done]}, lambda: commands.line(text), as_json=as_json)
+    return FAILED if any(each.set_aside_count for each in done) else OK
+
+
 def instant(text: str) -> datetime:
     """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
     at = datetime.fromisoformat(text)
@@ -420,6 +439,12 @@ COMMANDS = (
         ),
         new_key,
         ("keys new admin --scopes admin", "keys new grafana --scopes ops:read --expires 2027-01-31"),
+    ),
+    Command(
+        "import-dwh",
+        "bring over the rows of the DWH Helper's tables, which are only read",
+        (argument("source", help="the URL of their database: sqlite:///path or postgresql://..."), DRY_RUN, JSON),
+        import_dwh,
     ),
     Command(
         "undo",

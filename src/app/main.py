@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
@@ -20,11 +21,13 @@ from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
+from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
 from app.ops.health import Check, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
+from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, steps_of
 from app.web.app import Front
@@ -38,7 +41,8 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store, S3Target
+    from app.object_store.s3 import S3Store
+    from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -186,13 +190,15 @@ def object_routes(service: Inside) -> "APIRouter":
     from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
+    largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+    presigned = StoreLinks(remote.link, remote.form)
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, service.clock, largest))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -237,6 +243,8 @@ class ServiceParts:
     store: "ObjectStore"
     clock: Callable[[], datetime]
     warehouse: Warehouse
+    counter: RequestCounter
+    costs: RequestCosts
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -264,8 +272,15 @@ def wire(parts: ServiceParts) -> Pipelines:
         parts.store,
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
+        rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
     )
-    dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
+    dynamo = dynamo_job.build(
+        settings,
+        state.checkpoints,
+        set_aside(parts, dynamo_job.NAME),
+        parts.clock,
+        spend=partial(parts.counter.add, READ_UNIT),
+    )
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
@@ -276,7 +291,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("influxdb", "InfluxDB", "INFLUXDB_URL", diagnosed(settings, influx.ping)))
     if settings.dynamo.table_name:
         systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
-    if dynamo.ping_drive is not None:
+    if dynamo.drive is not None:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
@@ -355,8 +370,12 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
-    store = open_store(settings)
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse))
+    counter = RequestCounter()
+    store = open_store(settings, counter)
+    costs = RequestCosts(
+        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
+    )
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
     watched = Watched(
@@ -369,7 +388,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         troubles=state.checkpoints.troubles,
     )
     alerts = Alerts(rules_of(settings), watched)
-    desk = replace(desk, ended=both(log_run, alerts.ended))
+    desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
         "checkpoint_store_connected": remembered(state),
@@ -380,6 +399,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
     ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
     systems = [
         *stores_tried(settings, state, warehouse, store, pipelines.listed),
+        System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
         *pipelines.systems,
         *webhook(settings),
     ]
@@ -402,7 +422,16 @@ def stores_tried(
     yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
 
 
-def open_store(settings: Settings) -> "ObjectStore":
+def request_prices(settings: Settings) -> RequestPrices | None:
+    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
+    s3, path = settings.s3, settings.request_costs.prices_file
+    host = urlsplit(s3.endpoint_url).hostname or ""
+    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
+        return None
+    return load_prices(path, s3.region)
+
+
+def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
     """The bucket, or a directory below DATA_DIR when none is set."""
     s3 = settings.s3
     if not s3.bucket:
@@ -411,12 +440,14 @@ def open_store(settings: Settings) -> "ObjectStore":
         return LocalDirectory(settings.service.data_dir / "objects")
     from app.object_store.s3 import PROBE_FOLDER, S3Store
 
-    return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+    return S3Store(
+        replace(s3_target(settings), counter=counter), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/")
+    )
 
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -427,13 +458,15 @@ def s3_target(settings: Settings) -> "S3Target":
         access_key_id=revealed(s3.access_key_id),
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
+        sse=s3.sse.upper() if s3.sse == "aes256" else s3.sse,
+        sse_kms_key_id=s3.sse_kms_key_id,
     )
 
 
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3 import key_source
+    from app.object_store.s3_client import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 

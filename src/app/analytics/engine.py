@@ -64,6 +64,10 @@ class TooLarge(Permanent):
     """The query needs more memory or disk than it may use."""
 
 
+class TooSlow(Transient):
+    """The query took longer than it may."""
+
+
 class Unbound(Wrong):
     """A name or a type does not fit. Unless objects that changed since they were listed do not fit together."""
 
@@ -127,11 +131,21 @@ class Engine:
         with self._cursor(self.limits.seconds) as cursor:
             yield cursor.execute(sql, dict(values) or None).to_arrow_reader(batch_rows)
 
+    @contextmanager
+    def selected(self, view: str, rows: str, sql: str, batch_rows: int) -> Iterator[Any]:
+        """A pyarrow RecordBatchReader over the answer of `sql`, which reads our own query `rows` as `view`."""
+        with self._cursor(self.limits.seconds) as cursor:
+            cursor.execute(f"CREATE TEMP VIEW {view} AS {rows}")
+            yield cursor.execute(sql).to_arrow_reader(batch_rows)
+
+    def parsed(self, sql: str) -> Any:
+        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`."""
+        with self._cursor(self.limits.seconds) as cursor:
+            return json.loads(cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0])
+
     def check(self, sql: str) -> set[str]:
         """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""
-        with self._cursor(self.limits.seconds) as cursor:
-            text = cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0]
-        return checked(json.loads(text))
+        return checked(self.parsed(sql))
 
     @contextmanager
     def _cursor(self, seconds: float | None) -> Iterator[Any]:
@@ -258,7 +272,7 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "a report is one SELECT")
     if len(parsed["statements"]) != 1:
         raise Rejected("there is more than one statement", "a report is one SELECT")
-    nodes = list(_nodes(parsed["statements"]))
+    nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:
         if refused := _refused_in(node, own):
@@ -268,7 +282,8 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
     return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
 
-def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
+def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """Every object of a parsed statement."""
     waiting = [tree]
     while waiting:
         one = waiting.pop()
@@ -331,7 +346,7 @@ def _error(error: Exception, seconds: float | None) -> AppError:
     text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
     if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
         hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
-        return Transient(f"the report took longer than {seconds or 0:g} s", hint)
+        return TooSlow(f"the report took longer than {seconds or 0:g} s", hint)
     if getattr(error, "errno", None) in FULL or any(os.strerror(number) in said for number in FULL):
         return _disk_full(text)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):

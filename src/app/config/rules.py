@@ -137,6 +137,8 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
     for given, needed in NEEDS:
         if given in names and needed not in names:
             yield _missing(needed, given)
+    if "S3_SSE_KMS_KEY_ID" in names and not settings.s3.sse.startswith("aws:kms") and "S3_SSE" not in refused:
+        yield f"S3_SSE={settings.s3.sse!r}: S3_SSE_KMS_KEY_ID needs aws:kms or aws:kms:dsse; set it, or remove the key"
     yield from _influx(settings.influx.api, names)
     yield from _drive(names)
     if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:

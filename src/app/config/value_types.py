@@ -52,6 +52,7 @@ COLUMN_TYPES = {
     "boolean": "boolean",
     "bool": "boolean",
 }
+STORAGE_CLASSES = ("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR")
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
@@ -289,17 +290,19 @@ def _each(check: Callable[[str], str]) -> BeforeValidator:
 SCOPES = (
     "dwh:read",
     "dwh:write",
+    "dwh:delete",
     "s3:read",
     "s3:write",
     "s3:delete",
     "analytics:read",
+    "analytics:sql",
     "pull:read",
     "ops:read",
     "ops:run",
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run"},
+    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete", "analytics:sql"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2
@@ -390,7 +393,18 @@ HIDDEN = Allowed(PLAIN.words, obvious=True, secret=True)
 HTTP = Allowed("http://host[:port] or https://host[:port]")
 PREFIX = Allowed("names between single slashes, without '.' and '..'")
 
+
+def _storage_class(text: str) -> str:
+    name = text.upper()
+    if name in ("GLACIER", "DEEP_ARCHIVE"):
+        raise ValueError("archived objects cannot be read until somebody restores them; GLACIER_IR can")
+    if name not in STORAGE_CLASSES:
+        raise ValueError
+    return name
+
+
 LOWER_CASE = BeforeValidator(str.lower)
+StorageClass = Annotated[str, AfterValidator(_storage_class), Allowed(", ".join(STORAGE_CLASSES))]
 Text = Annotated[str, AfterValidator(_plain), PLAIN]
 Secret = Annotated[SecretStr, BeforeValidator(_plain), HIDDEN]
 OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_plain), HIDDEN]

@@ -214,12 +214,15 @@ class PostgresSession:
 class PostgresDatabase:
     """See `Database`. Raises Permanent when the URL cannot be read.
 
-    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text.
+    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text. At most
+    `connections` are open at once.
     """
 
     dialect: Dialect = "postgres"
 
-    def __init__(self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS) -> None:
+    def __init__(
+        self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS, connections: int = 12
+    ) -> None:
         self._answer_seconds = answer_seconds
         try:
             given = conninfo_to_dict(url)
@@ -230,7 +233,7 @@ class PostgresDatabase:
             ) from None
         self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
         self._errors = Errors(_place(given), variables)
-        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive)
+        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive, limit=connections)
 
     @property
     def place(self) -> str:

@@ -1,4 +1,5 @@
-"""Google Drive v3 as few calls; the home of googleapiclient. Facts are those of contracts/google-drive.md.
+"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient; the facts are
+those of contracts/google-drive.md.
 
 Invariants: every call may be repeated, since a create carries an id that was made before; the flags for shared drives
 are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
@@ -25,6 +26,11 @@ from app.core.retry import Pauses, RetryPolicy, retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
+#
+# Invariants: the kind is told by the document's shape alone; the token of an installed app is kept in DATA_DIR, for its
+# owner's eyes only, and renewed there; no message holds a secret.
 
 SCOPES = ("https://www.googleapis.com/auth/drive",)
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
@@ -171,7 +177,7 @@ def consent(given: Given, *, open_browser: bool) -> Path:
 # Invariants: the reason is read from the answer's machine-readable part, in either of Google's two styles; text of a
 # proxy is no reason; no message holds a token. The table is section 6 of contracts/google-drive.md.
 
-AGAIN_HINT = "no action needed: it is tried again, and the next run goes on"
+AGAIN_HINT = "no action needed: it is retried, and the next run goes on"
 SHARE_HINT = (
     "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID, and add the account of the credentials to the shared "
     "drive as Content manager"
@@ -179,12 +185,12 @@ SHARE_HINT = (
 RIGHTS_HINT = "make the account of the credentials Content manager of the shared drive"
 ENABLE_HINT = "enable the Google Drive API in the project of the credentials (Google Cloud Console)"
 SCOPE_HINT = "the token lacks the scope drive: run `python -m app google` again"
-SIGN_IN_HINT = "the credentials are not accepted any more: make a new key, or run `python -m app google` again"
+SIGN_IN_HINT = "the credentials are no longer accepted: make a new key, or run `python -m app google` again"
 HINTS: Mapping[str, str] = {
     "storageQuotaExceeded": "service accounts have no storage of their own: share a Shared Drive with the account and "
     "set GOOGLE_DRIVE_FOLDER_ID to it or to a folder on it; for a user's own Drive, free space",
     "teamDriveFileLimitExceeded": "the shared drive is full (500,000 items, trash included): archive or delete some",
-    "teamDriveHierarchyTooDeep": "the folder lies too deep: choose one nearer to the top",
+    "teamDriveHierarchyTooDeep": "the folder is nested too deep: choose one nearer to the top",
     "numChildrenInNonRootLimitExceeded": "the folder holds too many files: set GOOGLE_DRIVE_FOLDER_ID to a new one",
     "accessNotConfigured": ENABLE_HINT,
     "SERVICE_DISABLED": ENABLE_HINT,
@@ -199,7 +205,7 @@ HINTS: Mapping[str, str] = {
     "authError": SIGN_IN_HINT,
 }
 HINTS_OF_STATUS: Mapping[int, str] = {
-    400: "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID; else it is a fault of the program: please report it",
+    400: "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID; if both are right, please report it",
     401: SIGN_IN_HINT,
     404: SHARE_HINT,
 }
@@ -264,6 +270,8 @@ def failed(error: Exception) -> AppError:
 
 
 T = TypeVar("T")
+
+# The calls themselves.
 
 RESUMABLE_BYTES = 5_000_000
 CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory

@@ -57,7 +57,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """What the values of one field come to in a bucket of time, or a part of that; parts add up."""
+    """The sums of one field in a bucket of time, or of a part of it; parts add up."""
 
     start_at: datetime
     field: str
@@ -150,7 +150,7 @@ class Reader(Protocol):
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[Summed]:
         """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
 
-        Permanent or Transient also where a sum cannot be written, or one of `numbers` is no number in the span.
+        Permanent or Transient also where a sum cannot be written, or one of `numbers` is not a number in the span.
         """
 
     def rows(self, device: str, span: Window) -> "Iterator[Points]":
@@ -174,7 +174,7 @@ class Reader(Protocol):
         """
 
     def retention(self) -> Retention:
-        """How long points are kept, asked anew each time: it may be changed at any time."""
+        """How long points are kept; asked each time, since it may be changed."""
 
     def inventory(self) -> Inventory:
         """What there is; costs several questions, to be asked when nothing was found."""
