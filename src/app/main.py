@@ -401,7 +401,7 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         *stores_tried(settings, state, warehouse, store, pipelines.listed),
         *pipelines.systems,
         *webhook(settings),
-        System("request_costs", "requests a month", "REQUEST_PRICES_FILE", lambda: costs.estimate().text()),
+        System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
     return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
 

@@ -13,7 +13,7 @@ from needs import absent
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if "documents" not in path.parts)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:python|headwater:\S+|headwater) -m app ([a-z]+)")
+COMMAND = re.compile(r"(?:python|headwater:\S+|headwater) -m app ([a-z-]+)")
 PAGE = re.compile(r"\b(?:docs/[\w/-]+|README|CONTRIBUTING|SECURITY|CHANGELOG)\.md\b")
 IMPORTED_AS = {
     "APScheduler": "apscheduler",

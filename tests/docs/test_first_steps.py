@@ -16,7 +16,7 @@ from shell import Shell
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"\bpython -m app\b([^&|;#]*)")
-RUN = "uv run --no-dev python"
+RUN = "uv run python"
 
 
 def pages() -> Iterator[Path]:

@@ -66,7 +66,7 @@ def test_check_tries_every_system_that_is_set_and_says_what_its_credentials_may_
         assert [body["event"] for body in heard.bodies] == ["check"]
         wrong = {"AMPLITUDE_WEB_SECRET_KEY": "x", "APPMETRICA_APPLICATION_ID": "7", "INFLUXDB_TOKEN": "x"}
         found, places = tried({**environ, **wrong, "ALERT_WEBHOOK_URL": f"{heard.url}/missing"})
-    stores = ["CHECKPOINT_DATABASE_URL", "S3_BUCKET", "DWH_DATABASE_URL"]
+    stores = ["CHECKPOINT_DATABASE_URL", "S3_BUCKET", "DWH_DATABASE_URL", "MAX_MONTHLY_REQUEST_COST"]
     assert [name for name, each in found.items() if each.ok] == stores
     assert "application 7" in found["APPMETRICA_APPLICATION_ID"].error
     assert all(each.hint for each in found.values() if not each.ok)

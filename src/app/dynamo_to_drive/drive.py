@@ -359,11 +359,15 @@ class DriveService:
             port: int
 
             def connect(self) -> None:
+                target = self.host, self.port
                 proxy = urlsplit(proxy_for(f"https://{self.host}:{self.port}"))
                 login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
                 self.set_tunnel(self.host, self.port, {"Proxy-Authorization": f"Basic {login}"} if login else {})
                 self.host, self.port = proxy.hostname or "", proxy.port or 80
-                HTTPSConnection.connect(self)
+                try:
+                    HTTPSConnection.connect(self)
+                finally:
+                    self.host, self.port = target  # httplib2 connects the same one again after an error
 
         class Http(httplib2.Http):  # type: ignore[misc]
             def request(self, uri: str, *args: Any, **given: Any) -> Any:
