@@ -23,7 +23,8 @@ from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from seaweed import Seaweed
 
 PREFIX = "telemetry"

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from app.config.environment import describe, secrets_of
-from app.config.rules import VARIABLES, loopback, warnings
+from app.config.rules import VARIABLES, loopback, network_file_system, warnings
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
@@ -216,3 +216,21 @@ def test_anonymous_access_to_a_public_host_is_warned_of() -> None:
     with_keys = loaded(HOST="0.0.0.0", ALLOW_ANONYMOUS="true", API_KEYS=f"ci:admin:{DIGEST}")  # noqa: S104 - keys rule
     assert warnings(with_keys, {}) == []
     assert warnings(loaded(ALLOW_ANONYMOUS="true"), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/srv/data/x", "nfs4"),
+        ("/srv/my disk", "cifs"),
+        ("/srv/local/x", ""),
+        ("/home/me", ""),
+        ("/mnt/h", "fuse.sshfs"),
+    ],
+)
+def test_a_network_file_system_is_told_by_the_nearest_mount(path: str, kind: str) -> None:
+    mounts = (
+        "overlay / overlay rw 0 0\nh:/d /srv nfs4 rw 0 0\n/dev/sda1 /srv/local ext4 rw 0 0\n"
+        "//h/d /srv/my\\040disk cifs rw 0 0\nme@h:/ /mnt/h fuse.sshfs rw 0 0\n"
+    )
+    assert network_file_system(Path(path), mounts) == kind

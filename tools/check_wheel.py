@@ -16,6 +16,7 @@ from importlib.resources import files
 import app, simulators.demo
 sql = {path.name for folder in files("app").joinpath("sql").iterdir() for path in folder.iterdir()}
 assert sql, "the wheel holds no SQL"
+assert files("app").joinpath("docs", "influx_to_s3.md").is_file(), "the wheel holds no guides"
 """
 
 
@@ -33,6 +34,11 @@ def main() -> int:
         _run(str(python), "-I", "-c", INSIDE, cwd=folder)
         if (ROOT / "src" / "app" / "__main__.py").exists():
             _run(str(python), "-I", "-m", "app", "--help", cwd=folder)
+            # a working directory with a folder and a file of the same names as packages shadows neither
+            (folder / "app").mkdir()
+            (folder / "app" / "__init__.py").touch()
+            (folder / "click.py").write_text("raise SystemExit('imported from the working directory')")
+            _run(str(python), "-m", "app", "check", cwd=folder)
     return 0
 
 

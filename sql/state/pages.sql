@@ -112,22 +112,23 @@ WHERE device_id <> '' AND last_exported_at IS NOT NULL
 GROUP BY pipeline;
 
 -- name: trouble_by_partition
--- What listings showed to be missing or changed, by partition, most first.
+-- What listings showed to be missing or changed, by partition, most first. Named by trouble, as its index is.
 SELECT
     pipeline, device_id, trouble, count(DISTINCT window_start) AS windows, min(window_start) AS first_at,
     max(window_end) AS last_at
 FROM export_windows
-WHERE trouble <> ''
-GROUP BY pipeline, device_id, trouble
+WHERE trouble <> '' AND trouble IN ('missing', 'foreign')
+GROUP BY trouble, pipeline, device_id
 ORDER BY windows DESC, pipeline, device_id
 LIMIT :limit;
 
 -- name: trouble_windows
--- The windows of a pipeline with which something is wrong.
+-- The windows of a pipeline with which something is wrong, in the order of their index: a condition on time would make
+-- SQLite read all windows.
 SELECT device_id, window_start AS starts_at, window_end AS ends_at, trouble
 FROM export_windows
-WHERE pipeline = :pipeline AND trouble <> '' AND window_end > :since_at AND window_start < :until_at
-ORDER BY device_id, window_start
+WHERE pipeline = :pipeline AND trouble <> ''
+ORDER BY trouble, device_id, window_start
 LIMIT :limit;
 
 -- name: partition_groups

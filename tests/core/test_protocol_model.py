@@ -170,7 +170,7 @@ class Pass(Process):
         rows: tuple[Row, ...] = self.ask("get", key, version)
         return rows
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         return str(self.ask("put", encoded.content, encoded.write, encoded.folded, expected))
 
     def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:

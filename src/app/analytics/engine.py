@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.network import proxy_for
 
 RELATION = "telemetry"
 TEXTS = ("device_id", "device_type", "location")
@@ -210,7 +212,7 @@ def _open_remote(connection: Any, remote: Remote) -> str:
         "http_timeout": 20,
         "http_retries": 2,
     }
-    _set(connection, settings)
+    _set(connection, {**settings, **_network(remote)})
     scope = f"s3://{remote.bucket}/{remote.prefix}/" if remote.prefix else f"s3://{remote.bucket}/"
     secret = {
         "KEY_ID": remote.access_key_id,
@@ -225,6 +227,16 @@ def _open_remote(connection: Any, remote: Remote) -> str:
     pairs = ", ".join(f"{name} {literal(value)}" for name, value in secret.items())
     connection.execute(f"CREATE SECRET objects (TYPE s3, PROVIDER config, {pairs})")
     return scope
+
+
+def _network(remote: Remote) -> Mapping[str, str]:
+    """The proxy of this machine, and its authorities where it has some of its own; see `app.core.network`."""
+    settings = {"ca_cert_file": os.environ.get("SSL_CERT_FILE", "")}
+    if proxy := proxy_for(f"{'https' if remote.tls else 'http'}://{remote.endpoint or 's3.amazonaws.com'}"):
+        parts = urlsplit(proxy)
+        settings["http_proxy"] = f"{parts.hostname}:{parts.port or 80}"
+        settings["http_proxy_username"], settings["http_proxy_password"] = parts.username or "", parts.password or ""
+    return {name: value for name, value in settings.items() if value}
 
 
 def extension() -> Path:

@@ -220,7 +220,7 @@ class AppMetricaEnds:
         received, key = self._asked(slot), hour_key(slot.partition, slot.window)
         hour, info = received.hour(slot), self.pull.store.head(key)
         if (info.etag if info else "") != received.versions.get(key, ""):
-            raise Conflict(f"{key} was stored by somebody else meanwhile", "verify the window again")
+            raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
         there = object_found(key, info, lambda found: self._content_of_object(slot.window, found))
         run, given = PartitionRun(self.pull, context, slot.partition), _content(hour)
         record = run.records(slot.window).get(slot.window.start)

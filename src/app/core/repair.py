@@ -102,7 +102,7 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
 
 
 def _replace(pipeline: Pipeline[B, E], context: Context, task: Task) -> Report:
-    """Write the source's rows over an object whose own are none of ours."""
+    """Write the source's rows over an object that Headwater did not write, or that cannot be read."""
     if task.count == NOTHING:
         raise Permanent(f"{task.partition} {task.window}: is damaged, and the source has no rows of it", GONE_HINT)
     return settle(pipeline, context, replace(task, replaces=True))

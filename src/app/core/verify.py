@@ -15,7 +15,7 @@ from app.core.windows import Age, Window, age_of
 
 # Proof of delivery: what both ends of a pipeline hold, window by window, compared by content and mended on request.
 #
-# Invariants: both ends are read anew, so nothing that was remembered can hide a fault; a digest does not depend on
+# Invariants: both ends are re-read, so nothing that was remembered can hide a fault; a digest does not depend on
 # the order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes
 # nothing.
 

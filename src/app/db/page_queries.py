@@ -132,8 +132,8 @@ class Look:
 
     def faulty_windows(self, pipeline: str, since: datetime, until: datetime) -> Sequence[Row]:
         """device_id, starts_at, ends_at and trouble of the windows with which something is wrong."""
-        of = {"pipeline": pipeline, "since_at": since, "until_at": until, "limit": FAULTY_WINDOWS}
-        return self.rows("trouble_windows", **of)
+        found = self.rows("trouble_windows", pipeline=pipeline, limit=FAULTY_WINDOWS)
+        return [row for row in found if row["ends_at"] > since and row["starts_at"] < until]
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,8 @@ class _Unread:
     def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
         return self.sink.encode(partition, window, batch)
 
-    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
-        return self.sink.put(key, encoded, expected)
+    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:
+        return self.sink.put(key, encoded, expected, closing=closing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 influxdb-client has its home here. Importing it costs 0.3 s and 41 MiB, so only a question that has failed loads it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from influxdb_client.client.influxdb_client import InfluxDBClient
 from influxdb_client.rest import ApiException
 
 from app.core.errors import Permanent
+from app.core.network import proxy_for
 
 if TYPE_CHECKING:
     from app.config.settings import InfluxSettings
@@ -29,7 +31,13 @@ def checked(ping: Callable[[], str], influx: "InfluxSettings") -> str:
     except Permanent as error:
         if influx.api != "flux" or not influx.token.get_secret_value():
             raise
-        with InfluxDBClient(influx.url, influx.token.get_secret_value(), timeout=TIMEOUT_MS, retries=False) as client:
+        network: dict[str, Any] = {
+            "proxy": proxy_for(influx.url) or None,
+            "ssl_ca_cert": os.environ.get("SSL_CERT_FILE"),
+        }
+        with InfluxDBClient(
+            influx.url, influx.token.get_secret_value(), timeout=TIMEOUT_MS, retries=False, **network
+        ) as client:
             raise explained(error, client, org=influx.org, bucket=influx.bucket) from error
 
 

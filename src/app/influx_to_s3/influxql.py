@@ -170,16 +170,25 @@ class InfluxQlReader:
         return iter(())
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
-        """See `Reader`. One field at a time, without a cast: in one shard a field has one type."""
+        """See `Reader`. A statement for each field, without a cast: in one shard a field has one type."""
         kinds: dict[str, set[str]] = {}
         for one in self._fields():
             kinds.setdefault(one.name, set()).add(one.kind)
-        for name, some in kinds.items():
-            column = exact_pattern(name) if UNWRITABLE.search(name) else f"{identifier(name)}::field"
-            for part in one_type_spans(span, self._shard):
-                query = f"SELECT {column} {self._from()} WHERE {self._where(device, part)} GROUP BY *"
-                for series in self._ask(query):
-                    yield from self._cells(name, some, series)
+        asked = [
+            (name, f"SELECT {column} {self._from()} WHERE {self._where(device, part)} GROUP BY *")
+            for part in one_type_spans(span, self._shard)
+            for name in kinds
+            for column in [exact_pattern(name) if UNWRITABLE.search(name) else f"{identifier(name)}::field"]
+        ]
+        for start in range(0, len(asked), STATEMENTS):
+            step = asked[start : start + STATEMENTS]
+            names = (name for name, _ in step)
+            name = next(names)
+            for series in self._answers("; ".join(query for _, query in step), len(step)):
+                if series is None:
+                    name = next(names, "")
+                else:
+                    yield from self._cells(name, kinds[name], series)
 
     def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[RawCells]:
         """The values of one series, or a part of them, by type: JSON does not say which type a number has."""
@@ -515,7 +524,7 @@ def _nanoseconds(instant: datetime) -> int:
 
 
 def _duration(text: str) -> timedelta:
-    """`168h0m0s`; a day for what cannot be read, or is no time at all."""
+    """`168h0m0s`; a day for what cannot be read, or for zero."""
     seconds = _seconds(text)
     return timedelta(seconds=seconds) if seconds >= 1 else DAY
 

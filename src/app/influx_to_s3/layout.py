@@ -185,7 +185,7 @@ class LayoutFile:
         for _ in range(CONFLICTS):
             found = self._read()
             if found is None:
-                raise Transient(f"{self.key} is gone", "no action needed; the next run makes it again from the objects")
+                raise Transient(f"{self.key} is gone", "no action needed; the next run re-creates it from the objects")
             tree, etag = found
             changed = change(tree)
             if changed == tree:
@@ -247,7 +247,7 @@ class LayoutFile:
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise Permanent(
                 f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                "restore an earlier version of this object, or delete it: then it is made again from the objects. "
+                "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
                 "Nothing is written before",
             ) from error
 
@@ -436,7 +436,7 @@ class Columns:
         return self._overflow_kinds.get(name)
 
     def overflow_of(self, name: str) -> Column | None:
-        """The field's column that could not hold the values of the column `name`; None when it is no overflow."""
+        """The field's column that could not hold the values of the column `name`; None for any other column."""
         return self._overflow_of.get(name)
 
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from heapq import nlargest
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,30 @@ def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
         if named["device"] not in seen.newest or seen.newest[named["device"]][0] < instant:
             seen.newest[named["device"]] = instant, info
     return seen
+
+
+def lost_cursor(store: "ObjectStore", prefix: str, device: str, tree: Tree, now: datetime) -> datetime | None:
+    """Where a device goes on whose cursor is lost or lies ahead of now; None when its objects do not say.
+
+    The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
+    object's window. Objects of older versions carry no such stamp; of those without one, at most SAMPLES are asked.
+    """
+    start = f"{prefix}/" if prefix else ""
+    formats = dict.fromkeys((*(each.date_format for each in tree.layouts), *DATE_FORMATS))
+
+    def named() -> Iterator[tuple[datetime, str]]:
+        for info in store.list(f"{start}device_id={device}/"):
+            found = KEY.fullmatch(info.key.removeprefix(start))
+            instant = found and _stamp_in(found["date"], found["time"], formats)
+            if instant and instant[0] <= now:
+                yield instant[0], info.key
+
+    for at, key in nlargest(SAMPLES, named()):
+        info = store.head(key)
+        if info is not None and (stamp := info.metadata.get("cursor")):
+            window = next(tree.windows(at, at + datetime.resolution))
+            return min(datetime.fromisoformat(stamp), window.start)
+    return None
 
 
 def _stamp_in(day: str, time: str, formats: Iterable[str]) -> tuple[datetime, str] | None:
@@ -336,7 +361,8 @@ def _replace(
     folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
         with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
-            version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
+            version = sink.put(key, encoded, base.version if base else None, closing=True)
+            size_bytes = encoded.size_bytes
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):

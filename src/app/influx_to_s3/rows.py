@@ -84,7 +84,7 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
 
 
 def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
-    """What the values of columns come to, by name; a name may stand there once for each of its types."""
+    """The sums of columns, by name; a name may occur once for each of its types."""
     sums: dict[str, Sums] = {}
     for name, values in columns:
         added = _sums(values)

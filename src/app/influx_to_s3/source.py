@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -83,6 +84,7 @@ class InfluxSource:
         self._pauses = pauses
         self._policy = policy
         self._pace = pace
+        self._seconds: deque[float] = deque(maxlen=256)
         self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
@@ -130,8 +132,9 @@ class InfluxSource:
     def sums(
         self, partition: str, windows: Sequence[Window], numbers: Collection[str]
     ) -> Mapping[datetime, Mapping[str, Sums]]:
-        """By window start and field, what the values of adjacent windows come to; of the fields `numbers` also their
-        totals. One question per run of windows of one length.
+        """By window start and field, the sums of adjacent windows; totals only of the fields `numbers`.
+
+        One question per run of windows of one length.
         """
         found: dict[datetime, dict[str, Sums]] = {}
         for span in runs_of_one_length(windows):
@@ -142,7 +145,7 @@ class InfluxSource:
         return found
 
     def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
-        """Where the server cannot add up, as numbers that come to more than a double holds, counts alone."""
+        """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
         try:
             return self.again(lambda: list(self._reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
@@ -316,8 +319,19 @@ class InfluxSource:
 
     def again(self, action: Callable[[], T]) -> T:
         """`action`, which asks a question, retried while it fails for a cause that may pass."""
-        pace = self._pace
-        return retry(action if pace is None else lambda: pace.ask(action), self._policy, self._pauses, random)
+
+        def ask() -> T:
+            began = time.monotonic()
+            answer = action() if self._pace is None else self._pace.ask(action)
+            self._seconds.append(time.monotonic() - began)
+            return answer
+
+        return retry(ask, self._policy, self._pauses, random)
+
+    def latency_seconds(self) -> float | None:
+        """The mean of the questions since this was asked last, None without any."""
+        seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
+        return sum(seconds) / len(seconds) if seconds else None
 
 
 def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
@@ -338,7 +352,7 @@ def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
 
 
 def sums_in_rows(table: "pa.Table", columns: Columns) -> Mapping[str, Sums]:
-    """By field, what the values of canonical rows come to."""
+    """By field, the sums of canonical rows."""
     return sums_of(
         (columns.source_of(name) or name, table.column(name))
         for name in table.column_names

@@ -110,7 +110,7 @@ class ExportEnds:
         return self.sink.layout_at(window.start).format == "csv"
 
     def _listing(self, slot: Slot) -> Listing:
-        """The day's listing, made once; a second look at the same window makes it again."""
+        """The day's listing, cached; a second look at the same window lists again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
@@ -223,7 +223,7 @@ def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Con
     except pa.ArrowException as error:
         raise Permanent(
             f"the rows of an object cannot be compared: {str(error)[:150]}",
-            "another program wrote this object: heal the window, or move the object away",
+            "run verify with --heal, or move the object away: another program wrote it",
         ) from error
     return total + content_from(0, *[wrong] * len(rows))
 

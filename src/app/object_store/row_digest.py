@@ -99,8 +99,8 @@ def summed(lanes: "Sequence[Any]", rows: int) -> Content:
 
 def _unknown_type(name: str, column: Any, error: Exception) -> Permanent:
     return Permanent(
-        f"column {name!r} of type {column.type} is none of this pipeline: {str(error)[:100]}",
-        "another program wrote this object: heal the window, or move the object away",
+        f"column {name!r} of type {column.type} was not written by this pipeline: {str(error)[:100]}",
+        "run verify with --heal, or move the object away: another program wrote it",
     )
 
 

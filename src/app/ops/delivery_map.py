@@ -142,16 +142,16 @@ def _midnight(day: date, zone: tzinfo) -> datetime:
 
 
 def _within_days(start: datetime, end: datetime, seconds: int, zone: tzinfo) -> list[datetime]:
-    """Bounds from before `start` to after `end`, counted from each local midnight."""
+    """Bounds from before `start` to the first after `end`, counted from each local midnight."""
     edges: list[datetime] = []
     day = start.astimezone(zone).date()
-    while not edges or edges[-1] < end:
+    while not edges or edges[-1] <= end:
         midnight, next_midnight = _midnight(day, zone), _midnight(day + timedelta(days=1), zone)
         steps = max(round((next_midnight - midnight).total_seconds() / seconds), 1)
         edges += [midnight + timedelta(seconds=seconds * step) for step in range(steps)]
         day += timedelta(days=1)
     edges.append(_midnight(day, zone))
-    first = next(place for place, edge in enumerate(edges) if edge >= end)
+    first = next(place for place, edge in enumerate(edges) if edge > end)
     return edges[: first + 1]
 
 
@@ -291,9 +291,7 @@ class DeliveryMaps:
             )
             return DeliveryMap(1, [MapRow(names.first, text, problems=int(bool(PROBLEMS & set(text))))], listed=True)
         if self._is_listable(job, cells, names):
-            found = self._once(
-                (job, "map", cells.edges[0], cells.edges[-1]), lambda chart: self._listed(job, chart, cells)
-            )
+            found = self._once((job, "map", *cells.edges), lambda chart: self._listed(job, chart, cells))
             rows = [row for row in found.rows if self._is_chosen(row.name, names)]
             return DeliveryMap(len(rows), rows, listed=True, problems=sum(row.problems for row in rows))
         return DeliveryMap(0, (), listed=False)
@@ -311,7 +309,7 @@ class DeliveryMaps:
         if not self._is_listable(job, cells, Names()):
             with self._pages.look() as look:
                 return _Recorded(look, job, cells, self._clock()).strip()
-        key = (job, "map", cells.edges[0], cells.edges[-1])
+        key = (job, "map", *cells.edges)
         found = self._kept.get(key, KEPT_SECONDS)
         if found is None:
             thread = self._refreshing.get(job)
@@ -332,12 +330,14 @@ class DeliveryMaps:
             return  # whoever opens the map is told; the strip stays as it was
 
     def _is_listable(self, job: str, cells: Cells, names: Names) -> bool:
-        if names.first or cells.window.seconds > LISTED_DAYS * DAY:
+        """Few enough to ask the destination, or nothing recorded that could tell instead."""
+        if names.first:
             return False
         with self._pages.look() as look:
             number = look.partitions(job, Names())
         days = max(cells.window.seconds / DAY, 1)
-        return number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
+        few = number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
+        return number == 0 or (few and days <= LISTED_DAYS)
 
     def _is_chosen(self, name: str, names: Names) -> bool:
         return names.find.lower() in name.lower()

@@ -7,7 +7,7 @@ a fault that only time would end can be dismissed, any other ends when it is put
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
 from typing import Any
@@ -251,11 +251,7 @@ def _set_aside(seen: Seen) -> Iterator[Problem]:
         if new:
             yield _rows_aside(job, reason, new)
     for job, entries in seen.histories.items():
-        for entry in entries:
-            at = datetime.fromisoformat(entry["at"])
-            problem = _file_aside(job, entry, at, hints.get(entry["file"]) or FILE_HINT)
-            if entry["outcome"] == "rejected" and at > dismissed.get(problem.problem_id, since):
-                yield problem
+        yield from _files_aside(job, entries, hints, dismissed, since)
 
 
 def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> Problem:
@@ -280,12 +276,40 @@ def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> 
     )
 
 
-def _file_aside(job: str, entry: Mapping[str, Any], at: datetime, hint: str) -> Problem:
-    title = f"{job}: {entry['file']} was set aside"
-    dismiss = [{"kind": "dismiss", "label": "Dismiss"}]
-    return Problem(
-        "set_aside", job, title, entry["error"], hint, 1, "file", since=at, actions=dismiss, about=entry["file"]
-    )
+def _files_aside(
+    job: str,
+    entries: Sequence[Mapping[str, Any]],
+    hints: Mapping[str, str],
+    dismissed: Mapping[str, datetime],
+    since: datetime,
+) -> Iterator[Problem]:
+    """Files by what is wrong with them; one that was merged since is in order."""
+    latest: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:  # newest first
+        latest.setdefault(entry["file"], entry)
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in latest.values():
+        if entry["outcome"] == "rejected":
+            found[entry["error"]].append(entry)
+    for error, files in found.items():
+        first = Problem("set_aside", job, "", "", "", about=error)
+        limit = dismissed.get(first.problem_id, since)
+        new = [entry for entry in files if datetime.fromisoformat(entry["at"]) > limit]
+        if new:
+            name, at = new[0]["file"], datetime.fromisoformat(new[0]["at"])
+            title = f"{job}: {name} was set aside"
+            if len(new) > 1:
+                title = f"{job}: {counted(len(new), 'file')} were set aside, the latest is {name}"
+            yield replace(
+                first,
+                title=title,
+                message=error,
+                next=hints.get(name) or FILE_HINT,
+                count=len(new),
+                noun="file",
+                since=at,
+                actions=[{"kind": "dismiss", "label": "Dismiss"}],
+            )
 
 
 # ---- the sentence

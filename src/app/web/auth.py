@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 
+from app.config import NEW_KEY
 from app.config.rules import loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
@@ -112,8 +113,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_PAGES = frozenset({"", "none", "same-origin"})
 EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
-SIGN_IN = "send a key as `Authorization: Bearer` or `X-API-Key`; `python -m app keys new` makes one"
-OTHER_KEY = "use a key that has this scope; `python -m app keys new NAME --scopes ...` makes one"
+SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
+OTHER_KEY = f"use a key that has this scope; `{NEW_KEY}` makes one that has all"
 Methods = Mapping[str, str]
 """The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""
 

@@ -74,7 +74,7 @@ function strip(job) {
 function nextRun(job) {
   if (job.state === "paused") return "when resumed";
   if (["running", "backfill"].includes(job.state)) return "now";
-  return !job.next_run_at ? "–" : new Date(job.next_run_at) - Date.now() - skew < 0 ? "due now" : ago(job.next_run_at);
+  return job.next_run_at ? ago(job.next_run_at, "", "next") : "–";
 }
 function jobMenu(job) {
   const act = (name) => ({ act: name, job: job.name, needs: "ops:run" });
@@ -91,7 +91,7 @@ function pipelineRow(job, all) {
     make("td", { class: "number", "data-label": "Max lag" }, job.max_lag_seconds === null ? "–" : span(job.max_lag_seconds)),
     make("td", { class: "number", "data-label": "New rows today" }, number(news ? news.today : 0), sub(more)),
     make("td", { class: "spark" }, bars(news)), make("td", { class: "wide" }, strip(job)),
-    make("td", { class: "when-next nowrap" }, nextRun(job), sub(`every ${span(job.interval_seconds)} `, make("button", { class: "button bare lined small", type: "button", data: { act: "run", job: job.name }, "data-needs": "ops:run", "aria-label": `Run ${job.name} now` }, "Run now"))),
+    make("td", { class: "when-next nowrap" }, nextRun(job), sub(`every ${span(job.interval_seconds)} `, make("button", { class: "button bare lined small", type: "button", data: { act: "run", job: job.name }, "data-needs": "ops:run" }, "Run now", hidden(` ${job.name}`)))),
     make("td", { class: "act" }, jobMenu(job)));
 }
 const enable = (job) => (job.off.text.startsWith("set ") ? `Off. Set ${job.off.text.slice(4)} to enable.` : `Off: ${job.off.text}.`);
@@ -114,6 +114,7 @@ function showSummary(found) {
   show(at("day"), "Today starts at ", when(found.day_starts_at, false), " local time. Counts are new rows; rewrites of an open window are not counted again.");
   const empty = told.state === "off" && told.title === "Nothing set up yet";
   at("setup").hidden = !empty;
+  at("rows").hidden = empty;
   if (empty) show(at("steps"), ...jobs.filter((job) => !job.helper_of).map(setupStep), make("li", { data: { key: "demo" } }, make("div", {}, make("h3", {}, "Or look around first"), make("p", { class: "quiet" }, "Simulated sources and destinations with some hours of data. Nothing outside this machine is touched.")), make("div", { class: "command" }, make("code", { id: "demo-command", tabindex: "0" }, "python -m app demo"), make("button", { class: "button", type: "button", data: { act: "copy", copy: "demo-command" }, "aria-label": "Copy the demo command" }, "Copy"))));
 }
 
