@@ -77,6 +77,12 @@ def test_a_key_is_good_through_the_day_it_names() -> None:
     assert ring(line, now=datetime(2026, 2, 8, tzinfo=UTC)).authenticate(secret) is None
 
 
+def test_a_key_that_has_expired_already_is_not_made() -> None:
+    with pytest.raises(Rejected, match="2026-02-06 has passed"):
+        new_key("temp", "read", secrets.token_bytes, expires_on=date(2026, 2, 6), today=NOON.date())
+    assert new_key("temp", "read", secrets.token_bytes, expires_on=NOON.date(), today=NOON.date())
+
+
 def test_two_keys_of_a_name_live_side_by_side_with_their_own_scopes() -> None:
     (old, old_line), (new, new_line) = (new_key("ci", scope, secrets.token_bytes) for scope in ("read", "dwh:write"))
     both = ring(old_line, new_line)

@@ -27,12 +27,6 @@ def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:
     assert "EXPORT_WINDOW_SECONDS='7'" in done.stderr
 
 
-def test_a_public_host_without_keys_does_not_start(shell: Shell) -> None:
-    done = shell.run("", HOST="0.0.0.0")  # noqa: S104 - the point
-    assert done.returncode == 78
-    assert "API_KEYS" in done.stderr
-
-
 def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "app", "serve"],

@@ -130,7 +130,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     debug: Flag = variable("DEBUG", default=False)
     """Log at level DEBUG, whatever LOG_LEVEL says."""
     host: Host = variable("HOST", default="127.0.0.1")
-    """Address to listen on; one that others can reach needs API_KEYS."""
+    """Address to listen on; without API_KEYS, one that others can reach is locked."""
     port: int = variable("PORT", default=8080, ge=1, le=65_535)
     """Port to listen on; platforms such as Railway set it."""
     health_port: int | None = variable("HEALTH_PORT", default=None, unset="none", ge=1, le=65_535)
@@ -155,10 +155,10 @@ class ServiceSettings(SettingsGroup, title="Service"):
 
 
 class AccessSettings(SettingsGroup, title="Access"):
-    """Who may call. Without keys and without `allow_anonymous` the host is loopback, that is checked at the start."""
+    """Who may call. Without keys and without `allow_anonymous`, what others can reach is locked: `rules.locked`."""
 
-    api_keys: ApiKeys = variable("API_KEYS", default=(), unset="loopback only")
-    """Who may call: lines of `python -m app keys new NAME`; only hashes stand here."""
+    api_keys: ApiKeys = variable("API_KEYS", default=(), unset="this machine only; locked where others can reach it")
+    """Who may call: lines that `python -m app keys new admin --scopes admin` prints; they hold only hashes."""
     allow_anonymous: Flag = variable("ALLOW_ANONYMOUS", default=False)
     """Serve a public HOST without keys: everybody may write."""
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))

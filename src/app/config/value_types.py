@@ -446,7 +446,11 @@ TimeZone = Annotated[str, AfterValidator(_timezone), Allowed("a name of the IANA
 ApiKeys = Annotated[
     tuple[KeyEntry, ...],
     PlainValidator(parse_keys),
-    Allowed("lines of `python -m app keys new`, separated by commas or newlines", obvious=True, secret=True),
+    Allowed(
+        "lines that `python -m app keys new admin --scopes admin` prints, separated by commas or newlines",
+        obvious=True,
+        secret=True,
+    ),
 ]
 SecretUrl = Annotated[SecretStr, BeforeValidator(_called), Allowed("https://host/path", secret=True)]
 JobUrls = Annotated[

@@ -84,7 +84,7 @@ class Span(BaseModel):
 
 
 class SignIn(BaseModel):
-    """A key, as `python -m app keys new` showed it."""
+    """A key, as it was shown when it was made."""
 
     model_config = ConfigDict(extra="forbid")
     key: SecretStr = Field(max_length=200)

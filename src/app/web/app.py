@@ -13,7 +13,7 @@ from typing import Any
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
-from app.web.auth import SAFE_METHODS, Guard, RouteScopes
+from app.web.auth import LOCKED, SAFE_METHODS, Guard, RouteScopes
 from app.web.errors import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
 from app.web.limits import BodyLimits
 
@@ -72,7 +72,8 @@ class Front:
             log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        self._build()
+        if not self._guard.locked:
+            self._build()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await asyncio.to_thread(self._close)
@@ -95,7 +96,7 @@ class Front:
         return self._api
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
@@ -103,6 +104,9 @@ class Front:
             return
         if scope["method"] not in SAFE_METHODS:
             send = _audited(scope, send)
+        if self._guard.locked:
+            await send_refusal(send, LOCKED)
+            return
         started = False
 
         async def noted(message: MutableMapping[str, Any]) -> None:

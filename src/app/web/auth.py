@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 
-from app.config.rules import loopback
+from app.config.rules import FIRST_KEY, UNLOCK, loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
 from app.web.errors import Refusal, Refused, Scope
@@ -74,11 +74,12 @@ def new_key(
     *,
     s3_prefix: str = "",
     expires_on: date | None = None,
+    today: date | None = None,
 ) -> tuple[str, str]:
     """The secret, to be shown once, and the line for API_KEYS. Raises Rejected when no such key can be.
 
     `scopes`: scopes and groups by commas, blanks or `+`. `randomness(n)` gives n bytes: `secrets.token_bytes`.
-    `expires_on` is the last day, UTC, on which the key is good.
+    `expires_on` is the last day, UTC, on which the key is good; not before `today`.
     """
     secret = f"hw_{name}_{urlsafe_b64encode(randomness(KEY_BYTES)).rstrip(b'=').decode()}"
     head = f"{name}@{expires_on.isoformat()}" if expires_on else name
@@ -87,6 +88,8 @@ def new_key(
     reason = "the name is not 1 to 40 of a-z, 0-9, - and _" if not KEY_NAME.fullmatch(name) else ""
     if re.search(r"[,\n]", s3_prefix):
         reason = "the S3 prefix holds a comma or a newline, which end an entry of API_KEYS"
+    if expires_on and today and expires_on < today:
+        reason = f"{expires_on} has passed, so the key would never be good; today is {today}"
     try:
         parse_keys("" if reason else line)
     except ValueError as error:
@@ -112,8 +115,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_PAGES = frozenset({"", "none", "same-origin"})
 EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
-SIGN_IN = "send a key as `Authorization: Bearer` or `X-API-Key`; `python -m app keys new` makes one"
-OTHER_KEY = "use a key that has this scope; `python -m app keys new NAME --scopes ...` makes one"
+SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{FIRST_KEY}` makes one"
+LOCKED = Refusal(503, "locked: API_KEYS is not set, so only /health and /ready are answered", UNLOCK)
 Methods = Mapping[str, str]
 """The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""
 
@@ -167,11 +170,12 @@ class Throttle:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`anonymous`: serving without keys was allowed in so many words, so other machines may call."""
+    """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call."""
 
     keyring: Keyring
     clock: Callable[[], datetime]
     anonymous: bool = False
+    locked: bool = False
     throttle: Throttle = field(default_factory=Throttle)
 
     def authorize(self, scope: Scope, methods: Methods) -> None:
@@ -197,7 +201,10 @@ class Guard:
             hint = "see /docs for the methods of this path"
             raise Refused(Refusal(405, "Method Not Allowed", hint, headers=allowed))
         if not grant.allows(wanted):
-            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
+            if not wanted:
+                raise Refused(Refusal(403, "this route declares no scope", "report it: nobody can call it"))
+            hint = f"use a key with this scope; `python -m app keys new helper --scopes {wanted}` makes one"
+            raise Refused(Refusal(403, f"this needs the scope {wanted}", hint))
 
     def grant(self, scope: Scope) -> Grant | None:
         """Who calls; None for nobody. Raises Refused for a wrong key."""
