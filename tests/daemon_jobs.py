@@ -210,5 +210,5 @@ def shelf(parts: ServiceParts) -> Pipelines:
 if __name__ == "__main__":
     wiring = globals()[sys.argv[1]]
     build = main.build
-    main.build = functools.partial(build, wiring=wiring)  # type: ignore[assignment]  # the one seam of serve
+    main.build = functools.partial(build, wiring=wiring)  # the one seam of serve
     sys.exit(cli.main(sys.argv[2:]))

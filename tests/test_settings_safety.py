@@ -63,7 +63,7 @@ def test_what_others_may_reach_is_locked_without_keys_and_the_warning_says_how_t
     own_server: bool,  # noqa: FBT001
     is_locked: bool,  # noqa: FBT001
 ) -> None:
-    settings = loaded(**variables)
+    settings = loaded(variables)
     assert locked(settings, own_server=own_server) == is_locked
     told = [line for line in warnings(settings, {}, own_server=own_server) if "is locked: " in line]
     assert len(told) == is_locked

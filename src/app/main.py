@@ -28,7 +28,7 @@ from app.ops.process import configured, share_the_machine, tune
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, announce, steps_of
 from app.web.app import Front
-from app.web.auth import Guard, Keyring, RouteScopes
+from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -81,8 +81,11 @@ def front(service: Inside) -> Front:
     guard = Guard(
         Keyring(access.api_keys, service.clock),
         service.clock,
-        access.allow_anonymous,
-        locked(service.settings, own_server=service.own_server),
+        service.state.sessions,
+        KeyRates(limits.key_requests_per_second),
+        anonymous=access.allow_anonymous,
+        locked=locked(service.settings, own_server=service.own_server),
+        origins=frozenset(access.cors_origins),
     )
 
     def opened() -> None:

@@ -31,7 +31,7 @@ MADE = re.compile(r"python -m app (keys new[^`\n|<]*)")
 
 
 async def asked(variables: dict[str, str], *, own_server: bool, headers: dict[str, str]) -> dict[str, httpx.Response]:
-    app = build(loaded(**variables), own_server=own_server).app
+    app = build(loaded(variables), own_server=own_server).app
     transport = httpx.ASGITransport(app=app)
     async with served(app), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answers = {path: await client.get(path, headers=headers) for path in ("/health", "/ready", *PATHS)}

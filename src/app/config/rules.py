@@ -208,6 +208,10 @@ def warnings(
         )
     elif settings.access.allow_anonymous and not settings.access.api_keys and not (own_server and loopback(host)):
         found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {host} may read, write and delete")
+    if "*" in settings.access.cors_origins and not settings.access.api_keys:
+        found.append(
+            "CORS_ORIGINS=*: without API_KEYS every web page that is open in a browser here may read and write"
+        )
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
     return found

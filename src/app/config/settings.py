@@ -164,7 +164,7 @@ class AccessSettings(SettingsGroup, title="Access"):
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))
     """Proxies whose X-Forwarded-For is trusted; set it to the proxy's address, or rate limits apply to the proxy."""
     cors_origins: Origins = variable("CORS_ORIGINS", default=(), unset="none")
-    """Web pages of other origins that may call the API."""
+    """Web pages of other origins that may call the API with a key."""
 
 
 class LimitSettings(SettingsGroup, title="Limits"):
@@ -172,6 +172,8 @@ class LimitSettings(SettingsGroup, title="Limits"):
 
     max_body_bytes: int = variable("MAX_BODY_BYTES", default=10_000_000, ge=1024, le=GIB)
     """Largest JSON body; memory grows with it."""
+    key_requests_per_second: float = variable("KEY_REQUESTS_PER_SECOND", default=500, ge=1, le=1_000_000)
+    """Requests of one key, on average over ten seconds; more are answered 429."""
     max_upload_bytes: int = variable("MAX_UPLOAD_BYTES", default=5 * GIB, ge=1, le=5120 * GIB)
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""
 

@@ -228,9 +228,11 @@ def _column_types(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _origin(text: str) -> str:
-    if text != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", text):
+    """As browsers write it: in lower case, without the scheme's own port."""
+    if text != "*" and not re.fullmatch(r"(?i:https?)://[^/\s@?#]+", text):
         raise ValueError
-    return text
+    text = text.lower()
+    return text.removesuffix(":443" if text.startswith("https:") else ":80")
 
 
 def _log_file(text: str) -> Path | None:

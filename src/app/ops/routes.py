@@ -42,7 +42,7 @@ from app.ops.metrics import (
 )
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
-from app.web.auth import COOKIE, OPEN, Guard, needs
+from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs
 from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
@@ -124,14 +124,19 @@ def _session(router: APIRouter, guard: Guard) -> None:
             hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
             raise Refused(Refusal(403, "this key may not see any page", hint))
         response = Response(status_code=204)
-        secure = request.url.scheme == "https"
         response.set_cookie(
-            COOKIE, sent.key.get_secret_value(), httponly=True, samesite="strict", secure=secure, path="/"
+            COOKIE,
+            await guard.begin_session(grant),
+            max_age=int(SESSION.total_seconds()),
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
         )
         return response
 
     @router.delete("/ops/session", openapi_extra=EVERYBODY, summary="Sign out", status_code=204)
-    async def sign_out() -> Response:
+    async def sign_out(request: Request) -> Response:
+        await guard.end_session(request.scope)
         response = Response(status_code=204)
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return response
