@@ -79,11 +79,11 @@ def ours(url: str) -> Reading:
     from app.core.pipeline import UNCOUNTED
     from app.core.runs import Stop
     from app.core.windows import Window
-    from app.dynamo_to_drive.access_path import ReadSettings
+    from app.dynamo_to_drive.access_path import Target
     from app.dynamo_to_drive.hour_file import Accounts
-    from app.dynamo_to_drive.source import DynamoSource, DynamoTable, Target
+    from app.dynamo_to_drive.source import DynamoSource, DynamoTable
 
-    table = DynamoTable(Target(ReadSettings("bench", "datetime_utc", (), 0), "s", "us-east-1", url, "b", "b"))
+    table = DynamoTable(Target("bench", "datetime_utc", (), 0, "s", "us-east-1", url, "b", "b"))
     table.plan()
 
     def read() -> int:

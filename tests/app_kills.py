@@ -19,7 +19,6 @@ USED_LATER = (
     "app.appmetrica.job",
     "app.cli",
     "app.csv_inbox.job",
-    "app.csv_inbox.late_rows",
     "app.csv_inbox.transaction",
     "app.dynamo_to_drive.job",
     "app.influx_to_s3.job",

@@ -17,7 +17,8 @@ WATCHED = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "o
 USED_LATER = (
     "filelock",
     "numpy",
-    *(f"app.csv_inbox.{name}" for name in ("late_rows", "quarantine", "transaction")),
+    "app.csv_inbox.quarantine",
+    "app.csv_inbox.transaction",
 )
 
 

@@ -27,7 +27,7 @@ from app.object_store.s3 import S3Store, S3Target
 from seaweed import Seaweed
 
 PREFIX = "telemetry"
-BUILT_IN = ("overview", "daily-summary", "devices", "devices/latest")
+BUILT_IN = ("overview", "daily-summary", "rows-by-day", "devices", "devices/latest")
 ORACLE: Mapping[str, str] = {
     "overview": """
         SELECT count(*) AS total_rows, count(DISTINCT device_id) AS device_count,
@@ -36,6 +36,9 @@ ORACLE: Mapping[str, str] = {
         SELECT device_id, CAST(timestamp AS DATE) AS date, avg(voltage) AS avg_voltage,
             max(temperature) AS max_temperature, avg(soc) AS avg_soc, count(*) AS row_count
         FROM rows WHERE device_id IS NOT NULL AND timestamp IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2""",
+    "rows-by-day": """
+        SELECT CAST(timestamp AS DATE) AS date, count(*) AS row_count, count(DISTINCT device_id) AS device_count
+        FROM rows WHERE timestamp IS NOT NULL GROUP BY 1 ORDER BY 1""",
     "devices": """
         SELECT device_id, min(timestamp) AS first_seen, max(timestamp) AS last_seen, count(*) AS total_records
         FROM rows WHERE device_id IS NOT NULL GROUP BY 1 ORDER BY 1""",

@@ -11,14 +11,11 @@ from typing import Any
 
 from app.amplitude import hours as amplitude_hours
 from app.amplitude import job as amplitude_job
-from app.amplitude import verify as amplitude_verify
 from app.amplitude.client import project
 from app.amplitude.hours import SourceRun
 from app.appmetrica import hours as appmetrica_hours
 from app.appmetrica import job as appmetrica_job
-from app.appmetrica import verify as appmetrica_verify
-from app.appmetrica.client import SERVICE, service
-from app.appmetrica.export_request import Exports, resources
+from app.appmetrica.client import SERVICE, Exports, resources, service
 from app.appmetrica.hours import ResourceRun, hour_key
 from app.core.runs import Context, Report, Stop
 from app.core.verify import Sign, Verdict, Verification, heal, verify
@@ -30,7 +27,7 @@ from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import SetAsideStore, folder_of
 from app.product_events.http_client import Upstream
-from app.product_events.pull import PullContext
+from app.product_events.pull import PartitionRun, PullContext
 from app.product_events.verify import PullChart
 from simulators.amplitude import AmplitudeSimulator
 from simulators.appmetrica import AppMetricaSimulator
@@ -188,8 +185,7 @@ class AmplitudePull:
     projects: Mapping[str, Any]
 
     def run(self, *, dry_run: bool = False) -> Report:
-        context = self.landed.context("amplitude", dry_run=dry_run)
-        return amplitude_job.every_source(self.pull, self.projects, context, SourceRun.pull_due)
+        return self._each(self.landed.context("amplitude", dry_run=dry_run), SourceRun.pull_due)
 
     def to_the_end(self) -> Report:
         report = self.run()
@@ -198,15 +194,18 @@ class AmplitudePull:
         return report
 
     def fill(self, start: datetime, end: datetime) -> Report:
-        context = self.landed.context("amplitude")
-        return amplitude_job.every_source(self.pull, self.projects, context, lambda run: run.fill(Window(start, end)))
+        return self._each(self.landed.context("amplitude"), lambda run: run.fill(Window(start, end)))
 
-    def verification(self, stop: Stop) -> amplitude_verify.AmplitudeEnds:
-        return amplitude_verify.AmplitudeEnds(self.pull, self.projects, stop)
+    def _each(self, context: Context, work: Callable[[SourceRun], Report]) -> Report:
+        runs = {name: SourceRun(PartitionRun(self.pull, context, name), of) for name, of in self.projects.items()}
+        return self.pull.run_each(context, runs, work)
+
+    def verification(self, stop: Stop) -> amplitude_job.AmplitudeEnds:
+        return amplitude_job.AmplitudeEnds(self.pull, self.projects, stop)
 
     @property
-    def chart(self) -> amplitude_verify.AmplitudeChart:
-        return amplitude_verify.AmplitudeChart(self.pull)
+    def chart(self) -> amplitude_job.AmplitudeChart:
+        return amplitude_job.AmplitudeChart(self.pull)
 
 
 @dataclass
@@ -230,13 +229,15 @@ class MetricaPull:
         return self._each(self.landed.context("appmetrica"), lambda run: run.fill(Window(start, end)))
 
     def _each(self, context: Context, work: Callable[[ResourceRun], Report]) -> Report:
-        return appmetrica_job.every_resource(
-            self.pull, self.exports, self.resources, context, work, recount_days=self.recount_days
-        )
+        runs = {}
+        for resource in (resources()[name] for name in self.resources):
+            run = PartitionRun(self.pull, context, appmetrica_hours.partition_of(self.exports, resource))
+            runs[run.name] = ResourceRun(run, self.exports, resource, self.recount_days)
+        return self.pull.run_each(context, runs, work)
 
-    def verification(self, stop: Stop) -> appmetrica_verify.AppMetricaEnds:
+    def verification(self, stop: Stop) -> appmetrica_job.AppMetricaEnds:
         known = [resources()[name] for name in self.resources]
-        return appmetrica_verify.AppMetricaEnds(self.pull, self.exports, known, stop)
+        return appmetrica_job.AppMetricaEnds(self.pull, self.exports, known, stop)
 
     @property
     def chart(self) -> PullChart:

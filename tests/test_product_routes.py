@@ -80,6 +80,10 @@ def test_a_range_over_new_year_without_events_has_an_empty_file_for_each_week(pr
         ({"start": "2024-02-1", "end": "20240301", "source": "web"}, 422),
         ({"start": "20240302", "end": "20240301", "source": "web"}, 422),
         ({"start": "20230101", "end": "20240301", "source": "web"}, 422),
+        ({"start": "99991231", "end": "99991231", "source": "web"}, 422),
+        ({"start": "21071231", "end": "21080101", "source": "web"}, 422),
+        ({"start": "00010101", "end": "00010101", "source": "web"}, 422),
+        ({"start": "19800106", "end": "19800107", "source": "web"}, 422),
         ({"start": "20240301", "end": "20240301", "source": "tv"}, 422),
         ({"start": "20240301", "end": "20240301", "source": "mobile"}, 409),
     ],
@@ -204,5 +208,5 @@ def test_nothing_is_configured_says_what_to_set(daemons: Daemons) -> None:
     assert daemon.get("/appmetrica/ping").json["status"] == "unconfigured"
     assert daemon.get("/appmetrica/fetch-export?export_id=1").status == 409
     assert daemon.get(WEEK).status == 409
-    assert daemon.job("amplitude")["off"].startswith("off: set AMPLITUDE_WEB_CLIENT_ID")
-    assert daemon.job("appmetrica")["off"].startswith("off: set APPMETRICA_API_KEY")
+    assert daemon.job("amplitude")["off"].startswith("set AMPLITUDE_WEB_CLIENT_ID")
+    assert daemon.job("appmetrica")["off"].startswith("set APPMETRICA_API_KEY")

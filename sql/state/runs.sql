@@ -3,11 +3,11 @@
 -- name: save_run
 -- Insert or replace the record of one run.
 INSERT INTO runs (
-    run_id, job, started_at, ended_at, outcome, rows, bytes, windows, late_rows, corrected_rows, failures, more, error,
-    hint, ledger
+    run_id, job, started_at, ended_at, outcome, rows, bytes, windows, late_rows, corrected_rows, new_rows, failures, more,
+    error, hint, ledger
 ) VALUES (
-    :run_id, :job, :started_at, :ended_at, :outcome, :rows, :bytes, :windows, :late_rows, :corrected_rows, :failures, :more,
-    :error, :hint, :ledger
+    :run_id, :job, :started_at, :ended_at, :outcome, :rows, :bytes, :windows, :late_rows, :corrected_rows, :new_rows,
+    :failures, :more, :error, :hint, :ledger
 )
 ON CONFLICT (run_id) DO UPDATE SET
     job = excluded.job,
@@ -19,6 +19,7 @@ ON CONFLICT (run_id) DO UPDATE SET
     windows = excluded.windows,
     late_rows = excluded.late_rows,
     corrected_rows = excluded.corrected_rows,
+    new_rows = excluded.new_rows,
     failures = excluded.failures,
     more = excluded.more,
     error = excluded.error,
@@ -96,8 +97,10 @@ UPDATE job_totals SET ended_at = :ended_at WHERE job = :job AND ended_at > :ende
 
 -- name: add_total
 -- Add one ended run to the sums of its job and outcome.
-INSERT INTO job_totals AS held (job, outcome, runs, rows, bytes, windows, late_rows, corrected_rows, ended_at)
-VALUES (:job, :outcome, 1, :rows, :bytes, :windows, :late_rows, :corrected_rows, :ended_at)
+INSERT INTO job_totals AS held (
+    job, outcome, runs, rows, bytes, windows, late_rows, corrected_rows, new_rows, ended_at
+)
+VALUES (:job, :outcome, 1, :rows, :bytes, :windows, :late_rows, :corrected_rows, :new_rows, :ended_at)
 ON CONFLICT (job, outcome) DO UPDATE SET
     runs = held.runs + 1,
     rows = held.rows + excluded.rows,
@@ -105,6 +108,7 @@ ON CONFLICT (job, outcome) DO UPDATE SET
     windows = held.windows + excluded.windows,
     late_rows = held.late_rows + excluded.late_rows,
     corrected_rows = held.corrected_rows + excluded.corrected_rows,
+    new_rows = held.new_rows + excluded.new_rows,
     ended_at = CASE WHEN held.ended_at > excluded.ended_at THEN held.ended_at ELSE excluded.ended_at END;
 
 -- name: totals

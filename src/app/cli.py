@@ -89,13 +89,13 @@ def google(*, no_browser: bool, as_json: bool) -> int:
     """Ask for a user's consent in a browser and keep the token."""
     settings = configured()
     from app.core.errors import Permanent
-    from app.dynamo_to_drive import credentials, job
+    from app.dynamo_to_drive import drive, job
 
     where = job.given_of(settings)
     if where is None:
         raise Permanent("no Google credentials are set", "set GOOGLE_CREDENTIALS_FILE to the client secrets file")
     with redirect_stdout(sys.stderr):  # the address, which the library prints
-        kept = credentials.consent(where, open_browser=not no_browser)
+        kept = drive.consent(where, open_browser=not no_browser)
     from app.ops import commands
 
     text = f"the token is kept in {kept}; it is renewed there"
@@ -143,7 +143,10 @@ def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date |
 def instant(text: str) -> datetime:
     """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
     at = datetime.fromisoformat(text)
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    try:
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError as error:  # an offset at either end of time
+        raise ValueError(text) from error
 
 
 def refuse_nonsense(top: argparse.ArgumentParser, given: Mapping[str, Any]) -> None:

@@ -36,13 +36,12 @@ if TYPE_CHECKING:
 
     from app.amplitude.client import Project
     from app.analytics.service import Analytics
-    from app.appmetrica.export_request import Exports
+    from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
     from app.object_store.s3 import S3Store, S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
-    from app.ops.verification_routes import Proof
     from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
@@ -123,9 +122,33 @@ def front(service: Inside) -> Front:
 def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteScopes]:
     """The FastAPI application, whose import takes longer than everything else at the start; what its routes declare."""
     from app.analytics import routes as report_routes
-    from app.ops import dashboard, routes, verification_routes
+    from app.ops import page_data, pages, routes
+    from app.ops.delivery_map import DeliveryMaps
+    from app.ops.verification import Proofs
     from app.web.api import build_api, route_scopes
 
+    pipelines, scheduler = service.pipelines, service.scheduler
+    maps = DeliveryMaps(pipelines.charts, service.state.pages, service.clock)
+    proofs = Proofs(
+        pipelines.verifications,
+        scheduler.stop,
+        service.clock,
+        # Who has just verified a job should not see a map that was drawn before.
+        looked=maps.forget,
+        healed=lambda job, slot: maps.healed(job, slot.partition, slot.window),
+    )
+    parts = page_data.PageParts(
+        scheduler=scheduler,
+        pages=service.state.pages,
+        maps=maps,
+        proofs=proofs,
+        histories=pipelines.histories,
+        clock=service.clock,
+        stale=lambda: frozenset(service.alerts.stale),
+        ahead_seconds=lambda: service.alerts.ahead_seconds,
+        unreachable=probes.unreachable,
+        log_file=service.settings.service.log_file,
+    )
     ops = routes.Operations(
         probes=probes,
         guard=guard,
@@ -142,12 +165,15 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         state_clock=service.state.clocks.now,
         ahead_seconds=lambda: service.alerts.ahead_seconds,
         troubles=lambda: {**{name: {} for name in service.pipelines.listed}, **service.state.checkpoints.troubles()},
+        pages=service.state.pages,
+        maps=maps,
+        proofs=proofs,
     )
     about = service.settings.service
     routers = [
-        dashboard.build(guard, lambda: routes.overview(ops)),
+        pages.build(guard, lambda: routes.overview(ops)),
+        page_data.build(parts),
         routes.build(ops),
-        verification_routes.build(proof(service)),
         warehouse_routes(service),
         object_routes(service),
         report_routes.build(service.analytics),
@@ -155,19 +181,6 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
     ]
     built = build_api(about.title, about.version, about.description, routers)
     return report_routes.Quick(built, service.analytics), route_scopes(built)
-
-
-def proof(service: Inside) -> "Proof":
-    """Verification, healing and the gap map."""
-    from app.ops.gap_map_cache import Atlas
-    from app.ops.verification import Proofs
-    from app.ops.verification_routes import Proof
-
-    pipelines, scheduler = service.pipelines, service.scheduler
-    atlas = Atlas(pipelines.charts)
-    # Who has just verified a job should not see a map that was drawn before.
-    proofs = Proofs(pipelines.verifications, scheduler.stop, service.clock, looked=atlas.forget)
-    return Proof(scheduler, proofs, atlas, pipelines.verifications, service.clock)
 
 
 def warehouse_routes(service: Inside) -> "APIRouter":

@@ -47,12 +47,12 @@ def test_a_whole_export_is_read() -> None:
 @pytest.mark.parametrize(
     ("body", "kind", "said"),
     [
-        (b"<html>sign in</html>", Transient, "no whole zip"),
-        (export()[:-30], Transient, "no whole zip"),
-        (export().replace(TEXT, TEXT[:-1] + b"!"), Transient, "no whole zip: Bad CRC-32"),
-        (with_field(export(), 6, 1), Permanent, "a kind that cannot be read: .* encrypted"),
-        (with_field(export(), 8, 99), Permanent, "a kind that cannot be read: .* compression method"),
-        (with_field(export(), 4, 99), Permanent, "a kind that cannot be read: zip file version 9.9"),
+        (b"<html>sign in</html>", Transient, "not a complete zip"),
+        (export()[:-30], Transient, "not a complete zip"),
+        (export().replace(TEXT, TEXT[:-1] + b"!"), Transient, "not a complete zip: Bad CRC-32"),
+        (with_field(export(), 6, 1), Permanent, "a format that cannot be read: .* encrypted"),
+        (with_field(export(), 8, 99), Permanent, "a format that cannot be read: .* compression method"),
+        (with_field(export(), 4, 99), Permanent, "a format that cannot be read: zip file version 9.9"),
         (export("100/somewhere/else.txt"), Permanent, "which tells no hour"),
         (export(NAME.replace("-07_9", "-08_9")), Permanent, "which is of another time"),
     ],

@@ -135,7 +135,7 @@ def test_a_file_in_the_folder_is_a_report_with_typed_parameters(served: Daemon) 
 def test_the_list_names_parameters_and_columns_and_what_is_wrong_with_a_report(served: Daemon) -> None:
     listed = {each["name"]: each for each in served.get("/analytics").json["reports"]}
     assert listed.keys() == {
-        "overview", "daily_summary", "devices", "device_latest", "over_time", "my_own", "wrong",
+        "overview", "daily_summary", "rows_by_day", "devices", "device_latest", "over_time", "my_own", "wrong",
     }  # fmt: skip
     assert [each["name"] for each in listed["my_own"]["parameters"]] == ["least", "on"]
     assert listed["daily_summary"]["columns"][1] == {"name": "date", "type": "DATE"}
@@ -156,9 +156,9 @@ def test_the_schema_names_every_column_with_its_types_and_how_many_objects_have_
 def test_the_page_and_its_parts_come_from_here_and_nowhere_else(served: Daemon) -> None:
     page = served.get("/analytics/explore")
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-    for path in ("/assets/elements.js", "/assets/explore.js", "/assets/explore.css"):
+    for path in ("/assets/common.js", "/assets/explore.js", "/assets/pages.css"):
         assert served.get(path).status == 200
-    for text in (page.text, served.get("/assets/explore.js").text, served.get("/assets/explore.css").text):
+    for text in (page.text, served.get("/assets/explore.js").text, served.get("/assets/pages.css").text):
         assert "https://" not in text
     assert 'href="analytics/explore"' in served.get("/").text
 

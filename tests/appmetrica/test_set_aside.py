@@ -250,7 +250,7 @@ def test_no_hour_counts_as_landed_while_its_bad_rows_cannot_be_kept(world: World
 
 
 def pull_columns(simulator: AppMetricaSimulator, pull: MetricaPull) -> Sequence[str]:
-    from app.appmetrica.export_request import resources
+    from app.appmetrica.client import resources
 
     assert simulator.state.application_id == pull.exports.service.application_id
     return resources()["events"].columns

@@ -4,7 +4,18 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from app.core.windows import EPOCH, Age, Window, age_of, floor_to, next_midnight, window_at, windows_between
+from app.core.errors import Rejected
+from app.core.windows import (
+    EPOCH,
+    Age,
+    Window,
+    age_of,
+    floor_to,
+    next_midnight,
+    refuse_future,
+    window_at,
+    windows_between,
+)
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 HOUR, SECOND, INSTANT = timedelta(hours=1), timedelta(seconds=1), timedelta(microseconds=1)
@@ -75,3 +86,13 @@ EAST = timezone(HOUR)
 def test_a_window_that_is_empty_or_not_in_utc_cannot_be_made(start: datetime, end: datetime) -> None:
     with pytest.raises(ValueError, match="must"):
         Window(start, end)
+
+
+def test_a_span_that_has_not_begun_or_ends_after_today_is_in_the_future() -> None:
+    midnight = next_midnight(NOON)
+    for span in (Window(NOON - INSTANT, NOON), Window(EPOCH, midnight), Window(NOON - INSTANT, midnight)):
+        refuse_future(span, NOON)
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+    for span in (Window(NOON, midnight), Window(NOON - HOUR, midnight + INSTANT), Window(last - HOUR, last)):
+        with pytest.raises(Rejected, match="lies in the future"):
+            refuse_future(span, NOON)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_only_the_last_merges_can_be_taken_back(tmp_path: Path) -> None:
     here.undo(here.loads[1].run_id)
     assert here.master == b"k,a\nx,1\n"
     assert not [name for name in here.names(InboxPaths(here.config).loads) if name.endswith(".undo")]
+
+
+def test_merges_after_a_clock_was_set_back_are_the_newest_and_can_be_taken_back(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("0.csv", "k,a\nx,0\n")
+    ahead = here.work()
+    here.drop("1.csv", "k,a\nx,1\n")
+    run(replace(ahead, clock=lambda: datetime.now(UTC) + timedelta(days=400)))
+    here.take("2.csv", "k,a\nx,2\n")
+    here.take("3.csv", "k,a\nx,3\n")
+    assert [load.file for load in here.loads] == ["3.csv", "2.csv", "1.csv", "0.csv"]
+    here.undo(here.loads[0].run_id)
+    assert here.master == b"k,a\nx,2\n"
+    here.undo(here.loads[2].run_id)
+    assert here.master == b"k,a\nx,0\n"
 
 
 def test_a_full_log_moves_aside_and_five_older_ones_are_kept(tmp_path: Path) -> None:

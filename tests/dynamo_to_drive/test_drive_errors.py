@@ -7,7 +7,7 @@ import pytest
 from google.auth.exceptions import RefreshError, TransportError
 
 from app.core.errors import Permanent, Transient
-from app.dynamo_to_drive.drive_errors import answered, failed
+from app.dynamo_to_drive.drive import answered, failed
 
 
 def old(reason: str, **more: Any) -> bytes:

@@ -13,8 +13,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import RetryPolicy
 from app.core.runs import Stop
 from app.dynamo_to_drive import job
-from app.dynamo_to_drive.credentials import Given
-from app.dynamo_to_drive.drive import Drive, DriveService, Patience
+from app.dynamo_to_drive.drive import Drive, DriveService, Given
 from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault
 
@@ -111,7 +110,7 @@ def test_the_answer_that_came_too_late_is_not_taken_for_that_of_the_next_call(sh
     ship.run()
     given = Given(None, json.dumps(ship.token), ship.folder / "token")
     service = DriveService(given, ship.drive.url, TIMEOUT_SECONDS)
-    drive = Drive(service, Patience(RetryPolicy(attempts=1), Stop(), random.random))
+    drive = Drive(service, RetryPolicy(attempts=1), Stop())
     held = [drive.get(ship.drive.named(name)[0].file_id) for name in sorted(ship.files)]
     assert held[0] is not None
     assert held[1] is not None

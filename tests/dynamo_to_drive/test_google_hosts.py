@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.dynamo_to_drive.credentials import Given, credentials
+from app.dynamo_to_drive.drive import Given, credentials
 from simulators.google_oauth import Tokens
 
 HOST = "http://127.0.0.1:9"

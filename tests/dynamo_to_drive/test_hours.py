@@ -3,7 +3,8 @@
 import csv
 import io
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_a_file_that_a_person_made_unreadable_is_made_anew_with_a_warning(
     with caplog.at_level(logging.WARNING):
         ship.run()
     assert ship.text(HOUR_12) == before
-    assert "is no CSV of ours" in caplog.text
+    assert "is not a CSV file of ours" in caplog.text
 
 
 def test_a_file_in_the_directory_that_a_person_made_unreadable_is_named_and_left(ship: Shipping) -> None:
@@ -236,7 +237,14 @@ def test_of_two_files_of_a_name_the_oldest_is_updated_and_the_other_trashed(
     assert "more than once" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["spreadsheet", "folder", "shortcut", "document"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(f"application/vnd.google-apps.{kind}" for kind in ("spreadsheet", "folder", "shortcut", "drive-sdk.7")),
+        "application/pdf",
+        "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    ],
+)
 @pytest.mark.parametrize("is_older", [True, False], ids=["older", "newer"])
 def test_what_is_no_file_but_has_its_name_is_left_alone_and_told_once(
     ship: Shipping,
@@ -247,7 +255,7 @@ def test_what_is_no_file_but_has_its_name_is_left_alone_and_told_once(
     of = {"id": "theirs", "name": HOUR_12, "parent": ship.drive.folder_id, "drive_id": ship.drive.state.shared_drive}
 
     def put_theirs() -> None:
-        ship.drive.state.files.add({**of, "mime_type": f"application/vnd.google-apps.{kind}"})
+        ship.drive.state.files.add({**of, "mime_type": kind})
 
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
@@ -265,19 +273,49 @@ def test_what_is_no_file_but_has_its_name_is_left_alone_and_told_once(
         with closing(ship.export()) as export:
             export.chart.cells(export.chart.partitions()[0], Window(START, START + timedelta(hours=1)))
     assert ship.drive.state.files.held["theirs"] == theirs
-    assert len(ship.text(HOUR_12).splitlines()) == 9
-    assert caplog.text.count(f"a Google {kind} has the same name") == 1
+    (ours,) = (file for file in ship.drive.named(HOUR_12) if file.file_id != "theirs")
+    assert len(ours.content.splitlines()) == 9
+    told = kind.replace("application/vnd.google-apps.", "a Google ")
+    assert caplog.text.count(f"{told} has the same name") == 1
 
 
-def test_a_directory_that_has_the_name_of_a_file_is_named(ship: Shipping) -> None:
+def test_a_csv_that_a_person_uploaded_from_windows_is_the_file_of_its_hour(ship: Shipping) -> None:
+    of = {"id": "x1", "name": HOUR_12, "parent": ship.drive.folder_id, "drive_id": ship.drive.state.shared_drive}
+    ship.drive.state.files.add({**of, "mime_type": "application/vnd.ms-excel"}, b"datetime_utc,temp\r\n")
+    ship.put_rows(START, 5)
+    ship.now = START + 5 * MINUTE
+    ship.run()
+    assert [file.file_id for file in ship.drive.named(HOUR_12)] == ["x1"]
+
+
+def test_a_shortcut_in_the_place_of_the_folder_is_one_clear_line(ship: Shipping) -> None:
+    shortcut = {"id": "sc", "name": "sc", "parent": ship.drive.folder_id, "drive_id": ship.drive.state.shared_drive}
+    ship.drive.state.files.add({**shortcut, "mime_type": "application/vnd.google-apps.shortcut"})
+    ship.extra["GOOGLE_DRIVE_FOLDER_ID"] = "sc"
+    with pytest.raises(Permanent, match="is a shortcut"):
+        ship.run()
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(Path.mkdir, "a directory"), (os.mkfifo, "not a regular file"), (dangling, "not a regular file")],
+)
+def test_what_is_no_file_but_has_its_name_in_the_directory_is_named(
+    ship: Shipping, make: Callable[[Path], None], what: str
+) -> None:
     ship.extra = dict.fromkeys(google_variables(), "")
-    (ship.folder / "drive" / HOUR_12).mkdir(parents=True)
+    (ship.folder / "drive").mkdir()
+    make(ship.folder / "drive" / HOUR_12)
     ship.put_rows(START, 5)
     ship.now = START + 5 * MINUTE
     with pytest.raises(Permanent) as refused:
         ship.run()
     assert (refused.value.message, refused.value.hint[:12]) == (
-        f"{ship.folder / 'drive' / HOUR_12}: is a directory",
+        f"{ship.folder / 'drive' / HOUR_12}: is {what}",
         "move it away",
     )
 

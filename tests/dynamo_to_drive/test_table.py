@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNCOUNTED
 from app.core.runs import Stop
 from app.core.windows import Window
-from app.dynamo_to_drive.access_path import Plan, ReadSettings, plan_of
+from app.dynamo_to_drive.access_path import Plan, Target, plan_of
 from app.dynamo_to_drive.hour_file import Accounts
 from app.dynamo_to_drive.rows import items_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, Target
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable
 from fault_proxy import FaultProxy, answer, lose_answer
 from shipping import START, shipping
 
@@ -50,8 +51,13 @@ def make_table(port: int, name: str, key: tuple[str, ...], types: str, **more: A
     return client
 
 
-def text_of(port: int, wanted: ReadSettings, unit: str = "s") -> str:
-    table = DynamoTable(Target(wanted, unit, "us-east-1", f"http://127.0.0.1:{port}", "a", "b"))
+def at(port: int, wanted: Target, unit: str) -> Target:
+    url = f"http://127.0.0.1:{port}"
+    return replace(wanted, unit=unit, endpoint_url=url, access_key_id="a", secret_access_key="b")
+
+
+def text_of(port: int, wanted: Target, unit: str = "s") -> str:
+    table = DynamoTable(at(port, wanted, unit))
     try:
         source = DynamoSource(table, "p", Stop(), accounts=Accounts(wanted.timestamp), now=HOUR.end)
         hour = source.read("p", HOUR, UNCOUNTED, None)
@@ -69,7 +75,7 @@ def test_a_query_of_the_key_reads_every_page_of_the_hour_and_no_more(port: int) 
             row = {"static_partition": {"S": "data"}, "datetime_utc": {"S": at}, "note": {"S": "x" * 300_000}}
             client.put_item(TableName="paged", Item=row)
     client.close()
-    lines = text_of(port, ReadSettings("paged", "datetime_utc", (), 0)).splitlines()
+    lines = text_of(port, Target("paged", "datetime_utc", (), 0)).splitlines()
     assert [line[:20] for line in lines[1:]] == [f"2026-02-07T12:00:0{number}Z" for number in range(5)]
 
 
@@ -79,7 +85,7 @@ def test_a_numeric_sort_key_includes_the_start_and_not_the_end_of_the_hour(port:
     for at in (first - 1, first, first + 3_599_999, first + 3_600_000):
         client.put_item(TableName="numbers", Item={"device": {"S": "d1"}, "at": {"N": str(at)}})
     client.close()
-    text = text_of(port, ReadSettings("numbers", "at", ("d1",), 0), "ms")
+    text = text_of(port, Target("numbers", "at", ("d1",), 0), "ms")
     assert text == f"at\r\n{first}\r\n{first + 3_599_999}\r\n"
 
 
@@ -94,7 +100,7 @@ def test_an_index_with_everything_is_queried_for_each_partition_value(port: int)
         at = {"S": "2026-02-07 12:00:00.5+00:00"}
         client.put_item(TableName="indexed", Item={"id": {"S": str(number)}, "d": {"S": device}, "at": at})
     client.close()
-    text = text_of(port, ReadSettings("indexed", "at", ("a", "b"), 0))
+    text = text_of(port, Target("indexed", "at", ("a", "b"), 0))
     assert text == "at,d,id\r\n2026-02-07 12:00:00.5+00:00,b,0\r\n2026-02-07 12:00:00.5+00:00,a,1\r\n"
 
 
@@ -104,7 +110,7 @@ def test_a_scan_finds_text_and_numbers_in_order(port: int) -> None:
         at = {"S": f"2026-02-07T12:00:{39 - number:02d}Z"}
         client.put_item(TableName="scanned", Item={"id": {"S": str(number)}, "at": at})
     client.close()
-    lines = text_of(port, ReadSettings("scanned", "at", (), 1 << 30)).splitlines()
+    lines = text_of(port, Target("scanned", "at", (), 1 << 30)).splitlines()
     assert lines[0] == "at,id"
     assert lines[1:] == sorted(lines[1:])
     assert len(lines) == 41
@@ -117,12 +123,12 @@ def test_a_table_above_the_limit_is_not_scanned() -> None:
         "TableSizeBytes": 2,
     }
     with pytest.raises(Permanent, match="can only be scanned"):
-        plan_of(table, ReadSettings("t", "at", (), 1))
+        plan_of(table, Target("t", "at", (), 1))
 
 
 def test_a_missing_table_is_one_clear_line(port: int) -> None:
     with pytest.raises(Permanent) as refused:
-        text_of(port, ReadSettings("missing", "at", (), 0))
+        text_of(port, Target("missing", "at", (), 0))
     assert "DYNAMODB_TABLE_NAME" in refused.value.hint
 
 
@@ -135,10 +141,10 @@ def test_throttling_and_lost_answers_are_waited_for_and_an_outage_is_transient(p
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.add(answer(400, slow))
         proxy.add(lose_answer())
-        assert len(text_of(proxy.port, ReadSettings("faulty", "datetime_utc", (), 0)).splitlines()) == 2
+        assert len(text_of(proxy.port, Target("faulty", "datetime_utc", (), 0)).splitlines()) == 2
         proxy.add(answer(500), times=50)
         with pytest.raises(Transient):
-            text_of(proxy.port, ReadSettings("faulty", "datetime_utc", (), 0))
+            text_of(proxy.port, Target("faulty", "datetime_utc", (), 0))
 
 
 @pytest.mark.parametrize("body", [b"{}", b"<html>a proxy</html>", b'{"Items":5,"Count":0}'])
@@ -146,7 +152,7 @@ def test_an_answer_of_something_else_is_not_an_empty_hour(port: int, body: bytes
     with FaultProxy("127.0.0.1", port) as proxy:
         proxy.add(answer(200, body), times=5)
         with pytest.raises(Transient) as refused:
-            text_of(proxy.port, ReadSettings("any", "at", (), 0))
+            text_of(proxy.port, Target("any", "at", (), 0))
     assert "DYNAMODB_ENDPOINT_URL" in refused.value.hint
 
 
@@ -156,9 +162,7 @@ def test_an_empty_key_to_go_on_from_ends_a_listing_and_an_empty_page_with_a_key_
         return json.dumps({"Items": items, "Count": len(at), "ScannedCount": 1, "LastEvaluatedKey": last}).encode()
 
     with FaultProxy("127.0.0.1", port) as proxy:
-        table = DynamoTable(
-            Target(ReadSettings("any", "at", (), 0), "s", "us-east-1", f"http://127.0.0.1:{proxy.port}", "a", "b")
-        )
+        table = DynamoTable(at(proxy.port, Target("any", "at", (), 0), "s"))
         for body in (page({"id": {"S": "0"}}), page({"id": {"S": "1"}}, "1"), page({}, "2")):
             proxy.add(answer(200, body))
         found = [items_of(taken) for taken in table.pages("scan", {"TableName": "any"}, Stop())]
@@ -214,6 +218,6 @@ def test_only_an_active_complete_index_on_the_timestamp_serves(index: dict[str, 
         "AttributeDefinitions": [{"AttributeName": name, "AttributeType": "S"} for name in ("id", "d", "at")],
         "GlobalSecondaryIndexes": [{**one, **index}],
     }
-    plan: Plan = plan_of(table, ReadSettings("t", "at", ("x",), 1))
+    plan: Plan = plan_of(table, Target("t", "at", ("x",), 1))
     assert plan.scans is scans
     assert plan.consistent is scans

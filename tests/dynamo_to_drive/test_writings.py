@@ -248,6 +248,25 @@ def test_a_wrong_unit_is_named_by_the_run_and_by_check(
         assert ship.ping() == "may describe and query; the table"
 
 
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_a_date_that_was_taken_for_seconds_lies_ahead_and_is_told_by_the_run_and_by_check(
+    tmp_path: Path,
+    is_scanned: bool,  # noqa: FBT001 - pytest gives it by name
+) -> None:
+    key = ("static_partition", "id") if is_scanned else ("static_partition", "datetime_utc")
+    with shipping(tmp_path, key=key, types=("S", "N")) as ship:
+        ship.extra = dict(LOCAL)
+        right = {"N": str(int((START + 29 * MINUTE).timestamp()))}
+        items = ({"N": "2026020712"}, right)  # the first one means 12:00, and is read as a second of 2034
+        for number, at in enumerate(items):
+            ship.put({"static_partition": {"S": "data"}, "datetime_utc": at, "id": {"N": str(number)}})
+        ship.now = START + 30 * MINUTE
+        report = ship.run()
+        assert report.rows == 1
+        assert any("datetime_utc 2026020712 lies ahead of now" in note for note in report.notes)
+        assert "datetime_utc 2026020712 lies ahead of now" in ship.ping()
+
+
 def test_an_empty_table_is_well_and_partition_values_that_nothing_has_are_not(ship: Shipping) -> None:
     ship.now = START + 30 * MINUTE
     assert ship.run().ledger.total == Tally()

@@ -104,7 +104,7 @@ def test_an_unknown_measurement_is_an_error_for_listed_devices_too(exporter: Exp
 
 
 def test_without_a_source_the_jobs_say_what_to_set(exporter: Exporter) -> None:
-    assert [job.off for job in exporter.export(INFLUXDB_URL="").jobs] == ["off: set INFLUXDB_URL"] * 2
+    assert [job.off for job in exporter.export(INFLUXDB_URL="").jobs] == ["set INFLUXDB_URL"] * 2
 
 
 def test_points_without_a_device_are_set_aside_as_they_are(exporter: Exporter) -> None:

@@ -68,7 +68,7 @@ def test_every_command_that_makes_a_key_runs_as_it_is_printed() -> None:
     texts = [page.read_text(encoding="utf-8") for page in pages if page.suffix in (".md", ".py", ".html", ".yaml")]
     commands = {command.strip().rstrip('".;') for text in texts for command in MADE.findall(text)}
     commands -= {"keys new helper --scopes {wanted}", "keys new --help"}
-    assert len(commands) > 3
+    assert len(commands) >= 3
     for command in commands:
         given = vars(cli.parser().parse_args(shlex.split(command)))
         with redirect_stdout(StringIO()) as out:

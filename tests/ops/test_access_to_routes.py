@@ -72,7 +72,7 @@ def test_the_documentation_pages_need_a_key_where_there_are_keys(guarded: Daemon
 
 
 def test_probes_and_the_empty_page_stay_open(guarded: Daemon) -> None:
-    for path in ("/health", "/ready", "/", "/assets/dashboard.js", "/assets/gaps.js", "/assets/dashboard.css"):
+    for path in ("/health", "/ready", "/", "/runs", "/run", "/assets/common.js", "/assets/map.js", "/assets/pages.css"):
         assert guarded.get(path).status in (200, 503), path
 
 

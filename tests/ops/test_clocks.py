@@ -93,7 +93,7 @@ def test_a_damaged_state_is_said_in_the_log_in_ready_and_by_check(
     ready = daemon.until(lambda: (answer := daemon.get("/ready")).status == 200 and answer.json)
     (moved,) = (tmp_path / "data").glob(f"{FILE}.damaged-*")
     assert moved.name in ready["notes"]["checkpoint_store_connected"]
-    assert daemon.log.count(f"moved to {moved.name}, a new state is made") == 1
+    assert daemon.log.count(f"moved to {moved.name} and re-created") == 1
     daemon.until(lambda: daemon.job("quick")["last_run"])
     done = shell.run("quick_jobs", "check")
     assert done.returncode == 0, done.stdout + done.stderr

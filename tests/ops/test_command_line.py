@@ -94,6 +94,8 @@ def test_backfill_takes_instants_in_utc_and_refuses_an_empty_span(shell: Shell) 
     assert done.stdout.startswith("quick ok: 3600 rows")
     assert shell.run("quick_jobs", "backfill", "quick", "--from", "2026-02-02", "--to", "2026-02-01").returncode == 2
     assert shell.run("quick_jobs", "backfill", "quick", "--from", "soon", "--to", "2026-02-01").returncode == 2
+    future = shell.run("quick_jobs", "backfill", "quick", "--from", "2026-02-01", "--to", "2999-01-01")
+    assert (future.returncode, "lies in the future" in future.stderr) == (1, True)
     span = ("--from", "2026-02-01", "--to", "2026-02-02")
     assert shell.run("quick_jobs", "backfill", "quick", *span, "--allow-shrink").returncode == 2
     refused = shell.run("quick_jobs", "backfill", "quick", *span, "--replace")

@@ -53,7 +53,7 @@ def test_with_no_configuration_the_service_is_ready_small_and_has_its_pages(daem
             "dwh_connected": True,
         },
     }
-    for path in ("/", "/docs", "/redoc", "/openapi.json", "/assets/dashboard.js", "/assets/dashboard.css"):
+    for path in ("/", "/docs", "/redoc", "/openapi.json", "/runs", "/run", "/assets/overview.js", "/assets/pages.css"):
         assert daemon.get(path).status == 200, path
     pages = daemon.get("/").text + daemon.get("/docs").text + daemon.get("/redoc").text
     assert not re.search(r'(?:src|href)="(?:https?:)?//', pages), "a page asks another server"
@@ -176,6 +176,8 @@ def test_jobs_are_run_paused_resumed_and_filled_over_http(daemons: Daemons) -> N
         ("/ops/jobs/failing/backfill", {"from": "2026-02-01T00:00:00Z", "to": "2026-02-02T00:00:00Z"}, 400),
         ("/ops/jobs/quick/backfill", {"from": "2026-02-02T00:00:00Z", "to": "2026-02-01T00:00:00Z"}, 422),
         ("/ops/jobs/quick/backfill", {"from": "2026-02-01T00:00:00", "to": "2026-02-02T00:00:00Z"}, 422),
+        ("/ops/jobs/quick/backfill", {"from": "2999-01-01T00:00:00Z", "to": "2999-01-02T00:00:00Z"}, 422),
+        ("/ops/jobs/quick/backfill", {"from": "2026-02-01T00:00:00Z", "to": "9999-12-31T23:59:59Z"}, 422),
         ("/ops/jobs/quick/backfill", {"from": 1e400, "to": "x"}, 422),
         ("/ops/jobs/quick/backfill", None, 422),
         ("/nowhere", None, 404),

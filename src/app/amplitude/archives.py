@@ -63,7 +63,7 @@ class Archive:
 
 @contextmanager
 def opened(file: BinaryIO, span: Window) -> Iterator[Archive]:
-    """The export in `file`. Raises Transient when it is no zip, or not a whole one."""
+    """The export in `file`. Raises Transient when it is not a complete zip."""
     with read_errors():
         archive = readable(lambda: zipfile.ZipFile(file))
     with archive:
@@ -76,7 +76,7 @@ def read_errors() -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise Transient(f"the export is no whole zip: {error or type(error).__name__}", AGAIN) from error
+        raise Transient(f"the export is not a complete zip: {error or type(error).__name__}", AGAIN) from error
 
 
 def readable(opening: Callable[[], T]) -> T:
@@ -84,7 +84,7 @@ def readable(opening: Callable[[], T]) -> T:
     try:
         return opening()
     except RuntimeError as error:  # zipfile: of encryption, and of versions and methods of packing
-        raise Permanent(f"the export is a zip of a kind that cannot be read: {error}", "please report it") from error
+        raise Permanent(f"the export is a zip in a format that cannot be read: {error}", "please report it") from error
 
 
 def _member(name: str) -> Member:
@@ -99,7 +99,7 @@ def _member(name: str) -> Member:
         ) from error
 
 
-# Gzip members joined to one deflate stream without compressing anything anew.
+# Gzip members joined to one deflate stream without compressing anything again.
 #
 # A member is inflated only to learn where its blocks end; its compressed bytes are copied, the mark of its last block
 # is cleared, and an empty stored block fills the last byte, as zlib's own examples/gzjoin.c does. Invariants: the
@@ -185,7 +185,7 @@ class _Input:
         """Read on once nothing is left; what goes out of the buffer. Raises Transient at the end of the stream."""
         piece = self._stream.read(PIECE_BYTES)
         if not piece:
-            raise Transient("a member of the archive ends in the middle", CUT)
+            raise Transient("a member of the archive is cut short", CUT)
         kept = min(self.position, 1)
         gone = self.position - kept
         out = bytes(self._buffer[self.start : max(self.start, gone)])
@@ -196,7 +196,7 @@ class _Input:
         return out
 
     def more(self) -> bool:
-        """True when another member follows. What fills up the last sector of a tape is none."""
+        """True when another member follows. Zeros that pad the last sector of a tape are skipped."""
         while True:
             while self.left and not self._buffer[self.position]:
                 self.position += 1
@@ -329,7 +329,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
     if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
         raise Permanent(
             f"a member of the archive grows to more than {MAX_RATIO} times its size",
-            "it is no export of events: look at it in the service before it is fetched again",
+            "this is not an export of events: look at it in the service before it is fetched again",
         )
 
 
@@ -390,7 +390,7 @@ def inflated(stream: BinaryIO) -> Iterator[bytes]:
             if inflater.eof:
                 inflater = None
     if inflater is not None:
-        raise Transient("a member of the archive ends in the middle", CUT)
+        raise Transient("a member of the archive is cut short", CUT)
 
 
 # A zip with one NDJSON entry per ISO week, written front to back while its events still arrive.

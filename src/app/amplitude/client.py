@@ -55,19 +55,19 @@ class HourTooLarge(Permanent):
 
 
 class _KeysRefused(Permanent):
-    """The pair of keys is not accepted, which is no fault of any hour."""
+    """The pair of keys is not accepted, which is not the fault of an hour."""
 
 
 class _TooManyRequests(Transient):
-    """Which is no fault of any hour."""
+    """Not the fault of an hour."""
 
 
 class _TooLarge(Exception):
-    """The service cannot answer for so many hours at once. `gave_up`: it did not say so, it only took too long."""
+    """The service cannot answer for so many hours at once. `fault`: what that means for a single hour."""
 
-    def __init__(self, text: str, *, gave_up: bool) -> None:
-        super().__init__(text)
-        self.gave_up = gave_up
+    def __init__(self, fault: AppError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class Project:
 
     def fetch_each(self, span: Window, pauses: Pauses, policy: RetryPolicy = POLICY) -> Iterator[FetchedArchive]:
         """As `fetch_all`, past hours that cannot be had: what fails is halved down to the hour, which comes with its
-        fault. Raises only what is no fault of an hour: a pair of keys that does not serve, too many requests.
+        fault. Raises only what is not the fault of an hour: a pair of keys that does not serve, too many requests.
         """
         return self._pieces(span, pauses, policy, past_faults=True)
 
@@ -128,7 +128,7 @@ class Project:
             try:
                 fetched = retry(partial(self._fetch, piece, pauses), policy, pauses)
             except (_TooLarge, Transient, Permanent) as error:
-                fault = _hopeless(error) if isinstance(error, _TooLarge) else error
+                fault = error.fault if isinstance(error, _TooLarge) else error
                 narrower = isinstance(error, _TooLarge) or past_faults
                 if (
                     not narrower
@@ -163,7 +163,9 @@ class Project:
                 # A page of a proxy, and an archive that was cut, may well come with status 200.
                 if not zipfile.is_zipfile(file):
                     kind = answer.header("content-type") or "nothing"
-                    raise Transient(f"the export of {span} is no whole zip but {kind}", "no action needed if it passes")
+                    raise Transient(
+                        f"the export of {span} is not a complete zip but {kind}", "no action needed if it passes"
+                    )
                 file.seek(0)
             return FetchedArchive(span, file)
 
@@ -177,6 +179,11 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
 
 def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
     """One piece in advance, fetched by a thread of its own."""
+
+    def close_unused(done: Future[FetchedArchive | None]) -> None:
+        if not done.exception() and (fetched := done.result()) is not None:
+            fetched.close()
+
     with ThreadPoolExecutor(1, thread_name_prefix="amplitude-ahead") as pool:
         upcoming = pool.submit(next, pieces, None)
         try:
@@ -184,12 +191,7 @@ def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:
                 upcoming = pool.submit(next, pieces, None)
                 yield fetched
         finally:
-            upcoming.add_done_callback(_close_unused)
-
-
-def _close_unused(done: Future[FetchedArchive | None]) -> None:
-    if not done.exception() and (fetched := done.result()) is not None:
-        fetched.close()
+            upcoming.add_done_callback(close_unused)
 
 
 def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
@@ -198,9 +200,9 @@ def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
     said = f"Amplitude answers {answer.status} for {span}: {text[:300]}"
     match answer.status:
         case HTTPStatus.BAD_REQUEST if TOO_LARGE.search(text):
-            return _TooLarge(said, gave_up=False)
+            return _TooLarge(HourTooLarge(said, LARGE_HINT))
         case HTTPStatus.GATEWAY_TIMEOUT:
-            return _TooLarge(said, gave_up=True)
+            return _TooLarge(Transient(said, LARGE_HINT))  # it did not say so, it only took too long
         case HTTPStatus.TOO_MANY_REQUESTS:
             seconds = answer.retry_after_seconds or BUSY_SECONDS
             return _TooManyRequests(said, "no action needed: it is retried", retry_after_seconds=seconds)
@@ -209,8 +211,3 @@ def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return Transient(said, "no action needed if it passes; else see Amplitude's status page")
     return Permanent(said, "please report it: the service answers in a way that is not known")
-
-
-def _hopeless(error: _TooLarge) -> AppError:
-    """A single hour that cannot be had: said for good, or only this time."""
-    return Transient(str(error), LARGE_HINT) if error.gave_up else HourTooLarge(str(error), LARGE_HINT)

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from app.product_events.mapping import ProductMapping, Tables, cleaned, mapping, rule, storable_json
+from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json
 
 SERVICE = "amplitude"
 JSON_WORD = "json"
@@ -35,18 +35,14 @@ LARGE_LINE = "line above 16 MiB"
 REFUSED = "refused by the warehouse"
 
 
-def _not_kept(_reason: str, _line: bytes, _what: str) -> None:
-    """Refused lines are only counted."""
-
-
 @dataclass(slots=True)
 class HourStats:
     """What an hour came to: `rows` events, `fault_rows` lines that are none, and what tells its events from others'.
 
-    `refuse` is given the reason, the bytes and the place of each line that is no event.
+    `refuse` is given the reason, the bytes and the place of each line that is not an event.
     """
 
-    refuse: Callable[[str, bytes, str], None] = _not_kept
+    refuse: Callable[[str, bytes, str], None] = lambda _reason, _line, _what: None
     rows: int = 0
     faults: list[str] = field(default_factory=list)
     fault_rows: int = 0
@@ -76,7 +72,7 @@ class HourStats:
         self.uuid_sum = (self.uuid_sum + other.uuid_sum) % MODULUS
 
     def refused(self, reason: str, line: bytes, number: int, detail: str) -> None:
-        """Count the line of that number, which is no event. `detail` says what is wrong, without values."""
+        """Count the line of that number, which is not an event. `detail` says what is wrong, without values."""
         what = f"line {number}: {detail}"
         self.fault_rows += 1
         self.refuse(reason, line, what)
@@ -105,9 +101,9 @@ class EventReader:
         self._nested = {head: sorted(path for path in what.words if path.startswith(f"{head}.")) for head in heads}
         raw = {head for head in heads if self._nested[head] or JSON_WORD in what.words.get(head, ())}
         event = _struct("Event", {head: msgspec.Raw if head in raw else _SCALAR for head in heads})
-        self._columns = {head: attrgetter(_attribute(number)) for number, head in enumerate(heads)}
+        self._columns = {head: attrgetter(f"f{number}") for number, head in enumerate(heads)}
         self._scalars = set(heads) - raw
-        self._uuids = rule("uuid")
+        self._uuids = RULES["uuid"]
         self._event = msgspec.json.Decoder(event)
         self._inside = {head: _Inside(paths) for head, paths in self._nested.items() if paths}
 
@@ -123,7 +119,7 @@ class EventReader:
         return self._mapping.tables(columns, len(columns["uuid"]))
 
     def decoded(self, block: bytes) -> dict[str, Sequence[Any]] | None:
-        """All lines at once, as columns by path; None when one of them is no event that can be read so."""
+        """All lines at once, as columns by path; None when one of them cannot be read as an event in this way."""
         try:
             block.decode()  # the decoder does not look into members that nobody reads
             events = self._event.decode_lines(block)
@@ -167,7 +163,10 @@ class EventReader:
 
     def _mended(self, line: bytes) -> bytes:
         """The event of a line in a form that can be decoded and stored."""
-        event = cleaned(dict(_members(json.loads(line))))
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")  # noqa: TRY004 - one of UNREADABLE
+        event = cleaned(found)
         for name in self._scalars & event.keys():
             if isinstance(event[name], dict | list):
                 event[name] = storable_json(event[name])
@@ -184,12 +183,6 @@ class EventReader:
         return columns
 
 
-def _members(found: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(found, dict):
-        return found.items()
-    raise ValueError("it is no object")
-
-
 _SCALAR: Any = str | int | float | bool | None
 
 
@@ -198,7 +191,7 @@ class _Inside:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._takes: Mapping[str, Callable[[Any], Any]] = {
-            path: attrgetter(_attribute(number)) for number, path in enumerate(paths)
+            path: attrgetter(f"f{number}") for number, path in enumerate(paths)
         }
         names = [path.partition(".")[2] for path in paths]
         self._decode = msgspec.json.Decoder(_struct("Inside", dict.fromkeys(names, _SCALAR))).decode
@@ -221,13 +214,9 @@ class _Inside:
             return self._decode(msgspec.json.encode(scalars))
 
 
-def _attribute(number: int) -> str:
-    return f"f{number}"
-
-
 def _struct(name: str, kinds: Mapping[str, Any]) -> Any:
-    fields = [(_attribute(number), kind, None) for number, kind in enumerate(kinds.values())]
-    names = {_attribute(number): head for number, head in enumerate(kinds)}
+    fields = [(f"f{number}", kind, None) for number, kind in enumerate(kinds.values())]
+    names = {f"f{number}": head for number, head in enumerate(kinds)}
     return msgspec.defstruct(name, fields, rename=names, gc=False)
 
 

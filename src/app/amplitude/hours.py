@@ -2,25 +2,243 @@
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from enum import Enum
 from itertools import groupby
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
-from app.amplitude.archives import WEEK, Archive, monday, name_of, opened, weeks
+from app.amplitude.archives import WEEK, Archive, Member, inflated, joined, monday, name_of, opened, weeks
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
-from app.amplitude.load_hour import BrokenHour, SourceHour, hour_key, load_hour, set_aside_name
-from app.core.errors import AppError, Permanent, Transient
+from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.files import temporary_file
 from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.product_events.pull import HOUR, SET_ASIDE_AFTER, PartitionRun, PullContext, hours_of, not_had
-from app.product_events.raw_objects import PutPolicy, RawObject, in_place_of, keep, was_had
+from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
+from app.product_events.pull import (
+    HOUR,
+    NOT_HAD,
+    SET_ASIDE_AFTER,
+    PartitionRun,
+    PullContext,
+    RefusedLines,
+    hours_of,
+    record_of_nothing,
+    store_rows,
+    was_had,
+)
+
+if TYPE_CHECKING:
+    from app.amplitude.events import Block, HourStats
+
+NAME = "amplitude"
+UNIT = "lines"
+GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHour:
+    """One hour of an archive, and what is known of it from before. `past`: it is not the newest one.
+
+    `again`: load its rows whatever the record says; `final`: this is the last look.
+    """
+
+    source: str
+    window: Window
+    members: Sequence[Member]
+    record: Record | None
+    past: bool = False
+    again: bool = False
+    final: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of its object."""
+        return hour_key(self.source, self.window)
+
+
+def hour_key(source: str, window: Window) -> str:
+    """`amplitude/{source}/hours/{date}/{HH}.ndjson.gz`."""
+    return f"{NAME}/{source}/hours/{window.start:%Y-%m-%d}/{window.start:%H}.ndjson.gz"
+
+
+def set_aside_name(source: str, window: Window) -> tuple[str, ...]:
+    """What was set aside of an hour lies below `amplitude/_set_aside/{source}/{date}/{HH}`."""
+    return source, f"{window.start:%Y-%m-%d}", f"{window.start:%H}"
+
+
+class BrokenHour(Exception):
+    """What the service gave of an hour cannot be read, as `fault` says. Its rows were not loaded."""
+
+    def __init__(self, fault: AppError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+def load_hour(
+    run: PartitionRun, archive: Archive | None, hour: SourceHour, *, over: str | None = None
+) -> tuple[Record, int, Ledger]:
+    """Load the hour: the record to commit, how many events are new, and the ledger of its lines.
+
+    `over`: see `store_rows`. Raises BrokenHour when it cannot be read, and what store and warehouse raise.
+    """
+    if archive is None or not hour.members:
+        return _empty(hour), 0, Ledger()
+    with temporary_file(run.pull.spool) as file, closing(RefusedLines(run.pull.spool)) as refused:
+        lines = _Lines(run, hour, file, refused)
+        with _broken():
+            _gather(archive, hour.members, lines.file)
+        known = hour.record if was_had(hour.record) and not hour.again else None
+        if known and known.digest:
+            seen = lines.read()
+            if seen.digest == known.digest:
+                record = replace(known, closed=known.closed or hour.final, source_cells=known.rows + seen.fault_rows)
+                return record, 0, lines.ledger(Loaded(known.rows))
+        seen, loaded = lines.load()
+        if seen.fault_rows:
+            where = "lines are not events; they are in the object and in _set_aside, not in the warehouse"
+            log.warning("%s: %d %s: %s", hour.key, seen.fault_rows, where, "; ".join(seen.faults))
+        if run.context.dry_run:
+            empty = record_of_nothing(hour.window, hour.key, closed=hour.final)
+            return replace(empty, rows=seen.rows, size_bytes=lines.file.seek(0, 2)), 0, Ledger()
+        record = store_rows(
+            run.pull.store,
+            file,
+            pipeline=NAME,
+            key=hour.key,
+            window=hour.window,
+            rows=seen.rows,
+            digest=seen.digest,
+            closed=hour.final,
+            refused=seen.fault_rows,
+            over=over,
+        )
+        return record, loaded.new, lines.ledger(loaded)
+
+
+def _empty(hour: SourceHour) -> Record:
+    """An hour without events; one that had some keeps them."""
+    if hour.record is not None and hour.record.rows:
+        log.warning("%s: the service has no events of this hour any more; those that were loaded stay", hour.key)
+        return replace(hour.record, closed=hour.record.closed or hour.final)
+    return record_of_nothing(hour.window, hour.key, closed=hour.final)
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except (Transient, Permanent) as error:
+        raise BrokenHour(error) from error
+
+
+def _gather(archive: Archive, members: Sequence[Member], file: BinaryIO) -> None:
+    """The members as one gzip file, every event on a line of its own, the same bytes for the same members."""
+    stream = joined()
+    file.write(GZIP_HEAD)
+    for member in members:
+        with archive.open(member) as packed:
+            file.writelines(stream.add(packed))
+        if stream.last not in (b"", b"\n"):
+            file.write(stream.newline())
+    file.write(stream.finish())
+    file.write(stream.crc.to_bytes(4, "little") + (stream.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
+
+
+@dataclass(slots=True)
+class _Lines:
+    """The lines of an hour in a file. Each pass counts them again, and sets aside again what is not an event."""
+
+    run: PartitionRun
+    hour: SourceHour
+    file: BinaryIO
+    refused: RefusedLines
+    counted: int = 0
+
+    def read(self) -> "HourStats":
+        """What the hour holds, without loading it."""
+        seen = self._begin()
+        for _ in self._tables(seen, careful=False):
+            pass
+        return seen
+
+    def load(self) -> "tuple[HourStats, Loaded]":
+        """Load all; where the warehouse refuses a value, each event with sanitised values, at last one by one."""
+        if self.run.context.dry_run:
+            return self.read(), Loaded()
+        for careful in (False, True):
+            seen = self._begin()
+            try:
+                tables = self._tables(seen, careful=careful)
+                return seen, load_in_turns(self.run.pull.warehouse, tables, past=self.hour.past)
+            except Rejected as error:
+                log.warning("%s: retrying row by row with sanitised values: %s", self.hour.key, error)
+        seen = self._begin()
+        return seen, self._load_each(seen)
+
+    def ledger(self, loaded: Loaded) -> Ledger:
+        """Lines are counted as they are read, events where the warehouse took them, what is set aside where it lies."""
+        counted = self.counted
+        tally = Tally(counted=counted, read=counted, new=loaded.new, already_there=loaded.given - loaded.new)
+        entries = () if self.run.context.dry_run else self.refused.keep(self.run.pull.set_aside)
+        return ledger_of(tally, *entries, unit=UNIT)
+
+    def _begin(self) -> "HourStats":
+        from app.amplitude.events import HourStats  # the decoder, which an idle daemon does without
+
+        def refuse(reason: str, line: bytes, place: str) -> None:
+            name = set_aside_name(self.hour.source, self.hour.window)
+            self.refused.add(name, reason, line, f"{self.hour.key} {place}")
+
+        self.refused.close()
+        self.counted = 0
+        return HourStats(refuse)
+
+    def _blocks(self) -> "Iterator[Block]":
+        """The lines, counted as they come."""
+        from app.amplitude.events import blocks, lines_in
+
+        self.file.seek(0)
+        found = blocks(inflated(self.file))
+        while True:
+            self.run.context.stop.check()
+            with _broken():
+                block = next(found, None)
+            if block is None:
+                return
+            self.counted += lines_in(block)
+            yield block
+
+    def _tables(self, seen: "HourStats", *, careful: bool) -> Iterator[Tables]:
+        from app.amplitude.events import reader
+
+        for block in self._blocks():
+            yield reader().tables(block, seen, careful=careful)
+
+    def _load_each(self, seen: "HourStats") -> Loaded:
+        """Load line by line: the warehouse refuses some event even sanitised, and that one alone is set aside."""
+        from app.amplitude.events import REFUSED, HourStats, reader
+
+        done, load = Loaded(), self.run.pull.warehouse.load
+        for block in self._blocks():
+            if not isinstance(block, bytes):
+                reader().tables(block, seen)
+                continue
+            for line in filter(bytes.strip, block.split(b"\n")):
+                found = reader().tables(line, alone := HourStats(seen.refuse), careful=True)
+                try:
+                    done += Loaded(events_in(found), load([found], past=self.hour.past) if found else 0)
+                except Rejected as error:
+                    seen.refused(REFUSED, line, seen.lines + 1, f"refused by the warehouse: {error.message}")
+                else:
+                    seen.add(alone)
+        return done
+
 
 # The object of a week: a zip with one NDJSON entry, joined from the objects of its hours.
 #
@@ -39,7 +257,7 @@ def refresh_weeks(run: PartitionRun, days: Iterable[date]) -> Report:
         hours = hours_of_week(run.pull, run.name, window)
         held = run.records(window, WEEKS).get(window.start)
         if hours and (held is None or held.digest != _digest(hours)):
-            size_bytes += _store_week(run, window, hours, keep)
+            size_bytes += _store_week(run, window, hours)
     return Report(bytes=size_bytes)
 
 
@@ -64,38 +282,33 @@ def mend_week(run: PartitionRun, window: Window, version: str) -> int:
     if not hours:
         span = f"--from {window.start:%Y-%m-%d} --to {window.end:%Y-%m-%d}"
         raise Permanent(f"no day of {run.name} {window} is known", f"python -m app backfill amplitude {span}")
-    return _store_week(run, window, hours, in_place_of(version))
+    return _store_week(run, window, hours, version)
 
 
-def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], put: PutPolicy) -> int:
-    what = RawObject(
-        pipeline=WEEKS,
-        key=week_key(run.name, window),
-        window=window,
-        content_type="application/zip",
-        rows=sum(hour.rows for hour in hours),
-        digest=_digest(hours),
-    )
-    with tempfile.TemporaryFile(dir=run.pull.spool) as file:
+def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over: str | None = None) -> int:
+    key = week_key(run.name, window)
+    with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
         if file.tell() > MAX_BYTES:
             raise Permanent(
-                f"{what.key}: {file.tell()} bytes are more than the 5 GiB that one upload may have",
+                f"{key}: {file.tell()} bytes are more than the 5 GiB that one upload may have",
                 "take the objects of its hours, which hold all of it; nothing is missing there",
             )
-        held = put(run.pull.store, cast("BinaryIO", file), what)
-    record = Record(
-        window=window,
-        part=0,
-        key=what.key,
-        version=held.version,
-        digest=what.digest,
-        rows=what.rows,
-        size_bytes=held.size_bytes,
-        source_cells=len(hours),
-        min_at=hours[0].window.start,
-        max_at=hours[-1].window.end,
-        closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
+        stored = store_rows(
+            run.pull.store,
+            file,
+            pipeline=WEEKS,
+            key=key,
+            window=window,
+            rows=sum(hour.rows for hour in hours),
+            digest=_digest(hours),
+            closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
+            content_type="application/zip",
+            over=over,
+        )
+    rows, spans = sum(hour.rows for hour in hours), (hours[0].window.start, hours[-1].window.end)
+    record = replace(
+        stored, digest=_digest(hours), rows=rows, source_cells=len(hours), min_at=spans[0], max_at=spans[1]
     )
     run.commit(record, pipeline=WEEKS)
     return record.size_bytes
@@ -109,7 +322,7 @@ def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datet
         with run.pull.store.open(hour.key, hour.version) as stream:
             if stream is None:
                 raise Permanent(
-                    f"{hour.key} is gone, and with it the week cannot be made again",
+                    f"{hour.key} is gone, so the week cannot be re-created",
                     f"python -m app verify amplitude --from {hour.window.start:%Y-%m-%dT%H} "
                     f"--to {hour.window.end:%Y-%m-%dT%H} --heal",
                 )
@@ -156,7 +369,6 @@ WAITING = "amplitude_waiting"
 """The pipeline whose records are hours that wait to be retried: `min_at` is when they failed first."""
 KNOWN_FOR = timedelta(days=7)
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
-log = logging.getLogger(__name__)
 
 
 class Mode(Enum):
@@ -195,12 +407,12 @@ class SourceRun:
 
         return self.run.fill(span, pull_again)
 
-    def mend(self, archive: Archive, put: PutPolicy) -> Report:
-        """Load the hour of an archive again and store its object as `put` does. The cursor does not move."""
+    def mend(self, archive: Archive, over: str | None) -> Report:
+        """Load the hour of an archive again and store its object, see `store_rows`. The cursor does not move."""
         span = archive.span
         (hour,) = self._hours(span, archive, self.run.records(span), Mode.AGAIN)
         try:
-            record, new, ledger = load_hour(self.run, archive, hour, put=put)
+            record, new, ledger = load_hour(self.run, archive, hour, over=over)
         except BrokenHour as error:
             raise error.fault from error
         loaded = self._commit(hour, record, new, ledger, Mode.AGAIN)
@@ -334,8 +546,9 @@ class SourceRun:
         else:
             ledger = ledger_of(Tally(counted=1, waiting=1), unit=run.pull.unit).of_partition(run.name)
         key = hour_key(run.name, window)
-        run.commit(not_had(window, key, closed=gives_up, since_at=since), pipeline=WAITING)
-        run.commit(not_had(window, key, closed=gives_up), cursor_at=window.end if mode is Mode.LIVE else None)
+        waiting = record_of_nothing(window, key, closed=gives_up, version=NOT_HAD, min_at=since)
+        run.commit(waiting, pipeline=WAITING)
+        run.commit(replace(waiting, min_at=None), cursor_at=window.end if mode is Mode.LIVE else None)
         return (failed if mode is Mode.AGAIN or not gives_up else Report()) + Report(ledger=ledger)
 
     def _hours(

@@ -24,6 +24,7 @@ from app.web.errors import Answers, Refusal, Refused, faults
 
 MAX_DAYS = 365
 AT_ONCE = 2
+FIRST_DAY, LAST_DAY = date(1980, 1, 7), date(2107, 12, 31)  # a zip has no date for other weeks
 DAY = r"^\d{8}$"
 Day = Annotated[str, Query(pattern=DAY, description="YYYYMMDD, UTC", examples=["20240201"])]
 BUSY = Refusal(429, "two exports of Amplitude run already", "try again when one is done", headers={"Retry-After": "30"})
@@ -84,6 +85,9 @@ async def _body(head: bytes, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
 def _days(start: str, end: str) -> tuple[date, date]:
     """Both days. Raises Refused with 422."""
     first, last = _day(start, "start"), _day(end, "end")
+    if first < FIRST_DAY or last > LAST_DAY:
+        said, hint = f"no export from {start} to {end}", f"days go from {FIRST_DAY:%Y%m%d} to {LAST_DAY:%Y%m%d}"
+        raise Refused(Refusal(422, said, hint, "query.start" if first < FIRST_DAY else "query.end"))
     if first > last:
         raise Refused(Refusal(422, f"start {start} is after end {end}", "give the older day as start", "query.start"))
     if (last - first).days >= MAX_DAYS:
@@ -96,7 +100,7 @@ def _day(text: str, name: str) -> date:
         return datetime.strptime(text + "+0000", "%Y%m%d%z").date()
     except ValueError:
         hint = "write it as YYYYMMDD, such as 20240201"
-        raise Refused(Refusal(422, f"{name}={text} is no day", hint, f"query.{name}")) from None
+        raise Refused(Refusal(422, f"{name}={text} is not a valid day", hint, f"query.{name}")) from None
 
 
 def week_zip(project: Project, first: date, last: date, stop: Stop) -> Iterator[bytes]:

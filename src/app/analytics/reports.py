@@ -329,6 +329,23 @@ def daily_summary(days: Mapping[Pair, DaySummary]) -> ReportTable:
     return ReportTable({"device_id": "text", "date": "date", **numbers, "row_count": "integer"}, rows)
 
 
+def rows_by_day(days: Mapping[Pair, DaySummary]) -> ReportTable:
+    """A row for each day, of all devices together."""
+    parts: dict[int, list[DaySummary]] = {}
+    for part in days.values():
+        if part.day != NO_DAY:
+            parts.setdefault(part.day, []).append(part)
+    rows = [
+        (
+            date(1970, 1, 1) + timedelta(days=day),
+            sum(part.rows for part in parts[day]),
+            sum(part.device != "null" for part in parts[day]),
+        )
+        for day in sorted(parts)
+    ]
+    return ReportTable({"date": "date", "row_count": "integer", "device_count": "integer"}, rows)
+
+
 def devices(days: Mapping[Pair, DaySummary]) -> ReportTable:
     """A row for each device."""
     return ReportTable(
@@ -352,6 +369,7 @@ def device_latest(days: Mapping[Pair, DaySummary]) -> ReportTable:
 TABLES = {
     "overview": overview,
     "daily_summary": daily_summary,
+    "rows_by_day": rows_by_day,
     "devices": devices,
     "device_latest": device_latest,
 }

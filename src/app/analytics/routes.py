@@ -20,7 +20,8 @@ from app.analytics.reports import TABLES, Parameter, ReportDefinition
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
 from app.analytics.summaries import View
 from app.core.errors import AppError, Rejected, Transient
-from app.web.auth import OPEN, needs
+from app.ops.pages import SCRIPT, framed, serve
+from app.web.auth import needs
 from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, faults
 
 READ = needs("analytics:read")
@@ -29,11 +30,6 @@ POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
 SMALL_BYTES = 1 << 18
 ALIASES = frozenset({"overview", "daily-summary", "devices", "devices/latest"})
-ASSETS = {
-    "/analytics/explore": ("explore.html", "text/html; charset=utf-8"),
-    "/assets/explore.js": ("explore.js", "text/javascript; charset=utf-8"),
-    "/assets/explore.css": ("explore.css", "text/css; charset=utf-8"),
-}
 TYPES: Mapping[str, Mapping[str, str]] = {
     "text": {"type": "string"},
     "integer": {"type": "integer"},
@@ -47,8 +43,9 @@ TYPES: Mapping[str, Mapping[str, str]] = {
 def build(analytics: Analytics) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
-    for path, (name, media_type) in ASSETS.items():
-        _asset(router, path, name, media_type)
+    page = framed("Explore", _asset("explore.html"), ("explore",), link="Explore", root="../")
+    serve(router, "/analytics/explore", page.encode(), "text/html; charset=utf-8")
+    serve(router, "/assets/explore.js", _asset("explore.js").encode(), SCRIPT)
 
     @router.get(
         "/analytics",
@@ -76,12 +73,8 @@ def build(analytics: Analytics) -> APIRouter:
     return router
 
 
-def _asset(router: APIRouter, path: str, name: str, media_type: str) -> None:
-    content = files("app.analytics").joinpath("assets", name).read_bytes()
-
-    @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
-    async def asset() -> Response:
-        return Response(content, media_type=media_type)
+def _asset(name: str) -> str:
+    return files("app.analytics").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -> None:

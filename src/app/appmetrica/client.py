@@ -5,17 +5,28 @@ what the service says is never taken for a file, and a file that ends early neve
 """
 
 import json
+import logging
 import re
 import threading
+import tomllib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote, urlencode
+from zoneinfo import ZoneInfo
 
+from app.appmetrica.rows import NEEDED
 from app.core.errors import Permanent, Transient
+from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.windows import Window
+from app.db.state import PendingExport, SqlPulls
 from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 
 SERVICE = "appmetrica"
@@ -51,6 +62,9 @@ class RequestRefused(Permanent):
             f"AppMetrica answers {status}: {text}", "correct the request: a column or a date that it does not know"
         )
         self.text = text
+
+
+log = logging.getLogger(__name__)
 
 
 class MoreParts(Exception):
@@ -173,3 +187,238 @@ def _packed(pieces: Iterator[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         yield packer.compress(piece)
     yield packer.flush()
+
+
+# What AppMetrica is asked for, and the exports that are under way.
+#
+# Invariants: the query string identifies an export on the server, so it is made once, kept before it is first sent, and
+# sent by the same text until it is done, over restarts; how many parts it takes is kept as well. A file that is older
+# than a day is requested again, since the service has forgotten it.
+
+FILE = Path(__file__).with_name("resources.toml")
+SECOND = timedelta(seconds=1)
+LOCAL = "%Y-%m-%d %H:%M:%S"
+COLUMN = re.compile(r"[a-z][a-z0-9_]{0,80}")
+KEPT_FOR = timedelta(hours=24)
+FORGOTTEN_AFTER = timedelta(days=30)
+MAX_PARTS = 1024
+LONGEST_PAUSE_SECONDS = 60.0
+POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One kind of rows. `received` "" = its rows do not say when they were received."""
+
+    name: str
+    columns: tuple[str, ...]
+    received: str
+
+
+@lru_cache(maxsize=1)
+def resources() -> Mapping[str, Resource]:
+    """All that can be asked for, by name."""
+    listed = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    return {
+        name: Resource(name, tuple(each["columns"].split()), each.get("received", "")) for name, each in listed.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class LogsRequest:
+    """A request to the Logs API as it is kept. `span`: the hours that it is for, None when a person asked."""
+
+    path: str
+    span: Window | None = None
+
+    @property
+    def text(self) -> str:
+        """What is kept."""
+        span = [self.span.start.isoformat(), self.span.end.isoformat()] if self.span else None
+        return json.dumps({"path": self.path, "span": span})
+
+    @property
+    def resource(self) -> str:
+        """What is asked for."""
+        return self.path.partition(".csv")[0].rpartition("/")[2]
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns, in the order of the answer."""
+        return self.path.rpartition("&fields=")[2].split(",")
+
+    def part(self, number: int, count: int) -> str:
+        """The path of one of several parts; of a file in one piece, the path itself."""
+        return self.path if count == 1 else f"{self.path}&parts_count={count}&part_number={number}"
+
+
+def logs_request(
+    application_id: int,
+    resource: str,
+    *,
+    since: str,
+    until: str,
+    columns: Sequence[str],
+    by_receipt: bool,
+    span: Window | None = None,
+) -> LogsRequest:
+    """Rows between two instants of the application's own clock, both included.
+
+    `fields` is last, since it is what an answer is read by.
+    """
+    given = {
+        "application_id": application_id,
+        "date_since": since,
+        "date_until": until,
+        "date_dimension": "receive" if by_receipt else "default",
+        "use_utf8_bom": "false",
+        "fields": ",".join(columns),
+    }
+    query = urlencode(given, quote_via=quote, safe=",:")
+    return LogsRequest(f"/logs/v1/export/{resource}.csv?{query}", span)
+
+
+def request_of(export: PendingExport) -> LogsRequest:
+    """What was kept."""
+    held = json.loads(export.request)
+    span = held["span"]
+    return LogsRequest(held["path"], Window(*(datetime.fromisoformat(each) for each in span)) if span else None)
+
+
+class TooManyParts(Permanent):
+    """The file is too large for as many parts as we ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """The exports of one application. One call waits up to `timeout_seconds`, with pauses from `interval_seconds` on.
+
+    `zone`: the application's time zone. `left_out` are columns that the service did not know.
+    """
+
+    service: Service
+    pulls: SqlPulls
+    clock: Callable[[], datetime]
+    interval_seconds: float
+    timeout_seconds: float
+    daily_calls: int
+    zone: Callable[[], ZoneInfo]
+    left_out: set[str] = field(default_factory=set)
+
+    @property
+    def calls_today(self) -> int:
+        """How many calls this day has had."""
+        return self.pulls.calls(SERVICE, self.clock())
+
+    def request_received(self, resource: Resource, span: Window) -> LogsRequest:
+        """All rows that were received in whole hours, without the columns that the service did not know.
+
+        Perhaps more: where clocks go back, two hours have one name.
+        """
+        zone = self.zone()
+        since, until = (at.astimezone(zone) for at in (span.start, span.end - SECOND))
+        return logs_request(
+            self.service.application_id,
+            resource.name,
+            since=since.strftime(LOCAL),
+            until=until.strftime(LOCAL),
+            columns=[column for column in resource.columns if column not in self.left_out],
+            by_receipt=True,
+            span=span,
+        )
+
+    def keep(self, owner: str, request: LogsRequest) -> PendingExport:
+        """The export of a request, which has a number from now on. Those that were done with long ago go."""
+        now = self.clock()
+        self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
+        return self.pulls.add(SERVICE, owner, request.text, now)
+
+    def leave_out(self, resource: Resource, error: RequestRefused) -> None:
+        """Do without the column that the service does not know. Raises `error` when that is none to do without."""
+        named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
+        if len(named) != 1 or named & {*NEEDED, resource.received}:
+            raise error
+        self.left_out.update(named)
+        log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
+
+    @contextmanager
+    def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
+        """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
+        if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
+            export = replace(export, asked_at=None, done=False)
+            self.pulls.save(export)
+        with closing(ExportInProgress(self, export, fresh)) as under_way:
+            yield under_way
+
+
+@dataclass(slots=True)
+class ExportInProgress:
+    """One export in the hands of one caller. Safe to give up at any time: the next one goes on from what is kept.
+
+    `files`: the parts that are there so far, in order, each gzip with a header of its own.
+    """
+
+    exports: Exports
+    export: PendingExport
+    fresh: bool
+    files: list[BinaryIO] = field(default_factory=list)
+
+    @property
+    def request(self) -> LogsRequest:
+        """What is asked for."""
+        return request_of(self.export)
+
+    def step(self, pauses: Pauses) -> NotReady | None:
+        """Ask for what is missing; None when all parts are in `files`. Raises as `Service.ask`, but no MoreParts."""
+        service = self.exports.service
+        while len(self.files) < self.export.parts_count:
+            path = self.request.part(len(self.files), self.export.parts_count)
+            fresh = self.fresh and self.export.asked_at is None
+            try:
+                answer = retry(partial(service.ask, path, fresh=fresh), POLICY, pauses)
+            except MoreParts:
+                self._double()
+                continue
+            if self.export.asked_at is None and not (isinstance(answer, NotReady) and not answer.heard):
+                self._save(replace(self.export, asked_at=self.exports.clock()))
+            if isinstance(answer, NotReady):
+                return answer
+            self.files.append(answer)
+        return None
+
+    def wait(self, pauses: Pauses) -> NotReady | None:
+        """Step until all is there or the time is over; then what the service said last."""
+        waited_seconds, interval_seconds = 0.0, self.exports.interval_seconds
+        while (answer := self.step(pauses)) is not None and waited_seconds < self.exports.timeout_seconds:
+            pause_seconds = max(interval_seconds, answer.at_least_seconds)
+            pauses.pause(pause_seconds)
+            waited_seconds += pause_seconds
+            interval_seconds = longer(interval_seconds)
+        return answer
+
+    def close(self) -> None:
+        """Free the files. Idempotent."""
+        while self.files:
+            self.files.pop().close()
+
+    def finish(self) -> None:
+        """The file was taken in."""
+        self._save(replace(self.export, done=True))
+
+    def _double(self) -> None:
+        """What was fetched is of another division, and goes."""
+        self.close()
+        if self.export.parts_count >= MAX_PARTS:
+            raise TooManyParts(
+                f"AppMetrica wants more than {MAX_PARTS} parts of {self.request.path[:200]}", "ask for fewer days"
+            )
+        self._save(replace(self.export, parts_count=self.export.parts_count * 2))
+
+    def _save(self, export: PendingExport) -> None:
+        self.exports.pulls.save(export)
+        self.export = export
+
+
+def longer(interval_seconds: float) -> float:
+    """The next pause, which grows, since a day has so many calls only."""
+    return min(interval_seconds * 1.5, max(LONGEST_PAUSE_SECONDS, interval_seconds))

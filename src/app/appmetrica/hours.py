@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import BinaryIO
 
-from app.appmetrica.client import RequestRefused
-from app.appmetrica.export_request import ExportInProgress, Exports, LogsRequest, Resource, TooManyParts, request_of
+from app.appmetrica.client import (
+    ExportInProgress,
+    Exports,
+    LogsRequest,
+    RequestRefused,
+    Resource,
+    TooManyParts,
+    request_of,
+)
 from app.appmetrica.rows import (
     NEEDED,
     BadRow,
@@ -29,16 +36,16 @@ from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.state import PendingExport
 from app.product_events.mapping import Loaded, load_in_turns
 from app.product_events.pull import (
-    GZIP,
     HOUR,
     HOUR_SECONDS,
+    NOT_HAD,
     SET_ASIDE_AFTER,
     PartitionRun,
-    not_had,
+    RefusedLines,
     record_of_nothing,
     store_rows,
+    was_had,
 )
-from app.product_events.raw_objects import PutPolicy, RawObject, RefusedLines, keep, was_had
 
 # The hours of a resource in one run: requested together, landed one by one, in order.
 #
@@ -169,7 +176,8 @@ class ResourceRun:
             hour = Window(cursor, span.end)
             place = set_aside_name(run.name, cursor)
             ledger = run.set_hour_aside(hour, error, place=place, is_too_large=is_large)
-            run.commit(not_had(hour, hour_key(run.name, hour), closed=True), cursor_at=hour.end)
+            lost = record_of_nothing(hour, hour_key(run.name, hour), closed=True, version=NOT_HAD)
+            run.commit(lost, cursor_at=hour.end)
             report = Report(ledger=ledger)
         self._done(export)
         return report
@@ -248,7 +256,7 @@ class ResourceRun:
         if had is not None and stays:
             landed = replace(had, source_cells=had.rows + hour.refused)
         else:
-            landed = self._store(hour, keep, closed=had is not None)
+            landed = self._store(hour, closed=had is not None)
         run.commit(landed, cursor_at=cursor_at)
         if self.resource.name != EVENTS:
             loaded = _stored(hour, landed, had)
@@ -257,12 +265,13 @@ class ResourceRun:
         size_bytes = 0 if same else landed.size_bytes
         return Report(rows=loaded.new, bytes=size_bytes, windows=int(not same), late_rows=late), loaded
 
-    def mend(self, hour: ReceiptHourFile, record: Record | None, put: PutPolicy) -> Report:
-        """Land an hour again and store its object as `put` does. The cursor does not move."""
+    def mend(self, hour: ReceiptHourFile, record: Record | None, over: str | None) -> Report:
+        """Land an hour again and store its object, see `store_rows`. The cursor does not move."""
         if self.run.context.dry_run:
             return Report(windows=1)
         new = self._load(hour, past=True).new
-        landed = self._store(hour, put, closed=record is not None and was_had(record) and record.closed)
+        closed = record is not None and was_had(record) and record.closed
+        landed = self._store(hour, closed=closed, over=over)
         self.run.commit(landed)
         return Report(rows=new, bytes=landed.size_bytes, windows=1)
 
@@ -271,16 +280,26 @@ class ResourceRun:
         if self.resource.name != EVENTS or not hour.rows:
             return Loaded()
         rows = tables(hour, self.exports.service.application_id)
-        return load_in_turns(self.run.pull.warehouse.load, rows, past=past)
+        return load_in_turns(self.run.pull.warehouse, rows, past=past)
 
-    def _store(self, hour: ReceiptHourFile, put: PutPolicy, *, closed: bool) -> Record:
+    def _store(self, hour: ReceiptHourFile, *, closed: bool, over: str | None = None) -> Record:
         """The object is stored, unless the hour is empty; what is there then."""
         key = hour_key(self.run.name, hour.window)
         if not hour.rows:
             empty = record_of_nothing(hour.window, key, closed=closed, digest=hour.digest)
             return replace(empty, source_cells=hour.refused)
-        what = RawObject(NAME, key, hour.window, GZIP, hour.rows, hour.digest)
-        return store_rows(self.run.pull.store, put, hour.file, what, refused=hour.refused, closed=closed)
+        return store_rows(
+            self.run.pull.store,
+            hour.file,
+            pipeline=NAME,
+            key=key,
+            window=hour.window,
+            rows=hour.rows,
+            digest=hour.digest,
+            closed=closed,
+            refused=hour.refused,
+            over=over,
+        )
 
 
 def _stored(hour: ReceiptHourFile, landed: Record, had: Record | None) -> Loaded:

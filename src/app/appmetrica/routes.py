@@ -15,13 +15,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.appmetrica.client import SERVICE, NotReady
-from app.appmetrica.export_request import (
+from app.appmetrica.client import (
     COLUMN,
     LOCAL,
+    SERVICE,
     ExportInProgress,
     Exports,
     LogsRequest,
+    NotReady,
     logs_request,
     longer,
     request_of,
@@ -159,7 +160,9 @@ def _request(application_id: int, wanted: ExportRequest) -> LogsRequest:
     columns = list(dict.fromkeys(wanted.fields)) or list(resource.columns)
     for column in columns:
         if not COLUMN.fullmatch(column):
-            raise Refused(Refusal(422, f"{column[:60]!r} is no column", "small letters, digits and _", "body.fields"))
+            raise Refused(
+                Refusal(422, f"{column[:60]!r} is not a column name", "use small letters, digits and _", "body.fields")
+            )
     since = _instant(wanted.date_since, " 00:00:00", "date_since")
     until = _instant(wanted.date_until, " 23:59:59", "date_until")
     if since > until:
@@ -175,7 +178,7 @@ def _instant(text: str, rest: str, name: str) -> str:
         return datetime.strptime(full, LOCAL).strftime(LOCAL)  # noqa: DTZ007 - of the application's own clock
     except ValueError:
         hint = "write it as YYYY-MM-DD or YYYY-MM-DD hh:mm:ss"
-        raise Refused(Refusal(422, f"{name} {text!r} is no instant", hint, f"body.{name}")) from None
+        raise Refused(Refusal(422, f"{name} {text!r} is not a timestamp", hint, f"body.{name}")) from None
 
 
 async def _fetched(

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
+from app.core.files import temporary_file
 from app.core.windows import Window, floor_to
 from app.product_events.mapping import Tables, mapping
 from app.product_events.pull import HOUR, HOUR_SECONDS, hours_of
@@ -80,7 +80,7 @@ class CsvRows:
                 yield self._row(line)
 
     def _row(self, line: bytes) -> Row | BadRow:
-        """The record that begins with `line`. Where it is none, the line alone is bad; what follows is read anew."""
+        """The record that begins with `line`. If that fails, only the line is bad, and what follows is re-read."""
         lines, size_bytes, is_open = [line], len(line), line.count(b'"') % 2 == 1
         while is_open and size_bytes < KEPT_ROW_BYTES and (more := self._line()):
             lines.append(more)
@@ -109,7 +109,7 @@ class CsvRows:
         return row
 
     def _told(self, raw: bytes) -> Row:
-        """The cells of a row that is not text, as far as they are; nothing when it is no row either."""
+        """The cells of a row that is not text, as far as they can be told; nothing when it is not a row either."""
         try:
             row = _cells(raw.decode("utf-8", "replace"))
         except csv.Error:
@@ -240,7 +240,7 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    hours = {at: ReceiptHourFile(Window(at, at + HOUR), names, _temporary(spool)) for at in hours_of(span)}
+    hours = {at: ReceiptHourFile(Window(at, at + HOUR), names, temporary_file(spool)) for at in hours_of(span)}
     try:
         reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
@@ -301,11 +301,6 @@ def _some_hour(header: Row, cells: Row) -> datetime | None:
     """An hour that a row tells of, whatever happened then: a row that comes again is known by it."""
     told = (hour_of(cell) for name, cell in zip(header, cells, strict=False) if name.endswith("_timestamp"))
     return next((at for at in told if at is not None), None)
-
-
-def _temporary(spool: Path) -> BinaryIO:
-    file: IO[bytes] = TemporaryFile(dir=spool)  # noqa: SIM115 - `by_hour` closes it
-    return file  # type: ignore[return-value]  # typeshed gives the wider type
 
 
 def hour_of(text: str) -> datetime | None:

@@ -8,6 +8,8 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import SpooledTemporaryFile, TemporaryFile
+from typing import BinaryIO, cast
 from uuid import uuid4
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -33,6 +35,16 @@ def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> 
     for _ in range(3):  # a character of UTF-8 has at most three bytes behind its first
         end -= raw[end] in CONTINUATION
     return os.fsdecode(raw[:end] + rest)
+
+
+def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryIO:
+    """A file without a name, so that a killed process leaves nothing behind; whoever takes it closes it.
+
+    The first `memory_bytes` stay in memory; `folder` None = the system's own for temporary files.
+    """
+    if memory_bytes:
+        return cast("BinaryIO", SpooledTemporaryFile(memory_bytes, dir=str(folder) if folder else None))
+    return cast("BinaryIO", TemporaryFile(dir=folder))
 
 
 def write_durably(path: Path, chunks: Iterable[bytes]) -> None:

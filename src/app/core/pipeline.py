@@ -9,7 +9,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from app.core.ledger import SetAside, Tally
-from app.core.runs import Lease
+from app.core.runs import VALUES, Lease
 from app.core.shrink import Shrink
 from app.core.windows import Window
 
@@ -406,7 +406,7 @@ class Pipeline(Generic[B, E]):
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
-    unit: str = "values"
+    unit: str = VALUES
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""

@@ -18,6 +18,7 @@ from uuid import uuid4
 from app.core.errors import AppError, LeaseLost, Stopped, Transient
 from app.core.ledger import Ledger, fault_of
 
+VALUES = "values"  # the unit of a ledger that counts the fields of a row one by one
 log = logging.getLogger(__name__)
 
 
@@ -102,6 +103,12 @@ class Report:
     ledger: Ledger = field(default_factory=Ledger)
     corrected_rows: int = 0
     removed_rows: int = 0
+    written_new_rows: int = 0
+
+    @property
+    def new_rows(self) -> int:
+        """Rows that appeared at the destination: counted where they are written, else what a ledger of rows says."""
+        return self.written_new_rows or (0 if self.ledger.unit == VALUES else self.ledger.total.new)
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
@@ -115,6 +122,7 @@ class Report:
             self.ledger + other.ledger,
             self.corrected_rows + other.corrected_rows,
             self.removed_rows + other.removed_rows,
+            self.written_new_rows + other.written_new_rows,
         )
 
 
@@ -247,7 +255,7 @@ class Job:
     """A pipeline with an interval. `off` says why it cannot run ("set INFLUXDB_URL"); empty when it can.
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
-    `busy_seconds`: how long a command waits while another process runs the job.
+    `busy_seconds`: how long a command waits while another process runs the job. `helper_of`: the pipeline it serves.
     """
 
     name: str
@@ -257,6 +265,7 @@ class Job:
     exits: Exits = Exits()
     unit: str = "window"
     busy_seconds: float = 0.0
+    helper_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,6 +233,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
         late_rows=late_rows,
         corrected_rows=corrected_rows,
         removed_rows=removed_rows,
+        written_new_rows=written.new_rows,
         notes=notes,
         ledger=written.ledger,
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 
+from app.core.errors import Rejected
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY_SECONDS = 86_400
 
@@ -72,6 +74,17 @@ def age_of(window: Window, now: datetime, grace_seconds: float) -> Age:
     if window.end > now - timedelta(seconds=grace_seconds):
         return Age.SETTLING
     return Age.DUE
+
+
+def refuse_future(span: Window, now: datetime) -> None:
+    """Raise Rejected for a span to be filled that has not begun, or that ends after today: that is a wrong year or day,
+    and an answer of `0 rows` would hide it.
+    """
+    if span.start >= now or span.end > next_midnight(now):
+        raise Rejected(
+            f"{span} lies in the future: it is {now:%Y-%m-%dT%H:%M:%SZ}",
+            f"give a span that has begun and ends at {next_midnight(now):%Y-%m-%dT%H:%M:%SZ} or earlier",
+        )
 
 
 def next_midnight(now: datetime) -> datetime:

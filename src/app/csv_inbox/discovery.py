@@ -236,7 +236,7 @@ def open_regular(path: Path) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         hint = "put the file itself into the inbox, not a pipe or a device"
-        raise Unmergeable([Fault("it is no regular file")], hint, kind=FaultKind.NOT_REGULAR)
+        raise Unmergeable([Fault("not a regular file")], hint, kind=FaultKind.NOT_REGULAR)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
@@ -292,7 +292,7 @@ def candidate(path: Path) -> Candidate | None:
         return None
     if stat.S_ISDIR(found.st_mode):
         return None
-    refused = "" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+    refused = "" if stat.S_ISREG(found.st_mode) else "not a regular file"
     if stat.S_ISLNK(found.st_mode):
         refused = "it is a symbolic link"
     return Candidate(path, identity_of(found), refused)

@@ -34,7 +34,7 @@ from app.csv_inbox.discovery import (
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import grown, history_row, loads, reject
+from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, to_undo
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
@@ -94,14 +94,14 @@ def run(inbox: InboxRun) -> Report:
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
     """Take back the merges of a run and all later ones; a dry run only says which. Raises Rejected, else as `run`."""
-    from app.csv_inbox.undo import check_master, preview, take_back, to_undo
-
     paths = inbox.paths
     with translated(f"undo of {run_id[:40]}"):
         if inbox.context.dry_run:
             found = to_undo(paths, run_id)
             check_master(inbox.config, found[0])
             return Report(rows=sum(load.rows for load in found), notes=tuple(preview(load) for load in found))
+        from app.csv_inbox.transaction import take_back
+
         with _started(inbox):
             for load in to_undo(paths, run_id):
                 inbox.context.stop.check()
@@ -181,7 +181,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_rows import take_in
+    from app.csv_inbox.transaction import take_in
 
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)

@@ -33,7 +33,7 @@ BLOOM_BITS_LEAST, BLOOM_BITS_MOST = 12, 22
 """The most is 4 MiB: the next size falls out of the processor's cache, and a look into it costs five times as much."""
 DEEPEST = 32
 BLANK = np.uint64(0)
-"""Stands for a record that is no row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
+"""Stands for a record that is not a row. No key's hash begins with 32 zeros, so neither a hash nor its half is this."""
 
 _FACTOR, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _HALF = np.uint64(32)
@@ -239,7 +239,7 @@ def _shared(cells: Cells, order: Offsets, is_last: Truths) -> dict[bytes, int]:
 # and its reader checks each row that it points to. It is not synced: its checksum tells what a power cut left of it.
 
 ENTRY = np.dtype("<u8")
-"""The upper half is that of the hash, BLANK for a record that is no row; the lower half is the length."""
+"""The upper half is that of the hash, BLANK for a record that is not a row; the lower half is the length."""
 LENGTH = np.uint64((1 << 32) - 1)
 HEAD_BYTES = 4096
 PIECE_RECORDS = 1 << 16

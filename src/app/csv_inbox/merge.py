@@ -35,8 +35,7 @@ from app.csv_inbox.csv_tokenizer import (
     pairs,
 )
 from app.csv_inbox.discovery import MEBIBYTE, identity_of
-from app.csv_inbox.header import ColumnUnion, Header, read_header
-from app.csv_inbox.incoming import Incoming
+from app.csv_inbox.incoming import ColumnUnion, Header, Incoming, read_header
 from app.csv_inbox.key_index import BLANK, LENGTH, Hashes, IndexMismatch, IndexWriter, KeyIndex, Truths
 from app.csv_inbox.quarantine import LoadRecord
 

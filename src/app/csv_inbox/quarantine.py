@@ -9,13 +9,14 @@ import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from app.core.errors import Rejected
 from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
-from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     BAD_ROWS,
     REASON,
@@ -33,6 +34,8 @@ from app.csv_inbox.discovery import (
 
 KEPT_LOADS = 1000
 REVERT = ".undo"
+LEAST_CHARACTERS = 4
+STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
 MERGED, REJECTED, UNDONE = "merged", "rejected", "undone"
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,13 @@ log = logging.getLogger(__name__)
 # transaction that it tells of, under a name that is the same when that is repeated; only the newest are kept.
 
 
-def load_id_of(at: datetime) -> str:
-    """A new name for the record of a file; names sort by time."""
+def load_id_of(folder: Path, at: datetime) -> str:
+    """A new name for the record of a file. Names sort by time, and this one is the last of all that are there, also
+    when the clock was set back since: the newest merge is the one that can be taken back first.
+    """
+    newest = max((name[:STAMP_CHARACTERS] for name in _record_names(folder)), default="")
+    with suppress(ValueError, OverflowError):
+        at = max(at, datetime.strptime(f"{newest}000+0000", "%Y%m%dT%H%M%S.%f%z") + timedelta(milliseconds=1))
     return f"{stamp(at)}-{uuid4().hex[:8]}"
 
 
@@ -122,15 +130,20 @@ def save_load(folder: Path, load: LoadRecord) -> None:
 
 def loads(folder: Path, limit: int = KEPT_LOADS) -> Sequence[LoadRecord]:
     """Newest first; empty when there is no folder. A record that cannot be read is left out."""
+    names = _record_names(folder)
+    found = []
+    for name in sorted(names, reverse=True)[:limit]:
+        with suppress(OSError, ValueError, TypeError):
+            found.append(load_of(json.loads((folder / name).read_bytes())))
+    return found
+
+
+def _record_names(folder: Path) -> list[str]:
+    """The files of records, none when there is no folder."""
     try:
-        names = [path for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
+        return [path.name for path in folder.iterdir() if path.suffix == RECORD and path.name[0] != "."]
     except FileNotFoundError:
         return []
-    found = []
-    for path in sorted(names, reverse=True)[:limit]:
-        with suppress(OSError, ValueError, TypeError):
-            found.append(load_of(json.loads(path.read_bytes())))
-    return found
 
 
 def revert_file(folder: Path, load_id: str) -> Path:
@@ -157,6 +170,45 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
         "run": load.run_id[:12],
         "error": load.error,
     }
+
+
+def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
+    """The merges of a run and all later ones, newest first. `run_id` may be its beginning. Raises Rejected."""
+    merged = [load for load in loads(paths.loads) if load.outcome == MERGED]
+    wanted = [place for place, load in enumerate(merged) if load.run_id.startswith(run_id)]
+    if not wanted or len(run_id) < LEAST_CHARACTERS:
+        told = f"no merge of a run {run_id[:40]!r} is in the history"
+        raise Rejected(told, "take the run from: python -m app runs csv_inbox")
+    if len({merged[place].run_id for place in wanted}) > 1:
+        raise Rejected(f"several runs begin with {run_id!r}", "give more of the run's id")
+    taken = merged[: wanted[-1] + 1]
+    gone = next((load for load in taken if not revert_file(paths.loads, load.load_id).exists()), None)
+    if gone is not None:
+        kept = paths.config.undo_keep
+        hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
+        raise Rejected(f"the merge of {gone.file} at {gone.at} cannot be undone any more", hint)
+    return taken
+
+
+def preview(load: LoadRecord) -> str:
+    """What taking this merge back does."""
+    return (
+        f"{load.file}, merged {load.at}: {load.inserted} inserted rows go, {load.replaced + load.unchanged} rows come "
+        f"back as they were; {load.rows_after} rows become {load.rows_before}"
+    )
+
+
+def check_master(config: InboxConfig, load: LoadRecord) -> None:
+    """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
+    try:
+        there = config.merged_file.stat()
+    except FileNotFoundError:
+        there = None
+    if there is None or (there.st_size, there.st_mtime_ns) != (load.size_bytes, load.mtime_ns):
+        raise Rejected(
+            f"{config.merged_file.name} was changed by something else since {load.file} was merged",
+            "put back the file as the merge left it; undoing would destroy what was done since",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +260,7 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
-        load_id = _told_before(reason).get("load_id") or load_id_of(at)
+        load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
         content = _reason(cause, printable(name), at) | {"source": _source(candidate), "load_id": load_id}
         text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
         write_durably(reason, [text, b"\n"])

@@ -8,31 +8,36 @@ Journal, metadata and history may be lost or restored from a backup at any time;
 left to do then. Only a file that lies nowhere but under the archive's pending name stops recovery.
 """
 
+import itertools
 import json
 import logging
 import os
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
-from app.core.errors import Permanent, Transient
-from app.core.files import bounded_name, sync_directory, sync_file, write_durably
+from app.core.errors import Permanent, Rejected, Transient
+from app.core.files import bounded_name, keep_mode, sync_directory, sync_file, write_durably
 from app.core.ledger import Tally, ledger_of
 from app.core.runs import Report
-from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
+from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
+from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
 from app.csv_inbox.discovery import (
     MEBIBYTE,
+    SUFFIX,
     UNIT,
     Candidate,
     Identity,
     InboxPaths,
     InboxRun,
+    candidate,
     identity_at,
     identity_of,
     link_or_copy,
@@ -40,14 +45,18 @@ from app.csv_inbox.discovery import (
     open_regular,
     placed,
     printable,
+    read_some,
     unchanged,
     unused,
 )
-from app.csv_inbox.incoming import Incoming, read_incoming
+from app.csv_inbox.incoming import Incoming, read_header, read_incoming, read_incoming_header
 from app.csv_inbox.merge import Merged, master_header, merge
 from app.csv_inbox.quarantine import (
     MERGED,
+    UNDONE,
+    Grown,
     LoadRecord,
+    check_master,
     load_id_of,
     load_of,
     loads,
@@ -280,7 +289,7 @@ def take(inbox: InboxRun, candidate: Candidate) -> Report:
     """Merge one file. Raises Unmergeable, Unsteady, Transient, Permanent, OSError."""
     at, began = inbox.clock(), time.monotonic()
     name, paths, master = printable(candidate.path.name), inbox.paths, inbox.config.merged_file
-    load = LoadRecord(load_id_of(at), inbox.context.run_id, name, text_of(at), MERGED)
+    load = LoadRecord(load_id_of(paths.loads, at), inbox.context.run_id, name, text_of(at), MERGED)
 
     def temporary(what: str) -> Path:
         return paths.temporary(load.load_id, what)
@@ -461,3 +470,157 @@ def write_metadata(temporary: Path, columns: Sequence[str], rows: int, at: datet
         file.write("\n")
         file.flush()
         sync_file(file.fileno())
+
+
+# Taking merges back, newest first, each as one committed transaction: the master becomes what it was, to the byte.
+#
+# Invariant: nothing is written over a master that is not what the last merge left; what was archived stays archived.
+
+
+def take_back(paths: InboxPaths, load: LoadRecord, at: datetime, beat: Callable[[int], None]) -> None:
+    """Take one merge back, the newest; `beat` is told of bytes written and may stop it before the commit.
+
+    Raises Rejected when the master was changed since, and OSError.
+    """
+    config = paths.config
+    check_master(config, load)
+    removed = revert_file(paths.loads, load.load_id)
+    renamings, removals = [], [removed]
+    if load.revert == "first":
+        removals = [config.merged_file, config.metadata_file, removed]
+    else:
+        restored = paths.temporary(load.load_id, "restored")
+        metadata = paths.temporary_metadata(load.load_id)
+        if load.revert == "whole":
+            link_or_copy(removed, restored)
+        else:
+            _splice(config, load, removed, restored, beat)
+        dialect = Dialect(config.csv_delimiter, config.csv_encoding)
+        with restored.open("rb", buffering=0) as file:
+            header = read_header(file.read, dialect)
+            file.seek(header.size_bytes)
+            rows = sum(len(block.rows) for block in blocks(file.read, dialect, 1))
+        write_metadata(metadata, header.names, rows, at)
+        renamings = [renaming(restored, config.merged_file), renaming(metadata, config.metadata_file)]
+    transaction = Transaction(renamings, removals, None, replace(load, outcome=UNDONE, revert=""))
+    check_master(config, load)  # nobody who takes no lock wrote to it while it was read
+    commit(paths, transaction)
+    carry_out(paths, transaction)
+
+
+def _splice(config: InboxConfig, load: LoadRecord, kept: Path, restored: Path, beat: Callable[[int], None]) -> None:
+    """The kept bytes of the master with the removed rows back in their places; the ranges follow these in `kept`."""
+    with (
+        config.merged_file.open("rb", buffering=0) as master,
+        kept.open("rb", buffering=0) as removed,
+        restored.open("xb") as out,
+    ):
+        keep_mode(config.merged_file, out.fileno())
+        ranges = array("q")
+        size = 2 * load.ranges * ranges.itemsize
+        removed.seek(-size, os.SEEK_END)
+        ranges.frombytes(removed.read(size))
+        removed.seek(0)
+        at = 0
+        for offset, length in zip(ranges[0::2], ranges[1::2], strict=True):
+            _copy(master, out, offset - at, beat)
+            _copy(removed, out, length, beat)
+            at = offset + length
+        _copy(master, out, load.kept_bytes - master.tell(), beat)
+        out.flush()
+        # As it was in this as well: the merge before tells its master by size and time.
+        os.utime(out.fileno(), ns=(load.mtime_before_ns, load.mtime_before_ns))
+        sync_file(out.fileno())
+
+
+def _copy(source: IO[bytes], out: IO[bytes], size: int, beat: Callable[[int], None]) -> None:
+    while size > 0:
+        piece = source.read(min(size, MEBIBYTE))
+        if not piece:
+            raise Rejected("what was kept of the master is incomplete", "restore the master from a backup instead")
+        out.write(piece)
+        beat(len(piece))
+        size -= len(piece)
+
+
+# Rows that are written to a file after it was merged, by a writer that paused for longer than a file has to be steady.
+#
+# Such a writer holds the file open, so its rows end up in the archived file. Each run looks at the files that were
+# merged last: what has grown behind what was merged becomes a file of its own in the inbox, below the same header.
+#
+# Invariant: the new file and the note of how far the old one was taken in are one transaction, so every added row
+# comes back to the inbox once. Only what was appended does: a file in the archive that was edited is a person's.
+
+
+def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
+    """Put what was added into the inbox as a file of its own; None when nothing was. Raises OSError."""
+    name = printable(each.path.name)
+    try:
+        with open_regular(each.path) as file, placed(inbox.config.watch_dir):
+            if each.found.size < each.merged.size or md5_of(file, each.merged.size) != each.load.source_md5:
+                told = "was changed after it was merged, and not by rows at its end; copy it into the inbox to merge it"
+                log.warning("%s %s", name, told)
+                inbox.told.append(f"{name} {told}")
+            elif each.found.size > each.merged.size:
+                return _moved_back(inbox, each, file)
+            save_load(inbox.paths.loads, _dealt_with(each, file))
+    except (Unmergeable, Unsteady, Stuck) as error:
+        inbox.tell(f"{name}: rows may have been written to it after it was merged: {error.message}")
+    return None
+
+
+def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
+    """The record of the merge once all of the file is dealt with."""
+    found = each.found
+    return replace(each.load, source=astuple(found), source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
+
+
+def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | None:
+    start = each.merged.size
+    if each.load.unended_bytes:  # the last row that was merged may go on in what was added
+        file.seek(start)
+        if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
+            start -= each.load.unended_bytes
+    temporary = inbox.paths.temporary_tail(each.load.load_id)
+    with temporary.open("xb") as out:
+        _copy_part(file, out, 0, each.load.rows_at)
+        _copy_part(file, out, start, each.found.size)
+        out.flush()
+        os.utime(out.fileno(), ns=(each.found.mtime_ns, each.found.mtime_ns))
+        sync_file(out.fileno())
+    suffixes = itertools.chain(("",), (f"-{number}" for number in itertools.count(1)))
+    names = (bounded_name(each.path.name, f".late-{start}{suffix}{SUFFIX}") for suffix in suffixes)
+    target = next(path for name in names if not os.path.lexists(path := inbox.config.watch_dir / name))
+    unended = _unended_bytes(inbox, temporary, each.found.size - start)
+    transaction = Transaction([renaming(temporary, target)], [], None, _dealt_with(each, file, unended))
+    if not each.is_steady():
+        temporary.unlink()
+        raise Unsteady(f"{each.path.name} is still being written", "no action needed; the next run looks again")
+    commit(inbox.paths, transaction)
+    carry_out(inbox.paths, transaction)
+    again = "; its last row was incomplete then" if start < each.merged.size else ""
+    told = f"{each.found.size - each.merged.size} bytes were written to it after it was merged{again}"
+    inbox.tell(f"{printable(each.path.name)}: {told}; taken in as {printable(target.name)}")
+    return candidate(target)
+
+
+def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
+    """The size of a last row without a line end; of the whole tail where that cannot be told."""
+    dialect = Dialect(inbox.config.csv_delimiter, inbox.config.csv_encoding)
+    with path.open("rb") as file:
+        try:
+            header, own = read_incoming_header(file.read, dialect, ())
+            file.seek(header.size_bytes)
+            unended = 0
+            for block in blocks(file.read, own, 1):
+                unended = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
+        except Malformed:  # cut inside quotes: the file is set aside, and comes again with what follows
+            return tail_bytes
+    return unended
+
+
+def _copy_part(file: IO[bytes], out: IO[bytes], start: int, end: int) -> None:
+    file.seek(start)
+    while start < end and (piece := read_some(file, min(end - start, MEBIBYTE))):
+        out.write(piece)
+        start += len(piece)

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from app.core.errors import Transient
-from app.core.ledger import from_json, to_json
-from app.core.runs import Failure, LedgerTotal, Outcome, Report, Run, Total
+from app.core.ledger import to_json
+from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
 from app.core.windows import DAY_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import AHEAD, SqlCheckpoints, SqlClocks, SqlLayouts, SqlLeases, StateClock, now_of
 from app.db.database import NamedQueries, Row, sql_directory, storable
 from app.db.migrations import Migrated, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
+from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
 
 # Paused jobs: known to every process, and after every restart.
@@ -203,7 +204,8 @@ def _export(row: Row) -> PendingExport:
 # each run that ends is added to the totals once, in the transaction that says so.
 
 KEPT_RUNS = 1000
-NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
+KEPT_SLOTS = timedelta(days=35)
+SLOT_SECONDS = 900  # every time zone begins its day on a quarter of an hour
 
 
 class SqlRuns:
@@ -219,11 +221,14 @@ class SqlRuns:
         with self._queries.database.transaction() as session:
             ends = run.ended_at is not None and not session.rows(self._queries["is_counted"], run_id=run.run_id)
             session.run(self._queries["save_run"], **columns)
-            if ends:
+            if ends and run.ended_at is not None:
                 session.run(self._queries["correct_totals"], job=run.job, ended_at=run.ended_at)
-                sums = {name: columns[name] for name in ("job", "outcome", *NUMBERS, "ended_at")}
+                sums = {name: columns[name] for name in ("job", "outcome", *NUMBERS, "new_rows", "ended_at")}
                 session.run(self._queries["add_total"], **sums)
                 session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
+                session.run(self._queries["add_new_rows"], **_slot(run, run.ended_at))
+                if run.report.new_rows:
+                    session.run(self._queries["prune_new_rows"], job=run.job, before_at=run.ended_at - KEPT_SLOTS)
             prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
             session.run(self._queries["prune_runs"], **prune)
 
@@ -247,7 +252,7 @@ class SqlRuns:
     def totals(self) -> Sequence[Total]:
         """The sums over all runs that ever ended, by job and outcome. They never fall."""
         return [
-            Total(row["job"], Outcome(row["outcome"]), row["runs"], Report(**_numbers(row)), row["ended_at"])
+            Total(row["job"], Outcome(row["outcome"]), row["runs"], Report(**numbers_of(row)), row["ended_at"])
             for row in self._queries.rows("totals")
         ]
 
@@ -258,11 +263,19 @@ class SqlRuns:
     def _runs(self, query: str, **params: Any) -> Sequence[Run]:
         with self._queries.database.transaction(read_only=True) as session:
             until_at = now_of(session, self._queries) + AHEAD
-            return [_run(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
+            return [run_of(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
 
 
-def _numbers(row: Row) -> dict[str, Any]:
-    return {name: row[name] for name in NUMBERS}
+def _slot(run: Run, ended_at: datetime) -> dict[str, Any]:
+    """What a run adds to the quarter of an hour in which it ended."""
+    ledger = run.report.ledger
+    return {
+        "job": run.job,
+        "slot_at": floor_to(ended_at, SLOT_SECONDS),
+        "new_rows": run.report.new_rows,
+        "updated_rows": run.report.corrected_rows or (0 if ledger.unit == VALUES else ledger.total.corrected),
+        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures)),
+    }
 
 
 def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
@@ -283,26 +296,13 @@ def _columns(run: Run) -> dict[str, Any]:
         "started_at": run.started_at,
         "ended_at": run.ended_at,
         "outcome": run.outcome.value,
-        **{name: getattr(run.report, name) for name in NUMBERS},
+        **{name: getattr(run.report, name) for name in (*NUMBERS, "new_rows")},
         "failures": json.dumps([asdict(failure) for failure in run.report.failures]),
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
         "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
     }
-
-
-def _run(row: Row) -> Run:
-    report = Report(
-        **_numbers(row),
-        failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
-        more=bool(row["more"]),
-        ledger=from_json(json.loads(row["ledger"])),
-    )
-    outcome = Outcome(row["outcome"])
-    return Run(
-        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
-    )
 
 
 # All of it on one database.
@@ -330,6 +330,7 @@ class State:
     alerts: SqlAlerts
     clocks: SqlClocks
     clock: StateClock
+    pages: SqlPages
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -372,4 +373,5 @@ def open_state(url: str, data_dir: Path) -> State:
         alerts=SqlAlerts(queries),
         clocks=SqlClocks(queries),
         clock=clock,
+        pages=SqlPages(queries),
     )

@@ -5,10 +5,11 @@ scan is the last way, is said, and has a limit. The facts are those of contracts
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.core.errors import Permanent
+from app.dynamo_to_drive.timestamps import AUTO, Times
 
 STATIC = "static_partition"
 STATIC_VALUES = ("data",)
@@ -17,13 +18,33 @@ SEGMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class ReadSettings:
-    """What the settings say about reading."""
+class Target:
+    """Which table, where, and what of it. Without keys the SDK's own chain is asked: environment, profile, role.
+
+    `unit`: that of numeric timestamps; `escape`: cells are guarded against formulas.
+    """
 
     table: str
     timestamp: str
     partition_values: Sequence[str]
     scan_max_bytes: int
+    unit: str = AUTO
+    region: str = "us-east-1"
+    endpoint_url: str = ""
+    access_key_id: str = ""
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
+    escape: bool = False
+
+    @property
+    def where(self) -> str:
+        """The service, for messages."""
+        return self.endpoint_url or f"DynamoDB in {self.region}"
+
+    @property
+    def times(self) -> Times:
+        """What reads its timestamps."""
+        return Times(self.unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +83,7 @@ class _Way:
     consistent: bool
 
 
-def plan_of(table: Mapping[str, Any], wanted: ReadSettings) -> Plan:
+def plan_of(table: Mapping[str, Any], wanted: Target) -> Plan:
     """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
@@ -91,7 +112,7 @@ def plan_of(table: Mapping[str, Any], wanted: ReadSettings) -> Plan:
     return Plan(key=key, size_bytes=size_bytes)
 
 
-def advice(table: Mapping[str, Any], wanted: ReadSettings) -> str:
+def advice(table: Mapping[str, Any], wanted: Target) -> str:
     """What would let this table be queried instead of scanned."""
     for way in _ways(table):
         if way.ranges[:1] == [wanted.timestamp] and len(way.hashes) == 1:

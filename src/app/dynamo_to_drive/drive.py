@@ -4,19 +4,258 @@ Invariants: every call may be repeated, since a create carries an id that was ma
 are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
 """
 
+import json
+import logging
+import os
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
+from app.core.files import write_durably
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.dynamo_to_drive.credentials import Given, credentials, keep_token
-from app.dynamo_to_drive.drive_errors import AGAIN_HINT, answered, failed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+SCOPES = ("https://www.googleapis.com/auth/drive",)
+TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
+TOKEN_FILE = "google_token.json"  # noqa: S105 - a file's name
+FORMS = "use a service account's key file or the client secrets of an installed app, as Google Cloud Console gives them"
+CONSENT = (
+    "run `python -m app google` once on a machine with a browser; elsewhere copy google_token.json into DATA_DIR, "
+    "or set GOOGLE_CREDENTIALS_JSON to its text"
+)
+CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the shared drive, and allow access to Drive"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Where the credentials come from: a file, or the text itself; and where an installed app's token is kept."""
+
+    file: Path | None
+    text: str
+    token_file: Path
+
+
+def document(given: Given) -> dict[str, Any]:
+    """The JSON document. Raises Permanent when there is none."""
+    try:
+        text = given.file.read_text(encoding="utf-8") if given.file else given.text
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise Permanent(f"GOOGLE_CREDENTIALS_FILE {given.file}: {why}", FORMS) from error
+    try:
+        info = json.loads(text)
+    except ValueError as error:
+        raise Permanent(
+            f"Google credentials ({given.file or 'GOOGLE_CREDENTIALS_JSON'}) are not JSON", FORMS
+        ) from error
+    if not isinstance(info, dict):
+        raise Permanent("Google credentials are not a JSON object", FORMS)
+    return info
+
+
+def credentials(given: Given) -> Any:
+    """google-auth credentials of either kind, not refreshed yet. Raises Permanent when they cannot be used."""
+    info = document(given)
+    try:
+        if info.get("type") == "service_account":
+            return _service_account(info)
+        return _user(info if "refresh_token" in info else _kept(given, client_of(info)))
+    except (ValueError, KeyError) as error:  # google-auth's MalformedError is a ValueError
+        raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
+
+
+def account(given: Given) -> str:
+    """Who the files belong to, for hints: the address of a service account, else "the signed-in user"."""
+    return str(document(given).get("client_email") or "the signed-in user")
+
+
+def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The client secrets inside the document. Raises Permanent when it is something else."""
+    client = info.get("installed") or info.get("web")
+    if not isinstance(client, dict) or "client_id" not in client:
+        raise Permanent("Google credentials are neither a service account, an installed app nor a token", FORMS)
+    return client
+
+
+def _service_account(info: Mapping[str, Any]) -> Any:
+    """The library's own would, beside each request, look up at another host of Google's in which regions the account
+    may be used. Only the hosts that the settings and the document name are asked.
+    """
+    from google.oauth2 import service_account
+
+    class Quiet(service_account.Credentials):
+        def before_request(self, request: Any, method: str, url: str, headers: Any) -> None:  # noqa: ARG002 - its words
+            if not self.valid:
+                self.refresh(request)  # type: ignore[no-untyped-call]  # the library is untyped
+            self.apply(headers)  # type: ignore[no-untyped-call]
+
+    return Quiet.from_service_account_info(info, scopes=list(SCOPES))  # type: ignore[no-untyped-call]
+
+
+def _user(info: Mapping[str, Any]) -> Any:
+    """The library's own reader would ask Google's endpoint whatever the document names."""
+    from google.oauth2.credentials import Credentials
+
+    return Credentials(
+        None,
+        refresh_token=info["refresh_token"],
+        token_uri=info.get("token_uri", TOKEN_URI),
+        client_id=info["client_id"],
+        client_secret=info["client_secret"],
+        scopes=list(SCOPES),
+    )
+
+
+def _kept(given: Given, client: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        kept: dict[str, Any] = json.loads(given.token_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Permanent("the installed app has no consent yet: client secrets alone open nothing", CONSENT) from error
+    except (OSError, ValueError) as error:
+        raise Permanent(f"{given.token_file} cannot be read", CONSENT) from error
+    if kept.get("client_id") != client["client_id"]:
+        raise Permanent(f"{given.token_file} belongs to another client than the credentials", CONSENT)
+    return kept
+
+
+def keep_token(given: Given, found: Any) -> None:
+    """Keep a refreshed token of an installed app for the next start. Nothing for other kinds."""
+    if "installed" in (info := document(given)) or "web" in info:
+        save_token(given.token_file, found)
+
+
+def save_token(path: Path, found: Any) -> None:
+    """Store a user's credentials, readable by the owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # write_durably keeps the mode
+    write_durably(path, [found.to_json().encode()])
+
+
+def consent(given: Given, *, open_browser: bool) -> Path:
+    """Ask the user in a browser, once; where the token was kept. Raises Permanent, and Transient for a network away."""
+    info = document(given)
+    client_of(info)
+    from google_auth_oauthlib.flow import InstalledAppFlow
+    from oauthlib.oauth2 import OAuth2Error
+
+    # It logs the request that it waits for, and in that stands the code.
+    logging.getLogger("google_auth_oauthlib.flow").setLevel(logging.WARNING)
+    try:
+        flow = InstalledAppFlow.from_client_config(info, list(SCOPES))
+        found = flow.run_local_server(port=0, open_browser=open_browser, access_type="offline", prompt="consent")
+    except (OAuth2Error, Warning) as error:  # a scope that the user took away is raised as a Warning
+        why = getattr(error, "error", "") or type(error).__name__
+        raise Permanent(f"Google gave no consent: {why}", CONSENT_AGAIN) from error
+    except (ValueError, KeyError) as error:
+        raise Permanent(f"Google credentials cannot be read: {type(error).__name__}", FORMS) from error
+    except OSError as error:
+        raise Transient(f"Google's sign-in was not reached: {type(error).__name__}", "try again") from error
+    save_token(given.token_file, found)
+    return given.token_file
+
+
+# What Drive and its sign-in refuse, as what a person or the next run should do.
+#
+# Invariants: the reason is read from the answer's machine-readable part, in either of Google's two styles; text of a
+# proxy is no reason; no message holds a token. The table is section 6 of contracts/google-drive.md.
+
+AGAIN_HINT = "no action needed: it is tried again, and the next run goes on"
+SHARE_HINT = (
+    "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID, and add the account of the credentials to the shared "
+    "drive as Content manager"
+)
+RIGHTS_HINT = "make the account of the credentials Content manager of the shared drive"
+ENABLE_HINT = "enable the Google Drive API in the project of the credentials (Google Cloud Console)"
+SCOPE_HINT = "the token lacks the scope drive: run `python -m app google` again"
+SIGN_IN_HINT = "the credentials are not accepted any more: make a new key, or run `python -m app google` again"
+HINTS: Mapping[str, str] = {
+    "storageQuotaExceeded": "service accounts have no storage of their own: share a Shared Drive with the account and "
+    "set GOOGLE_DRIVE_FOLDER_ID to it or to a folder on it; for a user's own Drive, free space",
+    "teamDriveFileLimitExceeded": "the shared drive is full (500,000 items, trash included): archive or delete some",
+    "teamDriveHierarchyTooDeep": "the folder lies too deep: choose one nearer to the top",
+    "numChildrenInNonRootLimitExceeded": "the folder holds too many files: set GOOGLE_DRIVE_FOLDER_ID to a new one",
+    "accessNotConfigured": ENABLE_HINT,
+    "SERVICE_DISABLED": ENABLE_HINT,
+    "dailyLimitExceeded": "the project's quota of the day is used up: it comes back at midnight Pacific time",
+    "insufficientFilePermissions": RIGHTS_HINT,
+    "insufficientParentPermissions": RIGHTS_HINT,
+    "insufficientPermissions": SCOPE_HINT,
+    "ACCESS_TOKEN_SCOPE_INSUFFICIENT": SCOPE_HINT,
+    "appNotAuthorizedToFile": SCOPE_HINT,
+    "domainPolicy": "the domain's policy forbids it: ask the administrator of the Workspace",
+    "notFound": SHARE_HINT,
+    "authError": SIGN_IN_HINT,
+}
+HINTS_OF_STATUS: Mapping[int, str] = {
+    400: "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID; else it is a fault of the program: please report it",
+    401: SIGN_IN_HINT,
+    404: SHARE_HINT,
+}
+PASSING = frozenset(
+    {"userRateLimitExceeded", "rateLimitExceeded", "sharingRateLimitExceeded", "RATE_LIMIT_EXCEEDED", "backendError"}
+)
+REVOKED = frozenset(
+    {
+        "invalid_grant",
+        "invalid_client",
+        "unauthorized_client",
+        "deleted_client",
+        "disabled_client",
+        "invalid_scope",
+        "access_denied",
+    }
+)
+GRANT_HINT = (
+    "the key was deleted or the consent withdrawn, or this machine's clock is wrong: make a new key for a service "
+    "account, run `python -m app google` again for an installed app"
+)
+TEXT_LIMIT = 300
+TOO_MANY, SERVER_FAULT, TIMEOUT = 429, 500, 408
+
+
+def answered(status: int, content: bytes, headers: Mapping[str, str]) -> AppError:
+    """An answer with an error status."""
+    reason, message = _reason(content)
+    text = f"Drive answered {status} {reason}: {message}".replace("  ", " ")[:TEXT_LIMIT]
+    asked = headers.get("retry-after", "")
+    seconds = float(asked) if asked.isascii() and asked.isdigit() else None
+    if reason in PASSING or status in (TOO_MANY, TIMEOUT) or status >= SERVER_FAULT:
+        return Transient(text, AGAIN_HINT, retry_after_seconds=seconds)
+    return Permanent(text, HINTS.get(reason) or HINTS_OF_STATUS.get(status, RIGHTS_HINT))
+
+
+def _reason(content: bytes) -> tuple[str, str]:
+    """The first reason that is known here, else the first one; and the message. Both styles may stand in one answer."""
+    try:
+        said: Any = json.loads(content)["error"]
+        listed = [each.get("reason") for each in (*said.get("errors", ()), *said.get("details", ()))]
+        given = [str(each) for each in (*listed, said.get("status")) if each]
+        known = (each for each in given if each in PASSING or each in HINTS)
+        return next(known, given[0] if given else ""), str(said.get("message", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", "no reason given"
+
+
+def failed(error: Exception) -> AppError:
+    """No answer at all, or no sign-in. google-auth's own word on what may be repeated is not to be relied on."""
+    from google.auth.exceptions import GoogleAuthError, RefreshError
+
+    said = error.args[1] if len(error.args) > 1 and isinstance(error.args[1], dict) else {}
+    if isinstance(error, RefreshError) and str(said.get("error")) in REVOKED:
+        why = f"{said['error']}: {said.get('error_description', '')}"
+        return Permanent(f"Google refused the sign-in: {why[:TEXT_LIMIT]}", GRANT_HINT)
+    # The second argument of a sign-in's error is the whole answer, which may hold a token.
+    text = str(error.args[0]) if isinstance(error, GoogleAuthError) and error.args else str(error)
+    return Transient(f"Drive cannot be reached: {text[:TEXT_LIMIT] or type(error).__name__}", AGAIN_HINT)
+
 
 T = TypeVar("T")
 
@@ -26,18 +265,10 @@ DOWNLOAD_BYTES = 8 << 20
 NO_PROGRESS = 6
 GONE = (404, 410)
 GOOGLE_TYPES = "application/vnd.google-apps."
-FOLDER_TYPE = f"{GOOGLE_TYPES}folder"
+FOLDER_TYPE, SHORTCUT_TYPE = f"{GOOGLE_TYPES}folder", f"{GOOGLE_TYPES}shortcut"
+CSV_TYPES = ("", "application/csv", "application/octet-stream", "application/vnd.ms-excel")
 FILE_FIELDS = "id,name,mimeType,md5Checksum,size,headRevisionId,createdTime,appProperties,trashed"
 FOLDER_FIELDS = "id,name,mimeType,driveId,trashed,capabilities(canAddChildren)"
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How failures that may pass are met."""
-
-    policy: RetryPolicy
-    pauses: Pauses
-    draw: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +286,11 @@ class DriveFile:
     mime_type: str
 
     @property
-    def is_binary(self) -> bool:
-        """False for a folder, a shortcut, a document: what has no bytes to download or to replace."""
-        return not self.mime_type.startswith(GOOGLE_TYPES)
+    def is_csv(self) -> bool:
+        """False for what is not a table of an hour although it has the name of one: a folder, a shortcut, a Google
+        document, a picture, an archive. Browsers of Windows send CSV as a spreadsheet's type.
+        """
+        return "headwaterMd5" in self.properties or self.mime_type.startswith("text/") or self.mime_type in CSV_TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +322,7 @@ class DriveService:
         return self._here.service
 
     def forget(self) -> None:
-        """End this thread's connections and read the credentials anew next time."""
+        """End this thread's connections and re-read the credentials next time."""
         if hasattr(self._here, "http"):
             self._here.http.close()
         self._here.__dict__.clear()
@@ -122,11 +355,12 @@ class DriveService:
 
 
 class Drive:
-    """Calls on one folder, each retried as `patience` says. Raises Transient and Permanent."""
+    """Calls on one folder, each retried as `policy` says. Raises Transient and Permanent."""
 
-    def __init__(self, service: DriveService, patience: Patience) -> None:
+    def __init__(self, service: DriveService, policy: RetryPolicy, pauses: Pauses) -> None:
         self._service = service
-        self._patience = patience
+        self._policy = policy
+        self._pauses = pauses
 
     def folder(self, folder_id: str) -> Mapping[str, Any]:
         """Its `mimeType`, `driveId` (absent in My Drive), `trashed` and `capabilities`."""
@@ -159,7 +393,7 @@ class Drive:
         while True:
             page = self._again(lambda files: files.list(**asked).execute())
             if page.get("incompleteSearch"):
-                raise Transient(f"Drive searched only a part for {name}", "nothing to do: it is asked again")
+                raise Transient(f"Drive searched only a part for {name}", "no action needed: it is asked again")
             found += [_file(each) for each in page.get("files", ())]
             if not page.get("nextPageToken"):
                 return sorted(found, key=lambda each: (each.created, each.file_id))
@@ -235,12 +469,12 @@ class Drive:
             raise Transient(
                 f"{found.name}: Drive has {found.size_bytes} bytes with MD5 {found.md5}, "
                 f"sent were {content.size_bytes} with {content.md5}",
-                "nothing to do: it is written again",
+                "no action needed: it is written again",
             )
         return found
 
     def _in_pieces(self, request: Any) -> Any:
-        """The library's own retry sends an empty body under the old length, so each failed piece is asked about anew:
+        """The library's own retry sends an empty body under the old length, so each failed piece is asked about again:
         the next call on the same request first learns from Drive how much it has.
         """
         answer, reached, idle = None, -1, 0
@@ -250,29 +484,31 @@ class Drive:
                     _, answer = request.next_chunk(num_retries=0)
             except Permanent as error:
                 if request.resumable_uri is not None and _status(error) in GONE:
-                    raise Transient("Drive forgot the upload in its middle", "nothing to do: it starts anew") from error
+                    raise Transient(
+                        "Drive forgot the upload before its end", "no action needed: it starts again"
+                    ) from error
                 raise
             except Transient:
                 idle = 0 if request.resumable_progress > reached else idle + 1
                 reached = max(reached, request.resumable_progress)
                 if idle >= NO_PROGRESS:
                     raise
-                self._patience.pauses.pause(self._patience.draw() * min(16.0, 0.5 * 2**idle))
+                self._pauses.pause(random.random() * min(16.0, 0.5 * 2**idle))  # noqa: S311 - jitter only
         return answer
 
     def _again(self, call: Callable[[Any], T]) -> T:
-        """Run `call` on the API until it succeeds or the patience ends; nothing of the SDK's passes."""
+        """Run `call` on the API until it succeeds or the attempts end; nothing of the SDK's passes."""
 
         def once() -> T:
             with _translated():
                 made = self._service.made()
                 result = call(made.files())
                 self._service.note_token()
-            if isinstance(result, str):  # what the library hands over when it is no JSON
-                raise Transient("Drive's answer cannot be read: it is no JSON", AGAIN_HINT)
+            if isinstance(result, str):  # what the library hands over when it is not JSON
+                raise Transient("Drive's answer cannot be read: not JSON", AGAIN_HINT)
             return result
 
-        return retry(once, self._patience.policy, self._patience.pauses, self._patience.draw)
+        return retry(once, self._policy, self._pauses)
 
 
 _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}

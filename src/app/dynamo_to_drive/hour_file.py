@@ -4,18 +4,19 @@ import csv
 import heapq
 import io
 import logging
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import blake2b, md5
 from itertools import islice, pairwise
 from operator import itemgetter
-from typing import BinaryIO
+from shutil import copyfileobj
+from typing import Any, BinaryIO
 
 from app.core.errors import Permanent
+from app.core.files import temporary_file
 from app.core.ledger import Ledger, SetAside, Tally, ledger_of, sampled
 from app.core.pipeline import Sums
 from app.core.windows import Window
@@ -70,7 +71,7 @@ class FileShape:
 
 @dataclass(frozen=True, slots=True)
 class HourFile:
-    """The finished file, a `Batch`. `digest` is the MD5 of its bytes, which is what Drive tells too.
+    """The finished file, `Batch` and `Encoded` at once. `digest` is the MD5 of its bytes, which Drive tells as well.
 
     `repeated`: how often a row was added that was there already. `window` is the hour where it is known;
     `elsewhere` has timestamps of items that look as if they were of it and are not.
@@ -90,6 +91,7 @@ class HourFile:
     accounts: Mapping[str, Tally] = field(default_factory=dict)
     identities: None = None
     corrected_rows: int = 0
+    write: str = ""
 
     @property
     def sums(self) -> Mapping[str, Sums]:
@@ -164,7 +166,7 @@ class HourWriter:
 
     def __init__(self, shape: FileShape) -> None:
         self._shape = shape
-        self._spool = _temporary()
+        self._spool = temporary_file(memory_bytes=MEMORY_BYTES)
         self._segments: list[_Segment] = []
         self._columns: Columns = (shape.timestamp,)
         self._repeated = 0
@@ -205,17 +207,18 @@ class HourWriter:
         return rows, orders[0], orders[-1]
 
     def _guarded(self, rows: Sequence[Row]) -> Sequence[Row]:
-        return [_escaped(row) for row in rows] if self._shape.escape else rows
+        return [list(map(_escaped, row)) for row in rows] if self._shape.escape else rows
 
     def finish(self) -> HourFile:
         """The file of all pages so far; nothing but a header makes no sense, so no rows give an empty file."""
-        shape, segments, whole = self._shape, self._segments, _temporary()
+        shape, segments, whole = self._shape, self._segments, temporary_file(memory_bytes=MEMORY_BYTES)
         if not segments:
             return _finished(shape, whole, 0, None)
         columns = self._columns
         _write(whole, self._guarded([columns]))
         if self._runs_on(columns):
-            _copy(self._spool, whole)
+            self._spool.seek(0)
+            copyfileobj(self._spool, whole, COPY_BYTES)
             rows, span = sum(segment.rows for segment in segments), (segments[0].first, segments[-1].last)
         else:
             rows, span = self._merge(whole, columns)
@@ -289,7 +292,7 @@ def readable(name: str) -> Iterator[None]:
         yield
     except (csv.Error, UnicodeDecodeError) as error:
         raise UnreadableFile(
-            f"{name} is no CSV of ours: {str(error)[:TEXT_LIMIT]}",
+            f"{name} is not a CSV file of ours: {str(error)[:TEXT_LIMIT]}",
             "restore an earlier revision of the file, move it away, or heal its window",
         ) from error
 
@@ -304,25 +307,19 @@ def lines_in(file: BinaryIO) -> Iterator[str]:
     return _lines(file, 0, file.seek(0, io.SEEK_END))
 
 
-def _escaped(row: Row) -> Row:
-    return [f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text for text in row]
-
-
 def _plain(text: str) -> str:
     return text.removeprefix("'")
 
 
-def _is_number(text: str) -> bool:
-    """A negative number is no formula."""
+def _escaped(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula; a negative number is not one."""
+    if not text.startswith(FORMULA):
+        return text
     try:
         float(text)
     except ValueError:
-        return False
-    return True
-
-
-def _temporary() -> BinaryIO:
-    return tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # type: ignore[return-value]
+        return f"'{text}"
+    return text
 
 
 def _write(file: BinaryIO, rows: Sequence[Row]) -> None:
@@ -361,12 +358,6 @@ def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
         yield from io.StringIO(block[:cut].decode(), newline="")
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
-    source.seek(0)
-    while block := source.read(COPY_BYTES):
-        target.write(block)
-
-
 def _finished(shape: FileShape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:
     digest = md5(usedforsecurity=False)
     file.seek(0)
@@ -390,9 +381,11 @@ NAMED_ATTRIBUTES = 20
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Hour:
-    """What is known of one hour's items. `only_held`: rows of the file that the table no longer returns."""
+    """What is known of one hour's items: how many the table has and how many were read, some twice. `held`: rows of the
+    sink, `only_held` those of them that the table no longer returns; `waiting`: rows that a dry run would write.
+    """
 
     counted: int = 0
     read: int = 0
@@ -422,11 +415,13 @@ class _Reason:
 
 class Accounts:
     """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
-    one timestamp.
+    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`, "" for none.
     """
 
-    def __init__(self, attribute: str) -> None:
+    def __init__(self, attribute: str, now: datetime | None = None) -> None:
         self.attribute = attribute
+        self._ahead_at = now + timedelta(days=1) if now else None
+        self.ahead = ""
         self.attributes: set[str] = set()
         self.text = ""
         self._hours: dict[Window, _Hour] = {}
@@ -435,34 +430,18 @@ class Accounts:
         self._unplaced = 0
         self._lock = threading.Lock()
 
-    def read(self, hour: Window, items: int, repeated: int) -> None:
-        """An hour was read: so many items, of which some came twice. Replaces what an earlier reading of it said."""
-        with self._lock:
-            account = self._of(hour)
-            account.counted, account.read, account.only_held = items - repeated, items, 0
+    def placed(self, at: datetime, text: str) -> None:
+        """A timestamp was read. Far ahead of now it is perhaps a date in another unit or notation, which would wait
+        for its hour without a word.
+        """
+        if self._ahead_at is not None and at > self._ahead_at:
+            with self._lock:
+                self._ahead_at, self.ahead = at, text
 
-    def only_held(self, hour: Window, rows: int) -> None:
-        """So many rows of the hour's file are no items any more."""
+    def note(self, hour: Window, **told: Any) -> None:
+        """What is known of an hour's items now, by the names of `_Hour`; what an earlier look said of it goes."""
         with self._lock:
-            self._of(hour).only_held = rows
-
-    def held(self, hour: Window, rows: int) -> None:
-        """The sink has so many rows of the hour."""
-        with self._lock:
-            self._of(hour).held = rows
-
-    def landed(self, hour: Window, landed: Landed) -> None:
-        """The hour's file was put into its place."""
-        with self._lock:
-            self._of(hour).landed = landed
-
-    def waits(self, hour: Window, rows: int) -> None:
-        """A dry run would write so many rows."""
-        with self._lock:
-            self._of(hour).waiting = rows
-
-    def _of(self, hour: Window) -> _Hour:
-        return self._hours.setdefault(hour, _Hour())
+            self._hours[hour] = replace(self._hours.get(hour, _Hour()), **told)
 
     def unplaced(self, item: Item, reason: str) -> None:
         """An item without an hour: it lacks the attribute, or has the timestamp that `reason` tells of. One that was

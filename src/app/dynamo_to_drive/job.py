@@ -5,7 +5,6 @@ hour; a file is built whole from the table each time, so nothing but the cursor 
 """
 
 import logging
-import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +23,11 @@ from app.core.shrink import Shrink
 from app.core.sync import settle, sync_partition
 from app.core.verify import Verification
 from app.core.windows import EPOCH, Window, floor_to, windows_between
-from app.dynamo_to_drive.access_path import ReadSettings
-from app.dynamo_to_drive.credentials import TOKEN_FILE, Given
-from app.dynamo_to_drive.drive import Drive, DriveService, Patience
-from app.dynamo_to_drive.drive_sink import DriveSink, FilePlace, FolderOnce, HourBytes, hour_of
+from app.dynamo_to_drive.access_path import Target
+from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile
-from app.dynamo_to_drive.local_sink import FolderSink
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, Target, ping
+from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ahead_note, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, OpenedHourFiles
 from app.object_store.set_aside import SetAsideStore
 
@@ -40,11 +37,11 @@ RECONCILE = "dynamo_to_drive_reconcile"
 LATE_SECONDS = 900
 RECONCILE_SECONDS = 86_400
 HOUR_SECONDS = 3600
-OFF = "off: set DYNAMODB_TABLE_NAME"
+OFF = "set DYNAMODB_TABLE_NAME"
 POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)
 
-HourPipeline = Pipeline[HourFile, HourBytes]
+HourPipeline = Pipeline[HourFile, HourFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class HourFileParts:
     table: DynamoTable
     drive: DriveService | None
     directory: Path
-    folder: FolderOnce
+    folder: DriveFolder
     checkpoints: Checkpoints
     set_aside: SetAsideStore
     clock: Callable[[], datetime]
@@ -130,17 +127,18 @@ def build(
         table=DynamoTable(_target(settings)),
         drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
         directory=settings.service.data_dir / "drive",
-        folder=FolderOnce(),
+        folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),
         checkpoints=checkpoints,
         set_aside=set_aside,
         clock=clock,
         policy=policy,
     )
     off = "" if settings.dynamo.table_name else OFF
+    late, past = timedelta(hours=settings.drive.late_hours), timedelta(days=settings.export.reconcile_days)
     jobs = (
         Job(NAME, settings.drive.interval_seconds, lambda context: _live(parts, context), off),
-        Job(LATE, LATE_SECONDS, lambda context: _late(parts, context), off),
-        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
+        Job(LATE, LATE_SECONDS, lambda context: _again(parts, context, late), off, helper_of=NAME),
+        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _again(parts, context, past), off, helper_of=NAME),
     )
 
     def moment() -> Moment:
@@ -153,7 +151,7 @@ def build(
             _opened(parts, _looking(stop)), lambda context: _opened(parts, context), moment, parts.turn
         ),
         HourChart(lambda: _opened(parts, _looking(Stop())), moment),
-        lambda: ping(parts.table),
+        lambda: ping(parts.table, parts.clock()),
         (lambda: _ping_drive(parts)) if given else None,
         lambda: _close(parts),
     )
@@ -168,11 +166,13 @@ def _close(parts: HourFileParts) -> None:
 
 def _target(settings: Settings) -> Target:
     dynamo = settings.dynamo
-    wanted = ReadSettings(dynamo.table_name, dynamo.timestamp_attribute, dynamo.partition_values, dynamo.scan_max_bytes)
     secrets = (dynamo.access_key_id, dynamo.secret_access_key, dynamo.session_token)
     access_key_id, secret_access_key, session_token = (each.get_secret_value() if each else "" for each in secrets)
     return Target(
-        wanted=wanted,
+        table=dynamo.table_name,
+        timestamp=dynamo.timestamp_attribute,
+        partition_values=dynamo.partition_values,
+        scan_max_bytes=dynamo.scan_max_bytes,
         unit=dynamo.timestamp_unit,
         region=dynamo.region,
         endpoint_url=dynamo.endpoint_url,
@@ -185,16 +185,11 @@ def _target(settings: Settings) -> Target:
 
 def _opened(parts: HourFileParts, context: Context, span: Window | None = None) -> OpenedHourFiles:
     """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
-    accounts = Accounts(parts.settings.dynamo.timestamp_attribute)
+    accounts = Accounts(parts.settings.dynamo.timestamp_attribute, parts.clock())
     sink = _sink(parts, context, accounts)
     source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
-    pipeline = _joined(parts, source, sink)
-    return OpenedHourFiles(pipeline, sink, parts.partition, parts.settings.drive.escape_formulas, accounts)
-
-
-def _joined(parts: HourFileParts, source: DynamoSource, sink: DriveSink | FolderSink) -> HourPipeline:
     drive = parts.settings.drive
-    return Pipeline(
+    pipeline: HourPipeline = Pipeline(
         name=NAME,
         source=source,
         sink=sink,
@@ -204,6 +199,7 @@ def _joined(parts: HourFileParts, source: DynamoSource, sink: DriveSink | Folder
         asks_sink=True,
         by_digest=True,
     )
+    return OpenedHourFiles(pipeline, sink, parts.partition, drive.escape_formulas, accounts)
 
 
 def _looking(stop: Stop) -> Context:
@@ -217,10 +213,15 @@ def _sink(parts: HourFileParts, context: Context, accounts: Accounts) -> DriveSi
     if parts.drive is None:
         times = parts.table.target.times
         return FolderSink(parts.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
-    # Jitter is no secret: any source of numbers serves.
-    calls = Drive(parts.drive, Patience(parts.policy, context.stop, random.random))
-    place = FilePlace(drive.csv_name_prefix, folder_of(parts.settings), drive.shared_drive_id, escaped, dry_run)
-    return DriveSink(calls, place, RecordedIds(parts.checkpoints, parts.partition, context), parts.folder, accounts)
+    return DriveSink(
+        Drive(parts.drive, parts.policy, context.stop),
+        parts.folder,
+        RecordedIds(parts.checkpoints, parts.partition, context),
+        accounts,
+        prefix=drive.csv_name_prefix,
+        escaped=escaped,
+        dry_run=dry_run,
+    )
 
 
 def _live(parts: HourFileParts, context: Context) -> Report:
@@ -237,7 +238,9 @@ def _noted(parts: HourFileParts, context: Context, accounts: Accounts, work: Cal
     """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
     try:
         report = work()
-        return replace(report, ledger=accounts.closed(parts.partition, None if context.dry_run else parts.set_aside))
+        notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
+        ledger = accounts.closed(parts.partition, None if context.dry_run else parts.set_aside)
+        return replace(report, ledger=ledger, notes=notes)
     except LeaseLost:
         raise
     except (Transient, Permanent, Rejected) as error:
@@ -263,16 +266,6 @@ def _cursor(parts: HourFileParts, context: Context, now: datetime) -> datetime:
     if not context.dry_run:
         parts.checkpoints.commit(NAME, parts.partition, Commit(cursor_at=oldest), context.lease)
     return oldest
-
-
-def _late(parts: HourFileParts, context: Context) -> Report:
-    """Look at the last hours again that are behind the cursor."""
-    return _again(parts, context, timedelta(hours=parts.settings.drive.late_hours))
-
-
-def _reconcile(parts: HourFileParts, context: Context) -> Report:
-    """Look at the last days again."""
-    return _again(parts, context, timedelta(days=parts.settings.export.reconcile_days))
 
 
 def _again(parts: HourFileParts, context: Context, age: timedelta) -> Report:
@@ -325,9 +318,8 @@ def _ping_drive(parts: HourFileParts) -> str:
     if parts.drive is None:
         return ""
     parts.drive.forget()
-    calls = Drive(parts.drive, Patience(RetryPolicy(attempts=1), Stop(), random.random))
-    place = FilePlace("", folder_of(parts.settings), parts.settings.drive.shared_drive_id, escaped=False, dry_run=True)
-    drive_id = FolderOnce().drive_id(calls, place)
+    parts.folder.forget()
+    drive_id = parts.folder.drive_id(Drive(parts.drive, RetryPolicy(attempts=1), Stop()))
     return (
         f"may add files to the folder, on shared drive {drive_id}"
         if drive_id

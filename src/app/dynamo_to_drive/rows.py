@@ -1,7 +1,7 @@
 """Items of DynamoDB as rows of text."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from itertools import compress
@@ -119,10 +119,8 @@ def cell(value: Value | None) -> str:
 
 def as_json(value: Value) -> str:
     """JSON with sorted keys and sorted sets; numbers keep every digit, binaries are base64 text."""
-    if value.N is not None:
-        return value.N
     if value.M is not None:
-        return _object(value.M)
+        return f"{{{','.join(f'{_text(name)}:{as_json(value.M[name])}' for name in sorted(value.M))}}}"
     if value.L is not None:
         return f"[{','.join(map(as_json, value.L))}]"
     if value.NS is not None:
@@ -130,16 +128,8 @@ def as_json(value: Value) -> str:
     texts = value.SS if value.SS is not None else value.BS
     if texts is not None:
         return f"[{','.join(map(_text, sorted(texts)))}]"
-    return _single(value)
-
-
-def _object(members: Mapping[str, Value]) -> str:
-    return f"{{{','.join(f'{_text(name)}:{as_json(members[name])}' for name in sorted(members))}}}"
-
-
-def _single(value: Value) -> str:
-    if value.BOOL is not None:
-        return "true" if value.BOOL else "false"
+    if value.N is not None or value.BOOL is not None:
+        return value.N or str(value.BOOL).lower()
     text = value.S if value.S is not None else value.B
     return "null" if text is None else _text(text)
 
@@ -196,7 +186,7 @@ class Pages:
         self._misses = 0
 
     def read(self, taken: Taken) -> list[Row]:
-        """The rows of a page in `columns`, which may have grown. Raises Transient for what is no page."""
+        """The rows of a page in `columns`, which may have grown. Raises Transient for what is not a page."""
         rows = self._in_one_step(taken)
         if rows is not None:
             return rows

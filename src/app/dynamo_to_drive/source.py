@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from app.core.pipeline import UNCOUNTED, Count
 from app.core.runs import Stop
 from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, window_at
-from app.dynamo_to_drive.access_path import SEGMENTS, Plan, ReadSettings, advice, plan_of
+from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_of, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
 from app.dynamo_to_drive.timestamps import (
@@ -52,7 +52,7 @@ THROTTLED = frozenset(
     {"ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "LimitExceededException"}
 )
 SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
-AGAIN_HINT = "nothing to do: the next run goes on"
+AGAIN_HINT = "no action needed: the next run goes on"
 FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is tried again"
 TEXT_LIMIT = 300
 
@@ -109,6 +109,7 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
 # read is a row of an hour or is handed to the accounts with the reason.
 
 LOOKED_ITEMS = 1000
+ATTEMPTS, CONNECT_SECONDS, READ_SECONDS = 5, 5, 20
 SOME_HOUR = window_at(EPOCH, 3600)  # for whom only wants to know what can be read
 NAMED = 20
 ATTRIBUTE_HINT = "set DYNAMODB_TIMESTAMP_ATTRIBUTE to the attribute that says when a row was measured"
@@ -117,33 +118,6 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Which table, where. Without keys the SDK's own chain is asked: environment, profile, role."""
-
-    wanted: ReadSettings
-    unit: str
-    region: str
-    endpoint_url: str = ""
-    access_key_id: str = ""
-    secret_access_key: str = field(default="", repr=False)
-    session_token: str = field(default="", repr=False)
-    escape: bool = False
-    attempts: int = 5
-    connect_timeout_seconds: float = 5
-    read_timeout_seconds: float = 20
-
-    @property
-    def where(self) -> str:
-        """The service, for messages."""
-        return self.endpoint_url or f"DynamoDB in {self.region}"
-
-    @property
-    def times(self) -> Times:
-        """What reads its timestamps."""
-        return Times(self.unit)
 
 
 class DynamoTable:
@@ -164,14 +138,14 @@ class DynamoTable:
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
         if self._plan is None:
-            answer = self.call("describe_table", TableName=self.target.wanted.table)
+            answer = self.call("describe_table", TableName=self.target.table)
             described = member(answer, "Table", self.target.where)
-            self._plan = plan_of(described, self.target.wanted)
-            _say(self._plan, described, self.target.wanted)
+            self._plan = plan_of(described, self.target)
+            _say(self._plan, described, self.target)
         return self._plan
 
     def forget(self) -> None:
-        """Find out anew next time: an index may have come or gone."""
+        """Find out again next time: an index may have come or gone."""
         self._plan = None
 
     def close(self) -> None:
@@ -187,7 +161,7 @@ class DynamoTable:
             found = frozenset(traits) - self.traits
             self.traits |= found
         for trait in found:
-            log.info("table %s: timestamps have %s", self.target.wanted.table, trait.value)
+            log.info("table %s: timestamps have %s", self.target.table, trait.value)
 
     def looks_around(self, hour: Window) -> bool:
         """True the first time: then the hour is asked for every writing, also for those that were never seen."""
@@ -208,7 +182,7 @@ class DynamoTable:
 
     def some(self) -> Sequence[Item]:
         """Some items of the whole table, whatever their keys. None of a table that is empty."""
-        for taken in self.pages("scan", {"TableName": self.target.wanted.table, "Limit": LOOKED_ITEMS}, Stop()):
+        for taken in self.pages("scan", {"TableName": self.target.table, "Limit": LOOKED_ITEMS}, Stop()):
             if items := items_of(taken):
                 return items
         return ()
@@ -218,7 +192,7 @@ class DynamoTable:
         it knows.
         """
         for segment in range(SEGMENTS):
-            whole = {"TableName": self.target.wanted.table, "ConsistentRead": True}
+            whole = {"TableName": self.target.table, "ConsistentRead": True}
             yield {**whole, "Segment": segment, "TotalSegments": SEGMENTS}
 
     def queries(
@@ -234,10 +208,10 @@ class DynamoTable:
     def _asked(self, plan: Plan, value: str, between: KeyRange | None = None) -> dict[str, Any]:
         names, values = {"#p": plan.hash_name}, {":hash": {plan.hash_type: value}}
         if between is not None:
-            names["#t"] = self.target.wanted.timestamp
+            names["#t"] = self.target.timestamp
             values |= {f":{name}": {plan.timestamp_type: text} for name, text in between._asdict().items()}
         return {
-            "TableName": self.target.wanted.table,
+            "TableName": self.target.table,
             **({"IndexName": plan.index} if plan.index else {}),
             "KeyConditionExpression": "#p = :hash AND #t BETWEEN :low AND :high" if between else "#p = :hash",
             "ExpressionAttributeNames": names,
@@ -259,7 +233,7 @@ class DynamoTable:
         """One request. Raises Transient or Permanent."""
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
-        with translated(self.target.wanted.table, self.target.where):
+        with translated(self.target.table, self.target.where):
             answer = getattr(self._made(), method)(**asked)
         with self._lock:
             self.units += (answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0)
@@ -283,7 +257,7 @@ class Newest(NamedTuple):
 
 
 class WantedItems:
-    """`rows.Wanted`: the items of one hour. Not safe from several threads.
+    """`rows.RowFilter`: the items of one hour. Not safe from several threads.
 
     `elsewhere`: timestamps of other hours that begin as this one does, and have another offset.
     """
@@ -296,16 +270,16 @@ class WantedItems:
         self._accounts = accounts
 
     def has_all(self, texts: Sequence[str]) -> bool:
-        """See `ReadSettings`."""
+        """See `RowFilter`."""
         return self._hour.has_all(texts)
 
     def has(self, text: str) -> bool | None:
-        """See `ReadSettings`."""
+        """See `RowFilter`."""
         is_inside, reading = self._placed(text)
         return is_inside if reading.at is not None else None
 
     def takes(self, item: Item) -> bool:
-        """See `ReadSettings`; the accounts are told of an item without an hour."""
+        """See `RowFilter`; the accounts are told of an item without an hour."""
         text = timed(item, self._accounts.attribute)
         is_inside, reading = (False, TimestampReading(None)) if text is None else self._placed(text)
         if reading.at is None:
@@ -316,6 +290,8 @@ class WantedItems:
     def _placed(self, text: str) -> tuple[bool, TimestampReading]:
         is_inside, reading = self._hour.place(text)
         self.traits |= reading.traits
+        if reading.at is not None and not is_inside:
+            self._accounts.placed(reading.at, text)
         if not is_inside and Trait.OFFSET in reading.traits and text.startswith(self._hour.beginnings):
             self.elsewhere.add(text)
         return is_inside, reading
@@ -355,7 +331,7 @@ class DynamoSource:
         return {(partition or self._partition, window.start): UNCOUNTED for window in windows}
 
     def read(self, partition: str, window: Window, count: Count, kept: HourFile | None) -> HourFile:  # noqa: ARG002
-        """The file of the hour. A table that changed its indexes is looked at anew before the next try.
+        """The file of the hour. A table that changed its indexes is looked at again before the next try.
 
         Raises Permanent where nothing that was read has a timestamp that can be read.
         """
@@ -414,7 +390,11 @@ class DynamoSource:
         for item in newest:
             if not is_readable(item):
                 self._accounts.unplaced(item, times.read(timed(item, self._accounts.attribute) or "").reason)
-        self._table.note(trait for text in texts for trait in times.read(text).traits)
+        for text in texts:
+            reading = times.read(text)
+            self._table.note(reading.traits)
+            if reading.at is not None:
+                self._accounts.placed(reading.at, text)
         return Newest("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
 
     def _refuse_other_values(self, plan: Plan) -> None:
@@ -422,7 +402,7 @@ class DynamoSource:
         try:
             items = self._table.some()
         except Permanent as error:  # a key that may only query is enough for all else
-            log.info("whether table %s is empty is not known: %s", self._table.target.wanted.table, error)
+            log.info("whether table %s is empty is not known: %s", self._table.target.table, error)
             return
         if not items:
             return
@@ -454,7 +434,7 @@ class DynamoSource:
 
             _together(follow, list(requests))
             hour = replace(writer.finish(), window=window, elsewhere=frozenset(wanted.elsewhere))
-        self._accounts.read(window, pages.rows, hour.repeated)
+        self._accounts.note(window, counted=pages.rows - hour.repeated, read=pages.rows, only_held=0)
         return hour, wanted, pages.items
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[HourFile]:
@@ -464,12 +444,12 @@ class DynamoSource:
     def union(self, batch: HourFile, held: Sequence[Iterable[Mapping[str, str]]], shrink: Shrink | None) -> HourFile:
         """The rows of both; where both have a key, the table's row. No file is read where rows may go."""
         del shrink
-        with closing(self._writer()) as writer:
+        with closing(HourWriter(self._shape())) as writer:
             writer.add_rows(row for rows in held for row in rows if not self._is_misplaced(batch, row))
             writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
-            self._accounts.only_held(batch.window, united.rows - batch.rows)
+            self._accounts.note(batch.window, only_held=united.rows - batch.rows)
         return united
 
     def _is_misplaced(self, batch: HourFile, row: Mapping[str, str]) -> bool:
@@ -482,13 +462,10 @@ class DynamoSource:
         at = self._table.target.times.read(text).at
         return at is not None and self._span.start <= at < self._span.end
 
-    def _writer(self) -> HourWriter:
-        return HourWriter(self._shape())
-
     def _shape(self) -> FileShape:
         plan, target = self._table.plan(), self._table.target
-        key = tuple(name for name in plan.key if name not in (target.wanted.timestamp, plan.left_out))
-        return FileShape(target.wanted.timestamp, key, target.times, target.escape)
+        key = tuple(name for name in plan.key if name not in (target.timestamp, plan.left_out))
+        return FileShape(target.timestamp, key, target.times, target.escape)
 
 
 def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
@@ -516,11 +493,19 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def ping(table: DynamoTable) -> str:
+def ahead_note(accounts: Accounts) -> str:
+    """What to say of items that lie far ahead of now."""
+    return (
+        f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come; if "
+        "that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    )
+
+
+def ping(table: DynamoTable, now: datetime) -> str:
     """How the table is read, for `check`. Raises Transient or Permanent."""
     table.forget()
     plan, times = table.plan(), table.target.times
-    accounts = Accounts(table.target.wanted.timestamp)
+    accounts = Accounts(table.target.timestamp, now)
     if plan.scans:
         wanted, items = WantedItems(Hour(times, SOME_HOUR), accounts), table.some()
         for item in items:
@@ -528,25 +513,27 @@ def ping(table: DynamoTable) -> str:
         is_readable = len(items) > wanted.unreadable or not items
         way = f"may describe and scan; {plan.size_bytes} bytes for each hour"
     else:
-        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=EPOCH).look(plan).is_readable
+        is_readable = DynamoSource(table, "", Stop(), accounts=accounts, now=now).look(plan).is_readable
         way = f"may describe and query; {f'index {plan.index}' if plan.index else 'the table'}"
     if not is_readable:
         raise unreadable(accounts, times)
-    return f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}" if accounts.set_aside else way
+    if accounts.set_aside:
+        way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
+    return f"{way}; {ahead_note(accounts)}" if accounts.ahead else way
 
 
-def _say(plan: Plan, described: Mapping[str, Any], wanted: ReadSettings) -> None:
+def _say(plan: Plan, described: Mapping[str, Any], target: Target) -> None:
     if plan.scans:
         log.warning(
             "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
-            wanted.table,
+            target.table,
             plan.size_bytes,
             plan.scan_units,
-            advice(described, wanted),
+            advice(described, target),
         )
     else:
         where = f"index {plan.index}" if plan.index else "its key"
-        log.info("table %s is queried on %s, %d partition values", wanted.table, where, len(plan.hash_values))
+        log.info("table %s is queried on %s, %d partition values", target.table, where, len(plan.hash_values))
 
 
 def _make_client(target: Target) -> Any:
@@ -559,9 +546,9 @@ def _make_client(target: Target) -> Any:
         "aws_session_token": target.session_token or None,
     }
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": target.attempts},
-        connect_timeout=target.connect_timeout_seconds,
-        read_timeout=target.read_timeout_seconds,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
         max_pool_connections=SEGMENTS,
     )
     client = boto3.session.Session(**keys).client(

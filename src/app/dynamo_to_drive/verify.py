@@ -1,4 +1,4 @@
-"""Both ends of the hourly files read anew: the table's rows, and the rows of the file as Drive has it; and the gap map.
+"""Both ends of the hourly files, re-read: the table's rows, and the rows of the file as Drive has it; and the gap map.
 
 Invariants: looking puts nothing into the trash and makes no file; a file that was changed by somebody else is mended
 from the table alone, any other keeps the rows that the table no longer returns.
@@ -20,13 +20,12 @@ from app.core.shrink import Shrink
 from app.core.sync import settle
 from app.core.verify import NOTHING, Content, Slot, content_of
 from app.core.windows import DAY_SECONDS, Window, window_at
-from app.dynamo_to_drive.drive_sink import HourBytes
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_of, read_file
 
-HourPipeline = Pipeline[HourFile, HourBytes]
+HourPipeline = Pipeline[HourFile, HourFile]
 
 
-class HourSink(Sink[HourFile, HourBytes], Protocol):
+class HourSink(Sink[HourFile, HourFile], Protocol):
     """What is asked of a sink here beside its port."""
 
     def peek(self, key: str) -> Held | None:
@@ -120,10 +119,10 @@ class _Unread:
     def read(self, key: str, version: str) -> Iterable[Mapping[str, str]]:
         return self.sink.read(key, version)
 
-    def encode(self, partition: str, window: Window, batch: HourFile) -> HourBytes:
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
         return self.sink.encode(partition, window, batch)
 
-    def put(self, key: str, encoded: HourBytes, expected: str | None) -> str:
+    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
         return self.sink.put(key, encoded, expected)
 
 

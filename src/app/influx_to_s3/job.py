@@ -58,7 +58,7 @@ RECONCILE_SHARE = 0.1
 # found. An hour more, since the next night's run may start later.
 CONTENT_SPAN = timedelta(hours=25)
 SPOOL = "spool"
-OFF = "off: set INFLUXDB_URL"
+OFF = "set INFLUXDB_URL"
 LOOK_KEY = "headwater-readiness"
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def build(
     off = "" if influx.url else OFF
     jobs = (
         Job(NAME, export.interval_seconds, lambda context: _sync(parts, context), off),
-        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off),
+        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _reconcile(parts, context), off, helper_of=NAME),
     )
 
     def ends(stop: Stop) -> ExportEnds:

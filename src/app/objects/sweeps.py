@@ -12,6 +12,7 @@ from app.core.runs import Context, Failure, Job, Report
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "s3_sweep"
+HOUSEKEEPING = "housekeeping"  # of no pipeline in particular
 INTERVAL_SECONDS = 3600
 SET_ASIDE_NAME = "set_aside_sweep"
 SET_ASIDE_INTERVAL_SECONDS = 86_400
@@ -34,7 +35,7 @@ def build(sweep: Sweep, hours: int, ours: Callable[[str], bool], clock: Callable
         count = sweep(before, ours)
         return Report(notes=(f"{count} multipart uploads aborted",))
 
-    return Job(NAME, INTERVAL_SECONDS, work, off="" if hours else "set S3_SWEEP_HOURS")
+    return Job(NAME, INTERVAL_SECONDS, work, off="" if hours else "set S3_SWEEP_HOURS", helper_of=HOUSEKEEPING)
 
 
 def build_set_aside(folders: Mapping[str, SetAsideStore], days: int, clock: Callable[[], datetime]) -> Job:
@@ -60,4 +61,4 @@ def build_set_aside(folders: Mapping[str, SetAsideStore], days: int, clock: Call
         if folders
         else "set a source: no pipeline that sets rows aside is on"
     )
-    return Job(SET_ASIDE_NAME, SET_ASIDE_INTERVAL_SECONDS, work, off=off, unit="folder")
+    return Job(SET_ASIDE_NAME, SET_ASIDE_INTERVAL_SECONDS, work, off=off, unit="folder", helper_of=HOUSEKEEPING)

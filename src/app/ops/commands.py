@@ -27,7 +27,7 @@ from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown
 from app.core.verify import verify as compared
-from app.core.windows import Window
+from app.core.windows import Window, refuse_future
 from app.ops.health import look
 from app.ops.json_views import failures_shown, instant_text, run_shown
 from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
@@ -223,6 +223,7 @@ def backfill(
 ) -> int:
     """Fill the windows of a span, or write them again from the source; the exit code."""
     span, ours = Window(start, end), _job(service, job)
+    refuse_future(span, service.desk.clock())
     if replacing:
         work = _able(
             service.pipelines.replacements,

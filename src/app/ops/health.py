@@ -17,6 +17,7 @@ from app.ops.scheduler import Scheduler
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 10.0
+NOT_YET = "not looked at yet"
 log = logging.getLogger(__name__)
 
 Check = Callable[[], str]
@@ -63,7 +64,7 @@ class Readiness:
         return {name: self._latest(name, now) for name in self._checks}
 
     def _latest(self, name: str, now: float) -> Finding:
-        finding, at = self._found.get(name, (Finding(ok=False, error="not looked at yet", hint="ask again soon"), now))
+        finding, at = self._found.get(name, (Finding(ok=False, error=NOT_YET, hint="ask again soon"), now))
         if now - at > EVERY_SECONDS + LIMIT_SECONDS:
             return Finding(ok=False, error=f"no answer for {now - at:.0f} s", hint="look whether that system hangs")
         return finding
@@ -87,6 +88,11 @@ class Readiness:
 # Invariant: neither looks outside the process, so both answer within milliseconds whatever the outside systems do.
 
 PATHS = ("/health", "/ready")
+SYSTEMS = {
+    "checkpoint_store_connected": "the state database",
+    "s3_accessible": "the object store",
+    "dwh_connected": "the warehouse",
+}
 OK = 200
 UNAVAILABLE = 503
 
@@ -117,6 +123,11 @@ class Probes:
             "timestamp": f"{self.clock():%Y-%m-%dT%H:%M:%SZ}",
         }
         return ProbeAnswer(OK if turning else UNAVAILABLE, body)
+
+    def unreachable(self) -> Mapping[str, tuple[str, str]]:
+        """Error and next step of each outside system that cannot be reached; one not looked at yet is left out."""
+        findings = self.readiness.findings().items()
+        return {SYSTEMS.get(name, name): (f.error, f.hint) for name, f in findings if not f.ok and f.error != NOT_YET}
 
     def ready(self) -> ProbeAnswer:
         """Readiness: 503 while a system outside cannot be reached, and from the stop signal on."""

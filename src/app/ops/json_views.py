@@ -63,6 +63,7 @@ def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
     progress = view.status.progress
     return {
         "name": view.job.name,
+        "helper_of": view.job.helper_of or None,
         "interval_seconds": view.job.interval_seconds,
         "state": view.status.state,
         "off": view.job.off,
@@ -73,7 +74,8 @@ def job_shown(view: JobView, record: JobRecord) -> Mapping[str, Any]:
         "queued_backfills": view.status.queued_backfills,
         "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
         "runs_total": sum(total.runs for total in record.totals),
-        "rows_total": sum(total.report.rows for total in record.totals),
+        "rows_total": sum(total.report.new_rows for total in record.totals),
+        "rows_written_total": sum(total.report.rows for total in record.totals),
         "late_rows_total": sum(total.report.late_rows for total in record.totals),
         "corrected_rows_total": sum(total.report.corrected_rows for total in record.totals),
         "calls": record.calls and {"today": record.calls.today, "a_day": record.calls.a_day},
@@ -96,6 +98,7 @@ def run_shown(run: Run) -> Mapping[str, Any]:
         "ended_at": instant_text(run.ended_at),
         "outcome": run.outcome.value,
         "rows": report.rows,
+        "new_rows": report.new_rows,
         "bytes": report.bytes,
         "windows": report.windows,
         "late_rows": report.late_rows,
@@ -123,7 +126,7 @@ def partition_shown(partition: PartitionView, now: datetime) -> Mapping[str, Any
 
 # A run as the OpenAPI document describes it.
 #
-# Invariant: it says what `shapes.run_shown` gives, which a test compares.
+# Invariant: it says what `run_shown` gives, which a test compares.
 
 Schema = dict[str, Any]
 
@@ -135,6 +138,10 @@ INSTANT: Schema = {"type": "string", "format": "date-time"}
 def _object(properties: Mapping[str, Schema], description: str = "") -> Schema:
     schema: Schema = {"type": "object", "required": list(properties), "properties": dict(properties)}
     return {**schema, "description": description} if description else schema
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
 def _named(description: str) -> Schema:
@@ -167,7 +174,7 @@ RUN = _object(
         "started_at": INSTANT,
         "ended_at": {"anyOf": [INSTANT, {"type": "null"}]},
         "outcome": {"type": "string", "enum": [outcome.value for outcome in Outcome]},
-        **dict.fromkeys(("rows", "bytes", "windows", "late_rows", "corrected_rows"), WHOLE),
+        **dict.fromkeys(("rows", "new_rows", "bytes", "windows", "late_rows", "corrected_rows"), WHOLE),
         "ledger": LEDGER,
         "ledger_text": {**TEXT, "description": "The same in one line; empty for a run that kept no ledger."},
         "failures": {"type": "array", "items": FAILURE, "description": "At most 20."},
@@ -175,7 +182,109 @@ RUN = _object(
         "hint": TEXT,
     }
 )
-RUNS = _object({"count": WHOLE, "runs": {"type": "array", "items": RUN}})
-RUNS_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"description": "runs, newest first", "content": {"application/json": {"schema": RUNS}}}
+MAYBE_TEXT: Schema = {"anyOf": [TEXT, {"type": "null"}]}
+MAYBE_INSTANT: Schema = {"anyOf": [INSTANT, {"type": "null"}]}
+MAYBE_NUMBER: Schema = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+ANYTHING: Schema = {"type": "object"}
+RUNS = _object(
+    {
+        "count": WHOLE,
+        "total": {**WHOLE, "description": "How many runs the job, outcome and time have, whatever they found."},
+        "with_news": {**WHOLE, "description": "How many of these found something."},
+        "before": {"anyOf": [INSTANT, {"type": "null"}], "description": "Send it as `before` for the next page."},
+        "runs": _list(RUN),
+    }
+)
+WRITTEN = _object(
+    {
+        **dict.fromkeys(("partition", "from", "to"), TEXT),
+        "state": {**TEXT, "description": "OK, still filling, missing, or changed at the destination."},
+        **dict.fromkeys(("rows", "bytes"), WHOLE),
+        "object": TEXT,
+        "written_at": INSTANT,
+    }
+)
+NEIGHBOUR = {"anyOf": [_object({"run_id": TEXT, "started_at": INSTANT, "outcome": TEXT}), {"type": "null"}]}
+RUN_DETAIL = _object(
+    {
+        **RUN["properties"],
+        "helper_of": MAYBE_TEXT,
+        "interval_seconds": {"anyOf": [WHOLE, {"type": "null"}]},
+        "written": {
+            "type": "array",
+            "items": WRITTEN,
+            "description": "Windows that no later run wrote again; at most 500.",
+        },
+        "seen_in_runs": {**WHOLE, "description": "Kept runs of the job with the same error."},
+        "progress": {"anyOf": [ANYTHING, {"type": "null"}]},
+        "previous": NEIGHBOUR,
+        "next": NEIGHBOUR,
+    }
+)
+LOG = _object(
+    {
+        "lines": _list(_object(dict.fromkeys(("time", "level", "message"), TEXT))),
+        "left_out": {**WHOLE, "description": "Earlier lines beyond the limit."},
+        "note": {**TEXT, "description": "Why there are none, if it can be said."},
+    }
+)
+PROBLEM = _object(
+    {
+        **dict.fromkeys(("id", "kind", "mark", "job", "partition", "title"), TEXT),
+        "count": WHOLE,
+        **dict.fromkeys(("from", "to", "since"), MAYBE_INSTANT),
+        **dict.fromkeys(("message", "next"), TEXT),
+        "actions": _list(ANYTHING),
+    }
+)
+SUMMARY = _object(
+    {
+        "now": INSTANT,
+        "verdict": {
+            **_object(
+                {"state": TEXT, "title": TEXT, "parts": _list(_object({"text": TEXT, "href": TEXT})), "more": TEXT}
+            ),
+            "description": "One sentence in parts, each with its place on the page; `state`: ok, warn, bad or off.",
+        },
+        "complete_up_to": {**MAYBE_INSTANT, "description": "Up to where every partition is finished."},
+        "checked_at": {**MAYBE_INSTANT, "description": "When both ends were compared last."},
+        "problems": {**_list(PROBLEM), "description": "The worst first, at most 50."},
+        "problems_total": WHOLE,
+        **dict.fromkeys(("day_starts_at", "hours_start_at"), INSTANT),
+        "jobs": {**_list(ANYTHING), "description": "State, lag, new rows, and the last day in one letter an hour."},
+    }
+)
+MAP_ROW = _object({"name": TEXT, "cells": TEXT, "lag_seconds": MAYBE_NUMBER, "error": TEXT})
+MAP_GROUP = _object({**dict.fromkeys(("first", "last", "cells"), TEXT), **dict.fromkeys(("count", "problems"), WHOLE)})
+MAP = {
+    **_object(
+        {
+            **dict.fromkeys(("job", "span"), TEXT),
+            **dict.fromkeys(("now", "start", "end"), INSTANT),
+            "cell_seconds": {**WHOLE, "description": "As a rule; days and weeks begin at midnight in the time zone."},
+            "starts": _list(INSTANT),
+            "source": {"type": "string", "enum": ["listing", "records"]},
+            **dict.fromkeys(("total", "problems", "rows_total"), WHOLE),
+            "rows": {**_list(MAP_ROW), "description": "Of single partitions."},
+            "groups": {**_list(MAP_GROUP), "description": "In place of rows above 200 partitions."},
+        }
+    ),
+    "description": "One letter a cell, the worst state in it: m missing, p partly missing, c changed, "
+    "l late, s rows set aside, u not known, o still filling, k OK, n no data.",
 }
+MAP_WINDOW = _object(
+    {
+        **dict.fromkeys(("from", "to"), INSTANT),
+        **dict.fromkeys(("letter", "state"), TEXT),
+        **dict.fromkeys(("rows", "objects", "bytes"), WHOLE),
+        "object": TEXT,
+        "delivered_at": MAYBE_INSTANT,
+        "run_id": MAYBE_TEXT,
+    }
+)
+MAP_WINDOWS = _object({"job": TEXT, "partition": TEXT, "windows": _list(MAP_WINDOW)})
+
+
+def answered_with(schema: Schema, description: str) -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route whose answer has this schema."""
+    return {200: {"description": description, "content": {"application/json": {"schema": schema}}}}

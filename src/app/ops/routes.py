@@ -1,27 +1,32 @@
 """The /ops API, the probes and /metrics as FastAPI routes.
 
-Invariant: every route declares its scope; what only reads needs `ops:read`, what starts or stops work `ops:run`.
+Invariant: every route declares its scope; what reads what is known or listed needs `ops:read`, what starts or stops
+work, reads whole windows or writes needs `ops:run`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
-from app.core.errors import AppError
+from app.core.errors import AppError, Rejected
+from app.core.gap_map import Cell
 from app.core.ledger import Ledger
-from app.core.runs import LedgerTotal, Run, Runs, Total
-from app.core.windows import Window
+from app.core.runs import LedgerTotal, Outcome, Run, Runs, Total
+from app.core.windows import Window, refuse_future
+from app.db.page_queries import RunChoice, SqlPages
+from app.ops.delivery_map import DeliveryMaps
 from app.ops.health import ProbeAnswer, Probes
 from app.ops.json_views import (
-    RUNS_ANSWER,
+    RUNS,
     Calls,
     JobRecord,
     PartitionView,
+    answered_with,
     instant_text,
     job_shown,
     lag_seconds,
@@ -40,9 +45,11 @@ from app.ops.metrics import (
     success_series,
     total_series,
 )
+from app.ops.page_data import recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
-from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs
+from app.ops.verification import Proofs, Result, shown
+from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
 from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
@@ -51,6 +58,11 @@ EVERYBODY = needs(OPEN)
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
+MOST_HOURS = 31 * 24
+MOST_DAYS = 366
+MOST_LINES = 200
+NEWEST_CELLS = 200
+ACT: dict[str, Any] = {"openapi_extra": RUN, "status_code": 202, "responses": KNOWN_JOB}
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -73,6 +85,9 @@ class Operations:
     state_clock: Callable[[], datetime]
     ahead_seconds: Callable[[], Mapping[str, float]]
     troubles: Callable[[], Mapping[str, Mapping[str, int]]]
+    pages: SqlPages
+    maps: DeliveryMaps
+    proofs: Proofs
 
 
 class Span(BaseModel):
@@ -81,6 +96,12 @@ class Span(BaseModel):
     model_config = ConfigDict(extra="forbid")
     from_at: AwareDatetime = Field(alias="from")
     to_at: AwareDatetime = Field(alias="to")
+
+
+class Part(Span):
+    """`[from, to)`, and of one partition only when it is named."""
+
+    partition: str | None = Field(default=None, max_length=300)
 
 
 class SignIn(BaseModel):
@@ -96,7 +117,8 @@ def build(ops: Operations) -> APIRouter:
     _probes(router, ops.probes)
     _session(router, ops.guard)
     _reading(router, ops)
-    _acting(router, ops.scheduler)
+    _looking_at_both_ends(router, ops)
+    _acting(router, ops)
     return router
 
 
@@ -141,9 +163,11 @@ def _session(router: APIRouter, guard: Guard) -> None:
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return response
 
-    @router.get("/ops/session", openapi_extra=READ, summary="Who is signed in")
+    @router.get("/ops/session", openapi_extra=EVERYBODY, summary="Who is signed in, and what the key may do")
     async def who(request: Request) -> dict[str, Any]:
-        grant = request.scope["state"]["grant"]
+        grant = await guard.grant(request.scope)
+        if grant is None:
+            raise Refused(unauthorized("nobody is signed in"))
         return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring)}
 
 
@@ -152,10 +176,37 @@ def _reading(router: APIRouter, ops: Operations) -> None:
     def jobs() -> dict[str, Any]:
         return overview(ops)
 
-    @router.get("/ops/runs", openapi_extra=READ, summary="Recent runs, newest first", responses=RUNS_ANSWER)
-    def runs(job: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50) -> dict[str, Any]:
-        found = ops.runs.recent(job, limit)
-        return {"count": len(found), "runs": [run_shown(run) for run in found]}
+    @router.get(
+        "/ops/runs",
+        openapi_extra=READ,
+        summary="Runs by job, outcome and time, newest first",
+        responses=answered_with(RUNS, "runs, newest first"),
+    )
+    def runs(
+        job: str | None = None,
+        outcome: Outcome | None = None,
+        start: Annotated[AwareDatetime | None, Query(alias="from")] = None,
+        end: Annotated[AwareDatetime | None, Query(alias="to")] = None,
+        *,
+        news: Annotated[bool, Query(description="Only runs that found something, or did not end well.")] = False,
+        before: Annotated[AwareDatetime | None, Query(description="The next page: runs that began earlier.")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 50,
+    ) -> dict[str, Any]:
+        since, until = recent_span(ops.clock(), start, end)
+        choice = RunChoice(since, until, job or "", outcome, news)
+        with ops.pages.look() as look:
+            found, total, with_news = look.runs(choice, limit + 1, before or until)
+        if not (outcome or start or end or news or before):
+            found = ops.runs.recent(job, limit + 1)
+        page = found[:limit]
+        more = instant_text(page[-1].started_at) if len(found) > limit else None
+        return {
+            "count": len(page),
+            "total": total,
+            "with_news": with_news,
+            "before": more,
+            "runs": [run_shown(run) for run in page],
+        }
 
     @router.get("/ops/partitions", openapi_extra=READ, summary="How far each partition is, largest lag first")
     def partitions(
@@ -190,8 +241,95 @@ def overview(ops: Operations) -> dict[str, Any]:
     return {"now": instant_text(ops.clock()), "jobs": shown}
 
 
-def _acting(router: APIRouter, scheduler: Scheduler) -> None:
-    @router.post("/ops/jobs/{job}/run", openapi_extra=RUN, summary="Run now", status_code=202, responses=KNOWN_JOB)
+def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
+    @router.get(
+        "/ops/gaps",
+        openapi_extra=READ,
+        summary="Which windows the destination holds, from its own listing",
+        responses=KNOWN_JOB,
+    )
+    def gaps(
+        job: Annotated[str, Query(max_length=100)],
+        hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
+        to: AwareDatetime | None = None,
+        offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_LINES)] = 50,
+    ) -> dict[str, Any]:
+        now = ops.clock()
+        # a minute from now on, so that requests of one minute share a listing
+        end = min(to or now, now).replace(second=0, microsecond=0) + timedelta(minutes=1)
+        total, lines = ops.maps.windows(known(ops.scheduler, job), _back(end, hours), offset, limit)
+        shown_lines = [
+            {
+                "partition": line.partition,
+                "error": line.error,
+                "cells": [_cell(cell) for cell in line.cells[-NEWEST_CELLS:]],
+                "left_out": max(len(line.cells) - NEWEST_CELLS, 0),
+            }
+            for line in lines
+        ]
+        left_out = any(line["left_out"] for line in shown_lines)
+        note = f"only the newest {NEWEST_CELLS} windows of each partition; /ops/map shows the whole span"
+        return {
+            "job": job,
+            "now": instant_text(now),
+            "total": total,
+            "note": note if left_out else "",
+            "partitions": shown_lines,
+        }
+
+    @router.get("/ops/verifications", openapi_extra=READ, summary="The latest verification and healing of each job")
+    def verifications() -> dict[str, Any]:
+        return {
+            "jobs": list(ops.proofs.jobs),
+            "maps": list(ops.maps.jobs),
+            "verifications": [_result(each) for each in ops.proofs.results()],
+            "heals": [_result(each) for each in ops.proofs.heals()],
+        }
+
+
+def _back(end: datetime, hours: int) -> Window:
+    try:
+        at = end.astimezone(UTC)
+        return Window(at - timedelta(hours=hours), at)
+    except OverflowError:
+        raise Refused(Refusal(422, "to is out of range", "give an instant of this century", "query.to")) from None
+
+
+def _cell(cell: Cell) -> Mapping[str, Any]:
+    return {
+        "start": f"{cell.window.start:%Y-%m-%dT%H:%M:%SZ}",
+        "end": f"{cell.window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "state": cell.state.value,
+        "rows": cell.rows,
+        "objects": cell.objects,
+    }
+
+
+def _result(result: Result) -> Mapping[str, Any]:
+    return {
+        "job": result.job,
+        "partition": result.partition,
+        "from": instant_text(result.span.start),
+        "to": instant_text(result.span.end),
+        "by": result.by,
+        "started_at": instant_text(result.started_at),
+        "ended_at": instant_text(result.ended_at),
+        "equal": result.equal,
+        "done": sum(result.counts.values()),
+        "total": result.total,
+        "healed": result.healed,
+        "counts": dict(result.counts),
+        "windows": [shown(each) for each in result.windows],
+        "error": result.error,
+        "hint": result.hint,
+    }
+
+
+def _acting(router: APIRouter, ops: Operations) -> None:
+    scheduler = ops.scheduler
+
+    @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
     def run(job: str) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job))
         return accepted(scheduler, job)
@@ -204,7 +342,7 @@ def _acting(router: APIRouter, scheduler: Scheduler) -> None:
         responses=KNOWN_JOB,
     )
     def pause(job: str, request: Request) -> dict[str, Any]:
-        scheduler.pause(known(scheduler, job), request.scope["state"]["grant"].name)
+        scheduler.pause(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
     @router.post(
@@ -226,8 +364,45 @@ def _acting(router: APIRouter, scheduler: Scheduler) -> None:
         responses=KNOWN_JOB,
     )
     def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), window_of(span))
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
         return accepted(scheduler, job)
+
+    @router.post(
+        "/ops/jobs/{job}/verify",
+        openapi_extra=RUN,
+        summary="Compare both ends by content",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
+    def verify(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+        ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
+        return {"job": job, "state": "verifying"}
+
+    @router.post(
+        "/ops/jobs/{job}/heal",
+        openapi_extra=RUN,
+        summary="Compare, and mend what differs",
+        status_code=202,
+        responses=KNOWN_JOB,
+    )
+    def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+        work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
+        scheduler.queue(job, work)
+        ops.maps.forget(job)
+        return accepted(scheduler, job)
+
+
+def _caller(request: Request) -> str:
+    name: str = request.scope["state"]["grant"].name
+    return name
+
+
+def _a_year(span: Span) -> Window:
+    window = window_of(span)
+    if window.seconds > MOST_DAYS * 86_400:
+        hint = "ask for a year at a time, or use `python -m app verify`"
+        raise Refused(Refusal(422, f"more than {MOST_DAYS} days", hint, "body"))
+    return window
 
 
 def known(scheduler: Scheduler, job: str) -> str:
@@ -245,7 +420,18 @@ def window_of(span: Span) -> Window:
     try:
         return Window(span.from_at.astimezone(UTC), span.to_at.astimezone(UTC))
     except (ValueError, OverflowError):
-        raise Refused(Refusal(422, "from is not before to", "give the older instant as from", "body.from")) from None
+        hint = "give the earlier instant as 'from'"
+        raise Refused(Refusal(422, "'from' must be earlier than 'to'", hint, "body.from")) from None
+
+
+def past_window(span: Span, now: datetime) -> Window:
+    """The same of a span to be filled. Refuses one in the future as well."""
+    window = window_of(span)
+    try:
+        refuse_future(window, now)
+    except Rejected as error:
+        raise Refused(Refusal(422, error.message, error.hint, "body.to")) from error
+    return window
 
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:

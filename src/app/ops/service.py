@@ -140,4 +140,4 @@ def announce(service: Headwater, environ: Mapping[str, str], dotenv: Path | None
         log.warning("%s", warning)
     for job in service.pipelines.jobs:
         if job.off:
-            log.info("job %s is %s", job.name, job.off)
+            log.info("job %s is off: %s", job.name, job.off)

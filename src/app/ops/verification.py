@@ -14,7 +14,7 @@ from typing import Any
 
 from app.core.errors import AppError, Rejected, Transient
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import Sign, Verdict, Verification, heal, verify
+from app.core.verify import Sign, Slot, Verdict, Verification, heal, refuse_unknown, verify
 from app.core.windows import Window
 from app.ops.scheduler import named
 
@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a verification found so far. `counts` are by sign; `windows` are those that are not equal."""
+    """What a verification, or the healing of a part of a job, found so far.
+
+    `counts` are by sign; `windows` are those that are not equal. `total` windows are to be compared, 0 while
+    that is not known. `healed` of them were written again. `partition` None = all.
+    """
 
     job: str
     span: Window
@@ -34,6 +38,10 @@ class Result:
     windows: Sequence[Verdict] = ()
     error: str = ""
     hint: str = ""
+    total: int = 0
+    healed: int = 0
+    partition: str | None = None
+    by: str = ""
 
     @property
     def equal(self) -> bool | None:
@@ -44,9 +52,11 @@ class Result:
 
     def with_verdict(self, verdict: Verdict) -> "Result":
         """The result with one more window."""
-        counts = {**self.counts, verdict.sign.value: self.counts.get(verdict.sign.value, 0) + 1}
-        kept = verdict.sign is not Sign.EQUAL and len(self.windows) < SHOWN
-        return replace(self, counts=counts, windows=(*self.windows, verdict) if kept else self.windows)
+        sign = Sign.EQUAL if verdict.healed else verdict.sign
+        counts = {**self.counts, sign.value: self.counts.get(sign.value, 0) + 1}
+        kept = sign is not Sign.EQUAL and len(self.windows) < SHOWN
+        windows = (*self.windows, verdict) if kept else self.windows
+        return replace(self, counts=counts, windows=windows, healed=self.healed + verdict.healed)
 
     def with_mended(self, verdict: Verdict) -> "Result":
         """The result after healing looked at one of its windows: what is equal now is not among them any more."""
@@ -63,7 +73,9 @@ class Result:
 
 
 class Proofs:
-    """The latest verification of each job; `looked` is called at the end of one, before it is told. From any thread."""
+    """The latest verification and the latest healing of each job. `looked` is called at the end of one, before it is
+    told, and `healed` after a window was written again. From any thread.
+    """
 
     def __init__(
         self,
@@ -71,13 +83,16 @@ class Proofs:
         stop: Stop,
         clock: Callable[[], datetime],
         looked: Callable[[str], None],
+        healed: Callable[[str, Slot], None] = lambda _, __: None,
     ) -> None:
         self._verifications = verifications
         self._stop = stop
         self._clock = clock
         self._looked = looked
+        self._healed = healed
         self._lock = threading.Lock()
         self._results: dict[str, Result] = {}
+        self._heals: dict[str, Result] = {}
 
     @property
     def jobs(self) -> Sequence[str]:
@@ -85,32 +100,60 @@ class Proofs:
         return sorted(self._verifications)
 
     def results(self) -> Sequence[Result]:
-        """The latest of each job, also one that goes on."""
+        """The latest verification of each job, also one that goes on."""
         with self._lock:
             return [self._results[name] for name in sorted(self._results)]
 
-    def start(self, job: str, span: Window) -> None:
+    def heals(self) -> Sequence[Result]:
+        """The latest healing of each job, also one that waits or goes on."""
+        with self._lock:
+            return [self._heals[name] for name in sorted(self._heals)]
+
+    def start(self, job: str, span: Window, partition: str | None = None, by: str = "") -> None:
         """Begin to compare `span`. Raises Rejected for a job that has no verification, Transient while one goes on."""
         verification = found(self._verifications, job)
         with self._lock:
             known = self._results.get(job)
             if known is not None and known.ended_at is None:
                 raise Transient(f"{job} is being verified already", "wait for its result")
-            self._results[job] = Result(job, span, self._clock())
+            self._results[job] = Result(job, span, self._clock(), partition=partition, by=by)
         threading.Thread(target=self._compare, args=(job, verification), name=f"verify-{job}", daemon=True).start()
 
-    def mended(self, job: str, verdict: Verdict) -> None:
-        """Healing came past a window: the latest result of the job says how it is now."""
+    def heal(self, job: str, span: Window, partition: str | None, by: str) -> Callable[[Job], Job]:
+        """What to queue so that `span` of a job is verified and mended, the course of which `heals` tells.
+
+        Raises Rejected for a job without verification, and for a partition that is not known.
+        """
+        verification = found(self._verifications, job)
+        refuse_unknown(verification(self._stop), span, partition)
         with self._lock:
-            known = self._results.get(job)
-            if known is not None and known.ended_at is not None:
-                self._results[job] = known.with_mended(verdict)
+            self._heals[job] = Result(job, span, self._clock(), partition=partition, by=by)
+
+        def seen(verdict: Verdict) -> None:
+            with self._lock:
+                self._heals[job] = self._heals[job].with_verdict(verdict)
+                known = self._results.get(job)
+                if known is not None and known.ended_at is not None:
+                    self._results[job] = known.with_mended(verdict)
+            if verdict.healed or verdict.sign is Sign.EQUAL:
+                self._healed(job, verdict.slot)
+
+        def ended(error: AppError | None) -> None:
+            with self._lock:
+                message, hint = (error.message, error.hint) if error else ("", "")
+                self._heals[job] = replace(self._heals[job], ended_at=self._clock(), error=message, hint=hint)
+            self._looked(job)
+
+        return lambda of: heal_job(of, verification, Healing(span, partition), seen, ended)
 
     def _compare(self, job: str, verification: Verification) -> None:
         result = self._results[job]
         broken = ("the verification broke off", "the log of the service around this moment says why; please report it")
         try:
-            for verdict in verify(verification(self._stop), result.span, self._stop):
+            ends = verification(self._stop)
+            result = replace(result, total=sum(1 for _ in ends.slots(result.span, result.partition)))
+            self._keep(result)
+            for verdict in verify(ends, result.span, self._stop, result.partition):
                 result = result.with_verdict(verdict)
                 self._keep(result)
             broken = ("", "")
@@ -143,9 +186,15 @@ class Healing:
 
 
 def heal_job(
-    job: Job, verification: Verification, what: Healing, seen: Callable[[Verdict], None] = lambda _: None
+    job: Job,
+    verification: Verification,
+    what: Healing,
+    seen: Callable[[Verdict], None] = lambda _: None,
+    ended: Callable[[AppError | None], None] = lambda _: None,
 ) -> Job:
-    """`job`, under its own name and lease, with the mending of `what` as its work."""
+    """`job`, under its own name and lease, with the mending of `what` as its work. `seen` is told of each window that
+    was compared, `ended` of the end of the work and what broke it off.
+    """
 
     def work(context: Context) -> Report:
         counts: Counter[str] = Counter()
@@ -154,7 +203,12 @@ def heal_job(
             counts[verdict.sign.value] += 1
             seen(verdict)
 
-        report = heal(verification(context.stop), what.span, context, note, what.partition)
+        try:
+            report = heal(verification(context.stop), what.span, context, note, what.partition)
+        except AppError as error:
+            ended(error)
+            raise
+        ended(None)
         log.info("%s %s: %s before it was mended", job.name, what.span, told(counts))
         return report
 

@@ -5,15 +5,15 @@ called; no message holds a credential; a body that ends early is an error, not a
 """
 
 import logging
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 from app.core.errors import Transient
+from app.core.files import temporary_file
 
 if TYPE_CHECKING:
     import httpx
@@ -78,8 +78,8 @@ def receiving(spool: Path, size: str) -> Iterator[BinaryIO]:
     try:
         spool.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
-            file = undo.enter_context(tempfile.TemporaryFile(dir=spool))
-            yield cast("BinaryIO", file)
+            file = undo.enter_context(temporary_file(spool))
+            yield file
             undo.pop_all()
     except OSError as error:
         raise Transient(f"{spool}: {error}", f"make room on this disk for {size}") from error
@@ -113,7 +113,7 @@ class Upstream:
             what = str(error) or type(error).__name__
             raise Transient(
                 f"{self.address.service} at {self.address.base_url}: {what}",
-                f"nothing to do if it passes; else check {self.address.variable} and the network",
+                f"no action needed if it passes; otherwise check {self.address.variable} and the network",
             ) from error
 
     def _client(self) -> "httpx.Client":

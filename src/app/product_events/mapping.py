@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,11 +30,6 @@ NONE = type(None)
 YES, NO = frozenset({"true", "1"}), frozenset({"false", "0"})
 NO_RECORD = frozenset({"", "n/a", "no ehr", "no_ehr"})
 MAPPED_V4 = "::ffff:"
-
-
-def rule(word: str) -> Rule:
-    """The rule of a word. Raises KeyError for one that is not known."""
-    return RULES[word]
 
 
 def _each(turn: Callable[[Any], Any]) -> Rule:
@@ -207,8 +201,10 @@ def json_text(value: Any) -> str | None:
         return None
     try:
         parsed = json.loads(value, parse_constant=_refuse)
-        _check_depth(value)
+        is_readable = not nests_too_deep(value)
     except (ValueError, RecursionError):
+        is_readable = False
+    if not is_readable:
         return json.dumps({"_raw": plain(str(value))}, ensure_ascii=False)
     return storable_json(parsed)
 
@@ -242,23 +238,8 @@ def nests_too_deep(found: str) -> bool:
     return deepest > MAX_DEPTH
 
 
-def _check_depth(value: str) -> None:
-    if nests_too_deep(value):
-        raise ValueError
-
-
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
-
-
-def _without_mapping(value: Any) -> str | None:
-    found = text(value)
-    return found.removeprefix(MAPPED_V4) if found else None
-
-
-def _lower(value: Any) -> str | None:
-    found = text(value)
-    return found.lower() if found else None
 
 
 RULES: Mapping[str, Rule] = {
@@ -272,12 +253,12 @@ RULES: Mapping[str, Rule] = {
     "flag": _each(truth),
     "instant": _instants,
     "epoch": _each(epoch),
-    "lower": _each(_lower),
+    "lower": _each(lambda value: (text(value) or "").lower() or None),
     "record": _each(record),
     "via_app": _each(via_app),
     "json": _json_values,
     "jsontext": _each(json_text),
-    "ipv4": _each(_without_mapping),
+    "ipv4": _each(lambda value: (text(value) or "").removeprefix(MAPPED_V4) or None),
 }
 
 
@@ -328,13 +309,9 @@ class ProductMapping:
     def _all(self) -> frozenset[ValuePlace]:
         return frozenset(place for columns in self.places.values() for place in columns.values())
 
-    @cached_property
-    def _rules(self) -> Mapping[str, Rule]:
-        return {place.word: rule(place.word) for place in self._all}
-
     def tables(self, events: Mapping[str, Column], count: int) -> Tables:
         """Rows of `count` events, given as columns by path. Tables without a row are left out."""
-        turned = {place: self._rules[place.word](_taken(place, events, count)) for place in self._all}
+        turned = {place: RULES[place.word](_taken(place, events, count)) for place in self._all}
         found = {}
         for table, places in self.places.items():
             rows = _rows([turned[place] for place in places.values()], alone="uuid" not in places)
@@ -387,33 +364,21 @@ LOAD_EVENTS = 50_000
 EVENTS_TABLE = "events_part"
 
 
-class LoadRows(Protocol):
-    """The warehouse: rows of several tables in one transaction, each event once. Idempotent."""
-
-    def __call__(self, chunks: Iterable[Tables], *, past: bool) -> int:
-        """How many events are new. `past`: newer ones were loaded before, so what is known of a device stays.
-
-        Raises Transient, Permanent, and Rejected for a value that the database does not take.
-        """
-
-
-class KnownEvents(Protocol):
-    """The warehouse: which events it holds."""
-
-    def __call__(self, uuids: Collection[str]) -> int:
-        """How many of these events are there; each counts once. A few thousand at a time at most."""
+KnownEvents = Callable[[Collection[str]], int]
 
 
 class Events(Protocol):
     """What pulls ask of the warehouse."""
 
-    @property
-    def load(self) -> LoadRows:
-        """See `LoadRows`."""
+    def load(self, chunks: Iterable[Tables], *, past: bool) -> int:
+        """Rows of several tables in one transaction, each event once; how many events are new. Idempotent.
 
-    @property
-    def known(self) -> KnownEvents:
-        """See `KnownEvents`."""
+        `past`: newer ones were loaded before, so what is known of a device stays. Raises Transient, Permanent, and
+        Rejected for a value that the database does not take.
+        """
+
+    def known(self, uuids: Collection[str]) -> int:
+        """How many of these events are there; each counts once. A few thousand at a time at most."""
 
 
 def lost(known: KnownEvents, tables: Tables) -> int:
@@ -437,30 +402,23 @@ class Loaded:
         return Loaded(self.given + other.given, self.new + other.new)
 
 
-def load_in_turns(load: LoadRows, tables: Iterator[Tables], *, past: bool) -> Loaded:
-    """LoadRows all."""
+def load_in_turns(warehouse: Events, tables: Iterator[Tables], *, past: bool) -> Loaded:
+    """Load all of `tables`, in transactions of about LOAD_EVENTS."""
     done = Loaded()
     for first in tables:
-        turn = _Turn()
-        new = load(turn.counted(chain([first], _up_to(tables, LOAD_EVENTS - events_in(first)))), past=past)
-        done += Loaded(turn.given, new)
+        given: list[int] = []
+        new = warehouse.load(_one_turn(first, tables, given), past=past)
+        done += Loaded(sum(given), new)
     return done
 
 
-@dataclass(slots=True)
-class _Turn:
-    given: int = 0
-
-    def counted(self, chunks: Iterable[Tables]) -> Iterator[Tables]:
-        for chunk in chunks:
-            self.given += events_in(chunk)
-            yield chunk
-
-
-def _up_to(tables: Iterator[Tables], events: int) -> Iterator[Tables]:
-    while events > 0 and (chunk := next(tables, None)) is not None:
+def _one_turn(first: Tables, others: Iterator[Tables], given: list[int]) -> Iterator[Tables]:
+    """The chunks of one transaction; `given` gets the number of events of each."""
+    chunk: Tables | None = first
+    while chunk is not None:
+        given.append(events_in(chunk))
         yield chunk
-        events -= events_in(chunk)
+        chunk = next(others, None) if sum(given) < LOAD_EVENTS else None
 
 
 def events_in(chunk: Tables) -> int:

@@ -1,9 +1,12 @@
-"""A pull and its partitions: where hours land, which are due, and what is recorded of them.
+"""A pull and its partitions: where hours land, which are due, how their rows are stored, and what is recorded of them.
 
 Invariants: nothing is connected before the first run; a partition that fails is noted beside its cursor and the others
-go on; the cursor moves with the record of an hour, in one transaction; a dry run records nothing.
+go on; the cursor moves with the record of an hour, in one transaction; a dry run records nothing. One object per
+window: the same rows are not stored twice, however their order or their bytes differ; an object is replaced only while
+it is the version that was looked at, and one that is whole never by one with fewer rows.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +16,25 @@ from typing import BinaryIO, Generic, TypeVar
 
 from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
+from app.core.files import temporary_file
 from app.core.gap_map import Chart
-from app.core.ledger import Ledger, Tally, ledger_of
-from app.core.pipeline import Checkpoints, Commit, Record
+from app.core.ledger import Ledger, SetAside, Tally, ledger_of
+from app.core.pipeline import Checkpoints, Commit, Held, Record
 from app.core.runs import Context, Failure, Job, Report
 from app.core.verify import Verification
 from app.core.windows import Window, floor_to
-from app.object_store.port import ObjectStore
+from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
 from app.product_events.mapping import Events
-from app.product_events.raw_objects import NOT_HAD, PutPolicy, RawObject
 
 HOUR = timedelta(hours=1)
 HOUR_SECONDS = 3600
 GZIP = "application/gzip"
-SPOOL = "spool"
 SET_ASIDE_AFTER = timedelta(days=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"
+NOT_HAD = "not had"
+"""The version in the record of a window that the service could not give; `closed` says that it was set aside."""
+LARGE_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -46,6 +51,11 @@ class PullPipeline(Generic[S]):
     verification: Verification
     chart: Chart
     service: S
+
+
+def spool_of(settings: Settings) -> Path:
+    """The folder of temporary files."""
+    return settings.service.data_dir / "spool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +100,37 @@ class PullContext:
         return total
 
 
-def spool_of(settings: Settings) -> Path:
-    """The folder of temporary files."""
-    return settings.service.data_dir / SPOOL
-
-
-def overdue_after(settings: Settings, name: str, interval_seconds: float) -> timedelta:
-    """When a run should have landed what is due: as late as the job itself is told to be stale."""
-    alert = settings.alert
-    return timedelta(seconds=interval_seconds + dict(alert.grace_by_job).get(name, alert.grace_seconds))
-
-
-def set_aside_of(settings: Settings, name: str, store: ObjectStore, largest_bytes: int) -> SetAsideStore:
-    """Where a pull sets aside. A line that is too large is kept whole, whatever the limit for many small ones."""
-    return SetAsideStore(store, folder_of(name), max(settings.set_aside.max_bytes, largest_bytes))
+def pull_context(
+    settings: Settings,
+    *,
+    name: str,
+    interval_seconds: float,
+    lookback_days: int,
+    unit: str,
+    due_after: timedelta,
+    largest_bytes: int,
+    checkpoints: Checkpoints,
+    store: ObjectStore,
+    warehouse: Events,
+    clock: Callable[[], datetime],
+) -> PullContext:
+    """A pull as it is configured. A line of up to `largest_bytes` is set aside whole, whatever the limit for many
+    small ones; an hour is overdue when the job itself is reported as stale.
+    """
+    grace_seconds = dict(settings.alert.grace_by_job).get(name, settings.alert.grace_seconds)
+    return PullContext(
+        name=name,
+        unit=unit,
+        due_after=due_after,
+        overdue_after=timedelta(seconds=interval_seconds + grace_seconds),
+        lookback_days=lookback_days,
+        checkpoints=checkpoints,
+        store=store,
+        warehouse=warehouse,
+        spool=spool_of(settings),
+        clock=clock,
+        set_aside=SetAsideStore(store, folder_of(name), max(settings.set_aside.max_bytes, largest_bytes)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +161,9 @@ class PartitionRun:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
         name, due_at = self.pull.name, self.pull.due_at
         cursor = min(self.cursor_at or due_at, due_at)
-        start, end = floor_to(span.start, HOUR_SECONDS), min(_ceiling(span.end), cursor)
+        whole = floor_to(span.end, HOUR_SECONDS)
+        start = floor_to(span.start, HOUR_SECONDS)
+        end = min(whole if whole == span.end else whole + HOUR, cursor)
         if start >= end:
             raise Rejected(
                 f"nothing was filled: the job has pulled {self.name} up to {cursor:%Y-%m-%dT%H:%MZ}, not {span} yet",
@@ -179,42 +208,118 @@ def hours_of(span: Window) -> Sequence[datetime]:
     return [span.start + number * HOUR for number in range((span.end - span.start) // HOUR)]
 
 
-def store_rows(
-    store: ObjectStore, put: PutPolicy, file: BinaryIO, what: RawObject, *, refused: int, closed: bool
-) -> Record:
-    """Store the rows of an hour as its object; the record of what is there then.
-
-    `source_cells` counts the `refused` ones too, so what it has more than `rows` are those that were set aside.
-    """
-    held = put(store, file, what)
-    rows = what.rows if held.rows is None else held.rows
-    return Record(
-        window=what.window,
-        part=0,
-        key=what.key,
-        version=held.version,
-        digest=held.digest,
-        rows=rows,
-        size_bytes=held.size_bytes,
-        source_cells=rows + refused,
-        min_at=what.window.start,
-        max_at=what.window.end,
-        closed=closed,
-    )
+def was_had(record: Record | None) -> bool:
+    """False for a window that has no record, or one that says that the service could not give it."""
+    return record is not None and record.version != NOT_HAD
 
 
 def record_of_nothing(
     window: Window, key: str, *, closed: bool, version: str = "", digest: str = "", min_at: datetime | None = None
 ) -> Record:
-    """The record of a window without rows."""
+    """The record of a window without rows, or with NOT_HAD of one that waits (since `min_at`) or was set aside."""
     return Record(window, 0, key, version, digest, 0, 0, 0, min_at, None, closed)
 
 
-def not_had(window: Window, key: str, *, closed: bool, since_at: datetime | None = None) -> Record:
-    """The record of an hour that the service could not give: it waits, or it is `closed` and was set aside."""
-    return record_of_nothing(window, key, closed=closed, version=NOT_HAD, min_at=since_at)
+def store_rows(
+    store: ObjectStore,
+    file: BinaryIO,
+    *,
+    pipeline: str,
+    key: str,
+    window: Window,
+    rows: int,
+    digest: str,
+    closed: bool,
+    refused: int = 0,
+    content_type: str = GZIP,
+    over: str | None = None,
+) -> Record:
+    """Store `file` from its beginning as the object of a window; the record of what is there then.
+
+    `digest` tells these rows from others. `over`: the version to replace, whatever it holds ("" = nothing is there);
+    None = an object with these rows, or with more, stays. `source_cells` of the record counts the `refused` rows too,
+    so what it has more than `rows` are those that were set aside. Raises Conflict when somebody else writes the same
+    object at this moment: read the service again, then repeat.
+    """
+    held = None
+    if over is None and (there := store.head(key)) is not None:
+        # An object that a person put there says nothing.
+        told = there.metadata.get("rows", "")
+        held = Held(
+            there.etag,
+            there.metadata.get("digest", ""),
+            int(told) if told.isdigit() else None,
+            size_bytes=there.size_bytes,
+        )
+        over = there.etag
+        if held.digest != digest and (held.rows or 0) > rows:
+            log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
+        elif held.digest != digest:
+            held = None
+    if held is None:
+        size_bytes = file.seek(0, 2)
+        file.seek(0)
+        metadata = {"pipeline": pipeline, "window": str(window), "rows": str(rows), "digest": digest}
+        held = Held(store.put(key, file, Put(content_type, metadata, over or "")), digest, rows, size_bytes=size_bytes)
+    there_rows = rows if held.rows is None else held.rows
+    return Record(
+        window=window,
+        part=0,
+        key=key,
+        version=held.version,
+        digest=held.digest,
+        rows=there_rows,
+        size_bytes=held.size_bytes,
+        source_cells=there_rows + refused,
+        min_at=window.start,
+        max_at=window.end,
+        closed=closed,
+    )
 
 
-def _ceiling(instant: datetime) -> datetime:
-    whole = floor_to(instant, HOUR_SECONDS)
-    return whole if whole == instant else whole + HOUR
+@dataclass(slots=True)
+class _RefusedWindow:
+    file: BinaryIO
+    sample: str
+    number: int = 0
+
+
+class RefusedLines:
+    """Lines of a service's files that no event could be made of, on their way to where they are set aside.
+
+    Invariants: the bytes stay as they came; memory is bounded by one line, since what is refused lies on disk until it
+    is kept; a line is kept under the window that it belongs to, so that a window that is pulled again adds nothing.
+    Close it when it is done with. For one thread.
+    """
+
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+        self._found: dict[tuple[tuple[str, ...], str], _RefusedWindow] = {}
+        self.not_kept = 0
+
+    def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
+        """Take in a line of the window `name`. A large one gets an object of its own, so that none is cut."""
+        if len(line) > LARGE_BYTES:
+            name = (*name, hashlib.sha256(line).hexdigest()[:16])
+        found = self._found.get((name, reason))
+        if found is None:
+            found = self._found[name, reason] = _RefusedWindow(temporary_file(self._spool), sample)
+        found.file.write(line.rstrip(b"\r\n") + b"\n")
+        found.number += 1
+
+    def keep(self, store: SetAsideStore) -> list[SetAside]:
+        """Keep all, as lines of a ledger. `not_kept` is then how many the store could not be given."""
+        entries = []
+        for (name, reason), found in self._found.items():
+            found.file.seek(0)
+            kept = store.keep(
+                name, found.file, content_type=LINES, reason=reason, number=found.number, sample=found.sample
+            )
+            self.not_kept += 0 if kept.key else kept.number
+            entries.append(kept.entry)
+        return entries
+
+    def close(self) -> None:
+        """Free what is spooled. Idempotent."""
+        while self._found:
+            self._found.popitem()[1].file.close()

@@ -37,7 +37,7 @@ DOCS = (
     "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; img-src 'self' data:; worker-src blob:; "
     "script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
 )
-POLICIES = {"/": PAGE, "/analytics/explore": PAGE, "/docs": DOCS, "/redoc": DOCS}
+POLICIES = {**dict.fromkeys(("/", "/runs", "/run", "/analytics/explore"), PAGE), "/docs": DOCS, "/redoc": DOCS}
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

@@ -1,0 +1,190 @@
+-- What the pages show, from what is confirmed and recorded. Instants in a result are named with _at.
+
+-- name: add_new_rows
+-- Add one ended run to its quarter of an hour.
+INSERT INTO rows_by_time AS held (job, slot_at, new_rows, updated_rows, runs, failed_runs)
+VALUES (:job, :slot_at, :new_rows, :updated_rows, 1, :failed_runs)
+ON CONFLICT (job, slot_at) DO UPDATE SET
+    new_rows = held.new_rows + excluded.new_rows,
+    updated_rows = held.updated_rows + excluded.updated_rows,
+    runs = held.runs + 1,
+    failed_runs = held.failed_runs + excluded.failed_runs;
+
+-- name: prune_new_rows
+-- Only some weeks are kept.
+DELETE FROM rows_by_time WHERE job = :job AND slot_at < :before_at;
+
+-- name: new_rows_since
+-- New and updated rows of all jobs, by quarter of an hour.
+SELECT job, slot_at, new_rows, updated_rows, runs, failed_runs
+FROM rows_by_time
+WHERE slot_at >= :since_at AND slot_at < :until_at
+ORDER BY job, slot_at;
+
+-- name: failures_in_a_row
+-- The runs of a job that failed since its last good one, and when the first of them began.
+SELECT count(*) AS runs, min(started_at) AS since_at
+FROM runs
+WHERE
+    job = :job AND ended_at IS NOT NULL AND (outcome = 'failed' OR (outcome = 'partial' AND failures <> '[]'))
+    AND started_at > coalesce(
+        (
+            SELECT good.started_at
+            FROM runs AS good
+            WHERE
+                good.job = :job AND good.ended_at IS NOT NULL
+                AND (good.outcome = 'ok' OR (good.outcome = 'partial' AND good.failures = '[]'))
+            ORDER BY good.started_at DESC
+            LIMIT 1
+        ),
+        :epoch_at
+    );
+
+-- name: partial_runs
+-- The latest runs of all jobs that were partly delivered, in which rows may have been set aside.
+SELECT * FROM runs
+WHERE outcome = 'partial' AND started_at >= :since_at
+ORDER BY started_at DESC
+LIMIT :limit;
+
+-- name: chosen_runs
+-- One page of runs, newest first; '' stands for every job and outcome. `news`: only those that found something.
+SELECT * FROM runs
+WHERE
+    started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job = :job) AND (:outcome = '' OR outcome = :outcome)
+    AND (:news = 0 OR outcome <> 'ok' OR new_rows > 0 OR corrected_rows > 0)
+ORDER BY started_at DESC, run_id DESC
+LIMIT :limit;
+
+-- name: count_runs
+-- How many runs there are of that choice, whatever they found.
+SELECT count(*) AS runs, sum(CASE WHEN outcome <> 'ok' OR new_rows > 0 OR corrected_rows > 0 THEN 1 ELSE 0 END) AS with_news
+FROM runs
+WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job = :job) AND (:outcome = '' OR outcome = :outcome);
+
+-- name: run_by_id
+-- One run.
+SELECT * FROM runs WHERE run_id = :run_id;
+
+-- name: run_before
+-- The run of a job before another one.
+SELECT * FROM runs WHERE job = :job AND started_at < :at ORDER BY started_at DESC, run_id DESC LIMIT 1;
+
+-- name: run_after
+-- The run of a job after another one.
+SELECT * FROM runs WHERE job = :job AND started_at > :at ORDER BY started_at, run_id LIMIT 1;
+
+-- name: run_at
+-- The run of a job during which something was written.
+SELECT run_id FROM runs
+WHERE job = :job AND started_at <= :at AND (ended_at IS NULL OR ended_at >= :at)
+ORDER BY started_at DESC
+LIMIT 1;
+
+-- name: same_error
+-- In how many kept runs of a job the same error was seen.
+SELECT count(*) AS runs FROM runs WHERE job = :job AND error = :error;
+
+-- name: windows_written
+-- What a run wrote and no later one has replaced, from windows that are not older than a day.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, s3_key, record_count, size_bytes, status, trouble,
+    updated_at
+FROM export_windows
+WHERE pipeline = :pipeline AND window_start >= :since_at AND updated_at >= :from_at AND updated_at <= :to_at
+ORDER BY device_id, window_start
+LIMIT :limit;
+
+-- name: window_records
+-- What is confirmed of some windows of a partition.
+SELECT window_start AS starts_at, window_end AS ends_at, s3_key, record_count, size_bytes, status, trouble, updated_at
+FROM export_windows
+WHERE pipeline = :pipeline AND device_id = :partition AND window_start >= :since_at AND window_start < :until_at
+ORDER BY window_start, part;
+
+-- name: partition_totals
+-- How many partitions each pipeline has, how far the last and the first of them are, and how many could not go on.
+SELECT
+    pipeline, count(*) AS partitions, min(last_exported_at) AS slowest_at, max(last_exported_at) AS furthest_at,
+    min(high_watermark_at) AS oldest_at, sum(CASE WHEN status = 'error' THEN 1 ELSE 0 END) AS failing
+FROM export_checkpoints
+WHERE device_id <> '' AND last_exported_at IS NOT NULL
+GROUP BY pipeline;
+
+-- name: trouble_by_partition
+-- What listings showed to be missing or changed, by partition, most first.
+SELECT
+    pipeline, device_id, trouble, count(DISTINCT window_start) AS windows, min(window_start) AS first_at,
+    max(window_end) AS last_at
+FROM export_windows
+WHERE trouble <> ''
+GROUP BY pipeline, device_id, trouble
+ORDER BY windows DESC, pipeline, device_id
+LIMIT :limit;
+
+-- name: trouble_windows
+-- The windows of a pipeline with which something is wrong.
+SELECT device_id, window_start AS starts_at, window_end AS ends_at, trouble
+FROM export_windows
+WHERE pipeline = :pipeline AND trouble <> '' AND window_end > :since_at AND window_start < :until_at
+ORDER BY device_id, window_start
+LIMIT :limit;
+
+-- name: partition_groups
+-- Partitions of a pipeline in groups of :size by name, one page of them; a size of 1 gives each by itself.
+SELECT
+    min(device_id) AS first_name, max(device_id) AS last_name, count(*) AS partitions,
+    min(last_exported_at) AS slowest_at, min(high_watermark_at) AS oldest_at, max(error_message) AS error
+FROM (
+    SELECT
+        device_id, last_exported_at, high_watermark_at, error_message,
+        (row_number() OVER (ORDER BY device_id) - 1) / :size AS number
+    FROM export_checkpoints
+    WHERE
+        pipeline = :pipeline AND device_id <> '' AND last_exported_at IS NOT NULL AND device_id >= :first
+        AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!'
+) AS numbered
+GROUP BY number
+ORDER BY number
+LIMIT :limit OFFSET :offset;
+
+-- name: count_partitions
+-- How many partitions of a pipeline have such a name.
+SELECT count(*) AS partitions
+FROM export_checkpoints
+WHERE
+    pipeline = :pipeline AND device_id <> '' AND last_exported_at IS NOT NULL AND device_id >= :first
+    AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!';
+
+-- name: any_rows
+-- A row when any partition has an object of that span.
+SELECT 1 AS found FROM export_windows
+WHERE pipeline = :pipeline AND window_start >= :since_at AND window_start < :until_at
+LIMIT 1;
+
+-- name: any_rows_between
+-- A row when one of the partitions from :first to :last has an object of that span: one look into the index for each.
+SELECT 1 AS found
+FROM export_checkpoints AS c
+WHERE
+    c.pipeline = :pipeline AND c.device_id >= :first AND c.device_id <= :last
+    AND EXISTS (
+        SELECT 1 FROM export_windows AS w
+        WHERE
+            w.pipeline = c.pipeline AND w.device_id = c.device_id
+            AND w.window_start >= :since_at AND w.window_start < :until_at
+    )
+LIMIT 1;
+
+-- name: dismissed
+-- Problems that a person has seen and put away.
+SELECT problem_id, dismissed_at FROM dismissed_problems;
+
+-- name: dismiss
+-- What happens later is a problem again.
+INSERT INTO dismissed_problems (problem_id, dismissed_at, dismissed_by) VALUES (:problem_id, :at, :by)
+ON CONFLICT (problem_id) DO UPDATE SET dismissed_at = excluded.dismissed_at, dismissed_by = excluded.dismissed_by;
+
+-- name: forget_dismissed
+-- Dismissals of problems that are over.
+DELETE FROM dismissed_problems WHERE dismissed_at < :before_at;

@@ -1,0 +1,397 @@
+"""Google Drive as a sink, and a local directory for a start without Google: the same files under the same names.
+
+One file per hour name, whatever is lost, repeated or done to it by people.
+
+Invariants: a create carries an id that the state store has already, so its repetition can only find the same file; what
+Drive holds is asked of Drive, and MD5 and head revision say what it is; of several files of a name the oldest is it.
+Only what may be a CSV file is one: folders, shortcuts, Google documents and pictures of the name are left alone. In a
+directory a file is whole or absent at every instant; its version is the MD5 of its bytes.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from functools import partial
+from hashlib import md5
+from pathlib import Path
+from typing import Protocol
+
+from app.core.errors import Conflict, Permanent, Transient
+from app.core.files import temporary_file, write_durably
+from app.core.pipeline import Held
+from app.core.windows import Window
+from app.dynamo_to_drive.drive import (
+    FOLDER_TYPE,
+    GOOGLE_TYPES,
+    RIGHTS_HINT,
+    SHARE_HINT,
+    SHORTCUT_TYPE,
+    Drive,
+    DriveFile,
+    FileContent,
+)
+from app.dynamo_to_drive.hour_file import (
+    Accounts,
+    HourFile,
+    UnreadableFile,
+    lines_in,
+    read_file,
+    readable,
+    while_readable,
+)
+from app.dynamo_to_drive.timestamps import Times
+
+MEMORY_BYTES = 1 << 20
+READ_HINT = "no action needed: it is read again"
+NEW_IDS = 3
+log = logging.getLogger(__name__)
+
+
+class FileIds(Protocol):
+    """Where the id of an hour's file is remembered, durably, before the file is."""
+
+    def known(self, key: str) -> str:
+        """The id; "" when none was kept."""
+
+    def keep(self, key: str, file_id: str) -> None:
+        """Keep it. Durable when this returns."""
+
+
+def file_name(prefix: str, window: Window) -> str:
+    """The name of an hour's file, in UTC."""
+    return f"{prefix}_{window.start:%Y%m%d_%H}.csv"
+
+
+def hour_of(key: str) -> Window:
+    """The hour of a file's name."""
+    start = datetime.strptime(key.removesuffix(".csv")[-11:] + "+0000", "%Y%m%d_%H%z")
+    return Window(start, start + timedelta(hours=1))
+
+
+class DriveFolder:
+    """The folder that takes the files, `folder_id` (never empty): looked up once per process, and again after a
+    failure. `told`: ids of other things in it that were warned of.
+    """
+
+    def __init__(self, folder_id: str, shared_drive_id: str) -> None:
+        self.folder_id = folder_id
+        self._shared_drive_id = shared_drive_id
+        self.told = set[str]()
+        self._drive_id: str | None = None
+
+    def drive_id(self, drive: Drive) -> str:
+        """The shared drive of the folder, "" in My Drive. Raises Permanent for what is not a folder or is read-only."""
+        if self._drive_id is None:
+            self._drive_id = self._checked(drive.folder(self.folder_id))
+        return self._drive_id
+
+    def forget(self) -> None:
+        """Look again next time."""
+        self._drive_id = None
+
+    def _checked(self, folder: Mapping[str, object]) -> str:
+        what = f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
+        if folder.get("mimeType") == SHORTCUT_TYPE:
+            raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
+        if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
+            raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
+        may = folder.get("capabilities")
+        if isinstance(may, Mapping) and may.get("canAddChildren") is False:
+            raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
+        drive_id = str(folder.get("driveId") or "")
+        if self._shared_drive_id and drive_id != self._shared_drive_id:
+            raise Permanent(
+                f"{what} is not on the shared drive {self._shared_drive_id}",
+                f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
+                if drive_id
+                else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive",
+            )
+        return drive_id
+
+
+def would_write(name: str, batch: HourFile, window: Window, accounts: Accounts) -> None:
+    """Say what a dry run would write."""
+    log.info("%s: would be written, %d rows, %d bytes", name, batch.rows, batch.size_bytes)
+    accounts.note(window, waiting=batch.rows)
+
+
+class DriveSink:
+    """`app.core.pipeline.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there.
+
+    `escaped`: cells are guarded against formulas.
+    """
+
+    def __init__(
+        self,
+        drive: Drive,
+        folder: DriveFolder,
+        ids: FileIds,
+        accounts: Accounts,
+        *,
+        prefix: str,
+        escaped: bool,
+        dry_run: bool,
+    ) -> None:
+        self._drive = drive
+        self._folder = folder
+        self._ids = ids
+        self._accounts = accounts
+        self._prefix = prefix
+        self._escaped = escaped
+        self._dry_run = dry_run
+
+    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
+        """The file's name."""
+        return file_name(self._prefix, window)
+
+    def head(self, key: str) -> Held | None:
+        """The file of that name in the folder, else the one with the known id wherever a person moved it."""
+        found = self._find(key)
+        if found is None:
+            return None
+        rows, min_at, max_at = self._described(found)
+        self._accounts.note(hour_of(key), held=rows)
+        return Held(_version(found), found.md5, rows, min_at, max_at, found.size_bytes)
+
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: version and MD5."""
+        found = self._find(key)
+        return None if found is None else Held(_version(found), found.md5)
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`; of several of one name, the oldest."""
+        start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        drive_id = self._folder.drive_id(self._drive)
+        seen = set[str]()
+        for found in self._drive.beginning(start, self._folder.folder_id, drive_id):
+            if found.is_csv and found.name not in seen:
+                seen.add(found.name)
+                yield found.name, found.md5
+
+    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of that version. Raises Conflict when another one is there."""
+        file_id = version.partition(":")[0]
+        self._check(key, version)
+        yield from self._rows(file_id)
+        self._check(key, version)
+
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
+        """The batch is the file already."""
+        if self._dry_run:
+            would_write(self.key(partition, window, 0), batch, window, self._accounts)
+        return batch
+
+    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+        """Create under the id that was kept before, or replace the content when the head revision is the expected."""
+        properties = {"headwaterMd5": encoded.digest, "headwaterRows": str(encoded.rows)}
+        if encoded.min_at and encoded.max_at:
+            properties |= {
+                "headwaterFrom": encoded.min_at.isoformat(),
+                "headwaterTo": encoded.max_at.isoformat(),
+            }
+        content = FileContent(encoded.file, encoded.digest, encoded.size_bytes, properties)
+        if expected is None:
+            landed, version = encoded.landed_over(()), self._create(key, content)
+        else:
+            self._check(key, expected)
+            file_id = expected.partition(":")[0]
+            landed = encoded.landed_over(while_readable(self._rows(file_id)))
+            version = _version(self._drive.update(file_id, content))
+        self._accounts.note(hour_of(key), landed=landed)
+        log.info("%s: uploaded, %d rows, %d bytes", key, encoded.rows, encoded.size_bytes)
+        return version
+
+    def _create(self, key: str, content: FileContent) -> str:
+        file_id = self._ids.known(key)
+        for _ in range(NEW_IDS):
+            held = self._drive.get(file_id) if file_id else None
+            if held is not None and not held.trashed:
+                raise Conflict(f"{key}: is there already", READ_HINT)
+            if not file_id or held is not None:  # an id in the trash cannot be used again
+                file_id = self._drive.new_id()
+                self._ids.keep(key, file_id)
+            made = self._drive.create(file_id, key, self._folder.folder_id, content)
+            if made is not None:
+                return _version(made)
+            held = self._drive.get(file_id)
+            if held is not None and not held.trashed and held.md5 == content.md5:
+                return _version(held)
+            if held is None:  # used once and deleted for good
+                file_id = ""
+        raise Transient(f"{key}: Drive found {NEW_IDS} ids in use", "no action needed: the next run tries new ones")
+
+    def _find(self, key: str) -> DriveFile | None:
+        try:
+            named = self._drive.named(key, self._folder.folder_id, self._folder.drive_id(self._drive))
+        except Permanent:
+            self._folder.forget()
+            raise
+        found = [each for each in named if each.is_csv]
+        self._tell_others(each for each in named if not each.is_csv)
+        if found:
+            self._put_aside(key, found[1:])
+            return found[0]
+        file_id = self._ids.known(key)
+        held = self._drive.get(file_id) if file_id else None
+        return None if held is None or held.trashed else held
+
+    def _tell_others(self, others: Iterable[DriveFile]) -> None:
+        """Once per process: a person may wonder which of the two is ours."""
+        for other in others:
+            if other.file_id not in self._folder.told:
+                self._folder.told.add(other.file_id)
+                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
+                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
+
+    def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
+        """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
+        for other in others:
+            log.warning("%s: is there more than once; the oldest is kept, %s goes to the trash", key, other.file_id)
+            if self._dry_run:
+                continue
+            try:
+                self._drive.trash(other.file_id)
+            except Permanent as error:
+                log.warning("%s: %s could not be put into the trash: %s", key, other.file_id, error)
+
+    def _check(self, key: str, version: str) -> None:
+        held = self._drive.get(version.partition(":")[0])
+        if held is None or held.trashed or _version(held) != version:
+            raise Conflict(f"{key}: is not the version {version} any more", READ_HINT)
+
+    def _described(self, found: DriveFile) -> tuple[int, datetime | None, datetime | None]:
+        """Rows and span, as its writer noted them; of a file that somebody else wrote or edited, counted.
+
+        What was made unreadable has no rows to keep, and is replaced: Drive has its text among the versions.
+        """
+        noted = found.properties
+        if noted.get("headwaterMd5") == found.md5:
+            return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
+        try:
+            return sum(1 for _ in self._rows(found.file_id)), None, None
+        except UnreadableFile as error:
+            log.warning("%s: %s; re-created; the old content is in the file's revisions", found.name, error.message)
+            return 0, None, None
+
+    def _rows(self, file_id: str) -> Iterator[Mapping[str, str]]:
+        with temporary_file(memory_bytes=MEMORY_BYTES) as spool:
+            self._drive.download(file_id, spool)
+            with readable(file_id):
+                yield from read_file(lines_in(spool), escaped=self._escaped)
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _version(found: DriveFile) -> str:
+    return f"{found.file_id}:{found.revision}"
+
+
+BLOCK_BYTES = 1 << 18
+
+
+class FolderSink:
+    """`app.core.pipeline.Sink` over a directory, made on the first write. `accounts` is told what lies there."""
+
+    def __init__(
+        self, root: Path, prefix: str, times: Times, accounts: Accounts, *, escaped: bool, dry_run: bool
+    ) -> None:
+        self._root = root
+        self._prefix = prefix
+        self._times = times
+        self._accounts = accounts
+        self._escaped = escaped
+        self._dry_run = dry_run
+
+    def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
+        """The file's name."""
+        return file_name(self._prefix, window)
+
+    def head(self, key: str) -> Held | None:
+        """The file with its rows and span counted, or None."""
+        version = self._version(key)
+        if version is None:
+            return None
+        rows, first, last = 0, None, None
+        for row in self._rows(key):
+            last = next(iter(row.values()), "")
+            first = last if first is None else first
+            rows += 1
+        min_at, max_at = (self._times.read(text or "").at for text in (first, last))
+        self._accounts.note(hour_of(key), held=rows)
+        return Held(version, version, rows, min_at, max_at, (self._root / key).stat().st_size)
+
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without a look at the rows: the MD5 is version and digest."""
+        version = self._version(key)
+        return None if version is None else Held(version, version)
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`."""
+        start = file_name(self._prefix, hour).removesuffix(f"{hour.start:%H}.csv")
+        with _translated(self._root):
+            paths = [path for path in self._root.glob("*.csv") if path.name.startswith(start)]
+            names = sorted(path.name for path in paths if path.is_file())
+        for name in names:
+            if version := self._version(name):
+                yield name, version
+
+    def read(self, key: str, version: str) -> Iterator[Mapping[str, str]]:
+        """The rows of that version. Raises Conflict when another one is there."""
+        self._check(key, version)
+        yield from self._rows(key)
+        self._check(key, version)
+
+    def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
+        """The batch is the file already."""
+        if self._dry_run:
+            would_write(self.key(partition, window, 0), batch, window, self._accounts)
+        return batch
+
+    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+        """Replace the file durably when it is still the expected one."""
+        self._check(key, expected)
+        file = encoded.file
+        landed = encoded.landed_over(while_readable(self._rows(key)) if expected else ())
+        file.seek(0)
+        with _translated(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            write_durably(self._root / key, iter(partial(file.read, BLOCK_BYTES), b""))
+        self._accounts.note(hour_of(key), landed=landed)
+        log.info("%s: written, %d rows, %d bytes", self._root / key, encoded.rows, encoded.size_bytes)
+        return encoded.digest
+
+    def _check(self, key: str, expected: str | None) -> None:
+        if self._version(key) != expected:
+            raise Conflict(f"{key}: is not the version that was read before", READ_HINT)
+
+    def _version(self, key: str) -> str | None:
+        digest, path = md5(usedforsecurity=False), self._root / key
+        with _translated(self._root):
+            try:
+                if not path.is_file() and os.path.lexists(path):  # opening a pipe would wait for ever
+                    what = "a directory" if path.is_dir() else "not a regular file"
+                    raise Permanent(f"{path}: is {what}", "move it away: the file has its name")
+                with path.open("rb") as file:
+                    while block := file.read(BLOCK_BYTES):
+                        digest.update(block)
+            except FileNotFoundError:
+                return None
+        return digest.hexdigest()
+
+    def _rows(self, key: str) -> Iterator[Mapping[str, str]]:
+        with _translated(self._root), (self._root / key).open("rb") as file, readable(key):
+            yield from read_file(lines_in(file), escaped=self._escaped)
+
+
+@contextmanager
+def _translated(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Permanent(
+            f"{root}: {error.strerror or error}", "make DATA_DIR writable, and free space on its disk"
+        ) from error

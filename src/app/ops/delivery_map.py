@@ -1,0 +1,495 @@
+"""The delivery map: the whole of a span in one letter a cell, from listings of the destination or from the records.
+
+Few partitions are listed at the destination, once for all who look. Many are told from what is confirmed, of which the
+listings of the reconcile have marked what is missing or changed; then the map says so (`source`).
+
+Invariants: every cell of the span is there, and the worst state in it wins; one request at a time reaches a
+destination; what is kept is bounded; a partition that cannot be listed is not known, and hides no other.
+"""
+
+import threading
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from typing import Any
+
+from app.core.errors import AppError, Rejected, Transient
+from app.core.gap_map import Cell, CellState, Chart
+from app.core.pipeline import MISSING
+from app.core.windows import Window
+from app.db.page_queries import Look, Names, SqlPages
+
+KEPT_SECONDS = 20.0
+KEPT_MAPS = 64
+WAIT_SECONDS = 20.0
+AT_ONCE = 8
+LISTED_PARTITIONS = 200
+LISTED_PARTITION_DAYS = 400
+LISTED_DAYS = 31
+GROUPED_FROM = 200  # more partitions than that are shown in groups
+GROUP, BIG_GROUP, BIG_FROM = 25, 500, 10_000
+GROUPS_A_PAGE = 20
+LATE_AFTER = timedelta(hours=6)
+HOUR, DAY, WEEK = 3600, 86_400, 604_800
+SPANS: Mapping[str, Mapping[int, int]] = {
+    "24h": {24: HOUR},
+    "7d": {42: 4 * HOUR, 14: 12 * HOUR},
+    "30d": {30: DAY},
+    "365d": {53: WEEK, 13: 4 * WEEK},
+}
+FINER = {4 * WEEK: WEEK, WEEK: DAY, DAY: 4 * HOUR, 12 * HOUR: 4 * HOUR, 4 * HOUR: HOUR}
+MOST_DAYS = 366
+LETTERS = "mpclsuokn"  # the worst first
+PROBLEMS = frozenset("mpcsl")
+RANK = {letter: place for place, letter in enumerate(LETTERS)}
+WORDS = {
+    "m": "missing",
+    "p": "partly missing",
+    "c": "changed at the destination",
+    "l": "late",
+    "s": "rows set aside",
+    "u": "not known",
+    "o": "still filling",
+    "k": "OK",
+    "n": "no data",
+}
+OF_STATE = {
+    CellState.EQUAL: "k",
+    CellState.EMPTY: "n",
+    CellState.OPEN: "o",
+    CellState.WAITING: "o",
+    CellState.PARTIAL: "p",
+    CellState.STALE: "c",
+}
+
+
+def letter_of(cell: Cell) -> str:
+    """The letter of a window. One that is overdue and was never written is late, not missing."""
+    return OF_STATE.get(cell.state) or ("m" if cell.rows else "l")
+
+
+def worst(letters: Iterable[str]) -> str:
+    """The worst of some letters; no data for none."""
+    return min(letters, key=RANK.__getitem__, default="n")
+
+
+# ---- the cells of a span
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The bounds of the cells of a span, one more than there are cells, and how long one is as a rule: days and weeks
+    are cut at local midnight, so that a day has 23 to 25 hours.
+    """
+
+    edges: Sequence[datetime]
+    seconds: int
+
+    @property
+    def window(self) -> Window:
+        """From the first bound to the last."""
+        return Window(self.edges[0], self.edges[-1])
+
+    def paint(self, windows: Iterable[tuple[datetime, datetime, str]], now: datetime) -> str:
+        """A letter for each cell out of `[start, end)` and letter of windows; those after now are no data."""
+        found: list[str] = ["n"] * (len(self.edges) - 1)
+        for start, end, letter in windows:
+            place = max(bisect_right(self.edges, start) - 1, 0)
+            while place < len(found) and self.edges[place] < min(end, now):
+                if RANK[letter] < RANK[found[place]]:
+                    found[place] = letter
+                place += 1
+        return "".join(found)
+
+
+def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> Cells:
+    """The cells of a chosen span up to now. Raises Rejected for a span, or a number of cells, that there is not."""
+    if span not in SPANS:
+        raise Rejected(f"span={span[:20]!r} is not known", f"spans: {', '.join(SPANS)}")
+    number = cells or next(iter(SPANS[span]))
+    if number not in SPANS[span]:
+        raise Rejected(f"cells={number} does not go with span={span}", f"cells: {', '.join(map(str, SPANS[span]))}")
+    seconds = SPANS[span][number]
+    if seconds >= DAY:
+        days, today = seconds // DAY, now.astimezone(zone).date()
+        last = today + timedelta(days=1) if days == 1 else today + timedelta(days=7 - today.weekday())
+        return Cells([_midnight(last - timedelta(days=days * back), zone) for back in range(number, -1, -1)], seconds)
+    edges = _within_days(now - timedelta(seconds=seconds * (number + 2)), now, seconds, zone)
+    return Cells(edges[-number - 1 :], seconds)
+
+
+def cells_between(start: datetime, end: datetime, zone: tzinfo) -> Cells:
+    """The finer cells of `[start, end)`, which is one cell or a few of a map."""
+    length = (end - start).total_seconds()
+    # a day of 23 or 25 hours is a day
+    coarse = next((seconds for seconds in sorted(FINER) if length <= seconds + 2 * HOUR), 4 * WEEK)
+    seconds = FINER[coarse]
+    if seconds < DAY:
+        inner = [edge for edge in _within_days(start, end, seconds, zone) if start < edge < end]
+    else:
+        first, days = start.astimezone(zone).date(), seconds // DAY
+        count = round(length / seconds)
+        inner = [_midnight(first + timedelta(days=days * place), zone) for place in range(1, count)]
+    return Cells([start, *inner, end], seconds)
+
+
+def _midnight(day: date, zone: tzinfo) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)
+
+
+def _within_days(start: datetime, end: datetime, seconds: int, zone: tzinfo) -> list[datetime]:
+    """Bounds from before `start` to after `end`, counted from each local midnight."""
+    edges: list[datetime] = []
+    day = start.astimezone(zone).date()
+    while not edges or edges[-1] < end:
+        midnight, next_midnight = _midnight(day, zone), _midnight(day + timedelta(days=1), zone)
+        steps = max(round((next_midnight - midnight).total_seconds() / seconds), 1)
+        edges += [midnight + timedelta(seconds=seconds * step) for step in range(steps)]
+        day += timedelta(days=1)
+    edges.append(_midnight(day, zone))
+    first = next(place for place, edge in enumerate(edges) if edge >= end)
+    return edges[: first + 1]
+
+
+# ---- maps
+
+
+@dataclass(frozen=True, slots=True)
+class MapRow:
+    """One partition, or a group of them from `name` to `last`. `error`: why it could not be listed."""
+
+    name: str
+    cells: str
+    last: str = ""
+    count: int = 1
+    problems: int = 0
+    newest_at: datetime | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryMap:
+    """Rows by name. `total`: partitions that were asked for; `grouped`: a row is a group of `size` of them, and there
+    are `pages_of` rows in all. `listed`: told from listings made now, not from the records.
+    """
+
+    total: int
+    rows: Sequence[MapRow]
+    listed: bool
+    problems: int = 0
+    grouped: bool = False
+    pages_of: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One partition of a list of windows: its cells, oldest first. `error` is empty when it could be listed."""
+
+    partition: str
+    cells: Sequence[Cell]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A window that a listing showed to be missing, partly missing or changed."""
+
+    partition: str
+    window: Window
+    letter: str
+
+
+@dataclass
+class _Kept:
+    """Answers by question, the oldest of which go first."""
+
+    held: "OrderedDict[tuple[Any, ...], tuple[Any, float]]" = field(default_factory=OrderedDict)
+
+    def get(self, key: tuple[Any, ...], seconds: float) -> Any:
+        found, at = self.held.get(key, (None, 0.0))
+        return found if time.monotonic() - at <= seconds else None
+
+    def put(self, key: tuple[Any, ...], value: Any) -> Any:
+        self.held[key] = (value, time.monotonic())
+        while len(self.held) > KEPT_MAPS:
+            self.held.popitem(last=False)
+        return value
+
+    def forget(self, job: str) -> None:
+        for key in [each for each in list(self.held) if each[0] == job]:
+            self.held.pop(key, None)
+
+
+class DeliveryMaps:
+    """Maps by job and span. From any thread."""
+
+    def __init__(self, charts: Mapping[str, Chart], pages: SqlPages, clock: Callable[[], datetime]) -> None:
+        self._charts = charts
+        self._pages = pages
+        self._clock = clock
+        self._turn = threading.Lock()
+        self._kept = _Kept()
+        self._faults: dict[str, list[Fault]] = {}
+        self._refreshing: dict[str, threading.Thread] = {}
+
+    @property
+    def jobs(self) -> Sequence[str]:
+        """Jobs that have a map."""
+        return sorted(self._charts)
+
+    def faults(self, job: str) -> Sequence[Fault]:
+        """What the latest listings of a job showed."""
+        return self._faults.get(job, ())
+
+    def forget(self, job: str) -> None:
+        """List the destination of `job` again next time: something was changed there."""
+        self._kept.forget(job)
+
+    def healed(self, job: str, partition: str, window: Window) -> None:
+        """A window is right again."""
+        faults = self.faults(job)
+        kept = [each for each in faults if (each.partition, each.window) != (partition, window)]
+        if len(kept) < len(faults):
+            self._faults[job] = kept
+            self.forget(job)
+
+    def windows(self, job: str, span: Window, offset: int, limit: int) -> tuple[int, Sequence[Line]]:
+        """How many partitions a job has, and the windows of some of them, each from a listing made now.
+
+        Raises Rejected for a job without a map, Transient when the destination keeps others waiting.
+        """
+        key = (job, "windows", span, offset, limit)
+        found: tuple[int, Sequence[Line]] = self._once(key, lambda chart: self._list(job, chart, span, offset, limit))
+        return found
+
+    def partition(self, job: str, partition: str, span: Window) -> Sequence[Cell]:
+        """The windows of one partition, from a listing made now. Raises Rejected for one that is not known."""
+        chart = self._chart(job)
+        with self._pages.look() as look:
+            is_known = look.partitions(job, Names(partition, partition))
+        if not is_known and partition not in chart.partitions():
+            raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
+
+        def line(_: Chart) -> Line:
+            cells = chart.cells(partition, span)
+            self._note(job, Line(partition, cells), span)
+            return Line(partition, cells)
+
+        found: Line = self._once((job, "partition", partition, span), line)
+        return found.cells
+
+    def whole(self, job: str, cells: Cells, names: Names = Names()) -> DeliveryMap:  # noqa: B008 - it is frozen
+        """The map of a few partitions as their destination lists it, of many as the records have it."""
+        if names.first and names.first == names.last and cells.window.seconds <= LISTED_DAYS * DAY:
+            windows = self.partition(job, names.first, cells.window)
+            text = cells.paint(
+                ((each.window.start, each.window.end, letter_of(each)) for each in windows), self._clock()
+            )
+            return DeliveryMap(1, [MapRow(names.first, text, problems=int(bool(PROBLEMS & set(text))))], listed=True)
+        if self._is_listable(job, cells, names):
+            found = self._once(
+                (job, "map", cells.edges[0], cells.edges[-1]), lambda chart: self._listed(job, chart, cells)
+            )
+            rows = [row for row in found.rows if self._is_chosen(row.name, names)]
+            return DeliveryMap(len(rows), rows, listed=True, problems=sum(row.problems for row in rows))
+        return DeliveryMap(0, (), listed=False)
+
+    def recorded(
+        self, job: str, cells: Cells, names: Names, *, offset: int, limit: int, only_problems: bool
+    ) -> DeliveryMap:
+        """The map as the records have it, in groups when there are many partitions."""
+        self._chart(job)
+        with self._pages.look() as look:
+            return _Recorded(look, job, cells, self._clock()).map(names, offset, limit, only_problems=only_problems)
+
+    def strip(self, job: str, cells: Cells, wait_seconds: float) -> str | None:
+        """One row for the whole job, as last known; None before the first listing. An old one is renewed."""
+        if not self._is_listable(job, cells, Names()):
+            with self._pages.look() as look:
+                return _Recorded(look, job, cells, self._clock()).strip()
+        key = (job, "map", cells.edges[0], cells.edges[-1])
+        found = self._kept.get(key, KEPT_SECONDS)
+        if found is None:
+            thread = self._refreshing.get(job)
+            if thread is None or not thread.is_alive():
+                thread = threading.Thread(target=self._refresh, args=(job, cells), name=f"map-{job}", daemon=True)
+                self._refreshing[job] = thread
+                thread.start()
+            thread.join(wait_seconds if self._kept.get(key, float("inf")) is None else 0.0)
+            found = self._kept.get(key, float("inf"))
+        if found is None:
+            return None
+        return "".join(worst(row.cells[place] for row in found.rows) for place in range(len(cells.edges) - 1))
+
+    def _refresh(self, job: str, cells: Cells) -> None:
+        try:
+            self.whole(job, cells)
+        except AppError:
+            return  # whoever opens the map is told; the strip stays as it was
+
+    def _is_listable(self, job: str, cells: Cells, names: Names) -> bool:
+        if names.first or cells.window.seconds > LISTED_DAYS * DAY:
+            return False
+        with self._pages.look() as look:
+            number = look.partitions(job, Names())
+        days = max(cells.window.seconds / DAY, 1)
+        return number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
+
+    def _is_chosen(self, name: str, names: Names) -> bool:
+        return names.find.lower() in name.lower()
+
+    def _chart(self, job: str) -> Chart:
+        if job not in self._charts:
+            raise Rejected(f"job {job[:80]!r} has no delivery map", f"jobs that have one: {', '.join(self.jobs)}")
+        return self._charts[job]
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[Chart], Any]) -> Any:
+        """What is kept, or made now while nobody else asks a destination."""
+        job = key[0]
+        chart = self._chart(job)
+        if not self._turn.acquire(timeout=WAIT_SECONDS):
+            raise Transient(f"{job}: its destination is slow to list", "look at /ready, and ask again")
+        try:
+            found = self._kept.get(key, KEPT_SECONDS)
+            return found if found is not None else self._kept.put(key, make(chart))
+        finally:
+            self._turn.release()
+
+    def _list(self, job: str, chart: Chart, span: Window, offset: int, limit: int) -> tuple[int, Sequence[Line]]:
+        partitions = chart.partitions()
+
+        def line(partition: str) -> Line:
+            try:
+                return Line(partition, chart.cells(partition, span))
+            except AppError as error:
+                return Line(partition, (), str(error))
+
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="map") as pool:
+            lines = list(pool.map(line, partitions[offset : offset + limit]))
+        for each in lines:
+            if not each.error:
+                self._note(job, each, span)
+        return len(partitions), lines
+
+    def _note(self, job: str, line: Line, span: Window) -> None:
+        """The faults of one partition within `span` are those that its listing shows now."""
+        kept = [
+            each
+            for each in self.faults(job)
+            if each.partition != line.partition or not span.start <= each.window.start < span.end
+        ]
+        now = [(cell.window, letter_of(cell)) for cell in line.cells]
+        self._faults[job] = kept + [Fault(line.partition, window, each) for window, each in now if each in "mpc"]
+
+    def _listed(self, job: str, chart: Chart, cells: Cells) -> DeliveryMap:
+        now = self._clock()
+        window = Window(cells.edges[0], cells.edges[-1])
+        total, lines = self._list(job, chart, window, 0, LISTED_PARTITIONS)
+        painted = {
+            line.partition: "u" * (len(cells.edges) - 1)
+            if line.error
+            else cells.paint(((cell.window.start, cell.window.end, letter_of(cell)) for cell in line.cells), now)
+            for line in lines
+        }
+        with self._pages.look() as look:
+            known = look.groups(job, Names(), size=1, limit=LISTED_PARTITIONS)
+        newest = {row["first_name"]: row["oldest_at"] for row in known}
+        errors = {line.partition: line.error for line in lines}
+        rows = [
+            MapRow(name, text, problems=int(bool(PROBLEMS & set(text))), newest_at=newest.get(name), error=errors[name])
+            for name, text in _one_row_a_source(painted).items()
+        ]
+        return DeliveryMap(total, rows, listed=True)
+
+
+def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
+    """What is told of the same source in longer windows (`web:weeks`) shows in its row where something is wrong."""
+    found = dict(painted)
+    for name, text in painted.items():
+        base = name.rpartition(":")[0]
+        if base in painted:
+            wrong = (each if each in PROBLEMS | {"u"} else "n" for each in text)
+            found[base] = "".join(map(worst, zip(found[base], wrong, strict=True)))
+            del found[name]
+    return found
+
+
+class _Recorded:
+    """A map out of the records: a cell is done where the cursor has passed it, but for windows that are marked."""
+
+    def __init__(self, look: Look, job: str, cells: Cells, now: datetime) -> None:
+        self._look = look
+        self._job = job
+        self._cells = cells
+        self._now = now
+        totals = {row["pipeline"]: row for row in look.rows("partition_totals")}
+        self._totals = totals.get(job, {"partitions": 0, "slowest_at": None, "furthest_at": None})
+        slack = LATE_AFTER if cells.seconds < DAY else timedelta(days=2)
+        furthest_at = self._totals["furthest_at"] or now
+        self._late_before = max(furthest_at - timedelta(hours=1), now - slack)
+        faults = look.faulty_windows(job, cells.edges[0], cells.edges[-1])
+        self._faults = [
+            (row["device_id"], row["starts_at"], row["ends_at"], "m" if row["trouble"] == MISSING else "c")
+            for row in faults
+        ]
+        self._spans = list(zip(cells.edges, cells.edges[1:], strict=False))
+        self._any = [start < now and look.any_rows(job, start, end) for start, end in self._spans]
+
+    def strip(self) -> str:
+        """One row for all partitions."""
+        if not self._totals["partitions"]:
+            return "n" * len(self._spans)
+        return self._painted(None, self._totals["slowest_at"])
+
+    def map(self, names: Names, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
+        """One page of rows or groups."""
+        total = self._look.partitions(self._job, names)
+        faulty = {name for name, *_ in self._faults if names.find.lower() in name.lower()}
+        if only_problems:
+            chosen = sorted(faulty)
+            rows = [self._row(row) for name in chosen[offset : offset + limit] for row in self._single(name)]
+            return DeliveryMap(total, rows, listed=False, problems=len(faulty), pages_of=len(chosen))
+        size = 1
+        if total > GROUPED_FROM and not names.first:
+            size, limit = (BIG_GROUP if total > BIG_FROM else GROUP), min(limit, GROUPS_A_PAGE)
+        found = self._look.groups(self._job, names, size=size, limit=limit, offset=offset)
+        pages_of = -(-total // size)
+        rows = [self._row(row) for row in found]
+        return DeliveryMap(total, rows, listed=False, problems=len(faulty), grouped=size > 1, pages_of=pages_of)
+
+    def _single(self, name: str) -> Sequence[Mapping[str, Any]]:
+        return self._look.groups(self._job, Names(name, name), size=1, limit=1)
+
+    def _row(self, row: Mapping[str, Any]) -> MapRow:
+        first, last = row["first_name"], row["last_name"]
+        text = self._painted((first, last), row["slowest_at"])
+        wrong = {name for name, *_ in self._faults if first <= name <= last}
+        number, problems = row["partitions"], len(wrong) or int("l" in text)
+        return MapRow(
+            first, text, last, number, problems=problems, newest_at=row["oldest_at"], error=row["error"] or ""
+        )
+
+    def _painted(self, between: tuple[str, str] | None, cursor_at: datetime) -> str:
+        faults = [
+            (start, end, letter)
+            for name, start, end, letter in self._faults
+            if between is None or between[0] <= name <= between[1]
+        ]
+        marked = self._cells.paint(faults, self._now)
+        return "".join(
+            worst((marked[place], self._plain(place, between, cursor_at))) for place in range(len(self._spans))
+        )
+
+    def _plain(self, place: int, between: tuple[str, str] | None, cursor_at: datetime) -> str:
+        """The letter of a cell in which nothing is marked."""
+        start, end = self._spans[place]
+        if start >= self._now:
+            return "n"
+        if end > cursor_at:
+            return "l" if end <= self._late_before else "o"
+        there = self._any[place] and (between is None or self._look.any_rows(self._job, start, end, between))
+        return "k" if there else "n"

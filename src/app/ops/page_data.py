@@ -1,0 +1,358 @@
+"""The routes behind the pages: the summary, the delivery map, one run with its log, and what a person puts away."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Annotated, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime
+
+from app.core.gap_map import Cell
+from app.core.pipeline import MISSING
+from app.core.runs import Run
+from app.core.windows import Window
+from app.db.page_queries import Names, SqlPages
+from app.ops.delivery_map import WORDS, Cells, DeliveryMap, DeliveryMaps, cells_between, cells_of_span, letter_of
+from app.ops.json_views import (
+    LOG,
+    MAP,
+    MAP_WINDOWS,
+    RUN_DETAIL,
+    SUMMARY,
+    answered_with,
+    instant_text,
+    run_shown,
+)
+from app.ops.scheduler import Scheduler
+from app.ops.summary import HISTORY, Seen, problems_of, summary_of
+from app.ops.verification import Proofs
+from app.web.auth import needs
+from app.web.errors import Refusal, Refused
+
+READ = needs("ops:read")
+RUN = needs("ops:run")
+ROWS_A_PAGE = 200
+MOST_DAYS = 366
+WINDOW_DAYS = 2
+LOG_LINES = 500
+LOG_FILES = 6
+LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
+NO_LOG = "no line of this run is in the log file: it was rotated away, another process wrote it, or LOG_FORMAT is text"
+History = Callable[[int], Sequence[Mapping[str, Any]]]
+
+Zone = Annotated[str, Query(max_length=64, description="An IANA time zone, in which days begin.")]
+JobName = Annotated[str, Query(max_length=100)]
+
+
+@dataclass(frozen=True, slots=True)
+class PageParts:
+    """What the routes look at. `unreachable`: by system, error and next step. `log_file` None: no file is written."""
+
+    scheduler: Scheduler
+    pages: SqlPages
+    maps: DeliveryMaps
+    proofs: Proofs
+    histories: Mapping[str, History]
+    clock: Callable[[], datetime]
+    stale: Callable[[], frozenset[str]]
+    ahead_seconds: Callable[[], Mapping[str, float]]
+    unreachable: Callable[[], Mapping[str, tuple[str, str]]]
+    log_file: Path | None
+
+
+def build(parts: PageParts) -> APIRouter:
+    """All routes of this module."""
+    router = APIRouter(tags=["ops"])
+    _summary(router, parts)
+    _map(router, parts)
+    _run(router, parts)
+    return router
+
+
+def zone_of(name: str) -> tzinfo:
+    """The time zone of that name. Refuses one that is not known."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        hint = "send an IANA name such as Europe/Berlin, or UTC"
+        raise Refused(Refusal(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz")) from None
+
+
+def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Seen], Any]) -> Any:
+    """What `read` makes of all that is known now."""
+    now, views = parts.clock(), parts.scheduler.views()
+    cells = cells_of_span("24h", None, zone, now)
+    on = [view.job.name for view in views if not view.job.off and view.job.name in parts.maps.jobs]
+    strips = {name: parts.maps.strip(name, cells, wait_seconds=1.0) for name in on}
+    histories = {name: lines(HISTORY) for name, lines in parts.histories.items()}
+    with parts.pages.look() as look:
+        return read(
+            Seen(
+                now=now,
+                zone=zone,
+                views=views,
+                look=look,
+                maps=parts.maps,
+                verified=parts.proofs.results(),
+                verifiable=parts.proofs.jobs,
+                stale=parts.stale(),
+                ahead_seconds=parts.ahead_seconds(),
+                unreachable=parts.unreachable(),
+                cells=cells,
+                strips=strips,
+                histories=histories,
+            )
+        )
+
+
+def _summary(router: APIRouter, parts: PageParts) -> None:
+    @router.get(
+        "/ops/summary",
+        openapi_extra=READ,
+        summary="Whether everything arrived, what to do about what did not, and each pipeline",
+        responses=answered_with(SUMMARY, "verdict, problems and pipelines"),
+    )
+    def summary(tz: Zone = "UTC") -> dict[str, Any]:
+        found: dict[str, Any] = seen_now(parts, zone_of(tz), summary_of)
+        return found
+
+    @router.post("/ops/problems/{problem_id}/dismiss", openapi_extra=RUN, summary="Put a problem away", status_code=200)
+    def dismiss(problem_id: str, request: Request) -> dict[str, Any]:
+        problems = seen_now(parts, UTC, problems_of)
+        found = next((each for each in problems if each.problem_id == problem_id), None)
+        if found is None:
+            raise Refused(Refusal(404, f"no problem has the id {problem_id[:40]!r}", "look at /ops/summary"))
+        if found.kind != "set_aside":
+            hint = found.next or "put it right, and it ends by itself"
+            raise Refused(Refusal(409, "only what was set aside can be dismissed", hint))
+        parts.pages.dismiss(problem_id, parts.clock(), request.scope["state"]["grant"].name)
+        return {"id": problem_id, "dismissed": True}
+
+
+# ---- the map
+
+
+def _map(router: APIRouter, parts: PageParts) -> None:
+    @router.get(
+        "/ops/map",
+        openapi_extra=READ,
+        summary="The whole of a span in one letter a cell, by partition or in groups",
+        responses=answered_with(MAP, "one letter a cell"),
+    )
+    def delivery_map(
+        job: JobName,
+        span: Annotated[str, Query(max_length=8, description="24h, 7d, 30d or 365d.")] = "24h",
+        cells: Annotated[int | None, Query(ge=1, le=100, description="7d: 42 or 14; 365d: 53 or 13.")] = None,
+        tz: Zone = "UTC",
+        *,
+        problems: Annotated[bool, Query(description="Only partitions in which something is wrong.")] = False,
+        find: Annotated[str, Query(max_length=100, description="Only names that hold this.")] = "",
+        first: Annotated[str, Query(max_length=300, description="Open a group: its first name.")] = "",
+        last: Annotated[str, Query(max_length=300, description="Open a group: its last name.")] = "",
+        start: Annotated[AwareDatetime | None, Query(alias="from", description="Open a cell: its start.")] = None,
+        end: Annotated[AwareDatetime | None, Query(alias="to", description="Open a cell: its end.")] = None,
+        offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
+        limit: Annotated[int, Query(ge=1, le=ROWS_A_PAGE)] = ROWS_A_PAGE,
+    ) -> dict[str, Any]:
+        now, zone = parts.clock(), zone_of(tz)
+        chosen = cells_of_span(span, cells, zone, now)
+        if start is not None and end is not None:
+            window = bounded(start, end, MOST_DAYS)
+            chosen = cells_between(window.start, window.end, zone)
+        names = Names(first, last, find)
+        found = parts.maps.whole(job, chosen, names)
+        if found.listed:
+            rows = [row for row in found.rows if row.problems or not problems]
+            rows = [row for row in rows if not last or first <= row.name <= last]
+            found = DeliveryMap(
+                found.total, rows[offset : offset + limit], listed=True, problems=found.problems, pages_of=len(rows)
+            )
+        else:
+            found = parts.maps.recorded(job, chosen, names, offset=offset, limit=limit, only_problems=problems)
+        return {"job": job, "span": span, "now": instant_text(now), **_shown(found, chosen, now)}
+
+    @router.get(
+        "/ops/map/windows",
+        openapi_extra=READ,
+        summary="The windows of a cell, from a listing of the destination made now",
+        responses=answered_with(MAP_WINDOWS, "windows, oldest first"),
+    )
+    def windows(
+        job: JobName,
+        partition: Annotated[str, Query(max_length=300)],
+        start: Annotated[AwareDatetime, Query(alias="from")],
+        end: Annotated[AwareDatetime, Query(alias="to")],
+    ) -> dict[str, Any]:
+        window = bounded(start, end, WINDOW_DAYS)
+        cells = parts.maps.partition(job, partition, window)
+        with parts.pages.look() as look:
+            of = {"pipeline": job, "partition": partition, "since_at": window.start, "until_at": window.end}
+            records: dict[datetime, list[Mapping[str, Any]]] = {}
+            for row in look.rows("window_records", **of):
+                records.setdefault(row["starts_at"], []).append(row)
+
+            def run_of(record: Mapping[str, Any] | None) -> str | None:
+                found = look.rows("run_at", job=job, at=record["updated_at"]) if record else []
+                return found[0]["run_id"] if found else None
+
+            shown = [_window(cell, records.get(cell.window.start, ()), run_of) for cell in cells]
+        return {"job": job, "partition": partition, "windows": shown}
+
+
+def bounded(start: datetime, end: datetime, days: int) -> Window:
+    """`[start, end)`. Refuses one that is empty, reversed, or longer than `days`."""
+    try:
+        window = Window(start.astimezone(UTC), end.astimezone(UTC))
+    except (ValueError, OverflowError):
+        hint = "give the earlier instant as 'from'"
+        raise Refused(Refusal(422, "'from' must be earlier than 'to'", hint, "query.from")) from None
+    if window.seconds > days * 86_400:
+        raise Refused(Refusal(422, f"more than {days} days", f"ask for {days} days or less", "query.to"))
+    return window
+
+
+def _shown(found: DeliveryMap, cells: Cells, now: datetime) -> Mapping[str, Any]:
+    head = {
+        "start": instant_text(cells.edges[0]),
+        "end": instant_text(cells.edges[-1]),
+        "cell_seconds": cells.seconds,
+        "starts": [f"{edge:%Y-%m-%dT%H:%MZ}" for edge in cells.edges[:-1]],
+        "source": "listing" if found.listed else "records",
+        "total": found.total,
+        "problems": found.problems,
+        "rows_total": found.pages_of,
+    }
+    if found.grouped:
+        groups = [
+            {"first": row.name, "last": row.last, "count": row.count, "problems": row.problems, "cells": row.cells}
+            for row in found.rows
+        ]
+        return {**head, "rows": [], "groups": groups}
+
+    def lag(newest_at: datetime | None) -> float | None:
+        return None if newest_at is None else round((now - newest_at).total_seconds(), 1)
+
+    rows = [
+        {"name": row.name, "cells": row.cells, "lag_seconds": lag(row.newest_at), "error": row.error}
+        for row in found.rows
+    ]
+    return {**head, "rows": rows, "groups": []}
+
+
+def _window(
+    cell: Cell, records: Sequence[Mapping[str, Any]], run_of: Callable[[Mapping[str, Any] | None], str | None]
+) -> Mapping[str, Any]:
+    letter = letter_of(cell)
+    record = records[0] if records else None
+    return {
+        "from": f"{cell.window.start:%Y-%m-%dT%H:%M:%SZ}",
+        "to": f"{cell.window.end:%Y-%m-%dT%H:%M:%SZ}",
+        "letter": letter,
+        "state": WORDS[letter],
+        "rows": cell.rows,
+        "objects": cell.objects,
+        "bytes": sum(each["size_bytes"] for each in records),
+        "object": record["s3_key"] if record else "",
+        "delivered_at": instant_text(record["updated_at"]) if record else None,
+        "run_id": run_of(record),
+    }
+
+
+# ---- one run
+
+
+def _run(router: APIRouter, parts: PageParts) -> None:
+    def found(run_id: str) -> Run:
+        with parts.pages.look() as look:
+            run = look.run(run_id)
+        if run is None:
+            hint = "only the newest 1,000 runs of each job are kept; /ops/runs lists them"
+            raise Refused(Refusal(404, f"no run has the id {run_id[:40]!r}", hint))
+        return run
+
+    @router.get(
+        "/ops/runs/{run_id}",
+        openapi_extra=READ,
+        summary="One run: its ledger, its windows, and the runs beside it",
+        responses=answered_with(RUN_DETAIL, "the run"),
+    )
+    def run_detail(run_id: str) -> dict[str, Any]:
+        run = found(run_id)
+        view = next((each for each in parts.scheduler.views() if each.job.name == run.job), None)
+        with parts.pages.look() as look:
+            previous, following = look.beside(run)
+            rows = look.written_by(run, (view.job.helper_of if view else "") or run.job)
+            same = look.rows("same_error", job=run.job, error=run.error)[0]["runs"] if run.error else 0
+        progress = view.status.progress if view and run.ended_at is None else None
+        return {
+            **run_shown(run),
+            "helper_of": (view.job.helper_of if view else "") or None,
+            "interval_seconds": view.job.interval_seconds if view else None,
+            "written": [_written(row) for row in rows],
+            "seen_in_runs": same,
+            "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
+            "previous": _neighbour(previous),
+            "next": _neighbour(following),
+        }
+
+    @router.get(
+        "/ops/runs/{run_id}/log",
+        openapi_extra=READ,
+        summary="The log lines of a run",
+        responses=answered_with(LOG, "lines, oldest first"),
+    )
+    def run_log(
+        run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"
+    ) -> dict[str, Any]:
+        found(run_id)
+        if parts.log_file is None:
+            return {"lines": [], "left_out": 0, "note": "LOG_FILE is off: the lines went to standard output only"}
+        lines = list(log_lines(parts.log_file, run_id, LEVELS[level]))
+        note = "" if lines else NO_LOG
+        return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
+
+
+def _written(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    states = {"": "OK" if row["status"] == "closed" else WORDS["o"], MISSING: WORDS["m"]}
+    return {
+        "partition": row["device_id"],
+        "from": instant_text(row["starts_at"]),
+        "to": instant_text(row["ends_at"]),
+        "state": states.get(row["trouble"], WORDS["c"]),
+        "rows": row["record_count"],
+        "bytes": row["size_bytes"],
+        "object": row["s3_key"],
+        "written_at": instant_text(row["updated_at"]),
+    }
+
+
+def _neighbour(run: Run | None) -> Mapping[str, Any] | None:
+    if run is None:
+        return None
+    return {"run_id": run.run_id, "started_at": instant_text(run.started_at), "outcome": run.outcome.value}
+
+
+def log_lines(path: Path, run_id: str, level: int) -> Iterator[Mapping[str, str]]:
+    """The lines of a run in the log file and the ones that were rotated, oldest first; none when they hold text."""
+    wanted = f'"run_id": "{run_id}"'.encode()
+    for number in range(LOG_FILES, -1, -1):
+        file = path.with_name(f"{path.name}.{number}") if number else path
+        try:
+            with file.open("rb") as lines:
+                chosen = [line for line in lines if wanted in line]
+        except OSError:
+            continue  # not rotated so often, or gone between two looks
+        for line in chosen:
+            entry = json.loads(line)
+            if LEVELS.get(entry.get("level", ""), 1) >= level:
+                told = {name: str(entry.get(name, "")) for name in ("time", "level", "message")}
+                yield told | ({"exception": str(entry["exception"])} if "exception" in entry else {})
+
+
+def recent_span(now: datetime, start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
+    """From and to, open ends being the beginning of time and a little after now."""
+    return start or datetime(1970, 1, 1, tzinfo=UTC), end or now + timedelta(days=1)

@@ -1,0 +1,198 @@
+"""The pages: overview, runs, one run. One frame, one stylesheet, a few scripts, served by us and by nobody else.
+
+Invariants: a page holds no data but for callers who may see it, and what comes from data is escaped; from then on the
+scripts ask /ops with the caller's own rights and set texts, never markup.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from app.core.errors import AppError
+from app.web.auth import OPEN, Guard, needs
+from app.web.errors import Refusal, Refused
+
+SCOPE = "ops:read"
+SCRIPT, STYLE, ICON = "text/javascript; charset=utf-8", "text/css; charset=utf-8", "image/svg+xml"
+ASSETS = {
+    **dict.fromkeys(("common.js", "overview.js", "map.js", "runs.js", "run.js"), SCRIPT),
+    "pages.css": STYLE,
+    **dict.fromkeys(("icon.svg", "icon-ok.svg", "icon-bad.svg", "icon-away.svg"), ICON),
+}
+LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
+GUIDES = {
+    **dict.fromkeys(("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3"), ""),
+    **dict.fromkeys(("analytics", "operations", "runbook", "glossary", "security", "delivery", "migration"), ""),
+    "s3_sweep": "s3",
+    "set_aside_sweep": "operations",
+    "influx_to_s3_reconcile": "influx_to_s3",
+    "dynamo_to_drive_reconcile": "dynamo_to_drive",
+    "dynamo_to_drive_late": "dynamo_to_drive",
+}
+MARKS = {"ok": "ok", "running": "run", "backfill": "run", "paused": "paused", "off": "off", "partial": "warn"}
+WORDS = {"ok": "OK", "partial": "Partly delivered", "backfill": "Backfilling", "waiting": "No run yet"}
+
+Overview = Callable[[], Mapping[str, Any]]
+
+
+def build(guard: Guard, overview: Overview) -> APIRouter:
+    """The routes of the pages and their parts."""
+    router = APIRouter(include_in_schema=False)
+    _overview(router, guard, overview)
+    for path, title, script in (("/runs", "Runs", "runs"), ("/run", "Run", "run")):
+        _page(
+            router, path, framed(title, _asset(f"{script}.html"), ("runs", "run")[: 1 + (script == "run")], link="Runs")
+        )
+    for name, media_type in ASSETS.items():
+        serve(router, f"/assets/{name}", _asset(name).encode(), media_type)
+    _guides(router)
+    return router
+
+
+def framed(
+    title: str, main: str, scripts: Sequence[str], *, link: str, root: str = "", dialogs: str = "", shown: bool = False
+) -> str:
+    """A whole page: `main` in the frame of all pages, with scripts of /assets by name, and `link` as the current one.
+
+    `root` leads from the page to the overview; `shown`: there is something to see before a script has run.
+    """
+    links = "".join(
+        f'<a href="{root}{href}"{" aria-current=" + chr(34) + "page" + chr(34) if name == link else ""}>{name}</a>'
+        for name, href in LINKS
+    )
+    parts = {
+        "{title}": f"{title} \N{EN DASH} Headwater",
+        "{links}": links,
+        "{scripts}": "\n".join(
+            f'<script src="{root}assets/{name}.js" defer></script>' for name in ("common", *scripts)
+        ),
+        "{board}": "" if shown else " hidden",
+        "{dialogs}": dialogs,
+        "{root}": root,
+    }
+    page = _asset("layout.html")
+    for name, text in parts.items():
+        page = page.replace(name, text)
+    return page.replace("{main}", main, 1)
+
+
+def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
+    """A file of the pages, open to all: it holds no data."""
+
+    @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
+    async def asset() -> Response:
+        return Response(content, media_type=media_type)
+
+
+def _page(router: APIRouter, path: str, page: str) -> None:
+    serve(router, path, page.encode(), "text/html; charset=utf-8")
+
+
+def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:
+    main, dialogs = _asset("overview.html"), _asset("dialogs.html")
+
+    def page(jobs: str, off: str, *, shown: bool) -> Response:
+        filled = main.replace("{jobs}", jobs, 1).replace("{off}", off, 1)
+        scripts = ("runs", "map", "overview")
+        return HTMLResponse(framed("Overview", filled, scripts, link="Overview", dialogs=dialogs, shown=shown))
+
+    @router.get("/", openapi_extra=needs(OPEN))
+    async def dashboard(request: Request) -> Response:
+        if not await _may_see(guard, request):
+            return page("", "", shown=False)
+        try:
+            known = await run_in_threadpool(overview)
+        except AppError:
+            return page("", "", shown=False)  # the script tells what is wrong
+        return page(job_rows(known), off_rows(known), shown=True)
+
+
+async def _may_see(guard: Guard, request: Request) -> bool:
+    """Whether the caller may see jobs. A wrong key counts as everywhere and sees the page without them."""
+    try:
+        grant = await guard.grant(request.scope)
+    except (Refused, AppError):
+        return False
+    return grant is not None and grant.allows(SCOPE)
+
+
+def _guides(router: APIRouter) -> None:
+    """The guides as they lie in docs/: beside the code when it was checked out, inside the package otherwise."""
+    package = Path(__file__).resolve().parent.parent
+    folder = package / "docs" if (package / "docs").is_dir() else package.parent.parent / "docs"
+
+    @router.get("/guides/{name}", openapi_extra=needs(SCOPE))
+    def guide(name: str) -> Response:
+        path = folder.parent / "README.md" if name == "README" else folder / f"{GUIDES.get(name) or name}.md"
+        if (name != "README" and name not in GUIDES) or not path.is_file():
+            raise Refused(Refusal(404, f"there is no guide {name[:40]!r}", f"guides: {', '.join(GUIDES)}"))
+        return PlainTextResponse(path.read_text(encoding="utf-8"))
+
+
+# ---- jobs as markup: what the page shows before its script has asked, and all that it shows without one
+
+
+def job_rows(overview: Mapping[str, Any]) -> str:
+    """A row per job of `routes.overview` that can run."""
+    return "".join("".join(_job_row(job)) for job in overview["jobs"] if job["state"] != "off")
+
+
+def off_rows(overview: Mapping[str, Any]) -> str:
+    """A line per job that is off."""
+    return "".join(
+        f'<li data-key="p-{escape(job["name"])}"><span class="mark off" aria-hidden="true"></span>'
+        f"<span>{escape(job['name'])}</span>"
+        f'<span class="why">Off. {escape(off_text(job["off"]))} to enable.</span></li>'
+        for job in overview["jobs"]
+        if job["state"] == "off"
+    )
+
+
+def off_text(text: str) -> str:
+    """`Set INFLUXDB_URL` of "set INFLUXDB_URL"."""
+    return text[:1].upper() + text[1:]
+
+
+def _job_row(job: Mapping[str, Any]) -> Iterator[str]:
+    last = job["last_run"]
+    state = last["outcome"] if job["state"] == "waiting" and last else job["state"]
+    state = "late" if job["stale"] else state
+    words = WORDS.get(state, state.capitalize())
+    name = escape(job["name"])
+    yield f'<tr data-key="p-{name}" id="p-{name}"><td class="id"><span class="name">{name}</span>'
+    yield f'<span class="sub">{"helper of " + escape(job["helper_of"]) if job["helper_of"] else ""}</span></td>'
+    yield f'<td class="state"><span class="mark {MARKS.get(state, "bad")}" aria-hidden="true"></span> '
+    yield f"<strong>{escape(words)}</strong>"
+    yield from (f'<span class="sub">{escape(text)}</span>' for text in _facts(job))
+    yield f'</td><td class="number"></td><td class="number">{job["rows_total"]:,}<span class="sub">in all</span></td>'
+    yield '<td class="spark"></td><td class="wide"></td>'
+    next_run = _clock(job["next_run_at"]) if job["next_run_at"] else "when resumed"
+    yield f'<td class="when-next">{next_run}</td><td></td></tr>'
+
+
+def _facts(job: Mapping[str, Any]) -> Iterator[str]:
+    last, calls = job["last_run"], job["calls"]
+    yield f"last run {_clock(last['started_at'])}, {last['new_rows']:,} new rows" if last else "no run yet"
+    if last and last["error"]:
+        yield f"{last['error']}{'. Next: ' + last['hint'] if last['hint'] else ''}"
+    if last and last["ledger_text"]:
+        yield f"Ledger: {last['ledger_text']}"
+    if job["clock_ahead_seconds"]:
+        yield f"Clock: its records lie {job['clock_ahead_seconds']:,.0f} s ahead of now"
+    if calls:
+        yield f"Calls: {calls['today']:,} of {calls['a_day']:,} today"
+
+
+def _clock(text: str) -> str:
+    """`2026-02-07 12:00:00Z` of an instant as the API writes it."""
+    return f"{text[:10]} {text[11:19]}Z"
+
+
+def _asset(name: str) -> str:
+    return files("app.ops").joinpath("assets", name).read_text(encoding="utf-8")

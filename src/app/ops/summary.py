@@ -1,0 +1,495 @@
+"""One sentence that says whether everything arrived, what to do about what did not, and each pipeline in a row.
+
+Invariants: the worst fault comes first and decides the colour; each fault names its thing, its count and its next step;
+a fault that only time would end can be dismissed, any other ends when it is put right.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
+from hashlib import blake2b
+from typing import Any
+
+from app.core.pipeline import MISSING
+from app.core.runs import Outcome, Run
+from app.core.verify import Sign
+from app.db.page_queries import Look
+from app.ops.delivery_map import Cells, DeliveryMaps
+from app.ops.json_views import instant_text, run_shown
+from app.ops.scheduler import JobView
+from app.ops.verification import Result
+
+NAMED = 3  # faults that the sentence names
+LISTED = 50
+RECENT = timedelta(hours=24)
+LATE_SECONDS = 60.0
+AHEAD_SECONDS = 60.0
+HISTORY = 300
+VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
+ORDER = ("unreachable", "unaccounted", "failed", "missing", "partial", "changed", "late", "clock", "set_aside")
+MARKS = {"partial": "bad", "changed": "bad", "late": "late", "clock": "late", "set_aside": "warn"}
+WINDOW_WORDS = {
+    "missing": "missing",
+    "partial": "partly missing",
+    "changed": "changed at the destination",
+}
+HEAL = "heal: Headwater reads these windows again from the source and writes what is missing; nothing else is touched"
+RERUN = "run the job again; if the gap stays, report it with the log of this run"
+LATE_HINT = "look at the log of its last run; if nothing moves, restart Headwater. Nothing is lost at the source"
+FILE_HINT = "correct the file and put it into the inbox again"
+ASIDE_HINT = (
+    "correct these rows at the source, then backfill their windows; until then they stay where they were set aside"
+)
+CLOCK_HINT = "check the clocks of the machines; the next good run sets its own time right"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that did not arrive, or may not. `count` is of `noun`; `title` says it without its time."""
+
+    kind: str
+    job: str
+    title: str
+    message: str
+    next: str
+    count: int = 1
+    noun: str = "window"
+    partition: str = ""
+    span: tuple[datetime, datetime] | None = None
+    since: datetime | None = None
+    actions: Sequence[Mapping[str, Any]] = ()
+    about: str = ""
+
+    @property
+    def problem_id(self) -> str:
+        """The same for the same fault, whatever its count."""
+        text = f"{self.kind}\x1f{self.job}\x1f{self.partition}\x1f{self.about}"
+        return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+    @property
+    def mark(self) -> str:
+        """bad, late or warn."""
+        return MARKS.get(self.kind, "bad")
+
+    def to_json(self) -> Mapping[str, Any]:
+        """As the API shows it."""
+        return {
+            "id": self.problem_id,
+            "kind": self.kind,
+            "mark": self.mark,
+            "job": self.job,
+            "partition": self.partition,
+            "title": self.title,
+            "count": self.count,
+            "from": instant_text(self.span[0]) if self.span else None,
+            "to": instant_text(self.span[1]) if self.span else None,
+            "since": instant_text(self.since),
+            "message": self.message,
+            "next": self.next,
+            "actions": list(self.actions),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known at one moment, for one time zone. `cells` are the hours of the last day, `strips` the map of each
+    pipeline in one row of them; `histories` are files by job, newest first.
+    """
+
+    now: datetime
+    zone: tzinfo
+    views: Sequence[JobView]
+    look: Look
+    maps: DeliveryMaps
+    verified: Sequence[Result]
+    verifiable: Sequence[str]
+    stale: frozenset[str]
+    ahead_seconds: Mapping[str, float]
+    unreachable: Mapping[str, tuple[str, str]]
+    cells: Cells
+    strips: Mapping[str, str | None] = field(default_factory=dict)
+    histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def on(self) -> Sequence[JobView]:
+        """Jobs that can run."""
+        return [view for view in self.views if not view.job.off]
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 window`, `2,000 windows`."""
+    one = noun.removesuffix("s")
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
+# ---- problems
+
+
+def problems_of(seen: Seen) -> Sequence[Problem]:
+    """Everything that is wrong, the worst first."""
+    found = [
+        *_unreachable(seen),
+        *_failing(seen),
+        *_windows(seen),
+        *_late(seen),
+        *_set_aside(seen),
+    ]
+    rank = {kind: place for place, kind in enumerate(ORDER)}
+    return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
+
+
+def _unreachable(seen: Seen) -> Iterator[Problem]:
+    for name, (error, hint) in seen.unreachable.items():
+        yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
+
+
+def _failing(seen: Seen) -> Iterator[Problem]:
+    for view in seen.on:
+        name = view.job.name
+        _, last = seen.look.last_runs(name)
+        if last is None:
+            continue
+        opened = {"kind": "open", "label": "Open last run", "href": f"run?id={last.run_id}"}
+        gap = last.report.ledger.gap
+        if gap:
+            unit = last.report.ledger.unit
+            title = f"{name}: {counted(gap, unit)} unaccounted for"
+            yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
+        runs, since = seen.look.failures_in_a_row(name)
+        if not runs:
+            continue
+        failures = last.report.failures
+        partition = failures[0].partition if len(failures) == 1 else ""
+        of = f"{name}, {partition}" if partition else name
+        times = "once" if runs == 1 else f"{runs:,} times"
+        more = f" ({len(failures)} partitions)" if len(failures) > 1 else ""
+        message = failures[0].message if partition else last.error
+        yield Problem(
+            "failed",
+            name,
+            f"{of}: failed {times}{more}",
+            message,
+            last.hint,
+            runs,
+            "time",
+            partition,
+            since=since,
+            actions=[opened, {"kind": "run", "label": "Run now", "job": name}],
+        )
+
+
+def _windows(seen: Seen) -> Iterator[Problem]:
+    """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
+    known: set[tuple[str, str, str]] = set()
+    for row in seen.look.rows("trouble_by_partition", limit=LISTED):
+        kind = "missing" if row["trouble"] == MISSING else "changed"
+        known.add((row["pipeline"], row["device_id"], kind))
+        span = (row["first_at"], row["last_at"])
+        yield _of_windows(seen, row["pipeline"], row["device_id"], kind, count=row["windows"], span=span)
+    found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
+    for job in seen.maps.jobs:
+        for fault in seen.maps.faults(job):
+            kind = {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
+            found[job, fault.partition, kind].add(fault.window)
+    for result in seen.verified:
+        for verdict in result.windows:
+            if verdict.sign is not Sign.ERROR and not verdict.healed:
+                kind = "missing" if verdict.sign is Sign.MISSING else "changed"
+                found[result.job, verdict.slot.partition, kind].add(verdict.slot.window)
+    for (job, partition, kind), windows in list(found.items())[:LISTED]:
+        if (job, partition, kind) not in known:
+            span = (min(each.start for each in windows), max(each.end for each in windows))
+            yield _of_windows(seen, job, partition, kind, count=len(windows), span=span)
+
+
+def _of_windows(
+    seen: Seen, job: str, partition: str, kind: str, *, count: int, span: tuple[datetime, datetime]
+) -> Problem:
+    actions: list[Mapping[str, Any]] = []
+    if job in seen.verifiable:
+        part = {"from": instant_text(span[0]), "to": instant_text(span[1]), "partition": partition}
+        actions.append({"kind": "heal", "label": f"Heal {counted(count, 'window')}", "job": job, "part": part})
+    actions.append({"kind": "show", "label": "Show on map", "href": f"#map-{job}"})
+    message = "Delivered once, and not at the destination any more."
+    if kind != "missing":
+        message = "What is at the destination is not what was delivered."
+    title = f"{job}, {partition}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
+    return Problem(kind, job, title, message, HEAL, count, "window", partition, span, actions=actions)
+
+
+def _late(seen: Seen) -> Iterator[Problem]:
+    for view in seen.on:
+        name = view.job.name
+        if name in seen.ahead_seconds:
+            seconds = seen.ahead_seconds[name]
+            message = f"Its last run or one of its cursors lies {seconds:,.0f} s ahead of now."
+            yield Problem("clock", name, f"{name}: its records lie ahead of now", message, CLOCK_HINT, noun="record")
+        due = view.next_run_at
+        slack = timedelta(seconds=max(view.job.interval_seconds, LATE_SECONDS))
+        overdue = view.status.state == "waiting" and due is not None and due + slack < seen.now
+        if name in seen.stale or overdue:
+            message = "No run came to its end in time."
+            actions = [{"kind": "run", "label": "Run now", "job": name}]
+            yield Problem("late", name, f"{name} is late", message, LATE_HINT, noun="run", since=due, actions=actions)
+
+
+def _set_aside(seen: Seen) -> Iterator[Problem]:
+    dismissed = {row["problem_id"]: row["dismissed_at"] for row in seen.look.rows("dismissed")}
+    since = seen.now - RECENT
+    rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
+    hints: dict[str, str] = {}
+    for run in seen.look.partial_runs(since):
+        hints |= {failure.partition: failure.hint for failure in run.report.failures if run.job in seen.histories}
+        for one in run.report.ledger.newly_set_aside:
+            if run.job not in seen.histories:
+                rows[run.job, one.reason].append((run, one.new, one.sample))
+    for (job, reason), runs in rows.items():
+        first = Problem("set_aside", job, "", "", "", about=reason)
+        new = [each for each in runs if each[0].started_at > dismissed.get(first.problem_id, since)]
+        if new:
+            yield _rows_aside(job, reason, new)
+    for job, entries in seen.histories.items():
+        for entry in entries:
+            at = datetime.fromisoformat(entry["at"])
+            problem = _file_aside(job, entry, at, hints.get(entry["file"]) or FILE_HINT)
+            if entry["outcome"] == "rejected" and at > dismissed.get(problem.problem_id, since):
+                yield problem
+
+
+def _rows_aside(job: str, reason: str, runs: Sequence[tuple[Run, int, str]]) -> Problem:
+    run, _, sample = runs[0]
+    count, unit = sum(number for _, number, _ in runs), run.report.ledger.unit
+    actions = [
+        {"kind": "open", "label": "Open the run", "href": f"run?id={run.run_id}"},
+        {"kind": "dismiss", "label": "Dismiss"},
+    ]
+    example = f", for example {sample}" if sample else ""
+    return Problem(
+        "set_aside",
+        job,
+        f"{job}: {counted(count, unit)} set aside",
+        f"{reason}{example}.",
+        ASIDE_HINT,
+        count,
+        unit,
+        since=runs[-1][0].started_at,
+        actions=actions,
+        about=reason,
+    )
+
+
+def _file_aside(job: str, entry: Mapping[str, Any], at: datetime, hint: str) -> Problem:
+    title = f"{job}: {entry['file']} was set aside"
+    dismiss = [{"kind": "dismiss", "label": "Dismiss"}]
+    return Problem(
+        "set_aside", job, title, entry["error"], hint, 1, "file", since=at, actions=dismiss, about=entry["file"]
+    )
+
+
+# ---- the sentence
+
+
+def verdict_of(seen: Seen, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
+    """State, sentence in parts with their links, and title. At most three faults are named."""
+    parts = _parts(problems)
+    paused = [view.job.name for view in seen.on if view.status.state == "paused"]
+    pipelines = [view for view in seen.on if not view.job.helper_of]
+    more = [f"{' and '.join(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
+    if problems:
+        title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        mark = problems[0].mark if problems[0].mark != "late" else "warn"
+        return {"state": mark, "title": title, "parts": parts, "more": " ".join(more)}
+    if not [view for view in pipelines if view.job.name not in seen.histories]:
+        text = "Headwater is running. No source is set up yet."
+        return {"state": "off", "title": "Nothing set up yet", "parts": [{"text": text, "href": ""}], "more": ""}
+    if not any(seen.look.last_runs(view.job.name)[0] for view in pipelines):
+        text = "Headwater is running. No run has ended yet."
+        return {"state": "off", "title": "Starting", "parts": [{"text": text, "href": ""}], "more": " ".join(more)}
+    number = sum(row["partitions"] for row in seen.look.rows("partition_totals"))
+    more.insert(0, f"{counted(len(pipelines), 'pipeline')}, {counted(number, 'partition')}.")
+    text = "Everything delivered"
+    return {
+        "state": "ok",
+        "title": "All delivered",
+        "parts": [{"text": text, "href": ""}],
+        "complete": complete_up_to is not None,
+        "more": " ".join(more),
+    }
+
+
+def _parts(problems: Iterable[Problem]) -> Sequence[Mapping[str, str]]:
+    counts: dict[tuple[str, str], list[Problem]] = defaultdict(list)
+    for problem in problems:
+        counts[problem.kind, problem.job or problem.title].append(problem)
+    parts = [{"text": _phrase(kind, some), "href": _place(kind, some[0])} for (kind, _), some in counts.items()]
+    rest = sum(len(some) for some in list(counts.values())[NAMED:])
+    return parts[:NAMED] + ([{"text": f"{rest} more", "href": "#todo"}] if rest else [])
+
+
+def _phrase(kind: str, some: Sequence[Problem]) -> str:
+    job, count = some[0].job, sum(each.count for each in some)
+    verb = "is" if count == 1 else "are"
+    if kind == "failed":
+        return f"{job} failed once" if count == 1 else f"{job} failed {count:,} times"
+    if kind in WINDOW_WORDS:
+        return f"{counted(count, 'window')} {verb} {WINDOW_WORDS[kind]} in {job}"
+    if kind == "unaccounted":
+        return f"{counted(count, some[0].noun)} of {job} {verb} unaccounted for"
+    if kind == "set_aside":
+        whose = "" if some[0].noun == "file" else f" of {job}"
+        return f"{counted(count, some[0].noun)}{whose} {'was' if count == 1 else 'were'} set aside"
+    return some[0].title
+
+
+def _place(kind: str, problem: Problem) -> str:
+    if kind in WINDOW_WORDS:
+        return f"#map-{problem.job}"
+    return f"#p-{problem.job}" if problem.job else "#todo"
+
+
+# ---- the rows
+
+
+def summary_of(seen: Seen) -> Mapping[str, Any]:
+    """The answer of /ops/summary."""
+    problems = problems_of(seen)
+    totals = {row["pipeline"]: row for row in seen.look.rows("partition_totals")}
+    paused = {row["job"]: row for row in seen.look.rows("paused")}
+    news = _news(seen, seen.cells)
+    complete = [row["slowest_at"] for name, row in totals.items() if any(v.job.name == name for v in seen.on)]
+    complete_up_to = min(complete, default=None)
+    ended = [result.ended_at for result in seen.verified if result.equal is not None]
+    jobs = [
+        _row(
+            seen,
+            view,
+            problems,
+            total=totals.get(view.job.name),
+            paused=paused.get(view.job.name),
+            news=news.get(view.job.name),
+        )
+        for view in seen.views
+    ]
+    return {
+        "now": instant_text(seen.now),
+        "verdict": verdict_of(seen, problems, complete_up_to),
+        "complete_up_to": instant_text(complete_up_to),
+        "checked_at": instant_text(max(ended, default=None)),  # type: ignore[type-var]  # none of them is None
+        "problems": [problem.to_json() for problem in problems[:LISTED]],
+        "problems_total": len(problems),
+        "day_starts_at": instant_text(_today(seen)),
+        "hours_start_at": instant_text(seen.cells.edges[0]),
+        "jobs": jobs,
+    }
+
+
+def _today(seen: Seen) -> datetime:
+    at = seen.now.astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
+    return at.astimezone(UTC)
+
+
+def _news(seen: Seen, cells: Cells) -> Mapping[str, Mapping[str, Any]]:
+    """New rows by job: today, yesterday, and by hour of the last day."""
+    today = _today(seen)
+    yesterday = (today - timedelta(hours=2)).astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
+    since = min(yesterday.astimezone(UTC), cells.edges[0])
+    found: dict[str, Any] = {}
+    for row in seen.look.rows("new_rows_since", since_at=since, until_at=cells.edges[-1]):
+        empty = {"today": 0, "yesterday": 0, "updated_today": 0, "by_hour": [0] * 24, "failed_hours": []}
+        of = found.setdefault(row["job"], empty)
+        at = row["slot_at"]
+        if at >= today:
+            of["today"] += row["new_rows"]
+            of["updated_today"] += row["updated_rows"]
+        elif at >= yesterday:
+            of["yesterday"] += row["new_rows"]
+        if at >= cells.edges[0]:
+            hour = next(place for place in range(24) if at < cells.edges[place + 1])
+            of["by_hour"][hour] += row["new_rows"]
+            if row["failed_runs"] and hour not in of["failed_hours"]:
+                of["failed_hours"].append(hour)
+    return found
+
+
+def _row(
+    seen: Seen,
+    view: JobView,
+    problems: Sequence[Problem],
+    *,
+    total: Mapping[str, Any] | None,
+    paused: Mapping[str, Any] | None,
+    news: Mapping[str, Any] | None,
+) -> Mapping[str, Any]:
+    job, status = view.job, view.status
+    served = {each.job.name for each in seen.views if each.job.helper_of == job.name} | {job.name}
+    own = [problem for problem in problems if problem.job in served]
+    last, ended = seen.look.last_runs(job.name)
+    runs, since = (0, None) if job.off else seen.look.failures_in_a_row(job.name)
+    mark, words = _state(view, own)
+    oldest = total["oldest_at"] if total else None
+    return {
+        "name": job.name,
+        "helper_of": job.helper_of or None,
+        "mark": mark,
+        "words": words,
+        "state": status.state,
+        "off": {"text": job.off, "variables": VARIABLE.findall(job.off), "guide": f"guides/{job.name}"}
+        if job.off
+        else None,
+        "interval_seconds": job.interval_seconds,
+        "next_run_at": instant_text(view.next_run_at),
+        "progress": status.progress
+        and {"done": status.progress.done, "total": status.progress.total, "rows": status.progress.rows},
+        "queued_backfills": status.queued_backfills,
+        "can_backfill": view.can_backfill,
+        "can_verify": job.name in seen.verifiable and not job.off,
+        "has_map": job.name in seen.maps.jobs and not job.off,
+        "partitions": total["partitions"] if total else 0,
+        "max_lag_seconds": max((seen.now - oldest).total_seconds(), 0.0) if oldest else None,
+        "failures_in_a_row": runs,
+        "failing_since": instant_text(since),
+        "paused_by": paused["paused_by"] if paused else None,
+        "paused_at": instant_text(paused["paused_at"]) if paused else None,
+        "new_rows": news,
+        "strip": None if job.off or job.helper_of else _strip(seen, job.name, news),
+        "last_run": last and run_shown(ended if ended and last.outcome is Outcome.RUNNING else last),
+    }
+
+
+def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
+    """Mark and words of a pipeline: what is wrong outranks that it works or is paused."""
+    if view.job.off:
+        return "off", "Off"
+    if own:
+        worst = own[0]
+        same = [problem for problem in own if problem.kind == worst.kind and problem.job == worst.job]
+        return worst.mark, _words(worst, sum(problem.count for problem in same))
+    return {
+        "paused": ("paused", "Paused"),
+        "running": ("run", "Running"),
+        "backfill": ("run", "Backfilling"),
+    }.get(view.status.state, ("ok", "OK"))
+
+
+def _words(problem: Problem, count: int) -> str:
+    if problem.kind in WINDOW_WORDS:
+        return f"{counted(count, 'window')} {WINDOW_WORDS[problem.kind].removesuffix(' at the destination')}"
+    if problem.kind == "failed":
+        return "Failed once" if count == 1 else f"Failed {count:,} times"
+    words = {"late": "Late", "clock": "Clock ahead", "unaccounted": f"{counted(count, problem.noun)} unaccounted for"}
+    return words.get(problem.kind, f"{counted(count, problem.noun)} set aside")
+
+
+def _strip(seen: Seen, name: str, news: Mapping[str, Any] | None) -> str | None:
+    """The last day, one letter an hour."""
+    if name in seen.strips:
+        return seen.strips[name]
+    cells = seen.cells
+    letters = {"merged": "k", "rejected": "s"}
+    entries = [(datetime.fromisoformat(entry["at"]), entry["outcome"]) for entry in seen.histories.get(name, ())]
+    files = [(at, at + timedelta(seconds=1), letters.get(outcome, "n")) for at, outcome in entries]
+    hours = list(zip(cells.edges, cells.edges[1:], strict=False))
+    there = [(*hours[place], "k") for place, rows in enumerate(news["by_hour"] if news else ()) if rows]
+    return cells.paint((each for each in (*there, *files) if each[0] >= cells.edges[0]), seen.now)
