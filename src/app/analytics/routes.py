@@ -8,11 +8,13 @@ its ETag.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
@@ -22,7 +24,7 @@ from app.analytics.summaries import View
 from app.core.errors import AppError, Rejected, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.auth import needs
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, faults
+from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
 
 READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
@@ -40,6 +42,62 @@ TYPES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+class ReportParameter(BaseModel):
+    """A parameter of a report."""
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+class ReportColumn(BaseModel):
+    """A column of a report's answer, with DuckDB's name of its type."""
+
+    name: str
+    type: str
+
+
+class DescribedReport(BaseModel):
+    """A report; `fault` says why it cannot be run."""
+
+    name: str
+    path: str
+    title: str
+    description: str
+    parameters: list[ReportParameter]
+    columns: list[ReportColumn]
+    formats: list[str]
+    from_summaries: bool
+    fault: dict[str, str] = {}
+
+
+class ReportListing(BaseModel):
+    """All reports."""
+
+    count: int
+    reports: list[DescribedReport]
+
+
+class DataColumn(BaseModel):
+    """A column of the data: how many objects hold it, and by type."""
+
+    name: str
+    types: dict[str, int]
+    objects: int
+
+
+class DataSummary(BaseModel):
+    """What the reports read."""
+
+    as_of: datetime
+    objects: int
+    rows: int
+    bytes: int
+    columns: list[DataColumn]
+    warnings: list[dict[str, str]]
+
+
 def build(analytics: Analytics) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
@@ -52,6 +110,7 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=READ,
         summary="All reports, with their parameters and columns",
         name="list_reports",
+        responses={200: {"model": ReportListing, "description": "the reports"}},
     )
     async def listing() -> Response:
         if not analytics.described:
@@ -64,6 +123,7 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=READ,
         summary="Columns of the data, and how much of it there is",
         name="read_schema",
+        responses={200: {"model": DataSummary, "description": "the columns"}},
     )
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
@@ -89,7 +149,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             summary=report.title,
             description=report.description,
             openapi_extra={**READ, "parameters": _parameters(report)},
-            responses=_answers(),
+            responses=_answers(report),
             response_class=Response,
             include_in_schema=path == paths[0],
         )
@@ -111,8 +171,13 @@ def _parameter(parameter: Parameter) -> Mapping[str, Any]:
     return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning}
 
 
-def _answers() -> dict[int | str, dict[str, Any]]:
+def _answers(report: ReportDefinition) -> Answers:
+    row = {"type": "object", "additionalProperties": True, "example": {"device_id": "D1"}}
+    rows = {"type": "array", "items": row}
+    shape = {"type": "object", "required": ["count", report.answer]}
+    listed = {**shape, "properties": {"count": {"type": "integer", "minimum": 0}, report.answer: rows}}
     content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
+    content[MEDIA["json"]] = {"schema": row if report.answer == "object" else listed}
     return {
         200: {"description": "the answer", "content": content},
         304: {"description": "it has not changed"},

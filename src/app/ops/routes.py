@@ -7,7 +7,7 @@ work, reads whole windows or writes needs `ops:run`.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -50,7 +50,7 @@ from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.ops.verification import Proofs, Result, shown
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
-from app.web.errors import Refusal, Refused, faults
+from app.web.errors import Answers, Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -104,6 +104,22 @@ class Part(Span):
     partition: str | None = Field(default=None, max_length=300)
 
 
+class Liveness(BaseModel):
+    """What /health answers."""
+
+    status: Literal["healthy", "unhealthy"]
+    version: str
+    timestamp: datetime
+
+
+class ReadyChecks(BaseModel):
+    """What /ready answers: each check by name, and what those that succeed say beside that."""
+
+    ready: bool
+    checks: dict[str, bool] = Field(examples=[{"worker_running": True, "s3_accessible": True}])
+    notes: dict[str, str] = {}
+
+
 class SignIn(BaseModel):
     """A key, as it was shown when it was made."""
 
@@ -125,13 +141,17 @@ def build(ops: Operations) -> APIRouter:
 def _probes(router: APIRouter, probes: Probes) -> None:
     """Answered by the front before they get here; these stand for the documentation."""
 
-    @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness")
+    @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
         return _answer(probes.health())
 
-    @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check")
+    @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
         return _answer(probes.ready())
+
+
+def _probed(model: type[BaseModel]) -> Answers:
+    return {200: {"model": model, "description": "yes"}, 503: {"model": model, "description": "no"}}
 
 
 def _answer(answer: ProbeAnswer) -> Response:
