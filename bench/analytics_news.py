@@ -14,7 +14,8 @@ from app.analytics.engine import Engine, EngineLimits
 from app.analytics.summaries import Summaries
 from app.db.state import open_state
 from app.object_store.port import Put
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 
 ROUNDS = 5
 

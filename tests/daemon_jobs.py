@@ -14,13 +14,13 @@ from pathlib import Path
 
 from app import cli, main
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, CellState
 from app.core.ledger import SetAside, Tally, ledger_of
 from app.core.pipeline import Commit
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.verify import Content, Slot, content_of
+from app.core.verify import Cell, CellState, Content, Slot
 from app.core.windows import Window, windows_between
 from app.main import ServiceParts
+from app.object_store.row_digest import content_of
 from app.ops.service import Pipelines
 
 Work = Callable[[Context], Report]

@@ -23,7 +23,8 @@ from app.db.database import sql_directory
 from app.db.object_summaries import SqlSummaries
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore, Put
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from seaweed import Seaweed
 
 PREFIX = "telemetry"
@@ -139,6 +140,11 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-12)
     return bool(left == right)
+
+
+def put_telemetry(folder: Path, key: str, content: bytes) -> None:
+    """An object of a daemon whose test folder this is."""
+    LocalDirectory(folder / "data" / "objects").put(f"{PREFIX}/{key}", io.BytesIO(content), Put("x"))
 
 
 @dataclass

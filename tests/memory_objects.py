@@ -9,8 +9,18 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 
 from app.core.errors import Conflict
-from app.object_store.local import page_of
-from app.object_store.port import ListingBatch, ObjectInfo, Page, Put, Question, Readable, Stored, check_key, in_batches
+from app.object_store.port import (
+    ListingBatch,
+    ObjectInfo,
+    Page,
+    Put,
+    Question,
+    Readable,
+    Stored,
+    check_key,
+    in_batches,
+    page_of,
+)
 
 
 class MemoryObjects:
@@ -62,6 +72,9 @@ class MemoryObjects:
             check_key(key)
         return found
 
+    def properties(self, key: str) -> ObjectInfo | None:
+        return self.head(key)
+
     def write(self, key: str, body: Readable, put: Put) -> Stored:
         check_key(key)
         data = b"".join(iter(lambda: body.read(1 << 16), b""))
@@ -71,7 +84,7 @@ class MemoryObjects:
                 raise Conflict(f"{key}: is not {put.expected}")
             metadata = {name.lower(): value for name, value in put.metadata.items()}
             etag = f'"{next(self._numbers)}"'
-            info = ObjectInfo(key, len(data), etag, datetime.now(UTC), put.content_type, metadata)
+            info = ObjectInfo(key, len(data), etag, datetime.now(UTC), put.content_type, metadata, dict(put.headers))
             self._held[key] = (info, data)
         return Stored(etag, len(data))
 
@@ -82,7 +95,9 @@ class MemoryObjects:
             whole = bytearray(old.read())
         new = b"".join(iter(lambda: body.read(1 << 16), b""))
         whole[offset : offset + len(new)] = new
-        return self.write(held.key, io.BytesIO(bytes(whole)), Put(held.content_type, held.metadata, held.etag))
+        return self.write(
+            held.key, io.BytesIO(bytes(whole)), Put(held.content_type, held.metadata, held.etag, held.headers)
+        )
 
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from app.object_store.port import ObjectStore, Put
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from fault_proxy import FaultProxy
 from seaweed import Seaweed
 

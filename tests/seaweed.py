@@ -18,7 +18,7 @@ from uuid import uuid4
 import pytest
 
 if TYPE_CHECKING:
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
 HOST = "127.0.0.1"
 READY_SECONDS = 40
@@ -63,7 +63,7 @@ class Seaweed:
 
 def target(seaweed: Seaweed, bucket: str) -> "S3Target":
     """How the product reaches a bucket of the server."""
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
     return S3Target(
         bucket=bucket,

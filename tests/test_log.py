@@ -175,6 +175,16 @@ def test_ordinary_sentences_stay_whole(out: io.StringIO, text: str) -> None:
     assert last(out)["message"] == text
 
 
+@pytest.mark.parametrize("weak", ["qwerty", "Telemetry", "hush", "8086"])
+def test_a_secret_that_is_an_ordinary_word_hides_no_other_word_and_does_not_show(weak: str) -> None:
+    redact = Redaction((weak,))
+    ordinary = f"Headwater on http://127.0.0.1:8086: bucket '{weak}', user {weak}, job {weak}_to_s3, secrets {weak}s"
+    assert redact(ordinary) == ordinary
+    for text in (f"password={weak} host=h", f"postgresql://u:{weak}@h/n", f"token: '{weak}'", f'"api_key": "{weak}"'):
+        assert "***" in redact(text)
+        assert weak not in redact(text)
+
+
 def test_a_secret_of_three_characters_does_not_blank_the_log() -> None:
     assert Redaction(("abc", ""))("abcabc") == "abcabc"
 

@@ -1,5 +1,6 @@
 """Where settings come from: the env files of the documents, the environment, and which of several names wins."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from app.config.rules import VARIABLES, warnings
 from app.config.settings import Settings
 from app.core.errors import BadSettings
 from given_settings import faults, from_file, loaded, secret
+from shell import Shell
 
 DOCUMENT_000 = """\
 # AWS Configuration
@@ -336,3 +338,20 @@ def test_a_name_that_is_nearly_right_is_warned_of_with_the_right_one(name: str, 
 )
 def test_what_other_programs_and_platforms_set_is_not_warned_of(environ: dict[str, str]) -> None:
     assert warnings(loaded(environ), environ) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", [DOCUMENT_000, DOCUMENT_001, DOCUMENT_002, DOCUMENT_004], ids=["000", "001", "002", "004"]
+)
+def test_check_explains_every_system_of_the_env_file_of_a_document(shell: Shell, text: str) -> None:
+    (shell.folder / ".env").write_text(text)
+    # No proxy listens there, so nothing outside this machine is asked.
+    done = shell.run("", "check", "--json", HTTPS_PROXY="http://127.0.0.1:9")
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["env_file"]) == (1, str(shell.folder / ".env"))
+    assert all(each["hint"] for each in document["live"] if not each["ok"])
+    assert {each["variable"] for each in document["live"]} >= {
+        name for name in ("DYNAMODB_TABLE_NAME", "INFLUXDB_URL", "APPMETRICA_APPLICATION_ID") if f"{name}=" in text
+    }
+    assert (document["wiring"]["warnings"], document["wiring"]["unread"]) == ([], [])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from app.config import NEW_KEY
 from app.config.environment import describe, secrets_of
-from app.config.rules import FIRST_KEY, VARIABLES, locked, loopback, warnings
+from app.config.rules import VARIABLES, locked, loopback, network_file_system, warnings
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
@@ -67,7 +68,7 @@ def test_what_others_may_reach_is_locked_without_keys_and_the_warning_says_how_t
     assert locked(settings, own_server=own_server) == is_locked
     told = [line for line in warnings(settings, {}, own_server=own_server) if "is locked: " in line]
     assert len(told) == is_locked
-    assert all(FIRST_KEY in line and "ALLOW_ANONYMOUS=true" in line for line in told)
+    assert all(NEW_KEY in line and "ALLOW_ANONYMOUS=true" in line for line in told)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]", "localhost", "LOCALHOST.", "127.9.9.9"])
@@ -230,3 +231,21 @@ def test_anonymous_access_to_a_public_host_is_warned_of() -> None:
     assert warnings(with_keys, {}) == []
     assert warnings(loaded(ALLOW_ANONYMOUS="true"), {}) == []
     assert "reaches this server" in warnings(loaded(ALLOW_ANONYMOUS="true"), {}, own_server=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/srv/data/x", "nfs4"),
+        ("/srv/my disk", "cifs"),
+        ("/srv/local/x", ""),
+        ("/home/me", ""),
+        ("/mnt/h", "fuse.sshfs"),
+    ],
+)
+def test_a_network_file_system_is_told_by_the_nearest_mount(path: str, kind: str) -> None:
+    mounts = (
+        "overlay / overlay rw 0 0\nh:/d /srv nfs4 rw 0 0\n/dev/sda1 /srv/local ext4 rw 0 0\n"
+        "//h/d /srv/my\\040disk cifs rw 0 0\nme@h:/ /mnt/h fuse.sshfs rw 0 0\n"
+    )
+    assert network_file_system(Path(path), mounts) == kind

@@ -9,6 +9,22 @@ import pytest
 from given_settings import INFLUX, faults, loaded
 
 
+@pytest.mark.parametrize("text", ["GLACIER", "deep_archive", "COLD", "REDUCED_REDUNDANCY"])
+def test_a_storage_class_whose_objects_cannot_be_read_at_once_is_refused(text: str) -> None:
+    assert loaded(S3_STORAGE_CLASS="standard_ia").s3.storage_class == "STANDARD_IA"
+    fault = faults(S3_STORAGE_CLASS=text)[0]
+    assert fault.startswith("S3_STORAGE_CLASS=")
+    assert "GLACIER_IR" in fault
+
+
+def test_a_kms_key_needs_encryption_by_kms() -> None:
+    kms = loaded(S3_SSE="AWS:KMS", S3_SSE_KMS_KEY_ID="key-1").s3
+    assert (kms.sse, kms.sse_kms_key_id, loaded(S3_SSE="AES256").s3.sse) == ("aws:kms", "key-1", "aes256")
+    for fault in (faults(S3_SSE_KMS_KEY_ID="key-1")[0], faults(S3_SSE_KMS_KEY_ID="key-1", S3_SSE="AES256")[0]):
+        assert "S3_SSE_KMS_KEY_ID needs aws:kms" in fault
+    assert faults(S3_SSE="none")[0].startswith("S3_SSE=")
+
+
 @pytest.mark.parametrize("seconds", ["59", "7000", "86401", "0", "-60", "x"])
 def test_a_window_that_does_not_divide_a_day_is_refused(seconds: str) -> None:
     assert faults(EXPORT_WINDOW_SECONDS=seconds)[0].startswith(f"EXPORT_WINDOW_SECONDS='{seconds}'")

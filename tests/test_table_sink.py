@@ -89,6 +89,17 @@ def put(sink: TableSink, key: str, rows: RowBatch, expected: str | None = None) 
         return sink.put(key, encoded, expected)
 
 
+def test_only_a_closing_write_takes_the_storage_class(make: Callable[..., TableSink], tmp_path: Path) -> None:
+    sink = replace(make(), storage_class="STANDARD_IA")
+    key, rows, version = sink.key("D1", WINDOW, 0), batch(tmp_path / "rows", ROWS), None
+    for closes, held in ((False, ("STANDARD", "")), (True, ("STANDARD_IA",)), (False, ("STANDARD", ""))):
+        with closing(sink.encode("D1", WINDOW, rows)) as encoded:
+            version = sink.put(key, encoded, version, closing=closes)
+        info = sink.store.head(key)
+        assert info is not None
+        assert info.headers.get("x-amz-storage-class", "") in held
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_was_put_is_there_with_what_its_writer_said_of_it(
     make: Callable[..., TableSink], tmp_path: Path, kind: str

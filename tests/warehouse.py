@@ -2,23 +2,24 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
 
-from app.dwh.query import selection
+from app.dwh.query import Place, selection
 from app.dwh.request_parsing import BatchLimits, Intake, JsonBody
 from app.dwh.responses import AnswerPage
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse, open_warehouse
+from app.dwh.warehouse import MERGE, Inserted, Warehouse, open_warehouse
 from daemon import Daemons
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -51,10 +52,33 @@ def rows_of(table: Table, count: int, first: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+SORTED = {
+    "events_part": ("uuid", "event_type", "event_time", "event_id", "id", "created_at"),
+    "permanent_user_properties": ("ehr_id", "cohort_week", "registered_via_app"),
+    "user_locations": ("location_lat", "city"),
+}
+
+
+def mixed(table: Table, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows with many ties and gaps in every column but the key."""
+    values: dict[str, Callable[[int], Any]] = {
+        "text": lambda n: ["b", "", "ä", "B,%", None][n % 5],
+        "integer": lambda n: [3, -1, None][n % 3],
+        "bigint": lambda n: [2**60, None, -5, 0][n % 4],
+        "float": lambda n: [0.1, None, -1e300, 1 / 3, 0.1][n % 5],
+        "bool": lambda n: [True, None, False][n % 3],
+        "instant": lambda n: ["2026-02-07T12:34:56.000001Z", None, "1999-01-01T00:00:00Z"][n % 3],
+    }
+    return [
+        {each.name: key_of(table, n) if each.required else values[each.kind](n) for each in table.columns}
+        for n in numbers
+    ]
+
+
 @dataclass
 class Got:
     body: bytes
-    last_id: int | None
+    last: Place | None
 
 
 @dataclass
@@ -78,7 +102,8 @@ class Desk:
     def post_text(
         self, table: Table, body: bytes, *, limits: BatchLimits = LIMITS, skip: bool = False, **request: Any
     ) -> Inserted:
-        intake = Intake(JsonBody(1 << 30), reader(table.name), limits, skip=skip)
+        merging = request.get("resolution") == MERGE
+        intake = Intake(JsonBody(1 << 30), reader(table.name, merging=merging), limits, skip=skip)
         with closing(intake.received):
             intake.feed(body)
             return self.warehouse.insert(table, intake.finish(), at=self.at, **request)
@@ -87,12 +112,33 @@ class Desk:
         rows: list[dict[str, Any]] = json.loads(self.read(table, **params).body)["rows"]
         return rows
 
+    def rows(self, table: Table, given: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.read_given(table, given).body)["rows"]
+        return rows
+
     def read(self, table: Table, **params: Any) -> Got:
-        chosen = selection(table, [(name, str(value)) for name, value in params.items()])
+        return self.read_given(table, [(name, str(value)) for name, value in params.items()])
+
+    def read_given(self, table: Table, given: Sequence[tuple[str, str]]) -> Got:
+        chosen = selection(table, given)
         with closing(AnswerPage(self.warehouse, chosen)) as page:
             page.produce()
             page.begin(whole=True)
-            return Got(b"".join(page.pieces()), page.last_id)
+            return Got(b"".join(page.pieces()), page.last)
+
+
+def walked(desk: Desk, table: Table, limit: int, between: Callable[[], object], **params: Any) -> list[int]:
+    """The ids that whoever follows the links meets; `between` happens after each page."""
+    ids: list[int] = []
+    given = [("limit", str(limit)), *((name, str(value)) for name, value in params.items())]
+    while True:
+        chosen = selection(table, given)
+        page = desk.read_given(table, given)
+        ids += [row["id"] for row in json.loads(page.body)["rows"]]
+        if page.last is None:
+            return ids
+        given = parse_qsl(chosen.next_page("/dwh/x", page.last).partition("?")[2], keep_blank_values=True)
+        between()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -8,9 +8,8 @@ from datetime import UTC, datetime, timedelta
 from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
 from app.core.partitions import Backoff, Pass, sync_all
-from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Sums
+from app.core.pipeline import Commit, Count, Grid, Held, KnownRows, Objects, Pipeline, Record, Shrink, Sums
 from app.core.runs import Context, Lease, Report, Stop
-from app.core.shrink import Shrink
 from app.core.windows import Window, windows_between
 
 START = datetime(2026, 2, 7, 22, 0, tzinfo=UTC)
@@ -118,6 +117,7 @@ class World:
     shrunk: list[str] = field(default_factory=list)
     reads: list[tuple[str, datetime]] = field(default_factory=list)
     puts: list[str] = field(default_factory=list)
+    closing_puts: list[str] = field(default_factory=list)
     notes: dict[str, tuple[str, int]] = field(default_factory=dict)
     refuses_deletes: bool = False
 
@@ -177,6 +177,7 @@ class Process:
     shrink: Callable[[], Shrink] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     retry_seconds: float = 20.0
+    rewrite_seconds: Callable[[int], float] | None = None
     probes: int = 0
     kept: dict[tuple[str, datetime], tuple[str, Rows]] = field(default_factory=dict)
     known: KnownRows = field(default_factory=KnownRows)
@@ -268,7 +269,7 @@ class Process:
         self.world.versions += 1
         return Bytes(batch.held, batch.digest, f"write {self.world.versions}")
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         self.hook(f"before put {key}")
         there = self.world.objects.get(key)
         if (there[0] if there else None) != expected:
@@ -280,6 +281,8 @@ class Process:
         self.world.objects[key] = (version, encoded.content, encoded.digest)
         self.world.notes[key] = (encoded.write, encoded.folded)
         self.world.puts.append(key)
+        if closing:
+            self.world.closing_puts.append(key)
         self.hook(f"after put {key}")
         return version
 
@@ -334,7 +337,9 @@ class Process:
 
     def _commit(self, partition: str, commit: Commit) -> None:
         for record in commit.records:
-            self.world.records[partition, record.window.start, record.part] = replace(record, trouble="")
+            self.world.records[partition, record.window.start, record.part] = replace(
+                record, trouble="", written_at=self.world.now
+            )
         for window in commit.folded:
             for slot in [slot for slot in self.world.records if slot[:2] == (partition, window.start) and slot[2]]:
                 del self.world.records[slot]
@@ -372,6 +377,7 @@ class Process:
             kept=self.kept,
             identities=self.known,
             set_aside=(lambda _partition, _window, _batch: self.aside) if self.aside else None,
+            rewrite_seconds=self.rewrite_seconds,
         )
 
     def run(self, stop: Stop | None = None, *, dry_run: bool = False) -> Report:
@@ -423,8 +429,8 @@ class _SinkSide:
     def encode(self, partition: str, window: Window, batch: Rows) -> Bytes:
         return self.process.encode(partition, window, batch)
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
-        return self.process.put(key, encoded, expected)
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
+        return self.process.put(key, encoded, expected, closing=closing)
 
 
 class Silent:

@@ -33,6 +33,11 @@ def main() -> int:
         _run(str(python), "-I", "-c", INSIDE, cwd=folder)
         if (ROOT / "src" / "app" / "__main__.py").exists():
             _run(str(python), "-I", "-m", "app", "--help", cwd=folder)
+            # a working directory with a folder and a file of the same names as packages shadows neither
+            (folder / "app").mkdir()
+            (folder / "app" / "__init__.py").touch()
+            (folder / "click.py").write_text("raise SystemExit('imported from the working directory')")
+            _run(str(python), "-m", "app", "check", cwd=folder)
     return 0
 
 

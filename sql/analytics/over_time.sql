@@ -2,9 +2,9 @@
 -- param device_id: text: this device only
 -- param from: timestamp: rows at or after this instant
 -- param to: timestamp: rows before this instant
--- param minutes: integer = 60: length of one point
+-- param minutes: integer 1..527040 = 60: minutes in one point
 -- reads: device_id = $device_id, timestamp >= $from, timestamp < $to
--- Averages by device in steps of some minutes, for charts.
+-- Averages by device in buckets of `minutes`, for charts.
 SELECT
     device_id,
     time_bucket(to_minutes($minutes), timestamp) AS "time",

@@ -34,7 +34,7 @@ WHERE pipeline = :pipeline AND started_at <= :until_at;
 -- The records of windows that start in [since_at, until_at), by window start, then part.
 SELECT
     window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE
     pipeline = :pipeline AND device_id = :partition
@@ -45,7 +45,7 @@ ORDER BY window_start, part;
 -- The records of all partitions, of windows that start at since_at or later.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at
 ORDER BY device_id, window_start, part;

@@ -11,6 +11,12 @@ WHERE NOT EXISTS (
 )
 ON CONFLICT DO NOTHING;
 
+-- name: date_export
+-- A question that was made while the clock was ahead is as old as its repetition.
+UPDATE pull_exports
+SET created_at = :created_at
+WHERE service = :service AND owner = :owner AND request = :request AND created_at > :created_at;
+
 -- name: export_of
 -- A question by its text.
 SELECT export_id, request, parts_count, status, asked_at, created_at

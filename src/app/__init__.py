@@ -1,1 +1,1 @@
-"""Headwater: one daemon that lands telemetry where people work with it, and never loses or doubles a row."""
+"""Headwater: one daemon that delivers telemetry to where people use it, and never loses or doubles a row."""

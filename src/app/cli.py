@@ -7,42 +7,78 @@ wrong ends as one clear line on stderr.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from types import FrameType
 from typing import Any, NoReturn
 
 from app.config import DOTENV
-from app.core.errors import AppError, BadSettings
+from app.core.errors import AppError, BadSettings, did_you_mean
 from app.ops.process import configured, tune
 
 OK, FAILED, USAGE, BAD_SETTINGS = 0, 1, 2, 78
+EXIT_CODES = """0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage,
+75 another process runs the job: try later, 78 settings that cannot work"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    if refusal := unsupported(os.name):
+        say(refusal)
+        return BAD_SETTINGS
     tune()
-    top = parser()
-    given = vars(top.parse_args(sys.argv[1:] if arguments is None else arguments))
-    refuse_nonsense(top, given)
-    call: Callable[..., int] = given.pop("call")
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        given = parsed(words)
+        call: Callable[..., int] = given.pop("call")
         return call(**given)
     except BadSettings as error:
-        for fault in error.faults:
-            say(fault)
-        return BAD_SETTINGS
+        return failed(error, error.faults, BAD_SETTINGS, as_json="--json" in words)
+    except UsageError as error:
+        return failed(error, (str(error),), USAGE, as_json="--json" in words)
     except AppError as error:
-        say(f"error: {error}")
-        return FAILED
+        return failed(error, (f"error: {error}",), FAILED, as_json="--json" in words)
+
+
+def unsupported(system: str) -> str:
+    """Why `os.name` is none that this runs on, "" where it is one."""
+    if system != "nt":
+        return ""
+    return "Headwater runs on Linux and macOS: on Windows install it in WSL 2, or use Docker (docs/deploy/windows.md)"
+
+
+def failed(error: AppError, lines: Sequence[str], code: int, *, as_json: bool) -> int:
+    """Say what is wrong on stderr, and with `as_json` as a document on stdout too; the exit code."""
+    for line in lines:
+        say(line)
+    if as_json:
+        faults = {"faults": list(error.faults)} if isinstance(error, BadSettings) else {}
+        sys.stdout.write(
+            json.dumps({"error": {"message": error.message, "hint": error.hint, **faults}}, indent=2) + "\n"
+        )
+    return code
+
+
+class UsageError(AppError):
+    """Arguments that cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        raise UsageError(f"{self.prog}: {message}", f"{self.prog} --help")
 
 
 def say(line: str) -> None:
@@ -50,16 +86,22 @@ def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def serve() -> int:
+def serve(*, port: int | None = None) -> int:
     """Serve until a signal."""
     for number in SIGNALS:
         signal.signal(number, _end)
-    settings = configured(daemon=True)
+    environ = with_port(port)
+    settings = configured(environ, daemon=True)
     from app.main import build
     from app.ops.service import run_daemon
 
-    run_daemon(build(settings), os.environ, DOTENV)
+    run_daemon(build(settings), environ, DOTENV)
     return OK
+
+
+def with_port(port: int | None) -> Mapping[str, str]:
+    """The environment, in which the command line has the last word."""
+    return os.environ if port is None else {**os.environ, "PORT": str(port)}
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
@@ -107,7 +149,7 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
     """Everything against simulators; the daemon's own data is left alone."""
     for number in SIGNALS:
         signal.signal(number, _leave)
-    environ = {**os.environ, **({"PORT": str(port)} if port is not None else {})}
+    environ = with_port(port)
     say("starting the simulated systems and writing some hours of telemetry to them")
     from simulators.demo import simulated
 
@@ -121,6 +163,25 @@ def demo(*, once: bool, port: int | None, as_json: bool) -> int:
             return commands.once(build(settings), as_json=as_json)
         run_daemon(build(settings), environ)
     return OK
+
+
+def setup(*, pipeline: str, printing: bool) -> int:
+    """Ask for what a pipeline needs, try it, and write `.env` or print its lines; 1 when a system did not answer."""
+    with suppress(BadSettings):  # half of what is set may be what is about to be put right
+        configured()
+    from app.main import build
+    from app.ops.setup import setup as asked
+    from app.ops.setup import write_dotenv
+
+    text, fine = asked(pipeline, os.environ, DOTENV, build)
+    if printing:
+        sys.stdout.write(text)
+    elif fine or (sys.stdin.isatty() and input("write .env all the same? [y/N] ").strip().lower() == "y"):
+        write_dotenv(DOTENV, text)
+        say(f"wrote {DOTENV.absolute()}; next: python -m app run {pipeline} --dry-run")
+    else:
+        say("nothing was written: correct what failed and call this again, or add --print")
+    return OK if fine else FAILED
 
 
 def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date | None, as_json: bool) -> int:
@@ -140,6 +201,25 @@ def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date |
     return OK
 
 
+def import_dwh(*, source: str, dry_run: bool, as_json: bool) -> int:
+    """Bring the rows of another program's tables into the warehouse."""
+    settings = configured()
+    from dataclasses import asdict
+
+    from app.db.migrations import open_database
+    from app.dwh.old_tables import bring_over, told
+    from app.dwh.warehouse import open_warehouse
+    from app.ops import commands
+
+    with closing(open_database(source, variables="the URL to import from", read_only=True)) as old:
+        url = settings.dwh.database_url.get_secret_value()
+        with closing(open_warehouse(url, settings.service.data_dir)) as warehouse:
+            done = bring_over(old, warehouse, datetime.now(UTC), dry_run=dry_run)
+    text = "\n".join(told(done, dry_run=dry_run))
+    commands.show({"tables": [asdict(each) for each in done]}, lambda: commands.line(text), as_json=as_json)
+    return FAILED if any(each.set_aside_count for each in done) else OK
+
+
 def instant(text: str) -> datetime:
     """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
     at = datetime.fromisoformat(text)
@@ -149,12 +229,18 @@ def instant(text: str) -> datetime:
         raise ValueError(text) from error
 
 
-def refuse_nonsense(top: argparse.ArgumentParser, given: Mapping[str, Any]) -> None:
-    """End with a usage error where arguments contradict each other."""
+def parsed(words: Sequence[str]) -> dict[str, Any]:
+    """The arguments by name, with `call`. Raises UsageError."""
+    first = next((word for word in words if not word.startswith("-")), None)
+    names = dict.fromkeys(command.name.partition(" ")[0] for command in COMMANDS)
+    if first is not None and first not in names:
+        raise UsageError(f"unknown command {first!r}", f"{did_you_mean(first, names)}commands: {', '.join(names)}")
+    given = vars(parser().parse_args(words))
     if "start" in given and given["start"] >= given["end"]:
-        top.error(f"--from {given['start']} must be earlier than --to {given['end']}")
+        raise UsageError(f"--from {given['start']} must be earlier than --to {given['end']}", "exchange them")
     if given.get("allow_shrink") and not given["replacing"]:
-        top.error("--allow-shrink goes with --replace")
+        raise UsageError("--allow-shrink works only with --replace", "add --replace")
+    return given
 
 
 Argument = tuple[tuple[str, ...], Mapping[str, Any]]
@@ -168,25 +254,46 @@ def argument(*names: str, **options: Any) -> Argument:
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command. `call` is given the arguments by name and returns the exit code; None is the function of the
-    command's name in `app.ops.commands`, which is given a built service too.
+    command's name in `app.ops.commands`, which is given a built service too. `examples` are arguments that work.
     """
 
     name: str
     help: str
     arguments: Sequence[Argument] = ()
     call: Callable[..., int] | None = None
+    examples: Sequence[str] = ()
 
 
-JSON = argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout")
-JOB = argument("job")
+JOBS = {
+    "influx_to_s3": "telemetry of InfluxDB to Parquet or CSV in S3 or a directory",
+    "influx_to_s3_reconcile": "compares past windows with the source, once a day",
+    "dynamo_to_drive": "rows of DynamoDB to one CSV file an hour on Google Drive or in a directory",
+    "dynamo_to_drive_late": "looks for late rows in past hours, every 15 min",
+    "dynamo_to_drive_reconcile": "compares past hours with the table, once a day",
+    "csv_inbox": "CSV files of a folder into one master file",
+    "amplitude": "events of Amplitude to objects and the warehouse",
+    "appmetrica": "events of AppMetrica to objects and the warehouse",
+    "set_aside_sweep": "deletes what was set aside long ago",
+    "s3_sweep": "aborts unfinished uploads in the bucket",
+}
+SETUPS = ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica")
+JSON = argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout, errors too")
+JOB = argument("job", metavar="JOB", help="name of a job, see `python -m app --help`")
 DRY_RUN = argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+PORT = argument("--port", type=int, default=None, help="port to listen on, instead of PORT")
 SPAN = (
     argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC"),
     argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included"),
 )
+DAY = "--from 2026-02-01 --to 2026-02-02"
 COMMANDS = (
-    Command("serve", "run the jobs and answer HTTP (the default)", (), serve),
-    Command("run", "run one job now, until it has nothing left to do", (JOB, DRY_RUN, JSON)),
+    Command("serve", "run the jobs and answer HTTP (the default)", (PORT,), serve, ("serve --port 8000",)),
+    Command(
+        "run",
+        "run one job now, until it has nothing left to do",
+        (JOB, DRY_RUN, JSON),
+        examples=("run csv_inbox --dry-run", "run influx_to_s3 --json"),
+    ),
     Command(
         "backfill",
         "fill past windows of a job again",
@@ -207,11 +314,13 @@ COMMANDS = (
                 help="with --replace: remove those rows, except where the source's retention may have dropped them",
             ),
         ),
+        examples=(f"backfill influx_to_s3 {DAY}", f"backfill influx_to_s3 {DAY} --replace --dry-run"),
     ),
     Command(
         "rewrite",
         "re-encode past objects from themselves, in today's unit, names and types",
         (JOB, *SPAN, DRY_RUN, JSON),
+        examples=(f"rewrite influx_to_s3 {DAY} --dry-run",),
     ),
     Command(
         "verify",
@@ -219,76 +328,125 @@ COMMANDS = (
         (
             JOB,
             *SPAN,
-            argument("--partition", default=None, help="only this one"),
+            argument("--partition", default=None, help="only this one, such as a device"),
             argument("--heal", action="store_true", help="write again what is missing or differs"),
             argument("--all", action="store_true", dest="every", help="name also the windows that are equal"),
             JSON,
         ),
+        examples=(f"verify influx_to_s3 {DAY} --heal",),
     ),
-    Command("check", "show the settings, what they switch on, and try every system", (JSON,)),
-    Command("status", "every job: state, last run, error", (JSON,)),
+    Command(
+        "setup",
+        "ask for what a pipeline needs, try it, and write .env",
+        (
+            argument("pipeline", metavar="PIPELINE", choices=SETUPS, help=", ".join(SETUPS)),
+            argument("--print", action="store_true", dest="printing", help="print the text of .env, write nothing"),
+        ),
+        setup,
+        ("setup influx_to_s3", "setup csv_inbox --print"),
+    ),
+    Command(
+        "check",
+        "say what the settings switch on and where rows will go, and try every system",
+        (argument("--settings", action="store_true", help="show every setting too, secrets as ***"), JSON),
+        examples=("check", "check --settings"),
+    ),
+    Command("status", "every job: state, last run, error", (JSON,), examples=("status --json",)),
     Command(
         "runs",
         "recent runs, newest first, and the files that csv_inbox ingested",
-        (argument("job", nargs="?", default=None), argument("--limit", type=int, default=20), JSON),
+        (
+            argument("job", nargs="?", default=None, metavar="JOB", help="only runs of this job"),
+            argument("--limit", type=int, default=20, help="at most so many"),
+            JSON,
+        ),
+        examples=("runs csv_inbox --limit 5",),
     ),
-    Command("pause", "suspend scheduled runs of a job; survives restarts", (JOB, JSON)),
-    Command("resume", "run a job on its schedule again", (JOB, JSON)),
+    Command(
+        "pause", "suspend scheduled runs of a job; survives restarts", (JOB, JSON), examples=("pause influx_to_s3",)
+    ),
+    Command("resume", "run a job on its schedule again", (JOB, JSON), examples=("resume influx_to_s3",)),
     Command(
         "demo",
         "everything at once, against simulated systems",
-        (
-            argument("--once", action="store_true", help="one round, then end"),
-            argument("--port", type=int, default=None, help="port to listen on"),
-            JSON,
-        ),
+        (argument("--once", action="store_true", help="one round, then end"), PORT, JSON),
         demo,
+        ("demo", "demo --once"),
     ),
     Command(
         "keys new",
         "make an API key: the secret is shown once",
         (
-            argument("name", help="1 to 40 of a-z, 0-9, - and _"),
+            argument("name", metavar="NAME", help="1 to 40 of a-z, 0-9, - and _"),
             argument("--scopes", nargs="+", required=True, help="read, write, admin, or single ones such as ops:read"),
             argument("--s3-prefix", default="", help="confine the S3 scopes to keys that start with this"),
             argument("--expires", type=date.fromisoformat, default=None, help="last day it is good, YYYY-MM-DD"),
             JSON,
         ),
         new_key,
+        ("keys new admin --scopes admin", "keys new grafana --scopes ops:read --expires 2027-01-31"),
+    ),
+    Command(
+        "import-dwh",
+        "bring over the rows of the DWH Helper's tables, which are only read",
+        (argument("source", help="the URL of their database: sqlite:///path or postgresql://..."), DRY_RUN, JSON),
+        import_dwh,
+        ("import-dwh sqlite:////srv/dwh/dwh.db --dry-run",),
     ),
     Command(
         "undo",
         "take back what a run did; first shows what that would be",
         (
             JOB,
-            argument("run", help="the run's id, or its beginning, as the command runs shows it"),
+            argument("run", metavar="RUN", help="the run's id, or its beginning, as the command runs shows it"),
             argument("--yes", action="store_true", help="do it"),
             JSON,
         ),
+        examples=("undo csv_inbox 3f9c21ab",),
     ),
     Command(
         "google",
         "sign in to Google once, for the client secrets of an installed app",
         (argument("--no-browser", action="store_true", help="print the address instead of opening it"), JSON),
         google,
+        ("google --no-browser",),
     ),
 )
+DESCRIPTION = """\
+Headwater delivers telemetry and product-analytics data to where people use it, and never loses or doubles a row.
+Settings come from the environment and from .env in the working directory. With none, everything runs locally."""
+FIRST = ("demo", "check", "run csv_inbox --dry-run", "serve --port 8000", "keys new admin --scopes admin")
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands; without one, serve. Built before the settings are read, so nothing heavy is imported for it."""
-    top = argparse.ArgumentParser(
-        prog="python -m app", description="Headwater: delivers telemetry to where people use it."
+    jobs = "\n".join(f"  {name:<26}{text}" for name, text in JOBS.items())
+    top = Parser(
+        prog="python -m app",
+        description=DESCRIPTION,
+        epilog=f"{_examples(FIRST)}\n\njobs:\n{jobs}\n\nexit codes: {EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"headwater {version('headwater')}")
     top.set_defaults(call=serve)
-    groups = {"": top.add_subparsers(title="commands", metavar="")}
+    groups = {"": top.add_subparsers(title="commands", metavar="COMMAND")}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
         if group not in groups:
             outer = groups[""].add_parser(group, help="make API keys")
             groups[group] = outer.add_subparsers(required=True, metavar=name)
-        one = groups[group].add_parser(name, help=command.help)
+        one = groups[group].add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=_examples(command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for names, options in command.arguments:
             one.add_argument(*names, **options)
         one.set_defaults(call=command.call or partial(on_service, command.name))
     return top
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(("examples:", *(f"  python -m app {line}" for line in lines)))

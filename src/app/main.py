@@ -5,26 +5,33 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
 
 from app.config import DOTENV
+from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import BadSettings
+from app.core.errors import BadSettings, Permanent
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
+from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.permission_checks import of_database, of_objects, of_undeleted
 from app.ops.process import configured, share_the_machine, tune
+from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import Headwater, Pipelines, announce, steps_of
 from app.web.app import Front
@@ -38,7 +45,8 @@ if TYPE_CHECKING:
     from app.analytics.service import Analytics
     from app.appmetrica.client import Exports
     from app.object_store.port import ObjectStore
-    from app.object_store.s3 import S3Store, S3Target
+    from app.object_store.s3 import S3Store
+    from app.object_store.s3_client import S3Target
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
@@ -201,13 +209,15 @@ def object_routes(service: Inside) -> "APIRouter":
     from app.objects.requests import SignedLinks, StoreLinks
 
     store, settings = service.store, service.settings
+    largest = settings.limits.max_upload_bytes
     if isinstance(store, LocalDirectory):
         links = SignedLinks(settings.service.data_dir)
-        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock))
+        return routes.build(routes.ObjectRoutes(store, store, reach(settings), links, service.clock, largest))
     from app.object_store.s3_multipart import S3Transfers
 
     remote = S3Transfers(cast("S3Store", store))
-    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), StoreLinks(remote.link), service.clock))
+    presigned = StoreLinks(remote.link, remote.form)
+    return routes.build(routes.ObjectRoutes(store, remote, reach(settings), presigned, service.clock, largest))
 
 
 def reach(settings: Settings) -> "Reach":
@@ -252,6 +262,8 @@ class ServiceParts:
     store: "ObjectStore"
     clock: Callable[[], datetime]
     warehouse: Warehouse
+    counter: RequestCounter
+    costs: RequestCosts
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -267,6 +279,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
+    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -278,18 +291,34 @@ def wire(parts: ServiceParts) -> Pipelines:
         parts.store,
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
+        rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
     )
-    dynamo = dynamo_job.build(settings, state.checkpoints, set_aside(parts, dynamo_job.NAME), parts.clock)
+    dynamo = dynamo_job.build(
+        settings,
+        state.checkpoints,
+        set_aside(parts, dynamo_job.NAME),
+        parts.clock,
+        spend=partial(parts.counter.add, READ_UNIT),
+    )
     inbox = inbox_job.build(settings, parts.clock)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
     )
-    checks: dict[str, Check] = {"influxdb": influx.ping} if settings.influx.url else {}
+    systems = []
+    if settings.influx.url:
+        systems.append(System("influxdb", "InfluxDB", "INFLUXDB_URL", diagnosed(settings, influx.ping)))
     if settings.dynamo.table_name:
-        checks["dynamodb"] = dynamo.ping_table
-        if dynamo.ping_drive is not None:
-            checks["google_drive"] = dynamo.ping_drive
+        systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
+    if settings.dynamo.table_name and dynamo.drive is not None:
+        systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
+    for name, project in amplitude.service.items():
+        variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
+        check = partial(exports_events, project, parts.clock)
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+    if appmetrica.service:
+        check = partial(sees_application, appmetrica.service)
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
@@ -300,7 +329,8 @@ def wire(parts: ServiceParts) -> Pipelines:
         },
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
-        checks=checks,
+        systems=systems,
+        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -324,6 +354,30 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
 
 
+def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
+    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
+    from app.amplitude.client import SHORT_POLICY, HourTooLarge
+
+    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
+    with closing(project.upstream):
+        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
+            fetched.close()
+            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+                raise fetched.fault
+    return "may export events"
+
+
+def sees_application(exports: "Exports") -> str:
+    """Whether the token sees the application. Raises Transient or Permanent."""
+    number = exports.service.application_id
+    with closing(exports.service.upstream):
+        applications = exports.service.applications()
+    if number not in applications:
+        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+        raise Permanent(f"the token does not see application {number}", hint)
+    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
+
+
 def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
@@ -335,10 +389,15 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
 
     `own_server` False: another ASGI server will serve it, at an address that is not known here.
     """
+    use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
-    store = open_store(settings)
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse))
+    counter = RequestCounter()
+    store = open_store(settings, counter)
+    costs = RequestCosts(
+        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
+    )
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
     watched = Watched(
@@ -351,7 +410,7 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         troubles=state.checkpoints.troubles,
     )
     alerts = Alerts(rules_of(settings), watched)
-    desk = replace(desk, ended=both(log_run, alerts.ended))
+    desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
     stores = {
         "checkpoint_store_connected": remembered(state),
@@ -362,20 +421,41 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     ops = Inside(
         settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
     )
-    checks = {**stores, **pipelines.checks}
-    rights = {
-        "checkpoint_store_connected": all_said(of_database(state.database), remembered(state)),
-        "s3_accessible": all_said(
-            of_objects(store, settings.s3.prefix),
-            of_undeleted(lambda: undeleted(state, pipelines.listed), store),
-            old_versions(settings, store),
-        ),
-        "dwh_connected": of_database(warehouse.database),
-    }
-    return Headwater(settings, state, pipelines, checks, rights, desk, stop, scheduler, front(ops))
+    systems = [
+        *stores_tried(settings, state, warehouse, store, pipelines.listed),
+        *pipelines.systems,
+        *webhook(settings),
+        System("request_costs", "requests a month", "REQUEST_PRICES_FILE", lambda: costs.estimate().text()),
+    ]
+    return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
 
 
-def open_store(settings: Settings) -> "ObjectStore":
+def stores_tried(
+    settings: Settings, state: State, warehouse: Warehouse, store: "ObjectStore", listed: Sequence[str]
+) -> Iterator[System]:
+    """The three stores that are always there, embedded or outside, under the names of /ready."""
+    kept = all_said(of_database(state.database), remembered(state))
+    variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
+    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
+    objects = all_said(
+        of_objects(store, settings.s3.prefix),
+        of_undeleted(lambda: undeleted(state, listed), store),
+        old_versions(settings, store),
+    )
+    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
+    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
+
+
+def request_prices(settings: Settings) -> RequestPrices | None:
+    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
+    s3, path = settings.s3, settings.request_costs.prices_file
+    host = urlsplit(s3.endpoint_url).hostname or ""
+    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
+        return None
+    return load_prices(path, s3.region)
+
+
+def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
     """The bucket, or a directory below DATA_DIR when none is set."""
     s3 = settings.s3
     if not s3.bucket:
@@ -384,12 +464,14 @@ def open_store(settings: Settings) -> "ObjectStore":
         return LocalDirectory(settings.service.data_dir / "objects")
     from app.object_store.s3 import PROBE_FOLDER, S3Store
 
-    return S3Store(s3_target(settings), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/"))
+    return S3Store(
+        replace(s3_target(settings), counter=counter), f"{s3.prefix}/{PROBE_FOLDER}/{uuid4().hex}".lstrip("/")
+    )
 
 
 def s3_target(settings: Settings) -> "S3Target":
     """How the bucket is reached."""
-    from app.object_store.s3 import S3Target
+    from app.object_store.s3_client import S3Target
 
     s3 = settings.s3
     return S3Target(
@@ -400,13 +482,15 @@ def s3_target(settings: Settings) -> "S3Target":
         access_key_id=revealed(s3.access_key_id),
         secret_access_key=revealed(s3.secret_access_key),
         session_token=revealed(s3.session_token),
+        sse=s3.sse.upper() if s3.sse == "aes256" else s3.sse,
+        sse_kms_key_id=s3.sse_kms_key_id,
     )
 
 
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
-    from app.object_store.s3 import key_source
+    from app.object_store.s3_client import key_source
 
     return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
 
@@ -534,6 +618,17 @@ def appmetrica_routes(exports: "Exports | None") -> "APIRouter":
     from app.appmetrica import routes
 
     return routes.build(exports)
+
+
+def diagnosed(settings: Settings, ping: Check) -> Check:
+    """The attempt with what a refused token may do. Only `check` asks so: the client that finds it out is heavy."""
+
+    def check() -> str:
+        from app.influx_to_s3.diagnosis import checked
+
+        return checked(ping, settings.influx)
+
+    return check
 
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.

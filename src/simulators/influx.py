@@ -26,6 +26,7 @@ from simulators.line_protocol import PRECISION_NS, BadLine, parse_lines
 
 ORG_ID = "0a1b2c3d4e5f6071"
 BUCKET_ID = "1f2e3d4c5b6a7080"
+AUTHORIZATION_ID = "0f1e2d3c4b5a6978"
 REMEMBERED_QUERIES = 10_000
 VERSION = {"X-Influxdb-Version": "v2.7.12", "X-Influxdb-Build": "OSS"}
 JSON = {"Content-Type": "application/json; charset=utf-8"}
@@ -167,6 +168,7 @@ class InfluxSimulator(Simulator):
         self.points = Points(shard_ns)
         self.faults = Faults()
         self.starting = False
+        self.shows_rights = True
         self.too_large = refused(413, "unable to read data: points batch is too large")
         self._now_ns = now_ns
         self._queries: deque[AnsweredQuery] = deque(maxlen=REMEMBERED_QUERIES)
@@ -175,6 +177,8 @@ class InfluxSimulator(Simulator):
             "/api/v2/query": (frozenset({"POST"}), self._query),
             "/api/v2/write": (frozenset({"POST"}), self._write),
             "/api/v2/buckets": (frozenset({"GET"}), self._buckets),
+            "/api/v2/orgs": (frozenset({"GET"}), self._orgs),
+            "/api/v2/authorizations": (frozenset({"GET"}), self._authorizations),
             "/ping": (frozenset({"GET", "HEAD"}), lambda _request: Answer(204, VERSION)),
             "/health": (frozenset({"GET"}), self._health),
             "/ready": (frozenset({"GET"}), self._ready),
@@ -256,6 +260,16 @@ class InfluxSimulator(Simulator):
         is_shown = is_named and self.points.retention_seconds is not None
         date = {"Date": formatdate(self._now_ns() / 10**9, usegmt=True)}
         return Answer(200, {**JSON, **date}, _json({"buckets": [bucket] if is_shown else []}))
+
+    def _orgs(self, _request: Request) -> Answer:
+        return Answer(200, JSON, _json({"orgs": [{"id": ORG_ID, "name": self.org}]}))
+
+    def _authorizations(self, _request: Request) -> Answer:
+        """The one token and its rights. A token without `read:authorizations` gets an empty list."""
+        resource = {"type": "buckets", "id": BUCKET_ID, "name": self.bucket, "orgID": ORG_ID, "org": self.org}
+        rights = [{"action": action, "resource": resource} for action in ("read", "write")]
+        own = {"id": AUTHORIZATION_ID, "token": self.token, "status": "active", "orgID": ORG_ID, "permissions": rights}
+        return Answer(200, JSON, _json({"authorizations": [own] if self.shows_rights else []}))
 
     def _write(self, request: Request) -> Answer:
         bucket, precision = request.parameters.get("bucket", ""), request.parameters.get("precision", "ns")

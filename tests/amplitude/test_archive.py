@@ -53,8 +53,8 @@ def test_a_whole_export_is_read() -> None:
         (with_field(export(), 6, 1), Permanent, "a format that cannot be read: .* encrypted"),
         (with_field(export(), 8, 99), Permanent, "a format that cannot be read: .* compression method"),
         (with_field(export(), 4, 99), Permanent, "a format that cannot be read: zip file version 9.9"),
-        (export("100/somewhere/else.txt"), Permanent, "which tells no hour"),
-        (export(NAME.replace("-07_9", "-08_9")), Permanent, "which is of another time"),
+        (export("100/somewhere/else.txt"), Permanent, "which names no hour"),
+        (export(NAME.replace("-07_9", "-08_9")), Permanent, "which is from another time"),
     ],
     ids=["no zip", "cut", "changed byte", "encrypted", "unknown method", "newer version", "odd name", "another day"],
 )

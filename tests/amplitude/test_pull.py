@@ -11,6 +11,8 @@ from uuid import UUID
 
 import pytest
 
+from app.amplitude import job
+from app.config.environment import load_settings
 from app.core.errors import Stopped
 from pulling import HOUR, START, Landed, landed, pulling
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events, generated
@@ -245,3 +247,27 @@ def test_a_value_that_only_the_database_refuses_does_not_hold_up_the_hour(
         assert not made.amplitude(simulator).to_the_end().failures
         assert UUID(fine["uuid"]) in {UUID(str(row["uuid"])) for row in made.rows("events_part")}
         assert made.state.checkpoints.cursors("amplitude") == {"web": DUE}
+
+
+def test_an_hour_is_overdue_when_the_job_is_reported_as_stale_and_a_large_line_is_set_aside_whole(
+    world: tuple[Landed, AmplitudeSimulator],
+) -> None:
+    made, _ = world
+    environ = {"AMPLITUDE_INTERVAL_SECONDS": "600", "ALERT_GRACE_SECONDS": "60", "SET_ASIDE_MAX_BYTES": "1048576"}
+    settings = load_settings(environ, None)
+    chart = job.build(settings, made.state.checkpoints, made.store, made.warehouse, made.clock).chart
+    assert isinstance(chart, job.AmplitudeChart)
+    assert chart.pull.overdue_after == timedelta(seconds=660)
+    large = b"x" * (20 << 20)
+    kept = chart.pull.set_aside.keep(("web",), large, content_type="text/plain", reason="r", number=1, sample="")
+    assert made.objects()[kept.key] == large
+
+
+def test_an_object_that_another_program_put_in_the_place_of_an_hour_is_replaced_when_the_hour_is_pulled(
+    world: tuple[Landed, AmplitudeSimulator],
+) -> None:
+    made, simulator = world
+    key = "amplitude/web/hours/2026-02-09/00.ndjson.gz"
+    made.put(key, b"theirs")
+    made.amplitude(simulator).run()
+    assert len(gzip.decompress(made.objects()[key]).splitlines()) == 9

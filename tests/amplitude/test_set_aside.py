@@ -9,8 +9,8 @@ import pytest
 
 from app.amplitude.events import REFUSED
 from app.core.errors import Rejected
-from app.core.gap_map import CellState
 from app.core.ledger import fault_of
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.mapping import Tables
 from app.product_events.pull import ABOVE_LIMIT, KEEPS_FAILING
@@ -138,6 +138,8 @@ def test_a_backfill_of_hours_that_were_not_pulled_yet_says_that_it_did_nothing(w
     report = pull.fill(START - HOUR, START)
     assert report.failures[0].message.startswith("nothing was filled: the job has pulled web up to 2026-02-11T03:00Z")
     assert report.windows == 0
+    made.clock.now += 5 * HOUR
+    assert pull.fill(SPAN.end, SPAN.end + HOUR).failures, "it is due, and the job pulls it"
     assert made.state.checkpoints.cursors("amplitude") == {"web": SPAN.end}
 
 
@@ -154,6 +156,19 @@ def test_an_hour_that_fails_for_a_moment_lands_with_the_next_run(world: World) -
     calls = len(simulator.state.asked)
     pull.run()
     assert len(simulator.state.asked) == calls, "it waits no more"
+
+
+def test_an_hour_that_failed_while_the_clock_was_ahead_waits_no_longer_than_others(world: World) -> None:
+    made, simulator, _ = world
+    pull = made.amplitude(simulator)
+    simulator.state.faults["web", MONDAY + 200 * HOUR] = AmplitudeFault(500)
+    made.clock.now += timedelta(days=2)
+    assert len(pull.run().failures) == 1
+    made.clock.now -= timedelta(days=2)
+    assert len(pull.run().failures) == 1
+    made.clock.now += timedelta(hours=25)
+    (newly,) = pull.run().ledger.newly_set_aside
+    assert newly.reason == KEEPS_FAILING
 
 
 def test_an_hour_that_landed_is_not_lost_when_its_second_look_fails(world: World) -> None:

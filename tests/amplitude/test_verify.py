@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import Transient
-from app.core.gap_map import CellState
-from app.core.verify import verify
+from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
 from pulling import HOUR, AmplitudePull, Landed, pulling

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from app.analytics.summaries import Summaries
-from app.core.gap_map import CellState as Cell
 from app.core.runs import Stop
+from app.core.verify import CellState as Cell
 from app.core.verify import Sign, verify
 from app.core.windows import Window
 from app.db.state import State

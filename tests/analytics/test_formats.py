@@ -1,5 +1,6 @@
 """What stands in an answer for each kind of value."""
 
+import csv
 import io
 import json
 import re
@@ -16,10 +17,10 @@ NUMBERS = """
 """
 
 
-def answer(sql: str, how: str, folder: Path) -> bytes:
+def answer(sql: str, how: str, folder: Path, *, formula_safe: bool = False) -> bytes:
     with duckdb.connect() as connection:
         reader = connection.execute(sql).to_arrow_reader(10)
-        return b"".join(of_batches(reader, AnswerShape(how, "data"), folder).pieces())
+        return b"".join(of_batches(reader, AnswerShape(how, "data", (), formula_safe), folder).pieces())
 
 
 def test_sums_of_whole_numbers_and_decimals_are_numbers_in_json(tmp_path: Path) -> None:
@@ -47,3 +48,12 @@ def test_a_text_that_looks_like_a_formula_stays_text_in_a_sheet_and_as_it_is_in_
     assert "<t>=1+1</t>" in cells
     assert "<f>" not in cells
     assert answer(sql, "csv", tmp_path).splitlines()[1] in (b"=1+1", b'"=1+1"')
+
+
+def test_formula_safe_csv_puts_an_apostrophe_before_texts_that_a_spreadsheet_would_run(tmp_path: Path) -> None:
+    cells = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "a=1", "", "\n=1"]
+    rows = " UNION ALL ".join(f"SELECT '{cell}' AS text, -1 AS number, ['=1'] AS \"=list\"" for cell in cells)
+    found = list(csv.reader(io.StringIO(answer(rows, "csv", tmp_path, formula_safe=True).decode(), newline="")))
+    assert found[0] == ["text", "number", "'=list"]
+    assert [row[0] for row in found[1:]] == [*(f"'{cell}" for cell in cells[:6]), *cells[6:]]
+    assert {tuple(row[1:]) for row in found[1:]} == {("-1", '["=1"]')}

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 import random
 import re
 import time
@@ -13,13 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.object_store.local import LocalDirectory
-from app.object_store.port import Put
 from daemon import Daemon, Daemons
-from lake import exported, flat
+from lake import exported, flat, put_telemetry
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 OWN = """-- title: How many rows, by a limit
@@ -32,21 +32,20 @@ GROUP BY device_id ORDER BY device_id
 """
 
 
-def put(folder: Path, key: str, content: bytes) -> None:
-    LocalDirectory(folder / "data" / "objects").put(f"telemetry/{key}", io.BytesIO(content), Put("x"))
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("analytics")
     draw = random.Random(1)  # noqa: S311 - test data
     for hour in range(3):
         start = START.replace(hour=hour)
-        put(folder, f"device_id==D{hour}/date=2026/02/01/e.parquet", exported(f"=D{hour}", start, 30, draw=draw))
-    put(folder, "day_001.parquet", flat(START.replace(tzinfo=None), 20, draw=draw))
-    put(folder, "broken.parquet", b"PAR1 no")
+        put_telemetry(
+            folder, f"device_id==D{hour}/date=2026/02/01/e.parquet", exported(f"=D{hour}", start, 30, draw=draw)
+        )
+    put_telemetry(folder, "day_001.parquet", flat(START.replace(tzinfo=None), 20, draw=draw))
+    put_telemetry(folder, "broken.parquet", b"PAR1 no")
     (folder / "reports").mkdir()
     (folder / "reports" / "my_own.sql").write_text(OWN)
+    (folder / "reports" / "cast.sql").write_text("-- param n: text = 1: a number\nSELECT CAST($n AS INTEGER) AS n")
     (folder / "reports" / "wrong.sql").write_text("SELECT * FROM read_text('/etc/passwd')")
     started = Daemons(folder)
     yield started.start(ANALYTICS_REPORTS_DIR=str(folder / "reports"), ANALYTICS_REFRESH_SECONDS="0.2")
@@ -135,7 +134,8 @@ def test_a_file_in_the_folder_is_a_report_with_typed_parameters(served: Daemon) 
 def test_the_list_names_parameters_and_columns_and_what_is_wrong_with_a_report(served: Daemon) -> None:
     listed = {each["name"]: each for each in served.get("/analytics").json["reports"]}
     assert listed.keys() == {
-        "overview", "daily_summary", "rows_by_day", "devices", "device_latest", "over_time", "my_own", "wrong",
+        "overview", "daily_summary", "rows_by_day", "devices", "device_latest", "over_time", "rows", "my_own", "cast",
+        "wrong",
     }  # fmt: skip
     assert [each["name"] for each in listed["my_own"]["parameters"]] == ["least", "on"]
     assert listed["daily_summary"]["columns"][1] == {"name": "date", "type": "DATE"}
@@ -163,6 +163,80 @@ def test_the_page_and_its_parts_come_from_here_and_nowhere_else(served: Daemon) 
     assert 'href="analytics/explore"' in served.get("/").text
 
 
+SPANS = (
+    "device_id=D1",
+    "device_id=%3DD1",
+    "device_id=nobody",
+    "from=2026-02-01T00:00:00Z&to=2026-02-02T00:00:00Z",
+    "from=2026-02-02",
+    "to=2026-02-02",
+    "to=2026-02-01T02:00:00%2B02:00",
+    "from=2026-02-01T01:00:00Z&to=2026-02-01T01:10:00Z",
+    "device_id=D2&from=2026-02-01T03:30:00Z",
+)
+
+
+@pytest.mark.parametrize("path", ["overview", "daily-summary", "rows-by-day", "devices", "devices/latest"])
+def test_a_device_and_a_span_narrow_every_built_in_report_as_a_scan_would(served: Daemon, path: str) -> None:
+    def rounded(text: str) -> Any:
+        """Sums by day and by row may differ in the last digit."""
+        return json.loads(text, parse_float=lambda digits: round(float(digits), 9))
+
+    for span in SPANS:
+        narrow = served.get(f"/analytics/{path}?{span}")
+        assert rounded(narrow.text) == rounded(served.get(f"/analytics/{path}?{span}&scan=true").text), span
+        is_days = "T01" not in span and "T03" not in span
+        assert narrow.headers["Server-Timing"].startswith("summary" if is_days else "duckdb"), span
+
+
+def test_rows_of_one_device_come_as_parquet_and_as_lines(served: Daemon) -> None:
+    path = "/analytics/rows?device_id=%3DD1&from=2026-02-01T01:05:00Z&to=2026-02-01T02:00:00Z"
+    rows = pq.read_table(io.BytesIO(fetched(served, path)))
+    assert rows.num_rows == 25
+    assert rows.schema.field("timestamp").type == pa.timestamp("us", "UTC")
+    assert set(rows.column("device_id").to_pylist()) == {"=D1"}
+    lines = [json.loads(line) for line in fetched(served, f"{path}&format=ndjson").splitlines()]
+    assert [line["timestamp"] for line in lines] == [f"2026-02-01T01:{minute:02}:00Z" for minute in range(5, 30)]
+    text = fetched(served, f"{path}&format=csv&formula_safe=true").decode()
+    assert {row["device_id"] for row in csv.DictReader(io.StringIO(text))} == {"'=D1"}
+
+
+WRONG = {
+    "over-time?minutes=0": "from 1 to 527040",
+    "over-time?minutes=-1": "from 1 to 527040",
+    "over-time?minutes=999999999999": "from 1 to 527040",
+    "over-time?minutes=": "a whole number",
+    "over-time?minutes=1.5": "a whole number",
+    "overview?from=yesterday": "2026-02-07T12:00:00Z",
+    "devices?from=2026-02-02&to=2026-02-01": "earlier instant as from",
+    "daily-summary?device=D1": "parameters: device_id, format, formula_safe, from, scan, to",
+    "devices/latest?device_id=D1&device_id=D2": "once",
+    "devices?formula_safe=yes": "true or false",
+    "rows": "send device_id",
+    "rows?device_id=": "text",
+    "my-own?least=nan": "a number",
+    "cast?n=many": "other values",
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_wrong_parameter_is_422_with_its_name_and_what_to_send(served: Daemon, path: str) -> None:
+    refused = served.get(f"/analytics/{path}")
+    assert refused.status == 422, refused.text
+    named = re.search(r"\?(\w+)", path)
+    error = refused.json["error"]
+    assert (named[1] if named else "device_id") in error["message"]
+    assert WRONG[path] in error["hint"]
+
+
+def test_the_api_document_has_defaults_and_limits_of_the_right_type(served: Daemon) -> None:
+    paths = served.get("/openapi.json").json["paths"]
+    found = {each["name"]: each for each in paths["/analytics/over-time"]["get"]["parameters"]}
+    assert found["minutes"]["schema"] == {"type": "integer", "default": 60, "minimum": 1, "maximum": 527040}
+    (device,) = [each for each in paths["/analytics/rows"]["get"]["parameters"] if each["name"] == "device_id"]
+    assert device["required"] is True
+
+
 def maps_of(daemon: Daemon) -> str:
     """The files that its process has in memory."""
     return Path(f"/proc/{daemon.process.pid}/maps").read_text()
@@ -170,12 +244,12 @@ def maps_of(daemon: Daemon) -> str:
 
 @pytest.mark.slow
 def test_nothing_is_read_before_somebody_asks(daemons: Daemons, tmp_path: Path) -> None:
-    put(tmp_path, "day_001.parquet", exported("D1", START, 30, draw=random.Random(2)))  # noqa: S311 - test data
+    put_telemetry(tmp_path, "day_001.parquet", exported("D1", START, 30, draw=random.Random(2)))  # noqa: S311 - test data
     daemon = daemons.start(ANALYTICS_REFRESH_SECONDS="0.2")
     time.sleep(3)
     assert "duckdb" not in maps_of(daemon)
     assert daemon.get("/overview").json["total_rows"] == 30
-    put(tmp_path, "day_002.parquet", exported("D2", START, 5, draw=random.Random(3)))  # noqa: S311 - test data
+    put_telemetry(tmp_path, "day_002.parquet", exported("D2", START, 5, draw=random.Random(3)))  # noqa: S311 - test data
     daemon.until(lambda: daemon.get("/overview").json["total_rows"] == 35)
 
 
@@ -187,11 +261,11 @@ def test_changes_are_seen_within_the_refresh_and_a_killed_daemon_goes_on(daemons
         "total_rows": 0, "device_count": 0, "min_timestamp": None, "max_timestamp": None,
     }  # fmt: skip
     assert "duckdb" not in maps_of(daemon), "an empty prefix needs no DuckDB"
-    put(tmp_path, "day_001.parquet", exported("D1", START, 30, draw=draw))
+    put_telemetry(tmp_path, "day_001.parquet", exported("D1", START, 30, draw=draw))
     daemon.until(lambda: daemon.get("/overview").json["total_rows"] == 30)
     daemon.kill()
-    put(tmp_path, "day_001.parquet", exported("D1", START, 40, draw=draw))
-    put(tmp_path, "day_002.parquet", exported("D2", START, 5, draw=draw))
+    put_telemetry(tmp_path, "day_001.parquet", exported("D1", START, 40, draw=draw))
+    put_telemetry(tmp_path, "day_002.parquet", exported("D2", START, 5, draw=draw))
     again = daemons.start(ANALYTICS_REFRESH_SECONDS="0.2")
     again.until(lambda: "duckdb" in maps_of(again))  # it goes on by itself, since there were requests before
     assert again.get("/overview").json["total_rows"] == 45

@@ -13,6 +13,7 @@ from app.analytics.formats import AnswerShape
 from app.analytics.queries import LocalObjects, Queries
 from app.analytics.reports import load_reports, parse
 from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.db.database import sql_directory
 from app.db.state import State, open_state
 from app.object_store.port import Put
 from lake import Lake, bucket_lake, local_lake, parquet
@@ -162,6 +163,15 @@ def test_a_head_that_cannot_be_understood_stops_the_start_and_says_what_is_allow
     with pytest.raises(Permanent) as raised:
         parse("report", text)
     assert HEADS[text] in str(raised.value)
+
+
+def test_an_own_report_replaces_a_shipped_one_that_has_no_summary(tmp_path: Path) -> None:
+    (tmp_path / "rows.sql").write_text("-- title: mine\nSELECT 1 AS x")
+    shipped = sql_directory() / "analytics"
+    assert load_reports([shipped, tmp_path])["rows"].title == "mine"
+    (tmp_path / "devices.sql").write_text("SELECT 1 AS x")
+    with pytest.raises(Permanent, match="another report's"):
+        load_reports([shipped, tmp_path])
 
 
 def test_two_reports_of_one_path_stop_the_start(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from app.appmetrica.rows import (
     BadRow,
     CsvRows,
 )
-from app.core.gap_map import CellState
 from app.core.ledger import fault_of
+from app.core.pipeline import Commit
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.product_events.pull import KEEPS_FAILING
 from pulling import HOUR, START, Landed, MetricaPull, pulling
@@ -195,6 +196,21 @@ def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world
     assert not pull.fill(SPAN.start, SPAN.end).failures
     assert {number: state for number, state in gaps(pull).items() if state is not CellState.EMPTY} == {}
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
+
+
+def test_a_request_of_a_clock_that_was_ahead_is_made_again_and_narrowed_after_a_day(world: World) -> None:
+    made, simulator, pull = world
+    simulator.state.faults[FIRST + 10 * HOUR] = AppMetricaFault(500, b"internal error")
+    made.clock.now += 100 * DAY
+    made.state.checkpoints.commit(
+        "appmetrica", "1234567:events", Commit(cursor_at=START - DAY), made.context("appmetrica").lease
+    )
+    assert pull.run().failures
+    made.clock.now -= 100 * DAY
+    assert pull.run().failures
+    made.clock.now += DAY + HOUR
+    (failure,) = pull.run().failures
+    assert failure.hint == "no action needed: it is asked for hour by hour from now on"
 
 
 def test_a_service_that_is_away_for_days_sets_nothing_aside(world: World) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.core.gap_map import CellState
+from app.core.verify import CellState
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
 from pulling import HOUR, START, Landed, MetricaPull, pulling

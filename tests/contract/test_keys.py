@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from app.core.errors import Rejected
 from app.object_store.local import LocalDirectory, Names, spelled
-from app.object_store.port import BadKey, ObjectStore, check_key, is_new_form, taken_for
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.port import BadKey, ObjectStore, Question, check_key, is_new_form, taken_for
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
+from app.object_store.s3_multipart import S3Transfers
 from memory_objects import MemoryObjects
 from object_stores import get, keys, put, s3_store, target_of
 
@@ -186,6 +188,28 @@ def test_what_another_program_put_is_found_by_exactly_its_key(place: Place, key:
             put(place.store, key, b"mine")
     place.store.delete(key)
     assert keys(place.store) == []
+
+
+def test_a_folder_marker_that_a_listing_shows_is_read_and_deleted_and_what_is_below_stays(place: Place) -> None:
+    if not isinstance(place.store, S3Store):
+        return  # no other program can put such a key there
+    place.clear()
+    client, bucket = place.store.client(), place.store.target.bucket
+    for key, data in (("fm/", b""), ("fm/below", b"1"), ("full/", b"12")):
+        client.put_object(Bucket=bucket, Key=key, Body=data)
+    transfers = S3Transfers(place.store)
+    shown = [info.key for info in transfers.page(Question("f")).objects]
+    assert {"fm/", "fm/below"} <= set(shown)
+    for key in shown:
+        info = transfers.properties(key)
+        assert info is not None
+        theirs = client.get_object(Bucket=bucket, Key=key)["Body"].read()  # SeaweedFS drops the bytes of a marker
+        assert (get(place.store, key, info.etag), info.size_bytes) == (theirs, len(theirs))
+    with pytest.raises(BadKey):
+        put(place.store, "fm/", b"mine")
+    place.store.delete("fm/")
+    assert "fm/" not in keys(place.store)
+    assert get(place.store, "fm/below") == b"1"
 
 
 def test_of_two_equal_objects_the_one_with_the_odd_key_is_not_deleted(place: Place) -> None:

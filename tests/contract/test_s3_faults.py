@@ -11,7 +11,8 @@ import pytest
 
 from app.core.errors import AppError, Conflict, Transient
 from app.object_store.port import Put
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from fault_proxy import (
     Fault,
     FaultProxy,

@@ -10,8 +10,8 @@ import pytest
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo
-from app.object_store.s3 import S3Store, S3Target, make_client
-from app.object_store.s3_listing import TAKEN, info_of
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import TAKEN, S3Target, info_of, make_client
 from fault_proxy import FaultProxy, answer
 from object_stores import keys, put, s3_store
 

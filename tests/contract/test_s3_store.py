@@ -9,7 +9,8 @@ import pytest
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import ObjectInfo, Put
-from app.object_store.s3 import S3Store, S3Target, old_probes
+from app.object_store.s3 import S3Store, old_probes
+from app.object_store.s3_client import S3Target
 from fault_proxy import Fault, FaultProxy, Request, answer, answer_afterwards
 from object_stores import ANY, CREATE, get, keys, put, s3_store
 from seaweed import Seaweed

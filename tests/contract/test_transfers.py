@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from app.core.errors import Conflict, Rejected, Transient
 from app.object_store.local import LocalDirectory
 from app.object_store.port import MARK, ObjectInfo, ObjectStore, Put, Question, Stored, Transfers
-from app.object_store.s3 import S3Store, S3Target
+from app.object_store.s3 import S3Store
+from app.object_store.s3_client import S3Target
 from app.object_store.s3_multipart import PartDesk, S3Transfers, part_bytes
 from memory_objects import MemoryObjects
 from seaweed import Seaweed

@@ -2,8 +2,9 @@
 
 Windows are one slot long. A row of slot t comes while now is t or t + 1, the grace, so its window is due from t + 2 on.
 An object carries a stamp: the cursor that its writer knew to be committed. A reconcile, a backfill or a heal may write
-any due window, wherever the cursor is. The product goes on at the installation's first start, which lies beside the
-data; the smaller of the stamp and the start of the newest object's window is as safe, and nearer. Nothing else is.
+any due window, wherever the cursor is. The product goes on at the smaller of the stamp and the start of the newest
+object's window, and without an object at the installation's first start, which lies beside the data. Nothing else is
+safe.
 """
 
 from collections.abc import Iterator

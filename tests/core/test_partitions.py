@@ -8,9 +8,10 @@ import pytest
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
-from app.core.partitions import Backoff, Pass, isolated, live_windows
+from app.core.partitions import Backoff, Pass, Rising, Settling, isolated, live_windows
 from app.core.runs import Failure, Report
 from app.core.sync import Done
+from app.core.windows import Window
 from world import FIRST_AT, START, VALUE, Process, World, context
 
 MINUTE = timedelta(minutes=1)
@@ -269,3 +270,39 @@ def test_what_a_waiting_partition_has_is_counted_as_waiting() -> None:
     ledger = process.run().ledger
     assert ledger.partitions == {"b": Tally(counted=1, waiting=1)}
     assert ledger.fields == {VALUE: Tally(counted=2, already_there=1, waiting=1)}
+
+
+def hours_before_noon(number: int) -> list[Window]:
+    """So many hours up to the one that begins at noon, oldest first."""
+    starts = [NOON - timedelta(hours=back) for back in range(number, -1, -1)]
+    return [Window(start, start + timedelta(hours=1)) for start in starts]
+
+
+def test_windows_that_ended_long_ago_are_counted_every_ten_minutes_and_after_a_clock_was_set_back() -> None:
+    settling, windows, now = Settling(), hours_before_noon(5), NOON + 5 * MINUTE
+    assert settling.counted(windows, now) == windows
+    settling.done(now)
+    assert settling.counted(windows, now) == windows[-2:]  # that which ended five minutes ago and the open one
+    assert settling.counted(windows, now + 9 * MINUTE) == windows[-1:]
+    assert settling.counted(windows, now + 10 * MINUTE) == windows
+    assert settling.counted(windows, now - MINUTE) == windows
+
+
+def test_more_partitions_are_worked_on_while_the_source_answers_as_fast_and_fewer_when_it_does_not() -> None:
+    seconds = 0.015
+    rising = Rising(16, lambda: seconds)
+
+    def work(times: int) -> int:
+        for _ in range(times):
+            with rising:
+                pass
+        return rising.limit
+
+    assert rising.limit == 2
+    assert work(4) == 4
+    assert work(8 + 16) == 16
+    assert work(320) == 16
+    seconds = 0.2
+    assert work(32) == 8
+    assert work(320) == 2
+    assert Rising(1, lambda: seconds).limit == 1

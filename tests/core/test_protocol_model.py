@@ -25,10 +25,9 @@ import pytest
 
 from app.core.errors import Conflict, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import Commit, Count, Held, Objects, Pipeline, Position, Record, Sums
-from app.core.reconcile import reconcile
+from app.core.pipeline import Commit, Count, Held, Objects, Pipeline, Position, Record, Shrink, Sums
+from app.core.repair import reconcile
 from app.core.runs import Lease
-from app.core.shrink import Shrink
 from app.core.sync import sync_partition
 from app.core.windows import Window
 from world import GRACE_SECONDS, START, VALUE, WINDOW_SECONDS, Bytes, Process, Row, Rows, World, context, sums_of
@@ -171,7 +170,7 @@ class Pass(Process):
         rows: tuple[Row, ...] = self.ask("get", key, version)
         return rows
 
-    def put(self, key: str, encoded: Bytes, expected: str | None) -> str:
+    def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         return str(self.ask("put", encoded.content, encoded.write, encoded.folded, expected))
 
     def objects(self, partition: str, windows: Sequence[Window]) -> Mapping[datetime, Objects]:

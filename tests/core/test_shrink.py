@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.core.pipeline import EARLIEST, LATEST, UNLIMITED, Shrink, covered_since
 from app.core.repair import fill, write_again
-from app.core.shrink import EARLIEST, LATEST, UNLIMITED, Shrink, covered_since
 from app.core.windows import Window
 from world import GRACE_SECONDS, START, Process, World, context
 

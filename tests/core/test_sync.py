@@ -10,10 +10,9 @@ import pytest
 
 from app.core.errors import Permanent, Rejected, Stopped, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import Record
+from app.core.pipeline import Record, Shrink
 from app.core.repair import fill, heal_window
 from app.core.runs import Stop
-from app.core.shrink import Shrink
 from app.core.windows import Window
 from world import (
     FIRST_AT,
@@ -82,6 +81,20 @@ def test_a_window_that_did_not_change_is_not_written_again() -> None:
     world.now += MINUTE
     assert Process(world).run_until_done().windows == 0
     assert world.puts == before
+
+
+def test_the_last_write_of_a_window_and_what_comes_later_are_told_as_closing() -> None:
+    world = World()
+    fill_minutes(world, 7, ("a",))
+    process, key = Process(world), f"a/{START:%Y%m%dT%H%M%S}.0"
+    for minute in (3, 4, 30):
+        world.now = START + minute * MINUTE
+        process.run_until_done()
+        assert (key in world.closing_puts) == (minute == 30)
+    assert world.puts.count(key) > world.closing_puts.count(key) == 1
+    world.write("a", START + MINUTE + timedelta(seconds=30), "late")
+    process.run_until_done()
+    assert world.closing_puts.count(key) == 2
 
 
 def test_a_late_point_lands_in_its_own_window_once() -> None:
@@ -481,3 +494,42 @@ def test_two_processes_at_once_without_any_lease_lose_and_double_nothing(seed: i
     Process(world).run_until_done()
     assert world.exported() == world.produced(world.now)
     assert not world.shrunk
+
+
+def test_an_open_window_is_written_as_seldom_as_is_asked_and_closed_in_time_with_every_row() -> None:
+    world = World()
+    asked = list[int]()
+
+    def five_minutes(partitions: int) -> float:
+        asked.append(partitions)
+        return 300.0
+
+    process = Process(world, rewrite_seconds=five_minutes)
+    written, waiting = [], []
+    for minute in range(1, 10):
+        world.now = START + minute * MINUTE
+        world.write("a", world.now - MINUTE / 2)
+        report = process.run_until_done()
+        written.append(report.windows)
+        assert report.ledger.gap == 0
+        waiting.append(report.ledger.total.waiting)
+    assert written == [1, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert waiting == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert set(asked) == {1}
+    world.now += SETTLED
+    process.run_until_done()
+    assert world.exported() == world.produced(world.now)
+    assert all(record.closed for record in world.records.values())
+
+
+def test_an_object_that_a_clock_of_the_future_wrote_is_not_waited_for() -> None:
+    world = World()
+    world.write("a", START)
+    world.now = START + MINUTE
+    process = Process(world, rewrite_seconds=lambda _: 300.0)
+    process.run_until_done()
+    slot = ("a", START, 0)
+    world.records[slot] = replace(world.records[slot], written_at=START + timedelta(days=40))
+    world.write("a", START + MINUTE)
+    world.now = START + 2 * MINUTE
+    assert process.run_until_done().windows == 1

@@ -72,7 +72,7 @@ def test_only_the_last_merges_can_be_taken_back(tmp_path: Path) -> None:
     here = world(tmp_path, undo_keep=2)
     for number in range(4):
         here.take(f"{number}.csv", f"k,a\nx,{number}\n")
-    with pytest.raises(Rejected, match="cannot be undone"):
+    with pytest.raises(Rejected, match="can no longer be undone"):
         here.undo(here.loads[2].run_id)
     with pytest.raises(Rejected, match="no merge of a run"):
         here.undo("nonsense")

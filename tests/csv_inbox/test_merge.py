@@ -218,11 +218,15 @@ def test_a_master_that_cannot_be_read_stops_everything_and_is_never_overwritten(
     assert not [name for name in here.names(tmp_path) if ".tmp" in name]
 
 
-def test_a_master_far_larger_than_a_block_is_merged_in_pieces(tmp_path: Path) -> None:
-    here = world(tmp_path)
+@pytest.mark.parametrize("index_from_mb", [0, 1000], ids=["indexed", "scanned"])
+def test_a_master_far_larger_than_a_block_is_merged_and_taken_back_in_pieces(
+    tmp_path: Path, index_from_mb: float
+) -> None:
+    here = world(tmp_path, index_from_mb=index_from_mb)
     rows = [f'key-{n:06d},"{n}","text\n{n}",{"x" * 40}' for n in range(80_000)]
     here.take("1.csv", "\n".join(["k,a,b,c", *rows]) + "\n")
     assert len(here.master) > 5 * csv_tokenizer.BLOCK_BYTES
+    first = here.master
     gone = dict.fromkeys(n for n in range(80_000) if n % 7 == 0 or 30_000 < n < 30_400)
     here.take("2.csv", "\n".join(["k,a,b,c", *(f"key-{n:06d},,," for n in gone)]) + "\n")
     left = [row for n, row in enumerate(rows) if n not in gone]
@@ -232,6 +236,17 @@ def test_a_master_far_larger_than_a_block_is_merged_in_pieces(tmp_path: Path) ->
     left = [row for n, row in enumerate(rows) if n not in gone and n not in few]
     left += [f"key-{n:06d},,," for n in gone if n not in few]
     assert here.master.decode() == "\n".join(["k,a,b,c", *left, *(f"key-{n:06d},3,," for n in few)]) + "\n"
+    here.undo(here.loads[1].run_id)
+    assert here.master == first
+
+
+def test_rows_that_come_again_far_apart_in_the_file_are_counted_as_unchanged(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    here.take("1.csv", "k,a\nx,1\ny,2\nz,3\n")
+    between = "".join(f"key-{n:06d},{'x' * 40}\n" for n in range(csv_tokenizer.BLOCK_BYTES // 50))
+    here.take("2.csv", f"k,a\nx,1\n{between}y,2\nz,4\n")
+    load = here.loads[0]
+    assert (load.replaced, load.unchanged, load.rows_after) == (1, 2, between.count("\n") + 3)
 
 
 def test_a_file_without_a_header_line_end_or_rows_is_told_apart(tmp_path: Path) -> None:

@@ -112,23 +112,73 @@ def test_csv_has_every_kind_of_value() -> None:
 @pytest.mark.parametrize(
     ("line", "field"),
     [
-        (f"{U},1.5,,", "amplitude_id"),
-        (f'{U},"1,""library"":""x""",,', "amplitude_id"),
-        (f"{U},,yes,", "is_attribution_event"),
-        (f'{U},,,"{{"', "plan_json"),
-        (f'{U},,,"1,""library"":2"', "plan_json"),
-        (f"{U},,", "3 cells where the header names 4"),
-        (f"{U},,,,", "5 cells where the header names 4"),
-        ("x,,,", "uuid"),
+        (f"{U},1.5,,", "amplitude_id: '1.5'"),
+        (f'{U},"1,""library"":""x""",,', "amplitude_id: '1,"),
+        (f"{U},,yes,", "is_attribution_event: 'yes'"),
+        (f'{U},,,"{{"', "plan_json: '{'"),
+        (f"{U},,,NaN", "plan_json: 'NaN'"),
+        (f'{U},,,"""\\ud800"""', "plan_json: '\"\\\\ud800\"'"),
+        (f"{U},,,{'[' * 3000}", "plan_json: '[[["),
+        (f'{U},,,"1,""library"":2"', "plan_json: '1,"),
+        (f"{U},,", "plan_json: the row has 3 cells, the header 4; the last cell is ''"),
+        (f"{U},,,,x", "plan_json: 'x': the row has 5 cells"),
+        ("x,,,", "uuid: not 'x'"),
+        (f"{U},\udcff,,", "amplitude_id: '\\udcff'"),
+        (f'{U},,,"""\udcff"""', "plan_json: '\"\\udcff\"'"),
     ],
 )
-def test_a_bad_cell_is_named(line: str, field: str) -> None:
+def test_a_bad_cell_of_csv_is_named_with_row_column_and_value(line: str, field: str) -> None:
     sent = f"uuid,amplitude_id,is_attribution_event,plan_json\n{uuid_of(3)},1,true,[]\n{line}\n"
-    received = take(TECHNICAL, CsvBody(TECHNICAL, BIG), [sent.encode()], skip=True)
-    assert len(values(received)) == 1
+    sent += f"{uuid_of(4)},,,\n"
+    received = take(TECHNICAL, CsvBody(TECHNICAL, BIG), [sent.encode(errors="surrogateescape")], skip=True)
+    assert [row[0] for row in values(received)] == [uuid_of(3), uuid_of(4)]
     (fault,) = received.faults
-    assert fault.index == 1
-    assert field in (fault.field, "") or fault.field == ""
+    column, _, said = field.partition(": ")
+    assert (fault.index, fault.field) == (1, column)
+    assert said in fault.message
+
+
+IMPOSSIBLE = {
+    "not a number": ("session_id", b"NaN"),
+    "infinity": ("event_time", b"-Infinity"),
+    "half of a pair": ("event_type", b'"\\ud800"'),
+    "the other half in a key": ("event_type", b'{"\\udc00":1}'),
+    "deep": ("event_type", b"[" * 3000 + b"]" * 3000),
+    "deep objects": ("platform", b'{"a":' * 60_000 + b"1" + b"}" * 60_000),
+    "no UTF-8": ("platform", b'"\xff"'),
+    "control character": ("platform", b'"a\x01b"'),
+    "long": ("event_id", b"9" * 5000),
+    "large": ("session_id", b"1e400"),
+    "in an unknown column": ("colour", b"[1, NaN]"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("form", [JsonBody, NdjsonBody])
+def test_a_value_that_json_cannot_hold_is_named_and_the_other_rows_are_stored(name: str, form: Any) -> None:
+    field, value = IMPOSSIBLE[name]
+    rows = [b'{"uuid":"%b"}' % uuid_of(n).encode() for n in range(3)]
+    rows[1] = rows[1][:-1] + b',"language":"a, ]} \\" [{", "%b" : %b}' % (field.encode(), value)
+    sent = b'{"data": [' + b" , ".join(rows) + b"]}" if form is JsonBody else b"\n".join(rows)
+    refusal = refused(EVENTS, form(BIG), sent)
+    assert (refusal.status, refusal.fault) == (422, f"data.1.{field}")
+    received = take(EVENTS, form(BIG), blocks(sent, 1), skip=True)
+    assert [row[0] for row in values(received)] == [uuid_of(0), uuid_of(2)]
+    assert [(fault.index, fault.field) for fault in received.faults] == [(1, field)]
+
+
+@pytest.mark.parametrize("form", ["json", "ndjson", "csv"])
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_a_byte_order_mark_is_ignored_in_every_body(form: str, *, gzipped: bool, step: int) -> None:
+    bodies: dict[str, Body] = {"json": JsonBody(BIG), "ndjson": NdjsonBody(BIG), "csv": CsvBody(EVENTS, BIG)}
+    row = json.dumps({"uuid": U})
+    text = {"json": f'{{"data":[{row}]}}', "ndjson": row, "csv": f"uuid\n{U}"}[form]
+    sent = b"\xef\xbb\xbf" + text.encode()
+    sent = gzip.compress(sent) if gzipped else sent
+    pieces = [sent[start : start + step] for start in range(0, len(sent), step)]
+    received = take(EVENTS, bodies[form], pieces, gzip=Gzip(BIG) if gzipped else None)
+    assert [row[0] for row in values(received)] == [U]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +188,11 @@ def test_a_bad_cell_is_named(line: str, field: str) -> None:
         (b"{", 400),
         (b'{"data":[{}', 400),
         (b"[" * 100_000, 400),
-        (b'{"data":[NaN]}', 400),
+        (b'{"data":[NaN]}', 422),
+        (b'{"data":[{"uuid":NaN}', 400),
+        (b'{"data":[{"uuid":NaN,}]}', 400),
+        (b'{"data":[{"uuid":nan}]}', 400),
+        (b'{"data":[{"uuid":NaN}],"data":[]}', 400),
         (b'{"data":[]}', 400),
         (b"[]", 422),
         (b"{}", 422),
@@ -170,7 +224,7 @@ def test_a_second_data_is_not_read_in_silence() -> None:
         (CsvBody(EVENTS, BIG), b"uuid,colour\n", 422),
         (CsvBody(EVENTS, BIG), b"uuid,uuid\n", 422),
         (CsvBody(EVENTS, BIG), b"platform\nx\n", 422),
-        (CsvBody(EVENTS, BIG), b"uuid\n\xff\n", 400),
+        (CsvBody(EVENTS, BIG), b"uuid\n\xff\n", 422),
         (CsvBody(EVENTS, BIG), b'uuid\n"' + U.encode(), 400),
         (CsvBody(EVENTS, 1000), b'uuid\n"' + b"x" * 2000, 413),
         (JsonBody(1000), b" " * 2000, 413),

@@ -12,7 +12,7 @@ from app.db.postgres import PostgresDatabase
 from app.db.state import open_state
 from app.dwh.tables import LOCATIONS, TECHNICAL
 from app.dwh.warehouse import open_warehouse
-from app.ops.permission_checks import of_database
+from app.ops.connection_checks import of_database
 from daemon import Daemons
 from postgres import PostgresServer
 from warehouse import Desk, uuid_of

@@ -180,6 +180,72 @@ def test_pages_are_linked(served: httpx.Client) -> None:
     assert sizes == [3, 3, 1]
 
 
+def test_head_and_prefer_tell_of_the_rows_without_them(served: httpx.Client) -> None:
+    mine = f"walk-{next(numbers)}"
+    post(served, "user-locations", [{"uuid": uuid_of(next(numbers)), "city": mine} for _ in range(5)])
+    query = f"/dwh/user-locations?city={mine}&limit=2&select=id&sort_by=region"
+    counted = {"Prefer": "respond-async, count=exact"}
+    got, head = (served.request(method, query, headers=counted) for method in ("GET", "HEAD"))
+    assert (got.json()["count"], head.status_code, head.content) == (2, 200, b"")
+    told = {"content-range": "0-1/5", "preference-applied": "count=exact", "link": got.headers["link"]}
+    for name, value in told.items():
+        assert (got.headers[name], head.headers[name]) == (value, value)
+    assert head.headers["content-type"] == got.headers["content-type"]
+    second = served.get(got.links["next"]["url"], headers=counted)
+    assert (second.headers["content-range"], second.json()["count"], len(second.links)) == ("*/5", 2, 1)
+    plain = served.head(query.replace("limit=2", "limit=5"))
+    assert not {"content-range", "preference-applied", "link"} & set(plain.headers)
+    assert served.head("/dwh/user-locations?colour=1").status_code == 400
+
+
+def test_duplicates_are_resolved_as_the_caller_prefers(served: httpx.Client) -> None:
+    rows = [{"uuid": uuid_of(next(numbers)), "city": "a"}]
+    post(served, "user-locations", rows)
+    merge = {"Prefer": "resolution=merge-duplicates"}
+    answer = post(served, "user-locations", [{**rows[0], "city": "b"}], headers=merge)
+    assert (answer.json()["skipped"], answer.headers["preference-applied"]) == (1, "resolution=merge-duplicates")
+    unknown = post(served, "user-locations", [{**rows[0], "city": "c"}], headers={"Prefer": "resolution=guess"})
+    assert "preference-applied" not in unknown.headers
+    assert [row["city"] for row in served.get(f"/dwh/user-locations?uuid={rows[0]['uuid']}").json()["rows"]] == ["b"]
+
+
+def test_answers_are_compressed_when_asked_for(served: httpx.Client) -> None:
+    mine = f"gzip-{next(numbers)}"
+    post(served, "user-locations", [{"uuid": uuid_of(next(numbers)), "city": mine} for _ in range(300)])
+    for format_ in ("json", "ndjson", "csv", "parquet"):
+        query = f"/dwh/user-locations?city={mine}&limit=300&format={format_}"
+        plain = served.get(query, headers={"Accept-Encoding": "br, gzip;q=0"})
+        asked = served.get(query, headers={"Accept-Encoding": "deflate, gzip;q=0.5"})
+        assert "content-encoding" not in plain.headers
+        assert (asked.headers.get("content-encoding") == "gzip") is (format_ != "parquet")
+        assert asked.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
+        if format_ != "parquet":
+            assert asked.content == plain.content
+            assert int(asked.headers["content-length"]) * 3 < len(plain.content)
+    many = post(served, "user-locations", [{"uuid": uuid_of(next(numbers))} for _ in range(1001)])
+    assert (many.headers["content-encoding"], many.json()["count"]) == ("gzip", 1001)
+    small = served.get(f"/dwh/user-locations?city={mine}&limit=1&select=id", headers={"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in small.headers
+
+
+def test_rows_are_deleted_for_good_on_request(served: httpx.Client) -> None:
+    rows = [{"uuid": uuid_of(next(numbers)), "city": "Erased"} for _ in range(2)]
+    post(served, "user-locations", rows)
+    named = f"in.({','.join(row['uuid'] for row in rows)})"
+
+    def delete(**params: Any) -> httpx.Response:
+        return served.delete("/dwh/user-locations", params=params)
+
+    refused = [delete(), delete(dry_run="true"), delete(colour="x"), delete(city="x", forget="true"), delete(uuid="x")]
+    assert [answer.status_code for answer in refused] == [400, 400, 400, 422, 400]
+    dry = {"deleted": 2, "remembered": 2, "forgotten": 0, "dry_run": True}
+    assert delete(uuid=named, dry_run="true").json() == dry
+    assert delete(uuid=named).json() == {"deleted": 2, "remembered": 2, "forgotten": 0}
+    assert post(served, "user-locations", rows).json()["skipped"] == 2
+    assert delete(uuid=named, forget="true").json() == {"deleted": 0, "remembered": 0, "forgotten": 2}
+    assert post(served, "user-locations", rows).json()["count"] == 2
+
+
 def test_files_have_their_type_and_name(served: httpx.Client) -> None:
     post(served, "user-locations", fresh(LOCATIONS, 2))
     types = {
@@ -188,7 +254,9 @@ def test_files_have_their_type_and_name(served: httpx.Client) -> None:
         "parquet": "application/vnd.apache.parquet",
     }
     for format_, media_type in types.items():
-        answer = served.get("/dwh/user-locations", params={"format": format_, "limit": 2})
+        answer = served.get(
+            "/dwh/user-locations", params={"format": format_, "limit": 2}, headers={"Accept-Encoding": "identity"}
+        )
         assert (answer.status_code, answer.headers["content-type"]) == (200, media_type)
         assert answer.headers["content-disposition"] == f'attachment; filename="user_locations.{format_}"'
         assert len(answer.content) == int(answer.headers["content-length"]) > 0
@@ -212,7 +280,7 @@ def test_sixteen_clients_at_once_are_all_served(served: httpx.Client) -> None:
 
 def test_other_methods_are_told_the_right_ones(served: httpx.Client) -> None:
     refused = served.put("/dwh/events-part", json={})
-    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, POST, DELETE")
 
 
 def test_readiness_tells_of_the_warehouse(served: httpx.Client) -> None:

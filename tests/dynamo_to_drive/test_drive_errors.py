@@ -39,8 +39,8 @@ def test_what_may_pass_is_tried_again(status: int, content: bytes) -> None:
     ("status", "content", "hint"),
     [
         (400, old("invalid"), "GOOGLE_DRIVE_FOLDER_ID"),
-        (401, b"<html>", "not accepted any more"),
-        (401, new("", "UNAUTHENTICATED"), "not accepted any more"),
+        (401, b"<html>", "no longer accepted"),
+        (401, new("", "UNAUTHENTICATED"), "no longer accepted"),
         (403, old("storageQuotaExceeded"), "share a Shared Drive"),
         (403, old("forbidden", details=[{"reason": "SERVICE_DISABLED"}]), "enable the Google Drive API"),
         (403, new("ACCESS_TOKEN_SCOPE_INSUFFICIENT"), "lacks the scope"),

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,23 @@ def test_a_query_of_the_key_reads_every_page_of_the_hour_and_no_more(port: int) 
     client.close()
     lines = text_of(port, Target("paged", "datetime_utc", (), 0)).splitlines()
     assert [line[:20] for line in lines[1:]] == [f"2026-02-07T12:00:0{number}Z" for number in range(5)]
+
+
+def test_every_read_unit_that_the_table_reports_is_counted(port: int) -> None:
+    client = make_table(port, "charged", ("device", "at"), "SS")
+    for second in range(3):
+        item = {"device": {"S": "d1"}, "at": {"S": f"2026-02-07T12:00:0{second}Z"}, "note": {"S": "x" * 300_000}}
+        client.put_item(TableName="charged", Item=item)
+    spent = list[float]()
+    target = at(port, Target("charged", "at", ("d1",), 0), "s")
+    with closing(DynamoTable(target, spent.append)) as table:
+        page = partial(client.query, TableName="charged", ReturnConsumedCapacity="TOTAL")
+        asked = {"KeyConditionExpression": "device = :d", "ExpressionAttributeValues": {":d": {"S": "d1"}}}
+        table.call("query", TableName="charged", **asked)
+        reported = page(**asked)["ConsumedCapacity"]["CapacityUnits"]
+    client.close()
+    assert spent == [reported]
+    assert reported > 0
 
 
 def test_a_numeric_sort_key_includes_the_start_and_not_the_end_of_the_hour(port: int) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.core.gap_map import CellState
 from app.core.runs import Stop
-from app.core.verify import Sign, heal, verify
+from app.core.verify import CellState, Sign, heal, verify
 from app.core.windows import Window
 from app.dynamo_to_drive.job import HourFileExport
 from shipping import START, TABLE, Shipping, shipping

@@ -23,10 +23,11 @@ from app.influx_to_s3.layout import (
     Column,
     Columns,
     LayoutFile,
+    arrow_type,
     type_of,
 )
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.rows import arrow_type, canonical
+from app.influx_to_s3.rows import canonical
 from influx_points import NOON, NOON_NS, TIMES, columns_of, points, rows_in, tree_of
 from memory_objects import MemoryObjects
 

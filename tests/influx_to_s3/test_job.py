@@ -2,10 +2,12 @@
 
 import io
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from app.core.runs import Outcome
+from app.db.state import open_state
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.port import Put
 from exporter import HOUR, MINUTE, NOON, Exporter
@@ -175,3 +177,60 @@ def test_an_object_store_that_is_full_or_away_fails_the_run_with_a_hint(exporter
     run = exporter.run()
     assert run.outcome is Outcome.FAILED
     assert run.hint
+
+
+DAY = timedelta(days=1)
+WEEKS = {"EXPORT_WINDOW_SECONDS": "900", "LOOKBACK_HOURS": "480", "EXPORT_GRACE_SECONDS": "300"}  # 1,920 windows
+
+
+def test_after_a_clock_was_weeks_ahead_the_next_run_brings_what_comes_now(exporter: Exporter) -> None:
+    exporter.environ = WEEKS
+    exporter.write(NOON - 19 * DAY)
+    exporter.write(NOON - HOUR)
+    exporter.keep()  # one process, as a daemon that nobody restarts
+    exporter.well()
+    exporter.at(hours=40 * 24)
+    exporter.well()
+    exporter.at(minutes=30)
+    exporter.write(NOON + timedelta(minutes=20))
+    run = exporter.run()
+    assert (run.outcome, run.report.rows, run.report.ledger.total.waiting) == (Outcome.OK, 1, 0)
+    exporter.check()
+
+
+def test_a_lost_state_goes_on_where_the_objects_say_and_reads_nothing_again(exporter: Exporter, tmp_path: Path) -> None:
+    exporter.environ = WEEKS
+    for days in range(19, 0, -1):
+        exporter.write(NOON - days * DAY)
+    exporter.well()
+    exporter.at(minutes=1)
+    exporter.write(NOON - HOUR)
+    exporter.well()
+    exporter.state = open_state("", tmp_path / "another")
+    exporter.store.puts.clear()
+    exporter.write(NOON)
+    run = exporter.well()
+    exporter.state.close()
+    assert run.report.rows <= 2
+    assert not [key for key in exporter.store.puts if "export_120000" not in key and "export_110000" not in key]
+    exporter.check()
+
+
+def test_a_device_whose_count_did_not_move_is_not_looked_at_and_late_points_come_within_ten_minutes(
+    exporter: Exporter,
+) -> None:
+    exporter.environ = {"LOOKBACK_HOURS": "6"}
+    for device in ("D1", "D2"):
+        exporter.write(NOON - 3 * HOUR, device)
+        exporter.write(NOON - MINUTE, device)
+    exporter.keep()
+    exporter.well()
+    again = exporter.well()
+    assert (again.report.rows, again.report.ledger.total.already_there) == (0, 6)
+    exporter.at(minutes=5)
+    exporter.write(NOON - 3 * HOUR + MINUTE)
+    exporter.write(NOON + MINUTE)
+    assert exporter.well().report.rows == 1  # the open window is counted each time
+    exporter.at(minutes=11)
+    assert exporter.well().report.rows == 2
+    exporter.check()

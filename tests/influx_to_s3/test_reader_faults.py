@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +16,7 @@ import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
-from app.influx_to_s3.reader import QueryTooLarge, Reader, ServerRefusal, refusal
+from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, Server, ServerRefusal, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
@@ -100,6 +101,33 @@ def test_other_refusals_are_for_a_person(influx: InfluxSimulator, reader: Reader
     with pytest.raises(Permanent, match=f"answers {status}: no") as caught:
         reader.ping()
     assert "INFLUXDB_" in caught.value.hint
+
+
+PAGE = "<!DOCTYPE html>\n<html><head><title>Sign\nin</title></head><body>" + "x" * 5000
+TOKEN, LOGIN = Server("", token="t"), Server("", username="u", password="p")
+
+
+@pytest.mark.parametrize(
+    ("answer", "server", "hint", "message"),
+    [
+        ("404 1.6.7 404 page not found\n", TOKEN, "set INFLUXDB_API=influxql: InfluxDB 1.6.7", "404 page not found"),
+        ('403 v1.8.10 {"error": "Flux is disabled"}', TOKEN, "set INFLUXDB_API=influxql", "Flux is disabled"),
+        ("401 v2.7 no", LOGIN, "set INFLUXDB_USERNAME and INFLUXDB_PASSWORD", "no"),
+        ("401 v2.7 no", TOKEN, "set INFLUXDB_TOKEN to credentials", "no"),
+        (f"502 - {PAGE}", TOKEN, "no action needed", "an HTML page, Sign in"),
+        (f"404 - {PAGE}", TOKEN, "set INFLUXDB_URL to an InfluxDB", "an HTML page, Sign in"),
+    ],
+)
+def test_the_hint_follows_from_what_the_server_says(answer: str, server: Server, hint: str, message: str) -> None:
+    status, version, body = answer.split(" ", 2)
+    head = f"X-Influxdb-Version: {version}\r\nContent-Length: {len(body)}\r\nConnection: close"
+    with answering(f"HTTP/1.1 {status} No\r\n{head}\r\n\r\n{body}".encode()) as url:
+        connection = Connection(replace(server, url=url))
+        with pytest.raises(AppError) as caught, connection.ask("/api/v2/query", b"{}", {}, "INFLUXDB_BUCKET"):
+            pass
+    assert caught.value.hint.startswith(hint)
+    assert caught.value.message.endswith(message)
+    assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent
 from app.core.pipeline import Sums
-from app.core.reconcile import same_sums
+from app.core.repair import same_sums
 from app.core.windows import Window, floor_to
 from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal

@@ -5,10 +5,9 @@ from datetime import timedelta
 
 import pytest
 
-from app.core.gap_map import CellState
 from app.core.ledger import Tally
 from app.core.runs import Outcome, Stop
-from app.core.verify import verify
+from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.influx_to_s3.job import NAME, RECONCILE
 from app.object_store.port import Put

@@ -11,7 +11,7 @@ import pytest
 from app.core.windows import EPOCH
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import COMPUTED, DOUBLE, EVER, INTEGER, MEASURED, TAGS, TEXT, UNSIGNED, Column, Tree
-from app.influx_to_s3.layout_recovery import columns_of, tree_of_data
+from app.influx_to_s3.rewrite import columns_of, tree_of_data
 from app.object_store.port import Put
 from memory_objects import MemoryObjects
 

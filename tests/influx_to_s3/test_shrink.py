@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.core.shrink import UNLIMITED
+from app.core.pipeline import UNLIMITED
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.reader import Retention, Server, ServerAnswer
-from app.influx_to_s3.retention import Coverage
+from app.influx_to_s3.source import Coverage
 from exporter import HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported
 from influx_readers import flux, influxql_without_credentials

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from app.core.ledger import Tally
 from app.influx_to_s3.layout import Columns
 from app.influx_to_s3.row_batch import BLOCK_ROWS
-from app.influx_to_s3.rows import canonical
-from app.influx_to_s3.unions import Comparison, identities_of, united, whole_instants
+from app.influx_to_s3.rows import Comparison, canonical, identities_of, united, whole_instants
 from influx_points import (
     COLUMNS,
     UNKNOWN,

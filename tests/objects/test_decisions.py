@@ -43,6 +43,8 @@ HELD = ObjectInfo("k", 10, '"e"', AT)
         ("bytes=9-99", (9, 1)),
         ("bytes=-3", (7, 3)),
         ("bytes=-99", (0, 10)),
+        ("Bytes=3-5", (3, 3)),
+        ("BYTES=-3", (7, 3)),
     ],
 )
 def test_ranges_are_cut_to_the_object(given: str, wanted: tuple[int, int]) -> None:
@@ -74,19 +76,35 @@ def test_a_range_of_another_version_means_the_whole_object() -> None:
 
 
 def test_conditions_name_versions() -> None:
-    assert [unchanged({"if-none-match": given}, '"e"') for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
-    assert [unchanged(fields, '"e"') for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [
-        False
-    ] * 3
-    check_match({"if-match": '"a", "e"'}, '"e"')
+    assert [unchanged({"if-none-match": given}, HELD) for given in ('"e"', 'W/"e"', '"a", "e"', "*")] == [True] * 4
+    assert [unchanged(fields, HELD) for fields in ({}, {"if-none-match": '"x"'}, {"if-none-match": "e"})] == [False] * 3
+    check_match({"if-match": '"a", "e"'}, HELD)
     for other in ('"x"', 'W/"e"', "e"):
         with pytest.raises(NotServed) as caught:
-            check_match({"if-match": other}, '"e"')
+            check_match({"if-match": other}, HELD)
         assert caught.value.status == 412
     assert (expected_of({}), expected_of({"if-none-match": "*"}), expected_of({"if-match": '"e"'})) == (None, "", '"e"')
     for fields in ({"if-match": "*"}, {"if-match": '"a","b"'}, {"if-none-match": '"e"'}, {"if-match": 'W/"e"'}):
         with pytest.raises(NotServed):
             expected_of(fields)
+
+
+BEFORE, THEN, AFTER = (f"Sat, 07 Feb 2026 {at} GMT" for at in ("11:59:59", "12:00:00", "12:00:01"))
+
+
+def test_dates_are_conditions_in_whole_seconds_where_no_etag_is_named() -> None:
+    held = ObjectInfo("k", 10, '"e"', AT.replace(microsecond=999_999))
+    assert [unchanged({"if-modified-since": given}, held) for given in (BEFORE, THEN, AFTER)] == [False, True, True]
+    assert not unchanged({"if-modified-since": AFTER, "if-none-match": '"x"'}, held)
+    for invalid in ("", "yesterday", "Sat, 99 Feb 2026 12:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -1400"):
+        assert not unchanged({"if-modified-since": invalid}, held)
+        check_match({"if-unmodified-since": invalid}, held)
+    for later in (THEN, AFTER):
+        check_match({"if-unmodified-since": later}, held)
+    check_match({"if-unmodified-since": BEFORE, "if-match": '"e"'}, held)
+    with pytest.raises(NotServed) as caught:
+        check_match({"if-unmodified-since": BEFORE}, held)
+    assert (caught.value.status, caught.value.fault) == (412, "If-Unmodified-Since")
 
 
 def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only() -> None:
@@ -164,10 +182,17 @@ def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
         assert caught.value.status == 403
 
 
-def test_a_query_that_is_not_utf8_is_refused() -> None:
-    check_query(b"key=%C3%BC+x")
-    with pytest.raises(NotServed):
-        check_query(b"key=%ff")
+def test_a_query_that_is_not_utf8_or_gives_a_parameter_twice_is_refused() -> None:
+    check_query(b"key=%C3%BC+x&offset=1")
+    for query, fault in (
+        (b"key=%ff", ""),
+        (b"key=a&key=b", "key"),
+        (b"key=a&k%65y=a", "key"),
+        (b"key=&x=1&key=", "key"),
+    ):
+        with pytest.raises(NotServed) as caught:
+            check_query(query)
+        assert (caught.value.status, caught.value.fault) == (422, fault)
 
 
 def form_of(*parts: tuple[str, str | None, bytes], boundary: str = "b0und") -> bytes:
@@ -212,12 +237,33 @@ def test_a_form_that_breaks_off_is_never_whole(cut: int, seed: int) -> None:
     assert caught.value.status in (400, 422)
 
 
+UNCHOSEN = ("file", "", b"")
+
+
 @pytest.mark.parametrize(
-    "body", [form_of(("comment", None, b"x")), form_of(("file", "a", b"1"), ("other", "b", b"2")), b"", b"nonsense"]
+    "body",
+    [
+        form_of(("comment", None, b"x")),
+        form_of(("file", "a", b"1"), ("other", "b", b"2")),
+        form_of(("file", "a", b"1"), ("other", "", b"2")),
+        form_of(UNCHOSEN),
+        form_of(UNCHOSEN, ("other", "", b"")),
+        form_of(("file", None, b"")),
+        b"",
+        b"nonsense",
+    ],
 )
 def test_a_form_without_exactly_one_file_is_refused(body: bytes) -> None:
-    with pytest.raises(NotServed):
-        whole(Form(io.BytesIO(body), "b0und"))
+    for size in (1, 7, 1000):
+        with pytest.raises(NotServed) as caught:
+            whole(Form(Pieces(body, size), "b0und"))
+        assert caught.value.status == (400 if body in (b"", b"nonsense") else 422)
+
+
+@pytest.mark.parametrize("chosen", [("file", "empty.csv", b""), ("file", "", b"12"), ("file", None, b"12")])
+def test_fields_in_which_no_file_was_chosen_are_not_a_file(chosen: tuple[str, str | None, bytes]) -> None:
+    for parts in ((chosen,), (UNCHOSEN, chosen), (chosen, UNCHOSEN), (UNCHOSEN, chosen, UNCHOSEN)):
+        assert whole(Form(Pieces(form_of(*parts), 3), "b0und")) == chosen[2]
 
 
 def test_a_content_type_says_whether_it_is_a_form() -> None:
@@ -251,7 +297,7 @@ def test_a_download_is_named_as_its_key_ends_and_nothing_breaks_out_of_the_heade
 
 def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
     links = SignedLinks(tmp_path / "data")
-    path = links.make("a b/ü+%.csv", AT, 60)
+    path = links.make(ObjectInfo("a b/ü+%.csv", 1, '"e"', AT), AT, 60)
     signature = path.rpartition("=")[2]
     expires = int((AT + timedelta(seconds=60)).timestamp())
     links.check("a b/ü+%.csv", AT + timedelta(seconds=59), expires, signature)
@@ -277,13 +323,57 @@ def test_a_signed_link_holds_for_its_key_until_its_end_and_for_nothing_else(tmp_
 def test_the_secret_of_links_is_on_the_disk_before_its_name_and_that_before_a_link_is_given(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     with disk.recorded():
-        SignedLinks(tmp_path).make("k", AT, 60)
+        SignedLinks(tmp_path).make(HELD, AT, 60)
     assert [each.what for each in disk.effects] == ["flush", "link", "flush", "remove"]
     assert (disk.effects[0].size_bytes, disk.effects[1].target, disk.effects[2].path) == (
         SECRET_BYTES,
         tmp_path / SECRET_NAME,
         tmp_path,
     )
+
+
+def test_a_form_holds_for_its_fields_until_its_end_and_for_nothing_else(tmp_path: Path) -> None:
+    links, end = SignedLinks(tmp_path), AT + timedelta(seconds=60)
+    url, fields = links.form("a b/ü.csv", "text/csv", range(1, 6), AT, 60)
+    assert url == "/s3/shared"
+    given = list(fields.items())
+    right = ("a b/ü.csv", "text/csv", range(1, 6))
+    assert links.check_form(given, end - timedelta(seconds=1)) == right
+    assert links.check_form([(name.upper(), value) for name, value in given], AT) == right
+    other = dict(links.form("other", "text/csv", range(1, 6), AT, 60)[1])
+    for wrong in (
+        [],
+        [*given, ("x-amz-meta-a", "b")],
+        [*given, ("key", "a b/ü.csv")],
+        [(name, value) for name, value in given if name != "key"],
+        *(
+            [(name, changed if name == field else value) for name, value in given]
+            for field, changed in other.items()
+            if fields[field] != changed
+        ),
+        *([(name, "\ud800ü" if name == field else value) for name, value in given] for field in fields),
+    ):
+        with pytest.raises(NotServed) as caught:
+            links.check_form(wrong, AT)
+        assert caught.value.status == 403
+    with pytest.raises(NotServed, match="expired"):
+        links.check_form(given, end)
+    expires = int(end.timestamp())
+    with pytest.raises(NotServed):  # what is signed of a form never opens a link
+        links.check("a b/ü.csv", AT, expires, fields["signature"])
+
+
+def test_the_texts_before_the_file_of_a_form_are_its_fields() -> None:
+    form = Form(
+        Pieces(
+            form_of(("key", None, "ü".encode()), UNCHOSEN, ("b", None, b""), ("file", "n", b"1"), ("c", None, b"x")), 3
+        ),
+        "b0und",
+    )
+    assert form.fields == [("key", "ü"), ("b", "")]
+    assert whole(form) == b"1"
+    with pytest.raises(NotServed, match="longer"):
+        Form(io.BytesIO(form_of(("key", None, bytes(70_000)), ("file", "n", b"1"))), "b0und")
 
 
 async def blocks(data: bytes, size: int, *, breaks: bool = False) -> AsyncIterator[bytes]:

@@ -189,6 +189,24 @@ def test_listings_have_folders_and_pages(objects: httpx.Client) -> None:
         assert objects.get("/objects", params=wrong).status_code == 422
 
 
+UNCHOSEN = b'--B\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n\r\n--B--\r\n'
+
+
+def test_a_form_without_a_chosen_file_and_a_parameter_given_twice_change_nothing(objects: httpx.Client) -> None:
+    key = fresh()
+    upload(objects, key, b"precious")
+    form = {"content": UNCHOSEN, "headers": {"Content-Type": "multipart/form-data; boundary=B"}}
+    for params, body in (({"key": key}, form), ({"key": [key, key]}, {"content": b"1"})):
+        for method, path in (("POST", "upload"), ("PUT", "update"), ("PATCH", "patch")):
+            refused = objects.request(method, f"/{path}", params=params, **body)
+            assert (refused.status_code, refused.json()["error"]["field"]) == (422, "key" if body != form else "file")
+    assert objects.delete("/delete", params={"key": [key, key]}).status_code == 422
+    got = download(objects, key)
+    assert got.content == b"precious"
+    assert download(objects, key, If_Modified_Since=got.headers["last-modified"]).status_code == 304
+    assert download(objects, key, Range="BYTES=0-3").content == b"prec"
+
+
 def test_a_link_reads_one_object_without_a_key_for_a_while(objects: httpx.Client) -> None:
     key = f"{fresh()}/{WORDS[0]}"
     upload(objects, key, b"linked bytes")
@@ -203,6 +221,47 @@ def test_a_link_reads_one_object_without_a_key_for_a_while(objects: httpx.Client
     assert httpx.get(other).status_code == 403
     for seconds in (0, 604_801):
         assert objects.get("/link", params={"key": key, "expires": seconds}).status_code == 422
+
+
+def test_an_upload_link_stores_one_object_of_exactly_its_key_and_type_in_its_sizes(objects: httpx.Client) -> None:
+    key = f"{fresh()}/{WORDS[0]}"
+    sizes = {"min_bytes": 2, "max_bytes": 5}
+    link = objects.get("/upload-link", params={"key": key, "expires": 60, "content_type": "text/x-own", **sizes}).json()
+    assert (link["key"], link["content_type"], link["min_bytes"], link["max_bytes"]) == (key, "text/x-own", 2, 5)
+
+    def send(data: bytes, **changed: str) -> httpx.Response:
+        return httpx.post(link["url"], data={**link["fields"], **changed}, files={"file": ("n", data)})
+
+    refused = [send(b"1"), send(b"123456"), send(b"123", key=key + "x"), send(b"123", **{"Content-Type": "text/html"})]
+    refused += [send(b"123", **{"x-amz-meta-a": "b"}), send(b"123", policy=link["fields"]["policy"][:-8] + "AAAAAA==")]
+    assert [answer.status_code for answer in refused] == [400, 400, 403, 403, 403, 403]
+    for each in (key, key + "x"):
+        assert not objects.get("/object-info", params={"key": each}).json()["exists"]
+    done = send(b"12345")
+    assert (done.status_code, done.content) == (204, b"")
+    info = objects.get("/object-info", params={"key": key}).json()
+    assert (info["etag"], info["size"], info["content_type"]) == (done.headers["etag"], 5, "text/x-own")
+    default = objects.get("/upload-link", params={"key": "a.csv"}).json()
+    assert (default["content_type"], default["min_bytes"], default["max_bytes"]) == ("text/csv", 0, 40 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ({"key": "telemetry/x"}, 403),
+        ({"key": "a//b"}, 422),
+        ({"key": "a\\b"}, 422),
+        ({"key": ".headwater/x"}, 422),
+        ({"key": "a/${filename}"}, 422),
+        ({"key": "a", "min_bytes": 3, "max_bytes": 2}, 422),
+        ({"key": "a", "max_bytes": 40 * MIB + 1}, 422),
+        ({"key": "a", "expires": 604_801}, 422),
+    ],
+)
+def test_an_upload_link_for_what_the_caller_may_not_write_is_refused(
+    objects: httpx.Client, asked: dict[str, Any], status: int
+) -> None:
+    assert objects.get("/upload-link", params=asked).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -261,6 +320,8 @@ def test_a_keys_own_prefix_and_the_allowed_prefixes_confine_it(daemons: Daemons,
     assert [status("own", "GET", "object-info", key) for key in ("a/own/x", "a/none")] == [200, 403]
     assert status("own", "DELETE", "delete", "a/own/x") == 403
     assert [status("reader", "POST", "upload", "a/z"), status("reader", "GET", "link", "a/y")] == [403, 200]
+    assert [status("own", "GET", "upload-link", key) for key in ("a/own/new", "a/new", "c/new")] == [200, 403, 403]
+    assert status("reader", "GET", "upload-link", "a/new") == 403
     headers = {"Authorization": f"Bearer {secrets['own']}"}
     listings = [httpx.get(f"{daemon.url}/s3/objects", params={"prefix": p}, headers=headers) for p in ("a/own/", "a/")]
     assert [listing.status_code for listing in listings] == [200, 403]

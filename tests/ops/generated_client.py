@@ -21,6 +21,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "write_permanent_user_properties": {"data": [{"ehr_id": 1}]},
     "sign_in": {"key": KEY},
     "ask": {"resource": "events", "date_since": "2026-02-09", "date_until": "2026-02-09"},
+    "run_sql": {"sql": "SELECT count(*) AS rows FROM telemetry"},
     "write_": {"data": [{"uuid": "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11"}]},
     "": {"from": "2026-02-07T00:00:00Z", "to": "2026-02-07T01:00:00Z"},
 }
@@ -35,10 +36,15 @@ def given(name: str, parameters: list[inspect.Parameter]) -> dict[str, Any]:
         if each.name == "body":
             models = [model for model in kind_of(kind) if hasattr(model, "from_dict")]
             if "file" in getattr(models[0] if models else None, "__annotations__", {}):
-                found["body"] = models[0](file=File(payload=BytesIO(b"abc"), file_name="a.txt"))
+                fields = inspect.signature(models[0]).parameters.values()
+                rest = {field.name: "x" for field in fields if field.default is inspect.Parameter.empty}
+                found["body"] = models[0](**{**rest, "file": File(payload=BytesIO(b"abc"), file_name="a.txt")})
             elif models:
                 body = next(body for start, body in BODIES.items() if name.startswith(start))
                 found["body"] = models[0].from_dict(dict(body))
+        elif each.name.rstrip("_") == "format":  # a default that is another one is no JSON to read
+            formats = next(choice for choice in kind_of(kind) if hasattr(choice, "__members__"))
+            found[each.name] = formats("json")
         elif each.default is inspect.Parameter.empty and each.name != "client":
             first = kind_of(kind)[0]
             choices = list(first) if hasattr(first, "__members__") else []

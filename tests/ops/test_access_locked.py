@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from app import cli
-from app.config.rules import FIRST_KEY
+from app.config import NEW_KEY
 from app.main import build
 from daemon import free_port
 from given_settings import loaded
@@ -59,7 +59,7 @@ def test_what_is_locked_answers_probes_without_details_and_the_command_to_everyt
     assert ready["checks"] == {}
     for path, answer in answers.items():
         assert answer.status_code == 503, path
-        assert f"`{FIRST_KEY}`" in answer.json()["error"]["hint"]
+        assert f"`{NEW_KEY}`" in answer.json()["error"]["hint"]
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 

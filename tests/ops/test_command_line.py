@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from app.cli import COMMANDS, FIRST, JOBS, UsageError, parsed
+from app.config import NEW_KEY
 from app.db.state import open_state
+from app.main import build
 from daemon import free_port
+from given_settings import loaded
 from shell import Shell
 
 
@@ -25,6 +31,14 @@ def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:
     assert len(lines) == 2
     assert "PORT='eighty'" in done.stderr
     assert "EXPORT_WINDOW_SECONDS='7'" in done.stderr
+
+
+def test_a_data_dir_that_cannot_be_written_is_named(shell: Shell) -> None:
+    (shell.folder / "file").write_text("")
+    done = shell.run("", "serve", DATA_DIR=str(shell.folder / "file"))
+    assert done.returncode == 78
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"DATA_DIR='{shell.folder}/file': ")
 
 
 def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> None:
@@ -41,10 +55,76 @@ def test_settings_are_judged_before_anything_heavy_is_imported(shell: Shell) -> 
         assert f" {heavy}\n" not in done.stderr
 
 
+def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_path: Path) -> None:
+    for example in (*FIRST, *(line for command in COMMANDS for line in command.examples)):
+        parsed(example.split())
+    assert f"python -m app {next(line for line in FIRST if line.startswith('keys'))}" == NEW_KEY
+    service = build(loaded(DATA_DIR=str(tmp_path), S3_BUCKET="bucket"))
+    service.state.close()
+    assert list(JOBS) == [job.name for job in service.pipelines.jobs]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("stauts", "unknown command 'stauts'", "did you mean status? commands: serve, run"),
+        ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
+        ("run", "python -m app run: the following arguments are required: JOB", "python -m app run --help"),
+        ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
+        ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),
+        ("keys old x", "invalid choice: 'old'", "python -m app keys --help"),
+    ],
+)
+def test_wrong_usage_names_what_was_meant(words: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parsed(words.split())
+    assert message in caught.value.message
+    assert caught.value.hint.startswith(hint)
+
+
+def test_errors_are_documents_too_when_json_was_asked_for(shell: Shell) -> None:
+    for jobs, words, code, message in (
+        ("", ("stauts",), 2, "unknown command 'stauts'"),
+        ("quick_jobs", ("run", "quik"), 1, "no job is named 'quik'"),
+        ("", ("check",), 78, "PORT='eighty': allowed: a whole number from 1 to 65535"),
+    ):
+        done = shell.run(jobs, *words, "--json", **({"PORT": "eighty"} if code == 78 else {}))
+        assert done.returncode == code
+        error = json.loads(done.stdout)["error"]
+        assert error["message"] == message
+        assert error["hint"]
+        assert message in done.stderr
+        assert error.get("faults", [message]) == [message]
+    assert json.loads(shell.run("quick_jobs", "run", "quik", "--json").stdout)["error"]["hint"].startswith(
+        "did you mean quick? "
+    )
+
+
 def test_run_repeats_while_there_is_more_and_says_the_sum(shell: Shell) -> None:
     done = shell.run("quick_jobs", "run", "more")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "more ok: 3 rows, 0 bytes, 0 windows, 0 late rows\n"
+
+
+def test_on_a_terminal_that_does_not_know_its_size_progress_is_a_bar(shell: Shell) -> None:
+    (shell.folder / "data").mkdir()
+    ours, theirs = pty.openpty()
+    environ = shell.environ()
+    with subprocess.Popen(
+        shell.command("quick_jobs", "run", "quick"),
+        env=environ,
+        cwd=shell.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ):
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # how the end of a terminal shows
+            while piece := os.read(ours, 4096):
+                said += piece
+        os.close(ours)
+    assert b"quick:" in said
+    assert b"/4 [" in said
 
 
 def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(shell: Shell) -> None:
@@ -150,8 +230,10 @@ def test_a_signal_stops_a_command_at_its_next_safe_point(shell: Shell, tmp_path:
 def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shell) -> None:
     fine = shell.run("quick_jobs", "check")
     assert fine.returncode == 0
-    for text in ("service.port", "8080", "checkpoint_store_connected  ok", "s3_accessible", "set INFLUXDB_URL"):
+    for text in ("state: checkpoints", "CHECKPOINT_DATABASE_URL  ok", "may list, read, write", "set INFLUXDB_URL"):
         assert text in fine.stdout
+    assert not re.search(r"^PORT +8080$", fine.stdout, re.MULTILINE)
+    assert re.search(r"^PORT +8080$", shell.run("quick_jobs", "check", "--settings").stdout, re.MULTILINE)
     away = shell.run("quick_jobs", "check", CHECKPOINT_DATABASE_URL=f"postgresql://u:canary@127.0.0.1:{free_port()}/d")
     assert away.returncode == 1
     assert "FAILED" in away.stdout
@@ -162,7 +244,7 @@ def test_check_shows_settings_without_secrets_and_tries_every_system(shell: Shel
 def test_check_says_which_env_file_it_read_and_names_what_is_misspelt(shell: Shell) -> None:
     without = json.loads(shell.run("quick_jobs", "check", "--json").stdout)
     assert (without["env_file"], without["wiring"]["warnings"]) == (None, [])
-    (shell.folder / ".env").write_text("DYNAMODB_TABLE=canary\nSERVICE_NAME=mine\n")
+    (shell.folder / ".env").write_text("DYNAMODB_TABLE=canary\nSERVICE_NAME=mine\nOTHER=canary\n")
     text = shell.run("quick_jobs", "check", S3_BUKET="canary").stdout
     path = str(shell.folder / ".env")
     assert path in text
@@ -170,6 +252,7 @@ def test_check_says_which_env_file_it_read_and_names_what_is_misspelt(shell: She
     assert (found["env_file"], found["values"]["service.name"]) == (path, "mine")
     assert [line.split()[0] for line in found["wiring"]["warnings"]] == ["DYNAMODB_TABLE", "S3_BUKET"]
     assert all(f"warning: {line}" in text for line in found["wiring"]["warnings"])
+    assert (found["wiring"]["unread"], "does not read: OTHER" in text) == (["OTHER"], True)
     assert "canary" not in f"{text} {found}"
 
 

@@ -88,6 +88,16 @@ def test_with_postgresql_away_the_process_is_healthy_and_not_ready(daemons: Daem
     assert "canary" not in daemon.log + jobs.text
 
 
+def test_a_port_that_is_taken_is_one_line_before_any_job_runs(daemons: Daemons, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        daemon = daemons.start("quick_jobs", wait=False, PORT=str(port), HEALTH_PORT=str(free_port()))
+        assert daemon.process.wait(30) == 3
+    assert trace(tmp_path) == []
+    line = json.loads(daemon.log.splitlines()[-1])["message"]
+    assert line == f"PORT='{port}': another program listens there; set PORT to another port, or serve --port"
+
+
 @pytest.mark.slow
 def test_a_stop_signal_ends_a_long_job_at_its_next_safe_point(daemons: Daemons, tmp_path: Path) -> None:
     daemon = daemons.start("long_job")

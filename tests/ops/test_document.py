@@ -45,6 +45,7 @@ BY_DESIGN = {  # what was made up for the call is not there
     "run_log_ops_runs_run_id_log_get": 404,
     "windows_ops_map_windows_get": 422,
     "shared_s3_shared_get": 403,
+    "shared_upload_s3_shared_post": 403,
 }
 
 
@@ -74,8 +75,8 @@ def test_a_generated_client_sends_the_key_and_understands_the_answers_of_every_r
     documented = [operation for path in document.json["paths"].values() for operation in path.values()]
     assert len(answers) == len(documented)
     for name, answer in answers.items():
-        assert answer["status"] == BY_DESIGN.get(name, answer["status"]), answer
-        assert name in BY_DESIGN or answer["status"] in range(200, 300), answer
+        refused = BY_DESIGN.get(name, 400 if name.startswith("erase_") else 0)  # to erase needs a filter
+        assert answer["status"] == refused if refused else answer["status"] in range(200, 300), answer
         assert answer["parsed"] != "NoneType" or answer["status"] == 204, answer
 
 

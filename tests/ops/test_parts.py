@@ -11,12 +11,12 @@ import pytest
 from app.core.errors import Permanent, Transient
 from app.core.runs import Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import open_state
+from app.ops.connection_checks import tried
 from app.ops.health import Probes, Readiness
 from app.ops.json_views import Calls, JobRecord, job_shown
 from app.ops.logs import log_run
 from app.ops.metrics import PARTITIONS, Series, exposition, lag_series
 from app.ops.pages import job_rows
-from app.ops.permission_checks import tried
 from app.ops.scheduler import STALLED_SECONDS, Counts, JobView, ProgressTally, Scheduler, Status
 from app.ops.service import steps_of
 from app.web.auth import Throttle

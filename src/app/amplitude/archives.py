@@ -48,8 +48,8 @@ class Archive:
         for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
             if member.hour_at not in found:
                 raise Permanent(
-                    f"the export of {self.span} holds {member.name!r}, which is of another time",
-                    "check AMPLITUDE_BASE_URL: the service does not answer what was asked",
+                    f"the export of {self.span} holds {member.name!r}, which is from another time",
+                    "check AMPLITUDE_BASE_URL: the answer does not match the request",
                 )
             found[member.hour_at].append(member)
         return found
@@ -94,8 +94,8 @@ def _member(name: str) -> Member:
         return Member(datetime(year, month, day, hour, tzinfo=UTC), part, name)
     except ValueError as error:
         raise Permanent(
-            f"a member of the export is named {name[:120]!r}, which tells no hour",
-            "days before 2014-11-12 cannot be exported; else please report it",
+            f"a member of the export is named {name[:120]!r}, which names no hour",
+            "ask for days from 2014-11-12 on; otherwise please report it",
         ) from error
 
 

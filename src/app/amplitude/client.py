@@ -209,5 +209,5 @@ def _refusal(span: Window, answer: ServiceAnswer) -> Exception:
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
             return _KeysRefused(said, KEYS_HINT)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Transient(said, "no action needed if it passes; else see Amplitude's status page")
+            return Transient(said, "no action needed if it passes; otherwise see Amplitude's status page")
     return Permanent(said, "please report it: the service answers in a way that is not known")

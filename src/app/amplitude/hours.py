@@ -35,6 +35,12 @@ from app.product_events.pull import (
 if TYPE_CHECKING:
     from app.amplitude.events import Block, HourStats
 
+# One hour of a source: its events into the warehouse, its NDJSON into an object, and then the record of both.
+#
+# Order: rows, object, what was set aside, record. A crash before the record repeats the hour; all of it is recognized
+# by its content, so nothing is doubled. Invariants: memory is bounded, whatever the hour holds; the object holds every
+# line as it came, also those that are not events; a fault of the hour is told from one of the store or the warehouse.
+
 NAME = "amplitude"
 UNIT = "lines"
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -538,6 +544,7 @@ class SourceRun:
         run, now = self.run, self.run.pull.clock()
         noted = run.records(window, WAITING).get(window.start)
         since = noted.min_at if noted and noted.min_at and (mode is Mode.AGAIN or not noted.closed) else now
+        since = min(since, now)  # it was noted later than now while the clock was ahead
         is_too_large = isinstance(fault, HourTooLarge)
         gives_up = is_too_large or now - since >= SET_ASIDE_AFTER
         if gives_up:

@@ -13,12 +13,12 @@ from app.amplitude.hours import DUE_AFTER, NAME, UNIT, SourceRun, hour_key, hour
 from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.config.settings import Settings
 from app.core.errors import Transient
-from app.core.gap_map import Cell
 from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Cell, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
+from app.object_store.row_digest import content_of
 from app.product_events.mapping import Events, KnownEvents, lost
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of, was_had
 from app.product_events.verify import (
@@ -262,7 +262,7 @@ def _canonical(line: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AmplitudeChart:
-    """`app.core.gap_map.Chart` over the pull: a line of hours and one of weeks for each source."""
+    """`app.core.verify.Chart` over the pull: a line of hours and one of weeks for each source."""
 
     pull: PullContext
 

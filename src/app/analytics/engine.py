@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.network import proxy_for
 
 RELATION = "telemetry"
 TEXTS = ("device_id", "device_type", "location")
@@ -60,6 +62,10 @@ class Wrong(Permanent):
 
 class TooLarge(Permanent):
     """The query needs more memory or disk than it may use."""
+
+
+class TooSlow(Transient):
+    """The query took longer than it may."""
 
 
 class Unbound(Wrong):
@@ -125,11 +131,21 @@ class Engine:
         with self._cursor(self.limits.seconds) as cursor:
             yield cursor.execute(sql, dict(values) or None).to_arrow_reader(batch_rows)
 
+    @contextmanager
+    def selected(self, view: str, rows: str, sql: str, batch_rows: int) -> Iterator[Any]:
+        """A pyarrow RecordBatchReader over the answer of `sql`, which reads our own query `rows` as `view`."""
+        with self._cursor(self.limits.seconds) as cursor:
+            cursor.execute(f"CREATE TEMP VIEW {view} AS {rows}")
+            yield cursor.execute(sql).to_arrow_reader(batch_rows)
+
+    def parsed(self, sql: str) -> Any:
+        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`."""
+        with self._cursor(self.limits.seconds) as cursor:
+            return json.loads(cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0])
+
     def check(self, sql: str) -> set[str]:
         """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""
-        with self._cursor(self.limits.seconds) as cursor:
-            text = cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0]
-        return checked(json.loads(text))
+        return checked(self.parsed(sql))
 
     @contextmanager
     def _cursor(self, seconds: float | None) -> Iterator[Any]:
@@ -196,7 +212,7 @@ def _open_remote(connection: Any, remote: Remote) -> str:
         "http_timeout": 20,
         "http_retries": 2,
     }
-    _set(connection, settings)
+    _set(connection, {**settings, **_network(remote)})
     scope = f"s3://{remote.bucket}/{remote.prefix}/" if remote.prefix else f"s3://{remote.bucket}/"
     secret = {
         "KEY_ID": remote.access_key_id,
@@ -211,6 +227,16 @@ def _open_remote(connection: Any, remote: Remote) -> str:
     pairs = ", ".join(f"{name} {literal(value)}" for name, value in secret.items())
     connection.execute(f"CREATE SECRET objects (TYPE s3, PROVIDER config, {pairs})")
     return scope
+
+
+def _network(remote: Remote) -> Mapping[str, str]:
+    """The proxy of this machine, and its authorities where it has some of its own; see `app.core.network`."""
+    settings = {"ca_cert_file": os.environ.get("SSL_CERT_FILE", "")}
+    if proxy := proxy_for(f"{'https' if remote.tls else 'http'}://{remote.endpoint or 's3.amazonaws.com'}"):
+        parts = urlsplit(proxy)
+        settings["http_proxy"] = f"{parts.hostname}:{parts.port or 80}"
+        settings["http_proxy_username"], settings["http_proxy_password"] = parts.username or "", parts.password or ""
+    return {name: value for name, value in settings.items() if value}
 
 
 def extension() -> Path:
@@ -246,7 +272,7 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "a report is one SELECT")
     if len(parsed["statements"]) != 1:
         raise Rejected("there is more than one statement", "a report is one SELECT")
-    nodes = list(_nodes(parsed["statements"]))
+    nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:
         if refused := _refused_in(node, own):
@@ -256,7 +282,8 @@ def checked(parsed: Mapping[str, Any]) -> set[str]:
     return {str(node["identifier"]) for node in nodes if node.get("type") == "VALUE_PARAMETER"}
 
 
-def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
+def nodes_of(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """Every object of a parsed statement."""
     waiting = [tree]
     while waiting:
         one = waiting.pop()
@@ -319,7 +346,7 @@ def _error(error: Exception, seconds: float | None) -> AppError:
     text = said.split("\n", 1)[0][:MESSAGE_CHARACTERS]
     if isinstance(error, duckdb.InterruptException) or text.startswith("INTERRUPT"):
         hint = "narrow its parameters, or raise ANALYTICS_TIMEOUT_SECONDS"
-        return Transient(f"the report took longer than {seconds or 0:g} s", hint)
+        return TooSlow(f"the report took longer than {seconds or 0:g} s", hint)
     if getattr(error, "errno", None) in FULL or any(os.strerror(number) in said for number in FULL):
         return _disk_full(text)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):

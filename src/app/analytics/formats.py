@@ -2,12 +2,13 @@
 
 Invariants: an answer is whole before its first byte is sent; its memory is bounded by a spool; instants are ISO 8601
 with Z in text and UTC in types; NaN and infinity are null in JSON; a decimal is a number wherever a number can be.
-Nothing in a cell of a sheet becomes a formula. CSV is left as it is, because it is data for programs: a text that
-begins with = is a formula to a spreadsheet that opens it.
+Nothing in a cell of a sheet becomes a formula. CSV is data for programs: a text that begins with = stays as it is,
+unless `formula_safe` puts an apostrophe before it, since spreadsheets would run it as a formula.
 """
 
 import io
 import math
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +27,19 @@ from app.core.errors import Rejected
 
 MEDIA: Mapping[str, str] = {
     "json": "application/json",
+    "ndjson": "application/x-ndjson",
     "csv": "text/csv; charset=utf-8",
     "parquet": "application/vnd.apache.parquet",
     "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
 }
-MAX_ROWS: Mapping[str, int] = {"json": 200_000, "csv": 5_000_000, "parquet": 5_000_000, "xlsx": 100_000}
+MAX_ROWS: Mapping[str, int] = {
+    "json": 200_000,
+    "ndjson": 5_000_000,
+    "csv": 5_000_000,
+    "parquet": 5_000_000,
+    "xlsx": 100_000,
+}
+FORMULA = r"^[=+\-@\t\r]"
 SHEET = {
     "constant_memory": True,
     "strings_to_formulas": False,
@@ -69,18 +78,23 @@ class ReportAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself."""
+    """How an answer is written. `answer` is the list's name in JSON, `object` for the one row itself; `max_rows`: fewer
+    than the format allows.
+    """
 
     format: str
     answer: str
     warnings: Sequence[Mapping[str, str]] = ()
+    formula_safe: bool = False
+    max_rows: int | None = None
 
 
 def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnswer:
     """The answer with these rows. JSON needs no pyarrow, so that an idle daemon answers without importing it."""
     _check_rows(len(table.rows), shape)
-    if shape.format == "json":
-        return _spooled(folder, lambda spool: _write_json(spool, list(table.columns), [table.rows], shape))
+    if shape.format in JSON_WRITERS:
+        write = JSON_WRITERS[shape.format]
+        return _spooled(folder, lambda spool: write(spool, list(table.columns), [table.rows], shape))
     import pyarrow as pa
 
     types = {
@@ -99,12 +113,15 @@ def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnsw
 def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
     """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them."""
     batches = _counted(reader, shape)
-    if shape.format == "json":
-        blocks = (_rows(batch) for batch in batches)
-        return _spooled(folder, lambda spool: _write_json(spool, reader.schema.names, blocks, shape))
+    if shape.format in JSON_WRITERS:
+        write_json, blocks = JSON_WRITERS[shape.format], (_rows(batch) for batch in batches)
+        return _spooled(folder, lambda spool: write_json(spool, reader.schema.names, blocks, shape))
     write: Callable[[Any, Any, Iterable[Any]], None] = WRITERS[shape.format]
     schema = _plain(reader.schema)
-    return _spooled(folder, lambda spool: write(spool, schema, (_cast(batch, schema) for batch in batches)))
+    plain: Iterable[Any] = (_cast(batch, schema) for batch in batches)
+    if shape.format == "csv" and shape.formula_safe:
+        schema, plain = _without_formulas(schema, plain)
+    return _spooled(folder, lambda spool: write(spool, schema, plain))
 
 
 def _spooled(folder: Path, write: Callable[[Any], None]) -> ReportAnswer:
@@ -127,9 +144,10 @@ def _counted(reader: Any, shape: AnswerShape) -> Iterator[Any]:
 
 
 def _check_rows(count: int, shape: AnswerShape) -> None:
-    if count > MAX_ROWS[shape.format]:
+    most = min(MAX_ROWS[shape.format], shape.max_rows or MAX_ROWS[shape.format])
+    if count > most:
         raise Rejected(
-            f"the answer has more than {MAX_ROWS[shape.format]} rows, too many for {shape.format}",
+            f"the answer has more than {most} rows, too many for {shape.format}",
             "narrow the parameters, or ask for format=parquet",
         )
 
@@ -204,6 +222,30 @@ def _write_json(
     spool.write(b'],"count":%d%s}' % (count, tail))
 
 
+def _write_ndjson(
+    spool: Any, names: Sequence[str], blocks: Iterable[Sequence[tuple[Any, ...]]], _: AnswerShape
+) -> None:
+    import msgspec
+
+    encoder = msgspec.json.Encoder()
+    for block in blocks:
+        rows = [{name: to_json(value) for name, value in zip(names, row, strict=True)} for row in block]
+        spool.write(encoder.encode_lines(rows))
+
+
+def _without_formulas(schema: Any, batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """With an apostrophe before each text and name that a spreadsheet would take for a formula."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def safe(values: Any) -> Any:
+        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        return pc.replace_substring_regex(values, f"({FORMULA})", r"'\1") if is_text else values
+
+    named = pa.schema([(re.sub(FORMULA, r"'\g<0>", column.name), column.type) for column in schema])
+    return named, (pa.RecordBatch.from_arrays([*map(safe, batch.columns)], schema=named) for batch in batches)
+
+
 def _write_csv(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -273,6 +315,7 @@ def _cell(value: Any) -> Any:
     return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
 
 
+JSON_WRITERS = {"json": _write_json, "ndjson": _write_ndjson}
 WRITERS: Mapping[str, Callable[[Any, Any, Iterable[Any]], None]] = {
     "csv": _write_csv,
     "parquet": _write_parquet,

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from app.analytics.columns import File, family, file_of, format_of, relation, schemas, suffix_of
 from app.analytics.engine import RETRY_HINT, Engine, Remote, TooLarge, Unbound, UnreadableObject, Wrong
 from app.analytics.formats import BATCH_ROWS, AnswerShape, ReportAnswer, of_batches
-from app.analytics.reports import Reads, ReportDefinition
+from app.analytics.reports import BadParameter, ReportDefinition
 from app.analytics.summaries import Summaries
 from app.core.errors import Conflict, Permanent, Rejected
 from app.db.object_summaries import Version, VersionToRead
@@ -29,6 +29,7 @@ ATTEMPTS = 4
 WHOLE_BYTES = 16 << 20
 BROKEN = 20  # more than that is not the fault of single objects
 BROKEN_SECONDS = 600.0
+OTHER = "send other values; if none works, correct the report's SQL file"
 WARNINGS = 20
 STAR = re.compile(r"(select|distinct|,|\.)\s*\*", re.IGNORECASE)  # not the star of count(*) or of a product
 LeftOut = Mapping[Version, tuple[str, str]]
@@ -153,7 +154,7 @@ class Queries:
     def columns(self, report: ReportDefinition) -> Mapping[str, str]:
         """Name -> type of the answer's columns, without reading any object. Raises Permanent when it cannot be run."""
         self.check(report)
-        values = {each.name: each.read(each.default) for each in report.parameters}
+        values = {each.name: None if each.required else each.read(None) for each in report.parameters}
         with _named(report):
             return self._local.columns(report.sql(relation(self._local.folder, [])), values)
 
@@ -175,7 +176,7 @@ class Queries:
         report is wrong, Transient when no object can be read, or they are replaced each time.
         """
         self.check(report)
-        with _named(report):
+        with _named(report, values):
             for _ in range(ATTEMPTS - 1):
                 try:
                     return self._answer(report, values, shape)
@@ -192,7 +193,7 @@ class Queries:
         """Without the objects with which this report went wrong a while ago; where the report does not fit, without
         those whose columns are of another kind than in most.
         """
-        found = self._sources(report.reads, values)
+        found = self._summaries.sources(*report.span(values))
         now = time.monotonic()
         faults = {
             version: text
@@ -234,7 +235,7 @@ class Queries:
         there is none, or too many, or the search takes too long.
         """
         began = time.monotonic()
-        waiting = [self._sources(report.reads, values)]
+        waiting = [self._summaries.sources(*report.span(values))]
         broken: dict[Version, str] = {}
         is_any_right = False
         while waiting:
@@ -267,19 +268,23 @@ class Queries:
             return ""
         return ""
 
-    def _sources(self, reads: Reads, values: Mapping[str, Any]) -> Sequence[VersionToRead]:
-        limits = (values[name] if name else None for name in (reads.device, reads.since, reads.until))
-        return self._summaries.sources(*limits)
-
 
 @contextmanager
-def _named(report: ReportDefinition) -> Iterator[None]:
-    """Errors of a report with its name."""
+def _named(report: ReportDefinition, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Errors of a report with its name. What goes wrong with values that a caller chose is the caller's to correct."""
     try:
         yield
     except TooLarge as error:
         raise Permanent(f"report {report.name} {error.message}", error.hint) from error
     except Wrong as error:
+        chosen = {
+            each.name: value
+            for each in report.parameters
+            if (value := (values or {}).get(each.name)) is not None and (each.required or value != each.read(None))
+        }
+        if chosen and not isinstance(error, Unbound):
+            said = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            raise BadParameter(f"report {report.name} cannot be run with {said}: {error.message}", OTHER) from error
         raise Permanent(f"report {report.name}.sql cannot be run: {error.message}", error.hint) from error
 
 

@@ -4,6 +4,9 @@ what the built-in ones answer from the summaries.
     -- title: Each device over time          what it is called
     -- path: devices/latest                  where it is served; the file's name with dashes unless said
     -- param from: timestamp = 2026-01-01: x typed query parameter, its default (none: null) and what it means
+    -- param n: integer 1..60 = 5: x         the same with its lowest and highest value
+    -- param device_id: text required: x     one that must be sent
+    -- format: parquet                       how the answer is written unless asked for otherwise (json)
     -- reads: timestamp >= $from             what the objects that it reads may be limited to
     -- answer: devices                       name of the list in the JSON answer; `object`: its one row is the answer
     -- summary: devices                      answered from the summaries of this name
@@ -27,13 +30,22 @@ from app.db.object_summaries import NO_DAY, DaySummary, Pair
 PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 PATH = re.compile(r"[a-z0-9_-]{1,60}(/[a-z0-9_-]{1,60}){0,3}")
-FIELD = re.compile(r"^-- *(title|path|param|reads|answer|summary)\b:? *(.*)$")
-PARAM = re.compile(r"(?P<name>\w+): *(?P<kind>\w+)(?: *= *(?P<default>[^:]*?|'[^']*'))?(?:: *(?P<meaning>.*))?")
+PARAM = re.compile(
+    r"(?P<name>\w+): *(?P<kind>\w+)(?: +(?P<low>-?\d+)\.\.(?P<high>-?\d+))?(?P<required> +required)?"
+    r"(?: *= *(?P<default>[^:]*?|'[^']*'))?(?:: *(?P<meaning>.*))?"
+)
 LIMIT = re.compile(r"(device_id *=|timestamp *>=|timestamp *<) *\$(\w+)")
 LIMITS: Mapping[str, str] = {"device_id=": "text", "timestamp>=": "timestamp", "timestamp<": "timestamp"}
+FORMATS = ("json", "ndjson", "csv", "parquet", "xlsx")
+FIELD = re.compile(rf"^-- *(?:(title|path|param|reads|answer|summary)\b:? *(.*)|(format): *({'|'.join(FORMATS)}) *)$")
 RESERVED = frozenset({"format", "scan"})
+OPTIONS = RESERVED | {"formula_safe"}
 TAKEN = frozenset({"schema", "explore"})
 MAX_TEXT = 1000
+
+
+class BadParameter(Rejected):
+    """A parameter that the caller has to correct (HTTP 422)."""
 
 
 def _instant(text: str) -> datetime:
@@ -54,10 +66,17 @@ def _whole(text: str) -> int:
     return value
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 KINDS: Mapping[str, tuple[Any, str]] = {
     "text": (_text, f"text of at most {MAX_TEXT} characters"),
     "integer": (_whole, "a whole number"),
-    "number": (float, "a number"),
+    "number": (_finite, "a number"),
     "boolean": (lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()], "true or false"),
     "date": (date.fromisoformat, "a date such as 2026-02-07"),
     "timestamp": (_instant, "an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"),
@@ -66,22 +85,34 @@ KINDS: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A query parameter. `default` is as it would be sent; "" = null."""
+    """A query parameter. `default` is as it would be sent; "" = null. `limits`: lowest and highest value."""
 
     name: str
     kind: str
     default: str = ""
     meaning: str = ""
+    limits: tuple[int, int] | None = None
+    required: bool = False
 
-    def read(self, text: str) -> Any:
-        """The value of `text`, None for "". Raises Rejected."""
-        if not text:
+    def read(self, text: str | None) -> Any:
+        """The value of `text`, the default for None. Raises BadParameter."""
+        if text is None and self.required:
+            raise BadParameter(f"{self.name} is missing", f"send {self.name}: {self.allowed}")
+        text = self.default if text is None else text
+        if not text and not self.required and (self.kind == "text" or not self.default):
             return None
-        read, allowed = KINDS[self.kind]
         try:
-            return read(text)
+            value = KINDS[self.kind][0](text)
         except (ValueError, KeyError, OverflowError):
-            raise Rejected(f"{self.name}={text[:80]!r} is not {self.kind}", f"send {allowed}") from None
+            raise BadParameter(f"{self.name}={text[:80]!r} is not {self.kind}", f"send {self.allowed}") from None
+        if text == "" or (self.limits and not self.limits[0] <= value <= self.limits[1]):
+            raise BadParameter(f"{self.name}={text[:80]!r} is not allowed", f"send {self.allowed}")
+        return value
+
+    @property
+    def allowed(self) -> str:
+        """What may be sent."""
+        return KINDS[self.kind][1] + (f" from {self.limits[0]} to {self.limits[1]}" if self.limits else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,41 +137,55 @@ class ReportDefinition:
     reads: Reads = field(default_factory=Reads)
     answer: str = "data"
     summary: str = ""
+    format: str = "json"
 
     def sql(self, relation: str = RELATION) -> str:
         """The statement over these rows."""
         return PLACEHOLDER.sub(lambda _: relation, self.text)
 
     def values(self, query: Iterable[tuple[str, str]]) -> Mapping[str, Any]:
-        """The value of every parameter, from the query string. Raises Rejected for unknown, repeated or wrong ones."""
+        """Parameter -> value of a query string. Raises BadParameter for unknown, repeated, missing or wrong ones."""
         given: dict[str, str] = {}
         names = {parameter.name for parameter in self.parameters}
         for name, text in query:
             if name not in names:
-                raise Rejected(
+                raise BadParameter(
                     f"report {self.name} has no parameter {name[:80]!r}",
-                    f"parameters: {', '.join(sorted(names | RESERVED))}",
+                    f"parameters: {', '.join(sorted(names | OPTIONS))}",
                 )
             if name in given:
-                raise Rejected(f"{name} is there twice", "send it once")
+                raise BadParameter(f"{name} is there twice", "send it once")
             given[name] = text
-        return {each.name: each.read(given.get(each.name, each.default)) for each in self.parameters}
+        values = {each.name: each.read(given.get(each.name)) for each in self.parameters}
+        _, since, until = self.span(values)
+        if since is not None and until is not None and since >= until:
+            raise BadParameter(
+                f"{self.reads.since}={since.isoformat()}Z is not earlier than {self.reads.until}={until.isoformat()}Z",
+                f"send the earlier instant as {self.reads.since}",
+            )
+        return values
+
+    def span(self, values: Mapping[str, Any]) -> tuple[str | None, datetime | None, datetime | None]:
+        """Device, start and end that `reads` limits the rows to; None = not limited."""
+        device, since, until = (values.get(name) for name in (self.reads.device, self.reads.since, self.reads.until))
+        return device, since, until
 
 
 def load_reports(folders: Sequence[Path]) -> Mapping[str, ReportDefinition]:
-    """Path -> report, for every SQL file of the folders. Raises Permanent for one that cannot be understood, or when
-    two have one path.
+    """Path -> report, for every SQL file of the folders; one of a later folder replaces one without a summary. Raises
+    Permanent for one that cannot be understood, or when two have one path.
     """
     reports: dict[str, ReportDefinition] = {}
+    own: dict[str, Path] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.sql"))):
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise _fault(file.stem, f"cannot be read: {error}", "make it a readable UTF-8 file") from error
         report = parse(file.stem, text)
-        if report.path in reports:
+        if report.path in reports and (reports[report.path].summary or own[report.path] == file.parent):
             raise _fault(report.name, f"the path {report.path} is another report's", "rename the file")
-        reports[report.path] = report
+        reports[report.path], own[report.path] = report, file.parent
     return reports
 
 
@@ -152,7 +197,7 @@ def parse(name: str, text: str) -> ReportDefinition:
     words: list[str] = []
     for line in text.splitlines():
         if found := FIELD.match(line):
-            head.setdefault(found[1], []).append(found[2].strip())
+            head.setdefault(found[1] or found[3], []).append((found[2] or found[4] or "").strip())
         elif line.startswith("--"):
             words.append(line.removeprefix("--").strip())
 
@@ -176,6 +221,7 @@ def parse(name: str, text: str) -> ReportDefinition:
         reads=_reads(name, last("reads", ""), {each.name: each.kind for each in parameters}),
         answer=last("answer", "data"),
         summary=last("summary", ""),
+        format=last("format", "json"),
     )
 
 
@@ -183,12 +229,22 @@ def _parameter(report: str, line: str) -> Parameter:
     found = PARAM.fullmatch(line)
     if not found or found["kind"] not in KINDS or not NAME.fullmatch(found["name"]) or found["name"] in RESERVED:
         raise _fault(report, f"cannot read `param {line[:80]}`", f"write `name: kind`; kinds: {', '.join(KINDS)}")
+    if found["low"] and found["kind"] not in ("integer", "number"):
+        raise _fault(report, f"`param {line[:80]}` has limits", "declare limits for integer and number only")
     default = (found["default"] or "").strip().strip("'")
-    parameter = Parameter(found["name"], found["kind"], default, (found["meaning"] or "").strip())
-    try:
-        parameter.read(default)
-    except Rejected as error:
-        raise _fault(report, error.message, "correct the default") from error
+    parameter = Parameter(
+        found["name"],
+        found["kind"],
+        default,
+        (found["meaning"] or "").strip(),
+        (int(found["low"]), int(found["high"])) if found["low"] else None,
+        required=bool(found["required"]),
+    )
+    if default:
+        try:
+            parameter.read(default)
+        except BadParameter as error:
+            raise _fault(report, error.message, "correct the default") from error
     return parameter
 
 
@@ -298,6 +354,23 @@ def _span(parts: Collection[DaySummary]) -> tuple[datetime | None, datetime | No
     first = min((part.min_us for part in parts if part.min_us is not None), default=None)
     last = max((part.max_us for part in parts if part.max_us is not None), default=None)
     return _at(first), _at(last), sum(part.rows for part in parts)
+
+
+def within(
+    days: Mapping[Pair, DaySummary], device: str | None, since: datetime | None, until: datetime | None
+) -> Mapping[Pair, DaySummary]:
+    """The parts of one device and a span of whole days; None = not limited."""
+    if device is None and since is None and until is None:
+        return days
+    text = None if device is None else json.dumps(device)
+    first = NO_DAY if since is None else (since - EPOCH).days
+    end = math.inf if until is None else (until - EPOCH).days
+    has_span = since is not None or until is not None
+    return {
+        (own, day): part
+        for (own, day), part in days.items()
+        if text in (None, own) and first <= day < end and not (has_span and day == NO_DAY)
+    }
 
 
 def overview(days: Mapping[Pair, DaySummary]) -> ReportTable:

@@ -8,20 +8,21 @@ its ETag.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.analytics.formats import MEDIA, AnswerShape, ReportAnswer, of_table
-from app.analytics.reports import TABLES, Parameter, ReportDefinition
+from app.analytics.reports import TABLES, BadParameter, Parameter, ReportDefinition, within
 from app.analytics.service import UNCHANGED, Analytics, ReportRequest, key_of, reply_of, text_of, warnings_of
+from app.analytics.sql_sandbox import MAX_ROWS, SqlBusy, SqlRequest
 from app.analytics.summaries import View
-from app.core.errors import AppError, Rejected, Transient
+from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.auth import needs
 from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
@@ -32,7 +33,7 @@ POLL_SECONDS = 0.05
 LONG_SECONDS = 86_400.0
 SMALL_BYTES = 1 << 18
 ALIASES = frozenset({"overview", "daily-summary", "devices", "devices/latest"})
-TYPES: Mapping[str, Mapping[str, str]] = {
+TYPES: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
     "integer": {"type": "integer"},
     "number": {"type": "number"},
@@ -128,6 +129,16 @@ def build(analytics: Analytics) -> APIRouter:
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
 
+    router.add_api_route(
+        "/analytics/sql",
+        _statement(analytics),
+        methods=["POST"],
+        openapi_extra=needs("analytics:sql"),
+        name="run_sql",
+        summary="One SELECT over all rows, as the view telemetry",
+        responses=_answers({422: "the statement is refused, or needs too much", 429: "another statement is running"}),
+        response_class=Response,
+    )
     for report in analytics.reports.values():
         _report(router, analytics, report)
     return router
@@ -149,42 +160,52 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             summary=report.title,
             description=report.description,
             openapi_extra={**READ, "parameters": _parameters(report)},
-            responses=_answers(report),
+            responses={
+                **_answers({400: "more rows than the format may have"}, report.answer),
+                304: {"description": "unchanged"},
+            },
             response_class=Response,
             include_in_schema=path == paths[0],
         )
 
 
 def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
-    formats = {"type": "string", "enum": list(MEDIA), "default": "json"}
-    scan = {"type": "boolean", "default": False}
-    own = [_parameter(each) for each in report.parameters]
-    own.append({"name": "format", "in": "query", "schema": formats, "description": "how the answer is written"})
+    formats = {"type": "string", "enum": list(MEDIA), "default": report.format}
+    flag = {"type": "boolean", "default": False}
+    meaning = "put an apostrophe before texts in CSV that a spreadsheet would run as a formula"
+    own = [
+        *(_parameter(each) for each in report.parameters),
+        {"name": "format", "in": "query", "schema": formats, "description": "format of the answer"},
+        {"name": "formula_safe", "in": "query", "schema": flag, "description": meaning},
+    ]
     if report.summary:
-        meaning = "read all objects instead of the summaries; the answer is the same, and slow"
-        own.append({"name": "scan", "in": "query", "schema": scan, "description": meaning})
+        meaning = "read all objects instead of the summaries: slow, with the same answer"
+        own.append({"name": "scan", "in": "query", "schema": flag, "description": meaning})
     return own
 
 
 def _parameter(parameter: Parameter) -> Mapping[str, Any]:
-    schema = {**TYPES[parameter.kind], **({"default": parameter.default} if parameter.default else {})}
-    return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning}
+    schema = dict(TYPES[parameter.kind])
+    if parameter.default:
+        is_text = schema["type"] == "string"
+        schema["default"] = parameter.default if is_text else parameter.read(None)
+    if parameter.limits:
+        schema["minimum"], schema["maximum"] = parameter.limits
+    required = {"required": True} if parameter.required else {}
+    return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning, **required}
 
 
-def _answers(report: ReportDefinition) -> Answers:
+def _answers(others: Mapping[int, str], rows_name: str = "data") -> Answers:
     row = {"type": "object", "additionalProperties": True, "example": {"device_id": "D1"}}
-    rows = {"type": "array", "items": row}
-    shape = {"type": "object", "required": ["count", report.answer]}
-    listed = {**shape, "properties": {"count": {"type": "integer", "minimum": 0}, report.answer: rows}}
-    content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
-    content[MEDIA["json"]] = {"schema": row if report.answer == "object" else listed}
-    return {
-        200: {"description": "the answer", "content": content},
-        304: {"description": "it has not changed"},
-        **faults(
-            {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
-        ),
+    listed = {
+        "type": "object",
+        "required": ["count", rows_name],
+        "properties": {"count": {"type": "integer", "minimum": 0}, rows_name: {"type": "array", "items": row}},
     }
+    content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
+    content[MEDIA["json"]] = {"schema": row if rows_name == "object" else listed}
+    unread = {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
+    return {200: {"description": "the answer", "content": content}, **faults({**others, **unread})}
 
 
 def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Request], Any]:
@@ -196,15 +217,20 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
         key = key_of(asked, view, warnings)
         found = analytics.cache.held(key)
         if found is None:
-            shape = AnswerShape(asked.format, report.answer, [dict(each) for each in warnings])
+            said = [dict(each) for each in warnings]
+            shape = AnswerShape(asked.format, report.answer, said, asked.formula_safe)
             keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
 
             def make() -> ReportAnswer:
                 if asked.from_memory:
-                    return of_table(TABLES[report.summary](view.days), shape, analytics.workplace.folder)
+                    days = within(view.days, *report.span(asked.values))
+                    return of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
                 return analytics.queries.run(report, asked.values, shape)
 
-            found = await analytics.cache.answer(key, make, keep_seconds)
+            try:
+                found = await analytics.cache.answer(key, make, keep_seconds)
+            except BadParameter as error:
+                raise Refused(Refusal(422, error.message, error.hint, "query")) from error
         analytics.remember(request.scope, asked)
         tags = request.headers.get("if-none-match", "")
         status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
@@ -255,24 +281,27 @@ class Quick:
 
 
 def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
-    query = request.query_params.multi_items()
-    own = {"format": "json", "scan": "false"}
+    options = {"format": report.format, "formula_safe": "false", **({"scan": "false"} if report.summary else {})}
+    for parameter in report.parameters:
+        options.pop(parameter.name, None)
     rest = []
-    for name, text in query:
-        if name in own and not (name == "scan" and not report.summary):
-            own[name] = text
+    for name, text in request.query_params.multi_items():
+        if name in options:
+            options[name] = text
         else:
             rest.append((name, text))
-    if own["format"] not in MEDIA:
+    written = options.pop("format")
+    if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"
-        raise Refused(Refusal(422, f"format={own['format'][:80]!r} is not known", allowed, "query.format"))
-    if own["scan"] not in ("true", "false"):
-        raise Refused(Refusal(422, f"scan={own['scan'][:80]!r} is neither", "send true or false", "query.scan"))
+        raise Refused(Refusal(422, f"format={written[:80]!r} is not known", allowed, "query.format"))
+    for name, text in options.items():
+        if text not in ("true", "false"):
+            raise Refused(Refusal(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}"))
     try:
         values = report.values(rest)
-    except Rejected as error:
+    except BadParameter as error:
         raise Refused(Refusal(422, error.message, error.hint, "query")) from error
-    return ReportRequest(report, values, own["format"], own["scan"] == "true")
+    return ReportRequest(report, values, written, **{name: text == "true" for name, text in options.items()})
 
 
 async def _view(analytics: Analytics) -> View:
@@ -297,7 +326,13 @@ def _described(analytics: Analytics, report: ReportDefinition) -> Mapping[str, A
     except AppError as error:
         columns, fault = [], {"fault": {"message": error.message, "hint": error.hint}}
     parameters = [
-        {"name": each.name, "type": each.kind, "default": each.default or None, "meaning": each.meaning}
+        {
+            "name": each.name,
+            "type": each.kind,
+            "default": each.default or None,
+            "meaning": each.meaning,
+            "required": each.required,
+        }
         for each in report.parameters
     ]
     return {
@@ -311,6 +346,49 @@ def _described(analytics: Analytics, report: ReportDefinition) -> Mapping[str, A
         "from_summaries": bool(report.summary),
         **fault,
     }
+
+
+SqlFormat = Literal["json", "ndjson", "csv", "parquet", "xlsx"]
+
+
+class SqlStatement(BaseModel):
+    """`device_id`, `from` and `to` limit the view, and the objects that are opened for it."""
+
+    model_config = ConfigDict(extra="forbid")
+    sql: str = Field(examples=["SELECT device_id, avg(power) AS power FROM telemetry GROUP BY device_id"])
+    device_id: str | None = None
+    since: datetime | None = Field(None, alias="from")
+    until: datetime | None = Field(None, alias="to")
+
+
+def _statement(analytics: Analytics) -> Callable[..., Any]:
+    async def statement(
+        body: SqlStatement, *, form: Annotated[SqlFormat, Query(alias="format")] = "json", formula_safe: bool = False
+    ) -> Response:
+        view = await _view(analytics)
+        request = SqlRequest(body.sql, body.device_id, _naive(body.since), _naive(body.until))
+        shape = AnswerShape(form, "data", (), formula_safe, MAX_ROWS)
+        try:
+            answer = await asyncio.to_thread(analytics.sandbox.run, request, shape)
+        except BadParameter as error:
+            raise Refused(Refusal(422, error.message, error.hint, "body.sql")) from error
+        except SqlBusy as error:
+            raise Refused(Refusal(429, error.message, error.hint, headers={"Retry-After": "5"})) from error
+        headers = {"X-Data-As-Of": text_of(view.as_of), "Content-Length": str(answer.size_bytes)}
+        if form != "json":
+            headers["Content-Disposition"] = f'attachment; filename="sql.{form}"'
+        return StreamingResponse(answer.pieces(), headers=headers, media_type=MEDIA[form])
+
+    return statement
+
+
+def _naive(at: datetime | None) -> datetime | None:
+    """UTC without a zone, as queries have it."""
+    try:
+        return at.astimezone(UTC).replace(tzinfo=None) if at and at.tzinfo else at
+    except OverflowError:
+        message = f"{at} is outside of the years 1 to 9999 in UTC"
+        raise Refused(Refusal(422, message, "send an instant within them", "body")) from None
 
 
 def _schema(analytics: Analytics, view: View) -> Mapping[str, Any]:

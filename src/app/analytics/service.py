@@ -24,6 +24,7 @@ from app.analytics.engine import Engine, EngineLimits, Remote
 from app.analytics.formats import MEDIA, ReportAnswer
 from app.analytics.queries import BucketObjects, LocalObjects, Objects, Queries
 from app.analytics.reports import ReportDefinition, load_reports
+from app.analytics.sql_sandbox import SqlSandbox
 from app.analytics.summaries import Summaries, View
 from app.config.settings import Settings
 from app.core.errors import AppError, Transient
@@ -121,22 +122,26 @@ Scope = MutableMapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """A parsed request for a report. `scan`: run it although there is a summary."""
+    """A parsed request for a report. `scan`: run it although there is a summary; `formula_safe`: see `formats`."""
 
     report: ReportDefinition
     values: Mapping[str, Any]
     format: str
-    scan: bool
+    scan: bool = False
+    formula_safe: bool = False
 
     @property
     def from_memory(self) -> bool:
-        """Whether the summaries have the answer."""
-        return bool(self.report.summary) and not self.scan
+        """Whether the summaries have the answer: they are sums of whole days."""
+        _, since, until = self.report.span(self.values)
+        is_whole_days = all(at is None or at.time() == datetime.min.time() for at in (since, until))
+        return bool(self.report.summary) and not self.scan and is_whole_days
 
 
 def key_of(asked: ReportRequest, view: View, warnings: Warnings) -> Hashable:
     """What the answer depends on."""
-    return asked.report.path, asked.format, asked.scan, tuple(asked.values.items()), view.number, warnings
+    how = asked.format, asked.scan, asked.formula_safe
+    return asked.report.path, *how, tuple(asked.values.items()), view.number, warnings
 
 
 def reply_of(
@@ -322,6 +327,7 @@ class Analytics:
     refresher: Refresher
     workplace: Workplace
     refresh_seconds: float
+    sandbox: SqlSandbox
     cache: SingleFlightCache = field(default_factory=SingleFlightCache)
     parsed: dict[tuple[str, bytes], ReportRequest] = field(default_factory=dict)
     described: list[Mapping[str, Any]] = field(default_factory=list)
@@ -333,6 +339,7 @@ class Analytics:
 
     def close(self, seconds: float) -> None:
         """End, within `seconds`."""
+        self.sandbox.close()
         self.refresher.close(seconds)
         self.queries.close()
         self.workplace.leave()
@@ -360,15 +367,17 @@ def build(
 
     local = engine(None)
     summaries = Summaries(store, facts, local, settings.s3.prefix, clock)
-    objects: Objects
-    if isinstance(store, LocalDirectory):
-        objects = LocalObjects(local, store.pin)
-    else:
-        objects = BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
+
+    def objects(over: Engine) -> Objects:
+        if isinstance(store, LocalDirectory):
+            return LocalObjects(over, store.pin)
+        return BucketObjects(lambda whole: _remote(settings, keys(), whole=whole), engine)
+
     return Analytics(
         reports=load_reports([folder for folder in (sql_directory() / "analytics", analytics.reports_dir) if folder]),
         summaries=summaries,
-        queries=Queries(summaries, objects, local),
+        queries=Queries(summaries, objects(local), local),
+        sandbox=SqlSandbox(summaries, workplace.folder, local.limits, objects),
         refresher=Refresher(summaries, facts.is_asked, analytics.refresh_seconds),
         workplace=workplace,
         refresh_seconds=analytics.refresh_seconds,

@@ -119,11 +119,14 @@ class ResourceRun:
         return start
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
-        """The export that an earlier run has asked for; one that does not lead on from the cursor is done with."""
-        found = None
+        """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.
+
+        So is one from a clock that was ahead, whose age could not be told before that time has come.
+        """
+        found, soon = None, self.run.pull.clock() + HOUR
         for export in self.exports.pulls.open(NAME, self.run.name):
             span = _span(export)
-            if found is None and span.start <= cursor < span.end:
+            if found is None and span.start <= cursor < span.end and export.created_at <= soon:
                 found = export
             else:
                 self._done(export)
@@ -150,7 +153,7 @@ class ResourceRun:
                         raise
                     return self._not_given(export, cursor, error)
                 if answer is not None:
-                    log.info("%s: no file yet, it is asked for again: %s", name, answer.text)
+                    log.info("%s: no file yet, it is requested again: %s", name, answer.text)
                     return Report(more=not context.dry_run, notes=(f"{name}: {answer.text}",))
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
@@ -207,8 +210,8 @@ class ResourceRun:
                 if refused.not_kept:
                     raise Transient(
                         f"{run.name} {span}: {refused.not_kept} rows that cannot be read could not be set aside",
-                        "no action needed if it passes: the hours are pulled again; else see whether the object store "
-                        "takes writes below appmetrica/_set_aside/",
+                        "no action needed if it passes: the hours are pulled again; otherwise check whether the "
+                        "object store takes writes below appmetrica/_set_aside/",
                     )
                 for hour in reading.hours:
                     run.context.stop.check()
@@ -229,7 +232,7 @@ class ResourceRun:
     def _warn(self, reading: SortedRows, span: Window) -> None:
         name = self.run.name
         if number := sum(hour.refused for hour in reading.hours):
-            log.warning("%s %s: %d of %d rows cannot be taken and are set aside", name, span, number, reading.records)
+            log.warning("%s %s: %d of %d rows cannot be read and are set aside", name, span, number, reading.records)
         if reading.lacking:
             log.warning("%s %s: the file lacks the columns %s", name, span, ", ".join(sorted(reading.lacking)))
 

@@ -21,10 +21,11 @@ from app.config.settings import Settings
 from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Content, Slot
 from app.core.windows import Window, windows_between
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectInfo, ObjectStore
+from app.object_store.row_digest import content_of
 from app.product_events.mapping import Events, KnownEvents, lost
 from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext, PullPipeline, pull_context, spool_of
 from app.product_events.verify import (
@@ -219,7 +220,7 @@ class AppMetricaEnds:
         received, key = self._asked(slot), hour_key(slot.partition, slot.window)
         hour, info = received.hour(slot), self.pull.store.head(key)
         if (info.etag if info else "") != received.versions.get(key, ""):
-            raise Conflict(f"{key} was stored by somebody else meanwhile", "verify the window again")
+            raise Conflict(f"{key} was changed by another writer meanwhile", "verify the window again")
         there = object_found(key, info, lambda found: self._content_of_object(slot.window, found))
         run, given = PartitionRun(self.pull, context, slot.partition), _content(hour)
         record = run.records(slot.window).get(slot.window.start)

@@ -70,7 +70,7 @@ class CsvRows:
         except (UnicodeDecodeError, csv.Error) as error:
             raise Permanent(
                 f"the header of AppMetrica's file cannot be read: {error}",
-                "check APPMETRICA_BASE_URL: the service does not answer what was asked",
+                "check APPMETRICA_BASE_URL: the answer does not match the request",
             ) from error
 
     def __iter__(self) -> Iterator[Row | BadRow]:
@@ -261,7 +261,7 @@ def check_columns(header: Row, needed: Collection[str]) -> None:
     if lacking:
         raise Permanent(
             f"AppMetrica's file lacks {', '.join(lacking)}, without which its rows cannot be told apart",
-            "see whether the service still has these columns; it goes on by itself once they are there again",
+            "check whether the service still has these columns; the pull continues once they are back",
         )
 
 
@@ -288,7 +288,7 @@ def _sort(
         elif not isinstance(found, BadRow) and at is not None and at in hours:
             hours[at].add(found if as_given else [found[place] if place is not None else "" for place in places])
         else:
-            detail = f"row {part.number}: {received} is of no hour that was asked for"
+            detail = f"row {part.number}: {received} is outside the requested hours"
             reason = NO_RECEIPT if at is None else ANOTHER_TIME
             bad = found if isinstance(found, BadRow) else BadRow(reason, part.raw, detail, cells)
             # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.

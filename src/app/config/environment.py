@@ -24,6 +24,7 @@ from pydantic_settings import PydanticBaseSettingsSource
 from app.config.rules import MASK, VARIABLES, Variable, broken_rules, text_of
 from app.config.settings import Settings
 from app.core.errors import BadSettings
+from app.core.network import use
 
 SHOWN_CHARACTERS = 80
 QUOTED = re.compile(r"""(["'])(.*)\1(?:\s+#.*)?""", re.DOTALL)
@@ -169,3 +170,18 @@ def _strings(node: object) -> Iterator[str]:
     elif isinstance(node, list):
         for each in node:
             yield from _strings(each)
+
+
+def use_network(settings: Settings) -> None:
+    """Tell every library of the proxies and of CA_FILE. Raises Permanent when DATA_DIR cannot be written."""
+    given, public = settings.network, Path()
+    if given.ca_file is not None:
+        import certifi  # what httpx, botocore and httplib2 trust anyway
+
+        public = Path(certifi.where())
+    proxies = {
+        "HTTPS_PROXY": given.https_proxy.get_secret_value(),
+        "HTTP_PROXY": given.http_proxy.get_secret_value(),
+        "NO_PROXY": given.no_proxy,
+    }
+    use(proxies, given.ca_file, public, settings.service.data_dir.absolute() / "ca-bundle.pem")

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from app.config import NEW_KEY
 from app.config.settings import LeaseSettings, ServiceSettings, Settings, SettingsGroup
 from app.config.value_types import Allowed, KeyEntry
 
@@ -97,6 +98,10 @@ VARIABLES = tuple(variable for group, model in GROUPS.items() for variable in _v
 # What Kubernetes tells each container about every service beside it.
 OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 CLOSE = 0.8
+MOUNTS = Path("/proc/self/mounts")  # only Linux has it
+OF_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\d?|smbfs|afs|ceph|9p|lustre|gpfs|glusterfs|beegfs|fuse\.(?:sshfs|s3fs|rclone|glusterfs)"
+)
 NEEDS = (
     ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"),
     ("S3_SECRET_ACCESS_KEY", "S3_ACCESS_KEY_ID"),
@@ -107,6 +112,7 @@ NEEDS = (
     ("CHECKPOINT_DB_USER", "CHECKPOINT_DB_HOST"),
     ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_HOST"),
     ("CHECKPOINT_DB_PASSWORD", "CHECKPOINT_DB_USER"),
+    ("CHECKPOINT_DB_SSLMODE", "CHECKPOINT_DB_HOST"),
     ("INFLUXDB_PASSWORD", "INFLUXDB_USERNAME"),
     ("APPMETRICA_API_KEY", "APPMETRICA_APPLICATION_ID"),
     ("APPMETRICA_APPLICATION_ID", "APPMETRICA_API_KEY"),
@@ -126,8 +132,7 @@ def loopback(host: str) -> bool:
         return host.rstrip(".").lower() == "localhost"
 
 
-FIRST_KEY = "python -m app keys new admin --scopes admin"
-UNLOCK = f"run `{FIRST_KEY}`, set API_KEYS to the line it prints, and start again"
+UNLOCK = f"run `{NEW_KEY}`, set API_KEYS to the line it prints, and start again"
 
 
 def locked(settings: Settings, *, own_server: bool = True) -> bool:
@@ -144,6 +149,8 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
     for given, needed in NEEDS:
         if given in names and needed not in names:
             yield _missing(needed, given)
+    if "S3_SSE_KMS_KEY_ID" in names and not settings.s3.sse.startswith("aws:kms") and "S3_SSE" not in refused:
+        yield f"S3_SSE={settings.s3.sse!r}: S3_SSE_KMS_KEY_ID needs aws:kms or aws:kms:dsse; set it, or remove the key"
     yield from _influx(settings.influx.api, names)
     yield from _drive(names)
     if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
@@ -214,22 +221,48 @@ def warnings(
         )
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
+    urls = {"CHECKPOINT_DB_HOST": settings.checkpoint.url, "DWH_DATABASE_URL": settings.dwh.database_url}
+    kept_here = [variable for variable, url in urls.items() if not url.get_secret_value()]
+    data_dir = settings.service.data_dir.absolute()
+    kind = network_file_system(data_dir, MOUNTS.read_text() if MOUNTS.exists() else "")
+    if kind and kept_here:
+        found.append(
+            f"DATA_DIR={data_dir} is on a network file system ({kind}), on which SQLite may be damaged: set DATA_DIR to"
+            f" a local disk, or {' and '.join(kept_here)} to a PostgreSQL"
+        )
     return found
+
+
+def network_file_system(path: Path, mounts: str) -> str:
+    """The kind of network file system that `path` lies on, "" for none; `mounts` as in /proc/self/mounts."""
+    fields = [line.split() for line in mounts.splitlines()]
+    places = {Path(each[1].replace("\\040", " ")): each[2] for each in fields}
+    kind = next((places[place] for place in (path, *path.parents) if place in places), "")
+    return kind if OF_NETWORK.fullmatch(kind) else ""
 
 
 def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
     """A line for each unknown name that is close to a variable, or the beginning of one."""
-    known = [name for variable in VARIABLES for name in variable.names]
-    for name in sorted(said.keys() - set(known)):
-        if OF_KUBERNETES.search(name) or said[name].startswith("tcp://"):
-            continue
-        wanted = name.upper()
-        # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
-        alike = [each for each in known if each[:2] == wanted[:2]]
-        longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
-        meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
-        if meant:
-            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant[0]}?"
+    for name in sorted(said):
+        if not OF_KUBERNETES.search(name) and not said[name].startswith("tcp://") and (meant := _meant(name)):
+            yield f"{name} is not a variable of Headwater and is ignored: did you mean {meant}?"
+
+
+def _meant(name: str) -> str:
+    """The variable that an unknown name is close to, "" where it is close to none or one itself."""
+    known = [each for variable in VARIABLES for each in variable.names]
+    wanted = name.upper()
+    # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
+    alike = [each for each in known if each[:2] == wanted[:2]]
+    longer = [each for each in alike if "_" in wanted and each.startswith(wanted)]
+    meant = longer[:1] or get_close_matches(wanted, alike, n=1, cutoff=CLOSE)
+    return meant[0] if meant and name not in known else ""
+
+
+def unknown_names(in_file: Mapping[str, str]) -> list[str]:
+    """Names in `.env` that are no variable and close to none: for a person to see what is not read."""
+    known = {name for variable in VARIABLES for name in variable.names}
+    return sorted(name for name in in_file.keys() - known if not _meant(name))
 
 
 def _railway(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:

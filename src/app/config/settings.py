@@ -34,6 +34,7 @@ from app.config.value_types import (
     Allowed,
     ApiKeys,
     BucketName,
+    CaFile,
     ColumnTypes,
     DatabaseHost,
     DateFormat,
@@ -60,6 +61,7 @@ from app.config.value_types import (
     S3Endpoint,
     Secret,
     SecretUrl,
+    StorageClass,
     Text,
     Texts,
     TimeZone,
@@ -170,12 +172,25 @@ class AccessSettings(SettingsGroup, title="Access"):
 class LimitSettings(SettingsGroup, title="Limits"):
     """What a request may cost."""
 
-    max_body_bytes: int = variable("MAX_BODY_BYTES", default=10_000_000, ge=1024, le=GIB)
+    max_body_bytes: int = variable("MAX_BODY_BYTES", default=16_000_000, ge=1024, le=GIB)
     """Largest JSON body; memory grows with it."""
     key_requests_per_second: float = variable("KEY_REQUESTS_PER_SECOND", default=500, ge=1, le=1_000_000)
     """Requests of one key, on average over ten seconds; more are answered 429."""
     max_upload_bytes: int = variable("MAX_UPLOAD_BYTES", default=5 * GIB, ge=1, le=5120 * GIB)
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""
+
+
+class NetworkSettings(SettingsGroup, title="Network: for every system outside"):
+    """How this machine reaches others. `ca_file` None = the authorities that are known everywhere."""
+
+    https_proxy: Secret = variable("HTTPS_PROXY https_proxy", default=NO_SECRET, unset="none")
+    """Proxy for https://, such as http://proxy.example.org:3128."""
+    http_proxy: Secret = variable("HTTP_PROXY http_proxy", default=NO_SECRET, unset="none")
+    """Proxy for http://."""
+    no_proxy: Text = variable("NO_PROXY no_proxy", default="", unset="none")
+    """Comma-separated hosts that are reached without a proxy."""
+    ca_file: CaFile = variable("CA_FILE", default=None, unset="the public authorities")
+    """Certificates of a private authority, in PEM, that are trusted beside the public ones."""
 
 
 class InfluxSettings(SettingsGroup, title="InfluxDB, the source of influx_to_s3"):
@@ -255,8 +270,8 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     """Days that the daily reconcile compares with the source."""
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
     """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
-    concurrency: int = variable("EXPORT_CONCURRENCY", default=2, ge=1, le=64)
-    """Devices that are exported at once."""
+    concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
+    """Most devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
 
     @field_validator("window_seconds")
     @classmethod
@@ -300,12 +315,32 @@ class S3Settings(SettingsGroup, title="S3 or a compatible store: exports, /s3, /
     sweep_hours: int = variable("S3_SWEEP_HOURS", default=24, ge=0, le=8760)
     """Age at which unfinished multipart uploads in the bucket are aborted, whoever started them; 0 = never."""
 
+    sse: Annotated[
+        Literal["", "aes256", "aws:kms", "aws:kms:dsse"], LOWER_CASE, Allowed("AES256, aws:kms or aws:kms:dsse")
+    ] = variable("S3_SSE", default="", unset="as the bucket does")
+    """Server-side encryption of everything that is written to the bucket."""
+    sse_kms_key_id: Text = variable("S3_SSE_KMS_KEY_ID", default="", unset="the key of AWS for S3")
+    """KMS key for S3_SSE=aws:kms and aws:kms:dsse."""
+    storage_class: StorageClass = variable("S3_STORAGE_CLASS", default="", unset="as the bucket does")
+    """Storage class of exported objects whose window is closed; archive classes are refused."""
+
     @model_validator(mode="before")
     @classmethod
     def _token_of_its_keys(cls, given: Mapping[str, str]) -> Mapping[str, str]:
         if "AWS_ACCESS_KEY_ID" in given and "S3_ACCESS_KEY_ID" not in given:
             return given
         return {name: text for name, text in given.items() if name != "AWS_SESSION_TOKEN"}
+
+
+class RequestCostSettings(SettingsGroup, title="Request costs: what S3 and DynamoDB charge for"):
+    """`prices_file` "" = the built-in table of AWS prices; `max_monthly` None = no limit."""
+
+    prices_file: Text = variable("REQUEST_PRICES_FILE", default="", unset="AWS prices, for AWS only")
+    """JSON file of request prices, in the form of src/app/ops/request_prices.json."""
+    max_monthly: float | None = variable(
+        "MAX_MONTHLY_REQUEST_COST", default=None, unset="no limit", ge=0.01, le=1_000_000
+    )
+    """Monthly cost of requests, above which open windows are rewritten less often; closing is never delayed."""
 
 
 class SetAsideSettings(SettingsGroup, title="Set aside: rows that a run could not take"):
@@ -329,7 +364,8 @@ def _checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
     user, password, database = (quote(text, safe="", errors="surrogateescape") for text in texts)
     login = user + (f":{password}" if password else "")
     address = f"[{host}]" if ":" in host else quote(host, safe="", errors="surrogateescape")
-    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}")
+    mode = f"?sslmode={parts['sslmode']}" if parts.get("sslmode") else ""
+    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}{mode}")
 
 
 class CheckpointSettings(SettingsGroup, title="Checkpoints"):
@@ -345,6 +381,12 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """Its user: a role that owns one schema is enough."""
     password: Secret = variable("CHECKPOINT_DB_PASSWORD", default=NO_SECRET, **OF_URL)
     """Its password."""
+    sslmode: Annotated[
+        Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None,
+        LOWER_CASE,
+        Allowed("disable, allow, prefer, require, verify-ca or verify-full"),
+    ] = variable("CHECKPOINT_DB_SSLMODE", default=None, unset="prefer: TLS where the server offers it", **OF_URL)
+    """How its TLS is checked; verify-full checks the certificate, against CA_FILE too, and the host name."""
     url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=_checkpoint_url)
     """All of the above in one URL."""
 
@@ -535,9 +577,11 @@ class Settings(BaseSettings):
     service: ServiceSettings
     access: AccessSettings
     limits: LimitSettings
+    network: NetworkSettings
     influx: InfluxSettings
     export: ExportSettings
     s3: S3Settings
+    request_costs: RequestCostSettings
     set_aside: SetAsideSettings
     checkpoint: CheckpointSettings
     lease: LeaseSettings

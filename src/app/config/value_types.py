@@ -52,6 +52,7 @@ COLUMN_TYPES = {
     "boolean": "boolean",
     "bool": "boolean",
 }
+STORAGE_CLASSES = ("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR")
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
@@ -239,6 +240,15 @@ def _log_file(text: str) -> Path | None:
     return None if _plain(text).lower() in ("off", "none") else Path(text)
 
 
+def _ca_file(text: str) -> Path | None:
+    try:
+        if b"-----BEGIN CERTIFICATE-----" in Path(_plain(text)).read_bytes():
+            return Path(text).absolute()
+    except OSError:
+        pass
+    raise ValueError
+
+
 def _json_object(text: str) -> str:
     """The JSON text of a key file, also when it came as base64."""
     if not text.lstrip().startswith("{"):
@@ -282,17 +292,19 @@ def _each(check: Callable[[str], str]) -> BeforeValidator:
 SCOPES = (
     "dwh:read",
     "dwh:write",
+    "dwh:delete",
     "s3:read",
     "s3:write",
     "s3:delete",
     "analytics:read",
+    "analytics:sql",
     "pull:read",
     "ops:read",
     "ops:run",
 )
 GROUPS = {
     "read": frozenset(scope for scope in SCOPES if scope.endswith(":read")),
-    "write": frozenset(SCOPES) - {"ops:run"},
+    "write": frozenset(SCOPES) - {"ops:run", "dwh:delete", "analytics:sql"},
     "admin": frozenset(SCOPES),
 }
 KEYS_PER_NAME = 2
@@ -383,7 +395,18 @@ HIDDEN = Allowed(PLAIN.words, obvious=True, secret=True)
 HTTP = Allowed("http://host[:port] or https://host[:port]")
 PREFIX = Allowed("names between single slashes, without '.' and '..'")
 
+
+def _storage_class(text: str) -> str:
+    name = text.upper()
+    if name in ("GLACIER", "DEEP_ARCHIVE"):
+        raise ValueError("archived objects cannot be read until somebody restores them; GLACIER_IR can")
+    if name not in STORAGE_CLASSES:
+        raise ValueError
+    return name
+
+
 LOWER_CASE = BeforeValidator(str.lower)
+StorageClass = Annotated[str, AfterValidator(_storage_class), Allowed(", ".join(STORAGE_CLASSES))]
 Text = Annotated[str, AfterValidator(_plain), PLAIN]
 Secret = Annotated[SecretStr, BeforeValidator(_plain), HIDDEN]
 OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_plain), HIDDEN]
@@ -391,6 +414,9 @@ Flag = Annotated[bool, Allowed("true or false", obvious=True)]
 Folder = Annotated[Path, BeforeValidator(_plain), Allowed("a path", obvious=True)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_plain), Allowed("a path", obvious=True)]
 LogFile = Annotated[Path | None, PlainValidator(_log_file), Allowed("a path, or off", obvious=True)]
+CaFile = Annotated[
+    Path | None, PlainValidator(_ca_file), Allowed("the path of a file with certificates in PEM, that can be read")
+]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_level)]
 Interval = Annotated[int, Field(ge=1, le=86_400)]
 Host = Annotated[str, AfterValidator(_host), Allowed("an IP address or a host name, such as 127.0.0.1 or 0.0.0.0")]

@@ -13,7 +13,8 @@ Invariant: every SDK's exceptions are translated to one of these once, at the SD
 The hint is the next thing that an operator should try; logs, the dashboard and HTTP bodies show it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class AppError(Exception):
@@ -62,3 +63,10 @@ class Rejected(AppError):
 
 class Stopped(AppError):
     """A safe point was reached after a stop was asked for; the run ends here and the next one goes on."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question for what is nearly one of `known`, or the beginning of one, else an empty text."""
+    names = list(known)
+    meant = get_close_matches(word.lower(), names, n=1) or [name for name in names if name.startswith(word.lower())][:1]
+    return f"did you mean {meant[0]}? " if meant else ""

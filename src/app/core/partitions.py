@@ -17,9 +17,19 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from app.core.errors import LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.pipeline import Batch, Checkpoints, Commit, Count, Encoded, Pipeline, Position, Record
+from app.core.pipeline import (
+    NOTHING,
+    Batch,
+    Checkpoints,
+    Commit,
+    Count,
+    Encoded,
+    Pipeline,
+    Position,
+    Record,
+)
 from app.core.runs import Context, Failure, Lease, Report
-from app.core.sync import Done, sync_partition, waiting
+from app.core.sync import Done, already_there, is_as_confirmed, sync_partition, waiting
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -31,13 +41,16 @@ UNNAMED = ""  # the rows that name no partition; older versions kept the instant
 COMMITS, COMMIT_SECONDS = 64, 5.0
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(hours=1)
+SETTLING_PAUSE = timedelta(minutes=10)
+FIRST_AT_ONCE, JITTER_SECONDS = 2, 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class _Failing:
     """A partition that failed: how often in a row, when it did last, and why.
 
-    Once for a cause that may pass is no time: when the state or the store was away for a moment, the next run goes on.
+    A first failure for a transient cause does not count: when the state or the store was away for a moment, the next
+    run tries again.
     """
 
     times: int
@@ -81,10 +94,72 @@ class Backoff:
             times = before.times + 1 if before else int(not may_pass)
             self._failing[failure.partition] = _Failing(times, now, failure)
 
+    def is_failing(self, partition: str) -> bool:
+        """True when the partition failed when it was tried last."""
+        return partition in self._failing
+
     def well(self, partition: str) -> None:
         """The partition was brought up to date."""
         with self._lock:
             self._failing.pop(partition, None)
+
+
+class Settling:
+    """Which live windows a pass counts: those that ended lately each time, older ones every SETTLING_PAUSE, since few
+    rows come so late. Remembered by this process from run to run.
+    """
+
+    def __init__(self) -> None:
+        self._all_done_at: datetime | None = None
+
+    def counted(self, windows: Sequence[Window], now: datetime) -> Sequence[Window]:
+        """Those of the live windows, oldest first, that are counted now. After a clock was set back, all of them."""
+        before = self._all_done_at
+        if before is None or not before <= now < before + SETTLING_PAUSE:
+            return windows
+        return [window for window in windows if window.end > now - SETTLING_PAUSE]
+
+    def done(self, now: datetime) -> None:
+        """All live windows of all partitions were counted at `now` and brought up to date."""
+        self._all_done_at = now
+
+
+class Rising:
+    """How many partitions are worked on at once: two at first, and more while the source answers as fast as before.
+
+    A source, or this process's one core of Python, that is busy answers later: then it is fewer again. From any thread.
+    """
+
+    def __init__(self, ceiling: int, latency_seconds: Callable[[], float | None]) -> None:
+        self.limit = min(FIRST_AT_ONCE, ceiling)
+        self._ceiling = ceiling
+        self._latency_seconds = latency_seconds
+        self._best_seconds = float("inf")
+        self._active = self._done = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._active < self.limit)
+            self._active += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._active -= 1
+            self._done += 1
+            if self._done >= 2 * self.limit:
+                self._done = 0
+                self._adapt(self._latency_seconds())
+            self._changed.notify_all()
+
+    def _adapt(self, seconds: float | None) -> None:
+        if seconds is None:
+            return
+        self._best_seconds = min(self._best_seconds, seconds)
+        if seconds <= 1.5 * self._best_seconds + JITTER_SECONDS:
+            self.limit = min(2 * self.limit, self._ceiling)
+        elif seconds > 2 * self._best_seconds + JITTER_SECONDS:
+            self.limit = max(self.limit // 2, min(FIRST_AT_ONCE, self._ceiling))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +168,8 @@ class Pass:
     anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
 
     `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
-    partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run.
+    partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run. `concurrency` is the
+    most partitions at once; `latency_seconds` gives the mean of the source's answers since it was last asked, if any.
     """
 
     now: datetime
@@ -101,7 +177,9 @@ class Pass:
     probe: Callable[[], None]
     nothing_found: Callable[[], None]
     backoff: Backoff = field(default_factory=Backoff)
+    settling: Settling = field(default_factory=Settling)
     concurrency: int = 4
+    latency_seconds: Callable[[], float | None] = lambda: None
     transient_limit: int = 5
     retry_seconds: float = 20.0
 
@@ -185,18 +263,37 @@ class BatchedCheckpoints:
 
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
-    live_since = next((window.start for window in live_windows(pipeline, how.now)), None)
+    every = live_windows(pipeline, how.now)
+    windows = how.settling.counted(every, how.now)
+    live_since = windows[0].start if windows else None
     checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, live_since)
     pipeline = replace(pipeline, checkpoints=checkpoints)
     cursors = _cursors(pipeline, context, how)
     checkpoints.flush(pipeline.name, context.lease)
-    live = live_counts(pipeline, how.now)
-    if not any(live.get(partition) for partition in cursors if partition != UNNAMED):
+    live = live_counts(pipeline, windows)
+    if len(windows) == len(every) and not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
-    context.progress.advance(total=len(cursors))
+    if pipeline.rewrite_seconds:
+        grid = replace(pipeline.grid, rewrite_seconds=pipeline.rewrite_seconds(len(live)))
+        pipeline = replace(pipeline, grid=grid)
+
+    def is_idle(name: str) -> bool:
+        """Nothing of the partition is due, and every count is the confirmed one: it needs no turn."""
+        if not windows or cursors[name] < every[0].start or how.backoff.is_failing(name):
+            return False
+        counts, found = live.get(name, {}), checkpoints.records(pipeline.name, name, windows[0].start, how.now)
+        records = {record.window.start: record for record in found if not record.part}
+        starts = [window.start for window in windows if window.end > cursors[name]]
+        return all(is_as_confirmed(records.get(start), counts.get(start, NOTHING)) for start in starts)
+
+    idle = {name for name in cursors if is_idle(name)}
+    confirmed = (count for name in idle for count in live.get(name, {}).values())
+    report = Report(ledger=already_there(pipeline.unit, *confirmed))
+    log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
+    context.progress.advance(total=len(cursors), done=len(idle))
 
     def one(partition: str, done: Done) -> None:
-        at = Position(partition, cursors[partition], how.now)
+        at = Position(partition, cursors[partition], how.now, live_since or how.now)
         if pipeline.refused and not _can_be_named(pipeline, partition, how.now):
             done(pipeline.refused(context, at, live.get(partition, {})))
         else:
@@ -207,11 +304,13 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
         return Report(ledger=waiting(pipeline.unit, live.get(partition, {}).values()))
 
     try:
-        report = isolated(pipeline, context, sorted(cursors), one, how=how, left=left)
+        report += isolated(pipeline, context, sorted(cursors.keys() - idle), one, how=how, left=left)
     except (Transient, Permanent, Stopped):
         checkpoints.flush(pipeline.name, context.lease)
         raise
     checkpoints.flush(pipeline.name, context.lease)
+    if len(windows) == len(every) and not (report.more or report.failures or context.dry_run):
+        how.settling.done(how.now)
     return report
 
 
@@ -225,21 +324,28 @@ def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bo
 
 
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
-    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first."""
-    known = dict(pipeline.checkpoints.cursors(pipeline.name))
+    """Partition -> cursor, for all that are known or newly discovered; new ones are committed first.
+
+    One whose cursor is lost, or was set by a clock that was ahead, goes on where the destination says. From the first
+    start it would pass all windows since then again, and its live windows would wait for that.
+    """
+    cursors = pipeline.checkpoints.cursors(pipeline.name)
+    known = {partition: at for partition, at in cursors.items() if at <= how.now}
     if not pipeline.refused:
         known.pop(UNNAMED, None)
-    for partition in (*((UNNAMED,) if pipeline.refused else ()), *pipeline.source.partitions(how.first_at)):
+    unnamed = (UNNAMED,) if pipeline.refused else ()
+    for partition in (*unnamed, *(cursors.keys() - {UNNAMED}), *pipeline.source.partitions(how.first_at)):
         if partition not in known:
-            known[partition] = how.first_at
+            found = pipeline.lost_cursor(partition) if pipeline.lost_cursor else None
+            known[partition] = found or how.first_at
             if not context.dry_run:
-                pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=how.first_at), context.lease)
+                commit = Commit(cursor_at=known[partition])
+                pipeline.checkpoints.commit(pipeline.name, partition, commit, context.lease)
     return known
 
 
-def live_counts(pipeline: Pipeline[B, E], now: datetime) -> Mapping[str, Mapping[datetime, Count]]:
-    """The counts of all open and settling windows, by partition and window start, in one question to the source."""
-    windows = live_windows(pipeline, now)
+def live_counts(pipeline: Pipeline[B, E], windows: Sequence[Window]) -> Mapping[str, Mapping[datetime, Count]]:
+    """The counts of live windows, by partition and window start, in one question to the source."""
     by_partition: dict[str, dict[datetime, Count]] = {}
     if windows:
         for (partition, start), count in pipeline.source.counts(None, windows).items():
@@ -305,13 +411,16 @@ def isolated(
     `left` is what a partition that still waits for its turn leaves for a later run.
     """
     outage = _Outage(how.transient_limit, how.probe)
+    how.latency_seconds()  # of what was asked before
+    rising = Rising(how.concurrency, how.latency_seconds)
 
     def attempt(partition: str) -> Report:
         context.stop.check()
         outage.check()
         parts: list[Report] = []
         try:
-            one(partition, parts.append)
+            with rising:
+                one(partition, parts.append)
         except (LeaseLost, Stopped):
             raise
         except (Transient, Permanent, Rejected) as error:

@@ -1,20 +1,72 @@
-"""The values and ports of the one loop: what a source, a sink and the checkpoints promise, and a pipeline of them."""
+"""A pipeline as a value: its ports, whose methods are contracts, what is known of a window, and which rows may go from
+an object.
+"""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from operator import add
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from app.core.ledger import SetAside, Tally
 from app.core.runs import VALUES, Lease
-from app.core.shrink import Shrink
 from app.core.windows import Window
 
 if TYPE_CHECKING:
     from app.core.runs import Context, Report
+
+# Which rows an object may lose: only those that the source would still have if nobody had deleted them there.
+#
+# Invariant: a row that the source's retention may have forgotten is never taken out, whatever is allowed.
+
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+UNLIMITED = timedelta.max
+EXAMPLES = 20
+LARGE_AT_ONCE = 2
+
+
+@dataclass(slots=True)
+class Shrink:
+    """One union that may leave rows out. `since`: a row from here on that the source lacks was deleted there.
+
+    `removes` false: such rows stay, and are only told. `rows` and `examples` tell what was met.
+    """
+
+    since: datetime = EARLIEST
+    removes: bool = True
+    rows: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def note(self, rows: int, examples: Iterable[str]) -> None:
+        """So many rows of the object are not at the source any more; the first of them as text."""
+        self.rows += rows
+        self.examples += list(examples)[: EXAMPLES - len(self.examples)]
+
+    def told(self, key: str, *, dry_run: bool) -> str:
+        """What becomes of these rows, in a line."""
+        one = self.rows == 1
+        verb = "would be removed" if dry_run else "was removed" if one else "were removed"
+        if not self.removes:
+            verb = f"{'stays' if one else 'stay'}, since --allow-shrink was not given"
+        rows = f"{self.rows} {'row' if one else 'rows'} that the source no longer has"
+        more = f" and {self.rows - len(self.examples)} more" if self.rows > len(self.examples) else ""
+        return f"{key}: {rows} {verb}: {'; '.join(self.examples)}{more}"
+
+
+def covered_since(now: datetime, retention: timedelta | None, oldest_at: datetime | None) -> datetime:
+    """From when on the source has every row that was not deleted there. `now` must not be before the rows were read.
+
+    `retention` UNLIMITED: it forgets nothing by itself. None: it cannot be asked; then everything from the oldest point
+    on that it still holds of the measurement, and nothing at all where it holds none.
+    """
+    if retention is None:
+        return oldest_at or LATEST
+    if retention >= now - EARLIEST:
+        return EARLIEST
+    return now - retention
+
 
 # The values and ports of the one loop: what a source, a sink and the checkpoints promise.
 #
@@ -37,7 +89,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the values of one field come to. Of numbers also their sum, least and greatest; of others these are None.
+    """Number of values of one field; of numbers also sum, minimum and maximum, which are None for others.
 
     `magnitude`: the sum of the absolute values, by which it is known how far two sums of the same numbers may differ
     that were added in another order; no source is asked for it.
@@ -99,7 +151,7 @@ class Batch(Protocol):
 
     @property
     def sums(self) -> Mapping[str, Sums]:
-        """By field, what the values come to that were read at the source. Empty where the source cannot add them up."""
+        """By field, the sums of the values that were read at the source. Empty where the source cannot add them up."""
 
     @property
     def new_rows(self) -> int:
@@ -171,7 +223,7 @@ class Record:
     `Held`.
 
     `trouble`: what the last listing showed instead of the object, MISSING (nothing) or FOREIGN (a version that
-    Headwater did not write); "" when all is well.
+    Headwater did not write); "" when all is well. `written_at`: when this was confirmed.
     """
 
     window: Window
@@ -190,6 +242,7 @@ class Record:
     sums: Mapping[str, Sums] = field(default_factory=dict)
     trouble: str = ""
     folded: int = 0
+    written_at: datetime | None = field(default=None, compare=False)
 
     @property
     def held(self) -> Held:
@@ -262,8 +315,9 @@ class Sink(Protocol[B_contra, E]):
     def encode(self, partition: str, window: Window, batch: B_contra) -> E:
         """The batch as bytes in a temporary file. The caller closes it."""
 
-    def put(self, key: str, encoded: E, expected: str | None) -> str:
-        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version.
+    def put(self, key: str, encoded: E, expected: str | None, *, closing: bool = False) -> str:
+        """Store under `key` if its version is still `expected` (None: if it does not exist); the new version. A
+        `closing` write is of a past window, which is not expected to change again.
 
         All or nothing. Raises Conflict when the version is another, also when it is our own lost answer.
         """
@@ -367,13 +421,15 @@ class Grid:
     """The windows of a pipeline. `windows(start, end)` gives every window that overlaps the interval, oldest first.
 
     One step of a partition counts at most `count_windows` and writes at most `step_windows`, so that partitions take
-    turns however long the backlog is.
+    turns however long the backlog is. An object of an open window is written again `rewrite_seconds` after the last
+    time at the earliest; closing never waits for that.
     """
 
     windows: Callable[[datetime, datetime], Iterator[Window]]
     grace_seconds: float
     step_windows: int = 24
     count_windows: int = 744
+    rewrite_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +445,11 @@ class Pipeline(Generic[B, E]):
     older versions, which are folded into their window's object. `shrink`: which rows that only the object has may go,
     asked after the source was read; None: all stay.
 
-    `set_aside(partition, window, batch)` keeps what the batch could not take into its rows and says what that was.
+    Windows of more than `large_points` are written LARGE_AT_ONCE at a time, however many partitions are worked on,
+    since memory grows with them. `lost_cursor(partition)` tells from the destination where a partition without a cursor
+    goes on; None = at the first start. `set_aside(partition, window, batch)` keeps what the batch could not take into
+    its rows and says what it was.
+    `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which so many partitions have rows.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
@@ -404,9 +464,13 @@ class Pipeline(Generic[B, E]):
     deltas: Deltas[E] | None = None
     identities: KnownRows = field(default_factory=KnownRows)
     kept: dict[tuple[str, datetime], tuple[str, B]] = field(default_factory=dict)
+    large_points: int = 1 << 62
+    large_turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_AT_ONCE))
+    lost_cursor: Callable[[str], datetime | None] | None = None
     set_aside: Callable[[str, Window, B], Sequence[SetAside]] | None = None
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
     unit: str = VALUES
+    rewrite_seconds: Callable[[int], float] | None = None
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
@@ -452,8 +516,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was."""
+    """Where a partition stands: everything before `cursor_at` is finished. `now` was read before the source was.
+
+    `live_since`: live windows that start earlier were not counted in this pass and are not looked at.
+    """
 
     partition: str
     cursor_at: datetime
     now: datetime
+    live_since: datetime = EARLIEST

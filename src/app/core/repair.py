@@ -1,19 +1,24 @@
-"""Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
-
-All of it is the one protocol of `sync`, with the destination asked what it holds. No live cursor is moved here.
+"""Past windows: late and corrected rows, what was never written, what was damaged since, and the daily reconcile of
+records with both ends.
 """
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from enum import Enum
 from itertools import islice
 from typing import TypeVar
 
-from app.core.errors import Permanent
-from app.core.pipeline import NOTHING, Batch, Encoded, Pipeline, Task
-from app.core.runs import Context, Report
-from app.core.sync import already_there, settle
+from app.core.errors import Permanent, Rejected
+from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
+from app.core.runs import Context, Failure, Report
+from app.core.sync import already_there, delete_deltas, settle, waiting
 from app.core.windows import Age, Window, age_of
+
+# Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
+#
+# All of it is the one protocol of `sync`, with the destination asked what it holds. No live cursor is moved here.
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
@@ -97,7 +102,222 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
 
 
 def _replace(pipeline: Pipeline[B, E], context: Context, task: Task) -> Report:
-    """Write the source's rows over an object whose own are none of ours."""
+    """Write the source's rows over an object that Headwater did not write, or that cannot be read."""
     if task.count == NOTHING:
         raise Permanent(f"{task.partition} {task.window}: is damaged, and the source has no rows of it", GONE_HINT)
     return settle(pipeline, context, replace(task, replaces=True))
+
+
+# The reconcile: past windows in a listing of the destination and in sums of the source, compared with their
+# records.
+#
+# Invariants: nothing is believed that the state alone says; what differs goes through the one protocol of `sync`.
+# An object that vanished, or that another program replaced, is told and left alone unless damage is to be healed: a
+# lifecycle rule may have wanted it.
+
+
+ROUNDING = 2.0**-53  # what adding up may lose of a number, at most
+HEAL_HINT = "if nobody wanted that, run verify with --heal, or set EXPORT_HEAL=auto"
+
+Asked = Callable[[str, Sequence[Window], Collection[str]], Mapping[datetime, Mapping[str, Sums]]]
+"""Of a partition, adjacent windows and fields that are numbers: the source's sums by window start and field."""
+
+
+class WindowVerdict(Enum):
+    """EMPTY: neither end has anything. AS_CONFIRMED: both are as recorded. DIFFERS: to be settled.
+
+    TROUBLE: the object is gone or another program's.
+    """
+
+    EMPTY = "empty"
+    AS_CONFIRMED = "as confirmed"
+    DIFFERS = "differs"
+    TROUBLE = "trouble"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowEnds:
+    """What is known of one window: records, listed objects, sums of the source, and trouble (`Record.trouble`)."""
+
+    records: Sequence[Record]
+    objects: Objects
+    sums: Mapping[str, Sums]
+    trouble: str = ""
+
+    @property
+    def record(self) -> Record | None:
+        """That of the object itself."""
+        return next((record for record in self.records if not record.part), None)
+
+    @property
+    def is_as_recorded(self) -> bool:
+        """True when the destination holds the version that was confirmed, closed, and no delta."""
+        record = self.record
+        if record is None or not (record.closed and record.source_digest):
+            return False
+        return len(self.records) == 1 and {part: version for part, (_, version) in self.objects.items()} == {
+            0: record.version
+        }
+
+    @property
+    def count(self) -> Count:
+        """The sums as a count."""
+        fields = {name: each.values for name, each in self.sums.items()}
+        return Count(sum(fields.values()), max(fields.values(), default=0), fields)
+
+
+def verdict_of(ends: WindowEnds) -> WindowVerdict:
+    """What is to be done about a window, from what was listed and answered."""
+    record = ends.record
+    if ends.trouble and record is not None and record.closed:
+        return WindowVerdict.TROUBLE
+    if record is None and not ends.objects and not ends.sums:
+        return WindowVerdict.EMPTY
+    if record is None or not ends.is_as_recorded or not same_sums(ends.sums, record.sums):
+        return WindowVerdict.DIFFERS
+    return WindowVerdict.AS_CONFIRMED
+
+
+def same_sums(asked: Mapping[str, Sums], known: Mapping[str, Sums]) -> bool:
+    """True when these may be the sums of the same values. Values that were exchanged have the same sums."""
+    return asked.keys() == known.keys() and all(_same(each, known[name]) for name, each in asked.items())
+
+
+def _same(asked: Sums, known: Sums) -> bool:
+    if (asked.values, asked.least, asked.greatest) != (known.values, known.least, known.greatest):
+        return False
+    if asked.total is None or known.total is None:
+        return asked.total is known.total
+    return abs(asked.total - known.total) <= 2 * known.values * ROUNDING * known.magnitude
+
+
+def said_of(troubles: Mapping[str, int]) -> Sequence[str]:
+    """What is wrong with so many objects, for people."""
+    words = {MISSING: "missing at the destination", FOREIGN: "replaced by another program"}
+    return [f"{troubles[trouble]} objects {said}" for trouble, said in words.items() if troubles.get(trouble)]
+
+
+def look(
+    pipeline: Pipeline[B, E],
+    partition: str,
+    records: Sequence[Record],
+    listed: Mapping[datetime, Objects],
+    *,
+    dry_run: bool = False,
+) -> Mapping[datetime, str]:
+    """The trouble of each recorded window, noted in its record: an object that is gone, replaced by another program, or
+    back. For every listing, whoever made it after `records` were read.
+    """
+    found = troubles_of(pipeline, records, listed)
+    changed = [(record, trouble) for record, trouble in found if trouble != record.trouble]
+    for record, trouble in changed:
+        if trouble:
+            said = "is missing at the destination" if trouble == MISSING else "was not written by Headwater"
+            log.warning("%s: %s (%s)", record.key, said, HEAL_HINT)
+        else:
+            log.info("%s: is as it was confirmed again", record.key)
+    if changed and not dry_run:
+        pipeline.checkpoints.mark(pipeline.name, partition, changed)
+    return {record.window.start: trouble for record, trouble in found}
+
+
+def troubles_of(
+    pipeline: Pipeline[B, E], records: Sequence[Record], listed: Mapping[datetime, Objects]
+) -> Sequence[tuple[Record, str]]:
+    """The record of each window's own object, and its trouble. Only an object in another version is asked about."""
+
+    def trouble(record: Record) -> str:
+        objects = listed.get(record.window.start, {})
+        if 0 not in objects:
+            return MISSING
+        key, version = objects[0]
+        if version == record.version:
+            return ""
+        there = pipeline.sink.head(key)
+        return FOREIGN if there is not None and not there.digest else ""
+
+    return [(record, trouble(record)) for record in records if not record.part and record.version]
+
+
+def reconcile(
+    pipeline: Pipeline[B, E],
+    context: Context,
+    partition: str,
+    span: Window,
+    now: datetime,
+    *,
+    asked: Asked,
+    by_content: Window | None,
+    heals: bool,
+) -> Report:
+    """Compare every due window of `span` with its record, and bring it up to the source where one of them differs.
+
+    `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
+    that are gone or another program's are written again.
+    """
+    windows = pipeline.grid.windows(span.start, span.end)
+    due = (window for window in windows if age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE)
+    report = Report()
+    while step := list(islice(due, pipeline.grid.count_windows)):
+        context.progress.advance(total=len(step))
+        records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
+        listed = pipeline.deltas.objects(partition, step) if pipeline.deltas else {}
+        numbers = {name for record in records for name, sums in record.sums.items() if sums.total is not None}
+        sums = asked(partition, step, numbers)
+        troubles = look(pipeline, partition, records, listed, dry_run=context.dry_run)
+        for window in step:
+            context.stop.check()
+            ends = WindowEnds(
+                [record for record in records if record.window.start == window.start],
+                listed.get(window.start, {}),
+                sums.get(window.start, {}),
+                troubles.get(window.start, ""),
+            )
+            reads = by_content is not None and by_content.start <= window.start < by_content.end
+            report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            context.progress.advance(done=1)
+    return report
+
+
+def _window(
+    pipeline: Pipeline[B, E],
+    context: Context,
+    partition: str,
+    window: Window,
+    now: datetime,
+    *,
+    ends: WindowEnds,
+    reads: bool,
+    heals: bool,
+) -> Report:
+    """Whatever has to be done about one window; one that cannot be mended is a failure of its own."""
+    verdict = verdict_of(_without_folded(pipeline, context, ends))
+    log.debug("%s %s: %d values counted, %s", partition, window, ends.count.cells, verdict.value)
+    if verdict is WindowVerdict.EMPTY:
+        return Report()
+    record = ends.record
+    has_more = record is not None and record.digest != record.source_digest
+    if verdict is WindowVerdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
+        return Report(ledger=already_there(pipeline.unit, ends.count))
+    left = waiting(pipeline.unit, [ends.count])
+    if verdict is WindowVerdict.TROUBLE and not heals:
+        return Report(ledger=left)
+    try:
+        if verdict is WindowVerdict.TROUBLE:
+            return heal_window(pipeline, context, partition, window, now)
+        # Where the listing shows the recorded version and nothing else, the destination was asked already.
+        task = Task(partition, window, ends.count, record, final=True, asks=not ends.is_as_recorded)
+        return settle(pipeline, context, task)
+    except (Permanent, Rejected) as error:
+        return Report(failures=(Failure(partition, error.message, error.hint),), ledger=left)
+
+
+def _without_folded(pipeline: Pipeline[B, E], context: Context, ends: WindowEnds) -> WindowEnds:
+    """Without deltas whose rows the object holds: those that could not be deleted, which is tried again."""
+    parts = [part for part in ends.objects if part]
+    held = pipeline.sink.head(ends.objects[0][0]) if parts and 0 in ends.objects else None
+    folded = [part for part in parts if held is not None and part <= held.folded]
+    if folded and not context.dry_run:
+        delete_deltas(pipeline, [ends.objects[part][0] for part in folded])
+    objects = {part: found for part, found in ends.objects.items() if part not in folded}
+    return WindowEnds(ends.records, objects, ends.sums, ends.trouble)

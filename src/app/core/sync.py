@@ -12,11 +12,11 @@ earlier version, however long ago, is refused. Deltas of older versions are fold
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, takewhile
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally
@@ -32,11 +32,11 @@ from app.core.pipeline import (
     Pipeline,
     Position,
     Record,
+    Shrink,
     Sums,
     Task,
 )
 from app.core.runs import Context, Report
-from app.core.shrink import Shrink
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -100,9 +100,9 @@ def waiting(unit: str, counts: Iterable[Count]) -> Ledger:
     return _counted(unit, counts, "waiting")
 
 
-def already_there(unit: str, count: Count) -> Ledger:
+def already_there(unit: str, *counts: Count) -> Ledger:
     """What was counted and is as it was confirmed."""
-    return _counted(unit, [count], "already_there")
+    return _counted(unit, counts, "already_there")
 
 
 def _counted(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
@@ -166,30 +166,50 @@ def _to_close(window: Window, records: Mapping[datetime, Record], count: Count |
 
 def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dict[datetime, Count], done: Done) -> None:
     """Bring open and settling windows up to date; one whose count did not move costs nothing."""
-    windows = list(pipeline.grid.windows(at.cursor_at, at.now))
+    windows = list(pipeline.grid.windows(max(at.cursor_at, at.live_since), at.now))
     records = _records(pipeline, at.partition, windows) if windows else {}
+    later: dict[datetime, Count] = {}
     for window in windows:
         context.stop.check()
         record, count = records.get(window.start), left.get(window.start, NOTHING)
-        if _is_settled(record, count) and not _is_of_older_version(record, count):
+        if is_as_confirmed(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
+        elif _was_just_written(record, at.now, pipeline.grid.rewrite_seconds):
+            there, later[window.start] = _split(count, record)
+            done(Report(ledger=already_there(pipeline.unit, there)))
         else:
             done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
         left.pop(window.start, None)
     left.clear()  # what is before the cursor was closed earlier
+    left |= later
 
 
-def _is_of_older_version(record: Record | None, count: Count) -> bool:
-    """True for an open object that an older version wrote, perhaps without what tells its rows apart: read it once."""
-    return record is not None and count != NOTHING and not (record.closed or record.source_digest)
+def _was_just_written(record: Record | None, now: datetime, rewrite_seconds: float) -> TypeGuard[Record]:
+    """True for an object that is not written again yet, since each write is charged. A time ahead of now counts as
+    long ago.
+    """
+    if record is None or record.written_at is None:
+        return False
+    return 0 <= (now - record.written_at).total_seconds() < rewrite_seconds
 
 
-def _is_settled(record: Record | None, count: Count) -> bool:
-    """True when there is nothing to read: what was counted is what was counted for the record."""
+def _split(count: Count, record: Record) -> tuple[Count, Count]:
+    """Of what was counted, how much the object holds, and the rest."""
+    there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
+    rest = {name: number - there[name] for name, number in count.fields.items()}
+    return replace(count, fields=there), replace(count, fields=rest)
+
+
+def is_as_confirmed(record: Record | None, count: Count) -> bool:
+    """True when there is nothing to read in a live window: what was counted is what was counted for the record.
+
+    An open object that an older version wrote, perhaps without what tells its rows apart, is read once.
+    """
     if record is None:
         return count == NOTHING
-    return record.closed or (count != UNCOUNTED and record.source_cells == count.cells)
+    is_of_older_version = count != NOTHING and not (record.closed or record.source_digest)
+    return not is_of_older_version and (record.closed or (count != UNCOUNTED and record.source_cells == count.cells))
 
 
 def _records(pipeline: Pipeline[B, E], partition: str, windows: Sequence[Window]) -> Mapping[datetime, Record]:
@@ -256,6 +276,11 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
+    with pipeline.large_turns if task.count.points > pipeline.large_points else nullcontext():
+        return _write_now(pipeline, context, task)
+
+
+def _write_now(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     key = pipeline.sink.key(task.partition, task.window, 0)
     held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
@@ -343,7 +368,7 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
-        return pipeline.sink.put(key, encoded, held.version if held else None)
+        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final)
     except Conflict:
         there = pipeline.sink.head(key)
         if there is None:

@@ -1,18 +1,23 @@
-"""Proof of delivery: what both ends of a pipeline hold, window by window, compared by content and mended on request.
-
-Invariants: both ends are read anew, so nothing that was remembered can hide a fault; a digest does not depend on the
-order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes nothing.
+"""Both ends of a pipeline window by window: compared by content and mended on request, and the gap map of what a
+destination holds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import Enum
-from hashlib import blake2b
 from typing import Protocol
 
 from app.core.errors import AppError, LeaseLost, Rejected, Stopped
+from app.core.pipeline import Record
 from app.core.runs import Context, Failure, Report, Stop
-from app.core.windows import Window
+from app.core.windows import Age, Window, age_of
+
+# Proof of delivery: what both ends of a pipeline hold, window by window, compared by content and mended on request.
+#
+# Invariants: both ends are re-read, so nothing that was remembered can hide a fault; a digest does not depend on
+# the order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes
+# nothing.
 
 LANE_BYTES = 8
 LANES = 2
@@ -22,10 +27,14 @@ NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one end holds of a window: the number of rows, and the sums of two 64-bit hashes per row as hex."""
+    """What one end holds of a window: the number of rows, and two sums of 64-bit hashes as hex.
+
+    `set_aside`: values of the source that no object can hold, by a rule that both ends follow; not part of the rest.
+    """
 
     rows: int = 0
     digest: str = "0" * (2 * LANES * LANE_BYTES)
+    set_aside: int = field(default=0, compare=False)
 
     @property
     def sums(self) -> tuple[int, int]:
@@ -35,7 +44,8 @@ class Content:
 
     def __add__(self, other: "Content") -> "Content":
         pairs = zip(self.sums, other.sums, strict=True)
-        return content_from(self.rows + other.rows, *(one + two for one, two in pairs))
+        total = content_from(self.rows + other.rows, *(one + two for one, two in pairs))
+        return replace(total, set_aside=self.set_aside + other.set_aside)
 
 
 NOTHING = Content()
@@ -44,18 +54,6 @@ NOTHING = Content()
 def content_from(rows: int, *sums: int) -> Content:
     """The content with these sums, whatever they grew to."""
     return Content(rows, "".join(f"{each % LANE:0{2 * LANE_BYTES}x}" for each in sums))
-
-
-def content_of(rows: Iterable[Mapping[str, str]]) -> Content:
-    """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
-    number = one = two = 0
-    for row in rows:
-        cells = repr(sorted((name, text) for name, text in row.items() if text))
-        hashed = blake2b(cells.encode("utf-8", "surrogatepass"), digest_size=LANES * LANE_BYTES).digest()
-        one += int.from_bytes(hashed[:LANE_BYTES])
-        two += int.from_bytes(hashed[LANE_BYTES:])
-        number += 1
-    return content_from(number, one, two)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -105,7 +103,7 @@ class Ends(Protocol):
         """Every ended window of `span` by partition, oldest first; of one partition, or of all when it is None."""
 
     def source(self, slot: Slot) -> Content:
-        """What the source returns now for the window, as it would be written."""
+        """What the source returns now for the window and a destination must hold, read on another way than the sync."""
 
     def destination(self, slot: Slot) -> Content:
         """What the destination really holds under the window's names, read to the last byte."""
@@ -186,6 +184,8 @@ def why(verdict: Verdict) -> tuple[str, str]:
     words = {Sign.MISSING: "missing at the destination", Sign.EXTRA: "only at the destination"}
     source, destination = verdict.source or NOTHING, verdict.destination or NOTHING
     counts = f"{source.rows} rows at the source, {destination.rows} at the destination"
+    if source.set_aside:
+        counts += f" ({source.set_aside} values set aside are not compared)"
     hint = "rows that the source no longer returns are kept on purpose; else run verify with --heal"
     return f"{words.get(verdict.sign, 'differs')}: {counts}", hint
 
@@ -203,3 +203,100 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
     if after.sign is not Sign.EQUAL:
         return report, after
     return report, Verdict(verdict.slot, verdict.sign, after.source, after.destination, healed=True)
+
+
+# The gap map: which windows a destination holds, from its own listing beside what was confirmed.
+#
+# Invariant: a cell is decided from the listing; a record only says what should be there, so an object that somebody
+# took away or changed shows although the checkpoints believe in it.
+
+
+class CellState(Enum):
+    """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
+
+    OPEN: not finished yet, so that what is there may still change. WAITING: due, and a coming run writes it.
+    MISSING also: overdue, and not written yet.
+    """
+
+    EMPTY = "empty"
+    MISSING = "missing"
+    PARTIAL = "partial"
+    STALE = "stale"
+    EQUAL = "equal"
+    OPEN = "open"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One object in a listing: the start of the window that it is named by, and its version."""
+
+    window_start: datetime
+    key: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One window of a partition on the map."""
+
+    window: Window
+    state: CellState
+    rows: int
+    objects: int
+
+
+class Chart(Protocol):
+    """What the gap map asks of a pipeline. Raises AppError. From any thread."""
+
+    def partitions(self) -> Sequence[str]:
+        """Every partition that has a checkpoint, sorted."""
+
+    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+        """Every window of `span` up to now, oldest first, from a listing of the destination made in this call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When the map is made, how long windows take late rows, and up to where the partition is finished.
+
+    A window is overdue when it was due for `overdue_seconds` and nothing of it was written.
+    """
+
+    now: datetime
+    grace_seconds: float
+    cursor_at: datetime | None = None
+    overdue_seconds: float = 0.0
+
+
+def cells_of(
+    windows: Iterable[Window], records: Sequence[Record], found: Iterable[Found], at: Moment
+) -> Sequence[Cell]:
+    """A cell per window. `records` are those of the windows; `found` may hold objects of other windows too."""
+    expected: dict[datetime, list[Record]] = {}
+    for record in records:
+        expected.setdefault(record.window.start, []).append(record)
+    there: dict[datetime, dict[str, str]] = {}
+    for each in found:
+        there.setdefault(each.window_start, {})[each.key] = each.version
+    return [_cell(w, expected.get(w.start, ()), there.get(w.start, {}), at) for w in windows if w.start < at.now]
+
+
+def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> Cell:
+    rows = sum(record.rows for record in records)
+    return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
+
+
+def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
+    if at.cursor_at is None or window.end > at.cursor_at:
+        if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
+            return CellState.OPEN
+        is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
+        return CellState.MISSING if records or is_overdue else CellState.WAITING
+    gone = [record for record in records if record.key not in there]
+    if gone:
+        return CellState.MISSING if len(gone) == len(records) else CellState.PARTIAL
+    known = {record.key: record.version for record in records}
+    if any(known.get(key) != version for key, version in there.items()):
+        return CellState.STALE
+    return CellState.EQUAL if records else CellState.EMPTY

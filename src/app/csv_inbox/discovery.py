@@ -229,7 +229,7 @@ def open_regular(path: Path) -> IO[bytes]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise Unsteady(f"{path.name} is gone", "no action needed; whoever put it there took it away") from error
+        raise Unsteady(f"{path.name} is gone", "no action needed; the file was removed") from error
     except OSError as error:
         fault = Fault(f"it cannot be opened: {error.strerror}")
         raise Unmergeable([fault], "put a readable, regular file", kind=FaultKind.NO_ACCESS) from error

@@ -36,6 +36,12 @@ from app.csv_inbox.csv_tokenizer import (
 from app.csv_inbox.discovery import Identity, identity_of, is_too_large, open_regular, read_some
 from app.csv_inbox.key_index import Gathering, Keys
 
+# Headers: the columns of the master, of a file that comes in, and of the two united.
+#
+# Invariants: names are distinct, and fields are what was written there, to the byte; for a file that comes in, what
+# spreadsheets put around a header is taken off first. The master's columns keep their order and new ones follow, so a
+# row of the master changes only by fields that are put behind it.
+
 PIECE_BYTES = 1 << 16
 SHOWN_BYTES = 1000
 ABSENT = -1
@@ -174,7 +180,7 @@ def _values(dialect: Dialect, record: bytes) -> Sequence[str]:
     try:
         return [dialect.unquoted(field).decode(dialect.encoding) for field in dialect.fields(record)]
     except UnicodeDecodeError as error:
-        told = f"the header cannot be read as {dialect.encoding}: {error}"
+        told = f"invalid {dialect.encoding.upper()} byte 0x{error.object[error.start]:02X} in the header"
         raise Malformed(told, 1, record[:SHOWN_BYTES], kind=FaultKind.ENCODING) from error
 
 
@@ -242,6 +248,8 @@ def united(master: Header | None, incoming: Header, key: str, required: Sequence
         key=names.index(key),
     )
 
+
+# The rows of a file that comes in.
 
 MOST_FAULTS = 1000
 LONGEST_VALUE = 200
@@ -313,6 +321,8 @@ def read_incoming(
         except Malformed as error:
             fault = Fault(error.message, error.line, None, _shown(error.record) if error.record else None)
             counted, hint = reading.counted if reading else 0, "correct the file and put it into the inbox again"
+            if error.kind is FaultKind.ENCODING:
+                hint = _encoding_hint(config.csv_encoding)
             raise Unmergeable([fault], hint, kind=error.kind, rows=counted) from error
         if identity_of(os.fstat(file.fileno())) != before:
             raise Unsteady(f"{path.name} changed while it was read", "no action needed; the next run looks again")
@@ -427,8 +437,7 @@ class _Reading:
         byte = f"0x{block.data[at]:02X}"
         told = f"a NUL byte ({byte})" if byte == "0x00" else f"invalid {encoding.upper()} byte {byte}"
         fault = Fault(told, block.line_at(at), None, byte)
-        hint = "save the file in that encoding, or set csv_encoding"
-        raise Unmergeable([fault], hint, kind=FaultKind.ENCODING, rows=self.counted)
+        raise Unmergeable([fault], _encoding_hint(encoding), kind=FaultKind.ENCODING, rows=self.counted)
 
     def _without_header(self, block: RecordBlock) -> RecordBlock:
         """The block without the header of a file that was appended to another one. Raises Malformed for another header.
@@ -514,6 +523,10 @@ class _Reading:
             raise Unmergeable(
                 [Fault("it has no rows")], "put a file with at least one row below the header", kind=FaultKind.NO_ROWS
             )
+
+
+def _encoding_hint(encoding: str) -> str:
+    return f"save the file as {encoding} without NUL bytes, or set csv_encoding, and put it into the inbox again"
 
 
 def _shown(record: bytes) -> str:

@@ -186,7 +186,7 @@ def to_undo(paths: InboxPaths, run_id: str) -> Sequence[LoadRecord]:
     if gone is not None:
         kept = paths.config.undo_keep
         hint = f"only the last undo_keep={kept} merges can be taken back; drop corrected rows into the inbox instead"
-        raise Rejected(f"the merge of {gone.file} at {gone.at} cannot be undone any more", hint)
+        raise Rejected(f"the merge of {gone.file} at {gone.at} can no longer be undone", hint)
     return taken
 
 
@@ -325,7 +325,7 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         if not os.path.lexists(source):
-            raise Unsteady("it was to be set aside and is gone", "no action needed; somebody took it away") from error
+            raise Unsteady("it was to be set aside and is gone", "no action needed; the file was removed") from error
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)

@@ -450,7 +450,7 @@ def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_i
     except FileNotFoundError as error:
         if candidate.path.exists():  # the archive is what is missing
             raise
-        raise Unsteady(f"{name} is gone", "no action needed; somebody took it away") from error
+        raise Unsteady(f"{name} is gone", "no action needed; the file was removed") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
         raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
     target = unused(inbox.config.archive_dir, name, at)

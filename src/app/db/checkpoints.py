@@ -409,6 +409,7 @@ def _record(row: Row, now: datetime) -> Record:
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],
         folded=row["folded"],
+        written_at=row["updated_at"],
     )
 
 

@@ -74,13 +74,22 @@ class Migrated:
 
     `folder` holds `migrations/0001_name.sql`, or one file per dialect such as `0001_name.postgres.sql`. Tables that are
     gone, as in a database that was emptied, are made again before the next transaction; what is damaged is replaced
-    when it is `rebuilt`, and refused otherwise.
+    when it is `rebuilt`, and refused otherwise. `before_first` raises when the database is another program's; it is
+    asked while no migration of the folder has been applied.
     """
 
-    def __init__(self, database: Database, folder: Path, rebuilt: Rebuilt | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        folder: Path,
+        rebuilt: Rebuilt | None = None,
+        *,
+        before_first: Callable[[Session], None] | None = None,
+    ) -> None:
         self._database = database
         self._folder = folder
         self._rebuilt = rebuilt
+        self._before_first = before_first
         self._lock = threading.Lock()
         self._prepared = False
 
@@ -134,6 +143,11 @@ class Migrated:
     def _migrate(self, wanted: Sequence[Migration], *, thorough: bool) -> None:
         if self._rebuilt is not None:
             self._rebuilt.check(wanted)
+        if self._before_first is not None:
+            with self._database.transaction() as session:
+                _lock(session, self.dialect)
+                if not any(name.startswith(f"{self._folder.name}/") for name in recorded(session, self.dialect)):
+                    self._before_first(session)
         for migration in wanted:
             apply(self._database, migration, {each.name for each in wanted})
         if thorough:
@@ -172,9 +186,7 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
     Raises Permanent when the applied one had another text, and when one was applied that is not known here.
     """
     with database.transaction() as session:
-        if database.dialect == "postgres":
-            session.rows(LOCK_POSTGRES)
-            session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
+        _lock(session, database.dialect)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
         _refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
@@ -187,6 +199,13 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
                 f"{database.place}: migration {migration.name} was applied with another text",
                 "use the version of Headwater that this database belongs to, or another database",
             )
+
+
+def _lock(session: Session, dialect: Dialect) -> None:
+    """One process at a time, until the transaction ends; one that writes to SQLite is alone anyway."""
+    if dialect == "postgres":
+        session.rows(LOCK_POSTGRES)
+        session.rows("SELECT pg_advisory_xact_lock(:lock)", lock=LOCK)
 
 
 def recorded(session: Session, dialect: Dialect) -> Collection[str]:
@@ -207,22 +226,25 @@ def _refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, k
         )
 
 
-def open_database(url: str, *, variables: str, default: Path | None = None) -> Database:
+def open_database(
+    url: str, *, variables: str, default: Path | None = None, connections: int = 12, read_only: bool = False
+) -> Database:
     """The database of a URL: `sqlite:///path` (absolute with a fourth slash) or `postgresql://...`; without a URL the
     SQLite file `default`.
 
-    `variables` names the settings to look at in hints. Raises Permanent for any other URL, which may hold a password
-    and is therefore not repeated.
+    `variables` names the settings to look at in hints; at most `connections` to PostgreSQL are open at once. Raises
+    Permanent for any other URL, which may hold a password and is therefore not repeated. `read_only`: a file of SQLite
+    is neither made nor changed in any way.
     """
     if default and not url:
         return SqliteDatabase(default)
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
-        return SqliteDatabase(Path(rest[1:]))
+        return SqliteDatabase(Path(rest[1:]), read_only=read_only)
     if scheme in ("postgresql", "postgres"):
         from app.db.postgres import PostgresDatabase  # psycopg is imported only where it is used
 
-        return PostgresDatabase(url, variables=variables)
+        return PostgresDatabase(url, variables=variables, connections=connections)
     raise Permanent(
         f"unknown scheme {scheme[:20] if rest else ''!r} of a database URL",
         f"set {variables} to postgresql://user:password@host:5432/name, or sqlite:///path",

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row, tuple_row
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
+from app.core.network import CA_HINT, is_untrusted
 from app.db.database import Connections, Damaged, Dialect, Row, bound
 
 # Rows in the text form of PostgreSQL's COPY, made column by column, since that costs a fraction of a value at a
@@ -213,12 +214,15 @@ class PostgresSession:
 class PostgresDatabase:
     """See `Database`. Raises Permanent when the URL cannot be read.
 
-    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text.
+    A database of encoding SQL_ASCII is refused with each connection: what it stores is nobody's text. At most
+    `connections` are open at once.
     """
 
     dialect: Dialect = "postgres"
 
-    def __init__(self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS) -> None:
+    def __init__(
+        self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS, connections: int = 12
+    ) -> None:
         self._answer_seconds = answer_seconds
         try:
             given = conninfo_to_dict(url)
@@ -229,7 +233,7 @@ class PostgresDatabase:
             ) from None
         self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
         self._errors = Errors(_place(given), variables)
-        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive)
+        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive, limit=connections)
 
     @property
     def place(self) -> str:
@@ -302,7 +306,8 @@ class Errors:
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
             return Rejected(message, "correct the value: it is outside the range of the column")
         if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
-            return Permanent(message, f"check {self._variables}: user, password, database and its privileges")
+            hint = f"check {self._variables}: user, password, database and its privileges"
+            return Permanent(message, CA_HINT if is_untrusted(error) else hint)
         if state.startswith(SQLSTATE_PASSING):
             return Transient(message, "no action needed if it passes; otherwise look at the server's log and load")
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):

@@ -127,13 +127,14 @@ class SqliteSession:
 
 
 class SqliteDatabase:
-    """See `Database`. The file and its folder are made on first use."""
+    """See `Database`. The file and its folder are made on first use; of `read_only` ones nothing is made or changed."""
 
     dialect: Dialect = "sqlite"
 
-    def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+    def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS, read_only: bool = False) -> None:
         self._path = path
         self._busy_seconds = busy_seconds
+        self._read_only = read_only
         self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
 
     @property
@@ -172,6 +173,10 @@ class SqliteDatabase:
             self._connections.give_back(connection)
 
     def _connect(self) -> FileConnection:
+        if self._read_only:
+            if not self._path.exists():
+                raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
+            return _translated(self._path, lambda: _opened_to_read(self._path, self._busy_seconds))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -217,6 +222,15 @@ def _refuse_lone_wal(path: Path) -> None:
             raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
+def _opened_to_read(path: Path, busy_seconds: float) -> FileConnection:
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+    )
+    connection.file = file_id(path)
+    return connection
+
+
 def _opened(path: Path, busy_seconds: float) -> FileConnection:
     connection = sqlite3.connect(
         path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
@@ -230,6 +244,8 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         # one at different instants, and the state would vouch for rows that the warehouse has lost.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        # SQLite's own lower() knows ASCII only.
+        connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
         connection.file = file_id(path)
         undo.pop_all()
     return connection

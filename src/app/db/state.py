@@ -140,6 +140,7 @@ class SqlPulls:
         for _ in range(ATTEMPTS):  # another process may take the same number at the same time
             with self._queries.database.transaction() as session:
                 session.run(self._queries["add_export"], **named, parts_count=1, created_at=now)
+                session.run(self._queries["date_export"], **named, created_at=now)
                 if rows := session.rows(self._queries["export_of"], **named):
                     return _export(rows[0])
         raise Transient("other processes number their exports at the same time", "send the same request again")
@@ -305,12 +306,61 @@ def _columns(run: Run) -> dict[str, Any]:
     }
 
 
+# Requests that an outside system charges for, summed by hour: every process adds what it sent.
+
+ESTIMATED_FROM = timedelta(days=7)
+HOUR_SECONDS = 3600
+KEPT = timedelta(days=31)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCounts:
+    """Sums by kind, and the seconds from the first to the last moment they cover."""
+
+    by_kind: Mapping[str, float]
+    span_seconds: float
+
+
+class SqlRequestCounts:
+    """Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def add(self, by_kind: Mapping[str, float], first_at: datetime, last_at: datetime) -> None:
+        """Add what was sent between two moments, and drop hours that are no longer of use."""
+        hour_at = floor_to(last_at, HOUR_SECONDS)
+        with self._queries.database.transaction() as session:
+            for kind, number in sorted(by_kind.items()):
+                session.run(
+                    self._queries["add_requests"],
+                    hour_at=hour_at,
+                    kind=kind,
+                    requests=number,
+                    first_at=first_at,
+                    last_at=last_at,
+                )
+            session.run(self._queries["forget_requests_counted"], before_at=hour_at - KEPT)
+
+    def recent(self, now: datetime) -> RequestCounts:
+        """The last seven days."""
+        rows = self._queries.rows("requests_between", since_at=now - ESTIMATED_FROM, until_at=now)
+        by_kind: dict[str, float] = {}
+        for row in rows:
+            by_kind[row["kind"]] = by_kind.get(row["kind"], 0.0) + row["requests"]
+        if not rows:
+            return RequestCounts({}, 0.0)
+        first_at, last_at = min(row["first_at"] for row in rows), max(row["last_at"] for row in rows)
+        return RequestCounts(by_kind, (last_at - first_at).total_seconds())
+
+
 # All of it on one database.
 #
 # Invariant: nothing is connected or migrated before the first use, so the daemon starts while PostgreSQL is away.
 
 FILE = "state.db"
 VARIABLES = "CHECKPOINT_DATABASE_URL or CHECKPOINT_DB_HOST, _PORT, _NAME, _USER, _PASSWORD"
+CONNECTIONS = 4  # of a process: commits are batched, and a server has about a hundred for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +378,7 @@ class State:
     sessions: SqlSessions
     pulls: SqlPulls
     alerts: SqlAlerts
+    requests: SqlRequestCounts
     clocks: SqlClocks
     clock: StateClock
     pages: SqlPages
@@ -354,7 +405,7 @@ class State:
 def open_state(url: str, data_dir: Path) -> State:
     """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     folder = sql_directory() / "state"
-    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
+    plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
     database = Migrated(plain, folder, file or StateTables(plain, folder))
     queries = NamedQueries(database, folder)
@@ -371,6 +422,7 @@ def open_state(url: str, data_dir: Path) -> State:
         sessions=SqlSessions(queries),
         pulls=SqlPulls(queries),
         alerts=SqlAlerts(queries),
+        requests=SqlRequestCounts(queries),
         clocks=SqlClocks(queries),
         clock=clock,
         pages=SqlPages(queries),

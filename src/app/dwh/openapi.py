@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, FORMATS, MAX_FILE_ROWS, MAX_OFFSET
+from app.dwh.query import DEFAULT_ROWS, DIRECTIONS, ERASURE_OPTIONS, FORMATS, MAX_FILE_ROWS, MAX_ID, MAX_OFFSET
 from app.dwh.responses import MEDIA
 from app.dwh.tables import INTEGER_BITS, KEY_CHARACTERS, Table, TableColumn
 from app.web.errors import Answers, faults
@@ -74,7 +74,8 @@ def stored_row(table: Table) -> Schema:
     plain = {column.name: {"type": "string"} if column.kind == "text" else value(column) for column in table.stored}
     always = {"id", table.key.name, "created_at"}
     properties = {name: schema if name in always else _nullable(schema) for name, schema in plain.items()}
-    return {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
+    # Nothing is required: `select` chooses the columns.
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def writing(table: Table) -> Mapping[str, Any]:
@@ -97,8 +98,21 @@ def writing(table: Table) -> Mapping[str, Any]:
                 {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
                 "header",
             ),
+            _parameter("Prefer", {"type": "string", "example": "resolution=merge-duplicates"}, "header"),
         ],
     }
+
+
+def erasing(table: Table) -> Mapping[str, Any]:
+    """The operation DELETE."""
+    flags = {name: {"type": "boolean", "default": False} for name in ERASURE_OPTIONS}
+    options = {"pk": value(table.stored[0]), **flags, **_filters(table)}
+    return {"parameters": [_parameter(name, schema) for name, schema in options.items()]}
+
+
+def _filters(table: Table) -> Schema:
+    """A value to be equal to, or `operator.value`; several are allowed."""
+    return {column.name: {"type": "string", "pattern": WITHOUT_NUL} for column in table.stored}
 
 
 def reading(table: Table) -> Mapping[str, Any]:
@@ -108,24 +122,24 @@ def reading(table: Table) -> Mapping[str, Any]:
         "pk": value(table.stored[0]),
         "limit": {**WHOLE, "minimum": 1, "maximum": MAX_FILE_ROWS, "default": DEFAULT_ROWS},
         "offset": {**WHOLE, "maximum": MAX_OFFSET},
-        "after_id": {**WHOLE, "maximum": (1 << 63) - 1},
+        "after_id": {**WHOLE, "maximum": MAX_ID},
+        "after": {"type": "string"},
+        "select": {"type": "string"},
+        "bom": {"type": "boolean", "default": False},
+        "formula_safe": {"type": "boolean", "default": False},
         "sort_by": {"type": "string", "enum": sortable, "default": "id"},
         "sort_dir": {"type": "string", "enum": list(DIRECTIONS)},
         "format": {"type": "string", "enum": list(FORMATS)},
     }
-    for column in table.stored:
-        if column.kind != "json":
-            options[column.name] = (
-                {"type": "string", "pattern": WITHOUT_NUL} if column.kind == "text" else value(column)
-            )
-    return {"parameters": [_parameter(name, schema) for name, schema in options.items()]}
+    parameters = [_parameter(name, schema) for name, schema in {**options, **_filters(table)}.items()]
+    return {"parameters": [*parameters, _parameter("Prefer", {"type": "string", "example": "count=exact"}, "header")]}
 
 
 def _parameter(name: str, schema: Schema, place: str = "query") -> Schema:
     return {"name": name, "in": place, "required": False, "schema": schema}
 
 
-class RowFault(BaseModel):
+class SkippedRow(BaseModel):
     """A row that was left out."""
 
     index: int = Field(ge=0)
@@ -142,12 +156,26 @@ class RowsStored(BaseModel):
     skipped: int = Field(ge=0)
     dry_run: bool = False
     error_count: int = Field(default=0, ge=0)
-    errors: list[RowFault] = []
+    errors: list[SkippedRow] = []
 
 
 def write_answers() -> Answers:
     """What POST answers."""
     return {200: {"description": "stored", "content": {"application/json": {}}, "model": RowsStored}, **WRITE_FAULTS}
+
+
+class RowsErased(BaseModel):
+    """What DELETE answers: rows deleted, natural keys remembered for it, and keys that may come back."""
+
+    deleted: int = Field(ge=0)
+    remembered: int = Field(ge=0)
+    forgotten: int = Field(ge=0)
+    dry_run: bool = False
+
+
+def erase_answers() -> Answers:
+    """What DELETE answers."""
+    return {200: {"description": "deleted", "model": RowsErased}, **READ_FAULTS}
 
 
 def read_answers(table: Table) -> Answers:

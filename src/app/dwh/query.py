@@ -1,10 +1,14 @@
-"""Which rows a GET asks for: its parameters, checked against the table, and the SQL that follows.
+"""Which rows a request asks for: its parameters, checked against the table, and the SQL that follows.
 
-Invariant: names in the SQL come from the declaration, values are bound; what is unknown or twice is refused.
+Invariant: names in the SQL come from the declaration, values are bound; what is unknown is refused. The operators are
+those of PostgREST, https://docs.postgrest.org/en/stable/references/api/tables_views.html.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
@@ -15,90 +19,320 @@ from app.dwh.tables import INTEGER_BITS, Table, TableColumn
 from app.web.errors import Refusal, Refused
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
+Params = dict[str, Any]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DIRECTIONS = ("desc", "asc")
 DEFAULT_ROWS = 100
 MAX_ROWS = 10_000
 MAX_FILE_ROWS = 1_000_000
 MAX_OFFSET = (1 << 63) - 1 - MAX_FILE_ROWS
-OPTIONS = ("pk", "limit", "offset", "after_id", "sort_by", "sort_dir", "format")
+MAX_ID = (1 << 63) - 1
+OPTIONS = (
+    "pk",
+    "limit",
+    "offset",
+    "after",
+    "after_id",
+    "sort_by",
+    "sort_dir",
+    "format",
+    "select",
+    "bom",
+    "formula_safe",
+)
+ERASURE_OPTIONS = ("forget", "dry_run")
+YES_NO = {"true": True, "false": False, "1": True, "0": False}
+CASTS = {"uuid": "::uuid", "instant": "::timestamptz", "float": "::double precision"}
+
+# Filters: `column=value` for equality, `column=operator.value` for the operators below, `not.` before any of them.
+#
+# Invariant: both databases find the same rows. Text is compared by its bytes; `like` is exact about case in both.
+
+COMPARISONS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+OPERATORS = (*COMPARISONS, "in", "is", "like", "ilike")
+FILTER = re.compile(rf"(?P<negated>not\.)?(?P<operator>{'|'.join(OPERATORS)})\.(?P<text>.*)", re.DOTALL)
+IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", "unknown": "NULL"}
+LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
+MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
+PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """One condition on a column. `values`: what the operator compares with; for `is` one word, for `like` a pattern."""
+
+    column: TableColumn
+    operator: str
+    values: Sequence[Any]
+    negated: bool = False
+
+    def sql(self, dialect: Dialect, name: str) -> tuple[str, Params]:
+        """The condition, and its parameters, whose names begin with `name`."""
+        condition, params = self._plain(dialect, name)
+        return (f"NOT ({condition})" if self.negated else condition), params
+
+    def _plain(self, dialect: Dialect, name: str) -> tuple[str, Params]:
+        column = self.column.name
+        if self.operator == "is":
+            return f"{column} IS {IS[self.values[0]]}", {}
+        if self.operator in ("like", "ilike"):
+            return self._matching(dialect, name)
+        cast = CASTS.get(self.column.kind, "") if dialect == "postgres" else ""
+        params = {f"{name}_{number}": value for number, value in enumerate(self.values)}
+        places = ", ".join(f":{each}{cast}" for each in params)
+        if self.operator == "in":
+            return (f"{column} IN ({places})" if params else "1 = 0"), params
+        ordered = self.operator not in ("eq", "neq")
+        return f"{_ordered(self.column, dialect) if ordered else column} {COMPARISONS[self.operator]} {places}", params
+
+    def _matching(self, dialect: Dialect, name: str) -> tuple[str, Params]:
+        """SQLite's LIKE is never exact about case and folds ASCII only, so a GLOB stands for it there."""
+        column, pattern, folds = self.column.name, self.values[0], self.operator == "ilike"
+        if dialect == "postgres":
+            return f"{column} {'ILIKE' if folds else 'LIKE'} :{name}", {name: _pattern(pattern, "%", "_", r"\%_", "\\")}
+        left = f"lower_text({column})" if folds else column
+        return f"{left} GLOB :{name}", {name: _pattern(pattern.lower() if folds else pattern, "*", "?", "[*?")}
+
+
+def _pattern(text: str, any_text: str, any_character: str, special: str, escape: str = "") -> str:
+    """A pattern of PostgREST, where `*` and `%` stand for any text, `_` for any character and a backslash for the next
+    one, in the form of the database. `escape` goes before a special character; without one it stands in brackets.
+    """
+    parts = []
+    for escaped, many, one, plain in PATTERN.findall(text):
+        literal = escaped or plain
+        if literal in special and literal:
+            literal = f"{escape}{literal}" if escape else f"[{literal}]"
+        parts.append(any_text if many else any_character if one else literal)
+    return "".join(parts)
+
+
+def filter_of(column: TableColumn, given: str) -> Filter:
+    """The filter that `column=given` asks for. Raises Refused."""
+    found = FILTER.fullmatch(given)
+    negated, operator = (bool(found["negated"]), found["operator"]) if found else (False, "")
+    text = found["text"] if found else given
+    if column.kind == "json" and operator != "is":
+        raise _wrong(column.name, "can be filtered by is.null and not.is.null only")
+    if operator == "is":
+        word = text.lower()
+        if word not in IS or (word not in ("null", "not_null") and column.kind != "bool"):
+            raise _wrong(column.name, f"takes is.null and is.not_null{', is.true, is.false' * (column.kind == 'bool')}")
+        return Filter(column, operator, [word], negated)
+    if operator in ("like", "ilike"):
+        if column.kind != "text" or len(text) > MAX_PATTERN_CHARACTERS or UNSTORABLE.search(text):
+            limits = f"columns of text and patterns of at most {MAX_PATTERN_CHARACTERS} characters, without NUL"
+            raise _wrong(column.name, f"cannot be filtered so: {operator} is for {limits}")
+        return Filter(column, operator, [text], negated)
+    texts = _items(column, text) if operator == "in" else [text]
+    try:
+        return Filter(column, operator or "eq", [_typed(column, each) for each in texts], negated)
+    except (ValueError, OverflowError):
+        raise _wrong(column.name, f"must be {column.wanted}") from None
+
+
+def _wrong(name: str, what: str) -> Refused:
+    hint = f"correct the filter; operators are {', '.join(OPERATORS)}, and not. before them"
+    return Refused(Refusal(400, f"{name} {what}", hint, name))
+
+
+def _items(column: TableColumn, text: str) -> Sequence[str]:
+    """The items of `(a,b,"c,d")`; in quotes, a backslash stands before a quote or a backslash."""
+    if not (text.startswith("(") and text.endswith(")")) or len(text) < len("()"):
+        raise _wrong(column.name, "takes in.(…), a list in parentheses")
+    items: list[str] = []
+    at, end = 1, len(text) - 1
+    while end > 1:
+        item = LIST_ITEM.match(text, at, end)
+        if item is None or len(items) == MAX_LIST or (item.end() < end and text[item.end()] != ","):
+            raise _wrong(column.name, f"takes at most {MAX_LIST} items; quote those with a comma, quote or parenthesis")
+        quoted, plain = item.groups()
+        items.append(plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL))
+        if item.end() == end:
+            break
+        at = item.end() + 1
+    return items
+
+
+def _digits(text: str) -> int | None:
+    bare = text.removeprefix("-")
+    return int(text) if bare.isascii() and bare.isdigit() and len(bare) <= len(str(1 << 63)) else None
+
+
+def _typed(column: TableColumn, text: str) -> Any:
+    """The value of a column's kind. Raises ValueError or OverflowError."""
+    if column.kind in INTEGER_BITS:
+        value, bits = _digits(text), INTEGER_BITS[column.kind]
+        return value if value is not None and -(1 << bits) <= value < 1 << bits else _refuse(text)
+    if column.kind == "uuid":
+        return str(UUID(text))
+    if column.kind == "bool":
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse(text)
+    if column.kind == "instant":
+        at = datetime.fromisoformat(text)
+        return instant_text(at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC))
+    if column.kind == "float":
+        number = float(text)
+        return number if number - number == 0 else _refuse(text)
+    return text if not UNSTORABLE.search(text) else _refuse(text)
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(text)
+
+
+# A place in an order: the value that the rows are sorted by, and the id, of the last row that was read.
+#
+# Invariant: the row of a place need not exist any more, and what is inserted meanwhile moves none: whoever goes from
+# place to place meets each row whose sorted value stays the same exactly once.
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`value` as the database gives it, timestamps and UUIDs as text; None for none, and in the order by id."""
+
+    id: int
+    value: Any = None
+
+    def token(self, sort_by: str) -> str:
+        """The opaque `after` of a link."""
+        value = repr(self.value) if isinstance(self.value, float) else self.value
+        return base64.urlsafe_b64encode(json.dumps([sort_by, value, self.id]).encode()).decode().rstrip("=")
+
+
+def _place(token: str, column: TableColumn) -> Place:
+    """Raises ValueError for what is not the token of a place in the order by this column."""
+    padded = token + "=" * (-len(token) % 4)
+    sort_by, value, id_ = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+    if sort_by != column.name or type(id_) is not int or not 0 <= id_ <= MAX_ID:
+        raise ValueError(token)
+    if value is None:
+        return Place(id_)
+    if column.kind == "float":
+        return Place(id_, float(value))  # NaN and infinity too, which other programs may have stored
+    return Place(id_, _typed(column, str(value)))
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of one table: those that equal `filters`, in an order, from a place on. One more than `limit` is read."""
+    """Rows of one table: those that meet all `filters`, in an order, from a place on. One more than `limit` is read.
+
+    `columns` are those of an answer; `given` is the query string that asked for it; `bom` and `formula_safe` make CSV
+    for spreadsheets.
+    """
 
     table: Table
     format: Format
     limit: int
     offset: int
-    sort_by: str
+    sort_by: TableColumn
     descending: bool
-    after_id: int | None = None
-    filters: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The values that the SQL names."""
-        return {**self._named, "row_limit": self.limit + 1, "row_offset": self.offset}
-
-    @property
-    def edge_params(self) -> Mapping[str, Any]:
-        """The values that the SQL of the edge names."""
-        return {**self._named, "row_limit": 2, "row_offset": self.offset + self.limit - 1}
-
-    @property
-    def _named(self) -> Mapping[str, Any]:
-        after = {} if self.after_id is None else {"after_id": self.after_id}
-        return {**after, **{f"equal_{name}": value for name, value in self.filters.items()}}
+    after: Place | None
+    filters: Sequence[Filter]
+    columns: Sequence[TableColumn]
+    given: Sequence[tuple[str, str]] = ()
+    bom: bool = False
+    formula_safe: bool = False
 
     def is_made(self, dialect: Dialect) -> bool:
         """Whether the database makes the JSON of each row. SQLite does so for less than its values cost one by one; but
         it writes 15 digits of a float, reads all of a JSON value again, and does it for every row before it sorts.
         """
-        is_json = dialect == "sqlite" and self.format in ("json", "ndjson") and self.sort_by == "id"
-        return is_json and not any(column.kind in ("float", "json") for column in self.table.columns)
+        is_json = dialect == "sqlite" and self.format in ("json", "ndjson") and self.sort_by.name == "id"
+        return is_json and not any(column.kind in ("float", "json") for column in self.columns)
 
-    def sql(self, dialect: Dialect) -> str:
-        """The query: columns in their order, or id and JSON where it is made. Rows without a value come last, and equal
-        ones by id, in both databases.
+    def rows_sql(self, dialect: Dialect) -> tuple[str, Params]:
+        """The rows: the columns in their order and behind them those of `Place` that are not among them; or id and
+        JSON where it is made.
         """
         if self.is_made(dialect):
-            pairs = ", ".join(f"'{column.name}', {_in_json(column)}" for column in self.table.stored)
-            return self._sql(f"id, json_object({pairs}) AS line", dialect)
-        return self._sql(", ".join(_read(column, dialect) for column in self.table.stored), dialect)
+            pairs = ", ".join(f"'{column.name}', {_in_json(column)}" for column in self.columns)
+            return self._sql(f"id, json_object({pairs}) AS line", dialect, self.limit + 1, self.offset)
+        read = ", ".join(_read(column, dialect) for column in self._read_columns())
+        return self._sql(read, dialect, self.limit + 1, self.offset)
 
-    def edge_sql(self, dialect: Dialect) -> str:
-        """The ids of the last row and of the one behind it, as far as there are such rows."""
-        return self._sql("id", dialect)
+    def edge_sql(self, dialect: Dialect) -> tuple[str, Params]:
+        """Id and sorted value of the last row and of the one behind it, as far as there are such rows."""
+        read = ", ".join(("id", _read(self.sort_by, dialect)) if self.sort_by.name != "id" else ("id",))
+        return self._sql(read, dialect, 2, self.offset + self.limit - 1)
 
-    def _sql(self, read: str, dialect: Dialect) -> str:
-        kinds = {column.name: column for column in self.table.stored}
-        conditions = [f"{name} = {_bound(kinds[name], dialect)}" for name in self.filters]
-        if self.after_id is not None:
-            conditions.append(f"id {'<' if self.descending else '>'} :after_id")
-        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        return (
-            f"SELECT {read} FROM {self.table.name}{where} ORDER BY {self._order(kinds[self.sort_by], dialect)} "  # noqa: S608
-            f"LIMIT :row_limit OFFSET :row_offset"
-        )
+    def count_sql(self, dialect: Dialect) -> tuple[str, Params]:
+        """How many rows meet the filters, wherever the page begins."""
+        conditions, params = conditions_of(self.filters, dialect)
+        return f"SELECT count(*) AS total FROM {self.table.name}{_where(conditions)}", params  # noqa: S608 - declared
 
-    def _order(self, column: TableColumn, dialect: Dialect) -> str:
+    def place_of(self, row: Sequence[Any], dialect: Dialect) -> Place:
+        """The place of a row that was read by `rows_sql`."""
+        if self.is_made(dialect):
+            return Place(row[0])
+        names = [column.name for column in self._read_columns()]
+        return self.edge_place([row[names.index(name)] for name in ("id", self.sort_by.name)])
+
+    def edge_place(self, row: Sequence[Any]) -> Place:
+        """The place of a row that was read by `edge_sql`."""
+        value = row[-1] if self.sort_by.name != "id" else None
+        is_flag = self.sort_by.kind == "bool" and value is not None
+        return Place(row[0], bool(value) if is_flag else value)
+
+    def content_range(self, total: int) -> str:
+        """Which of `total` rows the answer has; behind a place only the total is known."""
+        last = min(self.offset + self.limit, total) - 1
+        return f"*/{total}" if self.after or last < self.offset else f"{self.offset}-{last}/{total}"
+
+    def next_page(self, path: str, after: Place) -> str:
+        """The URL of what follows, at the same cost however far it is."""
+        kept = [(name, value) for name, value in self.given if name not in ("offset", "after", "after_id")]
+        by_id = self.sort_by.name == "id"
+        place = ("after_id", str(after.id)) if by_id else ("after", after.token(self.sort_by.name))
+        return f"{path}?{urlencode([*kept, place])}"
+
+    def _read_columns(self) -> Sequence[TableColumn]:
+        names = {column.name for column in self.columns}
+        hidden = {"id": self.table.stored[0], self.sort_by.name: self.sort_by}
+        return [*self.columns, *(column for name, column in hidden.items() if name not in names)]
+
+    def _sql(self, read: str, dialect: Dialect, limit: int, offset: int) -> tuple[str, Params]:
+        conditions, params = conditions_of(self.filters, dialect)
+        if self.after is not None:
+            condition, place = self._behind(self.after, dialect)
+            conditions, params = [*conditions, condition], {**params, **place}
         direction = "DESC" if self.descending else "ASC"
-        if column.name == "id":
-            return f"id {direction}"
-        collation = ' COLLATE "C"' if column.kind == "text" and dialect == "postgres" else ""
-        return f"{self.table.name}.{column.name}{collation} {direction} NULLS LAST, id {direction}"
+        order = f"id {direction}"
+        if self.sort_by.name != "id":
+            order = f"{_ordered(self.sort_by, dialect, self.table)} {direction} NULLS LAST, {order}"
+        return (
+            f"SELECT {read} FROM {self.table.name}{_where(conditions)} ORDER BY {order} "  # noqa: S608 - declared
+            "LIMIT :row_limit OFFSET :row_offset"
+        ), {**params, "row_limit": limit, "row_offset": offset}
 
-    def next_page(self, path: str, last_id: int) -> str:
-        """The URL of what follows; by id where the order allows it, since an offset costs the more the larger it is."""
-        by_id = self.sort_by == "id"
-        place = {"after_id": last_id} if by_id else {"offset": self.offset + self.limit}
-        order = {"sort_by": self.sort_by, "sort_dir": "desc" if self.descending else "asc", "format": self.format}
-        filters = {
-            name: str(value).lower() if isinstance(value, bool) else value for name, value in self.filters.items()
-        }
-        return f"{path}?{urlencode({'limit': self.limit, **place, **order, **filters})}"
+    def _behind(self, after: Place, dialect: Dialect) -> tuple[str, Params]:
+        """The condition for rows behind a place. Those without a value are last in both directions."""
+        sign = "<" if self.descending else ">"
+        behind_id = f"id {sign} :after_id"
+        column = _ordered(self.sort_by, dialect)
+        if self.sort_by.name == "id":
+            return behind_id, {"after_id": after.id}
+        if after.value is None:
+            return f"({column} IS NULL AND {behind_id})", {"after_id": after.id}
+        value = f":after_value{CASTS.get(self.sort_by.kind, '') if dialect == 'postgres' else ''}"
+        behind = f"({column} {sign} {value} OR ({column} = {value} AND {behind_id}) OR {column} IS NULL)"
+        return behind, {"after_id": after.id, "after_value": after.value}
+
+
+def conditions_of(filters: Sequence[Filter], dialect: Dialect) -> tuple[Sequence[str], Params]:
+    """The conditions of all filters, and their parameters."""
+    made = [each.sql(dialect, f"filter_{number}") for number, each in enumerate(filters)]
+    return [condition for condition, _ in made], {name: value for _, some in made for name, value in some.items()}
+
+
+def _where(conditions: Sequence[str]) -> str:
+    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _ordered(column: TableColumn, dialect: Dialect, table: Table | None = None) -> str:
+    """The column as it is compared: text by its bytes, in both databases. `table` where an output has the same name."""
+    collation = ' COLLATE "C"' if column.kind == "text" and dialect == "postgres" else ""
+    return f"{f'{table.name}.' if table else ''}{column.name}{collation}"
 
 
 def _read(column: TableColumn, dialect: Dialect) -> str:
@@ -116,35 +350,125 @@ def _in_json(column: TableColumn) -> str:
     return flag if column.kind == "bool" else column.name
 
 
-def _bound(column: TableColumn, dialect: Dialect) -> str:
-    casts = {"uuid": "uuid", "instant": "timestamptz", "float": "double precision"}
-    cast = casts.get(column.kind, "") if dialect == "postgres" else ""
-    return f":equal_{column.name}" + (f"::{cast}" if cast else "")
-
-
 def selection(table: Table, given: Sequence[tuple[str, str]]) -> Selection:
     """What the query string asks for. Raises Refused: 400 for what is unknown, 422 for a value out of its range."""
-    options = dict(given)
-    if len(options) < len(given):
-        name = next(name for number, (name, _) in enumerate(given) if name in dict(given[:number]))
-        raise Refused(Refusal(422, f"{name[:80]} is given twice", "give each parameter once", name[:80]))
-    columns = {column.name: column for column in table.stored}
-    filters = {name: _value(columns.get(name), name, text) for name, text in options.items() if name not in OPTIONS}
-    if "pk" in options:
-        filters["id"] = _value(columns["id"], "pk", options["pk"])
+    options = single(given, OPTIONS)
     format_ = _one_of(options, "format", FORMATS)
     limit = _whole(options, "limit", (1, MAX_ROWS if format_ == "json" else MAX_FILE_ROWS))
-    after_id = _whole(options, "after_id", (0, (1 << 63) - 1))
     offset = _whole(options, "offset", (0, MAX_OFFSET))
-    sortable = tuple(column.name for column in table.stored if column.kind != "json")
-    sort_by = _one_of(options, "sort_by", sortable)
-    if after_id is not None and (sort_by != "id" or offset):
-        raise Refused(
-            Refusal(422, "after_id goes with the order by id, and without offset", "leave one out", "after_id")
-        )
-    descending = _one_of(options, "sort_dir", DIRECTIONS) == "desc"
-    limit = DEFAULT_ROWS if limit is None else limit
-    return Selection(table, format_, limit, offset or 0, sort_by, descending, after_id, filters)  # type: ignore[arg-type]
+    sortable = {column.name: column for column in table.stored if column.kind != "json"}
+    sort_by = sortable[_one_of(options, "sort_by", tuple(sortable))]
+    return Selection(
+        table=table,
+        format=format_,  # type: ignore[arg-type]
+        limit=DEFAULT_ROWS if limit is None else limit,
+        offset=offset or 0,
+        sort_by=sort_by,
+        descending=_one_of(options, "sort_dir", DIRECTIONS) == "desc",
+        after=_after(options, sort_by),
+        filters=filters_of(table, given, OPTIONS),
+        columns=_columns(table, options.get("select", "*")),
+        given=given,
+        bom=flag(options, "bom"),
+        formula_safe=flag(options, "formula_safe"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """Which rows to delete. `forget`: their natural keys, all of which are named by `keys`, may come back."""
+
+    table: Table
+    filters: Sequence[Filter]
+    keys: Sequence[str]
+    forget: bool = False
+    dry_run: bool = False
+
+
+def erasure(table: Table, given: Sequence[tuple[str, str]]) -> Erasure:
+    """What the query string of a DELETE asks for. Raises Refused, also without a filter: that would be every row."""
+    options = single(given, ("pk", *ERASURE_OPTIONS))
+    forget, dry_run = (flag(options, name) for name in ERASURE_OPTIONS)
+    filters = filters_of(table, given, ("pk", *ERASURE_OPTIONS))
+    if not filters:
+        what = "a DELETE without a filter would delete every row"
+        raise Refused(Refusal(400, what, f"name the rows, such as ?{table.key.name}=eq.…"))
+    lists = [each for each in filters if each.operator in ("eq", "in") and not each.negated]
+    named = [each for each in lists if each.column == table.key]
+    if forget and (len(filters) > 1 or not named):
+        what = f"forget takes one filter, {table.key.name}=eq.… or in.(…): only natural keys are remembered"
+        raise Refused(Refusal(422, what, "name the keys", "forget"))
+    return Erasure(table, filters, [str(value) for each in named for value in each.values], forget, dry_run)
+
+
+def flag(options: Mapping[str, str], name: str) -> bool:
+    """An option that is true or false, which it is when it is absent. Raises Refused."""
+    value = YES_NO.get(options.get(name, "false").lower())
+    if value is None:
+        raise Refused(Refusal(422, f"{name} is not true or false", "correct it", name))
+    return value
+
+
+def single(given: Sequence[tuple[str, str]], names: Sequence[str]) -> Mapping[str, str]:
+    """The options among the parameters. Raises Refused for one that is given twice."""
+    options: dict[str, str] = {}
+    for name, value in given:
+        if name in options:
+            raise Refused(Refusal(422, f"{name} is given twice", "give each option once", name))
+        if name in names:
+            options[name] = value
+    return options
+
+
+def filters_of(table: Table, given: Sequence[tuple[str, str]], options: Sequence[str]) -> Sequence[Filter]:
+    """The filters among the parameters: all but the options; `pk` is another name of `id`. Raises Refused."""
+    columns = {column.name: column for column in table.stored}
+
+    def made() -> Iterator[Filter]:
+        for name, text in given:
+            if name == "pk":
+                try:
+                    yield Filter(columns["id"], "eq", [_typed(columns["id"], text)])
+                except ValueError:
+                    raise _wrong("pk", f"must be {columns['id'].wanted}") from None
+            elif name not in options:
+                if name not in columns:
+                    what = f"unknown column or parameter {name[:80]}"
+                    raise Refused(Refusal(400, what, "see /docs for the columns of this table", name[:80]))
+                yield filter_of(columns[name], text)
+
+    return list(made())
+
+
+def _columns(table: Table, select: str) -> Sequence[TableColumn]:
+    columns = {column.name: column for column in table.stored}
+    names = [name.strip() for name in select.split(",")]
+    if "*" in names and len(names) == 1:
+        return table.stored
+    for name in names:
+        if name not in columns or names.count(name) > 1:
+            what = f"select names {name[:80]!r}, which is {'there twice' if name in columns else 'an unknown column'}"
+            raise Refused(Refusal(400, what, "name columns of this table, separated by commas, or *", "select"))
+    return [columns[name] for name in names]
+
+
+def _after(options: Mapping[str, str], sort_by: TableColumn) -> Place | None:
+    after_id = _whole(options, "after_id", (0, MAX_ID))
+    name = "after" if "after" in options else "after_id"
+    if after_id is None and name == "after_id":
+        return None
+    if options.get("offset", "0") != "0" or (name == "after" and after_id is not None):
+        raise Refused(Refusal(422, f"{name} works without offset, and alone", "leave one out", name))
+    if name == "after_id":
+        if sort_by.name != "id":
+            what = "after_id works with the order by id only"
+            raise Refused(Refusal(422, what, 'use after, as the link with rel="next" has it', name))
+        return Place(after_id or 0)
+    try:
+        return _place(options["after"], sort_by)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        what = "after is not the place of a row in this order"
+        raise Refused(Refusal(422, what, 'take it from the link with rel="next"', "after")) from None
 
 
 def _one_of(options: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
@@ -162,46 +486,3 @@ def _whole(options: Mapping[str, str], name: str, bounds: tuple[int, int]) -> in
     if value is None or not bounds[0] <= value <= bounds[1]:
         raise Refused(Refusal(422, f"{name} is not a whole number from {bounds[0]} to {bounds[1]}", "correct it", name))
     return value
-
-
-def _digits(text: str) -> int | None:
-    bare = text.removeprefix("-")
-    return int(text) if bare.isascii() and bare.isdigit() and len(bare) <= len(str(1 << 63)) else None
-
-
-def _value(column: TableColumn | None, name: str, text: str) -> Any:
-    """The value of an equality filter."""
-    if column is None or column.kind == "json":
-        what = "cannot be filtered by" if column else "is no column of this table"
-        raise Refused(Refusal(400, f"{name[:80]} {what}", "see /docs for the columns of this table", name[:80]))
-    try:
-        return _typed(column, text)
-    except (ValueError, OverflowError):
-        raise Refused(Refusal(400, f"{name} must be {column.wanted}", "correct the filter", name)) from None
-
-
-def _typed(column: TableColumn, text: str) -> Any:
-    if column.kind in INTEGER_BITS:
-        value, bits = _digits(text), INTEGER_BITS[column.kind]
-        if value is None or not -(1 << bits) <= value < 1 << bits:
-            raise ValueError(text)
-        return value
-    if column.kind == "uuid":
-        return str(UUID(text))
-    if column.kind == "bool":
-        return {"true": True, "false": False}.get(text.lower()) if text.lower() in ("true", "false") else _refuse(text)
-    if column.kind == "instant":
-        at = datetime.fromisoformat(text)
-        return instant_text(at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC))
-    if column.kind == "float":
-        return _finite(text)
-    return text if not UNSTORABLE.search(text) else _refuse(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if value - value == 0 else _refuse(text)
-
-
-def _refuse(text: str) -> Any:
-    raise ValueError(text)

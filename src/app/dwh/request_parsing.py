@@ -4,17 +4,31 @@ import csv
 import hashlib
 import io
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
 
-from app.dwh.rows import SHAPE_HINT, RowFault, RowReader, Slice, Values
+from app.core.files import temporary_file
+from app.dwh.query import flag
+from app.dwh.rows import (
+    SHAPE_HINT,
+    UNREADABLE,
+    CsvRow,
+    RowFault,
+    RowReader,
+    Slice,
+    Values,
+    cut,
+    has_json_grammar,
+    shown,
+)
 from app.dwh.tables import Table, TableColumn
+from app.dwh.warehouse import RESOLUTIONS, Resolution
 from app.web.errors import Refusal, Refused
 
 # Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
@@ -64,7 +78,7 @@ class JsonBody:
         for start in range(0, len(rows), GROUP_ROWS):
             yield rows[start : start + GROUP_ROWS]
 
-    def _rows(self) -> Sequence[msgspec.Raw]:
+    def _rows(self) -> Sequence[Slice]:
         """The rows as views of the body. Cut out of their envelope here, so that a second `data` is no JSON."""
         opening = OPENING.match(self._held)
         end = _last(self._held, len(self._held))
@@ -75,14 +89,30 @@ class JsonBody:
         try:
             array = memoryview(self._held)[opening.end() : array_end]
             return msgspec.json.decode(array, type=list[msgspec.Raw])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except UNREADABLE:
+            return self._rows_beside_a_bad_value(bytes(array))
+
+    def _rows_beside_a_bad_value(self, array: bytes) -> Sequence[bytes]:
+        """The rows of an array that holds a value which JSON cannot: its row is left to the reader of rows, which names
+        it. Text without JSON's grammar, such as a body that was cut off, refuses all of it.
+        """
+        try:
+            rows = cut(array)
+        except ValueError:
             raise self._misshapen() from None
+        for row in rows:
+            try:
+                msgspec.json.decode(row, type=msgspec.Raw)
+            except UNREADABLE:
+                if not has_json_grammar(row):
+                    raise self._misshapen() from None
+        return rows
 
     def _misshapen(self) -> Refused:
         """Why this is not the envelope: no JSON at all, or another shape."""
         try:
             msgspec.json.decode(self._held, type=dict[str, msgspec.Raw] | list[msgspec.Raw])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except UNREADABLE:
             return Refused(Refusal(400, "the body is not JSON", "check its syntax, also that it is complete"))
         return Refused(Refusal(422, ENVELOPE, SHAPE_HINT, "data"))
 
@@ -171,7 +201,7 @@ def row_too_large(row_bytes: int) -> Refused:
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
 #
 # Invariants: rows are cut outside of quotes; an empty cell is null; a cell never changes what stands in another one.
-# Source of the form: RFC 4180, with a header line, in UTF-8, a byte order mark tolerated.
+# Source of the form: RFC 4180, with a header line, in UTF-8.
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 BOM = b"\xef\xbb\xbf"
@@ -187,6 +217,7 @@ class CsvBody:
         self._rest = b""
         self._heads: Sequence[bytes] = ()
         self._cells: Sequence[Cell] = ()
+        self._names: Sequence[str] = ()
 
     def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
         """See `Body.feed`."""
@@ -216,20 +247,36 @@ class CsvBody:
 
     def _head(self, cells: Sequence[str]) -> None:
         columns = {column.name: column for column in self._table.columns}
-        cells = [cells[0].removeprefix("\ufeff"), *cells[1:]] if cells else []
         unknown = [cell[:80] for cell in cells if cell not in columns]
         if unknown or len(set(cells)) < len(cells) or self._table.key.name not in cells:
-            what = f"{unknown[0]!r} is no column" if unknown else f"columns twice, or no {self._table.key.name}"
+            what = f"unknown column {unknown[0]!r}" if unknown else f"a column twice, or no {self._table.key.name}"
             raise Refused(Refusal(422, f"the header cannot be used: {what}", SHAPE_HINT, "header"))
         self._heads = [msgspec.json.encode(cell) + b":" for cell in cells]
         self._cells = [_cell(columns[cell]) for cell in cells]
+        self._names = cells
 
-    def _row(self, cells: Sequence[str]) -> bytes:
-        if len(cells) != len(self._heads):
-            name = f"{len(cells)} cells where the header names {len(self._heads)}"
-            return b'{"' + name.encode() + b'":null}'  # the decoder refuses it by this name
-        pairs = zip(self._heads, self._cells, cells, strict=True)
-        return b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}"
+    def _row(self, cells: Sequence[str]) -> CsvRow:
+        try:
+            pairs = zip(self._heads, self._cells, cells, strict=True)
+            return CsvRow(b"{" + b",".join([head + turned(cell) for head, turned, cell in pairs]) + b"}")
+        except ValueError:
+            row = CsvRow(b"")
+            row.fault = self._fault(cells)
+            return row
+
+    def _fault(self, cells: Sequence[str]) -> tuple[str, str]:
+        """The column and what is wrong: with one cell, or with their number."""
+        counts = f"the row has {len(cells)} cells, the header {len(self._names)}"
+        if len(cells) < len(self._names):
+            return self._names[len(cells)], f"is missing: {counts}; the last cell is {shown(cells[-1])}"
+        if len(cells) > len(self._names):
+            return self._names[-1], f"is followed by {shown(cells[len(self._names)])}: {counts}"
+        for name, turned, cell in zip(self._names, self._cells, cells, strict=True):
+            try:
+                turned(cell)
+            except ValueError as error:
+                return name, f"{error}, not {shown(cell)}"
+        raise AssertionError("called for a row without a fault")
 
 
 def _row_end(held: bytes) -> int:
@@ -246,31 +293,46 @@ def _row_end(held: bytes) -> int:
 def _parsed(whole: bytes) -> Iterator[list[str]]:
     try:
         # Decoded as it is read: a StringIO takes four bytes a character.
-        yield from csv.reader(io.TextIOWrapper(io.BytesIO(whole), "utf-8", newline=""), strict=True)
-    except UnicodeDecodeError:
-        raise Refused(Refusal(400, "the body is not UTF-8", "encode it as UTF-8")) from None
+        # A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body.
+        text = io.TextIOWrapper(io.BytesIO(whole), "utf-8", "surrogateescape", newline="")
+        yield from csv.reader(text, strict=True)
     except csv.Error as error:
         raise Refused(Refusal(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says")) from None
 
 
 def _cell(column: TableColumn) -> Cell:
-    """The cell's JSON. What is no value of the kind becomes a string, which the decoder then refuses by its field."""
+    """What makes a cell's JSON; raises ValueError for text that is not a value of the kind."""
     if column.kind in ("text", "uuid", "instant"):
-        return lambda cell: msgspec.json.encode(cell) if cell else b"null"
-    if column.kind == "json":
-        return _json
-    if column.kind == "bool":
-        return lambda cell: {"": "null", "true": "true", "false": "false"}.get(cell.lower(), '"?"').encode()
-    return lambda cell: (cell if NUMBER.fullmatch(cell) else '"?"').encode() if cell else b"null"
+        return _text_cell
+
+    def turned(cell: str) -> bytes:
+        if not cell:
+            return b"null"
+        raw = cell.encode(errors="surrogateescape")  # as it came
+        if column.kind == "bool" and cell.lower() in ("true", "false"):
+            return raw.lower()
+        if column.kind == "json" and _is_json(raw):
+            return raw
+        if column.kind not in ("bool", "json") and NUMBER.fullmatch(cell):
+            return raw
+        raise ValueError(f"must be {column.wanted}")
+
+    return turned
 
 
-def _json(cell: str) -> bytes:
-    raw = cell.encode()
+def _text_cell(cell: str) -> bytes:
     try:
-        msgspec.json.decode(raw, type=msgspec.Raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return b'"\\ud800"' if cell else b"null"  # a string that is no Unicode is no JSON either
-    return raw
+        return msgspec.json.encode(cell) if cell else b"null"
+    except UnicodeEncodeError:
+        raise ValueError("must be valid UTF-8") from None
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        msgspec.json.decode(raw)
+    except UNREADABLE:
+        return False
+    return True
 
 
 # How a POST wants its body to be read and stored: query string and headers, checked.
@@ -287,7 +349,6 @@ FORMS: Mapping[str, Form] = {
     "text/csv": "csv",
 }
 KEY = re.compile(r"[!-~]{1,255}")
-YES_NO = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +360,7 @@ class Options:
     skip: bool = False
     dry_run: bool = False
     key: str = ""
+    resolution: Resolution | None = None
 
     def body(self, table: Table, body_bytes: int, stream_bytes: int) -> tuple[Body, Gzip | None]:
         """The parser, and what unpacks before it. No row may be larger than a JSON body."""
@@ -308,17 +370,15 @@ class Options:
         return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
 
 
-def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Options:
-    """Raises Refused."""
+def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()) -> Options:
+    """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
     chosen = dict(given)
     for name in chosen.keys() - {"on_error", "dry_run"}:
-        raise Refused(Refusal(400, f"{name[:80]} is no parameter of this route", "use on_error and dry_run", name[:80]))
+        raise Refused(Refusal(400, f"unknown parameter {name[:80]}", "use on_error and dry_run", name[:80]))
     on_error = chosen.get("on_error", "stop")
     if len(chosen) < len(given) or on_error not in ("stop", "skip"):
         raise Refused(Refusal(422, "on_error is not stop or skip, or given twice", "correct it", "on_error"))
-    dry_run = YES_NO.get(chosen.get("dry_run", "false").lower())
-    if dry_run is None:
-        raise Refused(Refusal(422, "dry_run is not true or false", "correct it", "dry_run"))
+    dry_run = flag(chosen, "dry_run")
     key = headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
         raise Refused(
@@ -329,7 +389,8 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Opt
                 "Idempotency-Key",
             )
         )
-    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "")
+    resolution = next((each for each in RESOLUTIONS if f"resolution={each}" in preferred), None)
+    return Options(_form(headers), _packed(headers), on_error == "skip", dry_run, key or "", resolution)
 
 
 def _form(headers: Mapping[str, str]) -> Form:
@@ -411,7 +472,7 @@ class Received:
     digest: str = ""
     size_bytes: int = 0
     held: list[Frame] = field(default_factory=list)
-    spool: Any = field(default_factory=lambda: tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - `close`
+    spool: BinaryIO = field(default_factory=partial(temporary_file, memory_bytes=SPOOL_BYTES))
 
     def read(self) -> Iterator[Iterator[Values]]:
         """The batches, each as an iterator of its rows; read one to its end before the next."""
@@ -454,20 +515,30 @@ class Intake:
         self._batches = BatchDealer(limits)
         self._digest = hashlib.sha256()
         self._seen_rows = 0
+        self._head: bytes | None = b""  # the first bytes, until it is known whether they are a byte order mark
         self.received = Received()
 
     def feed(self, block: bytes) -> None:
         """The next bytes. Raises Refused."""
         for piece in self._gzip.feed(block) if self._gzip else (block,):
             self._digest.update(piece)
-            for group in self._body.feed(piece):
+            for group in self._body.feed(self._without_mark(piece)):
                 self._take(group)
+
+    def _without_mark(self, piece: bytes) -> bytes:
+        if self._head is None:
+            return piece
+        self._head += piece
+        if len(self._head) < len(BOM) and BOM.startswith(self._head):
+            return b""
+        piece, self._head = self._head.removeprefix(BOM), None
+        return piece
 
     def finish(self) -> Received:
         """The body has ended. Raises Refused."""
         if self._gzip:
             self._gzip.finish()
-        for group in self._body.finish():
+        for group in chain(self._body.feed(self._head or b""), self._body.finish()):
             self._take(group)
         if not self._seen_rows:
             raise Refused(EMPTY)

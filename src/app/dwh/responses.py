@@ -1,21 +1,23 @@
 """Answers of /dwh: of POST as JSON; of GET as JSON, NDJSON, CSV or Parquet, read in one thread and sent in another."""
 
+import codecs
 import csv
 import io
 import json
-import tempfile
 import threading
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
 
 from app.core.errors import AppError, Permanent, Transient
-from app.dwh.query import Format, Selection
+from app.core.files import temporary_file
+from app.dwh.query import Format, Place, Selection
 from app.dwh.rows import RowFault
-from app.dwh.tables import Table, TableColumn
+from app.dwh.tables import TableColumn
 from app.dwh.warehouse import Inserted, Warehouse
 
 PIECE_IDS = 10_000
@@ -76,13 +78,13 @@ def _turned(block: Block, places: Sequence[int], turn: Callable[[Any], Any]) -> 
     return rows
 
 
-def _encoder(table: Table) -> Callable[[Block], bytes]:
+def _encoder(columns: Sequence[TableColumn]) -> Callable[[Block], bytes]:
     """Rows as lines of JSON, encoded in compiled code from a row type that holds what the database gave."""
-    names = [column.name for column in table.stored]
-    row: Any = msgspec.defstruct(f"Stored_{table.name}", [(name, Any) for name in names], gc=False)
+    names = [column.name for column in columns]
+    row: Any = msgspec.defstruct("StoredRow", [(name, Any) for name in names], gc=False)
     encode = msgspec.json.Encoder().encode_lines
-    flags = _flags(table.stored)
-    as_json = [place for place, column in enumerate(table.stored) if column.kind == "json"]
+    flags = _flags(columns)
+    as_json = [place for place, column in enumerate(columns) if column.kind == "json"]
     return lambda block: encode([row(*values) for values in _turned(_turned(block, flags, bool), as_json, msgspec.Raw)])
 
 
@@ -123,22 +125,46 @@ class _Json:
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-class _Csv:
-    """A header, then rows; null is an empty cell."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
-    def __init__(self, table: Table, file: Any) -> None:
+
+class _Csv:
+    """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
+    take for a formula; numbers stay as they are.
+    """
+
+    def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
         self._file = file
-        self._flags = _flags(table.stored)
-        self.write([[column.name for column in table.stored]])
+        self._flags = _flags(columns)
+        texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
+        self._texts = texts if formula_safe else ()
+        if bom:
+            file.write(codecs.BOM_UTF8)
+        self.write([[column.name for column in columns]])
 
     def write(self, block: Block) -> None:
         """See `Writer.write`."""
+        cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(_turned(block, self._flags, _flag))
-        self._file.write(text.getvalue().encode())
+        csv.writer(text, lineterminator="\n").writerows(cells)
+        self._file.write((_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode())
 
     def close(self) -> None:
         """See `Writer.close`."""
+
+
+def _with_quoted_returns(block: Block) -> str:
+    """Rows with a carriage return somewhere, which Python quotes only when lines end in one."""
+    lines = io.StringIO(newline="")
+    for row in block:
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(row)
+        lines.write(line.getvalue()[:-2] + "\n")
+    return lines.getvalue()
+
+
+def _without_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _flag(value: Any) -> Any:
@@ -148,7 +174,7 @@ def _flag(value: Any) -> Any:
 class _Parquet:
     """Typed columns; JSON stays text, instants are UTC in microseconds."""
 
-    def __init__(self, table: Table, file: Any) -> None:
+    def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
         import pyarrow as pa
         from pyarrow.parquet import ParquetWriter
 
@@ -159,8 +185,8 @@ class _Parquet:
             "bool": pa.bool_(),
             "instant": pa.timestamp("us", tz="UTC"),
         }
-        self._columns = table.stored
-        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in table.stored])
+        self._columns = columns
+        self._schema = pa.schema([(column.name, types.get(column.kind, pa.string())) for column in columns])
         self._writer = ParquetWriter(file, self._schema, compression="zstd")
         self._held: list[Sequence[Any]] = []
 
@@ -197,13 +223,62 @@ class _Parquet:
 
 def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
-    table = selection.table
+    columns = selection.columns
     if selection.format == "csv":
-        return _Csv(table, file)
+        return _Csv(columns, file, bom=selection.bom, formula_safe=selection.formula_safe)
     if selection.format == "parquet":
-        return _Parquet(table, file)
-    lines = _made if made else _encoder(table)
+        return _Parquet(columns, file)
+    lines = _made if made else _encoder(columns)
     return (_Json if selection.format == "json" else _Lines)(file, lines)
+
+
+# Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
+
+GZIP_FROM_BYTES = 1 << 10
+GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
+    allowed: dict[str, bool] = {}
+    for each in header.lower().split(","):
+        name, _, weight = each.partition(";")
+        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
+    return allowed.get("gzip", allowed.get("*", False))
+
+
+def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces, compressed."""
+    packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
+    yield from filter(None, map(packer.compress, pieces))
+    yield packer.flush()
+
+
+class GzipWriter:
+    """A file that compresses what is written to it, once it is worth that. Close it to write the end."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._held = b""
+        self._compress: Any = None
+
+    @property
+    def started(self) -> bool:
+        """Whether what is written to the file is compressed."""
+        return self._compress is not None
+
+    def write(self, piece: bytes) -> None:
+        """The next bytes."""
+        if self._compress is None:
+            self._held += piece
+            if len(self._held) < GZIP_FROM_BYTES:
+                return
+            self._compress, piece = zlib.compressobj(GZIP_LEVEL, wbits=31), self._held
+        self._file.write(self._compress.compress(piece))
+
+    def close(self) -> None:
+        """The last bytes."""
+        self._file.write(self._compress.flush() if self._compress else self._held)
 
 
 # Bytes between a thread that writes them and one that reads them, each at its own speed.
@@ -228,7 +303,7 @@ class ByteSpool:
         self._memory_bytes = memory_bytes
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
-        self._file = tempfile.SpooledTemporaryFile(1)  # noqa: SIM115 - `close`. A file with the first byte
+        self._file = temporary_file(memory_bytes=1)  # a file with the first byte
         self._file_bytes = self._file_read_bytes = 0
         self._changed = threading.Condition()
         self._shown = self._ended = self._abandoned = False
@@ -346,33 +421,60 @@ HEAD_BYTES, PIECE_BYTES, LEAN_BYTES = 1 << 18, 1 << 19, 1 << 16
 class AnswerPage:
     """One answer: `produce` in one thread, the rest in another. The reader closes it. A `lean` one waits in a file."""
 
-    def __init__(self, warehouse: Warehouse, selection: Selection, *, lean: bool = False) -> None:
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        selection: Selection,
+        *,
+        lean: bool = False,
+        count: bool = False,
+        gzip: bool = False,
+    ) -> None:
         self._warehouse = warehouse
         self._selection = selection
+        self._count = count
         self._spool = ByteSpool(LEAN_BYTES if lean else SPOOL_BYTES)
-        self.last_id: int | None = None  # set when more rows follow; for who has begun
+        self._gzip = GzipWriter(self._spool) if gzip and selection.format != "parquet" else None
+        # For callers that have begun: the last row when more follow it, and how many rows meet the filters, if asked.
+        self.last: Place | None = None
+        self.total: int | None = None
 
     def produce(self) -> None:
-        """Read the rows to their end, or until nobody wants them. What goes wrong is the reader's to know."""
+        """Read the rows to their end, or until nobody wants them. `begin` and `pieces` raise what goes wrong."""
         with suppress(Abandoned), self._spool.written() as spool:
             self._fill(spool)
 
+    def look(self) -> None:
+        """Find out what the headers say, without any rows. Raises what the database raises."""
+        with self._warehouse.selected(self._selection, count=self._count) as found:
+            self.last, self.total = found.last(), found.total
+
     def _fill(self, spool: ByteSpool) -> None:
-        """Write the rows; `last_id` is known when the reader may begin."""
-        chosen = self._selection
-        out = writer(chosen, spool, made=chosen.is_made(self._warehouse.database.dialect))
-        left, last_id, shown = chosen.limit, 0, False
-        with self._warehouse.selected(chosen) as found:
+        """Write the rows; `last` is known when the reader may begin."""
+        chosen, dialect = self._selection, self._warehouse.database.dialect
+        made = chosen.is_made(dialect)
+        out = writer(chosen, self._gzip or spool, made=made)
+        width = len(chosen.columns)
+        left, last_row, shown = chosen.limit, None, False
+        with self._warehouse.selected(chosen, count=self._count) as found:
+            self.total = found.total
             for block in found.blocks:
                 if asked := block[:left]:
-                    out.write(asked)
-                    left, last_id = left - len(asked), asked[-1][0]
-                if len(asked) < len(block) and not shown:
-                    self.last_id = last_id
+                    left, last_row = left - len(asked), asked[-1]
+                    out.write([row[:width] for row in asked] if not made and len(last_row) > width else asked)
+                if len(asked) < len(block) and not shown and last_row:
+                    self.last = chosen.place_of(last_row, dialect)
                 if not shown and spool.size_bytes >= HEAD_BYTES:
-                    self.last_id, shown = found.last_id(), True
+                    self.last, shown = found.last(), True
                     spool.show()
         out.close()
+        if self._gzip:
+            self._gzip.close()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the bytes are those of gzip; for callers that have begun."""
+        return self._gzip is not None and self._gzip.started
 
     def begin(self, *, whole: bool = False) -> int | None:
         """Wait for the first bytes, or for all; the size when all are there. Raises what the database raised."""

@@ -6,25 +6,25 @@ there: who sends slowly, or reads slowly, keeps nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.dwh import openapi
-from app.dwh.query import Selection, selection
+from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import MEDIA, AnswerPage, answer_to_post
+from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post, gzipped
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import Inserted, Warehouse
+from app.dwh.warehouse import MERGE, Inserted, Warehouse
 from app.web.api import Streamed
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
@@ -37,7 +37,8 @@ WAIT_SECONDS = 30.0
 BUSY = Refusal(
     429, "too many requests to /dwh at once", "send the same request again later", headers={"Retry-After": "5"}
 )
-OTHERS = ["DELETE", "HEAD", "OPTIONS", "PATCH", "PUT", "TRACE"]
+OTHERS = ["OPTIONS", "PATCH", "PUT", "TRACE"]
+GZIPPED_IDS = 1000  # an answer to POST with fewer is small
 GONE = Response(status_code=400)  # client disconnected
 
 
@@ -65,9 +66,13 @@ def build(serving: WarehouseRoutes) -> APIRouter:
         router.add_api_route(
             f"/{table.path}", _other, methods=OTHERS, include_in_schema=False, openapi_extra=needs("dwh:read")
         )
+        read = _reading(serving, table, readers)
+        router.add_api_route(
+            f"/{table.path}", read, methods=["HEAD"], include_in_schema=False, openapi_extra=needs("dwh:read")
+        )
         router.add_api_route(
             f"/{table.path}",
-            _reading(serving, table, readers),
+            read,
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
@@ -85,11 +90,21 @@ def build(serving: WarehouseRoutes) -> APIRouter:
             responses=openapi.write_answers(),
             response_class=Response,
         )
+        router.add_api_route(
+            f"/{table.path}",
+            _erasing(serving, table),
+            methods=["DELETE"],
+            name=f"erase_{table.name}",
+            summary=f"Delete rows of {table.name} for good",
+            openapi_extra={**needs("dwh:delete"), **openapi.erasing(table)},
+            responses=openapi.erase_answers(),
+        )
     return router
 
 
 async def _other() -> Response:
-    raise Refused(Refusal(405, "this path knows GET and POST", "see /docs", headers={"Allow": "GET, POST"}))
+    methods = "GET, HEAD, POST, DELETE"
+    raise Refused(Refusal(405, f"this path takes {methods}", "see /docs", headers={"Allow": methods}))
 
 
 async def _acquired(places: asyncio.Semaphore) -> None:
@@ -104,21 +119,28 @@ async def _acquired(places: asyncio.Semaphore) -> None:
 def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore) -> Callable[[Request], Any]:
     async def read(request: Request) -> Response:
         chosen = selection(table, request.query_params.multi_items())
+        count = "count=exact" in _preferred(request)
         with ExitStack() as stack:
             lean = serving.roomy.locked()
             if not lean:
                 await serving.roomy.acquire()
                 stack.callback(serving.roomy.release)
-            page = AnswerPage(serving.warehouse, chosen, lean=lean)
+            gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
+            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count, gzip=gzip)
             stack.callback(page.close)
             await _acquired(readers)
+            if request.method == "HEAD":
+                with ExitStack() as place:
+                    place.callback(readers.release)
+                    await run_in_threadpool(page.look)
+                return Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
             # The place is that of the reading from the database, however slowly the client takes the answer.
             producing.add_done_callback(lambda _: readers.release())
             # In HTTP/1.0 the end of a connection is the end of an answer: it could not be told from a cut.
             whole = request.scope["http_version"] == "1.0"
             size_bytes = await run_in_threadpool(partial(page.begin, whole=whole))
-            headers = _headers(chosen, request.url.path, page.last_id)
+            headers = _headers(chosen, request.url.path, page)
             if size_bytes is not None:
                 headers["Content-Length"] = str(size_bytes)
             return Streamed(page.pieces(), stack.pop_all(), headers=headers, media_type=MEDIA[chosen.format])
@@ -126,10 +148,20 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
     return read
 
 
-def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str]:
-    headers = {}
-    if last_id is not None:
-        headers["Link"] = f'<{chosen.next_page(path, last_id)}>; rel="next"'
+def _preferred(request: Request) -> Sequence[str]:
+    """What `Prefer` asks for, see RFC 7240; what is not known there is ignored, as it says."""
+    return [each.strip().lower() for line in request.headers.getlist("prefer") for each in line.split(",")]
+
+
+def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:
+    headers = {"Vary": "Accept-Encoding"}
+    if page.compressed:
+        headers["Content-Encoding"] = "gzip"
+    if page.last is not None:
+        headers["Link"] = f'<{chosen.next_page(path, page.last)}>; rel="next"'
+    if page.total is not None:
+        headers["Content-Range"] = chosen.content_range(page.total)
+        headers["Preference-Applied"] = "count=exact"
     if chosen.format != "json":
         headers["Content-Disposition"] = f'attachment; filename="{chosen.table.name}.{chosen.format}"'
     return headers
@@ -137,7 +169,7 @@ def _headers(chosen: Selection, path: str, last_id: int | None) -> dict[str, str
 
 def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
     async def write(request: Request) -> Response:
-        chosen = options(request.query_params.multi_items(), request.headers)
+        chosen = options(request.query_params.multi_items(), request.headers, _preferred(request))
         blocks = _blocks(request)
         try:
             first = await anext(blocks, b"")
@@ -153,6 +185,7 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
             received = await run_in_threadpool(intake.finish)
             caller = request.scope["state"]["grant"].name
             how = {"at": serving.clock(), "caller": caller, "key": chosen.key, "dry_run": chosen.dry_run}
+            how["resolution"] = chosen.resolution
             done = await run_in_threadpool(_insert, serving.warehouse, table, received, how)
         except ClientDisconnect:
             return GONE
@@ -162,15 +195,32 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
             serving.writers.release()
         content = answer_to_post(done, received.faults if chosen.skip else None, received.fault_count)
         headers = {"Idempotency-Replayed": "true"} if done.replayed else {}
+        if len(done.ids) > GZIPPED_IDS and accepts_gzip(request.headers.get("accept-encoding", "")):
+            content, headers["Content-Encoding"] = gzipped(content), "gzip"
+        if chosen.resolution:
+            headers["Preference-Applied"] = f"resolution={chosen.resolution}"
         return StreamingResponse(content, headers=headers, media_type="application/json")
 
     return write
 
 
+def _erasing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]:
+    async def erase(request: Request) -> Response:
+        chosen = erasure(table, request.query_params.multi_items())
+        await _acquired(serving.writers)
+        with ExitStack() as place:
+            place.callback(serving.writers.release)
+            done = await run_in_threadpool(serving.warehouse.erase, chosen, at=serving.clock())
+        return JSONResponse(asdict(done) | ({"dry_run": True} if chosen.dry_run else {}))
+
+    return erase
+
+
 def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
     """The first one of a table makes its decoder, which takes a while."""
     body, gzip = chosen.body(table, serving.body_bytes, serving.stream_bytes)
-    return Intake(body, reader(table.name), serving.batch, gzip=gzip, skip=chosen.skip)
+    rows = reader(table.name, merging=chosen.resolution == MERGE)
+    return Intake(body, rows, serving.batch, gzip=gzip, skip=chosen.skip)
 
 
 def _insert(warehouse: Warehouse, table: Table, received: Received, how: dict[str, Any]) -> Inserted:

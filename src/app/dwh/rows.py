@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import attrgetter
@@ -40,6 +41,77 @@ class RowFault:
         where = f"row {self.index}, field {self.field}" if self.field else f"row {self.index}"
         fault = f"data.{self.index}.{self.field}" if self.field else f"data.{self.index}"
         return Refused(Refusal(422, f"{where}: {self.message}", ROW_HINT, fault))
+
+
+# Text that a JSON decoder refuses as a whole, cut into its parts, so that the one value to blame can be named.
+#
+# Invariant: only the fallback of a refused text comes here; what is cut is decoded again, strictly.
+
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+KEY_OF_MEMBER = re.compile(rb'[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*:', re.DOTALL)
+CLOSING = {b"[": b"]", b"{": b"}"}
+SHOWN_CHARACTERS = 60
+
+
+class CsvRow(bytes):
+    """The JSON of a CSV row. `fault`: column and message when a cell cannot be written as JSON."""
+
+    fault: tuple[str, str] | None = None
+
+
+def cut(text: bytes) -> Sequence[bytes]:
+    """What stands between the commas of a JSON array or object. Raises ValueError when strings or brackets do not end,
+    or anything follows them.
+    """
+    parts: list[bytes] = []
+    opened: list[bytes] = []
+    start = 1
+    for token in TOKEN.finditer(text):
+        mark = token[0]
+        if mark in CLOSING and (opened or token.start() == 0):
+            opened.append(CLOSING[mark])
+        elif mark == b'"' or not opened:
+            break
+        elif mark in (b"]", b"}"):
+            if opened.pop() != mark:
+                break
+            if not opened:
+                if text[token.end() :].strip(b" \t\r\n"):
+                    break
+                last = text[start : token.start()]
+                return [*parts, last] if parts or last.strip() else []
+        elif mark == b"," and len(opened) == 1:
+            parts.append(text[start : token.start()])
+            start = token.end()
+    raise ValueError("strings or brackets do not match")
+
+
+def members(row: bytes) -> Mapping[str, bytes]:
+    """The JSON of each value of a row by its key; what cannot be cut is left out."""
+    found: dict[str, bytes] = {}
+    with suppress(ValueError):
+        for part in cut(row.strip(b" \t\r\n")):
+            if key := KEY_OF_MEMBER.match(part):
+                found[json.loads(key[1].decode("utf-8", "replace"), strict=False)] = part[key.end() :]
+    return found
+
+
+def has_json_grammar(text: bytes) -> bool:
+    """Whether this is JSON but for a value that JSON cannot hold: NaN, Infinity, half of a surrogate pair, a control
+    character, bytes that are not UTF-8. What nests too deeply to look at counts too: its brackets match.
+    """
+    try:
+        json.loads(text.decode("utf-8", "surrogateescape"), strict=False, parse_int=str, parse_float=str)
+    except ValueError:
+        return False
+    except RecursionError:
+        return True
+    return True
+
+
+def shown(value: str) -> str:
+    """A value for a message: short, in quotes, without control characters."""
+    return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "…")
 
 
 # What a JSON decoder lets pass and a warehouse must not: repeated keys, NUL, deep nesting.
@@ -266,6 +338,7 @@ MISSING = re.compile(r"missing required field `(.+?)`")
 UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
 AT = re.compile(r" - at `\$\.(\w+)")
 FIELD_CHARACTERS = 80
+UNKNOWN_COLUMN = "is not a column of this table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,38 +418,60 @@ class RowReader:
 
     def _fault(self, row: Slice, index: int) -> RowFault | None:
         """What is wrong with one row; None when nothing is."""
+        if isinstance(row, CsvRow) and row.fault:
+            return RowFault(index, *row.fault)
         try:
             turned_row = self._turned(row)
         except UNREADABLE as error:
-            return self._unread(index, error)
+            return self._unread(row, index, error)
         for column, (turn, value) in zip(self._columns.values(), turned_row, strict=True):
             try:
                 (turned,) = turn(value)
             except (*UNREADABLE, Suspicious, OverflowError):
-                return RowFault(index, column.name, f"must be {column.wanted}")
+                return self._wrong(row, index, column.name)
             if isinstance(turned, str) and holds_nul(turned, column):
-                return RowFault(index, column.name, f"must be {column.wanted}")
+                return self._wrong(row, index, column.name)
         repeated = repeated_key(bytes(row))
-        return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is there twice")
+        return None if repeated is None else RowFault(index, repeated[:FIELD_CHARACTERS], "is given twice")
 
-    def _unread(self, index: int, error: Exception) -> RowFault:
+    def _wrong(self, row: Slice, index: int, name: str) -> RowFault:
+        """A value that its column does not take. Only a cell of CSV is repeated."""
+        column = self._columns.get(name)
+        if column is None:
+            return RowFault(index, name[:FIELD_CHARACTERS], UNKNOWN_COLUMN)
+        value = members(row).get(name) if isinstance(row, CsvRow) else None
+        instead = f", not {shown(str(msgspec.json.decode(value)))}" if value else ""
+        return RowFault(index, name, f"must be {column.wanted}{instead}")
+
+    def _unread(self, row: Slice, index: int, error: Exception) -> RowFault:
         text = str(error)
         if found := MISSING.search(text):
             return RowFault(index, found[1], "is required")
         if found := UNKNOWN.search(text):
-            return RowFault(index, found[1][:FIELD_CHARACTERS], "is no column of this table")
+            return RowFault(index, found[1][:FIELD_CHARACTERS], UNKNOWN_COLUMN)
         if found := AT.search(text):
-            column = self._columns.get(found[1])
-            return RowFault(index, found[1], f"must be {column.wanted}" if column else "cannot be read")
+            return self._wrong(row, index, found[1])
         if isinstance(error, msgspec.ValidationError):
-            return RowFault(index, "", "a row is an object, its columns by name")
-        return RowFault(index, "", "is not JSON in UTF-8 that can be read")
+            return RowFault(index, "", "a row must be an object with columns by name")
+        for name, value in members(bytes(row)).items():
+            try:
+                msgspec.json.encode(msgspec.json.decode(value))
+            except UNREADABLE:
+                return self._wrong(row, index, name)
+        return RowFault(index, "", "is not valid JSON in UTF-8")
 
 
 @lru_cache(maxsize=16)
-def reader(table_name: str) -> RowReader:
-    """The reader of a table; made once, since a typed decoder takes a while to make."""
-    return RowReader(BY_NAME[table_name])
+def reader(table_name: str, *, merging: bool = False) -> RowReader:
+    """The reader of a table; made once, since a typed decoder takes a while to make.
+
+    `merging`: what is absent stays as it is in the row that is there, so a column with a default must be given.
+    """
+    table = BY_NAME[table_name]
+    if merging:
+        columns = [replace(each, required=each.required or each.default is not None) for each in table.columns]
+        table = replace(table, columns=columns)
+    return RowReader(table)
 
 
 def _decoder(table: Table, field_of: Callable[[TableColumn], Any]) -> Callable[[Slice], Any]:

@@ -16,13 +16,13 @@ KEY_CHARACTERS = 512  # an index entry of PostgreSQL holds 2704 bytes
 INTEGER_BITS = {"integer": 31, "bigint": 63}
 WANTED: dict[Kind, str] = {
     "uuid": "a UUID such as 0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11",
-    "text": "text without NUL",
+    "text": "text in valid Unicode, without NUL",
     "integer": "an integer of 32 bits",
     "bigint": "an integer of 64 bits",
     "float": "a finite number",
     "bool": "true or false",
-    "json": "any JSON, at most 100 levels deep, numbers in the range of a double, without repeated keys and NUL",
-    "instant": "an ISO 8601 instant such as 2026-02-07T12:34:56.789Z; without an offset it is taken as UTC",
+    "json": "any JSON of at most 100 levels, numbers in the range of a double, no repeated key, NUL or lone surrogate",
+    "instant": "an ISO 8601 timestamp such as 2026-02-07T12:34:56.789Z; without an offset it is taken as UTC",
 }
 
 

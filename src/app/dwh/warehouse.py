@@ -4,23 +4,23 @@ import json
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from app.core.errors import Transient
-from app.db.database import NamedQueries, Session, sql_directory
+from app.core.errors import Permanent, Transient
+from app.db.database import Dialect, NamedQueries, Session, sql_directory
 from app.db.migrations import Migrated, open_database
+from app.dwh.query import Erasure, Place, Selection, conditions_of
 from app.dwh.tables import BY_NAME, EVENTS, SQLITE_NOW, TABLES, TYPES, Table
 from app.product_events.mapping import Rows, Tables
 from app.web.errors import Refusal, Refused
 
 if TYPE_CHECKING:
-    from app.dwh.query import Selection
     from app.dwh.request_parsing import Received
 
 # The rows of one request into their table, in one transaction of the caller's.
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LOCKS = 4_937_238_650_200  # with a table's number added; no other program uses these for its advisory locks
 STATEMENT_ROWS = 20  # of an INSERT in SQLite; more bring no more
 PROBED_KEYS = 16
+Resolution = Literal["ignore-duplicates", "merge-duplicates"]
+RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
+MERGE = RESOLUTIONS[1]
 Row = Sequence[Any]
 Columns = Sequence[Sequence[Any]]
 
@@ -71,27 +74,32 @@ def _upsert(table: Table, rows: int = 0, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({names}) VALUES {places} {_on_conflict(table, past=past)}"  # noqa: S608
 
 
-def in_sqlite(session: Session, table: Table, batches: "Received") -> "array[int]":
+def in_sqlite(session: Session, table: Table, batches: "Received", deleted: "DeletedKeys") -> "array[int]":
     """By prepared statements: only this transaction writes, so what is newer at its end is what it inserted."""
     before = newest(session, table)
     (now,) = session.rows(f"SELECT {SQLITE_NOW} AS text")
-    rows = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
+    rows: Iterator[Row] = chain.from_iterable(zip(*block, strict=True) for block in batches.blocks())
+    together = batches.rows - batches.rows % STATEMENT_ROWS
+    if deleted.any_of(session, table):
+        rows, together = deleted.left_out(session, table, rows), 0
     written = 0
-    for rows_each, part in ((STATEMENT_ROWS, islice(rows, batches.rows - batches.rows % STATEMENT_ROWS)), (1, rows)):
+    for rows_each, part in ((STATEMENT_ROWS, islice(rows, together)), (1, rows)):
         values = [chain.from_iterable(part)] * (rows_each * len(table.columns))
         written += session.run_rows(_upsert(table, rows_each), zip(repeat(now["text"]), *values, strict=False))
     return _given(session, table, before, -1 if table.updates else written)
 
 
-def in_postgres(session: Session, table: Table, batches: "Received", group_rows: int) -> "array[int]":
+def in_postgres(
+    session: Session, table: Table, batches: "Received", deleted: "DeletedKeys", group_rows: int
+) -> "array[int]":
     """By COPY. What one group of rows has stored when the next one meets a conflict stays stored."""
     if table.updates:
-        return _staged(session, table, (united(batch) for batch in batches.read()))
+        return _staged(session, table, deleted, (united(batch) for batch in batches.read()))
     ids = array("q")
     if not batches.rows:
         return ids
     before = turn(session, table)
-    if not _known(session, table, batches):
+    if not deleted.any_of(session, table) and not _known(session, table, batches):
         for group in _groups(batches.blocks(), group_rows):
             copied = session.append_new(table.name, table.names, group)
             if copied is None:
@@ -101,7 +109,7 @@ def in_postgres(session: Session, table: Table, batches: "Received", group_rows:
             before = ids[-1]
     if len(ids) < batches.rows:
         rows = islice(chain.from_iterable(batches.read()), len(ids), None)
-        ids += _staged(session, table, _chunks(rows, group_rows), before)
+        ids += _staged(session, table, deleted, _chunks(rows, group_rows), before)
     return ids
 
 
@@ -148,7 +156,13 @@ def _merge(table: Table, *, past: bool = False) -> str:
     return f"INSERT INTO {table.name} ({columns}) {staged} {_on_conflict(table, past=past)}"
 
 
-def _staged(session: Session, table: Table, chunks: Iterable[Iterable[Row]], before: int | None = None) -> "array[int]":
+def _staged(
+    session: Session,
+    table: Table,
+    deleted: "DeletedKeys",
+    chunks: Iterable[Iterable[Row]],
+    before: int | None = None,
+) -> "array[int]":
     """By COPY into a temporary table, and from there: rows that are only updated have ids from before."""
     _create_stage(session, table)
     ids_written = "SELECT coalesce(string_agg(id::text, ','), '') AS ids FROM written"
@@ -159,6 +173,7 @@ def _staged(session: Session, table: Table, chunks: Iterable[Iterable[Row]], bef
             session.run(f"TRUNCATE {_stage(table)}")
         session.append(_stage(table), table.names, chunk)
         before = turn(session, table) if before is None else before
+        deleted.leave_out_staged(session, table)
         (written,) = session.rows(merge_chunk)
         given = sorted(map(int, written["ids"].split(","))) if written["ids"] else []
         ids.extend(given[bisect_right(given, before) :])
@@ -212,7 +227,7 @@ def _chunks(rows: Iterator[Row], count: int) -> Iterator[Iterator[Row]]:
 # numbers, so that two loads never wait for each other; memory is bounded by one chunk and the devices of a load.
 
 
-def load_postgres(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+def load_postgres(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Stage all rows, then merge them; how many events are new."""
     staged: set[str] = set()
     latest = Latest()
@@ -231,11 +246,12 @@ def load_postgres(session: Session, chunks: Iterable[Tables], *, past: bool) -> 
     tables = [table for table in TABLES if table.name in staged]
     for table in tables:
         turn(session, table)
+        deleted.leave_out_staged(session, table)
     written = {table.name: session.run(_merge(table, past=past)) for table in tables}
     return written.get(EVENTS.name, 0)
 
 
-def load_sqlite(session: Session, chunks: Iterable[Tables], *, past: bool) -> int:
+def load_sqlite(session: Session, chunks: Iterable[Tables], deleted: "DeletedKeys", *, past: bool) -> int:
     """Store all rows by prepared statements; how many events are new."""
     latest = Latest()
     before = newest(session, EVENTS)
@@ -248,9 +264,10 @@ def load_sqlite(session: Session, chunks: Iterable[Tables], *, past: bool) -> in
                 places = [rows.names.index(each) if each in rows.names else None for each in table.names]
                 whole = ([None if place is None else row[place] for place in places] for row in rows.rows)
                 as_they_are = tuple(rows.names) == tuple(table.names)
-                session.run_rows(_upsert(table), rows.rows if as_they_are else whole)
+                given = rows.rows if as_they_are else whole
+                session.run_rows(_upsert(table), deleted.left_out(session, table, given))
     for table, values in latest.rows():
-        session.run_rows(_upsert(table, past=past), values)
+        session.run_rows(_upsert(table, past=past), deleted.left_out(session, table, values))
     newer = f"SELECT id FROM {EVENTS.name} WHERE id > :newest"  # noqa: S608
     return sum(1 for _ in session.stream(newer, newest=before))
 
@@ -280,6 +297,70 @@ class Latest:
             yield table, [[values.get(column) for column in table.names] for values in held.values()]
 
 
+# Rows that were deleted on request, and stay so.
+#
+# Invariant: the keys are looked at in the turn of the table, so that no row comes back that was deleted meanwhile.
+
+LOOKED_UP_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """How many rows were deleted, how many keys are remembered for it, and how many are no longer."""
+
+    deleted: int
+    remembered: int = 0
+    forgotten: int = 0
+
+
+class DeletedKeys:
+    """The natural keys of deleted rows, as text."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def any_of(self, session: Session, table: Table) -> bool:
+        """Whether there are any of this table."""
+        return bool(session.rows(self._queries["has_deleted"], table=table.name)[0]["has_deleted"])
+
+    def left_out(self, session: Session, table: Table, rows: Iterable[Row]) -> Iterator[Row]:
+        """The other rows."""
+        each = iter(rows)
+        if not self.any_of(session, table):
+            yield from each
+        while some := list(islice(each, LOOKED_UP_ROWS)):
+            keys = json.dumps([str(row[0]) for row in some])
+            found = {row["key"] for row in session.rows(self._queries["deleted_keys"], table=table.name, keys=keys)}
+            yield from (row for row in some if str(row[0]) not in found)
+
+    def leave_out_staged(self, session: Session, table: Table) -> None:
+        """Take them out of what was staged in PostgreSQL."""
+        if self.any_of(session, table):
+            of_table = "table_name = :table AND "
+            session.run(
+                f"DELETE FROM {_stage(table)} AS staged USING dwh_deleted WHERE {of_table}"  # noqa: S608 - declared
+                f"dwh_deleted.key = staged.{table.key.name}::text",
+                table=table.name,
+            )
+
+    def remember(self, session: Session, table: Table, condition: str, params: Mapping[str, Any], at: datetime) -> int:
+        """Add the keys of all rows that meet the condition; how many are new."""
+        key = f"CAST({table.key.name} AS text)"
+        return session.run(
+            f"INSERT INTO dwh_deleted (table_name, key, deleted_at) SELECT '{table.name}', {key}, :deleted_at "  # noqa: S608
+            f"FROM {table.name} WHERE {condition} ON CONFLICT DO NOTHING",
+            **params,
+            deleted_at=at,
+        )
+
+    def forget(self, session: Session, table: Table, keys: Sequence[str]) -> int:
+        """Remove these keys; how many there were."""
+        names = {f"key_{number}": key for number, key in enumerate(keys)}
+        places = ", ".join(f":{name}" for name in names)
+        condition = f"table_name = :table AND key IN ({places})"
+        return session.run(f"DELETE FROM dwh_deleted WHERE {condition}", table=table.name, **names) if keys else 0  # noqa: S608
+
+
 # The warehouse in SQLite or PostgreSQL: rows in, each once, and rows out.
 #
 # Invariants: a request is one transaction, together with the answer kept under its Idempotency-Key; ids are given in
@@ -288,6 +369,14 @@ class Latest:
 
 FILE = "dwh.db"
 VARIABLES = "DWH_DATABASE_URL"
+OTHER_PROGRAM_HINT = (
+    "set DWH_DATABASE_URL to an empty database; if these are the tables of the DWH Helper, bring their rows over with "
+    "python -m app import-dwh URL, where URL is that of this database"
+)
+TABLE_NAMES: dict[Dialect, str] = {
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'table'",
+    "postgres": "SELECT relname AS name FROM pg_class WHERE relkind IN ('r', 'p') AND pg_table_is_visible(oid)",
+}
 TURN_SECONDS = 60.0
 MERGE_ROWS = 20_000
 KEPT_DAYS = 7
@@ -299,17 +388,19 @@ class _Undo(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SelectedRows:
-    """`blocks` of rows hold one more than was asked for, if there are so many; `edge` is the last one asked for, and
-    that one.
+    """`blocks` of rows hold one more than was asked for, if there are so many. `total`: how many meet the filters, None
+    when nobody asked.
     """
 
     blocks: Iterator[Sequence[Sequence[Any]]]
     edge: Iterator[Sequence[Any]]
+    selection: Selection
+    total: int | None
 
-    def last_id(self) -> int | None:
-        """The id of the last row when more follow it, before the blocks are read to the end; an own search."""
+    def last(self) -> Place | None:
+        """The last row when more follow it, before the blocks are read to the end; costs a search of its own."""
         found = list(self.edge)
-        return int(found[0][0]) if len(found) > 1 else None
+        return self.selection.edge_place(found[0]) if len(found) > 1 else None
 
 
 class Warehouse:
@@ -319,6 +410,7 @@ class Warehouse:
         self.database = database
         self._lite = database.dialect == "sqlite"
         self._queries = NamedQueries(database, sql_directory() / "dwh")
+        self._deleted = DeletedKeys(self._queries)
         # SQLite has one writer; threads that wait here do so in turn, where its own lock would be a matter of luck.
         self._turn = threading.Lock()
 
@@ -331,20 +423,33 @@ class Warehouse:
         self.database.close()
 
     def insert(
-        self, table: Table, batches: "Received", *, at: datetime, caller: str = "", key: str = "", dry_run: bool = False
+        self,
+        table: Table,
+        batches: "Received",
+        *,
+        at: datetime,
+        caller: str = "",
+        key: str = "",
+        dry_run: bool = False,
+        resolution: Resolution | None = None,
     ) -> Inserted:
         """Store what is not there yet, all or nothing: for `caller`, under an Idempotency-Key ("" for none).
+
+        `resolution` says what becomes of a row whose key is there; None: what the table declares.
 
         Raises Refused for a key that was used for another request. Transient means that it may or may not have been
         stored: the same request again does no harm.
         """
+        if resolution:
+            table = replace(table, updates=resolution == MERGE)
         with suppress(_Undo), self._writing() as session:
             if dry_run:
                 done = self._store(session, table, batches)
                 raise _Undo
             if not key:
                 return self._store(session, table, batches)
-            return self._once(session, table, batches, at=at, caller=caller, key=key)
+            fingerprint = ":".join(filter(None, (table.name, batches.digest, resolution)))
+            return self._once(session, table, batches, fingerprint, at=at, caller=caller, key=key)
         return replace(done, ids=array("q"), count=done.inserted_rows, dry_run=True)
 
     def load(self, chunks: Iterable[Tables], *, past: bool = False) -> int:
@@ -353,10 +458,30 @@ class Warehouse:
         What is there stays, but for devices: these take the values that came last. Rows of the `past` replace none.
         """
         with self._writing() as session:
-            return (load_sqlite if self._lite else load_postgres)(session, chunks, past=past)
+            return (load_sqlite if self._lite else load_postgres)(session, chunks, self._deleted, past=past)
+
+    def erase(self, erasure: Erasure, *, at: datetime) -> Erased:
+        """Delete all rows that meet the filters, and remember their natural keys, so that nothing brings them back; or,
+        to lift that, forget the keys.
+        """
+        table, dialect = erasure.table, self.database.dialect
+        conditions, params = conditions_of(erasure.filters, dialect)
+        condition = " AND ".join(conditions)
+        remembered = forgotten = deleted = 0
+        with suppress(_Undo), self._writing() as session:
+            if not self._lite:
+                turn(session, table)
+            if erasure.forget:
+                forgotten = self._deleted.forget(session, table, erasure.keys)
+            else:
+                remembered = self._deleted.remember(session, table, condition, params, at)
+            deleted = session.run(f"DELETE FROM {table.name} WHERE {condition}", **params)  # noqa: S608 - declared
+            if erasure.dry_run:
+                raise _Undo
+        return Erased(deleted, remembered, forgotten)
 
     def known(self, uuids: Collection[str]) -> int:
-        """How many of these events are there; each counts once. A few thousand at a time at most."""
+        """How many of these events are there, or were deleted on request; a few thousand at a time at most."""
         (found,) = self._queries.rows("known_events", uuids=json.dumps(sorted(uuids)))
         return int(found["events"])
 
@@ -372,11 +497,18 @@ class Warehouse:
                 self._turn.release()
 
     def _once(
-        self, session: Session, table: Table, batches: "Received", *, at: datetime, caller: str, key: str
+        self,
+        session: Session,
+        table: Table,
+        batches: "Received",
+        fingerprint: str,
+        *,
+        at: datetime,
+        caller: str,
+        key: str,
     ) -> Inserted:
         """The stored answer of an earlier request with the same key, else the rows and then the answer."""
         name = {"caller": caller, "key": key}
-        fingerprint = f"{table.name}:{batches.digest}"
         session.run(self._queries["forget_requests"], before_at=at - timedelta(days=KEPT_DAYS))
         if not session.run(self._queries["claim_request"], **name, fingerprint=fingerprint, created_at=at):
             (held,) = session.rows(self._queries["request"], **name)
@@ -391,22 +523,39 @@ class Warehouse:
         return done
 
     def _store(self, session: Session, table: Table, batches: "Received") -> Inserted:
-        ids = in_sqlite(session, table, batches) if self._lite else in_postgres(session, table, batches, MERGE_ROWS)
+        if self._lite:
+            ids = in_sqlite(session, table, batches, self._deleted)
+        else:
+            ids = in_postgres(session, table, batches, self._deleted, MERGE_ROWS)
         return Inserted(ids, batches.rows, batches.batches)
 
     @contextmanager
-    def selected(self, selection: "Selection") -> Iterator["SelectedRows"]:
+    def selected(self, selection: Selection, *, count: bool = False) -> Iterator["SelectedRows"]:
         """What a selection finds, in its order, in bounded memory, from one snapshot; valid inside the block."""
         dialect = self.database.dialect
         with self.database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            blocks = session.blocks(selection.sql(dialect), **selection.params)
-            edge = session.stream(selection.edge_sql(dialect), **selection.edge_params)
-            yield SelectedRows(blocks, edge)
+            total = None
+            if count:
+                counting, params = selection.count_sql(dialect)
+                total = int(session.rows(counting, **params)[0]["total"])
+            (reading, read_params), (edge, edge_params) = selection.rows_sql(dialect), selection.edge_sql(dialect)
+            blocks, ends = session.blocks(reading, **read_params), session.stream(edge, **edge_params)
+            yield SelectedRows(blocks, ends, selection, total)
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:
     """The warehouse at a URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE)
-    return Warehouse(Migrated(plain, sql_directory() / "dwh"))
+
+    def refuse_other_program(session: Session) -> None:
+        if names := other_tables(session, plain.dialect):
+            raise Permanent(f"{plain.place}: another program made the table {min(names)}", OTHER_PROGRAM_HINT)
+
+    return Warehouse(Migrated(plain, sql_directory() / "dwh", before_first=refuse_other_program))
+
+
+def other_tables(session: Session, dialect: Dialect) -> Collection[str]:
+    """The tables of the database that have the names of ours."""
+    return {row["name"] for row in session.rows(TABLE_NAMES[dialect])} & BY_NAME.keys()

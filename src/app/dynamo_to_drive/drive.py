@@ -1,4 +1,5 @@
-"""Google Drive v3 as few calls; the home of googleapiclient. Facts are those of contracts/google-drive.md.
+"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient; the facts are
+those of contracts/google-drive.md.
 
 Invariants: every call may be repeated, since a create carries an id that was made before; the flags for shared drives
 are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
@@ -9,18 +10,27 @@ import logging
 import os
 import random
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
+from app.core.network import CA_HINT, is_untrusted, proxy_for
 from app.core.retry import Pauses, RetryPolicy, retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
+#
+# Invariants: the kind is told by the document's shape alone; the token of an installed app is kept in DATA_DIR, for its
+# owner's eyes only, and renewed there; no message holds a secret.
 
 SCOPES = ("https://www.googleapis.com/auth/drive",)
 TOKEN_URI = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
@@ -167,7 +177,7 @@ def consent(given: Given, *, open_browser: bool) -> Path:
 # Invariants: the reason is read from the answer's machine-readable part, in either of Google's two styles; text of a
 # proxy is no reason; no message holds a token. The table is section 6 of contracts/google-drive.md.
 
-AGAIN_HINT = "no action needed: it is tried again, and the next run goes on"
+AGAIN_HINT = "no action needed: it is retried, and the next run goes on"
 SHARE_HINT = (
     "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID, and add the account of the credentials to the shared "
     "drive as Content manager"
@@ -175,12 +185,12 @@ SHARE_HINT = (
 RIGHTS_HINT = "make the account of the credentials Content manager of the shared drive"
 ENABLE_HINT = "enable the Google Drive API in the project of the credentials (Google Cloud Console)"
 SCOPE_HINT = "the token lacks the scope drive: run `python -m app google` again"
-SIGN_IN_HINT = "the credentials are not accepted any more: make a new key, or run `python -m app google` again"
+SIGN_IN_HINT = "the credentials are no longer accepted: make a new key, or run `python -m app google` again"
 HINTS: Mapping[str, str] = {
     "storageQuotaExceeded": "service accounts have no storage of their own: share a Shared Drive with the account and "
     "set GOOGLE_DRIVE_FOLDER_ID to it or to a folder on it; for a user's own Drive, free space",
     "teamDriveFileLimitExceeded": "the shared drive is full (500,000 items, trash included): archive or delete some",
-    "teamDriveHierarchyTooDeep": "the folder lies too deep: choose one nearer to the top",
+    "teamDriveHierarchyTooDeep": "the folder is nested too deep: choose one nearer to the top",
     "numChildrenInNonRootLimitExceeded": "the folder holds too many files: set GOOGLE_DRIVE_FOLDER_ID to a new one",
     "accessNotConfigured": ENABLE_HINT,
     "SERVICE_DISABLED": ENABLE_HINT,
@@ -195,7 +205,7 @@ HINTS: Mapping[str, str] = {
     "authError": SIGN_IN_HINT,
 }
 HINTS_OF_STATUS: Mapping[int, str] = {
-    400: "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID; else it is a fault of the program: please report it",
+    400: "check GOOGLE_DRIVE_FOLDER_ID and GOOGLE_SHARED_DRIVE_ID; if both are right, please report it",
     401: SIGN_IN_HINT,
     404: SHARE_HINT,
 }
@@ -254,10 +264,14 @@ def failed(error: Exception) -> AppError:
         return Permanent(f"Google refused the sign-in: {why[:TEXT_LIMIT]}", GRANT_HINT)
     # The second argument of a sign-in's error is the whole answer, which may hold a token.
     text = str(error.args[0]) if isinstance(error, GoogleAuthError) and error.args else str(error)
+    if is_untrusted(error):
+        return Permanent(f"Drive: {text[:TEXT_LIMIT]}", CA_HINT)
     return Transient(f"Drive cannot be reached: {text[:TEXT_LIMIT] or type(error).__name__}", AGAIN_HINT)
 
 
 T = TypeVar("T")
+
+# The calls themselves.
 
 RESUMABLE_BYTES = 5_000_000
 CHUNK_BYTES = 4 << 20  # a multiple of 256 KiB, held in memory
@@ -338,7 +352,27 @@ class DriveService:
         import httplib2
         from google_auth_httplib2 import AuthorizedHttp
 
-        plain = httplib2.Http(timeout=self._timeout_seconds)
+        class Tunnel(httplib2.HTTPSConnectionWithTimeout):  # type: ignore[misc]  # the library is untyped
+            """Through the proxy with what the standard library has: httplib2's own way needs PySocks."""
+
+            host: str
+            port: int
+
+            def connect(self) -> None:
+                proxy = urlsplit(proxy_for(f"https://{self.host}:{self.port}"))
+                login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
+                self.set_tunnel(self.host, self.port, {"Proxy-Authorization": f"Basic {login}"} if login else {})
+                self.host, self.port = proxy.hostname or "", proxy.port or 80
+                HTTPSConnection.connect(self)
+
+        class Http(httplib2.Http):  # type: ignore[misc]
+            def request(self, uri: str, *args: Any, **given: Any) -> Any:
+                if uri.startswith("https:") and proxy_for(uri):
+                    given["connection_type"] = Tunnel
+                return super().request(uri, *args, **given)
+
+        # the library reads the variable when it is imported, which may be before `app.core.network` sets it
+        plain = Http(timeout=self._timeout_seconds, ca_certs=os.environ.get("HTTPLIB2_CA_CERTS"), proxy_info=None)
         plain.redirect_codes = plain.redirect_codes - {308}  # Drive's 308 says how much of an upload it has
         return AuthorizedHttp(found, http=plain)
 

@@ -14,14 +14,12 @@ from pathlib import Path
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
-from app.core.gap_map import Chart, Moment
 from app.core.partitions import live_windows
-from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Task
+from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Shrink, Task
 from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.shrink import Shrink
 from app.core.sync import settle, sync_partition
-from app.core.verify import Verification
+from app.core.verify import Chart, Ends, Moment
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
@@ -42,41 +40,6 @@ POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)
 
 HourPipeline = Pipeline[HourFile, HourFile]
-
-
-@dataclass(frozen=True, slots=True)
-class HourFileParts:
-    """What the pipeline is made of. `drive` None = files go to `directory`."""
-
-    settings: Settings
-    table: DynamoTable
-    drive: DriveService | None
-    directory: Path
-    folder: DriveFolder
-    checkpoints: Checkpoints
-    set_aside: SetAsideStore
-    clock: Callable[[], datetime]
-    policy: RetryPolicy
-    turn: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def partition(self) -> str:
-        """Where from and where to: another folder is another partition, with a cursor and file ids of its own."""
-        table = self.settings.dynamo.table_name
-        return f"{table} -> {folder_of(self.settings)}" if self.drive else table
-
-
-@dataclass(frozen=True, slots=True)
-class HourFileExport:
-    """What `main` wires: the jobs, the backfill, how both ends are compared and mapped, and how to try them."""
-
-    jobs: Sequence[Job]
-    backfill: Callable[[Context, Window], Report]
-    verification: Verification
-    chart: Chart
-    ping_table: Callable[[], str]
-    ping_drive: Callable[[], str] | None
-    close: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,57 +76,6 @@ def given_of(settings: Settings) -> Given | None:
     return Given(drive.credentials_file, text, settings.service.data_dir / TOKEN_FILE)
 
 
-def build(
-    settings: Settings,
-    checkpoints: Checkpoints,
-    set_aside: SetAsideStore,
-    clock: Callable[[], datetime],
-    policy: RetryPolicy = POLICY,
-) -> HourFileExport:
-    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set."""
-    given = given_of(settings)
-    parts = HourFileParts(
-        settings=settings,
-        table=DynamoTable(_target(settings)),
-        drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
-        directory=settings.service.data_dir / "drive",
-        folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),
-        checkpoints=checkpoints,
-        set_aside=set_aside,
-        clock=clock,
-        policy=policy,
-    )
-    off = "" if settings.dynamo.table_name else OFF
-    late, past = timedelta(hours=settings.drive.late_hours), timedelta(days=settings.export.reconcile_days)
-    jobs = (
-        Job(NAME, settings.drive.interval_seconds, lambda context: _live(parts, context), off),
-        Job(LATE, LATE_SECONDS, lambda context: _again(parts, context, late), off, helper_of=NAME),
-        Job(RECONCILE, RECONCILE_SECONDS, lambda context: _again(parts, context, past), off, helper_of=NAME),
-    )
-
-    def moment() -> Moment:
-        return Moment(parts.clock(), settings.drive.grace_seconds)
-
-    return HourFileExport(
-        jobs,
-        lambda context, span: _backfill(parts, context, span),
-        lambda stop: HourEnds(
-            _opened(parts, _looking(stop)), lambda context: _opened(parts, context), moment, parts.turn
-        ),
-        HourChart(lambda: _opened(parts, _looking(Stop())), moment),
-        lambda: ping(parts.table, parts.clock()),
-        (lambda: _ping_drive(parts)) if given else None,
-        lambda: _close(parts),
-    )
-
-
-def _close(parts: HourFileParts) -> None:
-    """End the connections of this thread."""
-    parts.table.close()
-    if parts.drive is not None:
-        parts.drive.forget()
-
-
 def _target(settings: Settings) -> Target:
     dynamo = settings.dynamo
     secrets = (dynamo.access_key_id, dynamo.secret_access_key, dynamo.session_token)
@@ -183,145 +95,221 @@ def _target(settings: Settings) -> Target:
     )
 
 
-def _opened(parts: HourFileParts, context: Context, span: Window | None = None) -> OpenedHourFiles:
-    """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
-    accounts = Accounts(parts.settings.dynamo.timestamp_attribute, parts.clock())
-    sink = _sink(parts, context, accounts)
-    source = DynamoSource(parts.table, parts.partition, context.stop, accounts=accounts, now=parts.clock(), span=span)
-    drive = parts.settings.drive
-    pipeline: HourPipeline = Pipeline(
-        name=NAME,
-        source=source,
-        sink=sink,
-        checkpoints=parts.checkpoints,
-        grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
-        shrink=Shrink if drive.allow_shrink else None,
-        asks_sink=True,
-        by_digest=True,
-    )
-    return OpenedHourFiles(pipeline, sink, parts.partition, drive.escape_formulas, accounts)
-
-
 def _looking(stop: Stop) -> Context:
     """What a pipeline is given that only looks: no lease, and a dry run, which tidies nothing up."""
     nobody = Lease(NAME, "", 0, EPOCH)
     return Context("", nobody, stop, Unwatched(), dry_run=True)
 
 
-def _sink(parts: HourFileParts, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
-    drive, escaped, dry_run = parts.settings.drive, parts.settings.drive.escape_formulas, context.dry_run
-    if parts.drive is None:
-        times = parts.table.target.times
-        return FolderSink(parts.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
-    return DriveSink(
-        Drive(parts.drive, parts.policy, context.stop),
-        parts.folder,
-        RecordedIds(parts.checkpoints, parts.partition, context),
-        accounts,
-        prefix=drive.csv_name_prefix,
-        escaped=escaped,
-        dry_run=dry_run,
-    )
+@dataclass(frozen=True, slots=True)
+class HourFileExport:
+    """What `main` wires: jobs, backfill, how both ends are compared and mapped, and how to try them.
 
+    `drive` None = files go to `directory`.
+    """
 
-def _live(parts: HourFileParts, context: Context) -> Report:
-    """Close what is due, bring the current hour and the one in its grace up to date."""
-    now = parts.clock()
-    at = Position(parts.partition, _cursor(parts, context, now), now)
-    opened = _opened(parts, context, Window(at.cursor_at, now) if at.cursor_at < now else None)
-    live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
-    work = partial(sync_partition, opened.pipeline, context, at, live)
-    return _noted(parts, context, opened.accounts, work)
+    settings: Settings
+    table: DynamoTable
+    drive: DriveService | None
+    directory: Path
+    folder: DriveFolder
+    checkpoints: Checkpoints
+    set_aside: SetAsideStore
+    clock: Callable[[], datetime]
+    policy: RetryPolicy
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def partition(self) -> str:
+        """Where from and where to: another folder is another partition, with a cursor and file ids of its own."""
+        table = self.settings.dynamo.table_name
+        return f"{table} -> {folder_of(self.settings)}" if self.drive else table
 
-def _noted(parts: HourFileParts, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
-    """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
-    try:
-        report = work()
-        notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
-        ledger = accounts.closed(parts.partition, None if context.dry_run else parts.set_aside)
-        return replace(report, ledger=ledger, notes=notes)
-    except LeaseLost:
-        raise
-    except (Transient, Permanent, Rejected) as error:
-        if parts.drive is not None and isinstance(error, Permanent):
-            parts.drive.forget()
-        if not context.dry_run:
-            parts.checkpoints.fail(NAME, parts.partition, str(error), context.lease)
-        raise
-
-
-def _cursor(parts: HourFileParts, context: Context, now: datetime) -> datetime:
-    """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
-    hours = parts.settings.drive.catchup_hours
-    oldest = floor_to(now - timedelta(hours=hours), HOUR_SECONDS)
-    cursor = parts.checkpoints.cursors(NAME).get(parts.partition)
-    if cursor is not None and cursor >= oldest:
-        return cursor
-    if cursor is not None:
-        log.warning(
-            "hours from %s to %s are older than DRIVE_CATCHUP_HOURS: `python -m app backfill %s --from %s --to %s`",
-            *(cursor, oldest, NAME, cursor.isoformat(), oldest.isoformat()),
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """Live, late and past hours; `off` while DYNAMODB_TABLE_NAME is not set."""
+        drive, off = self.settings.drive, "" if self.settings.dynamo.table_name else OFF
+        late, past = timedelta(hours=drive.late_hours), timedelta(days=self.settings.export.reconcile_days)
+        return (
+            Job(NAME, drive.interval_seconds, self._live, off),
+            Job(LATE, LATE_SECONDS, lambda context: self._again(context, late), off, helper_of=NAME),
+            Job(RECONCILE, RECONCILE_SECONDS, lambda context: self._again(context, past), off, helper_of=NAME),
         )
-    if not context.dry_run:
-        parts.checkpoints.commit(NAME, parts.partition, Commit(cursor_at=oldest), context.lease)
-    return oldest
 
+    @property
+    def chart(self) -> Chart:
+        """The gap map of the files."""
+        return HourChart(lambda: self._opened(_looking(Stop())), self._moment)
 
-def _again(parts: HourFileParts, context: Context, age: timedelta) -> Report:
-    """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
-    since = floor_to(parts.clock() - age, HOUR_SECONDS)
-    first = parts.checkpoints.starts(NAME).get(parts.partition)
-    until = parts.checkpoints.cursors(NAME).get(parts.partition)
-    if first is None or until is None or max(first, since) >= until:
-        return Report()
-    report = _fill(parts, context, Window(max(first, since), until))
-    return replace(report, late_rows=report.rows)
+    def verification(self, stop: Stop) -> Ends:
+        """Table and files, compared."""
+        return HourEnds(self._opened(_looking(stop)), self._opened, self._moment, self.turn)
 
+    def backfill(self, context: Context, span: Window) -> Report:
+        """Bring every hour of `span` before the cursor up to the table: what follows belongs to the live job."""
+        until = self.checkpoints.cursors(NAME).get(self.partition) or floor_to(self.clock(), HOUR_SECONDS)
+        end = min(span.end, until)
+        return self._fill(context, Window(span.start, end)) if end > span.start else Report()
 
-def _backfill(parts: HourFileParts, context: Context, span: Window) -> Report:
-    """Bring every hour that overlaps `span` up to the table, to the cursor: what follows belongs to the live job."""
-    until = parts.checkpoints.cursors(NAME).get(parts.partition) or floor_to(parts.clock(), HOUR_SECONDS)
-    end = min(span.end, until)
-    return _fill(parts, context, Window(span.start, end)) if end > span.start else Report()
+    def ping_table(self) -> str:
+        """How the table is read. Raises Transient or Permanent."""
+        return ping(self.table, self.clock())
 
+    def ping_drive(self) -> str:
+        """Sign in and look at the folder, as the first run does."""
+        if self.drive is None:
+            return ""
+        self.drive.forget()
+        self.folder.forget()
+        drive_id = self.folder.drive_id(Drive(self.drive, RetryPolicy(attempts=1), Stop()))
+        return (
+            f"may add files to the folder, on shared drive {drive_id}"
+            if drive_id
+            else "folder in My Drive: a service account cannot create there"
+        )
 
-def _fill(parts: HourFileParts, context: Context, span: Window) -> Report:
-    opened = _opened(parts, context, span)
-    hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
-    context.progress.advance(total=len(hours))
+    def close(self) -> None:
+        """End the connections of this thread."""
+        self.table.close()
+        if self.drive is not None:
+            self.drive.forget()
 
-    def each() -> Report:
-        report = Report()
-        for hour in hours:
-            context.stop.check()
-            known = parts.checkpoints.records(NAME, parts.partition, hour.start, hour.end)
-            record = next(iter(known), None)
-            final = hour.end <= parts.clock() - timedelta(seconds=parts.settings.drive.grace_seconds)
-            report += settle(opened.pipeline, context, Task(parts.partition, hour, UNCOUNTED, record, final=final))
-            context.progress.advance(done=1)
-        return report
+    def _moment(self) -> Moment:
+        return Moment(self.clock(), self.settings.drive.grace_seconds)
 
-    def work() -> Report:
-        seen, report = parts.table.traits, each()
-        if parts.table.traits == seen:
-            return report
+    def _opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
+        """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
+        now = self.clock()
+        accounts = Accounts(self.settings.dynamo.timestamp_attribute, now)
+        sink = self._sink(context, accounts)
+        source = DynamoSource(self.table, self.partition, context.stop, accounts=accounts, now=now, span=span)
+        drive = self.settings.drive
+        pipeline: HourPipeline = Pipeline(
+            name=NAME,
+            source=source,
+            sink=sink,
+            checkpoints=self.checkpoints,
+            grid=Grid(lambda start, end: windows_between(start, end, HOUR_SECONDS), drive.grace_seconds),
+            shrink=Shrink if drive.allow_shrink else None,
+            asks_sink=True,
+            by_digest=True,
+        )
+        return OpenedHourFiles(pipeline, sink, self.partition, drive.escape_formulas, accounts)
+
+    def _sink(self, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
+        drive, escaped, dry_run = self.settings.drive, self.settings.drive.escape_formulas, context.dry_run
+        if self.drive is None:
+            times = self.table.target.times
+            return FolderSink(self.directory, drive.csv_name_prefix, times, accounts, escaped=escaped, dry_run=dry_run)
+        return DriveSink(
+            Drive(self.drive, self.policy, context.stop),
+            self.folder,
+            RecordedIds(self.checkpoints, self.partition, context),
+            accounts,
+            prefix=drive.csv_name_prefix,
+            escaped=escaped,
+            dry_run=dry_run,
+        )
+
+    def _live(self, context: Context) -> Report:
+        """Close what is due, bring the current hour and the one in its grace up to date."""
+        now = self.clock()
+        at = Position(self.partition, self._cursor(context, now), now)
+        opened = self._opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
+        live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
+        work = partial(sync_partition, opened.pipeline, context, at, live)
+        return self._noted(context, opened.accounts, work)
+
+    def _noted(self, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
+        """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
+        try:
+            report = work()
+            notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
+            ledger = accounts.closed(self.partition, None if context.dry_run else self.set_aside)
+            return replace(report, ledger=ledger, notes=notes)
+        except LeaseLost:
+            raise
+        except (Transient, Permanent, Rejected) as error:
+            if self.drive is not None and isinstance(error, Permanent):
+                self.drive.forget()
+            if not context.dry_run:
+                self.checkpoints.fail(NAME, self.partition, str(error), context.lease)
+            raise
+
+    def _cursor(self, context: Context, now: datetime) -> datetime:
+        """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
+        hours = self.settings.drive.catchup_hours
+        oldest = floor_to(now - timedelta(hours=hours), HOUR_SECONDS)
+        cursor = self.checkpoints.cursors(NAME).get(self.partition)
+        if cursor is not None and cursor >= oldest:
+            return cursor
+        if cursor is not None:
+            log.warning(
+                "hours from %s to %s are older than DRIVE_CATCHUP_HOURS: `python -m app backfill %s --from %s --to %s`",
+                *(cursor, oldest, NAME, cursor.isoformat(), oldest.isoformat()),
+            )
+        if not context.dry_run:
+            self.checkpoints.commit(NAME, self.partition, Commit(cursor_at=oldest), context.lease)
+        return oldest
+
+    def _again(self, context: Context, age: timedelta) -> Report:
+        """Hours of that age from the first that was ever kept up to the cursor. What changed there came late."""
+        since = floor_to(self.clock() - age, HOUR_SECONDS)
+        first = self.checkpoints.starts(NAME).get(self.partition)
+        until = self.checkpoints.cursors(NAME).get(self.partition)
+        if first is None or until is None or max(first, since) >= until:
+            return Report()
+        report = self._fill(context, Window(max(first, since), until))
+        return replace(report, late_rows=report.rows)
+
+    def _fill(self, context: Context, span: Window) -> Report:
+        opened = self._opened(context, span)
+        hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
         context.progress.advance(total=len(hours))
-        return report + each()  # earlier hours may have items of the writing that only a later one showed
 
-    with parts.turn:  # late hours, reconcile and backfill may meet on one hour
-        return _noted(parts, context, opened.accounts, work)
+        def each() -> Report:
+            report = Report()
+            for hour in hours:
+                context.stop.check()
+                known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
+                record = next(iter(known), None)
+                final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
+                report += settle(opened.pipeline, context, Task(self.partition, hour, UNCOUNTED, record, final=final))
+                context.progress.advance(done=1)
+            return report
+
+        def work() -> Report:
+            seen, report = self.table.traits, each()
+            if self.table.traits == seen:
+                return report
+            context.progress.advance(total=len(hours))
+            return report + each()  # earlier hours may have items of the writing that only a later one showed
+
+        with self.turn:  # late hours, reconcile and backfill may meet on one hour
+            return self._noted(context, opened.accounts, work)
 
 
-def _ping_drive(parts: HourFileParts) -> str:
-    """Sign in and look at the folder, as the first run does."""
-    if parts.drive is None:
-        return ""
-    parts.drive.forget()
-    parts.folder.forget()
-    drive_id = parts.folder.drive_id(Drive(parts.drive, RetryPolicy(attempts=1), Stop()))
-    return (
-        f"may add files to the folder, on shared drive {drive_id}"
-        if drive_id
-        else "folder in My Drive: a service account cannot create there"
+def build(
+    settings: Settings,
+    checkpoints: Checkpoints,
+    set_aside: SetAsideStore,
+    clock: Callable[[], datetime],
+    policy: RetryPolicy = POLICY,
+    *,
+    spend: Callable[[float], None] = lambda _: None,
+) -> HourFileExport:
+    """The pipeline as it is configured; its jobs are `off` while DYNAMODB_TABLE_NAME is not set. `spend` is told the
+    read units of each answer.
+    """
+    given = given_of(settings)
+    return HourFileExport(
+        settings=settings,
+        table=DynamoTable(_target(settings), spend),
+        drive=DriveService(given, settings.drive.api_url, settings.drive.timeout_seconds) if given else None,
+        directory=settings.service.data_dir / "drive",
+        folder=DriveFolder(folder_of(settings), settings.drive.shared_drive_id),
+        checkpoints=checkpoints,
+        set_aside=set_aside,
+        clock=clock,
+        policy=policy,
     )

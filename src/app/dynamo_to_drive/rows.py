@@ -87,7 +87,7 @@ def items_of(taken: Taken) -> list[Item]:
     except msgspec.DecodeError as error:
         raise Transient(
             f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
-            "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is tried again",
+            "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is retried",
         ) from error
 
 

@@ -183,7 +183,7 @@ class DriveSink:
             would_write(self.key(partition, window, 0), batch, window, self._accounts)
         return batch
 
-    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
         """Create under the id that was kept before, or replace the content when the head revision is the expected."""
         properties = {"headwaterMd5": encoded.digest, "headwaterRows": str(encoded.rows)}
         if encoded.min_at and encoded.max_at:
@@ -351,7 +351,7 @@ class FolderSink:
             would_write(self.key(partition, window, 0), batch, window, self._accounts)
         return batch
 
-    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
+    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:  # noqa: ARG002
         """Replace the file durably when it is still the expected one."""
         self._check(key, expected)
         file = encoded.file

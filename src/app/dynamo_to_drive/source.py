@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
-from app.core.pipeline import UNCOUNTED, Count
+from app.core.network import CA_HINT, is_untrusted
+from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
-from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_of, read_file
@@ -53,7 +53,7 @@ THROTTLED = frozenset(
 )
 SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
 AGAIN_HINT = "no action needed: the next run goes on"
-FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is tried again"
+FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is retried"
 TEXT_LIMIT = 300
 
 
@@ -95,11 +95,13 @@ def _failed(table: str, where: str, error: Exception) -> AppError:
     from botocore import exceptions as sdk
 
     text = f"table {table!r}: {str(error)[:TEXT_LIMIT]}"
+    if is_untrusted(error):
+        return Permanent(text, CA_HINT)
     if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError):
         return Permanent(text, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role")
     if isinstance(error, sdk.ParamValidationError):
         return Permanent(text, "check DYNAMODB_TABLE_NAME and DYNAMODB_PARTITION_VALUES")
-    return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is tried again")
+    return Transient(text, f"check that {where} can be reached (AWS_REGION, DYNAMODB_ENDPOINT_URL); it is retried")
 
 
 # DynamoDB as a source: one table, one partition, one hour at a time; with `object_store.s3` the home of boto3.
@@ -123,12 +125,13 @@ B = TypeVar("B")
 class DynamoTable:
     """The table behind a client that is made on first use, and what was found out about it. Safe from any thread.
 
-    `traits`: what was seen of writings that do not begin as their hour in UTC does.
+    `traits`: what was seen of writings that do not begin as their hour in UTC does. `spend` is told the read units
+    of each answer.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, spend: Callable[[float], None] = lambda _: None) -> None:
         self.target = target
-        self.units = 0.0
+        self._spend = spend
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -235,8 +238,7 @@ class DynamoTable:
             asked["ReturnConsumedCapacity"] = "TOTAL"
         with translated(self.target.table, self.target.where):
             answer = getattr(self._made(), method)(**asked)
-        with self._lock:
-            self.units += (answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0)
+        self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
 
     def _made(self) -> Any:
@@ -402,7 +404,7 @@ class DynamoSource:
         try:
             items = self._table.some()
         except Permanent as error:  # a key that may only query is enough for all else
-            log.info("whether table %s is empty is not known: %s", self._table.target.table, error)
+            log.info("cannot tell whether table %s is empty: %s", self._table.target.table, error)
             return
         if not items:
             return

@@ -12,15 +12,14 @@ from datetime import timedelta
 from typing import Protocol
 
 from app.core.errors import Permanent
-from app.core.gap_map import Cell, Found, Moment, cells_of
-from app.core.pipeline import UNCOUNTED, Held, Pipeline, Record, Sink, Task
+from app.core.pipeline import UNCOUNTED, Held, Pipeline, Record, Shrink, Sink, Task
 from app.core.repair import GONE_HINT
 from app.core.runs import Context, Report
-from app.core.shrink import Shrink
 from app.core.sync import settle
-from app.core.verify import NOTHING, Content, Slot, content_of
+from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of
 from app.core.windows import DAY_SECONDS, Window, window_at
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_of, read_file
+from app.object_store.row_digest import content_of
 
 HourPipeline = Pipeline[HourFile, HourFile]
 
@@ -122,13 +121,13 @@ class _Unread:
     def encode(self, partition: str, window: Window, batch: HourFile) -> HourFile:
         return self.sink.encode(partition, window, batch)
 
-    def put(self, key: str, encoded: HourFile, expected: str | None) -> str:
-        return self.sink.put(key, encoded, expected)
+    def put(self, key: str, encoded: HourFile, expected: str | None, *, closing: bool = False) -> str:
+        return self.sink.put(key, encoded, expected, closing=closing)
 
 
 @dataclass(frozen=True, slots=True)
 class HourChart:
-    """`app.core.gap_map.Chart` over the files; one listing a day."""
+    """`app.core.verify.Chart` over the files; one listing a day."""
 
     opened: Callable[[], OpenedHourFiles]
     clock: Callable[[], "Moment"]

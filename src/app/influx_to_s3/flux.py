@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from app.core.errors import Permanent, Transient
-from app.core.pipeline import Sums
-from app.core.shrink import UNLIMITED
+from app.core.pipeline import UNLIMITED, Sums
 from app.core.windows import EPOCH, Window, floor_to
 from app.influx_to_s3.annotated_csv import Block, read_blocks
 from app.influx_to_s3.reader import (
@@ -26,6 +25,7 @@ from app.influx_to_s3.reader import (
     Counted,
     Inventory,
     Points,
+    RawCells,
     Retention,
     ServerAnswer,
     Summed,
@@ -186,6 +186,32 @@ class FluxReader:
                     tags = {name: column.filter(empty) for name, column in points.tags.items()}
                     texts = values.filter(empty).fill_null("")
                     yield Points(points.times.filter(empty), tags, [(field, texts)])
+
+    def cells(self, device: str, span: Window) -> Iterator[RawCells]:
+        """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
+        import pyarrow as pa
+
+        token = literal(self._token)
+        named = (
+            f'if column == "_value" or column == "_field" then {token} + column'
+            f" else {literal(self._token * 2)} + column"
+        )
+        for one in one_type_spans(span, self._shard):
+            query = (
+                f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
+                f' |> drop(columns: ["_start", "_stop", "_measurement"]) |> rename(fn: (column) => {named})'
+            )
+            for block in self._ask(query, known=self._device_columns):
+                points = self._points(block)
+                # `_field` is part of the group key: a server that renames nothing has it among the tags
+                columns = {
+                    **dict(points.fields),
+                    "_field": dict(points.fields).get("_field", points.tags.get("_field")),
+                }
+                values = columns["_value"]
+                values = values.fill_null("") if values.type == pa.string() else values
+                tags = {name: texts for name, texts in points.tags.items() if name != "_field"}
+                yield RawCells(points.times, tags, columns["_field"], values)
 
     def outside(self, span: Window) -> Iterator[Counted]:
         """See `Reader`."""

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.pipeline import Sums
-from app.core.shrink import UNLIMITED
+from app.core.pipeline import UNLIMITED, Sums
 from app.core.windows import EPOCH, Window
 from app.influx_to_s3.reader import (
     DAY,
@@ -29,6 +29,7 @@ from app.influx_to_s3.reader import (
     Inventory,
     Points,
     QueryTooLarge,
+    RawCells,
     Retention,
     ServerAnswer,
     ServerRefusal,
@@ -167,6 +168,45 @@ class InfluxQlReader:
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:  # noqa: ARG002 - none whatever is asked
         """See `Reader`: JSON tells an empty text from none."""
         return iter(())
+
+    def cells(self, device: str, span: Window) -> Iterator[RawCells]:
+        """See `Reader`. A statement for each field, without a cast: in one shard a field has one type."""
+        kinds: dict[str, set[str]] = {}
+        for one in self._fields():
+            kinds.setdefault(one.name, set()).add(one.kind)
+        asked = [
+            (name, f"SELECT {column} {self._from()} WHERE {self._where(device, part)} GROUP BY *")
+            for part in one_type_spans(span, self._shard)
+            for name in kinds
+            for column in [exact_pattern(name) if UNWRITABLE.search(name) else f"{identifier(name)}::field"]
+        ]
+        for start in range(0, len(asked), STATEMENTS):
+            step = asked[start : start + STATEMENTS]
+            names = (name for name, _ in step)
+            name = next(names)
+            for series in self._answers("; ".join(query for _, query in step), len(step)):
+                if series is None:
+                    name = next(names, "")
+                else:
+                    yield from self._cells(name, kinds[name], series)
+
+    def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[RawCells]:
+        """The values of one series, or a part of them, by type: JSON does not say which type a number has."""
+        import pyarrow as pa
+
+        times, column = zip(*series["values"], strict=True)
+        tags = {
+            tag: text for tag, text in (series.get("tags") or {}).items() if text and tag != self._target.device_tag
+        }
+        for _, values in _untyped(name, [_read_as(kinds, value) for value in column], kinds):
+            there = values.is_valid()
+            number = len(values) - values.null_count
+            yield RawCells(
+                pa.array(times, pa.int64()).filter(there).cast(pa.timestamp("ns", "UTC")),
+                {tag: pa.repeat(pa.scalar(text), number) for tag, text in tags.items()},
+                pa.repeat(pa.scalar(name), number),
+                values.drop_null(),
+            )
 
     def outside(self, span: Window) -> Iterator[Counted]:
         """See `Reader`."""
@@ -465,6 +505,14 @@ def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tupl
             yield name, _array(cells, word)
 
 
+def _read_as(kinds: set[str], value: Any) -> Any:
+    """A whole number in JSON may be a float, which Go writes without an exponent and filled up with zeros."""
+    if not isinstance(value, int) or isinstance(value, bool) or "float" not in kinds:
+        return value
+    is_float = len(kinds & set(NUMERIC)) == 1 or value == int(Decimal(repr(float(value))))
+    return float(value) if is_float else value
+
+
 def _castable(kinds: set[str]) -> set[str]:
     """The casts that together read a field exactly; `float` tells apart what several whole-number types read."""
     return kinds | {"float"} if len(kinds & set(NUMERIC)) > 1 else kinds
@@ -476,7 +524,7 @@ def _nanoseconds(instant: datetime) -> int:
 
 
 def _duration(text: str) -> timedelta:
-    """`168h0m0s`; a day for what cannot be read, or is no time at all."""
+    """`168h0m0s`; a day for what cannot be read, or for zero."""
     seconds = _seconds(text)
     return timedelta(seconds=seconds) if seconds >= 1 else DAY
 

@@ -1,7 +1,5 @@
-"""The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
-
-Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows before
-the cursor, so they never work on one window at once. Nothing is connected before the first run.
+"""The pipeline put together: its job, its daily reconcile, its backfill and its rewrite. Nothing is connected before
+the first run.
 """
 
 import logging
@@ -11,35 +9,31 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.gap_map import Chart
-from app.core.partitions import Backoff, Pass, isolated, sync_all
-from app.core.pipeline import Grid, KnownRows, Pipeline
-from app.core.reconcile import HEAL_HINT, reconcile, said_of
-from app.core.repair import fill, write_again
+from app.core.partitions import Backoff, Pass, Settling, isolated, sync_all
+from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
+from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
-from app.core.shrink import Shrink
 from app.core.sync import Done
-from app.core.verify import Verification
+from app.core.verify import Chart, Verification
 from app.core.windows import EPOCH, Window, floor_to
 from app.db.checkpoints import Layout, SqlCheckpoints
 from app.influx_to_s3.flux import FluxReader, FluxTarget
 from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
 from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
-from app.influx_to_s3.layout_recovery import tree_of_data
-from app.influx_to_s3.outside_points import (
+from app.influx_to_s3.reader import Connection, Server
+from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
+from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.set_aside import (
+    OTHER_VALUE,
+    Aside,
     OutsidePoints,
     RefusedPartition,
     absent_devices,
     is_nameable,
     refuse_wrong_settings,
 )
-from app.influx_to_s3.reader import Connection, Server
-from app.influx_to_s3.retention import Coverage
-from app.influx_to_s3.rewrite import devices_in, rewrite
-from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.set_aside import OTHER_VALUE, Aside
-from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.source import Coverage, InfluxSource
 from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.object_store.table_sink import EncodedFile, TableSink
 
@@ -49,6 +43,11 @@ if TYPE_CHECKING:
     from app.influx_to_s3.reader import Reader
     from app.object_store.port import ObjectStore
     from app.object_store.set_aside import SetAsideStore
+
+# The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
+#
+# Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows
+# before the cursor, so they never work on one window at once. Nothing is connected before the first run.
 
 NAME = "influx_to_s3"
 RECONCILE = "influx_to_s3_reconcile"
@@ -72,8 +71,8 @@ class ExportParts:
     """What the pipeline is made of.
 
     Memory of this process that may be lost at any time: `kept`, rows of large open windows; `identities`, which rows
-    the objects of open windows have; `backoff`, partitions that
-    failed; `refused`, how many values of a window were set aside of partitions that cannot have objects.
+    the objects of open windows have; `backoff`, partitions that failed; `settling`, when older windows were counted;
+    `refused`, how many values of a window were set aside of partitions that cannot have objects.
     """
 
     settings: "Settings"
@@ -83,9 +82,11 @@ class ExportParts:
     store: "ObjectStore"
     aside: Aside
     clock: Callable[[], datetime]
+    rewrite_seconds: Callable[[int, float], float] | None = None
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
+    settling: Settling = field(default_factory=Settling)
     refused: dict[tuple[str, datetime], int] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
 
@@ -123,8 +124,12 @@ def build(
     *,
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
+    rewrite_seconds: Callable[[int, float], float] | None = None,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set."""
+    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set.
+
+    `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
+    """
     export, influx = settings.export, settings.influx
 
     def make(now: datetime) -> Tree:
@@ -145,6 +150,7 @@ def build(
         store=store,
         aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
         clock=clock,
+        rewrite_seconds=rewrite_seconds,
     )
     off = "" if influx.url else OFF
     jobs = (
@@ -155,7 +161,7 @@ def build(
     def ends(stop: Stop) -> ExportEnds:
         """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
         now = _open(parts, stop, dry_run=True)
-        return ExportEnds(now.pipeline, now.sink, now.columns, parts.clock)
+        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, parts.clock)
 
     return InfluxExport(
         jobs,
@@ -246,6 +252,7 @@ def _open(
         dictionary=(DEVICE, *TAGS),
         run=uuid4().hex,
         cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
+        storage_class=settings.s3.storage_class if settings.s3.bucket else "",
     )
     pipeline = Pipeline(
         name=NAME,
@@ -257,14 +264,35 @@ def _open(
         deltas=sink,
         kept=parts.kept,
         identities=parts.identities,
+        large_points=export.batch_size,
+        lost_cursor=_lost_cursors(parts, tree, now),
         set_aside=lambda device, window, batch: parts.aside.keep_values(
             OTHER_VALUE, device, window, batch.disagreements
         ),
         refused=lambda context, at, live: RefusedPartition(parts.aside, parts.refused).sync(
             pipeline, source, context, at, live
         ),
+        rewrite_seconds=_spaced(parts, tree.layout_at(now).window_seconds),
     )
     return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+
+def _spaced(parts: ExportParts, window_seconds: float) -> Callable[[int], float] | None:
+    spaced = parts.rewrite_seconds
+    return None if spaced is None else lambda devices: spaced(devices, window_seconds)
+
+
+def _lost_cursors(parts: ExportParts, tree: Tree, now: datetime) -> Callable[[str], datetime | None]:
+    """Asks the destination about each device without a cursor; in a new tree, where thousands have none, only once."""
+    start = f"{prefix}/" if (prefix := parts.settings.s3.prefix) else ""
+    written: list[bool] = []
+
+    def find(device: str) -> datetime | None:
+        if not written:
+            written.append(any(True for _ in parts.store.list(f"{start}device_id=")))
+        return lost_cursor(parts.store, prefix, device, tree, now) if written[0] and is_nameable(device) else None
+
+    return find
 
 
 def _shrinking(parts: ExportParts, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
@@ -306,6 +334,8 @@ def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
         probe=probe,
         nothing_found=lambda: refuse_wrong_settings(opened.source, parts.settings, opened.tree.first_start_at),
         backoff=parts.backoff,
+        settling=parts.settling,
+        latency_seconds=opened.source.latency_seconds,
         concurrency=parts.settings.export.concurrency,
     )
 

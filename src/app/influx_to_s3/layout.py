@@ -1,4 +1,6 @@
-"""The layout beside the data: how objects are cut, named and typed, and which column each tag and field has."""
+"""The layout beside the data: how a tree's objects are cut, named and typed, which column each tag and field has, and
+how all that is found again in the objects.
+"""
 
 import io
 import json
@@ -16,6 +18,8 @@ from app.core.errors import Conflict, Permanent, Transient
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.db.checkpoints import Layout
 from app.object_store.port import ObjectStore, Put
+
+# The layout beside the data: how objects are cut, named and typed, and which column each tag and field has.
 
 # `_headwater/layout.json` beside the data: the only truth of how a tree's objects are cut, named and typed.
 #
@@ -181,7 +185,7 @@ class LayoutFile:
         for _ in range(CONFLICTS):
             found = self._read()
             if found is None:
-                raise Transient(f"{self.key} is gone", "no action needed; the next run makes it again from the objects")
+                raise Transient(f"{self.key} is gone", "no action needed; the next run re-creates it from the objects")
             tree, etag = found
             changed = change(tree)
             if changed == tree:
@@ -243,7 +247,7 @@ class LayoutFile:
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise Permanent(
                 f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                "restore an earlier version of this object, or delete it: then it is made again from the objects. "
+                "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
                 "Nothing is written before",
             ) from error
 
@@ -432,7 +436,7 @@ class Columns:
         return self._overflow_kinds.get(name)
 
     def overflow_of(self, name: str) -> Column | None:
-        """The field's column that could not hold the values of the column `name`; None when it is no overflow."""
+        """The field's column that could not hold the values of the column `name`; None for any other column."""
         return self._overflow_of.get(name)
 
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
@@ -496,3 +500,30 @@ def type_of(kinds: Iterable[str]) -> str:
     if INTEGER in kinds:
         return INTEGER
     return kinds[0]
+
+
+def kind_of(arrow_type: Any) -> str:
+    """The type of a column, as the layout names it, for values of an Arrow type."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(arrow_type):
+        return DOUBLE
+    if pa.types.is_boolean(arrow_type):
+        return BOOLEAN
+    if pa.types.is_unsigned_integer(arrow_type):
+        return INTEGER
+    return INTEGER if pa.types.is_integer(arrow_type) else TEXT
+
+
+def arrow_type(kind: str) -> Any:
+    """The Arrow type of a type that the layout names."""
+    import pyarrow as pa
+
+    types = {
+        DOUBLE: pa.float64(),
+        INTEGER: pa.int64(),
+        UNSIGNED: pa.uint64(),
+        BOOLEAN: pa.bool_(),
+        TEXT: pa.string(),
+    }
+    return types[kind]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -9,10 +10,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.pipeline import Sums
+from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.pipeline import Count, Sums
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """What the values of one field come to in a bucket of time, or a part of that; parts add up."""
+    """The sums of one field in a bucket of time, or of a part of it; parts add up."""
 
     start_at: datetime
     field: str
@@ -75,8 +79,21 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
+class RawCells:
+    """Raw values as columns of one length, in any order: each is the value of one field at one instant.
+
+    `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
+    """
+
+    times: "pa.Array | pa.ChunkedArray"
+    tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
+    fields: "pa.Array | pa.ChunkedArray"
+    values: "pa.Array | pa.ChunkedArray"
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
-    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.shrink`).
+    """How long the source keeps points: `period`, which may be UNLIMITED (see `app.core.pipeline`).
 
     None where it cannot be asked; then `oldest_at` is the oldest point of the measurement, None where there is none or
     it cannot be found. `told_at`: the server's clock at the answer, None where it does not tell.
@@ -104,6 +121,16 @@ class Inventory:
     policies: Sequence[str] = ()
 
 
+def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
+    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
+    fields: dict[tuple[str, datetime], dict[str, int]] = {}
+    for one in counted:
+        bucket = fields.setdefault((intern(one.device), one.start_at), {})
+        name = intern(one.field)
+        bucket[name] = bucket.get(name, 0) + one.values
+    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
+
+
 class Reader(Protocol):
     """All methods raise Transient, QueryTooLarge (ask for less) or Permanent. Bounds are `[start, end)`, any thread.
 
@@ -123,7 +150,7 @@ class Reader(Protocol):
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterable[Summed]:
         """As `counts` of one device, with sum, least and greatest of the numeric fields `numbers`, perhaps of others.
 
-        Permanent or Transient also where a sum cannot be written, or one of `numbers` is no number in the span.
+        Permanent or Transient also where a sum cannot be written, or one of `numbers` is not a number in the span.
         """
 
     def rows(self, device: str, span: Window) -> "Iterator[Points]":
@@ -135,6 +162,11 @@ class Reader(Protocol):
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
         """
 
+    def cells(self, device: str, span: Window) -> "Iterator[RawCells]":
+        """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
+        there. For verification: it shares no more with `rows` than the connection and the parser.
+        """
+
     def outside(self, span: Window) -> Iterable[Counted]:
         """Values per device and field of a long span as one bucket that starts with it; the far future or 1970, say.
 
@@ -142,7 +174,7 @@ class Reader(Protocol):
         """
 
     def retention(self) -> Retention:
-        """How long points are kept, asked anew each time: it may be changed at any time."""
+        """How long points are kept; asked each time, since it may be changed."""
 
     def inventory(self) -> Inventory:
         """What there is; costs several questions, to be asked when nothing was found."""
@@ -153,13 +185,14 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerRefusal:
-    """An HTTP error answer. `status` 0 = no secure connection; `where` names the variables to look at."""
+    """An HTTP error answer. `where` names the variables to look at; `advice` is a better hint than its status gives."""
 
     url: str
     status: int
     message: str
     retry_after: str
     where: str
+    advice: str = ""
 
 
 def refusal(refused: ServerRefusal) -> AppError:
@@ -175,12 +208,12 @@ def refusal(refused: ServerRefusal) -> AppError:
     if any(word in said for word in TOO_MUCH):
         return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {
-        0: "check INFLUXDB_URL and the certificate of the server",
         UNAUTHORIZED: "set INFLUXDB_TOKEN, or the user name and password, to credentials that may read the data",
-        FORBIDDEN: f"give the token the right to read; now {refused.where}",
+        FORBIDDEN: f"give these credentials the right to read; now {refused.where}",
         NOT_FOUND: f"check {refused.where} and that the token may read it",
     }
-    return Permanent(told, hints.get(refused.status, f"check INFLUXDB_URL, {refused.where} and INFLUXDB_MEASUREMENT"))
+    general = f"check INFLUXDB_URL, {refused.where} and INFLUXDB_MEASUREMENT"
+    return Permanent(told, refused.advice or hints.get(refused.status, general))
 
 
 # HTTP to an InfluxDB server, over one pool of connections for all threads; both query languages ask through it.
@@ -191,6 +224,7 @@ def refusal(refused: ServerRefusal) -> AppError:
 # the configured host only.
 
 CHUNK_BYTES = 1 << 18
+HTML = re.compile(r"\s*<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 REFUSAL_BYTES = 1 << 16
 CONNECT_SECONDS = 5.0
 OK = 200
@@ -236,7 +270,7 @@ class Connection:
         Raises Transient when the server is away, slow or breaks off, and what `refusal` says of any status but 200;
         `where` names the variables to look at then.
         """
-        with self._translated(where):
+        with self._translated():
             response = self._pool.request(
                 "GET" if body is None else "POST",
                 self.server.url.rstrip("/") + path,
@@ -248,30 +282,41 @@ class Connection:
             )
         with closing(response):
             if response.status != OK:
-                raise self._refused(response, where)
+                raise self._refused(response, path, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
-            yield ServerAnswer(
-                self._chunks(response, where), framed, version, _instant(response.headers.get("Date", ""))
-            )
+            yield ServerAnswer(self._chunks(response), framed, version, _instant(response.headers.get("Date", "")))
 
-    def _chunks(self, response: Any, where: str) -> Iterator[bytes]:
+    def _chunks(self, response: Any) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
         while True:
-            with self._translated(where):
+            with self._translated():
                 chunk = response.read(CHUNK_BYTES, decode_content=True)
             if not chunk:
                 return
             yield chunk
 
-    def _refused(self, response: Any, where: str) -> AppError:
-        with self._translated(where):
+    def _refused(self, response: Any, path: str, where: str) -> AppError:
+        with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
         retry_after = response.headers.get("Retry-After", "")
-        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where))
+        advice = self._advice(response, path, body)
+        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where, advice))
+
+    def _advice(self, response: Any, path: str, body: str) -> str:
+        """The next step that the server itself points to, "" where it does not."""
+        version = response.headers.get("X-Influxdb-Version", "").lstrip("v")
+        if path.startswith("/api/v2") and (version.startswith("1.") or body.strip() == "404 page not found"):
+            return f"set INFLUXDB_API=influxql: InfluxDB {version or '1'} answers no Flux here"
+        if HTML.match(body):
+            return "set INFLUXDB_URL to an InfluxDB: a web page answers there, perhaps a proxy's or a login"
+        if response.status == UNAUTHORIZED and (self.server.token or self.server.username):
+            pair = "INFLUXDB_TOKEN" if self.server.token else "INFLUXDB_USERNAME and INFLUXDB_PASSWORD"
+            return f"set {pair} to credentials that this server knows"
+        return ""
 
     @contextmanager
-    def _translated(self, where: str) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         import urllib3.exceptions
 
         url = self.server.url
@@ -280,7 +325,8 @@ class Connection:
         except urllib3.exceptions.LocationParseError as error:
             raise Permanent(f"INFLUXDB_URL={url!r} is not a valid URL", "correct INFLUXDB_URL") from error
         except urllib3.exceptions.SSLError as error:
-            raise refusal(ServerRefusal(url, 0, str(error)[:200], "", where)) from error
+            hint = CA_HINT if is_untrusted(error) else "check INFLUXDB_URL and the certificate of the server"
+            raise Permanent(f"InfluxDB at {url}: no secure connection: {str(error)[:200]}", hint) from error
         except urllib3.exceptions.ReadTimeoutError as error:
             raise Transient(
                 f"InfluxDB at {url} did not answer within {self.server.timeout_seconds:g} s",
@@ -296,6 +342,10 @@ class Connection:
     def _pool(self) -> Any:
         import urllib3
 
+        if proxy := proxy_for(self.server.url):
+            login = urlsplit(proxy).netloc.rpartition("@")[0]
+            headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
+            return urllib3.ProxyManager(proxy, maxsize=self.server.connections, proxy_headers=headers)
         return urllib3.PoolManager(maxsize=self.server.connections)
 
     @cached_property
@@ -339,7 +389,10 @@ def _message(body: str) -> str:
     try:
         parsed = json.loads(body)
     except ValueError:
-        return body[:200]
+        if HTML.match(body):
+            title = re.search(r"<title[^>]*>(.*?)</title>", body, re.IGNORECASE | re.DOTALL)
+            return " ".join(f"an HTML page, {title[1] if title else 'without a title'}".split())[:200]
+        return " ".join(body.split())[:200]
     if not isinstance(parsed, dict):
         return body[:200]
     return str(parsed.get("error") or parsed.get("message") or body)[:300]

@@ -1,35 +1,254 @@
-"""`python -m app rewrite influx_to_s3`: objects re-encoded from themselves, in today's unit, names and types.
+"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form."""
 
-The source is not asked, since it may have forgotten these rows. Invariants: each object is replaced by compare-and-swap
-on the version that was read, and its record follows; a rewrite that was interrupted goes on where it stopped, since an
-object that is as it should be is left alone. Deltas of older versions are folded into the object of their window.
-"""
-
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from datetime import datetime
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from heapq import nlargest
+from random import Random
+from typing import TYPE_CHECKING, Any
 
-from app.core.pipeline import ALL_TAGS, Commit, Held, Record
+from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
 from app.core.runs import Context, Report
 from app.core.sync import Done, delete_deltas
-from app.core.windows import DAY_SECONDS, Age, Window, age_of, windows_between
-from app.influx_to_s3.layout import Columns
-from app.influx_to_s3.layout_recovery import KEY
+from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
+from app.db.checkpoints import Layout
+from app.influx_to_s3.layout import (
+    COMPUTED,
+    DEVICE,
+    DOUBLE,
+    EVER,
+    INTEGER,
+    MEASURED,
+    NANOS,
+    OURS,
+    TAGS,
+    TEXT,
+    TIMESTAMP,
+    UNSIGNED,
+    Column,
+    Columns,
+    Tree,
+    first_tree,
+    kind_of,
+    log,
+)
 from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import of_object, ordered
+from app.influx_to_s3.rows import in_order, of_object, ordered
 from app.influx_to_s3.source import InfluxSource
-from app.influx_to_s3.unions import in_order
+from app.object_store.port import ObjectStore
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from app.core.pipeline import Pipeline
+    from app.object_store.port import ObjectInfo, ObjectStore
     from app.object_store.table_sink import EncodedFile, TableSink
 
-log = logging.getLogger(__name__)
+# The layout of data that have no `_headwater/layout.json`: of an older version, or because the file was lost.
+#
+# Made from the state's table of an older version where there is one, else from the names and metadata of the
+# objects.
+
+KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
+DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
+SAMPLES = 64
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
+
+    days: dict[date, "ObjectInfo"] = field(default_factory=dict)
+    newest: dict[str, tuple[datetime, "ObjectInfo"]] = field(default_factory=dict)
+    oldest_at: datetime | None = None
+    number: int = 0
+    some: list["ObjectInfo"] = field(default_factory=list)
+    date_formats: dict[date, str] = field(default_factory=dict)
+
+
+def tree_of_data(
+    store: "ObjectStore",
+    prefix: str,
+    *,
+    kept: Sequence[Layout],
+    starts: Iterable[datetime],
+    wanted: Layout,
+    first_start_at: datetime,
+) -> Tree:
+    """The tree as the data show it, or a new one when there are none.
+
+    `kept`: layouts of an older version's state, oldest first; `starts`: the first cursors that the state knows.
+    """
+    seen = _look(store, prefix, wanted.date_format)
+    if seen.oldest_at is None:
+        tree = first_tree(wanted, min([first_start_at, *starts]))
+        return replace(
+            tree, layouts=tuple(replace(each, timestamp_unit=wanted.timestamp_unit) for each in kept) or tree.layouts
+        )
+    layouts = tuple(kept) or _layouts(store, seen)
+    newest = [info for _, info in sorted(seen.newest.values(), key=lambda each: each[0])[-SAMPLES:]]
+    samples = {info.key: info for info in (*newest, *seen.some)}.values()
+    schemas = [schema for info in samples if (schema := _schema(store, info)) is not None]
+    unit = (
+        "us"
+        if schemas and all(str(each.field(TIMESTAMP).type).startswith("timestamp[us") for each in schemas)
+        else "ns"
+    )
+    first = min(starts, default=floor_to(seen.oldest_at, layouts[0].window_seconds))
+    log.warning(
+        "the layout of the objects is read from %s and kept beside them from now on",
+        "the state" if kept else "the objects",
+    )
+    return Tree(
+        first_start_at=first,
+        sealed_day=max(seen.days),
+        layouts=tuple(replace(each, timestamp_unit=unit) for each in layouts),
+        columns=columns_of(schemas),
+    )
+
+
+def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
+    seen = Seen()
+    chance = Random(0)  # noqa: S311 - the same sample each time, no secret
+    start = f"{prefix}/" if prefix else ""
+    formats = dict.fromkeys((date_format, *DATE_FORMATS))
+    for info in store.list(f"{start}device_id="):
+        named = KEY.fullmatch(info.key.removeprefix(start))
+        found = named and _stamp_in(named["date"], named["time"], formats)
+        if not named or not found:
+            continue
+        instant, written_as = found
+        day = instant.date()
+        seen.days.setdefault(day, info)
+        seen.date_formats.setdefault(day, written_as)
+        seen.oldest_at = min(seen.oldest_at or instant, instant)
+        # A sample in which each object of a tree of any size has the same chance to be.
+        seen.number += 1
+        place = chance.randrange(seen.number)
+        if len(seen.some) < SAMPLES:
+            seen.some.append(info)
+        elif place < SAMPLES:
+            seen.some[place] = info
+        if named["device"] not in seen.newest or seen.newest[named["device"]][0] < instant:
+            seen.newest[named["device"]] = instant, info
+    return seen
+
+
+def lost_cursor(store: "ObjectStore", prefix: str, device: str, tree: Tree, now: datetime) -> datetime | None:
+    """Where a device goes on whose cursor is lost or lies ahead of now; None when its objects do not say.
+
+    The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
+    object's window. Objects of older versions carry no such stamp; of those without one, at most SAMPLES are asked.
+    """
+    start = f"{prefix}/" if prefix else ""
+    formats = dict.fromkeys((*(each.date_format for each in tree.layouts), *DATE_FORMATS))
+
+    def named() -> Iterator[tuple[datetime, str]]:
+        for info in store.list(f"{start}device_id={device}/"):
+            found = KEY.fullmatch(info.key.removeprefix(start))
+            instant = found and _stamp_in(found["date"], found["time"], formats)
+            if instant and instant[0] <= now:
+                yield instant[0], info.key
+
+    for at, key in nlargest(SAMPLES, named()):
+        info = store.head(key)
+        if info is not None and (stamp := info.metadata.get("cursor")):
+            window = next(tree.windows(at, at + datetime.resolution))
+            return min(datetime.fromisoformat(stamp), window.start)
+    return None
+
+
+def _stamp_in(day: str, time: str, formats: Iterable[str]) -> tuple[datetime, str] | None:
+    for written_as in formats:
+        try:
+            at = datetime.strptime(f"{day} {time}", f"{written_as} %H%M%S").replace(tzinfo=UTC)
+        except ValueError:
+            continue
+        if at.strftime(written_as) == day:
+            return at, written_as
+    return None
+
+
+def _layouts(store: "ObjectStore", seen: Seen) -> tuple[Layout, ...]:
+    """A layout for each run of days that are cut and named alike, from the metadata of one object a day."""
+    layouts: list[Layout] = []
+    for day, listed in sorted(seen.days.items()):
+        seconds = _seconds(store, listed) or (layouts[-1].window_seconds if layouts else 3600)
+        effective_at = datetime(day.year, day.month, day.day, tzinfo=UTC) if layouts else EPOCH
+        layout = Layout(effective_at, seconds, listed.key.rpartition(".")[2], seen.date_formats[day])
+        if not layouts or replace(layouts[-1], effective_at=effective_at) != layout:
+            layouts.append(layout)
+    return tuple(layouts)
+
+
+def _seconds(store: "ObjectStore", listed: "ObjectInfo") -> int | None:
+    """The window's length, which each writer noted: `{start}/{end}`."""
+    info = store.head(listed.key)
+    start, _, end = (info.metadata.get("window", "") if info else "").partition("/")
+    try:
+        return int((datetime.fromisoformat(end) - datetime.fromisoformat(start)) / timedelta(seconds=1)) or None
+    except ValueError:
+        return None
+
+
+def _schema(store: "ObjectStore", info: "ObjectInfo") -> Any:
+    """The Arrow schema of a Parquet object; None for CSV, and for what cannot be read, which verify tells of."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not info.key.endswith(".parquet"):
+        return None
+    with store.open(info.key, info.etag) as body:
+        content = body.read() if body else b""
+    try:
+        schema = pq.read_schema(io.BytesIO(content))
+    except (pa.ArrowException, OSError) as error:
+        log.warning("%s cannot be read: %s", info.key, error)
+        return None
+    return schema if TIMESTAMP in schema.names else None
+
+
+def columns_of(schemas: Iterable[Any]) -> tuple[Column, ...]:
+    """Columns with the type that most objects give them; numbers of both kinds make a double."""
+    kinds: dict[str, Counter[str]] = {}
+    described: dict[str, tuple[str, str]] = {}
+    for schema in schemas:
+        for each in schema:
+            if each.name in (TIMESTAMP, NANOS, DEVICE, *TAGS, *MEASURED, *COMPUTED):
+                continue
+            unsigned = str(each.type) == "uint64"
+            kinds.setdefault(each.name, Counter())[UNSIGNED if unsigned else kind_of(each.type)] += 1
+            kind, equals, source = (
+                (each.metadata or {}).get(b"headwater", b"").decode("utf-8", "surrogatepass").partition("=")
+            )
+            described[each.name] = (
+                (kind, source) if equals else described.get(each.name, ("field", _source_of(each.name)))
+            )
+    return tuple(
+        Column(name, *described[name], ((EVER, _most_common(counts)),)) for name, counts in sorted(kinds.items())
+    )
+
+
+def _source_of(name: str) -> str:
+    """The field of a column of an older version, which renamed only fields called like a column of ours."""
+    stem = name.removesuffix("_field")
+    return stem if stem in OURS else name
+
+
+def _most_common(counts: "Counter[str]") -> str:
+    kind, _ = max(counts.items(), key=lambda item: (item[1], item[0] != TEXT))
+    return DOUBLE if kind == INTEGER and counts[DOUBLE] else kind
+
+
+# `python -m app rewrite influx_to_s3`: objects re-encoded from themselves, in today's unit, names and types.
+#
+# The source is not asked, since it may have forgotten these rows. Invariants: each object is replaced by compare-
+# and-swap on the version that was read, and its record follows; a rewrite that was interrupted goes on where it
+# stopped, since an object that is as it should be is left alone. Deltas of older versions are folded into the
+# object of their window.
 
 
 def devices_in(sink: "TableSink") -> Sequence[str]:
@@ -142,7 +361,8 @@ def _replace(
     folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
         with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
-            version, size_bytes = sink.put(key, encoded, base.version if base else None), encoded.size_bytes
+            version = sink.put(key, encoded, base.version if base else None, closing=True)
+            size_bytes = encoded.size_bytes
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):

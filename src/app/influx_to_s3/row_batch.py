@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
-from app.influx_to_s3.rows import instant_of, instants_of
+from app.influx_to_s3.rows import identities_of, instant_of, instants_of
 from app.influx_to_s3.set_aside import Disagreement
-from app.influx_to_s3.unions import identities_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +61,16 @@ def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
     columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), table.num_rows), [device])
     for name in MEASURED:
         columns.setdefault(name, pa.nulls(table.num_rows, pa.float64()))
-    columns |= _calendar(table)
-    columns["power_factor"] = _power_factor(columns["voltage"], columns["current"], columns["power"])
+    columns |= computed_from(pa.table(columns))
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def computed_from(rows: "pa.Table") -> dict[str, Any]:
+    """The computed columns of rows that have the documented ones, as numbers or as text."""
+    import pyarrow as pa
+
+    volts, amperes, watts = (rows.column(name).cast(pa.float64()) for name in MEASURED[:3])
+    return {**_calendar(rows), "power_factor": _power_factor(volts, amperes, watts)}
 
 
 def _calendar(table: "pa.Table") -> dict[str, Any]:

@@ -1,12 +1,9 @@
-"""The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`.
-
-A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is halved.
-Of a large open window that this very process last wrote, only the part from the first changed bucket on is read again.
-Invariant: a batch holds at least as many values of each field as the source counted before, or it is an error.
-"""
+"""The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`."""
 
 import logging
-from collections import Counter
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,25 +11,43 @@ from datetime import datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from random import random
-from sys import intern
 from typing import TYPE_CHECKING, TypeVar
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
-from app.core.pipeline import NOTHING, Count, Sums
+from app.core.pipeline import NOTHING, Count, Shrink, Sums, covered_since
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
-from app.core.shrink import Shrink
 from app.core.windows import EPOCH, Window, windows_between
 from app.influx_to_s3.layout import TIMESTAMP, Columns
-from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed
+from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
-from app.influx_to_s3.rows import canonical, instants_of, nanoseconds_of, of_object, ordered, sums_of, times_of
+from app.influx_to_s3.rows import (
+    Comparison,
+    canonical,
+    in_order,
+    instants_of,
+    nanoseconds_of,
+    of_object,
+    ordered,
+    sums_of,
+    times_of,
+    united,
+    whole_instants,
+)
 from app.influx_to_s3.set_aside import values_in
-from app.influx_to_s3.unions import Comparison, in_order, united, whole_instants
 from app.object_store.table_sink import lost_tags_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from app.influx_to_s3.reader import Retention
+
+# The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`.
+#
+# A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is
+# halved. Of a large open window that this very process last wrote, only the part from the first changed bucket on
+# is read again. Invariant: a batch holds at least as many values of each field as the source counted before, or it
+# is an error.
 
 BUCKETS = 30
 OVERFLOW = 4
@@ -69,6 +84,7 @@ class InfluxSource:
         self._pauses = pauses
         self._policy = policy
         self._pace = pace
+        self._seconds: deque[float] = deque(maxlen=256)
         self._known: dict[datetime, Sequence[str]] = {}
 
     def partitions(self, since: datetime) -> Sequence[str]:
@@ -116,8 +132,9 @@ class InfluxSource:
     def sums(
         self, partition: str, windows: Sequence[Window], numbers: Collection[str]
     ) -> Mapping[datetime, Mapping[str, Sums]]:
-        """By window start and field, what the values of adjacent windows come to; of the fields `numbers` also their
-        totals. One question per run of windows of one length.
+        """By window start and field, the sums of adjacent windows; totals only of the fields `numbers`.
+
+        One question per run of windows of one length.
         """
         found: dict[datetime, dict[str, Sums]] = {}
         for span in runs_of_one_length(windows):
@@ -128,7 +145,7 @@ class InfluxSource:
         return found
 
     def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
-        """Where the server cannot add up, as numbers that come to more than a double holds, counts alone."""
+        """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
         try:
             return self.again(lambda: list(self._reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
@@ -302,8 +319,19 @@ class InfluxSource:
 
     def again(self, action: Callable[[], T]) -> T:
         """`action`, which asks a question, retried while it fails for a cause that may pass."""
-        pace = self._pace
-        return retry(action if pace is None else lambda: pace.ask(action), self._policy, self._pauses, random)
+
+        def ask() -> T:
+            began = time.monotonic()
+            answer = action() if self._pace is None else self._pace.ask(action)
+            self._seconds.append(time.monotonic() - began)
+            return answer
+
+        return retry(ask, self._policy, self._pauses, random)
+
+    def latency_seconds(self) -> float | None:
+        """The mean of the questions since this was asked last, None without any."""
+        seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
+        return sum(seconds) / len(seconds) if seconds else None
 
 
 def check_values(device: str, span: Window, read: Mapping[str, int], counted: Mapping[str, int]) -> None:
@@ -316,16 +344,6 @@ def check_values(device: str, span: Window, read: Mapping[str, int], counted: Ma
             )
 
 
-def totals(counted: Iterable[Counted]) -> Mapping[tuple[str, datetime], Count]:
-    """Counts per partition and bucket: all values, and as a lower bound of the points those of the fullest field."""
-    fields: dict[tuple[str, datetime], dict[str, int]] = {}
-    for one in counted:
-        bucket = fields.setdefault((intern(one.device), one.start_at), {})
-        name = intern(one.field)
-        bucket[name] = bucket.get(name, 0) + one.values
-    return {slot: Count(sum(values.values()), max(values.values()), values) for slot, values in fields.items()}
-
-
 def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
     total: Counter[str] = Counter()
     for block in blocks:
@@ -334,7 +352,7 @@ def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
 
 
 def sums_in_rows(table: "pa.Table", columns: Columns) -> Mapping[str, Sums]:
-    """By field, what the values of canonical rows come to."""
+    """By field, the sums of canonical rows."""
     return sums_of(
         (columns.source_of(name) or name, table.column(name))
         for name in table.column_names
@@ -432,3 +450,33 @@ def slices(
         fields = {name: total.fields.get(name, 0) + here.fields.get(name, 0) for name in {*total.fields, *here.fields}}
         total = Count(total.cells + here.cells, total.points + here.points, fields)
     yield Window(start, span.end), total
+
+
+# How far back the source has every point, so that one it lacks since then was deleted there and not forgotten.
+
+Again = Callable[[Callable[[], "Retention"]], "Retention"]
+
+
+class Coverage:
+    """Of one run, in which the source is asked once, when it is first needed. From any thread.
+
+    Where only its oldest point can be told it is asked each time: that moves with each shard group that it drops. A
+    clock that is behind the server's would take forgotten points for deleted ones, so the later of both counts.
+    """
+
+    def __init__(self, reader: "Reader", again: Again, clock: Callable[[], datetime]) -> None:
+        self._reader = reader
+        self._again = again
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: tuple[Retention, timedelta] | None = None
+
+    def since(self) -> datetime:
+        """See `app.core.pipeline.covered_since`; to be called after the rows were read."""
+        with self._lock:
+            if self._known is None or self._known[0].period is None:
+                found = self._again(self._reader.retention)
+                behind = found.told_at - self._clock() if found.told_at else timedelta()
+                self._known = found, max(behind, timedelta())
+            found, behind = self._known
+        return covered_since(self._clock() + behind, found.period, found.oldest_at)

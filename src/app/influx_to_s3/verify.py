@@ -1,32 +1,41 @@
-"""Both ends of the export read anew: points as they would be written, and objects as they are; and the gap map.
+"""Both ends of the export compared cell by cell, read on another way than the export reads; and the gap map.
 
-Invariant: what is compared is every column of every row, those that were computed included, so an object is equal only
-when it is what would be written today.
+A cell is one value: tags, instant in nanoseconds, field, value. The source is asked for raw series, which nobody joined
+to rows or widened to a column's type; the objects are taken apart into the same cells, by the names in the layout. So a
+fault of the export's reader or of what it makes of the answer shows. Invariants: cells are hashed and added up, so
+memory does not grow with a window; what is set aside by the rule for ignored tags is counted and left out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
-from app.core.gap_map import Cell, Found, Moment, cells_of
+from app.core.errors import Permanent
 from app.core.pipeline import Checkpoints, Pipeline, Record
-from app.core.reconcile import look
-from app.core.repair import heal_window
+from app.core.repair import heal_window, look
 from app.core.runs import Context, Report, Stop
-from app.core.verify import NOTHING, Content, Slot
+from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.influx_to_s3.layout import Columns
-from app.influx_to_s3.outside_points import is_nameable
-from app.influx_to_s3.row_batch import RowBatch
-from app.influx_to_s3.rows import as_now_typed
+from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
+from app.influx_to_s3.reader import QueryTooLarge, RawCells
+from app.influx_to_s3.row_batch import RowBatch, computed_from
+from app.influx_to_s3.set_aside import is_nameable
+from app.influx_to_s3.source import InfluxSource
 from app.object_store.port import ObjectInfo
-from app.object_store.row_digest import content_of_tables
-from app.object_store.table_sink import EncodedFile, TableSink, by_window
+from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
+from app.object_store.table_sink import EncodedFile, TableSink, by_window, lost_tags_in
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
 Listing = Sequence[tuple[datetime, ObjectInfo]]
 NOT_LISTED: tuple[tuple[str, str], Listing] = (("", ""), ())
+CELLS = 1 << 19  # of one slice, which are 40 bytes each
+SLICE, SHORTEST = timedelta(hours=1), timedelta(milliseconds=2)  # no shard group is shorter than an hour
+# Beside the tags in what tells rows apart; no tag's name begins with this.
+AT, OWNER = "\0at", "\0device"
 
 
 @dataclass(slots=True)
@@ -34,11 +43,14 @@ class ExportEnds:
     """`app.core.verify.Ends` over the export. Holds the listing of one partition and day."""
 
     pipeline: ExportPipeline
+    influx: InfluxSource
     sink: TableSink
     columns: Columns
     clock: Callable[[], datetime]
     listed: tuple[tuple[str, str], Listing] = NOT_LISTED
     looked_at: Slot | None = None
+    slice: timedelta = SLICE
+    most_cells: int = CELLS
 
     def partitions(self, span: Window) -> Sequence[str]:
         """See `Ends.partitions`. Devices that cannot have objects are set aside and not compared."""
@@ -56,19 +68,37 @@ class ExportEnds:
 
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`."""
-        source = self.pipeline.source
-        count = source.counts(slot.partition, [slot.window]).get((slot.partition, slot.window.start))
-        if count is None:
-            return NOTHING
-        with closing(source.read(slot.partition, slot.window, count, None)) as batch:
-            return content_of_tables(batch.output(), as_text=self._as_text(slot.window))
+        total, start = NOTHING, slot.window.start
+        while start < slot.window.end:
+            end = min(start + self.slice, slot.window.end)
+            total += self._raw(slot.partition, Window(start, end))
+            start = end
+        return total
+
+    def _raw(self, device: str, span: Window) -> Content:
+        """What the source has in a span, which is halved while it holds too much."""
+        influx, ignored, as_text = self.influx, self.columns.ignored, self._as_text(span)
+
+        def read() -> Content:
+            blocks = influx.reader.cells(device, span)
+            return raw_content(blocks, device, ignored=ignored, as_text=as_text, most_cells=self.most_cells)
+
+        try:
+            return influx.again(read)
+        except QueryTooLarge:
+            half = (span.end - span.start) / 2
+            if half < SHORTEST:
+                raise
+        self.slice = min(self.slice, half)
+        middle = span.start + half
+        return self._raw(device, Window(span.start, middle)) + self._raw(device, Window(middle, span.end))
 
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`: the object and deltas of older versions, none of which need a record."""
         total = NOTHING
         for info in named_in(slot.window, self._listing(slot)):
-            tables = (as_now_typed(each, self.columns) for each in self.sink.read(info.key, info.etag))
-            total += content_of_tables(tables, as_text=self._as_text(slot.window))
+            for table in self.sink.read(info.key, info.etag):
+                total += object_content(table, self.columns, as_text=self._as_text(slot.window))
         return total
 
     def heal(self, context: Context, slot: Slot) -> Report:
@@ -80,7 +110,7 @@ class ExportEnds:
         return self.sink.layout_at(window.start).format == "csv"
 
     def _listing(self, slot: Slot) -> Listing:
-        """The day's listing, made once; a second look at the same window makes it anew."""
+        """The day's listing, cached; a second look at the same window lists again."""
         day = (slot.partition, f"{slot.window.start:%Y%m%d}")
         if self.listed[0] != day or self.looked_at == slot:
             start = floor_to(slot.window.start, DAY_SECONDS)
@@ -91,9 +121,149 @@ class ExportEnds:
         return self.listed[1]
 
 
+def raw_content(
+    blocks: Iterable[RawCells], device: str, *, ignored: frozenset[str], as_text: bool, most_cells: int = CELLS
+) -> Content:
+    """The cells that the objects of a span must hold. Raises QueryTooLarge for more than `most_cells` of them.
+
+    Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
+    set aside, and the same value is there once.
+    """
+    import numpy as np
+
+    found, number, series = _Collected(), 0, dict[bytes, int]()
+    for block in blocks:
+        number += len(block.times)
+        if number > most_cells:
+            raise QueryTooLarge(
+                f"{device} has more than {most_cells} values in a span", "no action needed: it is halved"
+            )
+        if len(block.times):
+            tags = {**block.tags, **{name: _or_unknown(block.tags.get(name), len(block.times)) for name in TAGS}}
+            own = [(name, texts) for name, texts in tags.items() if name not in ignored]
+            rows = row_lanes([(AT, block.times), (OWNER, _constant(device, len(block.times))), *own])
+            found.add(block, rows, _numbered(tags, series), as_text=as_text)
+    if not number:
+        return NOTHING
+    ranks = np.empty(len(series), np.int64)
+    ranks[[series[key] for key in sorted(series)]] = np.arange(len(series))
+    return found.content(ranks)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Values of one span as arrays: hash of the row, of row and field, two of the cell, and number of the series."""
+
+    parts: list[Sequence[Any]] = field(default_factory=list)
+
+    def add(self, block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
+        """The cells of a block, field by field."""
+        import pyarrow as pa
+
+        fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
+        encoded = fields.dictionary_encode()
+        places = encoded.indices.to_numpy()
+        for at, name in enumerate(encoded.dictionary.to_pylist()):
+            here = places == at
+            own = [each[here] for each in rows]
+            lanes = cell_lanes(own, name, block.values.filter(pa.array(here)), as_text=as_text)
+            self.parts.append((own[0], mixed(own[0] ^ seed_of(b"key", name)), *lanes, series[here]))
+
+    def content(self, ranks: Any) -> Content:
+        """Their content. `ranks`: the place of each series in byte order."""
+        import numpy as np
+
+        rows, keys, *lanes, series = (np.concatenate(each) for each in zip(*self.parts, strict=True))
+        order = np.lexsort((ranks[series], keys))
+        first = np.concatenate(([True], np.diff(keys[order]) != 0))
+        lanes = [each[order] for each in lanes]
+        stands = [each[first] for each in lanes]
+        groups = np.cumsum(first) - 1
+        others = np.any([each != stood[groups] for each, stood in zip(lanes, stands, strict=True)], axis=0)
+        return replace(summed(stands, len(np.unique(rows))), set_aside=int(others.sum()))
+
+
+def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
+    """The number of each row's set of tags in `series`, by its key as InfluxDB writes it; new ones are added."""
+    import numpy as np
+
+    hashes = row_lanes(sorted(tags.items()))[0]
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    numbers = []
+    for at in first.tolist():
+        texts = ((name, tags[name][at].as_py()) for name in sorted(tags))
+        key = ",".join(f"{name}={text}" for name, text in texts if text is not None)
+        numbers.append(series.setdefault(key.encode("utf-8", "surrogatepass"), len(series)))
+    return np.array(numbers)[inverse.reshape(-1)]
+
+
+def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Content:
+    """The cells of rows as they stand in an object, under the names that tags and fields have at the source.
+
+    Computed columns are checked, so that a row in which one is wrong differs, and are no cells.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    try:
+        owner = table.column(DEVICE).cast(pa.string()) if DEVICE in table.column_names else _nulls(table.num_rows)
+        names = [name for name in table.column_names if name in columns.tags and name not in TAGS]
+        own = [(columns.tag_of(name), table.column(name)) for name in names]
+        documented = [
+            (name, _or_unknown(table.column(name) if name in table.column_names else None, table.num_rows))
+            for name in TAGS
+        ]
+        rows = row_lanes([(AT, table.column(TIMESTAMP)), (OWNER, owner), *own, *documented])
+        total = content_from(table.num_rows, *[0] * len(rows))
+        for name in table.column_names:
+            if name not in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED, *names):
+                source = columns.source_of(name) or name
+                total += summed(cell_lanes(rows, source, table.column(name), as_text=as_text), 0)
+        wrong = 0 if lost_tags_in(table) else int(np.sum(_wrongly_computed(table)))
+    except pa.ArrowException as error:
+        raise Permanent(
+            f"the rows of an object cannot be compared: {str(error)[:150]}",
+            "run verify with --heal, or move the object away: another program wrote it",
+        ) from error
+    return total + content_from(0, *[wrong] * len(rows))
+
+
+def _wrongly_computed(table: "pa.Table") -> Any:
+    """For each row, true when a computed column is not what today's rule gives; a numpy array."""
+    import numpy as np
+    import pyarrow as pa
+
+    wrong = np.zeros(table.num_rows, bool)
+    for name, expected in computed_from(table).items():
+        if name not in table.column_names:
+            return ~wrong
+        held = table.column(name)
+        held = held.cast(expected.type) if pa.types.is_string(held.type) else held
+        (bits, valid), (due, is_due) = value_bits(held), value_bits(expected)
+        wrong |= (valid != is_due) | (valid & (bits != due))
+    return wrong
+
+
+def _or_unknown(texts: "pa.Array | pa.ChunkedArray | None", rows: int) -> Any:
+    """A documented tag, which every row has in an object."""
+    return _constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
+
+
+def _constant(text: str, rows: int) -> Any:
+    import pyarrow as pa
+
+    return pa.repeat(pa.scalar(text), rows)
+
+
+def _nulls(rows: int) -> Any:
+    import pyarrow as pa
+
+    return pa.nulls(rows, pa.string())
+
+
 @dataclass(frozen=True, slots=True)
 class ExportChart:
-    """`app.core.gap_map.Chart` over the export; `opened` gives its ends as they are now."""
+    """`app.core.verify.Chart` over the export; `opened` gives its ends as they are now."""
 
     name: str
     opened: Callable[[Stop], ExportEnds]

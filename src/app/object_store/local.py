@@ -9,7 +9,6 @@ below the root is followed. What has no place in a plain file is kept below `.he
     meta/     content type and metadata of objects that cannot carry them themselves, see Notes
 """
 
-import binascii
 import errno
 import fcntl
 import hashlib
@@ -21,13 +20,11 @@ import sys
 import threading
 import time
 import unicodedata
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO, cast
@@ -39,17 +36,21 @@ from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
+    Counted,
+    Limited,
     ListingBatch,
     ObjectInfo,
     Page,
     Put,
     Question,
     Readable,
+    Spliced,
     Stored,
     check_characters,
     check_key,
     in_batches,
     is_new_form,
+    page_of,
 )
 
 HIDDEN = ".headwater"
@@ -112,10 +113,10 @@ class LocalDirectory:
 
         with _translated(key):
             info, certain = look()
-            if not certain:  # a writer may stand between the note and the rename: look when there is none
-                with self._locked():
-                    info, _ = look()
-            return info
+            if certain:
+                return info
+            with self._locked():  # a writer may stand between the note and the rename: look when there is none
+                return look()[0]
 
     def put(self, key: str, body: BinaryIO, put: Put) -> str:
         """Stream to a temporary file, then check and rename under the lock. Durable when it returns."""
@@ -125,7 +126,8 @@ class LocalDirectory:
             spooled, etag, noted = sealed
             self._check_name(key)
             held = _stat(path)
-            if put.expected not in (None, found := "" if held is None else _etag(held)):
+            found = "" if held is None else _etag(held)
+            if put.expected not in (None, found):
                 raise Conflict(f"{key}: expected {put.expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
             if held is not None and spooled.lstat().st_mtime_ns <= held.st_mtime_ns:
                 # Made newer than what it replaces, also when the clock was set back: the inode may have belonged to an
@@ -197,9 +199,8 @@ class LocalDirectory:
         if os.path.realpath(start) == start:
             yield from self._walk(f"{folder}/" if folder else "", prefix)
 
-    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:
+    def batches(self, prefix: str, objects: int) -> Iterator[ListingBatch]:  # noqa: ARG002 - the port's
         """As listed: each file is looked at."""
-        del objects
         return in_batches(self.list(prefix))
 
     def delete(self, key: str) -> None:
@@ -215,9 +216,13 @@ class LocalDirectory:
                 self._notes.remove(key)
                 self._prune(path.parent)
 
+    def properties(self, key: str) -> ObjectInfo | None:
+        """As `head`, which has all."""
+        return self.head(key)
+
     def write(self, key: str, body: Readable, put: Put) -> Stored:
         """As `put`, which reads its body from front to back."""
-        counted = _Counted(body)
+        counted = Counted(body)
         etag = self.put(key, cast("BinaryIO", counted), put)
         return Stored(etag, counted.size_bytes)
 
@@ -229,7 +234,7 @@ class LocalDirectory:
                     f"{held.key}: was deleted while it was patched", "look at the object, then send it again"
                 )
             spliced = Spliced(old, held.size_bytes, offset, body)
-            return self.write(held.key, spliced, Put(held.content_type, held.metadata, held.etag))
+            return self.write(held.key, spliced, Put(held.content_type, held.metadata, held.etag, held.headers))
 
     @contextmanager
     def open_span(self, held: ObjectInfo, first: int, count: int) -> Iterator[Readable]:
@@ -255,12 +260,10 @@ class LocalDirectory:
             return path if self._names.same(key) else None
 
     def _check_name(self, key: str, written: Path | None = None) -> None:
-        """Raises BadKey where the file system would give, or has just given, the object another name than its key's;
-        what was `written` is removed then, which was nothing else's: see the first of the two calls.
-        """
+        """Raises BadKey where the file system would give, or gave what was `written`, another name than its key's."""
         if not self._names.same(key):
             if written is not None:
-                written.unlink()
+                written.unlink()  # nobody else's: the name was checked before the write too
                 self._prune(written.parent)
             raise BadKey(
                 f"object key {key!r} has another name on this disk, whose file system changes case or Unicode",
@@ -303,8 +306,8 @@ class LocalDirectory:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time: threads of this object wait for each other, processes on the file. The kernel frees a
-        file's lock when its descriptor is closed, however its process ends.
+        """One writer at a time: threads wait for each other, processes on the file, which the kernel frees with its
+        descriptor.
         """
         _make_folder(self._hidden)
         path = self._hidden / "lock"
@@ -357,17 +360,13 @@ class LocalDirectory:
 
 def _lock(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
-    while True:
+    while time.monotonic() < deadline:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise Transient(
-                    f"another process has held {path} for over {LOCK_SECONDS} s", "find it with `fuser` on that file"
-                ) from error
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             time.sleep(POLL_SECONDS)
-        else:
-            return
+    held = f"another process has held {path} for over {LOCK_SECONDS} s"
+    raise Transient(held, "find it with `fuser` on that file")
 
 
 def _etag(found: os.stat_result) -> str:
@@ -380,9 +379,7 @@ def _info(key: str, found: os.stat_result) -> ObjectInfo:
 
 
 def _is_key(name: str) -> bool:
-    """Whether a key can name a file that somebody put here, even one that no new object may have. A name that the file
-    system gave has no empty or dot segments, so that usual ones need no closer look.
-    """
+    """Whether a key can name a file that somebody put here, even a key that no new object may have."""
     if name == HIDDEN:
         return False
     if name.isascii() and name.isprintable() and len(name) <= MAX_KEY_BYTES:
@@ -429,16 +426,14 @@ def _copied(path: Path, target: Path) -> str | None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With all parents, each made durable."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)
+        sync_directory(folder.parent)  # makes the new name durable
 
 
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """The file system's refusals as what the caller should do."""
     try:
         yield
     except OSError as error:
@@ -446,6 +441,7 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _refusal(text: str, number: int | None) -> AppError:
+    """The file system's refusal as what the caller should do."""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return Transient(text, "free space on the disks that hold the object directory and DATA_DIR")
@@ -462,7 +458,6 @@ def _refusal(text: str, number: int | None) -> AppError:
 
 
 # Content type and metadata of an object, which a plain file has no place for.
-
 ATTRIBUTE = "user.headwater"
 UNABLE = {errno.ENOTSUP, errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EPERM}
 
@@ -523,7 +518,8 @@ class Notes:
             return info, True
         if found.get("etag") != info.etag:
             return info, attached is not None
-        return replace(info, content_type=found["content_type"], metadata=found["metadata"]), True
+        headers = found.get("headers", {})  # version 1.0 noted none
+        return replace(info, content_type=found["content_type"], metadata=found["metadata"], headers=headers), True
 
     def remove(self, key: str) -> None:
         """Forget the note of a deleted object."""
@@ -535,20 +531,18 @@ class Notes:
 
 def _note(etag: str, put: Put) -> bytes:
     metadata = {name.lower(): value for name, value in put.metadata.items()}
-    return json.dumps({"etag": etag, "content_type": put.content_type, "metadata": metadata}).encode()
+    note = {"etag": etag, "content_type": put.content_type, "metadata": metadata, "headers": dict(put.headers)}
+    return json.dumps(note).encode()
 
 
 def _attached(path: Path) -> bytes | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
-    except OSError:
-        return None  # no attribute, no support, or the file is gone, which its caller sees as well
+    if sys.platform == "linux":
+        with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
+            return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
+    return None
 
 
 # Whether a file system keeps names as they are given: some ignore case, some rewrite Unicode or drop a last dot.
-
 PROBE = "e\N{COMBINING ACUTE ACCENT}\N{LATIN SMALL LETTER E WITH ACUTE} a."
 
 NamesIn = Callable[[Path], Collection[str]]
@@ -599,96 +593,3 @@ def spelled(root: Path, key: str, names_in: NamesIn) -> bool:
             return not os.path.lexists(folder / segment)
         folder = folder / segment
     return True
-
-
-# Bodies of transfers, and pages of any store that lists its keys in order.
-
-
-class _Counted:
-    """A body whose bytes are counted."""
-
-    def __init__(self, body: Readable) -> None:
-        self._body = body
-        self.size_bytes = 0
-
-    def read(self, count: int, /) -> bytes:
-        data = self._body.read(count)
-        self.size_bytes += len(data)
-        return data
-
-
-class Limited:
-    """The next `count` bytes of a stream, as a body."""
-
-    def __init__(self, stream: BinaryIO, count: int) -> None:
-        self._stream = stream
-        self._left = count
-
-    def read(self, count: int, /) -> bytes:
-        """See Readable. Raises Conflict when the stream ends before: somebody cut the file."""
-        if not self._left:
-            return b""
-        data = self._stream.read(min(count, self._left))
-        if not data:
-            raise Conflict("the file became shorter while it was read", AGAIN_HINT)
-        self._left -= len(data)
-        return data
-
-
-class Spliced:
-    """Bytes of `old` up to `offset`, then a body, then what the body leaves of `old`."""
-
-    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: Readable) -> None:
-        self._old, self._size_bytes, self._body = old, size_bytes, body
-        self._pieces = iter((Limited(old, offset), body))
-        self._now: Readable | None = next(self._pieces)
-        self._end = 0
-
-    def read(self, count: int, /) -> bytes:
-        """See Readable."""
-        while self._now is not None:
-            data = self._now.read(count)
-            if data:
-                self._end += len(data)
-                return data
-            self._now = self._after(self._now)
-        return b""
-
-    def _after(self, ended: Readable) -> Readable | None:
-        if ended is not self._body:
-            return next(self._pieces, None)
-        self._old.seek(min(self._end, self._size_bytes))
-        return Limited(self._old, max(self._size_bytes - self._end, 0))
-
-
-def page_of(found: Iterable[ObjectInfo], question: Question) -> Page:
-    """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
-    try:
-        after = urlsafe_b64decode(question.continuation.encode())
-        after.decode()
-    except (binascii.Error, ValueError) as error:
-        raise Rejected("invalid continuation", "begin the listing again without it") from error
-    objects: list[ObjectInfo] = []
-    prefixes: list[str] = []
-    last = ""
-    for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
-        for info in group:
-            name = rolled or info.key
-            if name.encode() <= after:
-                continue
-            if len(objects) + len(prefixes) == question.limit:
-                return Page(objects, prefixes, urlsafe_b64encode(last.encode()).decode())
-            last = name
-            if rolled:
-                prefixes.append(rolled)
-                break
-            objects.append(info)
-    return Page(objects, prefixes)
-
-
-def _rolled(key: str, question: Question) -> str:
-    """The common prefix that stands for `key`; "" when it stands for itself."""
-    if not question.delimiter:
-        return ""
-    head, delimiter, _ = key[len(question.prefix) :].partition(question.delimiter)
-    return f"{question.prefix}{head}{delimiter}" if delimiter else ""

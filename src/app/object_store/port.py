@@ -9,27 +9,36 @@ Of transfers also: memory is bounded whatever the size; what a change was made o
 says whether the store itself saw to that.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import binascii
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import BinaryIO, Protocol
 
-from app.core.errors import Rejected
+from app.core.errors import Conflict, Rejected
 
 MAX_KEY_BYTES = 1024
 MAX_PAGE = 1000
 BATCH = 1000
 MARK = "headwater-write"
 """Metadata that tells which write made an object; no business of whoever reads it."""
+STORAGE_CLASS = "x-amz-storage-class"
+TAGS, TAG_COUNT = "x-amz-tagging", "x-amz-tagging-count"
+CONTENT_HEADERS = ("content-encoding", "cache-control", "content-disposition", "content-language", "expires")
+"""What is said of the bytes beside their type: these, TAGS (as in a URL) and what S3 says of how an object is kept."""
 CONTROL = frozenset(map(chr, (*range(0x20), 0x7F)))
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What is known of an object without its bytes. `metadata` keys are lower case ASCII; listings leave it empty."""
+    """What is known of an object without its bytes. Names in `metadata` and `headers` (see CONTENT_HEADERS) are lower
+    case ASCII; listings leave both empty.
+    """
 
     key: str
     size_bytes: int
@@ -37,6 +46,7 @@ class ObjectInfo:
     modified_at: datetime
     content_type: str = "application/octet-stream"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,13 @@ class Put:
     """What to store and under which condition.
 
     `expected`: an ETag that the object must still have; "" = the object must not exist; None = whatever is there.
+    `headers`: see CONTENT_HEADERS; a store leaves out what it does not know, as TAG_COUNT.
     """
 
     content_type: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     expected: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class ObjectStore(Protocol):
@@ -143,6 +155,15 @@ def check_characters(key: str) -> None:
         raise BadKey(f"object key {key[:60]!r}... is longer than {MAX_KEY_BYTES} bytes", "shorten it")
 
 
+def date_of(text: str) -> datetime | None:
+    """A date of an HTTP header in UTC; None for an invalid one."""
+    try:
+        at = parsedate_to_datetime(text)
+        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
 def is_new_form(key: str) -> bool:
     """Whether `check_key` lets it pass."""
     try:
@@ -212,13 +233,17 @@ class Page:
 class Transfers(Protocol):
     """Raises what the object store raises; may be called from any thread."""
 
+    def properties(self, key: str) -> ObjectInfo | None:
+        """As the store's `head`, and its tags."""
+
     def write(self, key: str, body: Readable, put: Put) -> Stored:
         """Store a body to its end under the condition of `put`. Raises Conflict, but not for our own lost answer."""
 
     def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
-        """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, type and metadata too.
+        """Overwrite from `offset` on, at most the size of `held`; what is not overwritten stays, and so do type,
+        headers and metadata.
 
-        `held` is what `head` gave. Raises Conflict when that is no longer there.
+        `held` is what `properties` gave. Raises Conflict when that is no longer there.
         """
 
     def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
@@ -226,3 +251,97 @@ class Transfers(Protocol):
 
     def page(self, question: Question) -> Page:
         """One page. Raises Rejected for an invalid continuation."""
+
+
+# What back ends share: bodies that are put together, and pages of a store that lists its keys in order.
+
+
+class Counted:
+    """A body whose bytes are counted."""
+
+    def __init__(self, body: Readable) -> None:
+        self._body = body
+        self.size_bytes = 0
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        data = self._body.read(count)
+        self.size_bytes += len(data)
+        return data
+
+
+class Limited:
+    """The next `count` bytes of a stream, as a body."""
+
+    def __init__(self, stream: BinaryIO, count: int) -> None:
+        self._stream = stream
+        self._left = count
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable. Raises Conflict when the stream ends before: somebody cut the file."""
+        if not self._left:
+            return b""
+        data = self._stream.read(min(count, self._left))
+        if not data:
+            raise Conflict("the file became shorter while it was read", "no action needed; it is retried")
+        self._left -= len(data)
+        return data
+
+
+class Spliced:
+    """Bytes of `old` up to `offset`, then a body, then what the body leaves of `old`."""
+
+    def __init__(self, old: BinaryIO, size_bytes: int, offset: int, body: Readable) -> None:
+        self._old, self._size_bytes, self._body = old, size_bytes, body
+        self._pieces = iter((Limited(old, offset), body))
+        self._now: Readable | None = next(self._pieces)
+        self._end = 0
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        while self._now is not None:
+            data = self._now.read(count)
+            if data:
+                self._end += len(data)
+                return data
+            self._now = self._after(self._now)
+        return b""
+
+    def _after(self, ended: Readable) -> Readable | None:
+        if ended is not self._body:
+            return next(self._pieces, None)
+        self._old.seek(min(self._end, self._size_bytes))
+        return Limited(self._old, max(self._size_bytes - self._end, 0))
+
+
+def page_of(found: Iterable[ObjectInfo], question: Question) -> Page:
+    """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
+    try:
+        after = urlsafe_b64decode(question.continuation.encode())
+        after.decode()
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("invalid continuation", "begin the listing again without it") from error
+    objects: list[ObjectInfo] = []
+    prefixes: list[str] = []
+    last = ""
+    for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
+        for info in group:
+            name = rolled or info.key
+            if name.encode() <= after:
+                continue
+            if len(objects) + len(prefixes) == question.limit:
+                return Page(objects, prefixes, urlsafe_b64encode(last.encode()).decode())
+            last = name
+            if rolled:
+                prefixes.append(rolled)
+                break
+            objects.append(info)
+    return Page(objects, prefixes)
+
+
+def _rolled(key: str, question: Question) -> str:
+    """The common prefix that stands for `key`; "" when it stands for itself."""
+    if not question.delimiter:
+        return ""
+    head, delimiter, _ = key[len(question.prefix) :].partition(question.delimiter)
+    return f"{question.prefix}{head}{delimiter}" if delimiter else ""

@@ -1,81 +1,163 @@
-"""An order-free digest of Arrow rows: one 128-bit hash per row, added up.
+"""Order-free digests: one 128-bit hash for each row or cell, added up. The one digest of all verifications.
 
 Invariants: the order of rows and columns and the cutting into tables do not matter; a null is the same as no column; a
 number is the same whatever numeric type holds it. It tells of accidents; forgers are kept out by the bucket's own keys.
 """
 
+import re
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
-from app.core.verify import NOTHING, Content
+from app.core.verify import NOTHING, Content, content_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import pyarrow as pa
 
 LANES = (b"headwater-0", b"headwater-1")
 TRUTH = 0x9E3779B97F4A7C15
 TEXT = 0xC2B2AE3D27D4EB4F
+ROWS = 1000
+WHOLE = re.compile(r"-?(0|[1-9]\d{0,19})")
+DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
-def content_of_tables(tables: "Iterable[pa.Table]", *, as_text: bool = False) -> Content:
-    """The content of all tables, in bounded memory. `as_text`: every value but an instant counts as its text, and an
-    empty text as null, as in a CSV object, which tells them apart no more.
-    """
-    total = NOTHING
-    for table in tables:
-        total += _content(table, as_text=as_text)
+# Rows of text, of pipelines whose rows have no cells that are told apart by a key and an instant.
+
+
+def content_of(rows: "Iterable[Mapping[str, str]]") -> Content:
+    """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
+    import pyarrow as pa
+
+    total, left = NOTHING, iter(rows)
+    while step := list(islice(left, ROWS)):
+        names = {name for row in step for name, text in row.items() if text}
+        cells = {
+            name: [(row.get(name) or "").encode("utf-8", "surrogatepass") or None for row in step] for name in names
+        }
+        columns = {name: pa.array(some, pa.binary()) for name, some in cells.items()}
+        total += content_of_tables([pa.table(columns or {"": pa.nulls(len(step), pa.binary())})])
     return total
 
 
-def _content(table: "pa.Table", *, as_text: bool) -> Content:
+def content_of_tables(tables: "Iterable[pa.Table]") -> Content:
+    """The content of all rows of some tables, in bounded memory."""
+    total = NOTHING
+    for table in tables:
+        total += summed(row_lanes((name, table.column(name)) for name in table.column_names), table.num_rows)
+    return total
+
+
+# Cells: (identity of the row, field, value). No row has to be put together before two ends are compared.
+
+
+def cell_lanes(rows: "Sequence[Any]", field: str, values: Any, *, as_text: bool = False) -> "Sequence[Any]":
+    """Two hashes per row: of its value of `field` and the row's own two, which are from `row_lanes`; 0 for a null.
+
+    A whole number and a truth value are the same in a column of text. `as_text`: so is any number, as in a CSV object,
+    where an empty text is a null too.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if as_text and pa.types.is_string(values.type):
+        values = pc.if_else(pc.equal(values, ""), None, values)
+    try:
+        bits, valid = value_bits(values, hashed=_as_number if as_text else _as_whole)
+    except pa.ArrowException as error:
+        raise _unknown_type(field, values, error) from error
+    lanes = zip(LANES, rows, strict=True)
+    return [np.where(valid, mixed(row ^ mixed(bits ^ seed_of(lane, field))), np.uint64(0)) for lane, row in lanes]
+
+
+def row_lanes(columns: "Iterable[tuple[str, Any]]") -> "Sequence[Any]":
+    """The hashes of rows that are told apart by these columns; uint64 arrays."""
     import numpy as np
     import pyarrow as pa
 
-    sums = [np.zeros(table.num_rows, np.uint64) for _ in LANES]
-    for column in table.schema:
+    sums: list[Any] = [np.uint64(0) for _ in LANES]
+    for name, column in columns:
         try:
-            bits, valid = _bits(table.column(column.name), as_text=as_text)
+            bits, valid = value_bits(column)
         except pa.ArrowException as error:
-            raise Permanent(
-                f"column {column.name!r} of type {column.type} is none of this pipeline: {str(error)[:100]}",
-                "another program wrote this object: heal the window, or move the object away",
-            ) from error
-        for lane, name in enumerate(LANES):
-            cells = mixed(bits ^ seed_of(name, column.name))
-            sums[lane] += np.where(valid, cells, np.uint64(0))
-    lanes = [
-        int(np.sum(mixed(each ^ seed_of(name, "")), dtype=np.uint64)) for each, name in zip(sums, LANES, strict=True)
-    ]
-    return Content(table.num_rows, f"{lanes[0]:016x}{lanes[1]:016x}")
+            raise _unknown_type(name, column, error) from error
+        for at, lane in enumerate(LANES):
+            sums[at] = sums[at] + np.where(valid, mixed(bits ^ seed_of(lane, name)), np.uint64(0))
+    return [mixed(each ^ seed_of(lane, "")) for each, lane in zip(sums, LANES, strict=True)]
 
 
-def _bits(column: Any, *, as_text: bool) -> tuple[Any, Any]:
-    """64 bits per value, and which values there are; both numpy arrays."""
+def summed(lanes: "Sequence[Any]", rows: int) -> Content:
+    """The content of these hashes, which stand for so many rows."""
+    import numpy as np
+
+    return content_from(rows, *(int(np.sum(each, dtype=np.uint64)) for each in lanes))
+
+
+def _unknown_type(name: str, column: Any, error: Exception) -> Permanent:
+    return Permanent(
+        f"column {name!r} of type {column.type} was not written by this pipeline: {str(error)[:100]}",
+        "run verify with --heal, or move the object away: another program wrote it",
+    )
+
+
+def value_bits(column: Any, *, hashed: "Callable[[str | bytes], int] | None" = None) -> tuple[Any, Any]:
+    """64 bits per value, and which values there are; both numpy arrays. `hashed`: of one text, else its plain hash."""
     import numpy as np
     import pyarrow as pa
 
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
-    elif as_text or not _is_plain(column.type):
+    elif pa.types.is_dictionary(column.type):
         column = column.cast(pa.string())
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     valid = array.is_valid().to_numpy(zero_copy_only=False)
-    if pa.types.is_string(array.type):
-        bits, filled = text_bits(array)
-        return bits, valid & filled if as_text else valid
     if pa.types.is_boolean(array.type):
         truth = array.fill_null(False).to_numpy(zero_copy_only=False)  # noqa: FBT003 - Arrow's own signature
         return truth.astype(np.uint64) ^ np.uint64(TRUTH), valid
-    return _number_bits(array.fill_null(pa.scalar(0).cast(array.type)).to_numpy()), valid
+    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
+        return _number_bits(array.fill_null(pa.scalar(0).cast(array.type)).to_numpy()), valid
+    if not pa.types.is_binary(array.type):
+        array = array.cast(pa.string())
+    return text_bits(array, hashed or text_hash), valid
 
 
-def _is_plain(kind: Any) -> bool:
-    import pyarrow as pa
+def text_bits(array: Any, hashed: "Callable[[str | bytes], int]") -> Any:
+    """64 bits per text by way of the distinct ones."""
+    import numpy as np
 
-    return any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
+    encoded = array.dictionary_encode()
+    hashes = np.array([hashed(text) for text in encoded.dictionary.to_pylist() if text is not None] or [0], np.uint64)
+    return hashes[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)]
+
+
+def text_hash(text: str | bytes) -> int:
+    """64 bits of one text."""
+    content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(content, digest_size=8).digest()) ^ TEXT
+
+
+def _as_whole(text: "str | bytes") -> int:
+    """Of a whole number or a truth value that was written as text, since its column could not hold it, its own bits."""
+    import numpy as np
+
+    if text in ("true", "false"):
+        return int(text == "true") ^ TRUTH
+    if isinstance(text, str) and WHOLE.fullmatch(text) and -(1 << 63) <= (number := int(text)) < 1 << 64:
+        return int(_number_bits(np.array([number], np.uint64 if number >= 0 else np.int64))[0])
+    return text_hash(text)
+
+
+def _as_number(text: "str | bytes") -> int:
+    """The same of any number: in a CSV object every value is text."""
+    import numpy as np
+
+    if isinstance(text, str) and not WHOLE.fullmatch(text) and DECIMAL.fullmatch(text):
+        return int(_number_bits(np.array([float(text)]))[0])
+    return _as_whole(text)
 
 
 def _number_bits(values: Any) -> Any:
@@ -87,38 +169,24 @@ def _number_bits(values: Any) -> Any:
     bits = floats.view(np.uint64)
     if values.dtype.kind == "f":
         return bits
-    exact = np.abs(floats) <= 2.0**53
+    fits = np.abs(floats) < float(np.iinfo(values.dtype).max)  # beyond that the way back is not defined
+    exact = fits & (np.where(fits, floats, 0).astype(values.dtype) == values)
     return np.where(exact, bits, values.astype(np.uint64))
-
-
-def text_bits(array: Any) -> tuple[Any, Any]:
-    """64 bits per text by way of the distinct ones, and which are not empty."""
-    import numpy as np
-
-    encoded = array.dictionary_encode()
-    texts = encoded.dictionary.to_pylist()
-    hashes = np.array([_of_text(text or "") for text in texts] or [0], np.uint64) ^ np.uint64(TEXT)
-    filled = np.array([bool(text) for text in texts] or [False])
-    places = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    return hashes[places], filled[places]
-
-
-def _of_text(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def seed_of(lane: bytes, name: str) -> Any:
     """64 bits for a column's name."""
     import numpy as np
 
-    return np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8, key=lane).digest()))
+    return np.uint64(int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=lane).digest()))
 
 
 def mixed(bits: Any) -> Any:
     """The finaliser of splitmix64: each bit of the input moves half of the output's. Wraps at 64 bits."""
     import numpy as np
 
-    mixed = bits + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    with np.errstate(over="ignore"):
+        mixed = bits + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))

@@ -1,10 +1,9 @@
 """The object store port on S3 and on stores that speak its protocol; with `dynamo_to_drive.source` the home of boto3.
 
-Invariants: no exception of the SDK leaves this package, each becomes exactly one of the errors that say what the caller
-should do; making a client asks nobody on the network while keys are given; a conditional write is sent with its
-condition, so the store decides it atomically; a read stays on the version it began with, however often it is resumed,
-and ends at the size that was promised or raises. Where a fact about the protocol is used, it comes from the S3 API
-reference or was seen on a real server.
+Invariants: no exception of the SDK leaves this package; a conditional write is sent with its condition, so the store
+decides it atomically; a read stays on the version it began with, however often it is resumed, and ends at the size that
+was promised or raises. Where a fact about the protocol is used, it comes from the S3 API reference or was seen on a
+real server.
 """
 
 import io
@@ -12,72 +11,64 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO
+from urllib.parse import quote, urlencode
 
-from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.object_store.port import (
+    STORAGE_CLASS,
+    TAG_COUNT,
+    TAGS,
     BadKey,
     ListingBatch,
     ObjectInfo,
     Put,
     check_characters,
     check_key,
+    date_of,
     is_new_form,
     taken_for,
 )
-from app.object_store.s3_listing import (
-    STYLE_HINT,
-    TEXT_LIMIT,
+from app.object_store.s3_client import (
+    AGAIN_HINT,
+    BUSY,
+    REACH_HINT,
+    SSE,
+    SSE_KMS_KEY,
     ListQuery,
+    S3Target,
     batches,
+    client_error,
+    code_of,
     info_of,
     infos_of,
     listed,
+    make_client,
+    status_of,
     take_entries,
+    translated,
 )
 
-KEYS_HINT = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY"
-RIGHTS_HINT = f"{KEYS_HINT}, and that this key may list the bucket and get and put objects under S3_PREFIX"
-BUCKET_HINT = "create the bucket or correct S3_BUCKET"
-REGION_HINT = "set S3_REGION to the bucket's region, and S3_ENDPOINT_URL to an address that does not redirect"
-REACH_HINT = "check S3_ENDPOINT_URL and the network; it is retried"
-AGAIN_HINT = "no action needed; it is retried"
 TOOLS_HINT = "use the store's own tools for this object"
-
-HINTS: Mapping[str, str] = {
-    "InvalidAccessKeyId": KEYS_HINT,
-    "SignatureDoesNotMatch": KEYS_HINT,
-    "ExpiredToken": "the temporary credentials expired: renew them",
-    "InvalidToken": "check AWS_SESSION_TOKEN; leave it out for keys that do not expire",
-    "AccessDenied": RIGHTS_HINT,
-    "403": RIGHTS_HINT,  # the codes of HEAD, which has no body, are its status
-    "RequestTimeTooSkewed": "set this machine's clock (NTP)",
-    "InvalidBucketName": BUCKET_HINT,
-    "PermanentRedirect": REGION_HINT,
-    "TemporaryRedirect": REGION_HINT,
-    "AuthorizationHeaderMalformed": REGION_HINT,
-    "IllegalLocationConstraintException": REGION_HINT,
-    "301": REGION_HINT,
-    "302": REGION_HINT,
-    "307": REGION_HINT,
-    "400": f"{REGION_HINT}; {KEYS_HINT}",
-}
-BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted"})
-PASSING = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "InvalidDigest", "SlowDown", "Throttling"})
-REFUSED = frozenset({"KeyTooLongError", "EntityTooLarge", "MetadataTooLarge", "InvalidObjectState", "InvalidURI"})
-PASSING_STATUS = frozenset(
-    {
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.CONFLICT,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-    }
-)
 CONDITION_ANSWERS = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+STORED_HEADERS: Mapping[str, str] = {
+    "content-encoding": "ContentEncoding",
+    "cache-control": "CacheControl",
+    "content-disposition": "ContentDisposition",
+    "content-language": "ContentLanguage",
+    "expires": "Expires",
+    TAGS: "Tagging",
+    STORAGE_CLASS: "StorageClass",
+    SSE: "ServerSideEncryption",
+    SSE_KMS_KEY: "SSEKMSKeyId",
+    "x-amz-website-redirect-location": "WebsiteRedirectLocation",
+}
+"""What an object keeps beside its type and metadata, in S3's names and the SDK's."""
+TAGS_HINT = "let the key read and write tags (s3:GetObjectTagging, s3:PutObjectTagging), or remove them from the object"
 MAX_PUT_BYTES = 5 << 30
 MAX_METADATA_BYTES = 2048
 READ_BYTES = 1 << 18
@@ -85,27 +76,10 @@ BUSY_ATTEMPTS = 4
 RESUMES = 8
 PROBE_FOLDER = ".headwater-probe"
 LEFTOVER = timedelta(hours=1)
+EXPIRED_AT = datetime(1970, 1, 1, tzinfo=UTC)
 OTHER_ETAG = '"00000000000000000000000000000000"'
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class S3Target:
-    """Which bucket, where, and how patiently. Without keys the SDK's own chain is asked: environment, profile, role."""
-
-    bucket: str
-    region: str = "us-east-1"
-    endpoint_url: str = ""
-    addressing_style: str = "auto"
-    access_key_id: str = ""
-    secret_access_key: str = field(default="", repr=False)
-    session_token: str = field(default="", repr=False)
-    connect_timeout_seconds: float = 5
-    read_timeout_seconds: float = 60
-    attempts: int = 4
-    connections: int = 16
-    page_keys: int = 1000
 
 
 class S3Store:
@@ -154,7 +128,7 @@ class S3Store:
     def head(self, key: str) -> ObjectInfo | None:
         """HeadObject."""
         entry = self._entry(key)
-        found = self._unless_missing(key, lambda: self.client().head_object(Bucket=self.target.bucket, Key=key))
+        found = self._asked("head_object", key)
         if found is None:
             return None
         with self.translated(key):
@@ -162,6 +136,7 @@ class S3Store:
                 info_of(key, found["ContentLength"], found),
                 content_type=found.get("ContentType", "application/octet-stream"),
                 metadata={name.lower(): value for name, value in found.get("Metadata", {}).items()},
+                headers=headers_of(found),
             )
         if entry is not None and (entry.etag, entry.size_bytes) != (info.etag, info.size_bytes):
             raise BadKey(f"object key {key!r}: the store takes it for another object's", TOOLS_HINT)
@@ -204,7 +179,7 @@ class S3Store:
         """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
         entry = self._entry(key)
         version = entry.etag if entry is not None and etag is None else etag
-        answer = self._get(key, {} if version is None else {"IfMatch": version})
+        answer = self._asked("get_object", key, **({} if version is None else {"IfMatch": version}))
         if answer is None:
             yield None
             return
@@ -249,7 +224,16 @@ class S3Store:
             twin = self.head(other) if other != key and is_new_form(other) else None
             if held is not None and twin is not None and twin.etag == held.etag:
                 raise BadKey(f"object key {key!r}: an equal object has the key {other!r}", TOOLS_HINT)
-        self._unless_missing(key, lambda: self.client().delete_object(Bucket=self.target.bucket, Key=key))
+        self._asked("delete_object", key)
+
+    def tags(self, key: str) -> str:
+        """GetObjectTagging, as in a URL; "" when the object is gone. Raises Permanent."""
+        try:
+            found = self._asked("get_object_tagging", key)
+        except Permanent as error:
+            raise Permanent(error.message, TAGS_HINT) from error
+        pairs = [(tag["Key"], tag["Value"]) for tag in (found or {}).get("TagSet", ())]
+        return urlencode(pairs, quote_via=quote)
 
     def compare(self, key: str, expected: str) -> None:
         """What a store without conditions cannot do itself: Conflict when the object has another version."""
@@ -286,14 +270,8 @@ class S3Store:
             check_key(key)
         return entry
 
-    def _get(self, key: str, conditions: Mapping[str, str]) -> Any:
-        def call() -> Any:
-            return self.client().get_object(Bucket=self.target.bucket, Key=key, **conditions)
-
-        return self._unless_missing(key, call)
-
     def _get_rest(self, key: str, etag: str, last: str, position: int) -> Any:
-        answer = self._get(key, {"IfMatch": etag, "Range": f"bytes={position}-{last}"})
+        answer = self._asked("get_object", key, IfMatch=etag, Range=f"bytes={position}-{last}")
         if answer is None:
             raise Conflict(f"{key}: was deleted while it was read", AGAIN_HINT)
         if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
@@ -301,11 +279,11 @@ class S3Store:
             raise Transient(f"{key}: the store ignores Range", REACH_HINT)
         return answer["Body"]
 
-    def _unless_missing(self, key: str, call: Callable[[], Any]) -> Any:
+    def _asked(self, operation: str, key: str, **given: str) -> Any:
         """The answer, None for a missing key. A 404 may mean the bucket or a wrong endpoint too: asked once."""
         with self.translated(key):
             try:
-                return call()
+                return getattr(self.client(), operation)(Bucket=self.target.bucket, Key=key, **given)
             except client_error() as error:
                 if status_of(error) != HTTPStatus.NOT_FOUND or code_of(error) == "NoSuchBucket":
                     raise
@@ -325,8 +303,7 @@ class S3Store:
             Bucket=self.target.bucket,
             Key=key,
             Body=rest,
-            ContentType=put.content_type,
-            Metadata=dict(put.metadata),
+            **described(put, self.target),
             **condition,
         )
 
@@ -371,11 +348,34 @@ def check_unicode(text: str) -> None:
 
 def check_headers(key: str, put: Put) -> None:
     """Metadata travels as HTTP headers, where other characters are lost, changed or refused, depending on the store."""
-    for text in (put.content_type, *put.metadata, *put.metadata.values()):
+    for text in (put.content_type, *put.metadata, *put.metadata.values(), *put.headers.values()):
         if not (text.isascii() and text.isprintable() and text == text.strip()):
             raise Rejected(f"{key}: {text!r} cannot be object metadata", "use printable ASCII without outer spaces")
     if sum(len(name) + len(value) for name, value in put.metadata.items()) > MAX_METADATA_BYTES:
         raise Rejected(f"{key}: its metadata is longer than {MAX_METADATA_BYTES} bytes", "shorten it")
+
+
+def described(put: Put, target: S3Target) -> Mapping[str, Any]:
+    """The SDK's arguments for all that an object keeps beside its bytes. S3_SSE goes before what an object had."""
+    given = dict(put.headers)
+    if target.sse:
+        given = {**given, SSE_KMS_KEY: "", **target.encryption}
+    headers: dict[str, Any] = {STORED_HEADERS[name]: given[name] for name in STORED_HEADERS if given.get(name)}
+    if "Expires" in headers:  # the SDK sends dates only; any other text means that the object has expired already
+        headers["Expires"] = date_of(headers["Expires"]) or EXPIRED_AT
+    return {"ContentType": put.content_type, "Metadata": dict(put.metadata), **headers}
+
+
+def headers_of(found: Mapping[str, Any]) -> Mapping[str, str]:
+    """What HeadObject says of them, and how many tags there are.
+
+    Encryption with the bucket's own key is left to the bucket, whose default may have changed since.
+    """
+    said = {**found, "Expires": found.get("ExpiresString")}
+    if not str(said.get("ServerSideEncryption", "")).startswith("aws:kms"):
+        said |= {"ServerSideEncryption": None, "SSEKMSKeyId": None}
+    headers = {name: str(said[known]) for name, known in STORED_HEADERS.items() if said.get(known)}
+    return {**headers, TAG_COUNT: str(found["TagCount"])} if found.get("TagCount") else headers
 
 
 def condition_of(expected: str | None) -> Mapping[str, str]:
@@ -383,140 +383,6 @@ def condition_of(expected: str | None) -> Mapping[str, str]:
     if expected is None:
         return {}
     return {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
-
-
-def make_client(target: S3Target) -> Any:
-    """A client of its own session: sessions are not safe to share between threads, clients are."""
-    import boto3
-    from botocore.config import Config
-
-    # Compatible stores may not know the SDK's newer checksums, and some keep their framing as data.
-    needed = "when_required" if target.endpoint_url else "when_supported"
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": target.attempts},
-        connect_timeout=target.connect_timeout_seconds,
-        read_timeout=target.read_timeout_seconds,
-        max_pool_connections=target.connections,
-        request_checksum_calculation=needed,
-        response_checksum_validation=needed,
-        signature_version="s3v4",  # links too: the older way of signing them is refused for keys that are escaped
-        s3={"addressing_style": target.addressing_style},
-    )
-    try:
-        client = boto3.session.Session().client(
-            "s3",
-            region_name=target.region,
-            endpoint_url=target.endpoint_url or None,
-            aws_access_key_id=target.access_key_id or None,
-            aws_secret_access_key=target.secret_access_key or None,
-            aws_session_token=target.session_token or None,
-            config=config,
-        )
-    except ValueError as error:
-        raise Permanent(f"the S3 client cannot be created: {error}", "correct S3_ENDPOINT_URL or S3_REGION") from error
-
-    def redirect_no_further(context: Mapping[str, Any], **_: Any) -> None:
-        # On a redirect the SDK asks HeadBucket for the region, on whose redirect it asks HeadBucket, and so on: an
-        # address that redirects everything (http to https, say) would cost hundreds of requests. Nothing else here
-        # calls HeadBucket.
-        context.get("s3_redirect", {})["redirected"] = True
-
-    client.meta.events.register("before-call.s3.HeadBucket", redirect_no_further)
-    return client
-
-
-def key_source(target: S3Target) -> Callable[[], tuple[str, str, str]]:
-    """Access key, secret key and session token as they are at each call: those of the target, else of the SDK's own
-    chain, which may change from hour to hour. The call raises Permanent when there are none.
-    """
-    found: list[Any] = []
-
-    def keys() -> tuple[str, str, str]:
-        if target.access_key_id:
-            return target.access_key_id, target.secret_access_key, target.session_token
-        import boto3
-
-        with translated(f"keys of bucket {target.bucket!r}", target):
-            if not found:
-                found.append(boto3.session.Session().get_credentials())
-            frozen = found[0].get_frozen_credentials() if found[0] else None
-        if frozen is None:
-            raise Permanent(f"there are no keys for bucket {target.bucket!r}", KEYS_HINT)
-        return frozen.access_key, frozen.secret_key, frozen.token or ""
-
-    return keys
-
-
-# What the SDK's exceptions mean.
-
-
-def client_error() -> type[Exception]:
-    """The SDK's exception for an answer that is an error. Imported here, so that a start loads no SDK."""
-    from botocore.exceptions import ClientError
-
-    return ClientError  # type: ignore[no-any-return]
-
-
-def code_of(error: Any) -> str:
-    """S3's name for the error in a ClientError; of HEAD, whose answer has no body, the status as text."""
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def status_of(error: Any) -> int:
-    """The HTTP status in a ClientError."""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-@contextmanager
-def translated(what: str, target: S3Target, *, replaces: bool = False) -> Iterator[None]:
-    """Every exception of the SDK as what the caller should do. `replaces`: a missing object is a Conflict."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-
-    try:
-        yield
-    except ClientError as error:
-        if replaces and (code_of(error) == "NoSuchKey" or code_of(error) in BUSY):
-            raise Conflict(f"{what}: {code_of(error)}", AGAIN_HINT) from error
-        raise _answered(what, error, target) from error
-    except (ResponseParserError, KeyError) as error:
-        raise Transient(f"{what}: not an answer of S3: {error}"[:TEXT_LIMIT], STYLE_HINT) from error
-    except BotoCoreError as error:
-        raise _failed(f"{what}: {error}"[:TEXT_LIMIT], error) from error
-
-
-def _answered(what: str, error: Any, target: S3Target) -> AppError:
-    """The store's refusal as what the caller should do. Its message is quoted; it never repeats the secret."""
-    code, status = code_of(error), status_of(error)
-    text = f"{what}: {code}: {error.response.get('Error', {}).get('Message', '')}"[:TEXT_LIMIT]
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if status == HTTPStatus.PRECONDITION_FAILED:
-        return Conflict(text, AGAIN_HINT)
-    if code == "NoSuchBucket":
-        return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
-    if code in REFUSED:
-        return Rejected(text, "change the key or the object; an archived object has to be restored first")
-    if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
-        wait = headers.get("retry-after", "")
-        return Transient(text, AGAIN_HINT, retry_after_seconds=float(wait) if wait.isdecimal() else None)
-    region = headers.get("x-amz-bucket-region", target.region)
-    if region != target.region:
-        return Permanent(f"{text}; bucket {target.bucket!r} is in {region}", f"set S3_REGION to {region}")
-    return Permanent(text, HINTS.get(code, STYLE_HINT))
-
-
-def _failed(text: str, error: Exception) -> AppError:
-    """A call that got no answer as what the caller should do."""
-    from botocore import exceptions as sdk
-
-    if isinstance(error, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
-        return Permanent(text, "install the certificate authority of the store, or set AWS_CA_BUNDLE to its file")
-    if isinstance(error, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
-        return Transient(text, f"check the role of this machine, or set the keys: {KEYS_HINT}")
-    unreachable = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.FlexibleChecksumError)
-    if isinstance(error, unreachable):
-        return Transient(text, REACH_HINT)
-    return Permanent(text, BUCKET_HINT if isinstance(error, sdk.ParamValidationError) else KEYS_HINT)
 
 
 # Bodies on their way to and from S3.

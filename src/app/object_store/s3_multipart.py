@@ -24,19 +24,21 @@ from typing import Any
 from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.object_store.port import MARK, ObjectInfo, Page, Put, Question, Readable, Stored, check_characters, check_key
-from app.object_store.s3 import (
-    AGAIN_HINT,
-    OTHER_ETAG,
-    S3Store,
-    check_headers,
-    check_unicode,
-    client_error,
-    code_of,
-    condition_of,
-    status_of,
+from app.object_store.port import (
+    MARK,
+    TAG_COUNT,
+    TAGS,
+    ObjectInfo,
+    Page,
+    Put,
+    Question,
+    Readable,
+    Stored,
+    check_characters,
+    check_key,
 )
-from app.object_store.s3_listing import STYLE_HINT, infos_of
+from app.object_store.s3 import OTHER_ETAG, S3Store, check_headers, check_unicode, condition_of, described
+from app.object_store.s3_client import AGAIN_HINT, STYLE_HINT, client_error, code_of, infos_of, status_of
 
 MIB = 1 << 20
 MOST_PARTS = 10_000
@@ -67,6 +69,13 @@ class S3Transfers:
         """End the threads. Idempotent."""
         self._desk.close()
 
+    def properties(self, key: str) -> ObjectInfo | None:
+        """HeadObject, and GetObjectTagging where that counts tags."""
+        info = self._store.head(key)
+        if info is None or TAG_COUNT not in info.headers:
+            return info
+        return replace(info, headers={**info.headers, TAGS: self._store.tags(key)})
+
     def write(self, key: str, body: Readable, put: Put) -> Stored:
         """PutObject for what fits into one part, otherwise a multipart upload."""
         return self._assembled(key, put, lambda assembly: assembly.take(body))
@@ -74,7 +83,7 @@ class S3Transfers:
     def patch(self, held: ObjectInfo, offset: int, body: Readable) -> Stored:
         """What is large and stays is copied by the store itself; the rest is read and sent again."""
         metadata = {name: value for name, value in held.metadata.items() if name != MARK}
-        put = Put(held.content_type, metadata, held.etag)
+        put = Put(held.content_type, metadata, held.etag, held.headers)
 
         def fill(assembly: "_Assembly") -> None:
             assembly.least_part_bytes = -(-held.size_bytes // PARTS_OF_OLD // MIB) * MIB
@@ -126,6 +135,16 @@ class S3Transfers:
         place = {"Bucket": self._store.target.bucket, "Key": key, "ResponseContentDisposition": disposition}
         with self._store.translated(key):
             return str(self._store.client().generate_presigned_url("get_object", Params=place, ExpiresIn=seconds))
+
+    def form(self, key: str, content_type: str, sizes: range, seconds: int) -> tuple[str, Mapping[str, str]]:
+        """A presigned POST of one file with exactly this key and type and one of these sizes: URL and form fields."""
+        fields = {"Content-Type": content_type, **self._store.target.encryption}
+        conditions = [*({name: value} for name, value in fields.items()), ["content-length-range", sizes[0], sizes[-1]]]
+        with self._store.translated(key):
+            made = self._store.client().generate_presigned_post(
+                self._store.target.bucket, check_key(key), fields, conditions, seconds
+            )
+        return str(made["url"]), made["fields"]
 
     def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], Any]") -> Stored:
         """What `fill` put together, under a mark that tells the object of this very write from any other."""
@@ -333,7 +352,7 @@ def begun(store: S3Store, desk: PartDesk, key: str, put: Put) -> Iterator[S3Part
     """CreateMultipartUpload; the upload is aborted unless the block comes to its end."""
     with store.translated(key):
         answer = store.client().create_multipart_upload(
-            Bucket=store.target.bucket, Key=key, ContentType=put.content_type, Metadata=dict(put.metadata)
+            Bucket=store.target.bucket, Key=key, **described(put, store.target)
         )
         parts = S3Parts(store, desk, key, put, answer["UploadId"])
     with ExitStack() as undo:

@@ -23,7 +23,7 @@ from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
 from app.object_store.deltas import folded_in, named_second, noted_window, unfolded
-from app.object_store.port import CONTROL, ObjectInfo, ObjectStore, Put, check_key
+from app.object_store.port import CONTROL, STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,6 +96,7 @@ class TableSink:
     dictionary: tuple[str, ...] = ()
     run: str = ""
     cursors: Mapping[str, datetime] = field(default_factory=dict)
+    storage_class: str = ""
     writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
@@ -210,10 +211,13 @@ class TableSink:
             undo.pop_all()
         return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
 
-    def put(self, key: str, encoded: EncodedFile, expected: str | None) -> str:
-        """Compare-and-swap: see `app.core.pipeline.Sink`."""
+    def put(self, key: str, encoded: EncodedFile, expected: str | None, *, closing: bool = False) -> str:
+        """Compare-and-swap: see `app.core.pipeline.Sink`. Only a closing write takes `storage_class`: stores bill at
+        least thirty days of an object of another class, and an open window is replaced every minute.
+        """
         encoded.file.seek(0)
-        return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or ""))
+        headers = {STORAGE_CLASS: self.storage_class} if closing and self.storage_class else {}
+        return self.store.put(key, encoded.file, Put(encoded.content_type, encoded.metadata, expected or "", headers))
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from app.web.errors import Answers, faults
 
 FAULTS = {
-    400: "the form cannot be read",
+    400: "the form cannot be read, or a checksum does not match the bytes",
     403: "the key lacks the scope, or the key or prefix of the object is out of reach",
     404: "there is no such object",
     408: "the body did not arrive in time",
@@ -20,11 +20,25 @@ FAULTS = {
     412: "the object is not the version that the request's condition names",
     413: "the body is larger than MAX_UPLOAD_BYTES",
     415: "a form without a boundary",
-    416: "no byte of the object is in that range, or the offset is behind its end",
+    416: "no byte of the object is in that range, or the offset is after its end",
     422: "a parameter, a key or a form is wrong: it is named",
     429: "too many transfers at once",
     502: "the store refuses, which a person has to correct",
     503: "the store cannot be reached: send the same request again",
+}
+KEPT = {
+    "Content-Encoding": "kept with the object",
+    "Cache-Control": "kept with the object",
+    "Content-Disposition": "kept with the object; a download is an attachment in any case",
+    "Content-Language": "kept with the object",
+    "Expires": "a date, kept with the object",
+    "x-amz-tagging": "tags, as name=value&name=value",
+}
+CHECKED = {
+    "Content-MD5": "checked before anything is stored",
+    "x-amz-checksum-crc32": "checked before anything is stored",
+    "x-amz-checksum-sha1": "checked before anything is stored",
+    "x-amz-checksum-sha256": "checked before anything is stored",
 }
 ALWAYS = (403, 422, 502, 503)
 BODY = (400, 408, 409, 412, 413, 415, 429)
@@ -76,6 +90,12 @@ class ObjectProperties(BaseModel):
     last_modified: datetime | None = None
     content_type: str = ""
     metadata: dict[str, str] = {}
+    content_encoding: str = ""
+    cache_control: str = ""
+    content_disposition: str = ""
+    content_language: str = ""
+    expires: str = ""
+    tags: dict[str, str] = {}
 
 
 class ObjectLink(BaseModel):
@@ -83,6 +103,18 @@ class ObjectLink(BaseModel):
 
     key: str
     url: str
+    expires_at: datetime
+
+
+class UploadForm(BaseModel):
+    """A form that needs no key: POST multipart/form-data to `url` with these fields, then `file`."""
+
+    key: str
+    url: str
+    fields: dict[str, str]
+    content_type: str
+    min_bytes: int = Field(ge=0)
+    max_bytes: int = Field(ge=0)
     expires_at: datetime
 
 
@@ -113,8 +145,22 @@ def _faults(codes: Sequence[int]) -> Answers:
     return faults({code: FAULTS[code] for code in (*ALWAYS, *codes)})
 
 
-def upload() -> Mapping[str, Any]:
-    """The body of an upload, and its conditions."""
+def form_upload() -> Mapping[str, Any]:
+    """The body of the form of an upload link."""
+    texts = {name: {"type": "string"} for name in ("key", "Content-Type", "policy", "signature")}
+    properties = {**texts, "file": {"type": "string", "format": "binary"}}
+    schema = {"type": "object", "required": [*properties], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def form_answers() -> Answers:
+    """The answers to the form of an upload link."""
+    return {204: {"description": "stored"}, **_faults((404, *BODY))}
+
+
+def upload(*, kept: bool = True) -> Mapping[str, Any]:
+    """The body of an upload, its conditions and checksums, and what is `kept` with the object."""
+    told = {**(KEPT if kept else {}), **CHECKED}
     binary = {"type": "string", "format": "binary"}
     form = {"type": "object", "required": ["file"], "properties": {"file": binary}}
     return {
@@ -126,7 +172,10 @@ def upload() -> Mapping[str, Any]:
                 "application/octet-stream": {"schema": binary},
             },
         },
-        "parameters": [_field("If-Match", "store only over this ETag", pattern='^"[^"]*"$')],
+        "parameters": [
+            _field("If-Match", "store only over this ETag", pattern='^"[^"]*"$'),
+            *(_field(name, description) for name, description in told.items()),
+        ],
     }
 
 
@@ -135,6 +184,8 @@ def reading() -> Mapping[str, Any]:
     described = {
         "Range": "bytes=0-99, bytes=100- or bytes=-100",
         "If-None-Match": "ETags that the caller has: 304",
+        "If-Modified-Since": "the date of the version that the caller has: 304",
+        "If-Unmodified-Since": "the date of the version that is wanted: otherwise 412",
         "If-Match": "the ETag that is wanted: otherwise 412",
         "If-Range": "the ETag to which the range belongs: otherwise the whole object",
     }

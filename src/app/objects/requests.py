@@ -1,32 +1,50 @@
-"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, and links.
+"""What a request to /s3 may ask for: conditions and ranges, the keys that its caller reaches, links, stored headers.
 
 Invariants: a key that stores would rewrite is never written, and one that the caller may not touch answers the same
 whether or not it exists; a link gives no more than whoever made it had: one object, by reading, until a time that is
 part of what is signed.
 """
 
+import base64
 import hashlib
 import hmac
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 from app.core.errors import Permanent, Rejected
 from app.core.files import sync_directory, sync_file
-from app.object_store.port import CONTROL, MAX_KEY_BYTES, BadKey, ObjectInfo, check_key, is_new_form, taken_for
+from app.object_store.port import (
+    CONTENT_HEADERS,
+    CONTROL,
+    MARK,
+    MAX_KEY_BYTES,
+    TAG_COUNT,
+    TAGS,
+    BadKey,
+    ObjectInfo,
+    check_key,
+    date_of,
+    is_new_form,
+    taken_for,
+)
 
-RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
+RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
 TAG = re.compile(r'(?:W/)?"[^"]*"')
 HIDDEN_SEGMENT = ".headwater"
 SECRET_BYTES = 32
 SECRET_NAME = "link.key"  # noqa: S105 - the name of the file
 CHANGED_HINT = "look at the object, then send it again"
+POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a link
 LINK_HINT = "ask whoever sent it for a new one"
 
 
@@ -81,17 +99,28 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     return ByteSpan(first, last - first + 1, part=True)
 
 
-def unchanged(fields: Mapping[str, str], etag: str) -> bool:
-    """Whether the caller has this version already: 304."""
+def unchanged(fields: Mapping[str, str], held: ObjectInfo) -> bool:
+    """Whether the caller has this version already: 304. ETags decide where both are given, and an invalid date is
+    ignored (RFC 9110, 13.1.3).
+    """
     given = fields.get("if-none-match")
-    return given is not None and _named(given, etag, weak=True)
+    if given is not None:
+        return _named(given, held.etag, weak=True)
+    since = date_of(fields.get("if-modified-since", ""))
+    return since is not None and held.modified_at.replace(microsecond=0) <= since
 
 
-def check_match(fields: Mapping[str, str], etag: str) -> None:
+def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
     """Raises NotServed with 412 when the caller wants another version than this."""
     given = fields.get("if-match")
-    if given is not None and not _named(given, etag, weak=False):
-        raise NotServed(412, f"the object has the ETag {etag}", CHANGED_HINT, fault="If-Match")
+    if given is not None:
+        if not _named(given, held.etag, weak=False):
+            raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-Match")
+        return
+    since = date_of(fields.get("if-unmodified-since", ""))
+    if since is not None and held.modified_at.replace(microsecond=0) > since:
+        changed = format_datetime(held.modified_at, usegmt=True)
+        raise NotServed(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
 
 
 def check_unmatched(fields: Mapping[str, str]) -> None:
@@ -196,36 +225,75 @@ def _is_below(prefix: str, key: str) -> bool:
 
 
 def check_query(query: bytes) -> None:
-    """Raises NotServed for a query string that is not UTF-8: it would be read as another key."""
+    """Raises NotServed for a query string that is not UTF-8, which would be read as another key, and for a parameter
+    that is given twice: one of the two would be ignored.
+    """
     try:
         unquote_to_bytes(query).decode()
     except UnicodeDecodeError as error:
         raise NotServed(422, "the query is not UTF-8", "percent-encode the key's UTF-8 bytes") from error
+    counts = Counter(name for name, _ in parse_qsl(query.decode("ascii", "replace"), keep_blank_values=True))
+    for name, count in counts.items():
+        if count > 1:
+            raise NotServed(422, f"the parameter {name!r} is given {count} times", "give it once", fault=name)
 
 
 class Links(Protocol):
     """How links are made and opened."""
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:
-        """A URL, or a path of this service. Does not check that the object exists."""
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
+        """A URL, or a path of this service."""
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """Raises NotServed unless this service made the link and it has not expired."""
 
+    def form(
+        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
+    ) -> tuple[str, Mapping[str, str]]:
+        """Where a form may upload one file, and its fields: exactly this key and type, one of these sizes."""
+
+    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
+        """Key, type and sizes of a form. Raises NotServed unless its fields are exactly those that were made."""
+
 
 class StoreLinks:
-    """Links to the store itself. `presign` takes key, seconds and Content-Disposition."""
+    """Links to the store itself. `presign` takes key, seconds and Content-Disposition; `presign_form` key, type, sizes
+    and seconds.
+    """
 
-    def __init__(self, presign: Callable[[str, int, str], str]) -> None:
-        self._presign = presign
+    def __init__(
+        self,
+        presign: Callable[[str, int, str], str],
+        presign_form: Callable[[str, str, range, int], tuple[str, Mapping[str, str]]],
+    ) -> None:
+        self._presign, self._presign_form = presign, presign_form
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:  # noqa: ARG002 - the store has its own clock
         """See Links."""
-        return self._presign(key, seconds, disposition(key))
+        return self._presign(held.key, seconds, disposition(held.key, held.headers.get("content-disposition", "")))
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:  # noqa: ARG002 - the port's
         """See Links."""
         raise NotServed(404, "links of this store do not lead here", LINK_HINT)
+
+    def form(
+        self,
+        key: str,
+        content_type: str,
+        sizes: range,
+        now: datetime,  # noqa: ARG002 - the store has its own clock
+        seconds: int,
+    ) -> tuple[str, Mapping[str, str]]:
+        """See Links."""
+        return self._presign_form(key, content_type, sizes, seconds)
+
+    def check_form(
+        self,
+        fields: Iterable[tuple[str, str]],  # noqa: ARG002 - the port's
+        now: datetime,  # noqa: ARG002 - the port's
+    ) -> tuple[str, str, range]:
+        """See Links."""
+        raise NotServed(404, "forms of this store do not lead here", LINK_HINT)
 
 
 class SignedLinks:
@@ -234,19 +302,49 @@ class SignedLinks:
     def __init__(self, folder: Path) -> None:
         self._path = folder / SECRET_NAME
 
-    def make(self, key: str, now: datetime, seconds: int) -> str:
+    def make(self, held: ObjectInfo, now: datetime, seconds: int) -> str:
         """See Links."""
         expires = int((now + timedelta(seconds=seconds)).timestamp())
-        return "/s3/shared?" + urlencode({"key": key, "expires": expires, "signature": self._sign(key, expires)})
+        signature = self._sign(f"{expires}\n{held.key}")
+        return "/s3/shared?" + urlencode({"key": held.key, "expires": expires, "signature": signature})
 
     def check(self, key: str, now: datetime, expires: int, signature: str) -> None:
         """See Links. Both failures cost the same and look the same."""
-        right = hmac.compare_digest(self._sign(key, expires).encode(), signature.encode("utf-8", "replace"))
-        if not right or now.timestamp() >= expires:
+        if not self._is_ours(f"{expires}\n{key}", signature) or now.timestamp() >= expires:
             raise NotServed(403, "the link has expired or was changed", LINK_HINT, fault="signature")
 
-    def _sign(self, key: str, expires: int) -> str:
-        return hmac.new(self._secret(), f"{expires}\n{key}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    def form(
+        self, key: str, content_type: str, sizes: range, now: datetime, seconds: int
+    ) -> tuple[str, Mapping[str, str]]:
+        """See Links. The policy has the form of S3's."""
+        expires_at = (now + timedelta(seconds=seconds)).astimezone(UTC)
+        conditions = [{"key": key}, {"Content-Type": content_type}, ["content-length-range", sizes[0], sizes[-1]]]
+        policy = {"expiration": f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", "conditions": conditions}
+        text = base64.b64encode(json.dumps(policy).encode()).decode()
+        fields = {"key": key, "Content-Type": content_type, "policy": text, "signature": self._sign(POLICY + text)}
+        return "/s3/shared", fields
+
+    def check_form(self, fields: Iterable[tuple[str, str]], now: datetime) -> tuple[str, str, range]:
+        """See Links. As on S3, the names of fields are compared without their case."""
+        given = dict(joined(fields))
+        text = given.pop("policy", "")
+        if not self._is_ours(POLICY + text, given.pop("signature", "")):
+            raise NotServed(403, "the policy of the form was changed or is missing", LINK_HINT, fault="policy")
+        policy = json.loads(base64.b64decode(text))
+        if now >= datetime.fromisoformat(policy["expiration"]):
+            raise NotServed(403, "the upload link has expired", LINK_HINT, fault="policy")
+        key, content_type, (_, first, last) = policy["conditions"]
+        wanted = {"key": key["key"], "content-type": content_type["Content-Type"]}
+        for name in {*given, *wanted}:
+            if given.get(name) != wanted.get(name):
+                raise NotServed(403, f"the policy does not allow this {name}", "send the fields unchanged", fault=name)
+        return key["key"], content_type["Content-Type"], range(first, last + 1)
+
+    def _is_ours(self, text: str, signature: str) -> bool:
+        return hmac.compare_digest(self._sign(text).encode(), signature.encode("utf-8", "replace"))
+
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._secret(), text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:
         """Read each time, so that processes that share a folder agree, and that removing it works at once."""
@@ -274,8 +372,129 @@ class SignedLinks:
             temporary.unlink()
 
 
-def disposition(key: str) -> str:
-    """Content-Disposition of a download: never shown as a page, named as the last segment of its key."""
+# What a request says of the bytes that it sends, and what a download says of those that are there.
+
+
+META = "x-amz-meta-"
+SERVER_SIDE = ("x-amz-server-side-encryption", "x-amz-storage-class")
+MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 takes 2 KB of metadata, our own mark included
+MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
+TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
+
+
+def joined(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+    """Header fields with lower case names; values of a name that comes several times are joined by commas."""
+    fields: dict[str, str] = {}
+    for name, value in pairs:
+        lower = name.lower()
+        fields[lower] = f"{fields[lower]}, {value}" if lower in fields else value
+    return fields
+
+
+def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """The headers and the metadata of the object that a request sends; a header without a value is in it as "".
+
+    Raises NotServed for what some store would refuse or change.
+    """
+    for name in fields:
+        if name.startswith(SERVER_SIDE):
+            raise NotServed(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)
+    headers = {name: _header(name, fields[name].strip()) for name in (*CONTENT_HEADERS, TAGS) if name in fields}
+    metadata = {
+        name.removeprefix(META): _checked_text(name, value.strip())
+        for name, value in fields.items()
+        if name.startswith(META)
+    }
+    if MARK in metadata:
+        raise NotServed(422, f"the metadata {MARK} is the service's own", "choose another name", fault=META + MARK)
+    if "" in metadata.values() or "" in metadata:
+        raise NotServed(422, "metadata without a name or a value, which some stores forget", "leave it out", fault=META)
+    if sum(len(name) + len(value) for name, value in metadata.items()) > MAX_METADATA:
+        raise NotServed(422, f"the metadata is longer than {MAX_METADATA} bytes", "shorten it", fault=META)
+    return headers, metadata
+
+
+def _checked_text(name: str, text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise NotServed(422, f"{name} is not printable ASCII", "encode other text, as in a URL", fault=name)
+    return text
+
+
+def _header(name: str, text: str) -> str:
+    if len(_checked_text(name, text)) > MAX_HEADER:
+        raise NotServed(422, f"{name} is longer than {MAX_HEADER} bytes", "shorten it", fault=name)
+    if name == TAGS:
+        return _tags(text)
+    if name == "content-encoding":
+        codings = [coding.strip().lower() for coding in text.split(",")]
+        if "aws-chunked" in codings:
+            raise NotServed(422, "a body in signed chunks cannot be read", "send the plain bytes", fault=name)
+        return "" if codings == ["identity"] else text
+    if name == "expires" and text:
+        at = date_of(text)
+        if at is None:
+            raise NotServed(422, "expires is not a date", "send it as Thu, 01 Jan 2032 00:00:00 GMT", fault=name)
+        return format_datetime(at, usegmt=True)
+    return text
+
+
+def _tags(text: str) -> str:
+    """Tags in one form. Source of the limits: the S3 API reference, PutObjectTagging."""
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text), errors="strict")
+    except ValueError:
+        pairs = [("", "")]
+    names = [name for name, _ in pairs]
+    if (
+        len(pairs) > MAX_TAGS
+        or len(set(names)) < len(names)
+        or any(not 0 < len(name) <= MAX_TAG_NAME or len(value) > MAX_TAG_VALUE for name, value in pairs)
+        or not all(TAG_TEXT.fullmatch(part) for pair in pairs for part in pair)
+    ):
+        hint = (
+            "send at most 10 as name=value&name=value, percent-encoded, of letters, digits, spaces and + - = . _ : / @"
+        )
+        raise NotServed(422, f"{TAGS} holds what cannot be tags", hint, fault=TAGS)
+    return urlencode(pairs, quote_via=quote)
+
+
+def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
+    """Of a download. A cache may keep it for its caller, and asks each time whether it is still right, unless whoever
+    stored it said otherwise.
+    """
+    kept = {name: value for name, value in held.headers.items() if value.isascii() and value.isprintable()}
+    count = kept.get(TAG_COUNT) or str(len(parse_qsl(kept.get(TAGS, ""), keep_blank_values=True)))
+    fields = {
+        "Accept-Ranges": "bytes",
+        "Content-Length": str(span.count),
+        "Content-Type": held.content_type,
+        "ETag": held.etag,
+        "Last-Modified": format_datetime(held.modified_at.astimezone(UTC), usegmt=True),
+        "Vary": "Authorization, X-API-Key, Cookie",
+        **{name.title(): kept[name] for name in CONTENT_HEADERS if name in kept},
+        "Cache-Control": kept.get("cache-control", "private, no-cache"),
+        "Content-Disposition": disposition(held.key, kept.get("content-disposition", "")),
+        **{META + name: _header_text(value) for name, value in held.metadata.items() if name != MARK},
+    }
+    if span.part:
+        fields["Content-Range"] = f"bytes {span.first}-{span.first + span.count - 1}/{held.size_bytes}"
+    return fields if count == "0" else {**fields, TAG_COUNT: count}
+
+
+def _header_text(text: str) -> str:
+    """As S3 sends metadata that another program stored with other characters (RFC 2047)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return f"=?UTF-8?B?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+
+def disposition(key: str, stored: str = "") -> str:
+    """Content-Disposition of a download: never shown as a page, whatever is `stored` with the object, and named as it
+    says there or as the last segment of its key.
+    """
+    parameters = stored.partition(";")[2].strip()
+    if parameters:
+        return f"attachment; {parameters}"
     name = key.rpartition("/")[2]
     plain = "".join(each if each.isascii() and each.isprintable() and each not in '"\\' else "_" for each in name)
     extended = f"; filename*=UTF-8''{quote(name, safe='')}" if plain != name else ""

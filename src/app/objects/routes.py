@@ -6,22 +6,24 @@ many slow clients cost little and keep nobody else waiting.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from app.core.errors import Conflict, Rejected
+from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
+    CONTENT_HEADERS,
     MARK,
     MAX_PAGE,
+    TAGS,
     BadKey,
     ObjectInfo,
     ObjectStore,
@@ -41,13 +43,15 @@ from app.objects.requests import (
     check_match,
     check_query,
     check_unmatched,
-    disposition,
+    download_headers,
     expected_of,
+    joined,
     missing,
     span_of,
+    stored_fields,
     unchanged,
 )
-from app.objects.streams import Feed, Form, boundary_of, carried, media_type, opened
+from app.objects.streams import Checked, Feed, Form, Sized, begun, boundary_of, carried, media_type, opened
 from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
@@ -63,10 +67,12 @@ PARQUET_WARNING = (
 )
 GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
+NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
+GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
-Work = Callable[[Readable, str], Stored]
-"""Stores a body that came with this content type."""
+Work = Callable[[Readable, str, "Sequence[tuple[str, str]]"], Stored]
+"""Stores a body that came with this content type, after these fields of a form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,7 @@ class ObjectRoutes:
     reach: Reach
     links: Links
     clock: Callable[[], datetime]
+    max_upload_bytes: int = 5 << 30
     readers: Executor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "s3-read"))
     writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "s3-write"))
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
@@ -87,9 +94,9 @@ class ObjectRoutes:
         """Call the store in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, call, *given)
 
-    async def held(self, key: str) -> ObjectInfo:
-        """What stands at `key`. Raises NotServed with 404."""
-        found = await self.ask(self.store.head, key)
+    async def held(self, key: str, *, tags: bool = False) -> ObjectInfo:
+        """What is at `key`, with its `tags` if they are needed. Raises NotServed with 404."""
+        found = await self.ask(self.transfers.properties if tags else self.store.head, key)
         if found is None:
             raise missing(key)
         return found
@@ -101,6 +108,7 @@ def build(serving: ObjectRoutes) -> APIRouter:
     _looking(router, serving)
     _downloading(router, serving)
     _linking(router, serving)
+    _upload_links(router, serving)
     _uploading(router, serving)
     _patching(router, serving)
     _deleting(router, serving)
@@ -119,7 +127,7 @@ async def _served(request: Request) -> AsyncIterator[None]:
         fault = "key" if isinstance(error, BadKey) else ""
         raise Refused(Refusal(422, error.message, error.hint, fault)) from error
     except Conflict as error:
-        asked = {"if-match", "if-none-match"} & set(request.headers)
+        asked = {"if-match", "if-none-match", "if-unmodified-since"} & set(request.headers)
         hint = "look at the object, then send it again"
         raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
 
@@ -155,7 +163,11 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
     async def object_info(request: Request, key: Key) -> Response:
         async with _served(request):
             known = _reach(request, serving).reads(key)
-            return JSONResponse(info_json(known, await serving.ask(serving.store.head, known)))
+            try:
+                found = await serving.ask(serving.transfers.properties, known)
+            except Permanent:  # an S3 key that may not read tags still sees the rest
+                found = await serving.ask(serving.store.head, known)
+            return JSONResponse(info_json(known, found))
 
 
 def _downloading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -183,9 +195,10 @@ async def _download(request: Request, serving: ObjectRoutes, key: str) -> Respon
     """What is replaced between the look and the first byte is looked at again."""
     for look in range(LOOKS):
         held = await serving.held(key)
-        check_match(request.headers, held.etag)
-        if unchanged(request.headers, held.etag):
-            return Response(status_code=304, headers={"ETag": held.etag, "Cache-Control": "private, no-cache"})
+        check_match(request.headers, held)
+        if unchanged(request.headers, held):
+            told = download_headers(held, ByteSpan(0, 0, part=False))
+            return Response(status_code=304, headers={name: told[name] for name in NOT_MODIFIED if name in told})
         span = span_of(request.headers, held)
         if request.method == "HEAD":
             return Response(status_code=206 if span.part else 200, headers=download_headers(held, span))
@@ -223,7 +236,7 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
         async with _served(request):
             held = await serving.held(_reach(request, serving).reads(key))
             now = serving.clock()
-            made = await serving.ask(serving.links.make, held.key, now, expires)
+            made = await serving.ask(serving.links.make, held, now, expires)
             url = str(request.base_url).rstrip("/") + made if made.startswith("/") else made
             until = instant(now + timedelta(seconds=expires))
             return JSONResponse({"key": held.key, "url": url, "expires_at": until})
@@ -239,6 +252,64 @@ def _linking(router: APIRouter, serving: ObjectRoutes) -> None:
             return await _download(request, serving, serving.reach.reads(key))
 
     _get_and_head(router, "/shared", shared, OPEN, "What a link leads to")
+
+
+def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
+    @router.get(
+        "/upload-link",
+        summary="A form that uploads one object without a key: exact key and type, bounded size",
+        openapi_extra=needs("s3:write"),
+        responses=openapi.answers(openapi.UploadForm),
+    )
+    async def upload_link(
+        request: Request,
+        key: Key,
+        expires: Annotated[int, Query(ge=1, le=MAX_LINK_SECONDS)] = LINK_SECONDS,
+        *,
+        content_type: Annotated[str, Query(max_length=200)] = "",
+        min_bytes: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
+        max_bytes: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    ) -> Response:
+        async with _served(request):
+            known = _reach(request, serving).writes(key)
+            largest = serving.max_upload_bytes if max_bytes is None else max_bytes
+            if not min_bytes <= largest <= serving.max_upload_bytes:
+                hint = f"give min_bytes <= max_bytes <= {serving.max_upload_bytes}, which is MAX_UPLOAD_BYTES"
+                raise NotServed(422, "there is no such size", hint, fault="max_bytes")
+            if "${filename}" in known:
+                raise NotServed(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
+            media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
+            url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
+            answer = {
+                "key": known,
+                "url": str(request.base_url).rstrip("/") + url if url.startswith("/") else url,
+                "fields": dict(fields),
+                "content_type": media,
+                "min_bytes": min_bytes,
+                "max_bytes": largest,
+                "expires_at": instant(now + timedelta(seconds=expires)),
+            }
+            return JSONResponse(answer)
+
+    @router.post(
+        "/shared",
+        summary="Where the form of an upload link leads to, when objects are in a local directory",
+        openapi_extra={**needs(OPEN), **openapi.form_upload()},
+        responses=openapi.form_answers(),
+        status_code=204,
+    )
+    async def shared_upload(request: Request) -> Response:
+        def work(body: Readable, _: str, fields: Sequence[tuple[str, str]]) -> Stored:
+            key, content_type, sizes = serving.links.check_form(fields, serving.clock())
+            return serving.transfers.write(serving.reach.writes(key), Sized(body, sizes), Put(content_type))
+
+        async with _served(request):
+            if boundary_of(request.headers) is None:
+                raise NotServed(
+                    415, "not a form", "send multipart/form-data with the fields of the link, then the file"
+                )
+            done = await _received(request, serving, work)
+            return GONE if done is None else Response(status_code=204, headers={"ETag": done.etag})
 
 
 def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
@@ -262,19 +333,34 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
     async def update(request: Request, key: Key) -> Response:
         async with _served(request):
             held = await _to_change(request, serving, _reach(request, serving).writes(key))
-            return await _written(request, serving, held.key, held.etag)
+            return await _written(request, serving, held.key, held.etag, held)
 
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
-    held = await serving.held(key)
-    check_match(request.headers, held.etag)
+    held = await serving.held(key, tags=request.method != "DELETE")
+    check_match(request.headers, held)
     check_unmatched(request.headers)
     return held
 
 
-async def _written(request: Request, serving: ObjectRoutes, key: str, expected: str | None) -> Response:
-    def work(body: Readable, media: str) -> Stored:
-        return serving.transfers.write(key, body, Put(media_type(media, key), {}, expected))
+async def _written(
+    request: Request, serving: ObjectRoutes, key: str, expected: str | None, held: ObjectInfo | None = None
+) -> Response:
+    """Store the body at `key`. What is said of `held`, which it replaces, stays where the request says nothing; of its
+    Content-Encoding, which describes the bytes, only that they are still gzip.
+    """
+    sent, sent_metadata = stored_fields(joined(request.headers.items()))
+    old = held.headers if held else {}
+    metadata = sent_metadata or {name: value for name, value in (held.metadata if held else {}).items() if name != MARK}
+
+    def work(body: Readable, media: str, _: object) -> Stored:
+        headers = {**old, "content-encoding": "", **sent}
+        if old.get("content-encoding") == "gzip" and "content-encoding" not in sent:
+            start, body = begun(body, len(GZIP))
+            headers["content-encoding"] = "gzip" if start == GZIP else ""
+        headers = {name: value for name, value in headers.items() if value}
+        content_type = media_type(media, key, held.content_type if held else "")
+        return serving.transfers.write(key, body, Put(content_type, metadata, expected, headers))
 
     done = await _received(request, serving, work)
     return GONE if done is None else JSONResponse(stored_json(key, done))
@@ -282,13 +368,14 @@ async def _written(request: Request, serving: ObjectRoutes, key: str, expected: 
 
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
     """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
-    boundary = boundary_of(request.headers)
+    boundary, fields = boundary_of(request.headers), joined(request.headers.items())
+    Checked.check(fields)
 
     def store(feed: Feed) -> Stored:
         if boundary is None:
-            return work(feed, request.headers.get("content-type", ""))
+            return work(Checked(feed, fields), fields.get("content-type", ""), ())
         form = Form(feed, boundary)
-        return work(form, form.content_type)
+        return work(Checked(form, fields), form.content_type, form.fields)
 
     blocks, first = request.stream(), bytearray()
 
@@ -318,8 +405,8 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
     @router.patch(
         "/patch",
-        summary="Overwrite bytes from an offset on; the rest, the type and the metadata stay",
-        openapi_extra={**needs("s3:write"), **openapi.upload()},
+        summary="Overwrite bytes from an offset on; the rest, the type, headers and metadata stay",
+        openapi_extra={**needs("s3:write"), **openapi.upload(kept=False)},
         responses=openapi.answers(openapi.ObjectPatched, (404, 416, *openapi.BODY)),
     )
     async def patch(request: Request, key: Key, offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0) -> Response:
@@ -333,7 +420,8 @@ def _patching(router: APIRouter, serving: ObjectRoutes) -> None:
                     fault="offset",
                     headers={"Content-Range": f"bytes */{held.size_bytes}"},
                 )
-            done = await _received(request, serving, lambda body, _: serving.transfers.patch(held, offset, body))
+            stored_fields(joined(request.headers.items()))  # refuses signed chunks, whose frames would be stored
+            done = await _received(request, serving, lambda body, *_: serving.transfers.patch(held, offset, body))
             return GONE if done is None else JSONResponse(patched_json(held.key, done, offset))
 
 
@@ -385,6 +473,8 @@ def info_json(key: str, held: ObjectInfo | None) -> Mapping[str, Any]:
         "last_modified": instant(held.modified_at),
         "content_type": held.content_type,
         "metadata": {name: value for name, value in held.metadata.items() if name != MARK},
+        **{name.replace("-", "_"): held.headers[name] for name in CONTENT_HEADERS if name in held.headers},
+        **({"tags": dict(parse_qsl(held.headers[TAGS], keep_blank_values=True))} if TAGS in held.headers else {}),
     }
 
 
@@ -398,19 +488,3 @@ def patched_json(key: str, done: Stored, offset: int) -> Mapping[str, Any]:
     """A patch."""
     answer = {**stored_json(key, done), "offset": offset, "guarded": done.guarded}
     return {**answer, "warning": PARQUET_WARNING} if key.lower().endswith(".parquet") else answer
-
-
-def download_headers(held: ObjectInfo, span: ByteSpan) -> Mapping[str, str]:
-    """Of a download. A cache may keep it, and asks each time whether it is still right."""
-    fields = {
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, no-cache",
-        "Content-Disposition": disposition(held.key),
-        "Content-Length": str(span.count),
-        "Content-Type": held.content_type,
-        "ETag": held.etag,
-        "Last-Modified": format_datetime(held.modified_at.astimezone(UTC), usegmt=True),
-    }
-    if span.part:
-        fields["Content-Range"] = f"bytes {span.first}-{span.first + span.count - 1}/{held.size_bytes}"
-    return fields

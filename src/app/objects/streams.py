@@ -1,17 +1,21 @@
 """Bodies of /s3 on their way in and out."""
 
 import asyncio
+import base64
+import hashlib
+import io
 import mimetypes
 import threading
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from app.core.errors import Transient
 from app.object_store.port import ObjectInfo, Readable, Transfers
-from app.objects.requests import ByteSpan, NotServed
+from app.objects.requests import LINK_HINT, ByteSpan, NotServed
 
 # A body on its way from the event loop to the thread that stores it.
 #
@@ -113,17 +117,23 @@ async def carried(blocks: AsyncIterator[bytes], threads: Executor, work: Callabl
 
 FIELD = "file"
 MOST_FIELDS = 100
+MAX_TEXT_BYTES = 1 << 16
 STEP_BYTES = 1 << 18
 FORM_HINT = "send one file, as `curl -F file=@name` does, or the bare bytes"
 
 
 class Form:
-    """Reads to the file when it is made. `content_type` is what the file's own header says, "" for nothing."""
+    """Reads to the file when it is created. `content_type` is what the file's own header says, "" for nothing; `fields`
+    are the texts that came before it.
+
+    Browsers send a file field in which nobody chose a file as an empty file without a name: that is no file.
+    """
 
     def __init__(self, body: Readable, boundary: str) -> None:
         self._body = body
         self._events = self._parsed(boundary)
         self._piece = memoryview(b"")
+        self.fields: list[tuple[str, str]] = []
         self.content_type = self._find()
 
     def read(self, count: int, /) -> bytes:
@@ -142,11 +152,27 @@ class Form:
     def _find(self) -> str:
         for event in self._events:
             if _is_file(event):
-                return str(event.content_type or "")
-        raise NotServed(422, "the form holds no file", FORM_HINT, fault=FIELD)
+                if self._is_chosen(event):
+                    return str(event.content_type or "")
+            elif getattr(event, "name", None) is not None:
+                self.fields.append((event.name, self._text()))
+        raise NotServed(422, "no file was chosen in the form", FORM_HINT, fault=FIELD)
+
+    def _is_chosen(self, segment: Any) -> bool:
+        if not segment.filename:
+            self._piece = memoryview(next(self._events, None) or b"")
+        return bool(segment.filename or self._piece)
+
+    def _text(self) -> str:
+        text = bytearray()
+        while piece := next(self._events, None):
+            text += piece
+            if len(text) > MAX_TEXT_BYTES:
+                raise NotServed(422, f"a field of the form is longer than {MAX_TEXT_BYTES} bytes", FORM_HINT)
+        return text.decode("utf-8", "replace")
 
     def _finish(self) -> None:
-        if any(_is_file(event) for event in self._events):
+        if any(_is_file(event) and self._is_chosen(event) for event in self._events):
             raise NotServed(422, "the form holds more than one file", FORM_HINT, fault=FIELD)
 
     def _parsed(self, boundary: str) -> Iterator[Any]:
@@ -181,6 +207,28 @@ def boundary_of(fields: Mapping[str, str]) -> str | None:
     return str(options["boundary"])
 
 
+def begun(body: Readable, count: int) -> tuple[bytes, Readable]:
+    """The first `count` bytes of a body, or all of a shorter one, and the whole body."""
+    start = b""
+    while len(start) < count and (data := body.read(count - len(start))):
+        start += data
+    return start, _Again(start, body)
+
+
+class _Again:
+    """A body whose `start` was read before."""
+
+    def __init__(self, start: bytes, body: Readable) -> None:
+        self._start, self._body = start, body
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        if not self._start:
+            return self._body.read(count)
+        data, self._start = self._start[:count], self._start[count:]
+        return data
+
+
 # The content type that an upload is stored with.
 
 UNKNOWN = "application/octet-stream"
@@ -192,16 +240,121 @@ MAX_CHARACTERS = 200
 KNOWN = mimetypes.MimeTypes(filenames=())
 
 
-def media_type(given: str, key: str) -> str:
-    """What the client said, unless that was nothing or no header can carry it; then what the key's ending says."""
+def media_type(given: str, key: str, held: str = "") -> str:
+    """What the client said, unless that was nothing or no header can carry it; then that of the object that is `held`,
+    or what the key's ending says.
+    """
     said = given.strip()
     fits = said.isascii() and said.isprintable() and len(said) <= MAX_CHARACTERS
     if fits and said.partition(";")[0].strip().lower() not in SAYS_NOTHING:
         return said
+    if held:
+        return held
     name = key.rpartition("/")[2]
     ending = "." + name.rpartition(".")[2].lower()
     guessed, encoding = KNOWN.guess_type(name)
     return MORE_TYPES.get(ending) or (guessed if guessed and not encoding else UNKNOWN)
+
+
+# What a request promises of its body, checked before a store has made it visible.
+
+
+class Digest(Protocol):
+    """A checksum under way."""
+
+    def update(self, data: bytes, /) -> None:
+        """The next bytes."""
+
+    def digest(self) -> bytes:
+        """Of all bytes so far."""
+
+
+class Crc32:
+    """CRC-32 in hashlib's form."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes, /) -> None:
+        """The next bytes."""
+        self._value = zlib.crc32(data, self._value)
+
+    def digest(self) -> bytes:
+        """Big endian, as S3 sends it."""
+        return self._value.to_bytes(4)
+
+
+CHECKSUM = "x-amz-checksum-"
+CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
+    "content-md5": (16, lambda: hashlib.md5(usedforsecurity=False)),
+    f"{CHECKSUM}crc32": (4, Crc32),
+    f"{CHECKSUM}sha1": (20, lambda: hashlib.sha1(usedforsecurity=False)),
+    f"{CHECKSUM}sha256": (32, hashlib.sha256),
+}
+NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM}mode"})
+
+
+class Checked:
+    """A body that ends only when its bytes are those that the request's checksums promise.
+
+    Raises NotServed when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
+    end of a body that has another one: whoever stores it has not made it visible by then.
+    """
+
+    def __init__(self, body: Readable, fields: Mapping[str, str]) -> None:
+        self._body = body
+        self._promised = [
+            (name, self._promise(name, fields[name]), CHECKSUMS[name][1]()) for name in CHECKSUMS if name in fields
+        ]
+
+    @staticmethod
+    def check(fields: Mapping[str, str]) -> None:
+        """Raises NotServed for what can be seen without the body."""
+        for name in fields:
+            if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
+                known = ", ".join(CHECKSUMS)
+                raise NotServed(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
+        Checked(io.BytesIO(), fields)
+
+    @staticmethod
+    def _promise(name: str, text: str) -> bytes:
+        size_bytes = CHECKSUMS[name][0]
+        try:
+            promised = base64.b64decode(text.strip(), validate=True)
+        except ValueError:
+            promised = b""
+        if len(promised) != size_bytes:
+            raise NotServed(400, f"{name} is not {size_bytes} bytes in base64", "compute it again", fault=name)
+        return promised
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        data = self._body.read(count)
+        for name, promised, digest in self._promised:
+            if data:
+                digest.update(data)
+            elif digest.digest() != promised:
+                came = base64.b64encode(digest.digest()).decode()
+                raise NotServed(400, f"{name}: the bytes that came have {came}", "send them again", fault=name)
+        return data
+
+
+class Sized:
+    """A body of one of these sizes. Raises NotServed with 400, as S3 does, before a store has made it visible."""
+
+    def __init__(self, body: Readable, sizes: range) -> None:
+        self._body, self._sizes = body, sizes
+        self._size_bytes = 0
+
+    def read(self, count: int, /) -> bytes:
+        """See Readable."""
+        data = self._body.read(count)
+        self._size_bytes += len(data)
+        if self._size_bytes > self._sizes[-1]:
+            raise NotServed(400, f"the file is larger than {self._sizes[-1]} bytes", LINK_HINT, fault="file")
+        if not data and self._size_bytes < self._sizes[0]:
+            raise NotServed(400, f"the file is smaller than {self._sizes[0]} bytes", LINK_HINT, fault="file")
+        return data
 
 
 # An object on its way out: read in threads, one piece ahead of what is being sent where there is memory for that.

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent, Stopped, Transient
-from app.core.reconcile import HEAL_HINT, said_of
+from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.repair import HEAL_HINT, said_of
 from app.core.retry import RetryPolicy, retry
 from app.core.runs import Job, Outcome, Run, Stop, Total
 
@@ -35,11 +36,15 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
     import urllib3
 
     host, method = urlsplit(url).hostname, "GET" if body is None else "POST"
-    pool = urllib3.PoolManager(retries=False, timeout=seconds, headers={"User-Agent": "headwater"})
+    options: dict[str, Any] = {"retries": False, "timeout": seconds, "headers": {"User-Agent": "headwater"}}
+    proxy = proxy_for(url)
+    pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
     try:
         with pool, closing(pool.request(method, url, json=body, redirect=False, preload_content=False)) as answer:
             status = answer.status
     except urllib3.exceptions.HTTPError as error:
+        if is_untrusted(error):
+            raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
         raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
     if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
         raise Transient(f"{host} answers {status}", "nothing to do: it is tried again")

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from app.config import DOTENV
 from app.config.environment import describe, read_dotenv
-from app.config.rules import warnings
-from app.core.errors import AppError, Rejected
+from app.config.rules import VARIABLES, unknown_names, warnings
+from app.core.errors import AppError, Rejected, did_you_mean
 from app.core.ledger import summary_of, to_json
 from app.core.runs import Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.verify import Sign, Verdict, refuse_unknown
@@ -73,39 +74,61 @@ def cell(value: object) -> str:
 # Commands that look at the state, which works while the daemon runs and while it does not.
 
 
-def check(service: Headwater, *, as_json: bool) -> int:
-    """Three layers: the values as they were understood, what they switch on, and every system tried with its rights.
-
-    The exit code is 1 when an attempt fails.
+def check(service: Headwater, *, settings: bool, as_json: bool) -> int:
+    """What the settings switch on and where rows will go, then every system tried with its rights; with `settings` the
+    values as they were understood. The exit code is 1 when an attempt fails.
     """
-    values = describe(service.settings)
-    jobs = [{"name": job.name, "on": not job.off, "why": job.off} for job in service.pipelines.jobs]
-    said = warnings(service.settings, os.environ, read_dotenv(DOTENV)[0])
+    values, (in_file, _) = describe(service.settings), read_dotenv(DOTENV)
     env_file = str(DOTENV.absolute()) if DOTENV.exists() else None
-    findings = {name: look(attempt) for name, attempt in {**service.checks, **service.rights}.items()}
+    where = service.pipelines.destinations
+    jobs = [
+        {"name": job.name, "on": not job.off, "why": job.off, "to": where.get(job.name, "")}
+        for job in service.pipelines.jobs
+    ]
+    said, unread = warnings(service.settings, os.environ, in_file), unknown_names(in_file)
+    findings = [(system, look(system.check)) for system in service.systems]
     service.state.close()
-    ok = all(finding.ok for finding in findings.values())
+    ok = all(finding.ok for _, finding in findings)
 
     def told() -> None:
-        line(f"1 values: as they were understood, from the environment and {env_file or 'no .env file'}")
-        table(("setting", "value"), values.items())
-        line("2 wiring: what they switch on")
-        every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
-        table(("job", "state"), ((each["name"], each["why"] or every[str(each["name"])]) for each in jobs))  # type: ignore[misc]
+        line(f"settings: the environment and {env_file or f'no .env file in {Path.cwd()}'}")
+        if settings:
+            named = [(each.names[0], values[each.goes_to]) for each in VARIABLES if each.goes_to in values]
+            table(("variable", "value"), named)
         for warning in said:
             line(f"warning: {warning}")
-        line("3 live: each system tried with these credentials")
+        if unread:
+            line(f"note: .env has names that Headwater does not read: {', '.join(unread)}")
+        every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
+        states = (
+            (job.name, f"off: {job.off}" if job.off else every[job.name], "" if job.off else where.get(job.name, ""))
+            for job in service.pipelines.jobs
+        )
+        table(("job", "state", "delivers to"), states)
         rows = [
-            (name, "ok" if f.ok else "FAILED", f.note or " - ".join(filter(None, (f.error, f.hint))))
-            for name, f in findings.items()
+            (
+                each.title,
+                each.variable,
+                "ok" if found.ok else "FAILED",
+                found.note or " - ".join(filter(None, (found.error, found.hint))),
+            )
+            for each, found in findings
         ]
-        table(("system", "state", "what it said"), rows)
+        table(("system", "variable", "state", "what it said"), rows)
 
     live = [
-        {"system": name, "ok": each.ok, "note": each.note, "error": each.error, "hint": each.hint}
-        for name, each in findings.items()
+        {
+            "system": each.key,
+            "title": each.title,
+            "variable": each.variable,
+            "ok": found.ok,
+            "note": found.note,
+            "error": found.error,
+            "hint": found.hint,
+        }
+        for each, found in findings
     ]
-    wiring = {"jobs": jobs, "warnings": said}
+    wiring = {"jobs": jobs, "warnings": said, "unread": unread}
     document = {"ok": ok, "env_file": env_file, "values": values, "wiring": wiring, "live": live}
     show(document, told, as_json=as_json)
     return OK if ok else FAILED
@@ -113,6 +136,8 @@ def check(service: Headwater, *, as_json: bool) -> int:
 
 def runs(service: Headwater, *, job: str | None, limit: int, as_json: bool) -> int:
     """Recent runs, newest first, and what they took in."""
+    if job is not None:
+        _job(service, job, on=False)
     found = service.state.runs.recent(job, limit)
     wanted = {name: history for name, history in service.pipelines.histories.items() if job in (None, name)}
     histories = {name: list(history(limit)) for name, history in wanted.items()}
@@ -349,7 +374,7 @@ def _job(service: Headwater, name: str, *, on: bool = True) -> Job:
     """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is not."""
     jobs = {job.name: job for job in service.pipelines.jobs}
     if name not in jobs:
-        raise Rejected(f"no job is named {name!r}", f"jobs: {', '.join(jobs) or 'none'}")
+        raise Rejected(f"no job is named {name!r}", f"{did_you_mean(name, jobs)}jobs: {', '.join(jobs) or 'none'}")
     if on and jobs[name].off:
         raise Rejected(f"job {name} is off", jobs[name].off)
     return named(jobs[name])

@@ -18,8 +18,8 @@ from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Any
 
 from app.core.errors import AppError, Rejected, Transient
-from app.core.gap_map import Cell, CellState, Chart
 from app.core.pipeline import MISSING
+from app.core.verify import Cell, CellState, Chart
 from app.core.windows import Window
 from app.db.page_queries import Look, Names, SqlPages
 

@@ -157,6 +157,8 @@ LEVEL_WORDS = {10: "debug", 20: "info", 30: "warn", 40: "error", 50: "error"}
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 ANYWHERE_CHARACTERS, WORD_CHARACTERS = 8, 4
+PLAIN_WORD = re.compile(r"[A-Za-z]?[a-z]{1,15}|[A-Z]{1,15}|\d{1,15}")
+SAID = r"\b(?:password|passwd|pwd|secret|token|key)"
 # Repeats are bounded: a hostile message of a megabyte must not cost a minute.
 NAMED = r"(?:password|passwd|pwd|secret\w{0,20}|api_?key|access_?key\w{0,20}|token|signature|X-Amz-Credential)"
 QUOTED = r"[\"']?\s{0,9}[:=]\s{0,9}(?=[\"'])"
@@ -205,14 +207,24 @@ class Redaction:
     def __init__(self, secrets: Sequence[str] = ()) -> None:
         forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
         words = sorted((form for form in forms if len(form) >= WORD_CHARACTERS), key=len, reverse=True)
-        # A short one may be part of an ordinary word; below four characters it would blank everything.
-        known = [re.escape(w) if len(w) >= ANYWHERE_CHARACTERS else rf"(?<!\w){re.escape(w)}(?!\w)" for w in words]
+        # A short one may be part of an ordinary word; below four characters it would blank everything. One that is an
+        # ordinary word itself, such as postgres, is hidden only where the text says that it is a secret.
+        known, plain = list[str](), list[str]()
+        for word in words:
+            part = re.escape(word)
+            if PLAIN_WORD.fullmatch(word):
+                plain.append(part)
+            else:
+                known.append(part if len(word) >= ANYWHERE_CHARACTERS else rf"(?<!\w){part}(?!\w)")
         self._known = re.compile("|".join(known)) if known else None
+        self._plain = re.compile(rf"({SAID}\W{{1,4}})(?:{'|'.join(plain)})(?!\w)", re.IGNORECASE) if plain else None
 
     def __call__(self, text: str) -> str:
         """`text` with `***` in place of each secret."""
         if self._known:
             text = self._known.sub("***", text)
+        if self._plain:
+            text = self._plain.sub(r"\1***", text)
         for shape, instead in SHAPES:
             text = shape.sub(instead, text)
         return text

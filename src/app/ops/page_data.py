@@ -11,9 +11,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime
 
-from app.core.gap_map import Cell
 from app.core.pipeline import MISSING
 from app.core.runs import Run
+from app.core.verify import Cell
 from app.core.windows import Window
 from app.db.page_queries import Names, SqlPages
 from app.ops.delivery_map import WORDS, Cells, DeliveryMap, DeliveryMaps, cells_between, cells_of_span, letter_of

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
 from app.core.errors import AppError, Rejected
-from app.core.gap_map import Cell
 from app.core.ledger import Ledger
 from app.core.runs import LedgerTotal, Outcome, Run, Runs, Total
+from app.core.verify import Cell
 from app.core.windows import Window, refuse_future
 from app.db.page_queries import RunChoice, SqlPages
 from app.ops.delivery_map import DeliveryMaps

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from shutil import get_terminal_size
 from typing import Protocol
 from uuid import uuid4
 
@@ -22,7 +23,7 @@ from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from app.core.errors import AppError, Rejected, Transient
+from app.core.errors import AppError, Rejected, Transient, did_you_mean
 from app.core.runs import Context, Job, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from app.ops.logs import bound
@@ -84,7 +85,9 @@ def bar(job: str, unit: str) -> Iterator[ProgressTally]:
     """A tally shown as a progress bar on stderr, removed at the end."""
     from tqdm import tqdm
 
-    with tqdm(desc=job, unit=unit, leave=False, dynamic_ncols=True) as shown:
+    # a terminal that does not know its size, as one of a CI job, has 80 columns here: with 0, tqdm shows nothing
+    columns, rows = get_terminal_size()
+    with tqdm(desc=job, unit=unit, leave=False, ncols=columns, nrows=rows) as shown:
 
         def told(counts: Counts) -> None:
             shown.total = max(counts.total, counts.done) or None
@@ -313,7 +316,8 @@ class Scheduler:
         try:
             return self._lanes[name]
         except KeyError:
-            raise Rejected(f"no job is named {name[:80]!r}", f"jobs: {', '.join(self._lanes)}") from None
+            hint = f"{did_you_mean(name[:80], self._lanes)}jobs: {', '.join(self._lanes)}"
+            raise Rejected(f"no job is named {name[:80]!r}", hint) from None
 
     def _refuse(self, lane: _Lane) -> None:
         if lane.job.off:

@@ -1,6 +1,9 @@
 """The service as a value: what `main` builds, what the commands use, and what the daemon serves until a signal."""
 
+import errno
 import logging
+import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
-from app.config.settings import Settings
-from app.core.gap_map import Chart
+from app.config.settings import ServiceSettings, Settings
 from app.core.runs import Context, Job, Report, RunDesk, Stop
-from app.core.verify import Verification
+from app.core.verify import Chart, Verification
 from app.core.windows import Window
 from app.db.state import State
-from app.ops.health import Check
+from app.ops.connection_checks import System
 from app.ops.json_views import Calls
 from app.ops.process import share_the_machine
 from app.ops.scheduler import Backfill, Scheduler
@@ -68,7 +70,9 @@ Undo = Callable[[Context, str], Report]
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` and /ready try.
+    """What the slices bring: jobs, how to fill or re-encode past windows, and the systems that `check` tries.
+
+    `destinations`: where a job's rows end up, for people.
 
     `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
     jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
@@ -79,7 +83,8 @@ class Pipelines:
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     rewrites: Mapping[str, Backfill] = field(default_factory=dict)
-    checks: Mapping[str, Check] = field(default_factory=dict)
+    systems: Sequence[System] = ()
+    destinations: Mapping[str, str] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
     undos: Mapping[str, Undo] = field(default_factory=dict)
     verifications: Mapping[str, Verification] = field(default_factory=dict)
@@ -93,15 +98,13 @@ class Pipelines:
 class Headwater:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
-    `checks` are attempts to reach every system, of which only those of stores decide on readiness; `rights` take the
-    place of those of the same name in `python -m app check`, which tries what the credentials may do.
+    `systems` are what `python -m app check` tries; readiness looks at the stores alone, and less closely.
     """
 
     settings: Settings
     state: State
     pipelines: Pipelines
-    checks: Mapping[str, Check]
-    rights: Mapping[str, Check]
+    systems: Sequence[System]
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler
@@ -110,16 +113,61 @@ class Headwater:
 
 # The daemon: a built service, served until a signal, and then ended in order.
 
+CANNOT_LISTEN = 3
+
+
+def link(settings: Settings) -> str:
+    """Where a browser on this machine finds the dashboard; a host of all addresses is none to go to."""
+    host, port = settings.service.host, settings.service.port
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not listened on
+        return f"http://localhost:{port} (listening on all addresses)"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def refuse_taken_ports(settings: ServiceSettings) -> None:
+    """Before any job runs: one line for each port that cannot be listened on, and the end of the process.
+
+    Its exit code is uvicorn's own and not 78: the port may be that of a daemon that is about to end.
+    """
+    faults = []
+    for name, port in (("PORT", settings.port), ("HEALTH_PORT", settings.health_port)):
+        try:
+            for family, kind, *_, address in _addresses(settings.host, port):
+                with socket.socket(family, kind) as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    tried.bind(address)
+                    tried.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                free = "another port" + (", or serve --port" if name == "PORT" else "")
+                faults.append(f"{name}='{port}': another program listens there; set {name} to {free}")
+            elif error.errno == errno.EACCES:
+                faults.append(f"{name}='{port}': not permitted; set {name} to a port above 1023")
+            else:
+                faults.append(f"HOST='{settings.host}': {error.strerror}; set HOST to an address of this machine")
+    for fault in dict.fromkeys(faults):
+        log.error("%s", fault)
+    if faults:
+        sys.exit(CANNOT_LISTEN)
+
+
+def _addresses(host: str, port: int | None) -> list[Any]:
+    if port is None:
+        return []
+    bare = host.strip("[]")
+    return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
 
 def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
     """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
     from app.web.server import serve
 
     settings = service.settings
+    refuse_taken_ports(settings.service)
     announce(service, environ, dotenv)
-    log.info(
-        "%s %s on %s:%d", settings.service.title, settings.service.version, settings.service.host, settings.service.port
-    )
+    log.info("%s %s on %s", settings.service.title, settings.service.version, link(settings))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     share_the_machine()
     serve(

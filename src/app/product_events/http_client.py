@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from app.core.errors import Transient
+from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
+from app.core.network import CA_HINT, is_untrusted
 
 if TYPE_CHECKING:
     import httpx
@@ -111,6 +112,8 @@ class Upstream:
                 yield ServiceAnswer(response)
         except httpx.HTTPError as error:
             what = str(error) or type(error).__name__
+            if is_untrusted(error):
+                raise Permanent(f"{self.address.service} at {self.address.base_url}: {what}", CA_HINT) from error
             raise Transient(
                 f"{self.address.service} at {self.address.base_url}: {what}",
                 f"no action needed if it passes; otherwise check {self.address.variable} and the network",

@@ -17,11 +17,10 @@ from typing import BinaryIO, Generic, TypeVar
 from app.config.settings import Settings
 from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 from app.core.files import temporary_file
-from app.core.gap_map import Chart
 from app.core.ledger import Ledger, SetAside, Tally, ledger_of
 from app.core.pipeline import Checkpoints, Commit, Held, Record
 from app.core.runs import Context, Failure, Job, Report
-from app.core.verify import Verification
+from app.core.verify import Chart, Verification
 from app.core.windows import Window, floor_to
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of

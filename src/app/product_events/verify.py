@@ -15,10 +15,9 @@ from typing import BinaryIO
 
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
-from app.core.gap_map import Cell, CellState, Found, Moment, cells_of
 from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
-from app.core.verify import NOTHING, Content, Slot
+from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
 from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
 from app.product_events.pull import HOUR_SECONDS, PullContext
@@ -117,7 +116,7 @@ def folder_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PullChart:
-    """`app.core.gap_map.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
+    """`app.core.verify.Chart` over a pull: a line of hours for each partition, whose objects `key` names."""
 
     pull: PullContext
     key: Callable[[str, Window], str]

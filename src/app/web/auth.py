@@ -16,7 +16,8 @@ from secrets import token_urlsafe
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from app.config.rules import FIRST_KEY, UNLOCK, loopback
+from app.config import NEW_KEY
+from app.config.rules import UNLOCK, loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
 from app.db.state import DashboardSession
@@ -133,7 +134,7 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_PAGES = frozenset({"none", "same-origin"})
 EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
-SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{FIRST_KEY}` makes one"
+SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
 LOCKED = Refusal(503, "locked: API_KEYS is not set, so only /health and /ready are answered", UNLOCK)
 Methods = Mapping[str, str]
 """The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""

@@ -96,7 +96,7 @@ async function showReport() {
   const asked = report(), values = query(), path = asked.path.slice(1), mine = ++askedAt;
   const busy = setTimeout(() => { at("fresh").textContent = "Loading"; for (const part of [at("view"), at("rows-part")]) { part.classList.add("skeleton"); part.setAttribute("aria-busy", "true"); } }, 400);
   try {
-    const data = await get(path, Object.fromEntries(values));
+    const data = await get(path, { ...Object.fromEntries(values), format: "json" });
     if (mine !== askedAt) return;
     const list = Object.entries(data).find(([name, value]) => Array.isArray(value) && name !== "warnings"), rows = list ? list[1] : [Object.fromEntries(Object.entries(data).filter(([name]) => name !== "warnings"))];
     shown = { asked, rows, values };

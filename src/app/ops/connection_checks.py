@@ -1,14 +1,18 @@
-"""What the configured credentials may really do: each right is tried, for `python -m app check`.
+"""The systems that are set, and what their credentials may really do: each right is tried, for `python -m app check`.
 
 Invariant: what is tried leaves nothing behind, and a right that is missing is named, with those that are there.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from app.config.settings import Settings
 from app.core.errors import AppError, Permanent
 from app.db.database import Database
+from app.ops.alerts import post
 from app.ops.health import Check
 
 if TYPE_CHECKING:
@@ -25,6 +29,16 @@ SELECT current_setting('server_version') AS version, current_user AS name, curre
 log = logging.getLogger(__name__)
 
 Attempt = tuple[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One system. `key` is its name for programs, `variable` what sets it, or would where it is embedded."""
+
+    key: str
+    title: str
+    variable: str
+    check: Check
 
 
 def tried(attempts: Sequence[Attempt]) -> str:
@@ -87,7 +101,7 @@ def of_database(database: Database) -> Check:
         with database.transaction() as session:
             if database.dialect == "sqlite":
                 version = session.rows("SELECT sqlite_version() AS version")[0]["version"]
-                return f"SQLite {version}: may read and write"
+                return f"{database.place}, version {version}: may read and write"
             found = session.rows(POSTGRES)[0]
         if found["encoding"] != "UTF8":
             raise Permanent(
@@ -98,3 +112,46 @@ def of_database(database: Database) -> Check:
         return f"PostgreSQL {found['version']} as {found['name']}, schema {found['place']}: {creates}"
 
     return check
+
+
+def webhook(settings: Settings) -> Iterator[System]:
+    """The address that is told of failures gets a message that says what it is."""
+    url = settings.alert.webhook_url.get_secret_value()
+    if not url:
+        return
+    text = f"{settings.service.name}: `python -m app check` tries this webhook; nothing is wrong"
+
+    def check() -> str:
+        post(url, {"event": "check", "service": settings.service.name, "text": text})
+        return "took a message of the event check"
+
+    yield System("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
+
+
+class InboxFolders(Protocol):
+    """Where the inbox looks for files, and what it merges them into."""
+
+    @property
+    def watch_dir(self) -> Path:
+        """The folder of new files."""
+
+    @property
+    def merged_file(self) -> Path:
+        """The master."""
+
+
+def destinations(settings: Settings, inbox: InboxFolders) -> Mapping[str, str]:
+    """Where the rows of each pipeline end up, for people."""
+    export, drive, s3, data_dir = settings.export, settings.drive, settings.s3, settings.service.data_dir.absolute()
+    root = f"s3://{s3.bucket}" if s3.bucket else str(data_dir / "objects")
+    file = f"{drive.csv_name_prefix}_YYYYMMDD_HH.csv"
+    is_on_drive = drive.credentials_file or drive.credentials_json
+    folder = drive.folder_id or drive.shared_drive_id or "root"
+    tree = f"{s3.prefix}/device_id=.../date={export.date_format}/export_HHMMSS.{export.format}".lstrip("/")
+    return {
+        "influx_to_s3": f"{root}/{tree}",
+        "dynamo_to_drive": f"Google Drive folder {folder}: {file}" if is_on_drive else str(data_dir / "drive" / file),
+        "csv_inbox": f"{inbox.watch_dir.absolute()}/*.csv into {inbox.merged_file.absolute()}",
+        "amplitude": f"{root}/amplitude/ and /dwh",
+        "appmetrica": f"{root}/appmetrica/ and /dwh",
+    }

@@ -1,0 +1,224 @@
+"""What one run of `influx_to_s3` costs per device: CPU, questions, transactions, objects.
+
+`uv run python bench/cost_per_device.py [--devices 1000] [--query-ms 15] [--put-ms 30] [--concurrency 16]`
+
+Each device has a point a minute of four fields. Phases: the first run of an hour; a run in which nothing is new; one
+with a new point of every device; one with that of a tenth of them. Source and store are stand-ins with a latency.
+"""
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("voltage", "current", "power", "temperature")
+START = datetime(2026, 2, 7, 10, tzinfo=UTC)
+HISTORY_MINUTES = 65
+COUNTED = "#datatype,string,long,string,string,dateTime:RFC3339,long\r\n#group,false,false,true,true,true,false\r\n"
+COUNTED += "#default,_result,,,,,\r\n,result,table,device_id,_field,_time,_value\r\n"
+ROWS = "#datatype,string,long,dateTime:RFC3339,string,string,string,double,double,double,double\r\n"
+ROWS += "#group,false,false,false,true,true,true,false,false,false,false\r\n#default,_result,,,,,,,,,\r\n"
+ROWS += ",result,table,_time,device_id,device_type,location,voltage,current,power,temperature\r\n"
+NAMES = "#datatype,string,long,string\r\n#group,false,false,false\r\n#default,_result,,\r\n,result,table,_value\r\n"
+
+
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as Flux writes them."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+@dataclass
+class Devices:
+    """The source's points: device n has one a minute from START on, `minutes[n]` of them."""
+
+    minutes: list[int]
+
+    def answer(self, query: str) -> str:
+        """Annotated CSV for the few questions of the export."""
+        if "schema." in query:
+            names = (f"D{at:06d}" for at in range(len(self.minutes))) if "tagValues" in query else ("device_telemetry",)
+            return NAMES + "".join(f",,0,{name}\r\n" for name in names)
+        bounds = re.search(r"range\(start: ?([^,]+), stop: ?([^)]+)\)", query)
+        if bounds is None:
+            return NAMES
+        start, end = (datetime.fromisoformat(each).timestamp() for each in bounds.groups())
+        named, every = re.search(r'device_id == "D(\d+)"', query), re.search(r"every: (\d+)s", query)
+        numbers = [int(named[1])] if named else range(len(self.minutes))
+        if every:
+            return COUNTED + "".join(self._counts(numbers, start, end, int(every[1])))
+        return ROWS + "".join(row for at in numbers for row in self._rows(at, start, end)) if named else NAMES
+
+    def _span(self, at: int, start: float, end: float) -> range:
+        first = START.timestamp() + at % 50
+        low, high = (max(0, -(-int(each - first) // 60)) for each in (start, end))
+        return range(low, max(low, min(self.minutes[at], high)))
+
+    def _counts(self, numbers: Any, start: float, end: float, every: int) -> Iterator[str]:
+        for at in numbers:
+            bucket = start // every * every
+            while bucket < end:
+                number = len(self._span(at, max(start, bucket), min(end, bucket + every)))
+                for field in FIELDS if number else ():
+                    yield f",,0,D{at:06d},{field},{stamp(bucket)},{number}\r\n"
+                bucket += every
+
+    def _rows(self, at: int, start: float, end: float) -> Iterator[str]:
+        for minute in self._span(at, start, end):
+            time_at = stamp(START.timestamp() + at % 50 + 60 * minute)
+            values = (
+                f"{230 + (minute * 13 + at) % 100 / 10},{1 + minute % 7 / 10},{450 + minute % 90},{20 + minute % 30}"
+            )
+            yield f",,0,{time_at},D{at:06d},pump,P{at % 7},{values}\r\n"
+
+
+def serve(devices: int, query_ms: float) -> None:
+    """The source, in a process of its own. A line on stdin `share` gives that share of the devices a new point each."""
+    source = Devices([HISTORY_MINUTES] * devices)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
+            time.sleep(query_ms / 1000)
+            self._send(200, (source.answer(query) + "\r\n").encode())
+
+        def do_GET(self) -> None:
+            self._send(404, b"{}")
+
+        def _send(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        for at in range(devices):
+            source.minutes[at] += at % 1000 < float(line) * 1000
+        sys.stdout.write("ok\n")
+        sys.stdout.flush()
+
+
+class Counted:
+    """Counts the calls of what it stands for, and waits before each `put`."""
+
+    def __init__(self, inner: Any, put_ms: float = 0.0) -> None:
+        self._inner, self._put_ms = inner, put_ms
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **named: Any) -> Any:
+            self.calls[name] += 1
+            if name == "put":
+                time.sleep(self._put_ms / 1000)
+            return found(*args, **named)
+
+        return call
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def advance(self, *, done: int = 0, total: int = 0, rows: int = 0) -> None:
+        """Nobody looks."""
+
+
+def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
+    """One line of JSON per phase."""
+    from app.config.environment import load_settings
+    from app.core.runs import LeaseTerms, RunDesk, Stop, execute
+    from app.db.state import open_state
+    from app.influx_to_s3.job import NAME, build
+    from app.object_store.local import LocalDirectory
+    from app.object_store.set_aside import SetAsideStore, folder_of
+
+    environ = {"DATA_DIR": str(folder), "INFLUXDB_URL": url, "INFLUXDB_TOKEN": "t", "INFLUXDB_ORG": "o"}
+    environ |= {"INFLUXDB_BUCKET": "b", "INFLUXDB_TIMEOUT_SECONDS": "600"}
+    settings = load_settings({**environ, "EXPORT_CONCURRENCY": str(given.concurrency)}, None)
+    now = [START + timedelta(minutes=HISTORY_MINUTES)]
+    with closing(open_state("", folder)) as state:
+        store = Counted(LocalDirectory(folder / "objects"), given.put_ms)
+        checkpoints: Any = Counted(state.checkpoints)
+        aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
+        export = build(settings, checkpoints, state.layouts, store, set_aside=aside, clock=lambda: now[0])
+        job = next(job for job in export.jobs if job.name == NAME)
+        desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
+        for phase, share in (("first", 0.0), ("nothing new", 0.0), ("all new", 1.0), ("a tenth new", 0.1)):
+            child.stdin.write(f"{share}\n")
+            child.stdin.flush()
+            child.stdout.readline()
+            now[0] += timedelta(minutes=1)
+            store.calls.clear()
+            checkpoints.calls.clear()
+            used, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+            rows = objects = 0
+            while (run := execute(job, desk, Stop(), Silent())) is not None:
+                rows, objects = rows + run.report.rows, objects + run.report.windows
+                if not run.report.more:
+                    break
+            wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF)
+            told = {
+                "phase": phase,
+                "outcome": run.outcome.value if run else "",
+                "rows": rows,
+                "objects": objects,
+                "cpu_seconds": round(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime, 2),
+                "wall_seconds": round(wall, 2),
+                "devices_a_minute": round(60 * objects / wall),
+                "transactions": sum(checkpoints.calls.values()),
+                "puts": store.calls["put"],
+                "peak_mib": after.ru_maxrss // 1024,
+            }
+            sys.stdout.write(json.dumps(told) + "\n")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=1000)
+    parser.add_argument("--query-ms", type=float, default=0.0)
+    parser.add_argument("--put-ms", type=float, default=0.0)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--serve", action="store_true")
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.devices, given.query_ms)
+        return
+    command = [sys.executable, __file__, "--serve", "--devices", str(given.devices), "--query-ms", str(given.query_ms)]
+    with (
+        tempfile.TemporaryDirectory(prefix="headwater-bench-") as folder,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
+    ):
+        if child.stdout is None or child.stdin is None:
+            raise AssertionError
+        measure(child.stdout.readline().strip(), child, given, Path(folder))
+        child.stdin.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The network of this machine: proxies, and certificate authorities of its own, for every client of an outside system.
+
+The libraries each read a variable of their own for the authorities; `use` sets all of them for this process. Proxies
+they read from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, but for urllib3 alone, which asks `proxy_for`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
+
+from app.core.errors import Permanent
+from app.core.files import write_durably
+
+CA_HINT = "set CA_FILE to the certificate of the authority that signed the server's, in PEM"
+CA_VARIABLES = (
+    "SSL_CERT_FILE",  # OpenSSL: urllib3, httpx, DuckDB
+    "AWS_CA_BUNDLE",  # boto3
+    "HTTPLIB2_CA_CERTS",  # Google Drive
+    "REQUESTS_CA_BUNDLE",  # the sign-in to Google
+    "PGSSLROOTCERT",  # PostgreSQL, with an sslmode that checks
+)
+UNTRUSTED = ("certificate_verify_failed", "certificate verify failed", "root certificate file")
+
+
+def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: Path) -> None:
+    """Set the variables of all libraries. `proxies`: variable -> value, "" for none.
+
+    `bundle` is written: the authorities of `public`, which every library trusts anyway, and those of `ca_file`. What
+    the environment says already stays. Raises Permanent when the bundle cannot be written.
+    """
+    for name, value in proxies.items():
+        if value and name.lower() not in os.environ:
+            os.environ.setdefault(name, value)
+    if ca_file is None:
+        return
+    try:
+        text = public.read_bytes().rstrip() + b"\n" + ca_file.read_bytes()
+        if not bundle.exists() or bundle.read_bytes() != text:
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(bundle, [text])
+    except OSError as error:
+        raise Permanent(f"{bundle}: {error.strerror}", "set DATA_DIR to a directory that can be written") from error
+    for name in CA_VARIABLES:
+        os.environ.setdefault(name, str(bundle))
+
+
+def proxy_for(url: str) -> str:
+    """The proxy that the environment names for `url`, "" for none; also for what is no URL, which its client says."""
+    proxies = getproxies_environment()
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    if proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return ""
+    return proxies.get(parts.scheme) or proxies.get("all", "")
+
+
+def is_untrusted(error: BaseException) -> bool:
+    """True where a certificate was not trusted, which trying again does not cure."""
+    found: BaseException | None = error
+    while found is not None:
+        if any(text in str(found).lower() for text in UNTRUSTED):
+            return True
+        found = found.__cause__ or found.__context__
+    return False

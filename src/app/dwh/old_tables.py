@@ -1,0 +1,140 @@
+"""Brings over the rows of another program's seven tables, such as those of the DWH Helper that Headwater replaces.
+
+Invariants: the other database is only read; each row is new, there already, or set aside with its reason; it can be
+repeated, since rows whose natural key is there are left as they are.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain, islice
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from app.core.errors import Permanent
+from app.db.database import Database, Dialect, Session
+from app.dwh.request_parsing import NUMBER, BatchLimits, Intake, NdjsonBody
+from app.dwh.rows import UNREADABLE, reader
+from app.dwh.tables import TABLES, Table, TableColumn
+from app.dwh.warehouse import Warehouse, other_tables
+
+CHUNK_ROWS = 10_000
+ROW_BYTES = 1 << 26
+LIMITS = BatchLimits(1000, 10_000_000)
+FLAGS = {"1": "true", "0": "false", "true": "true", "false": "false", "t": "true", "f": "false"}
+COLUMNS: dict[Dialect, str] = {
+    "sqlite": "SELECT name FROM pragma_table_info(:table)",
+    "postgres": "SELECT attname AS name FROM pg_attribute WHERE attrelid = to_regclass(:table) AND attnum > 0"
+    " AND NOT attisdropped",
+}
+
+
+@dataclass(slots=True)
+class TableBroughtOver:
+    """What became of one table's rows. `set_aside`: id and reason; `left_columns` have no place in the warehouse."""
+
+    table: str
+    read: int = 0
+    new: int = 0
+    already_there: int = 0
+    set_aside_count: int = 0
+    set_aside: list[tuple[str, str]] = field(default_factory=list)
+    left_columns: Sequence[str] = ()
+
+
+def bring_over(
+    source: Database, warehouse: Warehouse, at: datetime, *, dry_run: bool = False
+) -> list[TableBroughtOver]:
+    """Each table of the source that has the name of one of ours. Raises Permanent when there is none."""
+    with source.transaction(read_only=True) as session:
+        names = other_tables(session, source.dialect)
+        if not names:
+            raise Permanent(f"{source.place} has none of the tables of /dwh", "give the URL of the other database")
+        return [
+            _bring(session, source.dialect, table, warehouse, at=at, dry_run=dry_run)
+            for table in TABLES
+            if table.name in names
+        ]
+
+
+def _bring(
+    session: Session, dialect: Dialect, table: Table, warehouse: Warehouse, *, at: datetime, dry_run: bool
+) -> TableBroughtOver:
+    there = [row["name"] for row in session.rows(COLUMNS[dialect], table=table.name)]
+    columns = [column for column in table.columns if column.name in there]
+    ours = {"id", "created_at", *table.names}
+    done = TableBroughtOver(table.name, left_columns=[name for name in there if name not in ours])
+    as_text = "::text" if dialect == "postgres" else ""
+    read = [f"{name}{as_text}" for name in ("id" if "id" in there else "NULL", *(column.name for column in columns))]
+    order = "ORDER BY id" if "id" in there else ""
+    rows = session.stream(f"SELECT {', '.join(read)} FROM {table.name} {order}")  # noqa: S608 - declared names
+    for first in rows:
+        chunk = [first, *islice(rows, CHUNK_ROWS - 1)]
+        _store(chunk, columns, table, warehouse, done, at=at, dry_run=dry_run)
+    return done
+
+
+def _store(
+    chunk: Sequence[Sequence[Any]],
+    columns: Sequence[TableColumn],
+    table: Table,
+    warehouse: Warehouse,
+    done: TableBroughtOver,
+    *,
+    at: datetime,
+    dry_run: bool,
+) -> None:
+    intake = Intake(NdjsonBody(ROW_BYTES), reader(table.name), LIMITS, skip=True)
+    with closing(intake.received):
+        intake.feed(b"".join(_line(columns, row[1:]) for row in chunk))
+        received = intake.finish()
+        stored = warehouse.insert(table, received, at=at, dry_run=dry_run)
+        done.read += len(chunk)
+        done.new += stored.inserted_rows
+        done.already_there += stored.rows - stored.inserted_rows
+        done.set_aside_count += received.fault_count
+        for fault in received.faults:
+            id_ = chunk[fault.index][0]
+            named = f"{fault.field} {fault.message}".strip()
+            done.set_aside.append((f"id {id_}" if id_ is not None else f"row {fault.index + 1}", named))
+
+
+def _line(columns: Sequence[TableColumn], values: Sequence[Any]) -> bytes:
+    """A line of NDJSON. What is no value of its column is written as text, which the reader of rows then refuses."""
+    pairs = [f"{json.dumps(column.name)}:{_json(column, value)}" for column, value in zip(columns, values, strict=True)]
+    return f"{{{','.join(pairs)}}}\n".encode("utf-8", "surrogatepass")
+
+
+def _json(column: TableColumn, value: Any) -> str:
+    if value is None:
+        return "null"
+    if column.kind == "uuid":  # SQLAlchemy stores 32 digits or 16 bytes
+        with suppress(ValueError):
+            return json.dumps(str(UUID(bytes=value) if isinstance(value, bytes) else UUID(str(value))))
+    text = str(value)
+    if column.kind == "bool":
+        return FLAGS.get(text.lower(), json.dumps(text))
+    if column.kind in ("integer", "bigint", "float") and NUMBER.fullmatch(text):
+        return text
+    if column.kind == "json":
+        with suppress(*UNREADABLE):
+            msgspec.json.decode(text)
+            return text.replace("\n", " ")
+    return json.dumps(text, ensure_ascii=False)
+
+
+def told(done: Sequence[TableBroughtOver], *, dry_run: bool) -> Iterator[str]:
+    """The lines that a person reads."""
+    for each in done:
+        new = "would be new" if dry_run else "new"
+        yield (
+            f"{each.table}: {each.read} read = {each.new} {new} + {each.already_there} already there "
+            f"+ {each.set_aside_count} set aside"
+        )
+        if each.left_columns:
+            yield f"  columns without a place here: {', '.join(each.left_columns)}"
+        yield from chain(f"  set aside {which}: {reason}" for which, reason in each.set_aside[:20])

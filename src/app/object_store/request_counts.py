@@ -1,0 +1,48 @@
+"""Counts of the requests that an outside system charges for, as this process sends them."""
+
+from collections import defaultdict
+from threading import Lock
+from typing import Any
+
+PUT, LIST, GET, DELETE, READ_UNIT = "put", "list", "get", "delete", "read_unit"
+
+LISTS = frozenset(
+    {"ListObjectsV2", "ListObjects", "ListObjectVersions", "ListMultipartUploads", "ListParts", "ListBuckets"}
+)
+FREE = frozenset({"DeleteObject", "DeleteObjects", "AbortMultipartUpload", "DeleteObjectTagging"})
+
+
+def kind_of(operation: str) -> str:
+    """The price class of an S3 operation by the SDK's name of it.
+
+    Source: Amazon S3 pricing, "Requests and data retrievals": PUT, COPY, POST and LIST are one class, GET and all
+    others are the other; DELETE is free.
+    """
+    if operation in FREE:
+        return DELETE
+    if operation in LISTS:
+        return LIST
+    return GET if operation.startswith(("Get", "Head")) else PUT
+
+
+class RequestCounter:
+    """Sums by kind since they were last taken. Safe from several threads."""
+
+    def __init__(self) -> None:
+        self._counts = defaultdict[str, float](float)
+        self._lock = Lock()
+
+    def add(self, kind: str, number: float = 1) -> None:
+        """Count requests, or read units, which may be fractions."""
+        with self._lock:
+            self._counts[kind] += number
+
+    def count_sent(self, event_name: str, **_: Any) -> None:
+        """An S3 request on its way, as the SDK's event `before-send.s3.<Operation>`; changes nothing about it."""
+        self.add(kind_of(event_name.rpartition(".")[2]))
+
+    def take(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        with self._lock:
+            taken, self._counts = dict(self._counts), defaultdict(float)
+        return taken

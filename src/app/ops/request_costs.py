@@ -1,0 +1,163 @@
+"""What the requests to S3 and DynamoDB cost a month: counted requests times a table of prices.
+
+Invariant: an estimate says what it rests on: the span that was counted, and the region and date of the prices.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from app.core.errors import AppError, Permanent
+from app.db.state import RequestCounts, SqlRequestCounts
+from app.object_store.request_counts import PUT, RequestCounter
+
+MONTH_SECONDS = 365.25 * 86_400 / 12
+SAVE_EVERY = timedelta(minutes=1)
+LEAST_SECONDS = 60.0
+KINDS: Mapping[str, str] = {
+    "put": "PUT",
+    "list": "LIST",
+    "get": "GET",
+    "delete": "DELETE",
+    "read_unit": "DynamoDB read units",
+}
+FORM_HINT = (
+    "give an object with date, currency, default_region and regions, each with a price for every kind of request"
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPrices:
+    """Prices of one request by kind in one region, in `currency`."""
+
+    by_kind: Mapping[str, float]
+    region: str
+    date: str
+    currency: str
+
+    def of(self, by_kind: Mapping[str, float]) -> float:
+        """What these requests cost."""
+        return sum(number * self.by_kind[kind] for kind, number in by_kind.items())
+
+
+@dataclass(frozen=True, slots=True)
+class MonthlyEstimate:
+    """Requests of a month at the counted rate. `cost` is None where no prices are known."""
+
+    by_kind: Mapping[str, float]
+    span_seconds: float
+    cost: float | None
+    prices: RequestPrices | None
+
+    def text(self) -> str:
+        """One line for a person."""
+        if not self.by_kind:
+            return "no requests counted yet"
+        counts = ", ".join(f"{round(number):,} {KINDS[kind]}" for kind, number in self.by_kind.items() if number)
+        since = f"counted over {timedelta(seconds=round(self.span_seconds))}"
+        if self.cost is None or self.prices is None:
+            return f"a month at this rate: {counts} ({since}); set REQUEST_PRICES_FILE to price them"
+        source = f"prices of {self.prices.region}, {self.prices.date}"
+        return f"{self.cost:,.2f} {self.prices.currency} a month at this rate: {counts} ({since}; {source})"
+
+
+def load_prices(path: str, region: str) -> RequestPrices:
+    """The prices of a region, or those of the file's default region. `path` "": the table that is built in.
+
+    Raises Permanent for a file that cannot be read or has another form.
+    """
+    source = Path(path) if path else files("app.ops") / "request_prices.json"
+    try:
+        table: Any = json.loads(source.read_text(encoding="utf-8"))
+        name = region if region in table["regions"] else table["default_region"]
+        prices = {kind: float(table["regions"][name][kind]) for kind in KINDS}
+        found = RequestPrices(prices, name, str(table["date"]), str(table["currency"]))
+    except OSError as error:
+        raise Permanent(f"REQUEST_PRICES_FILE: cannot read {path}: {error}", "correct the path") from error
+    except (ValueError, TypeError) as error:
+        raise Permanent(f"REQUEST_PRICES_FILE: {path} is not a price table: {error}", FORM_HINT) from error
+    except KeyError as error:
+        raise Permanent(f"REQUEST_PRICES_FILE: {path} has no {error}", FORM_HINT) from error
+    if min(prices.values()) < 0:
+        raise Permanent(f"REQUEST_PRICES_FILE: {path} has a price below 0", "correct the price")
+    return found
+
+
+def estimate(counted: RequestCounts, prices: RequestPrices | None) -> MonthlyEstimate:
+    """What a month costs when it goes on as in the counted span."""
+    if not counted.by_kind:
+        return MonthlyEstimate({}, counted.span_seconds, None, prices)
+    share = MONTH_SECONDS / max(counted.span_seconds, LEAST_SECONDS)
+    month = {kind: counted.by_kind[kind] * share for kind in KINDS if kind in counted.by_kind}
+    return MonthlyEstimate(month, counted.span_seconds, prices.of(month) if prices else None, prices)
+
+
+def rewrite_seconds(partitions: int, window_seconds: float, *, put_price: float, monthly: float) -> float:
+    """How far apart the writes of each open window have to be, so that those of so many partitions, closing included,
+    cost at most `monthly`; at most the window's length, whatever that costs.
+    """
+    a_month = partitions * MONTH_SECONDS * put_price
+    left = monthly - a_month / window_seconds
+    return window_seconds if left * window_seconds <= a_month else a_month / left
+
+
+class RequestCosts:
+    """The requests of this process on their way into the state, and the estimate from what is there.
+
+    `max_monthly`: what all requests may cost a month; None for no limit.
+    """
+
+    def __init__(
+        self,
+        counter: RequestCounter,
+        stored: SqlRequestCounts,
+        prices: RequestPrices | None,
+        clock: Callable[[], datetime],
+        max_monthly: float | None = None,
+    ) -> None:
+        if max_monthly is not None and prices is None:
+            raise Permanent(
+                "MAX_MONTHLY_REQUEST_COST is set, and no prices of this store are known", "set REQUEST_PRICES_FILE"
+            )
+        self._max_monthly = max_monthly
+        self._counter = counter
+        self._stored = stored
+        self._prices = prices
+        self._clock = clock
+        self._saved_at = clock()
+        self._lock = Lock()
+
+    def save(self) -> None:
+        """Add what was counted to the state, at most once a minute; while the state is away it waits in memory."""
+        now = self._clock()
+        with self._lock:
+            if now - self._saved_at < SAVE_EVERY:
+                return
+            taken, first_at, self._saved_at = self._counter.take(), self._saved_at, now
+        try:
+            if taken:
+                self._stored.add(taken, first_at, now)
+        except AppError as error:
+            log.warning("requests are not counted yet: %s", error)
+            for kind, number in taken.items():
+                self._counter.add(kind, number)
+
+    def estimate(self) -> MonthlyEstimate:
+        """From the last seven days. Raises what the state raises."""
+        return estimate(self._stored.recent(self._clock()), self._prices)
+
+    def rewrite_seconds(self, partitions: int, window_seconds: float) -> float:
+        """As the function of this name, for what the other requests leave of the limit; 0 without one."""
+        if self._max_monthly is None or self._prices is None:
+            return 0.0
+        found = self.estimate()
+        others = {kind: number for kind, number in found.by_kind.items() if kind != PUT}
+        left = self._max_monthly - self._prices.of(others)
+        return rewrite_seconds(partitions, window_seconds, put_price=self._prices.by_kind[PUT], monthly=left)

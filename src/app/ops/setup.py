@@ -1,0 +1,187 @@
+"""`python -m app setup PIPELINE`: asks for what a pipeline needs, tries it, and writes `.env`.
+
+Invariants: an answer is checked as the start checks it; what `.env` holds already stays, but for the variables that
+were asked for; the file is its owner's alone, and a secret is not shown while it is typed.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from getpass import getpass
+from pathlib import Path
+
+from app.config.environment import load_settings, read_dotenv
+from app.config.reference import meanings
+from app.config.rules import VARIABLES
+from app.core.errors import BadSettings
+from app.core.files import write_durably
+from app.ops.health import look
+from app.ops.service import Headwater
+
+Answers = Mapping[str, str]
+OWNER_ONLY = 0o600
+BARE = re.compile(r"[\w./:@%+,=*~-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One variable, asked for when `when` holds of the answers so far. `needed`: an empty answer will not do."""
+
+    name: str
+    needed: bool = True
+    when: Callable[[Answers], bool] = lambda _: True
+
+
+def _flux(answers: Answers) -> bool:
+    return answers.get("INFLUXDB_API") != "influxql"
+
+
+def _influxql(answers: Answers) -> bool:
+    return not _flux(answers)
+
+
+def _given(name: str) -> Callable[[Answers], bool]:
+    return lambda answers: bool(answers.get(name))
+
+
+BUCKET = (
+    Question("S3_BUCKET", needed=False),
+    Question("S3_ENDPOINT_URL", needed=False, when=_given("S3_BUCKET")),
+    Question("S3_REGION", needed=False, when=_given("S3_BUCKET")),
+    Question("S3_ACCESS_KEY_ID", needed=False, when=_given("S3_BUCKET")),
+    Question("S3_SECRET_ACCESS_KEY", when=_given("S3_ACCESS_KEY_ID")),
+)
+PIPELINES: Mapping[str, tuple[Sequence[Question], Sequence[str]]] = {
+    "influx_to_s3": (
+        (
+            Question("INFLUXDB_URL"),
+            Question("INFLUXDB_API", needed=False),
+            Question("INFLUXDB_TOKEN", when=_flux),
+            Question("INFLUXDB_ORG", when=_flux),
+            Question("INFLUXDB_BUCKET", when=_flux),
+            Question("INFLUXDB_DATABASE", when=_influxql),
+            Question("INFLUXDB_USERNAME", needed=False, when=_influxql),
+            Question("INFLUXDB_PASSWORD", when=_given("INFLUXDB_USERNAME")),
+            Question("INFLUXDB_MEASUREMENT", needed=False),
+            *BUCKET,
+        ),
+        ("influxdb", "s3_accessible"),
+    ),
+    "dynamo_to_drive": (
+        (
+            Question("DYNAMODB_TABLE_NAME"),
+            Question("AWS_REGION", needed=False),
+            Question("AWS_ACCESS_KEY_ID", needed=False),
+            Question("AWS_SECRET_ACCESS_KEY", when=_given("AWS_ACCESS_KEY_ID")),
+            Question("DYNAMODB_TIMESTAMP_ATTRIBUTE", needed=False),
+            Question("GOOGLE_CREDENTIALS_FILE", needed=False),
+            Question("GOOGLE_DRIVE_FOLDER_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
+            Question("GOOGLE_SHARED_DRIVE_ID", needed=False, when=_given("GOOGLE_CREDENTIALS_FILE")),
+        ),
+        ("dynamodb", "google_drive"),
+    ),
+    "csv_inbox": ((Question("CSV_MONITOR_CONFIG", needed=False),), ()),
+    "amplitude": (
+        (
+            Question("AMPLITUDE_WEB_CLIENT_ID", needed=False),
+            Question("AMPLITUDE_WEB_SECRET_KEY", when=_given("AMPLITUDE_WEB_CLIENT_ID")),
+            Question("AMPLITUDE_MOBILE_CLIENT_ID", needed=False),
+            Question("AMPLITUDE_MOBILE_SECRET_KEY", when=_given("AMPLITUDE_MOBILE_CLIENT_ID")),
+        ),
+        ("amplitude_web", "amplitude_mobile"),
+    ),
+    "appmetrica": ((Question("APPMETRICA_API_KEY"), Question("APPMETRICA_APPLICATION_ID")), ("appmetrica",)),
+}
+"""What is asked for, and the systems that are tried then."""
+
+
+def setup(pipeline: str, environ: Mapping[str, str], dotenv: Path, build: Callable[..., Headwater]) -> tuple[str, bool]:
+    """Ask on stderr, try the systems; the text of `.env` with the answers, and whether every system answered.
+
+    Raises BadSettings where the answers and what is set already cannot work together.
+    """
+    questions, systems = PIPELINES[pipeline]
+    text = dotenv.read_text(encoding="utf-8-sig") if dotenv.exists() else ""
+    answers, held = dict[str, str](), {**read_dotenv(dotenv)[0], **environ}
+    for question in questions:
+        if question.when({**held, **answers}) and (said := _answer(question, held)):
+            answers[question.name] = said
+    service = build(load_settings({**environ, **answers}, dotenv))
+    fine = True
+    for system in (each for each in service.systems if each.key in systems):
+        found = look(system.check)
+        fine = fine and found.ok
+        said = found.note or f"{found.error} ({found.hint})"
+        _say(f"{'ok' if found.ok else 'FAILED'}: {system.title}: {said}")
+    _say(f"{pipeline} delivers to {service.pipelines.destinations.get(pipeline, '')}")
+    service.state.close()
+    return merged(text, answers, pipeline), fine
+
+
+def _answer(question: Question, known: Mapping[str, str]) -> str:
+    """Ask until the answer is one that the variable takes; "" keeps what is `known`, or the default."""
+    variable = next(each for each in VARIABLES if question.name in each.names)
+    meaning, held = meanings()[variable.goes_to], known.get(question.name, "")
+    shown = "***" if held and variable.allowed.secret else held or variable.default
+    other = f" [{shown}]" if shown else "" if question.needed else f" [enter: {variable.unset or 'unset'}]"
+    while True:
+        _say(meaning)
+        said = _typed(f"{question.name}{other}: ", secret=variable.allowed.secret)
+        if said is None:
+            raise BadSettings([f"{question.name}='': the input ended before it was answered"])
+        fault = next(_faults(question.name, said or held), "")
+        if not fault and (said or held or not question.needed or variable.default):
+            return said
+        _say(fault or f"{question.name} is needed")
+
+
+def _typed(prompt: str, *, secret: bool) -> str | None:
+    """One line of the input, None at its end."""
+    if secret and sys.stdin.isatty():
+        return getpass(prompt).strip()
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _faults(name: str, value: str) -> Iterator[str]:
+    """What the start would say of this variable alone."""
+    try:
+        load_settings({name: value}, None)
+    except BadSettings as error:
+        yield from (fault for fault in error.faults if fault.startswith(f"{name}="))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def merged(text: str, answers: Answers, pipeline: str) -> str:
+    """The text of a `.env` with the answers: in the place of a line that sets the variable, else at the end."""
+    lines, left = text.splitlines(), dict(answers)
+    for number, line in enumerate(lines):
+        match = re.match(r"\s*(?:export\s+)?(\w+)\s*=", line)
+        if match and match[1] in left:
+            lines[number] = f"{match[1]}={quoted(left.pop(match[1]))}"
+    if left:
+        lines += [*([""] if lines else []), f"# {pipeline}", *(f"{name}={quoted(left[name])}" for name in left)]
+    return "\n".join(lines) + "\n"
+
+
+def quoted(value: str) -> str:
+    """A value as `.env` takes it."""
+    if BARE.fullmatch(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def write_dotenv(path: Path, text: str) -> None:
+    """For its owner alone."""
+    if not path.exists():
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, OWNER_ONLY))  # write_durably keeps the mode
+    path.chmod(OWNER_ONLY)
+    write_durably(path, [text.encode()])

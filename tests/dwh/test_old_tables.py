@@ -1,0 +1,113 @@
+"""Tables of the DWH Helper, made as its ORM makes them, are recognised and brought over."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.cli import main
+from app.core.errors import Permanent
+from app.db.database import Database
+from app.db.migrations import open_database
+from app.dwh.old_tables import bring_over, told
+from app.dwh.warehouse import open_warehouse
+from warehouse import AT, Desk, uuid_of
+from warehouse import BY_NAME as BY
+
+OLD = """
+CREATE TABLE events_part (
+    id INTEGER PRIMARY KEY, uuid VARCHAR(36), event_type VARCHAR, event_time TIMESTAMP, user_id VARCHAR, shard INTEGER
+);
+CREATE TABLE tmp_user_properties (
+    id INTEGER PRIMARY KEY, uuid VARCHAR(36), user_properties_json JSON, migrated BOOLEAN, session_id BIGINT
+);
+CREATE TABLE user_locations (id INTEGER PRIMARY KEY, uuid VARCHAR(36), location_lat FLOAT, city VARCHAR);
+"""
+A, B, C, D = map(uuid_of, range(4))
+ROWS = f"""
+INSERT INTO events_part VALUES (1, '{A}', 'say "hi"', '2026-02-01 10:20:30.5', '7', 1);
+INSERT INTO events_part VALUES (2, '{B.replace("-", "").upper()}', '', NULL, NULL, 1);
+INSERT INTO events_part VALUES (3, '{A}', 'twice', NULL, NULL, 1);
+INSERT INTO events_part VALUES (4, 'no uuid', NULL, NULL, NULL, 1);
+INSERT INTO events_part VALUES (5, NULL, NULL, NULL, NULL, 1);
+INSERT INTO tmp_user_properties VALUES (1, '{C}', '{{"a": 1.10, "b": [null, "ü"]}}', TRUE, 9007199254740993);
+INSERT INTO user_locations VALUES (1, '{D}', 56.949999999999996, 'Рига');
+"""  # noqa: S608 - constants
+
+
+def old_database(request: pytest.FixtureRequest, dialect: str, folder: Path) -> str:
+    if dialect == "sqlite":
+        with closing(sqlite3.connect(folder / "old.db")) as old:
+            old.executescript(OLD + ROWS)
+        return f"sqlite:///{folder}/old.db"
+    url = str(request.getfixturevalue("postgres_server").new_database())
+    request.getfixturevalue("postgres_server").run_sql(OLD + ROWS, url.rpartition("/")[2])
+    return url
+
+
+def opened(url: str) -> Database:
+    return open_database(url, variables="x", read_only=True)
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_rows_of_the_tables_before_are_new_there_already_or_set_aside(
+    request: pytest.FixtureRequest, tmp_path: Path, dialect: str
+) -> None:
+    url = old_database(request, dialect, tmp_path)
+    with closing(open_warehouse("", tmp_path / "new")) as warehouse, closing(opened(url)) as old:
+        desk = Desk(warehouse)
+        counts = [(each.read, each.new, each.already_there) for each in bring_over(old, warehouse, AT, dry_run=True)]
+        assert (counts, desk.get(BY["events_part"])) == ([(5, 2, 1), (1, 1, 0), (1, 1, 0)], [])
+        done = bring_over(old, warehouse, AT)
+        assert [(each.read, each.new, each.already_there, each.set_aside_count) for each in done] == [
+            (5, 2, 1, 2),
+            (1, 1, 0, 0),
+            (1, 1, 0, 0),
+        ]
+        assert done[0].left_columns == ["shard"]
+        assert [which for which, _ in done[0].set_aside] == ["id 4", "id 5"]
+        assert "uuid must be" in done[0].set_aside[0][1]
+        assert any("set aside id 4" in line for line in told(done, dry_run=False))
+        events = desk.get(BY["events_part"], sort_dir="asc", select="uuid,event_type,event_time,user_id")
+        assert events == [
+            {"uuid": A, "event_type": 'say "hi"', "event_time": "2026-02-01T10:20:30.500000Z", "user_id": "7"},
+            {"uuid": B, "event_type": "", "event_time": None, "user_id": None},
+        ]
+        properties = desk.get(BY["tmp_user_properties"])[0]
+        assert (properties["migrated"], properties["session_id"]) == (True, 2**53 + 1)
+        assert properties["user_properties_json"] == {"a": 1.1, "b": [None, "ü"]}
+        location = desk.get(BY["user_locations"])[0]
+        assert (location["location_lat"], location["city"]) == (56.949999999999996, "Рига")
+        again = bring_over(old, warehouse, AT)
+        assert [(each.new, each.already_there) for each in again] == [(0, 3), (0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_a_database_of_another_program_is_told_as_such_and_left_alone(
+    request: pytest.FixtureRequest, tmp_path: Path, dialect: str
+) -> None:
+    url = old_database(request, dialect, tmp_path)
+    with closing(open_warehouse(url, tmp_path)) as warehouse:
+        for _ in range(2):
+            with pytest.raises(Permanent, match="another program made the table events_part") as refused:
+                warehouse.ping()
+            assert "python -m app import-dwh URL" in refused.value.hint
+    with closing(open_warehouse("", tmp_path)) as warehouse, closing(opened(url)) as old:
+        assert [each.read for each in bring_over(old, warehouse, AT)] == [5, 1, 1]
+
+
+def test_the_command_brings_them_over(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    url = old_database(request, "sqlite", tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    before = (tmp_path / "old.db").read_bytes()
+    assert main(["import-dwh", url, "--json"]) == 1  # some rows are set aside
+    assert [each["new"] for each in json.loads(capsys.readouterr().out)["tables"]] == [2, 1, 1]
+    assert main(["import-dwh", f"sqlite:///{tmp_path}/none.db"]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+    assert (tmp_path / "old.db").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "old.db"]

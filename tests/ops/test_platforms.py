@@ -1,0 +1,54 @@
+"""What only Linux has is taken away; and what Windows is told."""
+
+import subprocess
+import sys
+
+from app.cli import unsupported
+from shell import Shell
+
+AS_ON_MACOS = """
+import os, sys
+from io import BytesIO
+from pathlib import Path
+import app.main
+from app.cli import main
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
+sys.platform = "darwin"
+for name in ("setxattr", "getxattr", "listxattr", "copy_file_range", "sched_getaffinity"):
+    if hasattr(os, name):
+        delattr(os, name)
+store = LocalDirectory(Path("data/objects"))
+store.probe()
+store.put("a/b", BytesIO(b"bytes"), Put(content_type="text/x", metadata={"m": "1"}))
+info = store.head("a/b")
+assert (info.size_bytes, info.content_type, dict(info.metadata)) == (5, "text/x", {"m": "1"}), info
+sys.exit(main(["run", "csv_inbox"]))
+"""
+
+
+def test_the_directory_and_the_inbox_work_with_what_only_linux_has_taken_away(shell: Shell) -> None:
+    inbox = shell.folder / "data" / "csv_inbox"
+    inbox.mkdir(parents=True)
+    (inbox / "one.csv").write_text("cluster_name,id\na,1\n")
+    (shell.folder / "config.json").write_text('{"checksum_wait_seconds": 0, "watch_dir": "data/csv_inbox"}')
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ON_MACOS],
+        env=shell.environ(),
+        cwd=shell.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "csv_inbox ok: 1 rows" in done.stdout
+    assert (shell.folder / "final_clusters_data.csv").read_text() == "cluster_name,id\na,1\n"
+
+
+def test_windows_is_told_in_one_line_what_to_do() -> None:
+    assert unsupported("posix") == ""
+    said = unsupported("nt")
+    assert "WSL 2" in said
+    assert "Docker" in said
+    assert "\n" not in said
