@@ -139,13 +139,13 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     """The product's job, run until nothing is left."""
     import logging
 
-    from app.cli import tune
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.db.state import open_state
     from app.influx_to_s3 import job
     from app.object_store.local import LocalDirectory
     from app.object_store.set_aside import SetAsideStore, folder_of
+    from app.ops.process import tune
 
     tune()
     logging.basicConfig(level=logging.WARNING)
@@ -175,7 +175,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
 
 def idle(_: str, __: Shape, ___: Path) -> Told:
     """Everything imported that an export needs, and nothing done."""
-    from app.cli import tune
+    from app.ops.process import tune
 
     tune()
     import numpy as np

@@ -3,6 +3,7 @@
 Each job appends to `trace.log` in DATA_DIR when it begins and ends, so that a test sees overlaps across processes.
 """
 
+import functools
 import os
 import sys
 import time
@@ -209,5 +210,5 @@ def shelf(parts: ServiceParts) -> Pipelines:
 if __name__ == "__main__":
     wiring = globals()[sys.argv[1]]
     build = main.build
-    main.build = lambda settings, _=None: build(settings, wiring)  # type: ignore[assignment]  # the one seam of serve
+    main.build = functools.partial(build, wiring=wiring)  # the one seam of serve
     sys.exit(cli.main(sys.argv[2:]))

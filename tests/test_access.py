@@ -1,8 +1,10 @@
 """API keys: what a line grants, who is let in, and that nothing else is."""
 
+import asyncio
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -11,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.value_types import GROUPS, SCOPES, parse_keys
-from app.core.errors import Rejected
+from app.core.errors import Rejected, Transient
+from app.db.state import DashboardSession
 from app.web.auth import (
     ADDRESSES,
     EVERYBODY,
@@ -19,6 +22,7 @@ from app.web.auth import (
     OPEN,
     Grant,
     Guard,
+    KeyRates,
     Keyring,
     RouteScopes,
     Throttle,
@@ -75,6 +79,12 @@ def test_a_key_is_good_through_the_day_it_names() -> None:
     assert line.startswith("temp@2026-02-07:read:")
     assert ring(line, now=datetime(2026, 2, 7, 23, 59, 59, tzinfo=UTC)).authenticate(secret)
     assert ring(line, now=datetime(2026, 2, 8, tzinfo=UTC)).authenticate(secret) is None
+
+
+def test_a_key_that_has_expired_already_is_not_made() -> None:
+    with pytest.raises(Rejected, match="2026-02-06 has passed"):
+        new_key("temp", "read", secrets.token_bytes, expires_on=date(2026, 2, 6), today=NOON.date())
+    assert new_key("temp", "read", secrets.token_bytes, expires_on=NOON.date(), today=NOON.date())
 
 
 def test_two_keys_of_a_name_live_side_by_side_with_their_own_scopes() -> None:
@@ -176,6 +186,26 @@ def test_neither_the_hash_nor_the_key_is_in_a_repr() -> None:
     assert str(entry.digest) not in text
 
 
+class Sessions:
+    """In memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, DashboardSession] = {}
+
+    def find(self, token_hash: str) -> DashboardSession | None:
+        return self.held.get(token_hash)
+
+    def begin(self, token_hash: str, begun: DashboardSession, _: datetime) -> None:
+        self.held[token_hash] = begun
+
+    def end(self, token_hash: str) -> None:
+        self.held.pop(token_hash, None)
+
+
+def guard_of(keyring: Keyring, per_second: float = 1000, **more: Any) -> Guard:
+    return Guard(keyring, lambda: NOON, Sessions(), KeyRates(per_second), **more)
+
+
 def tried(guard: Guard, key: str, address: str) -> int:
     """The status of a sign-in; through a Unix socket callers have no address."""
     try:
@@ -187,7 +217,7 @@ def tried(guard: Guard, key: str, address: str) -> int:
 
 def test_wrong_keys_of_one_address_lock_out_neither_another_address_nor_a_right_key() -> None:
     secret, line = new_key("ci", "admin", secrets.token_bytes)
-    guard = Guard(ring(line), lambda: NOON)
+    guard = guard_of(ring(line))
     assert [tried(guard, "wrong", "192.0.2.1") for _ in range(FAILURES_A_MINUTE + 2)] == [401] * 10 + [429] * 2
     assert tried(guard, "wrong", "192.0.2.2") == tried(guard, "wrong", "") == 401
     assert tried(guard, secret, "192.0.2.1") == 200
@@ -224,22 +254,22 @@ def called(method: str = "GET", **fields: str) -> dict[str, Any]:
 
 def refused(guard: Guard, call: dict[str, Any], methods: Mapping[str, str]) -> Refusal:
     with pytest.raises(Refused) as told:
-        guard.authorize(call, methods)
+        asyncio.run(guard.authorize(call, methods))
     return told.value.refusal
 
 
 def test_a_call_needs_a_key_of_the_scope_unless_it_is_open_to_all() -> None:
     secret, line = new_key("ci", "ops:read", secrets.token_bytes)
-    guard = Guard(ring(line), lambda: NOON)
+    guard = guard_of(ring(line))
     methods = {"GET": "ops:read", "POST": "ops:run", "DELETE": "", "PUT": OPEN}
     for method in ("GET", "POST", "DELETE", "HEAD"):
         assert refused(guard, called(method), methods).status == 401
     assert refused(guard, called(), {}).status == 401, "what is there is told to callers with a key only"
     opened = called("PUT")
-    guard.authorize(opened, methods)
+    asyncio.run(guard.authorize(opened, methods))
     assert "state" not in opened
     call = called(x_api_key=secret)
-    guard.authorize(call, methods)
+    asyncio.run(guard.authorize(call, methods))
     assert call["state"]["grant"].name == "ci"
     for method in ("POST", "DELETE"):
         assert refused(guard, called(method, x_api_key=secret), methods).status == 403
@@ -259,43 +289,109 @@ def test_the_first_route_of_a_path_and_method_counts_and_near_misses_are_no_rout
         assert scopes.of(path) == {}
 
 
+OTHER, APP, LIST = "https://other.example", "https://app.example", frozenset({"https://app.example"})
+
+
 @pytest.mark.parametrize(
-    ("site", "method", "is_refused"),
+    ("method", "fields", "origins", "is_refused"),
     [
-        ("", "POST", False),
-        ("none", "POST", False),
-        ("same-origin", "DELETE", False),
-        ("cross-site", "GET", False),
-        ("cross-site", "HEAD", False),
-        ("cross-site", "OPTIONS", False),
-        ("cross-site", "POST", True),
-        ("same-site", "PATCH", True),
-        ("same-site", "DELETE", True),
+        ("POST", {}, LIST, False),
+        ("POST", {"sec_fetch_site": "none"}, LIST, False),
+        ("DELETE", {"sec_fetch_site": "same-origin", "origin": "https://public.example"}, LIST, False),
+        ("GET", {"sec_fetch_site": "cross-site"}, LIST, False),
+        ("HEAD", {"sec_fetch_site": "cross-site"}, LIST, False),
+        ("POST", {"sec_fetch_site": "cross-site"}, LIST, True),
+        ("PATCH", {"sec_fetch_site": "same-site"}, LIST, True),
+        ("DELETE", {"sec_fetch_site": "same-site"}, LIST, True),
+        ("POST", {"origin": "http://here:8080"}, LIST, False),
+        ("POST", {"origin": "http://here"}, LIST, True),
+        ("POST", {"origin": "http://here:8080.other.example"}, LIST, True),
+        ("POST", {"origin": OTHER}, LIST, True),
+        ("POST", {"origin": "null"}, LIST, True),
+        ("POST", {"origin": OTHER, "sec_fetch_site": "cross-site"}, LIST, True),
+        ("POST", {"origin": APP, "sec_fetch_site": "cross-site"}, frozenset(), True),
+        ("POST", {"origin": APP, "sec_fetch_site": "cross-site"}, LIST, False),
+        ("POST", {"origin": OTHER, "sec_fetch_site": "cross-site"}, frozenset({"*"}), False),
     ],
 )
-def test_what_changes_something_may_not_come_from_a_page_of_another_site(
-    site: str,
+def test_what_changes_something_may_come_from_our_pages_and_allowed_ones_only(
     method: str,
+    fields: dict[str, str],
+    origins: frozenset[str],
     is_refused: bool,  # noqa: FBT001
 ) -> None:
     secret, line = new_key("ci", "admin", secrets.token_bytes)
-    guard = Guard(ring(line), lambda: NOON)
-    call = called(method, x_api_key=secret, **({"sec_fetch_site": site} if site else {}))
+    guard = guard_of(ring(line), origins=origins)
+    call = called(method, host="here:8080", x_api_key=secret, **fields)
     if is_refused:
         assert refused(guard, call, {method: "ops:run"}).status == 403
     else:
-        guard.authorize(call, {method: "ops:run"})
+        asyncio.run(guard.authorize(call, {method: "ops:run"}))
+
+
+def test_a_session_lasts_until_its_end_its_key_or_the_sign_out_and_serves_no_other_site() -> None:
+    secret, line = new_key("ci", "ops:read", secrets.token_bytes)
+    guard = guard_of(ring(line), origins=LIST)
+    grant = guard.sign_in(secret, called())
+    token = asyncio.run(guard.begin_session(grant))
+    assert token not in repr(guard.sessions)
+    signed_in = called(cookie=f"headwater_key={token}")
+    assert asyncio.run(guard.grant(signed_in)) == grant
+    assert asyncio.run(guard.grant(called(cookie=f"headwater_key={token}", origin=APP))) is None
+    _, other = new_key("ci", "ops:read", secrets.token_bytes)
+    for late in (
+        replace(guard, clock=lambda: NOON + timedelta(hours=12)),
+        replace(guard, keyring=ring(other)),
+        replace(guard, keyring=ring(line.replace("ci:", "ci@2026-02-06:", 1))),
+        replace(guard, sessions=Sessions()),
+    ):
+        assert refused(late, signed_in, {"GET": "ops:read"}).status == 401
+    leaving = called(cookie=f"headwater_key={token}")
+    asyncio.run(guard.end_session(leaving))
+    assert leaving["state"]["grant"].name == "ci", "the audit line names who signed out"
+    assert refused(guard, signed_in, {"GET": "ops:read"}).status == 401
+    assert refused(guard, called(cookie=f"headwater_key={secret}"), {"GET": "ops:read"}).status == 401, "a key is none"
+    asyncio.run(guard.end_session(signed_in))
+
+
+def test_a_session_that_cannot_be_looked_up_is_no_sign_out() -> None:
+    class Away(Sessions):
+        def find(self, _: str) -> DashboardSession | None:
+            raise Transient("the database is away", "wait")
+
+    _, line = new_key("ci", "ops:read", secrets.token_bytes)
+    guard = replace(guard_of(ring(line)), sessions=Away())
+    with pytest.raises(Transient):
+        asyncio.run(guard.authorize(called(cookie="headwater_key=x"), {"GET": "ops:read"}))
+
+
+def test_a_key_above_its_rate_is_told_when_to_come_back_and_others_are_not() -> None:
+    (one, first), (two, second) = (new_key(name, "ops:read", secrets.token_bytes) for name in ("one", "two"))
+    guard = guard_of(ring(first, second), per_second=2)
+    for _ in range(20):
+        asyncio.run(guard.authorize(called(x_api_key=one), {"GET": "ops:read"}))
+    told = refused(guard, called(x_api_key=one), {"GET": "ops:read"})
+    assert (told.status, told.headers) == (429, {"Retry-After": "1"})
+    asyncio.run(guard.authorize(called(x_api_key=two), {"GET": "ops:read"}))
+    asyncio.run(
+        replace(guard, clock=lambda: NOON + timedelta(seconds=0.5)).authorize(
+            called(x_api_key=one), {"GET": "ops:read"}
+        )
+    )
+    without = guard_of(ring(""), per_second=2)
+    for _ in range(50):
+        asyncio.run(without.authorize(called(host="localhost"), {"GET": "ops:read"}))
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8080", "127.0.0.1:80", "127.8.8.8", "[::1]", "[::1]:8080"])
 def test_without_keys_calls_to_this_machines_own_name_are_answered(host: str) -> None:
-    assert Guard(ring(""), lambda: NOON).grant(called(host=host)) == EVERYBODY
+    assert asyncio.run(guard_of(ring("")).grant(called(host=host))) == EVERYBODY
 
 
 @pytest.mark.parametrize("host", ["", "rebound.example", "localhost.rebound.example:80", "192.0.2.7", "[2001:db8::1]"])
 def test_without_keys_calls_to_other_names_are_answered_only_when_that_was_allowed(host: str) -> None:
-    assert refused(Guard(ring(""), lambda: NOON), called(host=host), {"GET": "ops:read"}).status == 403
-    assert Guard(ring(""), lambda: NOON, anonymous=True).grant(called(host=host)) == EVERYBODY
+    assert refused(guard_of(ring("")), called(host=host), {"GET": "ops:read"}).status == 403
+    assert asyncio.run(guard_of(ring(""), anonymous=True).grant(called(host=host))) == EVERYBODY
 
 
 @pytest.mark.parametrize(
@@ -307,11 +403,15 @@ def test_without_keys_calls_to_other_names_are_answered_only_when_that_was_allow
         ({b"authorization": "Basic one", b"x-api-key": "two"}, "two"),
         ({b"authorization": "Bearer one", b"x-api-key": "two", b"cookie": "headwater_key=three"}, "one"),
         ({b"x-api-key": "two", b"cookie": "headwater_key=three"}, "two"),
-        ({b"cookie": "a=b; headwater_key=three"}, "three"),
-        ({b"cookie": "key=three"}, ""),
-        ({b"cookie": "a\x00=b; headwater_key=three"}, ""),
+        ({b"cookie": "headwater_key=three"}, ""),
         ({}, ""),
     ],
 )
-def test_a_key_is_taken_from_the_first_of_three_places(fields: dict[bytes, str], key: str) -> None:
+def test_a_key_is_taken_from_the_first_of_two_places(fields: dict[bytes, str], key: str) -> None:
     assert presented(fields) == key
+
+
+@pytest.mark.parametrize("cookie", ["key=three", "a\x00=b; headwater_key=three", "headwater_key=", ""])
+def test_a_cookie_without_a_token_is_nobody(cookie: str) -> None:
+    _, line = new_key("ci", "ops:read", secrets.token_bytes)
+    assert asyncio.run(guard_of(ring(line)).grant(called(cookie=cookie))) is None

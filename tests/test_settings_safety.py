@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from app.config import NEW_KEY
 from app.config.environment import describe, secrets_of
-from app.config.rules import VARIABLES, loopback, network_file_system, warnings
+from app.config.rules import VARIABLES, locked, loopback, network_file_system, warnings
 from app.core.errors import BadSettings
 from given_settings import DIGEST, INFLUX, faults, loaded, secret
 
@@ -45,16 +46,29 @@ def test_user_and_password_in_a_url_are_refused_and_not_shown() -> None:
         assert "do not belong into a URL" in fault
 
 
-def test_a_public_host_without_keys_is_refused_and_says_how_to_fix_it() -> None:
-    (fault,) = faults(HOST="0.0.0.0")  # noqa: S104 - the very thing that must be refused
-    assert fault.startswith("HOST='0.0.0.0': ")
-    assert "python -m app keys new" in fault
-    assert "ALLOW_ANONYMOUS=true" in fault
-
-
-def test_a_public_host_starts_with_a_key_or_when_anonymous_access_was_said() -> None:
-    assert loaded(HOST="::", API_KEYS=f"ci:admin:{DIGEST}").service.host == "::"
-    assert loaded(HOST="example.org", ALLOW_ANONYMOUS="true").service.host == "example.org"
+@pytest.mark.parametrize(
+    ("variables", "own_server", "is_locked"),
+    [
+        ({}, True, False),
+        ({"HOST": "localhost"}, True, False),
+        ({"HOST": "0.0.0.0"}, True, True),  # noqa: S104 - what is locked
+        ({"HOST": "example.org", "ALLOW_ANONYMOUS": "true"}, True, False),
+        ({"HOST": "::", "API_KEYS": f"ci:admin:{DIGEST}"}, True, False),
+        ({}, False, True),
+        ({"ALLOW_ANONYMOUS": "true"}, False, False),
+        ({"API_KEYS": f"ci:admin:{DIGEST}"}, False, False),
+    ],
+)
+def test_what_others_may_reach_is_locked_without_keys_and_the_warning_says_how_to_unlock_it(
+    variables: dict[str, str],
+    own_server: bool,  # noqa: FBT001
+    is_locked: bool,  # noqa: FBT001
+) -> None:
+    settings = loaded(variables)
+    assert locked(settings, own_server=own_server) == is_locked
+    told = [line for line in warnings(settings, {}, own_server=own_server) if "is locked: " in line]
+    assert len(told) == is_locked
+    assert all(NEW_KEY in line and "ALLOW_ANONYMOUS=true" in line for line in told)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]", "localhost", "LOCALHOST.", "127.9.9.9"])
@@ -216,6 +230,7 @@ def test_anonymous_access_to_a_public_host_is_warned_of() -> None:
     with_keys = loaded(HOST="0.0.0.0", ALLOW_ANONYMOUS="true", API_KEYS=f"ci:admin:{DIGEST}")  # noqa: S104 - keys rule
     assert warnings(with_keys, {}) == []
     assert warnings(loaded(ALLOW_ANONYMOUS="true"), {}) == []
+    assert "reaches this server" in warnings(loaded(ALLOW_ANONYMOUS="true"), {}, own_server=False)[0]
 
 
 @pytest.mark.parametrize(

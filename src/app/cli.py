@@ -18,16 +18,12 @@ from datetime import UTC, date, datetime
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryFile
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from app.config import DOTENV
 from app.core.errors import AppError, BadSettings, did_you_mean
-
-if TYPE_CHECKING:
-    from app.config.settings import Settings
+from app.ops.process import configured, tune
 
 OK, FAILED, USAGE, BAD_SETTINGS = 0, 1, 2, 78
 EXIT_CODES = """0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage,
@@ -85,62 +81,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", f"{self.prog} --help")
 
 
-class Absent:
-    """Hides a package from all imports that follow; see `importlib.abc.MetaPathFinder`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, *_: object) -> None:
-        """Refuse the package, leave the others to the next finder."""
-        if name == self._name:
-            raise ModuleNotFoundError(f"{name} is not for this process", name=name)
-
-
-def tune() -> None:
-    """What a process of half a core and little memory wants; before anything heavy is imported."""
-    # Arrow's own pool keeps some 50 MiB that the system's allocator gives back.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    # numpy's linear algebra, which nothing here uses, would start a thread with buffers for each core.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # pyarrow and DuckDB import pandas wherever it is installed, 91 MiB for nothing: here it is never asked for.
-    sys.meta_path.insert(0, Absent("pandas"))
-
-
 def say(line: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{line}\n")
-
-
-def configured(
-    environ: Mapping[str, str] = os.environ, dotenv: Path | None = DOTENV, *, daemon: bool = False
-) -> "Settings":
-    """Settings of this environment, with logging set up: of a command on stderr, and not into the daemon's file."""
-    from app.config.environment import load_settings, secrets_of
-    from app.ops import logs
-
-    settings = load_settings(environ, dotenv)
-    service = settings.service
-    refuse_read_only(service.data_dir)
-    logs.configure(
-        service.log_level,
-        service.log_format if daemon else "text",
-        service.log_file if daemon else None,
-        secrets=secrets_of(settings),
-        stream=sys.stdout if daemon else sys.stderr,
-    )
-    return settings
-
-
-def refuse_read_only(data_dir: Path) -> None:
-    """Raises BadSettings when DATA_DIR cannot be written: what is written there first is otherwise blamed."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=data_dir):
-            pass
-    except OSError as error:
-        allowed = "allowed: a directory that this user can write to"
-        raise BadSettings([f"DATA_DIR='{data_dir}': {error.strerror}; {allowed}"]) from error
 
 
 def serve(*, port: int | None = None) -> int:
@@ -248,7 +191,10 @@ def new_key(*, name: str, scopes: Sequence[str], s3_prefix: str, expires: date |
     from app.ops import commands
     from app.web import auth
 
-    presented, line = auth.new_key(name, "+".join(scopes), secrets.token_bytes, s3_prefix=s3_prefix, expires_on=expires)
+    today = datetime.now(UTC).date()
+    presented, line = auth.new_key(
+        name, "+".join(scopes), secrets.token_bytes, s3_prefix=s3_prefix, expires_on=expires, today=today
+    )
     text = f"key, shown only now: {presented}\nadd to API_KEYS:     {line}"
     document = {"name": name, "key": presented, "api_keys_entry": line}
     commands.show(document, lambda: commands.line(text), as_json=as_json)

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
+from app.config import DOTENV
 from app.config.environment import use_network
+from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import Permanent
+from app.core.errors import BadSettings, Permanent
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
 from app.core.windows import Window
 from app.db.state import State, open_state
@@ -24,14 +27,15 @@ from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
 from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
-from app.ops.health import Check, Probes, Readiness
+from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
+from app.ops.process import configured, share_the_machine, tune
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
-from app.ops.service import Headwater, Pipelines, steps_of
+from app.ops.service import Headwater, Pipelines, announce, steps_of
 from app.web.app import Front
-from app.web.auth import Guard, Keyring, RouteScopes
+from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
 
 if TYPE_CHECKING:
@@ -72,6 +76,7 @@ class Inside:
     alerts: Alerts
     readiness: Readiness
     clock: Callable[[], datetime]
+    own_server: bool
 
 
 def front(service: Inside) -> Front:
@@ -80,7 +85,15 @@ def front(service: Inside) -> Front:
     access, limits = service.settings.access, service.settings.limits
     steps = steps_of(service.settings.service.shutdown_grace_seconds)
     probes = Probes(service.settings.service.version, service.scheduler, readiness, service.clock)
-    guard = Guard(Keyring(access.api_keys, service.clock), service.clock, access.allow_anonymous)
+    guard = Guard(
+        Keyring(access.api_keys, service.clock),
+        service.clock,
+        service.state.sessions,
+        KeyRates(limits.key_requests_per_second),
+        anonymous=access.allow_anonymous,
+        locked=locked(service.settings, own_server=service.own_server),
+        origins=frozenset(access.cors_origins),
+    )
 
     def opened() -> None:
         readiness.start()
@@ -92,14 +105,20 @@ def front(service: Inside) -> Front:
         readiness.close()
         service.analytics.close(steps.refresh)
         service.alerts.close()
-        stuck = service.scheduler.close(steps.stuck)
+        # Our own server has waited for the jobs before it closes this.
+        stuck = service.scheduler.close(steps.stuck if service.own_server else steps.jobs + steps.stuck)
         if stuck:
             log.warning("left behind in mid-run, the next start goes on from their checkpoints: %s", ", ".join(stuck))
         service.state.close()
         service.warehouse.close()
 
+    def bare_ready() -> ProbeAnswer:
+        """Without names of systems and what is wrong with them."""
+        answer = probes.ready()
+        return ProbeAnswer(answer.status, {"ready": answer.body["ready"], "checks": {}})
+
     return Front(
-        {"/health": probes.health, "/ready": probes.ready},
+        {"/health": probes.health, "/ready": bare_ready if guard.locked else probes.ready},
         guard,
         BodyLimits(limits.max_body_bytes, limits.max_upload_bytes, UPLOAD_PREFIXES, STREAM_PREFIXES),
         opened=opened,
@@ -365,8 +384,11 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
-    """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one."""
+def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> Headwater:
+    """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
+
+    `own_server` False: another ASGI server will serve it, at an address that is not known here.
+    """
     use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
@@ -396,7 +418,9 @@ def build(settings: Settings, wiring: Wiring = wire) -> Headwater:
         "dwh_connected": reached(warehouse.ping),
     }
     analytics = open_analytics(settings, state, store)
-    ops = Inside(settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now)
+    ops = Inside(
+        settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
+    )
     systems = [
         *stores_tried(settings, state, warehouse, store, pipelines.listed),
         *pipelines.systems,
@@ -605,3 +629,42 @@ def diagnosed(settings: Settings, ping: Check) -> Check:
         return checked(ping, settings.influx)
 
     return check
+
+
+# `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
+
+BAD_SETTINGS = 78
+NOT_ENFORCED = (
+    "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
+    "client that does not read its answer and the limit of connections, and it has no HEALTH_PORT and no LOG_FILE; "
+    "run `python -m app` to have them"
+)
+
+
+def foreign() -> Front:
+    """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
+    when the settings cannot work.
+    """
+    tune()
+    try:
+        settings = configured(daemon=True, file=False)  # several workers would write one file
+    except BadSettings as error:
+        sys.stderr.write("".join(f"{fault}\n" for fault in error.faults))
+        raise SystemExit(BAD_SETTINGS) from None
+    service = build(settings, own_server=False)
+    announce(service, os.environ, DOTENV, own_server=False)
+    log.warning("%s", NOT_ENFORCED)
+    share_the_machine()
+    return service.app
+
+
+if TYPE_CHECKING:
+    app: Front
+else:
+
+    def __getattr__(name: str) -> Front:
+        """`app`, the name that document 002 uses."""
+        if name != "app":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found = foreign()
+        return found

@@ -118,13 +118,20 @@ def test_the_dashboard_signs_in_with_a_cookie_that_scripts_and_other_sites_canno
     reply = guarded.post("/ops/session", {"key": key("ops-read")})
     assert reply.status == 204
     cookie = reply.headers["Set-Cookie"]
-    assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
+    assert {"HttpOnly", "SameSite=strict", "Path=/", "Max-Age=43200"} <= set(cookie.split("; "))
+    assert key("ops-read") not in cookie
     sent = {"Cookie": cookie.split(";")[0]}
     assert guarded.get("/ops/jobs", sent).status == 200
     assert guarded.get("/ops/session", sent).json["name"] == "ops-read"
     assert guarded.post("/ops/jobs/quick/run", headers={**sent, "Sec-Fetch-Site": "same-site"}).status == 403
+    assert guarded.call("DELETE", "/ops/session", headers={**sent, "Origin": "http://other.example"}).status == 403
     assert guarded.post("/ops/session", {"key": key("dwh-read")}).status == 403
-    assert "Max-Age=0" in guarded.call("DELETE", "/ops/session").headers["Set-Cookie"]
+    assert "Max-Age=0" in guarded.call("DELETE", "/ops/session", headers=sent).headers["Set-Cookie"]
+    assert guarded.get("/ops/jobs", sent).status == 401, "the session has ended, whoever kept its cookie"
+    lines = [json.loads(line) for line in guarded.log.splitlines() if '"app.audit"' in line]
+    found = {(line["who"], line["method"], line["path"], line["status"]) for line in lines}
+    assert {("ops-read", "POST", "/ops/session", 204), ("ops-read", "DELETE", "/ops/session", 204)} <= found
+    assert ("dwh-read", "POST", "/ops/session", 403) in found
 
 
 def test_ten_wrong_keys_a_minute_then_429_while_right_keys_go_on(daemons: Daemons) -> None:

@@ -33,12 +33,6 @@ def test_wrong_settings_end_with_78_and_one_line_each(shell: Shell) -> None:
     assert "EXPORT_WINDOW_SECONDS='7'" in done.stderr
 
 
-def test_a_public_host_without_keys_does_not_start(shell: Shell) -> None:
-    done = shell.run("", HOST="0.0.0.0")  # noqa: S104 - the point
-    assert done.returncode == 78
-    assert "API_KEYS" in done.stderr
-
-
 def test_a_data_dir_that_cannot_be_written_is_named(shell: Shell) -> None:
     (shell.folder / "file").write_text("")
     done = shell.run("", "serve", DATA_DIR=str(shell.folder / "file"))

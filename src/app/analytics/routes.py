@@ -25,7 +25,7 @@ from app.analytics.summaries import View
 from app.core.errors import AppError, Transient
 from app.ops.pages import SCRIPT, framed, serve
 from app.web.auth import needs
-from app.web.errors import Asgi, Receive, Refusal, Refused, Scope, Send, faults
+from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
 
 READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
@@ -43,6 +43,62 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+class ReportParameter(BaseModel):
+    """A parameter of a report."""
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+class ReportColumn(BaseModel):
+    """A column of a report's answer, with DuckDB's name of its type."""
+
+    name: str
+    type: str
+
+
+class DescribedReport(BaseModel):
+    """A report; `fault` says why it cannot be run."""
+
+    name: str
+    path: str
+    title: str
+    description: str
+    parameters: list[ReportParameter]
+    columns: list[ReportColumn]
+    formats: list[str]
+    from_summaries: bool
+    fault: dict[str, str] = {}
+
+
+class ReportListing(BaseModel):
+    """All reports."""
+
+    count: int
+    reports: list[DescribedReport]
+
+
+class DataColumn(BaseModel):
+    """A column of the data: how many objects hold it, and by type."""
+
+    name: str
+    types: dict[str, int]
+    objects: int
+
+
+class DataSummary(BaseModel):
+    """What the reports read."""
+
+    as_of: datetime
+    objects: int
+    rows: int
+    bytes: int
+    columns: list[DataColumn]
+    warnings: list[dict[str, str]]
+
+
 def build(analytics: Analytics) -> APIRouter:
     """All routes."""
     router = APIRouter(tags=["analytics"])
@@ -55,6 +111,7 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=READ,
         summary="All reports, with their parameters and columns",
         name="list_reports",
+        responses={200: {"model": ReportListing, "description": "the reports"}},
     )
     async def listing() -> Response:
         if not analytics.described:
@@ -67,6 +124,7 @@ def build(analytics: Analytics) -> APIRouter:
         openapi_extra=READ,
         summary="Columns of the data, and how much of it there is",
         name="read_schema",
+        responses={200: {"model": DataSummary, "description": "the columns"}},
     )
     async def schema() -> Response:
         return JSONResponse(_schema(analytics, await _view(analytics)))
@@ -102,7 +160,10 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             summary=report.title,
             description=report.description,
             openapi_extra={**READ, "parameters": _parameters(report)},
-            responses={**_answers({400: "more rows than the format may have"}), 304: {"description": "unchanged"}},
+            responses={
+                **_answers({400: "more rows than the format may have"}, report.answer),
+                304: {"description": "unchanged"},
+            },
             response_class=Response,
             include_in_schema=path == paths[0],
         )
@@ -134,8 +195,15 @@ def _parameter(parameter: Parameter) -> Mapping[str, Any]:
     return {"name": parameter.name, "in": "query", "schema": schema, "description": parameter.meaning, **required}
 
 
-def _answers(others: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+def _answers(others: Mapping[int, str], rows_name: str = "data") -> Answers:
+    row = {"type": "object", "additionalProperties": True, "example": {"device_id": "D1"}}
+    listed = {
+        "type": "object",
+        "required": ["count", rows_name],
+        "properties": {"count": {"type": "integer", "minimum": 0}, rows_name: {"type": "array", "items": row}},
+    }
     content: dict[str, Any] = {media.split(";")[0]: {} for media in MEDIA.values()}
+    content[MEDIA["json"]] = {"schema": row if rows_name == "object" else listed}
     unread = {502: "the objects cannot be read", 503: "the objects are not listed yet, or the query took too long"}
     return {200: {"description": "the answer", "content": content}, **faults({**others, **unread})}
 

@@ -132,6 +132,18 @@ def loopback(host: str) -> bool:
         return host.rstrip(".").lower() == "localhost"
 
 
+UNLOCK = f"run `{NEW_KEY}`, set API_KEYS to the line it prints, and start again"
+
+
+def locked(settings: Settings, *, own_server: bool = True) -> bool:
+    """Whether only probes are answered: others may reach the service and nothing says who may call.
+
+    `own_server` False: another ASGI server listens, so HOST says nothing about who can reach it.
+    """
+    access = settings.access
+    return not (access.api_keys or access.allow_anonymous or (own_server and loopback(settings.service.host)))
+
+
 def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractSet[str]) -> Iterator[str]:
     """One line per rule that does not hold. `names` are set; no value of a name that was `refused` is compared."""
     for given, needed in NEEDS:
@@ -143,8 +155,6 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
     yield from _drive(names)
     if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
         yield from _lease(settings.lease)
-    if not refused & {"HOST", "API_KEYS", "ALLOW_ANONYMOUS"}:
-        yield from _public_host(settings)
     if not refused & {"PORT", "HEALTH_PORT"}:
         yield from _ports(settings.service)
 
@@ -183,28 +193,32 @@ def _lease(lease: LeaseSettings) -> Iterator[str]:
         )
 
 
-def _public_host(settings: Settings) -> Iterator[str]:
-    host = settings.service.host
-    if loopback(host) or settings.access.api_keys or settings.access.allow_anonymous:
-        return
-    yield (
-        f"HOST='{host}': others can reach this address and API_KEYS is not set; run `{NEW_KEY}` and "
-        "set API_KEYS to the line it prints, or set HOST=127.0.0.1, or say ALLOW_ANONYMOUS=true"
-    )
-
-
 def _ports(service: ServiceSettings) -> Iterator[str]:
     if service.health_port == service.port:
         yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
 
 
 def warnings(
-    settings: Settings, environ: Mapping[str, str], in_file: Mapping[str, str] = MappingProxyType({})
+    settings: Settings,
+    environ: Mapping[str, str],
+    in_file: Mapping[str, str] = MappingProxyType({}),
+    *,
+    own_server: bool = True,
 ) -> list[str]:
     """What a person should look at before relying on this configuration; `in_file` is what `.env` sets."""
     found = list(_near_misses({**in_file, **environ}))
-    if settings.access.allow_anonymous and not settings.access.api_keys and not loopback(settings.service.host):
-        found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {settings.service.host} may read, write and delete")
+    host = settings.service.host if own_server else "this server"
+    if locked(settings, own_server=own_server):
+        found.append(
+            f"others may reach {host} and API_KEYS is not set, so all but the jobs, /health and /ready is locked: "
+            f"{UNLOCK}; or {'set HOST=127.0.0.1, or ' * own_server}set ALLOW_ANONYMOUS=true"
+        )
+    elif settings.access.allow_anonymous and not settings.access.api_keys and not (own_server and loopback(host)):
+        found.append(f"ALLOW_ANONYMOUS=true: everybody who reaches {host} may read, write and delete")
+    if "*" in settings.access.cors_origins and not settings.access.api_keys:
+        found.append(
+            "CORS_ORIGINS=*: without API_KEYS every web page that is open in a browser here may read and write"
+        )
     if environ.get("RAILWAY_ENVIRONMENT_NAME"):
         found.extend(_railway(settings, environ))
     urls = {"CHECKPOINT_DB_HOST": settings.checkpoint.url, "DWH_DATABASE_URL": settings.dwh.database_url}

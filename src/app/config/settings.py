@@ -132,7 +132,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     debug: Flag = variable("DEBUG", default=False)
     """Log at level DEBUG, whatever LOG_LEVEL says."""
     host: Host = variable("HOST", default="127.0.0.1")
-    """Address to listen on; one that others can reach needs API_KEYS."""
+    """Address to listen on; without API_KEYS, one that others can reach is locked."""
     port: int = variable("PORT", default=8080, ge=1, le=65_535)
     """Port to listen on; platforms such as Railway set it."""
     health_port: int | None = variable("HEALTH_PORT", default=None, unset="none", ge=1, le=65_535)
@@ -157,16 +157,16 @@ class ServiceSettings(SettingsGroup, title="Service"):
 
 
 class AccessSettings(SettingsGroup, title="Access"):
-    """Who may call. Without keys and without `allow_anonymous` the host is loopback, that is checked at the start."""
+    """Who may call. Without keys and without `allow_anonymous`, what others can reach is locked: `rules.locked`."""
 
-    api_keys: ApiKeys = variable("API_KEYS", default=(), unset="loopback only")
-    """Who may call: lines that `python -m app keys new` prints; only hashes stand here."""
+    api_keys: ApiKeys = variable("API_KEYS", default=(), unset="this machine only; locked where others can reach it")
+    """Who may call: lines that `python -m app keys new admin --scopes admin` prints; they hold only hashes."""
     allow_anonymous: Flag = variable("ALLOW_ANONYMOUS", default=False)
     """Serve a public HOST without keys: everybody may write."""
     forwarded_allow_ips: Texts = variable("FORWARDED_ALLOW_IPS", default=("127.0.0.1",))
     """Proxies whose X-Forwarded-For is trusted; set it to the proxy's address, or rate limits apply to the proxy."""
     cors_origins: Origins = variable("CORS_ORIGINS", default=(), unset="none")
-    """Web pages of other origins that may call the API."""
+    """Web pages of other origins that may call the API with a key."""
 
 
 class LimitSettings(SettingsGroup, title="Limits"):
@@ -174,6 +174,8 @@ class LimitSettings(SettingsGroup, title="Limits"):
 
     max_body_bytes: int = variable("MAX_BODY_BYTES", default=16_000_000, ge=1024, le=GIB)
     """Largest JSON body; memory grows with it."""
+    key_requests_per_second: float = variable("KEY_REQUESTS_PER_SECOND", default=500, ge=1, le=1_000_000)
+    """Requests of one key, on average over ten seconds; more are answered 429."""
     max_upload_bytes: int = variable("MAX_UPLOAD_BYTES", default=5 * GIB, ge=1, le=5120 * GIB)
     """Largest upload to /s3; uploads are streamed, so this guards the bucket and not the memory."""
 

@@ -229,9 +229,11 @@ def _column_types(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _origin(text: str) -> str:
-    if text != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", text):
+    """As browsers write it: in lower case, without the scheme's own port."""
+    if text != "*" and not re.fullmatch(r"(?i:https?)://[^/\s@?#]+", text):
         raise ValueError
-    return text
+    text = text.lower()
+    return text.removesuffix(":443" if text.startswith("https:") else ":80")
 
 
 def _log_file(text: str) -> Path | None:
@@ -472,7 +474,11 @@ TimeZone = Annotated[str, AfterValidator(_timezone), Allowed("a name of the IANA
 ApiKeys = Annotated[
     tuple[KeyEntry, ...],
     PlainValidator(parse_keys),
-    Allowed("lines of `python -m app keys new`, separated by commas or newlines", obvious=True, secret=True),
+    Allowed(
+        "lines that `python -m app keys new admin --scopes admin` prints, separated by commas or newlines",
+        obvious=True,
+        secret=True,
+    ),
 ]
 SecretUrl = Annotated[SecretStr, BeforeValidator(_called), Allowed("https://host/path", secret=True)]
 JobUrls = Annotated[

@@ -42,6 +42,41 @@ class SqlPauses:
         self._queries.run("resume", job=job)
 
 
+@dataclass(frozen=True, slots=True)
+class DashboardSession:
+    """A sign-in by a key, which is known by its name and SHA-256 (hex)."""
+
+    key_name: str
+    key_hash: str
+    ends_at: datetime
+
+
+class SqlSessions:
+    """Who is signed in, by the SHA-256 of a token. Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def find(self, token_hash: str) -> DashboardSession | None:
+        """The session, also one that has ended by itself; None when there is none."""
+        return next((DashboardSession(**row) for row in self._queries.rows("session", token_hash=token_hash)), None)
+
+    def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
+        """Keep a session; those that ended before `now` are forgotten."""
+        self._queries.run("forget_sessions", now=now)
+        self._queries.run(
+            "begin_session",
+            token_hash=token_hash,
+            key_name=begun.key_name,
+            key_hash=begun.key_hash,
+            ends_at=begun.ends_at,
+        )
+
+    def end(self, token_hash: str) -> None:
+        """Forget a session. Idempotent."""
+        self._queries.run("end_session", token_hash=token_hash)
+
+
 # Alerts that were sent and are not over yet: known to every process, and after every restart.
 #
 # Invariant: beginning and ending an alert is each one statement that only one caller gets a True for, so of several
@@ -340,6 +375,7 @@ class State:
     layouts: SqlLayouts
     summaries: SqlSummaries
     pauses: SqlPauses
+    sessions: SqlSessions
     pulls: SqlPulls
     alerts: SqlAlerts
     requests: SqlRequestCounts
@@ -383,6 +419,7 @@ def open_state(url: str, data_dir: Path) -> State:
         layouts=SqlLayouts(queries),
         summaries=SqlSummaries(queries),
         pauses=SqlPauses(queries),
+        sessions=SqlSessions(queries),
         pulls=SqlPulls(queries),
         alerts=SqlAlerts(queries),
         requests=SqlRequestCounts(queries),

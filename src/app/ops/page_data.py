@@ -31,7 +31,7 @@ from app.ops.scheduler import Scheduler
 from app.ops.summary import HISTORY, Seen, problems_of, summary_of
 from app.ops.verification import Proofs
 from app.web.auth import needs
-from app.web.errors import Refusal, Refused
+from app.web.errors import Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -120,7 +120,12 @@ def _summary(router: APIRouter, parts: PageParts) -> None:
         found: dict[str, Any] = seen_now(parts, zone_of(tz), summary_of)
         return found
 
-    @router.post("/ops/problems/{problem_id}/dismiss", openapi_extra=RUN, summary="Put a problem away", status_code=200)
+    @router.post(
+        "/ops/problems/{problem_id}/dismiss",
+        openapi_extra=RUN,
+        summary="Put a problem away",
+        responses=faults({404: "there is no such problem", 409: "only what was set aside can be dismissed"}),
+    )
     def dismiss(problem_id: str, request: Request) -> dict[str, Any]:
         problems = seen_now(parts, UTC, problems_of)
         found = next((each for each in problems if each.problem_id == problem_id), None)
@@ -278,7 +283,7 @@ def _run(router: APIRouter, parts: PageParts) -> None:
         "/ops/runs/{run_id}",
         openapi_extra=READ,
         summary="One run: its ledger, its windows, and the runs beside it",
-        responses=answered_with(RUN_DETAIL, "the run"),
+        responses={**answered_with(RUN_DETAIL, "the run"), **faults({404: "no run has this id"})},
     )
     def run_detail(run_id: str) -> dict[str, Any]:
         run = found(run_id)
@@ -303,7 +308,7 @@ def _run(router: APIRouter, parts: PageParts) -> None:
         "/ops/runs/{run_id}/log",
         openapi_extra=READ,
         summary="The log lines of a run",
-        responses=answered_with(LOG, "lines, oldest first"),
+        responses={**answered_with(LOG, "lines, oldest first"), **faults({404: "no run has this id"})},
     )
     def run_log(
         run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"

@@ -104,7 +104,7 @@ def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:
 
     @router.get("/", openapi_extra=needs(OPEN))
     async def dashboard(request: Request) -> Response:
-        if not _may_see(guard, request):
+        if not await _may_see(guard, request):
             return page("", "", shown=False)
         try:
             known = await run_in_threadpool(overview)
@@ -113,11 +113,11 @@ def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:
         return page(job_rows(known), off_rows(known), shown=True)
 
 
-def _may_see(guard: Guard, request: Request) -> bool:
+async def _may_see(guard: Guard, request: Request) -> bool:
     """Whether the caller may see jobs. A wrong key counts as everywhere and sees the page without them."""
     try:
-        grant = guard.grant(request.scope)
-    except Refused:
+        grant = await guard.grant(request.scope)
+    except (Refused, AppError):
         return False
     return grant is not None and grant.allows(SCOPE)
 

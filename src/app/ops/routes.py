@@ -7,7 +7,7 @@ work, reads whole windows or writes needs `ops:run`.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -49,8 +49,8 @@ from app.ops.page_data import recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.ops.verification import Proofs, Result, shown
-from app.web.auth import COOKIE, OPEN, Guard, needs, unauthorized
-from app.web.errors import Refusal, Refused, faults
+from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
+from app.web.errors import Answers, Refusal, Refused, faults
 
 READ = needs("ops:read")
 RUN = needs("ops:run")
@@ -104,8 +104,24 @@ class Part(Span):
     partition: str | None = Field(default=None, max_length=300)
 
 
+class Liveness(BaseModel):
+    """What /health answers."""
+
+    status: Literal["healthy", "unhealthy"]
+    version: str
+    timestamp: datetime
+
+
+class ReadyChecks(BaseModel):
+    """What /ready answers: each check by name, and what those that succeed say beside that."""
+
+    ready: bool
+    checks: dict[str, bool] = Field(examples=[{"worker_running": True, "s3_accessible": True}])
+    notes: dict[str, str] = {}
+
+
 class SignIn(BaseModel):
-    """A key, as `python -m app keys new` showed it."""
+    """A key, as it was shown when it was made."""
 
     model_config = ConfigDict(extra="forbid")
     key: SecretStr = Field(max_length=200)
@@ -125,13 +141,17 @@ def build(ops: Operations) -> APIRouter:
 def _probes(router: APIRouter, probes: Probes) -> None:
     """Answered by the front before they get here; these stand for the documentation."""
 
-    @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness")
+    @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
         return _answer(probes.health())
 
-    @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check")
+    @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
         return _answer(probes.ready())
+
+
+def _probed(model: type[BaseModel]) -> Answers:
+    return {200: {"model": model, "description": "yes"}, 503: {"model": model, "description": "no"}}
 
 
 def _answer(answer: ProbeAnswer) -> Response:
@@ -146,21 +166,26 @@ def _session(router: APIRouter, guard: Guard) -> None:
             hint = "use one with the scope ops:read for the dashboard, analytics:read for /analytics/explore"
             raise Refused(Refusal(403, "this key may not see any page", hint))
         response = Response(status_code=204)
-        secure = request.url.scheme == "https"
         response.set_cookie(
-            COOKIE, sent.key.get_secret_value(), httponly=True, samesite="strict", secure=secure, path="/"
+            COOKIE,
+            await guard.begin_session(grant),
+            max_age=int(SESSION.total_seconds()),
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
         )
         return response
 
     @router.delete("/ops/session", openapi_extra=EVERYBODY, summary="Sign out", status_code=204)
-    async def sign_out() -> Response:
+    async def sign_out(request: Request) -> Response:
+        await guard.end_session(request.scope)
         response = Response(status_code=204)
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return response
 
     @router.get("/ops/session", openapi_extra=EVERYBODY, summary="Who is signed in, and what the key may do")
     async def who(request: Request) -> dict[str, Any]:
-        grant = guard.grant(request.scope)
+        grant = await guard.grant(request.scope)
         if grant is None:
             raise Refused(unauthorized("nobody is signed in"))
         return {"name": grant.name, "scopes": sorted(grant.scopes), "keys": bool(guard.keyring)}

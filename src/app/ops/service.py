@@ -18,6 +18,7 @@ from app.core.windows import Window
 from app.db.state import State
 from app.ops.connection_checks import System
 from app.ops.json_views import Calls
+from app.ops.process import share_the_machine
 from app.ops.scheduler import Backfill, Scheduler
 from app.web.app import Front
 
@@ -112,8 +113,6 @@ class Headwater:
 
 # The daemon: a built service, served until a signal, and then ended in order.
 
-# A job that computes holds the interpreter for this long at most before a request gets its turn.
-SWITCH_SECONDS = 0.002
 CANNOT_LISTEN = 3
 
 
@@ -167,15 +166,10 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
 
     settings = service.settings
     refuse_taken_ports(settings.service)
-    for warning in warnings(settings, environ, read_dotenv(dotenv)[0]):
-        log.warning("%s", warning)
-    for job in service.pipelines.jobs:
-        if job.off:
-            log.info("job %s is off: %s", job.name, job.off)
+    announce(service, environ, dotenv)
     log.info("%s %s on %s", settings.service.title, settings.service.version, link(settings))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    sys.setswitchinterval(SWITCH_SECONDS)
-    give_back_large_blocks()
+    share_the_machine()
     serve(
         service.app,
         host=settings.service.host,
@@ -188,27 +182,10 @@ def run_daemon(service: Headwater, environ: Mapping[str, str], dotenv: Path | No
     )
 
 
-# The C library's allocator, told to give large blocks back to the system as soon as they are free.
-#
-# Left alone, glibc raises the size from which it does so with each large block that is freed, up to 32 MiB; the
-# parts of uploads and the buffers of tables then stay in its heaps, and the daemon keeps some 35 MiB more than it
-# uses. It would also make a heap for each of a dozen threads, which each keep what is free in it; on half a core
-# two are enough.
-
-LARGE_BYTES = 1 << 20
-TOP_BYTES = 16 << 20  # less than this makes the heap shrink and grow with every block of a body
-HEAPS = 2
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-
-
-def give_back_large_blocks() -> None:
-    """For the whole process. Does nothing where the C library is another."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-        mallopt(M_TRIM_THRESHOLD, TOP_BYTES)
-        mallopt(M_ARENA_MAX, HEAPS)
+def announce(service: Headwater, environ: Mapping[str, str], dotenv: Path | None, *, own_server: bool = True) -> None:
+    """Log what a person should look at, and which jobs are off."""
+    for warning in warnings(service.settings, environ, read_dotenv(dotenv)[0], own_server=own_server):
+        log.warning("%s", warning)
+    for job in service.pipelines.jobs:
+        if job.off:
+            log.info("job %s is off: %s", job.name, job.off)

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 
@@ -21,33 +21,96 @@ from app.core.errors import AppError, Permanent
 from app.web.auth import OPEN, RouteScopes, needs
 from app.web.errors import ErrorAnswer, Refusal, Refused, Send, faults, refusal_of
 
+ERROR = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
 PAGE_PARTS = {
     "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
     "swagger-ui.css": "text/css; charset=utf-8",
     "redoc.standalone.js": "text/javascript; charset=utf-8",
 }
+LOGO_ELSEWHERE = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
 SEE_DOCS = "correct the request; /docs shows its shape"
 ANYWHERE = faults({422: "a parameter or the body is wrong: it is named"})
-WITH_KEY = {401: "no key, or one that is not known", 403: "the key lacks the scope"}
+WITH_KEY = {
+    401: "no key, or one that is not known",
+    403: "the key lacks the scope",
+    429: "too many requests with this key, or too many at once: come back after Retry-After",
+    503: "a system that is needed cannot be reached: send the same request again after Retry-After",
+}
+WITH_BODY = {408: "the body did not arrive in time", 413: "the body is larger than allowed"}
+KEYS = {
+    "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key of API_KEYS."},
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "The same key as `Authorization: Bearer`."},
+}
+TEXTS = {"text/csv": "device_id,voltage\nD1,230.5\n", "application/x-ndjson": '{"device_id": "D1", "voltage": 230.5}\n'}
+BY_FORMAT = {
+    "date-time": "2026-02-07T11:26:00Z",
+    "date": "2026-02-07",
+    "uuid": "0b1c6a6e-7c1d-4f2a-9d57-2f6f0a9a1b11",
+    "uri": "https://example.org/",
+}
+BY_TYPE = {"string": "text", "integer": 1, "number": 1.5, "boolean": True, "null": None}
 log = logging.getLogger(__name__)
 
 
 class HeadwaterApi(FastAPI):
-    """FastAPI, whose document also names what is decided in front of it: keys and scopes."""
+    """FastAPI, whose document also says what is decided in front of it, keys, scopes and limits, and has an example of
+    every answer.
+    """
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""
         if not self.openapi_schema:
-            reference = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}}}
-            for methods in super().openapi()["paths"].values():
+            document = super().openapi()
+            document["components"]["securitySchemes"] = KEYS
+            for methods in document["paths"].values():
                 for operation in methods.values():
-                    answers = operation["responses"]
-                    if operation.get("x-scope") != OPEN:
-                        for status, meaning in WITH_KEY.items():
-                            answers.setdefault(str(status), {"description": meaning, "content": reference})
-                    if "parameters" not in operation and "requestBody" not in operation:
-                        answers.pop("422", None)
+                    _complete(operation, document["components"]["schemas"])
         return super().openapi()
+
+
+def _complete(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
+    """Add the statuses of what stands before the route, the keys that it takes, and examples."""
+    scope, answers = operation.get("x-scope", ""), operation["responses"]
+    operation["security"] = [] if scope == OPEN else [{name: []} for name in KEYS]
+    if scope != OPEN:
+        operation["description"] = f"{operation.get('description', '')}\n\nScope: `{scope}`.".strip()
+    meanings = {**(WITH_KEY if scope != OPEN else {}), **(WITH_BODY if "requestBody" in operation else {})}
+    for status, meaning in meanings.items():
+        answers.setdefault(str(status), {"description": meaning, "content": {"application/json": {"schema": ERROR}}})
+    if "parameters" not in operation and "requestBody" not in operation:
+        answers.pop("422", None)
+    for answer in answers.values():
+        for media, content in answer.get("content", {}).items():
+            if media == "application/json":
+                schema = content.get("schema") or {"type": "object"}
+                error = {"error": {"message": answer["description"], "hint": "what to do next"}}
+                content.setdefault("example", error if schema == ERROR else example_of(schema, schemas))
+                content["schema"] = schema
+            elif media in TEXTS:
+                content.setdefault("schema", {"type": "string"})
+                content.setdefault("example", TEXTS[media])
+            else:
+                content.setdefault("schema", {"type": "string", "format": "binary"})
+
+
+def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
+    """A value that `schema` allows; `schemas` are those that it may name."""
+    if "$ref" in schema:
+        return example_of(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    given = [schema[name] for name in ("example", "const", "default") if name in schema]
+    given += [schema[name][0] for name in ("examples", "enum") if schema.get(name)]
+    given += [example_of(schema[name][0], schemas) for name in ("anyOf", "oneOf", "allOf") if schema.get(name)]
+    if given:
+        return given[0]
+    kinds = schema.get("type", "object")
+    kind = kinds[0] if isinstance(kinds, list) else kinds
+    if kind == "object":
+        named = {name: example_of(each, schemas) for name, each in schema.get("properties", {}).items()}
+        more = schema.get("additionalProperties")
+        return {"name": example_of(more, schemas)} if isinstance(more, dict) and not named else named
+    if kind == "array":
+        return [example_of(schema["items"], schemas)] if schema.get("items") else []
+    return BY_FORMAT.get(schema.get("format", ""), BY_TYPE[kind])
 
 
 def build_api(title: str, version: str, description: str, routers: Sequence[APIRouter]) -> FastAPI:
@@ -111,6 +174,7 @@ def _documentation(api: FastAPI) -> APIRouter:
             swagger_js_url="docs/swagger-ui-bundle.js",
             swagger_css_url="docs/swagger-ui.css",
             swagger_favicon_url="assets/icon.svg",
+            swagger_ui_parameters={"validatorUrl": None},  # a validator of somebody else's would be asked otherwise
         )
 
     @router.get("/redoc", openapi_extra=read)
@@ -130,10 +194,11 @@ def _documentation(api: FastAPI) -> APIRouter:
     folder = Path(spec.origin).parent / "static"
 
     @router.get("/docs/{name}", openapi_extra=read)
-    def part(name: str) -> FileResponse:
+    def part(name: str) -> Response:
         if name not in PAGE_PARTS:
             raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
-        return FileResponse(folder / name, media_type=PAGE_PARTS[name])
+        content = (folder / name).read_bytes().replace(LOGO_ELSEWHERE, b"assets/icon.svg")
+        return Response(content, media_type=PAGE_PARTS[name])
 
     return router
 

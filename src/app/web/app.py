@@ -8,13 +8,26 @@ work are those of the lifespan.
 import asyncio
 import gc
 import logging
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from app.core.errors import AppError
 from app.ops.health import ProbeAnswer
-from app.web.auth import SAFE_METHODS, Guard, RouteScopes
-from app.web.errors import BROKEN, BROKEN_HINT, Asgi, Receive, Refusal, Refused, Scope, Send, send_json, send_refusal
+from app.web.auth import LOCKED, SAFE_METHODS, Guard, Methods, RouteScopes
+from app.web.errors import (
+    BROKEN,
+    BROKEN_HINT,
+    Asgi,
+    Receive,
+    Refusal,
+    Refused,
+    Scope,
+    Send,
+    refusal_of,
+    send_json,
+    send_refusal,
+)
 from app.web.limits import BodyLimits
 
 SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -32,6 +45,7 @@ HEADERS = (
 )
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 AUDITED_CHARACTERS = 300
+FIELD_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2000}")
 log = logging.getLogger(__name__)
 audit = logging.getLogger("app.audit")
 
@@ -62,7 +76,7 @@ class Front:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, _sealed(scope, send))
+            await self._http(scope, receive, _sealed(scope, send, self._guard))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -72,7 +86,8 @@ class Front:
             log.error("the service cannot start: %s", error)  # noqa: TRY400 - the message says it all
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        self._build()
+        if not self._guard.locked:
+            self._build()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await asyncio.to_thread(self._close)
@@ -95,7 +110,7 @@ class Front:
         return self._api
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         probe = self._probes.get(path)
         if probe is not None and scope["method"] in ("GET", "HEAD"):
             answer = probe()
@@ -103,6 +118,9 @@ class Front:
             return
         if scope["method"] not in SAFE_METHODS:
             send = _audited(scope, send)
+        if self._guard.locked:
+            await send_refusal(send, LOCKED)
+            return
         started = False
 
         async def noted(message: MutableMapping[str, Any]) -> None:
@@ -113,10 +131,15 @@ class Front:
         try:
             api, scopes = await asyncio.shield(self._build())
             # A path with a slash too many is FastAPI's to redirect.
-            self._guard.authorize(scope, scopes.of(path) or scopes.of(path.rstrip("/")))
+            methods = scopes.of(path) or scopes.of(path.rstrip("/"))
+            if preflight := _preflight(scope, methods, self._guard):
+                await noted({"type": "http.response.start", "status": 204, "headers": preflight})
+                await noted({"type": "http.response.body"})
+                return
+            await self._guard.authorize(scope, methods)
             await self._limits.call(api, scope, receive, noted)
-        except Refused as refused:
-            await send_refusal(noted, refused.refusal)
+        except (Refused, AppError) as error:
+            await send_refusal(noted, refusal_of(error))
         finally:
             if not started:
                 log.error("%s %s: no answer was given", scope["method"], path)
@@ -138,15 +161,38 @@ def _audited(scope: Scope, send: Send) -> Send:
     return audited
 
 
-def _sealed(scope: Scope, send: Send) -> Send:
-    """`send` with the security headers on each answer; what the application set itself stays."""
+def _preflight(scope: Scope, methods: Methods, guard: Guard) -> list[tuple[bytes, bytes]]:
+    """What a browser that asks before a call of another site's page is told; empty for anything else."""
+    fields = dict(scope["headers"])
+    asked = fields.get(b"access-control-request-headers", b"")
+    if (
+        scope["method"] != "OPTIONS"
+        or b"access-control-request-method" not in fields
+        or not guard.allowed_origin(scope)
+    ):
+        return []
+    return [
+        (b"access-control-allow-methods", ", ".join(sorted(methods)).encode()),
+        (b"access-control-allow-headers", asked if FIELD_NAMES.fullmatch(asked) else b""),
+        (b"access-control-max-age", b"600"),
+    ]
+
+
+def _sealed(scope: Scope, send: Send, guard: Guard) -> Send:
+    """`send` with the security headers on each answer, and those that let an allowed page of another site read it; what
+    the application set itself stays.
+    """
     policy = POLICIES.get(scope["path"], SAFE).encode()
     added = [*HEADERS, (b"content-security-policy", policy), *([HSTS] if scope["scheme"] == "https" else [])]
+    if guard.origins:
+        added.append((b"vary", b"Origin"))
+    if origin := guard.allowed_origin(scope):
+        added += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"access-control-expose-headers", b"*")]
 
     async def sealed(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             held = list(message.get("headers", ()))
-            names = {name.lower() for name, _ in held}
+            names = {name.lower() for name, _ in held} - {b"vary"}
             message = {**message, "headers": [*held, *(each for each in added if each[0] not in names)]}
         await send(message)
 

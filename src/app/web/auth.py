@@ -1,5 +1,6 @@
 """API keys, and who may call which route."""
 
+import asyncio
 import hashlib
 import hmac
 import math
@@ -7,14 +8,19 @@ import re
 from base64 import urlsafe_b64encode
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
+from secrets import token_urlsafe
+from typing import Protocol
+from urllib.parse import urlsplit
 
 from app.config import NEW_KEY
-from app.config.rules import loopback
+from app.config.rules import UNLOCK, loopback
 from app.config.value_types import KEY_NAME, SCOPES, KeyEntry, parse_keys
 from app.core.errors import Rejected
+from app.db.state import DashboardSession
 from app.web.errors import Refusal, Refused, Scope
 
 # API keys: making them, and telling who presents one.
@@ -30,11 +36,15 @@ NOBODY = KeyEntry("", frozenset(), "", bytes(hashlib.sha256().digest_size))
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Who calls and what they may do. S3 scopes reach only keys that start with `s3_prefix`; "" = all."""
+    """Who calls and what they may do. S3 scopes reach only keys that start with `s3_prefix`; "" = all.
+
+    `key_hash` is the SHA-256 of the key, hex; "" for nobody's.
+    """
 
     name: str
     scopes: frozenset[str]
     s3_prefix: str = ""
+    key_hash: str = field(default="", repr=False, compare=False)
 
     def allows(self, scope: str) -> bool:
         """True when exactly this scope was granted; groups were opened when the key was read."""
@@ -57,11 +67,17 @@ class Keyring:
         """The grant of the key that is `presented` and not expired; None for anything else, whatever it is."""
         match = PRESENTED.fullmatch(presented[: MAX_PRESENTED_CHARACTERS + 1])
         entries = self._by_name.get(match[1], []) if match else []
-        digest = _digest(presented if match else "")
+        return self._living(entries or [NOBODY], _digest(presented if match else ""))
+
+    def grant_of(self, name: str, key_hash: str) -> Grant | None:
+        """The grant of the key with this name and hash; None when it is gone or has expired."""
+        return self._living(self._by_name.get(name, []), bytes.fromhex(key_hash))
+
+    def _living(self, entries: Iterable[KeyEntry], digest: bytes) -> Grant | None:
         grant = None
-        for entry in entries or [NOBODY]:
+        for entry in entries:
             if hmac.compare_digest(digest, entry.digest) and self._alive(entry):
-                grant = Grant(entry.name, entry.scopes, entry.s3_prefix)
+                grant = Grant(entry.name, entry.scopes, entry.s3_prefix, entry.digest.hex())
         return grant
 
     def _alive(self, entry: KeyEntry) -> bool:
@@ -75,11 +91,12 @@ def new_key(
     *,
     s3_prefix: str = "",
     expires_on: date | None = None,
+    today: date | None = None,
 ) -> tuple[str, str]:
     """The secret, to be shown once, and the line for API_KEYS. Raises Rejected when no such key can be.
 
     `scopes`: scopes and groups by commas, blanks or `+`. `randomness(n)` gives n bytes: `secrets.token_bytes`.
-    `expires_on` is the last day, UTC, on which the key is good.
+    `expires_on` is the last day, UTC, on which the key is good; not before `today`.
     """
     secret = f"hw_{name}_{urlsafe_b64encode(randomness(KEY_BYTES)).rstrip(b'=').decode()}"
     head = f"{name}@{expires_on.isoformat()}" if expires_on else name
@@ -88,6 +105,8 @@ def new_key(
     reason = "the name is not 1 to 40 of a-z, 0-9, - and _" if not KEY_NAME.fullmatch(name) else ""
     if re.search(r"[,\n]", s3_prefix):
         reason = "the S3 prefix holds a comma or a newline, which end an entry of API_KEYS"
+    if expires_on and today and expires_on < today:
+        reason = f"{expires_on} has passed, so the key would never be good; today is {today}"
     try:
         parse_keys("" if reason else line)
     except ValueError as error:
@@ -107,16 +126,20 @@ def _digest(secret: str) -> bytes:
 # by address; a key never comes from a URL. A key that is right is never locked out by others that are wrong.
 
 COOKIE = "headwater_key"
+SESSION = timedelta(hours=12)
 FAILURES_A_MINUTE = 10
 ADDRESSES = 10_000
+BURST_SECONDS = 10
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-OWN_PAGES = frozenset({"", "none", "same-origin"})
+OWN_PAGES = frozenset({"none", "same-origin"})
 EVERYBODY = Grant("anonymous", frozenset(SCOPES))
 OPEN = "open"
 SIGN_IN = f"send a key as `Authorization: Bearer` or `X-API-Key`; `{NEW_KEY}` makes one"
-OTHER_KEY = f"use a key that has this scope; `{NEW_KEY}` makes one that has all"
+LOCKED = Refusal(503, "locked: API_KEYS is not set, so only /health and /ready are answered", UNLOCK)
 Methods = Mapping[str, str]
 """The methods of a path: what a caller must be allowed, OPEN for everybody, "" for nobody."""
+Fields = Mapping[bytes, str]
+"""Header fields by lower-case name."""
 
 
 def needs(scope: str) -> dict[str, str]:
@@ -166,57 +189,115 @@ class Throttle:
         return None
 
 
+class KeyRates:
+    """A token bucket for each key: `per_second` requests on average over ten seconds. Bounded by the number of keys."""
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._buckets: dict[str, tuple[float, datetime]] = {}
+
+    def wait_seconds(self, name: str, now: datetime) -> float:
+        """Count a request; 0 when it is within the rate, otherwise how long to wait."""
+        most = self._per_second * BURST_SECONDS
+        tokens, at = self._buckets.get(name, (most, now))
+        tokens = min(most, tokens + max(0.0, (now - at).total_seconds()) * self._per_second)
+        allowed = tokens >= 1
+        self._buckets[name] = (tokens - allowed, now)
+        return 0.0 if allowed else (1 - tokens) / self._per_second
+
+
+class SessionStore(Protocol):
+    """Who is signed in to the dashboard, by the SHA-256 (hex) of a token. See `app.db.state.SqlSessions`."""
+
+    def find(self, token_hash: str) -> DashboardSession | None:
+        """The session of a token."""
+
+    def begin(self, token_hash: str, begun: DashboardSession, now: datetime) -> None:
+        """Keep a session."""
+
+    def end(self, token_hash: str) -> None:
+        """Forget a session."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`anonymous`: serving without keys was allowed in so many words, so other machines may call."""
+    """`anonymous`: ALLOW_ANONYMOUS is set, so other machines may call without keys. `locked`: nobody may call.
+
+    `origins`: the web pages of other sites that may call with a key, "*" for all.
+    """
 
     keyring: Keyring
     clock: Callable[[], datetime]
+    sessions: SessionStore
+    rates: KeyRates
     anonymous: bool = False
+    locked: bool = False
+    origins: frozenset[str] = frozenset()
     throttle: Throttle = field(default_factory=Throttle)
 
-    def authorize(self, scope: Scope, methods: Methods) -> None:
+    async def authorize(self, scope: Scope, methods: Methods) -> None:
         """Whether the caller may make this call of a path with these `methods`; who it is stands in the state then.
 
-        Raises Refused: 401 for nobody, 403 without the scope, 404 and 405 for what is not there, told to callers with
-        a key only.
+        Raises Refused: 401 for nobody, 403 without the scope, 429 above the key's rate, 404 and 405 for what is not
+        there, told to callers with a key only. Raises Transient when a session cannot be looked up.
         """
         method = scope["method"]
-        if method not in SAFE_METHODS and _fields(scope).get(b"sec-fetch-site", "") not in OWN_PAGES:
-            raise Refused(Refusal(403, "a page of another site started this call", "call from the dashboard itself"))
+        if method not in SAFE_METHODS and not self._own_page(scope):
+            hint = "call from the dashboard itself, or name the page's origin in CORS_ORIGINS"
+            raise Refused(Refusal(403, "a page of another site started this call", hint))
         wanted = methods.get(method, "")
         if wanted == OPEN:
             return
-        grant = self.grant(scope)
+        grant = await self.grant(scope)
         if grant is None:
             raise Refused(unauthorized("this needs a key"))
         scope.setdefault("state", {})["grant"] = grant
+        seconds = self.rates.wait_seconds(grant.name, self.clock()) if grant.key_hash else 0
+        if seconds:
+            wait = {"Retry-After": str(math.ceil(seconds))}
+            raise Refused(Refusal(429, f"too many requests with the key {grant.name}", "send fewer", headers=wait))
         if not methods:
             raise Refused(Refusal(404, "Not Found", "see /docs for what there is"))
         if method not in methods:
             allowed = {"Allow": ", ".join(sorted(methods))}
             hint = "see /docs for the methods of this path"
             raise Refused(Refusal(405, "Method Not Allowed", hint, headers=allowed))
+        if not wanted:
+            raise Refused(Refusal(403, "this route declares no scope", "report it: nobody can call it"))
         if not grant.allows(wanted):
-            raise Refused(Refusal(403, f"this needs the scope {wanted or 'of a route that declares none'}", OTHER_KEY))
+            hint = f"use a key with this scope; `python -m app keys new helper --scopes {wanted}` makes one"
+            raise Refused(Refusal(403, f"this needs the scope {wanted}", hint))
 
-    def grant(self, scope: Scope) -> Grant | None:
-        """Who calls; None for nobody. Raises Refused for a wrong key."""
+    async def grant(self, scope: Scope) -> Grant | None:
+        """Who calls; None for nobody. Raises Refused for a wrong key or a session that has ended, Transient when
+        sessions cannot be looked up.
+        """
         fields = _fields(scope)
         if not self.keyring:
             if not self.anonymous and not _local(fields.get(b"host", "")):
-                raise Refused(
-                    Refusal(403, "without keys only calls to this machine's own name are answered", "set API_KEYS")
-                )
+                hint = "use localhost or 127.0.0.1, or set API_KEYS"
+                raise Refused(Refusal(403, "without keys only calls to this machine's own name are answered", hint))
             return EVERYBODY
-        key = presented(fields)
-        return self.sign_in(key, scope) if key else None
+        if key := presented(fields):
+            return self.sign_in(key, scope)
+        token = _cookie(fields)
+        if not token or self.allowed_origin(scope):
+            return None
+        session = await asyncio.to_thread(self.sessions.find, _digest(token).hex())
+        alive = session is not None and self.clock() < session.ends_at
+        grant = self.keyring.grant_of(session.key_name, session.key_hash) if session is not None and alive else None
+        if grant is None:
+            raise Refused(unauthorized("the session has ended"))
+        return grant
 
     def sign_in(self, key: str, scope: Scope) -> Grant:
-        """The grant of a key. Raises Refused with 401, or 429 after too many failures of this address."""
+        """The grant of a key, which stands in the state then. Raises Refused with 401, or 429 after too many failures
+        of this address.
+        """
         now = self.clock()
         grant = self.keyring.authenticate(key)
         if grant is not None:
+            scope.setdefault("state", {})["grant"] = grant
             return grant
         seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
         if seconds is not None:
@@ -224,18 +305,50 @@ class Guard:
             raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a key that is alive", headers=wait))
         raise Refused(unauthorized("the key is not known or has expired"))
 
+    async def begin_session(self, grant: Grant) -> str:
+        """The token of a new session of this key, for a cookie. Raises Transient when it cannot be kept."""
+        now, token = self.clock(), token_urlsafe(KEY_BYTES)
+        begun = DashboardSession(grant.name, grant.key_hash, now + SESSION)
+        await asyncio.to_thread(self.sessions.begin, _digest(token).hex(), begun, now)
+        return token
 
-def _fields(scope: Scope) -> dict[bytes, str]:
+    async def end_session(self, scope: Scope) -> None:
+        """End the session of the caller's cookie, if any; whose it was stands in the state."""
+        if token := _cookie(_fields(scope)):
+            with suppress(Refused):
+                scope.setdefault("state", {})["grant"] = await self.grant(scope)
+            await asyncio.to_thread(self.sessions.end, _digest(token).hex())
+
+    def allowed_origin(self, scope: Scope) -> str:
+        """The value of Access-Control-Allow-Origin for the page of another site that calls, "" for none."""
+        origin = _fields(scope).get(b"origin", "") if self.origins else ""
+        if origin and "*" in self.origins:
+            return "*"
+        return origin if origin in self.origins else ""
+
+    def _own_page(self, scope: Scope) -> bool:
+        """Whether no page, one of ours, or an allowed one of another site calls. Browsers say so by Sec-Fetch-Site, but
+        on plain http only by Origin.
+        """
+        fields = _fields(scope)
+        site, origin = fields.get(b"sec-fetch-site", ""), fields.get(b"origin", "")
+        if self.allowed_origin(scope):
+            return True
+        return site in OWN_PAGES if site else not origin or urlsplit(origin).netloc == fields.get(b"host", "")
+
+
+def _fields(scope: Scope) -> Fields:
     return {name: value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def presented(fields: Mapping[bytes, str]) -> str:
-    """The key of a request: Bearer, X-API-Key, or the dashboard's cookie; "" when there is none."""
+def presented(fields: Fields) -> str:
+    """The key of a request: Bearer or X-API-Key; "" when there is none."""
     kind, _, token = fields.get(b"authorization", "").partition(" ")
-    if kind.lower() == "bearer":
-        return token.strip()
-    if key := fields.get(b"x-api-key", ""):
-        return key
+    return token.strip() if kind.lower() == "bearer" else fields.get(b"x-api-key", "")
+
+
+def _cookie(fields: Fields) -> str:
+    """The token of the dashboard's cookie; "" when there is none."""
     try:
         cookie = SimpleCookie(fields.get(b"cookie", "")).get(COOKIE)
     except CookieError:
