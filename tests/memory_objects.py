@@ -13,8 +13,8 @@ from app.object_store.port import (
     ListingBatch,
     ObjectInfo,
     Page,
+    PageRequest,
     Put,
-    Question,
     Readable,
     Stored,
     check_key,
@@ -106,5 +106,5 @@ class MemoryObjects:
                 raise Conflict(f"{held.key}: is gone")
             yield io.BytesIO(stream.read()[first : first + count])
 
-    def page(self, question: Question) -> Page:
+    def page(self, question: PageRequest) -> Page:
         return page_of(self.list(question.prefix), question)

@@ -33,7 +33,7 @@ from app.ops.logs import both, log_run
 from app.ops.process import configured, share_the_machine, tune
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
-from app.ops.service import Headwater, Pipelines, announce, steps_of
+from app.ops.service import Pipelines, Service, announce, steps_of
 from app.web.app import Front
 from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
@@ -384,7 +384,7 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> Headwater:
+def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> Service:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
 
     `own_server` False: another ASGI server will serve it, at an address that is not known here.
@@ -427,7 +427,7 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    return Headwater(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+    return Service(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
 
 
 def stores_tried(

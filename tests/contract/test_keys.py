@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Rejected
 from app.object_store.local import LocalDirectory, Names, spelled
-from app.object_store.port import BadKey, ObjectStore, Question, check_key, is_new_form, taken_for
+from app.object_store.port import BadKey, ObjectStore, PageRequest, check_key, is_new_form, taken_for
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from app.object_store.s3_multipart import S3Transfers
@@ -198,7 +198,7 @@ def test_a_folder_marker_that_a_listing_shows_is_read_and_deleted_and_what_is_be
     for key, data in (("fm/", b""), ("fm/below", b"1"), ("full/", b"12")):
         client.put_object(Bucket=bucket, Key=key, Body=data)
     transfers = S3Transfers(place.store)
-    shown = [info.key for info in transfers.page(Question("f")).objects]
+    shown = [info.key for info in transfers.page(PageRequest("f")).objects]
     assert {"fm/", "fm/below"} <= set(shown)
     for key in shown:
         info = transfers.properties(key)

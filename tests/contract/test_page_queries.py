@@ -12,7 +12,7 @@ from app.core.pipeline import FOREIGN, MISSING, Commit, Record
 from app.core.runs import Failure, Outcome, Report, Run
 from app.core.verify import Cell
 from app.core.windows import Window
-from app.db.page_queries import Names, RunChoice
+from app.db.page_queries import NameFilter, RunChoice
 from app.db.state import State
 from app.ops.delivery_map import DeliveryMaps, cells_of_span
 
@@ -75,7 +75,7 @@ def test_a_cell_of_the_records_is_the_worst_of_what_was_marked_what_is_there_and
     state.checkpoints.mark(JOB, "a", [(record(1), MISSING)])
     state.checkpoints.mark(JOB, "b_1", [(record(3), FOREIGN)])
     cells = cells_of_span("24h", None, UTC, NOW)
-    found = maps(state).recorded(JOB, cells, Names(), offset=0, limit=200, only_problems=False)
+    found = maps(state).recorded(JOB, cells, NameFilter(), offset=0, limit=200, only_problems=False)
     assert [(row.name, row.cells[-7:], row.problems) for row in found.rows] == [
         ("a", "kmnknoo", 1),
         ("b%2", "kknknoo", 0),
@@ -84,10 +84,10 @@ def test_a_cell_of_the_records_is_the_worst_of_what_was_marked_what_is_there_and
     ]
     assert (found.total, found.problems, found.listed, found.grouped) == (4, 2, False, False)
     assert maps(state).strip(JOB, cells_of_span("365d", None, UTC, NOW), 0.0) is not None
-    only = maps(state).recorded(JOB, cells, Names(), offset=1, limit=1, only_problems=True)
+    only = maps(state).recorded(JOB, cells, NameFilter(), offset=1, limit=1, only_problems=True)
     assert ([row.name for row in only.rows], only.pages_of) == (["b_1"], 2)
     for text, names in (("B_", ["b_1"]), ("%", ["b%2"]), ("x", [])):
-        found = maps(state).recorded(JOB, cells, Names(find=text), offset=0, limit=9, only_problems=False)
+        found = maps(state).recorded(JOB, cells, NameFilter(find=text), offset=0, limit=9, only_problems=False)
         assert [row.name for row in found.rows] == names, text
 
 
@@ -97,13 +97,13 @@ def test_more_than_two_hundred_partitions_are_groups_by_name_each_with_its_worst
     commit(state, ["D026"], [2], cursor=6)
     state.checkpoints.mark(JOB, "D030", [(record(0), MISSING)])
     cells = cells_of_span("24h", None, UTC, NOW)
-    found = maps(state).recorded(JOB, cells, Names(), offset=1, limit=200, only_problems=False)
+    found = maps(state).recorded(JOB, cells, NameFilter(), offset=1, limit=200, only_problems=False)
     first, *_, last = found.rows
     assert (first.name, first.last, first.count, first.problems) == ("D025", "D049", 25, 1)
     assert (last.name, last.last, last.count) == ("D250", "D250", 1)
     assert (first.cells[-7:], last.cells[-7:]) == ("mnknnno", "knnnnno")
     assert (found.total, found.pages_of, found.grouped) == (251, 11, True)
-    opened = maps(state).recorded(JOB, cells, Names("D025", "D049"), offset=0, limit=200, only_problems=False)
+    opened = maps(state).recorded(JOB, cells, NameFilter("D025", "D049"), offset=0, limit=200, only_problems=False)
     assert [row.name for row in opened.rows] == names[25:50]
     assert maps(state).strip(JOB, cells, 0.0) == first.cells
 

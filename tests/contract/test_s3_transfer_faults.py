@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
-from app.object_store.port import Put, Question
+from app.object_store.port import PageRequest, Put
 from app.object_store.s3_multipart import sweep
 from contract.test_transfers import ANY, MIB, SIXTEEN, Both, Trickle, opened, parts_left, target_of
 from fault_proxy import (
@@ -262,7 +262,7 @@ def test_a_key_that_may_not_sweep_is_told_what_it_lacks(remote: Both, proxy: Fau
 def test_a_continuation_that_is_none_is_rejected(remote: Both, proxy: FaultProxy) -> None:
     proxy.add(answer(400, b"<Error><Code>InvalidArgument</Code></Error>"), "GET")
     with pytest.raises(Rejected):
-        remote.transfers.page(Question(continuation="nonsense"))
+        remote.transfers.page(PageRequest(continuation="nonsense"))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_no_foreign_exception_escapes_and_nothing_is_called_missing(
             lambda: fresh.write("k", b"1", replace(ANY, expected="")),
             lambda: fresh.transfers.patch(held, 9 * MIB, Trickle(b"x")),
             lambda: fresh.span(held, 5, 10),
-            lambda: fresh.transfers.page(Question()),
+            lambda: fresh.transfers.page(PageRequest()),
         )
         for use in uses:
             with suppress(AppError):

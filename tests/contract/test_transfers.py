@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Conflict, Rejected, Transient
 from app.object_store.local import LocalDirectory
-from app.object_store.port import MARK, ObjectInfo, ObjectStore, Put, Question, Stored, Transfers
+from app.object_store.port import MARK, ObjectInfo, ObjectStore, PageRequest, Put, Stored, Transfers
 from app.object_store.s3 import S3Store
 from app.object_store.s3_client import S3Target
 from app.object_store.s3_multipart import PartDesk, S3Transfers, part_bytes
@@ -268,7 +268,7 @@ class TestEveryStore:
             prefixes: list[str] = []
             continuation = ""
             while True:
-                page = both.transfers.page(Question(prefix, delimiter, limit, continuation))
+                page = both.transfers.page(PageRequest(prefix, delimiter, limit, continuation))
                 assert len(page.objects) + len(page.prefixes) <= limit
                 objects += [info.key for info in page.objects]
                 prefixes += page.prefixes
@@ -284,7 +284,7 @@ class TestEveryStore:
         for key in ("", "/a", "a//b", "a/../b", "a\nb", "k" * 1025, "a\ud800b"):
             with pytest.raises((Rejected, UnicodeEncodeError)):
                 both.write(key, b"1")
-        assert both.transfers.page(Question()).objects == []
+        assert both.transfers.page(PageRequest()).objects == []
 
 
 def test_an_upload_for_which_no_place_becomes_free_is_refused_and_the_places_of_others_stay_theirs() -> None:

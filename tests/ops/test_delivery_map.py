@@ -11,9 +11,9 @@ import pytest
 from app.core.errors import Rejected, Transient
 from app.core.verify import Cell, CellState
 from app.core.windows import Window
-from app.db.page_queries import Names
+from app.db.page_queries import NameFilter
 from app.db.state import open_state
-from app.ops.delivery_map import SPANS, Cells, DeliveryMaps, cells_between, cells_of_span, letter_of, worst
+from app.ops.delivery_map import SPANS, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of, worst
 
 BERLIN, KATHMANDU = ZoneInfo("Europe/Berlin"), ZoneInfo("Asia/Kathmandu")
 NOW = datetime(2026, 11, 28, 2, 20, tzinfo=UTC)
@@ -67,7 +67,7 @@ def test_a_span_or_a_number_of_cells_that_there_is_not_is_refused_with_those_the
 
 def test_the_worst_state_in_a_cell_wins_and_a_window_longer_than_a_cell_fills_all_of_them() -> None:
     edges = [NOW.replace(minute=0) + (number - 4) * HOUR for number in range(6)]
-    cells = Cells(edges, 3600)
+    cells = MapCells(edges, 3600)
     ten = timedelta(minutes=10)
     windows = [(edges[0], edges[2], "k"), (edges[1], edges[1] + ten, "m"), (edges[1] + ten, edges[2], "c")]
     assert cells.paint([*windows, (edges[4], edges[5], "o")], NOW) == "kmnno"
@@ -106,7 +106,7 @@ def test_few_partitions_are_listed_once_for_all_who_look_and_again_after_somethi
     assert [(row.name, row.cells) for row in found.rows] == [("away", "u" * 24), ("web", "cckm" + "k" * 19 + "n")]
     assert (found.listed, chart.listings, found.rows[0].error) == (True, 3, "no answer (look at the network)")
     assert maps.strip("pull", cells, 5.0) == "cc" + "um" + "u" * 20
-    assert maps.whole("pull", cells, Names(find="WE")).rows == found.rows[1:]
+    assert maps.whole("pull", cells, NameFilter(find="WE")).rows == found.rows[1:]
     assert chart.listings == 3, "kept for all who look"
     assert {(fault.partition, fault.letter) for fault in maps.faults("pull")} == {("web", "m"), ("web:weeks", "c")}
     chart.lost = set()

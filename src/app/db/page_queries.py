@@ -113,12 +113,12 @@ class Look:
         of = {"from_at": run.started_at, "to_at": until, "since_at": since, "limit": WRITTEN}
         return self.rows("windows_written", pipeline=pipeline, **of)
 
-    def groups(self, pipeline: str, names: "Names", *, size: int, limit: int, offset: int = 0) -> Sequence[Row]:
+    def groups(self, pipeline: str, names: "NameFilter", *, size: int, limit: int, offset: int = 0) -> Sequence[Row]:
         """Groups of `size` partitions by name: first_name, last_name, partitions, slowest_at, oldest_at, error."""
         of = {"pipeline": pipeline, **names.params, "size": size}
         return self.rows("partition_groups", **of, limit=limit, offset=offset)
 
-    def partitions(self, pipeline: str, names: "Names") -> int:
+    def partitions(self, pipeline: str, names: "NameFilter") -> int:
         """How many partitions have such names."""
         found: int = self.rows("count_partitions", pipeline=pipeline, **names.params)[0]["partitions"]
         return found
@@ -137,7 +137,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class NameFilter:
     """Partitions from `first` to `last` ("" = no end) whose name holds `find`, whatever its case."""
 
     first: str = ""

@@ -36,13 +36,13 @@ from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
     BadKey,
-    Counted,
+    CountedBody,
     Limited,
     ListingBatch,
     ObjectInfo,
     Page,
+    PageRequest,
     Put,
-    Question,
     Readable,
     Spliced,
     Stored,
@@ -222,7 +222,7 @@ class LocalDirectory:
 
     def write(self, key: str, body: Readable, put: Put) -> Stored:
         """As `put`, which reads its body from front to back."""
-        counted = Counted(body)
+        counted = CountedBody(body)
         etag = self.put(key, cast("BinaryIO", counted), put)
         return Stored(etag, counted.size_bytes)
 
@@ -245,7 +245,7 @@ class LocalDirectory:
             stream.seek(first)
             yield Limited(stream, count)
 
-    def page(self, question: Question) -> Page:
+    def page(self, question: PageRequest) -> Page:
         """The keys after the last one of the page before."""
         return page_of(self.list(question.prefix), question)
 

@@ -209,7 +209,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PageRequest:
     """What to list. Keys with `delimiter` after the prefix are rolled up to the part before and with it; "" = none.
 
     `continuation` is what the page before gave; "" = the first page. `limit` counts keys and rolled up prefixes.
@@ -249,14 +249,14 @@ class Transfers(Protocol):
     def open_span(self, held: ObjectInfo, first: int, count: int) -> AbstractContextManager[Readable]:
         """The bytes `[first, first + count)` of exactly this version; Conflict when it is gone, never a short end."""
 
-    def page(self, question: Question) -> Page:
+    def page(self, question: PageRequest) -> Page:
         """One page. Raises Rejected for an invalid continuation."""
 
 
 # What back ends share: bodies that are put together, and pages of a store that lists its keys in order.
 
 
-class Counted:
+class CountedBody:
     """A body whose bytes are counted."""
 
     def __init__(self, body: Readable) -> None:
@@ -314,7 +314,7 @@ class Spliced:
         return Limited(self._old, max(self._size_bytes - self._end, 0))
 
 
-def page_of(found: Iterable[ObjectInfo], question: Question) -> Page:
+def page_of(found: Iterable[ObjectInfo], question: PageRequest) -> Page:
     """The page of objects that come in UTF-8 order of their keys, all with the prefix. Raises Rejected."""
     try:
         after = urlsafe_b64decode(question.continuation.encode())
@@ -339,7 +339,7 @@ def page_of(found: Iterable[ObjectInfo], question: Question) -> Page:
     return Page(objects, prefixes)
 
 
-def _rolled(key: str, question: Question) -> str:
+def _rolled(key: str, question: PageRequest) -> str:
     """The common prefix that stands for `key`; "" when it stands for itself."""
     if not question.delimiter:
         return ""

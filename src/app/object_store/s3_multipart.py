@@ -30,8 +30,8 @@ from app.object_store.port import (
     TAGS,
     ObjectInfo,
     Page,
+    PageRequest,
     Put,
-    Question,
     Readable,
     Stored,
     check_characters,
@@ -97,7 +97,7 @@ class S3Transfers:
         """GetObject with a range."""
         return self._store.open_span(held, first, count) if count > 0 else nullcontext(io.BytesIO())
 
-    def page(self, question: Question) -> Page:
+    def page(self, question: PageRequest) -> Page:
         """ListObjectsV2. The continuation is the store's own token."""
         check_unicode(question.prefix)
         what = f"listing of {question.prefix!r}"
@@ -115,7 +115,7 @@ class S3Transfers:
             more,
         )
 
-    def _listed(self, question: Question) -> Any:
+    def _listed(self, question: PageRequest) -> Any:
         more = {"Delimiter": question.delimiter, "ContinuationToken": question.continuation}
         try:
             return self._store.client().list_objects_v2(

@@ -28,8 +28,8 @@ from app.object_store.port import (
     ObjectInfo,
     ObjectStore,
     Page,
+    PageRequest,
     Put,
-    Question,
     Readable,
     Stored,
     Transfers,
@@ -51,7 +51,7 @@ from app.objects.requests import (
     stored_fields,
     unchanged,
 )
-from app.objects.streams import Checked, Feed, Form, Sized, begun, boundary_of, carried, media_type, opened
+from app.objects.streams import ChecksummedBody, Feed, Form, Sized, begun, boundary_of, carried, media_type, opened
 from app.web.api import Streamed
 from app.web.auth import OPEN, needs
 from app.web.errors import Refusal, Refused
@@ -151,7 +151,7 @@ def _looking(router: APIRouter, serving: ObjectRoutes) -> None:
         continuation: Annotated[str, Query(max_length=4096)] = "",
     ) -> Response:
         async with _served(request):
-            question = Question(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
+            question = PageRequest(_reach(request, serving).lists(prefix), delimiter, limit, continuation)
             return JSONResponse(page_json(question, await serving.ask(serving.transfers.page, question)))
 
     @router.get(
@@ -369,13 +369,13 @@ async def _written(
 async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stored | None:
     """What `work` makes of the body, which is a form or bare; None when the client disconnected."""
     boundary, fields = boundary_of(request.headers), joined(request.headers.items())
-    Checked.check(fields)
+    ChecksummedBody.check(fields)
 
     def store(feed: Feed) -> Stored:
         if boundary is None:
-            return work(Checked(feed, fields), fields.get("content-type", ""), ())
+            return work(ChecksummedBody(feed, fields), fields.get("content-type", ""), ())
         form = Form(feed, boundary)
-        return work(Checked(form, fields), form.content_type, form.fields)
+        return work(ChecksummedBody(form, fields), form.content_type, form.fields)
 
     blocks, first = request.stream(), bytearray()
 
@@ -447,7 +447,7 @@ def instant(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def page_json(question: Question, page: Page) -> Mapping[str, Any]:
+def page_json(question: PageRequest, page: Page) -> Mapping[str, Any]:
     """A page of a listing."""
     objects = [
         {"Key": info.key, "LastModified": instant(info.modified_at), "Size": info.size_bytes, "ETag": info.etag}

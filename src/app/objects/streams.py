@@ -294,7 +294,7 @@ CHECKSUMS: Mapping[str, tuple[int, Callable[[], "Digest"]]] = {
 NO_CHECKSUMS = frozenset({f"{CHECKSUM}algorithm", f"{CHECKSUM}type", f"{CHECKSUM}mode"})
 
 
-class Checked:
+class ChecksummedBody:
     """A body that ends only when its bytes are those that the request's checksums promise.
 
     Raises NotServed when it is created for a checksum that cannot be read (400) or computed (422), and with 400 at the
@@ -314,7 +314,7 @@ class Checked:
             if name.startswith(CHECKSUM) and name not in CHECKSUMS and name not in NO_CHECKSUMS:
                 known = ", ".join(CHECKSUMS)
                 raise NotServed(422, f"{name} cannot be checked here", f"send one of {known}", fault=name)
-        Checked(io.BytesIO(), fields)
+        ChecksummedBody(io.BytesIO(), fields)
 
     @staticmethod
     def _promise(name: str, text: str) -> bytes:

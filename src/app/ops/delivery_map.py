@@ -21,7 +21,7 @@ from app.core.errors import AppError, Rejected, Transient
 from app.core.pipeline import MISSING
 from app.core.verify import Cell, CellState, Chart
 from app.core.windows import Window
-from app.db.page_queries import Look, Names, SqlPages
+from app.db.page_queries import Look, NameFilter, SqlPages
 
 KEPT_SECONDS = 20.0
 KEPT_MAPS = 64
@@ -81,7 +81,7 @@ def worst(letters: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class MapCells:
     """The bounds of the cells of a span, one more than there are cells, and how long one is as a rule: days and weeks
     are cut at local midnight, so that a day has 23 to 25 hours.
     """
@@ -106,7 +106,7 @@ class Cells:
         return "".join(found)
 
 
-def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> Cells:
+def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> MapCells:
     """The cells of a chosen span up to now. Raises Rejected for a span, or a number of cells, that there is not."""
     if span not in SPANS:
         raise Rejected(f"span={span[:20]!r} is not known", f"spans: {', '.join(SPANS)}")
@@ -117,12 +117,14 @@ def cells_of_span(span: str, cells: int | None, zone: tzinfo, now: datetime) -> 
     if seconds >= DAY:
         days, today = seconds // DAY, now.astimezone(zone).date()
         last = today + timedelta(days=1) if days == 1 else today + timedelta(days=7 - today.weekday())
-        return Cells([_midnight(last - timedelta(days=days * back), zone) for back in range(number, -1, -1)], seconds)
+        return MapCells(
+            [_midnight(last - timedelta(days=days * back), zone) for back in range(number, -1, -1)], seconds
+        )
     edges = _within_days(now - timedelta(seconds=seconds * (number + 2)), now, seconds, zone)
-    return Cells(edges[-number - 1 :], seconds)
+    return MapCells(edges[-number - 1 :], seconds)
 
 
-def cells_between(start: datetime, end: datetime, zone: tzinfo) -> Cells:
+def cells_between(start: datetime, end: datetime, zone: tzinfo) -> MapCells:
     """The finer cells of `[start, end)`, which is one cell or a few of a map."""
     length = (end - start).total_seconds()
     # a day of 23 or 25 hours is a day
@@ -134,7 +136,7 @@ def cells_between(start: datetime, end: datetime, zone: tzinfo) -> Cells:
         first, days = start.astimezone(zone).date(), seconds // DAY
         count = round(length / seconds)
         inner = [_midnight(first + timedelta(days=days * place), zone) for place in range(1, count)]
-    return Cells([start, *inner, end], seconds)
+    return MapCells([start, *inner, end], seconds)
 
 
 def _midnight(day: date, zone: tzinfo) -> datetime:
@@ -195,7 +197,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class MapFault:
     """A window that a listing showed to be missing, partly missing or changed."""
 
     partition: str
@@ -233,7 +235,7 @@ class DeliveryMaps:
         self._clock = clock
         self._turn = threading.Lock()
         self._kept = _Kept()
-        self._faults: dict[str, list[Fault]] = {}
+        self._faults: dict[str, list[MapFault]] = {}
         self._refreshing: dict[str, threading.Thread] = {}
 
     @property
@@ -241,7 +243,7 @@ class DeliveryMaps:
         """Jobs that have a map."""
         return sorted(self._charts)
 
-    def faults(self, job: str) -> Sequence[Fault]:
+    def faults(self, job: str) -> Sequence[MapFault]:
         """What the latest listings of a job showed."""
         return self._faults.get(job, ())
 
@@ -270,7 +272,7 @@ class DeliveryMaps:
         """The windows of one partition, from a listing made now. Raises Rejected for one that is not known."""
         chart = self._chart(job)
         with self._pages.look() as look:
-            is_known = look.partitions(job, Names(partition, partition))
+            is_known = look.partitions(job, NameFilter(partition, partition))
         if not is_known and partition not in chart.partitions():
             raise Rejected(f"{job} has no partition {partition[:80]!r}", "see /ops/partitions for their names")
 
@@ -282,7 +284,7 @@ class DeliveryMaps:
         found: Line = self._once((job, "partition", partition, span), line)
         return found.cells
 
-    def whole(self, job: str, cells: Cells, names: Names = Names()) -> DeliveryMap:  # noqa: B008 - it is frozen
+    def whole(self, job: str, cells: MapCells, names: NameFilter = NameFilter()) -> DeliveryMap:  # noqa: B008 - it is frozen
         """The map of a few partitions as their destination lists it, of many as the records have it."""
         if names.first and names.first == names.last and cells.window.seconds <= LISTED_DAYS * DAY:
             windows = self.partition(job, names.first, cells.window)
@@ -297,16 +299,16 @@ class DeliveryMaps:
         return DeliveryMap(0, (), listed=False)
 
     def recorded(
-        self, job: str, cells: Cells, names: Names, *, offset: int, limit: int, only_problems: bool
+        self, job: str, cells: MapCells, names: NameFilter, *, offset: int, limit: int, only_problems: bool
     ) -> DeliveryMap:
         """The map as the records have it, in groups when there are many partitions."""
         self._chart(job)
         with self._pages.look() as look:
             return _Recorded(look, job, cells, self._clock()).map(names, offset, limit, only_problems=only_problems)
 
-    def strip(self, job: str, cells: Cells, wait_seconds: float) -> str | None:
+    def strip(self, job: str, cells: MapCells, wait_seconds: float) -> str | None:
         """One row for the whole job, as last known; None before the first listing. An old one is renewed."""
-        if not self._is_listable(job, cells, Names()):
+        if not self._is_listable(job, cells, NameFilter()):
             with self._pages.look() as look:
                 return _Recorded(look, job, cells, self._clock()).strip()
         key = (job, "map", *cells.edges)
@@ -323,23 +325,23 @@ class DeliveryMaps:
             return None
         return "".join(worst(row.cells[place] for row in found.rows) for place in range(len(cells.edges) - 1))
 
-    def _refresh(self, job: str, cells: Cells) -> None:
+    def _refresh(self, job: str, cells: MapCells) -> None:
         try:
             self.whole(job, cells)
         except AppError:
             return  # whoever opens the map is told; the strip stays as it was
 
-    def _is_listable(self, job: str, cells: Cells, names: Names) -> bool:
+    def _is_listable(self, job: str, cells: MapCells, names: NameFilter) -> bool:
         """Few enough to ask the destination, or nothing recorded that could tell instead."""
         if names.first:
             return False
         with self._pages.look() as look:
-            number = look.partitions(job, Names())
+            number = look.partitions(job, NameFilter())
         days = max(cells.window.seconds / DAY, 1)
         few = number <= LISTED_PARTITIONS and number * days <= LISTED_PARTITION_DAYS
         return number == 0 or (few and days <= LISTED_DAYS)
 
-    def _is_chosen(self, name: str, names: Names) -> bool:
+    def _is_chosen(self, name: str, names: NameFilter) -> bool:
         return names.find.lower() in name.lower()
 
     def _chart(self, job: str) -> Chart:
@@ -383,9 +385,9 @@ class DeliveryMaps:
             if each.partition != line.partition or not span.start <= each.window.start < span.end
         ]
         now = [(cell.window, letter_of(cell)) for cell in line.cells]
-        self._faults[job] = kept + [Fault(line.partition, window, each) for window, each in now if each in "mpc"]
+        self._faults[job] = kept + [MapFault(line.partition, window, each) for window, each in now if each in "mpc"]
 
-    def _listed(self, job: str, chart: Chart, cells: Cells) -> DeliveryMap:
+    def _listed(self, job: str, chart: Chart, cells: MapCells) -> DeliveryMap:
         now = self._clock()
         window = Window(cells.edges[0], cells.edges[-1])
         total, lines = self._list(job, chart, window, 0, LISTED_PARTITIONS)
@@ -396,7 +398,7 @@ class DeliveryMaps:
             for line in lines
         }
         with self._pages.look() as look:
-            known = look.groups(job, Names(), size=1, limit=LISTED_PARTITIONS)
+            known = look.groups(job, NameFilter(), size=1, limit=LISTED_PARTITIONS)
         newest = {row["first_name"]: row["oldest_at"] for row in known}
         errors = {line.partition: line.error for line in lines}
         rows = [
@@ -421,7 +423,7 @@ def _one_row_a_source(painted: Mapping[str, str]) -> Mapping[str, str]:
 class _Recorded:
     """A map out of the records: a cell is done where the cursor has passed it, but for windows that are marked."""
 
-    def __init__(self, look: Look, job: str, cells: Cells, now: datetime) -> None:
+    def __init__(self, look: Look, job: str, cells: MapCells, now: datetime) -> None:
         self._look = look
         self._job = job
         self._cells = cells
@@ -445,7 +447,7 @@ class _Recorded:
             return "n" * len(self._spans)
         return self._painted(None, self._totals["slowest_at"])
 
-    def map(self, names: Names, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
+    def map(self, names: NameFilter, offset: int, limit: int, *, only_problems: bool) -> DeliveryMap:
         """One page of rows or groups."""
         total = self._look.partitions(self._job, names)
         faulty = {name for name, *_ in self._faults if names.find.lower() in name.lower()}
@@ -462,7 +464,7 @@ class _Recorded:
         return DeliveryMap(total, rows, listed=False, problems=len(faulty), grouped=size > 1, pages_of=pages_of)
 
     def _single(self, name: str) -> Sequence[Mapping[str, Any]]:
-        return self._look.groups(self._job, Names(name, name), size=1, limit=1)
+        return self._look.groups(self._job, NameFilter(name, name), size=1, limit=1)
 
     def _row(self, row: Mapping[str, Any]) -> MapRow:
         first, last = row["first_name"], row["last_name"]

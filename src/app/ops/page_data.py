@@ -15,8 +15,8 @@ from app.core.pipeline import MISSING
 from app.core.runs import Run
 from app.core.verify import Cell
 from app.core.windows import Window
-from app.db.page_queries import Names, SqlPages
-from app.ops.delivery_map import WORDS, Cells, DeliveryMap, DeliveryMaps, cells_between, cells_of_span, letter_of
+from app.db.page_queries import NameFilter, SqlPages
+from app.ops.delivery_map import WORDS, DeliveryMap, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
     LOG,
     MAP,
@@ -28,7 +28,7 @@ from app.ops.json_views import (
     run_shown,
 )
 from app.ops.scheduler import Scheduler
-from app.ops.summary import HISTORY, Seen, problems_of, summary_of
+from app.ops.summary import HISTORY, Snapshot, problems_of, summary_of
 from app.ops.verification import Proofs
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused, faults
@@ -82,7 +82,7 @@ def zone_of(name: str) -> tzinfo:
         raise Refused(Refusal(422, f"the time zone {name[:40]!r} is not known", hint, "query.tz")) from None
 
 
-def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Seen], Any]) -> Any:
+def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
     """What `read` makes of all that is known now."""
     now, views = parts.clock(), parts.scheduler.views()
     cells = cells_of_span("24h", None, zone, now)
@@ -91,7 +91,7 @@ def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Seen], Any]) -> Any
     histories = {name: lines(HISTORY) for name, lines in parts.histories.items()}
     with parts.pages.look() as look:
         return read(
-            Seen(
+            Snapshot(
                 now=now,
                 zone=zone,
                 views=views,
@@ -168,7 +168,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
         if start is not None and end is not None:
             window = bounded(start, end, MOST_DAYS)
             chosen = cells_between(window.start, window.end, zone)
-        names = Names(first, last, find)
+        names = NameFilter(first, last, find)
         found = parts.maps.whole(job, chosen, names)
         if found.listed:
             rows = [row for row in found.rows if row.problems or not problems]
@@ -220,7 +220,7 @@ def bounded(start: datetime, end: datetime, days: int) -> Window:
     return window
 
 
-def _shown(found: DeliveryMap, cells: Cells, now: datetime) -> Mapping[str, Any]:
+def _shown(found: DeliveryMap, cells: MapCells, now: datetime) -> Mapping[str, Any]:
     head = {
         "start": instant_text(cells.edges[0]),
         "end": instant_text(cells.edges[-1]),

@@ -16,7 +16,7 @@ from app.core.pipeline import MISSING
 from app.core.runs import Outcome, Run
 from app.core.verify import Sign
 from app.db.page_queries import Look
-from app.ops.delivery_map import Cells, DeliveryMaps
+from app.ops.delivery_map import DeliveryMaps, MapCells
 from app.ops.json_views import instant_text, run_shown
 from app.ops.scheduler import JobView
 from app.ops.verification import Result
@@ -93,7 +93,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Snapshot:
     """What is known at one moment, for one time zone. `cells` are the hours of the last day, `strips` the map of each
     pipeline in one row of them; `histories` are files by job, newest first.
     """
@@ -108,7 +108,7 @@ class Seen:
     stale: frozenset[str]
     ahead_seconds: Mapping[str, float]
     unreachable: Mapping[str, tuple[str, str]]
-    cells: Cells
+    cells: MapCells
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -127,7 +127,7 @@ def counted(count: int, noun: str) -> str:
 # ---- problems
 
 
-def problems_of(seen: Seen) -> Sequence[Problem]:
+def problems_of(seen: Snapshot) -> Sequence[Problem]:
     """Everything that is wrong, the worst first."""
     found = [
         *_unreachable(seen),
@@ -140,12 +140,12 @@ def problems_of(seen: Seen) -> Sequence[Problem]:
     return sorted(found, key=lambda each: (rank[each.kind], each.job, -each.count, each.partition))
 
 
-def _unreachable(seen: Seen) -> Iterator[Problem]:
+def _unreachable(seen: Snapshot) -> Iterator[Problem]:
     for name, (error, hint) in seen.unreachable.items():
         yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
 
 
-def _failing(seen: Seen) -> Iterator[Problem]:
+def _failing(seen: Snapshot) -> Iterator[Problem]:
     for view in seen.on:
         name = view.job.name
         _, last = seen.look.last_runs(name)
@@ -180,7 +180,7 @@ def _failing(seen: Seen) -> Iterator[Problem]:
         )
 
 
-def _windows(seen: Seen) -> Iterator[Problem]:
+def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
     known: set[tuple[str, str, str]] = set()
     for row in seen.look.rows("trouble_by_partition", limit=LISTED):
@@ -205,7 +205,7 @@ def _windows(seen: Seen) -> Iterator[Problem]:
 
 
 def _of_windows(
-    seen: Seen, job: str, partition: str, kind: str, *, count: int, span: tuple[datetime, datetime]
+    seen: Snapshot, job: str, partition: str, kind: str, *, count: int, span: tuple[datetime, datetime]
 ) -> Problem:
     actions: list[Mapping[str, Any]] = []
     if job in seen.verifiable:
@@ -219,7 +219,7 @@ def _of_windows(
     return Problem(kind, job, title, message, HEAL, count, "window", partition, span, actions=actions)
 
 
-def _late(seen: Seen) -> Iterator[Problem]:
+def _late(seen: Snapshot) -> Iterator[Problem]:
     for view in seen.on:
         name = view.job.name
         if name in seen.ahead_seconds:
@@ -235,7 +235,7 @@ def _late(seen: Seen) -> Iterator[Problem]:
             yield Problem("late", name, f"{name} is late", message, LATE_HINT, noun="run", since=due, actions=actions)
 
 
-def _set_aside(seen: Seen) -> Iterator[Problem]:
+def _set_aside(seen: Snapshot) -> Iterator[Problem]:
     dismissed = {row["problem_id"]: row["dismissed_at"] for row in seen.look.rows("dismissed")}
     since = seen.now - RECENT
     rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
@@ -315,7 +315,7 @@ def _files_aside(
 # ---- the sentence
 
 
-def verdict_of(seen: Seen, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
+def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
     """State, sentence in parts with their links, and title. At most three faults are named."""
     parts = _parts(problems)
     paused = [view.job.name for view in seen.on if view.status.state == "paused"]
@@ -376,7 +376,7 @@ def _place(kind: str, problem: Problem) -> str:
 # ---- the rows
 
 
-def summary_of(seen: Seen) -> Mapping[str, Any]:
+def summary_of(seen: Snapshot) -> Mapping[str, Any]:
     """The answer of /ops/summary."""
     problems = problems_of(seen)
     totals = {row["pipeline"]: row for row in seen.look.rows("partition_totals")}
@@ -409,12 +409,12 @@ def summary_of(seen: Seen) -> Mapping[str, Any]:
     }
 
 
-def _today(seen: Seen) -> datetime:
+def _today(seen: Snapshot) -> datetime:
     at = seen.now.astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
     return at.astimezone(UTC)
 
 
-def _news(seen: Seen, cells: Cells) -> Mapping[str, Mapping[str, Any]]:
+def _news(seen: Snapshot, cells: MapCells) -> Mapping[str, Mapping[str, Any]]:
     """New rows by job: today, yesterday, and by hour of the last day."""
     today = _today(seen)
     yesterday = (today - timedelta(hours=2)).astimezone(seen.zone).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -438,7 +438,7 @@ def _news(seen: Seen, cells: Cells) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _row(
-    seen: Seen,
+    seen: Snapshot,
     view: JobView,
     problems: Sequence[Problem],
     *,
@@ -506,7 +506,7 @@ def _words(problem: Problem, count: int) -> str:
     return words.get(problem.kind, f"{counted(count, problem.noun)} set aside")
 
 
-def _strip(seen: Seen, name: str, news: Mapping[str, Any] | None) -> str | None:
+def _strip(seen: Snapshot, name: str, news: Mapping[str, Any] | None) -> str | None:
     """The last day, one letter an hour."""
     if name in seen.strips:
         return seen.strips[name]
