@@ -26,14 +26,14 @@ from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
 from app.ops.alerts import Alerts, Watched, rules_of
-from app.ops.connection_checks import System, destinations, of_database, of_objects, of_undeleted, webhook
+from app.ops.connection_checks import System, destinations, probed, reached, remembered, stores_tried, webhook
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
 from app.ops.process import configured, share_the_machine, tune
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
-from app.ops.service import Pipelines, Service, announce, steps_of
+from app.ops.service import BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
 from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
@@ -249,9 +249,6 @@ def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
 # Invariant: building connects to nothing and imports no SDK, so a service whose outside systems are away still
 # starts and says so.
 
-LOOK_KEY = "headwater-readiness"
-ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
-
 
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
@@ -384,7 +381,7 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> Service:
+def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> BuiltService:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
 
     `own_server` False: another ASGI server will serve it, at an address that is not known here.
@@ -422,28 +419,12 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
     )
     systems = [
-        *stores_tried(settings, state, warehouse, store, pipelines.listed),
+        *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
         *pipelines.systems,
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    return Service(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
-
-
-def stores_tried(
-    settings: Settings, state: State, warehouse: Warehouse, store: "ObjectStore", listed: Sequence[str]
-) -> Iterator[System]:
-    """The three stores that are always there, embedded or outside, under the names of /ready."""
-    kept = all_said(of_database(state.database), remembered(state))
-    variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
-    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
-    objects = all_said(
-        of_objects(store, settings.s3.prefix),
-        of_undeleted(lambda: undeleted(state, listed), store),
-        old_versions(settings, store),
-    )
-    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
-    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse.database))
+    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
 
 
 def request_prices(settings: Settings) -> RequestPrices | None:
@@ -543,67 +524,6 @@ def terms(settings: Settings) -> LeaseTerms:
     """This process as an owner of leases; another one on the same host, or after a restart, is another owner."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
     return LeaseTerms(owner, settings.lease.ttl_seconds, settings.lease.heartbeat_seconds)
-
-
-def reached(ping: Callable[[], None]) -> Check:
-    """One round trip to a database."""
-
-    def check() -> str:
-        ping()
-        return ""
-
-    return check
-
-
-def remembered(state: State) -> Check:
-    """At first a look at all that the state holds, then round trips; what a person should know of it."""
-    looked_at = False
-
-    def check() -> str:
-        nonlocal looked_at
-        if not looked_at:
-            state.check()
-            looked_at = True
-        return state.note()
-
-    return check
-
-
-def all_said(*checks: Check) -> Check:
-    """Several checks as one."""
-    return lambda: "; ".join(filter(None, (check() for check in checks)))
-
-
-def undeleted(state: State, pipelines: Sequence[str]) -> Mapping[str, str]:
-    """Objects that could not be deleted, and why."""
-    return {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
-
-
-def old_versions(settings: Settings, store: "ObjectStore") -> Check:
-    """What to know of a bucket that keeps old versions; a directory has none."""
-
-    def check() -> str:
-        from app.object_store.s3_multipart import note_of_versions
-
-        return note_of_versions(cast("S3Store", store), settings.s3.prefix) if settings.s3.bucket else ""
-
-    return check
-
-
-def probed(store: "ObjectStore") -> Check:
-    """A write at first, then a look: the store must not fill with the traces of being watched."""
-    seen = False
-
-    def check() -> str:
-        nonlocal seen
-        if seen:
-            store.head(LOOK_KEY)
-        else:
-            store.probe()
-            seen = True
-        return "" if store.conditional else ONE_REPLICA
-
-    return check
 
 
 def amplitude_routes(projects: Mapping[str, "Project"]) -> "APIRouter":

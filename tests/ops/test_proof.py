@@ -15,7 +15,7 @@ from app.core.errors import Rejected
 from app.core.verify import Sign, Slot, Verdict
 from app.core.windows import Window
 from app.ops.commands import verify
-from app.ops.service import Service
+from app.ops.service import BuiltService
 from app.ops.verification import Result
 from daemon import TESTS, Daemon, Daemons
 from daemon_jobs import shelf
@@ -153,7 +153,7 @@ AWAY = {
 LAST_DAY = Window(datetime.now(UTC) - timedelta(days=1), datetime.now(UTC))
 
 
-def compared(service: Service, job: str, span: Window, **options: Any) -> int:
+def compared(service: BuiltService, job: str, span: Window, **options: Any) -> int:
     given = {"partition": None, "heal": False, "every": False, "as_json": False, **options}
     return verify(service, job=job, start=span.start, end=span.end, **given)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import quote
 
 from pydantic import (
     AliasChoices,
@@ -31,6 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from app.config import DOTENV
 from app.config.value_types import (
     LOWER_CASE,
+    NO_SECRET,
     Allowed,
     ApiKeys,
     BucketName,
@@ -66,12 +66,12 @@ from app.config.value_types import (
     Texts,
     TimeZone,
     WarehouseUrl,
+    checkpoint_url,
 )
 from app.core.windows import DAY_SECONDS
 
 YEAR_SECONDS = 366 * DAY_SECONDS
 GIB = 1 << 30
-NO_SECRET = SecretStr("")
 OF_URL: Mapping[str, Any] = {"exclude": True, "repr": False}  # seen as part of the URL alone
 COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
 
@@ -352,22 +352,6 @@ class SetAsideSettings(SettingsGroup, title="Set aside: rows that a run could no
     """Largest object in _set_aside/; rows beyond it are only counted."""
 
 
-def _checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
-    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host "".
-
-    libpq takes a percent-encoded path in the place of the host as the directory of a socket.
-    """
-    host = parts.get("host")
-    if not host:
-        return NO_SECRET
-    texts = (parts.get("user", ""), parts.get("password", NO_SECRET).get_secret_value(), parts.get("database", ""))
-    user, password, database = (quote(text, safe="", errors="surrogateescape") for text in texts)
-    login = user + (f":{password}" if password else "")
-    address = f"[{host}]" if ":" in host else quote(host, safe="", errors="surrogateescape")
-    mode = f"?sslmode={parts['sslmode']}" if parts.get("sslmode") else ""
-    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}{mode}")
-
-
 class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """Where the state is kept. `url` "" = SQLite at `data_dir / "state.db"`, else postgresql://..."""
 
@@ -387,13 +371,13 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
         Allowed("disable, allow, prefer, require, verify-ca or verify-full"),
     ] = variable("CHECKPOINT_DB_SSLMODE", default=None, unset="prefer: TLS where the server offers it", **OF_URL)
     """How its TLS is checked; verify-full checks the certificate, against CA_FILE too, and the host name."""
-    url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=_checkpoint_url)
+    url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=checkpoint_url)
     """All of the above in one URL."""
 
     @field_validator("url")
     @classmethod
     def _parts_beat_it(cls, url: SecretStr, info: ValidationInfo) -> SecretStr:
-        return _checkpoint_url(info.data) or url
+        return checkpoint_url(info.data) or url
 
 
 class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):

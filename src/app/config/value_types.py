@@ -9,13 +9,13 @@ import binascii
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
@@ -492,3 +492,22 @@ KeyFileText = Annotated[
     BeforeValidator(_json_object),
     Allowed("the JSON text of the key file, as it is or as base64", secret=True),
 ]
+
+
+NO_SECRET = SecretStr("")
+
+
+def checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:
+    """CHECKPOINT_DB_* as one URL, each part percent-encoded; without a host "".
+
+    libpq takes a percent-encoded path in the place of the host as the directory of a socket.
+    """
+    host = parts.get("host")
+    if not host:
+        return NO_SECRET
+    texts = (parts.get("user", ""), parts.get("password", NO_SECRET).get_secret_value(), parts.get("database", ""))
+    user, password, database = (quote(text, safe="", errors="surrogateescape") for text in texts)
+    login = user + (f":{password}" if password else "")
+    address = f"[{host}]" if ":" in host else quote(host, safe="", errors="surrogateescape")
+    mode = f"?sslmode={parts['sslmode']}" if parts.get("sslmode") else ""
+    return SecretStr(f"postgresql://{login}{'@' if login else ''}{address}:{parts.get('port')}/{database}{mode}")

@@ -5,9 +5,10 @@ they read from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, but for urllib3 alone, whic
 """
 
 import os
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from app.core.errors import Permanent
@@ -56,6 +57,13 @@ def proxy_for(url: str) -> str:
     if proxy_bypass(parts.netloc.rpartition("@")[2]):
         return ""
     return proxies.get(parts.scheme) or proxies.get("all", "")
+
+
+def tunnel_to(url: str) -> tuple[str, int, dict[str, str]]:
+    """Host and port of the proxy for `url`, and the headers of a CONNECT through it."""
+    proxy = urlsplit(proxy_for(url))
+    login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
+    return proxy.hostname or "", proxy.port or 80, {"Proxy-Authorization": f"Basic {login}"} if login else {}
 
 
 def is_untrusted(error: BaseException) -> bool:

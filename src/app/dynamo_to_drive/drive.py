@@ -1,5 +1,4 @@
-"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient; the facts are
-those of contracts/google-drive.md.
+"""Google Drive v3 as few calls: sign-in, refusals, files. The home of google-auth and googleapiclient.
 
 Invariants: every call may be repeated, since a create carries an id that was made before; the flags for shared drives
 are always sent; an upload counts only when Drive's checksum and size are ours; no exception of the SDK leaves here.
@@ -10,22 +9,17 @@ import logging
 import os
 import random
 import threading
-from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPSConnection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
 from app.core.retry import Pauses, RetryPolicy, retry
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
 #
@@ -95,9 +89,7 @@ def client_of(info: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _service_account(info: Mapping[str, Any]) -> Any:
-    """The library's own would, beside each request, look up at another host of Google's in which regions the account
-    may be used. Only the hosts that the settings and the document name are asked.
-    """
+    """Asks only hosts that the settings or the document name; the library's own looks up regions at another one."""
     from google.oauth2 import service_account
 
     class Quiet(service_account.Credentials):
@@ -360,10 +352,9 @@ class DriveService:
 
             def connect(self) -> None:
                 target = self.host, self.port
-                proxy = urlsplit(proxy_for(f"https://{self.host}:{self.port}"))
-                login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
-                self.set_tunnel(self.host, self.port, {"Proxy-Authorization": f"Basic {login}"} if login else {})
-                self.host, self.port = proxy.hostname or "", proxy.port or 80
+                host, port, headers = tunnel_to(f"https://{self.host}:{self.port}")
+                self.set_tunnel(*target, headers)
+                self.host, self.port = host, port
                 try:
                     HTTPSConnection.connect(self)
                 finally:

@@ -32,7 +32,7 @@ from app.core.windows import Window, refuse_future
 from app.ops.health import look
 from app.ops.json_views import failures_shown, instant_text, run_shown
 from app.ops.scheduler import ProgressTally, backfill_job, bar, logged, named
-from app.ops.service import Service
+from app.ops.service import BuiltService
 from app.ops.verification import Healing, found, heal_job, shown, summary, told
 
 OK, FAILED = 0, 1
@@ -74,7 +74,7 @@ def cell(value: object) -> str:
 # Commands that look at the state, which works while the daemon runs and while it does not.
 
 
-def check(service: Service, *, settings: bool, as_json: bool) -> int:
+def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
     """What the settings switch on and where rows will go, then every system tried with its rights; with `settings` the
     values as they were understood. The exit code is 1 when an attempt fails.
     """
@@ -98,7 +98,7 @@ def check(service: Service, *, settings: bool, as_json: bool) -> int:
         for warning in said:
             line(f"warning: {warning}")
         if unread:
-            line(f"note: .env has names that Service does not read: {', '.join(unread)}")
+            line(f"note: .env has names that Headwater does not read: {', '.join(unread)}")
         every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
         states = (
             (job.name, f"off: {job.off}" if job.off else every[job.name], "" if job.off else where.get(job.name, ""))
@@ -134,7 +134,7 @@ def check(service: Service, *, settings: bool, as_json: bool) -> int:
     return OK if ok else FAILED
 
 
-def runs(service: Service, *, job: str | None, limit: int, as_json: bool) -> int:
+def runs(service: BuiltService, *, job: str | None, limit: int, as_json: bool) -> int:
     """Recent runs, newest first, and what they took in."""
     if job is not None:
         _job(service, job, on=False)
@@ -171,7 +171,7 @@ def _ledger_and_error(run: Run) -> str:
     return "; ".join(filter(None, (summary_of(run.report.ledger), error)))
 
 
-def status(service: Service, *, as_json: bool) -> int:
+def status(service: BuiltService, *, as_json: bool) -> int:
     """Every job as the state knows it; 1 when the last result of one that is on is a failure."""
     paused = service.state.pauses.paused()
     lines: list[Mapping[str, Any]] = []
@@ -209,7 +209,7 @@ def _status_table(lines: Sequence[Mapping[str, Any]]) -> None:
     table(("job", "state", "last run", "outcome", "rows", "error"), rows)
 
 
-def pause(service: Service, *, job: str, as_json: bool) -> int:
+def pause(service: BuiltService, *, job: str, as_json: bool) -> int:
     """Suspend scheduled runs of a job, in every process, until it is resumed."""
     _job(service, job, on=False)
     service.state.pauses.pause(job, service.desk.clock(), f"command line: {os.environ.get('USER', '')}")
@@ -218,7 +218,7 @@ def pause(service: Service, *, job: str, as_json: bool) -> int:
     return OK
 
 
-def resume(service: Service, *, job: str, as_json: bool) -> int:
+def resume(service: BuiltService, *, job: str, as_json: bool) -> int:
     """Run a job on its schedule again."""
     _job(service, job, on=False)
     service.state.pauses.resume(job)
@@ -230,13 +230,13 @@ def resume(service: Service, *, job: str, as_json: bool) -> int:
 # Commands that do a job's work in a terminal: run it, fill past windows, verify and heal, undo, all at once.
 
 
-def run(service: Service, *, job: str, dry_run: bool, as_json: bool) -> int:
+def run(service: BuiltService, *, job: str, dry_run: bool, as_json: bool) -> int:
     """Run a job until it has nothing left to do; the exit code."""
     return _finish(service, _job(service, job), dry_run=dry_run, as_json=as_json)
 
 
 def backfill(
-    service: Service,
+    service: BuiltService,
     *,
     job: str,
     start: datetime,
@@ -262,7 +262,7 @@ def backfill(
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
-def rewrite(service: Service, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
+def rewrite(service: BuiltService, *, job: str, start: datetime, end: datetime, dry_run: bool, as_json: bool) -> int:
     """Re-encode the objects of a span from themselves; the exit code."""
     span, ours = Window(start, end), _job(service, job)
     work = _able(service.pipelines.rewrites, job, "has no rewrite", "jobs whose objects can be re-encoded: {}")
@@ -270,7 +270,7 @@ def rewrite(service: Service, *, job: str, start: datetime, end: datetime, dry_r
     return _finish(service, ours, dry_run=dry_run, as_json=as_json)
 
 
-def undo(service: Service, *, job: str, run: str, yes: bool, as_json: bool) -> int:
+def undo(service: BuiltService, *, job: str, run: str, yes: bool, as_json: bool) -> int:
     """Take back what run `run` of a job did, or without `yes` only say what that would be; the exit code."""
     ours = _job(service, job)
     take_back = _able(service.pipelines.undos, job, "has no undo", "jobs that keep what it takes: {}")
@@ -282,7 +282,7 @@ def undo(service: Service, *, job: str, run: str, yes: bool, as_json: bool) -> i
 
 
 def verify(
-    service: Service,
+    service: BuiltService,
     *,
     job: str,
     start: datetime,
@@ -341,7 +341,7 @@ def _judged(job: str, span: Window, verdicts: Sequence[Verdict], *, every: bool,
     return OK if fine else FAILED
 
 
-def once(service: Service, *, as_json: bool) -> int:
+def once(service: BuiltService, *, as_json: bool) -> int:
     """Run every job that is on until it has nothing left to do, then show what moved; 1 when one did not end well."""
     documents = []
     desk = replace(service.desk, ended=_unexpected)
@@ -370,7 +370,7 @@ def _tell_all(documents: list[dict[str, Any]], places: dict[str, str]) -> None:
     table(("where", ""), places.items())
 
 
-def _job(service: Service, name: str, *, on: bool = True) -> Job:
+def _job(service: BuiltService, name: str, *, on: bool = True) -> Job:
     """The job of this name. Raises Rejected when there is none, or when it has to be `on` and is not."""
     jobs = {job.name: job for job in service.pipelines.jobs}
     if name not in jobs:
@@ -388,7 +388,7 @@ def _able(works: Mapping[str, Work], job: str, refusal: str, hint: str) -> Work:
     return work
 
 
-def _finish(service: Service, job: Job, *, dry_run: bool, as_json: bool) -> int:
+def _finish(service: BuiltService, job: Job, *, dry_run: bool, as_json: bool) -> int:
     desk = replace(service.desk, ended=_unexpected)
     with _stoppable(service.stop), _shown(job) as tally:
         last, total = _to_the_end(job, desk, service.stop, tally, dry_run=dry_run)
@@ -400,7 +400,7 @@ def _finish(service: Service, job: Job, *, dry_run: bool, as_json: bool) -> int:
     return {Outcome.OK: OK, Outcome.PARTIAL: job.exits.partial}.get(last.outcome, job.exits.failed)
 
 
-def _busy(service: Service, job: Job, *, as_json: bool) -> int:
+def _busy(service: BuiltService, job: Job, *, as_json: bool) -> int:
     seconds = math.ceil(service.desk.leases.remaining_seconds(job.name))
     service.state.close()
 

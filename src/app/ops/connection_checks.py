@@ -7,19 +7,23 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent
 from app.db.database import Database
+from app.db.state import State
 from app.ops.alerts import post
 from app.ops.health import Check
 
 if TYPE_CHECKING:
     from app.object_store.port import ObjectStore
+    from app.object_store.s3 import S3Store
 
 NAMED = 5
 ABSENT = "headwater-check-of-rights"
+LOOK_KEY = "headwater-readiness"
+ONE_REPLICA = "the object store honours no conditional writes: run one replica only"
 ENCODING_HINT = "move to a database made with CREATE DATABASE ... TEMPLATE template0 ENCODING 'UTF8'"
 POSTGRES = """
 SELECT current_setting('server_version') AS version, current_user AS name, current_schema() AS place,
@@ -155,3 +159,80 @@ def destinations(settings: Settings, inbox: InboxFolders) -> Mapping[str, str]:
         "amplitude": f"{root}/amplitude/ and /dwh",
         "appmetrica": f"{root}/appmetrica/ and /dwh",
     }
+
+
+def reached(ping: Callable[[], None]) -> Check:
+    """One round trip to a database."""
+
+    def check() -> str:
+        ping()
+        return ""
+
+    return check
+
+
+def remembered(state: State) -> Check:
+    """At first a look at all that the state holds, then round trips; what a person should know of it."""
+    looked_at = False
+
+    def check() -> str:
+        nonlocal looked_at
+        if not looked_at:
+            state.check()
+            looked_at = True
+        return state.note()
+
+    return check
+
+
+def all_said(*checks: Check) -> Check:
+    """Several checks as one."""
+    return lambda: "; ".join(filter(None, (check() for check in checks)))
+
+
+def undeleted(state: State, pipelines: Sequence[str]) -> Mapping[str, str]:
+    """Objects that could not be deleted, and why."""
+    return {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
+
+
+def old_versions(settings: Settings, store: "ObjectStore") -> Check:
+    """What to know of a bucket that keeps old versions; a directory has none."""
+
+    def check() -> str:
+        from app.object_store.s3_multipart import note_of_versions
+
+        return note_of_versions(cast("S3Store", store), settings.s3.prefix) if settings.s3.bucket else ""
+
+    return check
+
+
+def probed(store: "ObjectStore") -> Check:
+    """A write at first, then a look: the store must not fill with the traces of being watched."""
+    seen = False
+
+    def check() -> str:
+        nonlocal seen
+        if seen:
+            store.head(LOOK_KEY)
+        else:
+            store.probe()
+            seen = True
+        return "" if store.conditional else ONE_REPLICA
+
+    return check
+
+
+def stores_tried(
+    settings: Settings, state: State, warehouse: Database, store: "ObjectStore", listed: Sequence[str]
+) -> Iterator[System]:
+    """The three stores that are always there, embedded or outside, under the names of /ready."""
+    kept = all_said(of_database(state.database), remembered(state))
+    variable = "CHECKPOINT_DB_HOST" if settings.checkpoint.host else "CHECKPOINT_DATABASE_URL"
+    yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
+    objects = all_said(
+        of_objects(store, settings.s3.prefix),
+        of_undeleted(lambda: undeleted(state, listed), store),
+        old_versions(settings, store),
+    )
+    yield System("s3_accessible", "objects", "S3_BUCKET", objects)
+    yield System("dwh_connected", "warehouse", "DWH_DATABASE_URL", of_database(warehouse))

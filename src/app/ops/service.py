@@ -95,7 +95,7 @@ class Pipelines:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class BuiltService:
     """The service, built and not started. `app` is the ASGI application; its lifespan starts and ends the work.
 
     `systems` are what `python -m app check` tries; readiness looks at the stores alone, and less closely.
@@ -160,7 +160,7 @@ def _addresses(host: str, port: int | None) -> list[Any]:
     return socket.getaddrinfo(None if bare == "::" else bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 
 
-def run_daemon(service: Service, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
+def run_daemon(service: BuiltService, environ: Mapping[str, str], dotenv: Path | None = None) -> None:
     """Serve `service`, which was configured by `environ` and `dotenv`. Ends by raising the stop signal again."""
     from app.web.server import serve
 
@@ -182,7 +182,9 @@ def run_daemon(service: Service, environ: Mapping[str, str], dotenv: Path | None
     )
 
 
-def announce(service: Service, environ: Mapping[str, str], dotenv: Path | None, *, own_server: bool = True) -> None:
+def announce(
+    service: BuiltService, environ: Mapping[str, str], dotenv: Path | None, *, own_server: bool = True
+) -> None:
     """Log what a person should look at, and which jobs are off."""
     for warning in warnings(service.settings, environ, read_dotenv(dotenv)[0], own_server=own_server):
         log.warning("%s", warning)

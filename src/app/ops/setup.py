@@ -18,7 +18,7 @@ from app.config.rules import VARIABLES
 from app.core.errors import BadSettings
 from app.core.files import write_durably
 from app.ops.health import look
-from app.ops.service import Service
+from app.ops.service import BuiltService
 
 Answers = Mapping[str, str]
 OWNER_ONLY = 0o600
@@ -97,7 +97,9 @@ PIPELINES: Mapping[str, tuple[Sequence[Question], Sequence[str]]] = {
 """What is asked for, and the systems that are tried then."""
 
 
-def setup(pipeline: str, environ: Mapping[str, str], dotenv: Path, build: Callable[..., Service]) -> tuple[str, bool]:
+def setup(
+    pipeline: str, environ: Mapping[str, str], dotenv: Path, build: Callable[..., BuiltService]
+) -> tuple[str, bool]:
     """Ask on stderr, try the systems; the text of `.env` with the answers, and whether every system answered.
 
     Raises BadSettings where the answers and what is set already cannot work together.

@@ -1,0 +1,110 @@
+"""Rows that are written to a file after it was merged, by a writer that paused for longer than a file has to be steady.
+
+Such a writer holds the file open, so its rows end up in the archived file. Each run looks at the files that were
+merged last: what has grown behind what was merged becomes a file of its own in the inbox, below the same header.
+
+Invariant: the new file and the note of how far the old one was taken in are one transaction, so every added row
+comes back to the inbox once. Only what was appended does: a file in the archive that was edited is a person's.
+"""
+
+import itertools
+import logging
+import os
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import IO
+
+from app.core.files import bounded_name, sync_file
+from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
+from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
+from app.csv_inbox.discovery import (
+    MEBIBYTE,
+    SUFFIX,
+    Candidate,
+    InboxRun,
+    candidate,
+    md5_of,
+    open_regular,
+    placed,
+    printable,
+    read_some,
+)
+from app.csv_inbox.incoming import read_incoming_header
+from app.csv_inbox.quarantine import Grown, LoadRecord, save_load
+from app.csv_inbox.transaction import Transaction, carry_out, commit, renaming
+
+log = logging.getLogger(__name__)
+
+
+def take_in(inbox: InboxRun, each: Grown) -> Candidate | None:
+    """Put what was added into the inbox as a file of its own; None when nothing was. Raises OSError."""
+    name = printable(each.path.name)
+    try:
+        with open_regular(each.path) as file, placed(inbox.config.watch_dir):
+            if each.found.size < each.merged.size or md5_of(file, each.merged.size) != each.load.source_md5:
+                told = "was changed after it was merged, and not by rows at its end; copy it into the inbox to merge it"
+                log.warning("%s %s", name, told)
+                inbox.told.append(f"{name} {told}")
+            elif each.found.size > each.merged.size:
+                return _moved_back(inbox, each, file)
+            save_load(inbox.paths.loads, _dealt_with(each, file))
+    except (Unmergeable, Unsteady, Stuck) as error:
+        inbox.tell(f"{name}: rows may have been written to it after it was merged: {error.message}")
+    return None
+
+
+def _dealt_with(each: Grown, file: IO[bytes], unended_bytes: int = 0) -> LoadRecord:
+    """The record of the merge once all of the file is dealt with."""
+    found = each.found
+    return replace(each.load, source=astuple(found), source_md5=md5_of(file, found.size), unended_bytes=unended_bytes)
+
+
+def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | None:
+    start = each.merged.size
+    if each.load.unended_bytes:  # the last row that was merged may go on in what was added
+        file.seek(start)
+        if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
+            start -= each.load.unended_bytes
+    temporary = inbox.paths.temporary_tail(each.load.load_id)
+    with temporary.open("xb") as out:
+        _copy_part(file, out, 0, each.load.rows_at)
+        _copy_part(file, out, start, each.found.size)
+        out.flush()
+        os.utime(out.fileno(), ns=(each.found.mtime_ns, each.found.mtime_ns))
+        sync_file(out.fileno())
+    suffixes = itertools.chain(("",), (f"-{number}" for number in itertools.count(1)))
+    names = (bounded_name(each.path.name, f".late-{start}{suffix}{SUFFIX}") for suffix in suffixes)
+    target = next(path for name in names if not os.path.lexists(path := inbox.config.watch_dir / name))
+    unended = _unended_bytes(inbox, temporary, each.found.size - start)
+    transaction = Transaction([renaming(temporary, target)], [], None, _dealt_with(each, file, unended))
+    if not each.is_steady():
+        temporary.unlink()
+        raise Unsteady(f"{each.path.name} is still being written", "no action needed; the next run looks again")
+    commit(inbox.paths, transaction)
+    carry_out(inbox.paths, transaction)
+    again = "; its last row was incomplete then" if start < each.merged.size else ""
+    told = f"{each.found.size - each.merged.size} bytes were written to it after it was merged{again}"
+    inbox.tell(f"{printable(each.path.name)}: {told}; taken in as {printable(target.name)}")
+    return candidate(target)
+
+
+def _unended_bytes(inbox: InboxRun, path: Path, tail_bytes: int) -> int:
+    """The size of a last row without a line end; of the whole tail where that cannot be told."""
+    dialect = Dialect(inbox.config.csv_delimiter, inbox.config.csv_encoding)
+    with path.open("rb") as file:
+        try:
+            header, own = read_incoming_header(file.read, dialect, ())
+            file.seek(header.size_bytes)
+            unended = 0
+            for block in blocks(file.read, own, 1):
+                unended = 0 if block.data.endswith(b"\n") else len(block.data) - int(block.starts[-1])
+        except Malformed:  # cut inside quotes: the file is set aside, and comes again with what follows
+            return tail_bytes
+    return unended
+
+
+def _copy_part(file: IO[bytes], out: IO[bytes], start: int, end: int) -> None:
+    file.seek(start)
+    while start < end and (piece := read_some(file, min(end - start, MEBIBYTE))):
+        out.write(piece)
+        start += len(piece)
