@@ -29,7 +29,7 @@ ASSIGNED = re.compile(r"^#? *([A-Z][A-Z0-9_]*)=|(?<!\w)([A-Z][A-Z0-9]*(?:_[A-Z0-
 FOREIGN = re.compile(
     r"RAILWAY_\w+|UV_\w+|PYTHON\w+|ARROW_\w+|PIP_\w+|DATABASE_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|AF_\w+|SQL_ASCII"
 )
-PLACEHOLDERS = {"BUCKET_ID", "S3_PATH"}
+PLACEHOLDERS = {"BUCKET_ID", "DEEP_ARCHIVE", "S3_PATH"}
 PLANNED_COMMANDS = {"demo", "run", "backfill", "check", "keys", "serve"}
 
 

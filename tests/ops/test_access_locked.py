@@ -27,7 +27,7 @@ from public_interface import served
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = ("/", "/docs", "/openapi.json", "/ops/jobs", "/metrics", "/assets/icon.svg", "/s3/shared", "/nowhere")
-MADE = re.compile(r"python -m app (keys new[^`\n|<]*)")
+MADE = re.compile(r"python -m app (keys new[^`\n|<#]*)")
 
 
 async def asked(variables: dict[str, str], *, own_server: bool, headers: dict[str, str]) -> dict[str, httpx.Response]:
