@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from app.core.errors import LeaseLost
 from app.core.pipeline import Commit, Record
 from app.core.runs import Lease, Outcome, Run
-from app.db.checkpoints import AHEAD
+from app.db.leases import AHEAD
 
 
 def wall_clock() -> datetime:

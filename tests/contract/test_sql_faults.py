@@ -18,8 +18,8 @@ import pytest
 
 from app.core.errors import Transient
 from app.core.pipeline import Commit
-from app.db.checkpoints import identity
 from app.db.database import Session, load_queries, sql_directory
+from app.db.leases import identity
 from app.db.postgres import PostgresDatabase
 from app.db.state import State, open_state
 from postgres import PostgresServer
@@ -44,7 +44,7 @@ except AppError as error:
 SLEEPER = """
 import sys
 from pathlib import Path
-from app.db.checkpoints import identity
+from app.db.leases import identity
 from app.db.database import load_queries, sql_directory
 from app.db.state import open_state
 state = open_state(sys.argv[1], Path())

@@ -13,8 +13,8 @@ from typing import Any
 
 from app.core.ledger import from_json
 from app.core.runs import Failure, Outcome, Report, Run
-from app.db.checkpoints import AHEAD, now_of
 from app.db.database import NamedQueries, Row, Session
+from app.db.leases import AHEAD, now_of
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FAULTS = 200

@@ -11,8 +11,9 @@ from app.core.errors import Transient
 from app.core.ledger import to_json
 from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
 from app.core.windows import DAY_SECONDS, floor_to, next_midnight
-from app.db.checkpoints import AHEAD, SqlCheckpoints, SqlClocks, SqlLayouts, SqlLeases, StateClock, now_of
+from app.db.checkpoints import SqlCheckpoints, SqlLayouts
 from app.db.database import NamedQueries, Row, sql_directory, storable
+from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock, now_of
 from app.db.migrations import Migrated, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of

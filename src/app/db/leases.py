@@ -1,0 +1,201 @@
+"""Leases in the state database, and the clock that they and everything else in it go by."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from app.core.errors import LeaseLost
+from app.core.runs import Lease
+from app.db.database import NamedQueries, Row, Session
+
+# The clock that the state goes by, and what in it lies ahead of that clock.
+#
+# A clock that was ahead leaves runs and cursors in the future. Invariant: nothing waits until the clock has come to
+# them; they are told of until a run has set them right.
+
+AHEAD = timedelta(seconds=60)  # clocks of machines that are in order differ by less
+
+
+class StateClock:
+    """The clock that jobs go by: this machine's, or the database's as the last lease told it, carried on from then by
+    a clock that nobody sets. From any thread, without I/O.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[datetime, float] | None = None
+
+    def __call__(self) -> datetime:
+        """Now."""
+        if self._known is None:
+            return datetime.now(UTC)
+        at, since = self._known
+        return at + timedelta(seconds=time.monotonic() - since)
+
+    def follow(self, at: datetime) -> None:
+        """The database says that it is `at` now."""
+        self._known = (at, time.monotonic())
+
+
+class SqlClocks:
+    """Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def now(self) -> datetime:
+        """The database's clock; of SQLite, this machine's."""
+        with self._queries.database.transaction(read_only=True) as session:
+            return now_of(session, self._queries)
+
+    def ahead_seconds(self) -> Mapping[str, float]:
+        """Job -> how far its last run or one of its cursors lies ahead of now, for those where it is over a minute."""
+        with self._queries.database.transaction(read_only=True) as session:
+            now = now_of(session, self._queries)
+            rows = session.rows(self._queries["ahead"], until_at=now + AHEAD)
+        ahead: dict[str, float] = {}
+        for row in rows:
+            ahead[row["job"]] = max((row["latest_at"] - now).total_seconds(), ahead.get(row["job"], 0.0))
+        return ahead
+
+    def note(self) -> str:
+        """What is wrong with clocks, for a person; "" for nothing."""
+        skew = (datetime.now(UTC) - self.now()).total_seconds()
+        notes = [f"{job} stands {spoken(seconds)} ahead of now" for job, seconds in self.ahead_seconds().items()]
+        if abs(skew) > AHEAD.total_seconds():
+            way = "ahead of" if skew > 0 else "behind"
+            notes.insert(0, f"this machine's clock is {spoken(abs(skew))} {way} the database's")
+        return f"check the clock: {', '.join(notes)}" if notes else ""
+
+
+def spoken(seconds: float) -> str:
+    """A length of time in the largest unit that it has two of."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def now_of(session: Session, queries: NamedQueries) -> datetime:
+    """The clock of the session's database."""
+    now: datetime = session.rows(queries["now"])[0]["now_at"]
+    return now
+
+
+# Leases in the state database, timed by its own clock: the clocks of the replicas may differ as they like.
+#
+# Invariants: each change is one statement; the generation of a name grows with every acquisition and is never used
+# again; owners are stored with the mark of this format of the state, so that a process of an older version, which
+# writes none, takes no lease (see migration 0006); a clock that was set back keeps no lease from being taken over.
+
+FORMAT = "v3|"
+FREE = FORMAT  # the owner of a lease that was given back
+LOST_HINT = "no action needed: the process that holds it goes on; several takeovers in a row mean a stalled machine"
+ROUNDING_SECONDS = 0.1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    """A lease whose time lies too far ahead, as it was first seen, at a monotonic instant.
+
+    A holder that lives renews it within its TTL.
+    """
+
+    generation: int
+    expires_at: datetime
+    ttl_seconds: float
+    since_seconds: float
+
+
+class SqlLeases:
+    """See `app.core.runs.Leases`."""
+
+    def __init__(self, queries: NamedQueries, clock: StateClock) -> None:
+        self._queries = queries
+        self._clock = clock
+        self._seen: dict[str, _Sighting] = {}
+
+    def acquire(self, name: str, owner: str, ttl_seconds: float) -> Lease | None:
+        """See `Leases.acquire`."""
+        seen = self._seen.get(name)
+        silent = seen if seen and time.monotonic() - seen.since_seconds >= seen.ttl_seconds else None
+        watched = {
+            "watched_generation": silent.generation if silent else 0,
+            "watched_expires_at": silent.expires_at if silent else None,
+        }
+        terms = {"name": name, "owner": FORMAT + owner, "free": FREE, "ttl_seconds": float(ttl_seconds)}
+        with self._queries.database.transaction() as session:
+            found = _first(session.rows(self._queries["acquire"], **terms, **watched))
+            held = None if found else _first(session.rows(self._queries["held"], name=name, free=FREE))
+        if found is None:
+            self._watch(name, held, ttl_seconds)
+            return None
+        self._seen.pop(name, None)
+        if silent and silent.expires_at > found["now_at"]:
+            log.warning("%s: lease expiry was in the future and not renewed within its TTL; taken over", name)
+        acquired_at = found["now_at"] if self._queries.database.dialect == "postgres" else None
+        if acquired_at:
+            self._clock.follow(acquired_at)
+        return Lease(name, owner, found["generation"], found["expires_at"], acquired_at)
+
+    def remaining_seconds(self, name: str) -> float:
+        """See `Leases.remaining_seconds`."""
+        held = self._held(name)
+        return max(_remaining_seconds(held), 0.0) if held else 0.0
+
+    def watch_seconds(self, name: str, ttl_seconds: float) -> float:
+        """See `Leases.watch_seconds`."""
+        held = self._held(name)
+        return _unexplained_ttl_seconds(held, ttl_seconds) if held else 0.0
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
+        """See `Leases.renew`."""
+        with self._queries.database.transaction() as session:
+            found = _first(session.rows(self._queries["renew"], **identity(lease), ttl_seconds=float(ttl_seconds)))
+        if found is None:
+            raise lost(lease)
+        return Lease(lease.name, lease.owner, lease.generation, found["expires_at"], lease.acquired_at)
+
+    def release(self, lease: Lease) -> None:
+        """See `Leases.release`."""
+        self._queries.run("release", **identity(lease), free=FREE)
+
+    def _held(self, name: str) -> Row | None:
+        return _first(self._queries.rows("held", name=name, free=FREE))
+
+    def _watch(self, name: str, held: Row | None, ttl_seconds: float) -> None:
+        """Remember a lease that no living holder can have, from now on if it is not the one that was seen before."""
+        ttl = _unexplained_ttl_seconds(held, ttl_seconds) if held else 0.0
+        if held is None or not ttl:
+            self._seen.pop(name, None)
+            return
+        seen = self._seen.get(name)
+        if seen is None or (seen.generation, seen.expires_at) != (held["generation"], held["expires_at"]):
+            self._seen[name] = _Sighting(held["generation"], held["expires_at"], ttl, time.monotonic())
+
+
+def _remaining_seconds(held: Row) -> float:
+    remaining: timedelta = held["expires_at"] - held["now_at"]
+    return remaining.total_seconds()
+
+
+def _unexplained_ttl_seconds(held: Row, ttl_seconds: float) -> float:
+    """The TTL of a lease that ends later than that from now; 0 when its time fits. `ttl_seconds` if not recorded."""
+    ttl: float = held["ttl_seconds"] or ttl_seconds
+    return ttl if _remaining_seconds(held) > ttl + ROUNDING_SECONDS else 0.0
+
+
+def _first(rows: list[Row]) -> Row | None:
+    return rows[0] if rows else None
+
+
+def identity(lease: Lease) -> dict[str, object]:
+    """What tells a lease from those before and after it. Its expiry is the database's to know."""
+    return {"name": lease.name, "owner": FORMAT + lease.owner, "generation": lease.generation}
+
+
+def lost(lease: Lease) -> LeaseLost:
+    """The error that says which lease is gone."""
+    return LeaseLost(f"the lease {lease.name} (generation {lease.generation}) expired or was taken over", LOST_HINT)
