@@ -87,7 +87,7 @@ def _telemetry(running: ExitStack, fill: Fill, began: datetime) -> Mapping[str, 
 def _ship(running: ExitStack, fill: Fill, began: datetime, kept: Path) -> Mapping[str, str]:
     """A ship that writes to DynamoDB, and a shared drive for its hours.
 
-    The other systems make the same data anew each time; what is on the drive, the product has put there, so it is kept.
+    The other systems generate the same data each time; what is on the drive, the product has put there, so it is kept.
     """
     dynamo = running.enter_context(DynamoSimulator([DynamoTable(SHIP_TABLE, SHIP_KEY, ("S", "S"))]))
     drive = running.enter_context(DriveSimulator(folder=kept))

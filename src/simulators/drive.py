@@ -143,7 +143,7 @@ class DriveState:
 
 
 class DriveRefusal(Exception):
-    """An answer that is no success."""
+    """An answer that is not a success."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)

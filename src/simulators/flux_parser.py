@@ -138,7 +138,7 @@ def parse_flux(text: str) -> Program:
 
 
 def tokens(text: str) -> list[Token]:
-    """The words of the text, the last one of kind `end`. Raises FluxSyntax at what is no word."""
+    """The words of the text, the last one of kind `end`. Raises FluxSyntax for anything else."""
     found, at = [], 0
     while at < len(text):
         match = TOKEN.match(text, at)

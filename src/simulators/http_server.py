@@ -166,7 +166,7 @@ class Server(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """A client that went away is no error; anything else is logged with its trace."""
+        """A client that went away is not an error; anything else is logged with its trace."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError | ValueError):
             log.error("the simulator failed to answer %s: %s", client_address, traceback.format_exc())
 

@@ -92,7 +92,7 @@ def test_a_database_of_another_program_is_told_as_such_and_left_alone(
     url = old_database(request, dialect, tmp_path)
     with closing(open_warehouse(url, tmp_path)) as warehouse:
         for _ in range(2):
-            with pytest.raises(Permanent, match="another program made the table events_part") as refused:
+            with pytest.raises(Permanent, match="another program created the table events_part") as refused:
                 warehouse.ping()
             assert "python -m app import-dwh URL" in refused.value.hint
     with closing(open_warehouse("", tmp_path)) as warehouse, closing(opened(url)) as old:

@@ -195,7 +195,7 @@ class _Lines:
         return ledger_of(tally, *entries, unit=UNIT)
 
     def _begin(self) -> "HourStats":
-        from app.amplitude.events import HourStats  # the decoder, which an idle daemon does without
+        from app.amplitude.events import HourStats  # the decoder, which an idle daemon does not load
 
         def refuse(reason: str, line: bytes, place: str) -> None:
             name = set_aside_name(self.hour.source, self.hour.window)

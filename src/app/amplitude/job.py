@@ -237,7 +237,7 @@ class AmplitudeEnds:
         return total
 
     def _blocks(self, pieces: Iterator[bytes]) -> "Iterator[Block]":
-        from app.amplitude.events import blocks  # the decoder, which an idle daemon does without
+        from app.amplitude.events import blocks  # the decoder, which an idle daemon does not load
 
         for block in blocks(pieces):
             self.stop.check()

@@ -147,7 +147,7 @@ class Queries:
         self._broken: dict[tuple[str, Version], tuple[str, float]] = {}
 
     def close(self) -> None:
-        """Give the memory of all engines back; a later report opens them anew."""
+        """Give the memory of all engines back; a later report re-opens them."""
         self._objects.close()
         self._local.close()
 

@@ -1,4 +1,4 @@
-"""/analytics put together: parsed requests, shared and cached answers, the engines, and the thread that keeps summaries
+"""/analytics as a whole: parsed requests, shared and cached answers, the engines, and the thread that keeps summaries
 fresh.
 """
 
@@ -338,7 +338,7 @@ class Analytics:
         self.refresher.start()
 
     def close(self, seconds: float) -> None:
-        """End, within `seconds`."""
+        """Stop within `seconds`."""
         self.sandbox.close()
         self.refresher.close(seconds)
         self.queries.close()

@@ -334,7 +334,7 @@ class Exports:
         return self.pulls.add(SERVICE, owner, request.text, now)
 
     def leave_out(self, resource: Resource, error: RequestRefused) -> None:
-        """Do without the column that the service does not know. Raises `error` when that is none to do without."""
+        """Drop the column that the service does not know. Raises `error` when it is one that is needed."""
         named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
         if len(named) != 1 or named & {*NEEDED, resource.received}:
             raise error

@@ -103,7 +103,7 @@ def _set(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
 def _faults(errors: Sequence[ErrorDetails], said: Mapping[str, str]) -> Iterator[tuple[Variable, str]]:
     """One line for each variable that was refused: name, value and what is allowed."""
     declared = {(each.goes_to.partition(".")[0], name): each for each in VARIABLES for name in each.names}
-    # A default that follows from a refused field is not computed, and is no fault of its own.
+    # A default that follows from a refused field is not computed, and is not a fault of its own.
     own = (each for each in errors if each["type"] != "default_factory_not_called")
     for (group, name), found in groupby(own, lambda each: each["loc"][:2]):
         variable = declared[str(group), str(name)]

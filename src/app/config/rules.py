@@ -249,7 +249,7 @@ def _near_misses(said: Mapping[str, str]) -> Iterator[str]:
 
 
 def _meant(name: str) -> str:
-    """The variable that an unknown name is close to, "" where it is close to none or one itself."""
+    """The variable that an unknown name resembles; "" for none, and for a variable's own name."""
     known = [each for variable in VARIABLES for each in variable.names]
     wanted = name.upper()
     # Other programs' names end like ours (PGHOST, AWS_ENDPOINT_URL), so what is meant begins alike.
@@ -260,7 +260,7 @@ def _meant(name: str) -> str:
 
 
 def unknown_names(in_file: Mapping[str, str]) -> list[str]:
-    """Names in `.env` that are no variable and close to none: for a person to see what is not read."""
+    """Names in `.env` that are not variables nor close to one, so that a person sees what is not read."""
     known = {name for variable in VARIABLES for name in variable.names}
     return sorted(name for name in in_file.keys() - known if not _meant(name))
 

@@ -181,7 +181,7 @@ class LimitSettings(SettingsGroup, title="Limits"):
 
 
 class NetworkSettings(SettingsGroup, title="Network: for every system outside"):
-    """How this machine reaches others. `ca_file` None = the authorities that are known everywhere."""
+    """How this machine reaches others. `ca_file` None = the public authorities only."""
 
     https_proxy: Secret = variable("HTTPS_PROXY https_proxy", default=NO_SECRET, unset="none")
     """Proxy for https://, such as http://proxy.example.org:3128."""

@@ -38,7 +38,7 @@ def bounded_name(name: str, suffix: str = "", limit_bytes: int = NAME_BYTES) -> 
 
 
 def temporary_file(folder: Path | None = None, memory_bytes: int = 0) -> BinaryIO:
-    """A file without a name, so that a killed process leaves nothing behind; whoever takes it closes it.
+    """A file without a name, so that a killed process leaves nothing behind; the caller closes it.
 
     The first `memory_bytes` stay in memory; `folder` None = the system's own for temporary files.
     """

@@ -185,7 +185,7 @@ class Pass:
 
 
 class BatchedCheckpoints:
-    """The checkpoints of one pass: the records of live windows are read in one question, and commits are made together,
+    """The checkpoints of one pass: the records of live windows are read in one query, and commits are made together,
     COMMITS at a time or after COMMIT_SECONDS. From any thread.
     """
 
@@ -345,7 +345,7 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[s
 
 
 def live_counts(pipeline: Pipeline[B, E], windows: Sequence[Window]) -> Mapping[str, Mapping[datetime, Count]]:
-    """The counts of live windows, by partition and window start, in one question to the source."""
+    """The counts of live windows, by partition and window start, in one query to the source."""
     by_partition: dict[str, dict[datetime, Count]] = {}
     if windows:
         for (partition, start), count in pipeline.source.counts(None, windows).items():

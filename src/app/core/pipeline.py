@@ -356,7 +356,7 @@ class Checkpoints(Protocol):
         """Records of windows that start in `[since, until)`, by window start, then part."""
 
     def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """`records` of every partition, of windows that start at or after `since`, in one question."""
+        """`records` of every partition, of windows that start at or after `since`, in one query."""
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""

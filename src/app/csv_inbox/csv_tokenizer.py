@@ -252,7 +252,7 @@ class RecordBlock:
     begins: bool = False
     """A byte order mark stood before it: here begins a file that was appended to another one."""
     skipped: Offsets = field(default_factory=lambda: NONE)
-    """Positions of records that are no rows although their lines are not empty."""
+    """Positions of records that are not rows although their lines are not empty."""
 
     @cached_property
     def array(self) -> Octets:
@@ -290,7 +290,7 @@ class RecordBlock:
         return np.flatnonzero(self.stops > self.starts)
 
     def without(self, positions: Offsets) -> "RecordBlock":
-        """The same; the records at these positions are no rows."""
+        """The same; the records at these positions are not rows."""
         return replace(self, skipped=np.concatenate((self.skipped, positions)))
 
     def without_bytes(self, firsts: Offsets, lasts: Offsets, dialect: Dialect) -> "RecordBlock":

@@ -182,7 +182,7 @@ class InboxRun:
         return self.paths.config
 
     def tell(self, line: str) -> None:
-        """Say it to whoever ran it, and in the log."""
+        """Tell the caller, and the log."""
         self.told.append(line)
         log.info("%s", line)
 

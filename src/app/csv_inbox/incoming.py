@@ -85,7 +85,7 @@ def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> t
     """The header of a file that comes in, and how the file is written, which a line such as `sep=;` may say.
 
     Byte order marks, that line and blank records before the header are skipped; blanks around a name are taken off;
-    fields without a name behind the last one are no columns. `fields` are as the master writes them. `known` are names
+    unnamed fields after the last one are not columns. `fields` are as the master writes them. `known` are names
     that stand as they are: of the configuration, then of the master. Raises Malformed, also for a NUL byte and above
     the limit of a record.
     """

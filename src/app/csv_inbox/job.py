@@ -83,7 +83,7 @@ def run(inbox: InboxRun) -> Report:
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
                 return Report()
-        from app.csv_inbox.transaction import rehearsal, take  # with numpy, which a run that finds nothing does without
+        from app.csv_inbox.transaction import rehearsal, take  # with numpy: a run that finds nothing does not load it
 
         if inbox.context.dry_run:
             with rehearsal(inbox) as rehearse:

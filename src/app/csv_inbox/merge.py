@@ -462,7 +462,7 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
     lengths[block.rows] += len(counts.padding)
     if not block.data.endswith(b"\n"):
         lengths[-1] += len(counts.union.eol)
-    if len(hashes) < len(lengths):  # some records are no rows
+    if len(hashes) < len(lengths):  # some records are not rows
         hashes, found = np.full(len(lengths), BLANK), hashes
         hashes[block.rows] = found
     entries = key_index.entries_of(hashes, lengths)

@@ -221,7 +221,7 @@ def _record(row: Row, now: datetime) -> Record:
 
 
 def _sums_shown(sums: Mapping[str, Sums]) -> Mapping[str, Sequence[float | None]]:
-    """As a list of `Sums`' own order, without what says nothing of values that are no numbers."""
+    """As a list of `Sums`' own order, without the parts that mean nothing for values that are not numbers."""
     return {name: [each.values] if each.total is None else list(astuple(each)) for name, each in sums.items()}
 
 

@@ -104,7 +104,7 @@ def _store(
 
 
 def _line(columns: Sequence[TableColumn], values: Sequence[Any]) -> bytes:
-    """A line of NDJSON. What is no value of its column is written as text, which the reader of rows then refuses."""
+    """A line of NDJSON. A value that its column cannot hold is written as text, which the row parser refuses."""
     pairs = [f"{json.dumps(column.name)}:{_json(column, value)}" for column, value in zip(columns, values, strict=True)]
     return f"{{{','.join(pairs)}}}\n".encode("utf-8", "surrogatepass")
 

@@ -158,7 +158,7 @@ class Gzip:
         self._taken_bytes = self._made_bytes = 0
 
     def feed(self, block: bytes) -> Iterator[bytes]:
-        """The next bytes, inflated. Raises Refused for what is no gzip, and for too much of it."""
+        """The next bytes, inflated. Raises Refused for invalid gzip, and for too much of it."""
         self._taken_bytes += len(block)
         while block:
             if self._inflater.eof:

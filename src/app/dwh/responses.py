@@ -349,7 +349,7 @@ class ByteSpool:
         self._file_bytes += len(piece)
 
     def flush(self) -> None:
-        """As files have it; there is nothing to do."""
+        """As a file has it; does nothing."""
 
     def tell(self) -> int:
         """Where the next byte goes."""
@@ -394,7 +394,7 @@ class ByteSpool:
         return b"".join(taken)
 
     def _from_file(self, count: int) -> bytes:
-        """The file is used anew from its start when the reader has caught up."""
+        """The file is reused from its start when the reader has caught up."""
         self._file.seek(self._file_read_bytes)
         piece = self._file.read(min(count, self._file_bytes - self._file_read_bytes))
         self._file_read_bytes += len(piece)

@@ -304,8 +304,8 @@ def _mended(text: str, at: datetime) -> str:
 
 
 def _json(raw: Raw) -> str | None:
-    """The value as it was written, without the blanks between its parts: 1.10 stays 1.10, thirty digits stay thirty.
-    It is decoded all the same, which finds what is no JSON, no Unicode, or no finite number.
+    """The value as written, without the whitespace between its parts: 1.10 stays 1.10, thirty digits stay thirty. It is
+    still decoded, which detects invalid JSON, invalid Unicode and numbers that are not finite.
     """
     value = msgspec.json.decode(raw)
     if value is None:

@@ -551,7 +551,7 @@ def open_warehouse(url: str, data_dir: Path) -> Warehouse:
 
     def refuse_other_program(session: Session) -> None:
         if names := other_tables(session, plain.dialect):
-            raise Permanent(f"{plain.place}: another program made the table {min(names)}", OTHER_PROGRAM_HINT)
+            raise Permanent(f"{plain.place}: another program created the table {min(names)}", OTHER_PROGRAM_HINT)
 
     return Warehouse(Migrated(plain, sql_directory() / "dwh", before_first=refuse_other_program))
 

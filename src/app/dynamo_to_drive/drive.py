@@ -39,7 +39,7 @@ CONSENT_AGAIN = "run `python -m app google` again, sign in as a member of the sh
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Where the credentials come from: a file, or the text itself; and where an installed app's token is kept."""
+    """Where the credentials come from, a file or the text itself, and where an installed app's token is kept."""
 
     file: Path | None
     text: str
@@ -514,7 +514,7 @@ class Drive:
             except Permanent as error:
                 if request.resumable_uri is not None and _status(error) in GONE:
                     raise Transient(
-                        "Drive forgot the upload before its end", "no action needed: it starts again"
+                        "Drive dropped the upload session before it was complete", "no action needed: it starts again"
                     ) from error
                 raise
             except Transient:

@@ -125,7 +125,7 @@ class FluxReader:
         yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
-        """See `Reader`. Four aggregates in one question, each pushed down; Flux adds up numbers only."""
+        """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
         tag = literal(self._target.device_tag)
         are_numbers = " or ".join(f"r._field == {literal(name)}" for name in numbers)
 

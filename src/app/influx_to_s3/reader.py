@@ -398,7 +398,7 @@ def _message(body: str) -> str:
     return str(parsed.get("error") or parsed.get("message") or body)[:300]
 
 
-# Spans of time that can be asked in one question: inside one shard group, and small enough for the server's limits.
+# Spans of time that can be asked in one query: inside one shard group, and small enough for the server's limits.
 #
 # A field has one type per shard. A question over two shards in which it has two types loses one of them: InfluxQL's
 # `COUNT(*)` counts one type, Flux gives the first shard's part. So nothing is asked across the bound of a shard

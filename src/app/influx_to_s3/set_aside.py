@@ -45,7 +45,7 @@ TEXT_ESCAPES = str.maketrans({'"': '\\"', "\\": "\\\\"})
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A value that stands in no object, since a point of the same identity has another one for this field."""
+    """A value that is in no object, since a point of the same identity has another one for this field."""
 
     tags: Mapping[str, str]
     field: str
@@ -209,7 +209,7 @@ def absent_devices(
 
 def refuse_wrong_settings(source: "InfluxSource", settings: Settings, first_start_at: datetime) -> None:
     """To be asked when nothing was found. Raises Permanent, with what there is, when a setting names something that
-    does not exist while others do; an empty source, or one without points in the span asked, is no fault.
+    does not exist while others do; an empty source, or one without points in the span asked, is not a fault.
     """
     influx, wanted = settings.influx, settings.export.device_ids
     inventory = source.again(source.reader.inventory)

@@ -154,7 +154,7 @@ class InfluxSource:
             return [Summed(one.start_at, one.field, Sums(one.values)) for one in counted]
 
     def read(self, partition: str, window: Window, count: Count, kept: RowBatch | None) -> RowBatch:
-        """The whole window; small ones in one question, large ones slice by slice."""
+        """The whole window; small ones in one query, large ones slice by slice."""
         cells: Mapping[datetime, int] = {}
         with self._spool(partition) as spool:
             if count.points <= self._batch_rows:
@@ -164,7 +164,7 @@ class InfluxSource:
             return spool.finish(cells, count.fields)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
-        """Adjacent small windows in one question of a batch at most; what is cut out is held beside the answer."""
+        """Adjacent small windows in one query of a batch at most; what is cut out is held beside the answer."""
         for run in runs_of_few_rows(counted, self._batch_rows):
             blocks = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
             for window, count in run:

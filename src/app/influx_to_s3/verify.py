@@ -200,7 +200,7 @@ def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
 def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Content:
     """The cells of rows as they stand in an object, under the names that tags and fields have at the source.
 
-    Computed columns are checked, so that a row in which one is wrong differs, and are no cells.
+    Computed columns are checked, so that a row in which one is wrong differs, and are not cells.
     """
     import numpy as np
     import pyarrow as pa

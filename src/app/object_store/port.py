@@ -26,7 +26,7 @@ MAX_KEY_BYTES = 1024
 MAX_PAGE = 1000
 BATCH = 1000
 MARK = "headwater-write"
-"""Metadata that tells which write made an object; no business of whoever reads it."""
+"""Metadata that tells which write made an object; not shown to readers."""
 STORAGE_CLASS = "x-amz-storage-class"
 TAGS, TAG_COUNT = "x-amz-tagging", "x-amz-tagging-count"
 CONTENT_HEADERS = ("content-encoding", "cache-control", "content-disposition", "content-language", "expires")

@@ -333,7 +333,7 @@ class S3Parts:
                 )
             except client_error() as error:
                 if code_of(error) == "NoSuchUpload":
-                    raise Transient(f"{self._key}: somebody else ended the upload", AGAIN_HINT) from error
+                    raise Transient(f"{self._key}: another program ended the upload", AGAIN_HINT) from error
                 raise
 
     def abort(self) -> None:

@@ -219,7 +219,7 @@ def _lines_beyond(held: bytes, given: bytes) -> list[bytes]:
 
 
 def _metadata(content: _Content, reason: str, number: int) -> dict[str, str]:
-    """What `keep` and a person want to know without reading the object."""
+    """What `keep` and a reader need to know without reading the object."""
     said = reason.encode("ascii", "backslashreplace").decode().strip()
     cut = {"cut": "yes"} if content.is_cut else {}
     return {"reason": said[:MAX_PART_CHARACTERS], "number": str(number), "digest": content.digest, **cut}

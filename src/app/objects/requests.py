@@ -45,7 +45,7 @@ SECRET_BYTES = 32
 SECRET_NAME = "link.key"  # noqa: S105 - the name of the file
 CHANGED_HINT = "look at the object, then send it again"
 POLICY = "POST\n"  # begins what is signed of a form, as an instant does of a link
-LINK_HINT = "ask whoever sent it for a new one"
+LINK_HINT = "ask the sender for a new one"
 
 
 class NotServed(Rejected):
@@ -79,7 +79,7 @@ def span_of(fields: Mapping[str, str], held: ObjectInfo) -> ByteSpan:
     size_bytes = held.size_bytes
     match = RANGE.fullmatch(fields.get("range", ""))
     whole = ByteSpan(0, size_bytes, part=False)
-    # what cannot be read as a range is no range (RFC 9110), and a date, which has only seconds, never names a version
+    # what cannot be parsed as a range is ignored (RFC 9110), and a date, which has only seconds, never names a version
     if match is None or match[1] + match[2] == "" or fields.get("if-range", held.etag).strip() != held.etag:
         return whole
     if match[1]:

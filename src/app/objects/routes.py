@@ -129,7 +129,7 @@ async def _served(request: Request) -> AsyncIterator[None]:
     except Conflict as error:
         asked = {"if-match", "if-none-match", "if-unmodified-since"} & set(request.headers)
         hint = "look at the object, then send it again"
-        raise Refused(Refusal(412 if asked else 409, f"changed meanwhile: {error.message}", hint)) from error
+        raise Refused(Refusal(412 if asked else 409, f"changed in the meantime: {error.message}", hint)) from error
 
 
 def _reach(request: Request, serving: ObjectRoutes) -> Reach:

@@ -126,7 +126,7 @@ class Form:
     """Reads to the file when it is created. `content_type` is what the file's own header says, "" for nothing; `fields`
     are the texts that came before it.
 
-    Browsers send a file field in which nobody chose a file as an empty file without a name: that is no file.
+    Browsers send a file field in which nobody chose a file as an empty file without a name, which is ignored.
     """
 
     def __init__(self, body: Readable, boundary: str) -> None:

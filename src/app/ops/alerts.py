@@ -253,7 +253,7 @@ class Alerts:
     def start(self) -> None:
         """Begin to look."""
         for name in {*self._rules.heartbeat_urls, *self._rules.grace_by_job} - {job.name for job in self._watched.jobs}:
-            log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is no job", name)
+            log.warning("HEARTBEAT_URLS or ALERT_GRACE_BY_JOB names %r, which is not a job", name)
         self._thread.start()
         self._heartbeats.start()
 
@@ -354,7 +354,7 @@ class Alerts:
                 self._watched.told.end(name, before, STALE)
 
     def _tell_put_right(self, event: str, name: str, before: datetime) -> None:
-        """No run ends these two: a clock is no run, and an object is there again when a listing shows it."""
+        """No run ends these two: a clock is not a run, and an object is there again when a listing shows it."""
         if event == CLOCK_AHEAD and name not in self._ahead:
             self._watched.told.end(name, before, event)
         if event == OBJECTS and not self._watched.troubles().get(name) and self._watched.told.end(name, before, event):

@@ -430,7 +430,7 @@ def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dr
     """One run, once no other process holds the lease; None when that took longer than `job.busy_seconds`.
 
     A lease that a clock gave out that was ahead is watched here until it can be taken over: the next command would only
-    begin to watch anew.
+    start watching again.
     """
     give_up_at, watched = time.monotonic() + job.busy_seconds, False
     while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:

@@ -329,7 +329,7 @@ class DeliveryMaps:
         try:
             self.whole(job, cells)
         except AppError:
-            return  # whoever opens the map is told; the strip stays as it was
+            return  # the map itself shows the error; the strip stays as it was
 
     def _is_listable(self, job: str, cells: MapCells, names: NameFilter) -> bool:
         """Few enough to ask the destination, or nothing recorded that could tell instead."""

@@ -163,7 +163,7 @@ LEDGER = _object(
         "fields": _named("By field, where the unit is values of fields; at most 100."),
         "partitions": _named("The partitions that are worth naming, at most 20."),
     },
-    "What became of all that was counted at the source. It closes when in each field counted = new + already_there + "
+    "What became of everything counted at the source. It closes when in each field counted = new + already_there + "
     "corrected + set_aside + waiting. All 0 for a run that kept no ledger.",
 )
 FAILURE = _object(dict.fromkeys(("partition", "message", "hint"), TEXT))

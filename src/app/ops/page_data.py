@@ -83,7 +83,7 @@ def zone_of(name: str) -> tzinfo:
 
 
 def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Snapshot], Any]) -> Any:
-    """What `read` makes of all that is known now."""
+    """What `read` returns for everything known now."""
     now, views = parts.clock(), parts.scheduler.views()
     cells = cells_of_span("24h", None, zone, now)
     on = [view.job.name for view in views if not view.job.off and view.job.name in parts.maps.jobs]

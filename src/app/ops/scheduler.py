@@ -224,7 +224,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Start the timers; every job that can run is looked at at once, spread by its jitter."""
-        # a timer that fires while its job runs is passed over, which is no reason for a warning
+        # a timer that fires while its job runs is passed over, which does not deserve a warning
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         now = datetime.now(UTC)
         for lane in self._able():

@@ -162,7 +162,7 @@ def _say(text: str) -> None:
 
 
 def merged(text: str, answers: Answers, pipeline: str) -> str:
-    """The text of a `.env` with the answers: in the place of a line that sets the variable, else at the end."""
+    """The text of a `.env` with the answers: replacing a line that sets the variable, otherwise at the end."""
     lines, left = text.splitlines(), dict(answers)
     for number, line in enumerate(lines):
         match = re.match(r"\s*(?:export\s+)?(\w+)\s*=", line)

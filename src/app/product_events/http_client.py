@@ -72,7 +72,7 @@ class ServiceAnswer:
 
 @contextmanager
 def receiving(spool: Path, size: str) -> Iterator[BinaryIO]:
-    """A temporary file for a body of `size`, in words; whoever has it when the block has ended well closes it.
+    """A temporary file for a body of `size`, in words; its holder closes it after the block.
 
     Raises Transient when the disk refuses it.
     """

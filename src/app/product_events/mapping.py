@@ -196,7 +196,7 @@ def json_value(value: Any) -> str | None:
 
 
 def json_text(value: Any) -> str | None:
-    """JSON that came inside a text; what is none is kept as one text."""
+    """JSON inside a text; text that is not JSON stays one text."""
     if not value:
         return None
     try:

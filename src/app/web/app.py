@@ -1,7 +1,7 @@
 """The outermost ASGI application: probes at once, everything else through the guarded API.
 
 Invariants: the probes answer before the API is even imported and while its thread pool is full; every answer leaves
-with the security headers; whoever asks for a change stands in the log with the answer; start and end of the process's
+with the security headers; requests for a change are logged with caller and answer; start and end of the process's
 work are those of the lifespan.
 """
 

@@ -236,7 +236,7 @@ class Guard:
     throttle: Throttle = field(default_factory=Throttle)
 
     async def authorize(self, scope: Scope, methods: Methods) -> None:
-        """Whether the caller may make this call of a path with these `methods`; who it is stands in the state then.
+        """Whether the caller may make this call of a path with these `methods`; the caller is then in the state.
 
         Raises Refused: 401 for nobody, 403 without the scope, 429 above the key's rate, 404 and 405 for what is not
         there, told to callers with a key only. Raises Transient when a session cannot be looked up.
@@ -291,7 +291,7 @@ class Guard:
         return grant
 
     def sign_in(self, key: str, scope: Scope) -> Grant:
-        """The grant of a key, which stands in the state then. Raises Refused with 401, or 429 after too many failures
+        """The grant of a key, which is then in the state. Raises Refused with 401, or 429 after too many failures
         of this address.
         """
         now = self.clock()
@@ -302,7 +302,7 @@ class Guard:
         seconds = self.throttle.failed((scope.get("client") or ("",))[0], now)
         if seconds is not None:
             wait = {"Retry-After": str(math.ceil(seconds))}
-            raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a key that is alive", headers=wait))
+            raise Refused(Refusal(429, "too many failed sign-ins", "wait, then use a valid key", headers=wait))
         raise Refused(unauthorized("the key is not known or has expired"))
 
     async def begin_session(self, grant: Grant) -> str:
@@ -313,7 +313,7 @@ class Guard:
         return token
 
     async def end_session(self, scope: Scope) -> None:
-        """End the session of the caller's cookie, if any; whose it was stands in the state."""
+        """End the session of the caller's cookie, if any; whose it was is in the state."""
         if token := _cookie(_fields(scope)):
             with suppress(Refused):
                 scope.setdefault("state", {})["grant"] = await self.grant(scope)

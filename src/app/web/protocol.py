@@ -198,7 +198,7 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Behind a body it is no header of the request any more, which may have been let in by then."""
+        """After a body it is no longer a header of the request, which may have been let in by then."""
         if self._in_head:
             super().on_header(name, value)
 
