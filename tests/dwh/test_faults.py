@@ -233,7 +233,7 @@ def test_bodies_that_are_far_too_large_are_refused_with_little_memory(daemons: D
     assert refused(endless(), **{"Content-Type": "application/json"}) == 413
     assert refused(endless(), **{"Content-Type": "application/json", "Content-Length": str((1 << 30) + 9)}) == 413
     assert refused(endless(), **LINES) == 413
-    assert refused(b'uuid\n"' + b"x" * (11 << 20), **{"Content-Type": "text/csv"}) == 413
+    assert refused(b'uuid\n"' + b"x" * (17 << 20), **{"Content-Type": "text/csv"}) == 413
     bomb = packed(b" " * (1 << 27))
     for media in ("application/json", "application/x-ndjson"):
         assert refused(bomb, **{"Content-Type": media, "Content-Encoding": "gzip"}) == 413

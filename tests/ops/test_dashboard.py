@@ -24,7 +24,7 @@ def button(within: str, text: str) -> str:
 
 def sign_in(browser: Browser, daemon: Daemon) -> None:
     browser.open(daemon.url)
-    browser.until("!document.getElementById('sign-in').hidden")
+    browser.until("document.getElementById('sign-in')?.hidden === false")
     browser.run(f"document.getElementById('key').value = '{KEY}'")
     browser.click("document.querySelector('#sign-in button[type=submit]')")
     browser.until("document.querySelectorAll('#map-shelf .map-row .cell').length >= 23", 60)
@@ -83,7 +83,7 @@ def test_an_operator_signs_in_runs_pauses_verifies_and_heals(
     browser.size(390, 844, phone=True)
     assert browser.run("document.documentElement.scrollWidth") <= 390
     browser.click("document.getElementById('sign-out')")
-    browser.until("!document.getElementById('sign-in').hidden")
+    browser.until("document.getElementById('sign-in')?.hidden === false")
     assert [error for error in browser.errors if "401" not in error] == []
 
 
