@@ -126,7 +126,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     version: Text = variable("VERSION", default=_installed_version, unset="the installed version")
     """Version that /health reports."""
     description: Text = variable(
-        "DESCRIPTION", default="Lands telemetry and product-analytics data where people work with it."
+        "DESCRIPTION", default="Delivers telemetry and product-analytics data to where people use it."
     )
     """Text of the API pages."""
     debug: Flag = variable("DEBUG", default=False)
@@ -541,7 +541,7 @@ class AmplitudeSettings(SettingsGroup, title="Amplitude"):
 
 
 class AlertSettings(SettingsGroup, title="Alerts and heartbeats"):
-    """Who is told of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
+    """Who hears of failures, recoveries and silence. `webhook_url` "" = nobody; `heartbeat_urls` is `job=URL,...`."""
 
     webhook_url: SecretUrl = variable("ALERT_WEBHOOK_URL", default=NO_SECRET, unset="nobody is told")
     """Where a JSON body is posted when a job begins to fail, recovers or falls silent; Slack and Mattermost read it."""

@@ -200,7 +200,7 @@ class Stop:
     def check(self) -> None:
         """A safe point: raises Stopped when a stop was asked for."""
         if self._event.is_set():
-            raise Stopped(f"stopped: {self._reason}", "nothing to do: the next run goes on from the checkpoint")
+            raise Stopped(f"stopped: {self._reason}", "no action needed; the next run continues from the checkpoint")
 
     def pause(self, seconds: float) -> None:
         """Wait, or raise Stopped as soon as a stop is asked for."""
@@ -338,7 +338,7 @@ def _failed(run: Run, error: Exception) -> Run:
     outcome = Outcome.STOPPED if isinstance(error, Stopped | LeaseLost) else Outcome.FAILED
     if isinstance(error, AppError):
         return replace(run, outcome=outcome, error=error.message, hint=error.hint)
-    hint = "this is a fault of the program: please report it with the log around this line"
+    hint = "bug in Headwater; please report it with the log around this line"
     return replace(run, outcome=outcome, error=f"{type(error).__name__}: {error}", hint=hint)
 
 

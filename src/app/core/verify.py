@@ -212,7 +212,7 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
 
 
 class CellState(Enum):
-    """EMPTY: nothing was to be written. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
+    """EMPTY: no data. STALE: not the version that was confirmed. PARTIAL: some objects are gone.
 
     OPEN: not finished yet, so that what is there may still change. WAITING: due, and a coming run writes it.
     MISSING also: overdue, and not written yet.

@@ -168,7 +168,7 @@ class TableSink:
         with closing(self._temporary()) as file:
             with self.store.open(key, version) as body:
                 if body is None:
-                    raise Conflict(f"{key} is gone", "nothing to do: the window is read again")
+                    raise Conflict(f"{key} is gone", "no action needed; the window is re-read")
                 while chunk := body.read(CSV_BLOCK_BYTES):
                     file.write(chunk)
             file.seek(0)

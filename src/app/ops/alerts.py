@@ -47,7 +47,7 @@ def post(url: str, body: Mapping[str, Any] | None, seconds: float = SEND_SECONDS
             raise Permanent(f"{host}: its certificate is not trusted", CA_HINT) from error
         raise Transient(f"{host}: {type(error).__name__}", "check the address and the network") from error
     if status in (408, 429) or status >= 500:  # noqa: PLR2004 - HTTP's own numbers
-        raise Transient(f"{host} answers {status}", "nothing to do: it is tried again")
+        raise Transient(f"{host} answers {status}", "no action needed; it is retried")
     if status >= REFUSED:
         raise Permanent(f"{host} answers {status}", "check the address; redirects are not followed")
 
@@ -271,7 +271,7 @@ class Alerts:
         try:
             self._ended.put_nowait(run)
         except queue.Full:
-            log.warning("%s: nobody is told of the end of run %s: %d wait already", run.job, run.run_id, WAITING)
+            log.warning("%s: no message for the end of run %s: %d wait already", run.job, run.run_id, WAITING)
 
     def _loop(self) -> None:
         now, up = self._watched.clock(), self._watched.elapsed_seconds()
@@ -395,4 +395,4 @@ class Alerts:
         except Stopped:
             return
         except AppError as error:
-            log.warning("%s was not told: %s", urlsplit(url).hostname, error)
+            log.warning("webhook delivery to %s failed: %s", urlsplit(url).hostname, error)

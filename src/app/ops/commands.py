@@ -71,7 +71,7 @@ def cell(value: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
-# Commands that look at the state, which works while the daemon runs and while it does not.
+# Read-only and control commands: they use the state, so they work whether the daemon runs or not.
 
 
 def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:

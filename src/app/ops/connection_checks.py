@@ -119,7 +119,7 @@ def of_database(database: Database) -> Check:
 
 
 def webhook(settings: Settings) -> Iterator[System]:
-    """The address that is told of failures gets a message that says what it is."""
+    """The webhook for failures gets a message that says that it is a test."""
     url = settings.alert.webhook_url.get_secret_value()
     if not url:
         return
