@@ -118,7 +118,8 @@ class Headwater:
                 with build_opener(_NoRedirects).open(request, timeout=self.timeout_seconds) as answer:
                     return answer.read(), answer.headers.get("Link", "")
             except HTTPError as error:
-                seconds = float(error.headers.get("Retry-After") or 1)
+                given = error.headers.get("Retry-After", "")
+                seconds = float(given) if given.isdecimal() else 1.0  # a proxy may give a date
                 if error.code not in AGAIN or time.monotonic() + seconds > until:
                     raise _refused(error) from error
             except (URLError, HTTPException, OSError) as error:

@@ -1,14 +1,15 @@
 """Counted requests, what they cost a month, and the table of prices."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from app.core.errors import Permanent
-from app.db.state import RequestCounts, State
+from app.core.errors import Permanent, Transient
+from app.db.database import NamedQueries, sql_directory
+from app.db.state import RequestCounts, SqlRequestCounts, State
 from app.object_store.request_counts import RequestCounter, kind_of
 from app.ops.request_costs import RequestCosts, estimate, load_prices, rewrite_seconds
 
@@ -101,9 +102,6 @@ def test_counts_of_several_processes_are_added_and_outlive_them(state: State) ->
     for counter in counters:
         counter.add("put", 100)
         counter.add("read_unit", 0.5)
-    for each in costs:
-        each.save()
-    assert costs[0].estimate().by_kind == {}  # less than a minute
     clock.at += timedelta(minutes=10)
     for each in costs:
         each.save()
@@ -160,3 +158,36 @@ def test_what_other_requests_cost_is_taken_from_the_limit(state: State) -> None:
     assert costs.rewrite_seconds(1000, 3600) == pytest.approx(
         rewrite_seconds(1000, 3600, put_price=PUT_PRICE, monthly=left)
     )
+
+
+def test_a_command_that_ends_at_once_is_counted_too(state: State) -> None:
+    clock, counter = Clock(), RequestCounter()
+    costs = RequestCosts(counter, state.requests, load_prices("", "us-east-1"), clock)
+    counter.add("put", 3)
+    clock.at += timedelta(seconds=2)
+    costs.save()
+    assert state.requests.recent(clock()) == RequestCounts({"put": 3}, 2.0)
+
+
+class Away(SqlRequestCounts):
+    """A state that cannot be reached while `is_away`."""
+
+    is_away = True
+
+    def add(self, by_kind: Mapping[str, float], first_at: datetime, last_at: datetime) -> None:
+        if self.is_away:
+            raise Transient("the state is away", "wait")
+        super().add(by_kind, first_at, last_at)
+
+
+def test_counts_wait_while_the_state_is_away_and_keep_their_span(state: State) -> None:
+    clock, counter = Clock(), RequestCounter()
+    stored = Away(NamedQueries(state.database, sql_directory() / "state"))
+    costs = RequestCosts(counter, stored, load_prices("", "us-east-1"), clock)
+    counter.add("put", 3)
+    clock.at += timedelta(seconds=30)
+    costs.save()
+    stored.is_away = False
+    clock.at += timedelta(seconds=30)
+    costs.save()
+    assert state.requests.recent(clock()) == RequestCounts({"put": 3}, 60.0)

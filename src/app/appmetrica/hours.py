@@ -32,12 +32,11 @@ from app.core.errors import LeaseLost, Permanent, Transient
 from app.core.ledger import Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
-from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to
 from app.db.state import PendingExport
 from app.product_events.mapping import Loaded, load_in_turns
 from app.product_events.pull import (
     HOUR,
-    HOUR_SECONDS,
     NOT_HAD,
     SET_ASIDE_AFTER,
     PartitionRun,

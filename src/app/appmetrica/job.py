@@ -22,12 +22,12 @@ from app.core.errors import AppError, Conflict, Permanent, Transient
 from app.core.pipeline import Checkpoints
 from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import NOTHING, Content, Slot
-from app.core.windows import Window, windows_between
+from app.core.windows import HOUR_SECONDS, Window, windows_between
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectInfo, ObjectStore
 from app.object_store.row_digest import content_of
 from app.product_events.mapping import Events, KnownEvents, lost
-from app.product_events.pull import HOUR_SECONDS, PartitionRun, PullContext, PullPipeline, pull_context, spool_of
+from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of
 from app.product_events.verify import (
     PullChart,
     covers,

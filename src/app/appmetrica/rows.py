@@ -24,9 +24,9 @@ from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
 from app.core.files import temporary_file
-from app.core.windows import Window, floor_to
+from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.product_events.mapping import Tables, mapping
-from app.product_events.pull import HOUR, HOUR_SECONDS, hours_of
+from app.product_events.pull import HOUR, hours_of
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES

@@ -66,7 +66,7 @@ def _allowed(field: FieldInfo) -> Allowed:
     if get_origin(field.annotation) is Literal:
         return Allowed(f"one of {', '.join(get_args(field.annotation))}")
     limits = {name: getattr(each, name) for each in field.metadata for name in ("ge", "le") if hasattr(each, name)}
-    number = "a number" if field.annotation is float else "a whole number"
+    number = "a number" if float in (field.annotation, *get_args(field.annotation)) else "a whole number"
     return Allowed(f"{number} from {limits['ge']} to {limits['le']}")
 
 

@@ -12,6 +12,7 @@ from enum import Enum
 from app.core.errors import Rejected
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+HOUR_SECONDS = 3_600
 DAY_SECONDS = 86_400
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from app.core.errors import Transient
 from app.core.ledger import to_json
 from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
-from app.core.windows import DAY_SECONDS, floor_to, next_midnight
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
 from app.db.checkpoints import SqlCheckpoints, SqlLayouts
 from app.db.database import NamedQueries, Row, sql_directory, storable
 from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock, now_of
@@ -310,7 +310,6 @@ def _columns(run: Run) -> dict[str, Any]:
 # Requests that an outside system charges for, summed by hour: every process adds what it sent.
 
 ESTIMATED_FROM = timedelta(days=7)
-HOUR_SECONDS = 3600
 KEPT = timedelta(days=31)
 
 

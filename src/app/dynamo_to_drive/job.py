@@ -20,7 +20,7 @@ from app.core.retry import RetryPolicy
 from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
 from app.core.sync import settle, sync_partition
 from app.core.verify import Chart, Ends, Moment
-from app.core.windows import EPOCH, Window, floor_to, windows_between
+from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile
@@ -34,7 +34,6 @@ LATE = "dynamo_to_drive_late"
 RECONCILE = "dynamo_to_drive_reconcile"
 LATE_SECONDS = 900
 RECONCILE_SECONDS = 86_400
-HOUR_SECONDS = 3600
 OFF = "set DYNAMODB_TABLE_NAME"
 POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)

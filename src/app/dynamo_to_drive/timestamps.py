@@ -16,10 +16,9 @@ from math import floor
 from operator import lt
 from typing import NamedTuple
 
-from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to, window_at
+from app.core.windows import DAY_SECONDS, EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 
 AUTO = "auto"
-HOUR_SECONDS = 3600
 DIGITS = {"s": 0, "ms": 3, "us": 6}
 """Decimal digits below the second, by unit; smaller units come later."""
 PLAUSIBLE = (10**9, 10**10)

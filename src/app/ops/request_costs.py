@@ -18,7 +18,6 @@ from app.db.state import RequestCounts, SqlRequestCounts
 from app.object_store.request_counts import PUT, RequestCounter
 
 MONTH_SECONDS = 365.25 * 86_400 / 12
-SAVE_EVERY = timedelta(minutes=1)
 LEAST_SECONDS = 60.0
 KINDS: Mapping[str, str] = {
     "put": "PUT",
@@ -135,19 +134,18 @@ class RequestCosts:
         self._lock = Lock()
 
     def save(self) -> None:
-        """Add what was counted to the state, at most once a minute; while the state is away it waits in memory."""
-        now = self._clock()
+        """Add what was counted to the state. While the state is away it waits in memory."""
         with self._lock:
-            if now - self._saved_at < SAVE_EVERY:
+            now, taken = self._clock(), self._counter.take()
+            if not taken:
                 return
-            taken, first_at, self._saved_at = self._counter.take(), self._saved_at, now
-        try:
-            if taken:
-                self._stored.add(taken, first_at, now)
-        except AppError as error:
-            log.warning("requests are not counted yet: %s", error)
-            for kind, number in taken.items():
-                self._counter.add(kind, number)
+            try:
+                self._stored.add(taken, min(self._saved_at, now), now)
+                self._saved_at = now
+            except AppError as error:
+                log.warning("requests are not counted yet: %s", error)
+                for kind, number in taken.items():
+                    self._counter.add(kind, number)
 
     def estimate(self) -> MonthlyEstimate:
         """From the last seven days. Raises what the state raises."""

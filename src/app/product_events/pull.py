@@ -21,13 +21,12 @@ from app.core.ledger import Ledger, SetAside, Tally, ledger_of
 from app.core.pipeline import Checkpoints, Commit, Held, Record
 from app.core.runs import Context, Failure, Job, Report
 from app.core.verify import Chart, Verification
-from app.core.windows import Window, floor_to
+from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
-HOUR_SECONDS = 3600
 GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 ABOVE_LIMIT, KEEPS_FAILING = "hour above the service's limit", "hour that keeps failing"

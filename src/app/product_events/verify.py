@@ -18,9 +18,9 @@ from app.core.files import temporary_file
 from app.core.pipeline import Record
 from app.core.repair import GONE_HINT
 from app.core.verify import NOTHING, Cell, CellState, Content, Found, Moment, Slot, cells_of
-from app.core.windows import DAY_SECONDS, Window, floor_to, windows_between
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.object_store.port import ObjectInfo
-from app.product_events.pull import HOUR_SECONDS, PullContext
+from app.product_events.pull import PullContext
 
 
 def ended_hours(pull: PullContext, span: Window) -> Sequence[Window]:
