@@ -2,8 +2,8 @@
 
 -- name: cursors
 -- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
--- from a clock that was ahead. What was finished before that is known up to the newest window with a record, else from the
--- first cursor on.
+-- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
+-- else from the first cursor on.
 SELECT device_id, cursor_at
 FROM (
     SELECT
@@ -14,7 +14,9 @@ FROM (
                 (
                     SELECT max(w.window_start)
                     FROM export_windows AS w
-                    WHERE w.pipeline = held.pipeline AND w.device_id = held.device_id AND w.window_start <= :until_at
+                    WHERE
+                        w.pipeline = held.pipeline AND w.device_id = held.device_id
+                        AND w.window_start <= :until_at AND w.updated_at <= :until_at
                 ),
                 held.started_at
             )

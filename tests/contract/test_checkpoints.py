@@ -353,3 +353,18 @@ def test_a_window_that_has_not_ended_is_not_closed_whatever_a_clock_said_that_wa
     committed(state, Commit((over, going_on)))
     found = state.checkpoints.records(PIPELINE, "d1", hour - HOUR, hour + 2 * HOUR)
     assert [each.closed for each in found] == [True, False]
+
+
+def test_what_a_clock_recorded_that_was_ahead_is_neither_closed_nor_a_cursor(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit([replace(record(hour), closed=True) for hour in (1, 3)], START))
+    with state.database.transaction() as session:  # as its commit did then
+        session.run(
+            "UPDATE export_windows SET updated_at = :ahead_at WHERE window_start > :after_at",
+            ahead_at=ahead_at,
+            after_at=START + 2 * HOUR,
+        )
+    committed(state, Commit((), ahead_at))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + HOUR}
+    found = state.checkpoints.records(PIPELINE, "d1", START, START + 4 * HOUR)
+    assert [each.closed for each in found] == [True, False]

@@ -45,7 +45,7 @@ class SqlLayouts:
 # Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a
 # cursor and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that
 # was ahead is not believed: no cursor lies ahead of the database's clock, and no window is closed before it has
-# ended.
+# ended, or by a commit of a time that has not come.
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def _record(row: Row, now: datetime) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
+        closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
         fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
         source_digest=row["source_digest"],
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
