@@ -14,7 +14,7 @@ from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
 from app.core.runs import Context, Failure, Report
 from app.core.sync import already_there, delete_deltas, settle, waiting
-from app.core.windows import Age, Window, age_of
+from app.core.windows import Age, FailedWindows, Window, age_of
 
 # Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
 #
@@ -34,7 +34,7 @@ def fill(
     into the object of their window. `by_content`: also where the count is as confirmed, since values may have changed.
     """
     due = (window for window in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, window, now))
-    report = Report()
+    report, failed = Report(), FailedWindows()
     while step := list(islice(due, pipeline.grid.count_windows)):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -51,9 +51,16 @@ def fill(
                 log.debug("%s %s: %d values counted, as confirmed", partition, window, count.cells)
                 report += Report(ledger=already_there(pipeline.unit, count))
             else:
-                report += settle(pipeline, context, Task(partition, window, count, record, final=True, asks=True))
+                with failed.one():
+                    report += settle(pipeline, context, Task(partition, window, count, record, final=True, asks=True))
+                failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
+
+
+def _failures(partition: str, failed: FailedWindows) -> Report:
+    first = failed.first
+    return Report(failures=(Failure(partition, first.message, first.hint),)) if first else Report()
 
 
 def write_again(pipeline: Pipeline[B, E], context: Context, partition: str, span: Window, now: datetime) -> Report:
@@ -257,7 +264,7 @@ def reconcile(
     """
     windows = pipeline.grid.windows(span.start, span.end)
     due = (window for window in windows if age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE)
-    report = Report()
+    report, failed = Report(), FailedWindows()
     while step := list(islice(due, pipeline.grid.count_windows)):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -274,9 +281,11 @@ def reconcile(
                 troubles.get(window.start, ""),
             )
             reads = by_content is not None and by_content.start <= window.start < by_content.end
-            report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            with failed.one():
+                report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
 
 
 def _window(
