@@ -28,13 +28,14 @@ from app.csv_inbox.discovery import (
     candidates,
     in_order,
     is_too_large,
+    left_alone,
     md5_of,
     open_regular,
     printable,
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, to_undo
+from app.csv_inbox.quarantine import changed_master, check_master, grown, history_row, loads, preview, reject, to_undo
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
@@ -82,7 +83,7 @@ def run(inbox: InboxRun) -> Report:
             paths.make()
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
-                return Report()
+                return Report(notes=_notes(inbox, changed_master(paths)))
         from app.csv_inbox.transaction import rehearsal, take  # with numpy: a run that finds nothing does not load it
 
         if inbox.context.dry_run:
@@ -90,6 +91,11 @@ def run(inbox: InboxRun) -> Report:
                 return _all(inbox, rehearse)
         with _started(inbox):
             return _all(inbox, lambda candidate: take(inbox, candidate))
+
+
+def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
+    """What was said already, and what a run says of the inbox whatever it does."""
+    return tuple(note for note in (*said, left_alone(inbox.config)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -170,6 +176,9 @@ def _logged(config: InboxConfig) -> Iterator[None]:
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = Report()
+    if said := changed_master(inbox.paths):
+        log.warning("%s", said)
+    inbox.told.extend(_notes(inbox, said))
     for candidate in _steady(inbox):
         inbox.context.stop.check()
         report += _guarded(inbox, candidate, one)
