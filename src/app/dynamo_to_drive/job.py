@@ -17,15 +17,15 @@ from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.partitions import live_windows
 from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Shrink, Task
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import settle, sync_partition
+from app.core.runs import Context, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.sync import Done, settle, sync_partition
 from app.core.verify import Chart, Ends, Moment
-from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, windows_between
+from app.core.windows import EPOCH, HOUR_SECONDS, FailedWindows, Window, floor_to, windows_between
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ahead_note, ping
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
 from app.dynamo_to_drive.verify import HourChart, HourEnds, OpenedHourFiles
 from app.object_store.set_aside import SetAsideStore
 
@@ -219,13 +219,13 @@ class HourFileExport:
         work = partial(sync_partition, opened.pipeline, context, at, live)
         return self._noted(context, opened.accounts, work)
 
-    def _noted(self, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
-        """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
+    def _noted(self, context: Context, accounts: Accounts, work: Callable[[Done], object]) -> Report:
+        """What `work` told that it did, with its ledger. A failure is noted beside the cursor, which stays; it is
+        raised when nothing was written.
+        """
+        report, parts = Report(), list[Report]()
         try:
-            report = work()
-            notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
-            ledger = accounts.closed(self.partition, None if context.dry_run else self.set_aside)
-            return replace(report, ledger=ledger, notes=notes)
+            work(parts.append)
         except LeaseLost:
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -233,7 +233,14 @@ class HourFileExport:
                 self.drive.forget()
             if not context.dry_run:
                 self.checkpoints.fail(NAME, self.partition, str(error), context.lease)
-            raise
+            if not any(part.windows for part in parts):
+                raise
+            report = Report(failures=(Failure(self.partition, error.message, error.hint),))
+        report = sum(parts, report)
+        notes = [*report.notes, *notes_on(accounts)]
+        kept = None if context.dry_run else self.set_aside
+        ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)
+        return replace(report, ledger=ledger, notes=notes)
 
     def _cursor(self, context: Context, now: datetime) -> datetime:
         """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
@@ -266,23 +273,27 @@ class HourFileExport:
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
         context.progress.advance(total=len(hours))
 
-        def each() -> Report:
-            report = Report()
+        failed = FailedWindows()
+
+        def each(done: Done) -> None:
             for hour in hours:
                 context.stop.check()
-                known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
-                record = next(iter(known), None)
-                final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
-                report += settle(opened.pipeline, context, Task(self.partition, hour, UNCOUNTED, record, final=final))
+                with failed.one():
+                    known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
+                    record = next(iter(known), None)
+                    final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
+                    task = Task(self.partition, hour, UNCOUNTED, record, final=final)
+                    done(settle(opened.pipeline, context, task))
+                failed.check_outage()
                 context.progress.advance(done=1)
-            return report
 
-        def work() -> Report:
-            seen, report = self.table.traits, each()
-            if self.table.traits == seen:
-                return report
-            context.progress.advance(total=len(hours))
-            return report + each()  # earlier hours may have items of the writing that only a later one showed
+        def work(done: Done) -> None:
+            seen = self.table.traits
+            each(done)
+            if self.table.traits != seen:  # earlier hours may have items of the writing that only a later one showed
+                context.progress.advance(total=len(hours))
+                each(done)
+            failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may meet on one hour
             return self._noted(context, opened.accounts, work)
