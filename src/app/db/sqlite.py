@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -246,6 +247,7 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         connection.execute("PRAGMA foreign_keys = ON")
         # SQLite's own lower() knows ASCII only.
         connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
+        connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
         connection.file = file_id(path)
         undo.pop_all()
     return connection
