@@ -372,9 +372,12 @@ class DriveService:
         return AuthorizedHttp(found, http=plain)
 
     def _build(self, http: Any) -> Any:
+        """From the API's description as the library ships it: nothing is fetched."""
+        import googleapiclient
         from googleapiclient.discovery import build_from_document
 
-        document = _discovery()
+        folder = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
+        document = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {}
         if self._api_url:
             # The library drops the path of an endpoint, and uploads go to the document's own root.
@@ -541,18 +544,6 @@ class Drive:
 
 
 _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}
-
-
-def _discovery() -> Mapping[str, Any]:
-    """The API's description as the library ships it: nothing is fetched."""
-    import json
-    from pathlib import Path
-
-    import googleapiclient
-
-    folder = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
-    document: Mapping[str, Any] = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
-    return document
 
 
 def _metadata(content: FileContent) -> dict[str, Any]:
