@@ -317,7 +317,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         check = partial(sees_application, appmetrica.service)
         systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,

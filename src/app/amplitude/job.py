@@ -76,13 +76,8 @@ def build(
 
     return PullPipeline(
         name=NAME,
-        jobs=(
-            Job(
-                NAME,
-                given.interval_seconds,
-                lambda context: run_each(context, SourceRun.pull_due),
-                "" if known else OFF,
-            ),
+        job=Job(
+            NAME, given.interval_seconds, lambda context: run_each(context, SourceRun.pull_due), "" if known else OFF
         ),
         backfill=lambda context, span: run_each(context, lambda source: source.fill(span)),
         verification=lambda stop: AmplitudeEnds(pull, known, stop),
@@ -178,9 +173,8 @@ class AmplitudeEnds:
         """What the service gives for an hour."""
         total = NOTHING
         if answer.archive is not None:
-            for member in answer.archive.hours().get(slot.window.start, ()):
-                with answer.archive.open(member) as packed:
-                    total += sum(map(content_of_block, self._blocks(inflated(packed))), NOTHING)
+            for packed in answer.archive.streams(answer.archive.hours().get(slot.window.start, ())):
+                total += sum(map(content_of_block, self._blocks(inflated(packed))), NOTHING)
         self._contents[slot] = total
         return total
 

@@ -78,7 +78,8 @@ class ResourceRun:
     def pull_due(self) -> Report:
         """Go on with the request that is under way, or make the next one, and land its hours."""
         pull, context = self.run.pull, self.run.context
-        due, cursor = pull.due_at, self.run.cursor_at or self._begin()
+        oldest = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
+        due, cursor = pull.due_at, self.run.cursor_at or self.run.begin(oldest)
         if cursor >= due:
             return recount(self)
         export = self._under_way(cursor)
@@ -110,12 +111,6 @@ class ResourceRun:
             return report
 
         return self.run.fill(span, pull_again)
-
-    def _begin(self) -> datetime:
-        pull = self.run.pull
-        start = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
-        self.run.commit(cursor_at=start)
-        return start
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.

@@ -24,6 +24,7 @@ from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
+from app.object_store.table_sink import held_of
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
@@ -44,7 +45,7 @@ class PullPipeline(Generic[S]):
     """What `main` wires, and the `service` that routes ask as well."""
 
     name: str
-    jobs: Sequence[Job]
+    job: Job
     backfill: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
@@ -144,6 +145,11 @@ class PartitionRun:
         """Up to where hours were pulled; None before the first run."""
         return self.pull.checkpoints.cursors(self.pull.name).get(self.name)
 
+    def begin(self, start: datetime) -> datetime:
+        """Where the first run starts, which is recorded as the cursor."""
+        self.commit(cursor_at=start)
+        return start
+
     def records(self, span: Window, pipeline: str = "") -> Mapping[datetime, Record]:
         """By start of window, oldest first; of the pull or of another pipeline."""
         found = self.pull.checkpoints.records(pipeline or self.pull.name, self.name, span.start, span.end)
@@ -241,15 +247,7 @@ def store_rows(
     """
     held = None
     if over is None and (there := store.head(key)) is not None:
-        # An object that a person put there says nothing.
-        told = there.metadata.get("rows", "")
-        held = Held(
-            there.etag,
-            there.metadata.get("digest", ""),
-            int(told) if told.isdigit() else None,
-            size_bytes=there.size_bytes,
-        )
-        over = there.etag
+        held, over = held_of(there), there.etag
         if held.digest != digest and (held.rows or 0) > rows:
             log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
         elif held.digest != digest:
