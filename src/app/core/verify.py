@@ -279,12 +279,12 @@ def cells_of(
     there: dict[datetime, dict[str, str]] = {}
     for each in found:
         there.setdefault(each.window_start, {})[each.key] = each.version
-    return [_cell(w, expected.get(w.start, ()), there.get(w.start, {}), at) for w in windows if w.start < at.now]
-
-
-def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> Cell:
-    rows = sum(record.rows for record in records)
-    return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
+    cells = []
+    for window in (window for window in windows if window.start < at.now):
+        known, objects = expected.get(window.start, ()), there.get(window.start, {})
+        state = _state(window, [record for record in known if record.version], objects, at)
+        cells.append(Cell(window, state, sum(record.rows for record in known), len(objects)))
+    return cells
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
