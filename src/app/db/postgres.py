@@ -300,12 +300,16 @@ class Errors:
 
     def _error(self, error: psycopg.Error) -> AppError:
         state = error.sqlstate or ""
-        message = f"{self.place}: {_first_line(error)}"
+        # What happened, without the values that PostgreSQL adds in its detail lines.
+        text = error.diag.message_primary or str(error).strip() or type(error).__name__
+        message = f"{self.place}: {text.splitlines()[0]}"
         if state == SQLSTATE_NO_EQUIVALENT:
             return Rejected(message, ENCODING_HINT)
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
             return Rejected(message, "correct the value: it is outside the range of the column")
-        if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
+        # A refused connection has no SQLSTATE, only the server's text.
+        is_refused = not state and isinstance(error, psycopg.OperationalError) and REFUSED.search(str(error))
+        if state.startswith(SQLSTATE_ACCESS) or is_refused:
             hint = f"check {self._variables}: user, password, database and its privileges"
             return Permanent(message, CA_HINT if is_untrusted(error) else hint)
         if state.startswith(SQLSTATE_PASSING):
@@ -314,17 +318,6 @@ class Errors:
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
         hint = "bug in Headwater; please report it"
         return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
-
-    @staticmethod
-    def _is_connecting(error: psycopg.Error) -> bool:
-        """A refused connection has no SQLSTATE, only the server's text."""
-        return error.sqlstate is None and isinstance(error, psycopg.OperationalError)
-
-
-def _first_line(error: psycopg.Error) -> str:
-    """What happened, without the values that PostgreSQL adds in its detail lines."""
-    text = error.diag.message_primary or str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def _place(given: Mapping[str, Any]) -> str:

@@ -176,7 +176,7 @@ class SqliteDatabase:
         if self._read_only:
             if not self._path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
-            return _translated(self._path, lambda: _opened_to_read(self._path, self._busy_seconds))
+            return _translated(self._path, lambda: _connected(self._path, self._busy_seconds, "?mode=ro"))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -222,19 +222,21 @@ def _refuse_lone_wal(path: Path) -> None:
             raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
-def _opened_to_read(path: Path, busy_seconds: float) -> FileConnection:
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+def _connected(path: Path, busy_seconds: float, mode: str = "") -> FileConnection:
     connection = sqlite3.connect(
-        uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+        f"{path.resolve().as_uri()}{mode}" if mode else path,
+        uri=bool(mode),
+        timeout=busy_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=FileConnection,
     )
     connection.file = file_id(path)
     return connection
 
 
 def _opened(path: Path, busy_seconds: float) -> FileConnection:
-    connection = sqlite3.connect(
-        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
-    )
+    connection = _connected(path, busy_seconds)
     with ExitStack() as undo:
         undo.callback(connection.close)
         connection.execute("PRAGMA schema_version")  # makes the file
