@@ -8,7 +8,6 @@ digest and rows of its content.
 
 import csv
 import io
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -16,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from app.core.errors import Conflict, Permanent, Rejected
+from app.core.files import temporary_file
 from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
@@ -221,9 +221,7 @@ class TableSink:
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
-        folder = str(self.spool_directory)
-        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
-        return cast("BinaryIO", file)
+        return temporary_file(self.spool_directory, MEMORY_BYTES)
 
 
 def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
