@@ -319,7 +319,7 @@ def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: Inbo
             and not counts.padding
             and bool(header.eol)
             and _no_column_is_obsolete(master, header, counts)
-            and _indexed_merge(master, header, fitting, counts, out)
+            and _IndexedMerge(master, header, counts, out).run(fitting)
         )
     if not indexed:
         _full_scan(master, header, counts, out)
@@ -473,20 +473,8 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
 # from the index alone: each row that it points to must have the key and the length that it says.
 
 
-def _indexed_merge(master: IO[bytes], header: Header, index: KeyIndex, counts: MatchCounts, out: Output) -> bool:
-    """Write the header and every row that stays. False when the index does not fit; then nothing was written."""
-    try:
-        _IndexedMerge(master, header, counts, out).run(index)
-    except IndexMismatch:
-        out.restart()
-        counts.restart()
-        return False
-    counts.kept = index.rows - counts.taken
-    return True
-
-
 class _IndexedMerge:
-    """Where the pass is: all of the master before `_at` is done. Its methods raise IndexMismatch."""
+    """Where the pass is: all of the master before `_at` is done. Its private methods raise IndexMismatch."""
 
     def __init__(self, master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
         self._at = 0
@@ -495,15 +483,26 @@ class _IndexedMerge:
         self._width = len(header.names)
         self._counts = counts
         self._out = out
+        self._header_bytes = header.size_bytes
         self._held = memoryview(bytearray(CHUNK_BYTES))
-        self._chunk(header.size_bytes, NONE, NONE.view(np.uint64))
 
-    def run(self, index: KeyIndex) -> None:
-        """All records that the index has; nothing of the master may be left then."""
-        for entries in index.pieces():
-            self._piece(entries)
-        if self._at != self._size:
-            raise IndexMismatch
+    def run(self, index: KeyIndex) -> bool:
+        """Write the header and every row that stays: all records that the index has, and nothing of the master may be
+        left then. False when the index does not fit; then nothing was written.
+        """
+        try:
+            self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
+            for entries in index.pieces():
+                self._piece(entries)
+            fits = self._at == self._size
+        except IndexMismatch:
+            fits = False
+        if fits:
+            self._counts.kept = index.rows - self._counts.taken
+        else:
+            self._out.restart()
+            self._counts.restart()
+        return fits
 
     def _piece(self, entries: Hashes) -> None:
         ends = np.cumsum(key_index.lengths_in(entries))

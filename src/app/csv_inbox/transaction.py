@@ -35,15 +35,17 @@ from app.csv_inbox.discovery import (
     Identity,
     InboxPaths,
     InboxRun,
+    free_paths,
     identity_at,
     identity_of,
     link_or_copy,
     md5_of,
+    numbered,
     open_regular,
     placed,
     printable,
+    stamp,
     unchanged,
-    unused,
 )
 from app.csv_inbox.incoming import Incoming, read_header, read_incoming
 from app.csv_inbox.merge import Merged, master_header, merge
@@ -448,7 +450,7 @@ def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_i
         raise Unsteady(f"{name} is gone", "no action needed; the file was removed") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
         raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
-    target = unused(inbox.config.archive_dir, name, at)
+    target = next(free_paths(inbox.config.archive_dir, name, numbered(f".{stamp(at)}")))
     return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
 
 
