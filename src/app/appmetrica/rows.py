@@ -294,13 +294,11 @@ def _sort(
             # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
             gap = hours[at] if at is not None and at in hours else reading.hours[-1]
             gap.refused += 1
-            refuse(at if at is not None else _some_hour(part.header, cells), bad)
-
-
-def _some_hour(header: Row, cells: Row) -> datetime | None:
-    """An hour that a row tells of, whatever happened then: a row that comes again is known by it."""
-    told = (hour_of(cell) for name, cell in zip(header, cells, strict=False) if name.endswith("_timestamp"))
-    return next((at for at in told if at is not None), None)
+            # By some hour that it tells of, whatever happened then, a row that comes again is known.
+            told = (
+                hour_of(cell) for name, cell in zip(part.header, cells, strict=False) if name.endswith("_timestamp")
+            )
+            refuse(at if at is not None else next(filter(None, told), None), bad)
 
 
 def hour_of(text: str) -> datetime | None:
