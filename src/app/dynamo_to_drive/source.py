@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
-from app.core.network import CA_HINT, is_untrusted
+from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
 from app.core.windows import EPOCH, Window, window_at
@@ -135,7 +135,7 @@ class DynamoTable:
         self._spend = spend
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
-        self._client: Any = None
+        self._client = SharedClient(lambda: _make_client(target))
         self._plan: Plan | None = None
         self._looked = set[datetime]()
 
@@ -162,10 +162,7 @@ class DynamoTable:
 
     def close(self) -> None:
         """End idle connections. The table may be used again afterwards."""
-        with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        self._client.close()
 
     def note(self, traits: Iterable[Trait]) -> None:
         """Hours are asked for such writings from now on."""
@@ -246,15 +243,9 @@ class DynamoTable:
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
         with translated(self.target.table, self.target.where):
-            answer = getattr(self._made(), method)(**asked)
+            answer = getattr(self._client(), method)(**asked)
         self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
-
-    def _made(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                self._client = _make_client(self.target)
-            return self._client
 
 
 class Newest(NamedTuple):
