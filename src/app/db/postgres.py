@@ -233,7 +233,9 @@ class PostgresDatabase:
             ) from None
         self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
         self._errors = Errors(_place(given), variables)
-        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive, limit=connections)
+        self._connections = Connections(
+            self.place, self._connect, _disconnect, alive=_alive, rolled_back=_rolled_back, limit=connections
+        )
 
     @property
     def place(self) -> str:
@@ -243,30 +245,15 @@ class PostgresDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:
         """See `Database.transaction`."""
-        connection = self._connections.borrow()
-        with ExitStack() as undo:
-            undo.callback(self._roll_back, connection)
+        with self._connections.lent() as connection:
             connection.read_only = read_only
             yield PostgresSession(connection, self._errors)
             with self._errors.translated():
                 connection.commit()
-            undo.pop_all()
-        self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
-
-    def _roll_back(self, connection: BoundedConnection) -> None:
-        """Give back a connection that the error left in order, drop one that is lost or still waits for an answer."""
-        try:
-            if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
-                connection.close()
-            connection.rollback()
-        except psycopg.Error:
-            self._connections.drop(connection)
-        else:
-            self._connections.give_back(connection)
 
     def _connect(self) -> BoundedConnection:
         with self._errors.translated():
@@ -346,6 +333,17 @@ def _alive(connection: BoundedConnection) -> bool:
     idle.register(connection.fileno(), select.POLLIN)
     events: Sequence[tuple[int, int]] = idle.poll(0)
     return not events
+
+
+def _rolled_back(connection: BoundedConnection) -> bool:
+    """False for a connection that is lost or still waits for an answer."""
+    try:
+        if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+            connection.close()
+        connection.rollback()
+    except psycopg.Error:
+        return False
+    return True
 
 
 def _disconnect(connection: BoundedConnection) -> None:

@@ -135,7 +135,9 @@ class SqliteDatabase:
         self._path = path
         self._busy_seconds = busy_seconds
         self._read_only = read_only
-        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
+        self._connections = Connections(
+            self.place, self._connect, sqlite3.Connection.close, alive=self._is_current, rolled_back=_rolled_back
+        )
 
     @property
     def path(self) -> Path:
@@ -150,27 +152,15 @@ class SqliteDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
-        connection = self._connections.borrow(self._busy_seconds)
-        with ExitStack() as undo:
-            undo.callback(self._roll_back, connection)
+        with self._connections.lent(self._busy_seconds) as connection:
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
             _translated(self._path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
             yield SqliteSession(connection, self._path)
             _translated(self._path, lambda: connection.execute("COMMIT"))
-            undo.pop_all()
-        self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
-
-    def _roll_back(self, connection: FileConnection) -> None:
-        try:
-            connection.rollback()
-        except sqlite3.Error:
-            self._connections.drop(connection)
-        else:
-            self._connections.give_back(connection)
 
     def _connect(self) -> FileConnection:
         if self._read_only:
@@ -188,6 +178,14 @@ class SqliteDatabase:
     def _is_current(self, connection: FileConnection) -> bool:
         """False when the file was moved, deleted or replaced since: what is committed to it would be seen by nobody."""
         return connection.file == file_id(self._path)
+
+
+def _rolled_back(connection: FileConnection) -> bool:
+    try:
+        connection.rollback()
+    except sqlite3.Error:
+        return False
+    return True
 
 
 @contextmanager
