@@ -8,7 +8,7 @@ between them leaves a gap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NAMED_PARTITIONS = 20
@@ -46,7 +46,7 @@ class Tally:
         )
 
 
-TALLY_NAMES = tuple(one.name for one in fields(Tally))
+TALLY_NAMES = tuple(asdict(Tally()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,13 @@ def to_json(ledger: Ledger) -> Mapping[str, Any]:
     return {
         "unit": ledger.unit,
         "closes": ledger.closes,
-        **{name: getattr(total, name) for name in TALLY_NAMES},
+        **asdict(total),
         "reasons": [
             {"reason": one.reason, "number": one.number, "new": one.new, "sample": sampled(one.sample)}
             for one in ledger.set_aside
         ],
-        "fields": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.fields.items() if name != ALL},
-        "partitions": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.partitions.items()},
+        "fields": {_encodable(name): asdict(tally) for name, tally in ledger.fields.items() if name != ALL},
+        "partitions": {_encodable(name): asdict(tally) for name, tally in ledger.partitions.items()},
     }
 
 
@@ -212,10 +212,6 @@ def from_json(document: Mapping[str, Any]) -> Ledger:
 def _encodable(text: str) -> str:
     """Lone surrogates, which no encoding knows, as they are written in Python."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _tally_to_json(tally: Tally) -> Mapping[str, int]:
-    return {name: getattr(tally, name) for name in TALLY_NAMES}
 
 
 def _sums(one: Mapping[str, Tally], other: Mapping[str, Tally]) -> Mapping[str, Tally]:
