@@ -48,9 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What `main` wires: the job, its load history, and undo. Of undo, a dry run is the preview."""
+    """What `main` wires: the job, where its rows end up, its load history, and undo, whose dry run is the preview."""
 
     job: Job
+    destination: str
     history: Callable[[int], Sequence[Mapping[str, Any]]]
     undo: Callable[[Context, str], Report]
 
@@ -69,6 +70,7 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
     )
     return Inbox(
         job,
+        f"{config.watch_dir}/*.csv into {config.merged_file}",
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
