@@ -238,6 +238,7 @@ class ResourceRun:
         """
         run = self.run
         had = record if was_had(record) else None
+        # A file that lacks a column must not replace one that has it.
         stays = had is not None and not whole and had.rows >= hour.rows > 0
         same = had is not None and (had.digest == hour.digest or stays)
         cursor_at = hour.window.end if live else None

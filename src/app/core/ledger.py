@@ -225,6 +225,7 @@ def _bounded_fields(tallies: Mapping[str, Tally]) -> Mapping[str, Tally]:
     """Beyond NAMED_FIELDS the rest is one entry, so that a measurement of a thousand fields has a short record."""
     if len(tallies) <= NAMED_FIELDS:
         return tallies
+    # Those with a gap first: they are what somebody looks for.
     names = sorted(tallies, key=lambda name: (-abs(tallies[name].gap), name))
     kept = {name: tallies[name] for name in names[: NAMED_FIELDS - 1] if name != "..."}
     rest = sum((tally for name, tally in tallies.items() if name not in kept), Tally())

@@ -54,6 +54,7 @@ def fill(
             context.stop.check()
             count = counts.get((partition, window.start), NOTHING)
             record = records.get(window.start)
+            # A count that did not move means that no row came or went; values may have changed all the same.
             confirmed = record is not None and record.closed and record.source_cells == count.cells
             is_new = record is None
             if always_writes and count == NOTHING:
@@ -90,6 +91,7 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
     record = next((each for each in found if not each.part), None)
     task = Task(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
     there = pipeline.sink.head(pipeline.sink.key(partition, window, 0))
+    # Only what Headwater wrote notes a digest: this is another program's, and its rows are none of ours.
     if record is not None and there is not None and there.version != record.version and not there.digest:
         return _replace(pipeline, context, task)
     try:

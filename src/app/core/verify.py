@@ -288,6 +288,7 @@ def cells_of(
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
+    # Nothing is promised yet behind the cursor.
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
             return CellState.OPEN

@@ -231,6 +231,7 @@ def identity_at(path: Path) -> Identity | None:
 def open_regular(path: Path) -> IO[bytes]:
     """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
     try:
+        # O_NONBLOCK: opening a pipe would wait for its writer, perhaps for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise Unsteady(f"{path.name} is gone", "no action needed; the file was removed") from error

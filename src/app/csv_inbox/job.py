@@ -82,6 +82,7 @@ def run(inbox: InboxRun) -> Report:
     with translated(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
+            # Without the lock, and before the merge is imported: nearly every run finds nothing.
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
                 return Report()
@@ -188,6 +189,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
+    # All of them wait together, so that many files cost one pause.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(waits)
     steady = []

@@ -184,6 +184,7 @@ class MatchCounts:
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
+        # Lengths first: most rows that changed differ in them, and nothing has to be read for these.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
         if len(alike):
             records = Cells(block.array, starts[alike], (stops - starts)[alike])
@@ -282,6 +283,7 @@ def merge(
         output.finish()
         after = _complete(counts, output, config, out=out, new_index=new_index)
     union, dropped = counts.union, counts.doubtful
+    # Where columns come or go every row changes: then the old master is kept whole instead of the rows.
     revert = "first" if before is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
@@ -323,6 +325,7 @@ def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: Inbo
         )
     if not indexed:
         _full_scan(master, header, counts, out)
+    # A program that takes no lock may have written in place: what was read is then no version of it.
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
         told = f"the master {config.merged_file.name} was written to while it was read"
         raise Transient(told, "no action needed; the next run merges into what it is then")
@@ -345,6 +348,7 @@ def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCount
 def _append(counts: MatchCounts, out: Output) -> int:
     """Write the file's rows; of rows with one key, the last. How many were written."""
     incoming, keys = counts.incoming, counts.incoming.keys
+    # Where the file has a key more than once, its last row counts, in that row's place.
     rows = keys.kept_rows()
     for start, end in incoming.runs(rows):
         for at in range(start, end, MEBIBYTE):

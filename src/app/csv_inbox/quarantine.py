@@ -322,6 +322,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if not os.path.lexists(source):
             raise Unsteady("it was to be set aside and is gone", "no action needed; the file was removed") from error
+        # Another file system has to be copied to; on the same one it is another fault.
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)

@@ -115,6 +115,7 @@ def carry_out(paths: InboxPaths, transaction: Transaction) -> bool:
 
     False when it was given up. Raises Permanent when neither can be done.
     """
+    # The first renaming is that of the master: where it cannot be, nothing else may be done either.
     if _removes_a_later_master(paths, transaction) or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
         return False
@@ -140,6 +141,7 @@ def _rename(each: Renaming) -> bool:
         each.temporary.replace(each.target)
         log.debug("renamed %s to %s", each.temporary.name, each.target)
         return True
+    # Done before a kill, or replaced by somebody since: only the inode tells.
     return each.target.exists() and each.target.stat().st_ino == each.inode
 
 
@@ -226,6 +228,7 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
             f"the merge journal {paths.journal.name} is damaged: {error}",
             "compare master and metadata with a backup, then remove the journal; nothing was changed",
         ) from error
+    # A kill after the commit: the rest is done now. One before it left only temporary files, which go.
     if transaction is not None:
         paths.loads.mkdir(exist_ok=True)
         if carry_out(paths, transaction):

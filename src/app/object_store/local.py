@@ -170,6 +170,7 @@ class LocalDirectory:
             return None
         with _translated(key):
             try:
+                # The ETag is that of the link: by now the name may lead to a later version.
                 target.hardlink_to(path)
             except ABSENT:
                 return None

@@ -327,6 +327,7 @@ def page_of(found: Iterable[ObjectInfo], question: PageRequest) -> Page:
     for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
         for info in group:
             name = rolled or info.key
+            # In bytes, which is the order of the listing.
             if name.encode() <= after:
                 continue
             if len(objects) + len(prefixes) == question.limit:

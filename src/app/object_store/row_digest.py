@@ -38,6 +38,7 @@ def content_of(rows: "Iterable[Mapping[str, str]]") -> Content:
         cells = {
             name: [(row.get(name) or "").encode("utf-8", "surrogatepass") or None for row in step] for name in names
         }
+        # Bytes, since text of a file may hold what is no Unicode.
         columns = {name: pa.array(some, pa.binary()) for name, some in cells.items()}
         total += content_of_tables([pa.table(columns or {"": pa.nulls(len(step), pa.binary())})])
     return total

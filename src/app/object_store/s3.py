@@ -113,6 +113,7 @@ class S3Store:
         self._see_bucket(self.probe_key.rpartition("/")[0])
         _, etag = self._probed({})
         try:
+            # A store that ignores conditions takes the wrong ones; one that knows none refuses the right one as well.
             self._honours = (
                 self._probed({"IfNoneMatch": "*"})[0] == HTTPStatus.PRECONDITION_FAILED
                 and self._probed({"IfMatch": OTHER_ETAG})[0] == HTTPStatus.PRECONDITION_FAILED
@@ -174,6 +175,7 @@ class S3Store:
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
         entry = self._entry(key)
+        # Of an odd key, the version that the listing showed: the store may take the key for another one.
         version = entry.etag if entry is not None and etag is None else etag
         answer = self._asked("get_object", key, **({} if version is None else {"IfMatch": version}))
         if answer is None:
@@ -267,6 +269,7 @@ class S3Store:
         answer = self._asked("get_object", key, IfMatch=etag, Range=f"bytes={position}-{last}")
         if answer is None:
             raise Conflict(f"{key}: was deleted while it was read", AGAIN_HINT)
+        # A whole body in place of the rest would double what was read already.
         if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
             answer["Body"].close()
             raise Transient(f"{key}: the store ignores Range", REACH_HINT)

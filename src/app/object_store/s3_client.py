@@ -205,6 +205,7 @@ def _answered(what: str, error: Any, target: S3Target) -> AppError:
         return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
     if code in REFUSED:
         return Rejected(text, "change the key or the object; an archived object has to be restored first")
+    # 502, 503 and 504 come from proxies as well, which say nothing about the object.
     if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
         wait = headers.get("retry-after", "")
         return Transient(text, AGAIN_HINT, retry_after_seconds=float(wait) if wait.isdecimal() else None)
@@ -389,6 +390,7 @@ def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[List
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="listing") as pool:
         running: dict[Any, ListQuery] = {}
         while waiting or running:
+            # Bounded: each page on its way holds up to a thousand entries.
             while waiting and len(running) < AT_ONCE:
                 query = waiting.popleft()
                 running[pool.submit(ask, query)] = query

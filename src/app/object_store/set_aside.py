@@ -113,6 +113,7 @@ class SetAsideStore:
         """
         key = self.key_of(name, content_type=content_type, reason=reason)
         given = _read(content, self._max_bytes, by_line=content_type in BY_LINE)
+        # A store that does not answer takes its time at each window: after one failure it is left alone for a while.
         if self._monotonic() >= self._resting_until:
             try:
                 return Kept(reason, number, self._write(key, given, content_type, reason, number), sample, key)

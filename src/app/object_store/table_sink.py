@@ -157,6 +157,7 @@ class TableSink:
         if info is None:
             return None
         second, noted = named_second(key), noted_window(info)
+        # What somebody copied here from another window has that window's digest and rows in its metadata.
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 

@@ -90,6 +90,7 @@ class PullContext:
         for partition, run in runs.items():
             try:
                 total += work(run)
+            # Another process goes on with all partitions; anything else is the fault of one of them.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
@@ -248,6 +249,7 @@ def store_rows(
     held = None
     if over is None and (there := store.head(key)) is not None:
         held, over = held_of(there), there.etag
+        # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
         if held.digest != digest and (held.rows or 0) > rows:
             log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
         elif held.digest != digest:
@@ -296,6 +298,7 @@ class RefusedLines:
     def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
         """Take in a line of the window `name`. A large one gets an object of its own, so that none is cut."""
         if len(line) > LARGE_BYTES:
+            # A set aside object has a limit, within which one such line might be cut.
             name = (*name, hashlib.sha256(line).hexdigest()[:16])
         found = self._found.get((name, reason))
         if found is None:

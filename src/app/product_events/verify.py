@@ -154,6 +154,7 @@ def pull_cells(
     listed = (info for each in sorted(set(map(folder, keys))) for info in pull.store.list(each))
     found = [Found(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
     records = pull.checkpoints.records(pipeline or pull.name, partition, begun[0].start, begun[-1].end)
+    # Lines that were set aside are counted at the source and are in no object.
     lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}
     return [
         replace(cell, state=CellState.PARTIAL)
