@@ -13,8 +13,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.windows import Window
-from app.product_events.pull import hours_of
+from app.core.windows import HOUR_SECONDS, Window, windows_between
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
 #
@@ -44,7 +43,9 @@ class Archive:
 
     def hours(self) -> Mapping[datetime, Sequence[Member]]:
         """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
-        found: dict[datetime, list[Member]] = {start: [] for start in hours_of(self.span)}
+        found: dict[datetime, list[Member]] = {
+            hour.start: [] for hour in windows_between(self.span.start, self.span.end, HOUR_SECONDS)
+        }
         for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
             if member.hour_at not in found:
                 raise Permanent(

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from enum import Enum
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,7 +28,7 @@ from app.core.files import temporary_file
 from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
-from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
 from app.product_events.pull import (
     HOUR,
@@ -37,7 +37,6 @@ from app.product_events.pull import (
     PartitionRun,
     PullContext,
     RefusedLines,
-    hours_of,
     record_of_nothing,
     store_rows,
     was_had,
@@ -261,10 +260,10 @@ DAY_HOURS = 24
 MAX_BYTES = 5 << 30
 
 
-def refresh_weeks(run: PartitionRun, days: Iterable[date]) -> Report:
-    """Bring the objects of the weeks of `days` up to date; the bytes that were stored."""
+def refresh_weeks(run: PartitionRun, span: Window) -> Report:
+    """Bring the objects of the weeks of `span` up to date; the bytes that were stored."""
     size_bytes = 0
-    for window in sorted({week_of(day) for day in days} if not run.context.dry_run else ()):
+    for window in weeks_between(span.start, span.end) if not run.context.dry_run else ():
         hours = hours_of_week(run.pull, run.name, window)
         held = run.records(window, WEEKS).get(window.start)
         if hours and (held is None or held.digest != _digest(hours)):
@@ -338,10 +337,12 @@ def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datet
             yield hour.window.start, stream
 
 
-def week_of(day: date) -> Window:
-    """The ISO week of a day."""
-    start = datetime.combine(monday(day), time(), UTC)
-    return Window(start, start + WEEK)
+def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:
+    """Every ISO week that overlaps `[start, end)`, oldest first."""
+    at = datetime.combine(monday(start.date()), time(), UTC)
+    while at < end:
+        yield Window(at, at + WEEK)
+        at += WEEK
 
 
 def week_key(source: str, window: Window) -> str:
@@ -351,12 +352,6 @@ def week_key(source: str, window: Window) -> str:
 
 def _digest(hours: Sequence[Record]) -> str:
     return hashlib.sha256("".join(f"{hour.window}{hour.digest}" for hour in hours).encode()).hexdigest()
-
-
-def days_of(span: Window) -> list[date]:
-    """The days that a span touches."""
-    first, last = span.start.date(), (span.end - timedelta(microseconds=1)).date()
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
 
 
 # The hours of a source in one run; each is loaded before it is recorded.
@@ -392,20 +387,21 @@ class SourceRun:
         pull, context = self.run.pull, self.run.context
         now, due = pull.clock(), pull.due_at
         # From the Monday of the week in which the lookback begins, so that every object of a week is a whole one.
-        start = self.run.cursor_at or self.run.begin(week_of((now - timedelta(days=pull.lookback_days)).date()).start)
+        oldest = next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start
+        start = self.run.cursor_at or self.run.begin(oldest)
         end = min(due, start + STEP_HOURS * HOUR)
         waiting = [record for record in self.run.records(EVER, WAITING).values() if not record.closed]
         report = self._pull(Window(start, end), Mode.LIVE) if start < end else Report()
         report += self._retry(waiting)
         report += self._look_again(now)
-        report += refresh_weeks(self.run, days_of(Window(min(start, now - timedelta(days=AGAIN_DAYS)), now)))
+        report += refresh_weeks(self.run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
         return report + Report(more=start < end < due and not context.dry_run)
 
     def fill(self, span: Window) -> Report:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
 
         def pull_again(hours: Window) -> Report:
-            return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, days_of(hours))
+            return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, hours)
 
         return self.run.fill(span, pull_again)
 
@@ -418,7 +414,7 @@ class SourceRun:
         except BrokenHour as error:
             raise error.fault from error
         loaded = self._commit(hour, record, new, ledger)
-        return replace(loaded, windows=1) + refresh_weeks(self.run, days_of(span))
+        return replace(loaded, windows=1) + refresh_weeks(self.run, span)
 
     def _look_again(self, now: datetime) -> Report:
         """Each day once more, a day after its last hour was due: what the service added since is loaded."""
@@ -466,7 +462,9 @@ class SourceRun:
             except (Transient, Permanent) as error:
                 if span.end - span.start <= HOUR:
                     return self._not_had(span, error, known.get(span.start), mode, evidence=fetched.file)
-                alone = (self.project.fetch_each(Window(start, start + HOUR), stop) for start in hours_of(span))
+                alone = (
+                    self.project.fetch_each(hour, stop) for hour in windows_between(span.start, span.end, HOUR_SECONDS)
+                )
                 return self._load_each(chain.from_iterable(alone), known, mode)
             for hour in hours:
                 stop.check()
@@ -551,7 +549,7 @@ class SourceRun:
                 mode=mode,
                 final=window.start < settled,
             )
-            for window in (Window(start, start + HOUR) for start in hours_of(span))
+            for window in windows_between(span.start, span.end, HOUR_SECONDS)
         ]
 
     def _commit(self, hour: SourceHour, record: Record, new: int, ledger: Ledger) -> Report:

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from app.amplitude.archives import WEEK, Archive, inflated, opened, read_errors, readable
+from app.amplitude.archives import Archive, inflated, opened, read_errors, readable
 from app.amplitude.client import Project, project
-from app.amplitude.hours import DUE_AFTER, NAME, UNIT, SourceRun, hour_key, hours_of_week, mend_week, week_key, week_of
+from app.amplitude.hours import (
+    DUE_AFTER,
+    NAME,
+    UNIT,
+    SourceRun,
+    hour_key,
+    hours_of_week,
+    mend_week,
+    week_key,
+    weeks_between,
+)
 from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.config.settings import Settings
 from app.core.errors import Transient
@@ -275,11 +285,3 @@ class AmplitudeChart:
     @property
     def _hours(self) -> PullChart:
         return PullChart(self.pull, hour_key)
-
-
-def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:
-    """Every ISO week that overlaps `[start, end)`, oldest first."""
-    week = week_of(start.date())
-    while week.start < end:
-        yield week
-        week = Window(week.end, week.end + WEEK)

@@ -24,9 +24,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
 from app.core.files import temporary_file
-from app.core.windows import HOUR_SECONDS, Window, floor_to
+from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
 from app.product_events.mapping import Tables, mapping
-from app.product_events.pull import HOUR, hours_of
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
@@ -240,7 +239,8 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    hours = {at: ReceiptHourFile(Window(at, at + HOUR), names, temporary_file(spool)) for at in hours_of(span)}
+    windows = windows_between(span.start, span.end, HOUR_SECONDS)
+    hours = {window.start: ReceiptHourFile(window, names, temporary_file(spool)) for window in windows}
     try:
         reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
-from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
 
 # Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
 #
@@ -227,10 +227,8 @@ def answered(status: int, content: bytes, headers: Mapping[str, str]) -> AppErro
     """An answer with an error status."""
     reason, message = _reason(content)
     text = f"Drive answered {status} {reason}: {message}".replace("  ", " ")[:TEXT_LIMIT]
-    asked = headers.get("retry-after", "")
-    seconds = float(asked) if asked.isascii() and asked.isdigit() else None
     if reason in PASSING or status in (TOO_MANY, TIMEOUT) or status >= SERVER_FAULT:
-        return Transient(text, AGAIN_HINT, retry_after_seconds=seconds)
+        return Transient(text, AGAIN_HINT, retry_after_seconds=asked_seconds(headers.get("retry-after", "")))
     return Permanent(text, HINTS.get(reason) or HINTS_OF_STATUS.get(status, RIGHTS_HINT))
 
 

@@ -121,13 +121,7 @@ class _Look:
             info = self.head(f"{self.folder}export_{named}.{self.suffix}")
             if info is None or noted_window(info) != window:
                 return _Noted(start, end)
-        return _Noted(start, end, folded_in(info))
-
-
-def folded_in(info: ObjectInfo) -> int:
-    """The highest delta whose rows the object holds, as its writer noted."""
-    folded = info.metadata.get("folded", "")
-    return int(folded) if folded.isdigit() else 0
+        return _Noted(start, end, info.number("folded") or 0)
 
 
 def _second(hours: str, minutes: str, seconds: str) -> int:

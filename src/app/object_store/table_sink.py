@@ -22,7 +22,7 @@ from app.core.files import temporary_file
 from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.object_store.deltas import folded_in, named_second, noted_window, unfolded
+from app.object_store.deltas import named_second, noted_window, unfolded
 from app.object_store.port import CONTROL, STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
@@ -257,13 +257,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows = info.metadata.get("rows", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
-        folded=folded_in(info),
-        rows=int(rows) if rows.isdigit() else None,
+        folded=info.number("folded") or 0,
+        rows=info.number("rows"),
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),
     )

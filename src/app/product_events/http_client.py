@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
 from app.core.network import CA_HINT, SharedClient, is_untrusted
+from app.core.retry import asked_seconds
 
 if TYPE_CHECKING:
     import httpx
@@ -65,8 +66,7 @@ class ServiceAnswer:
     @property
     def retry_after_seconds(self) -> float | None:
         """How long the service asks to wait; None when it does not say."""
-        value = self.header("retry-after").strip()
-        return float(value) if value.isdigit() else None
+        return asked_seconds(self.header("retry-after"))
 
 
 @contextmanager

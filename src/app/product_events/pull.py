@@ -8,7 +8,7 @@ it is the version that was looked at, and one that is whole never by one with fe
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -206,11 +206,6 @@ class PartitionRun:
             sample=f"{self.name} {window}: {fault.message}",
         )
         return ledger_of(Tally(counted=1), kept.entry, unit=self.pull.unit).of_partition(self.name)
-
-
-def hours_of(span: Window) -> Sequence[datetime]:
-    """The start of each hour."""
-    return [span.start + number * HOUR for number in range((span.end - span.start) // HOUR)]
 
 
 def was_had(record: Record | None) -> bool:
