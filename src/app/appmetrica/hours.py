@@ -398,6 +398,7 @@ def _count_day(resource: ResourceRun, day: Window) -> tuple[bool, Report]:
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
             pulled = resource.pull_late(span)
+            # The service still makes the file; until then these rows wait.
             if pulled.more:
                 waiting = ledger_of(Tally(counted=rows, waiting=rows), unit=UNIT).of_partition(run.name)
                 return False, report + replace(pulled, more=False, ledger=waiting)

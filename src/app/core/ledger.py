@@ -105,6 +105,7 @@ class Ledger:
         return Ledger(self.unit, self.fields, self.set_aside, {partition or "(unnamed)": total})
 
     def __add__(self, other: "Ledger") -> "Ledger":
+        # A part that kept no ledger has no unit either.
         if not other:
             return self
         if not self:

@@ -59,6 +59,7 @@ def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: 
     the environment says already stays. Raises Permanent when the bundle cannot be written.
     """
     for name, value in proxies.items():
+        # Libraries read the name in small letters first: who set it so meant it.
         if value and name.lower() not in os.environ:
             os.environ.setdefault(name, value)
     if ca_file is None:

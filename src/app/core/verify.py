@@ -196,13 +196,11 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
     except (Stopped, LeaseLost):
         raise
     except AppError as error:
-        return Report(), Verdict(
-            verdict.slot, verdict.sign, verdict.source, verdict.destination, error.message, error.hint
-        )
+        return Report(), replace(verdict, error=error.message, hint=error.hint)
     after = compare(ends, verdict.slot)
     if after.sign is not Sign.EQUAL:
         return report, after
-    return report, Verdict(verdict.slot, verdict.sign, after.source, after.destination, healed=True)
+    return report, replace(after, sign=verdict.sign, healed=True)
 
 
 # The gap map: which windows a destination holds, from its own listing beside what was confirmed.

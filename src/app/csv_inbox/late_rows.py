@@ -64,6 +64,7 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
     start = each.merged.size
     if each.load.unended_bytes:  # the last row that was merged may go on in what was added
         file.seek(start)
+        # A line end comes first: then the last row was whole, and only its line end was lacking.
         if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
             start -= each.load.unended_bytes
     temporary = inbox.paths.temporary_tail(each.load.load_id)

@@ -155,6 +155,7 @@ def revert_file(folder: Path, load_id: str) -> Path:
 
 def prune(folder: Path, undo_keep: int) -> None:
     """Remove what lies beyond the number of merges that can be undone, and the oldest records. Idempotent."""
+    # A merge can be undone for as long as its undo file is there.
     reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
     for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
         path.unlink(missing_ok=True)

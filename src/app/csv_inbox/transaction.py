@@ -104,6 +104,7 @@ def renaming(temporary: Path, target: Path) -> Renaming:
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
     """Make the transaction happen: once this returns, it has. Raises OSError; then it has not."""
+    # The names must be on the disk before the journal that speaks of them.
     archive = {transaction.archiving.pending.parent} if transaction.archiving else set()
     for folder in {each.temporary.parent for each in transaction.renamings} | archive:
         sync_directory(folder)

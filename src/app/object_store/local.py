@@ -144,6 +144,7 @@ class LocalDirectory:
             except OSError:
                 self._prune(path.parent)
                 raise
+            # Only now it is certain what the file system made of the name.
             self._check_name(key, written=path)
             return etag
 

@@ -282,6 +282,7 @@ class S3Parts:
             "CopySourceIfMatch": held.etag,
         }
         self._start("upload_part_copy", source)
+        # The first copy tells whether the store knows how; its answer is waited for.
         if self._desk.copies is None:
             self._desk.copies = self._sent[-1].result() is not None
             if not self._desk.copies:

@@ -176,6 +176,7 @@ class TableSink:
             if key.endswith(".parquet"):
                 yield from _readable(key, _parquet_tables(file))
             else:
+                # A CSV object has no schema: what it lacks is noted beside it.
                 held = self.head(key)
                 mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
                 for table in _readable(key, _csv_tables(file)):

@@ -84,6 +84,7 @@ class PullContext:
     def run_each(self, context: Context, runs: Mapping[str, R], work: Callable[[R], Report]) -> Report:
         """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
         self.spool.mkdir(parents=True, exist_ok=True)
+        # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
         if not self.store.conditional:
             self.store.probe()
         total = Report()
@@ -165,6 +166,7 @@ class PartitionRun:
     def fill(self, span: Window, pull_again: Callable[[Window], Report]) -> Report:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
         name, due_at = self.pull.name, self.pull.due_at
+        # A cursor that a clock ahead of time has moved must not have hours asked for that are not complete yet.
         cursor = min(self.cursor_at or due_at, due_at)
         whole = floor_to(span.end, HOUR_SECONDS)
         start = floor_to(span.start, HOUR_SECONDS)

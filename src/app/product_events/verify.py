@@ -83,6 +83,7 @@ class ObjectFound:
         if self.content == given:
             return False
         is_confirmed = record is not None and self.version != "" and self.version == record.version
+        # What was confirmed and has more rows is from before the service forgot some of them.
         if is_confirmed and self.content is not None and self.content.rows > given.rows:
             return True
         if not given.rows:
