@@ -245,10 +245,17 @@ class Connections(Generic[C]):
         """One for a block, which commits at its end; it is rolled back when the block raises. Raises as `borrow`."""
         connection = self.borrow(timeout_seconds)
         with ExitStack() as undo:
-            undo.callback(lambda: (self.give_back if self._rolled_back(connection) else self.drop)(connection))
+            undo.callback(self._take_back, connection)
             yield connection
             undo.pop_all()
         self.give_back(connection)
+
+    def _take_back(self, connection: C) -> None:
+        """After a block that raised."""
+        if self._rolled_back(connection):
+            self.give_back(connection)
+        else:
+            self.drop(connection)
 
     def borrow(self, timeout_seconds: float = 10.0) -> C:
         """An idle connection or a new one. Raises Transient when all are busy for too long, and what `connect` does."""
