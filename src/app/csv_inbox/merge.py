@@ -533,7 +533,8 @@ class _IndexedMerge:
             self._at = end
         self._out.copy(self._master, self._at, base + int(ends[-1]))
         self._at = base + int(ends[-1])
-        self._out.note(lambda: _taken(raw, lengths, hits), first, last)
+        behind = np.cumsum(lengths)
+        self._out.note(lambda: cut(raw, (behind - lengths)[hits], behind[hits]), first, last)
         return places[hits]
 
     def _dense(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
@@ -557,7 +558,7 @@ class _IndexedMerge:
         first, last = _ranges(starts[hits], stops[hits])
         self._out.beat(size)
         self._out.keep(data, first, last)
-        self._out.note(lambda: _taken(raw, lengths, hits), first + self._at, last + self._at)
+        self._out.note(lambda: cut(data, first, last), first + self._at, last + self._at)
         self._at += size
         return hits
 
@@ -593,9 +594,3 @@ class _IndexedMerge:
         hits, rows = self._counts.find(cells, hashes)
         self._counts.count(rows, block, block.rows[hits])
         return hits
-
-
-def _taken(raw: bytes, lengths: Offsets, hits: Offsets) -> bytes:
-    """The bytes of those records of `raw`."""
-    ends = np.cumsum(lengths)
-    return raw if len(hits) == len(lengths) else cut(raw, (ends - lengths)[hits], ends[hits])
