@@ -5,7 +5,6 @@ that is killed at any instruction, or a power cut, leaves a database that opens 
 transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
 """
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -195,6 +194,8 @@ def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
     """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
     moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
     """
+    import fcntl  # not on Windows, which is told so in one line before anything is opened
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:

@@ -10,7 +10,6 @@ below the root is followed. What has no place in a plain file is kept below `.he
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -359,14 +358,14 @@ class LocalDirectory:
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    from filelock import lock_descriptor
+
     deadline = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(POLL_SECONDS)
-    held = f"another process has held {path} for over {LOCK_SECONDS} s"
-    raise Transient(held, "find it with `fuser` on that file")
+    while not lock_descriptor(descriptor, blocking=False):
+        if time.monotonic() >= deadline:
+            held = f"another process has held {path} for over {LOCK_SECONDS} s"
+            raise Transient(held, "find it with `fuser` on that file")
+        time.sleep(POLL_SECONDS)
 
 
 def _etag(found: os.stat_result) -> str:
