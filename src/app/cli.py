@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 from app.config import DOTENV
 from app.core.errors import AppError, BadSettings, did_you_mean
-from app.ops.process import configured, tune
+from app.ops.process import BAD_SETTINGS, configured, tune, unsupported
 
-OK, FAILED, USAGE, BAD_SETTINGS = 0, 1, 2, 78
+OK, FAILED, USAGE = 0, 1, 2
 EXIT_CODES = """0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage,
 75 another process runs the job: try later, 78 settings that cannot work"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,13 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error, (str(error),), USAGE, as_json="--json" in words)
     except AppError as error:
         return failed(error, (f"error: {error}",), FAILED, as_json="--json" in words)
-
-
-def unsupported(system: str) -> str:
-    """Why `os.name` is none that this runs on, "" where it is one."""
-    if system != "nt":
-        return ""
-    return "Headwater runs on Linux and macOS: on Windows install it in WSL 2, or use Docker (docs/deploy/windows.md)"
 
 
 def failed(error: AppError, lines: Sequence[str], code: int, *, as_json: bool) -> int:
