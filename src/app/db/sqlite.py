@@ -27,15 +27,15 @@ OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock: look for a second Headwater on this directory",
-    sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
-    sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
-    sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
+    sqlite3.SQLITE_LOCKED: "no action needed; it is retried",
+    sqlite3.SQLITE_PROTOCOL: "no action needed; it is retried",
+    sqlite3.SQLITE_INTERRUPT: "no action needed; it is retried",
     sqlite3.SQLITE_NOMEM: "give the process more memory",
-    sqlite3.SQLITE_FULL: "free space on the disk that holds DATA_DIR",
-    sqlite3.SQLITE_IOERR: "check the disk that holds DATA_DIR",
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_IOERR: "check its disk",
 }
 LASTING = {
-    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
+    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in its directory",
     sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its directory",
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }

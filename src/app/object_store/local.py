@@ -447,11 +447,11 @@ def _refusal(text: str, number: int | None) -> AppError:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Permanent(text, "let the service's user write to the object directory, or set DATA_DIR")
         case errno.EIO:
-            return Permanent(text, "the disk failed: check the kernel's log")
+            return Permanent(text, "check the kernel's log: the disk failed")
         case errno.EISDIR | errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
-            return Rejected(text, "another object's key has this key as a folder, or the other way round: rename one")
+            return Rejected(text, "rename one: another object's key has this key as a folder, or the other way round")
         case errno.ENAMETOOLONG | errno.EINVAL | errno.EILSEQ:
-            return Rejected(text, "this file system cannot hold such a name: shorten each segment to 255 bytes")
+            return Rejected(text, "shorten each segment to 255 bytes: this file system cannot hold such a name")
         case _:
             return Transient(text, "check the disk that holds the object directory")
 
