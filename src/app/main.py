@@ -28,7 +28,7 @@ from app.ops.connection_checks import System, destinations, probed, reached, rem
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.process import configured, share_the_machine, tune
+from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import BuiltService, Pipelines, announce, steps_of
@@ -524,7 +524,6 @@ def diagnosed(settings: Settings, ping: Check) -> Check:
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
 
-BAD_SETTINGS = 78
 NOT_ENFORCED = (
     "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
     "client that does not read its answer and the limit of connections, and it has no HEALTH_PORT and no LOG_FILE; "
@@ -534,8 +533,11 @@ NOT_ENFORCED = (
 
 def foreign() -> Front:
     """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
-    when the settings cannot work.
+    when the settings cannot work, or this platform.
     """
+    if refusal := unsupported(os.name):
+        sys.stderr.write(f"{refusal}\n")
+        raise SystemExit(BAD_SETTINGS)
     tune()
     try:
         settings = configured(daemon=True, file=False)  # several workers would write one file

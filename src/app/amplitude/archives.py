@@ -336,7 +336,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
     if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
         raise Permanent(
             f"a member of the archive grows to more than {MAX_RATIO} times its size",
-            "this is not an export of events: look at it in the service before it is fetched again",
+            "look at it in the service before it is fetched again: this is not an export of events",
         )
 
 

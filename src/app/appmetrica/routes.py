@@ -118,7 +118,11 @@ def build(exports: Exports | None) -> APIRouter:
         known = _configured(exports)
         export = await run_in_threadpool(known.pulls.find, SERVICE, export_id)
         if export is None or request_of(export).span is not None:  # a job's own
-            raise Refused(Refusal(404, f"no export has the number {export_id}", "POST /appmetrica/exports gives one"))
+            raise Refused(
+                Refusal(
+                    404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
+                )
+            )
         if places.locked():
             raise Refused(BUSY)
         async with places:

@@ -184,7 +184,7 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_rows import take_in
+    from app.csv_inbox.appended_rows import take_in
 
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)

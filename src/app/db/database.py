@@ -262,7 +262,7 @@ class Connections(Generic[C]):
         if not self._places.acquire(timeout=timeout_seconds):
             raise Transient(
                 f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
-                "look for slow statements or a slow disk; the next attempt may succeed",
+                "look for slow statements or a slow disk; it is retried",
             )
         with ExitStack() as undo:
             undo.callback(self._places.release)

@@ -5,7 +5,6 @@ that is killed at any instruction, or a power cut, leaves a database that opens 
 transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
 """
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -29,15 +28,15 @@ OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock: look for a second Headwater on this directory",
-    sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
-    sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
-    sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
+    sqlite3.SQLITE_LOCKED: "no action needed; it is retried",
+    sqlite3.SQLITE_PROTOCOL: "no action needed; it is retried",
+    sqlite3.SQLITE_INTERRUPT: "no action needed; it is retried",
     sqlite3.SQLITE_NOMEM: "give the process more memory",
-    sqlite3.SQLITE_FULL: "free space on the disk that holds DATA_DIR",
-    sqlite3.SQLITE_IOERR: "check the disk that holds DATA_DIR",
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_IOERR: "check its disk",
 }
 LASTING = {
-    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
+    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in its directory",
     sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its directory",
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
@@ -194,6 +193,8 @@ def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
     """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
     moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
     """
+    import fcntl  # not on Windows, which is told so in one line before anything is opened
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:

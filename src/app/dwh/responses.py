@@ -285,7 +285,7 @@ class GzipWriter:
 # TMPDIR; bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
 
 SPOOL_BYTES = 1 << 22
-BROKEN = Permanent("the answer could not be made to its end", "the log says why: please report it")
+BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
 class Abandoned(Exception):

@@ -216,8 +216,8 @@ REVOKED = frozenset(
     }
 )
 GRANT_HINT = (
-    "the key was deleted or the consent withdrawn, or this machine's clock is wrong: make a new key for a service "
-    "account, run `python -m app google` again for an installed app"
+    "make a new key for a service account, run `python -m app google` again for an installed app: the key was deleted "
+    "or the consent withdrawn, or this machine's clock is wrong"
 )
 TEXT_LIMIT = 300
 TOO_MANY, SERVER_FAULT, TIMEOUT = 429, 500, 408

@@ -52,7 +52,7 @@ HINTS: Mapping[str, str] = {
 THROTTLED = frozenset(
     {"ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "LimitExceededException"}
 )
-SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
+SLOW_HINT = "raise the table's read capacity, which is used up, or DRIVE_INTERVAL_SECONDS; the next run catches up"
 AGAIN_HINT = "no action needed: the next run goes on"
 FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is retried"
 TEXT_LIMIT = 300
