@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import quote
 
 from app.core.pipeline import MISSING
 from app.core.runs import Outcome, Run
@@ -18,6 +19,7 @@ from app.core.verify import Sign
 from app.db.page_queries import Look
 from app.ops.delivery_map import DeliveryMaps, MapCells
 from app.ops.json_views import instant_text, run_shown
+from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import JobView
 from app.ops.verification import Result
 
@@ -111,11 +113,17 @@ class Snapshot:
     cells: MapCells
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    bill: MonthlyEstimate | None = None
 
     @property
     def on(self) -> Sequence[JobView]:
         """Jobs that can run."""
         return [view for view in self.views if not view.job.off]
+
+
+def file_address(run_id: str, name: str) -> str:
+    """Where a file is read that a run set aside on this machine, from the root of the pages."""
+    return f"ops/runs/{run_id}/set-aside/file?name={quote(name, safe='')}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -158,9 +166,10 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
             title = f"{name}: {counted(gap, unit)} unaccounted for"
             yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
         runs, since = seen.look.failures_in_a_row(name)
-        if not runs:
-            continue
         failures = last.report.failures
+        rejected = {entry["file"] for entry in seen.histories.get(name, ()) if entry["outcome"] == "rejected"}
+        if not runs or (failures and all(each.partition in rejected for each in failures)):
+            continue  # a file that was set aside is told as such
         partition = failures[0].partition if len(failures) == 1 else ""
         of = f"{name}, {partition}" if partition else name
         times = "once" if runs == 1 else f"{runs:,} times"
@@ -183,29 +192,39 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
 def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
     known: set[tuple[str, str, str]] = set()
-    for row in seen.look.rows("trouble_by_partition", limit=LISTED):
-        kind = "missing" if row["trouble"] == MISSING else "changed"
-        known.add((row["pipeline"], row["device_id"], kind))
-        span = (row["first_at"], row["last_at"])
-        yield _of_windows(seen, row["pipeline"], row["device_id"], kind, count=row["windows"], span=span)
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
+    since: dict[tuple[str, str, str], datetime] = {}
     for job in seen.maps.jobs:
         for fault in seen.maps.faults(job):
             kind = {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
             found[job, fault.partition, kind].add(fault.window)
+            since[job, fault.partition, kind] = min(since.get((job, fault.partition, kind), seen.now), fault.seen_at)
+    for row in seen.look.rows("trouble_by_partition", limit=LISTED):
+        kind = "missing" if row["trouble"] == MISSING else "changed"
+        what = (row["pipeline"], row["device_id"], kind)
+        known.add(what)
+        span = (row["first_at"], row["last_at"])
+        yield _of_windows(seen, *what, count=row["windows"], span=span, since=since.get(what))
     for result in seen.verified:
         for verdict in result.windows:
             if verdict.sign is not Sign.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Sign.MISSING else "changed"
                 found[result.job, verdict.slot.partition, kind].add(verdict.slot.window)
-    for (job, partition, kind), windows in list(found.items())[:LISTED]:
-        if (job, partition, kind) not in known:
+    for what, windows in list(found.items())[:LISTED]:
+        if what not in known:
             span = (min(each.start for each in windows), max(each.end for each in windows))
-            yield _of_windows(seen, job, partition, kind, count=len(windows), span=span)
+            yield _of_windows(seen, *what, count=len(windows), span=span, since=since.get(what))
 
 
 def _of_windows(
-    seen: Snapshot, job: str, partition: str, kind: str, *, count: int, span: tuple[datetime, datetime]
+    seen: Snapshot,
+    job: str,
+    partition: str,
+    kind: str,
+    *,
+    count: int,
+    span: tuple[datetime, datetime],
+    since: datetime | None,
 ) -> Problem:
     actions: list[Mapping[str, Any]] = []
     if job in seen.verifiable:
@@ -216,7 +235,7 @@ def _of_windows(
     if kind != "missing":
         message = "What is at the destination is not what was delivered."
     title = f"{job}, {partition}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
-    return Problem(kind, job, title, message, HEAL, count, "window", partition, span, actions=actions)
+    return Problem(kind, job, title, message, HEAL, count, "window", partition, span, since, actions)
 
 
 def _late(seen: Snapshot) -> Iterator[Problem]:
@@ -296,7 +315,7 @@ def _files_aside(
         limit = dismissed.get(first.problem_id, since)
         new = [entry for entry in files if datetime.fromisoformat(entry["at"]) > limit]
         if new:
-            name, at = new[0]["file"], datetime.fromisoformat(new[0]["at"])
+            name, run_id, at = new[0]["file"], new[0]["run_id"], datetime.fromisoformat(new[0]["at"])
             title = f"{job}: {name} was set aside"
             if len(new) > 1:
                 title = f"{job}: {counted(len(new), 'file')} were set aside, the latest is {name}"
@@ -308,7 +327,10 @@ def _files_aside(
                 count=len(new),
                 noun="file",
                 since=at,
-                actions=[{"kind": "dismiss", "label": "Dismiss"}],
+                actions=[
+                    {"kind": "open", "label": "Download file", "href": file_address(run_id, name), "needs": "ops:run"},
+                    {"kind": "dismiss", "label": "Dismiss"},
+                ],
             )
 
 
@@ -403,6 +425,7 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "checked_at": instant_text(max(ended, default=None)),  # type: ignore[type-var]  # none of them is None
         "problems": [problem.to_json() for problem in problems[:LISTED]],
         "problems_total": len(problems),
+        "bill": seen.bill.text() if seen.bill and seen.bill.by_kind else None,
         "day_starts_at": instant_text(_today(seen)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
         "jobs": jobs,
@@ -477,9 +500,20 @@ def _row(
         "paused_by": paused["paused_by"] if paused else None,
         "paused_at": instant_text(paused["paused_at"]) if paused else None,
         "new_rows": news,
+        "files_today": _files_today(seen, job.name),
         "strip": None if job.off or job.helper_of else _strip(seen, job.name, news),
         "last_run": last and run_shown(ended if ended and last.outcome is Outcome.RUNNING else last),
     }
+
+
+def _files_today(seen: Snapshot, name: str) -> Mapping[str, Any] | None:
+    """Merged and set aside files of today; `more`: of a longer day the latest were counted. None without files."""
+    if name not in seen.histories:
+        return None
+    entries, today = seen.histories[name], _today(seen)
+    outcomes = [entry["outcome"] for entry in entries if datetime.fromisoformat(entry["at"]) >= today]
+    counts = {word: outcomes.count(outcome) for word, outcome in (("merged", "merged"), ("set_aside", "rejected"))}
+    return {**counts, "total": len(outcomes), "more": len(outcomes) == HISTORY}
 
 
 def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:
