@@ -25,6 +25,8 @@ from app.ops.verification import Result
 
 NAMED = 3  # faults that the sentence names
 LISTED = 50
+MOST_PARTITIONS = 1000
+HEALED_TOGETHER = timedelta(hours=24)  # of all partitions: a longer span would read much that is in order
 RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 AHEAD_SECONDS = 60.0
@@ -126,6 +128,11 @@ def file_address(run_id: str, name: str) -> str:
     return f"ops/runs/{run_id}/set-aside/file?name={quote(name, safe='')}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def counted(count: int, noun: str) -> str:
     """`1 window`, `2,000 windows`."""
     one = noun.removesuffix("s")
@@ -189,53 +196,69 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Faulty:
+    """The windows of one partition that are not as they were delivered; `since`: when that was first seen."""
+
+    partition: str
+    count: int
+    first_at: datetime
+    last_at: datetime
+    since: datetime | None
+
+
 def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
-    known: set[tuple[str, str, str]] = set()
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
     since: dict[tuple[str, str, str], datetime] = {}
     for job in seen.maps.jobs:
         for fault in seen.maps.faults(job):
-            kind = {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
-            found[job, fault.partition, kind].add(fault.window)
-            since[job, fault.partition, kind] = min(since.get((job, fault.partition, kind), seen.now), fault.seen_at)
-    for row in seen.look.rows("trouble_by_partition", limit=LISTED):
-        kind = "missing" if row["trouble"] == MISSING else "changed"
-        what = (row["pipeline"], row["device_id"], kind)
-        known.add(what)
-        span = (row["first_at"], row["last_at"])
-        yield _of_windows(seen, *what, count=row["windows"], span=span, since=since.get(what))
+            what = (job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter], fault.partition)
+            found[what].add(fault.window)
+            since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.verified:
         for verdict in result.windows:
             if verdict.sign is not Sign.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Sign.MISSING else "changed"
-                found[result.job, verdict.slot.partition, kind].add(verdict.slot.window)
-    for what, windows in list(found.items())[:LISTED]:
-        if what not in known:
-            span = (min(each.start for each in windows), max(each.end for each in windows))
-            yield _of_windows(seen, *what, count=len(windows), span=span, since=since.get(what))
+                found[result.job, kind, verdict.slot.partition].add(verdict.slot.window)
+    faulty = {
+        what: _Faulty(what[2], len(some), min(w.start for w in some), max(w.end for w in some), since.get(what))
+        for what, some in found.items()
+    }
+    for row in seen.look.rows("trouble_by_partition", limit=MOST_PARTITIONS):
+        what = (row["pipeline"], "missing" if row["trouble"] == MISSING else "changed", row["device_id"])
+        faulty[what] = _Faulty(what[2], row["windows"], row["first_at"], row["last_at"], since.get(what))
+    together: dict[tuple[str, str], list[_Faulty]] = defaultdict(list)
+    for (job, kind, _), one in faulty.items():
+        together[job, kind].append(one)
+    for (job, kind), some in together.items():
+        yield _of_windows(seen, job, kind, sorted(some, key=lambda each: (-each.count, each.partition)))
 
 
-def _of_windows(
-    seen: Snapshot,
-    job: str,
-    partition: str,
-    kind: str,
-    *,
-    count: int,
-    span: tuple[datetime, datetime],
-    since: datetime | None,
-) -> Problem:
-    actions: list[Mapping[str, Any]] = []
-    if job in seen.verifiable:
-        part = {"from": instant_text(span[0]), "to": instant_text(span[1]), "partition": partition}
-        actions.append({"kind": "heal", "label": f"Heal {counted(count, 'window')}", "job": job, "part": part})
-    actions.append({"kind": "show", "label": "Show on map", "href": f"#map-{job}"})
+def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) -> Problem:
+    """All partitions of a job with the same fault, those with the most windows named."""
+    count = sum(each.count for each in faulty)
+    span = (min(each.first_at for each in faulty), max(each.last_at for each in faulty))
+    partition = faulty[0].partition if len(faulty) == 1 else ""
+    actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
+    days = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
+    hint = (
+        f"heal them on the map, or all at once: python -m app verify {job} --from {next(days)} --to {next(days)} --heal"
+    )
+    if job in seen.verifiable and (partition or span[1] - span[0] <= HEALED_TOGETHER):
+        part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
+        part |= {"partition": partition} if partition else {}
+        label = f"Heal {counted(count, 'window')}"
+        actions.insert(0, {"kind": "heal", "label": label, "job": job, "part": part})
+        hint = HEAL
     message = "Delivered once, and not at the destination any more."
     if kind != "missing":
         message = "What is at the destination is not what was delivered."
-    title = f"{job}, {partition}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
-    return Problem(kind, job, title, message, HEAL, count, "window", partition, span, since, actions)
+    names = [each.partition for each in faulty[:NAMED]]
+    names += [f"{len(faulty) - NAMED:,} more"] if len(faulty) > NAMED else []
+    title = f"{job}, {listed(names)}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
+    seen_at = min((each.since for each in faulty if each.since), default=None)
+    return Problem(kind, job, title, message, hint, count, "window", partition, span, seen_at, actions)
 
 
 def _late(seen: Snapshot) -> Iterator[Problem]:
@@ -340,9 +363,9 @@ def _files_aside(
 def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
     """State, sentence in parts with their links, and title. At most three faults are named."""
     parts = _parts(problems)
-    paused = [view.job.name for view in seen.on if view.status.state == "paused"]
     pipelines = [view for view in seen.on if not view.job.helper_of]
-    more = [f"{' and '.join(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
+    paused = [view.job.name for view in pipelines if view.status.state == "paused"]
+    more = [f"{listed(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
     if problems:
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         mark = problems[0].mark if problems[0].mark != "late" else "warn"

@@ -48,7 +48,7 @@ function showControls() {
   range.forEach((date, i) => { const box = at(["from", "to"][i]); if (document.activeElement !== box && !Number.isNaN(+date)) box.value = local(date); });
   const own = asked.parameters.filter((each) => !["device_id", "from", "to", "minutes"].includes(each.name));
   show(at("parameters"), ...own.map((each) => make("div", { data: { key: each.name } }, make("label", { for: `p-${each.name}` }, each.name.replaceAll("_", " ")), make("input.field", { id: `p-${each.name}`, title: each.meaning, placeholder: each.default, type: { integer: "number", number: "number", date: "date" }[each.type] || "text", step: each.type === "number" ? "any" : null, value: view.get(`p-${each.name}`) || "" }))));
-  at("about").textContent = asked.fault ? `${asked.fault.message}. Next: ${asked.fault.hint}` : asked.description;
+  show(at("about"), ...(asked.fault ? [sentence(asked.fault.message, asked.fault.hint)] : asked.description.split("`").map((text, i) => (i % 2 ? make("code", text) : text))));
 }
 
 // ---- the lake at a glance
@@ -61,7 +61,7 @@ async function showLake() {
   const tile = (name, value, note) => make("div", { data: { key: name } }, make("dt", name), make("dd", value, make("span.note", note)));
   at("glance").hidden = at("ask").hidden = !lake.rows;
   show(at("tiles"), tile("Rows", number(seen.total_rows), `${plural(schema.objects, "object")}, ${size(schema.bytes)}`), tile("Devices", number(seen.device_count), fresh === seen.device_count ? "all seen in the last 10 min" : `${number(fresh)} seen in the last 10 min`),
-    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? [ago(seen.min_timestamp), `, ${clock(lake.first, true)}`] : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
+    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? [`${clock(lake.first, true)}, `, ago(seen.min_timestamp)] : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
   at("lake").hidden = lake.days.length < 2;
   if (lake.days.length > 1) drawLake();
 }

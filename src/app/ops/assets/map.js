@@ -14,7 +14,7 @@ const counted = (text) => [..."mpcslonku"].map((letter) => [[...text].filter((ea
 const narrow = () => innerWidth <= 840;
 const rangeNow = () => (SECONDS[view.get("range")] ? view.get("range") : "24h");
 const hasProblem = (text) => [...text].some((letter) => PROBLEM.has(letter));
-let maps = {}, mapsKey = "", mapsAt = 0, pages = {}, opened = new Map(), drilled = null, working = null;
+let asked = false, maps = {}, mapsKey = "", mapsAt = 0, pages = {}, opened = new Map(), drilled = null, working = null;
 
 // ---- asking
 
@@ -37,6 +37,9 @@ async function showMaps(now = false) {
     const found = await Promise.all(jobs.map(async (job) => [job.name, await loadMap(job.name)]));
     [maps, mapsKey, mapsAt] = [Object.fromEntries(found), key, Date.now()];
   }
+  // On a phone groups are long: at first those with problems only.
+  if (narrow() && !asked && !view.has("problems") && Object.values(maps).some((each) => each.groups?.length && each.problems)) { asked = at("only").checked = true; await showMaps(true); return; }
+  asked = true;
   at("delivery").hidden = !jobs.length;
   page.every = busy ? 1000 : 5000;
   drawMaps(jobs);

@@ -96,6 +96,7 @@ begin({
     try { run = await get(`ops/runs/${encodeURIComponent(id)}`); } catch (error) {
       if (error.status !== 404) throw error;
       verdict("off", ["This run is not kept any more."], said(error), "Run");
+      at("log-part").hidden = at("beside").hidden = true;
       page.every = 0;
       return;
     }
