@@ -82,11 +82,12 @@ function cellWhen(from, to) {
   return hours > 20 ? weekday(a) : `${weekday(a)} ${clock(a)} to ${clock(b)}`;
 }
 const endOf = (data, i) => data.starts[i + 1] || data.end;
+function drawCell(letter, from, to, name, attributes, data) {
+  const future = new Date(from) > Date.now() + skew, title = `${name}${cellWhen(from, to)}: ${future ? "not yet" : KIND[letter][1]}`;
+  return make("button.cell", { class: future ? null : KIND[letter][0], type: "button", title, "aria-label": title, disabled: future && !attributes.role, data: { bad: PROBLEM.has(letter) ? "1" : null, ...data }, ...attributes });
+}
 function cellsOf(name, text, data) {
-  const cells = [...text].map((letter, i) => {
-    const future = new Date(data.starts[i]) > Date.now() + skew, label = `${name}, ${cellWhen(data.starts[i], endOf(data, i))}: ${future ? "not yet" : KIND[letter][1]}`;
-    return make("button", { class: future ? "cell" : `cell ${KIND[letter][0]}`, type: "button", role: "gridcell", tabindex: "-1", title: label, "aria-label": label, data: { i, ...(PROBLEM.has(letter) ? { bad: "1" } : {}) } });
-  });
+  const cells = [...text].map((letter, i) => drawCell(letter, data.starts[i], endOf(data, i), `${name}, `, { role: "gridcell", tabindex: "-1" }, { i }));
   return make("div.cells", { role: "presentation", cells: text.length }, ...cells);
 }
 function oneRow(job, row, data) {
@@ -208,8 +209,8 @@ function drawDrill(path, finer) {
   const crumbs = make("ol.crumbs.small", make("li", name), ...path.map((each, i) => make("li", i < path.length - 1 ? press(".bare", { act: "drillTo", to: i }, cellWhen(each.from, each.to)) : cellWhen(each.from, each.to))));
   const acts = [["Earlier", "drillMove", -1], ["Later", "drillMove", 1], ["Close", "closeDrill", 0]].map(([word, act, by]) => press(".bare.lined", { act, by }, word));
   const cells = finer.map((each, i) => {
-    const future = new Date(each.from) > Date.now() + skew, label = `${cellWhen(each.from, each.to)}: ${future ? "not yet" : KIND[each.letter][1]}`, date = new Date(each.from);
-    return make("div", make("div.when", new Date(each.to) - date > 7e7 ? day(date) : clock(date)), make("button", { class: future ? "cell" : `cell ${KIND[each.letter][0]}`, type: "button", disabled: future, title: label, "aria-label": label, data: { act: "drillInto", i, ...(PROBLEM.has(each.letter) ? { bad: "1" } : {}) } }));
+    const date = new Date(each.from);
+    return make("div", make("div.when", new Date(each.to) - date > 7e7 ? day(date) : clock(date)), drawCell(each.letter, each.from, each.to, "", {}, { act: "drillInto", i }));
   });
   const bad = finer.filter((each) => PROBLEM.has(each.letter)), fault = "mpc".includes(place.letter || " ") || bad.some((each) => "mpc".includes(each.letter));
   const part = JSON.stringify({ from: place.from, to: place.to, partition: name }), what = bad.length && finer[0].window ? plural(bad.length, "window") : place.window ? "this window" : "what is missing";
