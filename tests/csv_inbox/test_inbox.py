@@ -63,6 +63,8 @@ def test_what_a_run_set_aside_is_found_as_long_as_it_lies_there(tmp_path: Path) 
     assert (kept.name, kept.size_bytes, kept.path) == ("b.csv", 4, here.config.rejected_dir / "b.csv")
     (here.config.rejected_dir / "b.csv").unlink()
     assert rejected_by(paths, run_id) == []
+    (here.config.rejected_dir / "b.csv").symlink_to("/etc/passwd")
+    assert rejected_by(paths, run_id) == [], "what a link leads to is not the file"
     assert rejected_by(paths, "another") == []
 
 

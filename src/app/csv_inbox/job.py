@@ -68,10 +68,15 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
     )
+
+    def rejected(run: Run) -> Sequence[KeptFile]:
+        with translated(str(config.rejected_dir)):
+            return rejected_by(paths, run.run_id)
+
     return Inbox(
         job,
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
-        lambda run: rejected_by(paths, run.run_id),
+        rejected,
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
 

@@ -308,11 +308,12 @@ def _told_before(reason: Path) -> dict[str, Any]:
 
 
 def rejected_by(paths: InboxPaths, run_id: str) -> Sequence[KeptFile]:
-    """The files that a run set aside and that still lie there, by name. Raises OSError."""
+    """The files that a run set aside and that still lie there, by name; a link is none of them. Raises OSError."""
     load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
     reasons = sorted(paths.config.rejected_dir.glob(f"*{REASON}")) if load_ids else []
     found = (each.with_name(each.name.removesuffix(REASON)) for each in reasons if _load_id(each) in load_ids)
-    return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in found if path.is_file()]
+    regular = (path for path in found if path.is_file() and not path.is_symlink())
+    return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in regular]
 
 
 def _load_id(reason: Path) -> str:

@@ -248,9 +248,9 @@ class DeliveryMaps:
         """What the latest listings of a job showed."""
         return self._faults.get(job, ())
 
-    def gone_since(self, job: str, partition: str, start: datetime) -> datetime | None:
-        """When a listing first showed that something is wrong with the window that begins then; None if none did."""
-        return next((f.seen_at for f in self.faults(job) if (f.partition, f.window.start) == (partition, start)), None)
+    def gone_since(self, job: str) -> Mapping[tuple[str, datetime], datetime]:
+        """When a listing first showed that something is wrong with a window, by partition and start."""
+        return {(each.partition, each.window.start): each.seen_at for each in self.faults(job)}
 
     def forget(self, job: str) -> None:
         """List the destination of `job` again next time: something was changed there."""

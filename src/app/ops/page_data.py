@@ -206,6 +206,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
     ) -> dict[str, Any]:
         window = bounded(start, end, WINDOW_DAYS)
         cells = parts.maps.partition(job, partition, window)
+        gone = parts.maps.gone_since(job)
         with parts.pages.look() as look:
             of = {"pipeline": job, "partition": partition, "since_at": window.start, "until_at": window.end}
             records: dict[datetime, list[Mapping[str, Any]]] = {}
@@ -219,7 +220,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
             shown = [
                 {
                     **_window(cell, records.get(cell.window.start, ()), run_of),
-                    "gone_since": instant_text(parts.maps.gone_since(job, partition, cell.window.start)),
+                    "gone_since": instant_text(gone.get((partition, cell.window.start))),
                 }
                 for cell in cells
             ]
@@ -314,6 +315,7 @@ def _run(router: APIRouter, parts: PageParts) -> None:
             rows = look.written_by(run, pipeline)
             same = look.rows("same_error", job=run.job, error=run.error)[0]["runs"] if run.error else 0
         progress = view.status.progress if view and run.ended_at is None else None
+        gone = parts.maps.gone_since(pipeline)
         return {
             **run_shown(run),
             "helper_of": (view.job.helper_of if view else "") or None,
@@ -323,7 +325,7 @@ def _run(router: APIRouter, parts: PageParts) -> None:
             "written": [
                 {
                     **_written(row),
-                    "gone_since": instant_text(parts.maps.gone_since(pipeline, row["device_id"], row["starts_at"])),
+                    "gone_since": instant_text(gone.get((row["device_id"], row["starts_at"]))),
                 }
                 for row in rows
             ],

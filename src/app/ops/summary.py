@@ -241,10 +241,8 @@ def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) 
     span = (min(each.first_at for each in faulty), max(each.last_at for each in faulty))
     partition = faulty[0].partition if len(faulty) == 1 else ""
     actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
-    days = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
-    hint = (
-        f"heal them on the map, or all at once: python -m app verify {job} --from {next(days)} --to {next(days)} --heal"
-    )
+    first, last = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
+    hint = f"heal them on the map, or all at once: python -m app verify {job} --from {first} --to {last} --heal"
     if job in seen.verifiable and (partition or span[1] - span[0] <= HEALED_TOGETHER):
         part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
         part |= {"partition": partition} if partition else {}
