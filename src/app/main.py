@@ -5,9 +5,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -19,9 +18,8 @@ from app.config import DOTENV
 from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import BadSettings, Permanent
+from app.core.errors import BadSettings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
-from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
@@ -276,7 +274,6 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
-    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -311,13 +308,11 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        check = partial(exports_events, project, parts.clock)
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
     if appmetrica.service:
-        check = partial(sees_application, appmetrica.service)
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
@@ -327,7 +322,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
-        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
+        destinations={**destinations(settings), inbox_job.NAME: inbox.destination},
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -349,30 +344,6 @@ def wire(parts: ServiceParts) -> Pipelines:
             lambda: appmetrica_routes(appmetrica.service),
         ),
     )
-
-
-def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
-    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
-    from app.amplitude.client import SHORT_POLICY, HourTooLarge
-
-    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
-    with closing(project.upstream):
-        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
-            fetched.close()
-            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                raise fetched.fault
-    return "may export events"
-
-
-def sees_application(exports: "Exports") -> str:
-    """Whether the token sees the application. Raises Transient or Permanent."""
-    number = exports.service.application_id
-    with closing(exports.service.upstream):
-        applications = exports.service.applications()
-    if number not in applications:
-        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-        raise Permanent(f"the token does not see application {number}", hint)
-    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
 
 
 def calls_of(parts: ServiceParts, service: str) -> Calls:

@@ -139,9 +139,16 @@ class Engine:
             yield cursor.execute(sql).to_arrow_reader(batch_rows)
 
     def parsed(self, sql: str) -> Any:
-        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`."""
+        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`.
+
+        Raises Rejected for what nests so deeply that it cannot be looked at.
+        """
         with self._cursor(self.limits.seconds) as cursor:
-            return json.loads(cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0])
+            text = cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0]
+        try:
+            return json.loads(text)
+        except RecursionError:
+            raise Rejected("the statement nests too deeply", "use fewer levels of expressions") from None
 
     def check(self, sql: str) -> set[str]:
         """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,7 +135,9 @@ class SqliteDatabase:
         self._path = path
         self._busy_seconds = busy_seconds
         self._read_only = read_only
-        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
+        self._connections = Connections(
+            self.place, self._connect, sqlite3.Connection.close, alive=self._is_current, rolled_back=_rolled_back
+        )
 
     @property
     def path(self) -> Path:
@@ -149,33 +152,21 @@ class SqliteDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
-        connection = self._connections.borrow(self._busy_seconds)
-        with ExitStack() as undo:
-            undo.callback(self._roll_back, connection)
+        with self._connections.lent(self._busy_seconds) as connection:
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
             _translated(self._path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
             yield SqliteSession(connection, self._path)
             _translated(self._path, lambda: connection.execute("COMMIT"))
-            undo.pop_all()
-        self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
 
-    def _roll_back(self, connection: FileConnection) -> None:
-        try:
-            connection.rollback()
-        except sqlite3.Error:
-            self._connections.drop(connection)
-        else:
-            self._connections.give_back(connection)
-
     def _connect(self) -> FileConnection:
         if self._read_only:
             if not self._path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
-            return _translated(self._path, lambda: _opened_to_read(self._path, self._busy_seconds))
+            return _translated(self._path, lambda: _connected(self._path, self._busy_seconds, "?mode=ro"))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -187,6 +178,14 @@ class SqliteDatabase:
     def _is_current(self, connection: FileConnection) -> bool:
         """False when the file was moved, deleted or replaced since: what is committed to it would be seen by nobody."""
         return connection.file == file_id(self._path)
+
+
+def _rolled_back(connection: FileConnection) -> bool:
+    try:
+        connection.rollback()
+    except sqlite3.Error:
+        return False
+    return True
 
 
 @contextmanager
@@ -223,19 +222,21 @@ def _refuse_lone_wal(path: Path) -> None:
             raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
-def _opened_to_read(path: Path, busy_seconds: float) -> FileConnection:
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+def _connected(path: Path, busy_seconds: float, mode: str = "") -> FileConnection:
     connection = sqlite3.connect(
-        uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+        f"{path.resolve().as_uri()}{mode}" if mode else path,
+        uri=bool(mode),
+        timeout=busy_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=FileConnection,
     )
     connection.file = file_id(path)
     return connection
 
 
 def _opened(path: Path, busy_seconds: float) -> FileConnection:
-    connection = sqlite3.connect(
-        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
-    )
+    connection = _connected(path, busy_seconds)
     with ExitStack() as undo:
         undo.callback(connection.close)
         connection.execute("PRAGMA schema_version")  # makes the file
@@ -247,6 +248,7 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         connection.execute("PRAGMA foreign_keys = ON")
         # SQLite's own lower() knows ASCII only.
         connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
+        connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
         connection.file = file_id(path)
         undo.pop_all()
     return connection

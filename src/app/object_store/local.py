@@ -143,6 +143,7 @@ class LocalDirectory:
             except OSError:
                 self._prune(path.parent)
                 raise
+            # Only now it is certain what the file system made of the name.
             self._check_name(key, written=path)
             return etag
 
@@ -169,6 +170,7 @@ class LocalDirectory:
             return None
         with _translated(key):
             try:
+                # The ETag is that of the link: by now the name may lead to a later version.
                 target.hardlink_to(path)
             except ABSENT:
                 return None
