@@ -273,6 +273,7 @@ JOBS = {
     "csv_inbox": "CSV files of a folder into one master file",
     "amplitude": "events of Amplitude to objects and the warehouse",
     "appmetrica": "events of AppMetrica to objects and the warehouse",
+    "lake_day": "adds closed days to the Iceberg table, once an hour",
     "set_aside_sweep": "deletes what was set aside long ago",
     "s3_sweep": "aborts unfinished uploads in the bucket",
 }

@@ -279,6 +279,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
+    from app.lake import job as lake_job
 
     settings, state = parts.settings, parts.state
     influx = influx_job.build(
@@ -298,6 +299,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         spend=partial(parts.counter.add, READ_UNIT),
     )
     inbox = inbox_job.build(settings, parts.clock)
+    lake = lake_job.build(settings, parts.store)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
@@ -317,7 +319,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         check = partial(sees_application, appmetrica.service)
         systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
