@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from datetime import date
 
 GROUP_ROWS = 64 * 1024
+GROUP_CELLS = 2 << 20  # fewer rows where there are very many columns
 AHEAD, READERS = 16, 4
 WHOLE_BYTES = COPY_BYTES = 1 << 20
 PARQUET = "application/vnd.apache.parquet"
@@ -247,9 +248,10 @@ class FileParts:
 
     def add(self, key: str, device: str, file: pq.ParquetFile) -> bool:
         """All rows of an object; False when it was set aside."""
-        whole = file.metadata.num_rows <= GROUP_ROWS
+        size = _group_rows(max(file.metadata.num_columns, len(self._columns.kinds)))
+        whole = file.metadata.num_rows <= size
         try:
-            tables = [file.read()] if whole else (pa.Table.from_batches([one]) for one in file.iter_batches(GROUP_ROWS))
+            tables = [file.read()] if whole else (pa.Table.from_batches([one]) for one in file.iter_batches(size))
             for table in tables:
                 self._gather(key if whole else "", _of_device(table.replace_schema_metadata(), device))
         except (Rejected, pa.ArrowException, OSError) as error:
@@ -274,7 +276,7 @@ class FileParts:
             self._flush()
         self._waiting.append((key, table))
         self._waiting_rows += table.num_rows
-        if self._waiting_rows >= GROUP_ROWS:
+        if self._waiting_rows >= _group_rows(max(table.num_columns, len(self._columns.kinds))):
             self._flush()
 
     def _flush(self) -> None:
@@ -351,6 +353,10 @@ class FileParts:
             self._write(self._columns.schema().empty_table())
         self._end_part()
         return self._paths
+
+
+def _group_rows(columns: int) -> int:
+    return max(1, min(GROUP_ROWS, GROUP_CELLS // columns))
 
 
 def _of_device(table: pa.Table, device: str) -> pa.Table:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
-from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.io.pyarrow import (
     compute_statistics_plan,
@@ -190,7 +190,7 @@ def _translated() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except CommitFailedException as error:
+    except (CommitFailedException, NoSuchTableError, TableAlreadyExistsError) as error:
         raise Conflict(
             f"the table was changed by another process: {error}", "no action needed; it is retried"
         ) from error
@@ -318,14 +318,13 @@ class LakeTable:
         spec = PartitionSpec(PartitionField(source, 1000, DayTransform(), "day"))
         properties = {**PROPERTIES, MAPPING: schema.name_mapping.model_dump_json()}
         location = f"{self._where.base}{self._where.folder}"
-        try:
-            return self._catalog.create_table(self._name, schema, location, spec, properties=properties)
-        except TableAlreadyExistsError as error:
-            raise Conflict("another process created the table", "no action needed; it is retried") from error
+        return self._catalog.create_table(self._name, schema, location, spec, properties=properties)
 
     @staticmethod
     def _widen(transaction: Any, columns: LakeColumns) -> None:
         held = {each.name: str(each.field_type) for each in transaction.table_metadata.schema().fields}
+        if held == columns.kinds:
+            return
         with transaction.update_schema() as update:
             for name in sorted(columns.ids, key=lambda name: columns.ids[name]):
                 kind = columns.kinds[name]
@@ -384,11 +383,6 @@ class LakeTable:
                     entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
                     locations.update(entry.data_file.file_path for entry in entries)
         return {location.removeprefix(self._where.base) for location in locations | seen}
-
-    @property
-    def location(self) -> str:
-        """Of the newest metadata file; "" where there is no table yet."""
-        return self._table.metadata_location if self._table else ""
 
 
 def _number(location: str) -> int:
