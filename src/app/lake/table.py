@@ -9,7 +9,6 @@ is kept names them, and never when they are young.
 import io
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,9 +186,7 @@ class Catalog:
 def _translated() -> Iterator[None]:
     """The exceptions of both packages as ours."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except (CommitFailedException, NoSuchTableError, TableAlreadyExistsError) as error:
         raise Conflict(
             f"the table was changed by another process: {error}", "no action needed; it is retried"
