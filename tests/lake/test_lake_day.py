@@ -134,6 +134,7 @@ def lose_catalog(tree: Tree) -> None:
 
 def restore_old_catalog(tree: Tree) -> None:
     shutil.copy(tree.folder / "backup.db", tree.folder / "lake.db")
+    tree.now = datetime.now(UTC) + timedelta(hours=1)  # what was committed since is not in the making
 
 
 def empty_the_lake(tree: Tree) -> None:
@@ -142,6 +143,11 @@ def empty_the_lake(tree: Tree) -> None:
 
 def lose_a_file(tree: Tree) -> None:
     Path(tree.files()[0].removeprefix("file://")).unlink()
+
+
+def move_the_directory(tree: Tree) -> None:
+    tree.folder = tree.folder.rename(tree.folder.with_name("moved"))
+    vars(tree).update(vars(Tree(tree.folder)))
 
 
 def lose_manifests(tree: Tree) -> None:
@@ -156,6 +162,7 @@ def lose_manifests(tree: Tree) -> None:
         (restore_old_catalog, "the catalog was behind the table"),
         (empty_the_lake, "1 states of the table cannot be read, since files of theirs are gone"),
         (lose_a_file, "1 files of the table are gone"),
+        (move_the_directory, "the table is made anew from the objects"),
         (lose_manifests, "2 states of the table cannot be read"),
     ],
 )

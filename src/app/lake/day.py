@@ -8,9 +8,9 @@ more; one object that cannot be read is set aside, and hinders no other.
 import io
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from app.core.errors import Conflict, Permanent, Rejected
+from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS
 from app.lake.columns import DEVICE, TIMESTAMP, LakeColumns
@@ -82,17 +82,19 @@ class Compaction:
         """Write the files of a slice. Raises SourceMoved when an object is another than when the slice was planned."""
         done = Compacted()
         self.spool.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(dir=self.spool, prefix="lake-") as folder,
-            ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool,
-        ):
-            parts = FileParts(Path(folder), rewrite.day, columns, self.max_bytes, done.aside)
-            self._fill(parts, rewrite, pool, stop, done)
-            paths = parts.close()
-            done.rows = parts.rows
-            for number, path in enumerate(paths):
-                stop.check()
-                done.files.append(self._put(path, rewrite, len(done.aside), number))
+        try:
+            with ExitStack() as opened, ThreadPoolExecutor(READERS, thread_name_prefix="lake") as pool:
+                parts = FileParts(
+                    lambda: opened.enter_context(self._temporary()), rewrite.day, columns, self.max_bytes, done.aside
+                )
+                self._fill(parts, rewrite, pool, stop, done)
+                written = parts.close()
+                done.rows = parts.rows
+                for number, file in enumerate(written):
+                    stop.check()
+                    done.files.append(self._put(file, rewrite, len(done.aside), number))
+        except OSError as error:  # of the store all are ours already
+            raise Transient(f"{self.spool} cannot be used: {error}"[:300], "make room in DATA_DIR") from error
         if sum(file.footer.num_rows for file in done.files) != done.rows:
             raise Permanent(f"{rewrite.day}: the files have other rows than the objects", "please report it")
         return done
@@ -153,11 +155,15 @@ class Compaction:
             raise SourceMoved(error.message, "no action needed; a later run takes it") from error
 
     def _copied(self, body: BinaryIO) -> BinaryIO:
-        file = tempfile.TemporaryFile(dir=self.spool)  # noqa: SIM115 - who asked for it closes it
+        file = self._temporary()
         while chunk := body.read(COPY_BYTES):
             file.write(chunk)
         file.seek(0)
         return file
+
+    def _temporary(self) -> BinaryIO:
+        """A file without a name, of which a killed process leaves nothing."""
+        return tempfile.TemporaryFile(dir=self.spool)
 
     def _old_rows(self, files: Sequence[LakeFile]) -> Iterator[pa.Table]:
         """The rows of files that are replaced, as far as they are still there."""
@@ -170,11 +176,13 @@ class Compaction:
                 with self._copied(body) as copy, pq.ParquetFile(copy) as file:
                     yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(GROUP_ROWS))
 
-    def _put(self, path: Path, rewrite: Rewrite, aside: int, number: int) -> NewFile:
+    def _put(self, file: BinaryIO, rewrite: Rewrite, aside: int, number: int) -> NewFile:
         key = f"{self.folder}/data/{file_name(rewrite, aside, number, self.nonce)}"
-        with path.open("rb") as file:
-            self.store.put(key, file, Put(PARQUET))
-        return NewFile(key, rewrite.day, path.stat().st_size, pq.read_metadata(path))
+        size_bytes = file.seek(0, 2)
+        footer = pq.read_metadata(file)
+        file.seek(0)
+        self.store.put(key, file, Put(PARQUET))
+        return NewFile(key, rewrite.day, size_bytes, footer)
 
 
 @contextmanager
@@ -236,11 +244,16 @@ class FileParts:
     """
 
     def __init__(
-        self, folder: Path, day: "date", columns: LakeColumns, max_bytes: int, aside: list[tuple[str, str]]
+        self,
+        opened: Callable[[], BinaryIO],
+        day: "date",
+        columns: LakeColumns,
+        max_bytes: int,
+        aside: list[tuple[str, str]],
     ) -> None:
-        self._folder, self._columns, self._max_bytes, self._aside = folder, columns, max_bytes, aside
+        self._opened, self._columns, self._max_bytes, self._aside = opened, columns, max_bytes, aside
         self._end_us = round(ends_at(day).timestamp() * 1_000_000)
-        self._paths: list[Path] = []
+        self._files: list[BinaryIO] = []
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[tuple[str, pa.Table]] = []
         self._waiting_rows = 0
@@ -249,16 +262,16 @@ class FileParts:
     def add(self, key: str, device: str, file: pq.ParquetFile) -> bool:
         """All rows of an object; False when it was set aside."""
         size = _group_rows(max(file.metadata.num_columns, len(self._columns.kinds)))
-        whole = file.metadata.num_rows <= size
-        try:
-            tables = [file.read()] if whole else (pa.Table.from_batches([one]) for one in file.iter_batches(size))
-            for table in tables:
-                self._gather(key if whole else "", _of_device(table.replace_schema_metadata(), device))
-        except (Rejected, pa.ArrowException, OSError) as error:
-            if not whole:
-                raise Permanent(f"{key} cannot be read: {error}"[:300], "restore an earlier version of it") from error
-            self._aside.append((key, str(error)[:200]))
-            return False
+        if file.metadata.num_rows > size:
+            for table in _pieces(key, device, file, size):
+                self._gather("", table)
+        else:
+            try:
+                table = _of_device(file.read(), device)
+            except (Rejected, pa.ArrowException, OSError) as error:
+                self._aside.append((key, str(error)[:200]))
+                return False
+            self._gather(key, table)
         self.rows += file.metadata.num_rows
         return True
 
@@ -300,11 +313,12 @@ class FileParts:
 
     def _write(self, table: pa.Table) -> None:
         table, changed = self._shaped(table)
-        if changed or (self._writer is not None and self._paths[-1].stat().st_size >= self._max_bytes):
+        if changed or (self._files and self._files[-1].tell() >= self._max_bytes):
             self._end_part()
         if self._writer is None:
-            self._paths.append(self._folder / f"{len(self._paths)}.parquet")
-            self._writer = pq.ParquetWriter(self._paths[-1], table.schema, compression="zstd", compression_level=1)
+            self._files.append(self._opened())
+            self._stream = pa.BufferedOutputStream(pa.PythonFile(self._files[-1], mode="w"), COPY_BYTES)
+            self._writer = pq.ParquetWriter(self._stream, table.schema, compression="zstd", compression_level=1)
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
     def _shaped(self, table: pa.Table) -> tuple[pa.Table, bool]:
@@ -344,23 +358,34 @@ class FileParts:
     def _end_part(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._stream.detach()  # closing it would close the file as well
             self._writer = None
 
-    def close(self) -> list[Path]:
-        """The paths of all files; one without rows where there is none, so that the slice is not tried again."""
+    def close(self) -> list[BinaryIO]:
+        """All files; one without rows where there is none, so that the slice is not tried again."""
         self._flush()
-        if not self._paths:
+        if not self._files:
             self._write(self._columns.schema().empty_table())
         self._end_part()
-        return self._paths
+        return self._files
 
 
 def _group_rows(columns: int) -> int:
     return max(1, min(GROUP_ROWS, GROUP_CELLS // columns))
 
 
+def _pieces(key: str, device: str, file: pq.ParquetFile, rows: int) -> Iterator[pa.Table]:
+    """A large object in tables of so many rows. Some may be written already when one cannot be read."""
+    try:
+        for batch in file.iter_batches(rows):
+            yield _of_device(pa.Table.from_batches([batch]), device)
+    except (Rejected, pa.ArrowException, OSError) as error:
+        raise Permanent(f"{key} cannot be read: {error}"[:300], "restore an earlier version of it") from error
+
+
 def _of_device(table: pa.Table, device: str) -> pa.Table:
     """With the device that the key names, which is what tells later whose rows these are. Raises Rejected."""
+    table = table.replace_schema_metadata()
     index = table.schema.get_field_index(DEVICE)
     if index < 0:
         return table.append_column(DEVICE, pa.repeat(pa.scalar(device), table.num_rows))

@@ -116,7 +116,7 @@ class LakeDay:
         from app.lake.plan import plan, read_layout
 
         settings, lake = self.settings, self.settings.lake
-        table.load(repair=not context.dry_run)
+        table.load(context.now_at, repair=not context.dry_run)
         files = table.files()
         prefix, export = settings.s3.prefix, settings.export
         layout = read_layout(self.store, prefix, export.date_format, export.window_seconds)

@@ -31,7 +31,7 @@ from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import NestedField
-from sqlalchemy import select
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.errors import Conflict, Transient
@@ -45,6 +45,7 @@ NAMESPACE, TABLE = "headwater", "telemetry"
 METADATA = re.compile(r"(\d+)-[0-9a-f-]+\.metadata\.json")
 STORE, BASE = "headwater.store", "headwater.base"
 ORPHAN_AGE = timedelta(days=1)
+COMMIT_AGE = timedelta(minutes=10)
 MAPPING = "schema.name-mapping.default"
 PROPERTIES = {
     "format-version": "2",
@@ -81,6 +82,8 @@ class _StoredObject:
 
 
 def _at(location: str, properties: Mapping[str, Any]) -> _StoredObject:
+    if not location.startswith(properties[BASE]):
+        raise FileNotFoundError(f"{location} was written before the store was moved")
     return _StoredObject(properties[STORE], location.removeprefix(properties[BASE]))
 
 
@@ -203,6 +206,11 @@ class LakeTable:
         self._catalog = catalog
         self._where = where
         self._name = (NAMESPACE, TABLE)
+        self._row = (
+            IcebergTables.catalog_name == catalog.name,
+            IcebergTables.table_namespace == NAMESPACE,
+            IcebergTables.table_name == TABLE,
+        )
         self._table: Table | None = None
         self._entries: list[DataFile] = []
         self.stored: dict[str, ObjectInfo] = {}
@@ -213,17 +221,24 @@ class LakeTable:
         """The table's folder of the store."""
         return self._where.folder
 
-    def load(self, *, repair: bool) -> None:
+    def load(self, now: datetime, *, repair: bool) -> None:
         """The table at its newest metadata file that can be read. `repair`: the catalog is set to that, and what cannot
         be read is removed; without any, the table is made anew by the next commit. Nothing is created here.
 
-        The table is loaded before its files are listed, so that whatever it names is in the listing or gone.
+        A file that is newer than the catalog, and young, may be part of a commit that another process is about to make:
+        it is left alone. The catalog is asked before files are listed, so that what it names is in the listing or gone.
         """
         held = self._in_catalog()
         self.stored = {info.key: info for info in self._where.store.list(f"{self._where.folder}/")}
-        pointed = held.removeprefix(self._where.base)
+        pointed = held.removeprefix(self._where.base) if held.startswith(self._where.base) else ""
+        young = {key for key, info in self.stored.items() if info.modified_at > now - COMMIT_AGE}
+        newest = _number(pointed)
         known = sorted(
-            (key for key in {pointed, *self.stored} if _number(key) >= 0),
+            (
+                key
+                for key in {pointed, *self.stored}
+                if _number(key) >= 0 and not (0 <= newest < _number(key) and key in young)
+            ),
             key=lambda key: (_number(key), key == pointed, key),
             reverse=True,
         )
@@ -238,12 +253,7 @@ class LakeTable:
     def _in_catalog(self) -> str:
         """The metadata file that the catalog names, whether it is there or not; "" for none."""
         with self._catalog.engine.connect() as connection:
-            named = select(IcebergTables.metadata_location).where(
-                IcebergTables.catalog_name == self._catalog.name,
-                IcebergTables.table_namespace == NAMESPACE,
-                IcebergTables.table_name == TABLE,
-            )
-            return str(connection.execute(named).scalar() or "")
+            return str(connection.execute(select(IcebergTables.metadata_location).where(*self._row)).scalar() or "")
 
     def _read(self, location: str) -> bool:
         """Take the table of this metadata file and its entries; False when one of its files is gone."""
@@ -268,13 +278,22 @@ class LakeTable:
         if held != location:
             if key and not unreadable:
                 self.notes.append(f"the catalog was behind the table: it is set to {key}")
-            if held:
-                self._catalog.drop_table(self._name)
-            if key:
-                self._table = self._catalog.register_table(self._name, location)
+            self._point(held, location)
         for each in unreadable:
             self.stored.pop(each, None)
             self._where.store.delete(each)
+
+    def _point(self, held: str, location: str) -> None:
+        """Let the catalog name `location` ("" = nothing), if it still names `held`. Raises Conflict."""
+        if not held:
+            self._catalog.register_table(self._name, location)
+            return
+        change = update(IcebergTables).values(metadata_location=location, previous_metadata_location=held)
+        if not location:
+            change = delete(IcebergTables)  # type: ignore[assignment]
+        with self._catalog.engine.begin() as connection:
+            if not connection.execute(change.where(*self._row, IcebergTables.metadata_location == held)).rowcount:
+                raise Conflict("another process changed the table", "no action needed; it is retried")
 
     def files(self) -> list[LakeFile]:
         """The files of the newest snapshot."""
