@@ -260,6 +260,7 @@ class LakeTable:
         files = StoreFileIO(self._catalog.properties)
         try:
             metadata = FromInputFile.table_metadata(files.new_input(location))
+            _at(metadata.location, self._catalog.properties)  # where it writes
             table = Table(self._name, metadata, location, files, self._catalog)
             self._entries = [task.file for task in table.scan().plan_files()]
         except FileNotFoundError:
