@@ -226,7 +226,8 @@ def reach(settings: Settings) -> "Reach":
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
+    table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
