@@ -24,7 +24,7 @@ def with_extensions() -> Any:
     for name in ("avro", "iceberg"):
         spec = find_spec(f"duckdb_extension_{name}")
         assert spec is not None
-        (place,) = spec.submodule_search_locations or ()
+        place = next(iter(spec.submodule_search_locations or ()))
         (file,) = Path(place).rglob(f"{name}.duckdb_extension")
         connection.execute(f"LOAD '{file}'")
     connection.execute("SET TimeZone = 'UTC'")

@@ -1,7 +1,7 @@
 """What `lake_day` costs for each object, and what DuckDB costs over the objects and over the table.
 
-`uv run python bench/lake.py [--devices 63] [--rows 60]` writes two days of hourly objects, runs the job in a process of
-its own, then asks the same three questions of both; 1 when answers differ or a goal is missed.
+`uv run python bench/lake_day.py [--devices 63] [--rows 60]` writes two days of hourly objects, runs the job in a
+process of its own, then asks the same three questions of both; 1 when answers differ or a goal is missed.
 """
 
 import argparse
