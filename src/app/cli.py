@@ -276,6 +276,7 @@ class Command:
 JOBS = {
     "influx_to_s3": "telemetry of InfluxDB to Parquet or CSV in S3 or a directory",
     "influx_to_s3_reconcile": "compares past windows with the source, once a day",
+    "lake_day": "adds closed days to the Iceberg table, once an hour",
     "dynamo_to_drive": "rows of DynamoDB to one CSV file an hour on Google Drive or in a directory",
     "dynamo_to_drive_late": "looks for late rows in past hours, every 15 min",
     "dynamo_to_drive_reconcile": "compares past hours with the table, once a day",

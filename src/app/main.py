@@ -226,7 +226,8 @@ def reach(settings: Settings) -> "Reach":
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
+    table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
@@ -278,6 +279,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
+    from app.lake import job as lake_job
 
     settings, state = parts.settings, parts.state
     influx = influx_job.build(
@@ -297,6 +299,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         spend=partial(parts.counter.add, READ_UNIT),
     )
     inbox = inbox_job.build(settings, parts.clock)
+    lake = lake_job.build(settings, parts.store)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
@@ -314,7 +317,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     if appmetrica.service:
         systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
+        jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,

@@ -18,7 +18,8 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from app.config import NEW_KEY
-from app.config.settings import LeaseSettings, ServiceSettings, Settings, SettingsGroup
+from app.config.groups import SettingsGroup
+from app.config.settings import LeaseSettings, ServiceSettings, Settings
 from app.config.value_types import Allowed, KeyEntry
 
 # The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
@@ -157,6 +158,8 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
         yield from _lease(settings.lease)
     if not refused & {"PORT", "HEALTH_PORT"}:
         yield from _ports(settings.service)
+    if settings.lake.catalog != "none":
+        yield from _lake(settings.lake.prefix, settings.s3.prefix)
 
 
 def _missing(needed: str, given: str) -> str:
@@ -196,6 +199,14 @@ def _lease(lease: LeaseSettings) -> Iterator[str]:
 def _ports(service: ServiceSettings) -> Iterator[str]:
     if service.health_port == service.port:
         yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
+
+
+def _lake(lake: str, exports: str) -> Iterator[str]:
+    """Neither lies inside the other, or one's files are taken for the other's."""
+    if not exports:
+        yield "S3_PREFIX='': CATALOG=iceberg needs one, so that the table lies outside of it; set it"
+    elif not lake or f"{lake}/".startswith(f"{exports}/") or f"{exports}/".startswith(f"{lake}/"):
+        yield f"S3_LAKE_PREFIX={lake!r}: allowed: a prefix outside S3_PREFIX, which is {exports!r}"
 
 
 def warnings(
