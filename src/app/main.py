@@ -5,9 +5,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -19,9 +18,9 @@ from app.config import DOTENV
 from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import BadSettings, Permanent
-from app.core.runs import Job, LeaseTerms, RunDesk, Stop
-from app.core.windows import Window
+from app.core.errors import BadSettings
+from app.core.partitions import Plan, Step, in_this_process
+from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
@@ -33,7 +32,7 @@ from app.ops.logs import both, log_run
 from app.ops.process import configured, share_the_machine, tune
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
-from app.ops.service import BuiltService, Pipelines, announce, steps_of
+from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
 from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
+    from app.scale.queue import Workers
     from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
@@ -261,6 +261,7 @@ class ServiceParts:
     warehouse: Warehouse
     counter: RequestCounter
     costs: RequestCosts
+    steps: Callable[[Context, Plan, Step], Report] = in_this_process
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -289,6 +290,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
         rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
+        steps=parts.steps,
     )
     dynamo = dynamo_job.build(
         settings,
@@ -311,11 +313,11 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        check = partial(exports_events, project, parts.clock)
+        check = partial(project.may_export, parts.clock)
         systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
     if appmetrica.service:
-        check = partial(sees_application, appmetrica.service)
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
+        seen = appmetrica.service.sees_application
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", seen))
     return Pipelines(
         jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
         backfills={
@@ -324,6 +326,7 @@ def wire(parts: ServiceParts) -> Pipelines:
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        steps={influx_job.NAME: influx.step},
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
@@ -351,40 +354,19 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
 
 
-def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
-    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
-    from app.amplitude.client import SHORT_POLICY, HourTooLarge
-
-    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
-    with closing(project.upstream):
-        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
-            fetched.close()
-            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                raise fetched.fault
-    return "may export events"
-
-
-def sees_application(exports: "Exports") -> str:
-    """Whether the token sees the application. Raises Transient or Permanent."""
-    number = exports.service.application_id
-    with closing(exports.service.upstream):
-        applications = exports.service.applications()
-    if number not in applications:
-        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-        raise Permanent(f"the token does not see application {number}", hint)
-    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
-
-
 def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> BuiltService:
+def build(
+    settings: Settings, wiring: Wiring = wire, *, own_server: bool = True, is_worker: bool = False
+) -> BuiltService:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
 
-    `own_server` False: another ASGI server will serve it, at an address that is not known here.
+    `own_server` False: another ASGI server will serve it, at an address that is not known here. `is_worker`: plans that
+    it makes go to all workers.
     """
     use_network(settings)
     state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
@@ -394,7 +376,9 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     costs = RequestCosts(
         counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
     )
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
+    workers = workers_of(settings, state)
+    steps = workers.steps if workers and is_worker else in_this_process
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
     watched = Watched(
@@ -408,7 +392,7 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     )
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),
         "s3_accessible": probed(store),
@@ -424,7 +408,20 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+    background = Background(ops.readiness, alerts, costs.save)
+    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, background, front(ops))
+
+
+def workers_of(settings: Settings, state: State) -> "Workers | None":
+    """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
+    if settings.lease.engine == "embedded":
+        return None
+    try:
+        from app.scale.queue import Workers
+    except ModuleNotFoundError as error:
+        missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
+        raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
+    return Workers(settings, state)
 
 
 def request_prices(settings: Settings) -> RequestPrices | None:

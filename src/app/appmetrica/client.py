@@ -310,6 +310,16 @@ class Exports:
         """How many calls this day has had."""
         return self.pulls.calls(SERVICE, self.clock())
 
+    def sees_application(self) -> str:
+        """Whether the token sees the application. Raises Transient or Permanent."""
+        number = self.service.application_id
+        with closing(self.service.upstream):
+            applications = self.service.applications()
+        if number not in applications:
+            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+            raise Permanent(f"the token does not see application {number}", hint)
+        return f"may read application {number}; {self.calls_today} of {self.daily_calls} calls of today are used"
+
     def request_received(self, resource: Resource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.
 
