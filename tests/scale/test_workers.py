@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_workers_deliver_what_a_process_without_them_keeps_waiting(
         def all_there() -> bool:
             return exported(LocalDirectory(tmp_path / "data" / "objects"), "telemetry/") == stored(influx.points)
 
-        given = {
+        given: dict[str, Any] = {
             "INFLUXDB_URL": influx.url,
             "INFLUXDB_TOKEN": influx.token,
             "INFLUXDB_ORG": influx.org,

@@ -226,10 +226,16 @@ class BatchedCheckpoints:
     COMMITS at a time or after COMMIT_SECONDS. From any thread.
     """
 
-    def __init__(self, checkpoints: Checkpoints, pipeline: str, live_since: datetime | None) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        pipeline: str,
+        live_since: datetime | None,
+        partitions: Sequence[str] | None = None,
+    ) -> None:
         self._checkpoints = checkpoints
         self._live_since = live_since
-        self._live = checkpoints.live_records(pipeline, live_since) if live_since else {}
+        self._live = checkpoints.live_records(pipeline, live_since, partitions) if live_since else {}
         self._waiting: list[tuple[str, Commit]] = []
         self._flush_at = 0.0
         self._lock = threading.Lock()
@@ -248,9 +254,11 @@ class BatchedCheckpoints:
             return self._checkpoints.records(pipeline, partition, since, until)
         return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`."""
-        return self._checkpoints.live_records(pipeline, since)
+        return self._checkpoints.live_records(pipeline, since, partitions)
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
@@ -345,7 +353,8 @@ def sync_step(
     closed since is closed by its record. `checkpoints`: with the records that the plan was made from, where they are
     at hand.
     """
-    checkpoints = checkpoints or BatchedCheckpoints(pipeline.checkpoints, pipeline.name, None)
+    if checkpoints is None:
+        checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
     grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
     pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
 

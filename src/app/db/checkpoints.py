@@ -91,12 +91,19 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`. Row by row: those of many devices at once are most of a plan's memory."""
         found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
-            for device, *values in session.stream(self._queries["live_records"], pipeline=pipeline, since_at=since):
+            of = {"pipeline": pipeline, "since_at": since}
+            if partitions is None:
+                found_rows = session.stream(self._queries["live_records"], **of)
+            else:
+                found_rows = session.stream(self._queries["live_records_of"], **of, partitions=json.dumps(partitions))
+            for device, *values in found_rows:
                 row = {
                     name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
                     for name, value in zip(OF_RECORD, values, strict=True)

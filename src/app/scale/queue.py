@@ -166,7 +166,8 @@ def _quieten() -> None:
     traceback; here that is one line.
     """
     for name, level in (
-        ("procrastinate", logging.ERROR),
+        ("procrastinate", logging.CRITICAL),
+        ("procrastinate.worker", logging.ERROR),
         ("procrastinate.worker.worker", logging.CRITICAL),
         ("psycopg.pool", logging.CRITICAL),
     ):
