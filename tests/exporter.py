@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.config.environment import load_settings
-from app.core.partitions import Plan, Step, in_this_process
+from app.core.partitions import Step, SyncPlan, in_this_process
 from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
@@ -52,7 +52,7 @@ class Exporter:
     environ: dict[str, str] = field(default_factory=dict)
     built: InfluxExport | None = None
     prefix: str = "telemetry"
-    steps: Callable[[Context, Plan, Step], Report] | None = None
+    steps: Callable[[Context, SyncPlan, Step], Report] | None = None
 
     def clock(self) -> datetime:
         return self.now

@@ -19,7 +19,7 @@ from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
 from app.core.errors import BadSettings
-from app.core.partitions import Plan, Step, in_this_process
+from app.core.partitions import Step, SyncPlan, in_this_process
 from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
@@ -261,7 +261,7 @@ class ServiceParts:
     warehouse: Warehouse
     counter: RequestCounter
     costs: RequestCosts
-    steps: Callable[[Context, Plan, Step], Report] = in_this_process
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
 
 
 Wiring = Callable[[ServiceParts], Pipelines]

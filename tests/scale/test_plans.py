@@ -9,7 +9,7 @@ import pytest
 
 from app.core.errors import Transient
 from app.core.ledger import Ledger, Tally
-from app.core.partitions import Plan
+from app.core.partitions import SyncPlan
 from app.core.pipeline import Count
 from app.core.runs import Context, Failure, Lease, Outcome, Report, Stop, Unwatched
 from app.db.workers import StepReport
@@ -20,19 +20,21 @@ NOW = datetime(2026, 2, 7, 12, 0, 0, 123456, tzinfo=UTC)
 HOUR_AT = NOW.replace(minute=0, second=0, microsecond=0)
 
 
-def plan(*names: str) -> Plan:
+def plan(*names: str) -> SyncPlan:
     counts = {
         name: {HOUR_AT: Count(7, 3, {"voltage": 3, "ü": 4}), HOUR_AT - timedelta(hours=1): Count(2, 2, {"power": 2})}
         for name in names
     }
-    return Plan("influx_to_s3", "values", NOW, HOUR_AT, 2.5, {name: NOW - timedelta(days=1) for name in names}, counts)
+    return SyncPlan(
+        "influx_to_s3", "values", NOW, HOUR_AT, 2.5, {name: NOW - timedelta(days=1) for name in names}, counts
+    )
 
 
 def context(*, dry_run: bool = False) -> Context:
     return Context("run-1", Lease("influx_to_s3", "me", 1, NOW), Stop(), Unwatched(), dry_run)
 
 
-def landed(part: Plan) -> Report:
+def landed(part: SyncPlan) -> Report:
     """A step that brought everything."""
     counted = part.left().ledger.total.counted
     return Report(rows=counted, ledger=Ledger("values", {"all": Tally(counted=counted, new=counted)}))
@@ -46,7 +48,7 @@ class Workers:
     waiting: Sequence[str] = ()
     failing: bool = False
     late: Sequence[StepReport] = ()
-    sent: dict[str, Plan] = field(default_factory=dict)
+    sent: dict[str, SyncPlan] = field(default_factory=dict)
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
         if step in self.waiting:
@@ -67,7 +69,7 @@ class Workers:
         return StepReport("run-1", step, report)
 
 
-def here(_: Context, part: Plan) -> Report:
+def here(_: Context, part: SyncPlan) -> Report:
     return landed(part)
 
 
@@ -151,9 +153,9 @@ def test_in_one_process_a_shard_that_is_somebody_elses_waits(exporter: Exporter)
 def test_a_device_whose_count_did_not_move_is_in_no_plan(exporter: Exporter) -> None:
     exporter.write(NOON - timedelta(minutes=5))
     exporter.well()
-    plans: list[Plan] = []
+    plans: list[SyncPlan] = []
 
-    def steps(own: Context, made: Plan, step: Any) -> Report:
+    def steps(own: Context, made: SyncPlan, step: Any) -> Report:
         plans.append(made)
         return step(own, made)  # type: ignore[no-any-return]
 
@@ -167,9 +169,9 @@ def test_a_device_whose_count_did_not_move_is_in_no_plan(exporter: Exporter) -> 
 
 def test_a_plan_that_waited_for_days_loses_and_doubles_nothing(exporter: Exporter) -> None:
     exporter.write(NOON - timedelta(minutes=5))
-    kept: list[Plan] = []
+    kept: list[SyncPlan] = []
 
-    def steps(_: Context, made: Plan, __: Any) -> Report:
+    def steps(_: Context, made: SyncPlan, __: Any) -> Report:
         kept.append(made)
         return made.left()
 

@@ -163,7 +163,7 @@ class Rising:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SyncPlan:
     """What a pass found to do: where each partition stands that needs a turn, and what its live windows were counted.
 
     The others are as confirmed and are not in it. `now` was read before the source was; see `Position`.
@@ -177,7 +177,7 @@ class Plan:
     cursors: Mapping[str, datetime]
     counts: Mapping[str, Mapping[datetime, Count]]
 
-    def of(self, partitions: Iterable[str]) -> "Plan":
+    def of(self, partitions: Iterable[str]) -> "SyncPlan":
         """A shard of it: only these partitions."""
         cursors = {name: self.cursors[name] for name in partitions}
         return replace(self, cursors=cursors, counts={name: self.counts.get(name, {}) for name in cursors})
@@ -187,11 +187,11 @@ class Plan:
         return Report(ledger=waiting(self.unit, (one for some in self.counts.values() for one in some.values())))
 
 
-Step = Callable[[Context, Plan], Report]
+Step = Callable[[Context, SyncPlan], Report]
 """One step of each partition of a plan, under the lease of the context."""
 
 
-def in_this_process(context: Context, plan: Plan, step: Step) -> Report:
+def in_this_process(context: Context, plan: SyncPlan, step: Step) -> Report:
     """The whole plan as one shard, at once."""
     with context.part(f"{plan.pipeline}/0") as own:
         return step(own, plan) if own else plan.left()
@@ -218,7 +218,7 @@ class Pass:
     latency_seconds: Callable[[], float | None] = lambda: None
     transient_limit: int = 5
     retry_seconds: float = 20.0
-    steps: Callable[[Context, Plan, Step], Report] = in_this_process
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
 
 
 class BatchedCheckpoints:
@@ -337,7 +337,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     context.progress.advance(total=len(cursors), done=len(idle))
     if busy := sorted(cursors.keys() - idle):
         spaced = pipeline.rewrite_seconds(len(live)) if pipeline.rewrite_seconds else pipeline.grid.rewrite_seconds
-        plan = Plan(pipeline.name, pipeline.unit, how.now, live_since or how.now, spaced, cursors, live).of(busy)
+        plan = SyncPlan(pipeline.name, pipeline.unit, how.now, live_since or how.now, spaced, cursors, live).of(busy)
         report += how.steps(context, plan, lambda own, part: sync_step(pipeline, own, part, how, checkpoints))
     if len(windows) == len(every) and not (report.more or report.failures or context.dry_run):
         how.settling.done(how.now)
@@ -345,7 +345,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
 
 
 def sync_step(
-    pipeline: Pipeline[B, E], context: Context, plan: Plan, how: Pass, checkpoints: BatchedCheckpoints | None = None
+    pipeline: Pipeline[B, E], context: Context, plan: SyncPlan, how: Pass, checkpoints: BatchedCheckpoints | None = None
 ) -> Report:
     """One step of each partition of a plan or of a shard of it. Raises as `sync_all`.
 

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.partitions import Backoff, Pass, Plan, Settling, Step, in_this_process, isolated, sync_all, sync_step
+from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, in_this_process, isolated, sync_all, sync_step
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
 from app.core.retry import Pace, RetryPolicy
@@ -82,7 +82,7 @@ class ExportParts:
     store: "ObjectStore"
     aside: Aside
     clock: Callable[[], datetime]
-    steps: Callable[[Context, Plan, Step], Report]
+    steps: Callable[[Context, SyncPlan, Step], Report]
     rewrite_seconds: Callable[[int, float], float] | None = None
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
@@ -130,7 +130,7 @@ def build(
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
     rewrite_seconds: Callable[[int, float], float] | None = None,
-    steps: Callable[[Context, Plan, Step], Report] = in_this_process,
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process,
 ) -> InfluxExport:
     """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `Pass`.
 
@@ -350,7 +350,7 @@ def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
     )
 
 
-def _step(parts: ExportParts, context: Context, plan: Plan) -> Report:
+def _step(parts: ExportParts, context: Context, plan: SyncPlan) -> Report:
     """One step of each device of a shard, whose plan another process has made."""
     opened = _open(parts, context.stop, dry_run=context.dry_run, cursors=plan.cursors)
     return sync_step(opened.pipeline, context, plan, _pass(parts, opened))

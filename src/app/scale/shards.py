@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from app.core.errors import Transient
-from app.core.partitions import Plan, Step
+from app.core.partitions import Step, SyncPlan
 from app.core.pipeline import Count
 from app.core.runs import Context, Report
 from app.db.database import storable
@@ -22,7 +22,7 @@ from app.db.workers import StepReport
 FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.05, 0.5
 
 
-def plan_to_json(plan: Plan) -> Mapping[str, Any]:
+def plan_to_json(plan: SyncPlan) -> Mapping[str, Any]:
     """As it is sent: names of fields and instants are written once."""
     fields = {name: place for place, name in enumerate(sorted(set(_fields_of(plan))))}
     instants = {at: place for place, at in enumerate(sorted({*plan.cursors.values(), *chain(*plan.counts.values())}))}
@@ -52,14 +52,14 @@ def plan_to_json(plan: Plan) -> Mapping[str, Any]:
     }
 
 
-def plan_from_json(document: Mapping[str, Any]) -> Plan:
+def plan_from_json(document: Mapping[str, Any]) -> SyncPlan:
     """The plan that `plan_to_json` wrote."""
     fields, instants = document["fields"], [datetime.fromisoformat(text) for text in document["instants"]]
 
     def count_of(cells: int, points: int, *values: int) -> Count:
         return Count(cells, points, {fields[f]: n for f, n in zip(values[::2], values[1::2], strict=True)})
 
-    return Plan(
+    return SyncPlan(
         pipeline=document["pipeline"],
         unit=document["unit"],
         now=datetime.fromisoformat(document["now"]),
@@ -73,7 +73,7 @@ def plan_from_json(document: Mapping[str, Any]) -> Plan:
     )
 
 
-def _fields_of(plan: Plan) -> Iterator[str]:
+def _fields_of(plan: SyncPlan) -> Iterator[str]:
     return chain.from_iterable(count.fields for counts in plan.counts.values() for count in counts.values())
 
 
@@ -100,7 +100,7 @@ class Shards:
         self._shards = shards
         self._patience_seconds = patience_seconds
 
-    def __call__(self, context: Context, plan: Plan, step: Step) -> Report:
+    def __call__(self, context: Context, plan: SyncPlan, step: Step) -> Report:
         """Send the plan and add up what is reported in time; the rest waits for the next plan, which is due at once."""
         if context.dry_run:
             return step(context, plan)
@@ -122,7 +122,7 @@ class Shards:
         """Always the same, so that a shard's lease keeps two workers from the same partition."""
         return crc32(partition.encode()) % self._shards
 
-    def _gathered(self, context: Context, pipeline: str, sent: dict[str, Plan]) -> Report:
+    def _gathered(self, context: Context, pipeline: str, sent: dict[str, SyncPlan]) -> Report:
         total, ends_at, look_seconds = Report(), monotonic() + self._patience_seconds, FIRST_LOOK_SECONDS
         out = dict(sent)
         failed: list[Report] = []
@@ -143,7 +143,7 @@ class Shards:
         return sum((part.left() + Report(more=True) for part in out.values()), total)
 
 
-def _can_be_sent(plan: Plan, partition: str) -> bool:
+def _can_be_sent(plan: SyncPlan, partition: str) -> bool:
     """False for what no database stores: points without the device tag are "", ids may hold NUL or lone surrogates."""
     texts = (partition, *chain.from_iterable(count.fields for count in plan.counts[partition].values()))
     return bool(partition) and all(storable(text) == text for text in texts)
