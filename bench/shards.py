@@ -237,6 +237,12 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def children_seconds() -> float:
+    """CPU of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def start_of_day() -> datetime:
     """The window that is open."""
     return datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -265,8 +271,17 @@ def main() -> None:
         plan(given.plan, given.changed)
     else:
         with running_postgres() as postgres, source_of(given.devices, given.query_ms) as (source, _):
-            seconds = {number: seconds_of(number, given, postgres, source) for number in WORKERS}
-        told = {"devices": given.devices, "seconds": {number: round(each, 1) for number, each in seconds.items()}}
+            seconds, cpu_seconds = {}, {}
+            for number in WORKERS:
+                before = children_seconds()
+                seconds[number] = seconds_of(number, given, postgres, source)
+                cpu_seconds[number] = round(children_seconds() - before, 1)
+        told = {
+            "devices": given.devices,
+            "seconds": {number: round(each, 1) for number, each in seconds.items()},
+            "cpu_seconds_of_workers": cpu_seconds,
+            "load": os.getloadavg()[0],
+        }
         print(json.dumps(told))
         print(Goal("three workers against one", seconds[1] / seconds[3], LEAST_RATIO))
 
