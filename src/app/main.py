@@ -29,7 +29,7 @@ from app.ops.connection_checks import System, destinations, probed, reached, rem
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.process import configured, share_the_machine, tune
+from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
 from app.ops.scheduler import Scheduler
 from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
@@ -277,7 +277,6 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.amplitude import job as amplitude_job
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
-    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -313,13 +312,11 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        check = partial(project.may_export, parts.clock)
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
     if appmetrica.service:
-        seen = appmetrica.service.sees_application
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", seen))
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
@@ -330,7 +327,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
-        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
+        destinations={**destinations(settings), inbox_job.NAME: inbox.destination},
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -550,7 +547,6 @@ def diagnosed(settings: Settings, ping: Check) -> Check:
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
 
-BAD_SETTINGS = 78
 NOT_ENFORCED = (
     "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
     "client that does not read its answer and the limit of connections, and it has no HEALTH_PORT and no LOG_FILE; "
@@ -560,8 +556,11 @@ NOT_ENFORCED = (
 
 def foreign() -> Front:
     """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
-    when the settings cannot work.
+    when the settings cannot work, or this platform.
     """
+    if refusal := unsupported(os.name):
+        sys.stderr.write(f"{refusal}\n")
+        raise SystemExit(BAD_SETTINGS)
     tune()
     try:
         settings = configured(daemon=True, file=False)  # several workers would write one file

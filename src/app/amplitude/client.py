@@ -22,7 +22,7 @@ from typing import BinaryIO
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
-from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
 from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 from app.product_events.pull import HOUR
 
@@ -119,11 +119,11 @@ class Project:
         fetched.close()
         return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
 
-    def may_export(self, clock: Callable[[], datetime]) -> str:
-        """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
-        hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
+    def ping(self, clock: Callable[[], datetime]) -> str:
+        """One hour of yesterday, fetched and thrown away, for `check`. Raises Transient or Permanent."""
+        hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
         with closing(self.upstream):
-            for fetched in self.fetch_each(Window(hour_at, hour_at + HOUR), Stop(), SHORT_POLICY):
+            for fetched in self.fetch_each(hour, Stop(), SHORT_POLICY):
                 fetched.close()
                 if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
                     raise fetched.fault

@@ -166,6 +166,7 @@ def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
     if not first and empty:
         yield from _packed(iter(()))
         return
+    # Inflated as it passes: that a gzip stream was cut shows nowhere but at its end.
     inflater = zlib.decompressobj(GZIP_BITS)
     try:
         for piece in chain([first], pieces):
@@ -310,8 +311,8 @@ class Exports:
         """How many calls this day has had."""
         return self.pulls.calls(SERVICE, self.clock())
 
-    def sees_application(self) -> str:
-        """Whether the token sees the application. Raises Transient or Permanent."""
+    def ping(self) -> str:
+        """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
         number = self.service.application_id
         with closing(self.service.upstream):
             applications = self.service.applications()
@@ -354,6 +355,7 @@ class Exports:
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
         """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
+        # The service has forgotten a file of yesterday: asking for it again under the same text makes a new one.
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
             self.pulls.save(export)

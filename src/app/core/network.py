@@ -5,9 +5,11 @@ they read from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, but for urllib3 alone, whic
 """
 
 import os
+import threading
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -25,6 +27,31 @@ CA_VARIABLES = (
 UNTRUSTED = ("certificate_verify_failed", "certificate verify failed", "root certificate file")
 
 
+class SharedClient:
+    """A library's client, which `make` makes on first use, for all threads. Call it to have it; raises what `make`
+    raises.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Any = None
+
+    def __call__(self) -> Any:
+        """The client."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def close(self) -> None:
+        """End idle connections. It may be used again afterwards."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None:
+            made.close()
+
+
 def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: Path) -> None:
     """Set the variables of all libraries. `proxies`: variable -> value, "" for none.
 
@@ -32,6 +59,7 @@ def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: 
     the environment says already stays. Raises Permanent when the bundle cannot be written.
     """
     for name, value in proxies.items():
+        # Libraries read the name in small letters first: who set it so meant it.
         if value and name.lower() not in os.environ:
             os.environ.setdefault(name, value)
     if ca_file is None:

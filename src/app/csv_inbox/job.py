@@ -48,9 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What `main` wires: the job, its load history, and undo. Of undo, a dry run is the preview."""
+    """What `main` wires: the job, where its rows end up, its load history, and undo, whose dry run is the preview."""
 
     job: Job
+    destination: str
     history: Callable[[int], Sequence[Mapping[str, Any]]]
     undo: Callable[[Context, str], Report]
 
@@ -70,6 +71,7 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
     )
     return Inbox(
         job,
+        f"{config.watch_dir}/*.csv into {config.merged_file}",
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
@@ -81,6 +83,7 @@ def run(inbox: InboxRun) -> Report:
     with translated(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
+            # Without the lock, and before the merge is imported: nearly every run finds nothing.
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
                 return Report()
@@ -182,11 +185,12 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_rows import take_in
+    from app.csv_inbox.appended_rows import take_in
 
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
+    # All of them wait together, so that many files cost one pause.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(waits)
     steady = []

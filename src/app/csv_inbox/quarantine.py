@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from app.core.errors import Rejected
-from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
+from app.core.files import TEMPORARY_SUFFIX, sync_directory, sync_file, write_durably
 from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     BAD_ROWS,
@@ -25,7 +25,9 @@ from app.csv_inbox.discovery import (
     Candidate,
     Identity,
     InboxPaths,
+    free_paths,
     identity_at,
+    numbered,
     placed,
     printable,
     stamp,
@@ -153,6 +155,7 @@ def revert_file(folder: Path, load_id: str) -> Path:
 
 def prune(folder: Path, undo_keep: int) -> None:
     """Remove what lies beyond the number of merges that can be undone, and the oldest records. Idempotent."""
+    # A merge can be undone for as long as its undo file is there.
     reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
     for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
         path.unlink(missing_ok=True)
@@ -257,7 +260,9 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         raise Unsteady(f"{name} is gone or was changed while it was read", "no action needed; the next run looks again")
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
     with placed(paths.config.rejected_dir):
-        target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
+        suffixes = itertools.chain(("",), numbered(f".{stamp(at)}"))
+        targets = free_paths(paths.config.rejected_dir, name, suffixes, REJECTED_BYTES)
+        target = next(each for each in targets if _is_free(each, candidate, bad_rows))
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
         load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
@@ -272,14 +277,6 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)
     return target
-
-
-def _target(folder: Path, candidate: Candidate, bad_rows: bytes, at: datetime) -> Path:
-    """A name under which nothing of another file lies there yet."""
-    stamped = f".{stamp(at)}"
-    suffixes = itertools.chain(("", stamped), (f"{stamped}.{number}" for number in itertools.count(1)))
-    targets = (folder / bounded_name(candidate.path.name, suffix, REJECTED_BYTES) for suffix in suffixes)
-    return next(each for each in targets if not os.path.lexists(each) and _is_free(each, candidate, bad_rows))
 
 
 def _is_free(target: Path, candidate: Candidate, bad_rows: bytes) -> bool:
@@ -326,6 +323,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if not os.path.lexists(source):
             raise Unsteady("it was to be set aside and is gone", "no action needed; the file was removed") from error
+        # Another file system has to be copied to; on the same one it is another fault.
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)

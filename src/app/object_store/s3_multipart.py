@@ -149,6 +149,7 @@ class S3Transfers:
     def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], Any]") -> Stored:
         """What `fill` put together, under a mark that tells the object of this very write from any other."""
         check_key(key)
+        # When the answer of the last step is lost, the mark on what is there tells whether the step was done.
         put = replace(put, metadata={**put.metadata, MARK: uuid4().hex})
         check_headers(key, put)
         with ExitStack() as stack:
@@ -281,6 +282,7 @@ class S3Parts:
             "CopySourceIfMatch": held.etag,
         }
         self._start("upload_part_copy", source)
+        # The first copy tells whether the store knows how; its answer is waited for.
         if self._desk.copies is None:
             self._desk.copies = self._sent[-1].result() is not None
             if not self._desk.copies:
@@ -312,6 +314,7 @@ class S3Parts:
 
     def complete(self, size_bytes: int, *, guarded: bool) -> Stored:
         """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
+        # What one of the parts met is raised here, before anything is replaced.
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
         with nullcontext() if expected is None else self._desk.completing(self._key):

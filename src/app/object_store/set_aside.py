@@ -113,6 +113,7 @@ class SetAsideStore:
         """
         key = self.key_of(name, content_type=content_type, reason=reason)
         given = _read(content, self._max_bytes, by_line=content_type in BY_LINE)
+        # A store that does not answer takes its time at each window: after one failure it is left alone for a while.
         if self._monotonic() >= self._resting_until:
             try:
                 return Kept(reason, number, self._write(key, given, content_type, reason, number), sample, key)
@@ -155,7 +156,7 @@ class SetAsideStore:
                 if content_type in BY_LINE:
                     return self._add(there, given, Put(content_type), reason, number)
                 self._put(key, given, Put(content_type, _metadata(given, reason, number), there.etag))
-                return max(number - _number_of(there), 0)
+                return max(number - (there.number("number") or 0), 0)
             except Conflict:  # another process keeps rows of the same window: unite with what it wrote
                 attempts_left -= 1
                 if not attempts_left:
@@ -167,12 +168,13 @@ class SetAsideStore:
             held = b"" if stream is None else _ended(stream.read())
         added = _lines_beyond(held, given.body)
         was_cut = there.metadata.get("cut") == "yes"  # then it cannot be told which lines it stands for
-        new = min(max(number - _number_of(there), 0 if was_cut else len(added)), number)
+        before = there.number("number") or 0
+        new = min(max(number - before, 0 if was_cut else len(added)), number)
         if new:
             body = _cut(held + b"".join(added), max(self._max_bytes, len(held)), by_line=True)
             is_cut = was_cut or given.is_cut or len(body) < len(held) + sum(map(len, added))
             united = _Content(body, given.digest, is_cut)
-            metadata = _metadata(united, reason, _number_of(there) + new)
+            metadata = _metadata(united, reason, before + new)
             self._put(there.key, united, replace(put, metadata=metadata, expected=there.etag))
         return new
 
@@ -223,12 +225,6 @@ def _metadata(content: _Content, reason: str, number: int) -> dict[str, str]:
     said = reason.encode("ascii", "backslashreplace").decode().strip()
     cut = {"cut": "yes"} if content.is_cut else {}
     return {"reason": said[:MAX_PART_CHARACTERS], "number": str(number), "digest": content.digest, **cut}
-
-
-def _number_of(there: ObjectInfo) -> int:
-    """How many values an object says that it holds; none when a person put it there."""
-    said = there.metadata.get("number", "")
-    return int(said) if said.isascii() and said.isdigit() else 0
 
 
 def _encoded(part: str) -> str:

@@ -508,7 +508,7 @@ def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> J
     """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
     fill = backfills.get(job.name)
     if fill is None:
-        raise Rejected(f"job {job.name} has no backfill", "only pipelines with windows can be filled again")
+        raise Rejected(f"job {job.name} has no backfill", f"jobs that can be filled again: {', '.join(backfills)}")
     return named(replace(job, work=lambda context: fill(context, span)))
 
 
