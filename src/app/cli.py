@@ -314,13 +314,6 @@ DAY = "--from 2026-02-01 --to 2026-02-02"
 COMMANDS = (
     Command("serve", "run the jobs and answer HTTP (the default)", (PORT,), serve, ("serve --port 8000",)),
     Command(
-        "worker",
-        "run the jobs and shards that `serve` sends with SCALE_ENGINE=procrastinate; PORT answers probes",
-        (PORT,),
-        worker,
-        ("worker --port 8081",),
-    ),
-    Command(
         "run",
         "run one job now, until it has nothing left to do",
         (JOB, DRY_RUN, JSON),
@@ -398,6 +391,13 @@ COMMANDS = (
         "pause", "suspend scheduled runs of a job; survives restarts", (JOB, JSON), examples=("pause influx_to_s3",)
     ),
     Command("resume", "run a job on its schedule again", (JOB, JSON), examples=("resume influx_to_s3",)),
+    Command(
+        "worker",
+        "run the jobs and shards that `serve` sends with SCALE_ENGINE=procrastinate; PORT answers probes",
+        (PORT,),
+        worker,
+        ("worker --port 8081",),
+    ),
     Command(
         "demo",
         "everything at once, against simulated systems",
