@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
@@ -30,7 +29,7 @@ from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
-from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
+from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
 from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
@@ -75,6 +74,7 @@ class Inside:
     scheduler: Scheduler
     alerts: Alerts
     readiness: Readiness
+    costs: RequestCosts
     clock: Callable[[], datetime]
     own_server: bool
 
@@ -151,6 +151,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         maps=maps,
         proofs=proofs,
         histories=pipelines.histories,
+        kept=pipelines.kept,
+        bill=service.costs.estimate,
         clock=service.clock,
         stale=lambda: frozenset(service.alerts.stale),
         ahead_seconds=lambda: service.alerts.ahead_seconds,
@@ -342,6 +344,10 @@ def wire(parts: ServiceParts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        kept={
+            inbox_job.NAME: inbox.rejected,
+            **{name: set_aside(parts, start).kept_by for name, start in set_aside_starts(settings)},
+        },
         listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
@@ -370,14 +376,12 @@ def build(
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
     store = open_store(settings, counter)
-    costs = RequestCosts(
-        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
-    )
+    costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
     workers = workers_of(settings, state)
     steps = workers.steps if workers and is_worker else in_this_process
     pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
-    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
+    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
     watched = Watched(
         pipelines.jobs,
         state.pauses.paused,
@@ -397,7 +401,18 @@ def build(
     }
     analytics = open_analytics(settings, state, store)
     ops = Inside(
-        settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
+        settings,
+        state,
+        warehouse,
+        store,
+        analytics,
+        pipelines,
+        scheduler,
+        alerts,
+        Readiness(stores),
+        costs,
+        now,
+        own_server,
     )
     systems = [
         *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
@@ -419,15 +434,6 @@ def workers_of(settings: Settings, state: State) -> "Workers | None":
         missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
         raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
     return Workers(settings, state)
-
-
-def request_prices(settings: Settings) -> RequestPrices | None:
-    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
-    s3, path = settings.s3, settings.request_costs.prices_file
-    host = urlsplit(s3.endpoint_url).hostname or ""
-    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
-        return None
-    return load_prices(path, s3.region)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":

@@ -66,9 +66,9 @@ def test_the_tables_of_a_newer_version_are_left_alone(state: State) -> None:
 
 
 def test_what_waits_already_is_not_added(queue: Queue) -> None:
-    queue.send_job("csv")
-    queue.send_job("csv")
-    queue.send_job("other")
+    queue.send_job("csv", "schedule")
+    queue.send_job("csv", "a key")
+    queue.send_job("other", "schedule")
     assert queue.send_step("influx_to_s3/1", "run", {})
     assert not queue.send_step("influx_to_s3/1", "run", {})
     assert queue.waiting() == {JOBS: 2, STEPS: 1}
@@ -83,7 +83,7 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
         target=lambda: consume(
             url,
             stop,
-            job=lambda name, more: found.append((name, more)),
+            job=lambda name, more, by: found.append((name, more, by)),
             step=lambda step, plan_id, plan: found.append((step, plan_id, plan)),
             heartbeat_seconds=0.5,
             ttl_seconds=2.0,
@@ -92,13 +92,13 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
     queue.prepare()
     thread.start()
     try:
-        queue.send_job("csv")
+        queue.send_job("csv", "a key")
         queue.send_step("influx_to_s3/1", "run", {"a": ["ü", 1]})
         until(lambda: len(found) == 2)
-        assert sorted(found, key=str) == [("csv", False), ("influx_to_s3/1", "run", {"a": ["ü", 1]})]
+        assert sorted(found, key=str) == [("csv", False, "a key"), ("influx_to_s3/1", "run", {"a": ["ü", 1]})]
         postgres_server.restart_immediately()
         until(lambda: sent(queue))
-        until(lambda: ("after", False) in found)
+        until(lambda: ("after", False, "schedule") in found)
         assert queue.waiting() == {JOBS: 0, STEPS: 0}
     finally:
         stop.ask("the test is over")
@@ -107,7 +107,7 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
 
 def sent(queue: Queue) -> bool:
     with suppress(Transient):
-        queue.send_job("after")
+        queue.send_job("after", "schedule")
         return True
     return False
 
@@ -157,8 +157,8 @@ class Elsewhere:
     def __init__(self) -> None:
         self.sent: list[str] = []
 
-    def send(self, job: str) -> None:
-        self.sent.append(job)
+    def send(self, job: str, by: str) -> None:
+        self.sent.append(f"{job} by {by}")
 
     def look(self) -> Workload:
         return Workload(0, {}, 0, 0)
@@ -182,6 +182,6 @@ def test_jobs_are_sent_but_those_whose_files_are_here(new_state: Callable[[str],
     scheduler.start()
     try:
         until(lambda: elsewhere.sent and ran)
-        assert (elsewhere.sent, ran) == (["far"], ["near"])
+        assert (elsewhere.sent, ran) == (["far by schedule"], ["near"])
     finally:
         scheduler.close(5)

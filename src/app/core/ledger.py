@@ -9,6 +9,7 @@ between them leaves a gap.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 NAMED_PARTITIONS = 20
@@ -63,6 +64,16 @@ class SetAside:
 
     def __add__(self, other: "SetAside") -> "SetAside":
         return SetAside(self.reason, self.number + other.number, self.new + other.new, self.sample or other.sample)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """Where something lies that was set aside: an object of the store by its `key`, or a file of this machine."""
+
+    name: str
+    size_bytes: int
+    key: str = ""
+    path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

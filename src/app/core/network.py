@@ -55,8 +55,9 @@ class SharedClient:
 def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: Path) -> None:
     """Set the variables of all libraries. `proxies`: variable -> value, "" for none.
 
-    `bundle` is written: the authorities of `public`, which every library trusts anyway, and those of `ca_file`. What
-    the environment says already stays. Raises Permanent when the bundle cannot be written.
+    `bundle` is written: the authorities of `public`, which every library trusts anyway, those of files that the
+    environment names already, as conda does, and those of `ca_file`. Proxies that it names stay. Raises Permanent when
+    the bundle cannot be written.
     """
     for name, value in proxies.items():
         # Libraries read the name in small letters first: who set it so meant it.
@@ -64,15 +65,17 @@ def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: 
             os.environ.setdefault(name, value)
     if ca_file is None:
         return
+    named = {Path(os.environ[name]) for name in CA_VARIABLES if os.environ.get(name)} - {bundle}
+    files = (public, *(path for path in sorted(named) if path.is_file()), ca_file)
     try:
-        text = public.read_bytes().rstrip() + b"\n" + ca_file.read_bytes()
+        text = b"\n".join(path.read_bytes().rstrip() for path in files) + b"\n"
         if not bundle.exists() or bundle.read_bytes() != text:
             bundle.parent.mkdir(parents=True, exist_ok=True)
             write_durably(bundle, [text])
     except OSError as error:
         raise Permanent(f"{bundle}: {error.strerror}", "set DATA_DIR to a directory that can be written") from error
     for name in CA_VARIABLES:
-        os.environ.setdefault(name, str(bundle))
+        os.environ[name] = str(bundle)
 
 
 def proxy_for(url: str) -> str:

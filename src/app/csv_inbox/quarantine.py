@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from app.core.errors import Rejected
 from app.core.files import TEMPORARY_SUFFIX, sync_directory, sync_file, write_durably
+from app.core.ledger import KeptFile
 from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     BAD_ROWS,
@@ -171,6 +172,7 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
         "total": load.rows_after,
         "seconds": round(load.seconds, 2),
         "run": load.run_id[:12],
+        "run_id": load.run_id,
         "error": load.error,
     }
 
@@ -300,6 +302,19 @@ def _told_before(reason: Path) -> dict[str, Any]:
         told = json.loads(reason.read_bytes())
         return told if isinstance(told, dict) else {}
     return {}
+
+
+def rejected_by(paths: InboxPaths, run_id: str) -> Sequence[KeptFile]:
+    """The files that a run set aside and that still lie there, by name; a link is none of them. Raises OSError."""
+    load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
+    reasons = sorted(paths.config.rejected_dir.glob(f"*{REASON}")) if load_ids else []
+    found = (each.with_name(each.name.removesuffix(REASON)) for each in reasons if _load_id(each) in load_ids)
+    regular = (path for path in found if path.is_file() and not path.is_symlink())
+    return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in regular]
+
+
+def _load_id(reason: Path) -> str:
+    return str(_told_before(reason).get("load_id", ""))
 
 
 def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:

@@ -236,15 +236,6 @@ GZIP_FROM_BYTES = 1 << 10
 GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
 
 
-def accepts_gzip(header: str) -> bool:
-    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
-    allowed: dict[str, bool] = {}
-    for each in header.lower().split(","):
-        name, _, weight = each.partition(";")
-        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
-    return allowed.get("gzip", allowed.get("*", False))
-
-
 def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces, compressed."""
     packer = zlib.compressobj(GZIP_LEVEL, wbits=31)

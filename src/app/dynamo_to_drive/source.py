@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
@@ -472,7 +473,8 @@ def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
     if len(given) == 1:
         return [work(given[0])]
     with ThreadPoolExecutor(SEGMENTS, thread_name_prefix="dynamo") as pool:
-        return list(pool.map(work, given))
+        contexts = [copy_context() for _ in given]
+        return list(pool.map(lambda context, each: context.run(work, each), contexts, given))
 
 
 def unreadable(accounts: Accounts, times: Times) -> Permanent:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -393,7 +394,7 @@ def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[List
             # Bounded: each page on its way holds up to a thousand entries.
             while waiting and len(running) < AT_ONCE:
                 query = waiting.popleft()
-                running[pool.submit(ask, query)] = query
+                running[pool.submit(copy_context().run, ask, query)] = query
             done = wait(running, return_when=FIRST_COMPLETED).done.pop()
             query, page = running.pop(done), done.result()
             further = following(page, query)

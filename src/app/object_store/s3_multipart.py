@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -244,7 +245,7 @@ class PartDesk:
         self._parts.acquire()
         with ExitStack() as undo:
             undo.callback(self._parts.release)
-            future = self._threads.submit(call)
+            future = self._threads.submit(copy_context().run, call)
             undo.pop_all()
         future.add_done_callback(lambda _: self._parts.release())
         return future

@@ -11,14 +11,15 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 from urllib.parse import quote
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.ledger import SetAside, sampled
+from app.core.ledger import KeptFile, SetAside, sampled
+from app.core.runs import Run
 from app.object_store.port import ObjectInfo, ObjectStore, Put
 
 FOLDER = "_set_aside"
@@ -37,6 +38,7 @@ MAX_NAME_CHARACTERS = 500
 READ_BYTES = 1 << 20
 ATTEMPTS = 3
 REST_SECONDS = 30.0
+CLOCKS_APART = timedelta(seconds=2)
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,13 @@ class SetAsideStore:
         for key in old:
             self._store.delete(key)
         return len(old)
+
+    def kept_by(self, run: Run) -> Sequence[KeptFile]:
+        """The objects that were last written during a run, by key. Raises what the store raises."""
+        since, start = run.started_at - CLOCKS_APART, len(self._folder) + 1
+        until = (run.ended_at or datetime.max.replace(tzinfo=UTC) - CLOCKS_APART) + CLOCKS_APART
+        infos = self._store.list(f"{self._folder}/")
+        return [KeptFile(i.key[start:], i.size_bytes, i.key) for i in infos if since <= i.modified_at <= until]
 
     def _write(self, key: str, given: _Content, content_type: str, reason: str, number: int) -> int:
         """Write what the object does not hold yet; how much is new. Raises what the store raises."""

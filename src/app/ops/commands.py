@@ -432,7 +432,7 @@ def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dr
     start watching again.
     """
     give_up_at, watched = time.monotonic() + job.busy_seconds, False
-    while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:
+    while (run := execute(job, desk, stop, tally, started_by="command line", dry_run=dry_run)) is None:
         seconds = 0.0 if watched else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
         if seconds:
             watched = True

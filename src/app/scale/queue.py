@@ -98,15 +98,15 @@ class Queue:
                     self._app.open()
                 self._is_open = True
 
-    def send_job(self, name: str, after_seconds: float = 0.0) -> None:
-        """Have a worker run a job. Nothing is added while the same waits already."""
+    def send_job(self, name: str, by: str, after_seconds: float = 0.0) -> None:
+        """Have a worker run a job. Nothing is added while the same waits already. `by`: see `Run.started_by`."""
         task = self._app.configure_task(
             "job",
             queue=JOBS,
             queueing_lock=f"{JOBS}/{name}/{'now' if after_seconds == 0 else 'more'}",
             schedule_in={"seconds": after_seconds},
         )
-        self._send(task.defer, name=name, more=after_seconds > 0)
+        self._send(task.defer, name=name, more=after_seconds > 0, by=by)
 
     def send_step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> bool:
         """Have a worker make a step of a plan; False when an older one of this name waits still."""
@@ -147,9 +147,9 @@ class Workers:
         self._shards = settings.export.shards
         self.steps = Shards(self.queue, state.workers, shards=self._shards, patience_seconds=self._ttl_seconds)
 
-    def send(self, job: str) -> None:
+    def send(self, job: str, by: str) -> None:
         """See `Elsewhere.send`."""
-        self.queue.send_job(job)
+        self.queue.send_job(job, by)
 
     def look(self) -> Workload:
         """See `Elsewhere.look`."""
@@ -202,7 +202,7 @@ def consume(
     url: str,
     stop: Stop,
     *,
-    job: Callable[[str, bool], None],
+    job: Callable[[str, bool, str], None],
     step: Callable[[str, str, Mapping[str, Any]], None],
     heartbeat_seconds: float,
     ttl_seconds: float,
@@ -227,7 +227,7 @@ def consume(
 def _app(
     url: str,
     threads: ThreadPoolExecutor,
-    job: Callable[[str, bool], None],
+    job: Callable[[str, bool, str], None],
     step: Callable[[str, str, Mapping[str, Any]], None],
 ) -> App:
     """The queue with its two tasks. A task that is given up, since its connection is lost, leaves its thread to come to
@@ -236,8 +236,8 @@ def _app(
     app = App(connector=PsycopgConnector(conninfo=conninfo_of(url, VARIABLES), min_size=1, max_size=4, timeout=10.0))
 
     @app.task(name="job")
-    async def _job(name: str, more: bool) -> None:  # noqa: FBT001 - by name, from the queue
-        await asyncio.get_running_loop().run_in_executor(threads, job, name, more)
+    async def _job(name: str, more: bool, by: str) -> None:  # noqa: FBT001 - by name, from the queue
+        await asyncio.get_running_loop().run_in_executor(threads, job, name, more, by)
 
     @app.task(name="step")
     async def _step(step: str, plan_id: str, plan: dict[str, Any]) -> None:

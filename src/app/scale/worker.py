@@ -115,7 +115,7 @@ class Worker:
             self._seen_at = time.monotonic()
             threading.Event().wait(self._service.desk.terms.heartbeat_seconds)
 
-    def job(self, name: str, more: bool) -> None:  # noqa: FBT001 - from the queue
+    def job(self, name: str, more: bool, by: str) -> None:  # noqa: FBT001 - from the queue
         """Run a job under its lease, and send it again while it left work. `more`: it goes on with what it left."""
         job = self._jobs.get(name)
         if job is None:
@@ -124,10 +124,10 @@ class Worker:
         with self._alone(name) as alone:
             if not alone or self._stop.asked or (more and self._is_paused(name)):
                 return
-            run = execute(job, self._service.desk, self._stop, logged(name))
+            run = execute(job, self._service.desk, self._stop, logged(name), started_by=by)
         if run is not None and run.report.more and not self._stop.asked:
             with _told(f"{name} cannot be sent again"):
-                self._queue.send_job(name, more_in(run))
+                self._queue.send_job(name, by, more_in(run))
 
     def step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> None:
         """One step of a shard under its own lease; what came of it is kept for the plan."""
