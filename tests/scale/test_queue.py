@@ -65,6 +65,15 @@ def test_the_tables_of_a_newer_version_are_left_alone(state: State) -> None:
         install(state.database)
 
 
+def test_a_database_that_was_made_anew_gets_its_tables_again(queue: Queue, url: str) -> None:
+    queue.send_job("csv", "schedule")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    until(lambda: sent(queue))
+    assert queue.waiting() == {JOBS: 1, STEPS: 0}
+
+
 def test_what_waits_already_is_not_added(queue: Queue) -> None:
     queue.send_job("csv", "schedule")
     queue.send_job("csv", "a key")
@@ -83,13 +92,13 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
         target=lambda: consume(
             url,
             stop,
+            prepare=lambda: queue.prepare(again=True),
             job=lambda name, more, by: found.append((name, more, by)),
             step=lambda step, plan_id, plan: found.append((step, plan_id, plan)),
             heartbeat_seconds=0.5,
             ttl_seconds=2.0,
         )
     )
-    queue.prepare()
     thread.start()
     try:
         queue.send_job("csv", "a key")
@@ -106,7 +115,7 @@ def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
 
 
 def sent(queue: Queue) -> bool:
-    with suppress(Transient):
+    with suppress(Transient, Permanent):
         queue.send_job("after", "schedule")
         return True
     return False

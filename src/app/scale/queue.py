@@ -87,13 +87,18 @@ class Queue:
             connector=SyncPsycopgConnector(conninfo=conninfo_of(url, VARIABLES), min_size=0, max_size=2, timeout=10.0)
         )
         self._lock = threading.Lock()
-        self._is_open = False
+        self._is_installed = self._is_open = False
 
-    def prepare(self) -> None:
-        """Make the tables and open the connections. Idempotent; after it succeeded once it costs nothing."""
+    def prepare(self, *, again: bool = False) -> None:
+        """Make the tables and open the connections. Idempotent; after it succeeded once it costs nothing.
+
+        `again`: look at the tables once more, since the database may have been made anew.
+        """
         with self._lock:
-            if not self._is_open:
+            if again or not self._is_installed:
                 install(self._database)
+                self._is_installed = True
+            if not self._is_open:
                 with _translated(self._errors.translated):
                     self._app.open()
                 self._is_open = True
@@ -120,6 +125,9 @@ class Queue:
                 defer(**given)
         except AlreadyEnqueued:
             return False
+        except AppError:
+            self._is_installed = False
+            raise
         return True
 
     def waiting(self) -> Mapping[str, int]:
@@ -202,6 +210,7 @@ def consume(
     url: str,
     stop: Stop,
     *,
+    prepare: Callable[[], None],
     job: Callable[[str, bool, str], None],
     step: Callable[[str, str, Mapping[str, Any]], None],
     heartbeat_seconds: float,
@@ -209,12 +218,14 @@ def consume(
 ) -> None:
     """Call `job` and `step` for what is sent, in threads, until a stop is asked for. Steps are made one at a time.
 
-    A database that restarts or is away is waited for; what runs meanwhile goes on under its lease.
+    A database that restarts or is away is waited for; what runs meanwhile goes on under its lease. `prepare` is called
+    before each connection.
     """
     errors = errors_of(url, VARIABLES)
     threads = ThreadPoolExecutor(JOBS_AT_ONCE + 16, thread_name_prefix="task")
     while not stop.asked:
         try:
+            prepare()
             with _translated(errors.translated):
                 asyncio.run(_work(_app(url, threads, job, step), stop, heartbeat_seconds, DEAD_TTLS * ttl_seconds))
         except AppError as error:

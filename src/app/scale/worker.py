@@ -89,16 +89,10 @@ class Worker:
 
     def _consume(self) -> None:
         settings = self._service.settings
-        while not self._stop.asked:
-            try:
-                self._queue.prepare()
-                break
-            except AppError as error:
-                log.warning("the queue cannot be used yet: %s", error)
-                time.sleep(1.0)
         consume(
             settings.checkpoint.url.get_secret_value(),
             self._stop,
+            prepare=lambda: self._queue.prepare(again=True),
             job=self.job,
             step=self.step,
             heartbeat_seconds=settings.lease.heartbeat_seconds,
