@@ -83,6 +83,7 @@ def test_what_waits_already_is_not_added(queue: Queue) -> None:
     assert queue.waiting() == {JOBS: 2, STEPS: 1}
 
 
+@pytest.mark.slow
 def test_workers_run_what_is_sent_and_go_on_after_a_restart_of_the_database(
     queue: Queue, url: str, postgres_server: PostgresServer
 ) -> None:
