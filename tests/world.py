@@ -325,8 +325,10 @@ class Process:
         found = [r for (name, at, _), r in self.world.records.items() if name == partition and since <= at < until]
         return sorted(found, key=lambda record: (record.window.start, record.part))
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        names = {name for name, _, _ in self.world.records}
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        names = {name for name, _, _ in self.world.records if partitions is None or name in partitions}
         return {name: self.records(pipeline, name, since, datetime.max.replace(tzinfo=UTC)) for name in names}
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:

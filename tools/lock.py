@@ -24,6 +24,8 @@ EXPORT = (
     "--no-dev",
     "--extra",
     "lake",
+    "--extra",
+    "scale",
     "--format",
     "requirements-txt",
     "--no-header",

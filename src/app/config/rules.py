@@ -156,6 +156,11 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
     yield from _drive(names)
     if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
         yield from _lease(settings.lease)
+    if "SCALE_ENGINE" not in refused and settings.lease.engine != "embedded" and not on_postgres(settings):
+        yield (
+            f"SCALE_ENGINE='{settings.lease.engine}': needs checkpoints in PostgreSQL: set CHECKPOINT_DB_HOST, _NAME, "
+            "_USER and _PASSWORD, or remove SCALE_ENGINE"
+        )
     if not refused & {"PORT", "HEALTH_PORT"}:
         yield from _ports(settings.service)
     if settings.lake.catalog != "none":
@@ -194,6 +199,11 @@ def _lease(lease: LeaseSettings) -> Iterator[str]:
             f"LEASE_HEARTBEAT_SECONDS='{lease.heartbeat_seconds:g}': allowed: at most half of LEASE_TTL_SECONDS, "
             f"here {most:g}"
         )
+
+
+def on_postgres(settings: Settings) -> bool:
+    """Whether the state is in PostgreSQL."""
+    return settings.checkpoint.url.get_secret_value().startswith("postgres")
 
 
 def _ports(service: ServiceSettings) -> Iterator[str]:
@@ -240,6 +250,13 @@ def warnings(
         found.append(
             f"DATA_DIR={data_dir} is on a network file system ({kind}), on which SQLite may be damaged: set DATA_DIR to"
             f" a local disk, or {' and '.join(kept_here)} to a PostgreSQL"
+        )
+    own_disk = [] if settings.s3.bucket else ["S3_BUCKET"]
+    own_disk += [] if settings.dwh.database_url.get_secret_value() else ["DWH_DATABASE_URL"]
+    if settings.lease.engine != "embedded" and own_disk:
+        found.append(
+            f"SCALE_ENGINE={settings.lease.engine}: workers write to DATA_DIR, so all of them must share {data_dir}: "
+            f"otherwise set {' and '.join(own_disk)}"
         )
     return found
 

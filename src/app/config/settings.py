@@ -228,6 +228,8 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
     """Most devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
+    shards: int = variable("EXPORT_SHARDS", default=32, ge=1, le=1024)
+    """Parts that workers share the changed devices in, each one worker's at a time; a few for each worker."""
 
     @field_validator("window_seconds")
     @classmethod
@@ -337,12 +339,14 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
 
 
 class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):
-    """How long a job belongs to one process, and how often that is renewed."""
+    """How long a job belongs to one process, and how often that is renewed. `engine`: who runs jobs."""
 
     ttl_seconds: float = variable("LEASE_TTL_SECONDS", default=30.0, ge=1, le=3600)
     """Time after the last heartbeat before another process takes over a job."""
     heartbeat_seconds: float = variable("LEASE_HEARTBEAT_SECONDS", default=10.0, ge=0.1, le=1800)
     """Time between renewals; at most half of LEASE_TTL_SECONDS, so that one may be lost."""
+    engine: Annotated[Literal["embedded", "procrastinate"], LOWER_CASE] = variable("SCALE_ENGINE", default="embedded")
+    """procrastinate: `python -m app worker` runs jobs and shards, queued in the PostgreSQL of the checkpoints."""
 
 
 class DynamoSettings(SettingsGroup, title="DynamoDB, the source of dynamo_to_drive"):

@@ -355,8 +355,10 @@ class Checkpoints(Protocol):
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """`records` of every partition, of windows that start at or after `since`, in one query."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """`records` of windows that start at or after `since`, of every partition or of these, in one query."""
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""

@@ -81,6 +81,7 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         exits=Exits(partial=1, failed=2, busy=2),
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
+        here=True,
     )
 
     def rejected(run: Run) -> Sequence[KeptFile]:

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime
+from sys import intern
 from typing import Any
 
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import Window
-from app.db.database import NamedQueries, Row, Session, storable
+from app.db.database import NamedQueries, Row, Session, instant_of, storable
 from app.db.leases import AHEAD, identity, lost, now_of
 
 # Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data.
@@ -48,6 +49,13 @@ class SqlLayouts:
 # ended, or by a commit of a time that has not come.
 
 
+# The columns of a record as the query live_records names them, after the partition.
+OF_RECORD = (
+    *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
+    *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """How far one partition is: what is finished, the newest event time seen, and why it stands still if it does."""
@@ -83,14 +91,24 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """See `Checkpoints.live_records`."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`. Row by row: those of many devices at once are most of a plan's memory."""
+        found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
-            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
-        found: dict[str, list[Record]] = {}
-        for row in rows:
-            found.setdefault(row["device_id"], []).append(_record(row, now))
+            of = {"pipeline": pipeline, "since_at": since}
+            if partitions is None:
+                found_rows = session.stream(self._queries["live_records"], **of)
+            else:
+                found_rows = session.stream(self._queries["live_records_of"], **of, partitions=json.dumps(partitions))
+            for device, *values in found_rows:
+                row = {
+                    name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
+                    for name, value in zip(OF_RECORD, values, strict=True)
+                }
+                found.setdefault(device, []).append(_record(row, now))
         return found
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
@@ -211,7 +229,7 @@ def _record(row: Row, now: datetime) -> Record:
         min_at=row["min_at"],
         max_at=row["max_at"],
         closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
-        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        fields={intern(name): n for name, n in json.loads(row["source_fields"] or "{}").items()},
         source_digest=row["source_digest"],
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],
