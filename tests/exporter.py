@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from app.analytics.table_sums import TableSums
 from app.config.environment import load_settings
 from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from app.db.state import State, open_state
-from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, build
+from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, ObjectSums, build
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
@@ -92,7 +93,13 @@ class Exporter:
         settings = load_settings(given, None)
         aside = SetAsideStore(self.store, folder_of(self.prefix), settings.set_aside.max_bytes)
         return build(
-            settings, self.state.checkpoints, self.state.layouts, self.store, set_aside=aside, clock=self.clock
+            settings,
+            self.state.checkpoints,
+            self.state.layouts,
+            self.store,
+            set_aside=aside,
+            clock=self.clock,
+            sums=ObjectSums(TableSums, self.state.summaries),
         )
 
     def keep(self, **environ: str) -> None:

@@ -274,6 +274,7 @@ def now() -> datetime:
 def wire(parts: ServiceParts) -> Pipelines:
     """Every pipeline of the product."""
     from app.amplitude import job as amplitude_job
+    from app.analytics.table_sums import TableSums
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
     from app.csv_inbox.config import load_config
@@ -289,6 +290,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
         rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
+        sums=influx_job.ObjectSums(TableSums, state.summaries),
     )
     dynamo = dynamo_job.build(
         settings,
@@ -387,7 +389,8 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     `own_server` False: another ASGI server will serve it, at an address that is not known here.
     """
     use_network(settings)
-    state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
+    checkpoint = settings.checkpoint
+    state = open_state(checkpoint.url.get_secret_value(), settings.service.data_dir, run_records=checkpoint.run_records)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
     store = open_store(settings, counter)

@@ -61,6 +61,7 @@ class _Written:
     new_rows: int = 0
     corrected_rows: int = 0
     shrink: Shrink | None = None
+    summaries: Sequence[Any] = ()
 
 
 Done = Callable[[Report], None]
@@ -230,7 +231,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
     cursor_at = task.window.end if moves_cursor else None
     if not context.dry_run and (record != task.record or cursor_at or written.deltas):
         folded = (task.window,) if written.deltas else ()
-        commit = Commit((record,) if record else (), cursor_at, folded)
+        commit = Commit((record,) if record else (), cursor_at, folded, written.summaries)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
         delete_deltas(pipeline, written.deltas)
     notes: list[str] = []
@@ -346,9 +347,12 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         if pipeline.deltas and folded:
             encoded = pipeline.deltas.noted(encoded, folded)
         stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
+        summaries: Sequence[Any] = ()
         if not context.dry_run:
             stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
             pipeline.keep(task, stored.version, batch)
+            if pipeline.summarise and (task.final or pipeline.summarises_open):
+                summaries = pipeline.summarise(encoded, key, stored.version)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
         return _Written(
@@ -357,6 +361,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
             deltas=found.deltas,
             new_rows=new_rows,
             corrected_rows=batch.corrected_rows,
+            summaries=summaries,
         )
 
 

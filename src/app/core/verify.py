@@ -260,13 +260,15 @@ class Chart(Protocol):
 class Moment:
     """When the map is made, how long windows take late rows, and up to where the partition is finished.
 
-    A window is overdue when it was due for `overdue_seconds` and nothing of it was written.
+    A window is overdue when it was due for `overdue_seconds` and nothing of it was written. `retired`: start ->
+    rows of windows that are not recorded any more: what is there of them is right.
     """
 
     now: datetime
     grace_seconds: float
     cursor_at: datetime | None = None
     overdue_seconds: float = 0.0
+    retired: Mapping[datetime, int] = field(default_factory=dict)
 
 
 def cells_of(
@@ -283,7 +285,7 @@ def cells_of(
 
 
 def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> Cell:
-    rows = sum(record.rows for record in records)
+    rows = sum(record.rows for record in records) or at.retired.get(window.start, 0)
     return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
 
 
@@ -293,6 +295,8 @@ def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], 
             return CellState.OPEN
         is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
         return CellState.MISSING if records or is_overdue else CellState.WAITING
+    if window.start in at.retired and not records:
+        return CellState.EQUAL if there else CellState.MISSING
     gone = [record for record in records if record.key not in there]
     if gone:
         return CellState.MISSING if len(gone) == len(records) else CellState.PARTIAL
