@@ -349,9 +349,10 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
         summaries: Sequence[Any] = ()
         if not context.dry_run:
-            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
+            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
+            stored = replace(stored, version=version)
             pipeline.keep(task, stored.version, batch)
-            if pipeline.summarise and (task.final or pipeline.summarises_open):
+            if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
                 summaries = pipeline.summarise(encoded, key, stored.version)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
@@ -365,15 +366,18 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         )
 
 
-def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int) -> str:
-    """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
+def _swap(
+    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
+) -> tuple[str, bool]:
+    """The new version, and whether it has these very bytes. A conflict with our own write is a lost answer and is
+    adopted; any other is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
     of that other write could still replace it.
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
-        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final)
+        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final), True
     except Conflict:
         there = pipeline.sink.head(key)
         if there is None:
@@ -382,7 +386,7 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
         same = (there.digest, there.folded) == (batch.digest, folded)
         if not is_ours and (not same or (task.final and not pipeline.by_digest)):
             raise
-        return there.version
+        return there.version, is_ours
 
 
 def _account(pipeline: Pipeline[B, E], context: Context, task: Task, found: _Found[B], written: _Written) -> Ledger:
