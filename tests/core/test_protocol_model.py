@@ -508,20 +508,25 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+def slow(rules: Rules, letters: str) -> Any:
+    """One that takes several seconds."""
+    return pytest.param(rules, letters, marks=pytest.mark.slow)
+
+
 # What is tried, and what breaks by choice: a correction that is taken back while a holder is paused may stand until the
 # next look.
 RIGHT = (
     (Rules(LATE, begun="open"), ""),
-    (Rules(GONE, begun="open"), ""),
+    slow(Rules(GONE, begun="open"), ""),
     (Rules(BACK, begun="open"), "k"),
-    pytest.param(Rules(LATE, restores=1), "", marks=pytest.mark.slow),
-    pytest.param(Rules(GONE[:2], begun="open", restores=1), "", marks=pytest.mark.slow),
-    (Rules(BACK[:2], lost_answers=1), ""),
-    (Rules(GONE[:2], begun="open", lost_answers=1), ""),
+    slow(Rules(LATE, restores=1), ""),
+    slow(Rules(GONE[:2], begun="open", restores=1), ""),
+    slow(Rules(BACK[:2], lost_answers=1), ""),
+    slow(Rules(GONE[:2], begun="open", lost_answers=1), ""),
     (Rules(((1, 1), (2, 1)), begun="delta"), ""),
-    (Rules(((1, 1),), begun="delta", restores=1), ""),
+    slow(Rules(((1, 1),), begun="delta", restores=1), ""),
     (Rules(SWAP), ""),
-    (Rules(((1,),), begun="open", vanishes=1), ""),
+    slow(Rules(((1,),), begun="open", vanishes=1), ""),
 )
 
 
@@ -541,7 +546,7 @@ WRONG = (
     (Rules(LATE, left_out="source wins"), "cd"),
     (Rules(LATE, begun="open", left_out="identity"), "a"),
     (Rules(GONE, left_out="two digests"), "q"),
-    (Rules(((1,), (2,), (1,)), begun="open", restores=1, left_out="listing"), "c"),
+    slow(Rules(((1,), (2,), (1,)), begun="open", restores=1, left_out="listing"), "c"),
     (Rules(((1,),), begun="open", vanishes=1, left_out="listing"), "c"),
     (Rules(SWAP, begun="open", left_out="content"), "c"),
     (Rules(GONE, left_out="same rows"), "n"),

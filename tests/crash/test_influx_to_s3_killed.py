@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon import Daemons
+from effort import EFFORT
 from postgres import PostgresServer
 from seaweed import Seaweed
 from simulators.influx import InfluxSimulator
 
 DEVICES = 100
-KILLS = 30
+KILLS = 15 * EFFORT
 POINTS = 540
 STEP_NS = 10 * 10**9
 MEASUREMENT = "device_telemetry"
@@ -127,7 +128,7 @@ def run_when_free(values: Mapping[str, str], folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_thirty_kills_lose_no_row_double_none_and_leave_nothing_half_written(
+def test_kills_lose_no_row_double_none_and_leave_nothing_half_written(
     source: Source,
     seaweed: Seaweed,
     postgres_server: PostgresServer,

@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 STATE = "state.db"
-HOURS = 12  # of history, in shards of an hour, so that a field may change its type
+HOURS = 6  # of history, in shards of an hour, so that a field may change its type
 STEP = 10 * MINUTE
 DOCUMENTED = "device_type=pump,location=Plant-A"
 RIGHT = ("D1", "D2", "D5", "D6")  # devices that the last version exported without a loss

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from app.core.errors import Permanent
 from app.csv_inbox import csv_tokenizer
 from app.csv_inbox.csv_tokenizer import Dialect, blocks
+from effort import EFFORT
 from inbox_world import Table, World, model, parsed, world
 
 VALUES = st.sampled_from(
@@ -45,7 +46,7 @@ def shown_counts(here: World) -> tuple[int, ...]:
 
 
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(tables(), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans()), min_size=1, max_size=4)
 )

@@ -17,6 +17,7 @@ from app.core.verify import Sign, Slot, compare
 from app.core.windows import EPOCH, window_at
 from app.influx_to_s3.set_aside import line
 from app.object_store.local import LocalDirectory
+from effort import EFFORT
 from exporter import NOON, Exporter, exporter_on, ns
 from exports import content, objects, rows_of
 from influxdb1 import InfluxDB1
@@ -203,7 +204,7 @@ def test_every_value_is_in_an_object_or_set_aside(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ignored", ["default", ""])
 @pytest.mark.parametrize("api", ["influxql", "flux"])
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40 * EFFORT, deadline=None, suppress_health_check=list(HealthCheck))
 @given(some=points())
 def test_every_value_is_in_an_object_or_set_aside_in_many_examples(
     influxdb1: InfluxDB1, api: str, ignored: str, some: Mapping[tuple[Tags, int], Mapping[str, Any]]

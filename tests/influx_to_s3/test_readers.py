@@ -19,6 +19,7 @@ from app.influx_to_s3.flux import column_of_row, literal, time_literal
 from app.influx_to_s3.influxql import exact_pattern, identifier, text_literal
 from app.influx_to_s3.reader import Counted, Inventory, QueryTooLarge, Reader, counted_in_parts, one_type_spans
 from app.influx_to_s3.rows import sums_of
+from effort import EFFORT
 from exporter import NOON
 from influx_readers import (
     BASE,
@@ -398,7 +399,7 @@ def check_readers(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
 
 
 @given(points())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
     check_readers(influxdb1, given_points)
 
@@ -406,7 +407,7 @@ def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @given(points())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40 * EFFORT, deadline=None)
 def test_every_reader_gives_what_was_written_in_many_more_cases(
     influxdb1: InfluxDB1, given_points: list[Point]
 ) -> None:

@@ -320,12 +320,12 @@ class DriveService:
 
     def made(self) -> Any:
         """The `files` API. Raises Permanent for credentials that cannot be used."""
-        if not hasattr(self._here, "service"):
+        if not hasattr(self._here, "files"):
             found = credentials(self.given)
             self._here.http = self._connect(found)
-            self._here.service = self._build(self._here.http)
+            self._here.files = self._build(self._here.http).files()  # costs more than a request: kept
             self._here.token, self._here.found = found.token, found
-        return self._here.service
+        return self._here.files
 
     def forget(self) -> None:
         """End this thread's connections and re-read the credentials next time."""
@@ -530,8 +530,7 @@ class Drive:
 
         def once() -> T:
             with _translated():
-                made = self._service.made()
-                result = call(made.files())
+                result = call(self._service.made())
                 self._service.note_token()
             if isinstance(result, str):  # what the library hands over when it is not JSON
                 raise Transient("Drive's answer cannot be read: not JSON", AGAIN_HINT)

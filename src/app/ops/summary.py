@@ -240,8 +240,8 @@ def _set_aside(seen: Snapshot) -> Iterator[Problem]:
     since = seen.now - RECENT
     rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
     hints: dict[str, str] = {}
-    for run in seen.look.partial_runs(since):
-        hints |= {failure.partition: failure.hint for failure in run.report.failures if run.job in seen.histories}
+    for run in seen.look.partial_runs(since):  # newest first: what it says of a file wins
+        hints = {each.partition: each.hint for each in run.report.failures if run.job in seen.histories} | hints
         for one in run.report.ledger.newly_set_aside:
             if run.job not in seen.histories:
                 rows[run.job, one.reason].append((run, one.new, one.sample))
