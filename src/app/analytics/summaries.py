@@ -532,13 +532,14 @@ class Summaries:
         sweeps, now = self._facts.sweeps(), self._clock()
         if state.sweeps == sweeps and now < state.looked_at + LOOKED:
             return True
-        later = now + KEPT
+        later, leaving = now + KEPT, {version for _, version in state.leaving}
         kept = 0
         versions = self._facts.versions()
         while some := list(islice(versions, SOME)):
             is_current = state.current.among(some)
             kept += sum(is_current)
-            state.leaving += [(later, version) for version, one in zip(some, is_current, strict=True) if not one]
+            gone = (version for version, one in zip(some, is_current, strict=True) if not one)
+            state.leaving += [(later, version) for version in gone if version not in leaving]
         state.sweeps, state.looked_at = sweeps, now
         if kept < len(state.current):
             self._state = _State(number=state.number, sweeps=sweeps, looked_at=now, leaving=state.leaving, moved=True)
