@@ -5,12 +5,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
@@ -19,9 +17,8 @@ from app.config import DOTENV
 from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import BadSettings, Permanent
+from app.core.errors import BadSettings
 from app.core.runs import Job, LeaseTerms, RunDesk, Stop
-from app.core.windows import Window
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
@@ -30,8 +27,8 @@ from app.ops.connection_checks import System, destinations, probed, reached, rem
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.process import configured, share_the_machine, tune
-from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
+from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
+from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
 from app.ops.service import BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
@@ -75,6 +72,7 @@ class Inside:
     scheduler: Scheduler
     alerts: Alerts
     readiness: Readiness
+    costs: RequestCosts
     clock: Callable[[], datetime]
     own_server: bool
 
@@ -151,6 +149,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         maps=maps,
         proofs=proofs,
         histories=pipelines.histories,
+        kept=pipelines.kept,
+        bill=service.costs.estimate,
         clock=service.clock,
         stale=lambda: frozenset(service.alerts.stale),
         ahead_seconds=lambda: service.alerts.ahead_seconds,
@@ -277,7 +277,6 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.analytics.table_sums import TableSums
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
-    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
 
@@ -313,13 +312,11 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        check = partial(exports_events, project, parts.clock)
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
     if appmetrica.service:
-        check = partial(sees_application, appmetrica.service)
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
@@ -329,7 +326,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
-        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
+        destinations={**destinations(settings), inbox_job.NAME: inbox.destination},
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -344,6 +341,10 @@ def wire(parts: ServiceParts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        kept={
+            inbox_job.NAME: inbox.rejected,
+            **{name: set_aside(parts, start).kept_by for name, start in set_aside_starts(settings)},
+        },
         listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
@@ -351,30 +352,6 @@ def wire(parts: ServiceParts) -> Pipelines:
             lambda: appmetrica_routes(appmetrica.service),
         ),
     )
-
-
-def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
-    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
-    from app.amplitude.client import SHORT_POLICY, HourTooLarge
-
-    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
-    with closing(project.upstream):
-        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
-            fetched.close()
-            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                raise fetched.fault
-    return "may export events"
-
-
-def sees_application(exports: "Exports") -> str:
-    """Whether the token sees the application. Raises Transient or Permanent."""
-    number = exports.service.application_id
-    with closing(exports.service.upstream):
-        applications = exports.service.applications()
-    if number not in applications:
-        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-        raise Permanent(f"the token does not see application {number}", hint)
-    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
 
 
 def calls_of(parts: ServiceParts, service: str) -> Calls:
@@ -394,12 +371,10 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
     store = open_store(settings, counter)
-    costs = RequestCosts(
-        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
-    )
+    costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
     pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
     stop = Stop()
-    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
+    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
     watched = Watched(
         pipelines.jobs,
         state.pauses.paused,
@@ -419,7 +394,18 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     }
     analytics = open_analytics(settings, state, store)
     ops = Inside(
-        settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
+        settings,
+        state,
+        warehouse,
+        store,
+        analytics,
+        pipelines,
+        scheduler,
+        alerts,
+        Readiness(stores),
+        costs,
+        now,
+        own_server,
     )
     systems = [
         *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
@@ -428,15 +414,6 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
     return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
-
-
-def request_prices(settings: Settings) -> RequestPrices | None:
-    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
-    s3, path = settings.s3, settings.request_costs.prices_file
-    host = urlsplit(s3.endpoint_url).hostname or ""
-    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
-        return None
-    return load_prices(path, s3.region)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
@@ -556,7 +533,6 @@ def diagnosed(settings: Settings, ping: Check) -> Check:
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
 
-BAD_SETTINGS = 78
 NOT_ENFORCED = (
     "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
     "client that does not read its answer and the limit of connections, and it has no HEALTH_PORT and no LOG_FILE; "
@@ -566,8 +542,11 @@ NOT_ENFORCED = (
 
 def foreign() -> Front:
     """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
-    when the settings cannot work.
+    when the settings cannot work, or this platform.
     """
+    if refusal := unsupported(os.name):
+        sys.stderr.write(f"{refusal}\n")
+        raise SystemExit(BAD_SETTINGS)
     tune()
     try:
         settings = configured(daemon=True, file=False)  # several workers would write one file

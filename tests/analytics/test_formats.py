@@ -8,8 +8,10 @@ import zipfile
 from pathlib import Path
 
 import duckdb
+import pytest
 
 from app.analytics.formats import AnswerShape, of_batches
+from app.core.errors import Rejected
 
 NUMBERS = """
     SELECT sum(1::BIGINT) AS whole, 1.5 AS part, -7.00::DECIMAL(9, 2) AS places, 1::HUGEINT AS huge,
@@ -51,9 +53,25 @@ def test_a_text_that_looks_like_a_formula_stays_text_in_a_sheet_and_as_it_is_in_
 
 
 def test_formula_safe_csv_puts_an_apostrophe_before_texts_that_a_spreadsheet_would_run(tmp_path: Path) -> None:
-    cells = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "a=1", "", "\n=1"]
+    cells = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1", "\uff1d1", "a=1", ""]
     rows = " UNION ALL ".join(f"SELECT '{cell}' AS text, -1 AS number, ['=1'] AS \"=list\"" for cell in cells)
     found = list(csv.reader(io.StringIO(answer(rows, "csv", tmp_path, formula_safe=True).decode(), newline="")))
     assert found[0] == ["text", "number", "'=list"]
-    assert [row[0] for row in found[1:]] == [*(f"'{cell}" for cell in cells[:6]), *cells[6:]]
+    assert [row[0] for row in found[1:]] == [*(f"'{cell}" for cell in cells[:8]), *cells[8:]]
     assert {tuple(row[1:]) for row in found[1:]} == {("-1", '["=1"]')}
+
+
+def test_what_no_reader_holds_is_null_and_no_column_hides_another(tmp_path: Path) -> None:
+    far = "SELECT DATE 'infinity' AS day, TIMESTAMP '290000-01-01' AS at, DATE '0001-01-01' AS first, 1 AS n, 2 AS n"
+    (row,) = json.loads(answer(far, "json", tmp_path))["data"]
+    assert row == {"day": None, "at": None, "first": "0001-01-01", "n": 1, "n_1": 2}
+    assert answer(far, "csv", tmp_path) == b'"day","at","first","n","n_1"\n,,0001-01-01,1,2\n'
+
+
+def test_every_format_has_spans_of_time_bytes_and_unions(tmp_path: Path) -> None:
+    odd = "SELECT INTERVAL 1 DAY AS span, 'x'::BLOB AS bytes, union_value(n := 1) AS either"
+    assert json.loads(answer(odd, "json", tmp_path))["data"] == [{"span": [0, 1, 0], "bytes": "78", "either": 1}]
+    assert answer(odd, "csv", tmp_path).splitlines()[1] == b'"[0,1,0]","78","1"'
+    assert answer(odd, "parquet", tmp_path)[:4] == b"PAR1"
+    with pytest.raises(Rejected, match="cannot be written"):
+        answer("SELECT [DATE '290000-01-01'] AS days", "csv", tmp_path)

@@ -138,6 +138,13 @@ def test_a_bad_cell_of_csv_is_named_with_row_column_and_value(line: str, field: 
     assert said in fault.message
 
 
+def test_a_long_cell_of_csv_is_stored_and_a_badly_quoted_one_tells_its_row() -> None:
+    long = f"uuid,city\n{U},{'x' * 300_000}\n"
+    assert len(values(take(LOCATIONS, CsvBody(LOCATIONS, BIG), [long.encode()]))[0][3]) == 300_000
+    wrong = f'uuid,city\n{U},a\n{U},"b"c\n'.encode()
+    assert "row 1: " in refused(LOCATIONS, CsvBody(LOCATIONS, BIG), wrong).message
+
+
 IMPOSSIBLE = {
     "not a number": ("session_id", b"NaN"),
     "infinity": ("event_time", b"-Infinity"),

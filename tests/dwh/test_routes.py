@@ -184,18 +184,20 @@ def test_head_and_prefer_tell_of_the_rows_without_them(served: httpx.Client) -> 
     mine = f"walk-{next(numbers)}"
     post(served, "user-locations", [{"uuid": uuid_of(next(numbers)), "city": mine} for _ in range(5)])
     query = f"/dwh/user-locations?city={mine}&limit=2&select=id&sort_by=region"
-    counted = {"Prefer": "respond-async, count=exact"}
+    counted = {"Prefer": 'respond-async, count="exact"; note=1'}
     got, head = (served.request(method, query, headers=counted) for method in ("GET", "HEAD"))
     assert (got.json()["count"], head.status_code, head.content) == (2, 200, b"")
     told = {"content-range": "0-1/5", "preference-applied": "count=exact", "link": got.headers["link"]}
     for name, value in told.items():
         assert (got.headers[name], head.headers[name]) == (value, value)
     assert head.headers["content-type"] == got.headers["content-type"]
+    assert "content-length" not in head.headers, "it would be that of the rows"
     second = served.get(got.links["next"]["url"], headers=counted)
     assert (second.headers["content-range"], second.json()["count"], len(second.links)) == ("*/5", 2, 1)
     plain = served.head(query.replace("limit=2", "limit=5"))
     assert not {"content-range", "preference-applied", "link"} & set(plain.headers)
     assert served.head("/dwh/user-locations?colour=1").status_code == 400
+    assert served.get("/dwh/user-locations?city=%ff").status_code == 422, "it would be read as another city"
 
 
 def test_duplicates_are_resolved_as_the_caller_prefers(served: httpx.Client) -> None:

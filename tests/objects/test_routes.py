@@ -140,6 +140,26 @@ def test_races_are_told_apart_from_conditions_of_the_caller(objects: httpx.Clien
     assert download(objects, key).content == content
 
 
+def test_conditions_hold_for_every_change_and_a_misspelt_parameter_changes_nothing(objects: httpx.Client) -> None:
+    key = fresh()
+    etag = upload(objects, key, b"old").json()["etag"]
+    long_ago = "Sun, 06 Nov 1994 08:49:37 GMT"
+    for unmet in ({"If-Match": f"W/{etag}"}, {"If-None-Match": f'"x", W/{etag}'}, {"If-Unmodified-Since": long_ago}):
+        for method, path in (("POST", "upload"), ("PUT", "update"), ("PATCH", "patch"), ("DELETE", "delete")):
+            answer = objects.request(method, f"/{path}", params={"key": key}, headers=unmet)
+            assert (answer.status_code, download(objects, key).content) == (412, b"old"), (unmet, path)
+    twice = [("If-None-Match", '"x"'), ("If-None-Match", etag)]
+    assert objects.get("/download", params={"key": key}, headers=twice).status_code == 304
+    misspelt = objects.patch("/patch", params={"key": key, "ofset": 2}, content=b"X")
+    assert (misspelt.status_code, misspelt.json()["error"]["field"]) == (422, "ofset")
+    assert upload(objects, key, b"x", headers={"x-amz-acl": "public-read"}).status_code == 422
+    assert download(objects, key, Range=f"bytes=1-{'9' * 30}").content == b"ld"
+    assert download(objects, key, Range=f"bytes={'9' * 30}-").status_code == 416
+    assert upload(objects, key, b"new", headers={"If-Match": f'"x", {etag}'}).status_code == 200
+    assert upload(objects, key, b"newer", headers={"If-Match": "*"}).status_code == 200
+    assert upload(objects, fresh(), b"x", headers={"If-Match": "*"}).status_code == 412
+
+
 def test_strange_keys_are_kept_to_the_letter_and_bad_ones_refused(objects: httpx.Client) -> None:
     for word in WORDS:
         key = f"{fresh()}/{word}"
@@ -273,7 +293,7 @@ def test_an_upload_link_for_what_the_caller_may_not_write_is_refused(
         ({"content": b"1", "headers": {"Content-Type": "multipart/form-data"}}, 415),
         ({"content": bytes(40 * MIB + 1)}, 413),
         ({"content": [bytes(40 * MIB), b"1"]}, 413),
-        ({"content": b"1", "headers": {"If-Match": "*"}}, 422),
+        ({"content": b"1", "headers": {"If-Match": "*"}}, 412),
     ],
 )
 def test_bodies_that_cannot_be_stored_are_refused_and_store_nothing(

@@ -139,9 +139,16 @@ class Engine:
             yield cursor.execute(sql).to_arrow_reader(batch_rows)
 
     def parsed(self, sql: str) -> Any:
-        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`."""
+        """What DuckDB's parser makes of `sql`: `{"error", "error_message", "statements"}`.
+
+        Raises Rejected for what nests so deeply that it cannot be looked at.
+        """
         with self._cursor(self.limits.seconds) as cursor:
-            return json.loads(cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0])
+            text = cursor.execute("SELECT json_serialize_sql($1)", [sql]).fetchone()[0]
+        try:
+            return json.loads(text)
+        except RecursionError:
+            raise Rejected("the statement nests too deeply", "use fewer levels of expressions") from None
 
     def check(self, sql: str) -> set[str]:
         """Names of the parameters. Raises Rejected for anything that is not one SELECT over RELATION."""
@@ -269,9 +276,9 @@ def quoted(name: str) -> str:
 def checked(parsed: Mapping[str, Any]) -> set[str]:
     """Names of the parameters of a parsed text. Raises Rejected for what a report may not do."""
     if parsed["error"]:
-        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "a report is one SELECT")
+        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "write one SELECT")
     if len(parsed["statements"]) != 1:
-        raise Rejected("there is more than one statement", "a report is one SELECT")
+        raise Rejected("there is more than one statement", "write one SELECT")
     nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:

@@ -7,6 +7,7 @@ unless `formula_safe` puts an apostrophe before it, since spreadsheets would run
 """
 
 import io
+import itertools
 import math
 import re
 import tempfile
@@ -21,9 +22,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analytics.engine import written
+from app.analytics.engine import MESSAGE_CHARACTERS, written
 from app.analytics.reports import ReportTable
 from app.core.errors import Rejected
+from app.web.text_values import FORMULA
 
 MEDIA: Mapping[str, str] = {
     "json": "application/json",
@@ -39,7 +41,7 @@ MAX_ROWS: Mapping[str, int] = {
     "parquet": 5_000_000,
     "xlsx": 100_000,
 }
-FORMULA = r"^[=+\-@\t\r]"
+FORMULA_START = f"^[{re.escape(FORMULA)}]"
 SHEET = {
     "constant_memory": True,
     "strings_to_formulas": False,
@@ -115,13 +117,16 @@ def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
     batches = _counted(reader, shape)
     if shape.format in JSON_WRITERS:
         write_json, blocks = JSON_WRITERS[shape.format], (_rows(batch) for batch in batches)
-        return _spooled(folder, lambda spool: write_json(spool, reader.schema.names, blocks, shape))
+        return _spooled(folder, lambda spool: write_json(spool, _plain(reader.schema).names, blocks, shape))
     write: Callable[[Any, Any, Iterable[Any]], None] = WRITERS[shape.format]
     schema = _plain(reader.schema)
     plain: Iterable[Any] = (_cast(batch, schema) for batch in batches)
     if shape.format == "csv" and shape.formula_safe:
         schema, plain = _without_formulas(schema, plain)
-    return _spooled(folder, lambda spool: write(spool, schema, plain))
+    try:
+        return _spooled(folder, lambda spool: write(spool, schema, plain))
+    except (NotImplementedError, OverflowError) as error:
+        raise _unwritable(error) from None
 
 
 def _spooled(folder: Path, write: Callable[[Any], None]) -> ReportAnswer:
@@ -153,7 +158,9 @@ def _check_rows(count: int, shape: AnswerShape) -> None:
 
 
 def _plain(schema: Any) -> Any:
-    """The schema with instants in UTC without a zone, and without dictionaries."""
+    """The schema with instants in UTC without a zone, without dictionaries, and with each name once: a column that a
+    SELECT calls like another one gets a number, as in a table that DuckDB makes of it.
+    """
     import pyarrow as pa
 
     def plain(kind: Any) -> Any:
@@ -161,18 +168,42 @@ def _plain(schema: Any) -> Any:
             return pa.timestamp("us")
         return kind.value_type if pa.types.is_dictionary(kind) else kind
 
-    return pa.schema([(column.name, plain(column.type)) for column in schema])
+    names: dict[str, None] = {}
+    for column in schema:
+        numbered = (f"{column.name}_{number}" for number in itertools.count(1))
+        names[next(name for name in itertools.chain([column.name], numbered) if name not in names)] = None
+    return pa.schema([(name, plain(column.type)) for name, column in zip(names, schema, strict=True)])
 
 
 def _cast(batch: Any, schema: Any) -> Any:
     import pyarrow as pa
 
-    columns = [column.cast(field.type, safe=False) for column, field in zip(batch.columns, schema, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    cast = (column.cast(field.type, safe=False) for column, field in zip(batch.columns, schema, strict=True))
+    return pa.RecordBatch.from_arrays([_within_years(column) for column in cast], schema=schema)
+
+
+def _within_years(values: Any) -> Any:
+    """With null for instants and days outside of the years 1 to 9999, which no ISO text and no reader of ours holds."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_timestamp(values.type) or pa.types.is_date32(values.type)):
+        return values
+    first, last = (pa.scalar(at, values.type) for at in (datetime.min, datetime.max))  # noqa: DTZ901 - in UTC
+    return pc.if_else(pc.and_(pc.greater_equal(values, first), pc.less_equal(values, last)), values, None)
 
 
 def _rows(batch: Any) -> Sequence[tuple[Any, ...]]:
-    return list(zip(*(column.to_pylist() for column in _cast(batch, _plain(batch.schema)).columns), strict=True))
+    try:
+        return list(zip(*(column.to_pylist() for column in _cast(batch, _plain(batch.schema)).columns), strict=True))
+    except (OverflowError, ValueError) as error:
+        raise _unwritable(error) from None
+
+
+def _unwritable(error: Exception) -> Rejected:
+    """Of a day of the year 290000 inside of a list, and other values of types that few have."""
+    text = str(error)[:MESSAGE_CHARACTERS]
+    return Rejected(f"a value cannot be written: {text}", "cast it to text, or ask for another format")
 
 
 def to_json(value: Any) -> Any:
@@ -240,9 +271,9 @@ def _without_formulas(schema: Any, batches: Iterable[Any]) -> tuple[Any, Iterabl
 
     def safe(values: Any) -> Any:
         is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-        return pc.replace_substring_regex(values, f"({FORMULA})", r"'\1") if is_text else values
+        return pc.replace_substring_regex(values, f"({FORMULA_START})", r"'\1") if is_text else values
 
-    named = pa.schema([(re.sub(FORMULA, r"'\g<0>", column.name), column.type) for column in schema])
+    named = pa.schema([(re.sub(FORMULA_START, r"'\g<0>", column.name), column.type) for column in schema])
     return named, (pa.RecordBatch.from_arrays([*map(safe, batch.columns)], schema=named) for batch in batches)
 
 
@@ -252,39 +283,54 @@ def _write_csv(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
     import pyarrow.csv as pacsv
 
     as_text = {column.name for column in schema if pa.types.is_timestamp(column.type)}
-    nested = {column.name for column in schema if pa.types.is_nested(column.type)}
-    written = pa.schema([(c.name, pa.string() if c.name in as_text | nested else c.type) for c in schema])
+    others = {c.name for c in schema if pa.types.is_nested(c.type) or pa.types.is_binary(c.type) or _is_odd(c.type)}
+    written = pa.schema([(c.name, pa.string() if c.name in as_text | others else c.type) for c in schema])
     with pacsv.CSVWriter(spool, written, write_options=pacsv.WriteOptions(quoting_style="needed")) as writer:
         for batch in batches:
             columns = [
                 pc.strftime(values, format="%Y-%m-%dT%H:%M:%SZ", locale="C")
                 if name in as_text
                 else _json_texts(values)
-                if name in nested
+                if name in others
                 else values
                 for name, values in zip(schema.names, batch.columns, strict=True)
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=written))
 
 
-def _json_texts(values: Any) -> Any:
-    import msgspec
+def _is_odd(kind: Any) -> bool:
+    """Of spans of time and unions, which neither CSV nor Parquet have."""
     import pyarrow as pa
 
-    return pa.array(
-        [None if value is None else msgspec.json.encode(to_json(value)).decode() for value in values.to_pylist()],
-        pa.string(),
-    )
+    return bool(pa.types.is_interval(kind) or pa.types.is_union(kind))
+
+
+def _json_texts(values: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.array(map(_json_text, values.to_pylist()), pa.string())
+
+
+def _json_text(value: Any) -> str | None:
+    """A value as text: what is text in JSON as it is, anything else as its JSON."""
+    import msgspec
+
+    found = to_json(value)
+    return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
 
 
 def _write_parquet(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    utc = pa.schema([(c.name, pa.timestamp("us", "UTC") if pa.types.is_timestamp(c.type) else c.type) for c in schema])
+    def kept(kind: Any) -> Any:
+        return pa.timestamp("us", "UTC") if pa.types.is_timestamp(kind) else pa.string() if _is_odd(kind) else kind
+
+    utc = pa.schema([(column.name, kept(column.type)) for column in schema])
     with ParquetWriter(spool, utc, compression="zstd") as writer:
         for batch in batches:
-            writer.write_batch(_cast(batch, utc))
+            columns = [_json_texts(values) if _is_odd(values.type) else values for values in batch.columns]
+            writer.write_batch(_cast(pa.RecordBatch.from_arrays(columns, schema.names), utc))
 
 
 def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
@@ -307,12 +353,9 @@ def _write_xlsx(spool: Any, schema: Any, batches: Iterable[Any]) -> None:
 
 def _cell(value: Any) -> Any:
     """None leaves the cell empty: for null, NaN and infinity."""
-    import msgspec
-
     if isinstance(value, IN_CELLS):
         return None if isinstance(value, float) and not math.isfinite(value) else value
-    found = to_json(value)
-    return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
+    return _json_text(value)
 
 
 JSON_WRITERS = {"json": _write_json, "ndjson": _write_ndjson}

@@ -19,13 +19,14 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from app.analytics.engine import NANOS, NUMBERS, RELATION
 from app.core.errors import Permanent, Rejected
 from app.db.object_summaries import NO_DAY, DaySummary, Pair
+from app.web.text_values import instant
 
 PLACEHOLDER = re.compile(r"\bread_parquet\s*\(\s*(['\"]?)\{\{S3_PATH\}\}\1\s*\)", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
@@ -42,15 +43,11 @@ RESERVED = frozenset({"format", "scan"})
 OPTIONS = RESERVED | {"formula_safe"}
 TAKEN = frozenset({"schema", "explore"})
 MAX_TEXT = 1000
+WRITTEN = re.compile(r"[0-9.eE+-]+")  # Python also reads 1_000, blanks around a number, and digits of other scripts
 
 
 class BadParameter(Rejected):
     """A parameter that the caller has to correct (HTTP 422)."""
-
-
-def _instant(text: str) -> datetime:
-    instant = datetime.fromisoformat(text)
-    return instant.astimezone(UTC).replace(tzinfo=None) if instant.tzinfo else instant
 
 
 def _text(text: str) -> str:
@@ -61,14 +58,14 @@ def _text(text: str) -> str:
 
 def _whole(text: str) -> int:
     value = int(text)
-    if not -(1 << 63) <= value < 1 << 63:
+    if not -(1 << 63) <= value < 1 << 63 or not WRITTEN.fullmatch(text):
         raise ValueError
     return value
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value) or not WRITTEN.fullmatch(text):
         raise ValueError
     return value
 
@@ -79,7 +76,10 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "number": (_finite, "a number"),
     "boolean": (lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()], "true or false"),
     "date": (date.fromisoformat, "a date such as 2026-02-07"),
-    "timestamp": (_instant, "an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"),
+    "timestamp": (
+        lambda text: instant(text).replace(tzinfo=None),
+        "an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset",
+    ),
 }
 
 

@@ -285,9 +285,12 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     for parameter in report.parameters:
         options.pop(parameter.name, None)
     rest = []
-    for name, text in request.query_params.multi_items():
+    given = request.query_params.multi_items()
+    for name, text in given:
         if name in options:
             options[name] = text
+            if sum(name == each for each, _ in given) > 1:
+                raise Refused(Refusal(422, f"{name} is there twice", "send it once", f"query.{name}"))
         else:
             rest.append((name, text))
     written = options.pop("format")

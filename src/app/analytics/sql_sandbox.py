@@ -39,6 +39,7 @@ from app.analytics.queries import Objects
 from app.analytics.reports import BadParameter
 from app.analytics.summaries import Summaries
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
+from app.db.database import UNSTORABLE
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +135,8 @@ class SqlSandbox:
         """
         if len(request.sql) > MAX_CHARACTERS:
             raise BadParameter(f"the statement has more than {MAX_CHARACTERS} characters", "send a shorter one")
-        if "\0" in request.sql + (request.device_id or ""):
-            raise BadParameter("the statement or device_id holds a NUL character", "leave it out")
+        if UNSTORABLE.search(request.sql + (request.device_id or "")):
+            raise BadParameter("the statement or device_id holds a NUL or half of a surrogate pair", "leave it out")
         if request.since is not None and request.until is not None and request.since >= request.until:
             raise BadParameter("from is not earlier than to", "send the earlier instant as from")
         if not self._turn.acquire(blocking=False):
@@ -280,7 +281,7 @@ def check(engine: Engine, sql: str) -> None:
     if parsed["error"]:
         raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], ONE_SELECT)
     if len(parsed["statements"]) != 1:
-        raise Rejected("there is more than one statement", ONE_SELECT)
+        raise Rejected(f"there are {len(parsed['statements'])} statements", ONE_SELECT)
     nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]) for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     refused = [f"the name {name!r} in WITH" for name in own if not OWN_NAME.fullmatch(name)]

@@ -78,7 +78,8 @@ class ResourceRun:
     def pull_due(self) -> Report:
         """Go on with the request that is under way, or make the next one, and land its hours."""
         pull, context = self.run.pull, self.run.context
-        due, cursor = pull.due_at, self.run.cursor_at or self._begin()
+        oldest = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
+        due, cursor = pull.due_at, self.run.cursor_at or self.run.begin(oldest)
         if cursor >= due:
             return recount(self)
         export = self._under_way(cursor)
@@ -110,12 +111,6 @@ class ResourceRun:
             return report
 
         return self.run.fill(span, pull_again)
-
-    def _begin(self) -> datetime:
-        pull = self.run.pull
-        start = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
-        self.run.commit(cursor_at=start)
-        return start
 
     def _under_way(self, cursor: datetime) -> PendingExport | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.
@@ -243,6 +238,7 @@ class ResourceRun:
         """
         run = self.run
         had = record if was_had(record) else None
+        # A file that lacks a column must not replace one that has it.
         stays = had is not None and not whole and had.rows >= hour.rows > 0
         same = had is not None and (had.digest == hour.digest or stays)
         cursor_at = hour.window.end if live else None
@@ -402,6 +398,7 @@ def _count_day(resource: ResourceRun, day: Window) -> tuple[bool, Report]:
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
             pulled = resource.pull_late(span)
+            # The service still makes the file; until then these rows wait.
             if pulled.more:
                 waiting = ledger_of(Tally(counted=rows, waiting=rows), unit=UNIT).of_partition(run.name)
                 return False, report + replace(pulled, more=False, ledger=waiting)

@@ -408,6 +408,7 @@ class KnownRows:
 
     def of(self, slot: tuple[str, datetime], version: str) -> Any:
         """The identities of that very version, None when they are not known."""
+        # Without the lock: one look into a dictionary is whole, and what is not known is read.
         known, identities = self._known.get(slot, ("", None))
         return identities if known == version else None
 

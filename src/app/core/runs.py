@@ -7,8 +7,9 @@ lease's generation is checked again inside each commit; every started run gets a
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -19,6 +20,8 @@ from app.core.errors import AppError, LeaseLost, Stopped, Transient
 from app.core.ledger import Ledger, fault_of
 
 VALUES = "values"  # the unit of a ledger that counts the fields of a row one by one
+current_run: ContextVar[str] = ContextVar("current_run", default="")
+"""The id of the run that this thread works for; "" outside of runs."""
 log = logging.getLogger(__name__)
 
 
@@ -128,7 +131,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed."""
+    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
+
+    `started_by` is "schedule", "command line" or who asked for it, "" in records of earlier versions. `requests`: what
+    this process sent for it to systems that charge for requests, by kind.
+    """
 
     run_id: str
     job: str
@@ -138,6 +145,8 @@ class Run:
     report: Report = field(default_factory=Report)
     error: str = ""
     hint: str = ""
+    started_by: str = ""
+    requests: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,21 +288,27 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class RunDesk:
-    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end."""
+    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end.
+
+    `requests` takes what was counted for a run, given its id.
+    """
 
     clock: Callable[[], datetime]
     leases: Leases
     runs: Runs
     terms: LeaseTerms
     ended: Callable[[Run, BaseException | None], None]
+    requests: Callable[[str], Mapping[str, float]] = lambda _: {}
 
 
-def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run: bool = False) -> Run | None:
+def execute(
+    job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, started_by: str = "schedule", dry_run: bool = False
+) -> Run | None:
     """Run `job` once under its lease and record what happened; None when another process holds the lease.
 
     Never raises for anything the job does: this is the one place where any exception ends as a recorded outcome.
     """
-    run = Run(uuid4().hex, job.name, desk.clock())
+    run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
     cause: BaseException | None = None
     try:
         lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
@@ -306,10 +321,12 @@ def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run:
             context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at)
             if not dry_run:
                 desk.runs.save(run)
+            token = current_run.set(run.run_id)
             try:
                 report = job.work(context)
             finally:
-                run = replace(run, ended_at=context.clock())
+                current_run.reset(token)
+                run = replace(run, ended_at=context.clock(), requests=desk.requests(run.run_id))
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error

@@ -303,7 +303,7 @@ def _write_now(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Writt
             task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
-        "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
+        "give each Headwater its own S3_PREFIX, or one PostgreSQL: another writer uses the same bucket and prefix",
     )
 
 

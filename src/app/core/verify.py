@@ -196,13 +196,11 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
     except (Stopped, LeaseLost):
         raise
     except AppError as error:
-        return Report(), Verdict(
-            verdict.slot, verdict.sign, verdict.source, verdict.destination, error.message, error.hint
-        )
+        return Report(), replace(verdict, error=error.message, hint=error.hint)
     after = compare(ends, verdict.slot)
     if after.sign is not Sign.EQUAL:
         return report, after
-    return report, Verdict(verdict.slot, verdict.sign, after.source, after.destination, healed=True)
+    return report, replace(after, sign=verdict.sign, healed=True)
 
 
 # The gap map: which windows a destination holds, from its own listing beside what was confirmed.
@@ -281,15 +279,17 @@ def cells_of(
     there: dict[datetime, dict[str, str]] = {}
     for each in found:
         there.setdefault(each.window_start, {})[each.key] = each.version
-    return [_cell(w, expected.get(w.start, ()), there.get(w.start, {}), at) for w in windows if w.start < at.now]
-
-
-def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> Cell:
-    rows = sum(record.rows for record in records) or at.retired.get(window.start, 0)
-    return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
+    cells = []
+    for window in (window for window in windows if window.start < at.now):
+        known, objects = expected.get(window.start, ()), there.get(window.start, {})
+        state = _state(window, [record for record in known if record.version], objects, at)
+        rows = sum(record.rows for record in known) or at.retired.get(window.start, 0)
+        cells.append(Cell(window, state, rows, len(objects)))
+    return cells
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
+    # Nothing is promised yet behind the cursor.
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
             return CellState.OPEN

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -110,11 +110,15 @@ def stamp(at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}"
 
 
-def unused(folder: Path, name: str, at: datetime) -> Path:
-    """`{name}.{stamp}` in the folder, with a number behind it should that name be taken: nothing is overwritten."""
-    suffixes = (f".{stamp(at)}" + (f".{number}" if number else "") for number in itertools.count())
-    targets = (folder / bounded_name(name, suffix) for suffix in suffixes)
-    return next(target for target in targets if not os.path.lexists(target))
+def numbered(text: str, between: str = ".") -> Iterator[str]:
+    """The text, then with a number behind it."""
+    return itertools.chain((text,), (f"{text}{between}{number}" for number in itertools.count(1)))
+
+
+def free_paths(folder: Path, name: str, suffixes: Iterable[str], limit_bytes: int = NAME_BYTES) -> Iterator[Path]:
+    """The name with each suffix, in the folder, where nothing lies there yet: nothing is overwritten."""
+    paths = (folder / bounded_name(name, suffix, limit_bytes) for suffix in suffixes)
+    return (path for path in paths if not os.path.lexists(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -227,6 +231,7 @@ def identity_at(path: Path) -> Identity | None:
 def open_regular(path: Path) -> IO[bytes]:
     """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
     try:
+        # O_NONBLOCK: opening a pipe would wait for its writer, perhaps for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise Unsteady(f"{path.name} is gone", "no action needed; the file was removed") from error

@@ -15,8 +15,8 @@ from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
-from app.core.ledger import SetAside, Tally, ledger_of
-from app.core.runs import Context, Exits, Failure, Job, Report
+from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
+from app.core.runs import Context, Exits, Failure, Job, Report, Run
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
@@ -34,7 +34,7 @@ from app.csv_inbox.discovery import (
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, to_undo
+from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, rejected_by, to_undo
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
@@ -48,10 +48,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What `main` wires: the job, its load history, and undo. Of undo, a dry run is the preview."""
+    """What `main` wires: the job, where its rows end up, its load history, what a run set aside, and undo, whose dry
+    run is the preview.
+    """
 
     job: Job
+    destination: str
     history: Callable[[int], Sequence[Mapping[str, Any]]]
+    rejected: Callable[[Run], Sequence[KeptFile]]
     undo: Callable[[Context, str], Report]
 
 
@@ -67,9 +71,16 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
     )
+
+    def rejected(run: Run) -> Sequence[KeptFile]:
+        with translated(str(config.rejected_dir)):
+            return rejected_by(paths, run.run_id)
+
     return Inbox(
         job,
+        f"{config.watch_dir}/*.csv into {config.merged_file}",
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
+        rejected,
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
 
@@ -80,6 +91,7 @@ def run(inbox: InboxRun) -> Report:
     with translated(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
+            # Without the lock, and before the merge is imported: nearly every run finds nothing.
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
                 return Report()
@@ -181,11 +193,12 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_rows import take_in
+    from app.csv_inbox.appended_rows import take_in
 
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
+    # All of them wait together, so that many files cost one pause.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(waits)
     steady = []

@@ -115,7 +115,9 @@ class Migrated:
             if self._rebuilt is None:
                 raise
             self._prepare(error)
-            raise Transient(error.message, "the state was looked at and mended: the next attempt goes on") from error
+            raise Transient(
+                error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
+            ) from error
 
     def prepare(self) -> None:
         """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""

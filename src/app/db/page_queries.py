@@ -162,13 +162,22 @@ def numbers_of(row: Row) -> dict[str, Any]:
 
 def run_of(row: Row) -> Run:
     """A run as its row records it."""
+    document = json.loads(row["ledger"])
     report = Report(
         **numbers_of(row),
         failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
         more=bool(row["more"]),
-        ledger=from_json(json.loads(row["ledger"])),
+        ledger=from_json(document if document.get("is_kept", True) else {}),
     )
-    outcome = Outcome(row["outcome"])
     return Run(
-        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
+        row["run_id"],
+        row["job"],
+        row["started_at"],
+        row["ended_at"],
+        Outcome(row["outcome"]),
+        report,
+        row["error"],
+        row["hint"],
+        document.get("started_by", ""),
+        document.get("requests", {}),
     )

@@ -276,7 +276,8 @@ def _slot(run: Run, ended_at: datetime) -> dict[str, Any]:
         "slot_at": floor_to(ended_at, SLOT_SECONDS),
         "new_rows": run.report.new_rows,
         "updated_rows": run.report.corrected_rows or (0 if ledger.unit == VALUES else ledger.total.corrected),
-        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures)),
+        # What was set aside is told as such; the run has not failed.
+        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures and not ledger.newly_set_aside)),
     }
 
 
@@ -303,7 +304,15 @@ def _columns(run: Run) -> dict[str, Any]:
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
-        "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
+        # Beside the ledger in its document, in which earlier versions look for the keys of a ledger.
+        "ledger": json.dumps(
+            {
+                **to_json(run.report.ledger),
+                "is_kept": bool(run.report.ledger),
+                "started_by": storable(run.started_by),
+                "requests": run.requests,
+            }
+        ),
     }
 
 

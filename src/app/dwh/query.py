@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
@@ -17,6 +16,7 @@ from uuid import UUID
 from app.db.database import UNSTORABLE, Dialect, instant_text
 from app.dwh.tables import INTEGER_BITS, Table, TableColumn
 from app.web.errors import Refusal, Refused
+from app.web.text_values import instant
 
 Format = Literal["json", "csv", "ndjson", "parquet"]
 Params = dict[str, Any]
@@ -55,6 +55,7 @@ IS = {"null": "NULL", "not_null": "NOT NULL", "true": "TRUE", "false": "FALSE", 
 LIST_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,"()]*)', re.DOTALL)
 MAX_LIST, MAX_PATTERN_CHARACTERS = 1000, 1000
 PATTERN = re.compile(r"\\(.)|([%*])|(_)|(.)", re.DOTALL)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,8 @@ def _wrong(name: str, what: str) -> Refused:
 def _items(column: TableColumn, text: str) -> Sequence[str]:
     """The items of `(a,b,"c,d")`; in quotes, a backslash stands before a quote or a backslash."""
     if not (text.startswith("(") and text.endswith(")")) or len(text) < len("()"):
-        raise _wrong(column.name, "takes in.(…), a list in parentheses")
+        what = f"takes in.(…), a list in parentheses; the text itself is eq.in.{text[:20]}"
+        raise _wrong(column.name, what)
     items: list[str] = []
     at, end = 1, len(text) - 1
     while end > 1:
@@ -169,10 +171,9 @@ def _typed(column: TableColumn, text: str) -> Any:
     if column.kind == "bool":
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse(text)
     if column.kind == "instant":
-        at = datetime.fromisoformat(text)
-        return instant_text(at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC))
+        return instant_text(instant(text))
     if column.kind == "float":
-        number = float(text)
+        number = float(text if NUMBER.fullmatch(text) else _refuse(text))
         return number if number - number == 0 else _refuse(text)
     return text if not UNSTORABLE.search(text) else _refuse(text)
 

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.message import Message
 from functools import partial
 from itertools import chain, groupby, pairwise
 from typing import Any, BinaryIO, Literal, Protocol
@@ -195,7 +196,9 @@ def too_large(limit_bytes: int, hint: str) -> Refused:
 
 def row_too_large(row_bytes: int) -> Refused:
     """The answer to a row without an end."""
-    return Refused(Refusal(413, f"a row is larger than {row_bytes} bytes", "is a newline or a closing quote missing?"))
+    return Refused(
+        Refusal(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
+    )
 
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.
@@ -218,6 +221,7 @@ class CsvBody:
         self._heads: Sequence[bytes] = ()
         self._cells: Sequence[Cell] = ()
         self._names: Sequence[str] = ()
+        self._row_count = 0
 
     def feed(self, block: bytes) -> Iterator[Sequence[bytes]]:
         """See `Body.feed`."""
@@ -234,16 +238,24 @@ class CsvBody:
 
     def _groups(self, whole: bytes) -> Iterator[Sequence[bytes]]:
         rows: list[bytes] = []
-        for cells in _parsed(whole):
-            if not self._heads:
-                self._head(cells)
-            elif cells:
-                rows.append(self._row(cells))
-            if len(rows) == GROUP_ROWS:
-                yield rows
-                rows = []
+        csv.field_size_limit(max(csv.field_size_limit(), self._row_bytes))  # the process's; its default is 128 KiB
+        try:
+            for cells in _parsed(whole):
+                if not self._heads:
+                    self._head(cells)
+                elif cells:
+                    rows.append(self._row(cells))
+                if len(rows) == GROUP_ROWS:
+                    yield rows
+                    self._row_count += len(rows)
+                    rows = []
+        except csv.Error as error:
+            where = f"row {self._row_count + len(rows)}" if self._heads else "header"
+            hint = "quote cells as RFC 4180 says"
+            raise Refused(Refusal(400, f"the body is not CSV: {where}: {error}", hint)) from None
         if rows:
             yield rows
+            self._row_count += len(rows)
 
     def _head(self, cells: Sequence[str]) -> None:
         columns = {column.name: column for column in self._table.columns}
@@ -291,13 +303,10 @@ def _row_end(held: bytes) -> int:
 
 
 def _parsed(whole: bytes) -> Iterator[list[str]]:
-    try:
-        # Decoded as it is read: a StringIO takes four bytes a character.
-        # A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body.
-        text = io.TextIOWrapper(io.BytesIO(whole), "utf-8", "surrogateescape", newline="")
-        yield from csv.reader(text, strict=True)
-    except csv.Error as error:
-        raise Refused(Refusal(400, f"the body is not CSV: {error}", "quote cells as RFC 4180 says")) from None
+    # Decoded as it is read: a StringIO takes four bytes a character.
+    # A byte that is not UTF-8 becomes half of a surrogate pair, which refuses its cell and not the body.
+    text = io.TextIOWrapper(io.BytesIO(whole), "utf-8", "surrogateescape", newline="")
+    return csv.reader(text, strict=True)
 
 
 def _cell(column: TableColumn) -> Cell:
@@ -341,7 +350,6 @@ def _is_json(raw: bytes) -> bool:
 
 Form = Literal["json", "ndjson", "csv"]
 FORMS: Mapping[str, Form] = {
-    "": "json",
     "application/json": "json",
     "application/x-ndjson": "ndjson",
     "application/ndjson": "ndjson",
@@ -394,10 +402,10 @@ def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], prefer
 
 
 def _form(headers: Mapping[str, str]) -> Form:
-    media, _, parameters = headers.get("content-type", "").partition(";")
-    charset = parameters.strip().lower()
-    form = FORMS.get(media.strip().lower())
-    if form is None or ("charset=" in charset and charset.split("charset=")[1].strip('" ') not in ("utf-8", "utf8")):
+    given = Message()
+    given["content-type"] = headers.get("content-type") or "application/json"
+    form = FORMS.get(given.get_content_type())
+    if form is None or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise Refused(
             Refusal(
                 415, "this media type is not read", "send application/json, application/x-ndjson or text/csv in UTF-8"

@@ -19,6 +19,7 @@ from app.dwh.query import Format, Place, Selection
 from app.dwh.rows import RowFault
 from app.dwh.tables import TableColumn
 from app.dwh.warehouse import Inserted, Warehouse
+from app.web.text_values import FORMULA
 
 PIECE_IDS = 10_000
 
@@ -125,9 +126,6 @@ class _Json:
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-
 class _Csv:
     """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
     take for a formula; numbers stay as they are.
@@ -164,7 +162,7 @@ def _with_quoted_returns(block: Block) -> str:
 
 
 def _without_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return f"'{text}" if text.startswith(tuple(FORMULA)) else text
 
 
 def _flag(value: Any) -> Any:
@@ -238,15 +236,6 @@ GZIP_FROM_BYTES = 1 << 10
 GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
 
 
-def accepts_gzip(header: str) -> bool:
-    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
-    allowed: dict[str, bool] = {}
-    for each in header.lower().split(","):
-        name, _, weight = each.partition(";")
-        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
-    return allowed.get("gzip", allowed.get("*", False))
-
-
 def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces, compressed."""
     packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
@@ -287,7 +276,7 @@ class GzipWriter:
 # TMPDIR; bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
 
 SPOOL_BYTES = 1 << 22
-BROKEN = Permanent("the answer could not be made to its end", "the log says why: please report it")
+BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
 class Abandoned(Exception):

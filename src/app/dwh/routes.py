@@ -21,11 +21,11 @@ from starlette.requests import ClientDisconnect
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post, gzipped
+from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import MERGE, Inserted, Warehouse
-from app.web.api import Streamed
+from app.web.api import Streamed, accepts_gzip
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
@@ -133,7 +133,9 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
                 with ExitStack() as place:
                     place.callback(readers.release)
                     await run_in_threadpool(page.look)
-                return Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
+                head = Response(headers=_headers(chosen, request.url.path, page), media_type=MEDIA[chosen.format])
+                del head.headers["content-length"]  # of the rows that GET would send, which nobody has read
+                return head
             producing = asyncio.ensure_future(run_in_threadpool(page.produce))
             # The place is that of the reading from the database, however slowly the client takes the answer.
             producing.add_done_callback(lambda _: readers.release())
@@ -149,8 +151,11 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
 
 
 def _preferred(request: Request) -> Sequence[str]:
-    """What `Prefer` asks for, see RFC 7240; what is not known there is ignored, as it says."""
-    return [each.strip().lower() for line in request.headers.getlist("prefer") for each in line.split(",")]
+    """What `Prefer` asks for, see RFC 7240: a value may be in quotes and have parameters; what is not known there is
+    ignored, as it says.
+    """
+    asked = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return ["".join(each.partition(";")[0].split()).replace('"', "") for each in asked]
 
 
 def _headers(chosen: Selection, path: str, page: AnswerPage) -> dict[str, str]:

@@ -302,6 +302,13 @@ class Latest:
 # Invariant: the keys are looked at in the turn of the table, so that no row comes back that was deleted meanwhile.
 
 LOOKED_UP_ROWS = 1000
+HASH: dict[Dialect, str] = {
+    "sqlite": "sha256_hex((SELECT salt FROM dwh_deleted_salt) || '{table}/' || {key})",
+    "postgres": (
+        "encode(sha256(convert_to((SELECT salt FROM dwh_deleted_salt) || '{table}/' || {key}, 'UTF8')), 'hex')"
+    ),
+}
+"""What is kept of a natural key, as text, of a deleted row; as in `deleted.sql` and the migration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,10 +321,13 @@ class Erased:
 
 
 class DeletedKeys:
-    """The natural keys of deleted rows, as text."""
+    """The hashes of the natural keys of deleted rows."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
+
+    def _hash(self, table: Table, key: str) -> str:
+        return HASH[self._queries.database.dialect].format(table=table.name, key=f"CAST({key} AS text)")
 
     def any_of(self, session: Session, table: Table) -> bool:
         """Whether there are any of this table."""
@@ -329,9 +339,13 @@ class DeletedKeys:
         if not self.any_of(session, table):
             yield from each
         while some := list(islice(each, LOOKED_UP_ROWS)):
-            keys = json.dumps([str(row[0]) for row in some])
-            found = {row["key"] for row in session.rows(self._queries["deleted_keys"], table=table.name, keys=keys)}
+            found = self.among(session, table, [str(row[0]) for row in some])
             yield from (row for row in some if str(row[0]) not in found)
+
+    def among(self, session: Session, table: Table, keys: Sequence[str]) -> Collection[str]:
+        """Those of some keys that belong to deleted rows."""
+        found = session.rows(self._queries["deleted_keys"], table=table.name, keys=json.dumps(keys))
+        return {row["key"] for row in found}
 
     def leave_out_staged(self, session: Session, table: Table) -> None:
         """Take them out of what was staged in PostgreSQL."""
@@ -339,16 +353,17 @@ class DeletedKeys:
             of_table = "table_name = :table AND "
             session.run(
                 f"DELETE FROM {_stage(table)} AS staged USING dwh_deleted WHERE {of_table}"  # noqa: S608 - declared
-                f"dwh_deleted.key = staged.{table.key.name}::text",
+                f"dwh_deleted.key_hash = {self._hash(table, f'staged.{table.key.name}')}",
                 table=table.name,
             )
 
     def remember(self, session: Session, table: Table, condition: str, params: Mapping[str, Any], at: datetime) -> int:
         """Add the keys of all rows that meet the condition; how many are new."""
-        key = f"CAST({table.key.name} AS text)"
+        key_hash = self._hash(table, table.key.name)
         return session.run(
-            f"INSERT INTO dwh_deleted (table_name, key, deleted_at) SELECT '{table.name}', {key}, :deleted_at "  # noqa: S608
-            f"FROM {table.name} WHERE {condition} ON CONFLICT DO NOTHING",
+            "INSERT INTO dwh_deleted (table_name, key_hash, deleted_at) "  # noqa: S608 - declared
+            f"SELECT '{table.name}', {key_hash}, :deleted_at FROM {table.name} WHERE {condition} "
+            "ON CONFLICT DO NOTHING",
             **params,
             deleted_at=at,
         )
@@ -356,8 +371,8 @@ class DeletedKeys:
     def forget(self, session: Session, table: Table, keys: Sequence[str]) -> int:
         """Remove these keys; how many there were."""
         names = {f"key_{number}": key for number, key in enumerate(keys)}
-        places = ", ".join(f":{name}" for name in names)
-        condition = f"table_name = :table AND key IN ({places})"
+        places = ", ".join(self._hash(table, f":{name}") for name in names)
+        condition = f"table_name = :table AND key_hash IN ({places})"
         return session.run(f"DELETE FROM dwh_deleted WHERE {condition}", table=table.name, **names) if keys else 0  # noqa: S608
 
 
@@ -461,8 +476,8 @@ class Warehouse:
             return (load_sqlite if self._lite else load_postgres)(session, chunks, self._deleted, past=past)
 
     def erase(self, erasure: Erasure, *, at: datetime) -> Erased:
-        """Delete all rows that meet the filters, and remember their natural keys, so that nothing brings them back; or,
-        to lift that, forget the keys.
+        """Delete all rows that meet the filters, and remember hashes of their natural keys, so that nothing brings them
+        back; or, to lift that, forget them.
         """
         table, dialect = erasure.table, self.database.dialect
         conditions, params = conditions_of(erasure.filters, dialect)
@@ -482,8 +497,10 @@ class Warehouse:
 
     def known(self, uuids: Collection[str]) -> int:
         """How many of these events are there, or were deleted on request; a few thousand at a time at most."""
-        (found,) = self._queries.rows("known_events", uuids=json.dumps(sorted(uuids)))
-        return int(found["events"])
+        asked = sorted(uuids)
+        with self.database.transaction(read_only=True) as session:
+            (found,) = session.rows(self._queries["known_events"], uuids=json.dumps(asked))
+            return int(found["events"]) + len(self._deleted.among(session, EVENTS, asked))
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:

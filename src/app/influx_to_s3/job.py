@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from app.core.partitions import Backoff, Pass, Settling, isolated, sync_all
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
-from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
+from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done
@@ -443,7 +443,8 @@ def _replace(parts: ExportParts, context: Context, span: Window, *, allow_shrink
     def one(partition: str, done: Done) -> None:
         until = min(span.end, cursors.get(partition, span.end))
         if until > span.start:
-            done(write_again(pipeline, context, partition, Window(span.start, until), opened.now))
+            window = Window(span.start, until)
+            done(fill(pipeline, context, partition, window, opened.now, always_writes=True))
 
     devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
     return isolated(pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))

@@ -8,7 +8,6 @@ digest and rows of its content.
 
 import csv
 import io
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -16,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from app.core.errors import Conflict, Permanent, Rejected
+from app.core.files import temporary_file
 from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.object_store.deltas import folded_in, named_second, noted_window, unfolded
+from app.object_store.deltas import named_second, noted_window, unfolded
 from app.object_store.port import CONTROL, STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ class TableSink:
         if info is None:
             return None
         second, noted = named_second(key), noted_window(info)
+        # What somebody copied here from another window has that window's digest and rows in its metadata.
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
@@ -188,6 +189,7 @@ class TableSink:
             if key.endswith(".parquet"):
                 yield from _readable(key, _parquet_tables(file))
             else:
+                # A CSV object has no schema: what it lacks is noted beside it.
                 held = self.head(key)
                 mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
                 for table in _readable(key, _csv_tables(file)):
@@ -237,9 +239,7 @@ class TableSink:
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
-        folder = str(self.spool_directory)
-        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
-        return cast("BinaryIO", file)
+        return temporary_file(self.spool_directory, MEMORY_BYTES)
 
 
 def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
@@ -274,13 +274,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows = info.metadata.get("rows", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
-        folded=folded_in(info),
-        rows=int(rows) if rows.isdigit() else None,
+        folded=info.number("folded") or 0,
+        rows=info.number("rows"),
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),
     )

@@ -13,13 +13,13 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from app.core.errors import Permanent, Rejected
 from app.core.files import sync_directory, sync_file
@@ -38,7 +38,7 @@ from app.object_store.port import (
     taken_for,
 )
 
-RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
+RANGE = re.compile(r"bytes=\s*([0-9]{0,1000})\s*-\s*([0-9]{0,1000})\s*", re.IGNORECASE)
 TAG = re.compile(r'(?:W/)?"[^"]*"')
 HIDDEN_SEGMENT = ".headwater"
 SECRET_BYTES = 32
@@ -123,20 +123,21 @@ def check_match(fields: Mapping[str, str], held: ObjectInfo) -> None:
         raise NotServed(412, f"the object was changed on {changed}", CHANGED_HINT, fault="If-Unmodified-Since")
 
 
-def check_unmatched(fields: Mapping[str, str]) -> None:
-    """Raises NotServed with 412 when the caller wants to create what is there already."""
-    if fields.get("if-none-match", "").strip() == "*":
-        raise NotServed(412, "there is an object already", CHANGED_HINT, fault="If-None-Match")
+def check_unmatched(fields: Mapping[str, str], held: ObjectInfo) -> None:
+    """Raises NotServed with 412 when the caller wants no change of this version."""
+    if _named(fields.get("if-none-match", ""), held.etag, weak=True):
+        raise NotServed(412, f"the object has the ETag {held.etag}", CHANGED_HINT, fault="If-None-Match")
 
 
-def expected_of(fields: Mapping[str, str]) -> str | None:
-    """`Put.expected` of an upload. Raises NotServed for conditions that no store can keep."""
-    match, none = fields.get("if-match"), fields.get("if-none-match")
-    if none is not None and (none.strip() != "*" or match is not None):
-        raise NotServed(422, "an upload knows only `If-None-Match: *`", "send that, or If-Match", fault="If-None-Match")
-    if match is not None and not re.fullmatch(r'"[^"]*"', match.strip()):
-        raise NotServed(422, "an upload's If-Match takes one ETag", "send it with its quotes", fault="If-Match")
-    return "" if none is not None else match.strip() if match is not None else None
+def expected_of(fields: Mapping[str, str], held: ObjectInfo | None) -> str:
+    """`Put.expected` of an upload with conditions, when `held` is what is there now. Raises NotServed with 412."""
+    if held is None:
+        if "if-match" in fields:
+            raise NotServed(412, "there is no object", CHANGED_HINT, fault="If-Match")
+        return ""
+    check_match(fields, held)
+    check_unmatched(fields, held)
+    return held.etag
 
 
 def _named(given: str, etag: str, *, weak: bool) -> bool:
@@ -224,18 +225,16 @@ def _is_below(prefix: str, key: str) -> bool:
     return key.startswith(prefix) or taken_for(key).startswith(prefix)
 
 
-def check_query(query: bytes) -> None:
-    """Raises NotServed for a query string that is not UTF-8, which would be read as another key, and for a parameter
-    that is given twice: one of the two would be ignored.
+def check_query(query: bytes, known: Collection[str]) -> None:
+    """Raises NotServed for a parameter that is given twice, since one of the two would be ignored, and for one that is
+    not known: with a misspelt `offset` a patch would overwrite the start.
     """
-    try:
-        unquote_to_bytes(query).decode()
-    except UnicodeDecodeError as error:
-        raise NotServed(422, "the query is not UTF-8", "percent-encode the key's UTF-8 bytes") from error
     counts = Counter(name for name, _ in parse_qsl(query.decode("ascii", "replace"), keep_blank_values=True))
     for name, count in counts.items():
         if count > 1:
             raise NotServed(422, f"the parameter {name!r} is given {count} times", "give it once", fault=name)
+        if name not in known:
+            raise NotServed(422, f"unknown parameter {name[:80]!r}", f"send {', '.join(known)}", fault=name[:80])
 
 
 class Links(Protocol):
@@ -377,6 +376,7 @@ class SignedLinks:
 
 META = "x-amz-meta-"
 SERVER_SIDE = ("x-amz-server-side-encryption", "x-amz-storage-class")
+NOT_KEPT = ("x-amz-acl", "x-amz-copy-source", "x-amz-grant-", "x-amz-object-lock-", "x-amz-website-redirect-location")
 MAX_HEADER, MAX_METADATA = 1024, 2000  # S3 takes 2 KB of metadata, our own mark included
 MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
 TAG_TEXT = re.compile(r"[\w +\-=.:/@]*")
@@ -399,6 +399,8 @@ def stored_fields(fields: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping
     for name in fields:
         if name.startswith(SERVER_SIDE):
             raise NotServed(422, f"{name} is the service's setting", "set S3_SSE or S3_STORAGE_CLASS", fault=name)
+        if name.startswith(NOT_KEPT):
+            raise NotServed(422, f"{name} would have no effect here", "leave it out", fault=name)
     headers = {name: _header(name, fields[name].strip()) for name in (*CONTENT_HEADERS, TAGS) if name in fields}
     metadata = {
         name.removeprefix(META): _checked_text(name, value.strip())

@@ -68,6 +68,7 @@ PARQUET_WARNING = (
 GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
 NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
+CONDITIONS = {"if-match", "if-none-match", "if-unmodified-since"}
 GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Key = Annotated[str, Query(description="the object's key, percent-encoded: a bare + is a space")]
@@ -119,7 +120,8 @@ def build(serving: ObjectRoutes) -> APIRouter:
 async def _served(request: Request) -> AsyncIterator[None]:
     """Every refusal in the one shape."""
     try:
-        check_query(request.scope["query_string"])
+        named = request.scope["route"].dependant.query_params
+        check_query(request.scope["query_string"], [each.alias for each in named])
         yield
     except NotServed as error:
         raise Refused(Refusal(error.status, error.message, error.hint, error.fault, error.headers)) from error
@@ -127,7 +129,7 @@ async def _served(request: Request) -> AsyncIterator[None]:
         fault = "key" if isinstance(error, BadKey) else ""
         raise Refused(Refusal(422, error.message, error.hint, fault)) from error
     except Conflict as error:
-        asked = {"if-match", "if-none-match", "if-unmodified-since"} & set(request.headers)
+        asked = CONDITIONS & set(request.headers)
         hint = "look at the object, then send it again"
         raise Refused(Refusal(412 if asked else 409, f"changed in the meantime: {error.message}", hint)) from error
 
@@ -193,13 +195,14 @@ def _get_and_head(router: APIRouter, path: str, route: Callable[..., Any], scope
 
 async def _download(request: Request, serving: ObjectRoutes, key: str) -> Response:
     """What is replaced between the look and the first byte is looked at again."""
+    fields = joined(request.headers.items())
     for look in range(LOOKS):
         held = await serving.held(key)
-        check_match(request.headers, held)
-        if unchanged(request.headers, held):
+        check_match(fields, held)
+        if unchanged(fields, held):
             told = download_headers(held, ByteSpan(0, 0, part=False))
             return Response(status_code=304, headers={name: told[name] for name in NOT_MODIFIED if name in told})
-        span = span_of(request.headers, held)
+        span = span_of(fields, held)
         if request.method == "HEAD":
             return Response(status_code=206 if span.part else 200, headers=download_headers(held, span))
         try:
@@ -279,6 +282,10 @@ def _upload_links(router: APIRouter, serving: ObjectRoutes) -> None:
             if "${filename}" in known:
                 raise NotServed(422, "S3 replaces ${filename} in the key of a form", "choose another key", fault="key")
             media, sizes, now = media_type(content_type, known), range(min_bytes, largest + 1), serving.clock()
+            if content_type.strip() not in ("", media):
+                raise NotServed(
+                    422, "no object can have this type", "leave it out, or correct it", fault="content_type"
+                )
             url, fields = await serving.ask(serving.links.form, known, media, sizes, now, expires)
             answer = {
                 "key": known,
@@ -321,7 +328,13 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
     )
     async def upload(request: Request, key: Key) -> Response:
         async with _served(request):
-            known, expected = _reach(request, serving).writes(key), expected_of(request.headers)
+            known, fields = _reach(request, serving).writes(key), joined(request.headers.items())
+            expected = None
+            if CONDITIONS & fields.keys():
+                # of `If-None-Match: *` the store decides, and of anything else the version that is there now
+                creates = fields.get("if-none-match", "").strip() == "*"
+                held = None if creates else await serving.ask(serving.store.head, known)
+                expected = expected_of(fields, held)
             return await _written(request, serving, known, expected)
 
     @router.put(
@@ -337,9 +350,9 @@ def _uploading(router: APIRouter, serving: ObjectRoutes) -> None:
 
 
 async def _to_change(request: Request, serving: ObjectRoutes, key: str) -> ObjectInfo:
-    held = await serving.held(key, tags=request.method != "DELETE")
-    check_match(request.headers, held)
-    check_unmatched(request.headers)
+    held, fields = await serving.held(key, tags=request.method != "DELETE"), joined(request.headers.items())
+    check_match(fields, held)
+    check_unmatched(fields, held)
     return held
 
 

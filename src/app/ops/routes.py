@@ -350,8 +350,8 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
-    def run(job: str) -> dict[str, Any]:
-        scheduler.run_now(known(scheduler, job))
+    def run(job: str, request: Request) -> dict[str, Any]:
+        scheduler.run_now(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
     @router.post(
@@ -383,8 +383,8 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         status_code=202,
         responses=KNOWN_JOB,
     )
-    def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
+    def backfill(job: str, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
         return accepted(scheduler, job)
 
     @router.post(
@@ -407,7 +407,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     )
     def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
-        scheduler.queue(job, work)
+        scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)
         return accepted(scheduler, job)
 

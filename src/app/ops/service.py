@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.config.settings import ServiceSettings, Settings
-from app.core.runs import Context, Job, Report, RunDesk, Stop
+from app.core.ledger import KeptFile
+from app.core.runs import Context, Job, Report, Run, RunDesk, Stop
 from app.core.verify import Chart, Verification
 from app.core.windows import Window
 from app.db.state import State
@@ -74,9 +75,9 @@ class Pipelines:
 
     `destinations`: where a job's rows end up, for people.
 
-    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
-    jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
-    routes; they are called once, when the API is built.
+    `histories`, `undos`, `verifications`, `charts`, `calls` and `kept` are by job name, for those jobs that have one.
+    `kept` finds what a run set aside. `listed`: jobs whose listings tell which objects are gone. `routers` build the
+    routes of slices that have both jobs and routes; they are called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
@@ -90,6 +91,7 @@ class Pipelines:
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+    kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
     routers: Sequence[Callable[[], "APIRouter"]] = ()
 

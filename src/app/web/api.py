@@ -36,7 +36,11 @@ WITH_KEY = {
     429: "too many requests with this key, or too many at once: come back after Retry-After",
     503: "a system that is needed cannot be reached: send the same request again after Retry-After",
 }
-WITH_BODY = {408: "the body did not arrive in time", 413: "the body is larger than allowed"}
+WITH_BODY = {
+    408: "the body did not arrive in time",
+    413: "the body is larger than allowed",
+    415: "a body of this media type is not read",
+}
 KEYS = {
     "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key of API_KEYS."},
     "Bearer": {"type": "http", "scheme": "bearer", "description": "The same key as `Authorization: Bearer`."},
@@ -141,9 +145,11 @@ def route_scopes(api: FastAPI) -> RouteScopes:
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
-    """Every error in the one shape."""
+    """Every error in the one shape. A body that FastAPI did not read as JSON has the wrong type, not a wrong shape."""
     if isinstance(error, RequestValidationError):
         refusal = _invalid(error.errors())
+        if refusal.fault == "body" and isinstance(error.body, bytes) and error.body:
+            refusal = Refusal(415, "this media type is not read", "send application/json")
     elif isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, str(error.detail), SEE_DOCS, headers=error.headers or {})
     else:
@@ -234,3 +240,12 @@ class Streamed(StreamingResponse):
             await super().stream_response(send)
         except AppError as error:
             log.error("an answer was cut off: %s", error)  # noqa: TRY400 - the message says it all
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
+    allowed: dict[str, bool] = {}
+    for each in header.lower().split(","):
+        name, _, weight = each.partition(";")
+        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
+    return allowed.get("gzip", allowed.get("*", False))

@@ -29,6 +29,7 @@ from app.web.errors import (
     send_refusal,
 )
 from app.web.limits import BodyLimits
+from app.web.text_values import check_query
 
 SAFE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 PAGE = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -137,6 +138,7 @@ class Front:
                 await noted({"type": "http.response.body"})
                 return
             await self._guard.authorize(scope, methods)
+            check_query(scope["query_string"])
             await self._limits.call(api, scope, receive, noted)
         except (Refused, AppError) as error:
             await send_refusal(noted, refusal_of(error))

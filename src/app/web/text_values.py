@@ -1,0 +1,36 @@
+"""Text that all slices read from requests, or write for spreadsheets, in the same way."""
+
+import re
+from datetime import UTC, datetime
+from urllib.parse import unquote_to_bytes
+
+from app.web.errors import Refusal, Refused
+
+# A plus sign in a query string is a blank: `12:34:56+02:00` comes as `12:34:56 02:00`, which can mean nothing else.
+BLANK_FOR_PLUS = re.compile(r"(.*:\d\d(?:[.,]\d+)?) (\d\d:?\d\d)", re.ASCII)
+FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
+"""A text that begins with one of these, of which the last four are wide, is a formula to some spreadsheet."""
+
+
+def check_query(query: bytes) -> None:
+    """Raises Refused for a query string that is not UTF-8: it would be read as another key, or as another filter."""
+    try:
+        unquote_to_bytes(query).decode()
+    except UnicodeDecodeError:
+        hint = "percent-encode the UTF-8 bytes of each value"
+        raise Refused(Refusal(422, "the query is not UTF-8", hint)) from None
+
+
+def instant(text: str) -> datetime:
+    """The instant in UTC of an ISO 8601 text, which is in UTC when it has no offset; digits below the microsecond are
+    rounded, as those of rows in JSON are. Raises ValueError and OverflowError.
+    """
+    import msgspec
+
+    if found := BLANK_FOR_PLUS.fullmatch(text):
+        text = f"{found[1]}+{found[2]}"
+    try:
+        at: datetime = msgspec.convert(text, datetime)
+    except msgspec.ValidationError:
+        at = datetime.fromisoformat(text)  # which takes dates, and times without seconds, too
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
