@@ -150,10 +150,11 @@ class Silent:
 
 def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
     """One line of JSON per phase."""
+    from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, RunDesk, Stop, execute
     from app.db.state import open_state
-    from app.influx_to_s3.job import NAME, build
+    from app.influx_to_s3.job import NAME, ObjectSums, build
     from app.object_store.local import LocalDirectory
     from app.object_store.set_aside import SetAsideStore, folder_of
 
@@ -165,7 +166,15 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         store = Counted(LocalDirectory(folder / "objects"), given.put_ms)
         checkpoints: Any = Counted(state.checkpoints)
         aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
-        export = build(settings, checkpoints, state.layouts, store, set_aside=aside, clock=lambda: now[0])
+        export = build(
+            settings,
+            checkpoints,
+            state.layouts,
+            store,
+            set_aside=aside,
+            clock=lambda: now[0],
+            sums=ObjectSums(TableSums, state.summaries),
+        )
         job = next(job for job in export.jobs if job.name == NAME)
         desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
         for phase, share in (("first", 0.0), ("nothing new", 0.0), ("all new", 1.0), ("a tenth new", 0.1)):

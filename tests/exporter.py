@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from app.analytics.table_sums import TableSums
 from app.config.environment import load_settings
 from app.core.partitions import Step, SyncPlan, in_this_process
 from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from app.db.state import State, open_state
-from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, build
+from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, ObjectSums, build
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
@@ -101,6 +102,7 @@ class Exporter:
             set_aside=aside,
             clock=self.clock,
             steps=self.steps or in_this_process,
+            sums=ObjectSums(TableSums, self.state.summaries),
         )
 
     def keep(self, **environ: str) -> None:

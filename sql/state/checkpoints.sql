@@ -3,7 +3,7 @@
 -- name: cursors
 -- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
 -- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
--- else from the first cursor on.
+-- else to the newest day of which there were records, else from the first cursor on.
 SELECT device_id, cursor_at
 FROM (
     SELECT
@@ -17,6 +17,11 @@ FROM (
                     WHERE
                         w.pipeline = held.pipeline AND w.device_id = held.device_id
                         AND w.window_start <= :until_at AND w.updated_at <= :until_at
+                ),
+                (
+                    SELECT max(d.day_at)
+                    FROM export_days AS d
+                    WHERE d.pipeline = held.pipeline AND d.device_id = held.device_id AND d.day_at <= :until_at
                 ),
                 held.started_at
             )
@@ -132,6 +137,31 @@ SELECT s3_key, error FROM undeleted_objects WHERE pipeline = :pipeline ORDER BY 
 -- The rows of a window's deltas are part of its object now.
 DELETE FROM export_windows
 WHERE pipeline = :pipeline AND device_id = :partition AND window_start = :starts_at AND part > 0;
+
+-- name: retire_records
+-- Records of closed windows that start before :before_at and end by :until_at go; their starts and rows. What a listing
+-- showed to be wrong stays, and so does the record of a window that still has deltas.
+DELETE FROM export_windows
+WHERE
+    pipeline = :pipeline AND device_id = :partition AND window_start < :before_at AND window_end <= :until_at
+    AND part = 0 AND status = 'closed' AND trouble = ''
+    AND NOT EXISTS (
+        SELECT 1 FROM export_windows AS delta
+        WHERE
+            delta.pipeline = :pipeline AND delta.device_id = :partition
+            AND delta.window_start = export_windows.window_start AND delta.part > 0
+    )
+RETURNING window_start AS starts_at, record_count;
+
+-- name: save_day
+-- Insert or replace what is known of a day of which records went.
+INSERT INTO export_days (pipeline, device_id, day_at, windows) VALUES (:pipeline, :partition, :day_at, :windows)
+ON CONFLICT (pipeline, device_id, day_at) DO UPDATE SET windows = excluded.windows;
+
+-- name: days
+-- Days of a partition of which records went.
+SELECT day_at, windows FROM export_days
+WHERE pipeline = :pipeline AND device_id = :partition AND day_at >= :since_at AND day_at < :until_at;
 
 -- name: save_checkpoint
 -- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.

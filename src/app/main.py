@@ -278,6 +278,7 @@ def now() -> datetime:
 def wire(parts: ServiceParts) -> Pipelines:
     """Every pipeline of the product."""
     from app.amplitude import job as amplitude_job
+    from app.analytics.table_sums import TableSums
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
@@ -294,6 +295,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         clock=parts.clock,
         rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
         steps=parts.steps,
+        sums=influx_job.ObjectSums(TableSums, state.summaries),
     )
     dynamo = dynamo_job.build(
         settings,
@@ -375,7 +377,8 @@ def build(
     it makes go to all workers.
     """
     use_network(settings)
-    state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
+    checkpoint = settings.checkpoint
+    state = open_state(checkpoint.url.get_secret_value(), settings.service.data_dir, run_records=checkpoint.run_records)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
     store = open_store(settings, counter)

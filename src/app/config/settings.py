@@ -9,7 +9,6 @@ is a SecretStr, so that no repr shows one. For other values take `load_settings(
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,19 +56,13 @@ from app.config.value_types import (
     TimeZone,
     WarehouseUrl,
     checkpoint_url,
+    installed_version,
 )
 from app.core.windows import DAY_SECONDS
 
 YEAR_SECONDS = 366 * DAY_SECONDS
 GIB = 1 << 30
 OF_URL: Mapping[str, Any] = {"exclude": True, "repr": False}  # seen as part of the URL alone
-
-
-def _installed_version() -> str:
-    try:
-        return version("headwater")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
 
 
 class ServiceSettings(SettingsGroup, title="Service"):
@@ -79,7 +72,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     """Name of this service in logs and answers."""
     title: Text = variable("TITLE", default="Headwater")
     """Title of the API pages."""
-    version: Text = variable("VERSION", default=_installed_version, unset="the installed version")
+    version: Text = variable("VERSION", default=installed_version, unset="the installed version")
     """Version that /health reports."""
     description: Text = variable(
         "DESCRIPTION", default="Delivers telemetry and product-analytics data to where people use it."
@@ -102,7 +95,9 @@ class ServiceSettings(SettingsGroup, title="Service"):
     log_file: LogFile = variable(
         "LOG_FILE", default=lambda above: above["data_dir"] / "app.log", unset="app.log in DATA_DIR"
     )
-    """Rotating log file (1 MB, five kept) beside stdout; off = none."""
+    """Rotating log file (1 MB each) beside stdout; off = none."""
+    log_files: int = variable("LOG_FILES", default=5, ge=1, le=1000)
+    """Older log files that are kept."""
     shutdown_grace_seconds: int = variable("SHUTDOWN_GRACE_SECONDS", default=25, ge=1, le=3600)
     """Time a stop may take; stay below what the platform waits before it kills (Kubernetes: 30)."""
 
@@ -224,6 +219,8 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     """Let an object lose rows that were deleted at the source; rows that its retention dropped are kept."""
     reconcile_days: int = variable("RECONCILE_DAYS", default=7, ge=0, le=3660)
     """Days that the daily reconcile compares with the source."""
+    record_days: int = variable("WINDOW_RECORD_DAYS", default=14, ge=0, le=3660)
+    """Days that closed windows are recorded one by one, never fewer than RECONCILE_DAYS; 0 = for ever."""
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
     """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
@@ -331,6 +328,8 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """How its TLS is checked; verify-full checks the certificate, against CA_FILE too, and the host name."""
     url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=checkpoint_url)
     """All of the above in one URL."""
+    run_records: int = variable("RUN_RECORDS", default=1000, ge=10, le=1_000_000)
+    """Runs of each job that are remembered; totals and metrics count all."""
 
     @field_validator("url")
     @classmethod

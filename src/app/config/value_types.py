@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -497,6 +498,14 @@ KeyFileText = Annotated[
 
 
 NO_SECRET = SecretStr("")
+
+
+def installed_version() -> str:
+    """Of this package; "unknown" in a checkout that was never installed."""
+    try:
+        return version("headwater")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:

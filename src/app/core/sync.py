@@ -63,6 +63,7 @@ class _Written:
     new_rows: int = 0
     corrected_rows: int = 0
     shrink: Shrink | None = None
+    summaries: Sequence[Any] = ()
 
 
 Done = Callable[[Report], None]
@@ -260,7 +261,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
     cursor_at = task.window.end if moves_cursor else None
     if not context.dry_run and (record != task.record or cursor_at or written.deltas):
         folded = (task.window,) if written.deltas else ()
-        commit = Commit((record,) if record else (), cursor_at, folded)
+        commit = Commit((record,) if record else (), cursor_at, folded, written.summaries)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
         delete_deltas(pipeline, written.deltas)
     notes: list[str] = []
@@ -376,9 +377,13 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         if pipeline.deltas and folded:
             encoded = pipeline.deltas.noted(encoded, folded)
         stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
+        summaries: Sequence[Any] = ()
         if not context.dry_run:
-            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
+            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
+            stored = replace(stored, version=version)
             pipeline.keep(task, stored.version, batch)
+            if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
+                summaries = pipeline.summarise(encoded, key, stored.version)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         record = _record(task, key, stored, found)
         return _Written(
@@ -387,18 +392,22 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
             deltas=found.deltas,
             new_rows=new_rows,
             corrected_rows=batch.corrected_rows,
+            summaries=summaries,
         )
 
 
-def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int) -> str:
-    """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
+def _swap(
+    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
+) -> tuple[str, bool]:
+    """The new version, and whether it has these very bytes. A conflict with our own write is a lost answer and is
+    adopted; any other is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
     of that other write could still replace it.
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
-        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final)
+        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final), True
     except Conflict:
         there = pipeline.sink.head(key)
         if there is None:
@@ -407,7 +416,7 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
         same = (there.digest, there.folded) == (batch.digest, folded)
         if not is_ours and (not same or (task.final and not pipeline.by_digest)):
             raise
-        return there.version
+        return there.version, is_ours
 
 
 def _account(pipeline: Pipeline[B, E], context: Context, task: Task, found: _Found[B], written: _Written) -> Ledger:
@@ -527,7 +536,7 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     if batch.digest == held.digest:
         return False
     if pipeline.by_digest:
-        return pipeline.shrink is None and _shrank(batch, held)
+        return pipeline.shrink is None and held.has_rows_beyond(batch)
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 
@@ -584,13 +593,3 @@ def _version(pipeline: Pipeline[B, E], key: str) -> str:
     if there is None:
         raise Conflict(f"{key} is gone", "no action needed; the window is read again")
     return there.version
-
-
-def _shrank(batch: Batch, held: Held) -> bool:
-    """True when rows of the held object are certainly gone from the source."""
-    if held.rows is not None and batch.rows < held.rows:
-        return True
-    if batch.min_at is None or batch.max_at is None:
-        return False
-    earlier = held.min_at is not None and held.min_at < batch.min_at
-    return earlier or (held.max_at is not None and held.max_at > batch.max_at)

@@ -258,13 +258,15 @@ class Chart(Protocol):
 class Moment:
     """When the map is made, how long windows take late rows, and up to where the partition is finished.
 
-    A window is overdue when it was due for `overdue_seconds` and nothing of it was written.
+    A window is overdue when it was due for `overdue_seconds` and nothing of it was written. `retired`: start ->
+    rows of windows that are not recorded any more: what is there of them is right.
     """
 
     now: datetime
     grace_seconds: float
     cursor_at: datetime | None = None
     overdue_seconds: float = 0.0
+    retired: Mapping[datetime, int] = field(default_factory=dict)
 
 
 def cells_of(
@@ -281,7 +283,8 @@ def cells_of(
     for window in (window for window in windows if window.start < at.now):
         known, objects = expected.get(window.start, ()), there.get(window.start, {})
         state = _state(window, [record for record in known if record.version], objects, at)
-        cells.append(Cell(window, state, sum(record.rows for record in known), len(objects)))
+        rows = sum(record.rows for record in known) or at.retired.get(window.start, 0)
+        cells.append(Cell(window, state, rows, len(objects)))
     return cells
 
 
@@ -292,6 +295,8 @@ def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], 
             return CellState.OPEN
         is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
         return CellState.MISSING if records or is_overdue else CellState.WAITING
+    if window.start in at.retired and not records:
+        return CellState.EQUAL if there else CellState.MISSING
     gone = [record for record in records if record.key not in there]
     if gone:
         return CellState.MISSING if len(gone) == len(records) else CellState.PARTIAL

@@ -3,15 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from sys import intern
 from typing import Any
 
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
-from app.core.windows import Window
+from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.database import NamedQueries, Row, Session, instant_of, storable
 from app.db.leases import AHEAD, identity, lost, now_of
+from app.db.object_summaries import SqlSummaries
 
 # Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data.
 
@@ -74,6 +75,7 @@ class SqlCheckpoints:
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
+        self._summaries = SqlSummaries(queries)
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.cursors`."""
@@ -128,6 +130,8 @@ class SqlCheckpoints:
                     session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
                 summary = {**_summary(commit), "until_at": now_at + AHEAD}
                 session.run(self._queries["save_checkpoint"], **of_now, **summary)
+            if summaries := [each for _, commit in commits for each in commit.summaries]:
+                self._summaries.add_to(session, summaries)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`."""
@@ -152,6 +156,30 @@ class SqlCheckpoints:
         for row in self._queries.rows("troubles"):
             found.setdefault(row["pipeline"], {})[row["trouble"]] = row["objects"]
         return found
+
+    def retire(self, pipeline: str, partition: str, before: datetime, until: datetime, lease: Lease) -> int:
+        """Forget closed windows that start before the UTC day of `before` and end by `until`; how many. What their
+        objects do not say, which windows there were, is kept by day. Raises LeaseLost.
+        """
+        of = {"pipeline": pipeline, "partition": partition}
+        with self._queries.database.transaction() as session:
+            self._fence(session, lease)
+            before_at = floor_to(before, DAY_SECONDS)
+            gone = session.rows(self._queries["retire_records"], **of, before_at=before_at, until_at=until)
+            if gone:
+                retired = {row["starts_at"]: row["record_count"] for row in gone}
+                days = sorted({floor_to(start, DAY_SECONDS) for start in retired})
+                known = session.rows(self._queries["days"], **of, since_at=days[0], until_at=before_at)
+                retired = {**_retired(known), **retired}
+                session.run_many(
+                    self._queries["save_day"], [{**of, "day_at": day, "windows": _day(retired, day)} for day in days]
+                )
+        return len(gone)
+
+    def retired(self, pipeline: str, partition: str, span: Window) -> Mapping[datetime, int]:
+        """Start -> rows of the windows that `retire` forgot, of all days that `span` touches."""
+        of = {"pipeline": pipeline, "partition": partition, "until_at": span.end}
+        return _retired(self._queries.rows("days", **of, since_at=floor_to(span.start, DAY_SECONDS)))
 
     def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
         """See `Checkpoints.note_undeleted`."""
@@ -193,6 +221,19 @@ class SqlCheckpoints:
         with self._queries.database.transaction(read_only=True) as session:
             until_at = now_of(session, self._queries) + AHEAD
             return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
+
+
+def _day(retired: Mapping[datetime, int], day: datetime) -> str:
+    seconds = {int((start - day).total_seconds()): rows for start, rows in sorted(retired.items())}
+    return json.dumps({at: rows for at, rows in seconds.items() if 0 <= at < DAY_SECONDS}, separators=(",", ":"))
+
+
+def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
+    return {
+        row["day_at"] + timedelta(seconds=int(second)): number
+        for row in rows
+        for second, number in json.loads(row["windows"]).items()
+    }
 
 
 def _columns(record: Record) -> dict[str, Any]:

@@ -413,8 +413,11 @@ class State:
         self.database.close()
 
 
-def open_state(url: str, data_dir: Path) -> State:
-    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
+def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> State:
+    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL.
+
+    `run_records`: runs of each job that are remembered.
+    """
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
@@ -426,7 +429,7 @@ def open_state(url: str, data_dir: Path) -> State:
         file=file,
         checkpoints=SqlCheckpoints(queries),
         leases=SqlLeases(queries, clock),
-        runs=SqlRuns(queries),
+        runs=SqlRuns(queries, kept=run_records),
         layouts=SqlLayouts(queries),
         summaries=SqlSummaries(queries),
         pauses=SqlPauses(queries),

@@ -38,11 +38,15 @@ from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.object_store.table_sink import EncodedFile, TableSink
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from app.config.settings import Settings
     from app.db.checkpoints import SqlLayouts
+    from app.db.object_summaries import Facts, SqlSummaries
     from app.influx_to_s3.reader import Reader
     from app.object_store.port import ObjectStore
     from app.object_store.set_aside import SetAsideStore
+    from app.object_store.table_sink import TableSummary
 
 # The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
 #
@@ -67,6 +71,14 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectSums:
+    """What is summed of each object while it is written (see `TableSink.summed`), and who keeps that."""
+
+    take: "Callable[[pa.Schema, str], TableSummary]"
+    stored: "SqlSummaries"
+
+
+@dataclass(frozen=True, slots=True)
 class ExportParts:
     """What the pipeline is made of.
 
@@ -84,6 +96,7 @@ class ExportParts:
     clock: Callable[[], datetime]
     steps: Callable[[Context, SyncPlan, Step], Report]
     rewrite_seconds: Callable[[int, float], float] | None = None
+    sums: "ObjectSums | None" = None
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
@@ -131,6 +144,7 @@ def build(
     clock: Callable[[], datetime],
     rewrite_seconds: Callable[[int, float], float] | None = None,
     steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process,
+    sums: ObjectSums | None = None,
 ) -> InfluxExport:
     """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `Pass`.
 
@@ -158,6 +172,7 @@ def build(
         clock=clock,
         steps=steps,
         rewrite_seconds=rewrite_seconds,
+        sums=sums,
     )
     off = "" if influx.url else OFF
     jobs = (
@@ -262,6 +277,7 @@ def _open(
         run=uuid4().hex,
         cursors={name: at for name, at in known.items() if name},
         storage_class=settings.s3.storage_class if settings.s3.bucket else "",
+        summed=parts.sums.take if parts.sums else None,
     )
     pipeline = Pipeline(
         name=NAME,
@@ -282,8 +298,16 @@ def _open(
             pipeline, source, context, at, live
         ),
         rewrite_seconds=_spaced(parts, tree.layout_at(now).window_seconds),
+        summarise=_summaries,
+        # Where nobody ever asked for reports, only past windows are summed: an open object is replaced each minute.
+        summarises_open=parts.sums is not None and parts.sums.stored.is_asked(),
     )
     return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+
+def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence["Facts"]:
+    facts = encoded.sums.facts(key, version, encoded.size_bytes) if encoded.sums else None
+    return () if facts is None else (facts,)
 
 
 def _spaced(parts: ExportParts, window_seconds: float) -> Callable[[int], float] | None:
@@ -392,8 +416,21 @@ def _reconcile(parts: ExportParts, context: Context) -> Report:
 
     how = replace(_pass(parts, opened), backoff=Backoff())
     report = isolated(opened.pipeline, context, sorted(cursors), one, how=how)
+    if parts.settings.export.record_days and not context.dry_run:
+        _retire(parts, context, cursors, opened.now)
     troubles = parts.checkpoints.troubles().get(NAME, {})
     return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
+
+
+def _retire(parts: ExportParts, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:
+    """Forget records of closed windows that no reconcile looks at any more: the destination has what they said."""
+    export = parts.settings.export
+    before = now - timedelta(days=max(export.record_days, export.reconcile_days + 2))
+    for device, cursor_at in cursors.items():
+        context.stop.check()
+        parts.checkpoints.retire(NAME, device, before, cursor_at, context.lease)
+    if parts.sums:
+        parts.sums.stored.forget_unasked((before - EPOCH).days)
 
 
 def _backfill(parts: ExportParts, context: Context, span: Window) -> Report:

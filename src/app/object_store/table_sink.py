@@ -60,6 +60,16 @@ class TableBatch(Batch, Protocol):
         """The rows with `output_schema`, in order, in tables of moderate size."""
 
 
+class TableSummary(Protocol):
+    """Sums of the rows of an object, taken while they are written."""
+
+    def add(self, table: "pa.Table") -> None:
+        """Rows as they are written, with their instants in nanoseconds and in order of these."""
+
+    def facts(self, key: str, etag: str, size_bytes: int) -> Any:
+        """What is known of the object in the version that it got; None for nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
     """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
@@ -68,6 +78,7 @@ class EncodedFile:
     size_bytes: int
     content_type: str
     metadata: Mapping[str, str]
+    sums: "TableSummary | None" = None
 
     @property
     def write(self) -> str:
@@ -85,6 +96,7 @@ class TableSink:
 
     `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
     committed of each partition when the run began, from which a lost cursor can be found again.
+    `summed(schema, format)` takes sums of the rows of an object.
     """
 
     store: ObjectStore
@@ -97,6 +109,7 @@ class TableSink:
     run: str = ""
     cursors: Mapping[str, datetime] = field(default_factory=dict)
     storage_class: str = ""
+    summed: Callable[["pa.Schema", str], TableSummary] | None = None
     writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
@@ -199,19 +212,22 @@ class TableSink:
         file = self._temporary()
         with ExitStack() as undo:
             undo.callback(file.close)
+            rows = batch.output()
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
                 in_microseconds = layout.timestamp_unit == "us"
                 schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
-                rows = batch.output()
+                sums = self.summed(schema, layout.format) if self.summed else None
+                rows = _noted(rows, sums)
                 if in_microseconds:
                     rows = (stored(table, with_nanos=batch.has_nanos) for table in rows)
                 _write_parquet(file, rows, schema.with_metadata(described), self.dictionary)
             else:
-                _write_csv(file, batch)
+                sums = self.summed(batch.output_schema, layout.format) if self.summed else None
+                _write_csv(file, batch.output_schema.names, _noted(rows, sums))
             size_bytes = file.seek(0, 2)
             undo.pop_all()
-        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
+        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata, sums)
 
     def put(self, key: str, encoded: EncodedFile, expected: str | None, *, closing: bool = False) -> str:
         """Compare-and-swap: see `app.core.pipeline.Sink`. Only a closing write takes `storage_class`: stores bill at
@@ -316,6 +332,13 @@ def in_nanoseconds(table: "pa.Table") -> "pa.Table":
     return table.set_column(index, TIMESTAMP, pa.array(instants).view(pa.timestamp("ns", "UTC")))
 
 
+def _noted(rows: "Iterator[pa.Table]", sums: TableSummary | None) -> "Iterator[pa.Table]":
+    for table in rows:
+        if sums is not None:
+            sums.add(table)
+        yield table
+
+
 def _write_parquet(
     file: BinaryIO, rows: "Iterator[pa.Table]", schema: "pa.Schema", dictionary: tuple[str, ...]
 ) -> None:
@@ -353,7 +376,7 @@ def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
         yield pa.concat_tables(waiting)
 
 
-def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
+def _write_csv(file: BinaryIO, names: Sequence[str], rows: "Iterator[pa.Table]") -> None:
     """RFC 4180 with LF; timestamps in ISO 8601 with nanoseconds and Z; null and empty text are both an empty cell."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -361,9 +384,9 @@ def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
 
     options = pacsv.WriteOptions(include_header=False, quoting_style="needed")
     header = io.StringIO(newline="")
-    csv.writer(header, lineterminator="\n").writerow(batch.output_schema.names)
+    csv.writer(header, lineterminator="\n").writerow(names)
     file.write(header.getvalue().encode())
-    for table in batch.output():
+    for table in rows:
         for index, column in enumerate(table.schema):
             if pa.types.is_timestamp(column.type):
                 text = pc.strftime(table.column(index), format="%Y-%m-%dT%H:%M:%SZ", locale="C")

@@ -296,7 +296,7 @@ def known_run(parts: PageParts, run_id: str) -> Run:
     with parts.pages.look() as look:
         run = look.run(run_id)
     if run is None:
-        hint = "only the newest 1,000 runs of each job are kept; /ops/runs lists them"
+        hint = "only the newest RUN_RECORDS runs of each job are kept; /ops/runs lists them"
         raise Refused(Refusal(404, f"no run has the id {run_id[:40]!r}", hint))
     return run
 

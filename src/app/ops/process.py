@@ -63,6 +63,7 @@ def configured(
         service.log_level,
         service.log_format if daemon else "text",
         service.log_file if daemon and file else None,
+        log_files=service.log_files,
         secrets=secrets_of(settings),
         stream=sys.stdout if daemon else sys.stderr,
     )
