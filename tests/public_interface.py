@@ -89,7 +89,7 @@ def landed(commands: Commands, world: World) -> Iterator[str]:
     yield "\nwarehouse: the first and the last row, without id and created_at"
     with closing(sqlite3.connect("data/dwh.db")) as database:
         for table in names_of_tables(database):
-            if table not in ("headwater_migrations", "dwh_deleted_salt"):
+            if table not in ("headwater_migrations", "dwh_deleted_salt"):  # the salt is random
                 yield from (f"{table}: {row}" for row in ends_of(database, table))
 
 

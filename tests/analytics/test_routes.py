@@ -93,6 +93,9 @@ def test_every_answer_says_of_when_it_is_what_it_took_and_how_it_is_known(served
         assert (again.status, again.text) == (304, "")
         assert again.headers["ETag"] == reply.headers["ETag"]
         assert served.get(path, {"If-None-Match": '"other"'}).status == 200
+        head = served.call("HEAD", path)
+        assert (head.status, head.text, head.headers["ETag"]) == (200, "", reply.headers["ETag"])
+        assert head.headers["Content-Length"] == reply.headers["Content-Length"]
 
 
 def test_summaries_and_scans_say_the_same(served: Daemon) -> None:
@@ -212,6 +215,8 @@ WRONG = {
     "daily-summary?device=D1": "parameters: device_id, format, formula_safe, from, scan, to",
     "devices/latest?device_id=D1&device_id=D2": "once",
     "devices?formula_safe=yes": "true or false",
+    "devices?format=csv&format=json": "once",
+    "over-time?minutes=1_0": "a whole number",
     "rows": "send device_id",
     "rows?device_id=": "text",
     "my-own?least=nan": "a number",

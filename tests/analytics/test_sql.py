@@ -134,6 +134,7 @@ REFUSED = (
     "UNPIVOT telemetry ON voltage",
     "SELECT",
     "",
+    "SELECT " + "1 + " * 600 + "1",
 )
 
 
@@ -152,6 +153,7 @@ def test_what_is_refused_has_a_status_and_the_next_step(served: Daemon) -> None:
         "SELECT nothing FROM telemetry": 'column "nothing" not found',
         "SELECT CAST('x' AS INTEGER)": "Could not convert string 'x'",
         "SELECT '\0'": "NUL",
+        "SELECT '\ud800'": "half of a surrogate pair",
     }.items():
         reply = ask(served, sql)
         assert reply.status == 422, (sql, reply.text)

@@ -244,6 +244,21 @@ def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk, params: dict
     assert len(whole) == (13 if "gender" in params else 53)
 
 
+def test_a_text_that_is_too_long_for_a_link_is_looked_up_in_its_row(desk: Desk) -> None:
+    cities = ["x" * 5000 + end for end in ("b", "a", "a", "")] + ["x" * 10, None]
+    desk.post(LOCATIONS, [{"uuid": uuid_of(number), "city": city} for number, city in enumerate(cities)])
+    order = {"sort_by": "city", "sort_dir": "asc", "select": "id"}
+    whole = [row["id"] for row in desk.get(LOCATIONS, **order)]
+    assert walked(desk, LOCATIONS, 1, lambda: None, **order) == whole
+    place = desk.read(LOCATIONS, **order, limit=2).last
+    assert place is not None
+    token = place.token("city")
+    assert len(token) < 100
+    erase(desk, LOCATIONS, id=place.id)
+    with pytest.raises(AppError, match="was deleted"):
+        desk.get(LOCATIONS, **order, after=token)
+
+
 @pytest.mark.parametrize("table", [EVENTS, PERMANENT, LOCATIONS], ids=lambda table: table.name)
 def test_whoever_follows_links_meets_each_row_of_the_start_once_while_rows_are_inserted(
     desk: Desk, table: Table

@@ -2,7 +2,6 @@
 
 import compileall
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +11,15 @@ import pytest
 
 from app.web.auth import new_key
 from daemon import Daemons
+from explored import explore
 
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_fault_of_the_server_on_any_route(daemons: Daemons, tmp_path: Path) -> None:
-    daemon = daemons.start("shelf")
-    command = [
-        str(Path(sys.executable).with_name("schemathesis")),
-        # the warehouse and the objects have longer runs of their own
-        *("run", f"{daemon.url}/openapi.json", "--exclude-path-regex", "^/(dwh|s3)/"),
-        *("--phases", "examples,coverage,fuzzing", "--max-examples", "3", "--seed", "1"),
-        *("--checks", "not_a_server_error,content_type_conformance,response_headers_conformance"),
-        # one worker: threads of CPython 3.11 trip over each other in ast.parse, which hypothesis calls
-        *("--workers", "1", "--request-timeout", "20", "--no-color", "--generation-database", "none"),
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert daemon.get("/health").status == 200
-    assert "Traceback" not in daemon.log
+    # the warehouse and the objects have longer runs of their own
+    checks = "not_a_server_error,content_type_conformance,response_headers_conformance"
+    which = ("--exclude-path-regex", "^/(dwh|s3)/", "--checks", checks)
+    explore(daemons, tmp_path, *which, examples=3, jobs="shelf")
 
 
 OVERRIDES = {

@@ -167,6 +167,7 @@ def _report(router: APIRouter, analytics: Analytics, report: ReportDefinition) -
             response_class=Response,
             include_in_schema=path == paths[0],
         )
+        router.add_api_route(path, answer, methods=["HEAD"], openapi_extra=READ, include_in_schema=False)
 
 
 def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
@@ -232,7 +233,7 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
             except BadParameter as error:
                 raise Refused(Refusal(422, error.message, error.hint, "query")) from error
         analytics.remember(request.scope, asked)
-        tags = request.headers.get("if-none-match", "")
+        tags = ",".join(request.headers.getlist("if-none-match"))
         status, headers = reply_of(asked, view, found, if_none_match=tags, began=began)
         if status == UNCHANGED:
             return Response(status_code=status, headers=headers)
@@ -263,7 +264,7 @@ class Quick:
             await self._api(scope, receive, send)
             return
         asked, view, answer = found
-        sent = next((value for name, value in scope["headers"] if name == b"if-none-match"), b"").decode("latin-1")
+        sent = b",".join(value for name, value in scope["headers"] if name == b"if-none-match").decode("latin-1")
         status, headers = reply_of(asked, view, answer, if_none_match=sent, began=began)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})

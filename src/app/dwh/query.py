@@ -27,6 +27,7 @@ MAX_ROWS = 10_000
 MAX_FILE_ROWS = 1_000_000
 MAX_OFFSET = (1 << 63) - 1 - MAX_FILE_ROWS
 MAX_ID = (1 << 63) - 1
+MAX_PLACE_CHARACTERS = 1000  # of a text in a link: clients and proxies refuse long ones
 OPTIONS = (
     "pk",
     "limit",
@@ -190,14 +191,19 @@ def _refuse(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """`value` as the database gives it, timestamps and UUIDs as text; None for none, and in the order by id."""
+    """`value` as the database gives it, timestamps and UUIDs as text; None for none, and in the order by id. `of_row`:
+    it is too long for a link, and has to be looked up in the row.
+    """
 
     id: int
     value: Any = None
+    of_row: bool = False
 
     def token(self, sort_by: str) -> str:
         """The opaque `after` of a link."""
         value = repr(self.value) if isinstance(self.value, float) else self.value
+        if isinstance(value, str) and len(value) > MAX_PLACE_CHARACTERS:
+            value = []
         return base64.urlsafe_b64encode(json.dumps([sort_by, value, self.id]).encode()).decode().rstrip("=")
 
 
@@ -207,8 +213,8 @@ def _place(token: str, column: TableColumn) -> Place:
     sort_by, value, id_ = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
     if sort_by != column.name or type(id_) is not int or not 0 <= id_ <= MAX_ID:
         raise ValueError(token)
-    if value is None:
-        return Place(id_)
+    if value is None or value == []:
+        return Place(id_, of_row=value == [])
     if column.kind == "float":
         return Place(id_, float(value))  # NaN and infinity too, which other programs may have stored
     return Place(id_, _typed(column, str(value)))
@@ -256,6 +262,11 @@ class Selection:
         """Id and sorted value of the last row and of the one behind it, as far as there are such rows."""
         read = ", ".join(("id", _read(self.sort_by, dialect)) if self.sort_by.name != "id" else ("id",))
         return self._sql(read, dialect, 2, self.offset + self.limit - 1)
+
+    def place_sql(self) -> tuple[str, Params]:
+        """The sorted value of the row of a place that does not hold it."""
+        found = f"SELECT {self.sort_by.name} AS value FROM {self.table.name} WHERE id = :after_id"  # noqa: S608
+        return found, {"after_id": self.after.id if self.after else None}
 
     def count_sql(self, dialect: Dialect) -> tuple[str, Params]:
         """How many rows meet the filters, wherever the page begins."""

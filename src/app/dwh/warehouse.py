@@ -12,7 +12,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from app.core.errors import Permanent, Transient
+from app.core.errors import Permanent, Rejected, Transient
 from app.db.database import Dialect, NamedQueries, Session, sql_directory
 from app.db.migrations import Migrated, open_database
 from app.dwh.query import Erasure, Place, Selection, conditions_of
@@ -553,6 +553,8 @@ class Warehouse:
         with self.database.transaction(read_only=True) as session:
             if not self._lite:
                 session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            if selection.after and selection.after.of_row:
+                selection = replace(selection, after=_looked_up(session, selection, selection.after))
             total = None
             if count:
                 counting, params = selection.count_sql(dialect)
@@ -560,6 +562,15 @@ class Warehouse:
             (reading, read_params), (edge, edge_params) = selection.rows_sql(dialect), selection.edge_sql(dialect)
             blocks, ends = session.blocks(reading, **read_params), session.stream(edge, **edge_params)
             yield SelectedRows(blocks, ends, selection, total)
+
+
+def _looked_up(session: Session, selection: Selection, after: Place) -> Place:
+    """The place with its value. Raises Rejected when its row was deleted."""
+    looking, params = selection.place_sql()
+    for row in session.rows(looking, **params):
+        return Place(after.id, row["value"])
+    what = "the row of this place, whose value is too long for a link, was deleted"
+    raise Rejected(what, "begin again, or sort by another column")
 
 
 def open_warehouse(url: str, data_dir: Path) -> Warehouse:

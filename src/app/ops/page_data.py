@@ -160,7 +160,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
         "/ops/map",
         openapi_extra=READ,
         summary="The whole of a span in one letter a cell, by partition or in groups",
-        responses=answered_with(MAP, "one letter a cell"),
+        responses={**answered_with(MAP, "one letter a cell"), **faults({400: "the span is none of those"})},
     )
     def delivery_map(
         job: JobName,

@@ -56,6 +56,7 @@ from app.web.errors import Answers, Refusal, Refused, faults
 READ = needs("ops:read")
 RUN = needs("ops:run")
 EVERYBODY = needs(OPEN)
+AWAY = "the state database is away, where sessions are kept"
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
@@ -160,7 +161,15 @@ def _answer(answer: ProbeAnswer) -> Response:
 
 
 def _session(router: APIRouter, guard: Guard) -> None:
-    @router.post("/ops/session", openapi_extra=EVERYBODY, summary="Sign in to the dashboard", status_code=204)
+    refused = {401: "the key is not known", 403: "the key may see no page", 429: "too many failed sign-ins"}
+
+    @router.post(
+        "/ops/session",
+        openapi_extra=EVERYBODY,
+        summary="Sign in to the dashboard",
+        status_code=204,
+        responses=faults({**refused, 503: AWAY}),
+    )
     async def sign_in(request: Request, sent: SignIn) -> Response:
         grant = guard.sign_in(sent.key.get_secret_value(), request.scope)
         if not any(grant.allows(scope) for scope in ("ops:read", "analytics:read")):
@@ -184,7 +193,12 @@ def _session(router: APIRouter, guard: Guard) -> None:
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return response
 
-    @router.get("/ops/session", openapi_extra=EVERYBODY, summary="Who is signed in, and what the key may do")
+    @router.get(
+        "/ops/session",
+        openapi_extra=EVERYBODY,
+        summary="Who is signed in, and what the key may do",
+        responses=faults({401: "nobody is signed in", 503: AWAY}),
+    )
     async def who(request: Request) -> dict[str, Any]:
         grant = await guard.grant(request.scope)
         if grant is None:
