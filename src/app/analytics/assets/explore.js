@@ -61,7 +61,7 @@ async function showLake() {
   const tile = (name, value, note) => make("div", { data: { key: name } }, make("dt", name), make("dd", value, make("span.note", note)));
   at("glance").hidden = at("ask").hidden = !lake.rows;
   show(at("tiles"), tile("Rows", number(seen.total_rows), `${plural(schema.objects, "object")}, ${size(schema.bytes)}`), tile("Devices", number(seen.device_count), fresh === seen.device_count ? "all seen in the last 10 min" : `${number(fresh)} seen in the last 10 min`),
-    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? [`${clock(lake.first, true)}, `, ago(seen.min_timestamp)] : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
+    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? ago(seen.min_timestamp) : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
   at("lake").hidden = lake.days.length < 2;
   if (lake.days.length > 1) drawLake();
 }
