@@ -9,7 +9,7 @@ FROM ${PYTHON_IMAGE} AS build
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
 RUN pip install --no-cache-dir uv==0.13.9 && uv venv --no-project /opt/headwater
 WORKDIR /build
-# the packages first: they change less often than the code, so their layer is kept
+# with those of the extra `scale`; the packages first: they change less often than the code, so their layer is kept
 COPY requirements.txt ./
 # of Google's descriptions of all its services, 110 MB, only that of Drive is read
 RUN uv pip install --no-cache --python /opt/headwater/bin/python --require-hashes -r requirements.txt && \

@@ -1,7 +1,7 @@
 """The export job as the product builds it, with a source, a store, a state and a clock that belong to the test."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +12,7 @@ import pytest
 
 from app.analytics.table_sums import TableSums
 from app.config.environment import load_settings
+from app.core.partitions import Step, SyncPlan, in_this_process
 from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
@@ -52,6 +53,7 @@ class Exporter:
     environ: dict[str, str] = field(default_factory=dict)
     built: InfluxExport | None = None
     prefix: str = "telemetry"
+    steps: Callable[[Context, SyncPlan, Step], Report] | None = None
 
     def clock(self) -> datetime:
         return self.now
@@ -100,6 +102,7 @@ class Exporter:
             set_aside=aside,
             clock=self.clock,
             sums=ObjectSums(TableSums, self.state.summaries),
+            steps=self.steps or in_this_process,
         )
 
     def keep(self, **environ: str) -> None:
@@ -109,7 +112,10 @@ class Exporter:
     def run(self, name: str = NAME, *, dry_run: bool = False, **environ: str) -> Run:
         export = self.built or self.export(**environ)
         job = next(job for job in export.jobs if job.name == name)
-        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        return self.execute(job.work, name, dry_run=dry_run)
+
+    def execute(self, work: Callable[[Context], Report], name: str = NAME, *, dry_run: bool = False) -> Run:
+        run = execute(Job(name, 60, work), self._desk(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         return run
 

@@ -2,8 +2,8 @@
 
 -- name: cursors
 -- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
--- from a clock that was ahead. What was finished before that is known up to the newest window with a record, else to the
--- newest day of which there were records, else from the first cursor on.
+-- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
+-- else to the newest day of which records went, else from the first cursor on.
 SELECT device_id, cursor_at
 FROM (
     SELECT
@@ -14,7 +14,9 @@ FROM (
                 (
                     SELECT max(w.window_start)
                     FROM export_windows AS w
-                    WHERE w.pipeline = held.pipeline AND w.device_id = held.device_id AND w.window_start <= :until_at
+                    WHERE
+                        w.pipeline = held.pipeline AND w.device_id = held.device_id
+                        AND w.window_start <= :until_at AND w.updated_at <= :until_at
                 ),
                 (
                     SELECT max(d.day_at)
@@ -53,6 +55,28 @@ SELECT
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at
+ORDER BY device_id, window_start, part;
+
+-- name: live_records_of (postgres)
+-- The same of these partitions, a list in JSON.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
+FROM export_windows
+WHERE
+    pipeline = :pipeline AND window_start >= :since_at
+    AND device_id IN (SELECT jsonb_array_elements_text(CAST(:partitions AS JSONB)))
+ORDER BY device_id, window_start, part;
+
+-- name: live_records_of (sqlite)
+-- The same of these partitions, a list in JSON.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
+FROM export_windows
+WHERE
+    pipeline = :pipeline AND window_start >= :since_at
+    AND device_id IN (SELECT value FROM json_each(:partitions))
 ORDER BY device_id, window_start, part;
 
 -- name: save_record

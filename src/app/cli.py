@@ -92,6 +92,22 @@ def serve(*, port: int | None = None) -> int:
     return OK
 
 
+def worker(*, port: int | None = None) -> int:
+    """Run what other processes send until a signal."""
+    for number in SIGNALS:
+        signal.signal(number, _end)
+    settings = configured(with_port(port), daemon=True)
+    from app.main import build
+
+    service = build(settings, is_worker=True)
+    if service.scheduler.elsewhere is None:
+        raise BadSettings(["SCALE_ENGINE='embedded': a worker needs a queue; set SCALE_ENGINE=procrastinate"])
+    from app.scale.worker import run_worker
+
+    run_worker(service)
+    return OK
+
+
 def with_port(port: int | None) -> Mapping[str, str]:
     """The environment, in which the command line has the last word."""
     return os.environ if port is None else {**os.environ, "PORT": str(port)}
@@ -276,6 +292,7 @@ class Command:
 JOBS = {
     "influx_to_s3": "telemetry of InfluxDB to Parquet or CSV in S3 or a directory",
     "influx_to_s3_reconcile": "compares past windows with the source, once a day",
+    "lake_day": "adds closed days to the Iceberg table, once an hour",
     "dynamo_to_drive": "rows of DynamoDB to one CSV file an hour on Google Drive or in a directory",
     "dynamo_to_drive_late": "looks for late rows in past hours, every 15 min",
     "dynamo_to_drive_reconcile": "compares past hours with the table, once a day",
@@ -375,6 +392,13 @@ COMMANDS = (
         "pause", "suspend scheduled runs of a job; survives restarts", (JOB, JSON), examples=("pause influx_to_s3",)
     ),
     Command("resume", "run a job on its schedule again", (JOB, JSON), examples=("resume influx_to_s3",)),
+    Command(
+        "worker",
+        "run the jobs and shards that `serve` sends with SCALE_ENGINE=procrastinate; PORT answers probes",
+        (PORT,),
+        worker,
+        ("worker --port 8081",),
+    ),
     Command(
         "demo",
         "everything at once, against simulated systems",

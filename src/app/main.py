@@ -18,7 +18,8 @@ from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
 from app.core.errors import BadSettings
-from app.core.runs import Job, LeaseTerms, RunDesk, Stop
+from app.core.partitions import Step, SyncPlan, in_this_process
+from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
@@ -30,7 +31,7 @@ from app.ops.logs import both, log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import BuiltService, Pipelines, announce, steps_of
+from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
 from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
+    from app.scale.queue import Workers
     from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
@@ -226,7 +228,8 @@ def reach(settings: Settings) -> "Reach":
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
+    table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
@@ -261,6 +264,7 @@ class ServiceParts:
     warehouse: Warehouse
     counter: RequestCounter
     costs: RequestCosts
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -279,6 +283,7 @@ def wire(parts: ServiceParts) -> Pipelines:
     from app.csv_inbox import job as inbox_job
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
+    from app.lake import job as lake_job
 
     settings, state = parts.settings, parts.state
     influx = influx_job.build(
@@ -290,6 +295,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         clock=parts.clock,
         rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
         sums=influx_job.ObjectSums(TableSums, state.summaries),
+        steps=parts.steps,
     )
     dynamo = dynamo_job.build(
         settings,
@@ -299,6 +305,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         spend=partial(parts.counter.add, READ_UNIT),
     )
     inbox = inbox_job.build(settings, parts.clock)
+    lake = lake_job.build(settings, parts.store)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
@@ -316,13 +323,14 @@ def wire(parts: ServiceParts) -> Pipelines:
     if appmetrica.service:
         systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
+        jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        steps={influx_job.NAME: influx.step},
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
@@ -360,10 +368,13 @@ def calls_of(parts: ServiceParts, service: str) -> Calls:
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> BuiltService:
+def build(
+    settings: Settings, wiring: Wiring = wire, *, own_server: bool = True, is_worker: bool = False
+) -> BuiltService:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
 
-    `own_server` False: another ASGI server will serve it, at an address that is not known here.
+    `own_server` False: another ASGI server will serve it, at an address that is not known here. `is_worker`: plans that
+    it makes go to all workers.
     """
     use_network(settings)
     checkpoint = settings.checkpoint
@@ -372,7 +383,9 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     counter = RequestCounter()
     store = open_store(settings, counter)
     costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
+    workers = workers_of(settings, state)
+    steps = workers.steps if workers and is_worker else in_this_process
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
     watched = Watched(
@@ -386,7 +399,7 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     )
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),
         "s3_accessible": probed(store),
@@ -413,7 +426,20 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+    background = Background(ops.readiness, alerts, costs.save)
+    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, background, front(ops))
+
+
+def workers_of(settings: Settings, state: State) -> "Workers | None":
+    """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
+    if settings.lease.engine == "embedded":
+        return None
+    try:
+        from app.scale.queue import Workers
+    except ModuleNotFoundError as error:
+        missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
+        raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
+    return Workers(settings, state)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":

@@ -170,6 +170,16 @@ def test_records_of_an_interval_start_in_it_and_its_end_is_not_part_of_it(store:
     assert list(found) == [record(1), record(2)]
 
 
+def test_live_records_are_those_of_all_partitions_or_of_some(store: Store) -> None:
+    lease, names = store.lease(), ("d1", "a,b=\"c\" 'ü'", "d3")
+    records = [record(1), replace(record(2), fields={"é": 2}), record(3)]
+    store.checkpoints.commit_all(PIPELINE, [(name, Commit(records)) for name in names], lease)
+    since = records[1].window.start
+    assert store.checkpoints.live_records(PIPELINE, since) == dict.fromkeys(names, records[1:])
+    assert store.checkpoints.live_records(PIPELINE, since, names[1:2]) == {names[1]: records[1:]}
+    assert not any(store.checkpoints.live_records(PIPELINE, records[2].window.end, names).values())
+
+
 def test_pipelines_and_partitions_do_not_touch_each_other(store: Store) -> None:
     lease = store.lease()
     store.commit(Commit([record(1)], START), lease, "d1")
@@ -387,3 +397,18 @@ def test_a_cursor_of_a_clock_that_was_ahead_is_the_newest_day_of_which_windows_w
     assert lease is not None
     state.checkpoints.retire(PIPELINE, "d1", START + 72 * HOUR, START + 72 * HOUR, lease)
     assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 24 * HOUR}
+
+
+def test_what_a_clock_recorded_that_was_ahead_is_neither_closed_nor_a_cursor(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit([replace(record(hour), closed=True) for hour in (1, 3)], START))
+    with state.database.transaction() as session:  # as its commit did then
+        session.run(
+            "UPDATE export_windows SET updated_at = :ahead_at WHERE window_start > :after_at",
+            ahead_at=ahead_at,
+            after_at=START + 2 * HOUR,
+        )
+    committed(state, Commit((), ahead_at))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + HOUR}
+    found = state.checkpoints.records(PIPELINE, "d1", START, START + 4 * HOUR)
+    assert [each.closed for each in found] == [True, False]

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import BinaryIO
 
 from app.appmetrica.client import (
+    KEPT_FOR,
     ExportInProgress,
     Exports,
     LogsRequest,
@@ -137,7 +138,7 @@ class ResourceRun:
 
         Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
         """
-        context, name = self.run.context, self.run.name
+        context = self.run.context
         try:
             with self.exports.resumed(export) as under_way:
                 try:
@@ -147,8 +148,7 @@ class ResourceRun:
                         raise
                     return self._not_given(export, cursor, error)
                 if answer is not None:
-                    log.info("%s: no file yet, it is requested again: %s", name, answer.text)
-                    return Report(more=not context.dry_run, notes=(f"{name}: {answer.text}",))
+                    return self._no_file(export, cursor, answer.text)
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
                     under_way.finish()
@@ -157,6 +157,19 @@ class ResourceRun:
             self._done(export)
             self.exports.leave_out(self.resource, error)
             return Report(more=not context.dry_run)
+
+    def _no_file(self, export: PendingExport, cursor: datetime | None, said: str) -> Report:
+        """The service is still making the file. After a day, when it was requested anew, that is told as a failure, and
+        after another one it is as if the service had refused it.
+        """
+        name, context = self.run.name, self.run.context
+        log.info("%s: no file yet, it is requested again: %s", name, said)
+        waited_for = self.run.pull.clock() - export.created_at
+        late = Transient(f"no file of {_span(export)} in {waited_for // HOUR} hours: {said}", "no action needed")
+        if cursor is not None and waited_for >= KEPT_FOR + SET_ASIDE_AFTER:
+            return self._not_given(export, cursor, late)
+        failures = (Failure(name, late.message, late.hint),) if waited_for >= KEPT_FOR else ()
+        return Report(more=not context.dry_run, notes=(f"{name}: {said}",), failures=failures)
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
         """A request that the service did not answer. Raises `error` while it may pass, or the service is away."""

@@ -357,8 +357,10 @@ class Checkpoints(Protocol):
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """`records` of every partition, of windows that start at or after `since`, in one query."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """`records` of windows that start at or after `since`, of every partition or of these, in one query."""
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
@@ -485,6 +487,12 @@ class Pipeline(Generic[B, E]):
         self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
+
+    def summaries(self, task: "Task", encoded: E, key: str, version: str) -> Sequence[Any]:
+        """What is committed with the record of the object that was just written."""
+        if self.summarise is None or not (task.final or self.summarises_open):
+            return ()
+        return self.summarise(encoded, key, version)
 
     def keeps(self, batch: B) -> bool:
         """True when `batch` belongs to the pipeline."""

@@ -14,7 +14,7 @@ from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
 from app.core.runs import Context, Failure, Report
 from app.core.sync import already_there, delete_deltas, settle, waiting
-from app.core.windows import Age, Window, age_of
+from app.core.windows import Age, FailedWindows, Window, age_of
 
 # Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
 #
@@ -44,7 +44,7 @@ def fill(
     right is written again; rows that only an object has are told in the notes, and stay unless the pipeline's `shrink`
     takes them out.
     """
-    report = Report()
+    report, failed = Report(), FailedWindows()
     for step in _steps(pipeline, span, now):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -64,9 +64,16 @@ def fill(
                 report += Report(ledger=already_there(pipeline.unit, count))
             elif count != NOTHING or not is_new:
                 task = Task(partition, window, count, record, final=True, asks=True, always_writes=always_writes)
-                report += settle(pipeline, context, task)
+                with failed.one():
+                    report += settle(pipeline, context, task)
+                failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
+
+
+def _failures(partition: str, failed: FailedWindows) -> Report:
+    first = failed.first
+    return Report(failures=(Failure(partition, first.message, first.hint),)) if first else Report()
 
 
 def _steps(pipeline: Pipeline[B, E], span: Window, now: datetime) -> Iterator[Sequence[Window]]:
@@ -255,7 +262,7 @@ def reconcile(
     `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
     that are gone or another program's are written again.
     """
-    report = Report()
+    report, failed = Report(), FailedWindows()
     for step in _steps(pipeline, span, now):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -272,9 +279,11 @@ def reconcile(
                 troubles.get(window.start, ""),
             )
             reads = by_content is not None and by_content.start <= window.start < by_content.end
-            report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            with failed.one():
+                report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
 
 
 def _window(

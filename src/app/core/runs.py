@@ -243,7 +243,23 @@ class Context:
     progress: Progress
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    desk: "RunDesk | None" = None
     _since: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator["Context | None"]:
+        """This run under the lease `name` instead of its own, for a part of its work; None while another process has
+        that. Without a desk to ask, the run's own lease covers its parts.
+        """
+        if self.desk is None:
+            yield self
+            return
+        lease = self.desk.leases.acquire(name, self.desk.terms.owner, self.desk.terms.ttl_seconds)
+        if lease is None:
+            yield None
+            return
+        with _renewed(lease, self.desk, self.stop) as stop:
+            yield replace(self, lease=lease, stop=stop)
 
     def clock(self) -> datetime:
         """`now_at` and the time that has passed since. Never goes back, also when this machine's clock is set."""
@@ -265,6 +281,7 @@ class Job:
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
     `busy_seconds`: how long a command waits while another process runs the job. `helper_of`: the pipeline it serves.
+    `here`: what it works on is on the disk of the process that has the schedule, so that no worker runs it.
     """
 
     name: str
@@ -275,6 +292,7 @@ class Job:
     unit: str = "window"
     busy_seconds: float = 0.0
     helper_of: str = ""
+    here: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +336,7 @@ def execute(
             # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
             # overlap, and none ends before it began, whatever is done to the clock meanwhile.
             run = replace(run, started_at=lease.acquired_at or desk.clock())
-            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at)
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk)
             if not dry_run:
                 desk.runs.save(run)
             token = current_run.set(run.run_id)

@@ -22,6 +22,7 @@ from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeab
 MEBIBYTE = 1 << 20
 UNIT = "records"
 SUFFIX = ".csv"
+NAMED_FILES = 5
 PENDING = ".pending-"
 REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
 WRITTEN_BYTES = 38
@@ -282,6 +283,16 @@ def candidates(config: InboxConfig) -> Sequence[Candidate]:
     shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
     found = [candidate(path) for path in shown if path.name.lower().endswith(SUFFIX)]
     return in_order([each for each in found if each is not None])
+
+
+def left_alone(config: InboxConfig) -> str:
+    """What to say of files in the inbox that are not looked at because of their names; "" when there are none."""
+    shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
+    others = sorted(path.name for path in shown if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
+    if not others:
+        return ""
+    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
+    return f"{len(others)} files in the inbox are left alone, since their names do not end in {SUFFIX}: {named}"
 
 
 def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -28,13 +28,24 @@ from app.csv_inbox.discovery import (
     candidates,
     in_order,
     is_too_large,
+    left_alone,
     md5_of,
     open_regular,
     printable,
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, rejected_by, to_undo
+from app.csv_inbox.quarantine import (
+    changed_master,
+    check_master,
+    grown,
+    history_row,
+    loads,
+    preview,
+    reject,
+    rejected_by,
+    to_undo,
+)
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
@@ -70,6 +81,7 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         exits=Exits(partial=1, failed=2, busy=2),
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
+        here=True,
     )
 
     def rejected(run: Run) -> Sequence[KeptFile]:
@@ -94,7 +106,7 @@ def run(inbox: InboxRun) -> Report:
             # Without the lock, and before the merge is imported: nearly every run finds nothing.
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
-                return Report()
+                return Report(notes=_notes(inbox, changed_master(paths)))
         from app.csv_inbox.transaction import rehearsal, take  # with numpy: a run that finds nothing does not load it
 
         if inbox.context.dry_run:
@@ -102,6 +114,11 @@ def run(inbox: InboxRun) -> Report:
                 return _all(inbox, rehearse)
         with _started(inbox):
             return _all(inbox, lambda candidate: take(inbox, candidate))
+
+
+def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
+    """What was said already, and what a run says of the inbox whatever it does."""
+    return tuple(note for note in (*said, left_alone(inbox.config)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -182,6 +199,9 @@ def _logged(config: InboxConfig) -> Iterator[None]:
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = Report()
+    if said := changed_master(inbox.paths):
+        log.warning("%s", said)
+    inbox.told.extend(_notes(inbox, said))
     for candidate in _steady(inbox):
         inbox.context.stop.check()
         report += _guarded(inbox, candidate, one)

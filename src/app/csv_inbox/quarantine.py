@@ -36,6 +36,7 @@ from app.csv_inbox.discovery import (
 )
 
 KEPT_LOADS = 1000
+RECENT_LOADS = 50
 REVERT = ".undo"
 LEAST_CHARACTERS = 4
 STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
@@ -205,15 +206,33 @@ def preview(load: LoadRecord) -> str:
 
 def check_master(config: InboxConfig, load: LoadRecord) -> None:
     """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
-    try:
-        there = config.merged_file.stat()
-    except FileNotFoundError:
-        there = None
-    if there is None or (there.st_size, there.st_mtime_ns) != (load.size_bytes, load.mtime_ns):
+    if not _is_as_left(config, load):
         raise Rejected(
             f"{config.merged_file.name} was changed by something else since {load.file} was merged",
             "put back the file as the merge left it; undoing would destroy what was done since",
         )
+
+
+def _is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
+    try:
+        there = config.merged_file.stat()
+    except FileNotFoundError:
+        return False
+    return (there.st_size, there.st_mtime_ns) == (load.size_bytes, load.mtime_ns)
+
+
+def changed_master(paths: InboxPaths) -> str:
+    """What to say of a master that is gone, or not as the last merge left it: an older copy may have been put back, and
+    lacks what was merged since. "" when all is well.
+    """
+    last = next((load for load in loads(paths.loads, RECENT_LOADS) if load.outcome == MERGED), None)
+    if last is None or _is_as_left(paths.config, last):
+        return ""
+    what = "was changed by something else" if paths.config.merged_file.exists() else "is gone"
+    return (
+        f"{paths.config.merged_file.name} {what} since {last.file} was merged at {last.at}, when it had "
+        f"{last.rows_after} rows; if rows lack, restore it, or copy their files from the archive into the inbox"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta
+from sys import intern
 from typing import Any
 
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.database import NamedQueries, Row, Session, storable
+from app.db.database import NamedQueries, Row, Session, instant_of, storable
 from app.db.leases import AHEAD, identity, lost, now_of
 from app.db.object_summaries import SqlSummaries
 
@@ -46,7 +47,14 @@ class SqlLayouts:
 # Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a
 # cursor and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that
 # was ahead is not believed: no cursor lies ahead of the database's clock, and no window is closed before it has
-# ended.
+# ended, or by a commit of a time that has not come.
+
+
+# The columns of a record as the query live_records names them, after the partition.
+OF_RECORD = (
+    *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
+    *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +93,24 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """See `Checkpoints.live_records`."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`. Row by row: those of many devices at once are most of a plan's memory."""
+        found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
-            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
-        found: dict[str, list[Record]] = {}
-        for row in rows:
-            found.setdefault(row["device_id"], []).append(_record(row, now))
+            of = {"pipeline": pipeline, "since_at": since}
+            if partitions is None:
+                found_rows = session.stream(self._queries["live_records"], **of)
+            else:
+                found_rows = session.stream(self._queries["live_records_of"], **of, partitions=json.dumps(partitions))
+            for device, *values in found_rows:
+                row = {
+                    name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
+                    for name, value in zip(OF_RECORD, values, strict=True)
+                }
+                found.setdefault(device, []).append(_record(row, now))
         return found
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
@@ -251,8 +269,8 @@ def _record(row: Row, now: datetime) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
-        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
+        fields={intern(name): n for name, n in json.loads(row["source_fields"] or "{}").items()},
         source_digest=row["source_digest"],
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],

@@ -224,15 +224,8 @@ class PostgresDatabase:
         self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS, connections: int = 12
     ) -> None:
         self._answer_seconds = answer_seconds
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.Error:
-            # Without the cause: its text repeats parts of the URL.
-            raise Permanent(
-                "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
-            ) from None
-        self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
-        self._errors = Errors(_place(given), variables)
+        self._conninfo = conninfo_of(url, variables)
+        self._errors = errors_of(url, variables)
         self._connections = Connections(
             self.place, self._connect, _disconnect, alive=_alive, rolled_back=_rolled_back, limit=connections
         )
@@ -268,6 +261,26 @@ class PostgresDatabase:
                 connection.commit()
                 undo.pop_all()
             return connection
+
+
+def conninfo_of(url: str, variables: str) -> str:
+    """How a library that makes its own connections is told to make them. Raises Permanent as `PostgresDatabase`."""
+    return make_conninfo("", **{**CONNECTION, **_given(url, variables), **ENCODING})
+
+
+def errors_of(url: str, variables: str) -> "Errors":
+    """The translation for such a library."""
+    return Errors(_place(_given(url, variables)), variables)
+
+
+def _given(url: str, variables: str) -> Mapping[str, Any]:
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.Error:
+        # Without the cause: its text repeats parts of the URL.
+        raise Permanent(
+            "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
+        ) from None
 
 
 class Errors:

@@ -18,6 +18,7 @@ from app.db.migrations import Migrated, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
+from app.db.workers import SqlWorkers
 
 # Paused jobs: known to every process, and after every restart.
 #
@@ -391,6 +392,7 @@ class State:
     clocks: SqlClocks
     clock: StateClock
     pages: SqlPages
+    workers: SqlWorkers
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -438,4 +440,5 @@ def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> Sta
         clocks=SqlClocks(queries),
         clock=clock,
         pages=SqlPages(queries),
+        workers=SqlWorkers(queries),
     )

@@ -366,12 +366,15 @@ class _Hour:
     landed: Tally | None = None
     waiting: int | None = None
 
-    @property
-    def tally(self) -> Tally:
+    def tally(self, *, is_whole: bool) -> Tally:
+        """`is_whole`: no hour failed. Else what was read for one that did not land waits for the next run."""
         landed = self.landed or Tally(already_there=self.held)
         if self.waiting is not None:
             return Tally(self.counted, self.read, waiting=self.waiting - self.only_held)
         there = landed.already_there - self.only_held
+        if self.landed is None and not is_whole:
+            there = min(there, self.counted)
+            return Tally(self.counted, self.read, already_there=there, waiting=self.counted - there)
         return Tally(self.counted, self.read, landed.new, there, landed.corrected)
 
 
@@ -387,13 +390,15 @@ class _Reason:
 
 class Accounts:
     """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
-    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`, "" for none.
+    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`; `empty`: the partition values that
+    no item has; "" for none.
     """
 
     def __init__(self, attribute: str, now: datetime | None = None) -> None:
         self.attribute = attribute
         self._ahead_at = now + timedelta(days=1) if now else None
         self.ahead = ""
+        self.empty = ""
         self.attributes: set[str] = set()
         self.text = ""
         self._hours: dict[Window, _Hour] = {}
@@ -460,10 +465,14 @@ class Accounts:
         with self._lock:
             return set(self._reasons) == {NO_ATTRIBUTE}
 
-    def closed(self, partition: str, store: SetAsideStore | None) -> Ledger:
-        """The ledger, after the texts of what was set aside are kept in `store`; None = they are not."""
+    def closed(self, partition: str, store: SetAsideStore | None, *, is_whole: bool = True) -> Ledger:
+        """The ledger, after the texts of what was set aside are kept in `store`; None = they are not. See
+        `_Hour.tally` for `is_whole`.
+        """
         entries = [self._entry(reason, partition, store) for reason in sorted(self._reasons)]
-        total = sum((hour.tally for hour in self._hours.values()), Tally(self._unplaced, self._unplaced))
+        total = sum(
+            (hour.tally(is_whole=is_whole) for hour in self._hours.values()), Tally(self._unplaced, self._unplaced)
+        )
         return ledger_of(total, *entries, unit=UNIT).of_partition(partition)
 
     def _entry(self, reason: str, partition: str, store: SetAsideStore | None) -> SetAside:

@@ -32,15 +32,24 @@ from app.core.pipeline import (
 )
 from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import settle, sync_partition
+from app.core.runs import Context, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.sync import Done, settle, sync_partition
 from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
-from app.core.windows import DAY_SECONDS, EPOCH, HOUR_SECONDS, Window, floor_to, window_at, windows_between
+from app.core.windows import (
+    DAY_SECONDS,
+    EPOCH,
+    HOUR_SECONDS,
+    FailedWindows,
+    Window,
+    floor_to,
+    window_at,
+    windows_between,
+)
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ahead_note, ping
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
 from app.object_store.row_digest import content_of
 from app.object_store.set_aside import SetAsideStore
 
@@ -258,13 +267,13 @@ class HourFileExport:
         work = partial(sync_partition, opened.pipeline, context, at, live)
         return self._noted(context, opened.accounts, work)
 
-    def _noted(self, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
-        """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
+    def _noted(self, context: Context, accounts: Accounts, work: Callable[[Done], object]) -> Report:
+        """What `work` told that it did, with its ledger. A failure is noted beside the cursor, which stays; it is
+        raised when nothing was written.
+        """
+        report, parts = Report(), list[Report]()
         try:
-            report = work()
-            notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
-            ledger = accounts.closed(self.partition, None if context.dry_run else self.set_aside)
-            return replace(report, ledger=ledger, notes=notes)
+            work(parts.append)
         except LeaseLost:
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -272,7 +281,14 @@ class HourFileExport:
                 self.drive.forget()
             if not context.dry_run:
                 self.checkpoints.fail(NAME, self.partition, str(error), context.lease)
-            raise
+            if not any(part.windows for part in parts):
+                raise
+            report = Report(failures=(Failure(self.partition, error.message, error.hint),))
+        report = sum(parts, report)
+        notes = [*report.notes, *notes_on(accounts)]
+        kept = None if context.dry_run else self.set_aside
+        ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)
+        return replace(report, ledger=ledger, notes=notes)
 
     def _cursor(self, context: Context, now: datetime) -> datetime:
         """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
@@ -305,20 +321,23 @@ class HourFileExport:
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
         context.progress.advance(total=len(hours))
 
-        def each() -> Report:
-            report = Report()
+        failed = FailedWindows()
+
+        def each(done: Done) -> None:
             for hour in hours:
                 context.stop.check()
-                report += settle(opened.pipeline, context, self.task(hour))
+                with failed.one():
+                    done(settle(opened.pipeline, context, self.task(hour)))
+                failed.check_outage()
                 context.progress.advance(done=1)
-            return report
 
-        def work() -> Report:
-            seen, report = self.table.traits, each()
-            if self.table.traits == seen:
-                return report
-            context.progress.advance(total=len(hours))
-            return report + each()  # earlier hours may have items of the writing that only a later one showed
+        def work(done: Done) -> None:
+            seen = self.table.traits
+            each(done)
+            if self.table.traits != seen:  # earlier hours may have items of the writing that only a later one showed
+                context.progress.advance(total=len(hours))
+                each(done)
+            failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may meet on one hour
             return self._noted(context, opened.accounts, work)

@@ -9,7 +9,6 @@ from contextvars import copy_context
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
@@ -17,7 +16,7 @@ from app.core.ledger import sampled
 from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
-from app.core.windows import EPOCH, Window, window_at
+from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
 from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
@@ -139,6 +138,7 @@ class DynamoTable:
         self._client = SharedClient(lambda: _make_client(target))
         self._plan: Plan | None = None
         self._looked = set[datetime]()
+        self._first_at: datetime | None = None
 
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
@@ -180,10 +180,19 @@ class DynamoTable:
             self._looked.add(hour.start)
         return is_new
 
-    def newest(self, plan: Plan, value: str, is_readable: Callable[[Item], bool]) -> Sequence[Item]:
-        """The last items of a partition value, up to the first that is readable, or so many."""
+    def looks_at_first(self, now: datetime) -> bool:
+        """True once an hour: then the first items are looked at as well."""
+        hour_at = floor_to(now, HOUR_SECONDS)
+        with self._lock:
+            is_new, self._first_at = hour_at != self._first_at, hour_at
+        return is_new
+
+    def end(
+        self, plan: Plan, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False
+    ) -> Sequence[Item]:
+        """The last items of a partition value, or the first, up to one that is readable, or so many."""
         for limit in (1, LOOKED_ITEMS):
-            answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=False)
+            answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=is_first)
             items = items_of(member(answer, "Items", self.target.where))
             first = next((number for number, item in enumerate(items, 1) if is_readable(item)), 0)
             if first or not items:
@@ -356,7 +365,7 @@ class DynamoSource:
         """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
         open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
         """
-        newest = self._newest = self._newest or self.look(plan)
+        newest = self._newest = self._newest or self.look(plan, firsts=self._table.looks_at_first(self._now))
         is_text, traits = plan.timestamp_type == "S", self._table.traits
         is_doubtful = not self._asked or window in self._asked or window.end > self._now
         self._asked.add(window)
@@ -372,8 +381,9 @@ class DynamoSource:
             raise unreadable(self._accounts, self._table.target.times)
         return hour
 
-    def look(self, plan: Plan) -> Newest:
-        """What the newest items of each partition value are like; those that cannot be read are accounted for.
+    def look(self, plan: Plan, *, firsts: bool = True) -> Newest:
+        """What the newest items of each partition value are like. Those that cannot be read are accounted for, with
+        `firsts` also the first ones: no hour is asked for texts that sort before all others.
 
         Raises Permanent for partition values that nothing has, in a table that has items.
         """
@@ -382,15 +392,21 @@ class DynamoSource:
         def is_readable(item: Item) -> bool:
             return is_found(times, timed(item, self._accounts.attribute) or "", is_text=is_text)
 
-        by_value = _together(lambda value: self._table.newest(plan, value, is_readable), plan.hash_values)
-        newest, texts = list(chain.from_iterable(by_value)), []
+        def ends(value: str) -> tuple[Sequence[Item], Sequence[Item]]:
+            last = self._table.end(plan, value, is_readable)
+            return last, self._table.end(plan, value, is_readable, is_first=True) if last and firsts else ()
+
+        found = _together(ends, plan.hash_values)
+        newest, texts = [item for last, _ in found for item in last], []
         if not newest:
             self._refuse_other_values(plan)
-        for item in newest:
+        empty = [value for value, (last, _) in zip(plan.hash_values, found, strict=True) if not last]
+        self._accounts.empty = f"{plan.hash_name} {' or '.join(map(repr, empty[:NAMED]))}" if newest and empty else ""
+        for item in (*newest, *(item for _, first in found for item in first if not is_readable(item))):
             text = timed(item, self._accounts.attribute) or ""
             reading = times.read(text)
             if reading.at is None or not is_readable(item):
-                self._accounts.unplaced(item, reading.reason)
+                self._accounts.unplaced(item, reading.reason or UNREADABLE)
                 continue
             texts.append(text)
             self._table.note(reading.traits)
@@ -494,12 +510,15 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def ahead_note(accounts: Accounts) -> str:
-    """What to say of items that lie far ahead of now."""
-    return (
-        f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come; if "
-        "that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
-    )
+def notes_on(accounts: Accounts) -> Iterator[str]:
+    """What to say of items that lie far ahead of now, and of partition values without any."""
+    if accounts.ahead:
+        found = (
+            f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come"
+        )
+        yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    if accounts.empty:
+        yield f"no item has {accounts.empty}: check DYNAMODB_PARTITION_VALUES"
 
 
 def ping(table: DynamoTable, now: datetime) -> str:
@@ -520,7 +539,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
         raise unreadable(accounts, times)
     if accounts.set_aside:
         way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
-    return f"{way}; {ahead_note(accounts)}" if accounts.ahead else way
+    return "; ".join((way, *notes_on(accounts)))
 
 
 def _make_client(target: Target) -> Any:

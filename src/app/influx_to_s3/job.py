@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.partitions import Backoff, Pass, Settling, isolated, sync_all
+from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, in_this_process, isolated, sync_all, sync_step
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
 from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
@@ -94,6 +94,7 @@ class ExportParts:
     store: "ObjectStore"
     aside: Aside
     clock: Callable[[], datetime]
+    steps: Callable[[Context, SyncPlan, Step], Report]
     rewrite_seconds: Callable[[int, float], float] | None = None
     sums: "ObjectSums | None" = None
     kept: Kept = field(default_factory=dict)
@@ -106,9 +107,13 @@ class ExportParts:
 
 @dataclass(frozen=True, slots=True)
 class InfluxExport:
-    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
+    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source.
+
+    `step`: one step of a shard of a plan that another process made.
+    """
 
     jobs: Sequence[Job]
+    step: Step
     backfill: Callable[[Context, Window], Report]
     replace: Callable[[Context, Window, bool], Report]
     rewrite: Callable[[Context, Window], Report]
@@ -139,8 +144,9 @@ def build(
     clock: Callable[[], datetime],
     rewrite_seconds: Callable[[int, float], float] | None = None,
     sums: ObjectSums | None = None,
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set.
+    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `Pass`.
 
     `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
     """
@@ -164,6 +170,7 @@ def build(
         store=store,
         aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
         clock=clock,
+        steps=steps,
         rewrite_seconds=rewrite_seconds,
         sums=sums,
     )
@@ -180,6 +187,7 @@ def build(
 
     return InfluxExport(
         jobs,
+        lambda context, plan: _step(parts, context, plan),
         lambda context, span: _backfill(parts, context, span),
         lambda context, span, allow_shrink: _replace(parts, context, span, allow_shrink=allow_shrink),
         lambda context, span: _rewrite(parts, context, span),
@@ -222,11 +230,12 @@ def _open(
     dry_run: bool,
     change: Callable[[Tree, datetime], Tree] | None = None,
     share: float | None = None,
+    cursors: Mapping[str, datetime] | None = None,
 ) -> OpenedExport:
     """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
 
     `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the source, to
-    be taken by questions at most.
+    be taken by questions at most. `cursors`: those that matter, where they are known.
     """
     if not parts.store.conditional:
         parts.store.probe()
@@ -235,8 +244,8 @@ def _open(
     tree, now = parts.layout_file.begin(
         parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
     )
-    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name}
-    tree = _with_earlier_start(parts, tree, is_new=not cursors and not dry_run)
+    known = parts.checkpoints.cursors(NAME) if cursors is None else cursors
+    tree = _with_earlier_start(parts, tree, is_new=not any(known) and not dry_run)
     if change is not None:
         tree = change(tree, now) if dry_run else parts.layout_file.change(lambda tree: change(tree, now))
     columns = Columns(
@@ -266,7 +275,7 @@ def _open(
         app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
         run=uuid4().hex,
-        cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
+        cursors={name: at for name, at in known.items() if name},
         storage_class=settings.s3.storage_class if settings.s3.bucket else "",
         summed=parts.sums.take if parts.sums else None,
     )
@@ -361,7 +370,14 @@ def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
         settling=parts.settling,
         latency_seconds=opened.source.latency_seconds,
         concurrency=parts.settings.export.concurrency,
+        steps=parts.steps,
     )
+
+
+def _step(parts: ExportParts, context: Context, plan: SyncPlan) -> Report:
+    """One step of each device of a shard, whose plan another process has made."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run, cursors=plan.cursors)
+    return sync_step(opened.pipeline, context, plan, _pass(parts, opened))
 
 
 def _sync(parts: ExportParts, context: Context) -> Report:

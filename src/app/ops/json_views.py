@@ -261,7 +261,8 @@ SUMMARY = _object(
         "bill": {**MAYBE_TEXT, "description": "What requests cost a month at the rate of the last days."},
         **dict.fromkeys(("day_starts_at", "hours_start_at"), INSTANT),
         "jobs": {**_list(ANYTHING), "description": "State, lag, new rows, and the last day in one letter an hour."},
-    }
+    },
+    "With SCALE_ENGINE=procrastinate also `scale`: workers, what waits for one by queue, shards and those that go on.",
 )
 MAP_ROW = _object({"name": TEXT, "cells": TEXT, "lag_seconds": MAYBE_NUMBER, "error": TEXT})
 MAP_GROUP = _object({**dict.fromkeys(("first", "last", "cells"), TEXT), **dict.fromkeys(("count", "problems"), WHOLE)})

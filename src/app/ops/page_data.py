@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,6 +130,8 @@ def _summary(router: APIRouter, parts: PageParts) -> None:
     )
     def summary(tz: Zone = "UTC") -> dict[str, Any]:
         found: dict[str, Any] = seen_now(parts, zone_of(tz), summary_of)
+        if parts.scheduler.elsewhere:
+            found["scale"] = asdict(parts.scheduler.elsewhere.look())
         return found
 
     @router.post(

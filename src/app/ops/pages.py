@@ -29,11 +29,14 @@ ASSETS = {
 }
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
 GUIDES = {
-    **dict.fromkeys(("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3"), ""),
+    **dict.fromkeys(
+        ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3", "lake"), ""
+    ),
     **dict.fromkeys(("analytics", "operations", "runbook", "glossary", "security", "delivery", "migration"), ""),
     "s3_sweep": "s3",
     "set_aside_sweep": "operations",
     "influx_to_s3_reconcile": "influx_to_s3",
+    "lake_day": "lake",
     "dynamo_to_drive_reconcile": "dynamo_to_drive",
     "dynamo_to_drive_late": "dynamo_to_drive",
 }

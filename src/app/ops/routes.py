@@ -44,6 +44,7 @@ from app.ops.metrics import (
     object_series,
     success_series,
     total_series,
+    workload_series,
 )
 from app.ops.page_data import recent_span
 from app.ops.scheduler import Scheduler
@@ -475,10 +476,11 @@ def _series(ops: Operations) -> Sequence[Series]:
         calls = {job: of() for job, of in ops.calls.items()}
         ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
         troubles = ops.troubles()
+        load = list(workload_series(ops.scheduler.elsewhere.look())) if ops.scheduler.elsewhere else []
     except AppError:
         return series  # the check of the store says why the counters are missing
     series += [*total_series(totals), success_series(totals, now), *ledgers, *call_series(calls)]
-    series += object_series(views, troubles)
+    series += [*object_series(views, troubles), *load]
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
 

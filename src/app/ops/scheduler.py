@@ -130,6 +130,12 @@ def retry_in(run: Run | None, interval_seconds: float) -> float | None:
     return seconds if seconds < interval_seconds else None
 
 
+def more_in(run: Run) -> float:
+    """Seconds until a run goes on that left work: at once, or a little later when a part of it fails each time."""
+    spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
+    return spread if run.outcome is Outcome.OK else 25 * spread
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """Where a job stands: `state` is off, paused, running, waiting or backfill."""
@@ -150,6 +156,29 @@ class JobPauses(Protocol):
 
     def resume(self, job: str) -> None:
         """Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What workers are at: how many live, how much waits by queue, how many shards there are and go on."""
+
+    workers: int
+    waiting: Mapping[str, int]
+    shards: int
+    shards_running: int
+
+
+class Elsewhere(Protocol):
+    """Other processes, which run jobs for this one. All methods raise AppError."""
+
+    def send(self, job: str, by: str) -> None:
+        """Have it run, unless the same is waiting already. `by`: see `Run.started_by`."""
+
+    def look(self) -> Workload:
+        """What goes on there now."""
+
+    def close(self) -> None:
+        """Close all connections. Idempotent; does not raise."""
 
 
 Backfill = Callable[[Context, Window], Report]
@@ -201,15 +230,26 @@ TICK = "tick"
 
 
 class Scheduler:
-    """Starts jobs when they are due, and on request. All methods may be called from any thread."""
+    """Starts jobs when they are due, and on request. All methods may be called from any thread.
+
+    With `elsewhere` it sends jobs there, and runs only backfills and what has to be done here.
+    """
 
     def __init__(
-        self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: JobPauses
+        self,
+        jobs: Iterable[Job],
+        desk: RunDesk,
+        stop: Stop,
+        backfills: Mapping[str, Backfill],
+        pauses: JobPauses,
+        *,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._desk = desk
         self._stop = stop
         self._backfills = backfills
         self._pauses = pauses
+        self.elsewhere = elsewhere
         self._lanes = {job.name: _Lane(named(job)) for job in jobs}
         self._changed = threading.Condition()
         self._timers = BackgroundScheduler(
@@ -248,6 +288,8 @@ class Scheduler:
         self._closed.set()
         if self._timers.running:
             self._timers.shutdown(wait=False)
+        if self.elsewhere is not None:
+            self.elsewhere.close()
         with self._changed:
             self._changed.wait_for(lambda: not self.busy, seconds)
             return [lane.job.name for lane in self._able() if lane.running]
@@ -359,6 +401,9 @@ class Scheduler:
             lane.backfills -= other is not None
         if not (other or by) and (self._is_paused(lane) or not (more or self._is_due(lane))):
             return
+        if self.elsewhere is not None and other is None and not lane.job.here:
+            self._send(self.elsewhere, lane.job, by or "schedule")
+            return
         tally = logged(lane.job.name)
         with self._changed:
             if self._stop.asked:
@@ -373,16 +418,22 @@ class Scheduler:
         if run is None:
             log.debug("%s: another process holds the lease", lane.job.name)
         if run is not None and run.report.more:
-            # Go on at once, or a little later when a part of it fails each time.
-            spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
-            seconds = spread if run.outcome is Outcome.OK else 25 * spread
-            self._turn_in(seconds, lane, other, by=by, more=True)
+            self._turn_in(more_in(run), lane, other, by=by, more=True)
         elif other is None:
             early_seconds = retry_in(run, lane.job.interval_seconds)
             if early_seconds is not None and not self._stop.asked:
                 self._fire_in(early_seconds, lane.job.name)
         elif run is None:
             self._turn_in(HELD_SECONDS, lane, other, by=by)
+
+    def _send(self, elsewhere: Elsewhere, job: Job, by: str) -> None:
+        """A worker runs it and goes on while there is more. One that dies, or fails, is noticed by looking again."""
+        try:
+            elsewhere.send(job.name, by)
+        except AppError as error:
+            log.warning("%s: it cannot be sent to a worker yet: %s", job.name, error)
+        if job.interval_seconds > RETRY_SECONDS:
+            self._fire_in(RETRY_SECONDS, job.name)
 
     def _is_paused(self, lane: _Lane) -> bool:
         """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
