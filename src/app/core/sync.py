@@ -378,7 +378,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
             encoded = pipeline.deltas.noted(encoded, folded)
         version, is_ours = "", False
         if not context.dry_run:
-            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded)
+            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
             pipeline.keep(task, version, batch)
         stored = Held(version, size_bytes=encoded.size_bytes, folded=folded)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
@@ -393,7 +393,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
 
 
 def _swap(
-    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, folded: int
+    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
 ) -> tuple[str, bool]:
     """The new version, and whether it has these very bytes. A lost answer is adopted; any other conflict is raised.
 
