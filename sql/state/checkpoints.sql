@@ -3,7 +3,7 @@
 -- name: cursors
 -- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
 -- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
--- else to the newest day of which there were records, else from the first cursor on.
+-- else to the newest day of which records went, else from the first cursor on.
 SELECT device_id, cursor_at
 FROM (
     SELECT

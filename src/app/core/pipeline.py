@@ -497,6 +497,12 @@ class Pipeline(Generic[B, E]):
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
 
+    def summaries(self, task: "Task", encoded: E, key: str, version: str) -> Sequence[Any]:
+        """What is committed with the record of the object that was just written."""
+        if self.summarise is None or not (task.final or self.summarises_open):
+            return ()
+        return self.summarise(encoded, key, version)
+
     def keeps(self, batch: B) -> bool:
         """True when `batch` belongs to the pipeline."""
         return any(batch is mine for _, mine in list(self.kept.values()))

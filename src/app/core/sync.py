@@ -376,31 +376,26 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     with closing(encoded):
         if pipeline.deltas and folded:
             encoded = pipeline.deltas.noted(encoded, folded)
-        stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
-        summaries: Sequence[Any] = ()
+        version, is_ours = "", False
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
-            stored = replace(stored, version=version)
-            pipeline.keep(task, stored.version, batch)
-            if pipeline.summarise and is_ours and (task.final or pipeline.summarises_open):
-                summaries = pipeline.summarise(encoded, key, stored.version)
+            pipeline.keep(task, version, batch)
+        stored = Held(version, size_bytes=encoded.size_bytes, folded=folded)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        record = _record(task, key, stored, found)
         return _Written(
-            record,
+            _record(task, key, stored, found),
             encoded.size_bytes,
             deltas=found.deltas,
             new_rows=new_rows,
             corrected_rows=batch.corrected_rows,
-            summaries=summaries,
+            summaries=pipeline.summaries(task, encoded, key, version) if is_ours else (),
         )
 
 
 def _swap(
     pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
 ) -> tuple[str, bool]:
-    """The new version, and whether it has these very bytes. A conflict with our own write is a lost answer and is
-    adopted; any other is raised.
+    """The new version, and whether it has these very bytes. A lost answer is adopted; any other conflict is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
     of that other write could still replace it.
