@@ -2,11 +2,14 @@
 # Two stages: the first has what is needed to build, the second only what runs. Every package is checked against the
 # hashes of requirements.txt. There is no VOLUME line: Railway refuses images that have one; mount a volume at /data.
 
-FROM python:3.13-slim AS build
+# `docker build --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:...` builds on that very image
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS build
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
 RUN pip install --no-cache-dir uv==0.13.9 && uv venv --no-project /opt/headwater
 WORKDIR /build
-# the packages first: they change less often than the code, so their layer is kept
+# with those of the extras `lake` and `scale`; the packages first: they change less often than the code, so their layer is kept
 COPY requirements.txt ./
 # of Google's descriptions of all its services, 110 MB, only that of Drive is read
 RUN uv pip install --no-cache --python /opt/headwater/bin/python --require-hashes -r requirements.txt && \
@@ -18,7 +21,7 @@ COPY docs ./docs
 RUN uv build --no-cache --wheel --out-dir dist && \
     uv pip install --no-cache --python /opt/headwater/bin/python --no-deps dist/*.whl
 
-FROM python:3.13-slim
+FROM ${PYTHON_IMAGE}
 # a fixed number, so that runAsNonRoot and the owner of a volume can be stated outside the image
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data --shell /usr/sbin/nologin headwater && \
     install --directory --owner=headwater --group=headwater /data

@@ -42,9 +42,10 @@ def stamp(seconds: float) -> str:
 
 @dataclass
 class Devices:
-    """The source's points: device n has one a minute from START on, `minutes[n]` of them."""
+    """The source's points: device n has one a minute from `start_at` on, `minutes[n]` of them."""
 
     minutes: list[int]
+    start_at: datetime = START
 
     def answer(self, query: str) -> str:
         """Annotated CSV for the few questions of the export."""
@@ -62,7 +63,7 @@ class Devices:
         return ROWS + "".join(row for at in numbers for row in self._rows(at, start, end)) if named else NAMES
 
     def _span(self, at: int, start: float, end: float) -> range:
-        first = START.timestamp() + at % 50
+        first = self.start_at.timestamp() + at % 50
         low, high = (max(0, -(-int(each - first) // 60)) for each in (start, end))
         return range(low, max(low, min(self.minutes[at], high)))
 
@@ -77,16 +78,15 @@ class Devices:
 
     def _rows(self, at: int, start: float, end: float) -> Iterator[str]:
         for minute in self._span(at, start, end):
-            time_at = stamp(START.timestamp() + at % 50 + 60 * minute)
+            time_at = stamp(self.start_at.timestamp() + at % 50 + 60 * minute)
             values = (
                 f"{230 + (minute * 13 + at) % 100 / 10},{1 + minute % 7 / 10},{450 + minute % 90},{20 + minute % 30}"
             )
             yield f",,0,{time_at},D{at:06d},pump,P{at % 7},{values}\r\n"
 
 
-def serve(devices: int, query_ms: float) -> None:
+def serve(source: Devices, query_ms: float) -> None:
     """The source, in a process of its own. A line on stdin `share` gives that share of the devices a new point each."""
-    source = Devices([HISTORY_MINUTES] * devices)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -114,7 +114,7 @@ def serve(devices: int, query_ms: float) -> None:
     sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        for at in range(devices):
+        for at in range(len(source.minutes)):
             source.minutes[at] += at % 1000 < float(line) * 1000
         sys.stdout.write("ok\n")
         sys.stdout.flush()
@@ -150,10 +150,11 @@ class Silent:
 
 def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> None:
     """One line of JSON per phase."""
+    from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, RunDesk, Stop, execute
     from app.db.state import open_state
-    from app.influx_to_s3.job import NAME, build
+    from app.influx_to_s3.job import NAME, ObjectSums, build
     from app.object_store.local import LocalDirectory
     from app.object_store.set_aside import SetAsideStore, folder_of
 
@@ -165,7 +166,15 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         store = Counted(LocalDirectory(folder / "objects"), given.put_ms)
         checkpoints: Any = Counted(state.checkpoints)
         aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
-        export = build(settings, checkpoints, state.layouts, store, set_aside=aside, clock=lambda: now[0])
+        export = build(
+            settings,
+            checkpoints,
+            state.layouts,
+            store,
+            set_aside=aside,
+            clock=lambda: now[0],
+            sums=ObjectSums(TableSums, state.summaries),
+        )
         job = next(job for job in export.jobs if job.name == NAME)
         desk = RunDesk(lambda: datetime.now(UTC), state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
         for phase, share in (("first", 0.0), ("nothing new", 0.0), ("all new", 1.0), ("a tenth new", 0.1)):
@@ -207,7 +216,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true")
     given = parser.parse_args()
     if given.serve:
-        serve(given.devices, given.query_ms)
+        serve(Devices([HISTORY_MINUTES] * given.devices), given.query_ms)
         return
     command = [sys.executable, __file__, "--serve", "--devices", str(given.devices), "--query-ms", str(given.query_ms)]
     with (

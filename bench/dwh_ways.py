@@ -182,7 +182,7 @@ class Orm:
         from sqlalchemy import orm
 
         base: Any = orm.declarative_base()
-        types = {
+        types: dict[str, Any] = {
             "uuid": sa.Uuid,
             "event_time": sa.DateTime(timezone=True),
             "event_id": sa.BigInteger,

@@ -139,6 +139,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     """The product's job, run until nothing is left."""
     import logging
 
+    from app.analytics.table_sums import TableSums
     from app.config.environment import load_settings
     from app.core.runs import LeaseTerms, Outcome, RunDesk, Stop, execute
     from app.db.state import open_state
@@ -160,7 +161,8 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     state = open_state("", folder)
     store = LocalDirectory(folder / "objects")
     aside = SetAsideStore(store, folder_of(settings.s3.prefix), settings.set_aside.max_bytes)
-    export = job.build(settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=clock)
+    sums = job.ObjectSums(TableSums, state.summaries)
+    export = job.build(settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=clock, sums=sums)
     desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
     rows, more = 0, True
     while more:

@@ -27,6 +27,7 @@ USED_LATER = (
     "app.objects.sweeps",
     "app.ops.commands",
     "app.ops.routes",
+    "app.scale.worker",
     "app.db.postgres",
     "app.object_store.s3_multipart",
     "app.db.state",

@@ -3,6 +3,7 @@
 The browser has a profile of its own below the test's folder, reaches loopback only, and is ended by its pid.
 """
 
+import base64
 import json
 import os
 import subprocess
@@ -147,6 +148,15 @@ class Browser:
             ("mouseReleased", end),
         ):
             self._page("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def picture(self, path: Path, script: str = "") -> None:
+        """Write a PNG of the view, or of the whole element of an expression."""
+        told: dict[str, Any] = {}
+        if script:
+            edges = "{x: box.x + scrollX, y: box.y + scrollY, width: box.width, height: box.height, scale: 1}"
+            clip = self.run(f"(() => {{ const box = ({script}).getBoundingClientRect(); return {edges}; }})()")
+            told = {"clip": clip, "captureBeyondViewport": True}
+        path.write_bytes(base64.b64decode(self._page("Page.captureScreenshot", **told)["data"]))
 
     def close(self) -> None:
         self._process.kill()

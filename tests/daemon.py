@@ -109,13 +109,20 @@ class Daemons:
         self._started: list[Daemon] = []
 
     def start(
-        self, jobs: str = "", *, wait: bool = True, key: str = "", descriptors: str = "", **environ: str
+        self,
+        jobs: str = "",
+        *,
+        wait: bool = True,
+        key: str = "",
+        descriptors: str = "",
+        word: str = "serve",
+        **environ: str,
     ) -> Daemon:
         port = int(environ.pop("PORT", 0)) or free_port()
         log_path = self._folder / f"daemon-{len(self._started)}.log"
         values = {"PORT": str(port), "DATA_DIR": str(self._folder / "data"), "LOG_FILE": "off", **environ}
         base = {name: os.environ[name] for name in KEPT if name in os.environ}
-        command = [sys.executable, str(TESTS / "daemon_jobs.py"), jobs] if jobs else [sys.executable, "-m", "app"]
+        command = [sys.executable, str(TESTS / "daemon_jobs.py"), jobs] if jobs else [sys.executable, "-m", "app", word]
         if descriptors:
             command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         with log_path.open("wb") as log:

@@ -7,16 +7,16 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from app import cli, main
 from app.core.errors import Permanent
-from app.core.ledger import SetAside, Tally, ledger_of
+from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
 from app.core.pipeline import Commit
-from app.core.runs import Context, Failure, Job, Report, Stop
+from app.core.runs import Context, Failure, Job, Report, Run, Stop
 from app.core.verify import Cell, CellState, Content, Slot
 from app.core.windows import Window, windows_between
 from app.main import ServiceParts
@@ -124,7 +124,13 @@ def quick_jobs(parts: ServiceParts) -> Pipelines:
         Job("more", 60, traced(parts, "more", more_thrice())),
         Job("sleeping", 60, failing, off="set INFLUXDB_URL"),
     )
-    return Pipelines(jobs, {"quick": filling}, routers=main.wire(parts).routers)
+    file = parts.settings.service.data_dir / "m v.lp"
+
+    def kept(_: Run) -> Sequence[KeptFile]:
+        file.write_bytes(b"m v=1\n")
+        return [KeptFile(file.name, 6, path=file), KeptFile("D1/x.txt", 9, key="telemetry/_set_aside/D1/x.txt")]
+
+    return Pipelines(jobs, {"quick": filling}, kept={"counting": kept}, routers=main.wire(parts).routers)
 
 
 def daily_job(parts: ServiceParts) -> Pipelines:

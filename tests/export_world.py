@@ -5,7 +5,7 @@ import json
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Source:
     database: str
     now_ns: Callable[[], int]
     chance: random.Random
+    devices: Sequence[str] = DEVICES
     start_ns: int = 0
     points: list[tuple[str, int]] = field(default_factory=list)
     quiet: threading.Lock = field(default_factory=threading.Lock)
@@ -63,8 +64,8 @@ class Source:
     def mark(self) -> set[Row]:
         """One more point of each device."""
         at = self.now_ns()
-        self.server.write(self.database, "\n".join(f"{_series(device)} voltage=1 {at}" for device in DEVICES))
-        return {(device, TAGS["device_type"], TAGS["location"], "", at) for device in DEVICES}
+        self.server.write(self.database, "\n".join(f"{_series(device)} voltage=1 {at}" for device in self.devices))
+        return {(device, TAGS["device_type"], TAGS["location"], "", at) for device in self.devices}
 
     def rows(self) -> dict[Row, Fields]:
         """All points, as a plain query tells them."""
@@ -82,10 +83,10 @@ class Source:
         another value or a further field.
         """
         chance = self.chance
-        for device in DEVICES:
+        for device in self.devices:
             yield self._new(_series(device), self.now_ns() - chance.randrange(2 * 10**9))
         series = _series(
-            chance.choice(DEVICES), **({FURTHER: f"L{chance.randrange(3)}"} if chance.random() < 0.5 else {})
+            chance.choice(self.devices), **({FURTHER: f"L{chance.randrange(3)}"} if chance.random() < 0.5 else {})
         )
         if chance.random() < 0.3:
             age_ns = int(chance.expovariate(1 / (30 * MINUTE_NS)))

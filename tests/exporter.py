@@ -1,7 +1,7 @@
 """The export job as the product builds it, with a source, a store, a state and a clock that belong to the test."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from app.analytics.table_sums import TableSums
 from app.config.environment import load_settings
+from app.core.partitions import Step, SyncPlan, in_this_process
 from app.core.pipeline import NOTHING, Commit
 from app.core.runs import Context, Job, LeaseTerms, Outcome, Report, Run, RunDesk, Stop, execute
 from app.core.windows import Window
 from app.db.state import State, open_state
-from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, build
+from app.influx_to_s3.job import NAME, RECONCILE, InfluxExport, ObjectSums, build
 from app.influx_to_s3.verify import ExportEnds
 from app.object_store.local import LocalDirectory
 from app.object_store.port import ObjectStore
@@ -51,6 +53,7 @@ class Exporter:
     environ: dict[str, str] = field(default_factory=dict)
     built: InfluxExport | None = None
     prefix: str = "telemetry"
+    steps: Callable[[Context, SyncPlan, Step], Report] | None = None
 
     def clock(self) -> datetime:
         return self.now
@@ -92,7 +95,14 @@ class Exporter:
         settings = load_settings(given, None)
         aside = SetAsideStore(self.store, folder_of(self.prefix), settings.set_aside.max_bytes)
         return build(
-            settings, self.state.checkpoints, self.state.layouts, self.store, set_aside=aside, clock=self.clock
+            settings,
+            self.state.checkpoints,
+            self.state.layouts,
+            self.store,
+            set_aside=aside,
+            clock=self.clock,
+            steps=self.steps or in_this_process,
+            sums=ObjectSums(TableSums, self.state.summaries),
         )
 
     def keep(self, **environ: str) -> None:
@@ -102,7 +112,10 @@ class Exporter:
     def run(self, name: str = NAME, *, dry_run: bool = False, **environ: str) -> Run:
         export = self.built or self.export(**environ)
         job = next(job for job in export.jobs if job.name == name)
-        run = execute(job, self._desk(), Stop(), Silent(), dry_run=dry_run)
+        return self.execute(job.work, name, dry_run=dry_run)
+
+    def execute(self, work: Callable[[Context], Report], name: str = NAME, *, dry_run: bool = False) -> Run:
+        run = execute(Job(name, 60, work), self._desk(), Stop(), Silent(), dry_run=dry_run)
         assert run is not None
         return run
 

@@ -83,7 +83,9 @@ class Runner:
         base = {name: os.environ[name] for name in KEPT if name in os.environ}
         values = {**base, "DATA_DIR": str(folder), "LOG_FILE": "off", **environ}
         (folder / "environ.json").write_text(json.dumps(values))
-        (folder / "command.json").write_text(json.dumps([*command, "--json"] if command else []))
+        (folder / "command.json").write_text(
+            json.dumps([*command, *(["--json"] if command and command[0] != "worker" else ())])
+        )
         return asked(self.process, str(folder))
 
     def ended(self) -> int:

@@ -90,8 +90,10 @@ class MemoryCheckpoints:
             held = self._records.get((pipeline, partition), {})
             return [record for (start, _), record in sorted(held.items()) if since <= start < until]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        names = [partition for name, partition in list(self._records) if name == pipeline]
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        names = [each for name, each in list(self._records) if name == pipeline and each in (partitions or (each,))]
         return {name: self.records(pipeline, name, since, datetime.max.replace(tzinfo=UTC)) for name in names}
 
     def commit_all(self, pipeline: str, commits: Sequence[tuple[str, Commit]], lease: Lease) -> None:

@@ -116,7 +116,7 @@ class Landed:
             interval_seconds=5,
             timeout_seconds=300,
             daily_calls=calls,
-            zone=appmetrica_job.Zone(asked, "").find,
+            zone=appmetrica_job.zone_of(asked, ""),
         )
         pull = self.pull_context("appmetrica", "records", appmetrica_hours.DUE_AFTER, lookback_days)
         return MetricaPull(self, pull, exports, recount_days)

@@ -163,14 +163,16 @@ class World:
 class Process:
     """One process of the product: its ports on a world, its memory, and the hook at each effect.
 
-    `broken`: partitions whose reading fails. `away`: what a probe of source and sink raises. `loses`: a row of this
-    value is read and then lost on its way, which is a bug that the ledger has to show. `aside`: what is set aside.
+    `broken`: partitions whose reading fails; `broken_at`: windows by their start. `away`: what a probe of source and
+    sink raises. `loses`: a row of this value is read and then lost on its way, which is a bug that the ledger has to
+    show. `aside`: what is set aside.
     """
 
     world: World
     hook: Callable[[str], None] = nothing
     keeps: bool = False
     broken: Mapping[str, Exception] = field(default_factory=dict)
+    broken_at: Mapping[datetime, Exception] = field(default_factory=dict)
     away: Exception | None = None
     loses: str = ""
     aside: Sequence[SetAside] = ()
@@ -199,6 +201,8 @@ class Process:
     def read(self, partition: str, window: Window, count: Count, kept: Rows | None) -> Rows:
         if partition in self.broken:
             raise self.broken[partition]
+        if window.start in self.broken_at:
+            raise self.broken_at[window.start]
         self.hook(f"read {partition}")
         self.world.reads.append((partition, window.start))
         rows = self.world.rows.get(partition, {})
@@ -321,8 +325,10 @@ class Process:
         found = [r for (name, at, _), r in self.world.records.items() if name == partition and since <= at < until]
         return sorted(found, key=lambda record: (record.window.start, record.part))
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        names = {name for name, _, _ in self.world.records}
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        names = {name for name, _, _ in self.world.records if partitions is None or name in partitions}
         return {name: self.records(pipeline, name, since, datetime.max.replace(tzinfo=UTC)) for name in names}
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:

@@ -19,7 +19,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = re.compile(r"^constraint-dependencies = \[.*?\]\n", re.MULTILINE | re.DOTALL)
-EXPORT = ("--no-emit-project", "--no-dev", "--format", "requirements-txt", "--no-header", "--no-annotate")
+EXPORT = (
+    "--no-emit-project",
+    "--no-dev",
+    "--extra",
+    "lake",
+    "--extra",
+    "scale",
+    "--format",
+    "requirements-txt",
+    "--no-header",
+    "--no-annotate",
+)
 HASH = re.compile(r" \\\n +--hash=(\S+)")
 LEAKS = re.compile(r"://|^\s*-(?!-hash=sha256:)|^\s*#", re.MULTILINE)
 
@@ -56,6 +67,8 @@ def _agree(written: str, resolved: str) -> bool:
 def _direct(project: Mapping[str, Any]) -> Iterator[str]:
     """Every requirement that pyproject.toml names itself, also those to build it."""
     yield from project["project"]["dependencies"]
+    for extra in project["project"]["optional-dependencies"].values():
+        yield from extra
     for group in project["dependency-groups"].values():
         yield from group
     yield from project["build-system"]["requires"]

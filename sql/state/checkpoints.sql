@@ -2,8 +2,8 @@
 
 -- name: cursors
 -- Partition and cursor, for those that have one: a partition that only ever failed has none. A cursor after :until_at comes
--- from a clock that was ahead. What was finished before that is known up to the newest window with a record, else from the
--- first cursor on.
+-- from a clock that was ahead. What was finished before that is known up to the newest window that a right clock recorded,
+-- else to the newest day of which records went, else from the first cursor on.
 SELECT device_id, cursor_at
 FROM (
     SELECT
@@ -14,7 +14,14 @@ FROM (
                 (
                     SELECT max(w.window_start)
                     FROM export_windows AS w
-                    WHERE w.pipeline = held.pipeline AND w.device_id = held.device_id AND w.window_start <= :until_at
+                    WHERE
+                        w.pipeline = held.pipeline AND w.device_id = held.device_id
+                        AND w.window_start <= :until_at AND w.updated_at <= :until_at
+                ),
+                (
+                    SELECT max(d.day_at)
+                    FROM export_days AS d
+                    WHERE d.pipeline = held.pipeline AND d.device_id = held.device_id AND d.day_at <= :until_at
                 ),
                 held.started_at
             )
@@ -48,6 +55,28 @@ SELECT
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at
+ORDER BY device_id, window_start, part;
+
+-- name: live_records_of (postgres)
+-- The same of these partitions, a list in JSON.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
+FROM export_windows
+WHERE
+    pipeline = :pipeline AND window_start >= :since_at
+    AND device_id IN (SELECT jsonb_array_elements_text(CAST(:partitions AS JSONB)))
+ORDER BY device_id, window_start, part;
+
+-- name: live_records_of (sqlite)
+-- The same of these partitions, a list in JSON.
+SELECT
+    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
+    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
+FROM export_windows
+WHERE
+    pipeline = :pipeline AND window_start >= :since_at
+    AND device_id IN (SELECT value FROM json_each(:partitions))
 ORDER BY device_id, window_start, part;
 
 -- name: save_record
@@ -108,6 +137,31 @@ SELECT s3_key, error FROM undeleted_objects WHERE pipeline = :pipeline ORDER BY 
 -- The rows of a window's deltas are part of its object now.
 DELETE FROM export_windows
 WHERE pipeline = :pipeline AND device_id = :partition AND window_start = :starts_at AND part > 0;
+
+-- name: retire_records
+-- Records of closed windows that start before :before_at and end by :until_at go; their starts and rows. What a listing
+-- showed to be wrong stays, and so does the record of a window that still has deltas.
+DELETE FROM export_windows
+WHERE
+    pipeline = :pipeline AND device_id = :partition AND window_start < :before_at AND window_end <= :until_at
+    AND part = 0 AND status = 'closed' AND trouble = ''
+    AND NOT EXISTS (
+        SELECT 1 FROM export_windows AS delta
+        WHERE
+            delta.pipeline = :pipeline AND delta.device_id = :partition
+            AND delta.window_start = export_windows.window_start AND delta.part > 0
+    )
+RETURNING window_start AS starts_at, record_count;
+
+-- name: save_day
+-- Insert or replace what is known of a day of which records went.
+INSERT INTO export_days (pipeline, device_id, day_at, windows) VALUES (:pipeline, :partition, :day_at, :windows)
+ON CONFLICT (pipeline, device_id, day_at) DO UPDATE SET windows = excluded.windows;
+
+-- name: days
+-- Days of a partition of which records went.
+SELECT day_at, windows FROM export_days
+WHERE pipeline = :pipeline AND device_id = :partition AND day_at >= :since_at AND day_at < :until_at;
 
 -- name: save_checkpoint
 -- The partition is well. Cursor and high watermark only move forward: a repeated older commit must not undo a newer one.

@@ -158,22 +158,33 @@ WHERE
     AND (:last = '' OR device_id <= :last) AND lower(device_id) LIKE :pattern ESCAPE '!';
 
 -- name: any_rows
--- A row when any partition has an object of that span.
+-- A row when any partition has an object of that span, or had one of a day from :since_day_at on whose records went.
 SELECT 1 AS found FROM export_windows
 WHERE pipeline = :pipeline AND window_start >= :since_at AND window_start < :until_at
+UNION ALL
+SELECT 1 AS found FROM export_days
+WHERE pipeline = :pipeline AND day_at >= :since_day_at AND day_at < :until_at
 LIMIT 1;
 
 -- name: any_rows_between
--- A row when one of the partitions from :first to :last has an object of that span: one look into the index for each.
+-- The same of the partitions from :first to :last: one look into each index for each of them.
 SELECT 1 AS found
 FROM export_checkpoints AS c
 WHERE
     c.pipeline = :pipeline AND c.device_id >= :first AND c.device_id <= :last
-    AND EXISTS (
-        SELECT 1 FROM export_windows AS w
-        WHERE
-            w.pipeline = c.pipeline AND w.device_id = c.device_id
-            AND w.window_start >= :since_at AND w.window_start < :until_at
+    AND (
+        EXISTS (
+            SELECT 1 FROM export_windows AS w
+            WHERE
+                w.pipeline = c.pipeline AND w.device_id = c.device_id
+                AND w.window_start >= :since_at AND w.window_start < :until_at
+        )
+        OR EXISTS (
+            SELECT 1 FROM export_days AS d
+            WHERE
+                d.pipeline = c.pipeline AND d.device_id = c.device_id
+                AND d.day_at >= :since_day_at AND d.day_at < :until_at
+        )
     )
 LIMIT 1;
 

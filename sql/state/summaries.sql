@@ -102,8 +102,20 @@ SELECT object_id FROM analytics_objects;
 SELECT count(*) AS objects FROM analytics_objects;
 
 -- name: is_asked
--- Whether anything was ever learnt, which is so only when somebody asked.
-SELECT EXISTS (SELECT 1 FROM analytics_objects) AS asked;
+-- Whether anybody ever asked.
+SELECT EXISTS (SELECT 1 FROM analytics_asked) AS asked;
+
+-- name: note_asked
+-- Somebody asked.
+INSERT INTO analytics_asked (only_row) VALUES (1) ON CONFLICT (only_row) DO NOTHING;
+
+-- name: forget_old_objects
+-- Remove versions that have rows of a day before :day.
+DELETE FROM analytics_objects WHERE object_id IN (SELECT object_id FROM analytics_parts WHERE day < :day);
+
+-- name: forget_old_parts
+-- Remove parts of days before :day.
+DELETE FROM analytics_parts WHERE day < :day;
 
 -- name: sweeps
 -- How often versions were removed so far.

@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 from app.config import DOTENV
 from app.core.errors import AppError, BadSettings, did_you_mean
-from app.ops.process import configured, tune
+from app.ops.process import BAD_SETTINGS, configured, tune, unsupported
 
-OK, FAILED, USAGE, BAD_SETTINGS = 0, 1, 2, 78
+OK, FAILED, USAGE = 0, 1, 2
 EXIT_CODES = """0 fine, 1 a run failed or is partial or a check failed, 2 wrong usage,
 75 another process runs the job: try later, 78 settings that cannot work"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -50,13 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error, (f"error: {error}",), FAILED, as_json="--json" in words)
 
 
-def unsupported(system: str) -> str:
-    """Why `os.name` is none that this runs on, "" where it is one."""
-    if system != "nt":
-        return ""
-    return "Headwater runs on Linux and macOS: on Windows install it in WSL 2, or use Docker (docs/deploy/windows.md)"
-
-
 def failed(error: AppError, lines: Sequence[str], code: int, *, as_json: bool) -> int:
     """Say what is wrong on stderr, and with `as_json` as a document on stdout too; the exit code."""
     for line in lines:
@@ -78,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
-        raise UsageError(f"{self.prog}: {message}", f"{self.prog} --help")
+        raise UsageError(f"{self.prog}: {message}", f"see `{self.prog} --help`")
 
 
 def say(line: str) -> None:
@@ -96,6 +89,22 @@ def serve(*, port: int | None = None) -> int:
     from app.ops.service import run_daemon
 
     run_daemon(build(settings), environ, DOTENV)
+    return OK
+
+
+def worker(*, port: int | None = None) -> int:
+    """Run what other processes send until a signal."""
+    for number in SIGNALS:
+        signal.signal(number, _end)
+    settings = configured(with_port(port), daemon=True)
+    from app.main import build
+
+    service = build(settings, is_worker=True)
+    if service.scheduler.elsewhere is None:
+        raise BadSettings(["SCALE_ENGINE='embedded': a worker needs a queue; set SCALE_ENGINE=procrastinate"])
+    from app.scale.worker import run_worker
+
+    run_worker(service)
     return OK
 
 
@@ -221,12 +230,28 @@ def import_dwh(*, source: str, dry_run: bool, as_json: bool) -> int:
 
 
 def instant(text: str) -> datetime:
-    """An aware UTC datetime. Raises ValueError, which argparse turns into a usage error."""
+    """An aware UTC datetime. Raises ValueError."""
     at = datetime.fromisoformat(text)
     try:
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except OverflowError as error:  # an offset at either end of time
         raise ValueError(text) from error
+
+
+def expects(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read` as a type of argparse, whose refusal says `what` is expected in words."""
+
+    def typed(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+    return typed
+
+
+INSTANT = expects("an ISO 8601 date or timestamp, such as 2026-02-01 or 2026-02-01T12:00Z", instant)
+NUMBER = expects("a whole number", int)
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
@@ -267,6 +292,7 @@ class Command:
 JOBS = {
     "influx_to_s3": "telemetry of InfluxDB to Parquet or CSV in S3 or a directory",
     "influx_to_s3_reconcile": "compares past windows with the source, once a day",
+    "lake_day": "adds closed days to the Iceberg table, once an hour",
     "dynamo_to_drive": "rows of DynamoDB to one CSV file an hour on Google Drive or in a directory",
     "dynamo_to_drive_late": "looks for late rows in past hours, every 15 min",
     "dynamo_to_drive_reconcile": "compares past hours with the table, once a day",
@@ -280,10 +306,10 @@ SETUPS = ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetri
 JSON = argument("--json", action="store_true", dest="as_json", help="one JSON document on stdout, errors too")
 JOB = argument("job", metavar="JOB", help="name of a job, see `python -m app --help`")
 DRY_RUN = argument("--dry-run", action="store_true", help="change nothing, say what would be done")
-PORT = argument("--port", type=int, default=None, help="port to listen on, instead of PORT")
+PORT = argument("--port", type=NUMBER, default=None, help="port to listen on, instead of PORT")
 SPAN = (
-    argument("--from", dest="start", type=instant, required=True, help="ISO 8601; without an offset, UTC"),
-    argument("--to", dest="end", type=instant, required=True, help="ISO 8601; not included"),
+    argument("--from", dest="start", type=INSTANT, required=True, help="ISO 8601; without an offset, UTC"),
+    argument("--to", dest="end", type=INSTANT, required=True, help="ISO 8601; not included"),
 )
 DAY = "--from 2026-02-01 --to 2026-02-02"
 COMMANDS = (
@@ -357,7 +383,7 @@ COMMANDS = (
         "recent runs, newest first, and the files that csv_inbox ingested",
         (
             argument("job", nargs="?", default=None, metavar="JOB", help="only runs of this job"),
-            argument("--limit", type=int, default=20, help="at most so many"),
+            argument("--limit", type=NUMBER, default=20, help="at most so many"),
             JSON,
         ),
         examples=("runs csv_inbox --limit 5",),
@@ -366,6 +392,13 @@ COMMANDS = (
         "pause", "suspend scheduled runs of a job; survives restarts", (JOB, JSON), examples=("pause influx_to_s3",)
     ),
     Command("resume", "run a job on its schedule again", (JOB, JSON), examples=("resume influx_to_s3",)),
+    Command(
+        "worker",
+        "run the jobs and shards that `serve` sends with SCALE_ENGINE=procrastinate; PORT answers probes",
+        (PORT,),
+        worker,
+        ("worker --port 8081",),
+    ),
     Command(
         "demo",
         "everything at once, against simulated systems",
@@ -380,7 +413,12 @@ COMMANDS = (
             argument("name", metavar="NAME", help="1 to 40 of a-z, 0-9, - and _"),
             argument("--scopes", nargs="+", required=True, help="read, write, admin, or single ones such as ops:read"),
             argument("--s3-prefix", default="", help="confine the S3 scopes to keys that start with this"),
-            argument("--expires", type=date.fromisoformat, default=None, help="last day it is good, YYYY-MM-DD"),
+            argument(
+                "--expires",
+                type=expects("a date, such as 2027-01-31", date.fromisoformat),
+                default=None,
+                help="last day it is good, YYYY-MM-DD",
+            ),
             JSON,
         ),
         new_key,

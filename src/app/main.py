@@ -5,12 +5,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import SecretStr
@@ -19,9 +17,9 @@ from app.config import DOTENV
 from app.config.environment import use_network
 from app.config.rules import locked
 from app.config.settings import Settings
-from app.core.errors import BadSettings, Permanent
-from app.core.runs import Job, LeaseTerms, RunDesk, Stop
-from app.core.windows import Window
+from app.core.errors import BadSettings
+from app.core.partitions import Step, SyncPlan, in_this_process
+from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
@@ -30,10 +28,10 @@ from app.ops.connection_checks import System, destinations, probed, reached, rem
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
 from app.ops.logs import both, log_run
-from app.ops.process import configured, share_the_machine, tune
-from app.ops.request_costs import RequestCosts, RequestPrices, load_prices
+from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
+from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
-from app.ops.service import BuiltService, Pipelines, announce, steps_of
+from app.ops.service import Background, BuiltService, Pipelines, announce, steps_of
 from app.web.app import Front
 from app.web.auth import Guard, KeyRates, Keyring, RouteScopes
 from app.web.limits import BodyLimits
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from app.object_store.set_aside import SetAsideStore
     from app.objects.requests import Reach
     from app.ops.json_views import PartitionView
+    from app.scale.queue import Workers
     from app.web.errors import Asgi
 
 # The HTTP side of the composition root: what the routes are built on, which calls are open, how all starts and
@@ -75,6 +74,7 @@ class Inside:
     scheduler: Scheduler
     alerts: Alerts
     readiness: Readiness
+    costs: RequestCosts
     clock: Callable[[], datetime]
     own_server: bool
 
@@ -151,6 +151,8 @@ def api(service: Inside, probes: Probes, guard: Guard) -> tuple["Asgi", RouteSco
         maps=maps,
         proofs=proofs,
         histories=pipelines.histories,
+        kept=pipelines.kept,
+        bill=service.costs.estimate,
         clock=service.clock,
         stale=lambda: frozenset(service.alerts.stale),
         ahead_seconds=lambda: service.alerts.ahead_seconds,
@@ -226,7 +228,8 @@ def reach(settings: Settings) -> "Reach":
 
     s3 = settings.s3
     exports = f"{s3.prefix}/" if s3.prefix else ""
-    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports)
+    table = None if settings.lake.catalog == "none" else f"{settings.lake.prefix}/"
+    return Reach(s3.allowed_prefixes, None if s3.routes_write_exports else exports, exports=exports, table=table)
 
 
 def partitions(service: Inside) -> Callable[[], Sequence["PartitionView"]]:
@@ -261,6 +264,7 @@ class ServiceParts:
     warehouse: Warehouse
     counter: RequestCounter
     costs: RequestCosts
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
 
 
 Wiring = Callable[[ServiceParts], Pipelines]
@@ -274,11 +278,12 @@ def now() -> datetime:
 def wire(parts: ServiceParts) -> Pipelines:
     """Every pipeline of the product."""
     from app.amplitude import job as amplitude_job
+    from app.analytics.table_sums import TableSums
     from app.appmetrica import job as appmetrica_job
     from app.csv_inbox import job as inbox_job
-    from app.csv_inbox.config import load_config
     from app.dynamo_to_drive import job as dynamo_job
     from app.influx_to_s3 import job as influx_job
+    from app.lake import job as lake_job
 
     settings, state = parts.settings, parts.state
     influx = influx_job.build(
@@ -289,6 +294,8 @@ def wire(parts: ServiceParts) -> Pipelines:
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,
         rewrite_seconds=parts.costs.rewrite_seconds if settings.request_costs.max_monthly else None,
+        steps=parts.steps,
+        sums=influx_job.ObjectSums(TableSums, state.summaries),
     )
     dynamo = dynamo_job.build(
         settings,
@@ -298,6 +305,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         spend=partial(parts.counter.add, READ_UNIT),
     )
     inbox = inbox_job.build(settings, parts.clock)
+    lake = lake_job.build(settings, parts.store)
     amplitude = amplitude_job.build(settings, state.checkpoints, parts.store, parts.warehouse, parts.clock)
     appmetrica = appmetrica_job.build(
         settings, state.checkpoints, state.pulls, parts.store, parts.warehouse, clock=parts.clock
@@ -311,23 +319,22 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
     for name, project in amplitude.service.items():
         variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        check = partial(exports_events, project, parts.clock)
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, check))
+        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
     if appmetrica.service:
-        check = partial(sees_application, appmetrica.service)
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", check))
+        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
     return Pipelines(
-        jobs=(*influx.jobs, *dynamo.jobs, inbox.job, *amplitude.jobs, *appmetrica.jobs, *sweeps(parts)),
+        jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
             influx_job.NAME: influx.backfill,
             dynamo_job.NAME: dynamo.backfill,
             amplitude.name: amplitude.backfill,
             appmetrica.name: appmetrica.backfill,
         },
+        steps={influx_job.NAME: influx.step},
         replacements={influx_job.NAME: influx.replace},
         rewrites={influx_job.NAME: influx.rewrite},
         systems=systems,
-        destinations=destinations(settings, load_config(settings.inbox.config_file, settings.service.data_dir)),
+        destinations={**destinations(settings), inbox_job.NAME: inbox.destination},
         histories={inbox_job.NAME: inbox.history},
         undos={inbox_job.NAME: inbox.undo},
         verifications={
@@ -342,6 +349,10 @@ def wire(parts: ServiceParts) -> Pipelines:
             amplitude.name: amplitude.chart,
             appmetrica.name: appmetrica.chart,
         },
+        kept={
+            inbox_job.NAME: inbox.rejected,
+            **{name: set_aside(parts, start).kept_by for name, start in set_aside_starts(settings)},
+        },
         listed=(influx_job.NAME,),
         calls={appmetrica.name: lambda: calls_of(parts, appmetrica.name)} if appmetrica.service else {},
         routers=(
@@ -351,52 +362,32 @@ def wire(parts: ServiceParts) -> Pipelines:
     )
 
 
-def exports_events(project: "Project", clock: Callable[[], datetime]) -> str:
-    """One hour of yesterday, fetched and thrown away. Raises Transient or Permanent."""
-    from app.amplitude.client import SHORT_POLICY, HourTooLarge
-
-    hour_at = clock().replace(minute=0, second=0, microsecond=0) - timedelta(days=1)
-    with closing(project.upstream):
-        for fetched in project.fetch_each(Window(hour_at, hour_at + timedelta(hours=1)), Stop(), SHORT_POLICY):
-            fetched.close()
-            if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
-                raise fetched.fault
-    return "may export events"
-
-
-def sees_application(exports: "Exports") -> str:
-    """Whether the token sees the application. Raises Transient or Permanent."""
-    number = exports.service.application_id
-    with closing(exports.service.upstream):
-        applications = exports.service.applications()
-    if number not in applications:
-        hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-        raise Permanent(f"the token does not see application {number}", hint)
-    return f"may read application {number}; {exports.calls_today} of {exports.daily_calls} calls of today are used"
-
-
 def calls_of(parts: ServiceParts, service: str) -> Calls:
     """What a service that allows only so many calls was asked."""
     today, ever = parts.state.pulls.calls_ever(service, parts.clock())
     return Calls(today, parts.settings.appmetrica.daily_calls, ever)
 
 
-def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True) -> BuiltService:
+def build(
+    settings: Settings, wiring: Wiring = wire, *, own_server: bool = True, is_worker: bool = False
+) -> BuiltService:
     """The service for these settings. Raises Permanent for a checkpoint URL that cannot be one.
 
-    `own_server` False: another ASGI server will serve it, at an address that is not known here.
+    `own_server` False: another ASGI server will serve it, at an address that is not known here. `is_worker`: plans that
+    it makes go to all workers.
     """
     use_network(settings)
-    state = open_state(settings.checkpoint.url.get_secret_value(), settings.service.data_dir)
+    checkpoint = settings.checkpoint
+    state = open_state(checkpoint.url.get_secret_value(), settings.service.data_dir, run_records=checkpoint.run_records)
     warehouse = open_warehouse(settings.dwh.database_url.get_secret_value(), settings.service.data_dir)
     counter = RequestCounter()
     store = open_store(settings, counter)
-    costs = RequestCosts(
-        counter, state.requests, request_prices(settings), state.clock, settings.request_costs.max_monthly
-    )
-    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs))
+    costs = RequestCosts(counter, state.requests, prices_for(settings), state.clock, settings.request_costs.max_monthly)
+    workers = workers_of(settings, state)
+    steps = workers.steps if workers and is_worker else in_this_process
+    pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
-    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run)
+    desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
     watched = Watched(
         pipelines.jobs,
         state.pauses.paused,
@@ -408,7 +399,7 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     )
     alerts = Alerts(rules_of(settings), watched)
     desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
-    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses)
+    scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),
         "s3_accessible": probed(store),
@@ -416,7 +407,18 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
     }
     analytics = open_analytics(settings, state, store)
     ops = Inside(
-        settings, state, warehouse, store, analytics, pipelines, scheduler, alerts, Readiness(stores), now, own_server
+        settings,
+        state,
+        warehouse,
+        store,
+        analytics,
+        pipelines,
+        scheduler,
+        alerts,
+        Readiness(stores),
+        costs,
+        now,
+        own_server,
     )
     systems = [
         *stores_tried(settings, state, warehouse.database, store, pipelines.listed),
@@ -424,16 +426,20 @@ def build(settings: Settings, wiring: Wiring = wire, *, own_server: bool = True)
         *webhook(settings),
         System("request_costs", "requests a month", "MAX_MONTHLY_REQUEST_COST", lambda: costs.estimate().text()),
     ]
-    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, front(ops))
+    background = Background(ops.readiness, alerts, costs.save)
+    return BuiltService(settings, state, pipelines, systems, desk, stop, scheduler, background, front(ops))
 
 
-def request_prices(settings: Settings) -> RequestPrices | None:
-    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
-    s3, path = settings.s3, settings.request_costs.prices_file
-    host = urlsplit(s3.endpoint_url).hostname or ""
-    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
+def workers_of(settings: Settings, state: State) -> "Workers | None":
+    """Other processes that run jobs; None where this one does. Raises BadSettings when the queue is not installed."""
+    if settings.lease.engine == "embedded":
         return None
-    return load_prices(path, s3.region)
+    try:
+        from app.scale.queue import Workers
+    except ModuleNotFoundError as error:
+        missing = f"SCALE_ENGINE={settings.lease.engine!r}: the package {error.name} is not installed"
+        raise BadSettings([f"{missing}; install headwater with its extra: pip install 'headwater[scale]'"]) from error
+    return Workers(settings, state)
 
 
 def open_store(settings: Settings, counter: RequestCounter) -> "ObjectStore":
@@ -553,7 +559,6 @@ def diagnosed(settings: Settings, ping: Check) -> Check:
 
 # `uvicorn app.main:app`: the service for an ASGI server of somebody else's.
 
-BAD_SETTINGS = 78
 NOT_ENFORCED = (
     "another ASGI server serves this: it does not enforce the 15 s and 64 KiB of a request's head, the 30 s for a "
     "client that does not read its answer and the limit of connections, and it has no HEALTH_PORT and no LOG_FILE; "
@@ -563,8 +568,11 @@ NOT_ENFORCED = (
 
 def foreign() -> Front:
     """The application of this environment and `.env`, made when a server first asks for it. Ends the process with 78
-    when the settings cannot work.
+    when the settings cannot work, or this platform.
     """
+    if refusal := unsupported(os.name):
+        sys.stderr.write(f"{refusal}\n")
+        raise SystemExit(BAD_SETTINGS)
     tune()
     try:
         settings = configured(daemon=True, file=False)  # several workers would write one file

@@ -198,6 +198,25 @@ def test_an_hour_that_fails_for_a_day_is_set_aside_and_a_backfill_lands_it(world
     assert len(made.rows("events_part")) == 25 * (ROWS + 1)
 
 
+def test_a_file_that_never_comes_is_told_after_a_day_and_holds_up_no_other_hour(world: World) -> None:
+    made, simulator, pull = world
+    bad = FIRST + 10 * HOUR
+    simulator.state.faults[bad] = AppMetricaFault(202, b"Wait for result")
+    assert not pull.run().failures
+    reports = []
+    for _ in range(120):
+        made.clock.now += 2 * HOUR
+        reports.append(pull.run())
+    assert "no file of" in next(report.failures for report in reports if report.failures)[0].message
+    newly = [one for report in reports for one in report.ledger.newly_set_aside]
+    assert [(one.reason, one.number) for one in newly] == [(KEEPS_FAILING, 1)]
+    assert made.state.checkpoints.cursors("appmetrica")["1234567:events"] > START + DAY
+    assert len(made.rows("events_part")) == 24 * (ROWS + 1)
+    simulator.state.faults.clear()
+    assert not pull.fill(SPAN.start, SPAN.end).failures
+    assert len(made.rows("events_part")) == 25 * (ROWS + 1)
+
+
 def test_a_request_of_a_clock_that_was_ahead_is_made_again_and_narrowed_after_a_day(world: World) -> None:
     made, simulator, pull = world
     simulator.state.faults[FIRST + 10 * HOUR] = AppMetricaFault(500, b"internal error")

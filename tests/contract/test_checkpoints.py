@@ -170,6 +170,16 @@ def test_records_of_an_interval_start_in_it_and_its_end_is_not_part_of_it(store:
     assert list(found) == [record(1), record(2)]
 
 
+def test_live_records_are_those_of_all_partitions_or_of_some(store: Store) -> None:
+    lease, names = store.lease(), ("d1", "a,b=\"c\" 'ü'", "d3")
+    records = [record(1), replace(record(2), fields={"é": 2}), record(3)]
+    store.checkpoints.commit_all(PIPELINE, [(name, Commit(records)) for name in names], lease)
+    since = records[1].window.start
+    assert store.checkpoints.live_records(PIPELINE, since) == dict.fromkeys(names, records[1:])
+    assert store.checkpoints.live_records(PIPELINE, since, names[1:2]) == {names[1]: records[1:]}
+    assert not any(store.checkpoints.live_records(PIPELINE, records[2].window.end, names).values())
+
+
 def test_pipelines_and_partitions_do_not_touch_each_other(store: Store) -> None:
     lease = store.lease()
     store.commit(Commit([record(1)], START), lease, "d1")
@@ -353,3 +363,52 @@ def test_a_window_that_has_not_ended_is_not_closed_whatever_a_clock_said_that_wa
     committed(state, Commit((over, going_on)))
     found = state.checkpoints.records(PIPELINE, "d1", hour - HOUR, hour + 2 * HOUR)
     assert [each.closed for each in found] == [True, False]
+
+
+def test_what_a_clock_recorded_that_was_ahead_is_neither_closed_nor_a_cursor(state: State) -> None:
+    ahead_at = datetime.now(UTC) + timedelta(days=40)
+    committed(state, Commit([replace(record(hour), closed=True) for hour in (1, 3)], START))
+    with state.database.transaction() as session:  # as its commit did then
+        session.run(
+            "UPDATE export_windows SET updated_at = :ahead_at WHERE window_start > :after_at",
+            ahead_at=ahead_at,
+            after_at=START + 2 * HOUR,
+        )
+    committed(state, Commit((), ahead_at))
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + HOUR}
+    found = state.checkpoints.records(PIPELINE, "d1", START, START + 4 * HOUR)
+    assert [each.closed for each in found] == [True, False]
+
+
+def test_closed_windows_of_whole_days_are_forgotten_and_the_days_are_known(state: State) -> None:
+    old, young = replace(record(1), closed=True), replace(record(26), closed=True)
+    troubled, with_delta = replace(record(2), closed=True), replace(record(3), closed=True)
+    committed(state, Commit((old, troubled, with_delta, record(3, part=1), record(4), young), START + 30 * HOUR))
+    state.checkpoints.mark(PIPELINE, "d1", [(troubled, MISSING)])
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease is not None
+    assert state.checkpoints.retire(PIPELINE, "d1", START + 50 * HOUR, START + 27 * HOUR, lease) == 2
+    assert state.checkpoints.retire(PIPELINE, "d1", START + 50 * HOUR, START + 27 * HOUR, lease) == 0
+    left = state.checkpoints.records(PIPELINE, "d1", START, START + 99 * HOUR)
+    assert [(each.window.start - START) // HOUR for each in left] == [2, 3, 3, 4]
+    span = Window(START + HOUR, START + 30 * HOUR)
+    assert state.checkpoints.retired(PIPELINE, "d1", span) == {START + HOUR: 2**33, START + 26 * HOUR: 2**33}
+    assert state.checkpoints.retired(PIPELINE, "d2", span) == {}
+    state.checkpoints.commit(PIPELINE, "d1", Commit((replace(record(4), closed=True), replace(old, rows=7))), lease)
+    assert state.checkpoints.retire(PIPELINE, "d1", START + 50 * HOUR, START + 27 * HOUR, lease) == 2
+    found = state.checkpoints.retired(PIPELINE, "d1", Window(START, START + HOUR))
+    assert found == {START + HOUR: 7, START + 4 * HOUR: 2**33}, "windows that were recorded again are among them once"
+    with state.pages.look() as look:
+        asked = [(25, 26), (26, 27), (47, 48), (48, 60)]
+        spans = [(START + first * HOUR, START + last * HOUR) for first, last in asked]
+        assert [look.any_rows(PIPELINE, *each) for each in spans] == [True, True, True, False]
+        assert [look.any_rows(PIPELINE, *each, ("d1", "d1")) for each in spans] == [True, True, True, False]
+        assert not look.any_rows(PIPELINE, *spans[0], ("d2", "d3"))
+
+
+def test_a_cursor_of_a_clock_that_was_ahead_is_the_newest_day_of_which_windows_were_forgotten(state: State) -> None:
+    committed(state, Commit((replace(record(26), closed=True),), START), Commit((), datetime.now(UTC) + 960 * HOUR))
+    lease = state.leases.acquire(PIPELINE, "one", 30.0)
+    assert lease is not None
+    state.checkpoints.retire(PIPELINE, "d1", START + 72 * HOUR, START + 72 * HOUR, lease)
+    assert state.checkpoints.cursors(PIPELINE) == {"d1": START + 24 * HOUR}

@@ -1,7 +1,7 @@
 """What is set aside is kept once, bounded, and never in the way of a run: on a directory and on a real S3 server."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import SetAside
+from app.core.runs import Run
 from app.object_store.port import ObjectInfo, ObjectStore, Put, check_key
 from app.object_store.set_aside import BYTES, LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
@@ -72,6 +73,14 @@ class TestOnEveryStore:
         assert old.key in keys(store)
         assert SetAsideStore(store, FOLDER).sweep(datetime.now(UTC) + timedelta(days=1)) == 1
         assert sorted(keys(store)) == sorted(others)
+
+    def test_what_a_run_kept_is_found_by_its_time(self, store: ObjectStore) -> None:
+        aside = SetAsideStore(store, FOLDER)
+        key = kept(aside, b"a\n", 1).key
+        run = Run("1", "job", datetime.now(UTC) - timedelta(minutes=1), datetime.now(UTC))
+        assert [(each.key, each.size_bytes, f"{FOLDER}/{each.name}") for each in aside.kept_by(run)] == [(key, 2, key)]
+        assert aside.kept_by(replace(run, ended_at=None)) == aside.kept_by(run), "one that goes on"
+        assert aside.kept_by(replace(run, ended_at=datetime.now(UTC) - timedelta(seconds=30))) == []
 
 
 class TestSize:

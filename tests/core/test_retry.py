@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from app.core.errors import AppError, Conflict, LeaseLost, Permanent, Rejected, Stopped, Transient
-from app.core.retry import LEAST_REST_SECONDS, Pace, RetryPolicy, pause_seconds, retry
+from app.core.retry import LEAST_REST_SECONDS, Pace, RetryPolicy, asked_seconds, pause_seconds, retry
 from app.core.runs import Stop
 
 POLICY = RetryPolicy(attempts=4, first_seconds=1, cap_seconds=3)
@@ -75,6 +75,14 @@ def test_the_other_side_is_given_the_time_it_asks_for_up_to_the_cap() -> None:
     assert [pause_seconds(POLICY, 0, asked, 0.5) for asked in (None, 0.2, 2, 100)] == [0.5, 0.5, 2, 3]
     assert retry(failing(Transient("busy", retry_after_seconds=2)), POLICY, pauses := Pauses(), lambda: 0) == "done"
     assert pauses.seconds == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("", None), ("7", 7.0), (" 30 ", 30.0), ("1.5", None), ("\N{SUPERSCRIPT TWO}", None), ("Wed, 21 Oct 2026", None)],
+)
+def test_a_retry_after_that_is_no_number_asks_for_nothing(text: str, seconds: float | None) -> None:
+    assert asked_seconds(text) == seconds
 
 
 def test_questions_take_no_more_than_their_share_and_short_ones_wait_for_nothing() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.pipeline import EARLIEST, LATEST, UNLIMITED, Shrink, covered_since
-from app.core.repair import fill, write_again
+from app.core.repair import fill
 from app.core.windows import Window
 from world import GRACE_SECONDS, START, Process, World, context
 
@@ -79,17 +79,17 @@ def test_a_span_is_written_again_and_names_what_would_go_until_that_is_allowed()
     keeps = Process(world, shrink=lambda: Shrink(START + 4 * MINUTE, removes=False))
     for _ in range(2):
         world.puts.clear()
-        report = write_again(keeps.pipeline(), context(), "a", SPAN, world.now)
+        report = fill(keeps.pipeline(), context(), "a", SPAN, world.now, always_writes=True)
         assert (len(world.puts), report.windows, report.removed_rows) == (1, 1, 0)
         assert "2 rows that the source no longer has stay" in report.notes[0]
         assert len(world.exported()) == 10
     removes = Process(world, shrink=lambda: Shrink(START + 4 * MINUTE))
-    tried = write_again(removes.pipeline(), context(dry_run=True), "a", SPAN, world.now)
+    tried = fill(removes.pipeline(), context(dry_run=True), "a", SPAN, world.now, always_writes=True)
     assert (tried.removed_rows, len(world.exported())) == (2, 10)
     assert "would be removed" in tried.notes[0]
-    assert write_again(removes.pipeline(), context(), "a", SPAN, world.now).removed_rows == 2
+    assert fill(removes.pipeline(), context(), "a", SPAN, world.now, always_writes=True).removed_rows == 2
     assert len(world.exported()) == 8
-    assert write_again(removes.pipeline(), context(), "a", SPAN, world.now).notes == ()
+    assert fill(removes.pipeline(), context(), "a", SPAN, world.now, always_writes=True).notes == ()
 
 
 def test_a_span_is_written_again_also_without_a_state_and_where_the_source_has_nothing_left() -> None:
@@ -98,5 +98,5 @@ def test_a_span_is_written_again_also_without_a_state_and_where_the_source_has_n
     world.records.clear()
     later = Window(SPAN.end, SPAN.end + 10 * MINUTE)
     both = Window(SPAN.start, later.end)
-    report = write_again(Process(world, shrink=Shrink).pipeline(), context(), "a", both, world.now)
+    report = fill(Process(world, shrink=Shrink).pipeline(), context(), "a", both, world.now, always_writes=True)
     assert (report.removed_rows, world.exported(), len(world.objects)) == (10, [], 1)

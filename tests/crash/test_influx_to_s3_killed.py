@@ -19,7 +19,7 @@ from postgres import PostgresServer
 from seaweed import Seaweed
 from simulators.influx import InfluxSimulator
 
-DEVICES = 100
+DEVICES = 40
 KILLS = 15 * EFFORT
 POINTS = 540
 STEP_NS = 10 * 10**9
@@ -46,7 +46,7 @@ class Source:
 
     def late_points(self, chance: random.Random) -> None:
         """A late point for each of some devices, in windows that still settle and in windows that may be closed."""
-        for number in chance.sample(range(DEVICES), 20):
+        for number in chance.sample(range(DEVICES), DEVICES // 5):
             at = self.start_ns + chance.randrange(POINTS) * STEP_NS + 500_000 + chance.randrange(1000)
             tags = f"device_id=D{number},device_type=bulb,location=Plant-A"
             self.simulator.write(f"{MEASUREMENT},{tags} voltage=1.5 {at}")

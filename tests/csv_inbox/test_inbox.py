@@ -14,6 +14,7 @@ import pytest
 
 from app.csv_inbox import csv_tokenizer
 from app.csv_inbox.job import run
+from app.csv_inbox.quarantine import rejected_by
 from inbox_world import world
 
 WAIT_SECONDS = 1.5
@@ -51,6 +52,20 @@ def test_what_cannot_be_merged_is_set_aside_once_with_its_reason(
     assert here.run() == type(report)()
     log = here.config.log_file.read_text(encoding="utf-8")
     assert len(re.findall(rf"ERROR - '{name}'", log)) == 1
+
+
+def test_what_a_run_set_aside_is_found_as_long_as_it_lies_there(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        here.take(name, "x\n1\n")
+    paths, run_id = here.work().paths, here.loads[0].run_id
+    (kept,) = rejected_by(paths, run_id)
+    assert (kept.name, kept.size_bytes, kept.path) == ("b.csv", 4, here.config.rejected_dir / "b.csv")
+    (here.config.rejected_dir / "b.csv").unlink()
+    assert rejected_by(paths, run_id) == []
+    (here.config.rejected_dir / "b.csv").symlink_to("/etc/passwd")
+    assert rejected_by(paths, run_id) == [], "what a link leads to is not the file"
+    assert rejected_by(paths, "another") == []
 
 
 def test_bad_rows_stand_in_a_file_of_their_own_as_they_came(tmp_path: Path) -> None:

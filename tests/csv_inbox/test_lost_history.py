@@ -183,3 +183,30 @@ def test_a_journal_of_late_rows_that_is_set_back_does_not_take_them_in_again(tmp
         here.run()
         here.run()
     assert here.master == b"k,a\nx,1\ny,3\nz,3\n"
+
+
+@pytest.mark.parametrize("how", ["an older copy is put back", "it is gone"])
+def test_a_master_that_is_not_as_the_last_merge_left_it_is_told_until_the_next_merge(tmp_path: Path, how: str) -> None:
+    here = world(tmp_path)
+    here.take("a.csv", "k,a\n1,x\n")
+    older = here.master
+    assert here.take("b.csv", "k,a\n2,y\n").notes[0].startswith("b.csv: merged")
+    here.config.merged_file.unlink()
+    if how == "an older copy is put back":
+        here.config.merged_file.write_bytes(older)
+    for report in (here.run(), here.run(dry_run=True), here.take("c.csv", "k,a\n3,z\n")):
+        assert "since b.csv was merged at" in report.notes[0]
+        assert "when it had 2 rows" in report.notes[0]
+    assert here.take("d.csv", "k,a\n4,z\n").notes[0].startswith("d.csv: merged")
+    here.undo(here.loads[0].run_id)
+    assert here.run().notes == ()
+
+
+def test_files_of_other_names_in_the_inbox_are_told(tmp_path: Path) -> None:
+    here = world(tmp_path)
+    for name in ("a.xlsx", "b.csv.gz", "c\n.txt", ".hidden"):
+        here.drop(name, "k,a\n1,x\n")
+    (note,) = here.run().notes
+    assert note.endswith(
+        "3 files in the inbox are left alone, since their names do not end in .csv: a.xlsx, b.csv.gz, c\\n.txt"
+    )

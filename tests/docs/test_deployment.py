@@ -18,6 +18,7 @@ from needs import absent
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "deploy" / "k8s"
+K8S_WORKERS = ROOT / "deploy" / "k8s-workers"
 MANIFESTS = ("deployment", "service", "configmap", "secret.example", "pvc", "kustomization")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCKERFILE = re.sub(r" \\\n\s*", " ", (ROOT / "Dockerfile").read_text())
@@ -52,7 +53,8 @@ def known_variables() -> str:
 
 def test_every_package_is_pinned_exactly() -> None:
     groups = PROJECT["dependency-groups"].values()
-    direct = [*PROJECT["project"]["dependencies"], *(each for group in groups for each in group)]
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    direct = [*PROJECT["project"]["dependencies"], *(each for group in (*groups, *extras) for each in group)]
     others = PROJECT["tool"]["uv"]["constraint-dependencies"]
     assert others
     assert [each for each in (*direct, *others) if not re.fullmatch(r"[\w.\[\]-]+==[\w.]+( ; .+)?", each)] == []
@@ -232,6 +234,29 @@ def test_the_names_that_manifests_refer_to_are_the_ones_they_have() -> None:
     assert claims == [manifest("pvc")["metadata"]["name"]]
     labels = manifest("deployment")["spec"]["template"]["metadata"]["labels"]
     assert manifest("service")["spec"]["selector"].items() <= labels.items()
+
+
+def test_workers_differ_from_the_service_in_what_they_run_and_keep() -> None:
+    worker = yaml.safe_load((K8S_WORKERS / "workers.yaml").read_text())["spec"]["template"]
+    (inside,) = worker["spec"]["containers"]
+    own = {"name", "command", "ports", "resources"}
+    shared = {key: container()[key] for key in container().keys() - own}
+    assert {key: inside[key] for key in inside.keys() - own} == json.loads(
+        json.dumps(shared).replace('"port": "http"', '"port": "probes"')
+    )
+    assert inside["command"] == ["python", "-m", "app", "worker"]
+    assert inside["resources"]["limits"]["memory"] == "512Mi"
+    assert all("emptyDir" in volume for volume in worker["spec"]["volumes"])
+    assert worker["spec"]["terminationGracePeriodSeconds"] == pod()["terminationGracePeriodSeconds"]
+    # the Service must not send requests to workers
+    assert not manifest("service")["spec"]["selector"].items() <= worker["metadata"]["labels"].items()
+    overlay = yaml.safe_load((K8S_WORKERS / "kustomization.yaml").read_text())
+    assert overlay["resources"] == ["../k8s", "workers.yaml"]
+    assert overlay["images"] == manifest("kustomization")["images"]
+    (patch,) = overlay["patches"]
+    (change,) = yaml.safe_load(patch["patch"])
+    assert load_settings({}, None).lease.engine == "embedded"
+    assert (change["path"], change["value"]) == ("/data/SCALE_ENGINE", "procrastinate")
 
 
 def test_the_example_of_the_secret_holds_placeholders_only() -> None:

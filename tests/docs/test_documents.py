@@ -84,7 +84,9 @@ def test_every_package_that_the_readme_lists_is_installed_and_imported() -> None
     _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Packages")
     rows = re.findall(r"^\| ([\w\[\]-]+) \| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)[1:]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    direct, development = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    extras = project["project"]["optional-dependencies"].values()
+    direct = [*project["project"]["dependencies"], *(pin for extra in extras for pin in extra)]
+    development = project["dependency-groups"]["dev"]
     assert rows
     for package, use in rows:
         pins, folders = (development, ("tests", "bench")) if use.startswith("development") else (direct, ("src/app",))

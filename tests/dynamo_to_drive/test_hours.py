@@ -18,7 +18,7 @@ from shipping import START, Shipping, item, shipping
 from simulators.drive import DriveFault
 
 HOUR_11, HOUR_12 = "locness_data_20260207_11.csv", "locness_data_20260207_12.csv"
-MINUTE = timedelta(minutes=1)
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 
 
 def google_variables() -> tuple[str, ...]:
@@ -298,6 +298,25 @@ def test_a_shortcut_in_the_place_of_the_folder_is_one_clear_line(ship: Shipping)
 
 def dangling(path: Path) -> None:
     path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("hours", [0, 2, 4])
+def test_an_hour_whose_file_cannot_be_written_keeps_no_other_hour_waiting(ship: Shipping, hours: int) -> None:
+    ship.extra = {**dict.fromkeys(google_variables(), ""), "DRIVE_CATCHUP_HOURS": "4"}
+    for number in range(5):
+        ship.put_rows(START + number * HOUR, 3)
+    bad = ship.folder / "drive" / f"locness_data_20260207_{12 + hours}.csv"
+    bad.mkdir(parents=True)
+    ship.now = START + 4 * HOUR + 30 * MINUTE
+    report = ship.run()
+    assert [failure.message for failure in report.failures] == [f"{bad}: is a directory"]
+    assert (report.rows, report.ledger.closes) == (12, True)
+    ship.put_rows(START + 4 * HOUR + 5 * MINUTE, 3)
+    bad.rmdir()
+    assert ship.run().rows == (6 if hours == 4 else 9)
+    ship.now += HOUR
+    ship.run()
+    assert sum(path.read_bytes().count(b"\n") - 1 for path in bad.parent.iterdir()) == 18
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import Transient
 from app.core.windows import Window
-from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourWriter, lines_of, read_file
+from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import MISSES, Pages, Value, cell
 from app.dynamo_to_drive.source import WantedItems
 from app.dynamo_to_drive.timestamps import Hour, Times, ascend
@@ -139,7 +139,7 @@ def test_a_file_read_back_and_written_again_is_the_same(found: list[list[Item]],
             rows = read.read(json.dumps(page).encode())
             first.add(read.columns, rows)
         once = first.finish()
-        second.add_rows(read_file(lines_of(once), escaped=shape.escape))
+        second.add_rows(read_file(lines_in(once.file), escaped=shape.escape))
         again = second.finish()
     with once.file, again.file:
         assert (again.digest, again.rows) == (once.digest, once.rows)

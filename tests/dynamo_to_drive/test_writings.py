@@ -211,6 +211,28 @@ def test_items_that_cannot_be_read_are_set_aside_once_with_their_text_and_the_ot
     assert fault_of(again.ledger) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "07.02.2026 12:10:00",
+        "02/07/2026 12:10",
+        " 2026-02-07T12:10:00Z",
+        "+1770466200",
+        "01770466200",
+        "1.7704662E9",
+        "2026-02-07",
+        "2026-02-07 noon",
+        "2026-02-07T24:00:00Z",
+    ],
+)
+def test_what_sorts_before_all_good_items_or_between_them_is_set_aside_as_well(ship: Shipping, text: str) -> None:
+    ship.put_rows(START, 5)
+    put(ship, text)
+    ship.now = START + 30 * MINUTE
+    assert ship.run().ledger.total == Tally(counted=6, read=6, new=5, set_aside=1)
+    assert [each["datetime_utc"]["S"] for each in kept(ship)] == [text]
+
+
 def test_a_bad_item_alone_in_its_hour_stops_nothing(ship: Shipping) -> None:
     ship.put_rows(START - 2 * HOUR, 5)
     put(ship, "2026-02-07T11:61:00Z")
@@ -277,6 +299,16 @@ def test_an_empty_table_is_well_and_partition_values_that_nothing_has_are_not(sh
         with pytest.raises(Permanent, match="no item has static_partition 'dat' or 'dta'; values seen: data") as stop:
             attempt()
         assert "DYNAMODB_PARTITION_VALUES" in stop.value.hint
+
+
+def test_one_partition_value_that_nothing_has_is_named_and_the_others_land(ship: Shipping) -> None:
+    put(ship, "2026-02-07T12:00:00Z")
+    ship.now = START + 30 * MINUTE
+    ship.extra["DYNAMODB_PARTITION_VALUES"] = "data,dta"
+    said = "no item has static_partition 'dta': check DYNAMODB_PARTITION_VALUES"
+    report = ship.run()
+    assert (report.rows, list(report.notes)) == (1, [said])
+    assert ship.ping().endswith(said)
 
 
 def test_a_scan_whose_items_all_lack_the_attribute_is_a_failure_that_names_those_there_are(ship: Shipping) -> None:

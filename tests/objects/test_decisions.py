@@ -135,6 +135,11 @@ def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only
     with pytest.raises(NotServed, match="read-only"):
         exports.writes("telemetry/x")
     assert Reach((), None).writes("telemetry/x")
+    table = Reach((), None, table="lake/")
+    assert table.reads("lake/telemetry/data/a.parquet")
+    for change in (table.writes, table.deletes):
+        with pytest.raises(NotServed, match="read-only"):
+            change("lake/telemetry/data/a.parquet")
     with pytest.raises(NotServed):
         Reach((), "").writes("any")
     with pytest.raises(NotServed):

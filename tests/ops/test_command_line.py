@@ -69,10 +69,12 @@ def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_pat
     [
         ("stauts", "unknown command 'stauts'", "did you mean status? commands: serve, run"),
         ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
-        ("run", "python -m app run: the following arguments are required: JOB", "python -m app run --help"),
+        ("run", "python -m app run: the following arguments are required: JOB", "see `python -m app run --help`"),
+        ("runs --limit ten", "argument --limit: 'ten' is not a whole number", "see `python -m app runs --help`"),
+        ("backfill a --from today --to 2026-02-01", "'today' is not an ISO 8601 date or timestamp, such as 2", "see `"),
         ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
         ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),
-        ("keys old x", "invalid choice: 'old'", "python -m app keys --help"),
+        ("keys old x", "invalid choice: 'old'", "see `python -m app keys --help`"),
     ],
 )
 def test_wrong_usage_names_what_was_meant(words: str, message: str, hint: str) -> None:

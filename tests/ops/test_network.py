@@ -177,6 +177,9 @@ def given(port: int, folder: Path) -> Mapping[str, str]:
         "DYNAMODB_ENDPOINT_URL": url,
         "GOOGLE_CREDENTIALS_JSON": f'{account}"{pem}"}}'.replace("\n", "\\n"),
         "GOOGLE_DRIVE_API_URL": url,
+        "AMPLITUDE_BASE_URL": url,
+        "AMPLITUDE_WEB_CLIENT_ID": "id",
+        "AMPLITUDE_WEB_SECRET_KEY": "secret",
         "APPMETRICA_BASE_URL": url,
         "APPMETRICA_API_KEY": "key",
         "APPMETRICA_APPLICATION_ID": "1",
@@ -189,7 +192,7 @@ DATABASE = {
     "CHECKPOINT_DB_NAME": "name",
     "CHECKPOINT_DB_SSLMODE": "verify-full",
 }
-HTTPS = ("s3_accessible", "influxdb", "dynamodb", "google_drive", "appmetrica", "webhook")
+HTTPS = ("s3_accessible", "influxdb", "dynamodb", "google_drive", "amplitude_web", "appmetrica", "webhook")
 
 
 def tried(environ: Mapping[str, str], names: tuple[str, ...]) -> dict[str, AppError]:
@@ -218,17 +221,22 @@ def test_without_ca_file_every_client_refuses_a_private_authority_and_names_the_
 
 @pytest.mark.usefixtures("clean")
 def test_postgresql_takes_ca_file_and_the_way_its_tls_is_checked(
-    server: Heard, authority: tuple[Path, ssl.SSLContext], tmp_path: Path
+    server: Heard, authority: tuple[Path, ssl.SSLContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "other.pem").write_text("an authority that the environment names")
     environ = {**DATABASE, "CHECKPOINT_DB_PORT": str(server.port), "DATA_DIR": str(tmp_path)}
     (refused,) = tried(environ, ("checkpoint_store_connected",)).values()
     assert (refused.hint, server.said) == (CA_HINT, [])
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
+    monkeypatch.setenv("PGSSLROOTCERT", str(tmp_path / "missing.pem"))
     (reached,) = tried({**environ, "CA_FILE": str(authority[0])}, ("checkpoint_store_connected",)).values()
     assert reached.hint != CA_HINT
     assert server.said
     trusted = (tmp_path / "ca-bundle.pem").read_bytes()
     assert trusted.endswith(authority[0].read_bytes())
     assert trusted.count(b"BEGIN CERTIFICATE") > 50, "the public authorities stay"
+    assert b"an authority that the environment names" in trusted, "and those of a conda or a company"
+    assert os.environ["SSL_CERT_FILE"] == os.environ["PGSSLROOTCERT"] == str(tmp_path / "ca-bundle.pem")
 
 
 @pytest.mark.parametrize(

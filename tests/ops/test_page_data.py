@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from daemon import Daemon, Daemons
@@ -99,6 +100,34 @@ def test_runs_come_by_job_outcome_and_page_and_one_of_them_with_its_neighbours_a
     assert [line["level"] for line in daemon.get(f"/ops/runs/{quick}/log?level=warn").json["lines"]] == []
     for path in ("/ops/runs/nobody", "/ops/runs/nobody/log"):
         assert daemon.get(path).status == 404
+
+
+def test_a_run_says_who_started_it_and_where_that_lies_which_it_set_aside(daemon: Daemon) -> None:
+    daemon.post("/ops/jobs/counting/run")
+    asked = daemon.until(lambda: daemon.get("/ops/runs?job=counting").json["runs"][1:] and daemon.job("counting"))
+    of = f"/ops/runs/{asked['last_run']['run_id']}"
+    found = daemon.get(of).json
+    assert (found["started_by"], found["requests"], found["ledger_text"][:17]) == ("anonymous", {}, "18 values counted")
+    first = daemon.get(f"/ops/runs/{daemon.job('failing')['last_run']['run_id']}").json
+    assert (first["started_by"], first["ledger_text"]) == ("schedule", ""), "it kept no ledger"
+    files = daemon.get(f"{of}/set-aside").json["files"]
+    assert [(each["name"], each["needs"]) for each in files] == [("m v.lp", "ops:run"), ("D1/x.txt", "s3:read")]
+    assert files[1]["href"] == "s3/download?key=telemetry%2F_set_aside%2FD1%2Fx.txt"
+    answer = daemon.get(f"/{files[0]['href']}")
+    assert (answer.status, answer.text) == (200, "m v=1\n")
+    for path in (f"{of}/set-aside/file?name=..%2fstate.db", "/ops/runs/nobody/set-aside"):
+        assert daemon.get(path).status == 404
+    assert daemon.get(f"/ops/runs/{first['run_id']}/set-aside").json == {"files": [], "total": 0}
+
+
+def test_a_script_is_sent_compressed_to_who_takes_that(daemon: Daemon) -> None:
+    sizes = {}
+    for coding in ("gzip", "identity", "gzip;q=0"):
+        with httpx.stream("GET", f"{daemon.url}/assets/map.js", headers={"Accept-Encoding": coding}) as answer:
+            sizes[coding] = len(b"".join(answer.iter_raw())), answer.headers.get("content-encoding")
+            assert answer.headers["vary"] == "Accept-Encoding"
+    assert sizes["gzip"][1] == "gzip"
+    assert sizes["identity"] == sizes["gzip;q=0"] > (2 * sizes["gzip"][0], None)
 
 
 def test_a_span_a_zone_and_a_job_that_there_are_not_are_refused_with_what_to_send(daemon: Daemon) -> None:

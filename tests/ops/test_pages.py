@@ -91,6 +91,7 @@ def test_every_page_is_clean_for_axe_works_by_keys_and_keeps_what_the_reader_has
     browser.until("document.getElementById('verdict').innerText.includes('1 window is missing in shelf')")
     browser.until("!document.getElementById('rest').hasAttribute('aria-busy')")
     assert "Next: heal" in pages.text("#todo")
+    assert "First seen " in pages.text("#todo"), "when the window was first seen to be gone"
     assert browser.run("document.querySelectorAll('#map-shelf .map-row .cell').length") == 24, "the whole span"
     assert "Off. Set INFLUXDB_URL to enable." in pages.text("#off")
 
@@ -160,7 +161,12 @@ def runs(pages: Pages, run_id: str) -> None:
     pages.open(f"/run?id={run_id}", "document.querySelectorAll('#log li').length > 0")
     assert browser.run("document.title").startswith("failing failed")
     assert "Next: create it, or set S3_BUCKET" in pages.text("#todo")
+    assert "Started by\nschedule, every" in pages.text("#facts")
+    assert pages.text("#version").startswith("Headwater "), "the checks are on every page"
     pages.clean_in_all_looks("a run")
+    pages.open("/run?id=nobody", "document.getElementById('verdict').innerText.includes('not kept any more')")
+    assert browser.run("document.getElementById('log-part').hidden")
+    pages.clean_in_all_looks("a run that is gone")
     pages.open("/runs?outcome=failed", "document.querySelectorAll('#runs tr').length > 0")
     assert "OK" not in pages.text("#runs")
     pages.clean_in_all_looks("the list of runs")

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-from app.cli import unsupported
 from shell import Shell
 
 AS_ON_MACOS = """
@@ -24,6 +23,20 @@ store.put("a/b", BytesIO(b"bytes"), Put(content_type="text/x", metadata={"m": "1
 info = store.head("a/b")
 assert (info.size_bytes, info.content_type, dict(info.metadata)) == (5, "text/x", {"m": "1"}), info
 sys.exit(main(["run", "csv_inbox"]))
+"""
+AS_ON_WINDOWS = """
+import os, sys
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+for name in [each for each in vars(os) if each.startswith("EX_")]:
+    delattr(os, name)
+import app.cli, app.main
+os.name = "nt"
+try:
+    app.main.app
+except SystemExit as end:
+    assert end.code == 78
+sys.exit(app.cli.main([]))
 """
 
 
@@ -46,9 +59,18 @@ def test_the_directory_and_the_inbox_work_with_what_only_linux_has_taken_away(sh
     assert (shell.folder / "final_clusters_data.csv").read_text() == "cluster_name,id\na,1\n"
 
 
-def test_windows_is_told_in_one_line_what_to_do() -> None:
-    assert unsupported("posix") == ""
-    said = unsupported("nt")
-    assert "WSL 2" in said
-    assert "Docker" in said
-    assert "\n" not in said
+def test_windows_is_told_in_one_line_what_to_do_whoever_serves(shell: Shell) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ON_WINDOWS],
+        env=shell.environ(),
+        cwd=shell.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78
+    by_uvicorn, by_us = done.stderr.splitlines()
+    assert by_uvicorn == by_us
+    assert "WSL 2" in by_us
+    assert "Docker" in by_us

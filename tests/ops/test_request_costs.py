@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Permanent, Transient
+from app.core.runs import current_run
 from app.db.database import NamedQueries, sql_directory
 from app.db.state import RequestCounts, SqlRequestCounts, State
 from app.object_store.request_counts import RequestCounter, kind_of
@@ -28,6 +29,16 @@ def test_operations_have_the_price_class_that_s3_charges() -> None:
     assert {kind: {kind_of(name) for name in names} for kind, names in classes.items()} == {
         kind: {kind} for kind in classes
     }
+
+
+def test_requests_are_counted_for_their_run_and_in_all() -> None:
+    counter = RequestCounter()
+    counter.add("list")
+    token = current_run.set("r1")
+    counter.add("put", 2)
+    current_run.reset(token)
+    assert (counter.take_run("r1"), counter.take_run("r1")) == ({"put": 2}, {})
+    assert counter.take() == {"list": 1, "put": 2}
 
 
 def test_a_thousand_puts_a_minute_cost_what_the_price_list_says() -> None:

@@ -7,14 +7,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from app.core.errors import Permanent, Transient
-from app.core.windows import Window
-from app.product_events.pull import hours_of
+from app.core.windows import HOUR_SECONDS, Window, windows_between
 
 # What an export is: a zip of gzip files of NDJSON, several for an hour, none for an hour without events.
 #
@@ -44,7 +43,9 @@ class Archive:
 
     def hours(self) -> Mapping[datetime, Sequence[Member]]:
         """Every hour of the span, oldest first, with its members in order. Permanent for a name of another form."""
-        found: dict[datetime, list[Member]] = {start: [] for start in hours_of(self.span)}
+        found: dict[datetime, list[Member]] = {
+            hour.start: [] for hour in windows_between(self.span.start, self.span.end, HOUR_SECONDS)
+        }
         for member in sorted(_member(info.filename) for info in self._archive.infolist() if not info.is_dir()):
             if member.hour_at not in found:
                 raise Permanent(
@@ -59,6 +60,12 @@ class Archive:
         """The member's bytes, which are gzip; its checksum is compared at the end."""
         with read_errors(), readable(lambda: self._archive.open(member.name)) as stream:
             yield cast("BinaryIO", stream)
+
+    def streams(self, members: Iterable[Member]) -> Iterator[BinaryIO]:
+        """Each member's bytes in turn; a stream is good until the next one is asked for."""
+        for member in members:
+            with self.open(member) as stream:
+                yield stream
 
 
 @contextmanager
@@ -329,7 +336,7 @@ def check_ratio(packed_bytes: int, size_bytes: int) -> None:
     if size_bytes > RATIO_FREE_BYTES and size_bytes > MAX_RATIO * packed_bytes:
         raise Permanent(
             f"a member of the archive grows to more than {MAX_RATIO} times its size",
-            "this is not an export of events: look at it in the service before it is fetched again",
+            "look at it in the service before it is fetched again: this is not an export of events",
         )
 
 
@@ -365,6 +372,15 @@ def joined() -> Joined:
     """A new stream."""
     found = library()
     return _Copied(found) if found is not None else _Compressed()
+
+
+def joined_lines(joining: Joined, streams: Iterable[BinaryIO]) -> Iterator[bytes]:
+    """The joined gzip streams, every event on a line of its own, to the end of the deflate stream."""
+    for stream in streams:
+        yield from filter(None, joining.add(stream))
+        if joining.last not in (b"", b"\n"):
+            yield joining.newline()
+    yield joining.finish()
 
 
 def inflated(stream: BinaryIO) -> Iterator[bytes]:
@@ -421,93 +437,52 @@ def name_of(day: date) -> str:
     return f"{year}_week_{week}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: bytes
-    stamp: int
-    crc: int
-    packed_bytes: int
-    size_bytes: int
-    offset: int
+def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
+    """The whole file: an entry for each week of `days`, in order, with the streams of its hours, oldest first."""
+    upcoming = iter(streams)
+    held = next(upcoming, None)
+
+    def of_week(day: date) -> Iterator[BinaryIO]:
+        nonlocal held
+        while held is not None and monday(held[0].date()) == day:
+            yield held[1]
+            held = next(upcoming, None)
+
+    offset, central = 0, list[bytes]()
+    for day in dict.fromkeys(monday(day) for day in days):
+        joining, packed_bytes = joined(), 0
+        head = _local(day)
+        yield head
+        for piece in joined_lines(joining, of_week(day)):
+            packed_bytes += len(piece)
+            yield piece
+        following = FOLLOWING + struct.pack("<IQQ", joining.crc, packed_bytes, joining.size_bytes)
+        yield following
+        central.append(_central(day, joining, packed_bytes, offset))
+        offset += len(head) + packed_bytes + len(following)
+    yield from central
+    yield _end(len(central), offset, sum(map(len, central)))
 
 
-@dataclass(slots=True)
-class WeekZip:
-    """Give it members week by week: `open`, `add` for each stream, then `finish`. What they yield is the file."""
-
-    _entries: list[_Entry] = field(default_factory=list)
-    _offset: int = 0
-    _packed_bytes: int = 0
-    _start: int = 0
-    _day: date | None = None
-    _joined: Joined = field(default_factory=joined)
-
-    def open(self, day: date) -> Iterator[bytes]:
-        """Begin the entry of the week of `day`; one that is open ends before."""
-        if self._day is not None:
-            yield from self._close()
-        self._day, self._joined = monday(day), joined()
-        self._start, self._packed_bytes = self._offset, 0
-        name = _entry_name(self._day)
-        sizes = struct.pack("<HHQQ", ZIP64_FIELD, 16, 0, 0)
-        head = struct.pack(
-            "<HHHIIIIHH", ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, _stamp(self._day), 0, FULL, FULL, len(name), len(sizes)
-        )
-        yield self._put(LOCAL + head + name + sizes)
-
-    def add(self, stream: BinaryIO) -> Iterator[bytes]:
-        """Join a gzip stream of whole lines to the open entry."""
-        for piece in self._joined.add(stream):
-            if piece:
-                yield self._put_packed(piece)
-        if self._joined.last not in (b"", b"\n"):
-            yield self._put_packed(self._joined.newline())
-
-    def finish(self) -> Iterator[bytes]:
-        """The end of the file."""
-        if self._day is not None:
-            yield from self._close()
-        start = self._offset
-        for entry in self._entries:
-            yield self._put(_central(entry))
-        yield self._put(_end(len(self._entries), start, self._offset - start))
-
-    def _close(self) -> Iterator[bytes]:
-        if self._day is None:
-            return
-        yield self._put_packed(self._joined.finish())
-        crc, size_bytes = self._joined.crc, self._joined.size_bytes
-        name, stamp = _entry_name(self._day), _stamp(self._day)
-        self._entries.append(_Entry(name, stamp, crc, self._packed_bytes, size_bytes, self._start))
-        yield self._put(FOLLOWING + struct.pack("<IQQ", crc, self._packed_bytes, size_bytes))
-        self._day = None
-
-    def _put(self, piece: bytes) -> bytes:
-        self._offset += len(piece)
-        return piece
-
-    def _put_packed(self, piece: bytes) -> bytes:
-        self._packed_bytes += len(piece)
-        return self._put(piece)
+def _entry(day: date) -> tuple[bytes, int]:
+    """The name of a week's entry, and its Monday as MS-DOS tells it: the time in the low half, the date in the high."""
+    return f"{name_of(day)}.ndjson".encode(), ((day.year - 1980) << 9 | day.month << 5 | day.day) << 16
 
 
-def _entry_name(day: date) -> bytes:
-    return f"{name_of(day)}.ndjson".encode()
+def _local(day: date) -> bytes:
+    name, stamp = _entry(day)
+    sizes = struct.pack("<HHQQ", ZIP64_FIELD, 16, 0, 0)
+    head = struct.pack("<HHHIIIIHH", ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, stamp, 0, FULL, FULL, len(name), len(sizes))
+    return LOCAL + head + name + sizes
 
 
-def _stamp(day: date) -> int:
-    """Midnight of `day` as MS-DOS tells it: the time in the low half, the date in the high one."""
-    return ((day.year - 1980) << 9 | day.month << 5 | day.day) << 16
-
-
-def _central(entry: _Entry) -> bytes:
-    sizes = struct.pack("<HHQQQ", ZIP64_FIELD, 24, entry.size_bytes, entry.packed_bytes, entry.offset)
+def _central(day: date, joining: Joined, packed_bytes: int, offset: int) -> bytes:
+    name, stamp = _entry(day)
+    sizes = struct.pack("<HHQQQ", ZIP64_FIELD, 24, joining.size_bytes, packed_bytes, offset)
     made_by_unix = 3 << 8 | ZIP64_VERSION
-    head = struct.pack(
-        "<HHHHIIII", made_by_unix, ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, entry.stamp, entry.crc, FULL, FULL
-    )
-    tail = struct.pack("<HHHHHII", len(entry.name), len(sizes), 0, 0, 0, REGULAR_FILE, FULL)
-    return CENTRAL + head + tail + entry.name + sizes
+    head = struct.pack("<HHHHIIII", made_by_unix, ZIP64_VERSION, SIZES_FOLLOW, DEFLATED, stamp, joining.crc, FULL, FULL)
+    tail = struct.pack("<HHHHHII", len(name), len(sizes), 0, 0, 0, REGULAR_FILE, FULL)
+    return CENTRAL + head + tail + name + sizes
 
 
 def _end(entries: int, start: int, size_bytes: int) -> bytes:
@@ -515,16 +490,3 @@ def _end(entries: int, start: int, size_bytes: int) -> bytes:
     locate = struct.pack("<IQI", 0, start + size_bytes, 1)
     end = struct.pack("<HHHHIIH", 0, 0, entries, entries, FULL, FULL, 0)
     return END64 + end64 + LOCATE64 + locate + END + end
-
-
-def weeks(streams: Iterable[tuple[datetime, BinaryIO]], days: Iterable[date]) -> Iterator[bytes]:
-    """The whole file: an entry for each week of `days`, in order, with the streams of its hours, oldest first."""
-    made = WeekZip()
-    upcoming = iter(streams)
-    held = next(upcoming, None)
-    for week in dict.fromkeys(monday(day) for day in days):
-        yield from made.open(week)
-        while held is not None and monday(held[0].date()) == week:
-            yield from made.add(held[1])
-            held = next(upcoming, None)
-    yield from made.finish()

@@ -9,10 +9,11 @@ import base64
 import re
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import BinaryIO
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
-from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.core.runs import Stop
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
 from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
 from app.product_events.pull import HOUR
 
@@ -116,6 +118,16 @@ class Project:
             return False
         fetched.close()
         return fetched.fault is None or isinstance(fetched.fault, HourTooLarge)
+
+    def ping(self, clock: Callable[[], datetime]) -> str:
+        """One hour of yesterday, fetched and thrown away, for `check`. Raises Transient or Permanent."""
+        hour = window_at(clock() - timedelta(days=1), HOUR_SECONDS)
+        with closing(self.upstream):
+            for fetched in self.fetch_each(hour, Stop(), SHORT_POLICY):
+                fetched.close()
+                if fetched.fault is not None and not isinstance(fetched.fault, HourTooLarge):
+                    raise fetched.fault
+        return "may export events"
 
     def _pieces(
         self, span: Window, pauses: Pauses, first_policy: RetryPolicy = POLICY, *, past_faults: bool

@@ -5,19 +5,30 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from enum import Enum
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, BinaryIO
 
-from app.amplitude.archives import WEEK, Archive, Member, inflated, joined, monday, name_of, opened, weeks
+from app.amplitude.archives import (
+    WEEK,
+    Archive,
+    Member,
+    inflated,
+    joined,
+    joined_lines,
+    monday,
+    name_of,
+    opened,
+    weeks,
+)
 from app.amplitude.client import FetchedArchive, HourTooLarge, Project
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.files import temporary_file
 from app.core.ledger import Ledger, Tally, ledger_of
 from app.core.pipeline import Record
 from app.core.runs import Failure, Report
-from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, windows_between
 from app.product_events.mapping import Loaded, Tables, events_in, load_in_turns
 from app.product_events.pull import (
     HOUR,
@@ -26,7 +37,6 @@ from app.product_events.pull import (
     PartitionRun,
     PullContext,
     RefusedLines,
-    hours_of,
     record_of_nothing,
     store_rows,
     was_had,
@@ -47,25 +57,24 @@ GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 log = logging.getLogger(__name__)
 
 
+class Mode(Enum):
+    """How hours are pulled. LIVE: the cursor moves. AGAIN: rows are loaded whatever is recorded."""
+
+    LIVE = "live"
+    AGAIN = "again"
+    ONCE_MORE = "once more"
+
+
 @dataclass(frozen=True, slots=True)
 class SourceHour:
-    """One hour of an archive, and what is known of it from before. `past`: it is not the newest one.
+    """One hour of an archive, and what is known of it from before. `final`: this is the last look."""
 
-    `again`: load its rows whatever the record says; `final`: this is the last look.
-    """
-
-    source: str
+    key: str
     window: Window
     members: Sequence[Member]
     record: Record | None
-    past: bool = False
-    again: bool = False
-    final: bool = False
-
-    @property
-    def key(self) -> str:
-        """The name of its object."""
-        return hour_key(self.source, self.window)
+    mode: Mode
+    final: bool
 
 
 def hour_key(source: str, window: Window) -> str:
@@ -99,7 +108,7 @@ def load_hour(
         lines = _Lines(run, hour, file, refused)
         with _broken():
             _gather(archive, hour.members, lines.file)
-        known = hour.record if was_had(hour.record) and not hour.again else None
+        known = hour.record if was_had(hour.record) and hour.mode is not Mode.AGAIN else None
         if known and known.digest:
             seen = lines.read()
             if seen.digest == known.digest:
@@ -144,16 +153,11 @@ def _broken() -> Iterator[None]:
 
 
 def _gather(archive: Archive, members: Sequence[Member], file: BinaryIO) -> None:
-    """The members as one gzip file, every event on a line of its own, the same bytes for the same members."""
-    stream = joined()
+    """The members as one gzip file, the same bytes for the same members."""
+    joining = joined()
     file.write(GZIP_HEAD)
-    for member in members:
-        with archive.open(member) as packed:
-            file.writelines(stream.add(packed))
-        if stream.last not in (b"", b"\n"):
-            file.write(stream.newline())
-    file.write(stream.finish())
-    file.write(stream.crc.to_bytes(4, "little") + (stream.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
+    file.writelines(joined_lines(joining, archive.streams(members)))
+    file.write(joining.crc.to_bytes(4, "little") + (joining.size_bytes & 0xFFFFFFFF).to_bytes(4, "little"))
 
 
 @dataclass(slots=True)
@@ -181,7 +185,7 @@ class _Lines:
             seen = self._begin()
             try:
                 tables = self._tables(seen, careful=careful)
-                return seen, load_in_turns(self.run.pull.warehouse, tables, past=self.hour.past)
+                return seen, load_in_turns(self.run.pull.warehouse, tables, past=self.hour.mode is not Mode.LIVE)
             except Rejected as error:
                 log.warning("%s: retrying row by row with sanitised values: %s", self.hour.key, error)
         seen = self._begin()
@@ -198,7 +202,7 @@ class _Lines:
         from app.amplitude.events import HourStats  # the decoder, which an idle daemon does not load
 
         def refuse(reason: str, line: bytes, place: str) -> None:
-            name = set_aside_name(self.hour.source, self.hour.window)
+            name = set_aside_name(self.run.name, self.hour.window)
             self.refused.add(name, reason, line, f"{self.hour.key} {place}")
 
         self.refused.close()
@@ -230,7 +234,7 @@ class _Lines:
         """Load line by line: the warehouse refuses some event even sanitised, and that one alone is set aside."""
         from app.amplitude.events import REFUSED, HourStats, reader
 
-        done, load = Loaded(), self.run.pull.warehouse.load
+        done, load, past = Loaded(), self.run.pull.warehouse.load, self.hour.mode is not Mode.LIVE
         for block in self._blocks():
             if not isinstance(block, bytes):
                 reader().tables(block, seen)
@@ -238,7 +242,7 @@ class _Lines:
             for line in filter(bytes.strip, block.split(b"\n")):
                 found = reader().tables(line, alone := HourStats(seen.refuse), careful=True)
                 try:
-                    done += Loaded(events_in(found), load([found], past=self.hour.past) if found else 0)
+                    done += Loaded(events_in(found), load([found], past=past) if found else 0)
                 except Rejected as error:
                     seen.refused(REFUSED, line, seen.lines + 1, f"refused by the warehouse: {error.message}")
                 else:
@@ -256,10 +260,10 @@ DAY_HOURS = 24
 MAX_BYTES = 5 << 30
 
 
-def refresh_weeks(run: PartitionRun, days: Iterable[date]) -> Report:
-    """Bring the objects of the weeks of `days` up to date; the bytes that were stored."""
+def refresh_weeks(run: PartitionRun, span: Window) -> Report:
+    """Bring the objects of the weeks of `span` up to date; the bytes that were stored."""
     size_bytes = 0
-    for window in sorted({week_of(day) for day in days} if not run.context.dry_run else ()):
+    for window in weeks_between(span.start, span.end) if not run.context.dry_run else ():
         hours = hours_of_week(run.pull, run.name, window)
         held = run.records(window, WEEKS).get(window.start)
         if hours and (held is None or held.digest != _digest(hours)):
@@ -292,7 +296,7 @@ def mend_week(run: PartitionRun, window: Window, version: str) -> int:
 
 
 def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over: str | None = None) -> int:
-    key = week_key(run.name, window)
+    key, rows, digest = week_key(run.name, window), sum(hour.rows for hour in hours), _digest(hours)
     with temporary_file(run.pull.spool) as file:
         file.writelines(weeks(_streams(run, hours), [window.start.date()]))
         if file.tell() > MAX_BYTES:
@@ -306,16 +310,14 @@ def _store_week(run: PartitionRun, window: Window, hours: Sequence[Record], over
             pipeline=WEEKS,
             key=key,
             window=window,
-            rows=sum(hour.rows for hour in hours),
-            digest=_digest(hours),
+            rows=rows,
+            digest=digest,
             closed=all(hour.closed for hour in hours) and hours[-1].window.end == window.end,
             content_type="application/zip",
             over=over,
         )
-    rows, spans = sum(hour.rows for hour in hours), (hours[0].window.start, hours[-1].window.end)
-    record = replace(
-        stored, digest=_digest(hours), rows=rows, source_cells=len(hours), min_at=spans[0], max_at=spans[1]
-    )
+    min_at, max_at = hours[0].window.start, hours[-1].window.end
+    record = replace(stored, digest=digest, rows=rows, source_cells=len(hours), min_at=min_at, max_at=max_at)
     run.commit(record, pipeline=WEEKS)
     return record.size_bytes
 
@@ -335,10 +337,12 @@ def _streams(run: PartitionRun, hours: Sequence[Record]) -> Iterator[tuple[datet
             yield hour.window.start, stream
 
 
-def week_of(day: date) -> Window:
-    """The ISO week of a day."""
-    start = datetime.combine(monday(day), time(), UTC)
-    return Window(start, start + WEEK)
+def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:
+    """Every ISO week that overlaps `[start, end)`, oldest first."""
+    at = datetime.combine(monday(start.date()), time(), UTC)
+    while at < end:
+        yield Window(at, at + WEEK)
+        at += WEEK
 
 
 def week_key(source: str, window: Window) -> str:
@@ -348,12 +352,6 @@ def week_key(source: str, window: Window) -> str:
 
 def _digest(hours: Sequence[Record]) -> str:
     return hashlib.sha256("".join(f"{hour.window}{hour.digest}" for hour in hours).encode()).hexdigest()
-
-
-def days_of(span: Window) -> list[date]:
-    """The days that a span touches."""
-    first, last = span.start.date(), (span.end - timedelta(microseconds=1)).date()
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
 
 
 # The hours of a source in one run; each is loaded before it is recorded.
@@ -377,14 +375,6 @@ KNOWN_FOR = timedelta(days=7)
 EVER = Window(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 
 
-class Mode(Enum):
-    """How hours are pulled. LIVE: the cursor moves. AGAIN: rows are loaded whatever is recorded."""
-
-    LIVE = "live"
-    AGAIN = "again"
-    ONCE_MORE = "once more"
-
-
 @dataclass(frozen=True, slots=True)
 class SourceRun:
     """One source in one run. Its methods raise what the ports and the service raise; what was committed stays."""
@@ -396,20 +386,22 @@ class SourceRun:
         """Pull what is due, look once more at what is old enough, re-create weeks. `more`: more is due."""
         pull, context = self.run.pull, self.run.context
         now, due = pull.clock(), pull.due_at
-        start = self.run.cursor_at or self._begin(now)
+        # From the Monday of the week in which the lookback begins, so that every object of a week is a whole one.
+        oldest = next(weeks_between(now - timedelta(days=pull.lookback_days), now + WEEK)).start
+        start = self.run.cursor_at or self.run.begin(oldest)
         end = min(due, start + STEP_HOURS * HOUR)
         waiting = [record for record in self.run.records(EVER, WAITING).values() if not record.closed]
         report = self._pull(Window(start, end), Mode.LIVE) if start < end else Report()
         report += self._retry(waiting)
         report += self._look_again(now)
-        report += refresh_weeks(self.run, days_of(Window(min(start, now - timedelta(days=AGAIN_DAYS)), now)))
+        report += refresh_weeks(self.run, Window(min(start, now - timedelta(days=AGAIN_DAYS)), now))
         return report + Report(more=start < end < due and not context.dry_run)
 
     def fill(self, span: Window) -> Report:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
 
         def pull_again(hours: Window) -> Report:
-            return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, days_of(hours))
+            return self._pull(hours, Mode.AGAIN) + refresh_weeks(self.run, hours)
 
         return self.run.fill(span, pull_again)
 
@@ -421,14 +413,8 @@ class SourceRun:
             record, new, ledger = load_hour(self.run, archive, hour, over=over)
         except BrokenHour as error:
             raise error.fault from error
-        loaded = self._commit(hour, record, new, ledger, Mode.AGAIN)
-        return replace(loaded, windows=1) + refresh_weeks(self.run, days_of(span))
-
-    def _begin(self, now: datetime) -> datetime:
-        """The Monday of the week in which the lookback begins, so that every object of a week is a whole one."""
-        start = week_of((now - timedelta(days=self.run.pull.lookback_days)).date()).start
-        self.run.commit(cursor_at=start)
-        return start
+        loaded = self._commit(hour, record, new, ledger)
+        return replace(loaded, windows=1) + refresh_weeks(self.run, span)
 
     def _look_again(self, now: datetime) -> Report:
         """Each day once more, a day after its last hour was due: what the service added since is loaded."""
@@ -455,46 +441,40 @@ class SourceRun:
         self.run.context.progress.advance(total=(span.end - span.start) // HOUR)
         return self._load_each(self.project.fetch_each(span, self.run.context.stop), known, mode)
 
-    def _load_each(self, pieces: Iterator[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
+    def _load_each(self, pieces: Iterable[FetchedArchive], known: Mapping[datetime, Record], mode: Mode) -> Report:
         report = Report()
         for fetched in pieces:
             with closing(fetched):
-                report += self._load_all(fetched, known, mode)
+                report += self._load(fetched, known, mode)
         return report
 
-    def _load_all(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: Mode) -> Report:
-        context, span = self.run.context, fetched.span
+    def _load(self, fetched: FetchedArchive, known: Mapping[datetime, Record], mode: Mode) -> Report:
+        """Load the hours of an archive. One that cannot be opened comes again hour by hour, so that only those hours
+        that cannot be read are lacking.
+        """
+        stop, span, report = self.run.context.stop, fetched.span, Report()
         if fetched.fault is not None:
             return self._not_had(span, fetched.fault, known.get(span.start), mode)
-        report = Report()
         with ExitStack() as held:
             try:
                 archive = held.enter_context(opened(fetched.file, span)) if fetched.file else None
                 hours = self._hours(span, archive, known, mode)
             except (Transient, Permanent) as error:
-                return self._unreadable(fetched, error, known, mode)
+                if span.end - span.start <= HOUR:
+                    return self._not_had(span, error, known.get(span.start), mode, evidence=fetched.file)
+                alone = (
+                    self.project.fetch_each(hour, stop) for hour in windows_between(span.start, span.end, HOUR_SECONDS)
+                )
+                return self._load_each(chain.from_iterable(alone), known, mode)
             for hour in hours:
-                context.stop.check()
+                stop.check()
                 try:
                     record, new, ledger = load_hour(self.run, archive, hour)
                 except BrokenHour as error:
-                    alone = fetched.file if span == hour.window else None
-                    report += self._not_had(hour.window, error.fault, hour.record, mode, came=True, evidence=alone)
+                    evidence = fetched.file if span == hour.window else None
+                    report += self._not_had(hour.window, error.fault, hour.record, mode, came=True, evidence=evidence)
                 else:
-                    report += self._commit(hour, record, new, ledger, mode)
-        return report
-
-    def _unreadable(
-        self, fetched: FetchedArchive, error: Transient | Permanent, known: Mapping[datetime, Record], mode: Mode
-    ) -> Report:
-        """An archive that is not one: its hours one by one, so that only those that cannot be read are lacking."""
-        span = fetched.span
-        if span.end - span.start <= HOUR:
-            return self._not_had(span, error, known.get(span.start), mode, evidence=fetched.file)
-        report = Report()
-        for start in hours_of(span):
-            alone = self.project.fetch_each(Window(start, start + HOUR), self.run.context.stop)
-            report += self._load_each(alone, known, mode)
+                    report += self._commit(hour, record, new, ledger)
         return report
 
     def _not_had(
@@ -513,13 +493,18 @@ class SourceRun:
         """
         if not came and not isinstance(fault, HourTooLarge) and not self._service_answers(window):
             raise fault
-        self.run.context.progress.advance(done=1)
-        failed = Report(failures=(Failure(f"{self.run.name} {window}", fault.message, fault.hint),))
-        if self.run.context.dry_run:
+        run = self.run
+        run.context.progress.advance(done=1)
+        failed = Report(failures=(Failure(f"{run.name} {window}", fault.message, fault.hint),))
+        if run.context.dry_run:
             return failed
-        if record is not None and was_had(record):
-            return failed if self._may_be_looked_at(record) else Report()
-        return self._record_not_had(window, fault, mode, failed, evidence)
+        if record is None or not was_had(record):
+            return self._record_not_had(window, fault, mode, failed, evidence)
+        if record.closed or run.pull.clock() - window.end < AGAIN_GIVEN_UP_AFTER:
+            return failed
+        log.warning("%s: the service does not give this hour again; it stays as it is", record.key)
+        run.commit(replace(record, closed=True))
+        return Report()
 
     def _service_answers(self, window: Window) -> bool:
         """Whether the service gives another hour than this: the one that it gave last, or the newest."""
@@ -528,14 +513,6 @@ class SourceRun:
         before = next((each.window for each in reversed(list(records)) if was_had(each)), Window(start - HOUR, start))
         others = (before, Window(due - HOUR, due))
         return any(self.project.answers(other, self.run.context.stop) for other in others if other != window)
-
-    def _may_be_looked_at(self, record: Record) -> bool:
-        """Whether an hour that was loaded is worth another second look; else it is closed as it is."""
-        if record.closed or self.run.pull.clock() - record.window.end < AGAIN_GIVEN_UP_AFTER:
-            return True
-        log.warning("%s: the service does not give this hour again; it stays as it is", record.key)
-        self.run.commit(replace(record, closed=True))
-        return False
 
     def _record_not_had(
         self, window: Window, fault: AppError, mode: Mode, failed: Report, evidence: BinaryIO | None
@@ -565,23 +542,22 @@ class SourceRun:
         settled = settled_at(self.run.pull.clock())
         return [
             SourceHour(
-                source=self.run.name,
-                window=Window(start, start + HOUR),
-                members=members.get(start, ()),
-                record=known.get(start),
-                past=mode is not Mode.LIVE,
-                again=mode is Mode.AGAIN,
-                final=start < settled,
+                key=hour_key(self.run.name, window),
+                window=window,
+                members=members.get(window.start, ()),
+                record=known.get(window.start),
+                mode=mode,
+                final=window.start < settled,
             )
-            for start in hours_of(span)
+            for window in windows_between(span.start, span.end, HOUR_SECONDS)
         ]
 
-    def _commit(self, hour: SourceHour, record: Record, new: int, ledger: Ledger, mode: Mode) -> Report:
+    def _commit(self, hour: SourceHour, record: Record, new: int, ledger: Ledger) -> Report:
         self.run.context.progress.advance(done=1, rows=new)
         changed = hour.record is None or record.version != hour.record.version
         if self.run.context.dry_run:
             return Report(rows=record.rows, bytes=record.size_bytes, windows=1) if changed else Report()
-        is_live = mode is Mode.LIVE
+        is_live = hour.mode is Mode.LIVE
         if changed or record != hour.record or is_live:
             self.run.commit(record, cursor_at=hour.window.end if is_live else None)
         if hour.record is not None and not was_had(hour.record):
@@ -590,7 +566,7 @@ class SourceRun:
             rows=new,
             bytes=record.size_bytes if changed else 0,
             windows=int(changed),
-            late_rows=new if mode is Mode.ONCE_MORE else 0,
+            late_rows=new if hour.mode is Mode.ONCE_MORE else 0,
             ledger=ledger.of_partition(self.run.name),
         )
 

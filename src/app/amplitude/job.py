@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from app.amplitude.archives import WEEK, Archive, inflated, opened, read_errors, readable
+from app.amplitude.archives import Archive, inflated, opened, read_errors, readable
 from app.amplitude.client import Project, project
-from app.amplitude.hours import DUE_AFTER, NAME, UNIT, SourceRun, hour_key, hours_of_week, mend_week, week_key, week_of
+from app.amplitude.hours import (
+    DUE_AFTER,
+    NAME,
+    UNIT,
+    SourceRun,
+    hour_key,
+    hours_of_week,
+    mend_week,
+    week_key,
+    weeks_between,
+)
 from app.amplitude.hours import WEEKS as WEEKS_PIPELINE
 from app.config.settings import Settings
 from app.core.errors import Transient
@@ -76,13 +86,8 @@ def build(
 
     return PullPipeline(
         name=NAME,
-        jobs=(
-            Job(
-                NAME,
-                given.interval_seconds,
-                lambda context: run_each(context, SourceRun.pull_due),
-                "" if known else OFF,
-            ),
+        job=Job(
+            NAME, given.interval_seconds, lambda context: run_each(context, SourceRun.pull_due), "" if known else OFF
         ),
         backfill=lambda context, span: run_each(context, lambda source: source.fill(span)),
         verification=lambda stop: AmplitudeEnds(pull, known, stop),
@@ -178,9 +183,8 @@ class AmplitudeEnds:
         """What the service gives for an hour."""
         total = NOTHING
         if answer.archive is not None:
-            for member in answer.archive.hours().get(slot.window.start, ()):
-                with answer.archive.open(member) as packed:
-                    total += sum(map(content_of_block, self._blocks(inflated(packed))), NOTHING)
+            for packed in answer.archive.streams(answer.archive.hours().get(slot.window.start, ())):
+                total += sum(map(content_of_block, self._blocks(inflated(packed))), NOTHING)
         self._contents[slot] = total
         return total
 
@@ -281,11 +285,3 @@ class AmplitudeChart:
     @property
     def _hours(self) -> PullChart:
         return PullChart(self.pull, hour_key)
-
-
-def weeks_between(start: datetime, end: datetime) -> Iterator[Window]:
-    """Every ISO week that overlaps `[start, end)`, oldest first."""
-    week = week_of(start.date())
-    while week.start < end:
-        yield week
-        week = Window(week.end, week.end + WEEK)

@@ -131,6 +131,5 @@ def _streams(fetched: Iterator[FetchedArchive]) -> Iterator[tuple[datetime, Bina
                 continue
             with opened(each.file, each.span) as archive:
                 for hour_at, members in archive.hours().items():
-                    for member in members:
-                        with archive.open(member) as stream:
-                            yield hour_at, stream
+                    for stream in archive.streams(members):
+                        yield hour_at, stream

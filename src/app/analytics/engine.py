@@ -276,9 +276,9 @@ def quoted(name: str) -> str:
 def checked(parsed: Mapping[str, Any]) -> set[str]:
     """Names of the parameters of a parsed text. Raises Rejected for what a report may not do."""
     if parsed["error"]:
-        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "a report is one SELECT")
+        raise Rejected(str(parsed.get("error_message"))[:MESSAGE_CHARACTERS], "write one SELECT")
     if len(parsed["statements"]) != 1:
-        raise Rejected("there is more than one statement", "a report is one SELECT")
+        raise Rejected("there is more than one statement", "write one SELECT")
     nodes = list(nodes_of(parsed["statements"]))
     own = {str(entry["key"]).lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
     for node in nodes:

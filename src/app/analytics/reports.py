@@ -312,7 +312,7 @@ def _merged(parts: Sequence[DaySummary]) -> DaySummary:
         temperature_max=max((part.temperature_max for part in parts if part.temperature_max is not None), default=None),
         soc_sum=_sum(part.soc_sum for part in parts),
         soc_count=sum(part.soc_count for part in parts),
-        latest=max((part.latest for part in parts if part.latest is not None), key=_rank, default=None),
+        latest=max((part.latest for part in parts if part.latest is not None), key=rank, default=None),
     )
 
 
@@ -325,7 +325,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
         return math.inf
 
 
-def _rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+def rank(latest: tuple[Any, ...]) -> list[tuple[bool, Any]]:
     """By instant and its nanoseconds; ties as DuckDB orders structs: from left to right, null above all."""
     instant, *values = latest[: len(LATEST) - 1]
     nanos = latest[-1] if len(latest) == len(LATEST) else 0

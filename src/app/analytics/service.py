@@ -3,7 +3,6 @@ fresh.
 """
 
 import asyncio
-import fcntl
 import logging
 import math
 import os
@@ -13,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -284,9 +284,11 @@ class Workplace:
 
     def enter(self) -> None:
         """Make the folder and hold its lock, which the kernel releases with the process."""
+        from filelock import lock_descriptor
+
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / LOCK).open("ab") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+            lock_descriptor(turn.fileno())
             self.folder.mkdir()
             self.locks.append(_locked(self.folder / LOCK))
             for other in self.root.iterdir():
@@ -303,16 +305,17 @@ class Workplace:
 
 def _locked(path: Path) -> int:
     """A descriptor that holds the lock; -1 when another process has it, or there is no such folder."""
+    from filelock import lock_descriptor
+
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
         return -1
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return -1
-    return descriptor
+    with suppress(OSError):
+        if lock_descriptor(descriptor, blocking=False):
+            return descriptor
+    os.close(descriptor)
+    return -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import compress, islice
 from pathlib import Path
 from shutil import copyfileobj
@@ -311,6 +311,7 @@ def _aggregates(folder: Path, files: Sequence[File]) -> str:
 SOME = 2000
 PAIRS = 500
 KEPT = timedelta(hours=1)
+LOOKED = timedelta(hours=2)  # the export writes some versions that are replaced before a listing shows them
 ASKED = 16_384  # objects whose properties are remembered
 log = logging.getLogger(__name__)
 
@@ -336,7 +337,7 @@ class View:
 class _State:
     """What the refreshing thread holds, at times half of a listing. `batches`: the versions of each batch of the last
     whole listing, by digest; `moved`: an object came or went since the last view; `touched`: pairs whose sum is not up
-    to date yet.
+    to date yet; `looked_at`: when all that is known was last compared with `current`.
     """
 
     current: Versions = field(default_factory=Versions)
@@ -351,6 +352,7 @@ class _State:
     moved: bool = False
     number: int = 0
     sweeps: int | None = None
+    looked_at: datetime = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Summaries:
@@ -391,6 +393,8 @@ class Summaries:
     def refresh(self) -> View:
         """List, learn what is new, drop what is gone, and recompute the sums of both. Raises what the stores raise."""
         with self._lock:
+            if self._view is None:
+                self._facts.note_asked()
             for _ in range(2):
                 as_of = self._clock()
                 unread = self._list(as_of)
@@ -525,19 +529,20 @@ class Summaries:
         and what was added up lacks them then. If not, everything is learnt again.
         """
         state = self._state
-        sweeps = self._facts.sweeps()
-        if state.sweeps == sweeps:
+        sweeps, now = self._facts.sweeps(), self._clock()
+        if state.sweeps == sweeps and now < state.looked_at + LOOKED:
             return True
-        later = self._clock() + KEPT
+        later, leaving = now + KEPT, {version for _, version in state.leaving}
         kept = 0
         versions = self._facts.versions()
         while some := list(islice(versions, SOME)):
             is_current = state.current.among(some)
             kept += sum(is_current)
-            state.leaving += [(later, version) for version, one in zip(some, is_current, strict=True) if not one]
-        state.sweeps = sweeps
+            gone = (version for version, one in zip(some, is_current, strict=True) if not one)
+            state.leaving += [(later, version) for version in gone if version not in leaving]
+        state.sweeps, state.looked_at = sweeps, now
         if kept < len(state.current):
-            self._state = _State(number=state.number, sweeps=sweeps, leaving=state.leaving, moved=True)
+            self._state = _State(number=state.number, sweeps=sweeps, looked_at=now, leaving=state.leaving, moved=True)
         return kept == len(state.current)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:

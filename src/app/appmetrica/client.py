@@ -166,6 +166,7 @@ def _checked(pieces: Iterator[bytes], *, empty: bool) -> Iterator[bytes]:
     if not first and empty:
         yield from _packed(iter(()))
         return
+    # Inflated as it passes: that a gzip stream was cut shows nowhere but at its end.
     inflater = zlib.decompressobj(GZIP_BITS)
     try:
         for piece in chain([first], pieces):
@@ -310,6 +311,16 @@ class Exports:
         """How many calls this day has had."""
         return self.pulls.calls(SERVICE, self.clock())
 
+    def ping(self) -> str:
+        """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
+        number = self.service.application_id
+        with closing(self.service.upstream):
+            applications = self.service.applications()
+        if number not in applications:
+            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+            raise Permanent(f"the token does not see application {number}", hint)
+        return f"may read application {number}; {self.calls_today} of {self.daily_calls} calls of today are used"
+
     def request_received(self, resource: Resource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.
 
@@ -344,6 +355,7 @@ class Exports:
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:
         """An export to go on with. `fresh`: unless it is under way already, its file is re-created."""
+        # The service has forgotten a file of yesterday: asking for it again under the same text makes a new one.
         if export.done or (export.asked_at is not None and self.clock() - export.asked_at > KEPT_FOR):
             export = replace(export, asked_at=None, done=False)
             self.pulls.save(export)

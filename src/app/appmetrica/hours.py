@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import BinaryIO
 
 from app.appmetrica.client import (
+    KEPT_FOR,
     ExportInProgress,
     Exports,
     LogsRequest,
@@ -78,7 +79,8 @@ class ResourceRun:
     def pull_due(self) -> Report:
         """Go on with the request that is under way, or make the next one, and land its hours."""
         pull, context = self.run.pull, self.run.context
-        due, cursor = pull.due_at, self.run.cursor_at or self._begin()
+        oldest = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
+        due, cursor = pull.due_at, self.run.cursor_at or self.run.begin(oldest)
         if cursor >= due:
             return recount(self)
         export = self._under_way(cursor)
@@ -111,12 +113,6 @@ class ResourceRun:
 
         return self.run.fill(span, pull_again)
 
-    def _begin(self) -> datetime:
-        pull = self.run.pull
-        start = floor_to(pull.clock() - timedelta(days=pull.lookback_days), HOUR_SECONDS)
-        self.run.commit(cursor_at=start)
-        return start
-
     def _under_way(self, cursor: datetime) -> PendingExport | None:
         """The export that an earlier run has asked for; one that does not lead on from the cursor is done with.
 
@@ -142,7 +138,7 @@ class ResourceRun:
 
         Without a cursor rows are loaded whatever is recorded, unless they are `late`: then what has changed is.
         """
-        context, name = self.run.context, self.run.name
+        context = self.run.context
         try:
             with self.exports.resumed(export) as under_way:
                 try:
@@ -152,8 +148,7 @@ class ResourceRun:
                         raise
                     return self._not_given(export, cursor, error)
                 if answer is not None:
-                    log.info("%s: no file yet, it is requested again: %s", name, answer.text)
-                    return Report(more=not context.dry_run, notes=(f"{name}: {answer.text}",))
+                    return self._no_file(export, cursor, answer.text)
                 report = self._land_all(under_way, cursor, again=cursor is None and not late)
                 if not context.dry_run:
                     under_way.finish()
@@ -162,6 +157,19 @@ class ResourceRun:
             self._done(export)
             self.exports.leave_out(self.resource, error)
             return Report(more=not context.dry_run)
+
+    def _no_file(self, export: PendingExport, cursor: datetime | None, said: str) -> Report:
+        """The service is still making the file. After a day, when it was requested anew, that is told as a failure, and
+        after another one it is as if the service had refused it.
+        """
+        name, context = self.run.name, self.run.context
+        log.info("%s: no file yet, it is requested again: %s", name, said)
+        waited_for = self.run.pull.clock() - export.created_at
+        late = Transient(f"no file of {_span(export)} in {waited_for // HOUR} hours: {said}", "no action needed")
+        if cursor is not None and waited_for >= KEPT_FOR + SET_ASIDE_AFTER:
+            return self._not_given(export, cursor, late)
+        failures = (Failure(name, late.message, late.hint),) if waited_for >= KEPT_FOR else ()
+        return Report(more=not context.dry_run, notes=(f"{name}: {said}",), failures=failures)
 
     def _not_given(self, export: PendingExport, cursor: datetime, error: Transient | Permanent) -> Report:
         """A request that the service did not answer. Raises `error` while it may pass, or the service is away."""
@@ -243,6 +251,7 @@ class ResourceRun:
         """
         run = self.run
         had = record if was_had(record) else None
+        # A file that lacks a column must not replace one that has it.
         stays = had is not None and not whole and had.rows >= hour.rows > 0
         same = had is not None and (had.digest == hour.digest or stays)
         cursor_at = hour.window.end if live else None
@@ -402,6 +411,7 @@ def _count_day(resource: ResourceRun, day: Window) -> tuple[bool, Report]:
             rows = sum(number for at, number in missing.items() if span.start <= at < span.end)
             log.info("%s %s: the service has %d rows that were not there before", run.name, span, rows)
             pulled = resource.pull_late(span)
+            # The service still makes the file; until then these rows wait.
             if pulled.more:
                 waiting = ledger_of(Tally(counted=rows, waiting=rows), unit=UNIT).of_partition(run.name)
                 return False, report + replace(pulled, more=False, ledger=waiting)

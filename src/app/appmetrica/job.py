@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
-from threading import Lock
+from functools import lru_cache
 from typing import BinaryIO
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -80,13 +80,11 @@ def build(
 
     return PullPipeline(
         name=NAME,
-        jobs=(
-            Job(
-                NAME,
-                given.interval_seconds,
-                lambda context: run_each(context, ResourceRun.pull_due),
-                "" if exports else OFF,
-            ),
+        job=Job(
+            NAME,
+            given.interval_seconds,
+            lambda context: run_each(context, ResourceRun.pull_due),
+            "" if exports else OFF,
         ),
         backfill=lambda context, span: run_each(context, lambda resource: resource.fill(span)),
         verification=verification,
@@ -119,32 +117,30 @@ def exports_of(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime
         interval_seconds=given.poll_interval_seconds,
         timeout_seconds=given.poll_timeout_seconds,
         daily_calls=given.daily_calls,
-        zone=Zone(asked, given.timezone).find,
+        zone=zone_of(asked, given.timezone),
     )
 
 
-class Zone:
-    """The application's time zone: what is set, else what the service says, asked once."""
+def zone_of(asked: Service, name: str) -> Callable[[], ZoneInfo]:
+    """Finds the application's time zone: the one that is set, else what the service says, asked once. What it gives
+    raises Transient and Permanent.
+    """
 
-    def __init__(self, asked: Service, name: str) -> None:
-        self._service, self._name = asked, name
-        self._lock = Lock()
-
-    def find(self) -> ZoneInfo:
-        """Raises Transient and Permanent."""
-        with self._lock:
-            if not self._name:
-                found = self._service.applications().get(self._service.application_id)
-                if found is None:
-                    raise Permanent(
-                        f"the token does not see the application {self._service.application_id}",
-                        "check APPMETRICA_APPLICATION_ID, and who made the token",
-                    )
-                self._name = str(found.get("time_zone_name") or "UTC")
+    @lru_cache(maxsize=1)
+    def find() -> ZoneInfo:
+        found = name or asked.applications().get(asked.application_id)
+        if found is None:
+            raise Permanent(
+                f"the token does not see the application {asked.application_id}",
+                "check APPMETRICA_APPLICATION_ID, and who made the token",
+            )
+        zone = found if isinstance(found, str) else str(found.get("time_zone_name") or "UTC")
         try:
-            return ZoneInfo(self._name)
+            return ZoneInfo(zone)
         except (ZoneInfoNotFoundError, ValueError) as error:
-            raise Permanent(f"unknown time zone {self._name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
+            raise Permanent(f"unknown time zone {zone[:60]!r}", "set APPMETRICA_TIMEZONE") from error
+
+    return find
 
 
 # Both ends of the pull: a file that the service makes now, and the rows of the objects.

@@ -22,7 +22,6 @@ from app.appmetrica.client import (
     ExportInProgress,
     Exports,
     LogsRequest,
-    NotReady,
     logs_request,
     longer,
     request_of,
@@ -119,7 +118,11 @@ def build(exports: Exports | None) -> APIRouter:
         known = _configured(exports)
         export = await run_in_threadpool(known.pulls.find, SERVICE, export_id)
         if export is None or request_of(export).span is not None:  # a job's own
-            raise Refused(Refusal(404, f"no export has the number {export_id}", "POST /appmetrica/exports gives one"))
+            raise Refused(
+                Refusal(
+                    404, f"no export has the number {export_id}", "take the id that POST /appmetrica/exports answered"
+                )
+            )
         if places.locked():
             raise Refused(BUSY)
         async with places:
@@ -191,7 +194,10 @@ async def _fetched(
         while (answer := await run_in_threadpool(under_way.step, stop)) is not None:
             pause_seconds = max(interval_seconds, answer.at_least_seconds)
             if pause_seconds > left_seconds:
-                return _not_yet(export, answer, interval_seconds)
+                waits = ExportWaiting(
+                    export_id=export.export_id, status="waiting", progress=answer.percent, message=answer.text
+                )
+                return JSONResponse(waits.model_dump(), 202, headers={"Retry-After": str(round(pause_seconds + 0.5))})
             await asyncio.sleep(pause_seconds)
             left_seconds -= pause_seconds
             interval_seconds = longer(interval_seconds)
@@ -201,12 +207,6 @@ async def _fetched(
     finally:
         stop.ask("the caller went away")
         held.close()
-
-
-def _not_yet(export: PendingExport, answer: NotReady, seconds: float) -> Response:
-    wait = round(max(seconds, answer.at_least_seconds) + 0.5)
-    body = {"export_id": export.export_id, "status": "waiting", "progress": answer.percent, "message": answer.text}
-    return JSONResponse(body, 202, headers={"Retry-After": str(wait)})
 
 
 async def _body(under_way: ExportInProgress) -> AsyncIterator[bytes]:

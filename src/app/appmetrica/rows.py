@@ -24,9 +24,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 from app.core.errors import Permanent
 from app.core.files import temporary_file
-from app.core.windows import HOUR_SECONDS, Window, floor_to
+from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
 from app.product_events.mapping import Tables, mapping
-from app.product_events.pull import HOUR, hours_of
 
 MAX_ROW_BYTES = 1 << 24
 KEPT_ROW_BYTES = 2 * MAX_ROW_BYTES
@@ -240,7 +239,8 @@ def by_hour(
     """
     headers = [CsvRows(file).header for file in files]
     names = [*columns, *dict.fromkeys(name for header in headers for name in header if name not in columns)]
-    hours = {at: ReceiptHourFile(Window(at, at + HOUR), names, temporary_file(spool)) for at in hours_of(span)}
+    windows = windows_between(span.start, span.end, HOUR_SECONDS)
+    hours = {window.start: ReceiptHourFile(window, names, temporary_file(spool)) for window in windows}
     try:
         reading = SortedRows(list(hours.values()))
         for file, header in zip(files, headers, strict=True):
@@ -294,13 +294,11 @@ def _sort(
             # A gap has to show somewhere: a row that tells of no hour of the span shows in its last one.
             gap = hours[at] if at is not None and at in hours else reading.hours[-1]
             gap.refused += 1
-            refuse(at if at is not None else _some_hour(part.header, cells), bad)
-
-
-def _some_hour(header: Row, cells: Row) -> datetime | None:
-    """An hour that a row tells of, whatever happened then: a row that comes again is known by it."""
-    told = (hour_of(cell) for name, cell in zip(header, cells, strict=False) if name.endswith("_timestamp"))
-    return next((at for at in told if at is not None), None)
+            # By some hour that it tells of, whatever happened then, a row that comes again is known.
+            told = (
+                hour_of(cell) for name, cell in zip(part.header, cells, strict=False) if name.endswith("_timestamp")
+            )
+            refuse(at if at is not None else next(filter(None, told), None), bad)
 
 
 def hour_of(text: str) -> datetime | None:

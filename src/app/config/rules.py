@@ -18,7 +18,8 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from app.config import NEW_KEY
-from app.config.settings import LeaseSettings, ServiceSettings, Settings, SettingsGroup
+from app.config.groups import SettingsGroup
+from app.config.settings import LeaseSettings, ServiceSettings, Settings
 from app.config.value_types import Allowed, KeyEntry
 
 # The declared variables as a person meets them: in the reference, in a fault, in a warning; read from the models.
@@ -155,8 +156,15 @@ def broken_rules(settings: Settings, names: AbstractSet[str], refused: AbstractS
     yield from _drive(names)
     if not refused & {"LEASE_TTL_SECONDS", "LEASE_HEARTBEAT_SECONDS"}:
         yield from _lease(settings.lease)
+    if "SCALE_ENGINE" not in refused and settings.lease.engine != "embedded" and not on_postgres(settings):
+        yield (
+            f"SCALE_ENGINE='{settings.lease.engine}': needs checkpoints in PostgreSQL: set CHECKPOINT_DB_HOST, _NAME, "
+            "_USER and _PASSWORD, or remove SCALE_ENGINE"
+        )
     if not refused & {"PORT", "HEALTH_PORT"}:
         yield from _ports(settings.service)
+    if settings.lake.catalog != "none":
+        yield from _lake(settings.lake.prefix, settings.s3.prefix)
 
 
 def _missing(needed: str, given: str) -> str:
@@ -193,9 +201,22 @@ def _lease(lease: LeaseSettings) -> Iterator[str]:
         )
 
 
+def on_postgres(settings: Settings) -> bool:
+    """Whether the state is in PostgreSQL."""
+    return settings.checkpoint.url.get_secret_value().startswith("postgres")
+
+
 def _ports(service: ServiceSettings) -> Iterator[str]:
     if service.health_port == service.port:
         yield f"HEALTH_PORT='{service.port}': allowed: another port than PORT, which answers probes already"
+
+
+def _lake(lake: str, exports: str) -> Iterator[str]:
+    """Neither lies inside the other, or one's files are taken for the other's."""
+    if not exports:
+        yield "S3_PREFIX='': CATALOG=iceberg needs one, so that the table lies outside of it; set it"
+    elif not lake or f"{lake}/".startswith(f"{exports}/") or f"{exports}/".startswith(f"{lake}/"):
+        yield f"S3_LAKE_PREFIX={lake!r}: allowed: a prefix outside S3_PREFIX, which is {exports!r}"
 
 
 def warnings(
@@ -229,6 +250,13 @@ def warnings(
         found.append(
             f"DATA_DIR={data_dir} is on a network file system ({kind}), on which SQLite may be damaged: set DATA_DIR to"
             f" a local disk, or {' and '.join(kept_here)} to a PostgreSQL"
+        )
+    own_disk = [] if settings.s3.bucket else ["S3_BUCKET"]
+    own_disk += [] if settings.dwh.database_url.get_secret_value() else ["DWH_DATABASE_URL"]
+    if settings.lease.engine != "embedded" and own_disk:
+        found.append(
+            f"SCALE_ENGINE={settings.lease.engine}: workers write to DATA_DIR, so all of them must share {data_dir}: "
+            f"otherwise set {' and '.join(own_disk)}"
         )
     return found
 

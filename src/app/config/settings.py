@@ -8,26 +8,15 @@ is a SecretStr, so that no repr shows one. For other values take `load_settings(
 """
 
 import os
-import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.config import DOTENV
+from app.config.groups import SettingsGroup, variable
 from app.config.value_types import (
     LOWER_CASE,
     NO_SECRET,
@@ -67,53 +56,13 @@ from app.config.value_types import (
     TimeZone,
     WarehouseUrl,
     checkpoint_url,
+    installed_version,
 )
 from app.core.windows import DAY_SECONDS
 
 YEAR_SECONDS = 366 * DAY_SECONDS
 GIB = 1 << 30
 OF_URL: Mapping[str, Any] = {"exclude": True, "repr": False}  # seen as part of the URL alone
-COMMENT = re.compile(r"\s+#.*$", re.DOTALL)
-
-
-def variable(names: str, *, default: object, unset: str = "", shown: str | None = None, **limits: Any) -> Any:
-    """A field of a group, called by the first of `names` that is set; the text below it says what it is for.
-
-    `default` may be a function of the fields above it. `unset` says what happens then where the default does not say it
-    itself; `shown` is the default as a person would write it where that is not its text.
-    """
-    given = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(
-        **given,
-        validation_alias=AliasChoices(*names.split()),
-        json_schema_extra={"unset": unset, "shown": shown},
-        **limits,
-    )
-
-
-class SettingsGroup(BaseModel):
-    """The settings of one part, under the `title` of its class. It is given every variable and takes its own."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
-
-    @field_validator("*", mode="wrap")
-    @classmethod
-    def _read(cls, text: Any, read: ValidatorFunctionWrapHandler) -> Any:
-        """A trailing comment, which `docker run --env-file` hands on with the value, is cut where that helps."""
-        try:
-            return read(text)
-        except ValueError:
-            bare = COMMENT.sub("", text)
-            if bare in ("", text):
-                raise
-        return read(bare)
-
-
-def _installed_version() -> str:
-    try:
-        return version("headwater")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
 
 
 class ServiceSettings(SettingsGroup, title="Service"):
@@ -123,7 +72,7 @@ class ServiceSettings(SettingsGroup, title="Service"):
     """Name of this service in logs and answers."""
     title: Text = variable("TITLE", default="Headwater")
     """Title of the API pages."""
-    version: Text = variable("VERSION", default=_installed_version, unset="the installed version")
+    version: Text = variable("VERSION", default=installed_version, unset="the installed version")
     """Version that /health reports."""
     description: Text = variable(
         "DESCRIPTION", default="Delivers telemetry and product-analytics data to where people use it."
@@ -146,7 +95,9 @@ class ServiceSettings(SettingsGroup, title="Service"):
     log_file: LogFile = variable(
         "LOG_FILE", default=lambda above: above["data_dir"] / "app.log", unset="app.log in DATA_DIR"
     )
-    """Rotating log file (1 MB, five kept) beside stdout; off = none."""
+    """Rotating log file (1 MB each) beside stdout; off = none."""
+    log_files: int = variable("LOG_FILES", default=5, ge=1, le=1000)
+    """Older log files that are kept."""
     shutdown_grace_seconds: int = variable("SHUTDOWN_GRACE_SECONDS", default=25, ge=1, le=3600)
     """Time a stop may take; stay below what the platform waits before it kills (Kubernetes: 30)."""
 
@@ -268,10 +219,14 @@ class ExportSettings(SettingsGroup, title="Export, how influx_to_s3 cuts and nam
     """Let an object lose rows that were deleted at the source; rows that its retention dropped are kept."""
     reconcile_days: int = variable("RECONCILE_DAYS", default=7, ge=0, le=3660)
     """Days that the daily reconcile compares with the source."""
+    record_days: int = variable("WINDOW_RECORD_DAYS", default=14, ge=0, le=3660)
+    """Days that closed windows are recorded one by one, never fewer than RECONCILE_DAYS; 0 = for ever."""
     heal: Annotated[Literal["off", "auto"], LOWER_CASE] = variable("EXPORT_HEAL", default="off")
     """auto: the reconcile writes closed objects again that vanished or that another program replaced; off: it tells."""
     concurrency: int = variable("EXPORT_CONCURRENCY", default=16, ge=1, le=64)
     """Most devices exported at once; it starts at 2 and rises while InfluxDB answers as fast."""
+    shards: int = variable("EXPORT_SHARDS", default=32, ge=1, le=1024)
+    """Parts that workers share the changed devices in, each one worker's at a time; a few for each worker."""
 
     @field_validator("window_seconds")
     @classmethod
@@ -373,6 +328,8 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
     """How its TLS is checked; verify-full checks the certificate, against CA_FILE too, and the host name."""
     url: PostgresUrl = variable("CHECKPOINT_DATABASE_URL", default=checkpoint_url)
     """All of the above in one URL."""
+    run_records: int = variable("RUN_RECORDS", default=1000, ge=10, le=1_000_000)
+    """Runs of each job that are remembered; totals and metrics count all."""
 
     @field_validator("url")
     @classmethod
@@ -381,12 +338,14 @@ class CheckpointSettings(SettingsGroup, title="Checkpoints"):
 
 
 class LeaseSettings(SettingsGroup, title="Leases, for several replicas"):
-    """How long a job belongs to one process, and how often that is renewed."""
+    """How long a job belongs to one process, and how often that is renewed. `engine`: who runs jobs."""
 
     ttl_seconds: float = variable("LEASE_TTL_SECONDS", default=30.0, ge=1, le=3600)
     """Time after the last heartbeat before another process takes over a job."""
     heartbeat_seconds: float = variable("LEASE_HEARTBEAT_SECONDS", default=10.0, ge=0.1, le=1800)
     """Time between renewals; at most half of LEASE_TTL_SECONDS, so that one may be lost."""
+    engine: Annotated[Literal["embedded", "procrastinate"], LOWER_CASE] = variable("SCALE_ENGINE", default="embedded")
+    """procrastinate: `python -m app worker` runs jobs and shards, queued in the PostgreSQL of the checkpoints."""
 
 
 class DynamoSettings(SettingsGroup, title="DynamoDB, the source of dynamo_to_drive"):
@@ -481,6 +440,21 @@ class DwhSettings(SettingsGroup, title="Warehouse: /dwh"):
     """Rows in one INSERT."""
 
 
+class LakeSettings(SettingsGroup, title="Lake: closed days as an Iceberg table"):
+    """The table of closed days. `catalog` "none" = off; `prefix` is never inside that of the export."""
+
+    catalog: Annotated[Literal["none", "iceberg"], LOWER_CASE] = variable("CATALOG", default="none")
+    """iceberg: closed days also become one Iceberg table, with its catalog in the checkpoint database."""
+    prefix: Prefix = variable("S3_LAKE_PREFIX", default="lake")
+    """Prefix of the table's files, outside S3_PREFIX."""
+    wait_hours: int = variable("LAKE_WAIT_HOURS", default=6, ge=0, le=8784)
+    """How long after its end and EXPORT_GRACE_SECONDS a day is taken."""
+    interval_seconds: Interval = variable("LAKE_INTERVAL_SECONDS", default=3600)
+    """Time between runs; each lists the whole tree."""
+    snapshot_days: int = variable("LAKE_SNAPSHOT_DAYS", default=7, ge=1, le=3660)
+    """How long an earlier state of the table can be read."""
+
+
 class AnalyticsSettings(SettingsGroup, title="Reports: /analytics"):
     """/analytics. `reports_dir` None = only the reports that come with the product."""
 
@@ -573,6 +547,7 @@ class Settings(BaseSettings):
     drive: DriveSettings
     inbox: InboxSettings
     dwh: DwhSettings
+    lake: LakeSettings
     analytics: AnalyticsSettings
     appmetrica: AppMetricaSettings
     amplitude: AmplitudeSettings

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
+
+from app.config import NEW_KEY
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
@@ -362,7 +365,7 @@ def _key_entry(text: str) -> KeyEntry:
     body, colon, digest = rest.rpartition(":")
     name, at, expiry = head.partition("@")
     if not separator or not colon:
-        raise ValueError("is not name:scopes:sha256hex or name:scopes:s3-prefix:sha256hex")
+        raise ValueError(f"is not name:scopes:sha256hex or name:scopes:s3-prefix:sha256hex, as `{NEW_KEY}` prints it")
     if not KEY_NAME.fullmatch(name):
         raise ValueError("the name is not 1 to 40 of a-z, 0-9, - and _")
     if not DIGEST.fullmatch(digest):
@@ -475,7 +478,7 @@ ApiKeys = Annotated[
     tuple[KeyEntry, ...],
     PlainValidator(parse_keys),
     Allowed(
-        "lines that `python -m app keys new admin --scopes admin` prints, separated by commas or newlines",
+        f"lines that `{NEW_KEY}` prints, separated by commas or newlines",
         obvious=True,
         secret=True,
     ),
@@ -495,6 +498,14 @@ KeyFileText = Annotated[
 
 
 NO_SECRET = SecretStr("")
+
+
+def installed_version() -> str:
+    """Of this package; "unknown" in a checkout that was never installed."""
+    try:
+        return version("headwater")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def checkpoint_url(parts: Mapping[str, Any]) -> SecretStr:

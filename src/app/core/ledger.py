@@ -8,7 +8,8 @@ between them leaves a gap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 NAMED_PARTITIONS = 20
@@ -46,7 +47,7 @@ class Tally:
         )
 
 
-TALLY_NAMES = tuple(one.name for one in fields(Tally))
+TALLY_NAMES = tuple(asdict(Tally()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,16 @@ class SetAside:
 
     def __add__(self, other: "SetAside") -> "SetAside":
         return SetAside(self.reason, self.number + other.number, self.new + other.new, self.sample or other.sample)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """Where something lies that was set aside: an object of the store by its `key`, or a file of this machine."""
+
+    name: str
+    size_bytes: int
+    key: str = ""
+    path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,7 @@ class Ledger:
         return Ledger(self.unit, self.fields, self.set_aside, {partition or "(unnamed)": total})
 
     def __add__(self, other: "Ledger") -> "Ledger":
+        # A part that kept no ledger has no unit either.
         if not other:
             return self
         if not self:
@@ -184,13 +196,13 @@ def to_json(ledger: Ledger) -> Mapping[str, Any]:
     return {
         "unit": ledger.unit,
         "closes": ledger.closes,
-        **{name: getattr(total, name) for name in TALLY_NAMES},
+        **asdict(total),
         "reasons": [
             {"reason": one.reason, "number": one.number, "new": one.new, "sample": sampled(one.sample)}
             for one in ledger.set_aside
         ],
-        "fields": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.fields.items() if name != ALL},
-        "partitions": {_encodable(name): _tally_to_json(tally) for name, tally in ledger.partitions.items()},
+        "fields": {_encodable(name): asdict(tally) for name, tally in ledger.fields.items() if name != ALL},
+        "partitions": {_encodable(name): asdict(tally) for name, tally in ledger.partitions.items()},
     }
 
 
@@ -214,10 +226,6 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _tally_to_json(tally: Tally) -> Mapping[str, int]:
-    return {name: getattr(tally, name) for name in TALLY_NAMES}
-
-
 def _sums(one: Mapping[str, Tally], other: Mapping[str, Tally]) -> Mapping[str, Tally]:
     added = dict(one)
     for name, tally in other.items():
@@ -229,6 +237,7 @@ def _bounded_fields(tallies: Mapping[str, Tally]) -> Mapping[str, Tally]:
     """Beyond NAMED_FIELDS the rest is one entry, so that a measurement of a thousand fields has a short record."""
     if len(tallies) <= NAMED_FIELDS:
         return tallies
+    # Those with a gap first: they are what somebody looks for.
     names = sorted(tallies, key=lambda name: (-abs(tallies[name].gap), name))
     kept = {name: tallies[name] for name in names[: NAMED_FIELDS - 1] if name != "..."}
     rest = sum((tally for name, tally in tallies.items() if name not in kept), Tally())

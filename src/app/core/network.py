@@ -5,9 +5,11 @@ they read from HTTPS_PROXY, HTTP_PROXY and NO_PROXY, but for urllib3 alone, whic
 """
 
 import os
+import threading
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -25,26 +27,55 @@ CA_VARIABLES = (
 UNTRUSTED = ("certificate_verify_failed", "certificate verify failed", "root certificate file")
 
 
+class SharedClient:
+    """A library's client, which `make` makes on first use, for all threads. Call it to have it; raises what `make`
+    raises.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Any = None
+
+    def __call__(self) -> Any:
+        """The client."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def close(self) -> None:
+        """End idle connections. It may be used again afterwards."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None:
+            made.close()
+
+
 def use(proxies: Mapping[str, str], ca_file: Path | None, public: Path, bundle: Path) -> None:
     """Set the variables of all libraries. `proxies`: variable -> value, "" for none.
 
-    `bundle` is written: the authorities of `public`, which every library trusts anyway, and those of `ca_file`. What
-    the environment says already stays. Raises Permanent when the bundle cannot be written.
+    `bundle` is written: the authorities of `public`, which every library trusts anyway, those of files that the
+    environment names already, as conda does, and those of `ca_file`. Proxies that it names stay. Raises Permanent when
+    the bundle cannot be written.
     """
     for name, value in proxies.items():
+        # Libraries read the name in small letters first: who set it so meant it.
         if value and name.lower() not in os.environ:
             os.environ.setdefault(name, value)
     if ca_file is None:
         return
+    named = {Path(os.environ[name]) for name in CA_VARIABLES if os.environ.get(name)} - {bundle}
+    files = (public, *(path for path in sorted(named) if path.is_file()), ca_file)
     try:
-        text = public.read_bytes().rstrip() + b"\n" + ca_file.read_bytes()
+        text = b"\n".join(path.read_bytes().rstrip() for path in files) + b"\n"
         if not bundle.exists() or bundle.read_bytes() != text:
             bundle.parent.mkdir(parents=True, exist_ok=True)
             write_durably(bundle, [text])
     except OSError as error:
         raise Permanent(f"{bundle}: {error.strerror}", "set DATA_DIR to a directory that can be written") from error
     for name in CA_VARIABLES:
-        os.environ.setdefault(name, str(bundle))
+        os.environ[name] = str(bundle)
 
 
 def proxy_for(url: str) -> str:

@@ -9,7 +9,7 @@ repeats those writes onto the same names.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -163,6 +163,41 @@ class Rising:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncPlan:
+    """What a pass found to do: where each partition stands that needs a turn, and what its live windows were counted.
+
+    The others are as confirmed and are not in it. `now` was read before the source was; see `Position`.
+    """
+
+    pipeline: str
+    unit: str
+    now: datetime
+    live_since: datetime
+    rewrite_seconds: float
+    cursors: Mapping[str, datetime]
+    counts: Mapping[str, Mapping[datetime, Count]]
+
+    def of(self, partitions: Iterable[str]) -> "SyncPlan":
+        """A shard of it: only these partitions."""
+        cursors = {name: self.cursors[name] for name in partitions}
+        return replace(self, cursors=cursors, counts={name: self.counts.get(name, {}) for name in cursors})
+
+    def left(self) -> Report:
+        """All that was counted waits for a later run."""
+        return Report(ledger=waiting(self.unit, (one for some in self.counts.values() for one in some.values())))
+
+
+Step = Callable[[Context, SyncPlan], Report]
+"""One step of each partition of a plan, under the lease of the context."""
+
+
+def in_this_process(context: Context, plan: SyncPlan, step: Step) -> Report:
+    """The whole plan as one shard, at once."""
+    with context.part(f"{plan.pipeline}/0") as own:
+        return step(own, plan) if own else plan.left()
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """How a pass is made. `first_at` is where a new partition begins. `nothing_found` is asked when no partition has
     anything in its live windows, and raises when that is not because the source is empty: then no cursor moves.
@@ -170,6 +205,7 @@ class Pass:
     `probe` asks source and sink something cheap, and raises when one of them is away: asked when `transient_limit`
     partitions failed in a row. Partitions that failed before are tried for `retry_seconds` a run. `concurrency` is the
     most partitions at once; `latency_seconds` gives the mean of the source's answers since it was last asked, if any.
+    `steps(context, plan, step)` has the steps of a plan made, here or by other processes, and adds up their reports.
     """
 
     now: datetime
@@ -182,6 +218,7 @@ class Pass:
     latency_seconds: Callable[[], float | None] = lambda: None
     transient_limit: int = 5
     retry_seconds: float = 20.0
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process
 
 
 class BatchedCheckpoints:
@@ -189,10 +226,16 @@ class BatchedCheckpoints:
     COMMITS at a time or after COMMIT_SECONDS. From any thread.
     """
 
-    def __init__(self, checkpoints: Checkpoints, pipeline: str, live_since: datetime | None) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        pipeline: str,
+        live_since: datetime | None,
+        partitions: Sequence[str] | None = None,
+    ) -> None:
         self._checkpoints = checkpoints
         self._live_since = live_since
-        self._live = checkpoints.live_records(pipeline, live_since) if live_since else {}
+        self._live = checkpoints.live_records(pipeline, live_since, partitions) if live_since else {}
         self._waiting: list[tuple[str, Commit]] = []
         self._flush_at = 0.0
         self._lock = threading.Lock()
@@ -211,9 +254,11 @@ class BatchedCheckpoints:
             return self._checkpoints.records(pipeline, partition, since, until)
         return [record for record in self._live.get(partition, ()) if since <= record.window.start < until]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
         """See `Checkpoints.live_records`."""
-        return self._checkpoints.live_records(pipeline, since)
+        return self._checkpoints.live_records(pipeline, since, partitions)
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`. Deltas are deleted after their commit, which is made at once therefore."""
@@ -262,20 +307,19 @@ class BatchedCheckpoints:
 
 
 def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
-    """Bring every partition one step forward. Raises Transient when the source or the sink fails for all of them."""
+    """Bring every partition one step forward: plan, then step. Raises Transient when the source or the sink fails for
+    all of them.
+    """
     every = live_windows(pipeline, how.now)
     windows = how.settling.counted(every, how.now)
     live_since = windows[0].start if windows else None
     checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, live_since)
-    pipeline = replace(pipeline, checkpoints=checkpoints)
-    cursors = _cursors(pipeline, context, how)
+    batched = replace(pipeline, checkpoints=checkpoints)
+    cursors = _cursors(batched, context, how)
     checkpoints.flush(pipeline.name, context.lease)
     live = live_counts(pipeline, windows)
     if len(windows) == len(every) and not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
-    if pipeline.rewrite_seconds:
-        grid = replace(pipeline.grid, rewrite_seconds=pipeline.rewrite_seconds(len(live)))
-        pipeline = replace(pipeline, grid=grid)
 
     def is_idle(name: str) -> bool:
         """Nothing of the partition is due, and every count is the confirmed one: it needs no turn."""
@@ -291,26 +335,46 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     report = Report(ledger=already_there(pipeline.unit, *confirmed))
     log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
     context.progress.advance(total=len(cursors), done=len(idle))
+    if busy := sorted(cursors.keys() - idle):
+        spaced = pipeline.rewrite_seconds(len(live)) if pipeline.rewrite_seconds else pipeline.grid.rewrite_seconds
+        plan = SyncPlan(pipeline.name, pipeline.unit, how.now, live_since or how.now, spaced, cursors, live).of(busy)
+        report += how.steps(context, plan, lambda own, part: sync_step(pipeline, own, part, how, checkpoints))
+    if len(windows) == len(every) and not (report.more or report.failures or context.dry_run):
+        how.settling.done(how.now)
+    return report
+
+
+def sync_step(
+    pipeline: Pipeline[B, E], context: Context, plan: SyncPlan, how: Pass, checkpoints: BatchedCheckpoints | None = None
+) -> Report:
+    """One step of each partition of a plan or of a shard of it. Raises as `sync_all`.
+
+    A plan may be old, as one that waited for its worker is: its counts were taken before what is read now, and what was
+    closed since is closed by its record. `checkpoints`: with the records that the plan was made from, where they are
+    at hand.
+    """
+    if checkpoints is None:
+        checkpoints = BatchedCheckpoints(pipeline.checkpoints, pipeline.name, plan.live_since, list(plan.cursors))
+    grid = replace(pipeline.grid, rewrite_seconds=plan.rewrite_seconds)
+    pipeline = replace(pipeline, checkpoints=checkpoints, grid=grid)
 
     def one(partition: str, done: Done) -> None:
-        at = Position(partition, cursors[partition], how.now, live_since or how.now)
-        if pipeline.refused and not _can_be_named(pipeline, partition, how.now):
-            done(pipeline.refused(context, at, live.get(partition, {})))
+        at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
+        if pipeline.refused and not _can_be_named(pipeline, partition, plan.now):
+            done(pipeline.refused(context, at, plan.counts[partition]))
         else:
-            sync_partition(pipeline, context, at, live.get(partition, {}), done)
+            sync_partition(pipeline, context, at, plan.counts[partition], done)
         context.progress.advance(done=1)
 
     def left(partition: str) -> Report:
-        return Report(ledger=waiting(pipeline.unit, live.get(partition, {}).values()))
+        return Report(ledger=waiting(pipeline.unit, plan.counts[partition].values()))
 
     try:
-        report += isolated(pipeline, context, sorted(cursors.keys() - idle), one, how=how, left=left)
+        report = isolated(pipeline, context, sorted(plan.cursors), one, how=replace(how, now=plan.now), left=left)
     except (Transient, Permanent, Stopped):
         checkpoints.flush(pipeline.name, context.lease)
         raise
     checkpoints.flush(pipeline.name, context.lease)
-    if len(windows) == len(every) and not (report.more or report.failures or context.dry_run):
-        how.settling.done(how.now)
     return report
 
 

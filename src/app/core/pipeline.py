@@ -210,6 +210,15 @@ class Held:
     write: str = ""
     folded: int = 0
 
+    def has_rows_beyond(self, batch: Batch) -> bool:
+        """True when rows of the object are certainly not in what the source gave now."""
+        if self.rows is not None and batch.rows < self.rows:
+            return True
+        if batch.min_at is None or batch.max_at is None:
+            return False
+        starts_earlier = self.min_at is not None and self.min_at < batch.min_at
+        return starts_earlier or (self.max_at is not None and self.max_at > batch.max_at)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -254,12 +263,14 @@ class Record:
 class Commit:
     """What one transaction confirms for a partition: records of objects, and the cursor when windows are finished.
 
-    `folded`: windows whose deltas are part of the object now, so that their records go.
+    `folded`: windows whose deltas are part of the object now, so that their records go. `summaries`: what is known of
+    objects beside their records, for others who would have to read them; see `Pipeline.summarise`.
     """
 
     records: Sequence[Record] = ()
     cursor_at: datetime | None = None
     folded: Sequence[Window] = ()
+    summaries: Sequence[Any] = ()
 
 
 B = TypeVar("B", bound=Batch)
@@ -355,8 +366,10 @@ class Checkpoints(Protocol):
     def records(self, pipeline: str, partition: str, since: datetime, until: datetime) -> Sequence[Record]:
         """Records of windows that start in `[since, until)`, by window start, then part."""
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """`records` of every partition, of windows that start at or after `since`, in one query."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """`records` of windows that start at or after `since`, of every partition or of these, in one query."""
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """Store records (insert or replace) and cursor together. Idempotent. Clears the partition's error."""
@@ -406,6 +419,7 @@ class KnownRows:
 
     def of(self, slot: tuple[str, datetime], version: str) -> Any:
         """The identities of that very version, None when they are not known."""
+        # Without the lock: one look into a dictionary is whole, and what is not known is read.
         known, identities = self._known.get(slot, ("", None))
         return identities if known == version else None
 
@@ -450,6 +464,8 @@ class Pipeline(Generic[B, E]):
     goes on; None = at the first start. `set_aside(partition, window, batch)` keeps what the batch could not take into
     its rows and says what it was.
     `rewrite_seconds(partitions)`: `Grid.rewrite_seconds` of a pass in which so many partitions have rows.
+    `summarise(encoded, key, version)`: what is committed with the record of an object that was just written, of those
+    of open windows only where `summarises_open`.
     `refused(context, at, live)` takes the rows of a partition that the sink cannot name, and of the partition "".
     """
 
@@ -471,6 +487,8 @@ class Pipeline(Generic[B, E]):
     refused: "Callable[[Context, Position, Mapping[datetime, Count]], Report] | None" = None
     unit: str = VALUES
     rewrite_seconds: Callable[[int], float] | None = None
+    summarise: Callable[[E, str, str], Sequence[Any]] | None = None
+    summarises_open: bool = False
 
     def keep(self, task: "Task", version: str, batch: B) -> None:
         """Remember which rows `version` has, while its window is open, and the rows themselves when that pays."""
@@ -478,6 +496,12 @@ class Pipeline(Generic[B, E]):
         self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
+
+    def summaries(self, task: "Task", encoded: E, key: str, version: str) -> Sequence[Any]:
+        """What is committed with the record of the object that was just written."""
+        if self.summarise is None or not (task.final or self.summarises_open):
+            return ()
+        return self.summarise(encoded, key, version)
 
     def keeps(self, batch: B) -> bool:
         """True when `batch` belongs to the pipeline."""

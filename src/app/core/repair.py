@@ -3,7 +3,7 @@ records with both ends.
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
@@ -14,7 +14,7 @@ from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
 from app.core.runs import Context, Failure, Report
 from app.core.sync import already_there, delete_deltas, settle, waiting
-from app.core.windows import Age, Window, age_of
+from app.core.windows import Age, FailedWindows, Window, age_of
 
 # Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
 #
@@ -28,14 +28,24 @@ log = logging.getLogger(__name__)
 
 
 def fill(
-    pipeline: Pipeline[B, E], context: Context, partition: str, span: Window, now: datetime, *, by_content: bool = False
+    pipeline: Pipeline[B, E],
+    context: Context,
+    partition: str,
+    span: Window,
+    now: datetime,
+    *,
+    by_content: bool = False,
+    always_writes: bool = False,
 ) -> Report:
     """Bring every due window of `span` up to the source: what was never written is written and closed, and late rows go
-    into the object of their window. `by_content`: also where the count is as confirmed, since values may have changed.
+    into the object of their window.
+
+    `by_content`: also where the count is as confirmed, since values may have changed. `always_writes`: also what is
+    right is written again; rows that only an object has are told in the notes, and stay unless the pipeline's `shrink`
+    takes them out.
     """
-    due = (window for window in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, window, now))
-    report = Report()
-    while step := list(islice(due, pipeline.grid.count_windows)):
+    report, failed = Report(), FailedWindows()
+    for step in _steps(pipeline, span, now):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
         with_deltas = {record.window.start for record in found if record.part}
@@ -44,37 +54,33 @@ def fill(
             context.stop.check()
             count = counts.get((partition, window.start), NOTHING)
             record = records.get(window.start)
+            # A count that did not move means that no row came or went; values may have changed all the same.
             confirmed = record is not None and record.closed and record.source_cells == count.cells
-            if record is None and count == NOTHING:
-                continue
-            if confirmed and not by_content and window.start not in with_deltas:
+            is_new = record is None
+            if always_writes and count == NOTHING:
+                is_new = pipeline.sink.head(pipeline.sink.key(partition, window, 0)) is None
+            if confirmed and not (by_content or always_writes or window.start in with_deltas):
                 log.debug("%s %s: %d values counted, as confirmed", partition, window, count.cells)
                 report += Report(ledger=already_there(pipeline.unit, count))
-            else:
-                report += settle(pipeline, context, Task(partition, window, count, record, final=True, asks=True))
+            elif count != NOTHING or not is_new:
+                task = Task(partition, window, count, record, final=True, asks=True, always_writes=always_writes)
+                with failed.one():
+                    report += settle(pipeline, context, task)
+                failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
 
 
-def write_again(pipeline: Pipeline[B, E], context: Context, partition: str, span: Window, now: datetime) -> Report:
-    """Write every due window of `span` again, also what is right. Rows that only an object has are told in the notes;
-    they stay unless the pipeline's `shrink` takes them out.
-    """
+def _failures(partition: str, failed: FailedWindows) -> Report:
+    first = failed.first
+    return Report(failures=(Failure(partition, first.message, first.hint),)) if first else Report()
+
+
+def _steps(pipeline: Pipeline[B, E], span: Window, now: datetime) -> Iterator[Sequence[Window]]:
+    """The due windows of `span`, as many at a time as the source counts at once."""
     due = (window for window in pipeline.grid.windows(span.start, span.end) if _is_due(pipeline, window, now))
-    report = Report()
     while step := list(islice(due, pipeline.grid.count_windows)):
-        counts = pipeline.source.counts(partition, step)
-        found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
-        records = {record.window.start: record for record in found if not record.part}
-        for window in step:
-            context.stop.check()
-            count = counts.get((partition, window.start), NOTHING)
-            if count != NOTHING or pipeline.sink.head(pipeline.sink.key(partition, window, 0)) is not None:
-                record = records.get(window.start)
-                task = Task(partition, window, count, record, final=True, asks=True, always_writes=True)
-                report += settle(pipeline, context, task)
-            context.progress.advance(done=1)
-    return report
+        yield step
 
 
 def _is_due(pipeline: Pipeline[B, E], window: Window, now: datetime) -> bool:
@@ -92,6 +98,7 @@ def heal_window(pipeline: Pipeline[B, E], context: Context, partition: str, wind
     record = next((each for each in found if not each.part), None)
     task = Task(partition, window, count, record, final=_is_due(pipeline, window, now), asks=True, mends=True)
     there = pipeline.sink.head(pipeline.sink.key(partition, window, 0))
+    # Only what Headwater wrote notes a digest: this is another program's, and its rows are none of ours.
     if record is not None and there is not None and there.version != record.version and not there.digest:
         return _replace(pipeline, context, task)
     try:
@@ -255,10 +262,8 @@ def reconcile(
     `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
     that are gone or another program's are written again.
     """
-    windows = pipeline.grid.windows(span.start, span.end)
-    due = (window for window in windows if age_of(window, now, pipeline.grid.grace_seconds) is Age.DUE)
-    report = Report()
-    while step := list(islice(due, pipeline.grid.count_windows)):
+    report, failed = Report(), FailedWindows()
+    for step in _steps(pipeline, span, now):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
         listed = pipeline.deltas.objects(partition, step) if pipeline.deltas else {}
@@ -274,9 +279,11 @@ def reconcile(
                 troubles.get(window.start, ""),
             )
             reads = by_content is not None and by_content.start <= window.start < by_content.end
-            report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            with failed.one():
+                report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+            failed.check_outage()
             context.progress.advance(done=1)
-    return report
+    return report + _failures(partition, failed)
 
 
 def _window(

@@ -77,8 +77,15 @@ def retry(action: Callable[[], T], policy: RetryPolicy, pauses: Pauses, draw: Ca
     raise ValueError("a retry policy needs at least one attempt")
 
 
+def asked_seconds(text: str) -> float | None:
+    """How long a Retry-After asks to wait; None where there is none, or a date, which proxies may give."""
+    bare = text.strip()
+    return float(bare) if bare.isascii() and bare.isdigit() else None
+
+
 def pause_seconds(policy: RetryPolicy, attempt: int, asked_seconds: float | None, drawn: float) -> float:
     """How long to wait after the failed call number `attempt` (from 0); at least what the other side asked for."""
     ceiling = min(policy.cap_seconds, policy.first_seconds * 2.0**attempt)
+    # Bounded too: a service that asks for an hour must not hold a run for that long.
     asked = min(asked_seconds or 0.0, policy.cap_seconds)
     return max(asked, drawn * ceiling)

@@ -7,8 +7,9 @@ lease's generation is checked again inside each commit; every started run gets a
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -19,6 +20,8 @@ from app.core.errors import AppError, LeaseLost, Stopped, Transient
 from app.core.ledger import Ledger, fault_of
 
 VALUES = "values"  # the unit of a ledger that counts the fields of a row one by one
+current_run: ContextVar[str] = ContextVar("current_run", default="")
+"""The id of the run that this thread works for; "" outside of runs."""
 log = logging.getLogger(__name__)
 
 
@@ -128,7 +131,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed."""
+    """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
+
+    `started_by` is "schedule", "command line" or who asked for it, "" in records of earlier versions. `requests`: what
+    this process sent for it to systems that charge for requests, by kind.
+    """
 
     run_id: str
     job: str
@@ -138,6 +145,8 @@ class Run:
     report: Report = field(default_factory=Report)
     error: str = ""
     hint: str = ""
+    started_by: str = ""
+    requests: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +243,23 @@ class Context:
     progress: Progress
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    desk: "RunDesk | None" = None
     _since: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator["Context | None"]:
+        """This run under the lease `name` instead of its own, for a part of its work; None while another process has
+        that. Without a desk to ask, the run's own lease covers its parts.
+        """
+        if self.desk is None:
+            yield self
+            return
+        lease = self.desk.leases.acquire(name, self.desk.terms.owner, self.desk.terms.ttl_seconds)
+        if lease is None:
+            yield None
+            return
+        with _renewed(lease, self.desk, self.stop) as stop:
+            yield replace(self, lease=lease, stop=stop)
 
     def clock(self) -> datetime:
         """`now_at` and the time that has passed since. Never goes back, also when this machine's clock is set."""
@@ -256,6 +281,7 @@ class Job:
 
     `work` is synchronous and may be called again at any time; it raises AppError. `unit` is what its progress counts.
     `busy_seconds`: how long a command waits while another process runs the job. `helper_of`: the pipeline it serves.
+    `here`: what it works on is on the disk of the process that has the schedule, so that no worker runs it.
     """
 
     name: str
@@ -266,6 +292,7 @@ class Job:
     unit: str = "window"
     busy_seconds: float = 0.0
     helper_of: str = ""
+    here: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,21 +306,27 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class RunDesk:
-    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end."""
+    """What executing a run needs from outside: the clock, the records, the leases, and who is told of the end.
+
+    `requests` takes what was counted for a run, given its id.
+    """
 
     clock: Callable[[], datetime]
     leases: Leases
     runs: Runs
     terms: LeaseTerms
     ended: Callable[[Run, BaseException | None], None]
+    requests: Callable[[str], Mapping[str, float]] = lambda _: {}
 
 
-def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run: bool = False) -> Run | None:
+def execute(
+    job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, started_by: str = "schedule", dry_run: bool = False
+) -> Run | None:
     """Run `job` once under its lease and record what happened; None when another process holds the lease.
 
     Never raises for anything the job does: this is the one place where any exception ends as a recorded outcome.
     """
-    run = Run(uuid4().hex, job.name, desk.clock())
+    run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
     cause: BaseException | None = None
     try:
         lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
@@ -303,13 +336,15 @@ def execute(job: Job, desk: RunDesk, stop: Stop, progress: Progress, *, dry_run:
             # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
             # overlap, and none ends before it began, whatever is done to the clock meanwhile.
             run = replace(run, started_at=lease.acquired_at or desk.clock())
-            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at)
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk)
             if not dry_run:
                 desk.runs.save(run)
+            token = current_run.set(run.run_id)
             try:
                 report = job.work(context)
             finally:
-                run = replace(run, ended_at=context.clock())
+                current_run.reset(token)
+                run = replace(run, ended_at=context.clock(), requests=desk.requests(run.run_id))
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error

@@ -7,6 +7,8 @@ are never written over it. Whether a window may be closed is decided from the cl
 One window, one object: what comes late or was corrected is united with the object by identity, the source's row wins,
 and a row that only the object has stays. A pass that closes a window writes it also unchanged, so that whoever read an
 earlier version, however long ago, is refused. Deltas of older versions are folded into the object and deleted.
+
+A window that fails keeps no other of its partition waiting; the cursor stays before it.
 """
 
 import logging
@@ -37,7 +39,7 @@ from app.core.pipeline import (
     Task,
 )
 from app.core.runs import Context, Report
-from app.core.windows import Age, Window, age_of
+from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
@@ -61,6 +63,7 @@ class _Written:
     new_rows: int = 0
     corrected_rows: int = 0
     shrink: Shrink | None = None
+    summaries: Sequence[Any] = ()
 
 
 Done = Callable[[Report], None]
@@ -71,8 +74,8 @@ def sync_partition(
 ) -> Report:
     """One step of one partition: its oldest due windows, and when none is left behind, the live ones.
 
-    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise;
-    what was committed before stays, and `told` has heard of it.
+    `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise,
+    that of a window after the others had their turn; what was committed stays, and `told` has heard of it.
     """
     total = Report()
 
@@ -83,13 +86,19 @@ def sync_partition(
             told(part)
 
     left = dict(live)  # what was counted and is not brought up to date yet
+    failed, passed = FailedWindows(), at.cursor_at
     try:
         due = list(islice(_due(pipeline.grid, at), pipeline.grid.count_windows))
-        passed = _close_due(pipeline, context, at.partition, due, left=left, done=done) if due else at.cursor_at
-        if due and (passed < due[-1].end or len(due) == pipeline.grid.count_windows):
+        with failed.one():
+            passed = (
+                _close_due(pipeline, context, at.partition, due, left=left, done=done, failed=failed) if due else passed
+            )
+        if due and not failed.first and (passed < due[-1].end or len(due) == pipeline.grid.count_windows):
             done(Report(more=True))
         else:
-            _refresh(pipeline, context, replace(at, cursor_at=passed), left, done)
+            failed.go_on()
+            _refresh(pipeline, context, replace(at, cursor_at=passed), left=left, done=done, failed=failed)
+        failed.check()
     finally:
         done(Report(ledger=waiting(pipeline.unit, left.values())))
     return total
@@ -126,8 +135,11 @@ def _close_due(
     *,
     left: dict[datetime, Count],
     done: Done,
+    failed: FailedWindows,
 ) -> datetime:
-    """Close due windows, oldest first; up to where that went. Runs of empty ones cost one count and one commit."""
+    """Close due windows, oldest first; up to where that went without a failure. Runs of empty ones cost one count and
+    one commit.
+    """
     counts = {start: count for (_, start), count in pipeline.source.counts(partition, due).items()}
     left |= counts
     records = _records(pipeline, partition, due)
@@ -138,21 +150,23 @@ def _close_due(
     context.progress.advance(total=len(due))
     for window in due:
         context.stop.check()
+        if failed.stops or (window.start in work and written == pipeline.grid.step_windows):
+            break
         if window.start in work:
-            if written == pipeline.grid.step_windows:
-                break
-            task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=ahead)
-            report = settle(pipeline, context, task, moves_cursor=True)
-            done(report)
-            written += report.windows
-            committed = window.end
+            with failed.one():
+                known = None if failed.first else ahead  # after a failure, it is behind
+                task = Task(partition, *work[window.start], records.get(window.start), final=True, ahead=known)
+                report = settle(pipeline, context, task, moves_cursor=failed.first is None)
+                done(report)
+                written += report.windows
+                committed = window.end
+                left.pop(window.start, None)
         elif window.start in counts:
             log.debug("%s %s: %d values counted, closed already", partition, window, counts[window.start].cells)
-            done(Report(ledger=already_there(pipeline.unit, counts[window.start])))
-        left.pop(window.start, None)
-        passed = window.end
+            done(Report(ledger=already_there(pipeline.unit, left.pop(window.start))))
+        passed = passed if failed.first else window.end
         context.progress.advance(done=1)
-    if passed > committed and not context.dry_run:
+    if passed > committed and failed.first is None and not context.dry_run:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
     return passed
 
@@ -164,24 +178,41 @@ def _to_close(window: Window, records: Mapping[datetime, Record], count: Count |
     return expected if needed else None
 
 
-def _refresh(pipeline: Pipeline[B, E], context: Context, at: Position, left: dict[datetime, Count], done: Done) -> None:
+def _refresh(
+    pipeline: Pipeline[B, E],
+    context: Context,
+    at: Position,
+    *,
+    left: dict[datetime, Count],
+    done: Done,
+    failed: FailedWindows,
+) -> None:
     """Bring open and settling windows up to date; one whose count did not move costs nothing."""
-    windows = list(pipeline.grid.windows(max(at.cursor_at, at.live_since), at.now))
+    grid = pipeline.grid
+    windows = list(grid.windows(max(at.cursor_at, at.live_since), at.now))
+    if failed.first:  # due windows had their turn, and stand behind the cursor all the same
+        windows = [window for window in windows if age_of(window, at.now, grid.grace_seconds) is not Age.DUE]
     records = _records(pipeline, at.partition, windows) if windows else {}
     later: dict[datetime, Count] = {}
     for window in windows:
         context.stop.check()
+        if failed.stops:
+            break
         record, count = records.get(window.start), left.get(window.start, NOTHING)
         if is_as_confirmed(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
             done(Report(ledger=already_there(pipeline.unit, count)))
-        elif _was_just_written(record, at.now, pipeline.grid.rewrite_seconds):
+        elif _was_just_written(record, at.now, grid.rewrite_seconds):
             there, later[window.start] = _split(count, record)
             done(Report(ledger=already_there(pipeline.unit, there)))
         else:
-            done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
+            with failed.one():
+                done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
+                left.pop(window.start, None)
+            continue
         left.pop(window.start, None)
-    left.clear()  # what is before the cursor was closed earlier
+    for start in [start for start in left if start < at.cursor_at]:
+        del left[start]  # what is before the cursor was closed earlier
     left |= later
 
 
@@ -230,7 +261,7 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
     cursor_at = task.window.end if moves_cursor else None
     if not context.dry_run and (record != task.record or cursor_at or written.deltas):
         folded = (task.window,) if written.deltas else ()
-        commit = Commit((record,) if record else (), cursor_at, folded)
+        commit = Commit((record,) if record else (), cursor_at, folded, written.summaries)
         pipeline.checkpoints.commit(pipeline.name, task.partition, commit, context.lease)
         delete_deltas(pipeline, written.deltas)
     notes: list[str] = []
@@ -302,7 +333,7 @@ def _write_now(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Writt
             task = replace(task, ahead=None, asks=True)  # those rows are older than the version that is there now
     raise Transient(
         f"{key}: changed {CONFLICTS} times while it was being replaced",
-        "another writer uses the same bucket and prefix: give each Headwater its own S3_PREFIX, or one PostgreSQL",
+        "give each Headwater its own S3_PREFIX, or one PostgreSQL: another writer uses the same bucket and prefix",
     )
 
 
@@ -345,30 +376,33 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
     with closing(encoded):
         if pipeline.deltas and folded:
             encoded = pipeline.deltas.noted(encoded, folded)
-        stored = Held("", size_bytes=encoded.size_bytes, folded=folded)
+        version, is_ours = "", False
         if not context.dry_run:
-            stored = replace(stored, version=_swap(pipeline, task, held, batch, encoded, folded=folded))
-            pipeline.keep(task, stored.version, batch)
+            version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
+            pipeline.keep(task, version, batch)
+        stored = Held(version, size_bytes=encoded.size_bytes, folded=folded)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
-        record = _record(task, key, stored, found)
         return _Written(
-            record,
+            _record(task, key, stored, found),
             encoded.size_bytes,
             deltas=found.deltas,
             new_rows=new_rows,
             corrected_rows=batch.corrected_rows,
+            summaries=pipeline.summaries(task, encoded, key, version) if is_ours else (),
         )
 
 
-def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int) -> str:
-    """The new version. A conflict with our own write is a lost answer and is adopted; any other is raised.
+def _swap(
+    pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, encoded: E, *, folded: int
+) -> tuple[str, bool]:
+    """The new version, and whether it has these very bytes. A lost answer is adopted; any other conflict is raised.
 
     While a window is open the same rows are as good as our own write. To close it they are not: who read the version
     of that other write could still replace it.
     """
     key = pipeline.sink.key(task.partition, task.window, 0)
     try:
-        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final)
+        return pipeline.sink.put(key, encoded, held.version if held else None, closing=task.final), True
     except Conflict:
         there = pipeline.sink.head(key)
         if there is None:
@@ -377,7 +411,7 @@ def _swap(pipeline: Pipeline[B, E], task: Task, held: Held | None, batch: B, enc
         same = (there.digest, there.folded) == (batch.digest, folded)
         if not is_ours and (not same or (task.final and not pipeline.by_digest)):
             raise
-        return there.version
+        return there.version, is_ours
 
 
 def _account(pipeline: Pipeline[B, E], context: Context, task: Task, found: _Found[B], written: _Written) -> Ledger:
@@ -421,8 +455,9 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
-        ahead, source = task.ahead, pipeline.source
-        batch = next(ahead) if ahead else source.read(task.partition, task.window, task.count, kept)
+        batch = _read_ahead(task)
+        if batch is None:
+            batch = pipeline.source.read(task.partition, task.window, task.count, kept)
     finally:
         if kept is not None:
             kept.close()
@@ -449,6 +484,15 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if not pipeline.keeps(batch):
             batch.close()
+
+
+def _read_ahead(task: Task) -> Any:
+    """What was read of the window together with others; None where that fails, perhaps because of another one."""
+    try:
+        return next(task.ahead, None) if task.ahead else None
+    except (Transient, Permanent, Rejected) as error:
+        log.debug("%s %s: is read alone: %s", task.partition, task.window, error)
+        return None
 
 
 def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
@@ -487,7 +531,7 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     if batch.digest == held.digest:
         return False
     if pipeline.by_digest:
-        return pipeline.shrink is None and _shrank(batch, held)
+        return pipeline.shrink is None and held.has_rows_beyond(batch)
     identities = pipeline.identities.of((task.partition, task.window.start), held.version)
     return identities is None or not batch.holds_all(identities)
 
@@ -544,13 +588,3 @@ def _version(pipeline: Pipeline[B, E], key: str) -> str:
     if there is None:
         raise Conflict(f"{key} is gone", "no action needed; the window is read again")
     return there.version
-
-
-def _shrank(batch: Batch, held: Held) -> bool:
-    """True when rows of the held object are certainly gone from the source."""
-    if held.rows is not None and batch.rows < held.rows:
-        return True
-    if batch.min_at is None or batch.max_at is None:
-        return False
-    earlier = held.min_at is not None and held.min_at < batch.min_at
-    return earlier or (held.max_at is not None and held.max_at > batch.max_at)

@@ -196,13 +196,11 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
     except (Stopped, LeaseLost):
         raise
     except AppError as error:
-        return Report(), Verdict(
-            verdict.slot, verdict.sign, verdict.source, verdict.destination, error.message, error.hint
-        )
+        return Report(), replace(verdict, error=error.message, hint=error.hint)
     after = compare(ends, verdict.slot)
     if after.sign is not Sign.EQUAL:
         return report, after
-    return report, Verdict(verdict.slot, verdict.sign, after.source, after.destination, healed=True)
+    return report, replace(after, sign=verdict.sign, healed=True)
 
 
 # The gap map: which windows a destination holds, from its own listing beside what was confirmed.
@@ -260,13 +258,15 @@ class Chart(Protocol):
 class Moment:
     """When the map is made, how long windows take late rows, and up to where the partition is finished.
 
-    A window is overdue when it was due for `overdue_seconds` and nothing of it was written.
+    A window is overdue when it was due for `overdue_seconds` and nothing of it was written. `retired`: start ->
+    rows of windows that are not recorded any more: what is there of them is right.
     """
 
     now: datetime
     grace_seconds: float
     cursor_at: datetime | None = None
     overdue_seconds: float = 0.0
+    retired: Mapping[datetime, int] = field(default_factory=dict)
 
 
 def cells_of(
@@ -279,20 +279,24 @@ def cells_of(
     there: dict[datetime, dict[str, str]] = {}
     for each in found:
         there.setdefault(each.window_start, {})[each.key] = each.version
-    return [_cell(w, expected.get(w.start, ()), there.get(w.start, {}), at) for w in windows if w.start < at.now]
-
-
-def _cell(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> Cell:
-    rows = sum(record.rows for record in records)
-    return Cell(window, _state(window, [r for r in records if r.version], there, at), rows, len(there))
+    cells = []
+    for window in (window for window in windows if window.start < at.now):
+        known, objects = expected.get(window.start, ()), there.get(window.start, {})
+        state = _state(window, [record for record in known if record.version], objects, at)
+        rows = sum(record.rows for record in known) or at.retired.get(window.start, 0)
+        cells.append(Cell(window, state, rows, len(objects)))
+    return cells
 
 
 def _state(window: Window, records: Sequence[Record], there: Mapping[str, str], at: Moment) -> CellState:
+    # Nothing is promised yet behind the cursor.
     if at.cursor_at is None or window.end > at.cursor_at:
         if there or not (records or age_of(window, at.now, at.grace_seconds) is Age.DUE):
             return CellState.OPEN
         is_overdue = age_of(window, at.now, at.grace_seconds + at.overdue_seconds) is Age.DUE
         return CellState.MISSING if records or is_overdue else CellState.WAITING
+    if window.start in at.retired and not records:
+        return CellState.EQUAL if there else CellState.MISSING
     gone = [record for record in records if record.key not in there]
     if gone:
         return CellState.MISSING if len(gone) == len(records) else CellState.PARTIAL

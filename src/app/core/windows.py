@@ -4,16 +4,20 @@ Invariants: the grid is counted from the epoch, so it does not depend on when th
 a day, so no window crosses midnight UTC; every instant is an aware datetime in UTC.
 """
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 
-from app.core.errors import Rejected
+from app.core.errors import AppError, LeaseLost, Permanent, Rejected, Transient
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR_SECONDS = 3_600
 DAY_SECONDS = 86_400
+FAILURES_IN_A_ROW = 2
+log = logging.getLogger(__name__)
 
 
 class Age(Enum):
@@ -91,3 +95,46 @@ def refuse_future(span: Window, now: datetime) -> None:
 def next_midnight(now: datetime) -> datetime:
     """The first midnight UTC after `now`."""
     return floor_to(now, DAY_SECONDS) + timedelta(days=1)
+
+
+class FailedWindows:
+    """Windows of one partition that fail, each by itself. When two in a row do, the cause is hardly their own: `stops`
+    says so, and what is left waits for the next run.
+    """
+
+    def __init__(self) -> None:
+        self.first: AppError | None = None
+        self._in_a_row = 0
+
+    @property
+    def stops(self) -> bool:
+        """Whether to try no further window."""
+        return self._in_a_row >= FAILURES_IN_A_ROW
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """The work on one window. Its error is held back; a lost lease is not."""
+        try:
+            yield
+        except LeaseLost:
+            raise
+        except (Transient, Permanent, Rejected) as error:
+            log.debug("one window fails, others go on: %s", error)
+            self.first = self.first or error
+            self._in_a_row += 1
+        else:
+            self._in_a_row = 0
+
+    def check_outage(self) -> None:
+        """Raise the first error where so many failed in a row."""
+        if self.stops:
+            self.check()
+
+    def go_on(self) -> None:
+        """Other windows get their turn, whatever failed before them."""
+        self._in_a_row = 0
+
+    def check(self) -> None:
+        """Raise the first error, after all that could be done was done."""
+        if self.first is not None:
+            raise self.first

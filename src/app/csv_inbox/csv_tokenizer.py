@@ -51,6 +51,7 @@ class Dialect:
         self.encoding = "utf-8" if encoding == "utf-8-sig" else encoding
         self.bom = BOM if encoding == "utf-8-sig" else b""
         d = re.escape(delimiter.encode("ascii"))
+        # Possessive (`*+`, `++`): after a quote that is never closed nothing else is tried, which would take for ever.
         quoted = rb'"(?:[^"]++|"")*+"[^' + d + rb"\n]*+"
         plain = rb'(?!")[^' + d + rb"\n]*+"
         self._field = re.compile(rb"(?:" + quoted + rb"|" + plain + rb")")
@@ -122,6 +123,7 @@ def marked(data: bytes, dialect: Dialect, line: int = 1) -> Marks:
     found = array == ord(dialect.delimiter)
     found |= array == LF
     quotes = _sparse(array == QUOTE) if b'"' in data else NONE
+    # Where all quotes are as writers set them, a byte is quoted when an odd number of them stands before it.
     if len(quotes) and not _strict(array, quotes, dialect):
         return walked(data, dialect, quotes, line)
     at = np.flatnonzero(found)
@@ -276,6 +278,7 @@ class RecordBlock:
         feeds = self.marks.at[self.marks.lasts]
         if not self.marks.returns:
             return feeds
+        # In an empty line the byte before the line feed belongs to the record before.
         crlf = (feeds > self.starts) & (self.array[np.maximum(feeds - 1, 0)] == CR)
         found: Offsets = feeds - crlf
         return found
@@ -351,6 +354,7 @@ class RecordBlock:
         bare = Cells(self.array, starts + quoted, stops - starts - 2 * quoted)
         quotes = self.marks.quotes
         inner = np.searchsorted(quotes, stops[places] - 1) - np.searchsorted(quotes, starts[places] + 1)
+        # Only values with doubled quotes are made anew, behind the data; all others stay slices of it.
         doubled = places[inner > 0]
         if not len(doubled):
             return bare
@@ -407,6 +411,7 @@ def blocks(
     Raises Malformed for a quote that is never closed and for a record of more than `longest_bytes`.
     """
     tail, longer = b"", f"a record longer than {longest_bytes >> 20} MiB"
+    # As much as is held already: a record of many pieces is not looked through again for each of them.
     while piece := read(max(size, len(tail))):
         end = piece.rfind(b"\n") + 1
         data, rest = b"".join((tail, memoryview(piece)[:end])), piece[end:]

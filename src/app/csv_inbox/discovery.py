@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,6 +22,7 @@ from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeab
 MEBIBYTE = 1 << 20
 UNIT = "records"
 SUFFIX = ".csv"
+NAMED_FILES = 5
 PENDING = ".pending-"
 REASON, BAD_ROWS, RECORD = ".reason.json", ".bad_rows.csv", ".json"
 WRITTEN_BYTES = 38
@@ -110,11 +111,15 @@ def stamp(at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{at.microsecond // 1000:03d}"
 
 
-def unused(folder: Path, name: str, at: datetime) -> Path:
-    """`{name}.{stamp}` in the folder, with a number behind it should that name be taken: nothing is overwritten."""
-    suffixes = (f".{stamp(at)}" + (f".{number}" if number else "") for number in itertools.count())
-    targets = (folder / bounded_name(name, suffix) for suffix in suffixes)
-    return next(target for target in targets if not os.path.lexists(target))
+def numbered(text: str, between: str = ".") -> Iterator[str]:
+    """The text, then with a number behind it."""
+    return itertools.chain((text,), (f"{text}{between}{number}" for number in itertools.count(1)))
+
+
+def free_paths(folder: Path, name: str, suffixes: Iterable[str], limit_bytes: int = NAME_BYTES) -> Iterator[Path]:
+    """The name with each suffix, in the folder, where nothing lies there yet: nothing is overwritten."""
+    paths = (folder / bounded_name(name, suffix, limit_bytes) for suffix in suffixes)
+    return (path for path in paths if not os.path.lexists(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -227,6 +232,7 @@ def identity_at(path: Path) -> Identity | None:
 def open_regular(path: Path) -> IO[bytes]:
     """The file, if it is one: links are not followed, devices and pipes not opened for good. Raises Unmergeable."""
     try:
+        # O_NONBLOCK: opening a pipe would wait for its writer, perhaps for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise Unsteady(f"{path.name} is gone", "no action needed; the file was removed") from error
@@ -277,6 +283,16 @@ def candidates(config: InboxConfig) -> Sequence[Candidate]:
     shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
     found = [candidate(path) for path in shown if path.name.lower().endswith(SUFFIX)]
     return in_order([each for each in found if each is not None])
+
+
+def left_alone(config: InboxConfig) -> str:
+    """What to say of files in the inbox that are not looked at because of their names; "" when there are none."""
+    shown = [path for path in _listed(config.watch_dir) if not path.name.startswith(".") and path != config.merged_file]
+    others = sorted(path.name for path in shown if not path.name.lower().endswith(SUFFIX) and not path.is_dir())
+    if not others:
+        return ""
+    named = ", ".join(map(printable, others[:NAMED_FILES])) + (", ..." if others[NAMED_FILES:] else "")
+    return f"{len(others)} files in the inbox are left alone, since their names do not end in {SUFFIX}: {named}"
 
 
 def in_order(found: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -91,6 +91,7 @@ def read_incoming_header(read: Read, master: Dialect, known: Sequence[str]) -> t
     """
     data = b""
     while True:
+        # What is skipped before the header may be longer than a piece, and so may the header itself.
         piece = read(max(PIECE_BYTES, len(data)))
         data += piece
         at, dialect = _before_records(data, master)
@@ -426,6 +427,7 @@ class _Reading:
                 block, FaultKind.EMPTY_KEY, [(at, f"a byte order mark in the key {column!r}", column) for at in marked]
             )
         self.keys.add(keys)
+        # A file with a fault is not merged, so its rows need no place any more.
         if not self.faults:
             self._spool(block)
 
@@ -487,6 +489,7 @@ class _Reading:
         union, base = self.union, self.offsets[-1]
         eol, d = union.eol, self.out.delimiter.encode()
         translated = self.dialect.delimiter != self.out.delimiter
+        # Most files fit as they are: then a block is written in one piece, and its offsets are only moved.
         as_is = union.order is None and len(block.rows) == len(block.ends) and not translated
         if as_is and bool((block.ends - block.stops == len(eol)).all()):
             self.spool.write(block.data)

@@ -15,8 +15,8 @@ from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Transient
-from app.core.ledger import SetAside, Tally, ledger_of
-from app.core.runs import Context, Exits, Failure, Job, Report
+from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
+from app.core.runs import Context, Exits, Failure, Job, Report, Run
 from app.csv_inbox.config import Fault, FaultKind, InboxConfig, Stuck, Unmergeable, Unsteady, load_config
 from app.csv_inbox.discovery import (
     MEBIBYTE,
@@ -28,13 +28,24 @@ from app.csv_inbox.discovery import (
     candidates,
     in_order,
     is_too_large,
+    left_alone,
     md5_of,
     open_regular,
     printable,
     translated,
     unchanged,
 )
-from app.csv_inbox.quarantine import check_master, grown, history_row, loads, preview, reject, to_undo
+from app.csv_inbox.quarantine import (
+    changed_master,
+    check_master,
+    grown,
+    history_row,
+    loads,
+    preview,
+    reject,
+    rejected_by,
+    to_undo,
+)
 
 if TYPE_CHECKING:
     from app.config.settings import Settings
@@ -48,10 +59,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What `main` wires: the job, its load history, and undo. Of undo, a dry run is the preview."""
+    """What `main` wires: the job, where its rows end up, its load history, what a run set aside, and undo, whose dry
+    run is the preview.
+    """
 
     job: Job
+    destination: str
     history: Callable[[int], Sequence[Mapping[str, Any]]]
+    rejected: Callable[[Run], Sequence[KeptFile]]
     undo: Callable[[Context, str], Report]
 
 
@@ -66,10 +81,18 @@ def build(settings: "Settings", clock: Callable[[], datetime]) -> Inbox:
         exits=Exits(partial=1, failed=2, busy=2),
         unit="MiB",
         busy_seconds=config.lock_timeout_seconds,
+        here=True,
     )
+
+    def rejected(run: Run) -> Sequence[KeptFile]:
+        with translated(str(config.rejected_dir)):
+            return rejected_by(paths, run.run_id)
+
     return Inbox(
         job,
+        f"{config.watch_dir}/*.csv into {config.merged_file}",
         lambda limit: [history_row(load) for load in loads(paths.loads, limit)],
+        rejected,
         lambda context, run_id: undo(InboxRun(paths, context, clock), run_id),
     )
 
@@ -80,9 +103,10 @@ def run(inbox: InboxRun) -> Report:
     with translated(str(paths.folder)):
         if not inbox.context.dry_run:
             paths.make()
+            # Without the lock, and before the merge is imported: nearly every run finds nothing.
             waiting = candidates(inbox.config) or paths.journal.exists() or paths.leftovers() or grown(paths)
             if not waiting:
-                return Report()
+                return Report(notes=_notes(inbox, changed_master(paths)))
         from app.csv_inbox.transaction import rehearsal, take  # with numpy: a run that finds nothing does not load it
 
         if inbox.context.dry_run:
@@ -90,6 +114,11 @@ def run(inbox: InboxRun) -> Report:
                 return _all(inbox, rehearse)
         with _started(inbox):
             return _all(inbox, lambda candidate: take(inbox, candidate))
+
+
+def _notes(inbox: InboxRun, *said: str) -> Sequence[str]:
+    """What was said already, and what a run says of the inbox whatever it does."""
+    return tuple(note for note in (*said, left_alone(inbox.config)) if note)
 
 
 def undo(inbox: InboxRun, run_id: str) -> Report:
@@ -170,6 +199,9 @@ def _logged(config: InboxConfig) -> Iterator[None]:
 
 def _all(inbox: InboxRun, one: Callable[[Candidate], Report]) -> Report:
     report = Report()
+    if said := changed_master(inbox.paths):
+        log.warning("%s", said)
+    inbox.told.extend(_notes(inbox, said))
     for candidate in _steady(inbox):
         inbox.context.stop.check()
         report += _guarded(inbox, candidate, one)
@@ -181,11 +213,12 @@ def _steady(inbox: InboxRun) -> Sequence[Candidate]:
 
     Rows that were written to files after these were merged have become files of their own by then.
     """
-    from app.csv_inbox.late_rows import take_in
+    from app.csv_inbox.appended_rows import take_in
 
     waits = inbox.config.checksum_wait_seconds
     late = grown(inbox.paths)
     found = [_marked(inbox, each) if waits else each for each in candidates(inbox.config)]
+    # All of them wait together, so that many files cost one pause.
     if waits and (late or any(not each.refused for each in found)):
         inbox.context.stop.pause(waits)
     steady = []

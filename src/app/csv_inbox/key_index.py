@@ -171,6 +171,7 @@ class Keys:
         """The last row here with the key of each candidate, -1 where it only looked alike."""
         places = self.bloom.places(hashes)
         found = np.where(same(cells, self.cells.taken(places)), self.rows[places], -1)
+        # Of keys that share a hash only one stands in the sorted list; the others are looked up by their bytes.
         for place in np.flatnonzero(found < 0) if self.shared else ():
             found[place] = self.shared.get(cells.value(int(place)), -1)
         return found
@@ -203,6 +204,7 @@ class Gathering:
         by_row = np.concatenate(self._hashes)
         self._lengths.clear()
         self._hashes.clear()
+        # So that the last key too can be read in whole words.
         self._data += bytes(WORD_BYTES)
         cells = Cells(np.frombuffer(self._data, np.uint8), np.cumsum(lengths) - lengths, lengths)
         order = np.argsort(by_row)

@@ -184,6 +184,7 @@ class MatchCounts:
         starts, stops = block.starts[positions[fresh]], block.stops[positions[fresh]]
         there = self.offsets[rows[fresh]]
         lengths = self.offsets[rows[fresh] + 1] - there - len(self.union.eol)
+        # Lengths first: most rows that changed differ in them, and nothing has to be read for these.
         alike = np.flatnonzero(lengths == stops - starts + len(self.padding))
         if len(alike):
             records = Cells(block.array, starts[alike], (stops - starts)[alike])
@@ -282,6 +283,7 @@ def merge(
         output.finish()
         after = _complete(counts, output, config, out=out, new_index=new_index)
     union, dropped = counts.union, counts.doubtful
+    # Where columns come or go every row changes: then the old master is kept whole instead of the rows.
     revert = "first" if before is None else "whole" if union.added or dropped else "rows"
     load = replace(
         load,
@@ -319,10 +321,11 @@ def _keep_rows(master: IO[bytes], counts: MatchCounts, out: Output, config: Inbo
             and not counts.padding
             and bool(header.eol)
             and _no_column_is_obsolete(master, header, counts)
-            and _indexed_merge(master, header, fitting, counts, out)
+            and _IndexedMerge(master, header, counts, out).run(fitting)
         )
     if not indexed:
         _full_scan(master, header, counts, out)
+    # A program that takes no lock may have written in place: what was read is then no version of it.
     if identity_of(os.fstat(master.fileno())) != identity_of(before):
         told = f"the master {config.merged_file.name} was written to while it was read"
         raise Transient(told, "no action needed; the next run merges into what it is then")
@@ -345,6 +348,7 @@ def _no_column_is_obsolete(master: IO[bytes], header: Header, counts: MatchCount
 def _append(counts: MatchCounts, out: Output) -> int:
     """Write the file's rows; of rows with one key, the last. How many were written."""
     incoming, keys = counts.incoming, counts.incoming.keys
+    # Where the file has a key more than once, its last row counts, in that row's place.
     rows = keys.kept_rows()
     for start, end in incoming.runs(rows):
         for at in range(start, end, MEBIBYTE):
@@ -473,20 +477,8 @@ def _add_entries(indexing: IndexWriter, block: RecordBlock, gone: Offsets, hashe
 # from the index alone: each row that it points to must have the key and the length that it says.
 
 
-def _indexed_merge(master: IO[bytes], header: Header, index: KeyIndex, counts: MatchCounts, out: Output) -> bool:
-    """Write the header and every row that stays. False when the index does not fit; then nothing was written."""
-    try:
-        _IndexedMerge(master, header, counts, out).run(index)
-    except IndexMismatch:
-        out.restart()
-        counts.restart()
-        return False
-    counts.kept = index.rows - counts.taken
-    return True
-
-
 class _IndexedMerge:
-    """Where the pass is: all of the master before `_at` is done. Its methods raise IndexMismatch."""
+    """Where the pass is: all of the master before `_at` is done. Its private methods raise IndexMismatch."""
 
     def __init__(self, master: IO[bytes], header: Header, counts: MatchCounts, out: Output) -> None:
         self._at = 0
@@ -495,15 +487,26 @@ class _IndexedMerge:
         self._width = len(header.names)
         self._counts = counts
         self._out = out
+        self._header_bytes = header.size_bytes
         self._held = memoryview(bytearray(CHUNK_BYTES))
-        self._chunk(header.size_bytes, NONE, NONE.view(np.uint64))
 
-    def run(self, index: KeyIndex) -> None:
-        """All records that the index has; nothing of the master may be left then."""
-        for entries in index.pieces():
-            self._piece(entries)
-        if self._at != self._size:
-            raise IndexMismatch
+    def run(self, index: KeyIndex) -> bool:
+        """Write the header and every row that stays: all records that the index has, and nothing of the master may be
+        left then. False when the index does not fit; then nothing was written.
+        """
+        try:
+            self._chunk(self._header_bytes, NONE, NONE.view(np.uint64))
+            for entries in index.pieces():
+                self._piece(entries)
+            fits = self._at == self._size
+        except IndexMismatch:
+            fits = False
+        if fits:
+            self._counts.kept = index.rows - self._counts.taken
+        else:
+            self._out.restart()
+            self._counts.restart()
+        return fits
 
     def _piece(self, entries: Hashes) -> None:
         ends = np.cumsum(key_index.lengths_in(entries))
@@ -530,7 +533,8 @@ class _IndexedMerge:
             self._at = end
         self._out.copy(self._master, self._at, base + int(ends[-1]))
         self._at = base + int(ends[-1])
-        self._out.note(lambda: _taken(raw, lengths, hits), first, last)
+        behind = np.cumsum(lengths)
+        self._out.note(lambda: cut(raw, (behind - lengths)[hits], behind[hits]), first, last)
         return places[hits]
 
     def _dense(self, entries: Hashes, ends: Offsets, places: Offsets) -> Offsets:
@@ -554,7 +558,7 @@ class _IndexedMerge:
         first, last = _ranges(starts[hits], stops[hits])
         self._out.beat(size)
         self._out.keep(data, first, last)
-        self._out.note(lambda: _taken(raw, lengths, hits), first + self._at, last + self._at)
+        self._out.note(lambda: cut(data, first, last), first + self._at, last + self._at)
         self._at += size
         return hits
 
@@ -590,9 +594,3 @@ class _IndexedMerge:
         hits, rows = self._counts.find(cells, hashes)
         self._counts.count(rows, block, block.rows[hits])
         return hits
-
-
-def _taken(raw: bytes, lengths: Offsets, hits: Offsets) -> bytes:
-    """The bytes of those records of `raw`."""
-    ends = np.cumsum(lengths)
-    return raw if len(hits) == len(lengths) else cut(raw, (ends - lengths)[hits], ends[hits])

@@ -15,7 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 from app.core.errors import Rejected
-from app.core.files import TEMPORARY_SUFFIX, bounded_name, sync_directory, sync_file, write_durably
+from app.core.files import TEMPORARY_SUFFIX, sync_directory, sync_file, write_durably
+from app.core.ledger import KeptFile
 from app.csv_inbox.config import InboxConfig, Stuck, Unmergeable, Unsteady
 from app.csv_inbox.discovery import (
     BAD_ROWS,
@@ -25,7 +26,9 @@ from app.csv_inbox.discovery import (
     Candidate,
     Identity,
     InboxPaths,
+    free_paths,
     identity_at,
+    numbered,
     placed,
     printable,
     stamp,
@@ -33,6 +36,7 @@ from app.csv_inbox.discovery import (
 )
 
 KEPT_LOADS = 1000
+RECENT_LOADS = 50
 REVERT = ".undo"
 LEAST_CHARACTERS = 4
 STAMP_CHARACTERS = len("YYYYMMDDTHHMMSS.mmm")
@@ -153,6 +157,7 @@ def revert_file(folder: Path, load_id: str) -> Path:
 
 def prune(folder: Path, undo_keep: int) -> None:
     """Remove what lies beyond the number of merges that can be undone, and the oldest records. Idempotent."""
+    # A merge can be undone for as long as its undo file is there.
     reverts, records = (sorted(folder.glob(f"*{suffix}"), reverse=True) for suffix in (REVERT, RECORD))
     for path in (*reverts[undo_keep:], *records[KEPT_LOADS:]):
         path.unlink(missing_ok=True)
@@ -168,6 +173,7 @@ def history_row(load: LoadRecord) -> Mapping[str, Any]:
         "total": load.rows_after,
         "seconds": round(load.seconds, 2),
         "run": load.run_id[:12],
+        "run_id": load.run_id,
         "error": load.error,
     }
 
@@ -200,15 +206,33 @@ def preview(load: LoadRecord) -> str:
 
 def check_master(config: InboxConfig, load: LoadRecord) -> None:
     """Raises Rejected unless the master is as this merge left it: of that size, and not written to since."""
-    try:
-        there = config.merged_file.stat()
-    except FileNotFoundError:
-        there = None
-    if there is None or (there.st_size, there.st_mtime_ns) != (load.size_bytes, load.mtime_ns):
+    if not _is_as_left(config, load):
         raise Rejected(
             f"{config.merged_file.name} was changed by something else since {load.file} was merged",
             "put back the file as the merge left it; undoing would destroy what was done since",
         )
+
+
+def _is_as_left(config: InboxConfig, load: LoadRecord) -> bool:
+    try:
+        there = config.merged_file.stat()
+    except FileNotFoundError:
+        return False
+    return (there.st_size, there.st_mtime_ns) == (load.size_bytes, load.mtime_ns)
+
+
+def changed_master(paths: InboxPaths) -> str:
+    """What to say of a master that is gone, or not as the last merge left it: an older copy may have been put back, and
+    lacks what was merged since. "" when all is well.
+    """
+    last = next((load for load in loads(paths.loads, RECENT_LOADS) if load.outcome == MERGED), None)
+    if last is None or _is_as_left(paths.config, last):
+        return ""
+    what = "was changed by something else" if paths.config.merged_file.exists() else "is gone"
+    return (
+        f"{paths.config.merged_file.name} {what} since {last.file} was merged at {last.at}, when it had "
+        f"{last.rows_after} rows; if rows lack, restore it, or copy their files from the archive into the inbox"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +281,9 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         raise Unsteady(f"{name} is gone or was changed while it was read", "no action needed; the next run looks again")
     bad_rows = cause.header + b"".join(record + b"\n" for record in cause.records) if cause.records else b""
     with placed(paths.config.rejected_dir):
-        target = _target(paths.config.rejected_dir, candidate, bad_rows, at)
+        suffixes = itertools.chain(("",), numbered(f".{stamp(at)}"))
+        targets = free_paths(paths.config.rejected_dir, name, suffixes, REJECTED_BYTES)
+        target = next(each for each in targets if _is_free(each, candidate, bad_rows))
         reason = _beside(target, REASON)
         # A reason without its file is that of a run that was killed here: its record is written again, not once more.
         load_id = _told_before(reason).get("load_id") or load_id_of(paths.loads, at)
@@ -272,14 +298,6 @@ def reject(paths: InboxPaths, candidate: Candidate, cause: Unmergeable, run_id: 
         _move(candidate.path, target)
     log.debug("moved %s to %s", printable(name), target)
     return target
-
-
-def _target(folder: Path, candidate: Candidate, bad_rows: bytes, at: datetime) -> Path:
-    """A name under which nothing of another file lies there yet."""
-    stamped = f".{stamp(at)}"
-    suffixes = itertools.chain(("", stamped), (f"{stamped}.{number}" for number in itertools.count(1)))
-    targets = (folder / bounded_name(candidate.path.name, suffix, REJECTED_BYTES) for suffix in suffixes)
-    return next(each for each in targets if not os.path.lexists(each) and _is_free(each, candidate, bad_rows))
 
 
 def _is_free(target: Path, candidate: Candidate, bad_rows: bytes) -> bool:
@@ -305,6 +323,19 @@ def _told_before(reason: Path) -> dict[str, Any]:
     return {}
 
 
+def rejected_by(paths: InboxPaths, run_id: str) -> Sequence[KeptFile]:
+    """The files that a run set aside and that still lie there, by name; a link is none of them. Raises OSError."""
+    load_ids = {load.load_id for load in loads(paths.loads) if (load.run_id, load.outcome) == (run_id, REJECTED)}
+    reasons = sorted(paths.config.rejected_dir.glob(f"*{REASON}")) if load_ids else []
+    found = (each.with_name(each.name.removesuffix(REASON)) for each in reasons if _load_id(each) in load_ids)
+    regular = (path for path in found if path.is_file() and not path.is_symlink())
+    return [KeptFile(printable(path.name), path.stat().st_size, path=path) for path in regular]
+
+
+def _load_id(reason: Path) -> str:
+    return str(_told_before(reason).get("load_id", ""))
+
+
 def _reason(cause: Unmergeable, name: str, at: datetime) -> dict[str, Any]:
     first = cause.faults[0]
     return {
@@ -326,6 +357,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if not os.path.lexists(source):
             raise Unsteady("it was to be set aside and is gone", "no action needed; the file was removed") from error
+        # Another file system has to be copied to; on the same one it is another fault.
         if source.lstat().st_dev == target.parent.stat().st_dev:
             raise
         _copy(source, target)

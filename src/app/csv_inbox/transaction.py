@@ -35,15 +35,17 @@ from app.csv_inbox.discovery import (
     Identity,
     InboxPaths,
     InboxRun,
+    free_paths,
     identity_at,
     identity_of,
     link_or_copy,
     md5_of,
+    numbered,
     open_regular,
     placed,
     printable,
+    stamp,
     unchanged,
-    unused,
 )
 from app.csv_inbox.incoming import Incoming, read_header, read_incoming
 from app.csv_inbox.merge import Merged, master_header, merge
@@ -102,6 +104,7 @@ def renaming(temporary: Path, target: Path) -> Renaming:
 
 def commit(paths: InboxPaths, transaction: Transaction) -> None:
     """Make the transaction happen: once this returns, it has. Raises OSError; then it has not."""
+    # The names must be on the disk before the journal that speaks of them.
     archive = {transaction.archiving.pending.parent} if transaction.archiving else set()
     for folder in {each.temporary.parent for each in transaction.renamings} | archive:
         sync_directory(folder)
@@ -113,6 +116,7 @@ def carry_out(paths: InboxPaths, transaction: Transaction) -> bool:
 
     False when it was given up. Raises Permanent when neither can be done.
     """
+    # The first renaming is that of the master: where it cannot be, nothing else may be done either.
     if _removes_a_later_master(paths, transaction) or not all(map(_rename, transaction.renamings[:1])):
         _give_up(paths, transaction)
         return False
@@ -138,6 +142,7 @@ def _rename(each: Renaming) -> bool:
         each.temporary.replace(each.target)
         log.debug("renamed %s to %s", each.temporary.name, each.target)
         return True
+    # Done before a kill, or replaced by somebody since: only the inode tells.
     return each.target.exists() and each.target.stat().st_ino == each.inode
 
 
@@ -224,6 +229,7 @@ def recover(paths: InboxPaths) -> LoadRecord | None:
             f"the merge journal {paths.journal.name} is damaged: {error}",
             "compare master and metadata with a backup, then remove the journal; nothing was changed",
         ) from error
+    # A kill after the commit: the rest is done now. One before it left only temporary files, which go.
     if transaction is not None:
         paths.loads.mkdir(exist_ok=True)
         if carry_out(paths, transaction):
@@ -448,7 +454,7 @@ def _archiving(inbox: InboxRun, candidate: Candidate, incoming: Incoming, load_i
         raise Unsteady(f"{name} is gone", "no action needed; the file was removed") from error
     if not unchanged(replace(candidate, identity=incoming.identity)):
         raise Unsteady(f"{name} was replaced while it was read", "no action needed; the next run merges it")
-    target = unused(inbox.config.archive_dir, name, at)
+    target = next(free_paths(inbox.config.archive_dir, name, numbered(f".{stamp(at)}")))
     return Archiving(pending, target, candidate.path, incoming.identity, incoming.md5)
 
 

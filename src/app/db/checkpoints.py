@@ -3,14 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from sys import intern
 from typing import Any
 
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
-from app.core.windows import Window
-from app.db.database import NamedQueries, Row, Session, storable
+from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.db.database import NamedQueries, Row, Session, instant_of, storable
 from app.db.leases import AHEAD, identity, lost, now_of
+from app.db.object_summaries import SqlSummaries
 
 # Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data.
 
@@ -45,7 +47,14 @@ class SqlLayouts:
 # Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a
 # cursor and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that
 # was ahead is not believed: no cursor lies ahead of the database's clock, and no window is closed before it has
-# ended.
+# ended, or by a commit of a time that has not come.
+
+
+# The columns of a record as the query live_records names them, after the partition.
+OF_RECORD = (
+    *("starts_at", "ends_at", "part", "s3_key", "version", "digest", "record_count", "size_bytes", "source_cells"),
+    *("min_at", "max_at", "status", "source_fields", "source_digest", "source_sums", "trouble", "folded", "updated_at"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ class SqlCheckpoints:
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
+        self._summaries = SqlSummaries(queries)
 
     def cursors(self, pipeline: str) -> Mapping[str, datetime]:
         """See `Checkpoints.cursors`."""
@@ -83,14 +93,24 @@ class SqlCheckpoints:
             rows = session.rows(self._queries["records"], **of, since_at=since, until_at=until)
         return [_record(row, now) for row in rows]
 
-    def live_records(self, pipeline: str, since: datetime) -> Mapping[str, Sequence[Record]]:
-        """See `Checkpoints.live_records`."""
+    def live_records(
+        self, pipeline: str, since: datetime, partitions: Sequence[str] | None = None
+    ) -> Mapping[str, Sequence[Record]]:
+        """See `Checkpoints.live_records`. Row by row: those of many devices at once are most of a plan's memory."""
+        found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
-            rows = session.rows(self._queries["live_records"], pipeline=pipeline, since_at=since)
-        found: dict[str, list[Record]] = {}
-        for row in rows:
-            found.setdefault(row["device_id"], []).append(_record(row, now))
+            of = {"pipeline": pipeline, "since_at": since}
+            if partitions is None:
+                found_rows = session.stream(self._queries["live_records"], **of)
+            else:
+                found_rows = session.stream(self._queries["live_records_of"], **of, partitions=json.dumps(partitions))
+            for device, *values in found_rows:
+                row = {
+                    name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
+                    for name, value in zip(OF_RECORD, values, strict=True)
+                }
+                found.setdefault(device, []).append(_record(row, now))
         return found
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
@@ -110,6 +130,8 @@ class SqlCheckpoints:
                     session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
                 summary = {**_summary(commit), "until_at": now_at + AHEAD}
                 session.run(self._queries["save_checkpoint"], **of_now, **summary)
+            if summaries := [each for _, commit in commits for each in commit.summaries]:
+                self._summaries.add_to(session, summaries)
 
     def fail(self, pipeline: str, partition: str, message: str, lease: Lease) -> None:
         """See `Checkpoints.fail`."""
@@ -134,6 +156,30 @@ class SqlCheckpoints:
         for row in self._queries.rows("troubles"):
             found.setdefault(row["pipeline"], {})[row["trouble"]] = row["objects"]
         return found
+
+    def retire(self, pipeline: str, partition: str, before: datetime, until: datetime, lease: Lease) -> int:
+        """Forget closed windows that start before the UTC day of `before` and end by `until`; how many. What their
+        objects do not say, which windows there were, is kept by day. Raises LeaseLost.
+        """
+        of = {"pipeline": pipeline, "partition": partition}
+        with self._queries.database.transaction() as session:
+            self._fence(session, lease)
+            before_at = floor_to(before, DAY_SECONDS)
+            gone = session.rows(self._queries["retire_records"], **of, before_at=before_at, until_at=until)
+            if gone:
+                retired = {row["starts_at"]: row["record_count"] for row in gone}
+                days = sorted({floor_to(start, DAY_SECONDS) for start in retired})
+                known = session.rows(self._queries["days"], **of, since_at=days[0], until_at=before_at)
+                retired = {**_retired(known), **retired}
+                session.run_many(
+                    self._queries["save_day"], [{**of, "day_at": day, "windows": _day(retired, day)} for day in days]
+                )
+        return len(gone)
+
+    def retired(self, pipeline: str, partition: str, span: Window) -> Mapping[datetime, int]:
+        """Start -> rows of the windows that `retire` forgot, of all days that `span` touches."""
+        of = {"pipeline": pipeline, "partition": partition, "until_at": span.end}
+        return _retired(self._queries.rows("days", **of, since_at=floor_to(span.start, DAY_SECONDS)))
 
     def note_undeleted(self, pipeline: str, key: str, error: str) -> None:
         """See `Checkpoints.note_undeleted`."""
@@ -177,6 +223,19 @@ class SqlCheckpoints:
             return session.rows(self._queries[query], pipeline=pipeline, until_at=until_at)
 
 
+def _day(retired: Mapping[datetime, int], day: datetime) -> str:
+    seconds = {int((start - day).total_seconds()): rows for start, rows in sorted(retired.items())}
+    return json.dumps({at: rows for at, rows in seconds.items() if 0 <= at < DAY_SECONDS}, separators=(",", ":"))
+
+
+def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
+    return {
+        row["day_at"] + timedelta(seconds=int(second)): number
+        for row in rows
+        for second, number in json.loads(row["windows"]).items()
+    }
+
+
 def _columns(record: Record) -> dict[str, Any]:
     return {
         "starts_at": record.window.start,
@@ -210,8 +269,8 @@ def _record(row: Row, now: datetime) -> Record:
         source_cells=row["source_cells"],
         min_at=row["min_at"],
         max_at=row["max_at"],
-        closed=row["status"] == "closed" and row["ends_at"] <= now + AHEAD,
-        fields=json.loads(row["source_fields"]) if row["source_fields"] else {},
+        closed=row["status"] == "closed" and max(row["ends_at"], row["updated_at"]) <= now + AHEAD,
+        fields={intern(name): n for name, n in json.loads(row["source_fields"] or "{}").items()},
         source_digest=row["source_digest"],
         sums={name: Sums(*some) for name, some in json.loads(row["source_sums"] or "{}").items()},
         trouble=row["trouble"],

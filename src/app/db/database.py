@@ -3,7 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -218,7 +218,9 @@ C = TypeVar("C")
 
 
 class Connections(Generic[C]):
-    """`connect` opens one, `disconnect` closes one and does not raise, `alive` says cheaply if an idle one still is."""
+    """`connect` opens one, `disconnect` closes one and does not raise, `alive` says cheaply if an idle one still is,
+    `rolled_back` whether a transaction that failed left it in order.
+    """
 
     def __init__(
         self,
@@ -227,22 +229,40 @@ class Connections(Generic[C]):
         disconnect: Callable[[C], None],
         *,
         alive: Callable[[C], bool] = lambda _: True,
+        rolled_back: Callable[[C], bool] = lambda _: True,
         limit: int = 12,
     ) -> None:
         self._place = place
-        self._connect, self._disconnect, self._alive = connect, disconnect, alive
+        self._connect, self._disconnect, self._alive, self._rolled_back = connect, disconnect, alive, rolled_back
         self._idle: list[C] = []
         self._lock = threading.Lock()
         self._places = threading.BoundedSemaphore(limit)
         self._limit = limit
         self._closed = False
 
+    @contextmanager
+    def lent(self, timeout_seconds: float = 10.0) -> Iterator[C]:
+        """One for a block, which commits at its end; it is rolled back when the block raises. Raises as `borrow`."""
+        connection = self.borrow(timeout_seconds)
+        with ExitStack() as undo:
+            undo.callback(self._take_back, connection)
+            yield connection
+            undo.pop_all()
+        self.give_back(connection)
+
+    def _take_back(self, connection: C) -> None:
+        """After a block that raised."""
+        if self._rolled_back(connection):
+            self.give_back(connection)
+        else:
+            self.drop(connection)
+
     def borrow(self, timeout_seconds: float = 10.0) -> C:
         """An idle connection or a new one. Raises Transient when all are busy for too long, and what `connect` does."""
         if not self._places.acquire(timeout=timeout_seconds):
             raise Transient(
                 f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
-                "look for slow statements or a slow disk; the next attempt may succeed",
+                "look for slow statements or a slow disk; it is retried",
             )
         with ExitStack() as undo:
             undo.callback(self._places.release)

@@ -115,7 +115,9 @@ class Migrated:
             if self._rebuilt is None:
                 raise
             self._prepare(error)
-            raise Transient(error.message, "the state was looked at and mended: the next attempt goes on") from error
+            raise Transient(
+                error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
+            ) from error
 
     def prepare(self) -> None:
         """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""
@@ -145,7 +147,7 @@ class Migrated:
             self._rebuilt.check(wanted)
         if self._before_first is not None:
             with self._database.transaction() as session:
-                _lock(session, self.dialect)
+                lock(session, self.dialect)
                 if not any(name.startswith(f"{self._folder.name}/") for name in recorded(session, self.dialect)):
                     self._before_first(session)
         for migration in wanted:
@@ -186,10 +188,10 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
     Raises Permanent when the applied one had another text, and when one was applied that is not known here.
     """
     with database.transaction() as session:
-        _lock(session, database.dialect)
+        lock(session, database.dialect)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
-        _refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
+        refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
         done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
         if not done:
             session.script(migration.sql)
@@ -201,7 +203,7 @@ def apply(database: Database, migration: Migration, known: Collection[str]) -> N
             )
 
 
-def _lock(session: Session, dialect: Dialect) -> None:
+def lock(session: Session, dialect: Dialect) -> None:
     """One process at a time, until the transaction ends; one that writes to SQLite is alone anyway."""
     if dialect == "postgres":
         session.rows(LOCK_POSTGRES)
@@ -215,7 +217,7 @@ def recorded(session: Session, dialect: Dialect) -> Collection[str]:
     return [row["name"] for row in session.rows("SELECT name FROM headwater_migrations ORDER BY name")]
 
 
-def _refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, known: Collection[str]) -> None:
+def refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, known: Collection[str]) -> None:
     """An older version would write what the newer one no longer understands, or read it wrongly."""
     names = recorded(session, dialect)
     newer = [name for name in names if name.startswith(f"{folder}/") and name not in known]

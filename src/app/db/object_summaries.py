@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
-from app.db.database import NamedQueries, Row, storable
+from app.db.database import NamedQueries, Row, Session, storable
 
 NO_DAY = -(1 << 30)  # of rows without an instant
 SOME = 500
@@ -112,13 +112,17 @@ class SqlSummaries:
     def save(self, many: Sequence[Facts]) -> None:
         """Add what was found. Idempotent, also against other processes."""
         with self._queries.database.transaction() as session:
-            schemas = {_schema(facts) for facts in many}
-            session.run_many(
-                self._queries["save_schema"], [{"schema_id": _digest(each), "columns": each} for each in schemas]
-            )
-            # Parts first: whoever sees a version sees them all, in whatever order the database shows its commits.
-            session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
-            session.run_many(self._queries["save_object"], [_object_row(facts) for facts in many])
+            self.add_to(session, many)
+
+    def add_to(self, session: Session, many: Sequence[Facts]) -> None:
+        """As `save`, in a transaction of somebody else's."""
+        schemas = {_schema(facts) for facts in many}
+        session.run_many(
+            self._queries["save_schema"], [{"schema_id": _digest(each), "columns": each} for each in schemas]
+        )
+        # Parts first: whoever sees a version sees them all, in whatever order the database shows its commits.
+        session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
+        session.run_many(self._queries["save_object"], [_object_row(facts) for facts in many])
 
     def pairs(self, versions: Collection[Version]) -> set[Pair]:
         """Device and day of every part of these versions."""
@@ -156,8 +160,20 @@ class SqlSummaries:
                 yield bytes.fromhex(row[0])
 
     def is_asked(self) -> bool:
-        """Whether anything is known, of whatever version."""
+        """Whether anybody ever asked /analytics."""
         return bool(self._queries.rows("is_asked")[0]["asked"])
+
+    def note_asked(self) -> None:
+        """Somebody asks. Idempotent."""
+        self._queries.run("note_asked")
+
+    def forget_unasked(self, day: int) -> None:
+        """Remove versions with rows of days before `day`, unless somebody ever asked. Idempotent."""
+        if not self.is_asked():
+            with self._queries.database.transaction() as session:
+                session.run(self._queries["count_sweep"])
+                session.run(self._queries["forget_old_objects"], day=day)
+                session.run(self._queries["forget_old_parts"], day=day)
 
     def sweeps(self) -> int:
         """How often versions were forgotten, by anybody."""

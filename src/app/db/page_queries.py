@@ -13,6 +13,7 @@ from typing import Any
 
 from app.core.ledger import from_json
 from app.core.runs import Failure, Outcome, Report, Run
+from app.core.windows import DAY_SECONDS, floor_to
 from app.db.database import NamedQueries, Row, Session
 from app.db.leases import AHEAD, now_of
 
@@ -124,8 +125,11 @@ class Look:
         return found
 
     def any_rows(self, pipeline: str, since: datetime, until: datetime, between: tuple[str, str] | None = None) -> bool:
-        """Whether there is an object of that span: of any partition, or of one of those from first to last."""
-        of: dict[str, Any] = {"pipeline": pipeline, "since_at": since, "until_at": until}
+        """Whether there is an object of that span: of any partition, or of one of those from first to last. Of old days
+        only the day is known.
+        """
+        day = floor_to(since, DAY_SECONDS)
+        of: dict[str, Any] = {"pipeline": pipeline, "since_at": since, "until_at": until, "since_day_at": day}
         if between is None:
             return bool(self.rows("any_rows", **of))
         return bool(self.rows("any_rows_between", **of, first=between[0], last=between[1]))
@@ -158,13 +162,22 @@ def numbers_of(row: Row) -> dict[str, Any]:
 
 def run_of(row: Row) -> Run:
     """A run as its row records it."""
+    document = json.loads(row["ledger"])
     report = Report(
         **numbers_of(row),
         failures=tuple(Failure(**failure) for failure in json.loads(row["failures"])),
         more=bool(row["more"]),
-        ledger=from_json(json.loads(row["ledger"])),
+        ledger=from_json(document if document.get("is_kept", True) else {}),
     )
-    outcome = Outcome(row["outcome"])
     return Run(
-        row["run_id"], row["job"], row["started_at"], row["ended_at"], outcome, report, row["error"], row["hint"]
+        row["run_id"],
+        row["job"],
+        row["started_at"],
+        row["ended_at"],
+        Outcome(row["outcome"]),
+        report,
+        row["error"],
+        row["hint"],
+        document.get("started_by", ""),
+        document.get("requests", {}),
     )

@@ -224,16 +224,11 @@ class PostgresDatabase:
         self, url: str, *, variables: str, answer_seconds: float = ANSWER_SECONDS, connections: int = 12
     ) -> None:
         self._answer_seconds = answer_seconds
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.Error:
-            # Without the cause: its text repeats parts of the URL.
-            raise Permanent(
-                "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
-            ) from None
-        self._conninfo = make_conninfo("", **{**CONNECTION, **given, **ENCODING})
-        self._errors = Errors(_place(given), variables)
-        self._connections = Connections(self.place, self._connect, _disconnect, alive=_alive, limit=connections)
+        self._conninfo = conninfo_of(url, variables)
+        self._errors = errors_of(url, variables)
+        self._connections = Connections(
+            self.place, self._connect, _disconnect, alive=_alive, rolled_back=_rolled_back, limit=connections
+        )
 
     @property
     def place(self) -> str:
@@ -243,30 +238,15 @@ class PostgresDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:
         """See `Database.transaction`."""
-        connection = self._connections.borrow()
-        with ExitStack() as undo:
-            undo.callback(self._roll_back, connection)
+        with self._connections.lent() as connection:
             connection.read_only = read_only
             yield PostgresSession(connection, self._errors)
             with self._errors.translated():
                 connection.commit()
-            undo.pop_all()
-        self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
-
-    def _roll_back(self, connection: BoundedConnection) -> None:
-        """Give back a connection that the error left in order, drop one that is lost or still waits for an answer."""
-        try:
-            if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
-                connection.close()
-            connection.rollback()
-        except psycopg.Error:
-            self._connections.drop(connection)
-        else:
-            self._connections.give_back(connection)
 
     def _connect(self) -> BoundedConnection:
         with self._errors.translated():
@@ -281,6 +261,26 @@ class PostgresDatabase:
                 connection.commit()
                 undo.pop_all()
             return connection
+
+
+def conninfo_of(url: str, variables: str) -> str:
+    """How a library that makes its own connections is told to make them. Raises Permanent as `PostgresDatabase`."""
+    return make_conninfo("", **{**CONNECTION, **_given(url, variables), **ENCODING})
+
+
+def errors_of(url: str, variables: str) -> "Errors":
+    """The translation for such a library."""
+    return Errors(_place(_given(url, variables)), variables)
+
+
+def _given(url: str, variables: str) -> Mapping[str, Any]:
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.Error:
+        # Without the cause: its text repeats parts of the URL.
+        raise Permanent(
+            "the PostgreSQL URL cannot be read", f"check {variables}; special characters in it are %-encoded"
+        ) from None
 
 
 class Errors:
@@ -300,12 +300,16 @@ class Errors:
 
     def _error(self, error: psycopg.Error) -> AppError:
         state = error.sqlstate or ""
-        message = f"{self.place}: {_first_line(error)}"
+        # What happened, without the values that PostgreSQL adds in its detail lines.
+        text = error.diag.message_primary or str(error).strip() or type(error).__name__
+        message = f"{self.place}: {text.splitlines()[0]}"
         if state == SQLSTATE_NO_EQUIVALENT:
             return Rejected(message, ENCODING_HINT)
         if state.startswith(SQLSTATE_VALUE) or (not state and isinstance(error, psycopg.DataError)):
             return Rejected(message, "correct the value: it is outside the range of the column")
-        if state.startswith(SQLSTATE_ACCESS) or (self._is_connecting(error) and REFUSED.search(str(error))):
+        # A refused connection has no SQLSTATE, only the server's text.
+        is_refused = not state and isinstance(error, psycopg.OperationalError) and REFUSED.search(str(error))
+        if state.startswith(SQLSTATE_ACCESS) or is_refused:
             hint = f"check {self._variables}: user, password, database and its privileges"
             return Permanent(message, CA_HINT if is_untrusted(error) else hint)
         if state.startswith(SQLSTATE_PASSING):
@@ -314,17 +318,6 @@ class Errors:
             return Transient(message, f"check that the server runs and that {self._variables} points to it")
         hint = "bug in Headwater; please report it"
         return Damaged(message) if state in SQLSTATE_GONE else Permanent(message, hint)
-
-    @staticmethod
-    def _is_connecting(error: psycopg.Error) -> bool:
-        """A refused connection has no SQLSTATE, only the server's text."""
-        return error.sqlstate is None and isinstance(error, psycopg.OperationalError)
-
-
-def _first_line(error: psycopg.Error) -> str:
-    """What happened, without the values that PostgreSQL adds in its detail lines."""
-    text = error.diag.message_primary or str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def _place(given: Mapping[str, Any]) -> str:
@@ -353,6 +346,17 @@ def _alive(connection: BoundedConnection) -> bool:
     idle.register(connection.fileno(), select.POLLIN)
     events: Sequence[tuple[int, int]] = idle.poll(0)
     return not events
+
+
+def _rolled_back(connection: BoundedConnection) -> bool:
+    """False for a connection that is lost or still waits for an answer."""
+    try:
+        if connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+            connection.close()
+        connection.rollback()
+    except psycopg.Error:
+        return False
+    return True
 
 
 def _disconnect(connection: BoundedConnection) -> None:

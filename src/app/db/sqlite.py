@@ -5,7 +5,6 @@ that is killed at any instruction, or a power cut, leaves a database that opens 
 transaction; a connection whose file was replaced is not used again; its files are for their owner alone.
 """
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -29,15 +28,15 @@ OWNER_ONLY, OTHERS = 0o600, 0o077
 TAKEN = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 PASSING = {
     sqlite3.SQLITE_BUSY: "another process holds the write lock: look for a second Headwater on this directory",
-    sqlite3.SQLITE_LOCKED: "the next attempt may succeed",
-    sqlite3.SQLITE_PROTOCOL: "the next attempt may succeed",
-    sqlite3.SQLITE_INTERRUPT: "the next attempt may succeed",
+    sqlite3.SQLITE_LOCKED: "no action needed; it is retried",
+    sqlite3.SQLITE_PROTOCOL: "no action needed; it is retried",
+    sqlite3.SQLITE_INTERRUPT: "no action needed; it is retried",
     sqlite3.SQLITE_NOMEM: "give the process more memory",
-    sqlite3.SQLITE_FULL: "free space on the disk that holds DATA_DIR",
-    sqlite3.SQLITE_IOERR: "check the disk that holds DATA_DIR",
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_IOERR: "check its disk",
 }
 LASTING = {
-    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in DATA_DIR",
+    sqlite3.SQLITE_CANTOPEN: "let the user of this process create and write files in its directory",
     sqlite3.SQLITE_READONLY: "let the user of this process write the database file and its directory",
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
@@ -136,7 +135,9 @@ class SqliteDatabase:
         self._path = path
         self._busy_seconds = busy_seconds
         self._read_only = read_only
-        self._connections = Connections(self.place, self._connect, sqlite3.Connection.close, alive=self._is_current)
+        self._connections = Connections(
+            self.place, self._connect, sqlite3.Connection.close, alive=self._is_current, rolled_back=_rolled_back
+        )
 
     @property
     def path(self) -> Path:
@@ -151,33 +152,21 @@ class SqliteDatabase:
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
-        connection = self._connections.borrow(self._busy_seconds)
-        with ExitStack() as undo:
-            undo.callback(self._roll_back, connection)
+        with self._connections.lent(self._busy_seconds) as connection:
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
             _translated(self._path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
             yield SqliteSession(connection, self._path)
             _translated(self._path, lambda: connection.execute("COMMIT"))
-            undo.pop_all()
-        self._connections.give_back(connection)
 
     def close(self) -> None:
         """See `Database.close`."""
         self._connections.close()
 
-    def _roll_back(self, connection: FileConnection) -> None:
-        try:
-            connection.rollback()
-        except sqlite3.Error:
-            self._connections.drop(connection)
-        else:
-            self._connections.give_back(connection)
-
     def _connect(self) -> FileConnection:
         if self._read_only:
             if not self._path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
-            return _translated(self._path, lambda: _opened_to_read(self._path, self._busy_seconds))
+            return _translated(self._path, lambda: _connected(self._path, self._busy_seconds, "?mode=ro"))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -191,11 +180,21 @@ class SqliteDatabase:
         return connection.file == file_id(self._path)
 
 
+def _rolled_back(connection: FileConnection) -> bool:
+    try:
+        connection.rollback()
+    except sqlite3.Error:
+        return False
+    return True
+
+
 @contextmanager
 def folder_lock(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
     """Files of the folder are opened under the shared lock and moved under the exclusive one: of a database that was
     moved while it was opened, two processes would hold different parts. The kernel releases it when a process dies.
     """
+    import fcntl  # not on Windows, which is told so in one line before anything is opened
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -223,19 +222,21 @@ def _refuse_lone_wal(path: Path) -> None:
             raise Damaged(f"SQLite at {path}: the file is empty or gone, while its -wal is there")
 
 
-def _opened_to_read(path: Path, busy_seconds: float) -> FileConnection:
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+def _connected(path: Path, busy_seconds: float, mode: str = "") -> FileConnection:
     connection = sqlite3.connect(
-        uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
+        f"{path.resolve().as_uri()}{mode}" if mode else path,
+        uri=bool(mode),
+        timeout=busy_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=FileConnection,
     )
     connection.file = file_id(path)
     return connection
 
 
 def _opened(path: Path, busy_seconds: float) -> FileConnection:
-    connection = sqlite3.connect(
-        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=FileConnection
-    )
+    connection = _connected(path, busy_seconds)
     with ExitStack() as undo:
         undo.callback(connection.close)
         connection.execute("PRAGMA schema_version")  # makes the file

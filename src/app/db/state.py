@@ -18,6 +18,7 @@ from app.db.migrations import Migrated, StateFile, StateTables, open_database
 from app.db.object_summaries import SqlSummaries
 from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
+from app.db.workers import SqlWorkers
 
 # Paused jobs: known to every process, and after every restart.
 #
@@ -276,7 +277,8 @@ def _slot(run: Run, ended_at: datetime) -> dict[str, Any]:
         "slot_at": floor_to(ended_at, SLOT_SECONDS),
         "new_rows": run.report.new_rows,
         "updated_rows": run.report.corrected_rows or (0 if ledger.unit == VALUES else ledger.total.corrected),
-        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures)),
+        # What was set aside is told as such; the run has not failed.
+        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures and not ledger.newly_set_aside)),
     }
 
 
@@ -303,7 +305,15 @@ def _columns(run: Run) -> dict[str, Any]:
         "more": run.report.more,
         "error": storable(run.error),
         "hint": storable(run.hint),
-        "ledger": json.dumps(to_json(run.report.ledger) if run.report.ledger else {}),
+        # Beside the ledger in its document, in which earlier versions look for the keys of a ledger.
+        "ledger": json.dumps(
+            {
+                **to_json(run.report.ledger),
+                "is_kept": bool(run.report.ledger),
+                "started_by": storable(run.started_by),
+                "requests": run.requests,
+            }
+        ),
     }
 
 
@@ -382,6 +392,7 @@ class State:
     clocks: SqlClocks
     clock: StateClock
     pages: SqlPages
+    workers: SqlWorkers
 
     def ping(self) -> None:
         """One round trip. Raises Transient or Permanent when the database cannot be used."""
@@ -402,8 +413,11 @@ class State:
         self.database.close()
 
 
-def open_state(url: str, data_dir: Path) -> State:
-    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL."""
+def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> State:
+    """The state at a database URL, or in SQLite under `data_dir` when it is empty. Raises Permanent for a bad URL.
+
+    `run_records`: runs of each job that are remembered.
+    """
     folder = sql_directory() / "state"
     plain = open_database(url, variables=VARIABLES, default=data_dir / FILE, connections=CONNECTIONS)
     file = StateFile(plain) if isinstance(plain, SqliteDatabase) else None
@@ -415,7 +429,7 @@ def open_state(url: str, data_dir: Path) -> State:
         file=file,
         checkpoints=SqlCheckpoints(queries),
         leases=SqlLeases(queries, clock),
-        runs=SqlRuns(queries),
+        runs=SqlRuns(queries, kept=run_records),
         layouts=SqlLayouts(queries),
         summaries=SqlSummaries(queries),
         pauses=SqlPauses(queries),
@@ -426,4 +440,5 @@ def open_state(url: str, data_dir: Path) -> State:
         clocks=SqlClocks(queries),
         clock=clock,
         pages=SqlPages(queries),
+        workers=SqlWorkers(queries),
     )

@@ -196,7 +196,9 @@ def too_large(limit_bytes: int, hint: str) -> Refused:
 
 def row_too_large(row_bytes: int) -> Refused:
     """The answer to a row without an end."""
-    return Refused(Refusal(413, f"a row is larger than {row_bytes} bytes", "is a newline or a closing quote missing?"))
+    return Refused(
+        Refusal(413, f"a row is larger than {row_bytes} bytes", "look for a missing newline or closing quote")
+    )
 
 
 # CSV as rows of JSON, so that its values are checked by the same compiled decoder as all others.

@@ -236,15 +236,6 @@ GZIP_FROM_BYTES = 1 << 10
 GZIP_LEVEL = 1  # a tenth of the size at the speed of the database; higher levels cost more than they save
 
 
-def accepts_gzip(header: str) -> bool:
-    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
-    allowed: dict[str, bool] = {}
-    for each in header.lower().split(","):
-        name, _, weight = each.partition(";")
-        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
-    return allowed.get("gzip", allowed.get("*", False))
-
-
 def gzipped(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces, compressed."""
     packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
@@ -285,7 +276,7 @@ class GzipWriter:
 # TMPDIR; bytes are read once, in their order; a reader never waits for a writer that has ended, however it ended.
 
 SPOOL_BYTES = 1 << 22
-BROKEN = Permanent("the answer could not be made to its end", "the log says why: please report it")
+BROKEN = Permanent("the answer could not be made to its end", "report it with the log, which says why")
 
 
 class Abandoned(Exception):

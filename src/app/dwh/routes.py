@@ -21,11 +21,11 @@ from starlette.requests import ClientDisconnect
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
 from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
-from app.dwh.responses import MEDIA, AnswerPage, accepts_gzip, answer_to_post, gzipped
+from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
 from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
 from app.dwh.warehouse import MERGE, Inserted, Warehouse
-from app.web.api import Streamed
+from app.web.api import Streamed, accepts_gzip
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 

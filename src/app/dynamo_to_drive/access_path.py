@@ -75,33 +75,23 @@ class Plan:
         return -(-self.size_bytes // UNIT_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    index: str
-    hashes: Sequence[str]
-    ranges: Sequence[str]
-    consistent: bool
-
-
 def plan_of(table: Mapping[str, Any], wanted: Target) -> Plan:
     """The cheapest way that reads everything. Raises Permanent when only a scan is left and it is above the limit."""
     types = {each["AttributeName"]: each["AttributeType"] for each in table["AttributeDefinitions"]}
     key = tuple(each["AttributeName"] for each in table["KeySchema"])
     size_bytes = int(table.get("TableSizeBytes") or 0)
-    for way in _ways(table):
-        if way.ranges[:1] != [wanted.timestamp] or len(way.hashes) != 1:
-            continue
-        values = tuple(wanted.partition_values) or (STATIC_VALUES if way.hashes[0] == STATIC else ())
+    for index, hash_name, consistent in _ways(table, wanted.timestamp):
+        values = tuple(wanted.partition_values) or (STATIC_VALUES if hash_name == STATIC else ())
         if values and types[wanted.timestamp] in "SN":
             return Plan(
                 key=key,
-                hash_name=way.hashes[0],
-                hash_type=types[way.hashes[0]],
+                hash_name=hash_name,
+                hash_type=types[hash_name],
                 hash_values=tuple(dict.fromkeys(values)),
                 timestamp_type=types[wanted.timestamp],
-                index=way.index,
-                consistent=way.consistent,
-                left_out=way.hashes[0] if len(values) == 1 else "",
+                index=index,
+                consistent=consistent,
+                left_out=hash_name if len(values) == 1 else "",
                 size_bytes=size_bytes,
             )
     if size_bytes > wanted.scan_max_bytes:
@@ -114,26 +104,21 @@ def plan_of(table: Mapping[str, Any], wanted: Target) -> Plan:
 
 def advice(table: Mapping[str, Any], wanted: Target) -> str:
     """What would let this table be queried instead of scanned."""
-    for way in _ways(table):
-        if way.ranges[:1] == [wanted.timestamp] and len(way.hashes) == 1:
-            return f"set DYNAMODB_PARTITION_VALUES to the values of {way.hashes[0]!r}"
+    for _, hash_name, _ in _ways(table, wanted.timestamp):
+        return f"set DYNAMODB_PARTITION_VALUES to the values of {hash_name!r}"
     return f"add an index with sort key {wanted.timestamp!r} and projection ALL, or set DYNAMODB_TIMESTAMP_ATTRIBUTE"
 
 
-def _ways(table: Mapping[str, Any]) -> Iterator[_Way]:
-    """The table, then its indexes that hold everything; consistent ones first."""
-    yield _way("", table, consistent=True)
-    for index in table.get("LocalSecondaryIndexes") or ():
-        if index["Projection"]["ProjectionType"] == "ALL":
-            yield _way(index["IndexName"], index, consistent=True)
-    for index in table.get("GlobalSecondaryIndexes") or ():
-        complete = index["Projection"]["ProjectionType"] == "ALL" and not index.get("Backfilling")
-        if complete and index.get("IndexStatus", "ACTIVE") == "ACTIVE":
-            yield _way(index["IndexName"], index, consistent=False)
-
-
-def _way(name: str, described: Mapping[str, Any], *, consistent: bool) -> _Way:
-    schema = described["KeySchema"]
-    hashes = [each["AttributeName"] for each in schema if each["KeyType"] == "HASH"]
-    ranges = [each["AttributeName"] for each in schema if each["KeyType"] == "RANGE"]
-    return _Way(name, hashes, ranges, consistent)
+def _ways(table: Mapping[str, Any], timestamp: str) -> Iterator[tuple[str, str, bool]]:
+    """The table ("") and its indexes that hold everything and sort by the timestamp, consistent ones first: index, the
+    one attribute that partitions it, and whether a read of it is consistent.
+    """
+    local, remote = (table.get(f"{kind}SecondaryIndexes") or () for kind in ("Local", "Global"))
+    ready = [each for each in remote if each.get("IndexStatus", "ACTIVE") == "ACTIVE" and not each.get("Backfilling")]
+    whole = [each for each in (*local, *ready) if each["Projection"]["ProjectionType"] == "ALL"]
+    for described in (table, *whole):
+        names: dict[str, list[str]] = {"HASH": [], "RANGE": []}
+        for each in described["KeySchema"]:
+            names[each["KeyType"]].append(each["AttributeName"])
+        if len(names["HASH"]) == 1 and names["RANGE"][:1] == [timestamp]:
+            yield described.get("IndexName", ""), names["HASH"][0], described not in ready

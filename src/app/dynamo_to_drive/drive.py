@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from app.core.errors import AppError, Permanent, Transient
 from app.core.files import write_durably
 from app.core.network import CA_HINT, is_untrusted, proxy_for, tunnel_to
-from app.core.retry import Pauses, RetryPolicy, retry
+from app.core.retry import Pauses, RetryPolicy, asked_seconds, retry
 
 # Google credentials from the one variable: a service account's key, an installed app's secrets, or a user's token.
 #
@@ -216,8 +216,8 @@ REVOKED = frozenset(
     }
 )
 GRANT_HINT = (
-    "the key was deleted or the consent withdrawn, or this machine's clock is wrong: make a new key for a service "
-    "account, run `python -m app google` again for an installed app"
+    "make a new key for a service account, run `python -m app google` again for an installed app: the key was deleted "
+    "or the consent withdrawn, or this machine's clock is wrong"
 )
 TEXT_LIMIT = 300
 TOO_MANY, SERVER_FAULT, TIMEOUT = 429, 500, 408
@@ -227,10 +227,8 @@ def answered(status: int, content: bytes, headers: Mapping[str, str]) -> AppErro
     """An answer with an error status."""
     reason, message = _reason(content)
     text = f"Drive answered {status} {reason}: {message}".replace("  ", " ")[:TEXT_LIMIT]
-    asked = headers.get("retry-after", "")
-    seconds = float(asked) if asked.isascii() and asked.isdigit() else None
     if reason in PASSING or status in (TOO_MANY, TIMEOUT) or status >= SERVER_FAULT:
-        return Transient(text, AGAIN_HINT, retry_after_seconds=seconds)
+        return Transient(text, AGAIN_HINT, retry_after_seconds=asked_seconds(headers.get("retry-after", "")))
     return Permanent(text, HINTS.get(reason) or HINTS_OF_STATUS.get(status, RIGHTS_HINT))
 
 
@@ -372,9 +370,12 @@ class DriveService:
         return AuthorizedHttp(found, http=plain)
 
     def _build(self, http: Any) -> Any:
+        """From the API's description as the library ships it: nothing is fetched."""
+        import googleapiclient
         from googleapiclient.discovery import build_from_document
 
-        document = _discovery()
+        folder = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
+        document = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {}
         if self._api_url:
             # The library drops the path of an endpoint, and uploads go to the document's own root.
@@ -540,18 +541,6 @@ class Drive:
 
 
 _ASKED: Mapping[str, Any] = {"fields": FILE_FIELDS, "supportsAllDrives": True}
-
-
-def _discovery() -> Mapping[str, Any]:
-    """The API's description as the library ships it: nothing is fetched."""
-    import json
-    from pathlib import Path
-
-    import googleapiclient
-
-    folder = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
-    document: Mapping[str, Any] = json.loads((folder / "drive.v3.json").read_text(encoding="utf-8"))
-    return document
 
 
 def _metadata(content: FileContent) -> dict[str, Any]:

@@ -111,37 +111,26 @@ class HourFile:
         """Drop the spooled bytes."""
         self.file.close()
 
-    def landed_over(self, held: Iterable[Mapping[str, str]]) -> "Landed":
+    def landed_over(self, held: Iterable[Mapping[str, str]]) -> Tally:
         """What of this file's rows is new, the same or corrected beside the rows of the file that it replaces.
 
         Both are in order; the rows of a file that a person put out of order count as new.
         """
         before, new, same, corrected = iter(held), 0, 0, 0
         old = next(before, None)
-        for row in read_file(lines_of(self), escaped=self.shape.escape):
-            if old is not None and row != old:
-                order = self.shape.order_of(row)
-                while old is not None and self.shape.order_of(old) < order:
-                    old = next(before, None)
-                if old is None or self.shape.order_of(old) != order:
-                    new += 1
-                    continue
-            if old is None:
+        for row in read_file(lines_in(self.file), escaped=self.shape.escape):
+            order = self.shape.order_of(row) if old is not None and row != old else None
+            while order and old is not None and self.shape.order_of(old) < order:
+                old = next(before, None)
+            if old is None or (order and self.shape.order_of(old) != order):
                 new += 1
                 continue
-            is_same = row == old or _filled(row) == _filled(old)
-            same, corrected = same + is_same, corrected + (not is_same)
+            if not order or _filled(row) == _filled(old):
+                same += 1
+            else:
+                corrected += 1
             old = next(before, None)
-        return Landed(new, same, corrected)
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """What became of the rows of a file when it was put into its place."""
-
-    new: int = 0
-    already_there: int = 0
-    corrected: int = 0
+        return Tally(new=new, already_there=same, corrected=corrected)
 
 
 def _filled(row: Mapping[str, str]) -> Mapping[str, str]:
@@ -182,7 +171,7 @@ class HourWriter:
             return
         rows, first, last = self._in_order(rows, self._shape.places(columns))
         begin = self._spool.seek(0, io.SEEK_END)
-        _write(self._spool, self._guarded(rows))
+        _write(self._spool, rows, escape=self._shape.escape)
         self._segments.append(_Segment(columns, begin, self._spool.tell(), len(rows), first, last))
 
     def add_rows(self, rows: Iterable[Mapping[str, str]]) -> None:
@@ -206,39 +195,39 @@ class HourWriter:
             rows = [both[order] for order in orders]
         return rows, orders[0], orders[-1]
 
-    def _guarded(self, rows: Sequence[Row]) -> Sequence[Row]:
-        return [list(map(_escaped, row)) for row in rows] if self._shape.escape else rows
-
     def finish(self) -> HourFile:
         """The file of all pages so far; nothing but a header makes no sense, so no rows give an empty file."""
-        shape, segments, whole = self._shape, self._segments, temporary_file(memory_bytes=MEMORY_BYTES)
+        segments, columns, escape = self._segments, self._columns, self._shape.escape
+        whole, rows = temporary_file(memory_bytes=MEMORY_BYTES), 0
         if not segments:
-            return _finished(shape, whole, 0, None)
-        columns = self._columns
-        _write(whole, self._guarded([columns]))
-        if self._runs_on(columns):
+            return self._finished(whole, 0, ())
+        _write(whole, [columns], escape=escape)
+        if all(segment.columns == columns for segment in segments) and all(
+            earlier.last < later.first for earlier, later in pairwise(segments)
+        ):  # behind each other they are the file already
             self._spool.seek(0)
             copyfileobj(self._spool, whole, COPY_BYTES)
-            rows, span = sum(segment.rows for segment in segments), (segments[0].first, segments[-1].last)
-        else:
-            rows, span = self._merge(whole, columns)
-        return replace(_finished(shape, whole, rows, span), repeated=self._repeated)
-
-    def _merge(self, whole: BinaryIO, columns: Columns) -> tuple[int, tuple[Order, Order]]:
-        """Write all rows in order; how many there are, and the order of the first and the last."""
-        merged, rows = self._merged(columns), 0
-        orders: list[Order] = []
+            ends = [segments[0].first, segments[-1].last]
+            return self._finished(whole, sum(segment.rows for segment in segments), ends)
+        merged, ends = self._merged(columns), []
         while batch := list(islice(merged, MERGE_ROWS)):
             rows += len(batch)
-            orders = [*orders[:1], *(order for order, _ in batch)]
-            _write(whole, self._guarded([row for _, row in batch]))
-        return rows, (orders[0], orders[-1])
+            ends = [*ends[:1], *(order for order, _ in batch)]
+            _write(whole, [row for _, row in batch], escape=escape)
+        return self._finished(whole, rows, ends)
 
-    def _runs_on(self, columns: Columns) -> bool:
-        """True when the segments behind each other are the file already."""
-        if any(segment.columns != columns for segment in self._segments):
-            return False
-        return all(earlier.last < later.first for earlier, later in pairwise(self._segments))
+    def _finished(self, file: BinaryIO, rows: int, orders: Sequence[Order]) -> HourFile:
+        """`orders`: that of the first row comes first, that of the last one last."""
+        digest = md5(usedforsecurity=False)
+        file.seek(0)
+        while block := file.read(COPY_BYTES):
+            digest.update(block)
+        size_bytes = file.tell()
+        file.seek(0)
+        min_at, max_at = (self._shape.times.read(orders[at][-1]).at if orders else None for at in (0, -1))
+        return HourFile(
+            self._shape, file, rows, digest.hexdigest(), size_bytes, min_at, max_at, repeated=self._repeated
+        )
 
     def _merged(self, columns: Columns) -> Iterator[tuple[Order, Row]]:
         """All rows in order; of rows with one key the one that was added last."""
@@ -297,11 +286,6 @@ def readable(name: str) -> Iterator[None]:
         ) from error
 
 
-def lines_of(batch: HourFile) -> Iterator[str]:
-    """The text lines of a finished file, with their ends."""
-    return _lines(batch.file, 0, batch.size_bytes)
-
-
 def lines_in(file: BinaryIO) -> Iterator[str]:
     """The text lines of a whole stream, with their ends."""
     return _lines(file, 0, file.seek(0, io.SEEK_END))
@@ -322,10 +306,10 @@ def _escaped(text: str) -> str:
     return text
 
 
-def _write(file: BinaryIO, rows: Sequence[Row]) -> None:
+def _write(file: BinaryIO, rows: Sequence[Row], *, escape: bool) -> None:
     """As csv.writer does it; rows without anything to quote are only joined, which takes a third of the time."""
-    if not rows:
-        return
+    if escape:
+        rows = [list(map(_escaped, row)) for row in rows]
     plain = LINE_END.join(map(",".join, rows))
     if (
         '"' not in plain
@@ -358,18 +342,6 @@ def _lines(file: BinaryIO, begin: int, end: int) -> Iterator[str]:
         yield from io.StringIO(block[:cut].decode(), newline="")
 
 
-def _finished(shape: FileShape, file: BinaryIO, rows: int, span: tuple[Order, Order] | None) -> HourFile:
-    digest = md5(usedforsecurity=False)
-    file.seek(0)
-    size_bytes = 0
-    while block := file.read(COPY_BYTES):
-        digest.update(block)
-        size_bytes += len(block)
-    file.seek(0)
-    min_at, max_at = (shape.times.read(order[-1]).at for order in span) if span else (None, None)
-    return HourFile(shape, file, rows, digest.hexdigest(), size_bytes, min_at, max_at)
-
-
 # The ledger of one run of hours: each item that was read for an hour, and each that has no hour, is accounted for.
 #
 # Invariant: what was counted is tallied where pages are read, what became of it where the sink tells what it holds or
@@ -391,15 +363,18 @@ class _Hour:
     read: int = 0
     only_held: int = 0
     held: int = 0
-    landed: Landed | None = None
+    landed: Tally | None = None
     waiting: int | None = None
 
-    @property
-    def tally(self) -> Tally:
-        landed = self.landed or Landed(already_there=self.held)
+    def tally(self, *, is_whole: bool) -> Tally:
+        """`is_whole`: no hour failed. Else what was read for one that did not land waits for the next run."""
+        landed = self.landed or Tally(already_there=self.held)
         if self.waiting is not None:
             return Tally(self.counted, self.read, waiting=self.waiting - self.only_held)
         there = landed.already_there - self.only_held
+        if self.landed is None and not is_whole:
+            there = min(there, self.counted)
+            return Tally(self.counted, self.read, already_there=there, waiting=self.counted - there)
         return Tally(self.counted, self.read, landed.new, there, landed.corrected)
 
 
@@ -415,13 +390,15 @@ class _Reason:
 
 class Accounts:
     """The accounts of one run. Safe from any thread. `attributes` and `text` are what unplaced items show: names, and
-    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`, "" for none.
+    one timestamp. `ahead`: the furthest timestamp more than a day ahead of `now`; `empty`: the partition values that
+    no item has; "" for none.
     """
 
     def __init__(self, attribute: str, now: datetime | None = None) -> None:
         self.attribute = attribute
         self._ahead_at = now + timedelta(days=1) if now else None
         self.ahead = ""
+        self.empty = ""
         self.attributes: set[str] = set()
         self.text = ""
         self._hours: dict[Window, _Hour] = {}
@@ -459,17 +436,15 @@ class Accounts:
             if len(self.attributes) < NAMED_ATTRIBUTES:
                 self.attributes |= item.keys()
             self.text = self.text or timed(item, self.attribute) or ""
-            told = self._reasons.setdefault(reason, _Reason(self._sample(item)))
+            if reason not in self._reasons:
+                shown = f"{self.attribute} = {cell(value)!r}" if value else f"attributes {', '.join(sorted(item))}"
+                self._reasons[reason] = _Reason(sampled(shown))
+            told = self._reasons[reason]
             told.number += 1
             if told.size_bytes < MAX_BYTES:
                 told.lines.append(line)
                 told.size_bytes += len(line)
         log.debug("an item is set aside: %s, %d characters, %d attributes", reason, len(cell(value)), len(item))
-
-    def _sample(self, item: Item) -> str:
-        if self.attribute in item:
-            return sampled(f"{self.attribute} = {cell(item[self.attribute])!r}")
-        return sampled(f"attributes {', '.join(sorted(item))}")
 
     @property
     def set_aside(self) -> int:
@@ -490,10 +465,14 @@ class Accounts:
         with self._lock:
             return set(self._reasons) == {NO_ATTRIBUTE}
 
-    def closed(self, partition: str, store: SetAsideStore | None) -> Ledger:
-        """The ledger, after the texts of what was set aside are kept in `store`; None = they are not."""
+    def closed(self, partition: str, store: SetAsideStore | None, *, is_whole: bool = True) -> Ledger:
+        """The ledger, after the texts of what was set aside are kept in `store`; None = they are not. See
+        `_Hour.tally` for `is_whole`.
+        """
         entries = [self._entry(reason, partition, store) for reason in sorted(self._reasons)]
-        total = sum((hour.tally for hour in self._hours.values()), Tally(self._unplaced, self._unplaced))
+        total = sum(
+            (hour.tally(is_whole=is_whole) for hour in self._hours.values()), Tally(self._unplaced, self._unplaced)
+        )
         return ledger_of(total, *entries, unit=UNIT).of_partition(partition)
 
     def _entry(self, reason: str, partition: str, store: SetAsideStore | None) -> SetAside:

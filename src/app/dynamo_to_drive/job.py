@@ -6,27 +6,51 @@ hour; a file is built whole from the table each time, so nothing but the cursor 
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from app.config.settings import Settings
 from app.core.errors import LeaseLost, Permanent, Rejected, Transient
 from app.core.partitions import live_windows
-from app.core.pipeline import UNCOUNTED, Checkpoints, Commit, Grid, Pipeline, Position, Record, Shrink, Task
+from app.core.pipeline import (
+    UNCOUNTED,
+    Checkpoints,
+    Commit,
+    Grid,
+    Held,
+    Pipeline,
+    Position,
+    Record,
+    Shrink,
+    Sink,
+    Task,
+)
+from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import settle, sync_partition
-from app.core.verify import Chart, Ends, Moment
-from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, windows_between
+from app.core.runs import Context, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.sync import Done, settle, sync_partition
+from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
+from app.core.windows import (
+    DAY_SECONDS,
+    EPOCH,
+    HOUR_SECONDS,
+    FailedWindows,
+    Window,
+    floor_to,
+    window_at,
+    windows_between,
+)
 from app.dynamo_to_drive.access_path import Target
 from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
-from app.dynamo_to_drive.hour_file import Accounts, HourFile
+from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
-from app.dynamo_to_drive.source import DynamoSource, DynamoTable, ahead_note, ping
-from app.dynamo_to_drive.verify import HourChart, HourEnds, OpenedHourFiles
+from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
+from app.object_store.row_digest import content_of
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
@@ -39,6 +63,27 @@ POLICY = RetryPolicy(attempts=5, first_seconds=1.0, cap_seconds=32.0)
 log = logging.getLogger(__name__)
 
 HourPipeline = Pipeline[HourFile, HourFile]
+
+
+class HourSink(Sink[HourFile, HourFile], Protocol):
+    """What is asked of a sink here beside its port."""
+
+    reads_rows: bool
+
+    def peek(self, key: str) -> Held | None:
+        """As `head`, without reading the file: version and MD5."""
+
+    def listed(self, hour: Window) -> Iterator[tuple[str, str]]:
+        """Names and MD5 of every file on the day of `hour`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedHourFiles:
+    """The pipeline of one run, its sink under the wider port, and the accounts that both ends write into."""
+
+    pipeline: HourPipeline
+    sink: HourSink
+    accounts: Accounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +183,11 @@ class HourFileExport:
     @property
     def chart(self) -> Chart:
         """The gap map of the files."""
-        return HourChart(lambda: self._opened(_looking(Stop())), self._moment)
+        return HourChart(self)
 
     def verification(self, stop: Stop) -> Ends:
         """Table and files, compared."""
-        return HourEnds(self._opened(_looking(stop)), self._opened, self._moment, self.turn)
+        return HourEnds(self, self.opened(_looking(stop)))
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Bring every hour of `span` before the cursor up to the table: what follows belongs to the live job."""
@@ -173,10 +218,13 @@ class HourFileExport:
         if self.drive is not None:
             self.drive.forget()
 
-    def _moment(self) -> Moment:
-        return Moment(self.clock(), self.settings.drive.grace_seconds)
+    def task(self, hour: Window) -> Task:
+        """An ended hour as a task, with what is confirmed of it."""
+        known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
+        final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
+        return Task(self.partition, hour, UNCOUNTED, next(iter(known), None), final=final)
 
-    def _opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
+    def opened(self, context: Context, span: Window | None = None) -> OpenedHourFiles:
         """The pipeline of one run over `span`, with its accounts: its pauses end with that run."""
         now = self.clock()
         accounts = Accounts(self.settings.dynamo.timestamp_attribute, now)
@@ -193,7 +241,7 @@ class HourFileExport:
             asks_sink=True,
             by_digest=True,
         )
-        return OpenedHourFiles(pipeline, sink, self.partition, drive.escape_formulas, accounts)
+        return OpenedHourFiles(pipeline, sink, accounts)
 
     def _sink(self, context: Context, accounts: Accounts) -> DriveSink | FolderSink:
         drive, escaped, dry_run = self.settings.drive, self.settings.drive.escape_formulas, context.dry_run
@@ -214,18 +262,18 @@ class HourFileExport:
         """Close what is due, bring the current hour and the one in its grace up to date."""
         now = self.clock()
         at = Position(self.partition, self._cursor(context, now), now)
-        opened = self._opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
+        opened = self.opened(context, Window(at.cursor_at, now) if at.cursor_at < now else None)
         live = {window.start: UNCOUNTED for window in live_windows(opened.pipeline, now)}
         work = partial(sync_partition, opened.pipeline, context, at, live)
         return self._noted(context, opened.accounts, work)
 
-    def _noted(self, context: Context, accounts: Accounts, work: Callable[[], Report]) -> Report:
-        """What `work` did, with its ledger; a failure is noted beside the cursor, which stays, and raised."""
+    def _noted(self, context: Context, accounts: Accounts, work: Callable[[Done], object]) -> Report:
+        """What `work` told that it did, with its ledger. A failure is noted beside the cursor, which stays; it is
+        raised when nothing was written.
+        """
+        report, parts = Report(), list[Report]()
         try:
-            report = work()
-            notes = [*report.notes, *([ahead_note(accounts)] if accounts.ahead else ())]
-            ledger = accounts.closed(self.partition, None if context.dry_run else self.set_aside)
-            return replace(report, ledger=ledger, notes=notes)
+            work(parts.append)
         except LeaseLost:
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -233,7 +281,14 @@ class HourFileExport:
                 self.drive.forget()
             if not context.dry_run:
                 self.checkpoints.fail(NAME, self.partition, str(error), context.lease)
-            raise
+            if not any(part.windows for part in parts):
+                raise
+            report = Report(failures=(Failure(self.partition, error.message, error.hint),))
+        report = sum(parts, report)
+        notes = [*report.notes, *notes_on(accounts)]
+        kept = None if context.dry_run else self.set_aside
+        ledger = accounts.closed(self.partition, kept, is_whole=not report.failures)
+        return replace(report, ledger=ledger, notes=notes)
 
     def _cursor(self, context: Context, now: datetime) -> datetime:
         """Where to go on; after an outage of more than DRIVE_CATCHUP_HOURS, that many hours back, and it is said."""
@@ -262,27 +317,27 @@ class HourFileExport:
         return replace(report, late_rows=report.rows)
 
     def _fill(self, context: Context, span: Window) -> Report:
-        opened = self._opened(context, span)
+        opened = self.opened(context, span)
         hours = list(windows_between(span.start, span.end, HOUR_SECONDS))
         context.progress.advance(total=len(hours))
 
-        def each() -> Report:
-            report = Report()
+        failed = FailedWindows()
+
+        def each(done: Done) -> None:
             for hour in hours:
                 context.stop.check()
-                known = self.checkpoints.records(NAME, self.partition, hour.start, hour.end)
-                record = next(iter(known), None)
-                final = hour.end <= self.clock() - timedelta(seconds=self.settings.drive.grace_seconds)
-                report += settle(opened.pipeline, context, Task(self.partition, hour, UNCOUNTED, record, final=final))
+                with failed.one():
+                    done(settle(opened.pipeline, context, self.task(hour)))
+                failed.check_outage()
                 context.progress.advance(done=1)
-            return report
 
-        def work() -> Report:
-            seen, report = self.table.traits, each()
-            if self.table.traits == seen:
-                return report
-            context.progress.advance(total=len(hours))
-            return report + each()  # earlier hours may have items of the writing that only a later one showed
+        def work(done: Done) -> None:
+            seen = self.table.traits
+            each(done)
+            if self.table.traits != seen:  # earlier hours may have items of the writing that only a later one showed
+                context.progress.advance(total=len(hours))
+                each(done)
+            failed.check()
 
         with self.turn:  # late hours, reconcile and backfill may meet on one hour
             return self._noted(context, opened.accounts, work)
@@ -312,3 +367,79 @@ def build(
         clock=clock,
         policy=policy,
     )
+
+
+# Both ends of the hourly files, re-read: the table's rows, and the rows of the file as Drive has it; and the gap map.
+#
+# Invariants: looking puts nothing into the trash and makes no file; a file that was changed by somebody else is mended
+# from the table alone, any other keeps the rows that the table no longer returns.
+
+
+@dataclass(frozen=True, slots=True)
+class HourEnds:
+    """`app.core.verify.Ends` over table and files; `at` looks and writes nothing."""
+
+    export: HourFileExport
+    at: OpenedHourFiles
+
+    def partitions(self, _: Window) -> Sequence[str]:
+        """The one."""
+        return [self.export.partition]
+
+    def slots(self, span: Window, partition: str | None) -> Iterator[Slot]:
+        """See `Ends.slots`; there is the one partition."""
+        now = self.export.clock()
+        for window in self.at.pipeline.grid.windows(span.start, min(span.end, now)):
+            if window.end <= now and partition in (None, self.export.partition):
+                yield Slot(self.export.partition, window)
+
+    def source(self, slot: Slot) -> Content:
+        """See `Ends.source`."""
+        with closing(self.at.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
+            return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
+
+    def destination(self, slot: Slot) -> Content:
+        """See `Ends.destination`."""
+        key = self.at.sink.key(slot.partition, slot.window, 0)
+        there = self.at.sink.peek(key)
+        return content_of(self.at.sink.read(key, there.version)) if there else NOTHING
+
+    def heal(self, context: Context, slot: Slot) -> Report:
+        """See `Ends.heal`. Raises Permanent when the file is damaged and the table has no rows of its hour."""
+        opened, task = self.export.opened(context), self.export.task(slot.window)
+        with self.export.turn:  # late hours and reconcile may be at work on the same file
+            there = opened.sink.peek(opened.sink.key(slot.partition, slot.window, 0))
+            if not there or not task.record or task.record.digest in ("", there.digest):
+                return settle(opened.pipeline, context, task)
+            # The file is not the one that was confirmed.
+            if not self.source(slot).rows:
+                raise Permanent(f"{slot}: the file was changed, and the table has no rows of it", GONE_HINT)
+            opened.sink.reads_rows = False
+            return settle(replace(opened.pipeline, shrink=Shrink), context, task)
+
+
+@dataclass(frozen=True, slots=True)
+class HourChart:
+    """`app.core.verify.Chart` over the files; one listing a day."""
+
+    export: HourFileExport
+
+    def partitions(self) -> Sequence[str]:
+        """The one."""
+        return [self.export.partition]
+
+    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+        """See `Chart.cells`. A file's version is its MD5 here."""
+        export, sink = self.export, self.export.opened(_looking(Stop())).sink
+        cursor_at = export.checkpoints.cursors(NAME).get(partition)
+        moment = Moment(export.clock(), export.settings.drive.grace_seconds, cursor_at)
+        hours = list(windows_between(span.start, min(span.end, moment.now), HOUR_SECONDS))
+        if not hours:
+            return ()
+        records = export.checkpoints.records(NAME, partition, hours[0].start, hours[-1].end)
+        starts = {sink.key(partition, hour, 0): hour.start for hour in hours}
+        days = {window_at(hour.start, DAY_SECONDS).start: hour for hour in hours}.values()
+        found = [
+            Found(starts[name], name, digest) for day in days for name, digest in sink.listed(day) if name in starts
+        ]
+        return cells_of(hours, [replace(record, version=record.digest) for record in records], found, moment)

@@ -84,7 +84,7 @@ def items_of(taken: Taken) -> list[Item]:
     """The items that `take_items` put aside. Raises Transient for what is not of DynamoDB's form."""
     try:
         return _ITEMS.decode(taken)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, TypeError) as error:  # TypeError: left to the SDK, which took it
         raise Transient(
             f"DynamoDB's answer cannot be read: {str(error)[:TEXT_LIMIT]}",
             "check that DYNAMODB_ENDPOINT_URL is DynamoDB; it is retried",
@@ -204,7 +204,7 @@ class Pages:
             return None
         try:
             rows = self._read(taken)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, TypeError):
             self._misses += 1
             return None
         wanted, number = self._wanted, len(rows)

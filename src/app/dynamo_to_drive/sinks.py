@@ -10,7 +10,7 @@ directory a file is whole or absent at every instant; its version is the MD5 of 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -83,32 +83,26 @@ class DriveFolder:
 
     def drive_id(self, drive: Drive) -> str:
         """The shared drive of the folder, "" in My Drive. Raises Permanent for what is not a folder or is read-only."""
-        if self._drive_id is None:
-            self._drive_id = self._checked(drive.folder(self.folder_id))
-        return self._drive_id
-
-    def forget(self) -> None:
-        """Look again next time."""
-        self._drive_id = None
-
-    def _checked(self, folder: Mapping[str, object]) -> str:
-        what = f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
+        if self._drive_id is not None:
+            return self._drive_id
+        folder, what = drive.folder(self.folder_id), f"GOOGLE_DRIVE_FOLDER_ID {self.folder_id}"
         if folder.get("mimeType") == SHORTCUT_TYPE:
             raise Permanent(f"{what} is a shortcut", "set GOOGLE_DRIVE_FOLDER_ID to the folder that it leads to")
         if folder.get("mimeType") != FOLDER_TYPE or folder.get("trashed"):
             raise Permanent(f"{what} is {'in the trash' if folder.get('trashed') else 'not a folder'}", SHARE_HINT)
-        may = folder.get("capabilities")
-        if isinstance(may, Mapping) and may.get("canAddChildren") is False:
+        if folder.get("capabilities", {}).get("canAddChildren") is False:
             raise Permanent(f"{what} may not be written by this account", RIGHTS_HINT)
         drive_id = str(folder.get("driveId") or "")
         if self._shared_drive_id and drive_id != self._shared_drive_id:
-            raise Permanent(
-                f"{what} is not on the shared drive {self._shared_drive_id}",
-                f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
-                if drive_id
-                else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive",
-            )
+            told = f"{what} is not on the shared drive {self._shared_drive_id}"
+            hint = f"set GOOGLE_SHARED_DRIVE_ID to {drive_id}"
+            raise Permanent(told, hint if drive_id else "unset GOOGLE_SHARED_DRIVE_ID: it is in My Drive")
+        self._drive_id = drive_id
         return drive_id
+
+    def forget(self) -> None:
+        """Look again next time."""
+        self._drive_id = None
 
 
 def would_write(name: str, batch: HourFile, window: Window, accounts: Accounts) -> None:
@@ -120,7 +114,8 @@ def would_write(name: str, batch: HourFile, window: Window, accounts: Accounts) 
 class DriveSink:
     """`app.core.pipeline.Sink` over Drive; a version is `id:headRevisionId`. `accounts` is told what lies there.
 
-    `escaped`: cells are guarded against formulas.
+    `escaped`: cells are guarded against formulas. `reads_rows` is set to False where a file is replaced whatever rows
+    it has: then `head` is `peek`.
     """
 
     def __init__(
@@ -141,6 +136,7 @@ class DriveSink:
         self._prefix = prefix
         self._escaped = escaped
         self._dry_run = dry_run
+        self.reads_rows = True
 
     def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
         """The file's name."""
@@ -148,6 +144,8 @@ class DriveSink:
 
     def head(self, key: str) -> Held | None:
         """The file of that name in the folder, else the one with the known id wherever a person moved it."""
+        if not self.reads_rows:
+            return self.peek(key)
         found = self._find(key)
         if found is None:
             return None
@@ -228,22 +226,18 @@ class DriveSink:
         except Permanent:
             self._folder.forget()
             raise
-        found = [each for each in named if each.is_csv]
-        self._tell_others(each for each in named if not each.is_csv)
-        if found:
+        for other in named:
+            # Said once per process: a person may wonder which of the two is ours.
+            if not other.is_csv and other.file_id not in self._folder.told:
+                self._folder.told.add(other.file_id)
+                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
+                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
+        if found := [each for each in named if each.is_csv]:
             self._put_aside(key, found[1:])
             return found[0]
         file_id = self._ids.known(key)
         held = self._drive.get(file_id) if file_id else None
         return None if held is None or held.trashed else held
-
-    def _tell_others(self, others: Iterable[DriveFile]) -> None:
-        """Once per process: a person may wonder which of the two is ours."""
-        for other in others:
-            if other.file_id not in self._folder.told:
-                self._folder.told.add(other.file_id)
-                what = other.mime_type.replace(GOOGLE_TYPES, "a Google ")
-                log.warning("%s: %s has the same name (%s); it is left alone", other.name, what, other.file_id)
 
     def _put_aside(self, key: str, others: Sequence[DriveFile]) -> None:
         """Several files of one name: the oldest is the file, the others go to the trash, where people can find them."""
@@ -268,7 +262,9 @@ class DriveSink:
         """
         noted = found.properties
         if noted.get("headwaterMd5") == found.md5:
-            return int(noted["headwaterRows"]), _instant(noted.get("headwaterFrom")), _instant(noted.get("headwaterTo"))
+            span = [noted.get("headwaterFrom"), noted.get("headwaterTo")]
+            min_at, max_at = (datetime.fromisoformat(text) if text else None for text in span)
+            return int(noted["headwaterRows"]), min_at, max_at
         try:
             return sum(1 for _ in self._rows(found.file_id)), None, None
         except UnreadableFile as error:
@@ -282,10 +278,6 @@ class DriveSink:
                 yield from read_file(lines_in(spool), escaped=self._escaped)
 
 
-def _instant(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
-
-
 def _version(found: DriveFile) -> str:
     return f"{found.file_id}:{found.revision}"
 
@@ -294,7 +286,7 @@ BLOCK_BYTES = 1 << 18
 
 
 class FolderSink:
-    """`app.core.pipeline.Sink` over a directory, made on the first write. `accounts` is told what lies there."""
+    """As `DriveSink`, over a directory that the first write makes."""
 
     def __init__(
         self, root: Path, prefix: str, times: Times, accounts: Accounts, *, escaped: bool, dry_run: bool
@@ -305,6 +297,7 @@ class FolderSink:
         self._accounts = accounts
         self._escaped = escaped
         self._dry_run = dry_run
+        self.reads_rows = True
 
     def key(self, partition: str, window: Window, part: int) -> str:  # noqa: ARG002 - one file an hour, no parts
         """The file's name."""
@@ -312,6 +305,8 @@ class FolderSink:
 
     def head(self, key: str) -> Held | None:
         """The file with its rows and span counted, or None."""
+        if not self.reads_rows:
+            return self.peek(key)
         version = self._version(key)
         if version is None:
             return None

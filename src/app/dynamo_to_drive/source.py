@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.ledger import sampled
-from app.core.network import CA_HINT, is_untrusted
+from app.core.network import CA_HINT, SharedClient, is_untrusted
 from app.core.pipeline import UNCOUNTED, Count, Shrink
 from app.core.runs import Stop
-from app.core.windows import EPOCH, Window, window_at
+from app.core.windows import EPOCH, HOUR_SECONDS, Window, floor_to, window_at
 from app.dynamo_to_drive.access_path import SEGMENTS, Plan, Target, advice, plan_of
-from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_of, read_file
+from app.dynamo_to_drive.hour_file import Accounts, FileShape, HourFile, HourWriter, lines_in, read_file
 from app.dynamo_to_drive.rows import Item, Pages, Taken, cell, items_of, take_items, timed
 from app.dynamo_to_drive.timestamps import (
     EVERY_TRAIT,
@@ -51,7 +52,7 @@ HINTS: Mapping[str, str] = {
 THROTTLED = frozenset(
     {"ProvisionedThroughputExceededException", "ThrottlingException", "RequestLimitExceeded", "LimitExceededException"}
 )
-SLOW_HINT = "the table's read capacity is used up: raise it, or DRIVE_INTERVAL_SECONDS; the next run catches up"
+SLOW_HINT = "raise the table's read capacity, which is used up, or DRIVE_INTERVAL_SECONDS; the next run catches up"
 AGAIN_HINT = "no action needed: the next run goes on"
 FOREIGN_HINT = "check that DYNAMODB_ENDPOINT_URL is DynamoDB, and that no proxy answers; it is retried"
 TEXT_LIMIT = 300
@@ -134,17 +135,26 @@ class DynamoTable:
         self._spend = spend
         self.traits: frozenset[Trait] = frozenset()
         self._lock = threading.Lock()
-        self._client: Any = None
+        self._client = SharedClient(lambda: _make_client(target))
         self._plan: Plan | None = None
         self._looked = set[datetime]()
+        self._first_at: datetime | None = None
 
     def plan(self) -> Plan:
         """How it is read, found once. Raises Permanent for a table that cannot be read."""
         if self._plan is None:
             answer = self.call("describe_table", TableName=self.target.table)
             described = member(answer, "Table", self.target.where)
-            self._plan = plan_of(described, self.target)
-            _say(self._plan, described, self.target)
+            self._plan = plan = plan_of(described, self.target)
+            if plan.scans:
+                log.warning(
+                    "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead,"
+                    " %s",
+                    *(self.target.table, plan.size_bytes, plan.scan_units, advice(described, self.target)),
+                )
+            else:
+                where, number = f"index {plan.index}" if plan.index else "its key", len(plan.hash_values)
+                log.info("table %s is queried on %s, %d partition values", self.target.table, where, number)
         return self._plan
 
     def forget(self) -> None:
@@ -153,10 +163,7 @@ class DynamoTable:
 
     def close(self) -> None:
         """End idle connections. The table may be used again afterwards."""
-        with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        self._client.close()
 
     def note(self, traits: Iterable[Trait]) -> None:
         """Hours are asked for such writings from now on."""
@@ -173,10 +180,19 @@ class DynamoTable:
             self._looked.add(hour.start)
         return is_new
 
-    def newest(self, plan: Plan, value: str, is_readable: Callable[[Item], bool]) -> Sequence[Item]:
-        """The last items of a partition value, up to the first that is readable, or so many."""
+    def looks_at_first(self, now: datetime) -> bool:
+        """True once an hour: then the first items are looked at as well."""
+        hour_at = floor_to(now, HOUR_SECONDS)
+        with self._lock:
+            is_new, self._first_at = hour_at != self._first_at, hour_at
+        return is_new
+
+    def end(
+        self, plan: Plan, value: str, is_readable: Callable[[Item], bool], *, is_first: bool = False
+    ) -> Sequence[Item]:
+        """The last items of a partition value, or the first, up to one that is readable, or so many."""
         for limit in (1, LOOKED_ITEMS):
-            answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=False)
+            answer = self.call("query", **self._asked(plan, value), Limit=limit, ScanIndexForward=is_first)
             items = items_of(member(answer, "Items", self.target.where))
             first = next((number for number, item in enumerate(items, 1) if is_readable(item)), 0)
             if first or not items:
@@ -237,15 +253,9 @@ class DynamoTable:
         if method != "describe_table":
             asked["ReturnConsumedCapacity"] = "TOTAL"
         with translated(self.target.table, self.target.where):
-            answer = getattr(self._made(), method)(**asked)
+            answer = getattr(self._client(), method)(**asked)
         self._spend((answer.get("ConsumedCapacity") or {}).get("CapacityUnits", 0.0))
         return answer
-
-    def _made(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                self._client = _make_client(self.target)
-            return self._client
 
 
 class Newest(NamedTuple):
@@ -355,7 +365,7 @@ class DynamoSource:
         """The hour in all writings that were seen. In every other one too, but only once: the first hour of a run, the
         open hour, one that seems to be empty and one that is asked for again; and when an item shows such a writing.
         """
-        newest = self._newest = self._newest or self.look(plan)
+        newest = self._newest = self._newest or self.look(plan, firsts=self._table.looks_at_first(self._now))
         is_text, traits = plan.timestamp_type == "S", self._table.traits
         is_doubtful = not self._asked or window in self._asked or window.end > self._now
         self._asked.add(window)
@@ -371,8 +381,9 @@ class DynamoSource:
             raise unreadable(self._accounts, self._table.target.times)
         return hour
 
-    def look(self, plan: Plan) -> Newest:
-        """What the newest items of each partition value are like; those that cannot be read are accounted for.
+    def look(self, plan: Plan, *, firsts: bool = True) -> Newest:
+        """What the newest items of each partition value are like. Those that cannot be read are accounted for, with
+        `firsts` also the first ones: no hour is asked for texts that sort before all others.
 
         Raises Permanent for partition values that nothing has, in a table that has items.
         """
@@ -381,22 +392,25 @@ class DynamoSource:
         def is_readable(item: Item) -> bool:
             return is_found(times, timed(item, self._accounts.attribute) or "", is_text=is_text)
 
-        newest = [
-            item
-            for items in _together(lambda value: self._table.newest(plan, value, is_readable), plan.hash_values)
-            for item in items
-        ]
+        def ends(value: str) -> tuple[Sequence[Item], Sequence[Item]]:
+            last = self._table.end(plan, value, is_readable)
+            return last, self._table.end(plan, value, is_readable, is_first=True) if last and firsts else ()
+
+        found = _together(ends, plan.hash_values)
+        newest, texts = [item for last, _ in found for item in last], []
         if not newest:
             self._refuse_other_values(plan)
-        texts = [timed(item, self._accounts.attribute) or "" for item in newest if is_readable(item)]
-        for item in newest:
-            if not is_readable(item):
-                self._accounts.unplaced(item, times.read(timed(item, self._accounts.attribute) or "").reason)
-        for text in texts:
+        empty = [value for value, (last, _) in zip(plan.hash_values, found, strict=True) if not last]
+        self._accounts.empty = f"{plan.hash_name} {' or '.join(map(repr, empty[:NAMED]))}" if newest and empty else ""
+        for item in (*newest, *(item for _, first in found for item in first if not is_readable(item))):
+            text = timed(item, self._accounts.attribute) or ""
             reading = times.read(text)
+            if reading.at is None or not is_readable(item):
+                self._accounts.unplaced(item, reading.reason or UNREADABLE)
+                continue
+            texts.append(text)
             self._table.note(reading.traits)
-            if reading.at is not None:
-                self._accounts.placed(reading.at, text)
+            self._accounts.placed(reading.at, text)
         return Newest("" if is_text else max(texts, key=Decimal, default=""), bool(texts) or not newest)
 
     def _refuse_other_values(self, plan: Plan) -> None:
@@ -448,7 +462,7 @@ class DynamoSource:
         del shrink
         with closing(HourWriter(self._shape())) as writer:
             writer.add_rows(row for rows in held for row in rows if not self._is_misplaced(batch, row))
-            writer.add_rows(read_file(lines_of(batch), escaped=self._table.target.escape))
+            writer.add_rows(read_file(lines_in(batch.file), escaped=self._table.target.escape))
             united = replace(writer.finish(), window=batch.window)
         if batch.window is not None:
             self._accounts.note(batch.window, only_held=united.rows - batch.rows)
@@ -475,7 +489,8 @@ def _together(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
     if len(given) == 1:
         return [work(given[0])]
     with ThreadPoolExecutor(SEGMENTS, thread_name_prefix="dynamo") as pool:
-        return list(pool.map(work, given))
+        contexts = [copy_context() for _ in given]
+        return list(pool.map(lambda context, each: context.run(work, each), contexts, given))
 
 
 def unreadable(accounts: Accounts, times: Times) -> Permanent:
@@ -495,12 +510,15 @@ def unreadable(accounts: Accounts, times: Times) -> Permanent:
     )
 
 
-def ahead_note(accounts: Accounts) -> str:
-    """What to say of items that lie far ahead of now."""
-    return (
-        f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come; if "
-        "that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
-    )
+def notes_on(accounts: Accounts) -> Iterator[str]:
+    """What to say of items that lie far ahead of now, and of partition values without any."""
+    if accounts.ahead:
+        found = (
+            f"{accounts.attribute} {accounts.ahead} lies ahead of now: such an item is exported when its hour has come"
+        )
+        yield f"{found}; if that date is wrong, set DYNAMODB_TIMESTAMP_UNIT or DYNAMODB_TIMESTAMP_ATTRIBUTE"
+    if accounts.empty:
+        yield f"no item has {accounts.empty}: check DYNAMODB_PARTITION_VALUES"
 
 
 def ping(table: DynamoTable, now: datetime) -> str:
@@ -521,21 +539,7 @@ def ping(table: DynamoTable, now: datetime) -> str:
         raise unreadable(accounts, times)
     if accounts.set_aside:
         way = f"{way}; {accounts.set_aside} timestamps cannot be read: {accounts.sample}"
-    return f"{way}; {ahead_note(accounts)}" if accounts.ahead else way
-
-
-def _say(plan: Plan, described: Mapping[str, Any], target: Target) -> None:
-    if plan.scans:
-        log.warning(
-            "table %s is SCANNED: each hour and run reads all %d bytes, about %d read units; to query instead, %s",
-            target.table,
-            plan.size_bytes,
-            plan.scan_units,
-            advice(described, target),
-        )
-    else:
-        where = f"index {plan.index}" if plan.index else "its key"
-        log.info("table %s is queried on %s, %d partition values", target.table, where, len(plan.hash_values))
+    return "; ".join((way, *notes_on(accounts)))
 
 
 def _make_client(target: Target) -> Any:

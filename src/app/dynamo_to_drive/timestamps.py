@@ -231,13 +231,17 @@ def number_ranges(hour: Window, unit: str, newest: str = "") -> Iterator[KeyRang
 
 def text_ranges(hour: Window, traits: Collection[Trait]) -> Iterator[KeyRange]:
     """Where a sort key of text has the hour: ISO 8601 with T and with a blank, and numbers of any unit, which all begin
-    with the digits of their second; what has one of `traits` as well.
+    with the digits of their second; what has one of `traits` as well, and with every trait the whole day.
     """
     start, end = hour.start, hour.end
+    own_day = start.isoformat()[:10] if EVERY_TRAIT.issubset(traits) else ""
     if Trait.OFFSET in traits:
         start, end = start - FURTHEST, end + FURTHEST
     for day, first, last in _days(start, end):
         for written in (day, day.replace("-", "")) if Trait.BASIC in traits else (day,):
+            if day == own_day:  # with what has no hour: a date alone, `noon`, 24:00
+                yield KeyRange(written, f"{written}{LAST}")
+                continue
             for between in "T t" if Trait.LOWER_T in traits else "T ":
                 begin = f"{written}{between}"
                 yield KeyRange(f"{begin}{first:02d}", f"{begin}{last:02d}{LAST}")

@@ -3,15 +3,15 @@ the first run.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from app.core.partitions import Backoff, Pass, Settling, isolated, sync_all
+from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, in_this_process, isolated, sync_all, sync_step
 from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
-from app.core.repair import HEAL_HINT, fill, reconcile, said_of, write_again
+from app.core.repair import HEAL_HINT, fill, reconcile, said_of
 from app.core.retry import Pace, RetryPolicy
 from app.core.runs import Context, Failure, Job, Report, Stop
 from app.core.sync import Done
@@ -38,11 +38,15 @@ from app.influx_to_s3.verify import ExportChart, ExportEnds
 from app.object_store.table_sink import EncodedFile, TableSink
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from app.config.settings import Settings
     from app.db.checkpoints import SqlLayouts
+    from app.db.object_summaries import Facts, SqlSummaries
     from app.influx_to_s3.reader import Reader
     from app.object_store.port import ObjectStore
     from app.object_store.set_aside import SetAsideStore
+    from app.object_store.table_sink import TableSummary
 
 # The pipeline put together: its job, its daily reconcile, its backfill and its rewrite.
 #
@@ -67,6 +71,14 @@ ExportPipeline = Pipeline[RowBatch, EncodedFile]
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectSums:
+    """What is summed of each object while it is written (see `TableSink.summed`), and who keeps that."""
+
+    take: "Callable[[pa.Schema, str], TableSummary]"
+    stored: "SqlSummaries"
+
+
+@dataclass(frozen=True, slots=True)
 class ExportParts:
     """What the pipeline is made of.
 
@@ -82,7 +94,9 @@ class ExportParts:
     store: "ObjectStore"
     aside: Aside
     clock: Callable[[], datetime]
+    steps: Callable[[Context, SyncPlan, Step], Report]
     rewrite_seconds: Callable[[int, float], float] | None = None
+    sums: "ObjectSums | None" = None
     kept: Kept = field(default_factory=dict)
     identities: KnownRows = field(default_factory=KnownRows)
     backoff: Backoff = field(default_factory=Backoff)
@@ -93,9 +107,13 @@ class ExportParts:
 
 @dataclass(frozen=True, slots=True)
 class InfluxExport:
-    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source."""
+    """What `main` wires: jobs, backfill and rewrite, how both ends are compared and mapped, how to try the source.
+
+    `step`: one step of a shard of a plan that another process made.
+    """
 
     jobs: Sequence[Job]
+    step: Step
     backfill: Callable[[Context, Window], Report]
     replace: Callable[[Context, Window, bool], Report]
     rewrite: Callable[[Context, Window], Report]
@@ -125,8 +143,10 @@ def build(
     set_aside: "SetAsideStore",
     clock: Callable[[], datetime],
     rewrite_seconds: Callable[[int, float], float] | None = None,
+    steps: Callable[[Context, SyncPlan, Step], Report] = in_this_process,
+    sums: ObjectSums | None = None,
 ) -> InfluxExport:
-    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set.
+    """The pipeline as it is configured; its jobs are `off` while INFLUXDB_URL is not set. `steps`: see `Pass`.
 
     `rewrite_seconds(devices, window_seconds)`: how far apart the writes of an open window's object have to be.
     """
@@ -150,7 +170,9 @@ def build(
         store=store,
         aside=Aside(set_aside, measurement=influx.measurement, device_tag=influx.device_tag),
         clock=clock,
+        steps=steps,
         rewrite_seconds=rewrite_seconds,
+        sums=sums,
     )
     off = "" if influx.url else OFF
     jobs = (
@@ -165,6 +187,7 @@ def build(
 
     return InfluxExport(
         jobs,
+        lambda context, plan: _step(parts, context, plan),
         lambda context, span: _backfill(parts, context, span),
         lambda context, span, allow_shrink: _replace(parts, context, span, allow_shrink=allow_shrink),
         lambda context, span: _rewrite(parts, context, span),
@@ -207,11 +230,12 @@ def _open(
     dry_run: bool,
     change: Callable[[Tree, datetime], Tree] | None = None,
     share: float | None = None,
+    cursors: Mapping[str, datetime] | None = None,
 ) -> OpenedExport:
     """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
 
     `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the source, to
-    be taken by questions at most.
+    be taken by questions at most. `cursors`: those that matter, where they are known.
     """
     if not parts.store.conditional:
         parts.store.probe()
@@ -220,8 +244,8 @@ def _open(
     tree, now = parts.layout_file.begin(
         parts.clock(), wanted=lambda tree: _wanted(settings, tree), types=types, dry_run=dry_run
     )
-    cursors = {name: at for name, at in parts.checkpoints.cursors(NAME).items() if name}
-    tree = _with_earlier_start(parts, tree, is_new=not cursors and not dry_run)
+    known = parts.checkpoints.cursors(NAME) if cursors is None else cursors
+    tree = _with_earlier_start(parts, tree, is_new=not any(known) and not dry_run)
     if change is not None:
         tree = change(tree, now) if dry_run else parts.layout_file.change(lambda tree: change(tree, now))
     columns = Columns(
@@ -251,8 +275,9 @@ def _open(
         app_version=settings.service.version,
         dictionary=(DEVICE, *TAGS),
         run=uuid4().hex,
-        cursors={name: at for name, at in parts.checkpoints.cursors(NAME).items() if name},
+        cursors={name: at for name, at in known.items() if name},
         storage_class=settings.s3.storage_class if settings.s3.bucket else "",
+        summed=parts.sums.take if parts.sums else None,
     )
     pipeline = Pipeline(
         name=NAME,
@@ -273,8 +298,16 @@ def _open(
             pipeline, source, context, at, live
         ),
         rewrite_seconds=_spaced(parts, tree.layout_at(now).window_seconds),
+        summarise=_summaries,
+        # Where nobody ever asked for reports, only past windows are summed: an open object is replaced each minute.
+        summarises_open=parts.sums is not None and parts.sums.stored.is_asked(),
     )
     return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+
+def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence["Facts"]:
+    facts = encoded.sums.facts(key, version, encoded.size_bytes) if encoded.sums else None
+    return () if facts is None else (facts,)
 
 
 def _spaced(parts: ExportParts, window_seconds: float) -> Callable[[int], float] | None:
@@ -337,7 +370,14 @@ def _pass(parts: ExportParts, opened: OpenedExport) -> Pass:
         settling=parts.settling,
         latency_seconds=opened.source.latency_seconds,
         concurrency=parts.settings.export.concurrency,
+        steps=parts.steps,
     )
+
+
+def _step(parts: ExportParts, context: Context, plan: SyncPlan) -> Report:
+    """One step of each device of a shard, whose plan another process has made."""
+    opened = _open(parts, context.stop, dry_run=context.dry_run, cursors=plan.cursors)
+    return sync_step(opened.pipeline, context, plan, _pass(parts, opened))
 
 
 def _sync(parts: ExportParts, context: Context) -> Report:
@@ -376,8 +416,21 @@ def _reconcile(parts: ExportParts, context: Context) -> Report:
 
     how = replace(_pass(parts, opened), backoff=Backoff())
     report = isolated(opened.pipeline, context, sorted(cursors), one, how=how)
+    if parts.settings.export.record_days and not context.dry_run:
+        _retire(parts, context, cursors, opened.now)
     troubles = parts.checkpoints.troubles().get(NAME, {})
     return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
+
+
+def _retire(parts: ExportParts, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:
+    """Forget records of closed windows that no reconcile looks at any more: the destination has what they said."""
+    export = parts.settings.export
+    before = now - timedelta(days=max(export.record_days, export.reconcile_days + 2))
+    for device, cursor_at in cursors.items():
+        context.stop.check()
+        parts.checkpoints.retire(NAME, device, before, cursor_at, context.lease)
+    if parts.sums:
+        parts.sums.stored.forget_unasked((before - EPOCH).days)
 
 
 def _backfill(parts: ExportParts, context: Context, span: Window) -> Report:
@@ -406,7 +459,8 @@ def _replace(parts: ExportParts, context: Context, span: Window, *, allow_shrink
     def one(partition: str, done: Done) -> None:
         until = min(span.end, cursors.get(partition, span.end))
         if until > span.start:
-            done(write_again(pipeline, context, partition, Window(span.start, until), opened.now))
+            window = Window(span.start, until)
+            done(fill(pipeline, context, partition, window, opened.now, always_writes=True))
 
     devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
     return isolated(pipeline, context, devices, one, how=replace(_pass(parts, opened), backoff=Backoff()))

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from app.core.errors import AppError, Permanent, Transient
 from app.core.network import CA_HINT, is_untrusted, proxy_for
 from app.core.pipeline import Count, Sums
+from app.core.retry import asked_seconds
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
 
 if TYPE_CHECKING:
@@ -203,8 +204,8 @@ def refusal(refused: ServerRefusal) -> AppError:
         refused.status >= SERVER_ERROR and refused.status != NOT_IMPLEMENTED
     )
     if passing or "queue length exceeded" in said:
-        asked_seconds = float(refused.retry_after) if refused.retry_after.isdigit() else None
-        return Transient(told, "no action needed: it is retried", retry_after_seconds=asked_seconds)
+        seconds = asked_seconds(refused.retry_after)
+        return Transient(told, "no action needed: it is retried", retry_after_seconds=seconds)
     if any(word in said for word in TOO_MUCH):
         return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {

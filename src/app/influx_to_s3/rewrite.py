@@ -358,11 +358,13 @@ def _replace(
     if context.dry_run:
         return report
     version, size_bytes = (base.version, base.size_bytes) if base is not None and is_done else ("", 0)
+    summaries: Sequence[Any] = ()
     folded = max(base.folded if base is not None else 0, *held)
     if not is_done:
         with closing(sink.noted(sink.encode(batch.device, window, batch), folded)) as encoded:
             version = sink.put(key, encoded, base.version if base else None, closing=True)
             size_bytes = encoded.size_bytes
+            summaries = pipeline.summarise(encoded, key, version) if pipeline.summarise else ()
         log.info("%s: rewritten, %d rows", key, batch.rows)
     deltas = [keys[part] for part in held if part]
     if record is not None and (record.version, record.digest) != (version, batch.digest):
@@ -377,7 +379,7 @@ def _replace(
             source_digest=record.source_digest if is_confirmed else "",
             folded=folded,
         )
-        commit = Commit((after,), folded=(window,) if deltas else ())
+        commit = Commit((after,), folded=(window,) if deltas else (), summaries=summaries)
         pipeline.checkpoints.commit(pipeline.name, batch.device, commit, context.lease)
     delete_deltas(pipeline, deltas)
     return report + Report(bytes=0 if is_done else size_bytes)

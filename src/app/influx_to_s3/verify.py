@@ -12,11 +12,12 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from app.core.errors import Permanent
-from app.core.pipeline import Checkpoints, Pipeline, Record
+from app.core.pipeline import Pipeline, Record
 from app.core.repair import heal_window, look
 from app.core.runs import Context, Report, Stop
 from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
 from app.core.windows import DAY_SECONDS, Window, floor_to
+from app.db.checkpoints import SqlCheckpoints
 from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
 from app.influx_to_s3.reader import QueryTooLarge, RawCells
 from app.influx_to_s3.row_batch import RowBatch, computed_from
@@ -267,7 +268,7 @@ class ExportChart:
 
     name: str
     opened: Callable[[Stop], ExportEnds]
-    checkpoints: Checkpoints
+    checkpoints: SqlCheckpoints
     grace_seconds: float
 
     def partitions(self) -> Sequence[str]:
@@ -281,7 +282,9 @@ class ExportChart:
         windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
         if not windows:
             return ()
-        moment = Moment(now, self.grace_seconds, self.checkpoints.cursors(self.name).get(partition))
+        retired = self.checkpoints.retired(self.name, partition, Window(windows[0].start, now))
+        cursor_at = self.checkpoints.cursors(self.name).get(partition)
+        moment = Moment(now, self.grace_seconds, cursor_at, retired=retired)
         listed, records = looked(ends.pipeline, ends.sink, partition, windows)
         found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
         return cells_of(windows, records, found, moment)

@@ -117,21 +117,12 @@ class _Look:
             return _Noted(start, end)  # it was asked already, and says nothing
         else:
             self.is_whole = False
-            info = self.head(f"{self.folder}export_{_time(start)}.{self.suffix}")
+            named = f"{start // 3600:02d}{start // 60 % 60:02d}{start % 60:02d}"
+            info = self.head(f"{self.folder}export_{named}.{self.suffix}")
             if info is None or noted_window(info) != window:
                 return _Noted(start, end)
-        return _Noted(start, end, folded_in(info))
-
-
-def folded_in(info: ObjectInfo) -> int:
-    """The highest delta whose rows the object holds, as its writer noted."""
-    folded = info.metadata.get("folded", "")
-    return int(folded) if folded.isdigit() else 0
+        return _Noted(start, end, info.number("folded") or 0)
 
 
 def _second(hours: str, minutes: str, seconds: str) -> int:
     return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
-
-
-def _time(second: int) -> str:
-    return f"{second // 3600:02d}{second // 60 % 60:02d}{second % 60:02d}"

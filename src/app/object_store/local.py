@@ -10,7 +10,6 @@ below the root is followed. What has no place in a plain file is kept below `.he
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -144,6 +143,7 @@ class LocalDirectory:
             except OSError:
                 self._prune(path.parent)
                 raise
+            # Only now it is certain what the file system made of the name.
             self._check_name(key, written=path)
             return etag
 
@@ -170,6 +170,7 @@ class LocalDirectory:
             return None
         with _translated(key):
             try:
+                # The ETag is that of the link: by now the name may lead to a later version.
                 target.hardlink_to(path)
             except ABSENT:
                 return None
@@ -359,14 +360,14 @@ class LocalDirectory:
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    from filelock import lock_descriptor
+
     deadline = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(POLL_SECONDS)
-    held = f"another process has held {path} for over {LOCK_SECONDS} s"
-    raise Transient(held, "find it with `fuser` on that file")
+    while not lock_descriptor(descriptor, blocking=False):
+        if time.monotonic() >= deadline:
+            held = f"another process has held {path} for over {LOCK_SECONDS} s"
+            raise Transient(held, "find it with `fuser` on that file")
+        time.sleep(POLL_SECONDS)
 
 
 def _etag(found: os.stat_result) -> str:
@@ -448,11 +449,11 @@ def _refusal(text: str, number: int | None) -> AppError:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Permanent(text, "let the service's user write to the object directory, or set DATA_DIR")
         case errno.EIO:
-            return Permanent(text, "the disk failed: check the kernel's log")
+            return Permanent(text, "check the kernel's log: the disk failed")
         case errno.EISDIR | errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
-            return Rejected(text, "another object's key has this key as a folder, or the other way round: rename one")
+            return Rejected(text, "rename one: another object's key has this key as a folder, or the other way round")
         case errno.ENAMETOOLONG | errno.EINVAL | errno.EILSEQ:
-            return Rejected(text, "this file system cannot hold such a name: shorten each segment to 255 bytes")
+            return Rejected(text, "shorten each segment to 255 bytes: this file system cannot hold such a name")
         case _:
             return Transient(text, "check the disk that holds the object directory")
 

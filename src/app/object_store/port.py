@@ -48,6 +48,11 @@ class ObjectInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def number(self, name: str) -> int | None:
+        """A whole number that its writer noted in the metadata; None for what a person put there."""
+        text = self.metadata.get(name, "")
+        return int(text) if text.isascii() and text.isdigit() else None
+
 
 @dataclass(frozen=True, slots=True)
 class ListingBatch:
@@ -327,6 +332,7 @@ def page_of(found: Iterable[ObjectInfo], question: PageRequest) -> Page:
     for rolled, group in groupby(found, lambda info: _rolled(info.key, question)):
         for info in group:
             name = rolled or info.key
+            # In bytes, which is the order of the listing.
             if name.encode() <= after:
                 continue
             if len(objects) + len(prefixes) == question.limit:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from threading import Lock
 from typing import Any
 
+from app.core.runs import current_run
+
 PUT, LIST, GET, DELETE, READ_UNIT = "put", "list", "get", "delete", "read_unit"
 
 LISTS = frozenset(
@@ -26,16 +28,20 @@ def kind_of(operation: str) -> str:
 
 
 class RequestCounter:
-    """Sums by kind since they were last taken. Safe from several threads."""
+    """Sums by kind since they were last taken, in all and for each run that goes on. Safe from several threads."""
 
     def __init__(self) -> None:
         self._counts = defaultdict[str, float](float)
+        self._of_runs = defaultdict[str, defaultdict[str, float]](lambda: defaultdict(float))
         self._lock = Lock()
 
     def add(self, kind: str, number: float = 1) -> None:
         """Count requests, or read units, which may be fractions."""
+        run_id = current_run.get()
         with self._lock:
             self._counts[kind] += number
+            if run_id:
+                self._of_runs[run_id][kind] += number
 
     def count_sent(self, event_name: str, **_: Any) -> None:
         """An S3 request on its way, as the SDK's event `before-send.s3.<Operation>`; changes nothing about it."""
@@ -46,3 +52,8 @@ class RequestCounter:
         with self._lock:
             taken, self._counts = dict(self._counts), defaultdict(float)
         return taken
+
+    def take_run(self, run_id: str) -> dict[str, float]:
+        """What was counted for a run, once it has come to its end."""
+        with self._lock:
+            return dict(self._of_runs.pop(run_id, {}))

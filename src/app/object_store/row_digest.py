@@ -38,6 +38,7 @@ def content_of(rows: "Iterable[Mapping[str, str]]") -> Content:
         cells = {
             name: [(row.get(name) or "").encode("utf-8", "surrogatepass") or None for row in step] for name in names
         }
+        # Bytes, since text of a file may hold what is no Unicode.
         columns = {name: pa.array(some, pa.binary()) for name, some in cells.items()}
         total += content_of_tables([pa.table(columns or {"": pa.nulls(len(step), pa.binary())})])
     return total
@@ -120,6 +121,7 @@ def value_bits(column: Any, *, hashed: "Callable[[str | bytes], int] | None" = N
         return truth.astype(np.uint64) ^ np.uint64(TRUTH), valid
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return _number_bits(array.fill_null(pa.scalar(0).cast(array.type)).to_numpy()), valid
+    # Dates, decimals and the like are compared by their text.
     if not pa.types.is_binary(array.type):
         array = array.cast(pa.string())
     return text_bits(array, hashed or text_hash), valid

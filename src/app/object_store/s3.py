@@ -8,7 +8,6 @@ real server.
 
 import io
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
+from app.core.network import SharedClient
 from app.object_store.port import (
     STORAGE_CLASS,
     TAG_COUNT,
@@ -93,8 +93,7 @@ class S3Store:
         self.probe_key = check_key(probe_key)
         self._honours: bool | None = None
         self._bucket_seen = False
-        self._lock = threading.Lock()
-        self._made: Any = None
+        self.client = SharedClient(self._make)
 
     @property
     def conditional(self) -> bool:
@@ -103,10 +102,7 @@ class S3Store:
 
     def close(self) -> None:
         """Close idle connections. The store may be used again afterwards."""
-        with self._lock:
-            client, self._made = self._made, None
-        if client is not None:
-            client.close()
+        self.client.close()
 
     def probe(self) -> None:
         """List, write, and try each condition on the probe object.
@@ -117,6 +113,7 @@ class S3Store:
         self._see_bucket(self.probe_key.rpartition("/")[0])
         _, etag = self._probed({})
         try:
+            # A store that ignores conditions takes the wrong ones; one that knows none refuses the right one as well.
             self._honours = (
                 self._probed({"IfNoneMatch": "*"})[0] == HTTPStatus.PRECONDITION_FAILED
                 and self._probed({"IfMatch": OTHER_ETAG})[0] == HTTPStatus.PRECONDITION_FAILED
@@ -178,6 +175,7 @@ class S3Store:
     def open(self, key: str, etag: str | None = None) -> Iterator[BinaryIO | None]:
         """GetObject. A body that breaks off is asked for from there on, under the condition of the same ETag."""
         entry = self._entry(key)
+        # Of an odd key, the version that the listing showed: the store may take the key for another one.
         version = entry.etag if entry is not None and etag is None else etag
         answer = self._asked("get_object", key, **({} if version is None else {"IfMatch": version}))
         if answer is None:
@@ -242,20 +240,17 @@ class S3Store:
         if found != expected:
             raise Conflict(f"{key}: expected {expected or 'no object'}, found {found or 'none'}", AGAIN_HINT)
 
-    def client(self) -> Any:
-        """The SDK's client, made on first use and shared by all threads."""
-        with self._lock:
-            if self._made is None:
-                self._made = make_client(self.target)
-                # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
-                self._made.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
-            return self._made
-
     @contextmanager
     def translated(self, what: str, *, replaces: bool = False) -> Iterator[None]:
         """See `translated` below."""
         with translated(what, self.target, replaces=replaces):
             yield
+
+    def _make(self) -> Any:
+        client = make_client(self.target)
+        # In this form it comes before the SDK's own handler, which parses the whole body to look for an error.
+        client.meta.events.register_first("before-parse.*.ListObjectsV2", take_entries)
+        return client
 
     def _entry(self, key: str) -> ObjectInfo | None:
         """What a listing says of a key that no new object may have; None for every other key. Raises BadKey when it
@@ -274,6 +269,7 @@ class S3Store:
         answer = self._asked("get_object", key, IfMatch=etag, Range=f"bytes={position}-{last}")
         if answer is None:
             raise Conflict(f"{key}: was deleted while it was read", AGAIN_HINT)
+        # A whole body in place of the rest would double what was read already.
         if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
             answer["Body"].close()
             raise Transient(f"{key}: the store ignores Range", REACH_HINT)

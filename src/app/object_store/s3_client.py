@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -20,6 +21,7 @@ from xml.etree import ElementTree as ET
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.network import CA_HINT
+from app.core.retry import asked_seconds
 from app.object_store.port import ListingBatch, ObjectInfo
 from app.object_store.request_counts import RequestCounter
 
@@ -205,9 +207,9 @@ def _answered(what: str, error: Any, target: S3Target) -> AppError:
         return Permanent(f"bucket {target.bucket!r} does not exist at {target.endpoint_url or 'AWS'}", BUCKET_HINT)
     if code in REFUSED:
         return Rejected(text, "change the key or the object; an archived object has to be restored first")
+    # 502, 503 and 504 come from proxies as well, which say nothing about the object.
     if code in PASSING or status in PASSING_STATUS or status > HTTPStatus.NOT_IMPLEMENTED:
-        wait = headers.get("retry-after", "")
-        return Transient(text, AGAIN_HINT, retry_after_seconds=float(wait) if wait.isdecimal() else None)
+        return Transient(text, AGAIN_HINT, retry_after_seconds=asked_seconds(headers.get("retry-after", "")))
     region = headers.get("x-amz-bucket-region", target.region)
     if region != target.region:
         return Permanent(f"{text}; bucket {target.bucket!r} is in {region}", f"set S3_REGION to {region}")
@@ -389,9 +391,10 @@ def _side_by_side(ask: Ask, queries: Sequence[ListQuery]) -> Iterator[tuple[List
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="listing") as pool:
         running: dict[Any, ListQuery] = {}
         while waiting or running:
+            # Bounded: each page on its way holds up to a thousand entries.
             while waiting and len(running) < AT_ONCE:
                 query = waiting.popleft()
-                running[pool.submit(ask, query)] = query
+                running[pool.submit(copy_context().run, ask, query)] = query
             done = wait(running, return_when=FIRST_COMPLETED).done.pop()
             query, page = running.pop(done), done.result()
             further = following(page, query)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -149,6 +150,7 @@ class S3Transfers:
     def _assembled(self, key: str, put: Put, fill: "Callable[[_Assembly], Any]") -> Stored:
         """What `fill` put together, under a mark that tells the object of this very write from any other."""
         check_key(key)
+        # When the answer of the last step is lost, the mark on what is there tells whether the step was done.
         put = replace(put, metadata={**put.metadata, MARK: uuid4().hex})
         check_headers(key, put)
         with ExitStack() as stack:
@@ -243,7 +245,7 @@ class PartDesk:
         self._parts.acquire()
         with ExitStack() as undo:
             undo.callback(self._parts.release)
-            future = self._threads.submit(call)
+            future = self._threads.submit(copy_context().run, call)
             undo.pop_all()
         future.add_done_callback(lambda _: self._parts.release())
         return future
@@ -281,6 +283,7 @@ class S3Parts:
             "CopySourceIfMatch": held.etag,
         }
         self._start("upload_part_copy", source)
+        # The first copy tells whether the store knows how; its answer is waited for.
         if self._desk.copies is None:
             self._desk.copies = self._sent[-1].result() is not None
             if not self._desk.copies:
@@ -312,6 +315,7 @@ class S3Parts:
 
     def complete(self, size_bytes: int, *, guarded: bool) -> Stored:
         """Make the parts the object. `guarded`: the store is known to compare the version by itself."""
+        # What one of the parts met is raised here, before anything is replaced.
         parts = [future.result() for future in self._sent]
         expected = self._put.expected
         with nullcontext() if expected is None else self._desk.completing(self._key):

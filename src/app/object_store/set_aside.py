@@ -11,14 +11,15 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 from urllib.parse import quote
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
-from app.core.ledger import SetAside, sampled
+from app.core.ledger import KeptFile, SetAside, sampled
+from app.core.runs import Run
 from app.object_store.port import ObjectInfo, ObjectStore, Put
 
 FOLDER = "_set_aside"
@@ -37,6 +38,7 @@ MAX_NAME_CHARACTERS = 500
 READ_BYTES = 1 << 20
 ATTEMPTS = 3
 REST_SECONDS = 30.0
+CLOCKS_APART = timedelta(seconds=2)
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class SetAsideStore:
         """
         key = self.key_of(name, content_type=content_type, reason=reason)
         given = _read(content, self._max_bytes, by_line=content_type in BY_LINE)
+        # A store that does not answer takes its time at each window: after one failure it is left alone for a while.
         if self._monotonic() >= self._resting_until:
             try:
                 return Kept(reason, number, self._write(key, given, content_type, reason, number), sample, key)
@@ -141,6 +144,13 @@ class SetAsideStore:
             self._store.delete(key)
         return len(old)
 
+    def kept_by(self, run: Run) -> Sequence[KeptFile]:
+        """The objects that were last written during a run, by key. Raises what the store raises."""
+        since, start = run.started_at - CLOCKS_APART, len(self._folder) + 1
+        until = (run.ended_at or datetime.max.replace(tzinfo=UTC) - CLOCKS_APART) + CLOCKS_APART
+        infos = self._store.list(f"{self._folder}/")
+        return [KeptFile(i.key[start:], i.size_bytes, i.key) for i in infos if since <= i.modified_at <= until]
+
     def _write(self, key: str, given: _Content, content_type: str, reason: str, number: int) -> int:
         """Write what the object does not hold yet; how much is new. Raises what the store raises."""
         attempts_left = ATTEMPTS
@@ -155,7 +165,7 @@ class SetAsideStore:
                 if content_type in BY_LINE:
                     return self._add(there, given, Put(content_type), reason, number)
                 self._put(key, given, Put(content_type, _metadata(given, reason, number), there.etag))
-                return max(number - _number_of(there), 0)
+                return max(number - (there.number("number") or 0), 0)
             except Conflict:  # another process keeps rows of the same window: unite with what it wrote
                 attempts_left -= 1
                 if not attempts_left:
@@ -167,12 +177,13 @@ class SetAsideStore:
             held = b"" if stream is None else _ended(stream.read())
         added = _lines_beyond(held, given.body)
         was_cut = there.metadata.get("cut") == "yes"  # then it cannot be told which lines it stands for
-        new = min(max(number - _number_of(there), 0 if was_cut else len(added)), number)
+        before = there.number("number") or 0
+        new = min(max(number - before, 0 if was_cut else len(added)), number)
         if new:
             body = _cut(held + b"".join(added), max(self._max_bytes, len(held)), by_line=True)
             is_cut = was_cut or given.is_cut or len(body) < len(held) + sum(map(len, added))
             united = _Content(body, given.digest, is_cut)
-            metadata = _metadata(united, reason, _number_of(there) + new)
+            metadata = _metadata(united, reason, before + new)
             self._put(there.key, united, replace(put, metadata=metadata, expected=there.etag))
         return new
 
@@ -223,12 +234,6 @@ def _metadata(content: _Content, reason: str, number: int) -> dict[str, str]:
     said = reason.encode("ascii", "backslashreplace").decode().strip()
     cut = {"cut": "yes"} if content.is_cut else {}
     return {"reason": said[:MAX_PART_CHARACTERS], "number": str(number), "digest": content.digest, **cut}
-
-
-def _number_of(there: ObjectInfo) -> int:
-    """How many values an object says that it holds; none when a person put it there."""
-    said = there.metadata.get("number", "")
-    return int(said) if said.isascii() and said.isdigit() else 0
 
 
 def _encoded(part: str) -> str:

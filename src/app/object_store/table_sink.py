@@ -8,7 +8,6 @@ digest and rows of its content.
 
 import csv
 import io
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -16,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from app.core.errors import Conflict, Permanent, Rejected
+from app.core.files import temporary_file
 from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.object_store.deltas import folded_in, named_second, noted_window, unfolded
+from app.object_store.deltas import named_second, noted_window, unfolded
 from app.object_store.port import CONTROL, STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
 
 if TYPE_CHECKING:
@@ -60,6 +60,16 @@ class TableBatch(Batch, Protocol):
         """The rows with `output_schema`, in order, in tables of moderate size."""
 
 
+class TableSummary(Protocol):
+    """Sums of the rows of an object, taken while they are written."""
+
+    def add(self, table: "pa.Table") -> None:
+        """Rows as they are written, with their instants in nanoseconds and in order of these."""
+
+    def facts(self, key: str, etag: str, size_bytes: int) -> Any:
+        """What is known of the object in the version that it got; None for nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
     """An object's bytes in memory or an unnamed temporary file, with the metadata that says what they are."""
@@ -68,6 +78,7 @@ class EncodedFile:
     size_bytes: int
     content_type: str
     metadata: Mapping[str, str]
+    sums: "TableSummary | None" = None
 
     @property
     def write(self) -> str:
@@ -85,6 +96,7 @@ class TableSink:
 
     `run` and a counter name each write inside the bytes, so that no two writes share a version. `cursors`: what was
     committed of each partition when the run began, from which a lost cursor can be found again.
+    `summed(schema, format)` takes sums of the rows of an object.
     """
 
     store: ObjectStore
@@ -97,6 +109,7 @@ class TableSink:
     run: str = ""
     cursors: Mapping[str, datetime] = field(default_factory=dict)
     storage_class: str = ""
+    summed: Callable[["pa.Schema", str], TableSummary] | None = None
     writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
@@ -157,6 +170,7 @@ class TableSink:
         if info is None:
             return None
         second, noted = named_second(key), noted_window(info)
+        # What somebody copied here from another window has that window's digest and rows in its metadata.
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
@@ -175,6 +189,7 @@ class TableSink:
             if key.endswith(".parquet"):
                 yield from _readable(key, _parquet_tables(file))
             else:
+                # A CSV object has no schema: what it lacks is noted beside it.
                 held = self.head(key)
                 mark = CSV_ROWS if held and held.tags == ALL_TAGS else {**CSV_ROWS, **LOST_TAGS}
                 for table in _readable(key, _csv_tables(file)):
@@ -197,19 +212,22 @@ class TableSink:
         file = self._temporary()
         with ExitStack() as undo:
             undo.callback(file.close)
+            rows = batch.output()
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
                 in_microseconds = layout.timestamp_unit == "us"
                 schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
-                rows = batch.output()
+                sums = self.summed(schema, layout.format) if self.summed else None
+                rows = _noted(rows, sums)
                 if in_microseconds:
                     rows = (stored(table, with_nanos=batch.has_nanos) for table in rows)
                 _write_parquet(file, rows, schema.with_metadata(described), self.dictionary)
             else:
-                _write_csv(file, batch)
+                sums = self.summed(batch.output_schema, layout.format) if self.summed else None
+                _write_csv(file, batch.output_schema.names, _noted(rows, sums))
             size_bytes = file.seek(0, 2)
             undo.pop_all()
-        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata)
+        return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata, sums)
 
     def put(self, key: str, encoded: EncodedFile, expected: str | None, *, closing: bool = False) -> str:
         """Compare-and-swap: see `app.core.pipeline.Sink`. Only a closing write takes `storage_class`: stores bill at
@@ -221,9 +239,7 @@ class TableSink:
 
     def _temporary(self) -> BinaryIO:
         self.spool_directory.mkdir(parents=True, exist_ok=True)
-        folder = str(self.spool_directory)
-        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - who asked for it closes it
-        return cast("BinaryIO", file)
+        return temporary_file(self.spool_directory, MEMORY_BYTES)
 
 
 def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
@@ -258,13 +274,12 @@ def check_device(device: str) -> None:
 
 def held_of(info: ObjectInfo) -> Held:
     """What an object's metadata says; an object that a person put there says nothing."""
-    rows = info.metadata.get("rows", "")
     return Held(
         version=info.etag,
         digest=info.metadata.get("digest", ""),
         write=info.metadata.get("write", ""),
-        folded=folded_in(info),
-        rows=int(rows) if rows.isdigit() else None,
+        folded=info.number("folded") or 0,
+        rows=info.number("rows"),
         size_bytes=info.size_bytes,
         tags=info.metadata.get("tags", ""),
     )
@@ -317,6 +332,13 @@ def in_nanoseconds(table: "pa.Table") -> "pa.Table":
     return table.set_column(index, TIMESTAMP, pa.array(instants).view(pa.timestamp("ns", "UTC")))
 
 
+def _noted(rows: "Iterator[pa.Table]", sums: TableSummary | None) -> "Iterator[pa.Table]":
+    for table in rows:
+        if sums is not None:
+            sums.add(table)
+        yield table
+
+
 def _write_parquet(
     file: BinaryIO, rows: "Iterator[pa.Table]", schema: "pa.Schema", dictionary: tuple[str, ...]
 ) -> None:
@@ -354,7 +376,7 @@ def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
         yield pa.concat_tables(waiting)
 
 
-def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
+def _write_csv(file: BinaryIO, names: Sequence[str], rows: "Iterator[pa.Table]") -> None:
     """RFC 4180 with LF; timestamps in ISO 8601 with nanoseconds and Z; null and empty text are both an empty cell."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -362,9 +384,9 @@ def _write_csv(file: BinaryIO, batch: TableBatch) -> None:
 
     options = pacsv.WriteOptions(include_header=False, quoting_style="needed")
     header = io.StringIO(newline="")
-    csv.writer(header, lineterminator="\n").writerow(batch.output_schema.names)
+    csv.writer(header, lineterminator="\n").writerow(names)
     file.write(header.getvalue().encode())
-    for table in batch.output():
+    for table in rows:
         for index, column in enumerate(table.schema):
             if pa.types.is_timestamp(column.type):
                 text = pc.strftime(table.column(index), format="%Y-%m-%dT%H:%M:%SZ", locale="C")

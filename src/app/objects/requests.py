@@ -150,7 +150,8 @@ def _named(given: str, etag: str, *, weak: bool) -> bool:
 @dataclass(frozen=True, slots=True)
 class Reach:
     """`allowed` prefixes of the routes and `own` of the caller, "" and none = all; under `read_only` nobody writes, and
-    under `exports`, which is the same place also where the routes may write it, no key of an odd form is deleted.
+    under `exports`, which is the same place also where the routes may write it, no key of an odd form is deleted. Under
+    `table` nobody ever writes: a file of a table that is replaced in place gives wrong counts in silence.
 
     Each holds for every key that a store could take the given one for: a backslash must not lead out of a prefix, or
     into one.
@@ -160,6 +161,7 @@ class Reach:
     read_only: str | None = None
     own: str = ""
     exports: str | None = None
+    table: str | None = None
 
     def reads(self, key: str) -> str:
         """`key`, of whatever form: the store looks whether it has exactly that one. Raises NotServed."""
@@ -191,6 +193,9 @@ class Reach:
 
     def _changes(self, key: str) -> str:
         self.reads(key)
+        if self.table is not None and _is_below(self.table, key):
+            message = f"{self.table} is where the table of closed days lies, and read-only here"
+            raise NotServed(403, message, "choose another key", fault="key")
         if self.read_only is not None and _is_below(self.read_only, key):
             raise NotServed(
                 403,

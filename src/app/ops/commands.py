@@ -99,12 +99,11 @@ def check(service: BuiltService, *, settings: bool, as_json: bool) -> int:
             line(f"warning: {warning}")
         if unread:
             line(f"note: .env has names that Headwater does not read: {', '.join(unread)}")
-        every = {job.name: f"every {job.interval_seconds} s" for job in service.pipelines.jobs}
         states = (
-            (job.name, f"off: {job.off}" if job.off else every[job.name], "" if job.off else where.get(job.name, ""))
+            (job.name, "off" if job.off else f"every {job.interval_seconds} s", job.off or where.get(job.name, ""))
             for job in service.pipelines.jobs
         )
-        table(("job", "state", "delivers to"), states)
+        table(("job", "state", "delivers to, or how to switch it on"), states)
         rows = [
             (
                 each.title,
@@ -433,7 +432,7 @@ def _waited_for(job: Job, desk: RunDesk, stop: Stop, tally: ProgressTally, *, dr
     start watching again.
     """
     give_up_at, watched = time.monotonic() + job.busy_seconds, False
-    while (run := execute(job, desk, stop, tally, dry_run=dry_run)) is None:
+    while (run := execute(job, desk, stop, tally, started_by="command line", dry_run=dry_run)) is None:
         seconds = 0.0 if watched else desk.leases.watch_seconds(job.name, desk.terms.ttl_seconds)
         if seconds:
             watched = True

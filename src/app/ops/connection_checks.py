@@ -6,8 +6,7 @@ Invariant: what is tried leaves nothing behind, and a right that is missing is n
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from app.config.settings import Settings
 from app.core.errors import AppError, Permanent
@@ -132,20 +131,8 @@ def webhook(settings: Settings) -> Iterator[System]:
     yield System("webhook", "webhook", "ALERT_WEBHOOK_URL", check)
 
 
-class InboxFolders(Protocol):
-    """Where the inbox looks for files, and what it merges them into."""
-
-    @property
-    def watch_dir(self) -> Path:
-        """The folder of new files."""
-
-    @property
-    def merged_file(self) -> Path:
-        """The master."""
-
-
-def destinations(settings: Settings, inbox: InboxFolders) -> Mapping[str, str]:
-    """Where the rows of each pipeline end up, for people."""
+def destinations(settings: Settings) -> Mapping[str, str]:
+    """Where the rows of each pipeline end up that has no configuration of its own, for people."""
     export, drive, s3, data_dir = settings.export, settings.drive, settings.s3, settings.service.data_dir.absolute()
     root = f"s3://{s3.bucket}" if s3.bucket else str(data_dir / "objects")
     file = f"{drive.csv_name_prefix}_YYYYMMDD_HH.csv"
@@ -155,7 +142,6 @@ def destinations(settings: Settings, inbox: InboxFolders) -> Mapping[str, str]:
     return {
         "influx_to_s3": f"{root}/{tree}",
         "dynamo_to_drive": f"Google Drive folder {folder}: {file}" if is_on_drive else str(data_dir / "drive" / file),
-        "csv_inbox": f"{inbox.watch_dir.absolute()}/*.csv into {inbox.merged_file.absolute()}",
         "amplitude": f"{root}/amplitude/ and /dwh",
         "appmetrica": f"{root}/appmetrica/ and /dwh",
     }

@@ -198,11 +198,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class MapFault:
-    """A window that a listing showed to be missing, partly missing or changed."""
+    """A window that a listing showed to be missing, partly missing or changed; `seen_at`: the first that did."""
 
     partition: str
     window: Window
     letter: str
+    seen_at: datetime
 
 
 @dataclass
@@ -246,6 +247,10 @@ class DeliveryMaps:
     def faults(self, job: str) -> Sequence[MapFault]:
         """What the latest listings of a job showed."""
         return self._faults.get(job, ())
+
+    def gone_since(self, job: str) -> Mapping[tuple[str, datetime], datetime]:
+        """When a listing first showed that something is wrong with a window, by partition and start."""
+        return {(each.partition, each.window.start): each.seen_at for each in self.faults(job)}
 
     def forget(self, job: str) -> None:
         """List the destination of `job` again next time: something was changed there."""
@@ -379,13 +384,18 @@ class DeliveryMaps:
 
     def _note(self, job: str, line: Line, span: Window) -> None:
         """The faults of one partition within `span` are those that its listing shows now."""
+        now, before = self._clock(), self.faults(job)
         kept = [
             each
-            for each in self.faults(job)
+            for each in before
             if each.partition != line.partition or not span.start <= each.window.start < span.end
         ]
-        now = [(cell.window, letter_of(cell)) for cell in line.cells]
-        self._faults[job] = kept + [MapFault(line.partition, window, each) for window, each in now if each in "mpc"]
+        seen = {each.window: each.seen_at for each in before if each.partition == line.partition}
+        self._faults[job] = kept + [
+            MapFault(line.partition, cell.window, letter_of(cell), seen.get(cell.window, now))
+            for cell in line.cells
+            if letter_of(cell) in "mpc"
+        ]
 
     def _listed(self, job: str, chart: Chart, cells: MapCells) -> DeliveryMap:
         now = self._clock()

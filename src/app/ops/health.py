@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from app.core.errors import AppError
-from app.ops.scheduler import Scheduler
 
 # Whether the systems outside can be reached, looked at in the background, so that an answer costs nothing.
 #
@@ -105,12 +104,24 @@ class ProbeAnswer:
     body: Mapping[str, Any]
 
 
+class Turning(Protocol):
+    """What does the work. No I/O."""
+
+    @property
+    def turning(self) -> bool:
+        """False when only a restart helps."""
+
+    @property
+    def running(self) -> bool:
+        """True from the start until a stop was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Probes:
     """What the two probes look at."""
 
     version: str
-    scheduler: Scheduler
+    scheduler: Turning
     readiness: Readiness
     clock: Callable[[], datetime]
 

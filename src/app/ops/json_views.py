@@ -186,6 +186,7 @@ MAYBE_TEXT: Schema = {"anyOf": [TEXT, {"type": "null"}]}
 MAYBE_INSTANT: Schema = {"anyOf": [INSTANT, {"type": "null"}]}
 MAYBE_NUMBER: Schema = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 ANYTHING: Schema = {"type": "object"}
+NUMBERS: Schema = {"type": "object", "additionalProperties": {"type": "number"}}
 RUNS = _object(
     {
         "count": WHOLE,
@@ -202,7 +203,12 @@ WRITTEN = _object(
         **dict.fromkeys(("rows", "bytes"), WHOLE),
         "object": TEXT,
         "written_at": INSTANT,
+        "gone_since": {**MAYBE_INSTANT, "description": "When a listing first showed that it is missing or changed."},
     }
+)
+KEPT = _object(
+    {"files": _list(_object({"name": TEXT, "bytes": WHOLE, "href": TEXT, "needs": TEXT})), "total": WHOLE},
+    "At most 100 files; `needs` is the scope that may read at `href`.",
 )
 NEIGHBOUR = {"anyOf": [_object({"run_id": TEXT, "started_at": INSTANT, "outcome": TEXT}), {"type": "null"}]}
 RUN_DETAIL = _object(
@@ -210,6 +216,8 @@ RUN_DETAIL = _object(
         **RUN["properties"],
         "helper_of": MAYBE_TEXT,
         "interval_seconds": {"anyOf": [WHOLE, {"type": "null"}]},
+        "started_by": {**TEXT, "description": "schedule, command line, or who asked for it."},
+        "requests": {**NUMBERS, "description": "Requests that are charged for, by kind: put, list, get, read_unit."},
         "written": {
             "type": "array",
             "items": WRITTEN,
@@ -250,9 +258,11 @@ SUMMARY = _object(
         "checked_at": {**MAYBE_INSTANT, "description": "When both ends were compared last."},
         "problems": {**_list(PROBLEM), "description": "The worst first, at most 50."},
         "problems_total": WHOLE,
+        "bill": {**MAYBE_TEXT, "description": "What requests cost a month at the rate of the last days."},
         **dict.fromkeys(("day_starts_at", "hours_start_at"), INSTANT),
         "jobs": {**_list(ANYTHING), "description": "State, lag, new rows, and the last day in one letter an hour."},
-    }
+    },
+    "With SCALE_ENGINE=procrastinate also `scale`: workers, what waits for one by queue, shards and those that go on.",
 )
 MAP_ROW = _object({"name": TEXT, "cells": TEXT, "lag_seconds": MAYBE_NUMBER, "error": TEXT})
 MAP_GROUP = _object({**dict.fromkeys(("first", "last", "cells"), TEXT), **dict.fromkeys(("count", "problems"), WHOLE)})
@@ -280,6 +290,7 @@ MAP_WINDOW = _object(
         "object": TEXT,
         "delivered_at": MAYBE_INSTANT,
         "run_id": MAYBE_TEXT,
+        "gone_since": MAYBE_INSTANT,
     }
 )
 MAP_WINDOWS = _object({"job": TEXT, "partition": TEXT, "windows": _list(MAP_WINDOW)})

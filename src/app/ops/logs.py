@@ -146,7 +146,7 @@ def _summary(bucket: _Bucket) -> logging.LogRecord:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FILE_BYTES, FILES_KEPT = 1_000_000, 5
+FILE_BYTES = 1_000_000
 OURS = ("headwater-stdout", "headwater-file")
 OWNER_ONLY = 0o600
 MESSAGE_CHARACTERS, TRACE_CHARACTERS = 8000, 6000
@@ -279,10 +279,13 @@ def configure(
     log_format: str,
     log_file: Path | None,
     *,
+    log_files: int = 5,
     secrets: Sequence[str] = (),
     stream: TextIO | None = None,
 ) -> None:
     """Send every record to stdout (or `stream`) and to the file; may be called again. Raises BadSettings for the file.
+
+    `log_files`: how many older ones are kept beside it.
 
     `log_format` auto is text on a terminal and JSON elsewhere; the file holds JSON unless text was asked for.
     """
@@ -291,7 +294,7 @@ def configure(
     text_out = log_format == "text" or (log_format == "auto" and out.isatty())
     handlers: list[logging.Handler] = [logging.StreamHandler(out)]
     if log_file is not None:
-        handlers.append(_rotating(log_file))
+        handlers.append(_rotating(log_file, log_files))
     release()
     for name, handler, text in zip(OURS, handlers, (text_out, log_format == "text"), strict=False):
         handler.setFormatter(TextLines(redact) if text else JsonLines(redact))
@@ -345,10 +348,10 @@ class _OwnersFile(RotatingFileHandler):
         return file
 
 
-def _rotating(path: Path) -> logging.Handler:
+def _rotating(path: Path, kept: int) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+        return _OwnersFile(path, maxBytes=FILE_BYTES, backupCount=kept, encoding="utf-8")
     except OSError as error:
         fault = f"LOG_FILE={str(path)!r}: {error.strerror}; allowed: a file that can be written, or off"
         raise BadSettings([fault]) from error

@@ -13,11 +13,12 @@ from app.core.ledger import Ledger
 from app.core.pipeline import FOREIGN, MISSING
 from app.core.runs import LedgerTotal, Outcome, Total
 from app.ops.json_views import Calls
-from app.ops.scheduler import JobView
+from app.ops.scheduler import JobView, Workload
 
 PARTITIONS = 100
 
 Labels = Mapping[str, str]
+Samples = Sequence[tuple[Labels, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Series:
     name: str
     kind: str
     about: str
-    samples: Sequence[tuple[Labels, float]]
+    samples: Samples
 
 
 def exposition(series: Iterable[Series]) -> str:
@@ -134,6 +135,16 @@ def job_series(views: Sequence[JobView], stale: Collection[str]) -> Iterator[Ser
     yield Series("headwater_job_running", "gauge", "1 while a run of a job goes on in this process.", running)
     silent = [({"job": view.job.name}, float(view.job.name in stale)) for view in able]
     yield Series("headwater_job_stale", "gauge", "1 when no run of a job came to its end in time.", silent)
+
+
+def workload_series(load: Workload) -> Iterator[Series]:
+    """What workers are at, where jobs are sent to a queue."""
+    yield Series("headwater_workers", "gauge", "Workers that live.", [({}, float(load.workers))])
+    queued = [({"queue": name}, float(number)) for name, number in load.waiting.items()]
+    yield Series("headwater_queue_depth", "gauge", "What waits for a worker.", queued)
+    yield Series("headwater_shards", "gauge", "Shards that workers share the export in.", [({}, float(load.shards))])
+    going: Samples = [({}, float(load.shards_running))]
+    yield Series("headwater_shards_running", "gauge", "Shards that a worker works on now.", going)
 
 
 def lag_series(lags: Sequence[tuple[str, str, float]]) -> Iterator[Series]:

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
 from pydantic import AwareDatetime
 
+from app.core.ledger import KeptFile
 from app.core.pipeline import MISSING
 from app.core.runs import Run
 from app.core.verify import Cell
@@ -18,6 +21,7 @@ from app.core.windows import Window
 from app.db.page_queries import NameFilter, SqlPages
 from app.ops.delivery_map import WORDS, DeliveryMap, DeliveryMaps, MapCells, cells_between, cells_of_span, letter_of
 from app.ops.json_views import (
+    KEPT,
     LOG,
     MAP,
     MAP_WINDOWS,
@@ -27,8 +31,9 @@ from app.ops.json_views import (
     instant_text,
     run_shown,
 )
+from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import Scheduler
-from app.ops.summary import HISTORY, Snapshot, problems_of, summary_of
+from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
 from app.ops.verification import Proofs
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused, faults
@@ -40,6 +45,7 @@ MOST_DAYS = 366
 WINDOW_DAYS = 2
 LOG_LINES = 500
 LOG_FILES = 6
+KEPT_FILES = 100
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 NO_LOG = "no line of this run is in the log file: it was rotated away, another process wrote it, or LOG_FORMAT is text"
 History = Callable[[int], Sequence[Mapping[str, Any]]]
@@ -50,13 +56,17 @@ JobName = Annotated[str, Query(max_length=100)]
 
 @dataclass(frozen=True, slots=True)
 class PageParts:
-    """What the routes look at. `unreachable`: by system, error and next step. `log_file` None: no file is written."""
+    """What the routes look at. `unreachable`: by system, error and next step. `log_file` None: no file is written.
+    `kept`: by job, what a run set aside.
+    """
 
     scheduler: Scheduler
     pages: SqlPages
     maps: DeliveryMaps
     proofs: Proofs
     histories: Mapping[str, History]
+    kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]]
+    bill: Callable[[], MonthlyEstimate]
     clock: Callable[[], datetime]
     stale: Callable[[], frozenset[str]]
     ahead_seconds: Callable[[], Mapping[str, float]]
@@ -70,6 +80,7 @@ def build(parts: PageParts) -> APIRouter:
     _summary(router, parts)
     _map(router, parts)
     _run(router, parts)
+    _kept(router, parts)
     return router
 
 
@@ -105,6 +116,7 @@ def seen_now(parts: PageParts, zone: tzinfo, read: Callable[[Snapshot], Any]) ->
                 cells=cells,
                 strips=strips,
                 histories=histories,
+                bill=parts.bill(),
             )
         )
 
@@ -118,6 +130,8 @@ def _summary(router: APIRouter, parts: PageParts) -> None:
     )
     def summary(tz: Zone = "UTC") -> dict[str, Any]:
         found: dict[str, Any] = seen_now(parts, zone_of(tz), summary_of)
+        if parts.scheduler.elsewhere:
+            found["scale"] = asdict(parts.scheduler.elsewhere.look())
         return found
 
     @router.post(
@@ -194,6 +208,7 @@ def _map(router: APIRouter, parts: PageParts) -> None:
     ) -> dict[str, Any]:
         window = bounded(start, end, WINDOW_DAYS)
         cells = parts.maps.partition(job, partition, window)
+        gone = parts.maps.gone_since(job)
         with parts.pages.look() as look:
             of = {"pipeline": job, "partition": partition, "since_at": window.start, "until_at": window.end}
             records: dict[datetime, list[Mapping[str, Any]]] = {}
@@ -204,7 +219,13 @@ def _map(router: APIRouter, parts: PageParts) -> None:
                 found = look.rows("run_at", job=job, at=record["updated_at"]) if record else []
                 return found[0]["run_id"] if found else None
 
-            shown = [_window(cell, records.get(cell.window.start, ()), run_of) for cell in cells]
+            shown = [
+                {
+                    **_window(cell, records.get(cell.window.start, ()), run_of),
+                    "gone_since": instant_text(gone.get((partition, cell.window.start))),
+                }
+                for cell in cells
+            ]
         return {"job": job, "partition": partition, "windows": shown}
 
 
@@ -270,15 +291,17 @@ def _window(
 # ---- one run
 
 
-def _run(router: APIRouter, parts: PageParts) -> None:
-    def found(run_id: str) -> Run:
-        with parts.pages.look() as look:
-            run = look.run(run_id)
-        if run is None:
-            hint = "only the newest 1,000 runs of each job are kept; /ops/runs lists them"
-            raise Refused(Refusal(404, f"no run has the id {run_id[:40]!r}", hint))
-        return run
+def known_run(parts: PageParts, run_id: str) -> Run:
+    """The run of that id. Refuses one that is not kept."""
+    with parts.pages.look() as look:
+        run = look.run(run_id)
+    if run is None:
+        hint = "only the newest RUN_RECORDS runs of each job are kept; /ops/runs lists them"
+        raise Refused(Refusal(404, f"no run has the id {run_id[:40]!r}", hint))
+    return run
 
+
+def _run(router: APIRouter, parts: PageParts) -> None:
     @router.get(
         "/ops/runs/{run_id}",
         openapi_extra=READ,
@@ -286,18 +309,28 @@ def _run(router: APIRouter, parts: PageParts) -> None:
         responses={**answered_with(RUN_DETAIL, "the run"), **faults({404: "no run has this id"})},
     )
     def run_detail(run_id: str) -> dict[str, Any]:
-        run = found(run_id)
+        run = known_run(parts, run_id)
         view = next((each for each in parts.scheduler.views() if each.job.name == run.job), None)
         with parts.pages.look() as look:
             previous, following = look.beside(run)
-            rows = look.written_by(run, (view.job.helper_of if view else "") or run.job)
+            pipeline = (view.job.helper_of if view else "") or run.job
+            rows = look.written_by(run, pipeline)
             same = look.rows("same_error", job=run.job, error=run.error)[0]["runs"] if run.error else 0
         progress = view.status.progress if view and run.ended_at is None else None
+        gone = parts.maps.gone_since(pipeline)
         return {
             **run_shown(run),
             "helper_of": (view.job.helper_of if view else "") or None,
             "interval_seconds": view.job.interval_seconds if view else None,
-            "written": [_written(row) for row in rows],
+            "started_by": run.started_by,
+            "requests": run.requests,
+            "written": [
+                {
+                    **_written(row),
+                    "gone_since": instant_text(gone.get((row["device_id"], row["starts_at"]))),
+                }
+                for row in rows
+            ],
             "seen_in_runs": same,
             "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
             "previous": _neighbour(previous),
@@ -313,12 +346,53 @@ def _run(router: APIRouter, parts: PageParts) -> None:
     def run_log(
         run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"
     ) -> dict[str, Any]:
-        found(run_id)
+        known_run(parts, run_id)
         if parts.log_file is None:
             return {"lines": [], "left_out": 0, "note": "LOG_FILE is off: the lines went to standard output only"}
         lines = list(log_lines(parts.log_file, run_id, LEVELS[level]))
         note = "" if lines else NO_LOG
         return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
+
+
+def _kept(router: APIRouter, parts: PageParts) -> None:
+    def files_of(run_id: str) -> Sequence[KeptFile]:
+        run = known_run(parts, run_id)
+        return parts.kept[run.job](run) if run.job in parts.kept and run.report.ledger.set_aside else ()
+
+    @router.get(
+        "/ops/runs/{run_id}/set-aside",
+        openapi_extra=READ,
+        summary="Where that lies which a run set aside, and no later one has replaced",
+        responses={**answered_with(KEPT, "files by name"), **faults({404: "no run has this id"})},
+    )
+    def set_aside(run_id: str) -> dict[str, Any]:
+        files = files_of(run_id)
+        return {"files": [_kept_file(run_id, each) for each in files[:KEPT_FILES]], "total": len(files)}
+
+    @router.get(
+        "/ops/runs/{run_id}/set-aside/file",
+        openapi_extra=RUN,
+        summary="A file of this machine that a run set aside",
+        responses={
+            200: {"description": "the file", "content": {"application/octet-stream": {}}},
+            **faults({404: "the run set no such file aside, or it lies there no more"}),
+        },
+        response_class=FileResponse,
+    )
+    def set_aside_file(run_id: str, name: Annotated[str, Query(max_length=300)]) -> FileResponse:
+        found = next((each.path for each in files_of(run_id) if each.name == name and each.path), None)
+        if found is None:
+            hint = f"look at /ops/runs/{run_id}/set-aside"
+            raise Refused(Refusal(404, f"this run set no file {name[:80]!r} aside that still lies there", hint))
+        return FileResponse(found, media_type="application/octet-stream", filename=name)
+
+
+def _kept_file(run_id: str, file: KeptFile) -> Mapping[str, Any]:
+    """`href` is relative to the root; `needs` is the scope that may read there."""
+    href, needed = f"s3/download?key={quote(file.key, safe='')}", "s3:read"
+    if file.path is not None:
+        href, needed = file_address(run_id, file.name), "ops:run"
+    return {"name": file.name, "bytes": file.size_bytes, "href": href, "needs": needed}
 
 
 def _written(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ Invariants: a page holds no data but for callers who may see it, and what comes 
 scripts ask /ops with the caller's own rights and set texts, never markup.
 """
 
+import gzip
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -15,6 +16,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.core.errors import AppError
+from app.web.api import accepts_gzip
 from app.web.auth import OPEN, Guard, needs
 from app.web.errors import Refusal, Refused
 
@@ -27,11 +29,14 @@ ASSETS = {
 }
 LINKS = (("Overview", "."), ("Runs", "runs"), ("Explore", "analytics/explore"), ("API", "docs"))
 GUIDES = {
-    **dict.fromkeys(("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3"), ""),
+    **dict.fromkeys(
+        ("influx_to_s3", "dynamo_to_drive", "csv_inbox", "amplitude", "appmetrica", "dwh", "s3", "lake"), ""
+    ),
     **dict.fromkeys(("analytics", "operations", "runbook", "glossary", "security", "delivery", "migration"), ""),
     "s3_sweep": "s3",
     "set_aside_sweep": "operations",
     "influx_to_s3_reconcile": "influx_to_s3",
+    "lake_day": "lake",
     "dynamo_to_drive_reconcile": "dynamo_to_drive",
     "dynamo_to_drive_late": "dynamo_to_drive",
 }
@@ -83,11 +88,15 @@ def framed(
 
 
 def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
-    """A file of the pages, open to all: it holds no data."""
+    """A file of the pages, open to all: it holds no data. Compressed for who takes that."""
+    small = gzip.compress(content, mtime=0)
 
     @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
-    async def asset() -> Response:
-        return Response(content, media_type=media_type)
+    async def asset(request: Request) -> Response:
+        headers = {"Vary": "Accept-Encoding"}
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            return Response(small, headers={**headers, "Content-Encoding": "gzip"}, media_type=media_type)
+        return Response(content, headers=headers, media_type=media_type)
 
 
 def _page(router: APIRouter, path: str, page: str) -> None:

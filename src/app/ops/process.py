@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from app.config.settings import Settings
 
 
+BAD_SETTINGS = 78
+
+
+def unsupported(system: str) -> str:
+    """Why `os.name` is none that this runs on, "" where it is one."""
+    if system != "nt":
+        return ""
+    return "Headwater runs on Linux and macOS: on Windows install it in WSL 2, or use Docker (docs/deploy/windows.md)"
+
+
 class Absent:
     """Hides a package from all imports that follow; see `importlib.abc.MetaPathFinder`."""
 
@@ -53,6 +63,7 @@ def configured(
         service.log_level,
         service.log_format if daemon else "text",
         service.log_file if daemon and file else None,
+        log_files=service.log_files,
         secrets=secrets_of(settings),
         stream=sys.stdout if daemon else sys.stderr,
     )

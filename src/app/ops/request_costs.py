@@ -12,7 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
 
+from app.config.settings import Settings
 from app.core.errors import AppError, Permanent
 from app.db.state import RequestCounts, SqlRequestCounts
 from app.object_store.request_counts import PUT, RequestCounter
@@ -87,6 +89,15 @@ def load_prices(path: str, region: str) -> RequestPrices:
     if min(prices.values()) < 0:
         raise Permanent(f"REQUEST_PRICES_FILE: {path} has a price below 0", "correct the price")
     return found
+
+
+def prices_for(settings: Settings) -> RequestPrices | None:
+    """Prices for the bucket's region; None for another store than AWS, unless a file prices it."""
+    s3, path = settings.s3, settings.request_costs.prices_file
+    host = urlsplit(s3.endpoint_url).hostname or ""
+    if s3.bucket and host and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not path:
+        return None
+    return load_prices(path, s3.region)
 
 
 def estimate(counted: RequestCounts, prices: RequestPrices | None) -> MonthlyEstimate:

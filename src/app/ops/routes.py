@@ -44,6 +44,7 @@ from app.ops.metrics import (
     object_series,
     success_series,
     total_series,
+    workload_series,
 )
 from app.ops.page_data import recent_span
 from app.ops.scheduler import Scheduler
@@ -364,8 +365,8 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
-    def run(job: str) -> dict[str, Any]:
-        scheduler.run_now(known(scheduler, job))
+    def run(job: str, request: Request) -> dict[str, Any]:
+        scheduler.run_now(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
     @router.post(
@@ -397,8 +398,8 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         status_code=202,
         responses=KNOWN_JOB,
     )
-    def backfill(job: str, span: Annotated[Span, Body()]) -> dict[str, Any]:
-        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()))
+    def backfill(job: str, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
+        scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
         return accepted(scheduler, job)
 
     @router.post(
@@ -421,7 +422,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     )
     def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
-        scheduler.queue(job, work)
+        scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)
         return accepted(scheduler, job)
 
@@ -489,10 +490,11 @@ def _series(ops: Operations) -> Sequence[Series]:
         calls = {job: of() for job, of in ops.calls.items()}
         ledgers = [*ledger_series(ops.ledger_totals(), _last_ledgers(ops))]
         troubles = ops.troubles()
+        load = list(workload_series(ops.scheduler.elsewhere.look())) if ops.scheduler.elsewhere else []
     except AppError:
         return series  # the check of the store says why the counters are missing
     series += [*total_series(totals), success_series(totals, now), *ledgers, *call_series(calls)]
-    series += object_series(views, troubles)
+    series += [*object_series(views, troubles), *load]
     lags = [(each.job, each.partition, lag_seconds(each, now)) for each in partitions]
     return [*series, *lag_series([(job, name, lag) for job, name, lag in lags if lag is not None])]
 

@@ -130,6 +130,12 @@ def retry_in(run: Run | None, interval_seconds: float) -> float | None:
     return seconds if seconds < interval_seconds else None
 
 
+def more_in(run: Run) -> float:
+    """Seconds until a run goes on that left work: at once, or a little later when a part of it fails each time."""
+    spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
+    return spread if run.outcome is Outcome.OK else 25 * spread
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """Where a job stands: `state` is off, paused, running, waiting or backfill."""
@@ -150,6 +156,29 @@ class JobPauses(Protocol):
 
     def resume(self, job: str) -> None:
         """Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What workers are at: how many live, how much waits by queue, how many shards there are and go on."""
+
+    workers: int
+    waiting: Mapping[str, int]
+    shards: int
+    shards_running: int
+
+
+class Elsewhere(Protocol):
+    """Other processes, which run jobs for this one. All methods raise AppError."""
+
+    def send(self, job: str, by: str) -> None:
+        """Have it run, unless the same is waiting already. `by`: see `Run.started_by`."""
+
+    def look(self) -> Workload:
+        """What goes on there now."""
+
+    def close(self) -> None:
+        """Close all connections. Idempotent; does not raise."""
 
 
 Backfill = Callable[[Context, Window], Report]
@@ -201,15 +230,26 @@ TICK = "tick"
 
 
 class Scheduler:
-    """Starts jobs when they are due, and on request. All methods may be called from any thread."""
+    """Starts jobs when they are due, and on request. All methods may be called from any thread.
+
+    With `elsewhere` it sends jobs there, and runs only backfills and what has to be done here.
+    """
 
     def __init__(
-        self, jobs: Iterable[Job], desk: RunDesk, stop: Stop, backfills: Mapping[str, Backfill], pauses: JobPauses
+        self,
+        jobs: Iterable[Job],
+        desk: RunDesk,
+        stop: Stop,
+        backfills: Mapping[str, Backfill],
+        pauses: JobPauses,
+        *,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._desk = desk
         self._stop = stop
         self._backfills = backfills
         self._pauses = pauses
+        self.elsewhere = elsewhere
         self._lanes = {job.name: _Lane(named(job)) for job in jobs}
         self._changed = threading.Condition()
         self._timers = BackgroundScheduler(
@@ -248,6 +288,8 @@ class Scheduler:
         self._closed.set()
         if self._timers.running:
             self._timers.shutdown(wait=False)
+        if self.elsewhere is not None:
+            self.elsewhere.close()
         with self._changed:
             self._changed.wait_for(lambda: not self.busy, seconds)
             return [lane.job.name for lane in self._able() if lane.running]
@@ -276,13 +318,13 @@ class Scheduler:
         """Every job, also those that are off."""
         return [self._view(lane) for lane in self._lanes.values()]
 
-    def run_now(self, name: str) -> None:
+    def run_now(self, name: str, by: str = "a person") -> None:
         """Run `name` as soon as nothing of it runs, also while it is paused. Raises Rejected (unknown, off) or
         Transient (stopping).
         """
         lane = self._lane(name)
         self._refuse(lane)
-        self._turn_in(0, lane, asked=True)
+        self._turn_in(0, lane, by=by)
 
     def pause(self, name: str, by: str) -> None:
         """Skip the timer of `name` in every process until it is resumed. Raises Transient while the state is away."""
@@ -296,18 +338,18 @@ class Scheduler:
         self._pauses.resume(name)
         self._follow(lane, paused=False)
 
-    def backfill(self, name: str, span: Window) -> None:
+    def backfill(self, name: str, span: Window, by: str = "a person") -> None:
         """Fill `span` once the job is free. Raises Rejected when the job has no backfill."""
-        self.queue(name, lambda job: backfill_job(job, self._backfills, span))
+        self.queue(name, lambda job: backfill_job(job, self._backfills, span), by)
 
-    def queue(self, name: str, other: Callable[[Job], Job]) -> None:
+    def queue(self, name: str, other: Callable[[Job], Job], by: str = "a person") -> None:
         """Run `other(job)`, the job with other work, once the job is free, until it has no more to do."""
         lane = self._lane(name)
         work = other(lane.job)
         self._refuse(lane)
         if lane.backfills >= BACKFILLS:
             raise Transient(f"{name}: {BACKFILLS} backfills are waiting already", "try again when one of them is done")
-        self._turn_in(0, lane, work)
+        self._turn_in(0, lane, work, by=by)
 
     def _able(self) -> Sequence[_Lane]:
         return [lane for lane in self._lanes.values() if not lane.job.off]
@@ -333,7 +375,7 @@ class Scheduler:
         return JobView(lane.job, status, at, name in self._backfills and not lane.job.off)
 
     def _turn_in(
-        self, seconds: float, lane: _Lane, other: Job | None = None, *, asked: bool = False, more: bool = False
+        self, seconds: float, lane: _Lane, other: Job | None = None, *, by: str = "", more: bool = False
     ) -> None:
         """One turn of a job beside its timer. Of ordinary ones that wait, the last takes the place of the others."""
         if self._stop.asked:
@@ -344,20 +386,23 @@ class Scheduler:
             self._turn,
             "date",
             [lane, other],
-            {"asked": asked, "more": more},
-            id=f"{lane.job.name} {uuid4().hex if other else asked}",
+            {"by": by, "more": more},
+            id=f"{lane.job.name} {uuid4().hex if other else bool(by)}",
             executor=lane.job.name,
             run_date=datetime.now(UTC) + timedelta(seconds=seconds),
             replace_existing=True,
         )
 
-    def _turn(self, lane: _Lane, other: Job | None = None, *, asked: bool = False, more: bool = False) -> None:
-        """One run, in the thread of its job. `other`: a backfill. `asked`: a person wants it, also while paused.
+    def _turn(self, lane: _Lane, other: Job | None = None, *, by: str = "", more: bool = False) -> None:
+        """One run, in the thread of its job. `other`: a backfill. `by`: a person wants it, also while paused.
         `more`: it goes on with what a time limit cut short.
         """
         with self._changed:
             lane.backfills -= other is not None
-        if not (other or asked) and (self._is_paused(lane) or not (more or self._is_due(lane))):
+        if not (other or by) and (self._is_paused(lane) or not (more or self._is_due(lane))):
+            return
+        if self.elsewhere is not None and other is None and not lane.job.here:
+            self._send(self.elsewhere, lane.job, by or "schedule")
             return
         tally = logged(lane.job.name)
         with self._changed:
@@ -365,7 +410,7 @@ class Scheduler:
                 return
             lane.running, lane.tally = "backfill" if other else "running", tally
         try:
-            run = execute(other or lane.job, self._desk, self._stop, tally)
+            run = execute(other or lane.job, self._desk, self._stop, tally, started_by=by or "schedule")
         finally:
             with self._changed:
                 lane.running, lane.tally = "", None
@@ -373,16 +418,22 @@ class Scheduler:
         if run is None:
             log.debug("%s: another process holds the lease", lane.job.name)
         if run is not None and run.report.more:
-            # Go on at once, or a little later when a part of it fails each time.
-            spread = random.uniform(0.1, 0.4)  # noqa: S311 - replicas apart, not a secret
-            seconds = spread if run.outcome is Outcome.OK else 25 * spread
-            self._turn_in(seconds, lane, other, asked=asked, more=True)
+            self._turn_in(more_in(run), lane, other, by=by, more=True)
         elif other is None:
             early_seconds = retry_in(run, lane.job.interval_seconds)
             if early_seconds is not None and not self._stop.asked:
                 self._fire_in(early_seconds, lane.job.name)
         elif run is None:
-            self._turn_in(HELD_SECONDS, lane, other)
+            self._turn_in(HELD_SECONDS, lane, other, by=by)
+
+    def _send(self, elsewhere: Elsewhere, job: Job, by: str) -> None:
+        """A worker runs it and goes on while there is more. One that dies, or fails, is noticed by looking again."""
+        try:
+            elsewhere.send(job.name, by)
+        except AppError as error:
+            log.warning("%s: it cannot be sent to a worker yet: %s", job.name, error)
+        if job.interval_seconds > RETRY_SECONDS:
+            self._fire_in(RETRY_SECONDS, job.name)
 
     def _is_paused(self, lane: _Lane) -> bool:
         """As the state says, which other processes share. While it is away no lease is had either, so nothing runs."""
@@ -457,7 +508,7 @@ def backfill_job(job: Job, backfills: Mapping[str, Backfill], span: Window) -> J
     """`job`, under its own name and lease, with the filling of `span` as its work. Raises Rejected when it has none."""
     fill = backfills.get(job.name)
     if fill is None:
-        raise Rejected(f"job {job.name} has no backfill", "only pipelines with windows can be filled again")
+        raise Rejected(f"job {job.name} has no backfill", f"jobs that can be filled again: {', '.join(backfills)}")
     return named(replace(job, work=lambda context: fill(context, span)))
 
 

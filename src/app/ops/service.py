@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from app.config.environment import read_dotenv
 from app.config.rules import warnings
 from app.config.settings import ServiceSettings, Settings
-from app.core.runs import Context, Job, Report, RunDesk, Stop
+from app.core.ledger import KeptFile
+from app.core.partitions import Step
+from app.core.runs import Context, Job, Report, Run, RunDesk, Stop
 from app.core.verify import Chart, Verification
 from app.core.windows import Window
 from app.db.state import State
+from app.ops.alerts import Alerts
 from app.ops.connection_checks import System
+from app.ops.health import Readiness
 from app.ops.json_views import Calls
 from app.ops.process import share_the_machine
 from app.ops.scheduler import Backfill, Scheduler
@@ -74,13 +78,15 @@ class Pipelines:
 
     `destinations`: where a job's rows end up, for people.
 
-    `histories`, `undos`, `verifications`, `charts` and `calls` are by job name, for those jobs that have one. `listed`:
-    jobs whose listings tell which objects are gone. `routers` build the routes of slices that have both jobs and
-    routes; they are called once, when the API is built.
+    `histories`, `undos`, `verifications`, `charts`, `calls` and `kept` are by job name, for those jobs that have one.
+    `kept` finds what a run set aside. `steps`: what a worker makes of a shard of a job's plan. `listed`: jobs whose
+    listings tell which objects are gone. `routers` build the routes of slices that have both jobs and routes; they are
+    called once, when the API is built.
     """
 
     jobs: Sequence[Job] = ()
     backfills: Mapping[str, Backfill] = field(default_factory=dict)
+    steps: Mapping[str, Step] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     rewrites: Mapping[str, Backfill] = field(default_factory=dict)
     systems: Sequence[System] = ()
@@ -90,8 +96,18 @@ class Pipelines:
     verifications: Mapping[str, Verification] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
     calls: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+    kept: Mapping[str, Callable[[Run], Sequence[KeptFile]]] = field(default_factory=dict)
     listed: Sequence[str] = ()
     routers: Sequence[Callable[[], "APIRouter"]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What goes on beside the jobs: looks at outside systems, alerts, and counted requests that go into the state."""
+
+    readiness: Readiness
+    alerts: Alerts
+    save_costs: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,7 @@ class BuiltService:
     desk: RunDesk
     stop: Stop
     scheduler: Scheduler
+    background: Background
     app: Front
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import quote
 
 from app.core.pipeline import MISSING
 from app.core.runs import Outcome, Run
@@ -18,11 +19,14 @@ from app.core.verify import Sign
 from app.db.page_queries import Look
 from app.ops.delivery_map import DeliveryMaps, MapCells
 from app.ops.json_views import instant_text, run_shown
+from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import JobView
 from app.ops.verification import Result
 
 NAMED = 3  # faults that the sentence names
 LISTED = 50
+MOST_PARTITIONS = 1000
+HEALED_TOGETHER = timedelta(hours=24)  # of all partitions: a longer span would read much that is in order
 RECENT = timedelta(hours=24)
 LATE_SECONDS = 60.0
 AHEAD_SECONDS = 60.0
@@ -111,11 +115,22 @@ class Snapshot:
     cells: MapCells
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    bill: MonthlyEstimate | None = None
 
     @property
     def on(self) -> Sequence[JobView]:
         """Jobs that can run."""
         return [view for view in self.views if not view.job.off]
+
+
+def file_address(run_id: str, name: str) -> str:
+    """Where a file is read that a run set aside on this machine, from the root of the pages."""
+    return f"ops/runs/{run_id}/set-aside/file?name={quote(name, safe='')}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def counted(count: int, noun: str) -> str:
@@ -158,9 +173,10 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
             title = f"{name}: {counted(gap, unit)} unaccounted for"
             yield Problem("unaccounted", name, title, last.error, last.hint or RERUN, gap, unit, actions=[opened])
         runs, since = seen.look.failures_in_a_row(name)
-        if not runs:
-            continue
         failures = last.report.failures
+        rejected = {entry["file"] for entry in seen.histories.get(name, ()) if entry["outcome"] == "rejected"}
+        if not runs or (failures and all(each.partition in rejected for each in failures)):
+            continue  # a file that was set aside is told as such
         partition = failures[0].partition if len(failures) == 1 else ""
         of = f"{name}, {partition}" if partition else name
         times = "once" if runs == 1 else f"{runs:,} times"
@@ -180,43 +196,67 @@ def _failing(seen: Snapshot) -> Iterator[Problem]:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Faulty:
+    """The windows of one partition that are not as they were delivered; `since`: when that was first seen."""
+
+    partition: str
+    count: int
+    first_at: datetime
+    last_at: datetime
+    since: datetime | None
+
+
 def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
-    known: set[tuple[str, str, str]] = set()
-    for row in seen.look.rows("trouble_by_partition", limit=LISTED):
-        kind = "missing" if row["trouble"] == MISSING else "changed"
-        known.add((row["pipeline"], row["device_id"], kind))
-        span = (row["first_at"], row["last_at"])
-        yield _of_windows(seen, row["pipeline"], row["device_id"], kind, count=row["windows"], span=span)
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
+    since: dict[tuple[str, str, str], datetime] = {}
     for job in seen.maps.jobs:
         for fault in seen.maps.faults(job):
-            kind = {"m": "missing", "p": "partial", "c": "changed"}[fault.letter]
-            found[job, fault.partition, kind].add(fault.window)
+            what = (job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter], fault.partition)
+            found[what].add(fault.window)
+            since[what] = min(since.get(what, seen.now), fault.seen_at)
     for result in seen.verified:
         for verdict in result.windows:
             if verdict.sign is not Sign.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Sign.MISSING else "changed"
-                found[result.job, verdict.slot.partition, kind].add(verdict.slot.window)
-    for (job, partition, kind), windows in list(found.items())[:LISTED]:
-        if (job, partition, kind) not in known:
-            span = (min(each.start for each in windows), max(each.end for each in windows))
-            yield _of_windows(seen, job, partition, kind, count=len(windows), span=span)
+                found[result.job, kind, verdict.slot.partition].add(verdict.slot.window)
+    faulty = {
+        what: _Faulty(what[2], len(some), min(w.start for w in some), max(w.end for w in some), since.get(what))
+        for what, some in found.items()
+    }
+    for row in seen.look.rows("trouble_by_partition", limit=MOST_PARTITIONS):
+        what = (row["pipeline"], "missing" if row["trouble"] == MISSING else "changed", row["device_id"])
+        faulty[what] = _Faulty(what[2], row["windows"], row["first_at"], row["last_at"], since.get(what))
+    together: dict[tuple[str, str], list[_Faulty]] = defaultdict(list)
+    for (job, kind, _), one in faulty.items():
+        together[job, kind].append(one)
+    for (job, kind), some in together.items():
+        yield _of_windows(seen, job, kind, sorted(some, key=lambda each: (-each.count, each.partition)))
 
 
-def _of_windows(
-    seen: Snapshot, job: str, partition: str, kind: str, *, count: int, span: tuple[datetime, datetime]
-) -> Problem:
-    actions: list[Mapping[str, Any]] = []
-    if job in seen.verifiable:
-        part = {"from": instant_text(span[0]), "to": instant_text(span[1]), "partition": partition}
-        actions.append({"kind": "heal", "label": f"Heal {counted(count, 'window')}", "job": job, "part": part})
-    actions.append({"kind": "show", "label": "Show on map", "href": f"#map-{job}"})
+def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) -> Problem:
+    """All partitions of a job with the same fault, those with the most windows named."""
+    count = sum(each.count for each in faulty)
+    span = (min(each.first_at for each in faulty), max(each.last_at for each in faulty))
+    partition = faulty[0].partition if len(faulty) == 1 else ""
+    actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
+    first, last = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
+    hint = f"heal them on the map, or all at once: python -m app verify {job} --from {first} --to {last} --heal"
+    if job in seen.verifiable and (partition or span[1] - span[0] <= HEALED_TOGETHER):
+        part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
+        part |= {"partition": partition} if partition else {}
+        label = f"Heal {counted(count, 'window')}"
+        actions.insert(0, {"kind": "heal", "label": label, "job": job, "part": part})
+        hint = HEAL
     message = "Delivered once, and not at the destination any more."
     if kind != "missing":
         message = "What is at the destination is not what was delivered."
-    title = f"{job}, {partition}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
-    return Problem(kind, job, title, message, HEAL, count, "window", partition, span, actions=actions)
+    names = [each.partition for each in faulty[:NAMED]]
+    names += [f"{len(faulty) - NAMED:,} more"] if len(faulty) > NAMED else []
+    title = f"{job}, {listed(names)}: {counted(count, 'window')} {WINDOW_WORDS[kind]}"
+    seen_at = min((each.since for each in faulty if each.since), default=None)
+    return Problem(kind, job, title, message, hint, count, "window", partition, span, seen_at, actions)
 
 
 def _late(seen: Snapshot) -> Iterator[Problem]:
@@ -296,7 +336,7 @@ def _files_aside(
         limit = dismissed.get(first.problem_id, since)
         new = [entry for entry in files if datetime.fromisoformat(entry["at"]) > limit]
         if new:
-            name, at = new[0]["file"], datetime.fromisoformat(new[0]["at"])
+            name, run_id, at = new[0]["file"], new[0]["run_id"], datetime.fromisoformat(new[0]["at"])
             title = f"{job}: {name} was set aside"
             if len(new) > 1:
                 title = f"{job}: {counted(len(new), 'file')} were set aside, the latest is {name}"
@@ -308,7 +348,10 @@ def _files_aside(
                 count=len(new),
                 noun="file",
                 since=at,
-                actions=[{"kind": "dismiss", "label": "Dismiss"}],
+                actions=[
+                    {"kind": "open", "label": "Download file", "href": file_address(run_id, name), "needs": "ops:run"},
+                    {"kind": "dismiss", "label": "Dismiss"},
+                ],
             )
 
 
@@ -318,9 +361,9 @@ def _files_aside(
 def verdict_of(seen: Snapshot, problems: Sequence[Problem], complete_up_to: datetime | None) -> Mapping[str, Any]:
     """State, sentence in parts with their links, and title. At most three faults are named."""
     parts = _parts(problems)
-    paused = [view.job.name for view in seen.on if view.status.state == "paused"]
     pipelines = [view for view in seen.on if not view.job.helper_of]
-    more = [f"{' and '.join(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
+    paused = [view.job.name for view in pipelines if view.status.state == "paused"]
+    more = [f"{listed(paused)} {'is' if len(paused) == 1 else 'are'} paused."] if paused else []
     if problems:
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         mark = problems[0].mark if problems[0].mark != "late" else "warn"
@@ -403,6 +446,7 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "checked_at": instant_text(max(ended, default=None)),  # type: ignore[type-var]  # none of them is None
         "problems": [problem.to_json() for problem in problems[:LISTED]],
         "problems_total": len(problems),
+        "bill": seen.bill.text() if seen.bill and seen.bill.by_kind else None,
         "day_starts_at": instant_text(_today(seen)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
         "jobs": jobs,
@@ -477,9 +521,20 @@ def _row(
         "paused_by": paused["paused_by"] if paused else None,
         "paused_at": instant_text(paused["paused_at"]) if paused else None,
         "new_rows": news,
+        "files_today": _files_today(seen, job.name),
         "strip": None if job.off or job.helper_of else _strip(seen, job.name, news),
         "last_run": last and run_shown(ended if ended and last.outcome is Outcome.RUNNING else last),
     }
+
+
+def _files_today(seen: Snapshot, name: str) -> Mapping[str, Any] | None:
+    """Merged and set aside files of today; `more`: of a longer day the latest were counted. None without files."""
+    if name not in seen.histories:
+        return None
+    entries, today = seen.histories[name], _today(seen)
+    outcomes = [entry["outcome"] for entry in entries if datetime.fromisoformat(entry["at"]) >= today]
+    counts = {word: outcomes.count(outcome) for word, outcome in (("merged", "merged"), ("set_aside", "rejected"))}
+    return {**counts, "total": len(outcomes), "more": len(outcomes) == HISTORY}
 
 
 def _state(view: JobView, own: Sequence[Problem]) -> tuple[str, str]:

@@ -5,7 +5,6 @@ called; no message holds a credential; a body that ends early is an error, not a
 """
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
-from app.core.network import CA_HINT, is_untrusted
+from app.core.network import CA_HINT, SharedClient, is_untrusted
+from app.core.retry import asked_seconds
 
 if TYPE_CHECKING:
     import httpx
@@ -66,8 +66,7 @@ class ServiceAnswer:
     @property
     def retry_after_seconds(self) -> float | None:
         """How long the service asks to wait; None when it does not say."""
-        value = self.header("retry-after").strip()
-        return float(value) if value.isdigit() else None
+        return asked_seconds(self.header("retry-after"))
 
 
 @contextmanager
@@ -91,22 +90,18 @@ class Upstream:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._lock = threading.Lock()
-        self._made: httpx.Client | None = None
+        self._client = SharedClient(self._make)
 
     def close(self) -> None:
         """Close idle connections. It may be used again afterwards."""
-        with self._lock:
-            client, self._made = self._made, None
-        if client is not None:
-            client.close()
+        self._client.close()
 
     @contextmanager
     def get(self, path: str, headers: Mapping[str, str]) -> Iterator[ServiceAnswer]:
         """Ask for `path`, its query included. Any status is an answer; Transient for none or a part."""
         import httpx
 
-        client = self._client()
+        client: httpx.Client = self._client()
         try:
             with client.stream("GET", self.address.base_url + path, headers=dict(headers)) as response:
                 yield ServiceAnswer(response)
@@ -119,13 +114,10 @@ class Upstream:
                 f"no action needed if it passes; otherwise check {self.address.variable} and the network",
             ) from error
 
-    def _client(self) -> "httpx.Client":
+    def _make(self) -> "httpx.Client":
         import httpx
 
-        with self._lock:
-            if self._made is None:
-                # Its line for each request would drown the log, where a run has one.
-                logging.getLogger("httpx").setLevel(logging.WARNING)
-                timeout = httpx.Timeout(self.address.read_seconds, connect=CONNECT_SECONDS)
-                self._made = httpx.Client(headers=dict(self.address.headers), timeout=timeout, follow_redirects=False)
-            return self._made
+        # Its line for each request would drown the log, where a run has one.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        timeout = httpx.Timeout(self.address.read_seconds, connect=CONNECT_SECONDS)
+        return httpx.Client(headers=dict(self.address.headers), timeout=timeout, follow_redirects=False)

@@ -190,6 +190,7 @@ def json_value(value: Any) -> str | None:
     found = value if isinstance(value, str) else bytes(value).decode()
     if found == "null":
         return None
+    # A hundred levels need more characters than that.
     if len(found) > NESTED_FROM_CHARACTERS and nests_too_deep(found):
         return json.dumps({"_raw": found})
     return found
@@ -333,6 +334,7 @@ def _rows(columns: Sequence[Column], *, alone: bool) -> Sequence[Sequence[Any]]:
     """Those that have a key, which may stand `alone`, or else anything besides."""
     keys, *others = columns
     rows = list(zip(*columns, strict=True))
+    # Most events have all keys, and most tables something besides: these looks cost less than a look at each row.
     if None in keys:
         rows = [row for row in rows if row[0] is not None]
     if not alone and all(None in other for other in others):

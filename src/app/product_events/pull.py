@@ -8,7 +8,7 @@ it is the version that was looked at, and one that is whole never by one with fe
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
+from app.object_store.table_sink import held_of
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
@@ -44,7 +45,7 @@ class PullPipeline(Generic[S]):
     """What `main` wires, and the `service` that routes ask as well."""
 
     name: str
-    jobs: Sequence[Job]
+    job: Job
     backfill: Callable[[Context, Window], Report]
     verification: Verification
     chart: Chart
@@ -83,12 +84,14 @@ class PullContext:
     def run_each(self, context: Context, runs: Mapping[str, R], work: Callable[[R], Report]) -> Report:
         """`work` for each partition. Raises LeaseLost, Stopped, and what a store that cannot be used raises."""
         self.spool.mkdir(parents=True, exist_ok=True)
+        # Conditions are what keeps two writers apart; a store is tried once whether it honours them.
         if not self.store.conditional:
             self.store.probe()
         total = Report()
         for partition, run in runs.items():
             try:
                 total += work(run)
+            # Another process goes on with all partitions; anything else is the fault of one of them.
             except LeaseLost:
                 raise
             except (Transient, Permanent, Rejected) as error:
@@ -144,6 +147,11 @@ class PartitionRun:
         """Up to where hours were pulled; None before the first run."""
         return self.pull.checkpoints.cursors(self.pull.name).get(self.name)
 
+    def begin(self, start: datetime) -> datetime:
+        """Where the first run starts, which is recorded as the cursor."""
+        self.commit(cursor_at=start)
+        return start
+
     def records(self, span: Window, pipeline: str = "") -> Mapping[datetime, Record]:
         """By start of window, oldest first; of the pull or of another pipeline."""
         found = self.pull.checkpoints.records(pipeline or self.pull.name, self.name, span.start, span.end)
@@ -158,6 +166,7 @@ class PartitionRun:
     def fill(self, span: Window, pull_again: Callable[[Window], Report]) -> Report:
         """Pull the hours of `span` up to the cursor again. The cursor does not move. Raises Rejected for no hour."""
         name, due_at = self.pull.name, self.pull.due_at
+        # A cursor that a clock ahead of time has moved must not have hours asked for that are not complete yet.
         cursor = min(self.cursor_at or due_at, due_at)
         whole = floor_to(span.end, HOUR_SECONDS)
         start = floor_to(span.start, HOUR_SECONDS)
@@ -201,11 +210,6 @@ class PartitionRun:
         return ledger_of(Tally(counted=1), kept.entry, unit=self.pull.unit).of_partition(self.name)
 
 
-def hours_of(span: Window) -> Sequence[datetime]:
-    """The start of each hour."""
-    return [span.start + number * HOUR for number in range((span.end - span.start) // HOUR)]
-
-
 def was_had(record: Record | None) -> bool:
     """False for a window that has no record, or one that says that the service could not give it."""
     return record is not None and record.version != NOT_HAD
@@ -241,15 +245,8 @@ def store_rows(
     """
     held = None
     if over is None and (there := store.head(key)) is not None:
-        # An object that a person put there says nothing.
-        told = there.metadata.get("rows", "")
-        held = Held(
-            there.etag,
-            there.metadata.get("digest", ""),
-            int(told) if told.isdigit() else None,
-            size_bytes=there.size_bytes,
-        )
-        over = there.etag
+        held, over = held_of(there), there.etag
+        # Services forget, and give fewer rows of an old hour: what was stored then is worth more.
         if held.digest != digest and (held.rows or 0) > rows:
             log.warning("%s holds %s rows, the service now gives %d: it stays", key, held.rows, rows)
         elif held.digest != digest:
@@ -298,6 +295,7 @@ class RefusedLines:
     def add(self, name: tuple[str, ...], reason: str, line: bytes, sample: str) -> None:
         """Take in a line of the window `name`. A large one gets an object of its own, so that none is cut."""
         if len(line) > LARGE_BYTES:
+            # A set aside object has a limit, within which one such line might be cut.
             name = (*name, hashlib.sha256(line).hexdigest()[:16])
         found = self._found.get((name, reason))
         if found is None:

@@ -83,6 +83,7 @@ class ObjectFound:
         if self.content == given:
             return False
         is_confirmed = record is not None and self.version != "" and self.version == record.version
+        # What was confirmed and has more rows is from before the service forgot some of them.
         if is_confirmed and self.content is not None and self.content.rows > given.rows:
             return True
         if not given.rows:
@@ -154,6 +155,7 @@ def pull_cells(
     listed = (info for each in sorted(set(map(folder, keys))) for info in pull.store.list(each))
     found = [Found(keys[info.key], info.key, info.etag) for info in listed if info.key in keys]
     records = pull.checkpoints.records(pipeline or pull.name, partition, begun[0].start, begun[-1].end)
+    # Lines that were set aside are counted at the source and are in no object.
     lacking = {record.window.start for record in records if by_line and record.source_cells > record.rows}
     return [
         replace(cell, state=CellState.PARTIAL)

@@ -240,3 +240,12 @@ class Streamed(StreamingResponse):
             await super().stream_response(send)
         except AppError as error:
             log.error("an answer was cut off: %s", error)  # noqa: TRY400 - the message says it all
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding allows gzip, see RFC 9110."""
+    allowed: dict[str, bool] = {}
+    for each in header.lower().split(","):
+        name, _, weight = each.partition(";")
+        allowed[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight
+    return allowed.get("gzip", allowed.get("*", False))

@@ -112,7 +112,7 @@ def new_key(
     except ValueError as error:
         reason = str(error).removeprefix("entry 1: ")
     if reason:
-        raise Rejected(f"no key for {name!r}: {reason}", "see `python -m app keys new --help`")
+        raise Rejected(f"no key for {name!r} with scopes {granted}: {reason}", "see `python -m app keys new --help`")
     return secret, line
 
 

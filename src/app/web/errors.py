@@ -21,7 +21,7 @@ Answers = dict[int | str, dict[str, Any]]
 
 RETRY_SECONDS = 5
 BROKEN = "something went wrong inside Headwater"
-BROKEN_HINT = "the log of the service around this moment says what; please report it"
+BROKEN_HINT = "report it with the service's log of this moment"
 
 
 class ErrorDetail(BaseModel):

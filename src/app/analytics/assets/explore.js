@@ -30,10 +30,9 @@ function query() {
   }
   return values;
 }
-function option(value, text) { return make("option", { value }, text); }
 function fill(id, options, value) {
   const box = at(id), now = JSON.stringify(options);
-  if (box.dataset.options !== now) { box.dataset.options = now; box.replaceChildren(...options.map(([key, text]) => option(key, text))); }
+  if (box.dataset.options !== now) { box.dataset.options = now; box.replaceChildren(...options.map(([value, text]) => make("option", { value }, text))); }
   if (document.activeElement !== box) box.value = value;
 }
 function showControls() {
@@ -43,13 +42,13 @@ function showControls() {
   fill("bucket", [["", `Auto (${stepText(step)})`], ...STEPS.map((each) => [String(each), stepText(each)])], view.get("bucket") || "");
   at("refresh").value = view.get("refresh") || "0";
   for (const [id, name] of [["device-part", "device_id"], ["range-part", "from"], ["bucket-part", "minutes"]]) at(id).hidden = !has(name);
-  show(at("ranges"), ...RANGES.map(([key, text]) => make("button", { type: "button", "aria-pressed": String(key === (view.get("range") || "6h")), data: { act: "range", range: key } }, text)));
+  show(at("ranges"), ...choose("range", RANGES, view.get("range") || "6h"));
   at("custom").hidden = view.get("range") !== "custom" || !has("from");
   const local = (date) => new Date(date - date.getTimezoneOffset() * 6e4).toISOString().slice(0, 16);
   range.forEach((date, i) => { const box = at(["from", "to"][i]); if (document.activeElement !== box && !Number.isNaN(+date)) box.value = local(date); });
   const own = asked.parameters.filter((each) => !["device_id", "from", "to", "minutes"].includes(each.name));
-  show(at("parameters"), ...own.map((each) => make("div", { data: { key: each.name } }, make("label", { for: `p-${each.name}` }, each.name.replaceAll("_", " ")), make("input", { class: "field", id: `p-${each.name}`, title: each.meaning, placeholder: each.default, type: { integer: "number", number: "number", date: "date" }[each.type] || "text", step: each.type === "number" ? "any" : null, value: view.get(`p-${each.name}`) || "" }))));
-  at("about").textContent = asked.fault ? `${asked.fault.message}. Next: ${asked.fault.hint}` : asked.description;
+  show(at("parameters"), ...own.map((each) => make("div", { data: { key: each.name } }, make("label", { for: `p-${each.name}` }, each.name.replaceAll("_", " ")), make("input.field", { id: `p-${each.name}`, title: each.meaning, placeholder: each.default, type: { integer: "number", number: "number", date: "date" }[each.type] || "text", step: each.type === "number" ? "any" : null, value: view.get(`p-${each.name}`) || "" }))));
+  show(at("about"), ...(asked.fault ? [sentence(asked.fault.message, asked.fault.hint)] : asked.description.split("`").map((text, i) => (i % 2 ? make("code", text) : text))));
 }
 
 // ---- the lake at a glance
@@ -59,23 +58,23 @@ async function showLake() {
   const date = (text) => (text ? new Date(text) : null), newest = latest.data.reduce((best, row) => (!best || row.timestamp > best.timestamp ? row : best), null);
   lake = { rows: seen.total_rows, objects: schema.objects, devices: latest.data.map((row) => row.device_id), first: date(seen.min_timestamp), last: date(seen.max_timestamp), days: days.data };
   const fresh = latest.data.filter((row) => Date.now() + skew - new Date(row.timestamp) < 6e5).length;
-  const tile = (name, value, note) => make("div", { data: { key: name } }, make("dt", {}, name), make("dd", {}, value, make("span", { class: "note" }, note)));
+  const tile = (name, value, note) => make("div", { data: { key: name } }, make("dt", name), make("dd", value, make("span.note", note)));
   at("glance").hidden = at("ask").hidden = !lake.rows;
   show(at("tiles"), tile("Rows", number(seen.total_rows), `${plural(schema.objects, "object")}, ${size(schema.bytes)}`), tile("Devices", number(seen.device_count), fresh === seen.device_count ? "all seen in the last 10 min" : `${number(fresh)} seen in the last 10 min`),
-    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? [ago(seen.min_timestamp), `, ${clock(lake.first, true)}`] : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
+    tile("First reading", lake.first ? make("time", { title: utc(lake.first) }, day(lake.first, true)) : "–", lake.first ? ago(seen.min_timestamp) : ""), tile("Latest reading", lake.last ? ago(seen.max_timestamp) : "–", lake.last ? `${stamp(lake.last)}${newest ? `, ${newest.device_id}` : ""}` : ""));
   at("lake").hidden = lake.days.length < 2;
   if (lake.days.length > 1) drawLake();
 }
 const dayStart = (text) => Date.parse(`${text}T00:00:00Z`);
 function drawLake() {
   const first = dayStart(lake.days[0].date), count = Math.round((dayStart(lake.days.at(-1).date) - first) / 864e5) + 1, width = 1000 / count, most = Math.max(...lake.days.map((each) => each.row_count));
-  const x = (date) => Math.max(0, Math.min(1000, ((date - first) / 864e5) * width)), bars = lake.days.map((each) => { const height = Math.max(1, (each.row_count / most) * 38); return make("rect", { x: x(dayStart(each.date)), width: width * 0.8, y: 40 - height, height }, make("title", {}, `${each.date}: ${plural(each.row_count, "row")}`)); });
+  const x = (date) => Math.max(0, Math.min(1000, ((date - first) / 864e5) * width)), bars = lake.days.map((each) => { const height = Math.max(1, (each.row_count / most) * 38); return make("rect", { x: x(dayStart(each.date)), width: width * 0.8, y: 40 - height, height }, make("title", `${each.date}: ${plural(each.row_count, "row")}`)); });
   const [from, to] = lakeDrag || rangeNow(), left = x(Math.min(from, to)), right = Math.max(x(Math.max(from, to)), left + 4);
   const box = at("span"), span_ = make("rect", { x: left, width: right - left, y: 0, height: 40, class: "sel" });
   box.setAttribute("aria-label", `Rows by day from ${lake.days[0].date} to ${lake.days.at(-1).date}; chosen: ${stamp(new Date(from))} to ${stamp(new Date(to))}`);
   box.dateAt = (px) => new Date(first + (px / box.clientWidth) * count * 864e5);
   box.replaceChildren(...bars, span_, make("rect", { x: right - 2, width: 2, y: 0, height: 40, class: "edge" }));
-  const marks = Array.from({ length: 5 }, (_, i) => { const mark_ = make("span", {}, day(new Date(first + (i / 5) * count * 864e5))); mark_.style.left = `${i * 20}%`; return mark_; });
+  const marks = Array.from({ length: 5 }, (_, i) => { const mark_ = make("span", day(new Date(first + (i / 5) * count * 864e5))); mark_.style.left = `${i * 20}%`; return mark_; });
   show(at("span-axis"), ...marks);
 }
 let lakeDrag = null;
@@ -115,26 +114,26 @@ async function showReport() {
     for (const part of [at("view"), at("rows-part")]) { part.classList.remove("skeleton"); part.removeAttribute("aria-busy"); }
   }
 }
-const box = (kind, mark_, ...parts) => make("div", { class: `notice ${kind}` }, mark(mark_), make("div", {}, ...parts));
-const link = (text, data) => make("button", { class: "button bare lined", type: "button", data }, text);
+const box = (kind, mark_, ...parts) => make("div", { class: `notice ${kind}` }, mark(mark_), make("div", ...parts));
+const link = (text, data) => press(".bare.lined", data, text);
 function tell() {
   const { rows } = shown, range = RANGES.find(([key]) => key === (view.get("range") || "6h"))[1];
   if (rows.length) { show(at("state")); return; }
   const last = lake.last, words = view.get("range") === "custom" ? "in this range" : `in the last ${range}`;
-  show(at("state"), box("", "off", make("strong", {}, has("from") ? `No readings ${words}.` : "No rows."), last && has("from") ? [" The latest reading is from ", when(last.toISOString()), ". ", link(`Show the ${range === "Custom" ? "6 h" : range} before it`, { act: "showLatest" })] : ""));
+  show(at("state"), box("", "off", make("strong", has("from") ? `No readings ${words}.` : "No rows."), last && has("from") ? [" The latest reading is from ", when(last.toISOString()), ". ", link(`Show the ${range === "Custom" ? "6 h" : range} before it`, { act: "showLatest" })] : ""));
 }
 function refused(error) {
   at("view").hidden = at("rows-part").hidden = true;
   const [from, to] = rangeNow();
-  show(at("state"), box("bad", "bad", make("strong", {}, `The report was refused: ${from > to ? "'From' must be earlier than 'To'." : said(error)}`), " ", from > to ? link("Swap them", { act: "swap" }) : link("Try again", { act: "again" })));
+  show(at("state"), box("bad", "bad", make("strong", `The report was refused: ${from > to ? "'From' must be earlier than 'To'." : said(error)}`), " ", from > to ? link("Swap them", { act: "swap" }) : link("Try again", { act: "again" })));
 }
 function showWarnings(warnings) {
   const objects = new Map();
   for (const { object, message } of warnings) objects.set(object, [...(objects.get(object) || []), message]);
   const named = [...objects].filter(([object]) => object), others = objects.get("") || [];
-  const items = [...named.map(([object, messages]) => make("li", {}, make("code", {}, object), `: ${messages.map((each) => each.replace(object, "").replace(/^[:\s]+/, "")).join("; ")}`)), ...others.map((each) => make("li", {}, sentence(each)))];
+  const items = [...named.map(([object, messages]) => make("li", make("code", object), `: ${messages.map((each) => each.replace(object, "").replace(/^[:\s]+/, "")).join("; ")}`)), ...others.map((each) => make("li", sentence(each)))];
   const head = named.length ? `${number(named.length)} of ${plural(lake.objects + named.length, "object")} could not be read whole${/left out/.test(JSON.stringify(warnings)) || named.length ? ", so that rows of " + (named.length === 1 ? "it" : "them") + " may be left out" : ""}.` : "These answers may be old.";
-  show(at("warnings"), ...(warnings.length ? [box("warn", "warn", make("strong", {}, head), make("ul", {}, ...items), make("span", { class: "next" }, make("b", {}, "Next: "), "verify their windows on the ", make("a", { href: `${ROOT}#delivery` }, "delivery map"), "; heal writes them again."))] : []));
+  show(at("warnings"), ...(warnings.length ? [box("warn", "warn", make("strong", head), make("ul", ...items), make("span.next", make("b", "Next: "), "verify their windows on the ", make("a", { href: `${ROOT}#delivery` }, "delivery map"), "; heal writes them again."))] : []));
 }
 
 // ---- the rows
@@ -150,8 +149,8 @@ function showRows() {
   at("rows-part").hidden = !rows.length;
   at("row-count").textContent = `${rows.length > rowsShown ? `First ${number(rowsShown)} of ${number(rows.length)}` : plural(rows.length, "row")}. Times are local.`;
   at("download").textContent = `Download all ${number(rows.length)}:`;
-  show(at("rows-head"), make("tr", {}, ...columns.map(([name, kind]) => make("th", { class: kind === "number" ? "number" : null }, name === "device_id" ? "Device" : title(name)))));
-  show(at("rows"), ...rows.slice(0, rowsShown).map((row) => make("tr", {}, ...columns.map(([name, kind]) => make("td", { class: kind === "number" ? "number" : null, "data-label": name === "device_id" ? null : short(name).toLowerCase() }, cellText(row[name], kind, name))))));
+  show(at("rows-head"), make("tr", ...columns.map(([name, kind]) => make("th", { class: kind === "number" ? "number" : null }, name === "device_id" ? "Device" : title(name)))));
+  show(at("rows"), ...rows.slice(0, rowsShown).map((row) => make("tr", ...columns.map(([name, kind]) => make("td", { class: kind === "number" ? "number" : null, "data-label": name === "device_id" ? null : short(name).toLowerCase() }, cellText(row[name], kind, name))))));
   at("more").hidden = rows.length <= rowsShown;
 }
 
@@ -166,7 +165,7 @@ function showChart() {
   at("view").hidden = !rows.length || !numbers.length || !(time || by);
   if (at("view").hidden) return;
   const measure = numbers.includes(view.get("measure")) ? view.get("measure") : numbers[0];
-  show(at("measures"), ...numbers.map((name) => make("button", { type: "button", "aria-pressed": String(name === measure), data: { act: "measure", measure: name } }, short(name))));
+  show(at("measures"), ...choose("measure", numbers.map((name) => [name, short(name)]), measure));
   at("chart-title").textContent = title(measure) + (measure === "row_count" && time ? " in each bucket" : "");
   const all = by ? [...new Set(rows.map((row) => row.device_id))] : ["all"], names = time ? all.slice(0, LINES) : all, axis = time ? [...new Set(rows.map((row) => row[time]))].sort() : all;
   const place = new Map(axis.map((each, i) => [each, i])), lines = new Map(names.map((name) => [name, new Array(axis.length).fill(null)]));
@@ -174,7 +173,7 @@ function showChart() {
   data = { names, lines, measure, unit: UNITS[base(measure)] || (/count|records/.test(measure) ? "rows" : ""), times: time ? axis.map((each) => (time === "date" ? dayStart(each) : Date.parse(each))) : null, labels: axis, daily: time === "date", left: all.length - names.length };
   if (data.times && data.times.length > 1) fillGaps();
   if (zoom && zoom[1] >= axisLength()) zoom = null;
-  show(at("series"), ...(time && by ? names.map((name, s) => make("button", { type: "button", "aria-pressed": String(!hiddenSeries.has(name)), title: "Click hides, Alt+click shows only this", data: { act: "series", name } }, key(s), name)) : []), data.left > 0 && time ? make("span", { class: "quiet" }, `${plural(data.left, "more device")}: choose one above`) : null);
+  show(at("series"), ...(time && by ? names.map((name, s) => make("button", { type: "button", "aria-pressed": String(!hiddenSeries.has(name)), title: "Click hides, Alt+click shows only this", data: { act: "series", name } }, key(s), name)) : []), data.left > 0 && time ? make("span.quiet", `${plural(data.left, "more device")}: choose one above`) : null);
   draw();
 }
 function fillGaps() { // a bucket without rows is a gap in the line, not a longer step
@@ -185,7 +184,7 @@ function fillGaps() { // a bucket without rows is a gap in the line, not a longe
   data.times = times;
 }
 const axisLength = () => (data.times || data.labels).length;
-const key = (s) => make("svg", { class: "key", viewBox: "0 0 20 8", "aria-hidden": "true" }, make("line", { x1: 0, x2: 20, y1: 4, y2: 4, class: `s${s + 1}` }));
+const key = (s) => make("svg.key", { viewBox: "0 0 20 8", "aria-hidden": "true" }, make("line", { x1: 0, x2: 20, y1: 4, y2: 4, class: `s${s + 1}` }));
 const visible = () => data.names.map((name, s) => [name, s]).filter(([name]) => !hiddenSeries.has(name));
 const window_ = () => zoom || [0, axisLength() - 1];
 function scale(values) {
@@ -235,7 +234,7 @@ function tip(px, w) {
   box_.hidden = cross === null;
   if (box_.hidden) return;
   const rows = (data.times ? visible() : [[data.labels[cross], 0]]).map(([name, s]) => [name, s, data.lines.get(name)?.[cross]]).sort((a, b) => (b[2] ?? -Infinity) - (a[2] ?? -Infinity));
-  box_.replaceChildren(make("b", {}, label(cross)), make("table", {}, make("tbody", {}, ...rows.map(([name, s, value]) => make("tr", {}, make("td", {}, data.times ? key(s) : ""), make("td", {}, name), make("td", { class: "number" }, valueText(value)))))));
+  box_.replaceChildren(make("b", label(cross)), make("table", make("tbody", ...rows.map(([name, s, value]) => make("tr", make("td", data.times ? key(s) : ""), make("td", name), make("td.number", valueText(value)))))));
   box_.style.left = px > w / 2 ? "auto" : `${px + 12}px`;
   box_.style.right = px > w / 2 ? `${w - px + 12}px` : "auto";
 }
@@ -265,7 +264,7 @@ Object.assign(ACTS, {
   again: () => turn(),
   swap: () => redo({ from: view.get("to"), to: view.get("from") }),
   showLatest() { const known = RANGES.find(([name]) => name === (view.get("range") || "6h")), to = new Date(lake.last.getTime() + 1000); return chooseSpan(new Date(to - (known[2] || 216e5)), to); },
-  async copyLink(button) { let copied = true; try { await navigator.clipboard.writeText(location.href); } catch { copied = false; } notice("ok", copied ? "Copied. The link holds the report, devices, range, bucket and measure." : make("span", {}, "Copy this address: ", make("code", {}, location.href)), button); },
+  async copyLink(button) { let copied = true; try { await navigator.clipboard.writeText(location.href); } catch { copied = false; } notice("ok", copied ? "Copied. The link holds the report, devices, range, bucket and measure." : make("span", "Copy this address: ", make("code", location.href)), button); },
 });
 at("series").addEventListener("click", (event) => {
   const { name } = event.target.closest("button")?.dataset || {};
@@ -284,7 +283,7 @@ at("ask").addEventListener("change", ({ target }) => {
 });
 function emptyLake() {
   at("view").hidden = at("rows-part").hidden = at("copy-link").hidden = true;
-  show(at("state"), box("", "off", make("strong", {}, "The lake is empty."), " Nothing has been delivered yet; the first rows appear after the first run of a pipeline. ", make("a", { href: `${ROOT}.` }, "Open the overview")));
+  show(at("state"), box("", "off", make("strong", "The lake is empty."), " Nothing has been delivered yet; the first rows appear after the first run of a pipeline. ", make("a", { href: `${ROOT}.` }, "Open the overview")));
 }
 begin({
   scope: "analytics:read", other: ["", "Open the overview"], every: Number(view.get("refresh")) || 0,

@@ -7,26 +7,32 @@ const number = (value, digits) => (value ?? 0).toLocaleString("en-US", digits ==
 const plural = (count, noun) => { const one = noun.replace(/s$/, ""); return `${number(count)} ${count === 1 ? one : `${one}s`}`; };
 const SVG = new Set(["svg", "rect", "line", "path", "g", "text", "circle"]);
 
-function make(tag, attributes = {}, ...children) {
+// make("p.quiet.small", { title }, child, ...): the attributes may be left out; `data` are data attributes, `cells` is --n.
+function make(selector, ...rest) {
+  const [tag, ...classes] = selector.split("."), plain = Object.getPrototypeOf(rest[0] ?? 0) === Object.prototype;
+  const { class: kind, data, cells, ...attributes } = plain ? rest.shift() : {};
   const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name === "on") for (const [event, act] of Object.entries(value)) node.addEventListener(event, act);
-    else if (name === "data") Object.assign(node.dataset, value);
-    else if (name === "cells") node.style.setProperty("--n", value);
-    else node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  if (kind) classes.push(kind);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  if (cells) node.style.setProperty("--n", cells);
+  for (const [name, value] of Object.entries(attributes)) if (isThere(value)) node.setAttribute(name, value === true ? "" : value);
+  for (const [name, value] of Object.entries(data || {})) if (isThere(value)) node.dataset[name] = value;
+  node.append(...rest.flat().filter(isThere));
   return node;
 }
+const isThere = (value) => value !== null && value !== undefined && value !== false;
+// A button does ACTS[data.act]; data.needs is the scope that it needs.
+const press = (kind, data, ...text) => make(`button.button${kind}`, { type: "button", data }, ...text);
+const choose = (act, options, chosen) => options.map(([value, text]) => make("button", { type: "button", "aria-pressed": String(value === chosen), data: { act, [act]: value } }, text));
+const command = (id, text) => make("div.command", { data: { key: id } }, make("code", { id, tabindex: "0" }, text), press("", { act: "copy", copy: id }, "Copy", hidden(`: ${text}`)));
 const mark = (kind, large) => make("span", { class: `mark ${large ? "large " : ""}${kind}`, "aria-hidden": "true" });
-const hidden = (text) => make("span", { class: "visually-hidden" }, text);
-const sub = (...parts) => make("span", { class: "sub" }, ...parts);
+const hidden = (text) => make("span.visually-hidden", text);
+const sub = (...parts) => make("span.sub", ...parts);
 
 // ---- a refresh changes only what changed: what is there already stays, with its focus, scroll and selection
 
 function show(place, ...fresh) {
-  const wanted = fresh.flat().filter((node) => node !== null && node !== undefined && node !== false).map((node) => (typeof node === "object" ? node : document.createTextNode(node)));
+  const wanted = fresh.flat().filter(isThere).map((node) => (typeof node === "object" ? node : document.createTextNode(node)));
   const keys = new Set(wanted.map(keyOf).filter(Boolean)), known = new Map([...place.childNodes].filter(keyOf).map((node) => [keyOf(node), node]));
   let here = place.firstChild;
   for (const node of wanted) {
@@ -83,7 +89,7 @@ const from_to = (from, to) => {
 function ago(text, before = "", after = "") { const node = make("time", { datetime: text, title: utc(new Date(text)), "data-ago": `${before}|${after}` }); relate(node); return node; }
 function relate(node) {
   const [before, after] = node.dataset.ago.split("|"), date = new Date(node.dateTime), seconds = (Date.now() + skew - date) / 1000;
-  const said = document.body.classList.contains("away") ? stamp(date) : after === "next" && seconds >= 0 ? "due now" : seconds >= 0 ? `${span(seconds)} ago` : `in ${span(seconds)}`;
+  const said = document.body.classList.contains("away") ? stamp(date) : after === "next" && seconds > -1 ? "due now" : seconds >= 0 ? `${span(seconds)} ago` : `in ${span(seconds)}`;
   const text = `${before}${said}${after === "next" ? "" : after}`;
   if (node.textContent !== text) node.textContent = text;
 }
@@ -116,10 +122,12 @@ const get = (path, query = {}) => {
   const given = Object.entries(query).filter(([, value]) => value !== "" && value !== null && value !== undefined && value !== false);
   return ask("GET", given.length ? `${path}?${new URLSearchParams(given)}` : path);
 };
-const said = (error) => (error instanceof TypeError ? "The server does not answer. Next: look whether the process runs and its port can be reached." : error.hint ? `${sentence(error.message)} Next: ${error.hint}.` : sentence(error.message));
-const sentence = (text) => { const whole = String(text || "").trim(); return whole ? `${whole[0].toUpperCase()}${whole.slice(1)}${/[.!?]$/.test(whole) ? "" : "."}` : ""; };
+const said = (error) => (error instanceof TypeError ? "The server does not answer. Next: look whether the process runs and its port can be reached." : sentence(error.message, error.hint));
+const ended = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);
+// A first word that is a name stays as it is written: `clusters_1.csv: line 1`, `web: 403`.
+const sentence = (text, hint) => (text ? `${ended(text.trim().replace(/^[a-z]+(?= )/, (word) => word[0].toUpperCase() + word.slice(1)))}${hint ? ` Next: ${ended(hint)}` : ""}` : "");
 
-const nextStep = (text) => make("p", { class: "quiet next" }, make("b", {}, "Next: "), sentence(text)[0].toLowerCase() + sentence(text).slice(1));
+const nextStep = (text) => make("p.quiet.next", make("b", "Next: "), ended(text));
 
 // ---- a notice appears where one clicked and stays until it is dismissed
 
@@ -129,7 +137,7 @@ function notice(kind, text, beside) {
   else if (beside && !box.contains(beside)) (beside.closest("table") || beside.closest(".map > .head, .controls, .head, p, dialog") || beside).after(box);
   box.className = `notice ${kind}`;
   box.hidden = false;
-  box.replaceChildren(mark(kind || "ok"), make("div", {}, text), make("button", { class: "button bare", type: "button", "data-act": "dismissNotice" }, "Dismiss"));
+  box.replaceChildren(mark(kind || "ok"), make("div", text), press(".bare", { act: "dismissNotice" }, "Dismiss"));
 }
 
 // ---- buttons: one listener, and what each does by its name
@@ -161,8 +169,8 @@ document.addEventListener("click", async (event) => {
 });
 // A menu: Enter or Down opens, arrows move, Escape closes and gives the focus back.
 function menu(label, entries) {
-  const items = entries.filter(Boolean).map(([text, data, rule]) => make("li", { role: "none", class: rule ? "rule" : null }, make("button", { role: "menuitem", type: "button", tabindex: "-1", data, "data-needs": data.needs }, text)));
-  return make("div", { class: "menu" }, make("button", { class: "button bare", type: "button", "aria-haspopup": "menu", "aria-expanded": "false", "aria-label": label, "data-act": "menu" }, "⋯"), make("ul", { role: "menu", "aria-label": label, hidden: true }, ...items));
+  const items = entries.filter(Boolean).map(([text, data, rule]) => make("li", { role: "none", class: rule && "rule" }, make("button", { role: "menuitem", type: "button", tabindex: "-1", data }, text)));
+  return make("div.menu", make("button.button.bare", { type: "button", "aria-haspopup": "menu", "aria-expanded": "false", "aria-label": label, "data-act": "menu" }, "⋯"), make("ul", { role: "menu", "aria-label": label, hidden: true }, ...items));
 }
 function openMenu(box) {
   box.setAttribute("data-own", "");
@@ -278,6 +286,7 @@ async function turn() {
       else {
         if (at("board").hidden) only("board");
         await page.refresh();
+        await showChecks();
         if (page.scope === "ops:read" && page.every) at("fresh").replaceChildren(ago(new Date(Date.now() + skew).toISOString(), "Updated "));
         lockActions();
       }

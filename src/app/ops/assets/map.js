@@ -14,7 +14,7 @@ const counted = (text) => [..."mpcslonku"].map((letter) => [[...text].filter((ea
 const narrow = () => innerWidth <= 840;
 const rangeNow = () => (SECONDS[view.get("range")] ? view.get("range") : "24h");
 const hasProblem = (text) => [...text].some((letter) => PROBLEM.has(letter));
-let maps = {}, mapsKey = "", mapsAt = 0, pages = {}, opened = new Map(), drilled = null, working = null;
+let asked = false, maps = {}, mapsKey = "", mapsAt = 0, pages = {}, opened = new Map(), drilled = null, working = null;
 
 // ---- asking
 
@@ -37,6 +37,9 @@ async function showMaps(now = false) {
     const found = await Promise.all(jobs.map(async (job) => [job.name, await loadMap(job.name)]));
     [maps, mapsKey, mapsAt] = [Object.fromEntries(found), key, Date.now()];
   }
+  // On a phone groups are long: at first those with problems only.
+  if (narrow() && !asked && !view.has("problems") && Object.values(maps).some((each) => each.groups?.length && each.problems)) { asked = at("only").checked = true; await showMaps(true); return; }
+  asked = true;
   at("delivery").hidden = !jobs.length;
   page.every = busy ? 1000 : 5000;
   drawMaps(jobs);
@@ -47,30 +50,30 @@ async function showMaps(now = false) {
 
 function drawMaps(jobs) {
   const present = new Set();
-  for (const button of at("ranges").children) button.setAttribute("aria-pressed", String(button.dataset.range === rangeNow()));
+  show(at("ranges"), ...choose("range", Object.entries(LONG), rangeNow()));
   show(at("maps"), ...jobs.map((job) => mapOf(job, maps[job.name] || {}, present)));
   show(at("legend"), ...[..."kolnmpcsu"].filter((letter) => present.has(letter)).map((letter) => make("li", { data: { key: letter } }, make("span", { class: `cell ${KIND[letter][0]}`, "aria-hidden": "true" }), KIND[letter][1])));
   const first = Object.values(maps).find((each) => each.cell_seconds), recorded = Object.values(maps).some((each) => each.source === "records");
-  show(at("map-about"), first ? `Each cell is ${ABOUT[first.cell_seconds]}; the worst state in it wins. Times are local. Choose a cell to see its windows.` : "", recorded ? " Where there are many windows, what the last full check found is shown; an opened cell is listed anew." : "", make("span", { class: "keys-hint" }, " Keys: arrows move, Enter opens, N goes to the next problem."));
+  show(at("map-about"), first ? `Each cell is ${ABOUT[first.cell_seconds]}; the worst state in it wins. Times are local. Choose a cell to see its windows.` : "", recorded ? " Where there are many windows, what the last full check found is shown; an opened cell is listed anew." : "", make("span.keys-hint", " Keys: arrows move, Enter opens, N goes to the next problem."));
   for (const grid of at("maps").querySelectorAll("[role=grid]")) if (!grid.querySelector(".cell[tabindex='0']")) { const cell = [...grid.querySelectorAll(".cell")].find((each) => each.dataset.bad) || grid.querySelector(".cell"); if (cell) cell.tabIndex = 0; }
 }
 function mapOf(job, data, present) {
-  const head = make("div", { class: "head" }, make("h3", {}, job.name), make("span", { class: "quiet small" }, ...checked(job.name)), job.can_verify ? make("button", { class: "button bare lined push", type: "button", data: { act: "verifyRange", job: job.name, key: "verify" }, "data-needs": "ops:run" }, `Verify ${LONG[rangeNow()]}`) : null);
+  const head = make("div.head", make("h3", job.name), make("span.quiet.small", ...checked(job.name)), job.can_verify ? press(".bare.lined.push", { act: "verifyRange", job: job.name, key: "verify", needs: "ops:run" }, `Verify ${LONG[rangeNow()]}`) : null);
   const result = running(job.name), parts = [head, result ? make("progress", { max: result.total || null, value: result.total ? result.done : null, "aria-label": `${job.name}: windows compared` }) : null];
-  if (data.error) parts.push(make("p", { class: "text-bad" }, data.error));
+  if (data.error) parts.push(make("p.text-bad", data.error));
   else if (data.starts) {
     const rows = data.groups.length ? data.groups.flatMap((group) => [groupRow(job, group, data), ...(opened.get(group.first)?.rows || []).map((row) => oneRow(job, row, data))]) : data.rows.map((row) => oneRow(job, row, data));
     for (const row of [...data.groups, ...data.rows]) for (const letter of row.cells) present.add(letter);
     parts.push(axis(data));
-    parts.push(rows.length ? make("div", { role: "grid", "aria-label": `${job.name}, last ${LONG[rangeNow()]}`, "aria-readonly": "true", data: { key: "grid" } }, ...rows) : make("p", { class: "quiet" }, at("only").checked ? "No problems in this range." : at("find").value ? `No partition matches “${at("find").value}”.` : "No partition yet: they appear with the first run that finds data."));
+    parts.push(rows.length ? make("div", { role: "grid", "aria-label": `${job.name}, last ${LONG[rangeNow()]}`, "aria-readonly": "true", data: { key: "grid" } }, ...rows) : make("p.quiet", at("only").checked ? "No problems in this range." : at("find").value ? `No partition matches “${at("find").value}”.` : "No partition yet: they appear with the first run that finds data."));
     if (data.rows_total > (data.groups.length || data.rows.length)) parts.push(pager(job, data));
   }
-  return make("article", { class: "map", id: `map-${job.name}`, data: { key: job.name } }, ...parts);
+  return make("article.map", { id: `map-${job.name}`, data: { key: job.name } }, ...parts);
 }
 function pager(job, data) {
   const here = pages[job.name] || 0, size = data.groups.length ? A_PAGE : 200, from = here * A_PAGE + 1, shown = data.groups.length || data.rows.length;
-  const go = (by, word, off) => make("button", { class: "button", type: "button", disabled: off, data: { act: "mapPage", job: job.name, to: here + by } }, word);
-  return make("div", { class: "pager", data: { key: "pager" } }, go(-size / A_PAGE, "Previous", here === 0), go(size / A_PAGE, "Next", from - 1 + shown >= data.rows_total), make("span", { class: "quiet" }, `${data.groups.length ? "Groups" : "Partitions"} ${number(from)} to ${number(from - 1 + shown)} of ${number(data.rows_total)}. ${number(data.problems)} of ${number(data.total)} partitions have problems.`));
+  const go = (by, word, off) => Object.assign(press("", { act: "mapPage", job: job.name, to: here + by }, word), { disabled: off });
+  return make("div.pager", { data: { key: "pager" } }, go(-size / A_PAGE, "Previous", here === 0), go(size / A_PAGE, "Next", from - 1 + shown >= data.rows_total), make("span.quiet", `${data.groups.length ? "Groups" : "Partitions"} ${number(from)} to ${number(from - 1 + shown)} of ${number(data.rows_total)}. ${number(data.problems)} of ${number(data.total)} partitions have problems.`));
 }
 function cellWhen(from, to) {
   const [a, b] = [new Date(from), new Date(to)], hours = (b - a) / 36e5;
@@ -79,30 +82,31 @@ function cellWhen(from, to) {
   return hours > 20 ? weekday(a) : `${weekday(a)} ${clock(a)} to ${clock(b)}`;
 }
 const endOf = (data, i) => data.starts[i + 1] || data.end;
+function drawCell(letter, from, to, name, attributes, data) {
+  const future = new Date(from) > Date.now() + skew, title = `${name}${cellWhen(from, to)}: ${future ? "not yet" : KIND[letter][1]}`;
+  return make("button.cell", { class: future ? null : KIND[letter][0], type: "button", title, "aria-label": title, disabled: future && !attributes.role, data: { bad: PROBLEM.has(letter) ? "1" : null, ...data }, ...attributes });
+}
 function cellsOf(name, text, data) {
-  const cells = [...text].map((letter, i) => {
-    const future = new Date(data.starts[i]) > Date.now() + skew, label = `${name}, ${cellWhen(data.starts[i], endOf(data, i))}: ${future ? "not yet" : KIND[letter][1]}`;
-    return make("button", { class: future ? "cell" : `cell ${KIND[letter][0]}`, type: "button", role: "gridcell", tabindex: "-1", title: label, "aria-label": label, data: { i, ...(PROBLEM.has(letter) ? { bad: "1" } : {}) } });
-  });
-  return make("div", { class: "cells", role: "presentation", cells: text.length }, ...cells);
+  const cells = [...text].map((letter, i) => drawCell(letter, data.starts[i], endOf(data, i), `${name}, `, { role: "gridcell", tabindex: "-1" }, { i }));
+  return make("div.cells", { role: "presentation", cells: text.length }, ...cells);
 }
 function oneRow(job, row, data) {
-  const lag = row.error ? make("span", { class: "text-bad", title: row.error }, "not listed") : row.lag_seconds === null ? "" : row.lag_seconds < 0 ? "ahead" : span(row.lag_seconds);
-  return make("div", { class: "map-row", role: "row", data: { key: row.name, job: job.name, name: row.name } }, make("span", { class: "label", role: "rowheader" }, make("span", { title: row.name }, row.name)), cellsOf(row.name, row.cells, data), make("span", { class: "lag", role: "gridcell" }, lag));
+  const lag = row.error ? make("span.text-bad", { title: row.error }, "not listed") : row.lag_seconds === null ? "" : row.lag_seconds < 0 ? "ahead" : span(row.lag_seconds);
+  return make("div.map-row", { role: "row", data: { key: row.name, job: job.name, name: row.name } }, make("span.label", { role: "rowheader" }, make("span", { title: row.name }, row.name)), cellsOf(row.name, row.cells, data), make("span.lag", { role: "gridcell" }, lag));
 }
 function groupRow(job, group, data) {
   const name = `${group.first} to ${group.last}`, toggle = make("button", { type: "button", "aria-expanded": String(opened.has(group.first)), data: { act: "group", job: job.name, first: group.first, last: group.last } }, name);
-  return make("div", { class: "map-row group", role: "row", data: { key: `group ${group.first}`, job: job.name } }, make("span", { class: "label", role: "rowheader" }, toggle), cellsOf(name, group.cells, data), make("span", { class: "lag", role: "gridcell" }, make("span", { class: group.problems ? "text-bad" : null }, `${number(group.problems)} of ${number(group.count)}`)));
+  return make("div.map-row.group", { role: "row", data: { key: `group ${group.first}`, job: job.name } }, make("span.label", { role: "rowheader" }, toggle), cellsOf(name, group.cells, data), make("span.lag", { role: "gridcell" }, make("span", { class: group.problems ? "text-bad" : null }, `${number(group.problems)} of ${number(group.count)}`)));
 }
 function axis(data) {
-  const cells = data.starts.length, every = { 3600: narrow() ? 6 : 3, 14400: 6, 43200: 4, 86400: narrow() ? 10 : 5, 604800: 8, 2419200: 4 }[data.cell_seconds] || 6, line = make("div", { class: "axis" });
+  const cells = data.starts.length, every = { 3600: narrow() ? 6 : 3, 14400: 6, 43200: 4, 86400: narrow() ? 10 : 5, 604800: 8, 2419200: 4 }[data.cell_seconds] || 6, line = make("div.axis");
   for (let i = 0; i < cells - every / 2; i += every) {
-    const date = new Date(data.starts[i]), text = data.cell_seconds === 3600 ? (i === 0 || date.getHours() < every ? `${day(date)} ${clock(date)}` : clock(date)) : day(date), tick = make("span", {}, text);
+    const date = new Date(data.starts[i]), text = data.cell_seconds === 3600 ? (i === 0 || date.getHours() < every ? `${day(date)} ${clock(date)}` : clock(date)) : day(date), tick = make("span", text);
     tick.style.left = `${(i / cells) * 100}%`;
     line.append(tick);
   }
-  line.append(make("span", { class: "end" }, "now"));
-  return make("div", { class: "map-row scale", "aria-hidden": "true", data: { key: `axis ${data.starts[0]} ${cells}` } }, make("span", { class: "label" }), line, make("span", { class: "lag" }, data.groups.length ? "Problems in" : "Lag"));
+  line.append(make("span.end", "now"));
+  return make("div.map-row.scale", { "aria-hidden": "true", data: { key: `axis ${data.starts[0]} ${cells}` } }, make("span.label"), line, make("span.lag", data.groups.length ? "Problems in" : "Lag"));
 }
 
 // ---- verifying and healing: how far it is, and a result that stays
@@ -112,11 +116,11 @@ const signs = (counts) => Object.entries(counts).sort().map(([sign, count]) => `
 function checked(job) {
   const now = running(job), last = proofs.verifications.find((each) => each.job === job), healed = proofs.heals.find((each) => each.job === job);
   if (now) return [`${proofs.heals.includes(now) ? "Healing" : "Verifying"}: ${number(now.done)}${now.total ? ` of ${number(now.total)}` : ""} windows compared`];
-  const parts = !last ? ["Not checked yet."] : last.error ? [make("span", { class: "text-bad" }, `The check broke off: ${sentence(last.error)}${last.hint ? ` Next: ${last.hint}.` : ""}`)] : [ago(last.ended_at, "Checked "), last.equal ? `: all ${number(last.done)} equal.` : last.done ? `: ${signs(last.counts)}.` : ": no window has ended yet."];
+  const parts = !last ? ["Not checked yet."] : last.error ? [make("span.text-bad", `The check broke off: ${sentence(last.error, last.hint)}`)] : [ago(last.ended_at, "Checked "), last.equal ? `: all ${number(last.done)} equal.` : last.done ? `: ${signs(last.counts)}.` : ": no window has ended yet."];
   return healed && healed.ended_at ? [...parts, " ", ...healText(healed)] : parts;
 }
 function healText(heal) {
-  if (heal.error) return [make("span", { class: "text-bad" }, `Healing broke off: ${sentence(heal.error)}${heal.hint ? ` Next: ${heal.hint}.` : ""}`)];
+  if (heal.error) return [make("span.text-bad", `Healing broke off: ${sentence(heal.error, heal.hint)}`)];
   const left = heal.windows.length;
   return ["Healed at ", when(heal.ended_at, false), `: ${plural(heal.healed, "window")} written again; `, left ? `${plural(left, "window")} still differ${left === 1 ? "s" : ""}: ${heal.windows[0].error || SIGNS[heal.windows[0].sign]}.` : "both ends are equal now."];
 }
@@ -146,13 +150,13 @@ function tellWork() {
   if (drilled) drill(drilled.path);
 }
 Object.assign(ACTS, {
-  range(button) { keep({ range: button.dataset.range === "24h" ? "" : button.dataset.range }); closeDrill(false); return showMaps(true); },
+  range({ dataset }) { keep({ range: dataset.range === "24h" ? "" : dataset.range }); closeDrill(false); return showMaps(true); },
   mapPage(button) { pages[button.dataset.job] = Math.max(Number(button.dataset.to), 0); return showMaps(true); },
   group({ dataset }) { if (opened.has(dataset.first)) opened.delete(dataset.first); else opened.set(dataset.first, { job: dataset.job, last: dataset.last, rows: [] }); return showMaps(true); },
   verifyRange(button) {
     const { job } = button.dataset, range = rangeNow(), data = maps[job] || {};
     if (SECONDS[range] < 2592000) return startVerify(job, SECONDS[range], button);
-    notice("warn", make("span", {}, `Verifying ${LONG[range]} reads every window of ${plural(data.total || 0, "partition")} at both ends, which may take long. `, make("button", { class: "button", type: "button", data: { act: "verifySure", job, seconds: SECONDS[range] } }, "Verify all the same")), button);
+    notice("warn", make("span", `Verifying ${LONG[range]} reads every window of ${plural(data.total || 0, "partition")} at both ends, which may take long. `, press("", { act: "verifySure", job, seconds: SECONDS[range] }, "Verify all the same")), button);
     return null;
   },
   async verifySure({ dataset }) { at("notice").hidden = true; await startVerify(dataset.job, Number(dataset.seconds)); },
@@ -166,7 +170,7 @@ function openCell(cell) {
   if (row.classList.contains("group")) { row.querySelector(".label button").click(); return; }
   if (drilled && drilled.cell === cell) { closeDrill(true); return; }
   closeDrill(false);
-  drilled = { cell, job: row.dataset.job, name: row.dataset.name, box: make("div", { class: "drill", role: "gridcell" }) };
+  drilled = { cell, job: row.dataset.job, name: row.dataset.name, box: make("div.drill", { role: "gridcell" }) };
   cell.setAttribute("aria-selected", "true");
   row.after(make("div", { role: "row", class: "drill-row", "data-extra": "" }, drilled.box));
   drill([{ from: data.starts[i], to: endOf(data, i), letter: data.groups.length ? "" : letterAt(cell) }], true);
@@ -193,7 +197,7 @@ async function drill(path, focus) {
       const { windows } = await get("ops/map/windows", { job, partition: name, from: place.from, to: place.to });
       finer = windows.map((window) => ({ from: window.from, to: window.to, letter: window.letter, window }));
     }
-  } catch (error) { if (error instanceof TypeError) throw error; box.replaceChildren(make("p", { class: "text-bad" }, said(error)), make("button", { class: "button", type: "button", "data-act": "closeDrill" }, "Close")); return; }
+  } catch (error) { if (error instanceof TypeError) throw error; box.replaceChildren(make("p.text-bad", said(error)), press("", { act: "closeDrill" }, "Close")); return; }
   if (drilled !== mine) return;
   if (finer.length === 1 && finer[0].window) [place.window, place.letter, finer] = [finer[0].window, finer[0].letter, []];
   drawDrill(path, finer);
@@ -202,17 +206,17 @@ async function drill(path, focus) {
 function drawDrill(path, finer) {
   const { box, name } = drilled, place = path.at(-1), held = at("notice");
   drilled.finer = finer;
-  const crumbs = make("ol", { class: "crumbs small" }, make("li", {}, name), ...path.map((each, i) => make("li", {}, i < path.length - 1 ? make("button", { class: "button bare", type: "button", data: { act: "drillTo", to: i } }, cellWhen(each.from, each.to)) : cellWhen(each.from, each.to))));
-  const acts = [["Earlier", "drillMove", -1], ["Later", "drillMove", 1], ["Close", "closeDrill", 0]].map(([word, act, by]) => make("button", { class: "button bare lined", type: "button", data: { act, by } }, word));
+  const crumbs = make("ol.crumbs.small", make("li", name), ...path.map((each, i) => make("li", i < path.length - 1 ? press(".bare", { act: "drillTo", to: i }, cellWhen(each.from, each.to)) : cellWhen(each.from, each.to))));
+  const acts = [["Earlier", "drillMove", -1], ["Later", "drillMove", 1], ["Close", "closeDrill", 0]].map(([word, act, by]) => press(".bare.lined", { act, by }, word));
   const cells = finer.map((each, i) => {
-    const future = new Date(each.from) > Date.now() + skew, label = `${cellWhen(each.from, each.to)}: ${future ? "not yet" : KIND[each.letter][1]}`, date = new Date(each.from);
-    return make("div", {}, make("div", { class: "when" }, new Date(each.to) - date > 7e7 ? day(date) : clock(date)), make("button", { class: future ? "cell" : `cell ${KIND[each.letter][0]}`, type: "button", disabled: future, title: label, "aria-label": label, data: { act: "drillInto", i, ...(PROBLEM.has(each.letter) ? { bad: "1" } : {}) } }));
+    const date = new Date(each.from);
+    return make("div", make("div.when", new Date(each.to) - date > 7e7 ? day(date) : clock(date)), drawCell(each.letter, each.from, each.to, "", {}, { act: "drillInto", i }));
   });
   const bad = finer.filter((each) => PROBLEM.has(each.letter)), fault = "mpc".includes(place.letter || " ") || bad.some((each) => "mpc".includes(each.letter));
   const part = JSON.stringify({ from: place.from, to: place.to, partition: name }), what = bad.length && finer[0].window ? plural(bad.length, "window") : place.window ? "this window" : "what is missing";
   const job = summary.jobs.find((each) => each.name === drilled.job), data = { job: drilled.job, part };
-  const buttons = [fault && job.can_verify ? make("button", { class: "button main", type: "button", data: { ...data, act: "heal" }, "data-needs": "ops:run" }, `Heal ${what}`) : null, job.can_verify ? make("button", { class: "button", type: "button", data: { ...data, act: "verifyPart" }, "data-needs": "ops:run" }, "Verify") : null, place.window?.run_id ? make("a", { class: "button", href: `run?id=${place.window.run_id}` }, "Open its run") : null];
-  box.replaceChildren(make("div", { class: "head" }, crumbs, make("span", { class: "push head-acts" }, ...acts)), ...(cells.length ? [make("div", { class: "cells", cells: cells.length }, ...cells)] : []), make("div", { class: "about" }, make("p", {}, ...aboutPlace(place, finer, bad)), make("div", { class: "acts pager" }, ...buttons)), ...(box.contains(held) ? [held] : []));
+  const buttons = [fault && job.can_verify ? press(".main", { ...data, act: "heal", needs: "ops:run" }, `Heal ${what}`) : null, job.can_verify ? press("", { ...data, act: "verifyPart", needs: "ops:run" }, "Verify") : null, place.window?.run_id ? make("a.button", { href: `run?id=${place.window.run_id}` }, "Open its run") : null];
+  box.replaceChildren(make("div.head", crumbs, make("span.push.head-acts", ...acts)), ...(cells.length ? [make("div.cells", { cells: cells.length }, ...cells)] : []), make("div.about", make("p", ...aboutPlace(place, finer, bad)), make("div.acts.pager", ...buttons)), ...(box.contains(held) ? [held] : []));
   lockActions();
 }
 function aboutPlace(place, finer, bad) {

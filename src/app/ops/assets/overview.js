@@ -18,7 +18,7 @@ function moreOf(found) {
   if (!["ok", "off"].includes(found.verdict.state)) parts.push(...(upTo ? ["Everything else has arrived, complete up to ", upTo, ". "] : []));
   if (found.verdict.more) parts.push(`${found.verdict.more} `);
   if (found.checked_at) parts.push(ago(found.checked_at, "Both ends were compared ", "."));
-  else if (found.verdict.state === "off") parts.push("Set a source up below, or put a file into the CSV inbox.");
+  else if (found.verdict.state === "off") parts.push("Set one up below: its command asks for what it needs, tries it and writes .env. Then restart.");
   return parts;
 }
 
@@ -26,17 +26,17 @@ function moreOf(found) {
 
 function actions(problem) {
   return problem.actions.map((action, place) => {
-    if (action.href) return make("a", { class: "button", href: action.href, data: { key: action.kind, act: action.kind === "show" ? "showFault" : "", job: problem.job } }, action.label);
-    const data = { key: action.kind, act: action.kind, job: action.job || problem.job, id: problem.id };
-    if (action.part) data.part = JSON.stringify(action.part);
-    return make("button", { class: place === 0 && action.kind === "heal" ? "button main" : "button", type: "button", data, "data-needs": "ops:run" }, action.label);
+    if (action.needs && !may(action.needs)) return null;
+    if (action.href) return make("a.button", { href: action.href, data: { key: action.kind, act: action.kind === "show" ? "showFault" : "", job: problem.job } }, action.label);
+    const data = { key: action.kind, act: action.kind, job: action.job || problem.job, id: problem.id, part: action.part && JSON.stringify(action.part), needs: "ops:run" };
+    return press(place === 0 && action.kind === "heal" ? ".main" : "", data, action.label);
   });
 }
 function todo(problem) {
   const spanned = problem.from ? [", ", from_to(problem.from, problem.to)] : problem.since ? [problem.kind === "set_aside" ? ", " : " since ", when(problem.since, false)] : [];
   return make("li", { data: { key: problem.id } }, mark(problem.mark),
-    make("div", {}, make("strong", {}, problem.title, ...spanned, "."), ` ${sentence(problem.message)}`, problem.next ? nextStep(problem.next) : null),
-    make("div", { class: "acts" }, ...actions(problem)));
+    make("div", make("strong", problem.title, ...spanned, "."), ` ${sentence(problem.message)}`, problem.from && problem.since ? [" First seen ", when(problem.since, false), "."] : null, problem.next ? nextStep(problem.next) : null),
+    make("div.acts", ...actions(problem)));
 }
 
 // ---- pipelines
@@ -49,7 +49,7 @@ function why(job) {
   if (job.mark === "paused") return [`by ${job.paused_by || "somebody"}`, job.paused_at ? [", ", when(job.paused_at, false)] : ""].flat();
   const last = job.last_run;
   if (!last) return "no run yet";
-  if (job.failures_in_a_row) return [`${last.error.slice(0, 60)}${last.error.length > 60 ? "…" : ""} since `, when(job.failing_since, false)];
+  if (job.failures_in_a_row && job.mark === "bad") return [`${last.error.slice(0, 60)}${last.error.length > 60 ? "…" : ""} since `, when(job.failing_since, false)];
   if (job.mark === "ok") return ago(last.started_at, "ran ");
   return ago(last.started_at, `last run ${(OUTCOMES[last.outcome] || ["", last.outcome])[1]}, `);
 }
@@ -57,19 +57,21 @@ function helpers(job, all) {
   const own = all.filter((each) => each.helper_of === job.name && each.state !== "off");
   const parts = own.flatMap((each, place) => [place ? " · " : "", helperName(each, job), " ", each.last_run ? ago(each.last_run.started_at) : "not yet", each.failures_in_a_row ? " (failed)" : ""]);
   if (parts.length) return parts;
+  if (job.files_today) return filesToday(job.files_today);
   if (job.partitions > 1) return plural(job.partitions, "partition");
   return "";
 }
+const filesToday = ({ total, more }) => `${number(total)}${more ? " or more" : ""} ${total === 1 ? "file" : "files"} today`;
 const helperName = (each, job) => ({ reconcile: "full check", late: "late rows" })[each.name.slice(job.name.length + 1)] || each.name;
 function bars(news) {
   if (!news) return null;
   const most = Math.max(1, ...news.by_hour);
   const rects = news.by_hour.map((rows, i) => { const failed = news.failed_hours.includes(i), height = failed ? 24 : Math.max(rows ? 1.5 : 0.5, (rows / most) * 24); return make("rect", { x: i * 5.7, y: 24 - height, width: 4, height, class: failed ? "bad" : null }); });
-  return make("svg", { class: "bars", viewBox: "0 0 136 24", role: "img", "aria-label": `New rows by hour, last 24 hours; highest ${number(most)}` }, ...rects);
+  return make("svg.bars", { viewBox: "0 0 136 24", role: "img", "aria-label": `New rows by hour, last 24 hours; highest ${number(most)}` }, ...rects);
 }
 function strip(job) {
-  if (!job.strip) return make("span", { class: "quiet small" }, "not known yet");
-  return make("div", { class: "cells strip", role: "img", "aria-label": `Last 24 hours, hour by hour: ${counted(job.strip)}` }, ...[...job.strip].map((letter) => make("span", { class: `cell ${KIND[letter][0]}`, title: KIND[letter][1] })));
+  if (!job.strip) return make("span.quiet.small", "not known yet");
+  return make("div.cells.strip", { role: "img", "aria-label": `Last 24 hours, hour by hour: ${counted(job.strip)}` }, ...[...job.strip].map((letter) => make("span", { class: `cell ${KIND[letter][0]}`, title: KIND[letter][1] })));
 }
 function nextRun(job) {
   if (job.state === "paused") return "when resumed";
@@ -86,19 +88,20 @@ function pipelineRow(job, all) {
   const news = job.new_rows, done = job.progress && job.progress.total ? make("progress", { max: job.progress.total, value: job.progress.done, "aria-label": `${job.name} progress` }) : null;
   const more = news ? (news.updated_today ? `${number(news.updated_today)} updated` : `yesterday ${number(news.yesterday)}`) : "";
   return make("tr", { id: `p-${job.name}`, data: { key: `p-${job.name}` } },
-    make("td", { class: "id" }, make("a", { class: "name", href: job.has_map ? `#map-${job.name}` : "#histories" }, job.name), sub(helpers(job, all))),
-    make("td", { class: "state" }, mark(job.mark), " ", make("strong", {}, job.words), sub(why(job)), done),
-    make("td", { class: "number", "data-label": "Max lag" }, job.max_lag_seconds === null ? "–" : span(job.max_lag_seconds)),
-    make("td", { class: "number", "data-label": "New rows today" }, number(news ? news.today : 0), sub(more)),
-    make("td", { class: "spark" }, bars(news)), make("td", { class: "wide" }, strip(job)),
-    make("td", { class: "when-next nowrap" }, nextRun(job), sub(`every ${span(job.interval_seconds)} `, make("button", { class: "button bare lined small", type: "button", data: { act: "run", job: job.name }, "data-needs": "ops:run" }, "Run now", hidden(` ${job.name}`)))),
-    make("td", { class: "act" }, jobMenu(job)));
+    make("td.id", make("a.name", { href: job.has_map ? `#map-${job.name}` : "#histories" }, job.name), sub(helpers(job, all))),
+    make("td.state", mark(job.mark), " ", make("strong", job.words), sub(why(job)), done),
+    make("td.number", { "data-label": "Max lag" }, job.max_lag_seconds === null ? "–" : span(job.max_lag_seconds)),
+    make("td.number", { "data-label": "New rows today" }, number(news ? news.today : 0), sub(more)),
+    make("td.spark", bars(news)), make("td.wide", strip(job)),
+    make("td.when-next.nowrap", nextRun(job), sub(`every ${span(job.interval_seconds)} `, press(".bare.lined.small", { act: "run", job: job.name, needs: "ops:run" }, "Run now", hidden(` ${job.name}`)))),
+    make("td.act", jobMenu(job)));
 }
 const enable = (job) => (job.off.text.startsWith("set ") ? `Off. Set ${job.off.text.slice(4)} to enable.` : `Off: ${job.off.text}.`);
 const guide = (job) => make("a", { href: job.off ? job.off.guide : `guides/${job.name}` }, "Guide", hidden(` to ${job.name}`));
-function offLine(job) { return make("li", { data: { key: `p-${job.name}` } }, mark("off"), make("span", {}, job.name), make("span", { class: "why" }, enable(job)), guide(job)); }
+function offLine(job) { return make("li", { data: { key: `p-${job.name}` } }, mark("off"), make("span", job.name), make("span.why", enable(job)), guide(job)); }
 function setupStep(job) {
-  return make("li", { data: { key: job.name } }, make("div", {}, make("h3", {}, job.name), make("p", { class: "quiet" }, `${GUIDED[job.name] || ""} `, ...(job.off ? [enable(job)] : [mark("ok"), " On."]), " ", guide(job))));
+  const line = job.off ? command(`setup-${job.name}`, `python -m app setup ${job.name}`) : null;
+  return make("li", { data: { key: job.name } }, make("div", make("h3", job.name), make("p.quiet", `${GUIDED[job.name] || ""} `, ...(job.off ? [enable(job)] : [mark("ok"), " On: put a file into its directory, and it is merged within a minute."]), " ", guide(job))), line);
 }
 function showSummary(found) {
   summary = found;
@@ -111,11 +114,13 @@ function showSummary(found) {
   const off = jobs.filter((job) => job.state === "off" && !job.helper_of);
   show(at("pipelines"), ...rows.map((job) => pipelineRow(job, jobs)));
   show(at("off"), ...off.map(offLine));
+  at("bill").hidden = !found.bill;
+  at("bill").textContent = `Requests: ${found.bill}.`;
   show(at("day"), "Today starts at ", when(found.day_starts_at, false), " local time. Counts are new rows; rewrites of an open window are not counted again.");
   const empty = told.state === "off" && told.title === "Nothing set up yet";
   at("setup").hidden = !empty;
   at("rows").hidden = empty;
-  if (empty) show(at("steps"), ...jobs.filter((job) => !job.helper_of).map(setupStep), make("li", { data: { key: "demo" } }, make("div", {}, make("h3", {}, "Or look around first"), make("p", { class: "quiet" }, "Simulated sources and destinations with some hours of data. Nothing outside this machine is touched.")), make("div", { class: "command" }, make("code", { id: "demo-command", tabindex: "0" }, "python -m app demo"), make("button", { class: "button", type: "button", data: { act: "copy", copy: "demo-command" }, "aria-label": "Copy the demo command" }, "Copy"))));
+  if (empty) show(at("steps"), ...jobs.filter((job) => !job.helper_of).map(setupStep), make("li", { data: { key: "demo" } }, make("div", make("h3", "Or look around first"), make("p.quiet", "Simulated sources and destinations with some hours of data. Nothing outside this machine is touched.")), command("demo-command", "python -m app demo")));
 }
 
 // ---- CSV files
@@ -125,14 +130,14 @@ function showFiles({ histories }) {
   const shown = histories.filter((each) => each.entries.length);
   at("histories").hidden = !shown.length;
   show(at("histories"), ...shown.map(({ job, entries }) => {
-    const today = entries.filter((each) => sameDay(new Date(each.at), new Date())), count = (outcome) => today.filter((each) => each.outcome === outcome).length;
-    const about = `${plural(today.length, "file")} today${today.length ? `: ${number(count("merged"))} merged${count("rejected") ? `, ${number(count("rejected"))} set aside` : ""}` : ""}`;
+    const today = summary.jobs.find((each) => each.name === job).files_today;
+    const about = `${filesToday(today)}${today.total ? `: ${number(today.merged)} merged${today.set_aside ? `, ${number(today.set_aside)} set aside` : ""}` : ""}`;
     const all = view.get("files") === "all", rows = (all ? entries : entries.slice(0, 6)).map((each) => {
       const [kind, word] = FILES[each.outcome] || ["off", each.outcome], known = (value) => (each.outcome === "merged" ? number(value) : "");
-      return make("tr", { data: { key: `${each.at} ${each.file} ${each.outcome}` } }, make("td", { class: "nowrap" }, when(each.at)), make("td", { class: "mono" }, each.file), state(kind, word), figure("new", known(each.inserted)), figure("updated", known(each.replaced)), figure("unchanged", known(each.unchanged)), make("td", { class: "long" }, each.error));
+      return make("tr", { data: { key: `${each.at} ${each.file} ${each.outcome}` } }, make("td.nowrap", when(each.at)), make("td.mono", each.file), state(kind, word), figure("new", known(each.inserted)), figure("updated", known(each.replaced)), figure("unchanged", known(each.unchanged)), make("td.long", each.error));
     });
-    return make("div", { class: "map", data: { key: job }, id: `files-${job}` }, make("div", { class: "head" }, make("h3", {}, job), make("span", { class: "quiet small" }, about), entries.length > 6 ? make("button", { class: "button bare lined push", type: "button", data: { act: "allFiles" } }, all ? "Latest files" : "All files") : null),
-      make("div", { class: "scroll" }, make("table", { class: "stack" }, make("thead", {}, headRow([["Ingested"], ["File"], ["Result"], ["New rows", 1], ["Updated", 1], ["Unchanged", 1], ["Reason"]])), make("tbody", {}, ...rows))));
+    return make("div.map", { data: { key: job }, id: `files-${job}` }, make("div.head", make("h3", job), make("span.quiet.small", about), entries.length > 6 ? press(".bare.lined.push", { act: "allFiles" }, all ? "Latest files" : "All files") : null),
+      make("div.scroll", make("table.stack", make("thead", headRow([["Ingested"], ["File"], ["Result"], ["New rows", 1], ["Updated", 1], ["Unchanged", 1], ["Reason"]])), make("tbody", ...rows))));
   }));
 }
 
@@ -148,7 +153,7 @@ Object.assign(ACTS, {
   async verifyDay(button) { await startVerify(button.dataset.job, 86400, button); },
   showFault(link) { showFault(link.dataset.job); },
   jobRuns({ dataset }) { keep({ job: dataset.job }); view.set("outcome", ""); history.replaceState(null, "", `${location.pathname}?${view}`); at("runs-title").scrollIntoView(); return turn(); },
-  async copyRun(button) { await navigator.clipboard?.writeText(`python -m app run ${button.dataset.job}`).catch(() => {}); notice("ok", make("code", {}, `python -m app run ${button.dataset.job}`), at("pipelines")); },
+  async copyRun(button) { await navigator.clipboard?.writeText(`python -m app run ${button.dataset.job}`).catch(() => {}); notice("ok", make("code", `python -m app run ${button.dataset.job}`), at("pipelines")); },
   allFiles() { keep({ files: view.get("files") === "all" ? "" : "all" }); return turn(); },
   backfill({ dataset }) {
     const now = new Date(), local = (date) => new Date(date - date.getTimezoneOffset() * 60000).toISOString().slice(0, 16);
@@ -176,7 +181,7 @@ begin({
     proofs = known;
     showSummary(found);
     at("rest").hidden = !at("setup").hidden;
-    await Promise.all([showMaps(), get("ops/history", { limit: 50 }).then(showFiles), showRuns(found.jobs.filter((job) => job.state !== "off").map((job) => job.name)), showChecks()]);
+    await Promise.all([showMaps(), get("ops/history", { limit: 50 }).then(showFiles), showRuns(found.jobs.filter((job) => job.state !== "off").map((job) => job.name))]);
     at("rest").classList.remove("skeleton");
     at("rest").removeAttribute("aria-busy");
   },

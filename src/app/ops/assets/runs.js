@@ -4,24 +4,23 @@ const OUTCOMES = { ok: ["ok", "OK"], partial: ["warn", "Partly delivered"], fail
 const WHAT = [["news", "With news"], ["", "All outcomes"], ["failed", "Failed"], ["partial", "Partly delivered"], ["ok", "OK"], ["stopped", "Stopped"], ["running", "Running"]];
 const SINCE = [["3600", "Last hour"], ["86400", "Last 24 h"], ["604800", "7 days"], ["2592000", "30 days"], ["", "All kept"]];
 const HEADS = [["Started"], ["Job"], ["Outcome"], ["Took", 1], ["New rows", 1], ["Size", 1], ["Windows", 1], ["Error and next step"]];
-const headRow = (heads) => make("tr", {}, ...heads.map(([text, right]) => make("th", { class: right ? "number" : null }, text)));
+const headRow = (heads) => make("tr", ...heads.map(([text, right]) => make("th", { class: right ? "number" : null }, text)));
 let runsShown = 25;
 
-const figure = (label, value, kind) => make("td", { class: "number", "data-label": label }, kind ? make("span", { class: kind }, value) : value);
-const state = (kind, word) => make("td", { class: "nowrap" }, mark(kind), ` ${word}`);
+const figure = (label, value, kind) => make("td.number", { "data-label": label }, kind ? make("span", { class: kind }, value) : value);
+const state = (kind, ...words) => make("td.nowrap", mark(kind), " ", ...words);
 const took = (run) => (run.ended_at ? lasting((new Date(run.ended_at) - new Date(run.started_at)) / 1000) : "so far");
 const lasting = (seconds) => (seconds < 10 ? `${number(seconds, seconds < 1 ? 2 : 1)} s` : span(seconds));
-const errorOf = (run) => (run.error ? `${sentence(run.error)}${run.hint ? ` Next: ${run.hint}.` : ""}` : "");
 
 function runRow(run) {
   const [kind, word] = OUTCOMES[run.outcome] || ["off", run.outcome];
   return make("tr", { data: { key: run.run_id } },
-    make("td", { class: "nowrap" }, make("a", { href: `${ROOT}run?id=${encodeURIComponent(run.run_id)}` }, when(run.started_at))), make("td", {}, run.job), state(kind, word),
-    figure("took", took(run)), figure("new rows", number(run.new_rows)), figure("size", size(run.bytes)), figure("windows", number(run.windows)), make("td", { class: "long" }, errorOf(run)));
+    make("td.nowrap", make("a", { href: `${ROOT}run?id=${encodeURIComponent(run.run_id)}` }, when(run.started_at))), make("td", run.job), state(kind, word),
+    figure("took", took(run)), figure("new rows", number(run.new_rows)), figure("size", size(run.bytes)), figure("windows", number(run.windows)), make("td.long", sentence(run.error, run.hint)));
 }
 function choices(id, label, options, value) {
   const box = at(id) || make("select", { id, class: "field" });
-  if (!box.isConnected) at("filters").append(make("div", {}, make("label", { class: "visually-hidden", for: id }, label), box));
+  if (!box.isConnected) at("filters").append(make("div", make("label.visually-hidden", { for: id }, label), box));
   if (box.options.length !== options.length) box.replaceChildren(...options.map(([key, text]) => make("option", { value: key }, text)));
   if (document.activeElement !== box) box.value = value;
   return box;
@@ -50,7 +49,7 @@ async function showRuns(jobs) {
   const rows = found.runs.map(runRow);
   show(at("runs"), ...(rows.length ? rows : [make("tr", { data: { key: "none" } }, make("td", { colspan: 8, class: "quiet" }, found.total ? "No run matches these filters." : "No run yet. Jobs start by themselves; Run now starts one at once."))]));
   const left = found.total - found.with_news;
-  const quiet = query.news && left > 0 ? [`${plural(left, "run")} found nothing new and ${left === 1 ? "is" : "are"} not listed. `, make("button", { class: "button bare lined", type: "button", "data-act": "allRuns" }, "List them")] : [];
+  const quiet = query.news && left > 0 ? [`${plural(left, "run")} found nothing new and ${left === 1 ? "is" : "are"} not listed. `, press(".bare.lined", { act: "allRuns" }, "List them")] : [];
   show(at("runs-quiet"), ...quiet);
   if (at("more")) at("more").hidden = !found.before || runsShown >= 500;
 }
@@ -58,5 +57,5 @@ ACTS.allRuns = () => { view.set("outcome", ""); history.replaceState(null, "", `
 ACTS.moreRuns = () => { runsShown = Math.min(runsShown + 100, 500); return turn(); };
 if (document.title.startsWith("Runs")) {
   runsShown = 100;
-  begin({ refresh: async () => { const { jobs } = await get("ops/jobs"); await showRuns(jobs.filter((job) => job.state !== "off").map((job) => job.name)); await showChecks(); document.title = "Runs – Headwater"; } });
+  begin({ refresh: async () => { const { jobs } = await get("ops/jobs"); await showRuns(jobs.filter((job) => job.state !== "off").map((job) => job.name)); document.title = "Runs – Headwater"; } });
 }

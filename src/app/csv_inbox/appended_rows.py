@@ -7,14 +7,13 @@ Invariant: the new file and the note of how far the old one was taken in are one
 comes back to the inbox once. Only what was appended does: a file in the archive that was edited is a person's.
 """
 
-import itertools
 import logging
 import os
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import IO
 
-from app.core.files import bounded_name, sync_file
+from app.core.files import sync_file
 from app.csv_inbox.config import Stuck, Unmergeable, Unsteady
 from app.csv_inbox.csv_tokenizer import Dialect, Malformed, blocks
 from app.csv_inbox.discovery import (
@@ -23,7 +22,9 @@ from app.csv_inbox.discovery import (
     Candidate,
     InboxRun,
     candidate,
+    free_paths,
     md5_of,
+    numbered,
     open_regular,
     placed,
     printable,
@@ -63,6 +64,7 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
     start = each.merged.size
     if each.load.unended_bytes:  # the last row that was merged may go on in what was added
         file.seek(start)
+        # A line end comes first: then the last row was whole, and only its line end was lacking.
         if read_some(file, 2).lstrip(b"\r")[:1] != b"\n":
             start -= each.load.unended_bytes
     temporary = inbox.paths.temporary_tail(each.load.load_id)
@@ -72,9 +74,8 @@ def _moved_back(inbox: InboxRun, each: Grown, file: IO[bytes]) -> Candidate | No
         out.flush()
         os.utime(out.fileno(), ns=(each.found.mtime_ns, each.found.mtime_ns))
         sync_file(out.fileno())
-    suffixes = itertools.chain(("",), (f"-{number}" for number in itertools.count(1)))
-    names = (bounded_name(each.path.name, f".late-{start}{suffix}{SUFFIX}") for suffix in suffixes)
-    target = next(path for name in names if not os.path.lexists(path := inbox.config.watch_dir / name))
+    suffixes = (f"{late}{SUFFIX}" for late in numbered(f".late-{start}", "-"))
+    target = next(free_paths(inbox.config.watch_dir, each.path.name, suffixes))
     unended = _unended_bytes(inbox, temporary, each.found.size - start)
     transaction = Transaction([renaming(temporary, target)], [], None, _dealt_with(each, file, unended))
     if not each.is_steady():

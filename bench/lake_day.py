@@ -1,0 +1,112 @@
+"""What `lake_day` costs for each object, and what DuckDB costs over the objects and over the table.
+
+`uv run python bench/lake_day.py [--devices 63] [--rows 60]` writes two days of hourly objects, runs the job in a
+process of its own, then asks the same three questions of both; 1 when answers differ or a goal is missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from measured import Cost, Goal, run
+
+DAYS = ("2026-02-06", "2026-02-07")
+WRITE = """
+import io, json, random, sys
+from datetime import datetime, timedelta, UTC
+import pyarrow as pa, pyarrow.parquet as pq
+from app.object_store.local import LocalDirectory
+from app.object_store.port import Put
+root, devices, rows, days = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+store, draw, texts = LocalDirectory(__import__("pathlib").Path(root)), random.Random(1), ("hall", "roof")
+for day in days:
+    for device in range(devices):
+        for hour in range(24):
+            start = datetime.fromisoformat(day).replace(tzinfo=UTC, hour=hour)
+            times = [start + timedelta(seconds=3600 / rows * n) for n in range(rows)]
+            columns = {"timestamp": pa.array(times, pa.timestamp("us", "UTC")),
+                       "device_id": pa.array([f"D{device:04}"] * rows).dictionary_encode(),
+                       "location": pa.array([texts[device % 2]] * rows)}
+            for name in ("voltage", "current", "power", "temperature", "power_factor"):
+                columns[name] = pa.array([draw.uniform(0, 250) for _ in times])
+            file = io.BytesIO()
+            pq.write_table(pa.table(columns), file, compression="zstd")
+            key = f"telemetry/device_id=D{device:04}/date={day.replace('-', '/')}/export_{hour:02}0000.parquet"
+            store.put(key, io.BytesIO(file.getvalue()), Put("application/vnd.apache.parquet"))
+"""
+ASK = """
+import duckdb, json, sys, time
+from importlib.util import find_spec
+from pathlib import Path
+rows, question = sys.argv[1:]
+connection = duckdb.connect(config={"threads": 1})
+connection.execute("SET TimeZone = 'UTC'")
+for name in ("avro", "iceberg") if "iceberg" in rows else ():
+    place = next(iter(find_spec(f"duckdb_extension_{name}").submodule_search_locations))
+    connection.execute(f"LOAD '{next(Path(place).rglob(name + '.duckdb_extension'))}'")
+began = time.process_time()
+found = connection.sql(question.format(rows=rows)).fetchall()
+print(json.dumps({"cpu": time.process_time() - began, "answer": repr(sorted(found))}))
+"""
+QUESTIONS = {
+    "daily": "SELECT device_id, CAST(timestamp AS DATE), round(avg(voltage), 6), max(temperature), count(*)"
+    " FROM {rows} GROUP BY ALL",
+    "latest": "SELECT device_id, max(timestamp), arg_max(voltage, timestamp), arg_max(power, timestamp)"
+    " FROM {rows} GROUP BY ALL",
+    "one device's hour": "SELECT timestamp, voltage, power FROM {rows} WHERE device_id = 'D0007'"
+    " AND timestamp >= '2026-02-07T05:00:00Z' AND timestamp < '2026-02-07T06:00:00Z'",
+}
+GOALS = {"daily": 8.0, "latest": 10.0, "one device's hour": 30.0}
+
+
+def python(code: str, *words: str, environ: Mapping[str, str] | None = None) -> Cost:
+    """Run code in a process of its own."""
+    return run([sys.executable, "-c", code, *words], environ)
+
+
+def lake_day(folder: Path) -> Cost:
+    """One run of the job, as by hand."""
+    environ = {"CATALOG": "iceberg", "DATA_DIR": str(folder), "LOG_FILE": "off", "PYTHONWARNINGS": "ignore"}
+    return run([sys.executable, "-m", "app", "run", "lake_day", "--json"], {**os.environ, **environ})
+
+
+def main() -> int:
+    """Exit status: 0 when answers are equal and every goal is met."""
+    parser = argparse.ArgumentParser(description=str(__doc__))
+    parser.add_argument("--devices", type=int, default=63)
+    parser.add_argument("--rows", type=int, default=60, help="of each object")
+    given = parser.parse_args()
+    objects = given.devices * 24 * len(DAYS)
+    with tempfile.TemporaryDirectory(prefix="bench-lake-") as name:
+        folder = Path(name).resolve()
+        python(WRITE, str(folder / "objects"), str(given.devices), str(given.rows), *DAYS)
+        first, again = lake_day(folder), lake_day(folder)
+        print(
+            f"{objects} objects of {given.rows} rows: {first.cpu_seconds:.1f} s of CPU in all; a run with nothing to do"
+        )
+        print(f"  {again.cpu_seconds:.1f} s, most of it the start; peak {first.peak_mib:.0f} MiB")
+        metadata = max((folder / "objects" / "lake").rglob("*.metadata.json"), key=lambda path: path.name)
+        tree = f"read_parquet('{folder}/objects/telemetry/**/*.parquet', union_by_name=true, hive_partitioning=false)"
+        table = f"iceberg_scan('{metadata}')"
+        goals = [
+            Goal("CPU a source object", (first.cpu_seconds - again.cpu_seconds) * 1000 / objects, 1.5, False, " ms"),  # noqa: FBT003 - at most
+            Goal("peak memory", first.peak_mib, 200, False, " MiB"),  # noqa: FBT003 - at most
+        ]
+        differ = False
+        for what, question in QUESTIONS.items():
+            slow, quick = (python(ASK, rows, question).told for rows in (tree, table))
+            differ |= slow["answer"] != quick["answer"]
+            print(f"{what}: objects {slow['cpu'] * 1000:.0f} ms of CPU, table {quick['cpu'] * 1000:.0f} ms")
+            goals.append(Goal(f"{what}, times less CPU", slow["cpu"] / quick["cpu"], GOALS[what]))
+    print(*goals, sep="\n")
+    if differ:
+        print(json.dumps("the answers differ"))
+    return int(differ or not all(goal.met for goal in goals))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

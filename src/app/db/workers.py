@@ -1,0 +1,92 @@
+"""Workers in the state database: who is alive, and what came of the steps that they made of plans.
+
+Invariant: a report is taken by one plan only, so that no row is counted twice.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from app.core.ledger import from_json, to_json
+from app.core.runs import Failure, Report
+from app.db.database import NamedQueries
+from app.db.leases import FREE, now_of
+
+KEPT = timedelta(days=1)
+NUMBERS = (
+    "rows", "bytes", "windows", "late_rows", "more", "corrected_rows", "removed_rows", "written_new_rows"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What came of one step. `plan_id`: the run that planned it, which may be over."""
+
+    plan_id: str
+    step: str
+    report: Report
+
+
+class SqlWorkers:
+    """Raises what `Session` raises."""
+
+    def __init__(self, queries: NamedQueries) -> None:
+        self._queries = queries
+
+    def see(self, owner: str) -> None:
+        """A worker is alive."""
+        with self._queries.database.transaction() as session:
+            now_at = now_of(session, self._queries)
+            session.run(self._queries["see_worker"], owner=owner, now_at=now_at)
+
+    def forget(self, owner: str) -> None:
+        """A worker ended; those that did not say so are forgotten after a day."""
+        with self._queries.database.transaction() as session:
+            before_at = now_of(session, self._queries) - KEPT
+            session.run(self._queries["forget_workers"], owner=owner, before_at=before_at)
+
+    def alive(self, seconds: float) -> int:
+        """How many were seen in the last `seconds`."""
+        with self._queries.database.transaction(read_only=True) as session:
+            since_at = now_of(session, self._queries) - timedelta(seconds=seconds)
+            return int(session.rows(self._queries["workers_alive"], since_at=since_at)[0]["workers"])
+
+    def parts_held(self, pipeline: str) -> int:
+        """How many parts of a pipeline's work go on now."""
+        with self._queries.database.transaction(read_only=True) as session:
+            now_at = now_of(session, self._queries)
+            of = {"prefix": f"{pipeline}/", "free": FREE, "now_at": now_at}
+            return int(session.rows(self._queries["parts_held"], **of)[0]["parts"])
+
+    def save_report(self, pipeline: str, done: StepReport) -> None:
+        """Keep it until a plan takes it. Idempotent."""
+        report = done.report
+        document = {name: getattr(report, name) for name in NUMBERS} | {
+            "failures": [asdict(each) for each in report.failures],
+            "ledger": to_json(report.ledger) if report.ledger else {},
+        }
+        with self._queries.database.transaction() as session:
+            session.run(
+                self._queries["save_step_report"],
+                pipeline=pipeline,
+                plan_id=done.plan_id,
+                step=done.step,
+                report=json.dumps(document),
+                now_at=now_of(session, self._queries),
+            )
+
+    def take_reports(self, pipeline: str) -> Sequence[StepReport]:
+        """All reports that no plan has taken."""
+        with self._queries.database.transaction() as session:
+            rows = session.rows(self._queries["take_step_reports"], pipeline=pipeline)
+        return [StepReport(row["plan_id"], row["step"], _report(json.loads(row["report"]))) for row in rows]
+
+
+def _report(document: dict[str, object]) -> Report:
+    failures, ledger = document.pop("failures"), document.pop("ledger")
+    return Report(
+        failures=tuple(Failure(**each) for each in failures),  # type: ignore[attr-defined]
+        ledger=from_json(ledger),  # type: ignore[arg-type]
+        **document,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,157 @@
+"""The columns of the table: which one takes the values of an object's column, as which type.
+
+Invariants: a column keeps its type but for what Iceberg can widen (int to long, float to double); values of another
+type go to a column of their own, so that no value is rounded, cut or lost; a type that the table cannot hold is an
+error of its object.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.core.errors import Rejected
+
+TIMESTAMP, NANOS, DEVICE = "timestamp", "timestamp_nanos", "device_id"
+FIRST: Mapping[str, str] = {
+    TIMESTAMP: "timestamptz",
+    DEVICE: "string",
+    "device_type": "string",
+    "location": "string",
+    "voltage": "double",
+    "current": "double",
+    "power": "double",
+    "temperature": "double",
+    "hour": "int",
+    "day_of_week": "int",
+    "is_weekend": "boolean",
+    "power_factor": "double",
+    NANOS: "int",
+}
+"""The columns of a new table -> their types. Further ones come after them."""
+WIDER = {"int": ("long",), "float": ("double",)}
+
+
+def iceberg_type(kind: str) -> Any:
+    """pyiceberg's type of a name."""
+    from pyiceberg import types
+
+    named = {
+        "boolean": types.BooleanType(),
+        "int": types.IntegerType(),
+        "long": types.LongType(),
+        "float": types.FloatType(),
+        "double": types.DoubleType(),
+        "string": types.StringType(),
+        "date": types.DateType(),
+        "timestamp": types.TimestampType(),
+        "timestamptz": types.TimestamptzType(),
+        "binary": types.BinaryType(),
+        "decimal(20, 0)": types.DecimalType(20, 0),
+    }
+    return named[kind]
+
+
+def arrow_type(kind: str) -> Any:
+    """The Arrow type in which the files of the table hold it."""
+    import pyarrow as pa
+
+    named = {
+        "boolean": pa.bool_(),
+        "int": pa.int32(),
+        "long": pa.int64(),
+        "float": pa.float32(),
+        "double": pa.float64(),
+        "string": pa.string(),
+        "date": pa.date32(),
+        "timestamp": pa.timestamp("us"),
+        "timestamptz": pa.timestamp("us", "UTC"),
+        "binary": pa.binary(),
+        "decimal(20, 0)": pa.decimal128(20, 0),
+    }
+    return named[kind]
+
+
+def kind_of(arrow: Any) -> str:
+    """The type in which the table holds values of an Arrow type; "" where it cannot."""
+    import pyarrow as pa
+
+    checks = pa.types
+    if checks.is_dictionary(arrow):
+        return kind_of(arrow.value_type)
+    if checks.is_integer(arrow):
+        wide = arrow.bit_width + checks.is_unsigned_integer(arrow)
+        return "int" if wide <= 32 else "long" if wide <= 64 else "decimal(20, 0)"  # noqa: PLR2004 - bits
+    if checks.is_timestamp(arrow):
+        return "" if arrow.unit == "ns" else "timestamptz" if arrow.tz else "timestamp"
+    found = {
+        "bool": "boolean",
+        "halffloat": "float",
+        "float": "float",
+        "double": "double",
+        "string": "string",
+        "large_string": "string",
+        "string_view": "string",
+        "date32[day]": "date",
+        "binary": "binary",
+        "large_binary": "binary",
+    }
+    return found.get(str(arrow), "")
+
+
+class LakeColumns:
+    """The columns so far, in order; `kinds` grows with what objects bring, and so does `ids` (column -> Iceberg's id).
+
+    The files carry the ids, since some readers know columns by nothing else.
+    """
+
+    def __init__(self, kinds: Mapping[str, str], ids: Mapping[str, int], last_id: int) -> None:
+        self.kinds = dict(kinds)
+        self.ids = dict(ids)
+        self._last_id = last_id
+
+    def schema(self) -> Any:
+        """As Arrow has it."""
+        import pyarrow as pa
+
+        return pa.schema(
+            [
+                pa.field(name, arrow_type(kind), metadata={"PARQUET:field_id": str(self.ids[name])})
+                for name, kind in self.kinds.items()
+            ]
+        )
+
+    def take(self, schema: Any) -> tuple[Mapping[str, str], bool]:
+        """Column of the table -> column of an object with this Arrow schema, and whether columns came or were widened.
+
+        Raises Rejected for what the table cannot hold; then nothing has changed.
+        """
+        kinds = dict(self.kinds)
+        targets: dict[str, str] = {}
+        for field in schema:
+            known = field.name in (TIMESTAMP, NANOS, DEVICE) or str(field.type) == "null"
+            kind = kinds.get(field.name, "string") if known else kind_of(field.type)
+            if not kind:
+                raise Rejected(
+                    f"column {field.name} is {field.type}, which the table cannot hold", "cast it at its writer"
+                )
+            if field.name.casefold() in {name.casefold() for name in kinds.keys() - {field.name}}:
+                raise Rejected(f"column {field.name} differs in case only from another one", "rename it at its writer")
+            name, wider = _target(field.name, kind, kinds)
+            targets[name] = field.name
+            kinds[name] = wider
+        changed = kinds != self.kinds
+        self.kinds = kinds
+        for name in kinds.keys() - self.ids.keys():
+            self._last_id += 1
+            self.ids[name] = self._last_id
+        return targets, changed
+
+
+def _target(name: str, kind: str, kinds: Mapping[str, str]) -> tuple[str, str]:
+    """The column for values of this kind, and its type then."""
+    held = kinds.get(name, kind)
+    if held == kind or held in WIDER.get(kind, ()):
+        return name, held
+    if kind in WIDER.get(held, ()):
+        return name, kind
+    # The same name each time, so that all values of one type of a field stand in one column.
+    return f"{name}_as_{kind.partition('(')[0]}", kind

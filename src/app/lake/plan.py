@@ -1,0 +1,228 @@
+"""What a run has to do: the objects of closed days, the files of the table, and which files have to be written anew.
+
+A day of the table is cut into slices: ranges of devices, each with the files of one compaction. A file's name carries
+the day, where its range begins, and a digest of the keys and ETags of the objects that it was made from. Invariants:
+the plan is a function of the two listings alone, so there is no state that could be lost; a slice none of whose
+objects is left stays as it is, since a lifecycle rule may have wanted that.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
+from hashlib import blake2b
+from itertools import groupby
+from typing import Any
+
+from app.core.errors import Permanent
+from app.object_store.port import ObjectInfo, ObjectStore
+
+OBJECT = re.compile(r"device_id=([^/]+)/date=(.+)/export_\d{6}\.(parquet|csv)")
+FILE = re.compile(r"date=(\d{4}-\d\d-\d\d)/(-|(?:[0-9a-f]{2})+)\.([0-9a-f]{32})\.(\d+)\.\d+\.[0-9a-f]+\.parquet")
+MAX_BOUND_BYTES = 64  # twice as many characters of a file's name
+LAYOUT = "_headwater/layout.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDay:
+    """The Parquet objects of one device and UTC day, which lie in `folder` (it ends with a slash), and how many CSV
+    objects lie beside them.
+    """
+
+    device: str
+    day: date
+    folder: str
+    objects: int
+    size_bytes: int
+    digest: bytes
+    csv: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LakeFile:
+    """A file of the table. `entry` is pyiceberg's. `missing`: it is not in the store any more."""
+
+    key: str
+    day: date
+    entry: Any
+    missing: bool = False
+
+    @property
+    def named(self) -> "re.Match[str] | None":
+        """The parts of a name of ours: day, bound, digest, number set aside. None for another program's file."""
+        return FILE.search(self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A slice to be written: its devices, all from `bound` on, in order, and the table's files that it replaces."""
+
+    day: date
+    bound: bytes
+    members: Sequence[DeviceDay]
+    replaced: Sequence[LakeFile] = ()
+
+    @property
+    def objects(self) -> int:
+        """How many it is made from."""
+        return sum(member.objects for member in self.members)
+
+
+@dataclass(slots=True)
+class LakePlan:
+    """What to do. `kept`: objects whose slice is as it should be; `kept_aside`: those of them that were set aside."""
+
+    rewrites: list[Rewrite] = field(default_factory=list)
+    kept: int = 0
+    kept_aside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLayout:
+    """What the layout beside the data says of names: all date formats that it had, and window lengths by first day."""
+
+    date_formats: Sequence[str]
+    windows: Sequence[tuple[date, int]]
+
+    def window_seconds(self, day: date) -> int:
+        """The length of the windows of a day."""
+        return next((seconds for since, seconds in reversed(self.windows) if since <= day), self.windows[0][1])
+
+
+def read_layout(store: ObjectStore, prefix: str, date_format: str, window_seconds: int) -> TreeLayout:
+    """From `_headwater/layout.json` in the tree; what the settings say where there is none. Raises Permanent."""
+    key = f"{prefix}/{LAYOUT}"
+    with store.open(key) as body:
+        text = body.read() if body else None
+    if text is None:
+        return TreeLayout([date_format], [(date.min, window_seconds)])
+    try:
+        layouts = json.loads(text)["layouts"]
+        windows = sorted((date.fromisoformat(each["from"][:10]), int(each["window_seconds"])) for each in layouts)
+        return TreeLayout(list(dict.fromkeys(str(each["date_format"]) for each in layouts)), windows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Permanent(f"{key} cannot be read: {error}", "restore an earlier version of this object") from error
+
+
+def closed_days(infos: Iterable[ObjectInfo], prefix: str, layout: TreeLayout, before: date) -> Iterator[DeviceDay]:
+    """The device days in a listing of the tree, in its order, of days earlier than `before`."""
+    start = len(prefix) + 1
+
+    def folder_of(info: ObjectInfo) -> str:
+        return info.key.rpartition("/")[0]
+
+    for folder, group in groupby(infos, folder_of):
+        exported = [info for info in group if OBJECT.fullmatch(info.key, start)]
+        if not exported:
+            continue
+        named = OBJECT.fullmatch(exported[0].key, start)
+        day = _day(named[2], layout.date_formats) if named else None
+        if named and day and day < before:
+            taken = [info for info in exported if info.key.endswith(".parquet")]
+            size_bytes, csv = sum(info.size_bytes for info in taken), len(exported) - len(taken)
+            yield DeviceDay(named[1], day, f"{folder}/", len(taken), size_bytes, digest_of(taken), csv)
+
+
+def digest_of(infos: Iterable[ObjectInfo]) -> bytes:
+    """Of the keys and versions of a device day's objects."""
+    digest = blake2b(digest_size=16)
+    for info in infos:
+        digest.update(f"{info.key}\n{info.etag}\n".encode())
+    return digest.digest()
+
+
+def slice_digest(members: Iterable[DeviceDay]) -> str:
+    """Of all objects of a slice, as it stands in the names of its files."""
+    digest = blake2b(digest_size=16)
+    for member in members:
+        digest.update(member.digest)
+    return digest.hexdigest()
+
+
+def ends_at(day: date) -> datetime:
+    """The midnight that ends it."""
+    return datetime.combine(day, time(), UTC) + timedelta(days=1)
+
+
+def plan(days: Iterable[DeviceDay], files: Iterable[LakeFile], max_bytes: int) -> LakePlan:
+    """What has to be done so that the table is what the objects are; the oldest day first."""
+    held: dict[date, list[LakeFile]] = {}
+    for file in files:
+        held.setdefault(file.day, []).append(file)
+    found: dict[date, list[DeviceDay]] = {}
+    for one in days:
+        if one.objects:
+            found.setdefault(one.day, []).append(one)
+    made = LakePlan()
+    for day in sorted(found):
+        members = sorted(found[day], key=lambda one: (one.device.encode(), one.folder))
+        _plan_day(day, members, held.get(day, []), max_bytes, made)
+    return made
+
+
+def _plan_day(
+    day: date, members: Sequence[DeviceDay], files: Sequence[LakeFile], max_bytes: int, made: LakePlan
+) -> None:
+    by_bound: dict[bytes, list[LakeFile]] = {}
+    for file in files:
+        named = file.named
+        # A day with another program's file is one slice: whatever that file holds is part of it.
+        bound = bytes.fromhex(named[2].strip("-")) if named and all(each.named for each in files) else b""
+        by_bound.setdefault(bound, []).append(file)
+    bounds = sorted({b"", *by_bound})
+    slices: list[list[DeviceDay]] = [[] for _ in bounds]
+    for member in members:
+        slices[bisect_right(bounds, member.device.encode()) - 1].append(member)
+    for bound, own in zip(bounds, slices, strict=True):
+        there = by_bound.get(bound, [])
+        if not own:
+            continue
+        wanted = slice_digest(own)
+        if there and all(not file.missing and file.named and file.named[3] == wanted for file in there):
+            made.kept += sum(member.objects for member in own)
+            made.kept_aside += max(int(file.named[4]) for file in there if file.named)
+        else:
+            made.rewrites += _cut(day, bound, own, there, max_bytes)
+
+
+def _cut(
+    day: date, bound: bytes, members: Sequence[DeviceDay], replaced: Sequence[LakeFile], max_bytes: int
+) -> Iterator[Rewrite]:
+    """Slices of at most `max_bytes` of objects, unless one device has more. The first one takes the place of all that
+    is replaced.
+    """
+    part: list[DeviceDay] = []
+    size_bytes = 0
+    for member in members:
+        next_bound = separator(part[-1].device, member.device) if part else b""
+        if size_bytes + member.size_bytes > max_bytes and next_bound:
+            yield Rewrite(day, bound, part, replaced)
+            bound, part, size_bytes, replaced = next_bound, [], 0, ()
+        part.append(member)
+        size_bytes += member.size_bytes
+    yield Rewrite(day, bound, part, replaced)
+
+
+def separator(before: str, device: str) -> bytes:
+    """The shortest start of `device` that is greater than `before`; empty where there is none that a name can hold."""
+    lower, upper = before.encode(), device.encode()
+    shortest = next((upper[:size] for size in range(1, len(upper) + 1) if upper[:size] > lower), b"")
+    return shortest if len(shortest) <= MAX_BOUND_BYTES else b""
+
+
+def file_name(rewrite: Rewrite, aside: int, part: int, nonce: str) -> str:
+    """The name of a file, below the table's folder of data; never used a second time."""
+    bound = rewrite.bound.hex() or "-"
+    digest = slice_digest(rewrite.members)
+    return f"date={rewrite.day.isoformat()}/{bound}.{digest}.{aside}.{part}.{nonce}.parquet"
+
+
+def _day(text: str, formats: Sequence[str]) -> date | None:
+    for each in formats:
+        try:
+            return datetime.strptime(text, each).replace(tzinfo=UTC).date()
+        except ValueError:
+            continue
+    return None

@@ -1,0 +1,412 @@
+"""The Iceberg table: its catalog in a SQL database, its files by way of the object store, commits, repair and expiry.
+
+pyiceberg has its home here. Invariants: the table in the store is the truth and the catalog only points into it, so a
+catalog that is lost or older than the table is set to the newest metadata file; everything that a run changes is one
+commit, refused when another process committed since the table was loaded; files are deleted only when no snapshot that
+is kept names them, and never when they are young.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.io import FileIO, InputFile, OutputFile
+from pyiceberg.io.pyarrow import (
+    compute_statistics_plan,
+    data_file_statistics_from_parquet_metadata,
+    parquet_path_to_id_mapping,
+)
+from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.serializers import FromInputFile
+from pyiceberg.table import Table
+from pyiceberg.transforms import DayTransform
+from pyiceberg.typedef import Record
+from pyiceberg.types import NestedField
+from sqlalchemy import delete, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.core.errors import Conflict, Transient
+from app.core.windows import EPOCH
+from app.lake.columns import FIRST, TIMESTAMP, LakeColumns, iceberg_type
+from app.lake.day import NewFile
+from app.lake.plan import LakeFile
+from app.object_store.port import ObjectInfo, ObjectStore, Put
+
+NAMESPACE, TABLE = "headwater", "telemetry"
+METADATA = re.compile(r"(\d+)-[0-9a-f-]+\.metadata\.json")
+STORE, BASE = "headwater.store", "headwater.base"
+ORPHAN_AGE = timedelta(days=1)
+COMMIT_AGE = timedelta(minutes=10)
+MAPPING = "schema.name-mapping.default"
+PROPERTIES = {
+    "format-version": "2",
+    "commit.retry.num-retries": "0",  # a commit that was refused is planned anew, from the objects
+    "write.metadata.previous-versions-max": "20",
+    "write.metadata.delete-after-commit.enabled": "true",
+    "write.metadata.metrics.default": "truncate(64)",
+}
+
+
+class StoreFileIO(FileIO):
+    """pyiceberg's files as objects of the store: its keys, encryption, network and counted requests are ours."""
+
+    def new_input(self, location: str) -> "StoreInput":
+        """See FileIO."""
+        return StoreInput(location, self.properties)
+
+    def new_output(self, location: str) -> "StoreOutput":
+        """See FileIO."""
+        return StoreOutput(location, self.properties)
+
+    def delete(self, location: str | InputFile | OutputFile) -> None:
+        """See FileIO."""
+        _at(location if isinstance(location, str) else location.location, self.properties).delete()
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredObject:
+    store: ObjectStore
+    key: str
+
+    def delete(self) -> None:
+        self.store.delete(self.key)
+
+
+def _at(location: str, properties: Mapping[str, Any]) -> _StoredObject:
+    if not location.startswith(properties[BASE]):
+        raise FileNotFoundError(f"{location} was written before the store was moved")
+    return _StoredObject(properties[STORE], location.removeprefix(properties[BASE]))
+
+
+class StoreInput(InputFile):
+    """One object, read whole: the table's own files are small."""
+
+    def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
+        super().__init__(location)
+        self._object = _at(location, properties)
+
+    def __len__(self) -> int:
+        info = self._object.store.head(self._object.key)
+        if info is None:
+            raise FileNotFoundError(self.location)
+        return info.size_bytes
+
+    def exists(self) -> bool:
+        """See InputFile."""
+        return self._object.store.head(self._object.key) is not None
+
+    def open(self, seekable: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
+        """See InputFile."""
+        with self._object.store.open(self._object.key) as body:
+            if body is None:
+                raise FileNotFoundError(self.location)
+            return io.BytesIO(body.read())
+
+
+class StoreOutput(OutputFile):
+    """One object, stored when its stream is closed. Names hold a random number, so that none is there before."""
+
+    def __init__(self, location: str, properties: Mapping[str, Any]) -> None:
+        super().__init__(location)
+        self._properties = properties
+
+    def __len__(self) -> int:
+        return len(self.to_input_file())
+
+    def exists(self) -> bool:
+        """See OutputFile."""
+        return self.to_input_file().exists()
+
+    def to_input_file(self) -> StoreInput:
+        """See OutputFile."""
+        return StoreInput(self.location, self._properties)
+
+    def create(self, overwrite: bool = False) -> Any:  # noqa: ARG002, FBT001, FBT002 - as pyiceberg has it
+        """See OutputFile."""
+        return _Stored(_at(self.location, self._properties))
+
+
+class _Stored(io.BytesIO):
+    def __init__(self, target: _StoredObject) -> None:
+        super().__init__()
+        self._target = target
+
+    def close(self) -> None:
+        if not self.closed:
+            self.seek(0)
+            self._target.store.put(self._target.key, self, Put("application/octet-stream"))
+        super().close()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            super().close()  # what was not written whole is not stored
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Where the table is: `uri` is SQLAlchemy's, `base` what a key follows in a location, such as `s3://bucket/`."""
+
+    uri: str
+    store: ObjectStore
+    base: str
+    prefix: str
+
+    @property
+    def folder(self) -> str:
+        """The table's folder of the store."""
+        return f"{self.prefix}/{TABLE}"
+
+    @contextmanager
+    def opened(self) -> Iterator["LakeTable"]:
+        """The table, until the block ends. Raises Transient while the database is away."""
+        properties = {
+            "uri": self.uri,
+            "py-io-impl": f"{__name__}.{StoreFileIO.__name__}",
+            STORE: self.store,
+            BASE: self.base,
+        }
+        logging.getLogger("pyiceberg").setLevel(logging.WARNING)  # it tells of each file that it opens
+        with _translated():
+            catalog = SqlCatalog("headwater", **cast("dict[str, str]", properties))
+            try:
+                catalog.create_namespace_if_not_exists(NAMESPACE)
+                yield LakeTable(catalog, self)
+            finally:
+                catalog.close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The exceptions of both packages as ours."""
+    try:
+        yield
+    except (CommitFailedException, NoSuchTableError, TableAlreadyExistsError) as error:
+        raise Conflict(
+            f"the table was changed by another process: {error}", "no action needed; it is retried"
+        ) from error
+    except SQLAlchemyError as error:
+        text = str(getattr(error, "orig", None) or type(error).__name__)[:200]
+        raise Transient(f"the catalog cannot be reached: {text}", "look at the checkpoint database") from error
+
+
+class LakeTable:
+    """The table in its catalog. `notes` says what was repaired."""
+
+    def __init__(self, catalog: SqlCatalog, where: Catalog) -> None:
+        self._catalog = catalog
+        self._where = where
+        self._name = (NAMESPACE, TABLE)
+        self._row = (
+            IcebergTables.catalog_name == catalog.name,
+            IcebergTables.table_namespace == NAMESPACE,
+            IcebergTables.table_name == TABLE,
+        )
+        self._table: Table | None = None
+        self._entries: list[DataFile] = []
+        self.stored: dict[str, ObjectInfo] = {}
+        self.notes: list[str] = []
+
+    @property
+    def folder(self) -> str:
+        """The table's folder of the store."""
+        return self._where.folder
+
+    def load(self, now: datetime, *, repair: bool) -> None:
+        """The table at its newest metadata file that can be read. `repair`: the catalog is set to that, and what cannot
+        be read is removed; without any, the table is made anew by the next commit. Nothing is created here.
+
+        A file that is newer than the catalog, and young, may be part of a commit that another process is about to make:
+        it is left alone. The catalog is asked before files are listed, so that what it names is in the listing or gone.
+        """
+        held = self._in_catalog()
+        self.stored = {info.key: info for info in self._where.store.list(f"{self._where.folder}/")}
+        pointed = held.removeprefix(self._where.base) if held.startswith(self._where.base) else ""
+        young = {key for key, info in self.stored.items() if info.modified_at > now - COMMIT_AGE}
+        newest = _number(pointed)
+        known = sorted(
+            (
+                key
+                for key in {pointed, *self.stored}
+                if _number(key) >= 0 and not (0 <= newest < _number(key) and key in young)
+            ),
+            key=lambda key: (_number(key), key == pointed, key),
+            reverse=True,
+        )
+        for place, key in enumerate(known):
+            if self._read(f"{self._where.base}{key}"):
+                if repair:
+                    self._settle(held, key, known[:place])
+                return
+        if repair:
+            self._settle(held, "", known)
+
+    def _in_catalog(self) -> str:
+        """The metadata file that the catalog names, whether it is there or not; "" for none."""
+        with self._catalog.engine.connect() as connection:
+            return str(connection.execute(select(IcebergTables.metadata_location).where(*self._row)).scalar() or "")
+
+    def _read(self, location: str) -> bool:
+        """Take the table of this metadata file and its entries; False when one of its files is gone."""
+        files = StoreFileIO(self._catalog.properties)
+        try:
+            metadata = FromInputFile.table_metadata(files.new_input(location))
+            _at(metadata.location, self._catalog.properties)  # where it writes
+            table = Table(self._name, metadata, location, files, self._catalog)
+            self._entries = [task.file for task in table.scan().plan_files()]
+        except FileNotFoundError:
+            self._entries = []
+            return False
+        self._table = table
+        return True
+
+    def _settle(self, held: str, key: str, unreadable: Sequence[str]) -> None:
+        """Set the catalog to the metadata file `key`, "" for none, and remove those that are of no use."""
+        location = f"{self._where.base}{key}" if key else ""
+        if unreadable:
+            self.notes.append(f"{len(unreadable)} states of the table cannot be read, since files of theirs are gone")
+            if not key:
+                self.notes.append("the table is made anew from the objects")
+        if held != location:
+            if key and not unreadable:
+                self.notes.append(f"the catalog was behind the table: it is set to {key}")
+            self._point(held, location)
+        for each in unreadable:
+            self.stored.pop(each, None)
+            self._where.store.delete(each)
+
+    def _point(self, held: str, location: str) -> None:
+        """Let the catalog name `location` ("" = nothing), if it still names `held`. Raises Conflict."""
+        if not held:
+            self._catalog.register_table(self._name, location)
+            return
+        change = update(IcebergTables).values(metadata_location=location, previous_metadata_location=held)
+        if not location:
+            change = delete(IcebergTables)  # type: ignore[assignment]
+        with self._catalog.engine.begin() as connection:
+            if not connection.execute(change.where(*self._row, IcebergTables.metadata_location == held)).rowcount:
+                raise Conflict("another process changed the table", "no action needed; it is retried")
+
+    def files(self) -> list[LakeFile]:
+        """The files of the newest snapshot."""
+        found = []
+        for entry in self._entries:
+            key = entry.file_path.removeprefix(self._where.base)
+            day = EPOCH.date() + timedelta(days=entry.partition[0])
+            found.append(LakeFile(key, day, entry, missing=key not in self.stored))
+        return found
+
+    def columns(self) -> LakeColumns:
+        """Those of the table, or of the one that the first commit creates."""
+        if self._table is None:
+            return LakeColumns(FIRST, {name: number for number, name in enumerate(FIRST, 1)}, len(FIRST))
+        fields = self._table.schema().fields
+        kinds = {each.name: str(each.field_type) for each in fields}
+        return LakeColumns(kinds, {each.name: each.field_id for each in fields}, self._table.metadata.last_column_id)
+
+    def commit(self, columns: LakeColumns, new: Sequence[NewFile], replaced: Sequence[LakeFile]) -> None:
+        """One snapshot with `new` in the place of `replaced`, and the columns that they need. Raises Conflict."""
+        table = self._table or self._created()
+        with table.transaction() as transaction:
+            self._widen(transaction, columns)
+            with transaction.update_snapshot().overwrite() as overwrite:
+                for old in replaced:
+                    overwrite.delete_data_file(old.entry)
+                for file in new:
+                    overwrite.append_data_file(self._entry(transaction.table_metadata, file))
+        self._table = table
+
+    def _created(self) -> Table:
+        fields = [
+            NestedField(number, name, iceberg_type(kind), required=False)
+            for number, (name, kind) in enumerate(FIRST.items(), 1)
+        ]
+        schema = Schema(*fields)
+        source = schema.find_field(TIMESTAMP).field_id
+        spec = PartitionSpec(PartitionField(source, 1000, DayTransform(), "day"))
+        properties = {**PROPERTIES, MAPPING: schema.name_mapping.model_dump_json()}
+        location = f"{self._where.base}{self._where.folder}"
+        return self._catalog.create_table(self._name, schema, location, spec, properties=properties)
+
+    @staticmethod
+    def _widen(transaction: Any, columns: LakeColumns) -> None:
+        held = {each.name: str(each.field_type) for each in transaction.table_metadata.schema().fields}
+        if held == columns.kinds:
+            return
+        with transaction.update_schema() as update:
+            for name in sorted(columns.ids, key=lambda name: columns.ids[name]):
+                kind = columns.kinds[name]
+                if name not in held:
+                    update.add_column(name, iceberg_type(kind))
+                elif held[name] != kind:
+                    update.update_column(name, field_type=iceberg_type(kind))
+        given = {each.name: each.field_id for each in transaction.table_metadata.schema().fields}
+        if given != columns.ids:
+            raise Conflict("another process added columns", "no action needed; it is retried")
+
+    def _entry(self, metadata: Any, file: NewFile) -> DataFile:
+        """What the table says of a file. Its day is known, whatever rows it has."""
+        schema = metadata.schema()
+        statistics = data_file_statistics_from_parquet_metadata(
+            parquet_metadata=file.footer,
+            stats_columns=compute_statistics_plan(schema, metadata.properties),
+            parquet_column_mapping=parquet_path_to_id_mapping(schema),
+        )
+        return DataFile.from_args(
+            content=DataFileContent.DATA,
+            file_path=f"{self._where.base}{file.key}",
+            file_format=FileFormat.PARQUET,
+            partition=Record((file.day - EPOCH.date()).days),
+            file_size_in_bytes=file.size_bytes,
+            sort_order_id=None,
+            spec_id=metadata.default_spec_id,
+            equality_ids=None,
+            key_metadata=None,
+            **statistics.to_serialized_dict(),
+        )
+
+    def expire(self, now: datetime, keep: timedelta) -> int:
+        """Forget snapshots that are older than `keep`, then delete old files that nothing names; how many files."""
+        table = self._table
+        if table is None:
+            return 0
+        oldest = now - keep
+        if any(_taken_at(each) < oldest for each in table.snapshots()[:-1]):
+            table.maintenance.expire_snapshots().older_than(oldest.replace(tzinfo=None)).commit()
+        old = {key for key, info in self.stored.items() if info.modified_at < now - ORPHAN_AGE}
+        unnamed = old - self._named(table) if old else set()
+        for key in unnamed:
+            self._where.store.delete(key)
+        return len(unnamed)
+
+    def _named(self, table: Table) -> set[str]:
+        """Every key that a snapshot of the table, or its history of metadata, names."""
+        locations = {table.metadata_location, *(each.metadata_file for each in table.metadata.metadata_log)}
+        seen: set[str] = set()
+        for snapshot in table.snapshots():
+            locations.add(snapshot.manifest_list)
+            for manifest in snapshot.manifests(table.io):
+                if manifest.manifest_path not in seen:
+                    seen.add(manifest.manifest_path)
+                    entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+                    locations.update(entry.data_file.file_path for entry in entries)
+        return {location.removeprefix(self._where.base) for location in locations | seen}
+
+
+def _number(location: str) -> int:
+    """The number of a metadata file, which grows by one with each commit; -1 for any other file."""
+    named = METADATA.fullmatch(location.rpartition("/")[2])
+    return int(named[1]) if named else -1
+
+
+def _taken_at(snapshot: Any) -> datetime:
+    return datetime.fromtimestamp(snapshot.timestamp_ms / 1000, UTC)

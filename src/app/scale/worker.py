@@ -1,0 +1,240 @@
+"""A worker: it runs the jobs and makes the steps that are sent to the queue, and answers probes.
+
+Invariants: everything here happens under a lease, so a worker that is killed or paused at any moment leaves nothing
+that others wait for longer than that lives; within one process no job and no step overlaps itself. The queue is asked
+for work only by a worker: a daemon without SCALE_ENGINE=procrastinate imports none of this.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+from app.core.errors import AppError
+from app.core.runs import Failure, Job, Outcome, Report, Run, Runs, Stop, Unwatched, execute
+from app.db.workers import StepReport
+from app.ops.health import ProbeAnswer, Probes
+from app.ops.logs import bound, log_run
+from app.ops.process import share_the_machine
+from app.ops.scheduler import logged, more_in, named
+from app.ops.service import BuiltService, refuse_taken_ports, steps_of
+from app.scale.queue import Queue, Workers, consume
+from app.scale.shards import plan_from_json
+from app.web.errors import Receive, Refusal, Scope, Send, send_json, send_refusal
+from app.web.server import serve
+
+STALLED_SECONDS = 120.0
+log = logging.getLogger(__name__)
+
+
+class Unrecorded:
+    """See `app.core.runs.Runs`: steps are parts of a run, which is recorded where they were planned."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.recent = runs.recent
+        self.since_done_seconds = runs.since_done_seconds
+
+    def save(self, run: Run) -> None:
+        """Nothing."""
+
+
+class Worker:
+    """Runs what is sent, from its start until a stop is asked for. See `app.ops.health.Turning`."""
+
+    def __init__(self, service: BuiltService, queue: Queue) -> None:
+        self._service = service
+        self._queue = queue
+        self._jobs = {job.name: named(job) for job in service.pipelines.jobs if not job.off}
+        self._steps_desk = replace(service.desk, runs=Unrecorded(service.state.runs), ended=log_run)
+        self._stop: Stop = service.stop
+        self._running: set[str] = set()
+        self._lock = threading.Lock()
+        self._seen_at = time.monotonic()
+        self._thread = threading.Thread(target=self._consume, name="queue", daemon=True)
+        self._is_started = False
+
+    def start(self) -> None:
+        """Begin to ask for work."""
+        self._is_started = True
+        self._thread.start()
+        threading.Thread(target=self._be_seen, name="seen", daemon=True).start()
+
+    @property
+    def turning(self) -> bool:
+        """See `Turning`."""
+        is_late = time.monotonic() - self._seen_at > STALLED_SECONDS
+        return self._stop.asked or not self._is_started or (self._thread.is_alive() and not is_late)
+
+    @property
+    def running(self) -> bool:
+        """See `Turning`."""
+        return self._is_started and not self._stop.asked
+
+    @property
+    def busy(self) -> bool:
+        """True while a job or a step goes on."""
+        return bool(self._running)
+
+    def close(self, seconds: float) -> None:
+        """Ask for a stop, and wait so long for what goes on."""
+        self._stop.ask("the process ends")
+        ends_at = time.monotonic() + seconds
+        self._thread.join(seconds)
+        while self.busy and time.monotonic() < ends_at:
+            time.sleep(0.05)
+
+    def _consume(self) -> None:
+        settings = self._service.settings
+        consume(
+            settings.checkpoint.url.get_secret_value(),
+            self._stop,
+            prepare=lambda: self._queue.prepare(again=True),
+            job=self.job,
+            step=self.step,
+            heartbeat_seconds=settings.lease.heartbeat_seconds,
+            ttl_seconds=settings.lease.ttl_seconds,
+        )
+
+    def _be_seen(self) -> None:
+        owner, workers = self._service.desk.terms.owner, self._service.state.workers
+        while not self._stop.asked:
+            try:
+                workers.see(owner)
+            except AppError as error:
+                log.debug("this worker cannot be noted: %s", error)
+            self._seen_at = time.monotonic()
+            threading.Event().wait(self._service.desk.terms.heartbeat_seconds)
+
+    def job(self, name: str, more: bool, by: str) -> None:  # noqa: FBT001 - from the queue
+        """Run a job under its lease, and send it again while it left work. `more`: it goes on with what it left."""
+        job = self._jobs.get(name)
+        if job is None:
+            log.warning("no job that is on is named %r here: do all processes have the same settings?", name[:80])
+            return
+        with self._alone(name) as alone:
+            if not alone or self._stop.asked or (more and self._is_paused(name)):
+                return
+            run = execute(job, self._service.desk, self._stop, logged(name), started_by=by)
+        if run is not None and run.report.more and not self._stop.asked:
+            with _told(f"{name} cannot be sent again"):
+                self._queue.send_job(name, by, more_in(run))
+
+    def step(self, step: str, plan_id: str, plan: Mapping[str, Any]) -> None:
+        """One step of a shard under its own lease; what came of it is kept for the plan."""
+        part = plan_from_json(plan)
+        work = self._service.pipelines.steps[part.pipeline]
+        with self._alone(step) as alone, bound(plan_id, part.pipeline):
+            run = None
+            if alone and not self._stop.asked:
+                job = Job(step, 0, lambda context: work(context, part))
+                run = execute(job, self._steps_desk, self._stop, Unwatched())
+        self._service.background.save_costs()
+        with _told(f"what came of {step} cannot be kept: its plan counts it as waiting"):
+            self._service.state.workers.save_report(
+                part.pipeline, StepReport(plan_id, step, _of_step(step, run, part.left))
+            )
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[bool]:
+        """False while the same goes on in this process, whose lease would not keep it out."""
+        with self._lock:
+            alone = name not in self._running
+            self._running.add(name)
+        try:
+            yield alone
+        finally:
+            if alone:
+                with self._lock:
+                    self._running.discard(name)
+
+    def _is_paused(self, name: str) -> bool:
+        try:
+            return name in self._service.state.pauses.paused()
+        except AppError:
+            return False  # while the state is away no lease is had either
+
+
+def _of_step(step: str, run: Run | None, left: Callable[[], Report]) -> Report:
+    """What a step did. All that was counted waits where another process has the lease, or an error ended it."""
+    if run is None or run.outcome is Outcome.STOPPED:
+        return left() + Report(more=True)
+    if run.outcome is Outcome.FAILED:
+        return left() + Report(failures=(Failure(step, run.error, run.hint),))
+    return run.report
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except AppError as error:
+        log.warning("%s: %s", what, error)
+
+
+class WorkerApp:
+    """The ASGI application of a worker: probes, and nothing else."""
+
+    def __init__(self, worker: Worker, service: BuiltService) -> None:
+        self._worker = worker
+        self._service = service
+        about = service.settings.service
+        self._probes = Probes(about.version, worker, service.background.readiness, service.state.clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI call."""
+        if scope["type"] == "lifespan":
+            await receive()
+            self._open()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await asyncio.to_thread(self._close)
+            await send({"type": "lifespan.shutdown.complete"})
+        elif scope["path"] == "/health":
+            await self._answer(send, self._probes.health())
+        elif scope["path"] == "/ready":
+            found = self._probes.ready()  # without names of systems: anybody may ask
+            await self._answer(send, ProbeAnswer(found.status, {"ready": found.body["ready"], "checks": {}}))
+        else:
+            await send_refusal(send, Refusal(404, "a worker answers probes only", "ask the process that serves HTTP"))
+
+    def _open(self) -> None:
+        self._service.background.readiness.start()
+        self._service.background.alerts.start()
+        self._worker.start()
+
+    def _close(self) -> None:
+        self._worker.close(steps_of(self._service.settings.service.shutdown_grace_seconds).stuck)
+        self._service.background.readiness.close()
+        self._service.background.alerts.close()
+        self._service.scheduler.close(0.0)
+        with _told("this worker is shown for a while longer"):
+            self._service.state.workers.forget(self._service.desk.terms.owner)
+        self._service.state.close()
+
+    @staticmethod
+    async def _answer(send: Send, answer: ProbeAnswer) -> None:
+        await send_json(send, answer.status, answer.body, {})
+
+
+def run_worker(service: BuiltService) -> None:
+    """Work until a signal; ends by raising it again. `service` was built for a queue."""
+    settings, workers = service.settings, cast("Workers", service.scheduler.elsewhere)
+    refuse_taken_ports(settings.service)
+    worker = Worker(service, workers.queue)
+    log.info("worker %s, probes on %s:%d", service.desk.terms.owner, settings.service.host, settings.service.port)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    share_the_machine()
+    serve(
+        WorkerApp(worker, service),
+        host=settings.service.host,
+        port=settings.service.port,
+        health_port=settings.service.health_port,
+        forwarded_allow_ips=settings.access.forwarded_allow_ips,
+        steps=steps_of(settings.service.shutdown_grace_seconds),
+        ask_stop=service.stop.ask,
+        busy=lambda: worker.busy,
+    )

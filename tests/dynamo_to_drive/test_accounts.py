@@ -1,0 +1,124 @@
+"""What becomes of the items of an hour: told row by row against the file that was there, and added up to a ledger."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+
+from app.core.ledger import Tally
+from app.core.windows import Window
+from app.dynamo_to_drive.hour_file import (
+    NAMED_ATTRIBUTES,
+    Accounts,
+    FileShape,
+    HourFile,
+    HourWriter,
+    lines_in,
+    read_file,
+)
+from app.dynamo_to_drive.rows import Item, Value
+from app.dynamo_to_drive.timestamps import NO_ATTRIBUTE, UNREADABLE, Times
+from shipping import START
+
+AT = "datetime_utc"
+HOUR = Window(START, START + timedelta(hours=1))
+Cells = Mapping[str, str]
+
+
+def row(second: int, temp: str, **others: str) -> Cells:
+    return {AT: f"2026-02-07T12:00:{second:02d}Z", "temp": temp, **others}
+
+
+@contextmanager
+def file_of(rows: Sequence[Cells]) -> Iterator[HourFile]:
+    writer = HourWriter(FileShape(AT, ("id",), Times()))
+    writer.add_rows(rows)
+    hour = writer.finish()
+    writer.close()
+    yield hour
+    hour.close()
+
+
+@pytest.mark.parametrize(
+    ("held", "new", "same", "corrected"),
+    [
+        ((), 2, 0, 0),
+        ((row(1, "1"), row(2, "2")), 0, 2, 0),
+        ((row(1, "1", ph=""), row(2, "3")), 0, 1, 1),
+        ((row(0, "9"), row(2, "2")), 1, 1, 0),
+        ((row(0, "9"), row(0, "8", id="b"), row(1, "4"), row(3, "5")), 1, 0, 1),
+        ((row(2, "2"), row(1, "1")), 1, 1, 0),
+    ],
+    ids=["none", "the same", "another value", "one that only the file has", "several of them", "out of order"],
+)
+def test_each_row_is_new_the_same_or_corrected_beside_the_file_that_it_replaces(
+    held: Sequence[Cells], new: int, same: int, corrected: int
+) -> None:
+    with file_of((row(1, "1"), row(2, "2"))) as hour:
+        assert hour.landed_over(held) == Tally(new=new, already_there=same, corrected=corrected)
+
+
+def test_rows_that_were_added_twice_are_counted_and_the_later_one_is_kept() -> None:
+    with file_of((row(2, "2"), row(1, "1"), row(2, "3"))) as hour:
+        assert (hour.rows, hour.repeated) == (2, 1)
+        assert [each["temp"] for each in read_file(lines_in(hour.file), escaped=False)] == ["1", "3"]
+        assert (hour.min_at, hour.max_at) == (START + timedelta(seconds=1), START + timedelta(seconds=2))
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"held": 5, "only_held": 2}, Tally(3, 3, already_there=3)),
+        ({"only_held": 2, "landed": Tally(new=1, already_there=3, corrected=1)}, Tally(3, 3, 1, 1, 1)),
+        ({"only_held": 2, "waiting": 5}, Tally(3, 3, waiting=3)),
+    ],
+    ids=["nothing was written", "written", "a dry run"],
+)
+def test_the_ledger_of_an_hour_closes_whatever_was_done_with_it(told: dict[str, object], expected: Tally) -> None:
+    accounts = Accounts(AT)
+    accounts.note(HOUR, counted=3, read=3)
+    accounts.note(HOUR, **told)
+    ledger = accounts.closed("table", None)
+    assert (ledger.total, ledger.closes, ledger.unit) == (expected, True, "items")
+
+
+def item(text: str | None = None, **others: str) -> Item:
+    named = others if text is None else {AT: text, **others}
+    return {name: Value(S=value) for name, value in named.items()}
+
+
+def test_an_item_without_an_hour_counts_once_and_names_what_is_wrong_with_it() -> None:
+    accounts = Accounts(AT)
+    assert (accounts.sample, accounts.all_lack_the_attribute) == ("", False)
+    for _ in range(2):
+        accounts.unplaced(item(id="1"), UNREADABLE)
+    assert (accounts.set_aside, accounts.all_lack_the_attribute, accounts.text) == (1, True, "")
+    assert accounts.sample == "attributes id"
+    accounts.unplaced(item("yesterday", id="1"), UNREADABLE)
+    accounts.unplaced(item("tomorrow", id="1"), UNREADABLE)
+    assert (accounts.set_aside, accounts.all_lack_the_attribute, accounts.text) == (3, False, "yesterday")
+    assert accounts.sample == f"{AT} = 'yesterday'"
+    ledger = accounts.closed("table", None)
+    assert {one.reason: one.number for one in ledger.set_aside} == {NO_ATTRIBUTE: 1, UNREADABLE: 2}
+    assert (ledger.total, ledger.closes) == (Tally(3, 3, set_aside=3), True)
+
+
+def test_the_names_that_are_shown_of_many_attributes_are_bounded() -> None:
+    accounts = Accounts(AT)
+    for number in range(2 * NAMED_ATTRIBUTES):
+        accounts.unplaced(item(**{f"name_{number}": "x"}), UNREADABLE)
+    assert len(accounts.attributes) == NAMED_ATTRIBUTES
+    assert accounts.set_aside == 2 * NAMED_ATTRIBUTES
+
+
+def test_the_furthest_timestamp_more_than_a_day_ahead_is_told() -> None:
+    accounts = Accounts(AT, START)
+    accounts.placed(START + timedelta(days=1), "in a day")
+    assert accounts.ahead == ""
+    for days, text in ((3, "in three days"), (5, "in five days"), (4, "in four days")):
+        accounts.placed(START + timedelta(days=days), text)
+    assert accounts.ahead == "in five days"
+    forgetful = Accounts(AT)
+    forgetful.placed(START + timedelta(days=9), "in nine days")
+    assert forgetful.ahead == ""

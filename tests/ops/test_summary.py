@@ -1,0 +1,56 @@
+"""What the summary makes of faults, without a server."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+from app.core.windows import Window
+from app.ops.delivery_map import MapCells, MapFault
+from app.ops.summary import Snapshot, problems_of
+
+NOW = datetime(2026, 2, 9, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def seen(faults: Sequence[MapFault]) -> Snapshot:
+    """A pipeline `p` whose listings showed these faults, and nothing else."""
+    nothing: Any = SimpleNamespace(rows=lambda *_, **__: [], partial_runs=lambda _: [])
+    maps: Any = SimpleNamespace(jobs=["p"], faults=lambda _: faults)
+    return Snapshot(
+        now=NOW,
+        zone=UTC,
+        views=(),
+        look=nothing,
+        maps=maps,
+        verified=(),
+        verifiable=["p"],
+        stale=frozenset(),
+        ahead_seconds={},
+        unreachable={},
+        cells=MapCells([NOW - HOUR, NOW], 3600),
+    )
+
+
+def fault(partition: str, hours_ago: int, seen_at: datetime = NOW) -> MapFault:
+    start = NOW - hours_ago * HOUR
+    return MapFault(partition, Window(start, start + HOUR), "m", seen_at)
+
+
+def test_a_fault_of_many_partitions_is_one_problem_that_names_those_with_the_most_of_it() -> None:
+    earlier = NOW - 2 * HOUR
+    faults = [fault(f"D{number}", 5) for number in range(9)] + [fault("D7", 6), fault("D8", 6, earlier)]
+    (found,) = problems_of(seen(faults))
+    assert found.title == "p, D7, D8, D0 and 6 more: 11 windows missing"
+    assert (found.count, found.partition, found.since) == (11, "", earlier)
+    assert [action["label"] for action in found.actions] == ["Heal 11 windows", "Show on map"]
+    assert found.actions[0]["part"] == {"from": "2026-02-09T06:00:00.000Z", "to": "2026-02-09T08:00:00.000Z"}
+
+
+def test_what_a_heal_of_all_partitions_would_read_for_long_is_left_to_a_person() -> None:
+    (found,) = problems_of(seen([fault("D1", 5), fault("D2", 50)]))
+    assert [action["kind"] for action in found.actions] == ["show"]
+    assert found.next.endswith("python -m app verify p --from 2026-02-07 --to 2026-02-10 --heal")
+    (alone,) = problems_of(seen([fault("D1", 5), fault("D1", 50)]))
+    assert alone.title == "p, D1: 2 windows missing"
+    assert alone.actions[0]["part"]["partition"] == "D1"

@@ -1,0 +1,5 @@
+"""Fixtures of this folder."""
+
+from exporter import exporter
+
+__all__ = ("exporter",)
