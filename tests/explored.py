@@ -14,8 +14,8 @@ EXCEPTIONS = Path(__file__).with_name("schemathesis.toml")
 def explore(daemons: Daemons, folder: Path, *which: str, examples: int, jobs: str = "", **environ: str) -> None:
     """Fails with the report unless nothing is found but what EXCEPTIONS allows, and the daemon logged no traceback."""
     secret, line = new_key("explorer", "admin", bytes)
-    given = {"API_KEYS": line, "KEY_REQUESTS_PER_SECOND": "10000", **environ}
-    daemon = daemons.start(jobs, wait=True, key="", descriptors="", word="serve", **given)
+    environ |= {"API_KEYS": line, "KEY_REQUESTS_PER_SECOND": "10000"}
+    daemon = daemons.start(jobs, wait=True, key="", **environ)
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         *("--config-file", str(EXCEPTIONS), "--no-color"),
