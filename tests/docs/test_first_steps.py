@@ -51,6 +51,7 @@ NOT_RUN = {
     "cp": "names a place that the reader chooses",
     "gunicorn": "is not among our packages",
     "influx": "is the client of InfluxDB 2",
+    "spark-sql": "is a program of Spark's, which downloads packages",
     "pip": "downloads packages",
     "uv": "downloads packages",
 }
