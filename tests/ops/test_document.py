@@ -31,6 +31,8 @@ BY_DESIGN = {  # what was made up for the call is not there
     "dismiss_ops_problems_problem_id_dismiss_post": 404,
     "run_detail_ops_runs_run_id_get": 404,
     "run_log_ops_runs_run_id_log_get": 404,
+    "set_aside_ops_runs_run_id_set_aside_get": 404,
+    "set_aside_file_ops_runs_run_id_set_aside_file_get": 404,
     "windows_ops_map_windows_get": 422,
     "shared_s3_shared_get": 403,
     "shared_upload_s3_shared_post": 403,
