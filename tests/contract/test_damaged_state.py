@@ -182,6 +182,25 @@ def test_a_log_that_does_not_fit_wedges_nothing(tmp_path: Path) -> None:
         works(folder)
 
 
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, None])
+def test_a_log_that_is_cut_or_deleted_beside_living_states_wedges_none(tmp_path: Path, part: float | None) -> None:
+    with closing(open_state("", tmp_path)) as first, closing(open_state("", tmp_path)) as second:
+        for state in (first, second):
+            commit(state)
+        log = tmp_path / f"{FILE}-wal"
+        if part is None:
+            log.unlink()
+        else:
+            cut(log, part)
+        works(tmp_path)
+        for state in (first, second):
+            for _ in range(3):
+                with suppress(Transient):
+                    commit(state, "later")
+            commit(state, "last")
+            assert {"d", "last"} <= state.checkpoints.cursors("p").keys()
+
+
 def test_the_files_of_an_older_backup_under_a_newer_log_wedge_nothing(tmp_path: Path) -> None:
     backup = used(tmp_path / "a")
     with closing(open_state("", tmp_path / "b")) as state:

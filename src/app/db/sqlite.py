@@ -45,9 +45,10 @@ GONE = ("no such table", "no such column", "has no column named", "Could not dec
 
 
 class FileConnection(sqlite3.Connection):
-    """A connection that knows which file it opened: another one may lie in its place by now."""
+    """A connection that knows which file it opened, and which log beside it: others may lie in their place by now."""
 
     file: tuple[int, int] | None = None
+    log: tuple[int, int] | None = None
 
 
 class SqliteSession:
@@ -176,8 +177,13 @@ class SqliteDatabase:
             return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
 
     def _is_current(self, connection: FileConnection) -> bool:
-        """False when the file was moved, deleted or replaced since: what is committed to it would be seen by nobody."""
-        return connection.file == file_id(self._path)
+        """False when the file or its log was moved, deleted or replaced since: what is committed to it would be seen by
+        nobody. Closing the last connection writes a log that was deleted into its file.
+        """
+        return (connection.file, connection.log) == (file_id(self._path), self._log_id(connection))
+
+    def _log_id(self, connection: FileConnection) -> tuple[int, int] | None:
+        return None if connection.log is None else file_id(Path(f"{self._path}-wal"))
 
 
 def _rolled_back(connection: FileConnection) -> bool:
@@ -249,7 +255,7 @@ def _opened(path: Path, busy_seconds: float) -> FileConnection:
         # SQLite's own lower() knows ASCII only.
         connection.create_function("lower_text", 1, lambda text: text.lower() if text else text, deterministic=True)
         connection.create_function("sha256_hex", 1, lambda text: sha256(text.encode()).hexdigest(), deterministic=True)
-        connection.file = file_id(path)
+        connection.file, connection.log = file_id(path), file_id(Path(f"{path}-wal"))
         undo.pop_all()
     return connection
 
@@ -321,8 +327,9 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
     message = f"SQLite at {path}: {error}"
     if isinstance(error, OverflowError | sqlite3.DataError):
         return Rejected(message, "correct the value: it is outside the range of the column")
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte; the others tell details
-    if code in DAMAGED or any(sign in str(error) for sign in GONE):
+    detailed = getattr(error, "sqlite_errorcode", None) or 0
+    code = detailed & 0xFF  # the low byte; the others tell details
+    if code in DAMAGED or detailed == sqlite3.SQLITE_IOERR_SHORT_READ or any(sign in str(error) for sign in GONE):
         return Damaged(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
