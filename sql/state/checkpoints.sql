@@ -48,35 +48,26 @@ WHERE
     AND window_start >= :since_at AND window_start < :until_at
 ORDER BY window_start, part;
 
--- name: live_records
--- The records of all partitions, of windows that start at since_at or later.
-SELECT
-    device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
-    source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
-FROM export_windows
-WHERE pipeline = :pipeline AND window_start >= :since_at
-ORDER BY device_id, window_start, part;
-
--- name: live_records_of (postgres)
--- The same of these partitions, a list in JSON.
+-- name: live_records (postgres)
+-- The records of windows that start at since_at or later, of these partitions, a list in JSON, or of all.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE
     pipeline = :pipeline AND window_start >= :since_at
-    AND device_id IN (SELECT jsonb_array_elements_text(CAST(:partitions AS JSONB)))
+    AND (CAST(:partitions AS JSONB) IS NULL OR device_id IN (SELECT jsonb_array_elements_text(CAST(:partitions AS JSONB))))
 ORDER BY device_id, window_start, part;
 
--- name: live_records_of (sqlite)
--- The same of these partitions, a list in JSON.
+-- name: live_records (sqlite)
+-- The same.
 SELECT
     device_id, window_start AS starts_at, window_end AS ends_at, part, s3_key, version, digest, record_count, size_bytes,
     source_cells, min_at, max_at, status, source_fields, source_digest, source_sums, trouble, folded, updated_at
 FROM export_windows
 WHERE
     pipeline = :pipeline AND window_start >= :since_at
-    AND device_id IN (SELECT value FROM json_each(:partitions))
+    AND (:partitions IS NULL OR device_id IN (SELECT value FROM json_each(:partitions)))
 ORDER BY device_id, window_start, part;
 
 -- name: save_record

@@ -100,12 +100,9 @@ class SqlCheckpoints:
         found: dict[str, list[Record]] = {}
         with self._queries.database.transaction(read_only=True) as session:
             now = now_of(session, self._queries)
-            of = {"pipeline": pipeline, "since_at": since}
-            if partitions is None:
-                found_rows = session.stream(self._queries["live_records"], **of)
-            else:
-                found_rows = session.stream(self._queries["live_records_of"], **of, partitions=json.dumps(partitions))
-            for device, *values in found_rows:
+            chosen = None if partitions is None else json.dumps(partitions)
+            of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
+            for device, *values in session.stream(self._queries["live_records"], **of):
                 row = {
                     name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
                     for name, value in zip(OF_RECORD, values, strict=True)
