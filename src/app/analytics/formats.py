@@ -113,7 +113,11 @@ def of_table(table: ReportTable, shape: AnswerShape, folder: Path) -> ReportAnsw
 
 
 def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
-    """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them."""
+    """The answer with the rows of a pyarrow RecordBatchReader. Raises Rejected when there are too many of them, and for
+    types that the format does not have.
+    """
+    import pyarrow as pa
+
     batches = _counted(reader, shape)
     if shape.format in JSON_WRITERS:
         write_json, blocks = JSON_WRITERS[shape.format], (_rows(batch) for batch in batches)
@@ -125,7 +129,7 @@ def of_batches(reader: Any, shape: AnswerShape, folder: Path) -> ReportAnswer:
         schema, plain = _without_formulas(schema, plain)
     try:
         return _spooled(folder, lambda spool: write(spool, schema, plain))
-    except (NotImplementedError, OverflowError) as error:
+    except (pa.ArrowNotImplementedError, OverflowError) as error:
         raise _unwritable(error) from None
 
 
