@@ -6,6 +6,7 @@ scripts ask /ops with the caller's own rights and set texts, never markup.
 
 import gzip
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -89,14 +90,20 @@ def framed(
 
 def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None:
     """A file of the pages, open to all: it holds no data. Compressed for who takes that."""
-    small = gzip.compress(content, mtime=0)
 
     @router.get(path, openapi_extra=needs(OPEN), include_in_schema=False)
     async def asset(request: Request) -> Response:
         headers = {"Vary": "Accept-Encoding"}
         if accepts_gzip(request.headers.get("accept-encoding", "")):
-            return Response(small, headers={**headers, "Content-Encoding": "gzip"}, media_type=media_type)
+            packed = _gzipped(content)
+            return Response(packed, headers={**headers, "Content-Encoding": "gzip"}, media_type=media_type)
         return Response(content, headers=headers, media_type=media_type)
+
+
+@lru_cache
+def _gzipped(content: bytes) -> bytes:
+    """Made when it is first asked for, so that the start need not wait for it."""
+    return gzip.compress(content, mtime=0)
 
 
 def _page(router: APIRouter, path: str, page: str) -> None:
