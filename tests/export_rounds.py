@@ -38,6 +38,7 @@ from kill_rounds import (
     WEDGED_AFTER_SECONDS,
     WORLD_ROUNDS,
     Command,
+    KilledProcess,
     Runner,
     sit,
     started,
@@ -66,13 +67,10 @@ class Servers:
 
 
 @dataclass
-class Replica:
-    """At most one process at a time. Its folder is its own; where its data are, the settings say."""
+class Replica(KilledProcess):
+    """With a clock of its own."""
 
-    runner: Runner
     clock: FakeClock
-    folder: Path
-    pid: int = 0
     port: int = 0
 
     def begin(self, command: Command, environ: Mapping[str, str]) -> None:
@@ -80,25 +78,6 @@ class Replica:
         self.port = free_port()
         given = {**environ, **self.clock.environ, "PORT": str(self.port)}
         self.pid = self.runner.begin(self.folder, command, given)
-
-    @property
-    def log(self) -> str:
-        return "\n".join((self.folder / name).read_text(errors="replace") for name in ("answer.log", "said.log"))
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the process ended by itself."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-    def ended(self) -> int:
-        """Its exit code."""
-        self.pid = 0
-        return self.runner.ended()
-
-    def kill(self) -> int:
-        """SIGKILL; the exit code, or minus the signal."""
-        os.kill(self.pid, signal.SIGKILL)
-        return self.ended()
 
 
 @dataclass
@@ -354,7 +333,7 @@ def lived(servers: Servers, runners: Sequence[Runner], folder: Path, seed: str, 
     number = int(seed.rpartition("-")[2]) // WORLD_ROUNDS
     on_postgres, on_s3 = number % 2 == 1, number // 2 % 2 == 1
     chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
-    a, b = (Replica(runner, FakeClock(folder / f"clock-{n}"), folder / f"{n}") for n, runner in enumerate(runners))
+    a, b = (Replica(runner, folder / f"{n}", FakeClock(folder / f"clock-{n}")) for n, runner in enumerate(runners))
     right = RightTime(-PAST, (servers.clock, a.clock, b.clock) if on_postgres else (a.clock, b.clock))
     database = servers.influx.new_database()
     state: SavedState = SqliteState(folder / "data", folder / "backup.db")

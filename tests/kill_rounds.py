@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -100,6 +100,34 @@ def asked(process: "subprocess.Popen[str]", line: str) -> int:
     process.stdin.write(f"{line}\n")
     process.stdin.flush()
     return int(process.stdout.readline())
+
+
+@dataclass
+class KilledProcess:
+    """At most one process at a time. Its folder is its own; where its data are, the settings say."""
+
+    runner: Runner
+    folder: Path
+    pid: int = field(default=0, init=False)
+
+    @property
+    def log(self) -> str:
+        return "\n".join((self.folder / name).read_text(errors="replace") for name in ("answer.log", "said.log"))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process ended by itself."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def ended(self) -> int:
+        """Its exit code."""
+        self.pid = 0
+        return self.runner.ended()
+
+    def kill(self) -> int:
+        """SIGKILL; the exit code, or minus the signal."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.ended()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ import psycopg
 from daemon import free_port
 from export_world import Bucket, Fields, Folder, Objects, Row, S3Bucket, Source, differences
 from influxdb1 import InfluxDB1, running_influxdb1
-from kill_rounds import FAULTS, UNDISTURBED, WEDGED_AFTER_SECONDS, Runner, sit, started
+from kill_rounds import FAULTS, UNDISTURBED, WEDGED_AFTER_SECONDS, KilledProcess, Runner, sit, started
 from postgres import PostgresServer, running_postgres
 from seaweed import SERVICES, Seaweed, free_ports, running
 
@@ -54,13 +54,10 @@ class Servers:
 
 
 @dataclass
-class Process:
-    """At most one at a time: a worker, the process with the schedule, or a command."""
+class Process(KilledProcess):
+    """A worker, the process with the schedule, or a command."""
 
-    runner: Runner
-    folder: Path
     words: Sequence[str]
-    pid: int = 0
     began_at: float = 0.0
 
     def begin(self, environ: Mapping[str, str], words: Sequence[str] | None = None) -> None:
@@ -68,23 +65,6 @@ class Process:
             self.folder, self.words if words is None else words, {**environ, "PORT": str(free_port())}
         )
         self.began_at = time.monotonic()
-
-    @property
-    def log(self) -> str:
-        return "\n".join((self.folder / name).read_text(errors="replace") for name in ("answer.log", "said.log"))
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the process ended by itself."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-    def ended(self) -> int:
-        self.pid = 0
-        return self.runner.ended()
-
-    def kill(self) -> int:
-        os.kill(self.pid, signal.SIGKILL)
-        return self.ended()
 
 
 @dataclass
