@@ -16,20 +16,13 @@ HOUR = timedelta(hours=1)
 def seen(faults: Sequence[MapFault]) -> Snapshot:
     """A pipeline `p` whose listings showed these faults, and nothing else."""
     nothing: Any = SimpleNamespace(rows=lambda *_, **__: [], partial_runs=lambda _: [])
-    maps: Any = SimpleNamespace(jobs=["p"], faults=lambda _: faults)
-    return Snapshot(
-        now=NOW,
-        zone=UTC,
-        views=(),
-        look=nothing,
-        maps=maps,
-        verified=(),
-        verifiable=["p"],
-        stale=frozenset(),
-        ahead_seconds={},
-        unreachable={},
-        cells=MapCells([NOW - HOUR, NOW], 3600),
+    ops: Any = SimpleNamespace(
+        maps=SimpleNamespace(jobs=["p"], faults=lambda _: faults),
+        proofs=SimpleNamespace(jobs=["p"], results=list),
+        probes=SimpleNamespace(unreachable=dict),
+        alerts=SimpleNamespace(stale=frozenset(), ahead_seconds={}),
     )
+    return Snapshot(NOW, UTC, (), nothing, MapCells([NOW - HOUR, NOW], 3600), ops)
 
 
 def fault(partition: str, hours_ago: int, seen_at: datetime = NOW) -> MapFault:

@@ -10,18 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from app.core.pipeline import MISSING
 from app.core.runs import Outcome, Run
 from app.core.verify import Sign
 from app.db.page_queries import Look
-from app.ops.delivery_map import DeliveryMaps, MapCells
+from app.ops.delivery_map import MapCells
 from app.ops.json_views import instant_text, run_shown
-from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import JobView
-from app.ops.verification import Result
+
+if TYPE_CHECKING:
+    from app.ops.service import Operations
 
 NAMED = 3  # faults that the sentence names
 LISTED = 50
@@ -106,16 +107,10 @@ class Snapshot:
     zone: tzinfo
     views: Sequence[JobView]
     look: Look
-    maps: DeliveryMaps
-    verified: Sequence[Result]
-    verifiable: Sequence[str]
-    stale: frozenset[str]
-    ahead_seconds: Mapping[str, float]
-    unreachable: Mapping[str, tuple[str, str]]
     cells: MapCells
+    ops: "Operations"
     strips: Mapping[str, str | None] = field(default_factory=dict)
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    bill: MonthlyEstimate | None = None
 
     @property
     def on(self) -> Sequence[JobView]:
@@ -156,7 +151,7 @@ def problems_of(seen: Snapshot) -> Sequence[Problem]:
 
 
 def _unreachable(seen: Snapshot) -> Iterator[Problem]:
-    for name, (error, hint) in seen.unreachable.items():
+    for name, (error, hint) in seen.ops.probes.unreachable().items():
         yield Problem("unreachable", "", f"{name} cannot be reached", error, hint, noun="system", about=name)
 
 
@@ -211,12 +206,12 @@ def _windows(seen: Snapshot) -> Iterator[Problem]:
     """Windows that are not as they were delivered: as marked in the state, listed last, or verified last."""
     found: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
     since: dict[tuple[str, str, str], datetime] = {}
-    for job in seen.maps.jobs:
-        for fault in seen.maps.faults(job):
+    for job in seen.ops.maps.jobs:
+        for fault in seen.ops.maps.faults(job):
             what = (job, {"m": "missing", "p": "partial", "c": "changed"}[fault.letter], fault.partition)
             found[what].add(fault.window)
             since[what] = min(since.get(what, seen.now), fault.seen_at)
-    for result in seen.verified:
+    for result in seen.ops.proofs.results():
         for verdict in result.windows:
             if verdict.sign is not Sign.ERROR and not verdict.healed:
                 kind = "missing" if verdict.sign is Sign.MISSING else "changed"
@@ -243,7 +238,7 @@ def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) 
     actions: list[Mapping[str, Any]] = [{"kind": "show", "label": "Show on map", "href": f"#map-{job}"}]
     first, last = (f"{at:%Y-%m-%d}" for at in (span[0], span[1] + timedelta(days=1)))
     hint = f"heal them on the map, or all at once: python -m app verify {job} --from {first} --to {last} --heal"
-    if job in seen.verifiable and (partition or span[1] - span[0] <= HEALED_TOGETHER):
+    if job in seen.ops.proofs.jobs and (partition or span[1] - span[0] <= HEALED_TOGETHER):
         part = {"from": instant_text(span[0]), "to": instant_text(span[1])}
         part |= {"partition": partition} if partition else {}
         label = f"Heal {counted(count, 'window')}"
@@ -262,14 +257,14 @@ def _of_windows(seen: Snapshot, job: str, kind: str, faulty: Sequence[_Faulty]) 
 def _late(seen: Snapshot) -> Iterator[Problem]:
     for view in seen.on:
         name = view.job.name
-        if name in seen.ahead_seconds:
-            seconds = seen.ahead_seconds[name]
+        if name in seen.ops.alerts.ahead_seconds:
+            seconds = seen.ops.alerts.ahead_seconds[name]
             message = f"Its last run or one of its cursors lies {seconds:,.0f} s ahead of now."
             yield Problem("clock", name, f"{name}: its records lie ahead of now", message, CLOCK_HINT, noun="record")
         due = view.next_run_at
         slack = timedelta(seconds=max(view.job.interval_seconds, LATE_SECONDS))
         overdue = view.status.state == "waiting" and due is not None and due + slack < seen.now
-        if name in seen.stale or overdue:
+        if name in seen.ops.alerts.stale or overdue:
             message = "No run came to its end in time."
             actions = [{"kind": "run", "label": "Run now", "job": name}]
             yield Problem("late", name, f"{name} is late", message, LATE_HINT, noun="run", since=due, actions=actions)
@@ -427,7 +422,8 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
     news = _news(seen, seen.cells)
     complete = [row["slowest_at"] for name, row in totals.items() if any(v.job.name == name for v in seen.on)]
     complete_up_to = min(complete, default=None)
-    ended = [result.ended_at for result in seen.verified if result.equal is not None]
+    bill = seen.ops.costs.estimate()
+    ended = [result.ended_at for result in seen.ops.proofs.results() if result.equal is not None]
     jobs = [
         _row(
             seen,
@@ -446,7 +442,7 @@ def summary_of(seen: Snapshot) -> Mapping[str, Any]:
         "checked_at": instant_text(max(ended, default=None)),  # type: ignore[type-var]  # none of them is None
         "problems": [problem.to_json() for problem in problems[:LISTED]],
         "problems_total": len(problems),
-        "bill": seen.bill.text() if seen.bill and seen.bill.by_kind else None,
+        "bill": bill.text() if bill.by_kind else None,
         "day_starts_at": instant_text(_today(seen)),
         "hours_start_at": instant_text(seen.cells.edges[0]),
         "jobs": jobs,
@@ -512,8 +508,8 @@ def _row(
         and {"done": status.progress.done, "total": status.progress.total, "rows": status.progress.rows},
         "queued_backfills": status.queued_backfills,
         "can_backfill": view.can_backfill,
-        "can_verify": job.name in seen.verifiable and not job.off,
-        "has_map": job.name in seen.maps.jobs and not job.off,
+        "can_verify": job.name in seen.ops.proofs.jobs and not job.off,
+        "has_map": job.name in seen.ops.maps.jobs and not job.off,
         "partitions": total["partitions"] if total else 0,
         "max_lag_seconds": max((seen.now - oldest).total_seconds(), 0.0) if oldest else None,
         "failures_in_a_row": runs,
