@@ -19,15 +19,15 @@ from app.config.rules import locked
 from app.config.settings import Settings
 from app.core.errors import BadSettings
 from app.core.partitions import Step, SyncPlan, in_this_process
-from app.core.runs import Context, Job, LeaseTerms, Report, RunDesk, Stop
+from app.core.runs import Context, Job, LeaseTerms, Report, Run, RunDesk, Stop
 from app.db.state import State, open_state
 from app.dwh.warehouse import Warehouse, open_warehouse
 from app.object_store.request_counts import READ_UNIT, RequestCounter
-from app.ops.alerts import Alerts, Watched, rules_of
+from app.ops.alerts import Alerts, rules_of
 from app.ops.connection_checks import System, destinations, probed, reached, remembered, stores_tried, webhook
 from app.ops.health import Check, ProbeAnswer, Probes, Readiness
 from app.ops.json_views import Calls
-from app.ops.logs import both, log_run
+from app.ops.logs import log_run
 from app.ops.process import BAD_SETTINGS, configured, share_the_machine, tune, unsupported
 from app.ops.request_costs import RequestCosts, prices_for
 from app.ops.scheduler import Scheduler
@@ -351,17 +351,23 @@ def build(
     pipelines = wiring(ServiceParts(settings, state, store, state.clock, warehouse, counter, costs, steps))
     stop = Stop()
     desk = RunDesk(state.clock, state.leases, state.runs, terms(settings), log_run, counter.take_run)
-    watched = Watched(
+    alerts = Alerts(
+        rules_of(settings),
         pipelines.jobs,
-        state.pauses.paused,
         state.runs,
-        state.alerts,
-        state.clocks,
-        now,
+        told=state.alerts,
+        clocks=state.clocks,
+        clock=now,
+        paused=state.pauses.paused,
         troubles=state.checkpoints.troubles,
     )
-    alerts = Alerts(rules_of(settings), watched)
-    desk = replace(desk, ended=both(both(log_run, alerts.ended), lambda *_: costs.save()))
+
+    def ended(run: Run, cause: BaseException | None) -> None:
+        log_run(run, cause)
+        alerts.ended(run)
+        costs.save()
+
+    desk = replace(desk, ended=ended)
     scheduler = Scheduler(pipelines.jobs, desk, stop, pipelines.backfills, state.pauses, elsewhere=workers)
     stores = {
         "checkpoint_store_connected": remembered(state),

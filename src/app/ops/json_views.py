@@ -4,7 +4,7 @@ Invariant: instants are UTC with `Z`, durations are seconds, and a field is neve
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,19 +51,18 @@ def job_shown(
     """A job, where it stands and how its `last` run went; `totals` of all its runs. `stale`: it fell silent.
     `clock_ahead_seconds`: how far its last run or a cursor lies ahead of now.
     """
-    progress = view.status.progress
     return {
         "name": view.job.name,
         "helper_of": view.job.helper_of or None,
         "interval_seconds": view.job.interval_seconds,
-        "state": view.status.state,
+        "state": view.state,
         "off": view.job.off,
         "stale": stale,
         "clock_ahead_seconds": clock_ahead_seconds,
         "next_run_at": instant_text(view.next_run_at),
         "can_backfill": view.can_backfill,
-        "queued_backfills": view.status.queued_backfills,
-        "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
+        "queued_backfills": view.queued_backfills,
+        "progress": view.progress and asdict(view.progress),
         "runs_total": sum(total.runs for total in totals),
         "rows_total": sum(total.report.new_rows for total in totals),
         "rows_written_total": sum(total.report.rows for total in totals),

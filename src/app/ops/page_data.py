@@ -277,7 +277,7 @@ def _run(router: APIRouter, ops: Operations) -> None:
             pipeline = (view.job.helper_of if view else "") or run.job
             rows = look.written_by(run, pipeline)
             same = look.rows("same_error", job=run.job, error=run.error)[0]["runs"] if run.error else 0
-        progress = view.status.progress if view and run.ended_at is None else None
+        progress = view.progress if view and run.ended_at is None else None
         gone = ops.maps.gone_since(pipeline)
         return {
             **run_shown(run),
@@ -293,7 +293,7 @@ def _run(router: APIRouter, ops: Operations) -> None:
                 for row in rows
             ],
             "seen_in_runs": same,
-            "progress": progress and {"done": progress.done, "total": progress.total, "rows": progress.rows},
+            "progress": progress and asdict(progress),
             "previous": _neighbour(previous),
             "next": _neighbour(following),
         }

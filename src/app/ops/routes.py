@@ -411,7 +411,7 @@ def past_window(span: Span, now: datetime) -> Window:
 
 def accepted(scheduler: Scheduler, job: str) -> dict[str, Any]:
     """The answer to what was queued."""
-    state = next(view.status.state for view in scheduler.views() if view.job.name == job)
+    state = next(view.state for view in scheduler.views() if view.job.name == job)
     return {"job": job, "state": state}
 
 

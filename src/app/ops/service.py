@@ -64,9 +64,7 @@ def steps_of(grace_seconds: float) -> Steps:
     return Steps(jobs=shared / 2, requests=shared / 8, refresh=shared / 8, stuck=shared / 8)
 
 
-# The service as a value: what `main` builds, and what the daemon and the commands use.
-#
-# Invariant: nothing in it has been started.
+# Nothing in the service as a value has been started.
 
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 """What a job took in lately, newest first, at most so many: lines of a table, all with the same columns."""
