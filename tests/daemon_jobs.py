@@ -15,7 +15,7 @@ from pathlib import Path
 from app import cli, main
 from app.core.errors import Permanent
 from app.core.ledger import KeptFile, SetAside, Tally, ledger_of
-from app.core.pipeline import Commit
+from app.core.pipeline import Commit, Record
 from app.core.runs import Context, Failure, Job, Report, Run, Stop
 from app.core.verify import Cell, CellState, Content, Slot
 from app.core.windows import Window, windows_between
@@ -232,8 +232,12 @@ def delivered(parts: ServiceParts) -> Pipelines:
     one, many = Shelf(parts), Fleet(parts)
 
     def commit(context: Context) -> Report:
-        at = Commit(cursor_at=parts.clock().replace(microsecond=0))
-        parts.state.checkpoints.commit_all("fleet", [(name, at) for name in many.partitions()], context.lease)
+        end = parts.clock().replace(minute=0, second=0, microsecond=0)
+        start = end - timedelta(hours=1)
+        last = Record(Window(start, end), 0, "key", "v", "d", 1, 100, 1, start, start, closed=True)
+        parts.state.checkpoints.commit_all(
+            "fleet", [(name, Commit((last,), end)) for name in many.partitions()], context.lease
+        )
         return Report(rows=520)
 
     jobs = (

@@ -300,7 +300,8 @@ def _set_aside(seen: Snapshot) -> Iterator[Problem]:
     dismissed = {row["problem_id"]: row["dismissed_at"] for row in seen.look.rows("dismissed")}
 
     def limit(job: str, about: str) -> datetime:
-        return dismissed.get(_id_of("set_aside", job, about), seen.now - RECENT)
+        at: datetime = dismissed.get(_id_of("set_aside", job, about), seen.now - RECENT)
+        return at
 
     rows: dict[tuple[str, str], list[tuple[Run, int, str]]] = defaultdict(list)
     hints: dict[str, str] = {}
