@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime
 
@@ -35,6 +35,7 @@ from app.ops.request_costs import MonthlyEstimate
 from app.ops.scheduler import Scheduler
 from app.ops.summary import HISTORY, Snapshot, file_address, problems_of, summary_of
 from app.ops.verification import Proofs
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused, faults
 
@@ -51,7 +52,7 @@ NO_LOG = "no line of this run is in the log file: it was rotated away, another p
 History = Callable[[int], Sequence[Mapping[str, Any]]]
 
 Zone = Annotated[str, Query(max_length=64, description="An IANA time zone, in which days begin.")]
-JobName = Annotated[str, Query(max_length=100)]
+JobName = Annotated[str, Query(max_length=100, examples=["influx_to_s3", "csv_inbox"])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class PageParts:
 
 def build(parts: PageParts) -> APIRouter:
     """All routes of this module."""
-    router = APIRouter(tags=["ops"])
+    router = APIRouter(tags=["ops"], dependencies=[Depends(refuse_unknown_parameters)])
     _summary(router, parts)
     _map(router, parts)
     _run(router, parts)
@@ -346,10 +347,10 @@ def _run(router: APIRouter, parts: PageParts) -> None:
     def run_log(
         run_id: str, level: Annotated[str, Query(pattern="^(debug|info|warn|error)$")] = "debug"
     ) -> dict[str, Any]:
-        known_run(parts, run_id)
+        run = known_run(parts, run_id)
         if parts.log_file is None:
             return {"lines": [], "left_out": 0, "note": "LOG_FILE is off: the lines went to standard output only"}
-        lines = list(log_lines(parts.log_file, run_id, LEVELS[level]))
+        lines = list(log_lines(parts.log_file, run.run_id, LEVELS[level]))
         note = "" if lines else NO_LOG
         return {"lines": lines[-LOG_LINES:], "left_out": max(len(lines) - LOG_LINES, 0), "note": note}
 

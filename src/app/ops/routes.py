@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr
 
@@ -50,6 +50,7 @@ from app.ops.page_data import recent_span
 from app.ops.scheduler import Scheduler
 from app.ops.service import History
 from app.ops.verification import Proofs, Result, shown
+from app.web.api import refuse_unknown_parameters
 from app.web.auth import COOKIE, OPEN, SESSION, Guard, needs, unauthorized
 from app.web.errors import Answers, Refusal, Refused, faults
 
@@ -60,6 +61,12 @@ AWAY = "the state database is away, where sessions are kept"
 MAX_RUNS = 500
 MAX_PARTITIONS = 1000
 KNOWN_JOB = faults({404: "no job has this name", 409: "the job is off: the hint names the variable"})
+ABLE_JOB = {
+    **KNOWN_JOB,
+    **faults({400: "the job has nothing of this kind, or no such partition: the hint names which"}),
+}
+JOB_NAMES = ["influx_to_s3", "csv_inbox", "s3_sweep"]
+JobInPath = Annotated[str, Path(examples=JOB_NAMES)]
 MOST_HOURS = 31 * 24
 MOST_DAYS = 366
 MOST_LINES = 200
@@ -132,24 +139,32 @@ class SignIn(BaseModel):
 def build(ops: Operations) -> APIRouter:
     """All routes of this module."""
     router = APIRouter(tags=["ops"])
-    _probes(router, ops.probes)
-    _session(router, ops.guard)
-    _reading(router, ops)
-    _looking_at_both_ends(router, ops)
-    _acting(router, ops)
+    _monitored(router, ops)
+    strict = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+    _session(strict, ops.guard)
+    _reading(strict, ops)
+    _looking_at_both_ends(strict, ops)
+    _acting(strict, ops)
+    router.include_router(strict)
     return router
 
 
-def _probes(router: APIRouter, probes: Probes) -> None:
-    """Answered by the front before they get here; these stand for the documentation."""
+def _monitored(router: APIRouter, ops: Operations) -> None:
+    """What monitoring asks for, some of which adds parameters of its own. The probes are answered by the front before
+    they get here; these stand for the documentation.
+    """
 
     @router.get("/health", openapi_extra=EVERYBODY, summary="Liveness", responses=_probed(Liveness))
     async def health() -> Response:
-        return _answer(probes.health())
+        return _answer(ops.probes.health())
 
     @router.get("/ready", openapi_extra=EVERYBODY, summary="Readiness, check by check", responses=_probed(ReadyChecks))
     async def ready() -> Response:
-        return _answer(probes.ready())
+        return _answer(ops.probes.ready())
+
+    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
 
 
 def _probed(model: type[BaseModel]) -> Answers:
@@ -257,10 +272,6 @@ def _reading(router: APIRouter, ops: Operations) -> None:
         wanted = {name: lines for name, lines in ops.histories.items() if job in (None, name)}
         return {"histories": [{"job": name, "entries": list(lines(limit))} for name, lines in wanted.items()]}
 
-    @router.get("/metrics", openapi_extra=READ, summary="For Prometheus", response_class=PlainTextResponse)
-    def metrics() -> Response:
-        return PlainTextResponse(exposition(_series(ops)), media_type=TEXT_FORMAT)
-
 
 def overview(ops: Operations) -> dict[str, Any]:
     """Every job as JSON. Raises what the state raises."""
@@ -281,10 +292,10 @@ def _looking_at_both_ends(router: APIRouter, ops: Operations) -> None:
         "/ops/gaps",
         openapi_extra=READ,
         summary="Which windows the destination holds, from its own listing",
-        responses=KNOWN_JOB,
+        responses={**ABLE_JOB, **faults({502: "the destination refuses, which a person has to correct"})},
     )
     def gaps(
-        job: Annotated[str, Query(max_length=100)],
+        job: Annotated[str, Query(max_length=100, examples=JOB_NAMES)],
         hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
         to: AwareDatetime | None = None,
         offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
@@ -365,7 +376,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
     scheduler = ops.scheduler
 
     @router.post("/ops/jobs/{job}/run", summary="Run now", **ACT)
-    def run(job: str, request: Request) -> dict[str, Any]:
+    def run(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.run_now(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
@@ -376,7 +387,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         status_code=202,
         responses=KNOWN_JOB,
     )
-    def pause(job: str, request: Request) -> dict[str, Any]:
+    def pause(job: JobInPath, request: Request) -> dict[str, Any]:
         scheduler.pause(known(scheduler, job), _caller(request))
         return accepted(scheduler, job)
 
@@ -387,7 +398,7 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         status_code=202,
         responses=KNOWN_JOB,
     )
-    def resume(job: str) -> dict[str, Any]:
+    def resume(job: JobInPath) -> dict[str, Any]:
         scheduler.resume(known(scheduler, job))
         return accepted(scheduler, job)
 
@@ -396,9 +407,9 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         openapi_extra=RUN,
         summary="Fill past windows again",
         status_code=202,
-        responses=KNOWN_JOB,
+        responses=ABLE_JOB,
     )
-    def backfill(job: str, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
+    def backfill(job: JobInPath, span: Annotated[Span, Body()], request: Request) -> dict[str, Any]:
         scheduler.backfill(known(scheduler, job), past_window(span, ops.clock()), _caller(request))
         return accepted(scheduler, job)
 
@@ -407,9 +418,9 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         openapi_extra=RUN,
         summary="Compare both ends by content",
         status_code=202,
-        responses=KNOWN_JOB,
+        responses=ABLE_JOB,
     )
-    def verify(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    def verify(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         ops.proofs.start(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         return {"job": job, "state": "verifying"}
 
@@ -418,9 +429,9 @@ def _acting(router: APIRouter, ops: Operations) -> None:
         openapi_extra=RUN,
         summary="Compare, and mend what differs",
         status_code=202,
-        responses=KNOWN_JOB,
+        responses=ABLE_JOB,
     )
-    def heal(job: str, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
+    def heal(job: JobInPath, part: Annotated[Part, Body()], request: Request) -> dict[str, Any]:
         work = ops.proofs.heal(known(scheduler, job), _a_year(part), part.partition, _caller(request))
         scheduler.queue(job, work, _caller(request))
         ops.maps.forget(job)

@@ -4,6 +4,7 @@ Who may call a route is decided in front of this, from what the route itself dec
 """
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -133,6 +134,23 @@ def build_api(title: str, version: str, description: str, routers: Sequence[APIR
     for router in (*routers, _documentation(api)):
         api.include_router(router)
     return api
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """A dependency of routers. Raises Refused for a parameter that is given twice, since one would be ignored, and for
+    one that the route does not declare: with a misspelt `offset` a patch would overwrite the start.
+    """
+    route = request.scope["route"]
+    declared = [each.alias for each in route.dependant.query_params]
+    declared += [each["name"] for each in (route.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise Refused(
+                Refusal(422, f"the parameter {name[:80]!r} is given {count} times", "give it once", name[:80])
+            )
+        if name not in declared:
+            hint = f"use {', '.join(sorted(declared))}" if declared else "leave it out: this route takes none"
+            raise Refused(Refusal(422, f"unknown parameter {name[:80]!r}", hint, name[:80]))
 
 
 def route_scopes(api: FastAPI) -> RouteScopes:
