@@ -21,7 +21,6 @@ from app.objects.requests import (
     Reach,
     SignedLinks,
     check_match,
-    check_query,
     disposition,
     expected_of,
     span_of,
@@ -200,21 +199,6 @@ def test_no_form_of_a_key_leads_out_of_a_prefix(key: str) -> None:
         with pytest.raises(NotServed) as caught:
             reach.reads(key)
         assert caught.value.status == 403
-
-
-def test_a_query_with_a_parameter_twice_or_an_unknown_one_is_refused() -> None:
-    known = ("key", "offset")
-    check_query(b"key=%C3%BC+x&offset=1", known)
-    for query, fault in (
-        (b"key=a&ofset=5", "ofset"),
-        (b"key=a&Key=b", "Key"),
-        (b"key=a&key=b", "key"),
-        (b"key=a&k%65y=a", "key"),
-        (b"key=&x=1&key=", "key"),
-    ):
-        with pytest.raises(NotServed) as caught:
-            check_query(query, known)
-        assert (caught.value.status, caught.value.fault) == (422, fault)
 
 
 def form_of(*parts: tuple[str, str | None, bytes], boundary: str = "b0und") -> bytes:

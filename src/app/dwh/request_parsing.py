@@ -26,10 +26,11 @@ from app.dwh.rows import (
     Values,
     cut,
     has_json_grammar,
+    reader,
     shown,
 )
 from app.dwh.tables import Table, TableColumn
-from app.dwh.warehouse import RESOLUTIONS, Resolution
+from app.dwh.warehouse import MERGE, RESOLUTIONS, Resolution
 from app.web.errors import Refusal, Refused
 
 # Bodies as they arrive, cut into the JSON of single rows: a JSON document, NDJSON, or CSV; gzip around any of them.
@@ -370,13 +371,6 @@ class Options:
     key: str = ""
     resolution: Resolution | None = None
 
-    def body(self, table: Table, body_bytes: int, stream_bytes: int) -> tuple[Body, Gzip | None]:
-        """The parser, and what unpacks before it. No row may be larger than a JSON body."""
-        gzip = Gzip(body_bytes if self.form == "json" else stream_bytes) if self.gzip else None
-        if self.form == "csv":
-            return CsvBody(table, body_bytes), gzip
-        return (NdjsonBody if self.form == "ndjson" else JsonBody)(body_bytes), gzip
-
 
 def options(given: Sequence[tuple[str, str]], headers: Mapping[str, str], preferred: Sequence[str] = ()) -> Options:
     """Raises Refused. Of what is preferred, what is not known is ignored, as RFC 7240 has it."""
@@ -572,3 +566,15 @@ class Intake:
                 part = columns if length == len(sizes) else [column[start:end] for column in columns]
                 self.received.put((batch + number, part), sum(sizes[start:end]))
             start = end
+
+
+def intake_of(table: Table, chosen: Options, limits: BatchLimits, body_bytes: int, stream_bytes: int) -> Intake:
+    """Takes the body of a POST. No JSON body and no row may be larger than `body_bytes`. The first one of a table makes
+    its decoder, which takes a while.
+    """
+    body: Body = NdjsonBody(body_bytes) if chosen.form == "ndjson" else JsonBody(body_bytes)
+    if chosen.form == "csv":
+        body = CsvBody(table, body_bytes)
+    gzip = Gzip(body_bytes if chosen.form == "json" else stream_bytes) if chosen.gzip else None
+    rows = reader(table.name, merging=chosen.resolution == MERGE)
+    return Intake(body, rows, limits, gzip=gzip, skip=chosen.skip)

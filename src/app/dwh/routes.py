@@ -20,17 +20,15 @@ from starlette.requests import ClientDisconnect
 
 from app.dwh import openapi
 from app.dwh.query import Selection, erasure, selection
-from app.dwh.request_parsing import BatchLimits, Intake, Options, Received, options
+from app.dwh.request_parsing import BatchLimits, Received, intake_of, options
 from app.dwh.responses import MEDIA, AnswerPage, answer_to_post, gzipped
-from app.dwh.rows import reader
 from app.dwh.tables import TABLES, Table
-from app.dwh.warehouse import MERGE, Inserted, Warehouse
+from app.dwh.warehouse import Inserted, Warehouse
 from app.web.api import Streamed, accepts_gzip
 from app.web.auth import needs
 from app.web.errors import Refusal, Refused
 
 FIRST_BYTES, BLOCK_BYTES = 1 << 16, 1 << 18
-ROOMY_PAGES = 16  # each may hold megabytes of an answer in memory; those beyond hold little
 READERS = {"postgres": 4, "sqlite": 2}  # rows of SQLite are read in this process: more threads only wait for each other
 WRITERS = 6
 WAIT_SECONDS = 30.0
@@ -53,7 +51,6 @@ class WarehouseRoutes:
     body_bytes: int
     stream_bytes: int
     clock: Callable[[], datetime]
-    roomy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(ROOMY_PAGES))
     writers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITERS))
 
 
@@ -62,26 +59,21 @@ def build(serving: WarehouseRoutes) -> APIRouter:
     router = APIRouter(prefix="/dwh", tags=["dwh"])
     readers = asyncio.Semaphore(READERS[serving.warehouse.database.dialect])
     for table in TABLES:
+        add = partial(router.add_api_route, f"/{table.path}")
+        may_read, read = needs("dwh:read"), _reading(serving, table, readers)
         # First, since the first route of a path answers for its other methods, and knows only its own.
-        router.add_api_route(
-            f"/{table.path}", _other, methods=OTHERS, include_in_schema=False, openapi_extra=needs("dwh:read")
-        )
-        read = _reading(serving, table, readers)
-        router.add_api_route(
-            f"/{table.path}", read, methods=["HEAD"], include_in_schema=False, openapi_extra=needs("dwh:read")
-        )
-        router.add_api_route(
-            f"/{table.path}",
+        add(_other, methods=OTHERS, include_in_schema=False, openapi_extra=may_read)
+        add(read, methods=["HEAD"], include_in_schema=False, openapi_extra=may_read)
+        add(
             read,
             methods=["GET"],
             name=f"read_{table.name}",
             summary=f"Rows of {table.name}, newest first",
-            openapi_extra={**needs("dwh:read"), **openapi.reading(table)},
+            openapi_extra={**may_read, **openapi.reading(table)},
             responses=openapi.read_answers(table),
             response_class=Response,
         )
-        router.add_api_route(
-            f"/{table.path}",
+        add(
             _writing(serving, table),
             methods=["POST"],
             name=f"write_{table.name}",
@@ -90,8 +82,7 @@ def build(serving: WarehouseRoutes) -> APIRouter:
             responses=openapi.write_answers(),
             response_class=Response,
         )
-        router.add_api_route(
-            f"/{table.path}",
+        add(
             _erasing(serving, table),
             methods=["DELETE"],
             name=f"erase_{table.name}",
@@ -121,12 +112,8 @@ def _reading(serving: WarehouseRoutes, table: Table, readers: asyncio.Semaphore)
         chosen = selection(table, request.query_params.multi_items())
         count = "count=exact" in _preferred(request)
         with ExitStack() as stack:
-            lean = serving.roomy.locked()
-            if not lean:
-                await serving.roomy.acquire()
-                stack.callback(serving.roomy.release)
             gzip = accepts_gzip(request.headers.get("accept-encoding", ""))
-            page = AnswerPage(serving.warehouse, chosen, lean=lean, count=count, gzip=gzip)
+            page = AnswerPage(serving.warehouse, chosen, count=count, gzip=gzip)
             stack.callback(page.close)
             await _acquired(readers)
             if request.method == "HEAD":
@@ -183,15 +170,23 @@ def _writing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
         await _acquired(serving.writers)
         intake = None
         try:
-            intake = await run_in_threadpool(_intake, serving, table, chosen)
+            limits = serving.batch, serving.body_bytes, serving.stream_bytes
+            intake = await run_in_threadpool(intake_of, table, chosen, *limits)
             await run_in_threadpool(intake.feed, first)
             async for block in blocks:
                 await run_in_threadpool(intake.feed, block)
             received = await run_in_threadpool(intake.finish)
-            caller = request.scope["state"]["grant"].name
-            how = {"at": serving.clock(), "caller": caller, "key": chosen.key, "dry_run": chosen.dry_run}
-            how["resolution"] = chosen.resolution
-            done = await run_in_threadpool(_insert, serving.warehouse, table, received, how)
+            insert = partial(
+                serving.warehouse.insert,
+                table,
+                received,
+                at=serving.clock(),
+                caller=request.scope["state"]["grant"].name,
+                key=chosen.key,
+                dry_run=chosen.dry_run,
+                resolution=chosen.resolution,
+            )
+            done = await run_in_threadpool(_freeing, received, insert)
         except ClientDisconnect:
             return GONE
         finally:
@@ -221,17 +216,10 @@ def _erasing(serving: WarehouseRoutes, table: Table) -> Callable[[Request], Any]
     return erase
 
 
-def _intake(serving: WarehouseRoutes, table: Table, chosen: Options) -> Intake:
-    """The first one of a table makes its decoder, which takes a while."""
-    body, gzip = chosen.body(table, serving.body_bytes, serving.stream_bytes)
-    rows = reader(table.name, merging=chosen.resolution == MERGE)
-    return Intake(body, rows, serving.batch, gzip=gzip, skip=chosen.skip)
-
-
-def _insert(warehouse: Warehouse, table: Table, received: Received, how: dict[str, Any]) -> Inserted:
-    """Also frees the rows here: that takes a while, which the event loop should not wait for."""
+def _freeing(received: Received, insert: Callable[[], Inserted]) -> Inserted:
+    """Frees the rows in the same thread: that takes a while, which the event loop should not wait for."""
     with closing(received):
-        return warehouse.insert(table, received, **how)
+        return insert()
 
 
 async def _blocks(request: Request) -> AsyncIterator[bytes]:
