@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import Transient
-from app.object_store.port import ObjectInfo
+from app.object_store.port import ObjectInfo, Readable
 from app.objects.requests import (
     SECRET_BYTES,
     SECRET_NAME,
@@ -26,7 +26,8 @@ from app.objects.requests import (
     span_of,
     unchanged,
 )
-from app.objects.streams import Feed, Form, boundary_of, carried, media_type
+from app.objects.streams import Form, boundary_of, media_type
+from app.web.body_bridge import carried
 from disk_effects import Disk
 
 AT = datetime(2026, 2, 7, 12, tzinfo=UTC)
@@ -394,14 +395,14 @@ def test_a_body_reaches_the_thread_whole_or_not_at_all() -> None:
     data = random.Random(1).randbytes(3_000_000)  # noqa: S311
     seen: list[BaseException] = []
 
-    def take(feed: Feed) -> bytes:
+    def take(feed: Readable) -> bytes:
         try:
             return b"".join(iter(lambda: feed.read(100_000), b""))
         except Transient as error:
             seen.append(error)
             raise
 
-    def refuse(feed: Feed) -> bytes:
+    def refuse(feed: Readable) -> bytes:
         feed.read(10)
         raise NotServed(422, "no", "no")
 

@@ -1,8 +1,8 @@
 """/s3: list, look, download, upload, update, patch, delete, link.
 
-Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A body
-takes one of few places when its first bytes are there, a download one of few that read ahead, and goes on without one:
-many slow clients cost little and keep nobody else waiting.
+Invariants: what can be refused is refused before a body is read; bodies and downloads go through block by block. A
+download takes one of few places for large pieces, and goes on with small ones without it: many slow clients cost little
+and keep nobody else waiting.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.object_store.port import (
@@ -56,29 +55,25 @@ from app.objects.streams import (
     LEAN_BYTES,
     PIECE_BYTES,
     ChecksummedBody,
-    Feed,
     Form,
     Sized,
     begun,
     boundary_of,
-    carried,
     media_type,
     opened,
 )
 from app.web.api import Streamed, refuse_unknown_parameters
 from app.web.auth import OPEN, needs
+from app.web.body_bridge import GONE, taken_in
 from app.web.errors import Refusal, Refused
 
 READERS, WRITERS, ROOMY = 16, 64, 100
-FIRST_BYTES = 1 << 16
-WAIT_SECONDS = 30.0
 LOOKS = 3
 LINK_SECONDS, MAX_LINK_SECONDS = 3600, 7 * 24 * 3600
 MAX_INTEGER = (1 << 63) - 1
 PARQUET_WARNING = (
     "a Parquet file ends with offsets of its own content: bytes that move or change can make it unreadable"
 )
-GONE = Response(status_code=400)  # client disconnected
 BUSY = Refusal(429, "too many transfers at once", "send the same request again later", headers={"Retry-After": "5"})
 NOT_MODIFIED = ("ETag", "Cache-Control", "Expires", "Last-Modified", "Vary")
 CONDITIONS = {"if-match", "if-none-match", "if-unmodified-since"}
@@ -404,35 +399,13 @@ async def _received(request: Request, serving: ObjectRoutes, work: Work) -> Stor
     boundary, fields = boundary_of(request.headers), joined(request.headers.items())
     ChecksummedBody.check(fields)
 
-    def store(feed: Feed) -> Stored:
+    def store(feed: Readable) -> Stored:
         if boundary is None:
             return work(ChecksummedBody(feed, fields), fields.get("content-type", ""), ())
         form = Form(feed, boundary)
         return work(ChecksummedBody(form, fields), form.content_type, form.fields)
 
-    blocks, first = request.stream(), bytearray()
-
-    async def whole() -> AsyncIterator[bytes]:
-        yield bytes(first)
-        async for block in blocks:
-            yield block
-
-    try:
-        async for block in blocks:  # a slow client takes no place from others before it has sent this much
-            first += block
-            if len(first) >= FIRST_BYTES:
-                break
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                await serving.uploads.acquire()
-        except TimeoutError:
-            raise Refused(BUSY) from None
-        try:
-            return await carried(whole(), serving.writers, store)
-        finally:
-            serving.uploads.release()
-    except ClientDisconnect:
-        return None
+    return await taken_in(request, serving.uploads, BUSY, serving.writers, store)
 
 
 def _patching(router: APIRouter, serving: ObjectRoutes) -> None:

@@ -29,6 +29,7 @@ PAGE_PARTS = {
     "redoc.standalone.js": "text/javascript; charset=utf-8",
 }
 LOGO_ELSEWHERE = b"https://cdn.redoc.ly/redoc/logo-mini.svg"
+UNREAD = 400  # what FastAPI answers to a body that it cannot decode at all
 SEE_DOCS = "correct the request; /docs shows its shape"
 ANYWHERE = faults({422: "a parameter or the body is wrong: it is named"})
 WITH_KEY = {
@@ -170,6 +171,8 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
             refusal = Refusal(415, "this media type is not read", "send application/json")
     elif isinstance(error, HTTPException):
         refusal = Refusal(error.status_code, str(error.detail), SEE_DOCS, headers=error.headers or {})
+        if refusal.status == UNREAD:
+            refusal = Refusal(422, "the body is not JSON in UTF-8, or nests too deep", SEE_DOCS, "body")
     else:
         refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=dict(refusal.headers))
