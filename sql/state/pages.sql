@@ -66,6 +66,10 @@ WHERE started_at >= :since_at AND started_at < :until_at AND (:job = '' OR job =
 -- One run.
 SELECT * FROM runs WHERE run_id = :run_id;
 
+-- name: runs_that_begin_with
+-- Of the runs whose id begins so, two, which is one too many.
+SELECT * FROM runs WHERE substr(run_id, 1, length(:start)) = :start LIMIT 2;
+
 -- name: run_before
 -- The run of a job before another one.
 SELECT * FROM runs WHERE job = :job AND started_at < :at ORDER BY started_at DESC, run_id DESC LIMIT 1;

@@ -212,7 +212,7 @@ WRONG = {
     "over-time?minutes=1.5": "a whole number",
     "overview?from=yesterday": "2026-02-07T12:00:00Z",
     "devices?from=2026-02-02&to=2026-02-01": "earlier instant as from",
-    "daily-summary?device=D1": "parameters: device_id, format, formula_safe, from, scan, to",
+    "daily-summary?device=D1": "use device_id, format, formula_safe, from, scan, to",
     "devices/latest?device_id=D1&device_id=D2": "once",
     "devices?formula_safe=yes": "true or false",
     "devices?format=csv&format=json": "once",

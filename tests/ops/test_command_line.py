@@ -75,6 +75,8 @@ def test_every_example_of_the_help_can_be_called_and_every_job_is_listed(tmp_pat
         ("nonsense", "unknown command 'nonsense'", "commands: serve, run"),
         ("run", "python -m app run: the following arguments are required: JOB", "see `python -m app run --help`"),
         ("runs --limit ten", "argument --limit: 'ten' is not a whole number", "see `python -m app runs --help`"),
+        ("runs --limit 0", "argument --limit: '0' is not a whole number from 1", "see `python -m app runs --help`"),
+        ("runs --limit -1", "argument --limit: '-1' is not a whole number from 1", "see `python -m app runs --help`"),
         ("backfill a --from today --to 2026-02-01", "'today' is not an ISO 8601 date or timestamp, such as 2", "see `"),
         ("backfill a --from 2026-02-02 --to 2026-02-01", "must be earlier than --to", "exchange them"),
         ("backfill a --from 2026-02-01 --to 2026-02-02 --allow-shrink", "works only with --replace", "add --replace"),

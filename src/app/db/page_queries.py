@@ -23,6 +23,7 @@ FAULTY_WINDOWS = 20_000
 NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
 WRITTEN = 500
 PARTIAL_RUNS = 200
+SHORT_ID_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,11 @@ class Look:
         return [run_of(row) for row in found], count["runs"], count["with_news"] or 0
 
     def run(self, run_id: str) -> Run | None:
-        """One run; None for one that is not kept."""
-        return next((run_of(row) for row in self.rows("run_by_id", run_id=run_id)), None)
+        """One run, by its id or its first characters, as `runs` prints them; None where none or several begin so."""
+        found = self.rows("run_by_id", run_id=run_id)
+        if not found and len(run_id) >= SHORT_ID_CHARACTERS:
+            found = self.rows("runs_that_begin_with", start=run_id)
+        return run_of(found[0]) if len(found) == 1 else None
 
     def beside(self, run: Run) -> tuple[Run | None, Run | None]:
         """The runs of the same job before and after."""

@@ -23,7 +23,7 @@ import urllib3
 import urllib3.exceptions
 
 from app.core.errors import AppError, Permanent, Transient
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.pipeline import Count, Sums
 from app.core.retry import asked_seconds
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
@@ -345,7 +345,7 @@ class Connection:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise Transient(
-                f"InfluxDB at {url} cannot be reached or broke off: {type(error).__name__}",
+                f"InfluxDB: {connection_fault(error, url) or f'no whole answer from {url}: {str(error)[:200]}'}",
                 "check INFLUXDB_URL and that the server runs; it is retried",
             ) from error
 

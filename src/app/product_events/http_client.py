@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from app.core.errors import Permanent, Transient
 from app.core.files import temporary_file
-from app.core.network import CA_HINT, SharedClient, is_untrusted
+from app.core.network import CA_HINT, SharedClient, connection_fault, is_untrusted
 from app.core.retry import asked_seconds
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Upstream:
             if is_untrusted(error):
                 raise Permanent(f"{self.address.service} at {self.address.base_url}: {what}", CA_HINT) from error
             raise Transient(
-                f"{self.address.service} at {self.address.base_url}: {what}",
+                f"{self.address.service}: {connection_fault(error, self.address.base_url) or what}",
                 f"no action needed if it passes; otherwise check {self.address.variable} and the network",
             ) from error
 
