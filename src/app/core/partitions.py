@@ -28,8 +28,8 @@ from app.core.pipeline import (
     Position,
     Record,
 )
-from app.core.runs import Context, Failure, Lease, Report
-from app.core.sync import Done, counted, is_as_confirmed, sync_partition
+from app.core.runs import Context, Done, Failure, Lease, Report, Reports
+from app.core.sync import counted, is_as_confirmed, sync_partition
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -469,10 +469,10 @@ def isolated(
     def attempt(partition: str) -> Report:
         context.stop.check()
         outage.check()
-        parts: list[Report] = []
+        parts = Reports()
         try:
             with rising:
-                one(partition, parts.append)
+                one(partition, parts)
         except (LeaseLost, Stopped):
             raise
         except (Transient, Permanent, Rejected) as error:
@@ -485,10 +485,12 @@ def isolated(
                     pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
                 except Rejected as unnamed:
                     log.warning("the failure of partition %r cannot be noted: %s", partition, unnamed)
-            return sum(parts, Report(failures=(failure,)))
+            return parts.total + Report(failures=(failure,))
+        finally:
+            context.done(replace(parts.total, ledger=parts.total.ledger.of_partition(partition)))
         outage.saw(None)
         how.backoff.well(partition)
-        return sum(parts, Report())
+        return parts.total
 
     def wait(partition: str) -> Report:
         report = left(partition)

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
-from app.core.runs import Context, Failure, Report
-from app.core.sync import Done, Reports, counted, delete_deltas, settle
+from app.core.runs import Context, Done, Failure, Report, Reports
+from app.core.sync import counted, delete_deltas, settle
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
