@@ -28,7 +28,7 @@ from app.core.pipeline import (
     Position,
     Record,
 )
-from app.core.runs import Context, Done, Failure, Lease, Report, Reports
+from app.core.runs import Context, Done, Failure, Lease, Report, ReportSum
 from app.core.sync import counted, is_as_confirmed, sync_partition
 from app.core.windows import Age, Window, age_of
 
@@ -336,6 +336,7 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     idle = {name for name in cursors if is_idle(name)}
     confirmed = (count for name in idle for count in live.get(name, {}).values())
     report = Report(ledger=counted(pipeline.unit, confirmed, "already_there"))
+    context.done(report)
     log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
     context.progress.advance(total=len(cursors), done=len(idle))
     if busy := sorted(cursors.keys() - idle):
@@ -469,7 +470,7 @@ def isolated(
     def attempt(partition: str) -> Report:
         context.stop.check()
         outage.check()
-        parts = Reports()
+        parts = ReportSum()
         try:
             with rising:
                 one(partition, parts)

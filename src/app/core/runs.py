@@ -132,7 +132,7 @@ class Report:
 Done = Callable[[Report], None]
 
 
-class Reports:
+class ReportSum:
     """What was done, added up. Each part is `told` at once, so that an error that follows cannot hide it. From any
     thread.
     """
@@ -281,7 +281,7 @@ class Context:
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     desk: "RunDesk | None" = None
-    done: Reports = field(default_factory=Reports)
+    done: ReportSum = field(default_factory=ReportSum)
     _since: float = field(default_factory=time.monotonic)
 
     @contextmanager
@@ -366,7 +366,7 @@ def execute(
     """
     run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
     cause: BaseException | None = None
-    done = Reports()
+    done = ReportSum()
     try:
         lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
         if lease is None:

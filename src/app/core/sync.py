@@ -37,7 +37,7 @@ from app.core.pipeline import (
     Sums,
     Task,
 )
-from app.core.runs import Context, Done, Report, Reports
+from app.core.runs import Context, Done, Report, ReportSum
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -73,7 +73,7 @@ def sync_partition(
     `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise,
     that of a window after the others had their turn; what was committed stays, and `told` has heard of it.
     """
-    done = Reports(told)
+    done = ReportSum(told)
     left = dict(live)  # what was counted and is not brought up to date yet
     failed, passed = FailedWindows(), at.cursor_at
     try:
