@@ -8,16 +8,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from app.core.ledger import from_json
 from app.core.runs import Failure, Outcome, Report, Run
-from app.core.windows import DAY_SECONDS, floor_to
+from app.core.windows import DAY_SECONDS, EPOCH, floor_to
 from app.db.database import NamedQueries, Row, Session
 from app.db.leases import AHEAD, now_of
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FAULTS = 200
 FAULTY_WINDOWS = 20_000
 NUMBERS = ("rows", "bytes", "windows", "late_rows", "corrected_rows")  # of a report, as columns of runs and totals
