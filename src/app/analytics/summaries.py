@@ -319,7 +319,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class View:
     """What one whole listing showed; `versions`: those that queries read. `number` grows with each change, `as_of` with
-    each listing.
+    each listing, that of a day in `changes` when an object with rows of it comes or goes.
     """
 
     number: int
@@ -331,6 +331,7 @@ class View:
     size_bytes: int
     columns: Mapping[str, Mapping[str, int]]
     faults: Sequence[tuple[str, str]]
+    changes: Mapping[int, int]
 
 
 @dataclass(slots=True)
@@ -347,6 +348,7 @@ class _State:
     faults: dict[Version, tuple[str, str]] = field(default_factory=dict)
     schemas: Counter[str] = field(default_factory=Counter)
     leaving: deque[tuple[datetime, Version]] = field(default_factory=deque)
+    changes: Counter[int] = field(default_factory=Counter)
     rows: int = 0
     size_bytes: int = 0
     moved: bool = False
@@ -378,11 +380,18 @@ class Summaries:
 
     def sources(self, device: str | None, since: datetime | None, until: datetime | None) -> Sequence[VersionToRead]:
         """What a query over this device and span has to read, all of one view; None = not limited."""
+        epoch = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC as everywhere in queries
+        last = None if until is None else (until - epoch - timedelta(microseconds=1)).days
+        return self.sources_of_days(device, None if since is None else (since - epoch).days, last)
+
+    def sources_of_days(
+        self, device: str | None, first_day: int | None, last_day: int | None
+    ) -> Sequence[VersionToRead]:
+        """As `sources`, for whole days that count from 1970-01-01."""
         view = self._view
         if view is None:
             return []
-        first, last = (None if at is None else (at - datetime(1970, 1, 1)).days for at in (since, until))  # noqa: DTZ001 - naive UTC as everywhere in queries
-        found = self._facts.keys(None if device is None else json.dumps(device), first, last)
+        found = self._facts.keys(None if device is None else json.dumps(device), first_day, last_day)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[VersionToRead]) -> bool:
@@ -514,6 +523,7 @@ class Summaries:
     def _add_up(self) -> None:
         state = self._state
         touched = sorted(state.touched)
+        state.changes.update(day for _, day in touched)
         for start in range(0, len(touched), PAIRS):
             pairs = touched[start : start + PAIRS]
             kept = self._facts.parts(pairs)
@@ -542,7 +552,8 @@ class Summaries:
             state.leaving += [(later, version) for version in gone if version not in leaving]
         state.sweeps, state.looked_at = sweeps, now
         if kept < len(state.current):
-            self._state = _State(number=state.number, sweeps=sweeps, looked_at=now, leaving=state.leaving, moved=True)
+            again = _State(number=state.number, changes=state.changes, leaving=state.leaving)
+            self._state = replace(again, sweeps=sweeps, looked_at=now, moved=True)
         return kept == len(state.current)
 
     def _publish(self, as_of: datetime, unread: Sequence[tuple[str, str]]) -> View:
@@ -560,7 +571,7 @@ class Summaries:
             versions, columns = state.current.copy(), _columns(state.schemas)
             others = sum(fault == OTHER for _, fault in state.faults.values())
             sums = (len(versions) - others, state.rows, state.size_bytes)
-            view = View(state.number, as_of, versions, days, *sums, columns, faults)
+            view = View(state.number, as_of, versions, days, *sums, columns, faults, dict(state.changes))
         self._view = view
         state.moved = False
         return view
