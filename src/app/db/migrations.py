@@ -150,8 +150,7 @@ class Migrated:
                 lock(session, self.dialect)
                 if not any(name.startswith(f"{self._folder.name}/") for name in recorded(session, self.dialect)):
                     self._before_first(session)
-        for migration in wanted:
-            apply(self._database, migration, {each.name for each in wanted})
+        apply(self._database, wanted)
         if thorough:
             with self._database.transaction(read_only=True) as session:
                 session.check()
@@ -182,25 +181,28 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
     return [found[stem] for stem in sorted(found)]
 
 
-def apply(database: Database, migration: Migration, known: Collection[str]) -> None:
-    """Apply and record one migration unless that was done. `known`: the names of all migrations of its folder.
+def apply(database: Database, wanted: Sequence[Migration]) -> None:
+    """Apply and record what is missing of a folder's migrations, all or none: one commit makes a first start fast.
 
-    Raises Permanent when the applied one had another text, and when one was applied that is not known here.
+    Raises Permanent when an applied one had another text, and when one was applied that is not among them.
     """
     with database.transaction() as session:
         lock(session, database.dialect)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
-        refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
-        done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
-        if not done:
-            session.script(migration.sql)
-            session.run(RECORD, name=migration.name, checksum=migration.checksum)
-        elif done[0]["checksum"] != migration.checksum:
-            raise Permanent(
-                f"{database.place}: migration {migration.name} was applied with another text",
-                "use the version of Headwater that this database belongs to, or another database",
-            )
+        folder = wanted[0].name.partition("/")[0]
+        refuse_newer(database.place, session, database.dialect, folder, {each.name for each in wanted})
+        found = session.rows("SELECT name, checksum FROM headwater_migrations")
+        checksums = {row["name"]: row["checksum"] for row in found}
+        for migration in wanted:
+            if migration.name not in checksums:
+                session.script(migration.sql)
+                session.run(RECORD, name=migration.name, checksum=migration.checksum)
+            elif checksums[migration.name] != migration.checksum:
+                raise Permanent(
+                    f"{database.place}: migration {migration.name} was applied with another text",
+                    "use the version of Headwater that this database belongs to, or another database",
+                )
 
 
 def lock(session: Session, dialect: Dialect) -> None:

@@ -41,6 +41,8 @@ LASTING = {
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+# Detailed codes of a log that was cut beside living processes. A disk that fails has others, such as IOERR_READ.
+CUT = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_IOERR_SHORT_READ)
 GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
 
 
@@ -329,7 +331,7 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
         return Rejected(message, "correct the value: it is outside the range of the column")
     detailed = getattr(error, "sqlite_errorcode", None) or 0
     code = detailed & 0xFF  # the low byte; the others tell details
-    if code in DAMAGED or detailed == sqlite3.SQLITE_IOERR_SHORT_READ or any(sign in str(error) for sign in GONE):
+    if code in DAMAGED or detailed in CUT or any(sign in str(error) for sign in GONE):
         return Damaged(message)
     if code in PASSING:
         return Transient(message, PASSING[code])
