@@ -1,8 +1,6 @@
 """Reports of closed days over Spark Connect, of which Sail's server is the one that comes as a package."""
 
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,29 +15,10 @@ pytestmark = [
 ]
 
 
-@dataclass
-class Sail:
-    port: int
-
-    @property
-    def remote(self) -> str:
-        return f"sc://127.0.0.1:{self.port}"
-
-
-@pytest.fixture(scope="module")
-def sail() -> Iterator[Sail]:
-    from pysail.spark import SparkConnectServer
-
-    server = SparkConnectServer("127.0.0.1", 0)
-    server.start(background=True)
-    yield Sail(server.listening_address[1])
-    server.stop()
-
-
-def test_every_report_of_closed_days_is_equal_on_both_engines(tmp_path: Path, sail: Sail) -> None:
+def test_every_report_of_closed_days_is_equal_on_both_engines(tmp_path: Path, sail: str) -> None:
     tree = filled(Tree(tmp_path))
     tree.run()
-    spark = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail.remote)
+    spark = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail)
     closed = [{**span, "to": "2026-02-08"} for span in SPANS]
     with reports(tree) as duckdb:
         expected = {
@@ -55,7 +34,7 @@ def test_every_report_of_closed_days_is_equal_on_both_engines(tmp_path: Path, sa
         assert asked.engine == "duckdb"
 
 
-def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(tmp_path: Path, sail: Sail) -> None:
+def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(tmp_path: Path, sail: str) -> None:
     filled(Tree(tmp_path)).run()
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
@@ -65,6 +44,6 @@ def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(
     ):
         asked.rows("overview", to="2026-02-08")
     assert "ANALYTICS_ENGINE=duckdb" in away.value.hint
-    other = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail.remote, SPARK_TABLE="no.such_table")
+    other = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, SPARK_TABLE="no.such_table")
     with reports(other) as asked, pytest.raises(Permanent, match="Spark cannot run the report"):
         asked.rows("overview", to="2026-02-08")

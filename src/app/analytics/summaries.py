@@ -338,7 +338,8 @@ class View:
 class _State:
     """What the refreshing thread holds, at times half of a listing. `batches`: the versions of each batch of the last
     whole listing, by digest; `moved`: an object came or went since the last view; `touched`: pairs whose sum is not up
-    to date yet; `looked_at`: when all that is known was last compared with `current`.
+    to date yet; `is_listed`: there was a whole listing, before whose end pairs are not asked for version by version;
+    `looked_at`: when all that is known was last compared with `current`.
     """
 
     current: Versions = field(default_factory=Versions)
@@ -352,6 +353,7 @@ class _State:
     rows: int = 0
     size_bytes: int = 0
     moved: bool = False
+    is_listed: bool = False
     number: int = 0
     sweeps: int | None = None
     looked_at: datetime = datetime(1970, 1, 1, tzinfo=UTC)
@@ -432,6 +434,9 @@ class Summaries:
         if others or state.moved or not seen or seen.keys() != state.batches.keys():
             self._drop(state.current.beyond(b"".join([*seen.values(), *others])), as_of)
         state.batches = seen
+        if not state.is_listed:
+            state.touched |= self._facts.all_pairs()
+            state.is_listed = True
         return unread
 
     def _look(self, infos: Sequence[ObjectInfo], unread: list[tuple[str, str]]) -> tuple[bytes, bool]:
@@ -476,7 +481,8 @@ class Summaries:
         """The versions that were taken: those given, or newer ones that had taken their place."""
         state = self._state
         known = self._facts.known(infos)
-        state.touched |= self._facts.pairs(known)
+        if state.is_listed:
+            state.touched |= self._facts.pairs(known)
         for version, one in known.items():
             self._take(version, one)
         taken = set(known)
