@@ -1,11 +1,15 @@
 """Reports of closed days over Spark Connect, of which Sail's server is the one that comes as a package."""
 
+import json
 import socket
+import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from app.core.errors import Permanent, Transient
+from daemon import Daemons
 from lake_reports import REPORTS, SPANS, filled, reports
 from lake_tree import Tree
 
@@ -47,3 +51,16 @@ def test_spark_that_is_away_or_cannot_read_the_table_is_told_with_the_next_step(
     other = Tree(tmp_path, ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, SPARK_TABLE="no.such_table")
     with reports(other) as asked, pytest.raises(Permanent, match="Spark cannot run the report"):
         asked.rows("overview", to="2026-02-08")
+
+
+def test_the_daemon_answers_over_spark_by_http(tmp_path: Path, sail: str) -> None:
+    started = Daemons(tmp_path)
+    filled(Tree(tmp_path / "data")).run()
+    daemon = started.start(CATALOG="iceberg", ANALYTICS_ENGINE="spark", SPARK_REMOTE=sail, LAKE_INTERVAL_SECONDS="1")
+    asked = f"{daemon.url}/analytics/overview?as_of={datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    with urllib.request.urlopen(asked, timeout=60) as answer:  # noqa: S310 - loopback; imports take their time
+        said, headers = json.load(answer), answer.headers
+    assert headers["Server-Timing"].startswith("spark;")
+    assert said["total_rows"] in (44, 80)  # without the last day, which a run may have added by now
+    assert datetime.fromisoformat(headers["X-Data-As-Of"]) <= datetime.now(UTC)
+    started.close()

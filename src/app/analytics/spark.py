@@ -18,6 +18,7 @@ from app.analytics.formats import AnswerShape, ReportAnswer, of_batches
 from app.analytics.reports import ReportDefinition
 from app.core.closed_days import Span, TableState
 from app.core.errors import Permanent, Transient
+from app.ops.process import show_pandas
 
 FOLDER = "spark"
 PORT = 15002
@@ -91,6 +92,7 @@ class SparkReports:
             socket.create_connection((host, port), CONNECT_SECONDS).close()
         except OSError as error:
             raise Transient(f"Spark cannot be reached: {error}", away) from error
+        show_pandas()
         from grpc import RpcError
         from pyspark.errors import PySparkException
         from pyspark.sql.connect.client.retries import DefaultPolicy
