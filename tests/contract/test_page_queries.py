@@ -74,6 +74,12 @@ def test_a_cell_of_the_records_is_the_worst_of_what_was_marked_what_is_there_and
     commit(state, ["late"], [0], cursor=1)
     state.checkpoints.mark(JOB, "a", [(record(1), MISSING)])
     state.checkpoints.mark(JOB, "b_1", [(record(3), FOREIGN)])
+    state.checkpoints.mark(JOB, "b%2", [(record(1), MISSING), (record(3), MISSING)])
+    with state.pages.look() as look:
+        (most,) = look.rows("trouble_by_partition", limit=1)
+    of_all = [most[name] for name in ("windows", "all_windows", "all_partitions", "all_first_at", "all_last_at")]
+    assert (most["device_id"], of_all) == ("b%2", [2, 3, 2, START + HOUR, START + 4 * HOUR]), "also beyond the limit"
+    state.checkpoints.mark(JOB, "b%2", [(record(1), ""), (record(3), "")])
     cells = cells_of_span("24h", None, UTC, NOW)
     found = maps(state).recorded(JOB, cells, NameFilter(), offset=0, limit=200, only_problems=False)
     assert [(row.name, row.cells[-7:], row.problems) for row in found.rows] == [

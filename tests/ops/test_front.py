@@ -269,7 +269,7 @@ def test_few_descriptors_and_many_idle_connections_leave_health_and_the_log_alon
                 pool.append(connected(daemon))
                 if len(pool) % 50 == 0:
                     assert daemon.get("/health").status == 200
-                if len(pool) > 2000:
+                if len(pool) > 600:
                     break
         finally:
             for each in pool:

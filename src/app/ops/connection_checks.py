@@ -78,11 +78,12 @@ def of_objects(store: "ObjectStore", prefix: str) -> Check:
     return check
 
 
-def of_undeleted(undeleted: Callable[[], Mapping[str, str]], store: "ObjectStore") -> Check:
+def of_undeleted(state: State, pipelines: Sequence[str], store: "ObjectStore") -> Check:
     """Which of the objects are still there that could not be deleted, and why; "" for none."""
 
     def check() -> str:
-        there = {key: error for key, error in undeleted().items() if store.head(key) is not None}
+        known = {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
+        there = {key: error for key, error in known.items() if store.head(key) is not None}
         if not there:
             return ""
         names = ", ".join(list(there)[:NAMED]) + (f" and {len(there) - NAMED} more" if len(there) > NAMED else "")
@@ -176,11 +177,6 @@ def all_said(*checks: Check) -> Check:
     return lambda: "; ".join(filter(None, (check() for check in checks)))
 
 
-def undeleted(state: State, pipelines: Sequence[str]) -> Mapping[str, str]:
-    """Objects that could not be deleted, and why."""
-    return {key: error for name in pipelines for key, error in state.checkpoints.undeleted(name).items()}
-
-
 def old_versions(settings: Settings, store: "ObjectStore") -> Check:
     """What to know of a bucket that keeps old versions; a directory has none."""
 
@@ -217,7 +213,7 @@ def stores_tried(
     yield System("checkpoint_store_connected", "state: checkpoints, runs, leases", variable, kept)
     objects = all_said(
         of_objects(store, settings.s3.prefix),
-        of_undeleted(lambda: undeleted(state, listed), store),
+        of_undeleted(state, listed, store),
         old_versions(settings, store),
     )
     yield System("s3_accessible", "objects", "S3_BUCKET", objects)

@@ -52,9 +52,9 @@ def build(guard: Guard, overview: Overview) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     _overview(router, guard, overview)
     for path, title, script in (("/runs", "Runs", "runs"), ("/run", "Run", "run")):
-        _page(
-            router, path, framed(title, _asset(f"{script}.html"), ("runs", "run")[: 1 + (script == "run")], link="Runs")
-        )
+        scripts = ("runs", "run") if script == "run" else ("runs",)
+        page = framed(title, _asset(f"{script}.html"), scripts, link="Runs")
+        serve(router, path, page.encode(), "text/html; charset=utf-8")
     for name, media_type in ASSETS.items():
         serve(router, f"/assets/{name}", _asset(name).encode(), media_type)
     _guides(router)
@@ -104,10 +104,6 @@ def serve(router: APIRouter, path: str, content: bytes, media_type: str) -> None
 def _gzipped(content: bytes) -> bytes:
     """Made when it is first asked for, so that the start need not wait for it."""
     return gzip.compress(content, mtime=0)
-
-
-def _page(router: APIRouter, path: str, page: str) -> None:
-    serve(router, path, page.encode(), "text/html; charset=utf-8")
 
 
 def _overview(router: APIRouter, guard: Guard, overview: Overview) -> None:

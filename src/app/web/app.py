@@ -10,6 +10,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Mapping, MutableMapping
+from importlib.resources import files
 from typing import Any
 
 from app.core.errors import AppError
@@ -120,7 +121,10 @@ class Front:
         if scope["method"] not in SAFE_METHODS:
             send = _audited(scope, send)
         if self._guard.locked:
-            await send_refusal(send, LOCKED)
+            if b"text/html" in dict(scope["headers"]).get(b"accept", b""):
+                await _send_locked_page(send)
+            else:
+                await send_refusal(send, LOCKED)
             return
         started = False
 
@@ -146,6 +150,17 @@ class Front:
             if not started:
                 log.error("%s %s: no answer was given", scope["method"], path)
                 await send_refusal(send, Refusal(500, BROKEN, BROKEN_HINT))
+
+
+async def _send_locked_page(send: Send) -> None:
+    """What a browser shows instead of `LOCKED`: a page that needs nothing else of this server."""
+    page = files("app.ops").joinpath("assets", "locked.html").read_bytes()
+    policy = (
+        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-security-policy", policy)]
+    await send({"type": "http.response.start", "status": LOCKED.status, "headers": headers})
+    await send({"type": "http.response.body", "body": page})
 
 
 def _audited(scope: Scope, send: Send) -> Send:
