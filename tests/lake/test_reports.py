@@ -5,6 +5,7 @@ import shutil
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from app.analytics.reports import BadParameter
@@ -44,6 +45,16 @@ def test_every_report_says_the_same_over_the_table_as_over_the_objects(tree: Tre
         tree.run()
         asked.analytics.queries.look_again()
         assert not any("02/07" in source.key for source in asked.analytics.queries.to_read(Span()).sources)
+        assert asked.everything() == only_objects(tree)
+
+
+def test_what_the_table_could_not_take_is_read_from_its_objects(tree: Tree) -> None:
+    tree.put("b", 7, rows("b", 7, tags=pa.array([["x"]] * 4), **odd()))
+    tree.put("b", 8, rows("another", 8, **odd()))
+    assert sum(one.number for one in tree.run().ledger.set_aside) == 2
+    with reports(tree) as asked:
+        beside = {source.key for source in asked.analytics.queries.to_read(Span()).sources}
+        assert {tree.key("b", 7), tree.key("b", 8)} <= beside
         assert asked.everything() == only_objects(tree)
 
 

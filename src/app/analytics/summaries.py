@@ -386,14 +386,11 @@ class Summaries:
         last = None if until is None else (until - epoch - timedelta(microseconds=1)).days
         return self.sources_of_days(device, None if since is None else (since - epoch).days, last)
 
-    def sources_of_days(
-        self, device: str | None, first_day: int | None, last_day: int | None
-    ) -> Sequence[VersionToRead]:
+    def sources_of_days(self, device: str | None, first: int | None, last: int | None) -> Sequence[VersionToRead]:
         """As `sources`, for whole days that count from 1970-01-01."""
-        view = self._view
-        if view is None:
+        if (view := self._view) is None:
             return []
-        found = self._facts.keys(None if device is None else json.dumps(device), first_day, last_day)
+        found = self._facts.keys(None if device is None else json.dumps(device), first, last)
         return list(compress(found, view.versions.among([source.version for source in found])))
 
     def holds(self, sources: Sequence[VersionToRead]) -> bool:
@@ -422,8 +419,7 @@ class Summaries:
         unread: list[tuple[str, str]] = []
         seen: dict[bytes, bytes] = {}
         others: list[bytes] = []
-        expected = len(state.current) or self._facts.count()
-        for batch in self._store.batches(self._folder, expected):
+        for batch in self._store.batches(self._folder, len(state.current) or self._facts.count()):
             packed = state.batches.get(batch.digest)
             if packed is None:
                 packed, is_known = self._look(batch.infos(), unread)

@@ -64,6 +64,11 @@ class Slice:
     bound: bytes
     files: Sequence[LakeFile]
 
+    @property
+    def objects_aside(self) -> int:
+        """How many of its objects were set aside."""
+        return max((int(file.named[4]) for file in self.files if file.named), default=0)
+
     def is_made_from(self, members: Sequence[DeviceDay]) -> bool:
         """Whether it is from just these objects; it may hold rows beside whose objects are gone."""
         wanted = slice_digest(members)
@@ -209,7 +214,7 @@ def _plan_day(
             continue
         if one.is_made_from(own):
             made.kept += sum(member.objects for member in own)
-            made.kept_aside += max(int(file.named[4]) for file in one.files if file.named)
+            made.kept_aside += one.objects_aside
         else:
             made.rewrites += _cut(day, one.bound, own, one.files, max_bytes)
 

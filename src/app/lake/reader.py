@@ -174,11 +174,13 @@ class TableReader:
         return {day: sorted(those, key=lambda one: one.key.encode()) for day, those in found.items()}
 
     def _fresh(self, held: HeldState, day: int, objects: Iterable[ListedVersion]) -> frozenset[bytes]:
-        """Bounds of the slices that stand for the objects of their devices, or have none any more."""
+        """Bounds of the slices that stand for all objects of their devices, none set aside, or have none any more."""
         slices = held.days[day]
         members = closed_days(objects, self._settings.s3.prefix, held.layout, date.max)
         found = zip(slices, in_slices(members, slices), strict=True)
-        return frozenset(one.bound for one, own in found if not own or one.is_made_from(own))
+        return frozenset(
+            one.bound for one, own in found if not own or (one.is_made_from(own) and not one.objects_aside)
+        )
 
     def _windows(
         self, held: HeldState, day: int, one: Slice, objects: Iterable[ListedVersion]
