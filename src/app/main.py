@@ -445,9 +445,11 @@ def s3_target(settings: Settings) -> "S3Target":
 def open_analytics(settings: Settings, state: State, store: "ObjectStore") -> "Analytics":
     """/analytics over the objects."""
     from app.analytics import service
+    from app.lake import job as lake_job
     from app.object_store.s3_client import key_source
 
-    return service.build(settings, store, state.summaries, key_source(s3_target(settings)), now)
+    keys, table = key_source(s3_target(settings)), lake_job.table_for_reports(settings, store, now)
+    return service.build(settings, store, state.summaries, keys, now, table=table)
 
 
 def sweeps(parts: ServiceParts) -> Sequence[Job]:

@@ -27,6 +27,7 @@ from app.ops.pages import SCRIPT, framed, serve
 from app.web.api import refuse_unknown_parameters
 from app.web.auth import needs
 from app.web.errors import Answers, Asgi, Receive, Refusal, Refused, Scope, Send, faults
+from app.web.text_values import instant
 
 READ = needs("analytics:read")
 FIRST_SECONDS = 20.0
@@ -182,6 +183,9 @@ def _parameters(report: ReportDefinition) -> Sequence[Mapping[str, Any]]:
         {"name": "format", "in": "query", "schema": formats, "description": "format of the answer"},
         {"name": "formula_safe", "in": "query", "schema": flag, "description": meaning},
     ]
+    if "as_of" not in {each.name for each in report.parameters}:
+        meaning = "over closed days alone, from the state of their table that was valid then; needs CATALOG=iceberg"
+        own.append({"name": "as_of", "in": "query", "schema": dict(TYPES["timestamp"]), "description": meaning})
     if report.summary:
         meaning = "read all objects instead of the summaries: slow, with the same answer"
         own.append({"name": "scan", "in": "query", "schema": flag, "description": meaning})
@@ -226,10 +230,12 @@ def _answering(analytics: Analytics, report: ReportDefinition) -> Callable[[Requ
             keep_seconds = LONG_SECONDS if asked.from_memory else analytics.refresh_seconds
 
             def make() -> ReportAnswer:
-                if asked.from_memory:
+                if asked.from_memory and not analytics.queries.has_older_rows(view):
                     days = within(view.days, *report.span(asked.values))
-                    return of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
-                return analytics.queries.run(report, asked.values, shape)
+                    answer = of_table(TABLES[report.summary](days), shape, analytics.workplace.folder)
+                    answer.engine = "summary"
+                    return answer
+                return analytics.queries.run(report, asked.values, shape, asked.as_of)
 
             try:
                 found = await analytics.cache.answer(key, make, keep_seconds)
@@ -285,7 +291,8 @@ class Quick:
 
 
 def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
-    options = {"format": report.format, "formula_safe": "false", **({"scan": "false"} if report.summary else {})}
+    scan = {"scan": "false"} if report.summary else {}
+    options = {"format": report.format, "as_of": "", "formula_safe": "false", **scan}
     for parameter in report.parameters:
         options.pop(parameter.name, None)
     given = request.query_params.multi_items()
@@ -295,6 +302,7 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
     if written not in MEDIA:
         allowed = f"formats: {', '.join(MEDIA)}"
         raise Refused(Refusal(422, f"format={written[:80]!r} is not known", allowed, "query.format"))
+    as_of = _instant(options.pop("as_of", None))
     for name, text in options.items():
         if text not in ("true", "false"):
             raise Refused(Refusal(422, f"{name}={text[:80]!r} is neither", "send true or false", f"query.{name}"))
@@ -302,7 +310,16 @@ def _asked(report: ReportDefinition, request: Request) -> ReportRequest:
         values = report.values(rest)
     except BadParameter as error:
         raise Refused(Refusal(422, error.message, error.hint, "query")) from error
-    return ReportRequest(report, values, written, **{name: text == "true" for name, text in options.items()})
+    flags = {name: text == "true" for name, text in options.items()}
+    return ReportRequest(report, values, written, **flags, as_of=as_of)
+
+
+def _instant(text: str | None) -> datetime | None:
+    try:
+        return instant(text) if text else None
+    except (ValueError, OverflowError):
+        allowed = "send an instant such as 2026-02-07T12:00:00Z; UTC when it has no offset"
+        raise Refused(Refusal(422, f"as_of={str(text)[:80]!r} is not an instant", allowed, "query.as_of")) from None
 
 
 async def _view(analytics: Analytics) -> View:
