@@ -13,7 +13,7 @@ from app.core.errors import Transient
 from app.core.verify import CellState, verify
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
-from pulling import HOUR, AmplitudePull, Landed, pulling
+from pulling import HOUR, Landed, Pull, pulling
 from seaweed import Seaweed, target
 from simulators.amplitude import AmplitudeFault, AmplitudeSimulator, amplitude_event, amplitude_events
 
@@ -21,7 +21,7 @@ MONDAY = datetime.fromisoformat("2026-02-02T00:00:00Z")
 DAY = timedelta(days=1)
 SPAN = Window(MONDAY, MONDAY + 9 * DAY)
 WEEK = "amplitude/web/2026_week_6.zip"
-World = tuple[Landed, AmplitudeSimulator, AmplitudePull]
+World = tuple[Landed, AmplitudeSimulator, Pull]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_the_map_shows_what_the_listing_shows_also_of_weeks(world: World) -> Non
 
 def test_an_hour_that_the_next_run_brings_is_waiting_and_missing_only_once_it_is_overdue(world: World) -> None:
     made, _, pull = world
-    due = pull.pull.due_at
+    due = pull.context.due_at
     hour = Window(due, due + HOUR)
 
     def state_after(minutes: int) -> CellState:

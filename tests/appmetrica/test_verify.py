@@ -12,14 +12,14 @@ import pytest
 from app.core.verify import CellState
 from app.core.windows import Window
 from app.object_store.s3 import S3Store
-from pulling import HOUR, START, Landed, MetricaPull, pulling
+from pulling import HOUR, START, Landed, Pull, pulling
 from seaweed import Seaweed, target
 from simulators.appmetrica import AppMetricaFault, AppMetricaSimulator, generated
 
 FIRST = START - timedelta(days=1)
 SPAN = Window(FIRST, START + HOUR)
 NAME = "1234567:events"
-World = tuple[Landed, AppMetricaSimulator, MetricaPull]
+World = tuple[Landed, AppMetricaSimulator, Pull]
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def _said(answer: ServiceAnswer) -> NotReady:
             return NotReady(text, int(found[1]) if found else None)
         case HTTPStatus.BAD_REQUEST if MORE_PARTS.search(text):
             raise MoreParts
-        case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND:
+        case HTTPStatus.BAD_REQUEST | HTTPStatus.NOT_FOUND | HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise RequestRefused(text, answer.status)
         case status if status in BUSY:
             seconds = QUEUE_SECONDS if QUEUED.search(text) else RATE_SECONDS
@@ -344,13 +344,18 @@ class Exports:
         self.pulls.forget(SERVICE, owner, now - FORGOTTEN_AFTER)
         return self.pulls.add(SERVICE, owner, request.text, now)
 
-    def leave_out(self, resource: Resource, error: RequestRefused) -> None:
-        """Drop the column that the service does not know. Raises `error` when it is one that is needed."""
+    def leaves_out(self, resource: Resource, error: RequestRefused) -> bool:
+        """Drop the column that the service does not know; False when it names none, or one that is needed."""
         named = set(re.findall(r"\w+", error.text)) & set(resource.columns)
-        if len(named) != 1 or named & {*NEEDED, resource.received}:
-            raise error
+        if len(named) != 1 or self.is_needed(resource, error):
+            return False
         self.left_out.update(named)
         log.warning("AppMetrica does not know the column %s: it is left out from now on", ", ".join(named))
+        return True
+
+    def is_needed(self, resource: Resource, error: RequestRefused) -> bool:
+        """Whether what the service refuses is a column without which rows cannot be told apart."""
+        return bool(set(re.findall(r"\w+", error.text)) & {*NEEDED, resource.received})
 
     @contextmanager
     def resumed(self, export: PendingExport, *, fresh: bool = True) -> Iterator["ExportInProgress"]:

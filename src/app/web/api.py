@@ -4,6 +4,7 @@ Who may call a route is decided in front of this, from what the route itself dec
 """
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -142,6 +143,22 @@ def route_scopes(api: FastAPI) -> RouteScopes:
         declared = (route.openapi_extra or {}).get("x-scope", "")
         scopes.add(route.path or "", route.path_regex, dict.fromkeys(route.methods or (), declared))
     return scopes
+
+
+async def known_parameters(request: Request) -> None:
+    """A dependency of routes: refuses a query parameter that the route does not declare, or that is given twice, since
+    one of the two would be ignored.
+    """
+    declared = [each.alias for each in request.scope["route"].dependant.query_params]
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    for name, count in counts.items():
+        if name not in declared:
+            hint = f"send {', '.join(declared) or 'none'}"
+            raise Refused(Refusal(422, f"unknown parameter {name[:80]!r}", hint, f"query.{name[:80]}"))
+        if count > 1:
+            raise Refused(
+                Refusal(422, f"the parameter {name!r} is given {count} times", "give it once", f"query.{name}")
+            )
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
