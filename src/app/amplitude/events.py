@@ -21,7 +21,6 @@ from app.core.errors import Permanent, Rejected, Transient
 from app.core.runs import Stop
 from app.core.verify import NOTHING, Content
 from app.core.windows import Window
-from app.object_store.row_digest import content_of
 from app.product_events.hours import REFUSED, BrokenHour
 from app.product_events.mapping import RULES, ProductMapping, Tables, cleaned, mapping, storable_json
 from app.product_events.pull import RefusedLines
@@ -411,6 +410,8 @@ class HourLines:
 
 def content_of_block(block: Block) -> Content:
     """The content of whole lines: the same for the same events, wherever they lie."""
+    from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+
     if not isinstance(block, bytes):
         return content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
     return content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())

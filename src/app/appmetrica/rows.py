@@ -26,7 +26,6 @@ from app.core.errors import Permanent, Rejected
 from app.core.files import temporary_file
 from app.core.verify import Content
 from app.core.windows import HOUR_SECONDS, Window, floor_to, windows_between
-from app.object_store.row_digest import content_of
 from app.product_events.hours import REFUSED
 from app.product_events.mapping import Tables, mapping
 
@@ -239,6 +238,8 @@ class ReceiptHourFile:
 
     def content(self) -> Content:
         """See `PulledHour.content`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which a pull does not need
+
         return content_of(dict(zip(self.columns, row, strict=True)) for row in self.read())
 
     def close(self) -> None:

@@ -30,9 +30,9 @@ from app.core.pipeline import Held, Record
 from app.core.runs import Failure, Report
 from app.core.verify import Content
 from app.core.windows import Window
+from app.object_store.deltas import held_of
 from app.object_store.port import ObjectStore, Put
-from app.object_store.set_aside import BYTES, LINES
-from app.object_store.table_sink import held_of
+from app.object_store.set_aside import LINES
 from app.product_events.mapping import Events, Loaded, Tables, events_in, load_in_turns, lost
 from app.product_events.pull import PartitionRun, PullContext
 
@@ -41,6 +41,7 @@ REFUSED = "refused by the warehouse"
 ANOTHER_PROJECT = "check that it is the right project, in the right region, and that events reach it"
 NOT_HAD = "not had"
 """The version in the record of a window that could not be had; `closed` says that it was set aside."""
+GZIP = "application/gzip"
 SET_ASIDE_AFTER = timedelta(days=1)
 GIVEN_UP_AFTER = timedelta(days=4)
 REFUSED_IN_A_ROW = 25  # a day, whose objects have a folder of their own, and one
@@ -191,7 +192,7 @@ def store_rows(
     digest: str,
     closed: bool = False,
     refused: int = 0,
-    content_type: str = "application/gzip",
+    content_type: str = GZIP,
     over: str | None = None,
 ) -> Record:
     """Store `file` from its beginning as the object of a window; the record of what is there then.
@@ -376,7 +377,7 @@ class HourLanding:
         number: int,
         counted: int = 0,
         body: BinaryIO | None = None,
-        content_type: str = BYTES,
+        content_type: str = GZIP,
         is_too_large: bool = False,
         at_once: bool = False,
     ) -> Report:
