@@ -127,20 +127,6 @@ def test_an_object_is_not_called_damaged_when_the_warehouse_cannot_be_asked(worl
     assert (verdict.sign.value, verdict.error) == ("!", "the warehouse is away")
 
 
-def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:
-    made, _, pull = world
-    before, objects = made.tables(), {info.key: info.etag for info in made.store.list("")}
-    with made.warehouse.database.transaction() as session:
-        first = before["events_part"][0]["uuid"]
-        session.run("DELETE FROM events_part WHERE uuid = :first", first=str(first))
-    signs = made.signs(pull.verification, SPAN)
-    assert list(signs.values()) == ["!"]
-    _, told = made.mend("amplitude", pull.verification, SPAN)
-    assert [each.healed for each in told] == [True]
-    assert made.tables() == before
-    assert {info.key: info.etag for info in made.store.list("")} == objects, "its object is whole and stays as it is"
-
-
 def test_what_only_the_objects_have_stays_and_what_the_service_added_lands(world: World) -> None:
     made, simulator, pull = world
     before = made.objects()
@@ -165,8 +151,13 @@ def test_what_only_the_objects_have_stays_and_what_the_service_added_lands(world
 def test_a_service_that_cannot_be_asked_is_an_error_of_those_hours_alone(tmp_path: Path) -> None:
     with pulling(tmp_path) as (made, simulator, _):
         pull = made.amplitude(simulator)
+        span = Window(MONDAY, MONDAY + 3 * HOUR)
         simulator.add_fault(AmplitudeFault(403, b"no"), times=2)
-        assert made.signs(pull.verification, Window(MONDAY, MONDAY + 3 * HOUR)) == {"web 02 00": "!"}
+        assert made.signs(pull.verification, span) == {"web 02 00": "!"}
+        simulator.state.events["web", MONDAY + HOUR] = list(amplitude_events("web", MONDAY + HOUR, 20))
+        simulator.state.faults["web", MONDAY + HOUR] = AmplitudeFault(spoilt=True)
+        assert made.signs(pull.verification, span) == {"web 02 01": "!"}
+        assert "a member of the archive" in made.mend("amplitude", pull.verification, span)[1][0].error
         assert made.signs(pull.verification, Window(made.clock.now, made.clock.now + HOUR)) == {}
 
 

@@ -81,18 +81,6 @@ def test_what_is_deleted_truncated_or_exchanged_is_named_exactly_and_mended_exac
     assert pull.chart.partitions() == [NAME]
 
 
-def test_events_that_the_warehouse_lost_are_named_and_loaded_again(world: World) -> None:
-    made, _, pull = world
-    before, objects = made.tables(), made.objects()
-    with made.warehouse.database.transaction() as session:
-        session.run("DELETE FROM events_part WHERE uuid = :first", first=str(before["events_part"][40]["uuid"]))
-    signs = made.signs(pull.verification, SPAN)
-    assert list(signs.values()) == ["!"]
-    _, told = made.mend("appmetrica", pull.verification, SPAN)
-    assert [(each.healed, each.slot.partition) for each in told] == [(True, NAME)]
-    assert (made.tables(), made.objects()) == (before, objects)
-
-
 def test_what_the_service_dropped_stays_and_what_it_added_lands(world: World) -> None:
     made, simulator, pull = world
     rows, objects = simulator.state.rows, made.objects()

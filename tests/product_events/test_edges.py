@@ -238,6 +238,20 @@ def test_a_warehouse_that_was_emptied_or_restored_from_a_backup_gets_its_rows_ag
     assert (report.rows, report.notes) == (0, ())
 
 
+def test_an_event_that_the_warehouse_lost_is_named_by_verify_and_loaded_again(world: World) -> None:
+    world.run()
+    pull, span = world.pull(), Window(FIRST, START - SETTLED)
+    before, objects = world.made.tables(), {info.key: info.etag for info in world.made.store.list("")}
+    with world.made.warehouse.database.transaction() as session:
+        lost = str(before["events_part"][4]["uuid"])
+        session.run("DELETE FROM events_part WHERE uuid = :uuid", uuid=lost)
+    assert list(world.made.signs(pull.verification, span).values()) == ["!"]
+    _, told = world.made.mend(world.name, pull.verification, span)
+    assert [(each.healed, each.slot.partition) for each in told] == [(True, world.partition)]
+    assert world.made.tables() == before
+    assert {info.key: info.etag for info in world.made.store.list("")} == objects, "an object that is whole stays"
+
+
 @pytest.mark.slow
 def test_hours_whose_objects_are_gone_as_well_are_named_with_the_command_that_brings_them(world: World) -> None:
     world.run()

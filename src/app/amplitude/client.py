@@ -23,7 +23,7 @@ from app.core.errors import AppError, Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.runs import Stop
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, Window, floor_to, window_at
-from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, receiving
 from app.product_events.pull import HOUR
 
 TOO_LARGE = re.compile(r"too large|limit size|shorten the time", re.IGNORECASE)
@@ -171,7 +171,7 @@ def project(base_url: str, client_id: str, secret_key: str, spool: Path) -> Proj
     """The project of a pair of keys."""
     token = base64.b64encode(f"{client_id}:{secret_key}".encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
-    return Project(Upstream(Address("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers)), spool)
+    return Project(Upstream("Amplitude", base_url, "AMPLITUDE_BASE_URL", headers), spool)
 
 
 def _ahead(pieces: Iterator[FetchedArchive]) -> Iterator[FetchedArchive]:

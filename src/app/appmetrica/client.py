@@ -27,7 +27,7 @@ from app.core.errors import Permanent, Transient
 from app.core.retry import Pauses, RetryPolicy, retry
 from app.core.windows import Window
 from app.db.state import PendingExport, SqlPulls
-from app.product_events.http_client import Address, ServiceAnswer, Upstream, receiving
+from app.product_events.http_client import ServiceAnswer, Upstream, receiving
 
 SERVICE = "appmetrica"
 PROGRESS = re.compile(r"Progress is (\d+)%")
@@ -104,6 +104,14 @@ class Service:
                     raise _error(answer, answer.text())
                 return _listed(answer)
 
+    def application(self) -> Mapping[str, Any]:
+        """This application, as the token sees it. Raises Permanent when it does not."""
+        found = self.applications().get(self.application_id)
+        if found is None:
+            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
+            raise Permanent(f"the token does not see application {self.application_id}", hint)
+        return found
+
     def _received(self, answer: ServiceAnswer) -> BinaryIO:
         with receiving(self.spool, "a file of many rows") as file:
             packed = answer.header("content-encoding").lower() == "gzip"
@@ -112,14 +120,6 @@ class Service:
             file.writelines(_checked(pieces, empty=measured) if packed else _packed(pieces))
             file.seek(0)
         return file
-
-
-def service(base_url: str, token: str, application_id: int, spool: Path, count_call: Callable[[], None]) -> Service:
-    """AppMetrica with a token."""
-    headers = {"Authorization": f"OAuth {token}"}
-    return Service(
-        Upstream(Address("AppMetrica", base_url, "APPMETRICA_BASE_URL", headers)), application_id, spool, count_call
-    )
 
 
 def _said(answer: ServiceAnswer) -> NotReady:
@@ -313,13 +313,10 @@ class Exports:
 
     def ping(self) -> str:
         """Whether the token sees the application, for `check`. Raises Transient or Permanent."""
-        number = self.service.application_id
         with closing(self.service.upstream):
-            applications = self.service.applications()
-        if number not in applications:
-            hint = "check APPMETRICA_APPLICATION_ID, and who made the token"
-            raise Permanent(f"the token does not see application {number}", hint)
-        return f"may read application {number}; {self.calls_today} of {self.daily_calls} calls of today are used"
+            self.service.application()
+        calls = f"{self.calls_today} of {self.daily_calls} calls of today are used"
+        return f"may read application {self.service.application_id}; {calls}"
 
     def request_received(self, resource: Resource, span: Window) -> LogsRequest:
         """All rows that were received in whole hours, without the columns that the service did not know.

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import lru_cache, partial
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from app.appmetrica.client import SERVICE, Exports, RequestRefused, Resource, Service, resources, service
+from app.appmetrica.client import SERVICE, Exports, RequestRefused, Resource, Service, resources
 from app.appmetrica.hours import DUE_AFTER, NAME, UNIT, ResourceRun, hour_key, loaded_for, partition_of
 from app.appmetrica.rows import KEPT_ROW_BYTES, ReceiptHourFile, by_hour, opened_hour
 from app.config.settings import Settings
@@ -20,6 +20,7 @@ from app.core.windows import Window
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectStore
 from app.product_events.hours import Mode, Opened, PulledHour, heard
+from app.product_events.http_client import Upstream
 from app.product_events.mapping import Events
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of
 from app.product_events.verify import GivenHours, PullChart, PullEnds
@@ -98,8 +99,20 @@ def exports_of(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime
     def count() -> None:
         pulls.count_call(SERVICE, given.daily_calls, clock())
 
-    token = given.api_key.get_secret_value()
-    asked = service(given.base_url, token, given.application_id, spool_of(settings), count)
+    headers = {"Authorization": f"OAuth {given.api_key.get_secret_value()}"}
+    upstream = Upstream("AppMetrica", given.base_url, "APPMETRICA_BASE_URL", headers)
+    asked = Service(upstream, given.application_id, spool_of(settings), count)
+
+    @lru_cache(maxsize=1)
+    def zone() -> ZoneInfo:
+        """The application's time zone: the one that is set, else what the service says, asked once."""
+        found = {"time_zone_name": given.timezone} if given.timezone else asked.application()
+        name = str(found.get("time_zone_name") or "UTC")
+        try:
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise Permanent(f"unknown time zone {name[:60]!r}", "set APPMETRICA_TIMEZONE") from error
+
     return Exports(
         service=asked,
         pulls=pulls,
@@ -107,30 +120,8 @@ def exports_of(settings: Settings, pulls: SqlPulls, clock: Callable[[], datetime
         interval_seconds=given.poll_interval_seconds,
         timeout_seconds=given.poll_timeout_seconds,
         daily_calls=given.daily_calls,
-        zone=zone_of(asked, given.timezone),
+        zone=zone,
     )
-
-
-def zone_of(asked: Service, name: str) -> Callable[[], ZoneInfo]:
-    """Finds the application's time zone: the one that is set, else what the service says, asked once. What it gives
-    raises Transient and Permanent.
-    """
-
-    @lru_cache(maxsize=1)
-    def find() -> ZoneInfo:
-        found = name or asked.applications().get(asked.application_id)
-        if found is None:
-            raise Permanent(
-                f"the token does not see the application {asked.application_id}",
-                "check APPMETRICA_APPLICATION_ID, and who made the token",
-            )
-        zone = found if isinstance(found, str) else str(found.get("time_zone_name") or "UTC")
-        try:
-            return ZoneInfo(zone)
-        except (ZoneInfoNotFoundError, ValueError) as error:
-            raise Permanent(f"unknown time zone {zone[:60]!r}", "set APPMETRICA_TIMEZONE") from error
-
-    return find
 
 
 # Both ends of the pull: a file that the service makes now, and the rows of the objects. It is asked for once per day

@@ -114,6 +114,15 @@ class BrokenHour(Exception):
         self.fault = fault
 
 
+@contextmanager
+def told_as_fault() -> Iterator[None]:
+    """A BrokenHour as the fault that it is."""
+    try:
+        yield
+    except BrokenHour as error:
+        raise error.fault from error
+
+
 class DamagedObject(Permanent):
     """What lies under the key of an hour cannot be read."""
 
@@ -133,12 +142,17 @@ def object_hour(
             if stream is not None:
                 copyfileobj(stream, file, 1 << 18)
         file.seek(0)
+        hour = None
         try:
-            yield None if stream is None else opened(window, file)
+            hour = opened(window, file) if stream is not None else None
+            yield hour
         except BROKEN as error:
             what = error.fault.message if isinstance(error, BrokenHour) else error
             hint = "heal the window: the object is written again from what the service gives"
             raise DamagedObject(f"{key} is damaged: {what}", hint) from error
+        finally:
+            if hour is not None:
+                hour.close()
 
 
 def was_had(record: Record | None) -> bool:
@@ -344,7 +358,9 @@ class HourLanding:
             size_bytes = hour.body.seek(0, 2) if hour.digest and hour.body else 0
             return Report(rows=hour.rows, bytes=size_bytes, windows=1), Loaded()
         else:
-            loaded = self._loaded(hour, mode)
+            loaded = Loaded()
+            if hour.body is not None and hour.is_loaded:
+                loaded = load(run.pull.warehouse, hour, past=mode is not Mode.LIVE)
             landed = self._stored(hour, had, over)
             if not hour.is_loaded:
                 loaded = _told_by_object(hour, landed, had)
@@ -484,11 +500,6 @@ class HourLanding:
     def _ledger(self, tally: Tally, *entries: SetAside) -> Ledger:
         return ledger_of(tally, *entries, unit=self.run.pull.unit).of_partition(self.run.name)
 
-    def _loaded(self, hour: PulledHour, mode: Mode) -> Loaded:
-        if hour.body is None or not hour.is_loaded:
-            return Loaded()
-        return load(self.run.pull.warehouse, hour, past=mode is not Mode.LIVE)
-
     def _stored(self, hour: PulledHour, had: Record | None, over: str | None) -> Record:
         """Store the object of an hour, if there is something to store; what is there then."""
         key, body = self.key(hour.window), hour.body
@@ -529,6 +540,7 @@ class HourLanding:
 
 def _told_by_object(hour: PulledHour, landed: Record, had: Record | None) -> Loaded:
     """What became of rows that land only as an object, told by what the object holds."""
+    given = min(landed.rows, hour.rows)
     if landed.version and landed.digest != hour.digest:  # it held more, and stays
-        return Loaded(min(landed.rows, hour.rows))
-    return Loaded(landed.rows, max(0, landed.rows - (had.rows if had else 0)))
+        return Loaded(given)
+    return Loaded(given, max(0, landed.rows - (had.rows if had else 0)))

@@ -192,7 +192,11 @@ class PullPipeline(Generic[S]):
     @property
     def job(self) -> Job:
         """Pulls what is due of every partition."""
-        return Job(self.name, self.interval_seconds, lambda context: self._each(context, _due), self.off)
+
+        def work(context: Context) -> Report:
+            return self._each(context, lambda one: one.pull_due())
+
+        return Job(self.name, self.interval_seconds, work, self.off)
 
     def backfill(self, context: Context, span: Window) -> Report:
         """Pull the hours of `span` again, in every partition."""
@@ -218,10 +222,6 @@ class PullPipeline(Generic[S]):
                     pull.checkpoints.fail(pull.name, partition, str(error), context.lease)
                 total += Report(failures=(Failure(partition, error.message, error.hint),))
         return total
-
-
-def _due(one: PartitionPull) -> Report:
-    return one.pull_due()
 
 
 @dataclass(slots=True)
