@@ -279,11 +279,7 @@ def wire(parts: ServiceParts) -> Pipelines:
         systems.append(System("dynamodb", "DynamoDB", "DYNAMODB_TABLE_NAME", dynamo.ping_table))
     if settings.dynamo.table_name and dynamo.drive is not None:
         systems.append(System("google_drive", "Google Drive", "GOOGLE_CREDENTIALS_FILE", dynamo.ping_drive))
-    for name, project in amplitude.service.items():
-        variable = f"AMPLITUDE_{name.upper()}_CLIENT_ID"
-        systems.append(System(f"amplitude_{name}", f"Amplitude {name}", variable, partial(project.ping, parts.clock)))
-    if appmetrica.service:
-        systems.append(System("appmetrica", "AppMetrica", "APPMETRICA_APPLICATION_ID", appmetrica.service.ping))
+    systems += [System(*each) for each in (*amplitude.checks, *appmetrica.checks)]
     return Pipelines(
         jobs=(*influx.jobs, lake, *dynamo.jobs, inbox.job, amplitude.job, appmetrica.job, *sweeps(parts)),
         backfills={
