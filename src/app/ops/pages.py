@@ -152,15 +152,10 @@ def off_rows(overview: Mapping[str, Any]) -> str:
     return "".join(
         f'<li data-key="p-{escape(job["name"])}"><span class="mark off" aria-hidden="true"></span>'
         f"<span>{escape(job['name'])}</span>"
-        f'<span class="why">Off. {escape(off_text(job["off"]))} to enable.</span></li>'
+        f'<span class="why">Off. {escape(job["off"][:1].upper() + job["off"][1:])} to enable.</span></li>'
         for job in overview["jobs"]
         if job["state"] == "off"
     )
-
-
-def off_text(text: str) -> str:
-    """`Set INFLUXDB_URL` of "set INFLUXDB_URL"."""
-    return text[:1].upper() + text[1:]
 
 
 def _job_row(job: Mapping[str, Any]) -> Iterator[str]:
