@@ -252,7 +252,6 @@ def wire(parts: ServiceParts) -> Pipelines:
     influx = influx_job.build(
         settings,
         state.checkpoints,
-        state.layouts,
         parts.store,
         set_aside=set_aside(parts, settings.s3.prefix),
         clock=parts.clock,

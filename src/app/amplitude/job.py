@@ -28,7 +28,6 @@ from app.core.runs import Context, Job, Report, Stop
 from app.core.verify import NOTHING, Cell, Content, Slot
 from app.core.windows import Window
 from app.object_store.port import ObjectInfo, ObjectStore
-from app.object_store.row_digest import content_of
 from app.product_events.mapping import Events, KnownEvents, lost
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of, was_had
 from app.product_events.verify import (
@@ -250,6 +249,8 @@ class AmplitudeEnds:
 
 def content_of_block(block: "Block") -> Content:
     """The content of whole lines: the same for the same events, wherever they lie."""
+    from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
     if not isinstance(block, bytes):
         return content_of([{"event": f"{block.size_bytes} bytes, {block.sha256}"}])
     return content_of({"event": _canonical(line)} for line in block.split(b"\n") if line.strip())

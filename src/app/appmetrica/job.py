@@ -25,7 +25,6 @@ from app.core.verify import NOTHING, Content, Slot
 from app.core.windows import HOUR_SECONDS, Window, windows_between
 from app.db.state import SqlPulls
 from app.object_store.port import ObjectInfo, ObjectStore
-from app.object_store.row_digest import content_of
 from app.product_events.mapping import Events, KnownEvents, lost
 from app.product_events.pull import PartitionRun, PullContext, PullPipeline, pull_context, spool_of
 from app.product_events.verify import (
@@ -286,4 +285,6 @@ def _opened(file: BinaryIO, window: Window) -> ReceiptHourFile:
 
 
 def _content(hour: ReceiptHourFile) -> Content:
+    from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
     return content_of(dict(zip(hour.columns, row, strict=True)) for row in hour.read())

@@ -194,12 +194,15 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._reason = ""
+        self._inner: list[Stop] = []
 
     def ask(self, reason: str) -> None:
         """Ask for a stop; the first reason is kept."""
         if not self._event.is_set():
             self._reason = reason
             self._event.set()
+        for each in tuple(self._inner):
+            each.ask(reason)
 
     @property
     def asked(self) -> bool:
@@ -215,6 +218,18 @@ class Stop:
         """Wait, or raise Stopped as soon as a stop is asked for."""
         self._event.wait(seconds)
         self.check()
+
+    @contextmanager
+    def inner(self) -> Iterator["Stop"]:
+        """A signal of its own for a block: it is asked with this one, and may be asked alone."""
+        inner = Stop()
+        self._inner.append(inner)
+        if self.asked:
+            inner.ask(self._reason)
+        try:
+            yield inner
+        finally:
+            self._inner.remove(inner)
 
 
 class Progress(Protocol):
@@ -351,7 +366,10 @@ def execute(
         run = _failed(run, error)
     run = replace(run, ended_at=run.ended_at or max(desk.clock(), run.started_at))
     if not dry_run:
-        cause = _save(run, desk.runs) or cause
+        try:
+            desk.runs.save(run)
+        except AppError as error:  # a store that is away must not hide how the run ended
+            cause = error
     desk.ended(run, cause)
     return run
 
@@ -377,22 +395,12 @@ def _failed(run: Run, error: Exception) -> Run:
     return replace(run, outcome=outcome, error=f"{type(error).__name__}: {error}", hint=hint)
 
 
-def _save(run: Run, runs: Runs) -> AppError | None:
-    """Record the end; a store that is away must not hide how the run ended, so its error is handed back."""
-    try:
-        runs.save(run)
-    except AppError as error:
-        return error
-    return None
-
-
 @contextmanager
 def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
     """Keep the lease alive from a thread of its own; losing it asks this run, and only this run, to stop."""
-    own_stop = _Either(stop)
     done = threading.Event()
 
-    def beat() -> None:
+    def beat(own_stop: Stop) -> None:
         held = lease
         while not done.wait(desk.terms.heartbeat_seconds):
             try:
@@ -407,43 +415,15 @@ def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
                 own_stop.ask(error.message)
                 return
 
-    heart = threading.Thread(target=beat, name=f"lease-{lease.name}", daemon=True)
-    heart.start()
-    try:
-        yield own_stop
-    finally:
-        done.set()
-        heart.join()
-        _release(lease, desk.leases)
-
-
-def _release(lease: Lease, leases: Leases) -> None:
-    """Give the lease back; a store that is away lets it expire by itself, which costs others at most its TTL."""
-    try:
-        leases.release(lease)
-    except AppError as error:
-        log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)
-
-
-class _Either(Stop):
-    """Stops when asked itself or when the process is asked."""
-
-    def __init__(self, outer: Stop) -> None:
-        super().__init__()
-        self._outer = outer
-
-    @property
-    def asked(self) -> bool:
-        return super().asked or self._outer.asked
-
-    def check(self) -> None:
-        self._outer.check()
-        super().check()
-
-    def pause(self, seconds: float) -> None:
-        slice_seconds = 0.2
-        while seconds > 0:
-            self.check()
-            self._event.wait(min(seconds, slice_seconds))
-            seconds -= slice_seconds
-        self.check()
+    with stop.inner() as own_stop:
+        heart = threading.Thread(target=beat, args=(own_stop,), name=f"lease-{lease.name}", daemon=True)
+        heart.start()
+        try:
+            yield own_stop
+        finally:
+            done.set()
+            heart.join()
+            try:
+                desk.leases.release(lease)
+            except AppError as error:  # away: it expires by itself, which costs others at most its TTL
+                log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)

@@ -86,22 +86,13 @@ class Migrated:
         *,
         before_first: Callable[[Session], None] | None = None,
     ) -> None:
+        self.dialect, self.place = database.dialect, database.place
         self._database = database
         self._folder = folder
         self._rebuilt = rebuilt
         self._before_first = before_first
         self._lock = threading.Lock()
         self._prepared = False
-
-    @property
-    def dialect(self) -> Dialect:
-        """See `Database.dialect`."""
-        return self._database.dialect
-
-    @property
-    def place(self) -> str:
-        """See `Database.place`."""
-        return self._database.place
 
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
@@ -114,18 +105,18 @@ class Migrated:
             self._prepared = False
             if self._rebuilt is None:
                 raise
-            self._prepare(error)
+            self.prepare(error)
             raise Transient(
                 error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
             ) from error
 
-    def prepare(self) -> None:
-        """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""
-        if not self._prepared:
-            self._prepare(None)
+    def prepare(self, suspicion: Damaged | None = None) -> None:
+        """Apply what is missing. Idempotent; after it succeeded once it costs nothing.
 
-    def _prepare(self, suspicion: Damaged | None) -> None:
-        """Migrate, after a damaged database was moved aside. With a suspicion all that is stored is looked at."""
+        A database that is damaged is moved aside before. With a suspicion all that is stored is looked at.
+        """
+        if self._prepared:
+            return
         with self._lock:
             if self._prepared:
                 return

@@ -116,13 +116,26 @@ class SqlSummaries:
 
     def add_to(self, session: Session, many: Sequence[Facts]) -> None:
         """As `save`, in a transaction of somebody else's."""
-        schemas = {_schema(facts) for facts in many}
+        schemas = [storable(json.dumps(dict(facts.columns), ensure_ascii=True)) for facts in many]
+        ids = {each: blake2b(each.encode(), digest_size=16).hexdigest() for each in schemas}
         session.run_many(
-            self._queries["save_schema"], [{"schema_id": _digest(each), "columns": each} for each in schemas]
+            self._queries["save_schema"], [{"schema_id": id_, "columns": each} for each, id_ in ids.items()]
         )
         # Parts first: whoever sees a version sees them all, in whatever order the database shows its commits.
         session.run_many(self._queries["save_part"], [row for facts in many for row in _part_rows(facts)])
-        session.run_many(self._queries["save_object"], [_object_row(facts) for facts in many])
+        objects = [
+            {
+                "object_id": facts.version.hex(),
+                "key": facts.key,
+                "etag": facts.etag,
+                "size_bytes": facts.size_bytes,
+                "rows": facts.rows,
+                "schema_id": ids[schema],
+                "fault": storable(facts.fault),
+            }
+            for facts, schema in zip(many, schemas, strict=True)
+        ]
+        session.run_many(self._queries["save_object"], objects)
 
     def pairs(self, versions: Collection[Version]) -> set[Pair]:
         """Device and day of every part of these versions."""
@@ -199,26 +212,6 @@ def _id_lists(versions: Collection[Version]) -> Iterator[str]:
 def _part(row: Sequence[Any]) -> DaySummary:
     latest = None if row[11] is None else tuple(json.loads(row[11]))
     return DaySummary(*(*row[1:11], latest))
-
-
-def _schema(facts: Facts) -> str:
-    return storable(json.dumps(dict(facts.columns), ensure_ascii=True))
-
-
-def _digest(text: str) -> str:
-    return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _object_row(facts: Facts) -> Row:
-    return {
-        "object_id": facts.version.hex(),
-        "key": facts.key,
-        "etag": facts.etag,
-        "size_bytes": facts.size_bytes,
-        "rows": facts.rows,
-        "schema_id": _digest(_schema(facts)),
-        "fault": storable(facts.fault),
-    }
 
 
 def _part_rows(facts: Facts) -> Iterator[Row]:

@@ -50,7 +50,6 @@ from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FolderSink, hour_of
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
-from app.object_store.row_digest import content_of
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
@@ -395,11 +394,15 @@ class HourEnds:
 
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
         with closing(self.at.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
             return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
 
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
         key = self.at.sink.key(slot.partition, slot.window, 0)
         there = self.at.sink.peek(key)
         return content_of(self.at.sink.read(key, there.version)) if there else NOTHING

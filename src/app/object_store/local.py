@@ -82,12 +82,7 @@ class LocalDirectory:
         self._names = Names(self._root, self._temporaries)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
-        self._probed = False
-
-    @property
-    def conditional(self) -> bool:
-        """True once `probe` has seen that the root can be written and locked."""
-        return self._probed
+        self.conditional = False  # until `probe` has seen that the root can be written and locked
 
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
@@ -98,7 +93,7 @@ class LocalDirectory:
                 found = _stat(leftover)
                 if found is not None and found.st_mtime_ns < oldest_ns:
                     leftover.unlink(missing_ok=True)
-        self._probed = True
+        self.conditional = True
 
     def head(self, key: str) -> ObjectInfo | None:
         """Properties, with the metadata unless another program changed the file."""
@@ -310,12 +305,19 @@ class LocalDirectory:
         """One writer at a time: threads wait for each other, processes on the file, which the kernel frees with its
         descriptor.
         """
+        from filelock import lock_descriptor
+
         _make_folder(self._hidden)
         path = self._hidden / "lock"
         with self._turn:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
-                _lock(descriptor, path)
+                deadline = time.monotonic() + LOCK_SECONDS
+                while not lock_descriptor(descriptor, blocking=False):
+                    if time.monotonic() >= deadline:
+                        held = f"another process has held {path} for over {LOCK_SECONDS} s"
+                        raise Transient(held, "find it with `fuser` on that file")
+                    time.sleep(POLL_SECONDS)
                 yield
             finally:
                 os.close(descriptor)
@@ -357,17 +359,6 @@ class LocalDirectory:
             except OSError:
                 return
             folder = folder.parent
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    from filelock import lock_descriptor
-
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not lock_descriptor(descriptor, blocking=False):
-        if time.monotonic() >= deadline:
-            held = f"another process has held {path} for over {LOCK_SECONDS} s"
-            raise Transient(held, "find it with `fuser` on that file")
-        time.sleep(POLL_SECONDS)
 
 
 def _etag(found: os.stat_result) -> str:

@@ -22,9 +22,9 @@ from app.core.pipeline import Checkpoints, Commit, Held, Record
 from app.core.runs import Context, Failure, Job, Report
 from app.core.verify import Chart, Verification
 from app.core.windows import HOUR_SECONDS, Window, floor_to
+from app.object_store.deltas import held_of
 from app.object_store.port import ObjectStore, Put
 from app.object_store.set_aside import LINES, ZIP, SetAsideStore, folder_of
-from app.object_store.table_sink import held_of
 from app.product_events.mapping import Events
 
 HOUR = timedelta(hours=1)
