@@ -165,13 +165,18 @@ def test_the_ledger_of_a_run_is_one_line_for_people_and_a_field_for_programs(
     ("job", "line"),
     [
         ("failing", "failing: bucket 'b' does not exist (create it, or set S3_BUCKET)\n"),
-        ("partial", "partial: dev-1: cut stream (look at the source)\n"),
         ("sleeping", "error: job sleeping is off (set INFLUXDB_URL)\n"),
     ],
 )
 def test_what_failed_is_one_line_on_stderr_and_exit_code_1(shell: Shell, job: str, line: str) -> None:
     done = shell.run("quick_jobs", "run", job)
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_a_partition_that_failed_is_one_line_on_stderr_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing((service := build(loaded(DATA_DIR=str(tmp_path)), quick_jobs)).state):
+        assert commands.run(service, job="partial", dry_run=False, as_json=False) == 1
+    assert capsys.readouterr().err == "partial: dev-1: cut stream (look at the source)\n"
 
 
 @pytest.mark.slow
