@@ -38,7 +38,7 @@ def explore(
     ]
     there = {**os.environ, "COLUMNS": "160"}
     done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-40_000:] + done.stderr[-2000:]
     assert daemon.get("/health").status == 200
     assert "Traceback" not in daemon.log
 

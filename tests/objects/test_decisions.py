@@ -146,6 +146,7 @@ def test_reach_is_allowed_prefixes_and_the_callers_own_and_exports_are_read_only
         reach.lists("a/")
     assert reach.lists("a/b/") == "a/b/"
     assert [Reach(("a/",), "a/x/").sweeps(key) for key in ("a/1", "a/x/1", "b")] == [True, False, False]
+    assert [Reach(("a/",)).sweeps(key) for key in ("a/1", "b")] == [True, False]
 
 
 ODD_KEYS = ["", "/a", "a/", "a//b", "a/../b", "./a", "..", "a\\b", "\\", "a\nb", "a\x7f", "k" * 1025, "a\ud800"]

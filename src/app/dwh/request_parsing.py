@@ -419,7 +419,10 @@ class BatchDealer:
         """How many of the next rows go to each batch: to the current one first, then to new ones."""
         ends = [0]
         for position, size_bytes in enumerate(sizes):
-            if not self._fits(size_bytes):
+            full = self._chunk_rows == self._limits.rows
+            if full:
+                self._chunk_rows = 0
+            if full or not self.count or self._size_bytes + size_bytes + 1 > self._limits.size_bytes:
                 self.count += 1
                 ends.append(position)
                 self._size_bytes = 1
@@ -427,12 +430,6 @@ class BatchDealer:
             self._size_bytes += size_bytes + 1
         ends.append(len(sizes))
         return [end - start for start, end in pairwise(ends)]
-
-    def _fits(self, size_bytes: int) -> bool:
-        if self._chunk_rows == self._limits.rows:
-            self._chunk_rows = 0
-            return False
-        return self.count > 0 and self._size_bytes + size_bytes + 1 <= self._limits.size_bytes
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -53,16 +53,6 @@ MEDIA: dict[Format, str] = {
 Block = Sequence[Sequence[Any]]
 
 
-class Writer(Protocol):
-    """Writes blocks of rows to a file."""
-
-    def write(self, block: Block) -> None:
-        """The next rows."""
-
-    def close(self) -> None:
-        """No more rows."""
-
-
 def _flags(columns: Sequence[TableColumn]) -> Sequence[int]:
     return [place for place, column in enumerate(columns) if column.kind == "bool"]
 
@@ -93,45 +83,45 @@ def _made(block: Block) -> bytes:
     return ("\n".join([line for _, line in block]) + "\n").encode()
 
 
-class _Lines:
-    """NDJSON."""
+class Lines:
+    """NDJSON: writes blocks of rows to a file."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
         self._file, self._lines = file, lines
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+        """The next rows."""
         self._file.write(self._lines(block))
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """No more rows."""
 
 
-class _Json:
+class _Json(Lines):
     """`{"rows":[...],"count":n}`."""
 
     def __init__(self, file: Any, lines: Callable[[Block], bytes]) -> None:
-        self._file, self._lines = file, lines
+        super().__init__(file, lines)
         self._rows = 0
         file.write(b'{"rows":[')
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`; a newline is never inside a row, so each one becomes a comma."""
+        """A newline is never inside a row, so each one becomes a comma."""
         self._file.write((b"," if self._rows else b"") + self._lines(block)[:-1].replace(b"\n", b","))
         self._rows += len(block)
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """The end of the array."""
         self._file.write(b'],"count":%d}' % self._rows)
 
 
-class _Csv:
+class _Csv(Lines):
     """A header, then rows; null is an empty cell. `formula_safe`: an apostrophe before text that a spreadsheet would
     take for a formula; numbers stay as they are.
     """
 
     def __init__(self, columns: Sequence[TableColumn], file: Any, *, bom: bool, formula_safe: bool) -> None:
-        self._file = file
+        super().__init__(file, self._cells)
         self._flags = _flags(columns)
         texts = [place for place, column in enumerate(columns) if column.kind in ("text", "json")]
         self._texts = texts if formula_safe else ()
@@ -139,15 +129,11 @@ class _Csv:
             file.write(codecs.BOM_UTF8)
         self.write([[column.name for column in columns]])
 
-    def write(self, block: Block) -> None:
-        """See `Writer.write`."""
+    def _cells(self, block: Block) -> bytes:
         cells = _turned(_turned(block, self._flags, _flag), self._texts, _without_formula)
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(cells)
-        self._file.write((_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode())
-
-    def close(self) -> None:
-        """See `Writer.close`."""
+        return (_with_quoted_returns(cells) if "\r" in text.getvalue() else text.getvalue()).encode()
 
 
 def _with_quoted_returns(block: Block) -> str:
@@ -168,7 +154,7 @@ def _flag(value: Any) -> Any:
     return value if isinstance(value, str) else str(bool(value)).lower()
 
 
-class _Parquet:
+class _Parquet(Lines):
     """Typed columns; JSON stays text, instants are UTC in microseconds."""
 
     def __init__(self, columns: Sequence[TableColumn], file: Any) -> None:
@@ -188,7 +174,7 @@ class _Parquet:
         self._held: list[Sequence[Any]] = []
 
     def write(self, block: Block) -> None:
-        """See `Writer.write`. A row group takes many blocks."""
+        """A row group takes many blocks."""
         self._held += block
         if len(self._held) >= PARQUET_ROWS:
             self._flush()
@@ -212,13 +198,13 @@ class _Parquet:
         return pa.array(values, kind)
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        """The last row group, and the footer."""
         if self._held:
             self._flush()
         self._writer.close()
 
 
-def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
+def writer(selection: Selection, file: Any, *, made: bool) -> Lines:
     """The writer of an answer. `made`: the database makes the lines, see `Selection.is_made`."""
     columns = selection.columns
     if selection.format == "csv":
@@ -226,7 +212,7 @@ def writer(selection: Selection, file: Any, *, made: bool) -> Writer:
     if selection.format == "parquet":
         return _Parquet(columns, file)
     lines = _made if made else _encoder(columns)
-    return (_Json if selection.format == "json" else _Lines)(file, lines)
+    return (_Json if selection.format == "json" else Lines)(file, lines)
 
 
 # Answers of more than a little are compressed when the client asks for it; nothing is done when it does not.
