@@ -149,6 +149,7 @@ def failure(tree: Path, tests: Sequence[str], marks: str, limit_seconds: float =
             os.chdir(tree)
             sys.path.insert(0, str(tree / "src"))
             os.environ["PYTHONPATH"] = sys.path[0]  # of the processes that tests start
+            sys.modules.pop("app", None)  # an installed copy is imported when Python starts: nothing would be changed
             os._exit(pytest.main([*options, *tests]))
         until = time.monotonic() + limit_seconds
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
