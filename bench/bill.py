@@ -181,7 +181,6 @@ def export(given: argparse.Namespace, cap: float | None) -> Bill:
             for each in build(
                 settings,
                 state.checkpoints,
-                state.layouts,
                 store,
                 set_aside=SetAsideStore(store, folder_of("telemetry"), 1 << 20),
                 clock=lambda: now[0],

@@ -169,7 +169,6 @@ def measure(url: str, child: Any, given: argparse.Namespace, folder: Path) -> No
         export = build(
             settings,
             checkpoints,
-            state.layouts,
             store,
             set_aside=aside,
             clock=lambda: now[0],

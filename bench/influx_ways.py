@@ -162,7 +162,7 @@ def export_ours(url: str, shape: Shape, folder: Path, **variables: str) -> Told:
     store = LocalDirectory(folder / "objects")
     aside = SetAsideStore(store, folder_of(settings.s3.prefix), settings.set_aside.max_bytes)
     sums = job.ObjectSums(TableSums, state.summaries)
-    export = job.build(settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=clock, sums=sums)
+    export = job.build(settings, state.checkpoints, store, set_aside=aside, clock=clock, sums=sums)
     desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: raised(cause))
     rows, more = 0, True
     while more:

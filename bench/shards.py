@@ -186,9 +186,7 @@ def plan_here(devices: int) -> None:
         store, queue = LocalDirectory(settings.service.data_dir / "objects"), Discarding()
         aside = SetAsideStore(store, folder_of("telemetry"), 1 << 20)
         shards = Shards(queue, queue, shards=settings.export.shards, patience_seconds=30)
-        export = build(
-            settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=state.clock, steps=shards
-        )
+        export = build(settings, state.checkpoints, store, set_aside=aside, clock=state.clock, steps=shards)
         job = next(job for job in export.jobs if job.name == NAME)
         desk = RunDesk(state.clock, state.leases, state.runs, LeaseTerms("bench"), lambda *_: None)
         before, used, began = peak_mib(), time.process_time(), time.monotonic()

@@ -173,7 +173,7 @@ def write_tree(folder: Path) -> Found:
         settings = load_settings({**environ, "EXPORT_START": START.isoformat(), "EXPORT_WINDOW_SECONDS": "21600"}, None)
         aside = SetAsideStore(store, folder_of(PREFIX), settings.set_aside.max_bytes)
         clock: Callable[[], datetime] = lambda: now[0]  # noqa: E731 - it is read again and again
-        export = job.build(settings, state.checkpoints, state.layouts, store, set_aside=aside, clock=clock)
+        export = job.build(settings, state.checkpoints, store, set_aside=aside, clock=clock)
         desk = RunDesk(clock, state.leases, state.runs, LeaseTerms("bench"), lambda _run, cause: failed(cause))
         written = list(points())
         for day in range(DAYS):  # day by day, so that fields and devices come later for the product as well

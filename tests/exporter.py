@@ -97,7 +97,6 @@ class Exporter:
         return build(
             settings,
             self.state.checkpoints,
-            self.state.layouts,
             self.store,
             set_aside=aside,
             clock=self.clock,

@@ -14,8 +14,7 @@ from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import Column, Columns, LayoutFile, Tree, first_tree
 from app.influx_to_s3.reader import Points, Reader
 from app.influx_to_s3.row_batch import RowBatch, RowSpool
-from app.influx_to_s3.rows import canonical, ordered
-from app.influx_to_s3.set_aside import Disagreement
+from app.influx_to_s3.rows import Disagreement, canonical, ordered
 from app.influx_to_s3.source import InfluxSource
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from app.core.windows import Window
-from app.influx_to_s3.flux import FluxReader, FluxTarget
-from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
+from app.influx_to_s3.flux import FluxReader
+from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.reader import Connection, Points, Reader, Server
 from exporter import NOON, ns
 from simulators.influx import InfluxSimulator
@@ -32,22 +32,34 @@ def flux(
     **server: Any,
 ) -> FluxReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
-    target = FluxTarget(org or influx.org, bucket or influx.bucket, measurement, tag)
-    return FluxReader(Connection(Server(**given)), target)
+    return FluxReader(
+        Connection(Server(**given)),
+        org=org or influx.org,
+        bucket=bucket or influx.bucket,
+        measurement=measurement,
+        device_tag=tag,
+    )
 
 
 def influxql(
     influx: InfluxSimulator, *, database: str = "", measurement: str = M, tag: str = "device_id", **server: Any
 ) -> InfluxQlReader:
     given = {"url": influx.url, "token": influx.token, "timeout_seconds": 10.0, **server}
-    target = InfluxQlTarget(database or influx.bucket, "", measurement, tag)
-    return InfluxQlReader(Connection(Server(**given)), target)
+    return InfluxQlReader(
+        Connection(Server(**given)),
+        database=database or influx.bucket,
+        retention_policy="",
+        measurement=measurement,
+        device_tag=tag,
+    )
 
 
 def influxql_without_credentials(
     url: str, database: str, *, policy: str = "", measurement: str = M, tag: str = "device_id"
 ) -> InfluxQlReader:
-    return InfluxQlReader(Connection(Server(url)), InfluxQlTarget(database, policy, measurement, tag))
+    return InfluxQlReader(
+        Connection(Server(url)), database=database, retention_policy=policy, measurement=measurement, device_tag=tag
+    )
 
 
 Value = tuple[int, tuple[tuple[str, str], ...], str, Any]

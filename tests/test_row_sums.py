@@ -7,8 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.verify import NOTHING
-from app.object_store.row_digest import cell_lanes, content_of, content_of_tables, row_lanes
+from app.core.verify import NOTHING, Content
+from app.object_store.row_digest import cell_lanes, content_of, row_lanes, summed
 
 NOON = datetime(2026, 2, 7, 12, tzinfo=UTC)
 ROW = st.fixed_dictionaries(
@@ -29,6 +29,13 @@ SCHEMA = pa.schema(
 
 def table(rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def content_of_tables(tables: list[pa.Table]) -> Content:
+    each = (
+        summed(row_lanes((name, table.column(name)) for name in table.column_names), table.num_rows) for table in tables
+    )
+    return sum(each, NOTHING)
 
 
 def stamped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 
 from app.core.errors import Conflict, Permanent
 from app.core.ledger import SetAside, Tally
@@ -39,6 +40,11 @@ def windows(start: datetime, end: datetime) -> Iterable[Window]:
     return windows_between(start, end, WINDOW_SECONDS)
 
 
+@cache
+def digest_of(rows: tuple[Row, ...]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
 @dataclass(slots=True)
 class Rows:
     """A batch of rows, and whether its reader closed it."""
@@ -57,7 +63,7 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(repr(self.held).encode()).hexdigest()
+        return digest_of(self.held)
 
     @property
     def min_at(self) -> datetime | None:
@@ -254,7 +260,7 @@ class Process:
 
     # Sink
     def key(self, partition: str, window: Window, part: int) -> str:
-        return f"{partition}/{window.start:%Y%m%dT%H%M%S}.{part}"
+        return key_of(partition, window.start, part)
 
     def head(self, key: str) -> Held | None:
         if key not in self.world.objects:
@@ -437,6 +443,11 @@ class _SinkSide:
 
     def put(self, key: str, encoded: Bytes, expected: str | None, *, closing: bool = False) -> str:
         return self.process.put(key, encoded, expected, closing=closing)
+
+
+@cache
+def key_of(partition: str, start: datetime, part: int) -> str:
+    return f"{partition}/{start:%Y%m%dT%H%M%S}.{part}"
 
 
 class Silent:

@@ -37,5 +37,5 @@ def test_layouts_come_oldest_first_by_pipeline_and_in_nanoseconds(state: State) 
     add(state, "p", later)
     add(state, "p", PAST)
     add(state, "other", PAST)
-    assert list(state.layouts.layouts("p")) == [PAST, later]
-    assert list(state.layouts.layouts("unknown")) == []
+    assert list(state.checkpoints.layouts("p")) == [PAST, later]
+    assert list(state.checkpoints.layouts("unknown")) == []

@@ -13,7 +13,7 @@ from app.core.errors import Permanent, Transient
 from app.core.ledger import SetAside
 from app.core.runs import Run
 from app.object_store.port import ObjectInfo, ObjectStore, Put, check_key
-from app.object_store.set_aside import BYTES, LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
+from app.object_store.set_aside import LINES, MAX_BYTES, NDJSON, Kept, SetAsideStore, folder_of
 from memory_objects import MemoryObjects
 from object_stores import get, keys, put
 
@@ -59,10 +59,10 @@ class TestOnEveryStore:
 
     def test_other_content_is_replaced_as_a_whole(self, store: ObjectStore) -> None:
         aside = SetAsideStore(store, FOLDER)
-        assert kept(aside, b"\x00first", 3, BYTES).new == 3
-        assert kept(aside, b"\x00other", 4, BYTES).new == 1
-        assert kept(aside, b"\x00less", 2, BYTES).new == 0
-        assert get(store, kept(aside, b"\x00less", 2, BYTES).key) == b"\x00less"
+        assert kept(aside, b"\x00first", 3, "application/octet-stream").new == 3
+        assert kept(aside, b"\x00other", 4, "application/octet-stream").new == 1
+        assert kept(aside, b"\x00less", 2, "application/octet-stream").new == 0
+        assert get(store, kept(aside, b"\x00less", 2, "application/octet-stream").key) == b"\x00less"
 
     def test_a_sweep_deletes_what_is_old_in_its_folder_and_nothing_else(self, store: ObjectStore) -> None:
         old = kept(SetAsideStore(store, FOLDER), b"a\n", 1)
@@ -110,9 +110,14 @@ class TestSize:
         store = MemoryObjects()
         aside = SetAsideStore(store, FOLDER, 1024)
         body = b"x" * 5_000_000
-        found = aside.keep(WINDOW, io.BytesIO(body), content_type=BYTES, reason="hour too large", number=1)
+        found = aside.keep(
+            WINDOW, io.BytesIO(body), content_type="application/octet-stream", reason="hour too large", number=1
+        )
         assert get(store, found.key) == body[:1024]
-        assert aside.keep(WINDOW, body, content_type=BYTES, reason="hour too large", number=1).new == 0
+        assert (
+            aside.keep(WINDOW, body, content_type="application/octet-stream", reason="hour too large", number=1).new
+            == 0
+        )
 
 
 @dataclass

@@ -30,10 +30,24 @@ from app.core.repair import reconcile
 from app.core.runs import Lease
 from app.core.sync import sync_partition
 from app.core.windows import Window
-from world import GRACE_SECONDS, START, VALUE, WINDOW_SECONDS, Bytes, Process, Row, Rows, World, context, sums_of
+from world import (
+    GRACE_SECONDS,
+    START,
+    VALUE,
+    WINDOW_SECONDS,
+    Bytes,
+    Process,
+    Row,
+    Rows,
+    World,
+    context,
+    digest_of,
+    sums_of,
+)
 
 WINDOW = Window(START, START + timedelta(seconds=WINDOW_SECONDS))
 DUE_AT = WINDOW.end + timedelta(seconds=GRACE_SECONDS)
+CONTEXT = context()
 KEY = "p/20260207T220000.0"
 DELTA = "p/20260207T220000.1"
 Values = tuple[int, ...]
@@ -125,10 +139,6 @@ def rows_of(values: Values) -> tuple[Row, ...]:
     return tuple((START + timedelta(minutes=n), str(value)) for n, value in enumerate(values) if value)
 
 
-def digest_of(rows: tuple[Row, ...]) -> str:
-    return Rows(rows).digest
-
-
 class Pass(Process):
     """The ports of one pass: what they answered before, then `Waits`."""
 
@@ -209,7 +219,8 @@ class Pass(Process):
         """Nor by this."""
 
     def pipeline(self) -> Pipeline[Rows, Bytes]:
-        return replace(super().pipeline(), by_digest=self.rules.left_out == "closing writes")
+        pipeline = super().pipeline()
+        return replace(pipeline, by_digest=True) if self.rules.left_out == "closing writes" else pipeline
 
 
 def count_of(number: int) -> Count:
@@ -249,7 +260,7 @@ def next_effect(rules: Rules, who: Who, log: Log) -> Request | None:
             reads = WINDOW if rules.left_out != "content" else None
             reconcile(
                 process.pipeline(),
-                context(),
+                CONTEXT,
                 "p",
                 WINDOW,
                 DUE_AT,
@@ -260,7 +271,7 @@ def next_effect(rules: Rules, who: Who, log: Log) -> Request | None:
         else:
             now = DUE_AT if who.kind == "close" else WINDOW.start + timedelta(minutes=5)
             live = {WINDOW.start: process.counts("p", ())["p", WINDOW.start]} if who.kind == "live" else {}
-            sync_partition(process.pipeline(), context(), Position("p", cursor_at, now), live)
+            sync_partition(process.pipeline(), CONTEXT, Position("p", cursor_at, now), live)
     except Waits as waits:
         return waits.request
     except Transient:

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.influx_to_s3.layout import (
+    ARROW_TYPES,
     BOOLEAN,
     DOUBLE,
     EVER,
@@ -23,7 +24,6 @@ from app.influx_to_s3.layout import (
     Column,
     Columns,
     LayoutFile,
-    arrow_type,
     type_of,
 )
 from app.influx_to_s3.reader import Points
@@ -35,7 +35,9 @@ from memory_objects import MemoryObjects
 def names_of(columns: Columns, tags: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
     """The column of each tag and field, which are seen together."""
     columns.see(tags, dict.fromkeys(fields, DOUBLE))
-    return {f"tag {name}": columns.tag(name) for name in tags} | {name: columns.field(name).name for name in fields}
+    return {f"tag {name}": columns.tag_columns[name] for name in tags} | {
+        name: columns.fields[name].name for name in fields
+    }
 
 
 def test_names_of_the_source_are_kept() -> None:
@@ -102,10 +104,10 @@ def test_a_suffix_that_is_taken_gets_a_number() -> None:
 def test_an_overflow_whose_name_is_taken_gets_a_number() -> None:
     columns = columns_of()
     columns.see(["n_double"], {"n": INTEGER, "n_text": BOOLEAN})
-    assert columns.overflow(columns.field("n"), TEXT) == "n_text_2"
-    assert columns.overflow(columns.field("n"), DOUBLE) == "n_double_2"
-    assert columns.overflow(columns.field("n"), TEXT) == "n_text_2"
-    assert columns.overflow(columns.field("n_text"), TEXT) == "n_text_text"
+    assert columns.overflow(columns.fields["n"], TEXT) == "n_text_2"
+    assert columns.overflow(columns.fields["n"], DOUBLE) == "n_double_2"
+    assert columns.overflow(columns.fields["n"], TEXT) == "n_text_2"
+    assert columns.overflow(columns.fields["n_text"], TEXT) == "n_text_text"
     table = canonical(points(0, tags={"n_double": "t"}, n=["x"], n_text=[True]), columns)
     assert rows_in([table])[0].items() >= {"n_double": "t", "n_text_2": "x", "n_text": True}.items()
 
@@ -113,10 +115,10 @@ def test_an_overflow_whose_name_is_taken_gets_a_number() -> None:
 def test_a_field_that_comes_later_under_the_name_of_an_overflow_has_a_column_of_its_own() -> None:
     columns = columns_of()
     columns.see((), {"n": INTEGER})
-    assert columns.overflow(columns.field("n"), TEXT) == "n_text"
+    assert columns.overflow(columns.fields["n"], TEXT) == "n_text"
     columns.see((), {"n_text": TEXT})
-    assert columns.field("n_text").name == "n_text_field"
-    assert (columns.source_of("n_text"), columns.source_of("n_text_field")) == ("n", "n_text")
+    assert columns.fields["n_text"].name == "n_text_field"
+    assert (columns.sources.get("n_text"), columns.sources.get("n_text_field")) == ("n", "n_text")
 
 
 @given(
@@ -133,13 +135,13 @@ def test_no_two_columns_share_a_name_and_each_says_whose_it_is(tags: list[str], 
     for tag, field in zip([*tags, *[""] * len(fields)], [*fields, *[""] * len(tags)], strict=True):
         columns.see([tag] if tag else [], {field: INTEGER} if field else {})
         if field:
-            columns.overflow(columns.field(field), TEXT)
-    own = [columns.tag(tag) for tag in dict.fromkeys(tags)]
-    own += [columns.field(field).name for field in dict.fromkeys(fields)]
-    own += [columns.overflow(columns.field(field), TEXT) for field in dict.fromkeys(fields)]
+            columns.overflow(columns.fields[field], TEXT)
+    own = [columns.tag_columns[tag] for tag in dict.fromkeys(tags)]
+    own += [columns.fields[field].name for field in dict.fromkeys(fields)]
+    own += [columns.overflow(columns.fields[field], TEXT) for field in dict.fromkeys(fields)]
     assert len({name.casefold() for name in own}) == len(own)
-    assert {columns.source_of(columns.field(field).name) for field in fields} == set(fields)
-    assert {columns.tag_of(columns.tag(tag)) for tag in tags} == set(tags)
+    assert {columns.sources.get(columns.fields[field].name) for field in fields} == set(fields)
+    assert {columns.tag_names[columns.tag_columns[tag]] for tag in tags} == set(tags)
     measured = {"voltage", "current", "power", "temperature", "device_type", "location"}
     assert {name.casefold() for name in own} & {name.casefold() for name in OURS} <= measured
 
@@ -148,22 +150,22 @@ def test_an_ignored_tag_has_no_column_and_its_name_is_free_for_a_field() -> None
     columns = columns_of()
     columns.see(["schema_version", "phase"], {"schema_version": INTEGER})
     assert columns.tags == {"device_type", "location", "phase"}
-    assert columns.field("schema_version").name == "schema_version"
+    assert columns.fields["schema_version"].name == "schema_version"
 
 
 def test_the_tag_that_names_the_device_may_be_one_of_the_documented_ones() -> None:
     columns = columns_of(device_tag="location")
     columns.see(["device_id", "device_type"], {"location": DOUBLE})
-    assert (columns.tag("device_id"), columns.tag("device_type")) == ("device_id_tag", "device_type")
-    assert columns.field("location").name == "location_field"
+    assert (columns.tag_columns["device_id"], columns.tag_columns["device_type"]) == ("device_id_tag", "device_type")
+    assert columns.fields["location"].name == "location_field"
 
 
 def test_a_type_is_decided_when_a_field_is_first_seen_and_kept() -> None:
     columns = columns_of()
     columns.see((), {"count": INTEGER})
     columns.see((), {"count": DOUBLE, "on": BOOLEAN})
-    assert columns.field("count").types == ((EVER, INTEGER),)
-    assert columns.field("on").types == ((EVER, BOOLEAN),)
+    assert columns.fields["count"].types == ((EVER, INTEGER),)
+    assert columns.fields["on"].types == ((EVER, BOOLEAN),)
 
 
 def test_a_field_that_is_first_seen_with_several_types_is_a_number_when_it_can_be() -> None:
@@ -211,7 +213,7 @@ def test_a_look_that_must_not_change_anything_adds_columns_for_itself_only() -> 
     tree = tree_of()
     columns = columns_of(tree=tree)
     columns.see(["phase"], {"n": INTEGER})
-    assert (columns.tag("phase"), columns.field("n").name, tree.columns) == ("phase", "n", ())
+    assert (columns.tag_columns["phase"], columns.fields["n"].name, tree.columns) == ("phase", "n", ())
 
 
 def test_what_was_written_before_is_known_to_the_next_run() -> None:
@@ -223,13 +225,13 @@ def test_what_was_written_before_is_known_to_the_next_run() -> None:
 
     first = run()
     first.see(["Phase"], {"phase": INTEGER})
-    first.overflow(first.field("phase"), TEXT)
+    first.overflow(first.fields["phase"], TEXT)
     second = run()
     second.see(["Phase"], {"phase": DOUBLE})
-    assert (second.tag("Phase"), second.field("phase").name) == ("Phase", "phase_2")
-    assert second.overflow(second.field("phase"), TEXT) == "phase_2_text"
-    assert second.overflow_kind("phase_2_text") == TEXT
-    assert second.field("phase").types == ((EVER, INTEGER),)
+    assert (second.tag_columns["Phase"], second.fields["phase"].name) == ("Phase", "phase_2")
+    assert second.overflow(second.fields["phase"], TEXT) == "phase_2_text"
+    assert second.overflow_kinds.get("phase_2_text") == TEXT
+    assert second.fields["phase"].types == ((EVER, INTEGER),)
 
 
 def test_a_warning_names_the_line_that_widens_a_column(caplog: pytest.LogCaptureFixture) -> None:
@@ -277,7 +279,7 @@ def test_a_column_that_one_thread_can_name_is_known_in_every_way() -> None:
 
 def has_tag(columns: Columns, name: str) -> bool:
     try:
-        return bool(columns.tag(name))
+        return bool(columns.tag_columns[name])
     except KeyError:
         return False
 
@@ -340,7 +342,7 @@ def test_every_value_lands_exactly_once_in_the_column_its_double_or_its_text(
     columns = columns_of(Column("x", "field", "x", ((EVER, kind),)))
     table = canonical(blocks_of(values), columns)
     if "x" in table.column_names:
-        assert table.schema.field("x").type == arrow_type(kind)
+        assert table.schema.field("x").type == ARROW_TYPES[kind]
     for (_, value), row in zip(values, rows_in([table]), strict=True):
         landed = {name: row[name] for name in ("x", "x_double", "x_text") if name in row}
         assert len(landed) == 1

@@ -192,7 +192,7 @@ def slots_of(some: Mapping[tuple[Tags, int], Mapping[str, Any]]) -> set[Slot]:
 
 @pytest.mark.parametrize("ignored", ["default", ""])
 @pytest.mark.parametrize("api", ["influxql", "flux"])
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(some=points())
 def test_every_value_is_in_an_object_or_set_aside(
     influxdb1: InfluxDB1, api: str, ignored: str, some: Mapping[tuple[Tags, int], Mapping[str, Any]]

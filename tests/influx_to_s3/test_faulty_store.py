@@ -172,7 +172,7 @@ def test_two_processes_that_know_nothing_of_each_other_lose_and_double_nothing(t
             both = (first, second)
             meanwhile = interruption(both, draw)
             first.store.before_put = meanwhile
-            for step in range(25):
+            for step in range(16):
                 now = NOON + step * 10 * MINUTE
                 for _ in range(3):
                     late = timedelta(seconds=draw.randrange(0, 5400) if draw.random() < 0.3 else draw.randrange(0, 600))

@@ -10,13 +10,13 @@ import pytest
 from app.core.pipeline import Count
 from app.core.runs import Outcome
 from app.core.windows import Window
-from app.influx_to_s3.flux import FluxReader, FluxTarget
+from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.job import NAME
 from app.influx_to_s3.reader import Connection, Server
 from app.influx_to_s3.source import InfluxSource
 from exporter import NOON, Exporter, ns
 from influx_points import source_of
-from simulators.influx import Cut, ErrorTable
+from simulators.influx import Cut, ErrorTable, Refuse
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def one_process(exporter: Exporter, **environ: str) -> Iterator[None]:
 def source_for(exporter: Exporter, batch_rows: int) -> InfluxSource:
     influx = exporter.influx
     reader = FluxReader(
-        Connection(Server(influx.url, influx.token)), FluxTarget(influx.org, influx.bucket, KEY[0], "device_id")
+        Connection(Server(influx.url, influx.token)), org=influx.org, bucket=influx.bucket, measurement=KEY[0]
     )
     return source_of(reader, exporter.folder / "spool", batch_rows=batch_rows)
 
@@ -118,6 +118,31 @@ def test_a_row_that_was_overwritten_far_behind_the_tail_is_there_when_the_window
         exporter.write(NOON + MINUTE, fields="voltage=1", location="A")
         extend(exporter, FIRST, FIRST + 100)
         exporter.well()
+
+
+def test_a_large_window_that_shrinks_while_it_is_read_is_counted_again_before_it_closes(exporter: Exporter) -> None:
+    exporter.keep(**SMALL_STEPS, LOOKBACK_HOURS="4")
+    extend(exporter, 0, FIRST)
+    exporter.at(hours=3)
+    kept = dict(exporter.influx.points._series)  # noqa: SLF001 - the simulator deletes nothing
+
+    read: list[str] = []
+
+    def lose(text: str) -> bool:
+        """When the second slice is asked for, nothing is there any more."""
+        read.extend([text] * ("pivot" in text))
+        if len(read) == 2:
+            exporter.influx.points._series.clear()  # noqa: SLF001 - as above
+        return False
+
+    exporter.influx.faults.add(Refuse(500), when=lose)
+    run = exporter.run()
+    assert (run.outcome, run.report.ledger.closes) == (Outcome.PARTIAL, True)
+    assert "had counted" in run.error
+    assert exporter.cursor <= NOON
+    exporter.influx.points._series.update(kept)  # noqa: SLF001 - as above
+    exporter.well()
+    exporter.check()
 
 
 def test_no_step_asks_for_more_than_it_may_hold(exporter: Exporter) -> None:

@@ -171,7 +171,7 @@ def test_a_dry_run_counts_and_changes_nothing(exporter: Exporter) -> None:
     assert (run.outcome, run.report.rows, run.report.windows) == (Outcome.OK, rows, 1)
     assert (exporter.keys, exporter.store.puts) == ([], [])
     assert exporter.state.checkpoints.cursors(NAME) == {}
-    assert list(exporter.state.layouts.layouts(NAME)) == []
+    assert list(exporter.state.checkpoints.layouts(NAME)) == []
     exporter.well()
     exporter.write(NOON + timedelta(seconds=1))
     exporter.at(hours=5)

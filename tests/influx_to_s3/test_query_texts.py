@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.core.windows import Window
-from app.influx_to_s3.flux import FluxReader, FluxTarget
-from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget, identifier
+from app.influx_to_s3.flux import FluxReader
+from app.influx_to_s3.influxql import InfluxQlReader, identifier
 from app.influx_to_s3.reader import Connection, Reader, Server, ServerAnswer
 from exporter import NOON
 from influx_readers import values
@@ -91,7 +91,7 @@ def test_every_flux_text_passes_the_check_of_influxdata(
     is_valid_flux: Check, *, bucket: str, measurement: str, tag: str, device: str, field: str
 ) -> None:
     connection = Recording()
-    reader = FluxReader(connection, FluxTarget("o", bucket, measurement, tag))
+    reader = FluxReader(connection, org="o", bucket=bucket, measurement=measurement, device_tag=tag)
     ask_everything(reader, device, field)
     assert len(connection.texts) >= 18
     for text in connection.texts:
@@ -114,7 +114,9 @@ def test_every_influxql_text_is_understood_by_a_real_influxdb_1(
     if policy != "autogen":
         influxdb1.query(f'CREATE RETENTION POLICY {identifier(policy)} ON "{database}" DURATION INF REPLICATION 1')
     for retention_policy in ("", policy):
-        reader = InfluxQlReader(connection, InfluxQlTarget(database, retention_policy, measurement, tag))
+        reader = InfluxQlReader(
+            connection, database=database, retention_policy=retention_policy, measurement=measurement, device_tag=tag
+        )
         ask_everything(reader, device, "field")
         assert reader.inventory().has_points is False
 
@@ -124,6 +126,6 @@ def test_every_field_can_be_asked_of_a_real_influxdb_1(influxdb1: InfluxDB1, fie
     database = influxdb1.new_database()
     name = field.replace(" ", "\\ ")
     influxdb1.write(database, f"m,device_id=D1 {name}=1.5 {int(NOON.timestamp()) * 10**9}")
-    reader = InfluxQlReader(Connection(Server(influxdb1.url)), InfluxQlTarget(database, "", "m"))
+    reader = InfluxQlReader(Connection(Server(influxdb1.url)), database=database, retention_policy="", measurement="m")
     assert [(one[2], one[3]) for one in values(reader.rows("D1", DAY))] == [(field, "1.5")]
     ask_everything(reader, "D1", field)

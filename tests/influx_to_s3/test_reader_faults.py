@@ -16,7 +16,7 @@ import urllib3
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.windows import Window
-from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, Server, ServerRefusal, refusal
+from app.influx_to_s3.reader import Connection, QueryTooLarge, Reader, Server, refusal
 from exporter import NOON
 from influx_readers import HOUR, LINES, Make, counted, flux, influxql, influxql_without_credentials, rows
 from influxdb1 import InfluxDB1
@@ -141,7 +141,7 @@ def test_a_refusal_about_memory_asks_for_less(influx: InfluxSimulator, reader: R
 
 
 def test_a_retry_after_that_is_a_date_is_no_number() -> None:
-    error = refusal(ServerRefusal("http://x", 429, "slow", "Wed, 21 Oct 2026 07:28:00 GMT", ""))
+    error = refusal("http://x", 429, "slow", where="", retry_after="Wed, 21 Oct 2026 07:28:00 GMT")
     assert isinstance(error, Transient)
     assert error.retry_after_seconds is None
 

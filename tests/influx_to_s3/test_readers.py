@@ -399,7 +399,7 @@ def check_readers(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
 
 
 @given(points())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_every_reader_gives_what_was_written(influxdb1: InfluxDB1, given_points: list[Point]) -> None:
     check_readers(influxdb1, given_points)
 

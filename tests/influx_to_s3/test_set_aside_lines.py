@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from app.core.windows import Window
 from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.reader import Points
+from app.influx_to_s3.rows import Disagreement
 from app.influx_to_s3.set_aside import (
     NO_DEVICE_TAG,
     OTHER_VALUE,
     REFUSED_ID,
     Aside,
-    Disagreement,
     line,
     lines_of,
-    values_in,
 )
 from app.object_store.set_aside import SetAsideStore
 from influx_points import NOON_NS, TIMES, points
@@ -171,7 +170,7 @@ def test_points_of_a_block_are_lines_with_their_own_tags_and_values_only() -> No
         f"m,device_id=a/b,phase=L1 v=1.5 {NOON_NS}",
         f"m,device_id=a/b on=true,v=2i {NOON_NS + 1}",
     ]
-    assert values_in(block) == {"v": 2, "on": 1}
+    assert block.numbers == {"v": 2, "on": 1}
 
 
 def test_a_value_of_an_unsigned_type_says_so_where_no_integer_holds_it() -> None:

@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from app.core.pipeline import UNLIMITED
-from app.influx_to_s3.influxql import InfluxQlReader, InfluxQlTarget
+from app.core.runs import Outcome
+from app.core.windows import Window
+from app.influx_to_s3.influxql import InfluxQlReader
 from app.influx_to_s3.reader import Retention, Server, ServerAnswer
-from app.influx_to_s3.source import Coverage
-from exporter import HOUR, MINUTE, NOON, Exporter, ns
+from exporter import EPOCH, HOUR, MINUTE, NOON, Exporter, ns
 from exports import exported
+from influx_points import source_of
 from influx_readers import flux, influxql_without_credentials
 from influxdb1 import InfluxDB1
+from simulators.influx import Refuse
 
 ALLOWED = {"EXPORT_ALLOW_SHRINK": "true"}
 
@@ -82,20 +86,36 @@ def test_a_span_is_written_again_and_says_what_would_go(closed: Exporter) -> Non
     assert closed.replace(NOON, NOON + HOUR, allow_shrink=True).report.notes == ()
 
 
-def test_retention_is_asked_once_in_a_run_and_a_clock_that_is_behind_forgets_nothing() -> None:
-    clock, answers = [NOON - 9 * HOUR], [Retention(2 * HOUR, told_at=NOON)]
+def test_a_retention_that_is_shortened_in_the_middle_of_a_run_takes_nothing_away(closed: Exporter) -> None:
+    closed.write_each(NOON, NOON + HOUR, device="D2")
+    closed.backfill(NOON, NOON + HOUR)
+    lacks(closed, 10)
+
+    def forget(text: str) -> bool:
+        """When D1 was compared, and before D2 is counted."""
+        if '"D2"' in text:
+            closed.influx.points.retention_seconds = 3600
+            closed.influx.points._series.clear()  # noqa: SLF001 - as above
+        return False
+
+    closed.influx.faults.add(Refuse(500), when=forget)
+    export = closed.export(EXPORT_CONCURRENCY="1", **ALLOWED)
+    run = closed.execute(lambda context: export.backfill(context, Window(NOON, NOON + HOUR)))
+    assert (run.outcome, run.report.removed_rows) == (Outcome.OK, 1)
+    found = [(device, (at - ns(NOON)) // ns(EPOCH + MINUTE)) for device, at, _, _ in exported(closed.store)]
+    assert sorted(found) == [("D1", n) for n in range(60) if n != 10] + [("D2", n) for n in range(60)]
+
+
+def test_a_clock_that_is_behind_forgets_nothing(tmp_path: Path) -> None:
+    clock, answers = NOON - 9 * HOUR, [Retention(2 * HOUR, told_at=NOON), Retention(None, NOON)]
 
     class Asked:
         def retention(self) -> Retention:
-            return answers.pop()
+            return answers.pop(0)
 
-    coverage = Coverage(Asked(), lambda action: action(), lambda: clock[0])  # type: ignore[arg-type]
-    assert coverage.since() == NOON - 2 * HOUR
-    clock[0] += HOUR
-    assert coverage.since() == NOON - HOUR
-    answers += [Retention(None, NOON + HOUR), Retention(None, NOON)]
-    by_oldest = Coverage(Asked(), lambda action: action(), lambda: clock[0])  # type: ignore[arg-type]
-    assert [by_oldest.since(), by_oldest.since()] == [NOON, NOON + HOUR]
+    source = source_of(Asked(), tmp_path)  # type: ignore[arg-type]
+    assert source.covered_since(lambda: clock) == NOON - 2 * HOUR
+    assert source.covered_since(lambda: clock) == NOON
 
 
 @pytest.mark.parametrize(
@@ -159,7 +179,7 @@ def test_influxdb_2_which_says_by_influxql_that_it_keeps_everything_is_not_belie
     points: str, oldest_at: str
 ) -> None:
     recorded = Recorded(f'{{"results":[{{"statement_id":0,{points}}}]}}\n')
-    reader = InfluxQlReader(recorded, InfluxQlTarget("db", "", "m"))  # type: ignore[arg-type]
+    reader = InfluxQlReader(recorded, database="db", retention_policy="", measurement="m")  # type: ignore[arg-type]
     expected = datetime.fromisoformat(oldest_at) if oldest_at else None
     assert reader.retention() == Retention(None, expected, NOON)
 

@@ -127,6 +127,7 @@ def test_a_whole_export_is_equal_window_by_window(with_delta: Exporter) -> None:
     assert rows["D1", hour(2)] == 0
 
 
+@pytest.mark.parametrize("full", ["parquet"], indirect=True)
 def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(full: Exporter) -> None:
     ends = full.export().verification(Stop())
     with pytest.raises(Rejected, match="no partition is named 'D11'") as caught:
@@ -242,6 +243,7 @@ def test_what_is_lost_at_both_ends_is_not_written_over(full: Exporter) -> None:
     assert content(full.store, key) == b"half of it"
 
 
+@pytest.mark.parametrize("with_delta", ["parquet"], indirect=True)
 def test_the_gap_map_shows_what_the_listing_shows(with_delta: Exporter) -> None:
     full = with_delta
     chart = full.export().chart

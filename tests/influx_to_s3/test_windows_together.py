@@ -9,7 +9,7 @@ import pytest
 from app.core.errors import Transient
 from app.core.pipeline import Count
 from app.core.windows import Window
-from app.influx_to_s3.flux import FluxReader, FluxTarget
+from app.influx_to_s3.flux import FluxReader
 from app.influx_to_s3.reader import Connection, Server
 from app.influx_to_s3.source import InfluxSource, runs_of_few_rows
 from exporter import Exporter
@@ -24,7 +24,9 @@ def source_for(exporter: Exporter, batch_rows: int = 20_000) -> InfluxSource:
     influx = exporter.influx
     reader = FluxReader(
         Connection(Server(influx.url, influx.token)),
-        FluxTarget(influx.org, influx.bucket, "device_telemetry", "device_id"),
+        org=influx.org,
+        bucket=influx.bucket,
+        measurement="device_telemetry",
     )
     return source_of(reader, exporter.folder / "spool", batch_rows=batch_rows, attempts=1)
 

@@ -171,7 +171,12 @@ def summary_of(ledger: Ledger) -> str:
     if not ledger:
         return ""
     total = ledger.total
-    reasons = "; ".join(map(_reason_text, ledger.set_aside))
+    reasons = "; ".join(
+        f"{one.number} {one.reason}"
+        + (f", {one.new} of them new" if one.new else "")
+        + (f", for example {sampled(one.sample)}" if one.sample else "")
+        for one in ledger.set_aside
+    )
     said = (
         (total.new, "new"),
         (total.already_there, "already there"),
@@ -182,12 +187,6 @@ def summary_of(ledger: Ledger) -> str:
     )
     parts = ", ".join(f"{number} {what}" for number, what in said if number)
     return f"{total.counted} {ledger.unit} counted{f': {parts}' if parts else ''}"
-
-
-def _reason_text(one: SetAside) -> str:
-    new = "" if one.new == 0 else f", {one.new} of them new"
-    sample = f", for example {sampled(one.sample)}" if one.sample else ""
-    return f"{one.number} {one.reason}{new}{sample}"
 
 
 def to_json(ledger: Ledger) -> Mapping[str, Any]:

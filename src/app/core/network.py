@@ -9,7 +9,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -27,22 +27,26 @@ CA_VARIABLES = (
 UNTRUSTED = ("certificate_verify_failed", "certificate verify failed", "root certificate file")
 
 
-class SharedClient:
-    """A library's client, which `make` makes on first use, for all threads. Call it to have it; raises what `make`
-    raises.
+T = TypeVar("T")
+
+
+class SharedClient(Generic[T]):
+    """What `make` makes on first use, for all threads: a library's client, or a part of the program that loads heavy
+    packages. Call it to have it; raises what `make` raises.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._made: Any = None
 
-    def __call__(self) -> Any:
+    def __call__(self) -> T:
         """The client."""
         with self._lock:
             if self._made is None:
                 self._made = self._make()
-            return self._made
+            made: T = self._made
+            return made
 
     def close(self) -> None:
         """End idle connections. It may be used again afterwards."""
@@ -95,6 +99,21 @@ def tunnel_to(url: str) -> tuple[str, int, dict[str, str]]:
     proxy = urlsplit(proxy_for(url))
     login = b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
     return proxy.hostname or "", proxy.port or 80, {"Proxy-Authorization": f"Basic {login}"} if login else {}
+
+
+def connection_fault(error: BaseException, url: str) -> str:
+    """What happened on the way to `url`, such as `cannot connect to 127.0.0.1:8086: connection refused`; "" where the
+    operating system has no word on it. Holds no more of the URL than host and port.
+    """
+    place = urlsplit(url).netloc.rpartition("@")[2]
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            was_open = isinstance(found, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)
+            what = f"the connection to {place} broke off" if was_open else f"cannot connect to {place}"
+            return f"{what}: {found.strerror[0].lower()}{found.strerror[1:]}"
+        found = found.__cause__ or found.__context__
+    return ""
 
 
 def is_untrusted(error: BaseException) -> bool:

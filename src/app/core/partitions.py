@@ -9,7 +9,7 @@ repeats those writes onto the same names.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -28,8 +28,8 @@ from app.core.pipeline import (
     Position,
     Record,
 )
-from app.core.runs import Context, Failure, Lease, Report
-from app.core.sync import Done, already_there, is_as_confirmed, sync_partition, waiting
+from app.core.runs import Context, Done, Failure, Lease, Report, ReportSum
+from app.core.sync import counted, is_as_confirmed, sync_partition
 from app.core.windows import Age, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -184,7 +184,8 @@ class SyncPlan:
 
     def left(self) -> Report:
         """All that was counted waits for a later run."""
-        return Report(ledger=waiting(self.unit, (one for some in self.counts.values() for one in some.values())))
+        each = (one for some in self.counts.values() for one in some.values())
+        return Report(ledger=counted(self.unit, each, "waiting"))
 
 
 Step = Callable[[Context, SyncPlan], Report]
@@ -317,7 +318,9 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
     batched = replace(pipeline, checkpoints=checkpoints)
     cursors = _cursors(batched, context, how)
     checkpoints.flush(pipeline.name, context.lease)
-    live = live_counts(pipeline, windows)
+    live: dict[str, dict[datetime, Count]] = {}
+    for (partition, start), count in (pipeline.source.counts(None, windows) if windows else {}).items():
+        live.setdefault(partition, {})[start] = count
     if len(windows) == len(every) and not any(live.get(partition) for partition in cursors if partition != UNNAMED):
         how.nothing_found()
 
@@ -332,7 +335,8 @@ def sync_all(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Report:
 
     idle = {name for name in cursors if is_idle(name)}
     confirmed = (count for name in idle for count in live.get(name, {}).values())
-    report = Report(ledger=already_there(pipeline.unit, *confirmed))
+    report = Report(ledger=counted(pipeline.unit, confirmed, "already_there"))
+    context.done(report)
     log.debug("%d of %d partitions are as confirmed", len(idle), len(cursors))
     context.progress.advance(total=len(cursors), done=len(idle))
     if busy := sorted(cursors.keys() - idle):
@@ -360,14 +364,18 @@ def sync_step(
 
     def one(partition: str, done: Done) -> None:
         at = Position(partition, plan.cursors[partition], plan.now, plan.live_since)
-        if pipeline.refused and not _can_be_named(pipeline, partition, plan.now):
+        try:
+            pipeline.sink.key(partition, next(pipeline.grid.windows(plan.now, plan.now + datetime.resolution)), 0)
+        except Rejected:  # it cannot name an object
+            if not pipeline.refused:
+                raise
             done(pipeline.refused(context, at, plan.counts[partition]))
         else:
             sync_partition(pipeline, context, at, plan.counts[partition], done)
         context.progress.advance(done=1)
 
     def left(partition: str) -> Report:
-        return Report(ledger=waiting(pipeline.unit, plan.counts[partition].values()))
+        return Report(ledger=counted(pipeline.unit, plan.counts[partition].values(), "waiting"))
 
     try:
         report = isolated(pipeline, context, sorted(plan.cursors), one, how=replace(how, now=plan.now), left=left)
@@ -376,15 +384,6 @@ def sync_step(
         raise
     checkpoints.flush(pipeline.name, context.lease)
     return report
-
-
-def _can_be_named(pipeline: Pipeline[B, E], partition: str, now: datetime) -> bool:
-    try:
-        pipeline.sink.key(partition, next(pipeline.grid.windows(now, now + datetime.resolution)), 0)
-    except Rejected as error:
-        log.debug("%r: %s", partition, error)
-        return False
-    return True
 
 
 def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[str, datetime]:
@@ -408,26 +407,16 @@ def _cursors(pipeline: Pipeline[B, E], context: Context, how: Pass) -> Mapping[s
     return known
 
 
-def live_counts(pipeline: Pipeline[B, E], windows: Sequence[Window]) -> Mapping[str, Mapping[datetime, Count]]:
-    """The counts of live windows, by partition and window start, in one query to the source."""
-    by_partition: dict[str, dict[datetime, Count]] = {}
-    if windows:
-        for (partition, start), count in pipeline.source.counts(None, windows).items():
-            by_partition.setdefault(partition, {})[start] = count
-    return by_partition
-
-
 def live_windows(pipeline: Pipeline[B, E], now: datetime) -> Sequence[Window]:
     """Open and settling windows at `now`, oldest first."""
     grid = pipeline.grid
 
-    def backwards() -> Iterator[Window]:
-        window = next(grid.windows(now, now + datetime.resolution))
-        while age_of(window, now, grid.grace_seconds) is not Age.DUE:
-            yield window
-            window = next(grid.windows(window.start - datetime.resolution, window.start))
-
-    return list(backwards())[::-1]
+    found: list[Window] = []
+    window = next(grid.windows(now, now + datetime.resolution))
+    while age_of(window, now, grid.grace_seconds) is not Age.DUE:
+        found.append(window)
+        window = next(grid.windows(window.start - datetime.resolution, window.start))
+    return found[::-1]
 
 
 class _Outage:
@@ -481,21 +470,28 @@ def isolated(
     def attempt(partition: str) -> Report:
         context.stop.check()
         outage.check()
-        parts: list[Report] = []
+        parts = ReportSum()
         try:
             with rising:
-                one(partition, parts.append)
+                one(partition, parts)
         except (LeaseLost, Stopped):
             raise
         except (Transient, Permanent, Rejected) as error:
             outage.saw(error if isinstance(error, Transient) else None)
             failure = Failure(partition, error.message, error.hint)
             how.backoff.failed(failure, how.now, may_pass=isinstance(error, Transient))
-            _note(pipeline, context, failure, str(error))
-            return sum(parts, Report(failures=(failure,)))
+            if not context.dry_run:
+                # Beside the cursor, which stays. A lost lease or an absent store ends the whole run.
+                try:
+                    pipeline.checkpoints.fail(pipeline.name, partition, str(error), context.lease)
+                except Rejected as unnamed:
+                    log.warning("the failure of partition %r cannot be noted: %s", partition, unnamed)
+            return parts.total + Report(failures=(failure,))
+        finally:
+            context.done(replace(parts.total, ledger=parts.total.ledger.of_partition(partition)))
         outage.saw(None)
         how.backoff.well(partition)
-        return sum(parts, Report())
+        return parts.total
 
     def wait(partition: str) -> Report:
         report = left(partition)
@@ -528,13 +524,3 @@ def _all(pool: ThreadPoolExecutor, attempt: Callable[[str], Report], partitions:
         for future in futures:
             future.cancel()
     return total
-
-
-def _note(pipeline: Pipeline[B, E], context: Context, failure: Failure, message: str) -> None:
-    """Note the failure beside the cursor, which stays. A lost lease or an absent store ends the whole run."""
-    if context.dry_run:
-        return
-    try:
-        pipeline.checkpoints.fail(pipeline.name, failure.partition, message, context.lease)
-    except Rejected as unnamed:
-        log.warning("the failure of partition %r cannot be noted beside its cursor: %s", failure.partition, unnamed)

@@ -1,5 +1,8 @@
-"""A pipeline as a value: its ports, whose methods are contracts, what is known of a window, and which rows may go from
-an object.
+"""A pipeline as a value: its ports, what is known of a window, and which rows may go from an object.
+
+A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each method of a
+port is a contract that every implementation keeps and that one conformance suite checks. Invariant: a row that the
+source's retention may have forgotten is never taken out, whatever is allowed.
 """
 
 import threading
@@ -16,10 +19,6 @@ from app.core.windows import Window
 
 if TYPE_CHECKING:
     from app.core.runs import Context, Report
-
-# Which rows an object may lose: only those that the source would still have if nobody had deleted them there.
-#
-# Invariant: a row that the source's retention may have forgotten is never taken out, whatever is allowed.
 
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 UNLIMITED = timedelta.max
@@ -66,12 +65,6 @@ def covered_since(now: datetime, retention: timedelta | None, oldest_at: datetim
     if retention >= now - EARLIEST:
         return EARLIEST
     return now - retention
-
-
-# The values and ports of the one loop: what a source, a sink and the checkpoints promise.
-#
-# A source yields batches, a sink holds one object per window, checkpoints remember what was confirmed. Each method
-# below is a contract that every implementation keeps and that one conformance suite checks.
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,9 +374,6 @@ class Checkpoints(Protocol):
         """An object could not be deleted, and why; "" when it is gone. Needs no lease."""
 
 
-# Which rows the objects of open windows have, as far as this process wrote them: then they need not be read again.
-
-
 class KnownRows:
     """Which rows the objects of open windows have, as far as this process wrote them: a memory that may be lost at any
     time. Bounded: the windows that were written longest ago are forgotten first. From any thread.
@@ -413,9 +403,6 @@ class KnownRows:
         # Without the lock: one look into a dictionary is whole, and what is not known is read.
         known, identities = self._known.get(slot, ("", None))
         return identities if known == version else None
-
-
-# A pipeline as a value: one source joined to one sink, its windows, and one window as a task.
 
 
 NOTHING = Count(0, 0)
@@ -487,12 +474,6 @@ class Pipeline(Generic[B, E]):
         self.identities.keep(slot, version, None if task.final or self.by_digest else batch.identities)
         if batch.reusable and not task.final:
             self.kept[slot] = (version, batch)
-
-    def summaries(self, task: "Task", encoded: E, key: str, version: str) -> Sequence[Any]:
-        """What is committed with the record of the object that was just written."""
-        if self.summarise is None or not (task.final or self.summarises_open):
-            return ()
-        return self.summarise(encoded, key, version)
 
     def keeps(self, batch: B) -> bool:
         """True when `batch` belongs to the pipeline."""

@@ -1,5 +1,7 @@
-"""Past windows: late and corrected rows, what was never written, what was damaged since, and the daily reconcile of
-records with both ends.
+"""Past windows: late and corrected rows, what was never written, what was taken away or damaged since, and the daily
+reconcile of records with both ends.
+
+All of it is the one protocol of `sync`, with the destination asked what it holds. No live cursor is moved here.
 """
 
 import logging
@@ -12,13 +14,9 @@ from typing import TypeVar
 
 from app.core.errors import Permanent, Rejected
 from app.core.pipeline import FOREIGN, MISSING, NOTHING, Batch, Count, Encoded, Objects, Pipeline, Record, Sums, Task
-from app.core.runs import Context, Failure, Report
-from app.core.sync import already_there, delete_deltas, settle, waiting
+from app.core.runs import Context, Done, Failure, Report, ReportSum
+from app.core.sync import counted, delete_deltas, settle
 from app.core.windows import Age, FailedWindows, Window, age_of
-
-# Past windows: late and corrected rows, what was never written, and what was taken away or damaged since.
-#
-# All of it is the one protocol of `sync`, with the destination asked what it holds. No live cursor is moved here.
 
 B = TypeVar("B", bound=Batch)
 E = TypeVar("E", bound=Encoded)
@@ -36,15 +34,16 @@ def fill(
     *,
     by_content: bool = False,
     always_writes: bool = False,
+    told: Done | None = None,
 ) -> Report:
     """Bring every due window of `span` up to the source: what was never written is written and closed, and late rows go
     into the object of their window.
 
     `by_content`: also where the count is as confirmed, since values may have changed. `always_writes`: also what is
     right is written again; rows that only an object has are told in the notes, and stay unless the pipeline's `shrink`
-    takes them out.
+    takes them out. `told` has heard of what was done when a failure of several windows in a row is raised.
     """
-    report, failed = Report(), FailedWindows()
+    done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
         counts = pipeline.source.counts(partition, step)
         found = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -61,14 +60,15 @@ def fill(
                 is_new = pipeline.sink.head(pipeline.sink.key(partition, window, 0)) is None
             if confirmed and not (by_content or always_writes or window.start in with_deltas):
                 log.debug("%s %s: %d values counted, as confirmed", partition, window, count.cells)
-                report += Report(ledger=already_there(pipeline.unit, count))
+                done(Report(ledger=counted(pipeline.unit, [count], "already_there")))
             elif count != NOTHING or not is_new:
                 task = Task(partition, window, count, record, final=True, asks=True, always_writes=always_writes)
                 with failed.one():
-                    report += settle(pipeline, context, task)
+                    done(settle(pipeline, context, task))
                 failed.check_outage()
             context.progress.advance(done=1)
-    return report + _failures(partition, failed)
+    done(_failures(partition, failed))
+    return done.total
 
 
 def _failures(partition: str, failed: FailedWindows) -> Report:
@@ -256,13 +256,14 @@ def reconcile(
     asked: Asked,
     by_content: Window | None,
     heals: bool,
+    told: Done | None = None,
 ) -> Report:
     """Compare every due window of `span` with its record, and bring it up to the source where one of them differs.
 
     `by_content`: windows that start in it are read at the source also where the sums are as confirmed. `heals`: objects
-    that are gone or another program's are written again.
+    that are gone or another program's are written again. `told`: see `fill`.
     """
-    report, failed = Report(), FailedWindows()
+    done, failed = ReportSum(told), FailedWindows()
     for step in _steps(pipeline, span, now):
         context.progress.advance(total=len(step))
         records = pipeline.checkpoints.records(pipeline.name, partition, step[0].start, step[-1].end)
@@ -280,10 +281,11 @@ def reconcile(
             )
             reads = by_content is not None and by_content.start <= window.start < by_content.end
             with failed.one():
-                report += _window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals)
+                done(_window(pipeline, context, partition, window, now, ends=ends, reads=reads, heals=heals))
             failed.check_outage()
             context.progress.advance(done=1)
-    return report + _failures(partition, failed)
+    done(_failures(partition, failed))
+    return done.total
 
 
 def _window(
@@ -305,8 +307,8 @@ def _window(
     record = ends.record
     has_more = record is not None and record.digest != record.source_digest
     if verdict is WindowVerdict.AS_CONFIRMED and not reads and not (has_more and pipeline.shrink):
-        return Report(ledger=already_there(pipeline.unit, ends.count))
-    left = waiting(pipeline.unit, [ends.count])
+        return Report(ledger=counted(pipeline.unit, [ends.count], "already_there"))
+    left = counted(pipeline.unit, [ends.count], "waiting")
     if verdict is WindowVerdict.TROUBLE and not heals:
         return Report(ledger=left)
     try:

@@ -129,6 +129,27 @@ class Report:
         )
 
 
+Done = Callable[[Report], None]
+
+
+class ReportSum:
+    """What was done, added up. Each part is `told` at once, so that an error that follows cannot hide it. From any
+    thread.
+    """
+
+    def __init__(self, told: Done | None = None) -> None:
+        self.total = Report()
+        self._told = told
+        self._lock = threading.Lock()
+
+    def __call__(self, part: Report) -> None:
+        """One more part."""
+        with self._lock:
+            self.total += part
+        if self._told:
+            self._told(part)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One execution of a job, as it is recorded. `error` and `hint` are empty unless something failed.
@@ -194,12 +215,15 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._reason = ""
+        self._inner: list[Stop] = []
 
     def ask(self, reason: str) -> None:
         """Ask for a stop; the first reason is kept."""
         if not self._event.is_set():
             self._reason = reason
             self._event.set()
+        for each in tuple(self._inner):
+            each.ask(reason)
 
     @property
     def asked(self) -> bool:
@@ -215,6 +239,18 @@ class Stop:
         """Wait, or raise Stopped as soon as a stop is asked for."""
         self._event.wait(seconds)
         self.check()
+
+    @contextmanager
+    def inner(self) -> Iterator["Stop"]:
+        """A signal of its own for a block: it is asked with this one, and may be asked alone."""
+        inner = Stop()
+        self._inner.append(inner)
+        if self._event.is_set():
+            inner.ask(self._reason)
+        try:
+            yield inner
+        finally:
+            self._inner.remove(inner)
 
 
 class Progress(Protocol):
@@ -234,7 +270,8 @@ class Unwatched:
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a running job is given. `now_at` is when the run began, by the clock that all processes on one state share:
-    the database's where it has one, else this machine's.
+    the database's where it has one, else this machine's. `done` hears of what was done, for the record of a run that an
+    error or a stop ends: what its work returns is not known then.
     """
 
     run_id: str
@@ -244,6 +281,7 @@ class Context:
     dry_run: bool = False
     now_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     desk: "RunDesk | None" = None
+    done: ReportSum = field(default_factory=ReportSum)
     _since: float = field(default_factory=time.monotonic)
 
     @contextmanager
@@ -328,6 +366,7 @@ def execute(
     """
     run = Run(uuid4().hex, job.name, desk.clock(), started_by=started_by)
     cause: BaseException | None = None
+    done = ReportSum()
     try:
         lease = desk.leases.acquire(job.name, desk.terms.owner, desk.terms.ttl_seconds)
         if lease is None:
@@ -336,7 +375,7 @@ def execute(
             # Both times are taken while the lease is held, and the clock is asked once: no two recorded runs of a job
             # overlap, and none ends before it began, whatever is done to the clock meanwhile.
             run = replace(run, started_at=lease.acquired_at or desk.clock())
-            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk)
+            context = Context(run.run_id, lease, own_stop, progress, dry_run, run.started_at, desk, done)
             if not dry_run:
                 desk.runs.save(run)
             token = current_run.set(run.run_id)
@@ -348,10 +387,13 @@ def execute(
         run = _reported(run, report)
     except Exception as error:  # noqa: BLE001 - the one handler of its kind: whatever a job does, its run gets an outcome
         cause = error
-        run = _failed(run, error)
+        run = _failed(replace(run, report=done.total), error)
     run = replace(run, ended_at=run.ended_at or max(desk.clock(), run.started_at))
     if not dry_run:
-        cause = _save(run, desk.runs) or cause
+        try:
+            desk.runs.save(run)
+        except AppError as error:  # a store that is away must not hide how the run ended
+            cause = error
     desk.ended(run, cause)
     return run
 
@@ -377,22 +419,12 @@ def _failed(run: Run, error: Exception) -> Run:
     return replace(run, outcome=outcome, error=f"{type(error).__name__}: {error}", hint=hint)
 
 
-def _save(run: Run, runs: Runs) -> AppError | None:
-    """Record the end; a store that is away must not hide how the run ended, so its error is handed back."""
-    try:
-        runs.save(run)
-    except AppError as error:
-        return error
-    return None
-
-
 @contextmanager
 def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
     """Keep the lease alive from a thread of its own; losing it asks this run, and only this run, to stop."""
-    own_stop = _Either(stop)
     done = threading.Event()
 
-    def beat() -> None:
+    def beat(own_stop: Stop) -> None:
         held = lease
         while not done.wait(desk.terms.heartbeat_seconds):
             try:
@@ -407,43 +439,15 @@ def _renewed(lease: Lease, desk: RunDesk, stop: Stop) -> Iterator[Stop]:
                 own_stop.ask(error.message)
                 return
 
-    heart = threading.Thread(target=beat, name=f"lease-{lease.name}", daemon=True)
-    heart.start()
-    try:
-        yield own_stop
-    finally:
-        done.set()
-        heart.join()
-        _release(lease, desk.leases)
-
-
-def _release(lease: Lease, leases: Leases) -> None:
-    """Give the lease back; a store that is away lets it expire by itself, which costs others at most its TTL."""
-    try:
-        leases.release(lease)
-    except AppError as error:
-        log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)
-
-
-class _Either(Stop):
-    """Stops when asked itself or when the process is asked."""
-
-    def __init__(self, outer: Stop) -> None:
-        super().__init__()
-        self._outer = outer
-
-    @property
-    def asked(self) -> bool:
-        return super().asked or self._outer.asked
-
-    def check(self) -> None:
-        self._outer.check()
-        super().check()
-
-    def pause(self, seconds: float) -> None:
-        slice_seconds = 0.2
-        while seconds > 0:
-            self.check()
-            self._event.wait(min(seconds, slice_seconds))
-            seconds -= slice_seconds
-        self.check()
+    with stop.inner() as own_stop:
+        heart = threading.Thread(target=beat, args=(own_stop,), name=f"lease-{lease.name}", daemon=True)
+        heart.start()
+        try:
+            yield own_stop
+        finally:
+            done.set()
+            heart.join()
+            try:
+                desk.leases.release(lease)
+            except AppError as error:  # away: it expires by itself, which costs others at most its TTL
+                log.warning("the lease of %s could not be given back and runs out by itself: %s", lease.name, error)

@@ -13,12 +13,12 @@ A window that fails keeps no other of its partition waiting; the cursor stays be
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice, takewhile
-from typing import Any, Generic, TypeGuard, TypeVar
+from typing import Any, Generic, TypeVar
 
 from app.core.errors import Conflict, Permanent, Rejected, Transient
 from app.core.ledger import Ledger, Tally
@@ -29,7 +29,6 @@ from app.core.pipeline import (
     Commit,
     Count,
     Encoded,
-    Grid,
     Held,
     Pipeline,
     Position,
@@ -38,7 +37,7 @@ from app.core.pipeline import (
     Sums,
     Task,
 )
-from app.core.runs import Context, Report
+from app.core.runs import Context, Done, Report, ReportSum
 from app.core.windows import Age, FailedWindows, Window, age_of
 
 B = TypeVar("B", bound=Batch)
@@ -66,9 +65,6 @@ class _Written:
     summaries: Sequence[Any] = ()
 
 
-Done = Callable[[Report], None]
-
-
 def sync_partition(
     pipeline: Pipeline[B, E], context: Context, at: Position, live: Mapping[datetime, Count], told: Done | None = None
 ) -> Report:
@@ -77,18 +73,13 @@ def sync_partition(
     `live` holds the counts of open and settling windows by start, taken before this call. Raises what the ports raise,
     that of a window after the others had their turn; what was committed stays, and `told` has heard of it.
     """
-    total = Report()
-
-    def done(part: Report) -> None:
-        nonlocal total
-        total += part
-        if told:
-            told(part)
-
+    done = ReportSum(told)
     left = dict(live)  # what was counted and is not brought up to date yet
     failed, passed = FailedWindows(), at.cursor_at
     try:
-        due = list(islice(_due(pipeline.grid, at), pipeline.grid.count_windows))
+        windows = pipeline.grid.windows(at.cursor_at, at.now)
+        past = takewhile(lambda each: age_of(each, at.now, pipeline.grid.grace_seconds) is Age.DUE, windows)
+        due = list(islice(past, pipeline.grid.count_windows))
         with failed.one():
             passed = (
                 _close_due(pipeline, context, at.partition, due, left=left, done=done, failed=failed) if due else passed
@@ -100,31 +91,17 @@ def sync_partition(
             _refresh(pipeline, context, replace(at, cursor_at=passed), left=left, done=done, failed=failed)
         failed.check()
     finally:
-        done(Report(ledger=waiting(pipeline.unit, left.values())))
-    return total
+        done(Report(ledger=counted(pipeline.unit, left.values(), "waiting")))
+    return done.total
 
 
-def waiting(unit: str, counts: Iterable[Count]) -> Ledger:
-    """What was counted and is left for a later run."""
-    return _counted(unit, counts, "waiting")
-
-
-def already_there(unit: str, *counts: Count) -> Ledger:
-    """What was counted and is as it was confirmed."""
-    return _counted(unit, counts, "already_there")
-
-
-def _counted(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
+def counted(unit: str, counts: Iterable[Count], entry: str) -> Ledger:
+    """The ledger of what was counted and is all one `entry`: "waiting" for a later run, or "already_there"."""
     fields: dict[str, int] = {}
     for one in counts:
         for name, number in one.fields.items():
             fields[name] = fields.get(name, 0) + number
     return Ledger(unit, {name: Tally(counted=number, **{entry: number}) for name, number in fields.items()})
-
-
-def _due(grid: Grid, at: Position) -> Iterator[Window]:
-    windows = grid.windows(at.cursor_at, at.now)
-    return takewhile(lambda window: age_of(window, at.now, grid.grace_seconds) is Age.DUE, windows)
 
 
 def _close_due(
@@ -143,7 +120,11 @@ def _close_due(
     counts = {start: count for (_, start), count in pipeline.source.counts(partition, due).items()}
     left |= counts
     records = _records(pipeline, partition, due)
-    work = {w.start: (w, count) for w in due if (count := _to_close(w, records, counts.get(w.start)))}
+    work: dict[datetime, tuple[Window, Count]] = {}
+    for window in due:
+        record, count = records.get(window.start), counts.get(window.start, NOTHING)
+        if count != NOTHING if record is None else not record.closed:
+            work[window.start] = window, count
     ahead = pipeline.source.read_each(partition, list(work.values()))
     passed = committed = due[0].start
     written = 0
@@ -163,19 +144,12 @@ def _close_due(
                 left.pop(window.start, None)
         elif window.start in counts:
             log.debug("%s %s: %d values counted, closed already", partition, window, counts[window.start].cells)
-            done(Report(ledger=already_there(pipeline.unit, left.pop(window.start))))
+            done(Report(ledger=counted(pipeline.unit, [left.pop(window.start)], "already_there")))
         passed = passed if failed.first else window.end
         context.progress.advance(done=1)
     if passed > committed and failed.first is None and not context.dry_run:
         pipeline.checkpoints.commit(pipeline.name, partition, Commit(cursor_at=passed), context.lease)
     return passed
-
-
-def _to_close(window: Window, records: Mapping[datetime, Record], count: Count | None) -> Count | None:
-    """What to expect in a window that must be settled; None when it is empty or closed."""
-    record, expected = records.get(window.start), count or NOTHING
-    needed = expected != NOTHING if record is None else not record.closed
-    return expected if needed else None
 
 
 def _refresh(
@@ -201,10 +175,13 @@ def _refresh(
         record, count = records.get(window.start), left.get(window.start, NOTHING)
         if is_as_confirmed(record, count):
             log.debug("%s %s: %d values counted, as confirmed: nothing to write", at.partition, window, count.cells)
-            done(Report(ledger=already_there(pipeline.unit, count)))
-        elif _was_just_written(record, at.now, grid.rewrite_seconds):
-            there, later[window.start] = _split(count, record)
-            done(Report(ledger=already_there(pipeline.unit, there)))
+            done(Report(ledger=counted(pipeline.unit, [count], "already_there")))
+        elif record and record.written_at and 0 <= (at.now - record.written_at).total_seconds() < grid.rewrite_seconds:
+            # Each write is charged. A time ahead of now counts as long ago.
+            there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
+            rest = {name: number - there[name] for name, number in count.fields.items()}
+            later[window.start] = replace(count, fields=rest)
+            done(Report(ledger=counted(pipeline.unit, [replace(count, fields=there)], "already_there")))
         else:
             with failed.one():
                 done(settle(pipeline, context, Task(at.partition, window, count, record, final=False)))
@@ -214,22 +191,6 @@ def _refresh(
     for start in [start for start in left if start < at.cursor_at]:
         del left[start]  # what is before the cursor was closed earlier
     left |= later
-
-
-def _was_just_written(record: Record | None, now: datetime, rewrite_seconds: float) -> TypeGuard[Record]:
-    """True for an object that is not written again yet, since each write is charged. A time ahead of now counts as
-    long ago.
-    """
-    if record is None or record.written_at is None:
-        return False
-    return 0 <= (now - record.written_at).total_seconds() < rewrite_seconds
-
-
-def _split(count: Count, record: Record) -> tuple[Count, Count]:
-    """Of what was counted, how much the object holds, and the rest."""
-    there = {name: min(number, record.fields.get(name, 0)) for name, number in count.fields.items()}
-    rest = {name: number - there[name] for name, number in count.fields.items()}
-    return replace(count, fields=there), replace(count, fields=rest)
 
 
 def is_as_confirmed(record: Record | None, count: Count) -> bool:
@@ -254,7 +215,8 @@ def settle(pipeline: Pipeline[B, E], context: Context, task: Task, *, moves_curs
     Order: the object with the rows of its deltas, the commit, then the deltas go. Killed in between, the object says
     itself which deltas it holds.
     """
-    written = _write(pipeline, context, task)
+    with pipeline.large_turns if task.count.points > pipeline.large_points else nullcontext():
+        written = _write(pipeline, context, task)
     record = written.record
     if record is not None and task.final:
         record = replace(record, closed=True)
@@ -307,11 +269,6 @@ def delete_deltas(pipeline: Pipeline[B, E], keys: Sequence[str]) -> None:
 
 def _write(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     """Version, source, compare-and-swap; after a conflict all three again. Raises Transient when it never settles."""
-    with pipeline.large_turns if task.count.points > pipeline.large_points else nullcontext():
-        return _write_now(pipeline, context, task)
-
-
-def _write_now(pipeline: Pipeline[B, E], context: Context, task: Task) -> _Written:
     key = pipeline.sink.key(task.partition, task.window, 0)
     held = pipeline.sink.head(key) if pipeline.asks_sink or task.asks else task.record.held if task.record else None
     for _ in range(CONFLICTS):
@@ -380,6 +337,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
         if not context.dry_run:
             version, is_ours = _swap(pipeline, task, held, batch, encoded, folded=folded)
             pipeline.keep(task, version, batch)
+        summed = is_ours and (task.final or pipeline.summarises_open)
         stored = Held(version, size_bytes=encoded.size_bytes, folded=folded)
         new_rows = batch.new_rows if found.is_united or held is None else max(batch.rows - (held.rows or 0), 0)
         return _Written(
@@ -388,7 +346,7 @@ def _put(pipeline: Pipeline[B, E], context: Context, task: Task, held: Held | No
             deltas=found.deltas,
             new_rows=new_rows,
             corrected_rows=batch.corrected_rows,
-            summaries=pipeline.summaries(task, encoded, key, version) if is_ours else (),
+            summaries=pipeline.summarise(encoded, key, version) if summed and pipeline.summarise else (),
         )
 
 
@@ -455,7 +413,11 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     """The window's rows, closed at the end unless they were kept; rows that only the sink still has are put back in."""
     kept = pipeline.take(task, held.version if held else "")
     try:
-        batch = _read_ahead(task)
+        batch: B | None = None
+        try:
+            batch = next(task.ahead, None) if task.ahead else None
+        except (Transient, Permanent, Rejected) as error:  # perhaps because of another window
+            log.debug("%s %s: is read alone: %s", task.partition, task.window, error)
         if batch is None:
             batch = pipeline.source.read(task.partition, task.window, task.count, kept)
     finally:
@@ -463,8 +425,8 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             kept.close()
     digest, sums = batch.digest, batch.sums
     try:
-        deltas = _deltas(pipeline, task, held)
-        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in _sound(pipeline, task, deltas.unfolded)]
+        deltas, unfolded, folded = _deltas(pipeline, task, held)
+        rows = [pipeline.sink.read(key, _version(pipeline, key)) for key in unfolded]
         is_confirmed = held is not None and not rows and _is_confirmed(pipeline, task, held, digest)
         if held is not None and not is_confirmed and not task.replaces and _needs_union(pipeline, task, held, batch):
             rows.insert(0, pipeline.sink.read(pipeline.sink.key(task.partition, task.window, 0), held.version))
@@ -475,8 +437,8 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
             batch,
             digest,
             sums,
-            deltas.keys,
-            deltas.highest,
+            deltas,
+            folded,
             is_united=bool(rows),
             is_confirmed=is_confirmed,
             shrink=shrink,
@@ -484,15 +446,6 @@ def _reading(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> Iterato
     finally:
         if not pipeline.keeps(batch):
             batch.close()
-
-
-def _read_ahead(task: Task) -> Any:
-    """What was read of the window together with others; None where that fails, perhaps because of another one."""
-    try:
-        return next(task.ahead, None) if task.ahead else None
-    except (Transient, Permanent, Rejected) as error:
-        log.debug("%s %s: is read alone: %s", task.partition, task.window, error)
-        return None
 
 
 def _united(pipeline: Pipeline[B, E], task: Task, batch: B, rows: Sequence[Iterable[Any]], shrink: Shrink | None) -> B:
@@ -536,51 +489,37 @@ def _needs_union(pipeline: Pipeline[B, E], task: Task, held: Held, batch: B) -> 
     return identities is None or not batch.holds_all(identities)
 
 
-@dataclass(frozen=True, slots=True)
-class _DeltaKeys:
-    """Delta objects of a window: all keys, those whose rows the object does not hold yet, and the highest part."""
+def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> tuple[Sequence[str], Sequence[str], int]:
+    """Of a window's deltas, which only a pass looks for that asks what is there: the keys of those that go afterwards,
+    of those whose rows the object does not hold yet, and the highest part.
 
-    keys: Sequence[str] = ()
-    unfolded: Sequence[str] = ()
-    highest: int = 0
-
-
-def _deltas(pipeline: Pipeline[B, E], task: Task, held: Held | None) -> _DeltaKeys:
-    """Looked for only by a pass that asks what is there. Those whose rows the object holds just go."""
-    if pipeline.deltas is None or not task.asks:
-        return _DeltaKeys()
-    found = list(_own(pipeline, task))
-    folded = held.folded if held is not None and not task.replaces else 0
-    return _DeltaKeys(
-        keys=[key for _, key, _ in found],
-        unfolded=[key for part, key, is_own in found if part > folded and is_own],
-        highest=max([folded, *(part for part, _, _ in found)]),
-    )
-
-
-def _own(pipeline: Pipeline[B, E], task: Task) -> Iterator[tuple[int, str, bool]]:
-    """Part and key of each delta, and whether Headwater wrote it. What another program put there is left alone, and
-    where damage is mended it goes.
+    What another program put there is left alone, and where damage is mended it goes. Then deltas that cannot be read
+    are left out as well; the source may have their rows.
     """
-    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas else ():
+    folded = held.folded if held is not None and not task.replaces else 0
+    keys: list[str] = []
+    unfolded: list[str] = []
+    highest = folded
+    for part, key in pipeline.deltas.found(task.partition, task.window) if pipeline.deltas and task.asks else ():
         there = pipeline.sink.head(key)
         is_own = there is not None and bool(there.digest)
         if is_own or task.mends:
-            yield part, key, is_own
+            keys.append(key)
+            highest = max(highest, part)
+            if is_own and part > folded and not (task.replaces and _is_damaged(pipeline, key)):
+                unfolded.append(key)
         elif there is not None:
             log.warning("%s: was not written by Headwater and is left alone: run verify with --heal", key)
+    return keys, unfolded, highest
 
 
-def _sound(pipeline: Pipeline[B, E], task: Task, keys: Sequence[str]) -> Iterator[str]:
-    """Where damage is mended, deltas that cannot be read are left out as well; the source may have their rows."""
-    for key in keys:
-        try:
-            if task.replaces:
-                deque(pipeline.sink.read(key, _version(pipeline, key)), maxlen=0)
-        except Permanent as error:
-            log.warning("%s", error)
-        else:
-            yield key
+def _is_damaged(pipeline: Pipeline[B, E], key: str) -> bool:
+    try:
+        deque(pipeline.sink.read(key, _version(pipeline, key)), maxlen=0)
+    except Permanent as error:
+        log.warning("%s", error)
+        return True
+    return False
 
 
 def _version(pipeline: Pipeline[B, E], key: str) -> str:

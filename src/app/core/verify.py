@@ -1,5 +1,10 @@
 """Both ends of a pipeline window by window: compared by content and mended on request, and the gap map of what a
 destination holds.
+
+Invariants: both ends are re-read, so nothing that was remembered can hide a fault; a digest does not depend on the
+order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes nothing.
+A cell of the map is decided from the listing; a record only says what should be there, so an object that somebody took
+away or changed shows although the checkpoints believe in it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,39 +18,29 @@ from app.core.pipeline import Record
 from app.core.runs import Context, Failure, Report, Stop
 from app.core.windows import Age, Window, age_of
 
-# Proof of delivery: what both ends of a pipeline hold, window by window, compared by content and mended on request.
-#
-# Invariants: both ends are re-read, so nothing that was remembered can hide a fault; a digest does not depend on
-# the order of rows nor on how they are spread over objects, and a row that is there twice changes it; a look writes
-# nothing.
-
-LANE_BYTES = 8
-LANES = 2
-LANE = 1 << (8 * LANE_BYTES)
+LANE = 1 << 64
 NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one end holds of a window: the number of rows, and two sums of 64-bit hashes as hex.
+    """What one end holds of a window: the number of rows, and two sums of 64-bit hashes.
 
     `set_aside`: values of the source that no object can hold, by a rule that both ends follow; not part of the rest.
     """
 
     rows: int = 0
-    digest: str = "0" * (2 * LANES * LANE_BYTES)
+    sums: tuple[int, ...] = (0, 0)
     set_aside: int = field(default=0, compare=False)
 
     @property
-    def sums(self) -> tuple[int, int]:
-        """The two sums."""
-        half = 2 * LANE_BYTES
-        return int(self.digest[:half], 16), int(self.digest[half:], 16)
+    def digest(self) -> str:
+        """The sums as hex."""
+        return "".join(f"{each:016x}" for each in self.sums)
 
     def __add__(self, other: "Content") -> "Content":
-        pairs = zip(self.sums, other.sums, strict=True)
-        total = content_from(self.rows + other.rows, *(one + two for one, two in pairs))
-        return replace(total, set_aside=self.set_aside + other.set_aside)
+        sums = (one + two for one, two in zip(self.sums, other.sums, strict=True))
+        return replace(content_from(self.rows + other.rows, *sums), set_aside=self.set_aside + other.set_aside)
 
 
 NOTHING = Content()
@@ -53,7 +48,7 @@ NOTHING = Content()
 
 def content_from(rows: int, *sums: int) -> Content:
     """The content with these sums, whatever they grew to."""
-    return Content(rows, "".join(f"{each % LANE:0{2 * LANE_BYTES}x}" for each in sums))
+    return Content(rows, tuple(each % LANE for each in sums))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -172,6 +167,7 @@ def heal(
         mended, after = _mend(ends, context, verdict)
         told(after)
         report += mended
+        context.done(mended)
         if not after.healed:
             report += Report(failures=(Failure(str(verdict.slot), *why(after)),))
     return report
@@ -201,12 +197,6 @@ def _mend(ends: Ends, context: Context, verdict: Verdict) -> tuple[Report, Verdi
     if after.sign is not Sign.EQUAL:
         return report, after
     return report, replace(after, sign=verdict.sign, healed=True)
-
-
-# The gap map: which windows a destination holds, from its own listing beside what was confirmed.
-#
-# Invariant: a cell is decided from the listing; a record only says what should be there, so an object that somebody
-# took away or changed shows although the checkpoints believe in it.
 
 
 class CellState(Enum):

@@ -1,4 +1,10 @@
-"""Checkpoints in the state database, and the layouts of older versions."""
+"""Checkpoints in the state database: what was confirmed, per pipeline and partition; and the layouts of older versions.
+
+Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a cursor
+and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that was ahead is
+not believed: no cursor lies ahead of the database's clock, and no window is closed before it has ended, or by a commit
+of a time that has not come.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,11 +16,9 @@ from typing import Any
 from app.core.pipeline import Commit, Record, Sums
 from app.core.runs import Lease
 from app.core.windows import DAY_SECONDS, Window, floor_to
-from app.db.database import NamedQueries, Row, Session, instant_of, storable
+from app.db.database import NamedQueries, Row, Session, storable
 from app.db.leases import AHEAD, identity, lost, now_of
 from app.db.object_summaries import SqlSummaries
-
-# Layouts as older versions kept them, in the state database: read once, when the layout moves beside the data.
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +33,6 @@ class Layout:
     format: str
     date_format: str
     timestamp_unit: str = "ns"
-
-
-class SqlLayouts:
-    """The layouts of all pipelines. Raises what `Session` raises."""
-
-    def __init__(self, queries: NamedQueries) -> None:
-        self._queries = queries
-
-    def layouts(self, pipeline: str) -> Sequence[Layout]:
-        """Oldest first; empty before the first one was added."""
-        return [Layout(**row) for row in self._queries.rows("layouts", pipeline=pipeline)]
-
-
-# Checkpoints in the state database: what was confirmed, per pipeline and partition.
-#
-# Invariants: a commit is one transaction that starts with the lease, so a process that lost it changes nothing; a
-# cursor and a high watermark never move back, so a repeated older commit undoes nothing. What a clock recorded that
-# was ahead is not believed: no cursor lies ahead of the database's clock, and no window is closed before it has
-# ended, or by a commit of a time that has not come.
 
 
 # The columns of a record as the query live_records names them, after the partition.
@@ -104,11 +89,15 @@ class SqlCheckpoints:
             of = {"pipeline": pipeline, "since_at": since, "partitions": chosen}
             for device, *values in session.stream(self._queries["live_records"], **of):
                 row = {
-                    name: instant_of(value) if name.endswith("_at") and isinstance(value, str) else value
+                    name: datetime.fromisoformat(value) if name.endswith("_at") and isinstance(value, str) else value
                     for name, value in zip(OF_RECORD, values, strict=True)
                 }
                 found.setdefault(device, []).append(_record(row, now))
         return found
+
+    def layouts(self, pipeline: str) -> Sequence[Layout]:
+        """As older versions kept them, oldest first: read once, when the layout moves beside the data."""
+        return [Layout(**row) for row in self._queries.rows("layouts", pipeline=pipeline)]
 
     def commit(self, pipeline: str, partition: str, commit: Commit, lease: Lease) -> None:
         """See `Checkpoints.commit`."""
@@ -125,8 +114,16 @@ class SqlCheckpoints:
                     session.run_many(self._queries["save_record"], records)
                 for window in commit.folded:
                     session.run(self._queries["forget_deltas"], **of_now, starts_at=window.start)
-                summary = {**_summary(commit), "until_at": now_at + AHEAD}
-                session.run(self._queries["save_checkpoint"], **of_now, **summary)
+                last = max(commit.records, key=lambda record: (record.window.start, record.part), default=None)
+                session.run(
+                    self._queries["save_checkpoint"],
+                    **of_now,
+                    until_at=now_at + AHEAD,
+                    cursor_at=commit.cursor_at,
+                    high_watermark_at=max((each.max_at for each in commit.records if each.max_at), default=None),
+                    key=last.key if last else None,
+                    rows=last.rows if last else None,
+                )
             if summaries := [each for _, commit in commits for each in commit.summaries]:
                 self._summaries.add_to(session, summaries)
 
@@ -234,6 +231,8 @@ def _retired(rows: Sequence[Row]) -> dict[datetime, int]:
 
 
 def _columns(record: Record) -> dict[str, Any]:
+    # Of each field a list in `Sums`' own order, without the parts that mean nothing for values that are not numbers.
+    sums = {name: [each.values] if each.total is None else astuple(each) for name, each in record.sums.items()}
     return {
         "starts_at": record.window.start,
         "ends_at": record.window.end,
@@ -250,7 +249,7 @@ def _columns(record: Record) -> dict[str, Any]:
         "source_digest": record.source_digest,
         "folded": record.folded,
         "fields": json.dumps(record.fields, separators=(",", ":")) if record.fields else "",
-        "sums": json.dumps(_sums_shown(record.sums), separators=(",", ":")) if record.sums else "",
+        "sums": json.dumps(sums, separators=(",", ":")) if sums else "",
     }
 
 
@@ -274,19 +273,3 @@ def _record(row: Row, now: datetime) -> Record:
         folded=row["folded"],
         written_at=row["updated_at"],
     )
-
-
-def _sums_shown(sums: Mapping[str, Sums]) -> Mapping[str, Sequence[float | None]]:
-    """As a list of `Sums`' own order, without the parts that mean nothing for values that are not numbers."""
-    return {name: [each.values] if each.total is None else list(astuple(each)) for name, each in sums.items()}
-
-
-def _summary(commit: Commit) -> dict[str, Any]:
-    """What a commit says of its partition as a whole: cursor, newest event time, last object."""
-    last = max(commit.records, key=lambda record: (record.window.start, record.part), default=None)
-    return {
-        "cursor_at": commit.cursor_at,
-        "high_watermark_at": max((record.max_at for record in commit.records if record.max_at), default=None),
-        "key": last.key if last else None,
-        "rows": last.rows if last else None,
-    }

@@ -1,4 +1,9 @@
-"""One surface over SQLite and PostgreSQL, the named queries that run on it, and how values go in and come out."""
+"""One surface over SQLite and PostgreSQL, the named queries that run on it, and how values go in and come out.
+
+Invariants: queries are written with `:name` parameters for both dialects; instants go in and come out as aware UTC
+datetimes, and SQLite's text form of them has a fixed width, so that its order as text is its order in time; text is
+what every database can hold; no exception of a driver leaves this surface, only Transient, Permanent and Rejected.
+"""
 
 import re
 import threading
@@ -10,31 +15,28 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from app.core.errors import Permanent, Rejected, Transient
 
-# Values on their way into and out of SQL: instants are aware UTC, text is what every database can hold.
-#
-# Invariant: SQLite's text form of an instant has a fixed width, so that its order as text is its order in time.
-
 UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 INSTANT_SUFFIX = "_at"
 
 
-def bound(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with instants in UTC. Raises Rejected for text with a NUL or a lone surrogate, which PostgreSQL
-    refuses and SQLite would keep: both dialects take the same values. Raises ValueError for a naive datetime.
+def bound(params: Mapping[str, Any], *, as_text: bool = False) -> dict[str, Any]:
+    """The parameters with instants in UTC, `as_text` in SQLite's form. Raises Rejected for text with a NUL or a lone
+    surrogate, which PostgreSQL refuses and SQLite would keep: both dialects take the same values. Raises ValueError for
+    a naive datetime.
     """
-    return {name: _bound(name, value) for name, value in params.items()}
-
-
-def _bound(name: str, value: Any) -> Any:
-    if isinstance(value, datetime):
-        if value.tzinfo is None:
-            raise ValueError(f"{name} must be an aware datetime, not {value}")
-        return value.astimezone(UTC)
-    if isinstance(value, str) and UNSTORABLE.search(value):
-        raise Rejected(
-            f"{name} {value[:60]!r} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
-        )
-    return value
+    checked = dict(params)
+    for name, value in params.items():
+        if isinstance(value, datetime):
+            if value.tzinfo is None:
+                raise ValueError(f"{name} must be an aware datetime, not {value}")
+            instant = value.astimezone(UTC)
+            checked[name] = instant_text(instant) if as_text else instant
+        elif isinstance(value, str) and UNSTORABLE.search(value):
+            shown = f"{name} {value[:60]!r}"
+            raise Rejected(
+                f"{shown} holds a NUL or a lone surrogate", "correct the value: no database stores such text"
+            )
+    return checked
 
 
 def storable(text: str) -> str:
@@ -46,16 +48,6 @@ def instant_text(instant: datetime) -> str:
     """`YYYY-MM-DDTHH:MM:SS.ffffffZ` of an instant in UTC."""
     return instant.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
-
-def instant_of(text: str) -> datetime:
-    """The aware UTC instant of its text form."""
-    return datetime.fromisoformat(text)
-
-
-# SQL stores: one small surface over SQLite and PostgreSQL, and the named queries that run on it.
-#
-# Invariants: queries are written with `:name` parameters for both dialects; instants go in and come out as aware
-# UTC datetimes; no exception of a driver leaves this surface, only Transient, Permanent and Rejected.
 
 Dialect = Literal["sqlite", "postgres"]
 Row = dict[str, Any]
@@ -242,33 +234,24 @@ class Connections(Generic[C]):
 
     @contextmanager
     def lent(self, timeout_seconds: float = 10.0) -> Iterator[C]:
-        """One for a block, which commits at its end; it is rolled back when the block raises. Raises as `borrow`."""
-        connection = self.borrow(timeout_seconds)
-        with ExitStack() as undo:
-            undo.callback(self._take_back, connection)
-            yield connection
-            undo.pop_all()
-        self.give_back(connection)
+        """An idle connection or a new one for a block, which commits at its end; when the block raises it is rolled
+        back, and where that fails it is lost, and all idle ones with it.
 
-    def _take_back(self, connection: C) -> None:
-        """After a block that raised."""
-        if self._rolled_back(connection):
-            self.give_back(connection)
-        else:
-            self.drop(connection)
-
-    def borrow(self, timeout_seconds: float = 10.0) -> C:
-        """An idle connection or a new one. Raises Transient when all are busy for too long, and what `connect` does."""
+        Raises Transient when all are busy for too long, and what `connect` raises.
+        """
         if not self._places.acquire(timeout=timeout_seconds):
             raise Transient(
                 f"{self._place}: all {self._limit} connections were busy for {timeout_seconds:g} s",
                 "look for slow statements or a slow disk; it is retried",
             )
-        with ExitStack() as undo:
-            undo.callback(self._places.release)
+        with ExitStack() as stack:
+            stack.callback(self._places.release)
             connection = self._idle_one() or self._connect()
-            undo.pop_all()
-        return connection
+            with ExitStack() as undo:
+                undo.callback(lambda: self._back(connection, is_in_order=self._rolled_back(connection)))
+                yield connection
+                undo.pop_all()
+            self._back(connection, is_in_order=True)
 
     def _idle_one(self) -> C | None:
         while True:
@@ -282,30 +265,19 @@ class Connections(Generic[C]):
                 return connection
             self._disconnect(connection)
 
-    def give_back(self, connection: C) -> None:
-        """It is in order and outside a transaction."""
+    def _back(self, connection: C, *, is_in_order: bool) -> None:
         with self._lock:
-            closed = self._closed
-            if not closed:
-                self._idle.append(connection)
-        if closed:
-            self._disconnect(connection)
-        self._places.release()
-
-    def drop(self, connection: C) -> None:
-        """It is lost; the idle ones are dropped with it."""
-        self._disconnect(connection)
-        self._drop_idle()
-        self._places.release()
+            self._idle.append(connection)
+            gone = []
+            if self._closed or not is_in_order:
+                gone, self._idle = self._idle, []
+        for each in gone:
+            self._disconnect(each)
 
     def close(self) -> None:
         """Close the idle ones; borrowed ones are closed when they come back."""
         with self._lock:
             self._closed = True
-        self._drop_idle()
-
-    def _drop_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            self._disconnect(connection)
+            gone, self._idle = self._idle, []
+        for each in gone:
+            self._disconnect(each)

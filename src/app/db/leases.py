@@ -1,4 +1,12 @@
-"""Leases in the state database, and the clock that they and everything else in it go by."""
+"""Leases in the state database, and the clock that they and everything else in it go by.
+
+Leases are timed by the database's own clock: the clocks of the replicas may differ as they like. Invariants: each
+change is one statement; the generation of a name grows with every acquisition and is never used again; owners are
+stored with the mark of this format of the state, so that a process of an older version, which writes none, takes no
+lease (see migration 0006); a clock that was set back keeps no lease from being taken over. A clock that was ahead
+leaves runs and cursors in the future: nothing waits until the clock has come to them; they are told of until a run has
+set them right.
+"""
 
 import logging
 import time
@@ -9,11 +17,6 @@ from datetime import UTC, datetime, timedelta
 from app.core.errors import LeaseLost
 from app.core.runs import Lease
 from app.db.database import NamedQueries, Row, Session
-
-# The clock that the state goes by, and what in it lies ahead of that clock.
-#
-# A clock that was ahead leaves runs and cursors in the future. Invariant: nothing waits until the clock has come to
-# them; they are told of until a run has set them right.
 
 AHEAD = timedelta(seconds=60)  # clocks of machines that are in order differ by less
 
@@ -83,12 +86,6 @@ def now_of(session: Session, queries: NamedQueries) -> datetime:
     return now
 
 
-# Leases in the state database, timed by its own clock: the clocks of the replicas may differ as they like.
-#
-# Invariants: each change is one statement; the generation of a name grows with every acquisition and is never used
-# again; owners are stored with the mark of this format of the state, so that a process of an older version, which
-# writes none, takes no lease (see migration 0006); a clock that was set back keeps no lease from being taken over.
-
 FORMAT = "v3|"
 FREE = FORMAT  # the owner of a lease that was given back
 LOST_HINT = "no action needed: the process that holds it goes on; several takeovers in a row mean a stalled machine"
@@ -127,8 +124,8 @@ class SqlLeases:
         }
         terms = {"name": name, "owner": FORMAT + owner, "free": FREE, "ttl_seconds": float(ttl_seconds)}
         with self._queries.database.transaction() as session:
-            found = _first(session.rows(self._queries["acquire"], **terms, **watched))
-            held = None if found else _first(session.rows(self._queries["held"], name=name, free=FREE))
+            found = next(iter(session.rows(self._queries["acquire"], **terms, **watched)), None)
+            held = None if found else next(iter(session.rows(self._queries["held"], name=name, free=FREE)), None)
         if found is None:
             self._watch(name, held, ttl_seconds)
             return None
@@ -153,17 +150,17 @@ class SqlLeases:
     def renew(self, lease: Lease, ttl_seconds: float) -> Lease:
         """See `Leases.renew`."""
         with self._queries.database.transaction() as session:
-            found = _first(session.rows(self._queries["renew"], **identity(lease), ttl_seconds=float(ttl_seconds)))
-        if found is None:
+            rows = session.rows(self._queries["renew"], **identity(lease), ttl_seconds=float(ttl_seconds))
+        if not rows:
             raise lost(lease)
-        return Lease(lease.name, lease.owner, lease.generation, found["expires_at"], lease.acquired_at)
+        return Lease(lease.name, lease.owner, lease.generation, rows[0]["expires_at"], lease.acquired_at)
 
     def release(self, lease: Lease) -> None:
         """See `Leases.release`."""
         self._queries.run("release", **identity(lease), free=FREE)
 
     def _held(self, name: str) -> Row | None:
-        return _first(self._queries.rows("held", name=name, free=FREE))
+        return next(iter(self._queries.rows("held", name=name, free=FREE)), None)
 
     def _watch(self, name: str, held: Row | None, ttl_seconds: float) -> None:
         """Remember a lease that no living holder can have, from now on if it is not the one that was seen before."""
@@ -185,10 +182,6 @@ def _unexplained_ttl_seconds(held: Row, ttl_seconds: float) -> float:
     """The TTL of a lease that ends later than that from now; 0 when its time fits. `ttl_seconds` if not recorded."""
     ttl: float = held["ttl_seconds"] or ttl_seconds
     return ttl if _remaining_seconds(held) > ttl + ROUNDING_SECONDS else 0.0
-
-
-def _first(rows: list[Row]) -> Row | None:
-    return rows[0] if rows else None
 
 
 def identity(lease: Lease) -> dict[str, object]:

@@ -86,22 +86,13 @@ class Migrated:
         *,
         before_first: Callable[[Session], None] | None = None,
     ) -> None:
+        self.dialect, self.place = database.dialect, database.place
         self._database = database
         self._folder = folder
         self._rebuilt = rebuilt
         self._before_first = before_first
         self._lock = threading.Lock()
         self._prepared = False
-
-    @property
-    def dialect(self) -> Dialect:
-        """See `Database.dialect`."""
-        return self._database.dialect
-
-    @property
-    def place(self) -> str:
-        """See `Database.place`."""
-        return self._database.place
 
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[Session]:
@@ -114,18 +105,18 @@ class Migrated:
             self._prepared = False
             if self._rebuilt is None:
                 raise
-            self._prepare(error)
+            self.prepare(error)
             raise Transient(
                 error.message, "no action needed: the state was looked at and mended, and the next attempt goes on"
             ) from error
 
-    def prepare(self) -> None:
-        """Apply what is missing. Idempotent; after it succeeded once it costs nothing."""
-        if not self._prepared:
-            self._prepare(None)
+    def prepare(self, suspicion: Damaged | None = None) -> None:
+        """Apply what is missing. Idempotent; after it succeeded once it costs nothing.
 
-    def _prepare(self, suspicion: Damaged | None) -> None:
-        """Migrate, after a damaged database was moved aside. With a suspicion all that is stored is looked at."""
+        A database that is damaged is moved aside before. With a suspicion all that is stored is looked at.
+        """
+        if self._prepared:
+            return
         with self._lock:
             if self._prepared:
                 return
@@ -150,8 +141,7 @@ class Migrated:
                 lock(session, self.dialect)
                 if not any(name.startswith(f"{self._folder.name}/") for name in recorded(session, self.dialect)):
                     self._before_first(session)
-        for migration in wanted:
-            apply(self._database, migration, {each.name for each in wanted})
+        apply(self._database, wanted)
         if thorough:
             with self._database.transaction(read_only=True) as session:
                 session.check()
@@ -182,25 +172,34 @@ def migrations(folder: Path, dialect: Dialect) -> Sequence[Migration]:
     return [found[stem] for stem in sorted(found)]
 
 
-def apply(database: Database, migration: Migration, known: Collection[str]) -> None:
-    """Apply and record one migration unless that was done. `known`: the names of all migrations of its folder.
+def apply(database: Database, wanted: Sequence[Migration]) -> None:
+    """Apply and record what is missing of a folder's migrations, all or none: one commit makes a first start fast.
 
-    Raises Permanent when the applied one had another text, and when one was applied that is not known here.
+    Raises Permanent when an applied one had another text, and when one was applied that is not among them.
     """
     with database.transaction() as session:
         lock(session, database.dialect)
         if not session.rows(TABLE_EXISTS[database.dialect]):
             session.run(CREATE_TABLE)
-        refuse_newer(database.place, session, database.dialect, migration.name.partition("/")[0], known)
-        done = session.rows("SELECT checksum FROM headwater_migrations WHERE name = :name", name=migration.name)
-        if not done:
-            session.script(migration.sql)
-            session.run(RECORD, name=migration.name, checksum=migration.checksum)
-        elif done[0]["checksum"] != migration.checksum:
+        folder = wanted[0].name.partition("/")[0]
+        found = session.rows("SELECT name, checksum FROM headwater_migrations")
+        checksums = {row["name"]: row["checksum"] for row in found}
+        others = checksums.keys() - {each.name for each in wanted}
+        newer = sorted(name for name in others if name.startswith(f"{folder}/"))
+        if newer:  # an older version would write what the newer one no longer understands, or read it wrongly
             raise Permanent(
-                f"{database.place}: migration {migration.name} was applied with another text",
-                "use the version of Headwater that this database belongs to, or another database",
+                f"{database.place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
+                "start that version, or restore a backup from before the upgrade",
             )
+        for migration in wanted:
+            if migration.name not in checksums:
+                session.script(migration.sql)
+                session.run(RECORD, name=migration.name, checksum=migration.checksum)
+            elif checksums[migration.name] != migration.checksum:
+                raise Permanent(
+                    f"{database.place}: migration {migration.name} was applied with another text",
+                    "use the version of Headwater that this database belongs to, or another database",
+                )
 
 
 def lock(session: Session, dialect: Dialect) -> None:
@@ -215,17 +214,6 @@ def recorded(session: Session, dialect: Dialect) -> Collection[str]:
     if not session.rows(TABLE_EXISTS[dialect]):
         return ()
     return [row["name"] for row in session.rows("SELECT name FROM headwater_migrations ORDER BY name")]
-
-
-def refuse_newer(place: str, session: Session, dialect: Dialect, folder: str, known: Collection[str]) -> None:
-    """An older version would write what the newer one no longer understands, or read it wrongly."""
-    names = recorded(session, dialect)
-    newer = [name for name in names if name.startswith(f"{folder}/") and name not in known]
-    if newer:
-        raise Permanent(
-            f"{place}: a newer version of Headwater has migrated this database ({', '.join(newer)})",
-            "start that version, or restore a backup from before the upgrade",
-        )
 
 
 def open_database(

@@ -1,11 +1,15 @@
-"""PostgreSQL as a `Database`: the store that several replicas share. psycopg has its home here."""
+"""PostgreSQL as a `Database`: the store that several replicas share. psycopg has its home here.
+
+Imported by `open_database` only when a PostgreSQL URL is set, so psycopg costs nothing elsewhere. Invariants: a message
+never holds the URL or the password; no call waits for ever, whatever the network and the server do.
+"""
 
 import re
 import select
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -17,60 +21,6 @@ from psycopg.rows import DictRow, dict_row, tuple_row
 from app.core.errors import AppError, Permanent, Rejected, Transient
 from app.core.network import CA_HINT, is_untrusted
 from app.db.database import Connections, Damaged, Dialect, Row, bound
-
-# Rows in the text form of PostgreSQL's COPY, made column by column, since that costs a fraction of a value at a
-# time.
-#
-# Invariant: what COPY reads back is the very row, whatever tabs, newlines and backslashes its text holds. Source:
-# https://www.postgresql.org/docs/current/sql-copy.html, "Text Format".
-
-BLOCK_ROWS = 1000
-NULL = r"\N"
-NONE = type(None)
-ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
-
-
-def copy_text(rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
-    """Blocks of whole lines. Values are None, bool, int, float and str."""
-    each = iter(rows)
-    while block := list(islice(each, BLOCK_ROWS)):
-        yield block_text(list(zip(*block, strict=True)))
-
-
-def block_text(columns: Sequence[Sequence[Any]]) -> bytes:
-    """The lines of some rows, which are given by column."""
-    return ("\n".join(map("\t".join, zip(*map(_texts, columns), strict=True))) + "\n").encode()
-
-
-def _texts(column: Sequence[Any]) -> Sequence[str]:
-    kinds = set(map(type, column))
-    if kinds == {NONE}:
-        return [NULL] * len(column)
-    if kinds <= {str, NONE}:
-        return _escaped(column, nullable=NONE in kinds)
-    if bool in kinds:
-        return [NULL if value is None else _plain(value) for value in column]
-    if NONE in kinds:
-        return [NULL if value is None else str(value) for value in column]
-    return list(map(str, column))
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value).translate(ESCAPES)
-
-
-def _escaped(column: Sequence[Any], *, nullable: bool) -> Sequence[str]:
-    """A column of text; most hold nothing to escape, which three searches over all of it tell."""
-    joined = "".join(filter(None, column)) if nullable else "".join(column)
-    if "\\" in joined or "\t" in joined or "\n" in joined or "\r" in joined:
-        return [NULL if value is None else value.translate(ESCAPES) for value in column]
-    return [NULL if value is None else value for value in column] if nullable else column
-
-
-# PostgreSQL as a `Database`: the shared store of several replicas.
-#
-# Imported by `open_database` only when a PostgreSQL URL is set, so psycopg costs nothing elsewhere. Invariants: a
-# message never holds the URL or the password; no call waits for ever, whatever the network and the server do.
 
 T = TypeVar("T")
 
@@ -167,25 +117,26 @@ class PostgresSession:
     def append(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         """See `Session.append`: by COPY."""
         with self._errors.translated():
-            return self._copied(table, columns, copy_text(rows))
+            return self._copied(table, columns, rows)
 
     def append_new(self, table: str, columns: Sequence[str], blocks: Iterable[Sequence[Sequence[Any]]]) -> int | None:
         """See `Session.append_new`: by COPY, inside a savepoint."""
         with self._errors.translated():
             self._connection.execute(b"SAVEPOINT appending")
             try:
-                count = self._copied(table, columns, map(block_text, blocks))
+                rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
+                count = self._copied(table, columns, rows)
             except psycopg.errors.UniqueViolation:
                 self._connection.execute(b"ROLLBACK TO SAVEPOINT appending")
                 count = None
             self._connection.execute(b"RELEASE SAVEPOINT appending")
             return count
 
-    def _copied(self, table: str, columns: Sequence[str], texts: Iterable[bytes]) -> int:
+    def _copied(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
         with self._connection.cursor() as cursor:
             with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode()) as copy:
-                for text in texts:
-                    copy.write(text)
+                for row in rows:
+                    copy.write_row(row)
             return cursor.rowcount
 
     def stream(self, sql: str, **params: Any) -> Iterator[Sequence[Any]]:
@@ -226,14 +177,10 @@ class PostgresDatabase:
         self._answer_seconds = answer_seconds
         self._conninfo = conninfo_of(url, variables)
         self._errors = errors_of(url, variables)
+        self.place = self._errors.place
         self._connections = Connections(
             self.place, self._connect, _disconnect, alive=_alive, rolled_back=_rolled_back, limit=connections
         )
-
-    @property
-    def place(self) -> str:
-        """Host, port and database."""
-        return self._errors.place
 
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[PostgresSession]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.core.errors import AppError, Permanent, Rejected, Transient
-from app.db.database import INSTANT_SUFFIX, Connections, Damaged, Dialect, Row, bound, instant_of, instant_text
+from app.db.database import INSTANT_SUFFIX, Connections, Damaged, Dialect, Row, bound
 
 T = TypeVar("T")
 
@@ -41,6 +41,8 @@ LASTING = {
     sqlite3.SQLITE_PERM: "let the user of this process write the database file and its directory",
 }
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+# Detailed codes of a log that was cut beside living processes. A disk that fails has others, such as IOERR_READ.
+CUT = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_IOERR_SHORT_READ)
 GONE = ("no such table", "no such column", "has no column named", "Could not decode to UTF-8")
 
 
@@ -74,7 +76,7 @@ class SqliteSession:
 
     def run_many(self, sql: str, many: Iterable[Mapping[str, Any]]) -> int:
         """See `Session.run_many`."""
-        prepared = [_bound(params) for params in many]
+        prepared = [bound(params, as_text=True) for params in many]
         return _translated(self._path, lambda: self._connection.executemany(sql, prepared)).rowcount
 
     def run_rows(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
@@ -113,8 +115,13 @@ class SqliteSession:
 
     def script(self, sql: str) -> None:
         """See `Session.script`. Not `executescript`, which commits what is open before it starts."""
-        for statement in _statements(sql):
-            self._execute(statement, {})
+        statement = ""
+        for line in (*sql.splitlines(keepends=True), "\n;"):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                if statement.strip(" \n;"):
+                    self._execute(statement, {})
+                statement = ""
 
     def check(self) -> None:
         """See `Session.check`. Reads the whole file."""
@@ -123,7 +130,7 @@ class SqliteSession:
                 raise Damaged(f"SQLite at {self._path}: {said}")
 
     def _execute(self, sql: str, params: Mapping[str, Any]) -> sqlite3.Cursor:
-        prepared = _bound(params)
+        prepared = bound(params, as_text=True)
         return _translated(self._path, lambda: self._connection.execute(sql, prepared))
 
 
@@ -133,31 +140,22 @@ class SqliteDatabase:
     dialect: Dialect = "sqlite"
 
     def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS, read_only: bool = False) -> None:
-        self._path = path
+        self.path = path
+        self.place = f"SQLite at {path}"
         self._busy_seconds = busy_seconds
         self._read_only = read_only
         self._connections = Connections(
             self.place, self._connect, sqlite3.Connection.close, alive=self._is_current, rolled_back=_rolled_back
         )
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._path
-
-    @property
-    def place(self) -> str:
-        """The file."""
-        return f"SQLite at {self._path}"
-
     @contextmanager
     def transaction(self, *, read_only: bool = False) -> Iterator[SqliteSession]:
         """See `Database.transaction`."""
         with self._connections.lent(self._busy_seconds) as connection:
             # IMMEDIATE: a lock that is asked for only at the first write cannot be waited for once the snapshot is old.
-            _translated(self._path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
-            yield SqliteSession(connection, self._path)
-            _translated(self._path, lambda: connection.execute("COMMIT"))
+            _translated(self.path, lambda: connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE"))
+            yield SqliteSession(connection, self.path)
+            _translated(self.path, lambda: connection.execute("COMMIT"))
 
     def close(self) -> None:
         """See `Database.close`."""
@@ -165,25 +163,23 @@ class SqliteDatabase:
 
     def _connect(self) -> FileConnection:
         if self._read_only:
-            if not self._path.exists():
+            if not self.path.exists():
                 raise Permanent(f"{self.place}: there is no such file", "correct the path in the URL")
-            return _translated(self._path, lambda: _connected(self._path, self._busy_seconds, "?mode=ro"))
+            return _translated(self.path, lambda: _connected(self.path, self._busy_seconds, "?mode=ro"))
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Permanent(f"{self.place}: {error}", LASTING[sqlite3.SQLITE_CANTOPEN]) from error
-        with folder_lock(self._path.parent):
-            _refuse_lone_wal(self._path)
-            return _translated(self._path, lambda: _opened(self._path, self._busy_seconds))
+        with folder_lock(self.path.parent):
+            _refuse_lone_wal(self.path)
+            return _translated(self.path, lambda: _opened(self.path, self._busy_seconds))
 
     def _is_current(self, connection: FileConnection) -> bool:
         """False when the file or its log was moved, deleted or replaced since: what is committed to it would be seen by
         nobody. Closing the last connection writes a log that was deleted into its file.
         """
-        return (connection.file, connection.log) == (file_id(self._path), self._log_id(connection))
-
-    def _log_id(self, connection: FileConnection) -> tuple[int, int] | None:
-        return None if connection.log is None else file_id(Path(f"{self._path}-wal"))
+        log = None if connection.log is None else file_id(Path(f"{self.path}-wal"))
+        return (connection.file, connection.log) == (file_id(self.path), log)
 
 
 def _rolled_back(connection: FileConnection) -> bool:
@@ -289,30 +285,13 @@ def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
             return
 
 
-def _bound(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: instant_text(value) if isinstance(value, datetime) else value for name, value in bound(params).items()
-    }
-
-
 def _read(name: str, value: Any) -> Any:
     """Raises ValueError for what was never stored: text with a NUL is refused, and blank sectors read as such."""
     if not isinstance(value, str):
         return value
     if "\0" in value:
         raise ValueError(f"the text in {name} holds a NUL")
-    return instant_of(value) if name.endswith(INSTANT_SUFFIX) else value
-
-
-def _statements(sql: str) -> Iterator[str]:
-    statement = ""
-    for line in sql.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-    if statement.strip():
-        yield statement
+    return datetime.fromisoformat(value) if name.endswith(INSTANT_SUFFIX) else value
 
 
 def _translated(path: Path, action: Callable[[], T]) -> T:
@@ -329,7 +308,7 @@ def _error(path: Path, error: sqlite3.Error | OverflowError) -> AppError:
         return Rejected(message, "correct the value: it is outside the range of the column")
     detailed = getattr(error, "sqlite_errorcode", None) or 0
     code = detailed & 0xFF  # the low byte; the others tell details
-    if code in DAMAGED or detailed == sqlite3.SQLITE_IOERR_SHORT_READ or any(sign in str(error) for sign in GONE):
+    if code in DAMAGED or detailed in CUT or any(sign in str(error) for sign in GONE):
         return Damaged(message)
     if code in PASSING:
         return Transient(message, PASSING[code])

@@ -11,7 +11,7 @@ from app.core.errors import Transient
 from app.core.ledger import to_json
 from app.core.runs import VALUES, LedgerTotal, Outcome, Report, Run, Total
 from app.core.windows import DAY_SECONDS, HOUR_SECONDS, floor_to, next_midnight
-from app.db.checkpoints import SqlCheckpoints, SqlLayouts
+from app.db.checkpoints import SqlCheckpoints
 from app.db.database import NamedQueries, Row, sql_directory, storable
 from app.db.leases import AHEAD, SqlClocks, SqlLeases, StateClock, now_of
 from app.db.migrations import Migrated, StateFile, StateTables, open_database
@@ -20,13 +20,9 @@ from app.db.page_queries import NUMBERS, SqlPages, numbers_of, run_of
 from app.db.sqlite import SqliteDatabase
 from app.db.workers import SqlWorkers
 
-# Paused jobs: known to every process, and after every restart.
-#
-# Invariant: pausing and resuming are each one statement, so the last caller wins.
-
 
 class SqlPauses:
-    """Which jobs are paused. Raises what `Session` raises."""
+    """Which jobs are paused: known to every process, and after every restart. Raises what `Session` raises."""
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
@@ -79,14 +75,12 @@ class SqlSessions:
         self._queries.run("end_session", token_hash=token_hash)
 
 
-# Alerts that were sent and are not over yet: known to every process, and after every restart.
-#
-# Invariant: beginning and ending an alert is each one statement that only one caller gets a True for, so of several
-# processes one sends it.
-
-
 class SqlAlerts:
-    """See `app.ops.alerts.Told`. Raises what `Session` raises."""
+    """See `app.ops.alerts.Told`. Raises what `Session` raises.
+
+    Beginning and ending an alert is each one statement that only one caller gets a True for, so of several processes
+    one sends it.
+    """
 
     def __init__(self, queries: NamedQueries) -> None:
         self._queries = queries
@@ -229,7 +223,19 @@ class SqlRuns:
                 sums = {name: columns[name] for name in ("job", "outcome", *NUMBERS, "new_rows", "ended_at")}
                 session.run(self._queries["add_total"], **sums)
                 session.run_many(self._queries["add_ledger_total"], list(_ledger_sums(run)))
-                session.run(self._queries["add_new_rows"], **_slot(run, run.ended_at))
+                ledger = run.report.ledger
+                corrected = 0 if ledger.unit == VALUES else ledger.total.corrected
+                session.run(
+                    self._queries["add_new_rows"],
+                    job=run.job,
+                    slot_at=floor_to(run.ended_at, SLOT_SECONDS),
+                    new_rows=run.report.new_rows,
+                    updated_rows=run.report.corrected_rows or corrected,
+                    # What was set aside is told as such; the run has not failed.
+                    failed_runs=int(
+                        run.outcome is Outcome.FAILED or bool(run.report.failures and not ledger.newly_set_aside)
+                    ),
+                )
                 if run.report.new_rows:
                     session.run(self._queries["prune_new_rows"], job=run.job, before_at=run.ended_at - KEPT_SLOTS)
             prune = {"job": run.job, "until_at": run.started_at, "kept_before": self._kept - 1}
@@ -267,19 +273,6 @@ class SqlRuns:
         with self._queries.database.transaction(read_only=True) as session:
             until_at = now_of(session, self._queries) + AHEAD
             return [run_of(row) for row in session.rows(self._queries[query], **params, until_at=until_at)]
-
-
-def _slot(run: Run, ended_at: datetime) -> dict[str, Any]:
-    """What a run adds to the quarter of an hour in which it ended."""
-    ledger = run.report.ledger
-    return {
-        "job": run.job,
-        "slot_at": floor_to(ended_at, SLOT_SECONDS),
-        "new_rows": run.report.new_rows,
-        "updated_rows": run.report.corrected_rows or (0 if ledger.unit == VALUES else ledger.total.corrected),
-        # What was set aside is told as such; the run has not failed.
-        "failed_runs": int(run.outcome is Outcome.FAILED or bool(run.report.failures and not ledger.newly_set_aside)),
-    }
 
 
 def _ledger_sums(run: Run) -> Iterator[dict[str, Any]]:
@@ -382,7 +375,6 @@ class State:
     checkpoints: SqlCheckpoints
     leases: SqlLeases
     runs: SqlRuns
-    layouts: SqlLayouts
     summaries: SqlSummaries
     pauses: SqlPauses
     sessions: SqlSessions
@@ -430,7 +422,6 @@ def open_state(url: str, data_dir: Path, *, run_records: int = KEPT_RUNS) -> Sta
         checkpoints=SqlCheckpoints(queries),
         leases=SqlLeases(queries, clock),
         runs=SqlRuns(queries, kept=run_records),
-        layouts=SqlLayouts(queries),
         summaries=SqlSummaries(queries),
         pauses=SqlPauses(queries),
         sessions=SqlSessions(queries),

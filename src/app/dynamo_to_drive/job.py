@@ -29,8 +29,8 @@ from app.core.pipeline import (
 )
 from app.core.repair import GONE_HINT
 from app.core.retry import RetryPolicy
-from app.core.runs import Context, Failure, Job, Lease, Report, Stop, Unwatched
-from app.core.sync import Done, settle, sync_partition
+from app.core.runs import Context, Done, Failure, Job, Lease, Report, Stop, Unwatched
+from app.core.sync import settle, sync_partition
 from app.core.verify import NOTHING, Cell, Chart, Content, Ends, Found, Moment, Slot, cells_of
 from app.core.windows import (
     DAY_SECONDS,
@@ -47,7 +47,6 @@ from app.dynamo_to_drive.drive import TOKEN_FILE, Drive, DriveService, Given
 from app.dynamo_to_drive.hour_file import Accounts, HourFile, lines_in, read_file
 from app.dynamo_to_drive.sinks import DriveFolder, DriveSink, FileIds, FolderSink, HourSink
 from app.dynamo_to_drive.source import DynamoSource, DynamoTable, notes_on, ping
-from app.object_store.row_digest import content_of
 from app.object_store.set_aside import SetAsideStore
 
 NAME = "dynamo_to_drive"
@@ -357,11 +356,15 @@ class HourEnds:
 
     def source(self, slot: Slot) -> Content:
         """See `Ends.source`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
         with closing(self.at.pipeline.source.read(slot.partition, slot.window, UNCOUNTED, None)) as hour:
             return content_of(read_file(lines_in(hour.file), escaped=hour.shape.escape))
 
     def destination(self, slot: Slot) -> Content:
         """See `Ends.destination`."""
+        from app.object_store.row_digest import content_of  # numpy and pyarrow, which an idle daemon does not load
+
         key = self.at.sink.key(slot.partition, slot.window, 0)
         there = self.at.sink.peek(key)
         return content_of(self.at.sink.read(key, there.version)) if there else NOTHING

@@ -13,18 +13,29 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 
 from app.core.errors import AppError, Permanent, Transient
 from app.influx_to_s3.reader import TOO_MUCH, QueryTooLarge
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 BLOCK_BYTES = 1 << 20
 QUOTE = 0x22
 HEAD_ROW = re.compile(rb"\n(?=#|\r?\n)")
 BLANK_ROW = re.compile(rb"\n(?=\r?\n)")
+TYPES = {
+    "long": pa.int64(),
+    "unsignedLong": pa.uint64(),
+    "double": pa.float64(),
+    "boolean": pa.bool_(),
+    "dateTime:number": pa.int64(),
+    "dateTime:RFC3339": pa.timestamp("ns", "UTC"),
+    "dateTime:RFC3339Nano": pa.timestamp("ns", "UTC"),
+}
+"""The Arrow type of a #datatype; durations and base64 stay text."""
 ENVELOPE = 3  # the annotation's name, `result` and `table` come before the data
 
 
@@ -37,7 +48,7 @@ class Block:
 
     names: Sequence[str]
     grouped: Sequence[bool]
-    columns: "Sequence[pa.ChunkedArray]"
+    columns: Sequence[pa.ChunkedArray]
 
 
 def read_blocks(
@@ -70,8 +81,6 @@ class _Schema:
     """The annotations and the header row in force: how to parse the rows that follow."""
 
     def __init__(self, head: bytes, known: frozenset[str]) -> None:
-        import pyarrow.csv as pacsv
-
         rows = list(csv.reader(io.StringIO(head.decode("utf-8", "replace"), newline="")))
         annotations, header = {row[0]: row for row in rows[:-1]}, rows[-1]
         self.is_error = header[1:] == ["error", "reference"]
@@ -91,7 +100,7 @@ class _Schema:
         self._places = [str(at) for at in range(len(header))]
         self._convert = pacsv.ConvertOptions(
             include_columns=[str(at) for at in kept],
-            column_types={str(at): _arrow_type(types[at]) for at in kept},
+            column_types={str(at): TYPES.get(types[at], pa.string()) for at in kept},
             null_values=[""],
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
@@ -101,9 +110,6 @@ class _Schema:
 
     def block(self, rows: bytes) -> Block:
         """Parse whole rows."""
-        import pyarrow as pa
-        import pyarrow.csv as pacsv
-
         try:
             table = pacsv.read_csv(
                 pa.BufferReader(rows),
@@ -113,7 +119,11 @@ class _Schema:
                 ),
                 convert_options=self._convert,
             )
-            columns = [_filled(*cells) for cells in zip(table.columns, self._defaults, strict=True)]
+            # An empty cell of a column with a #default means that default.
+            columns = [
+                column.fill_null(pa.array([default]).cast(column.type)[0]) if default else column
+                for column, default in zip(table.columns, self._defaults, strict=True)
+            ]
         except pa.ArrowInvalid as error:
             raise Transient(
                 f"InfluxDB's answer holds a row that does not fit its header: {error}",
@@ -121,38 +131,11 @@ class _Schema:
             ) from error
         # The server's writer turns a newline inside a value into CRLF; it is turned back here.
         if QUOTE in rows and rows.count(b"\n") > table.num_rows:
-            columns = [_with_bare_newlines(column) for column in columns]
+            columns = [
+                pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
+                for column in columns
+            ]
         return Block(self.names, self.grouped, columns)
-
-
-def _arrow_type(datatype: str) -> Any:
-    """The Arrow type of a #datatype; durations and base64 stay text."""
-    import pyarrow as pa
-
-    if datatype.startswith("dateTime:RFC3339"):
-        return pa.timestamp("ns", "UTC")
-    plain = {
-        "long": pa.int64(),
-        "unsignedLong": pa.uint64(),
-        "double": pa.float64(),
-        "boolean": pa.bool_(),
-        "dateTime:number": pa.int64(),
-    }
-    return plain.get(datatype, pa.string())
-
-
-def _filled(column: "pa.ChunkedArray", default: str) -> "pa.ChunkedArray":
-    """An empty cell of a column with a #default means that default."""
-    import pyarrow as pa
-
-    return column.fill_null(pa.array([default]).cast(column.type)[0]) if default else column
-
-
-def _with_bare_newlines(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    return pc.replace_substring(column, "\r\n", "\n") if column.type == pa.string() else column
 
 
 class _Parser:
@@ -176,7 +159,8 @@ class _Parser:
             return
         position = 0
         while position < len(rows):
-            position = self._line(rows, position) if self._in_head(rows, position) else self._rows(rows, position)
+            is_in_head = self._head or rows.startswith(b"#", position)
+            position = self._line(rows, position) if is_in_head else self._rows(rows, position)
         if self._pending_bytes >= self._block_bytes:
             yield from self._flush()
 
@@ -185,9 +169,6 @@ class _Parser:
         yield from self._flush()
         if self._head or (self._schema and self._schema.is_error):
             raise Transient("InfluxDB's answer ends inside a header", "no action needed: the window is read again")
-
-    def _in_head(self, rows: bytes, position: int) -> bool:
-        return bool(self._head) or rows.startswith(b"#", position)
 
     def _line(self, rows: bytes, position: int) -> int:
         """One annotation row, or the header row that ends them."""
@@ -253,7 +234,6 @@ def _closed(block: bytes, start: int, end: int) -> bool:
     """True when no quote is open at `end`, given that none is at `start`. numpy counts 3 times faster than bytes."""
     if block.find(b'"', start, end) < 0:
         return True
-    import numpy as np
 
     return not np.count_nonzero(np.frombuffer(block, np.uint8, end - start, start) == QUOTE) & 1
 

@@ -8,11 +8,13 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.core.errors import Permanent, Transient
 from app.core.pipeline import UNLIMITED, Sums
@@ -33,9 +35,6 @@ from app.influx_to_s3.reader import (
     one_type_spans,
 )
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 HEADERS = {"Content-Type": "application/json", "Accept": "application/csv"}
 DIALECT = {"header": True, "delimiter": ",", "annotations": ["datatype", "group", "default"], "commentPrefix": "#"}
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\x00", "$": "\\x24"})
@@ -55,16 +54,6 @@ PARTS: Mapping[str, Callable[[Any], Sums]] = {
 }
 AGGREGATES = tuple(PARTS)
 OWN_COLUMNS = frozenset({"_start", "_stop", "_measurement", "_field", "_time", "_value"})
-
-
-@dataclass(frozen=True, slots=True)
-class FluxTarget:
-    """What to read."""
-
-    org: str
-    bucket: str
-    measurement: str
-    device_tag: str = "device_id"
 
 
 def literal(text: str) -> str:
@@ -95,18 +84,20 @@ class FluxReader:
     field the name of a column of the answer itself: time and tags have the token twice, fields once.
     """
 
-    def __init__(self, connection: Connection, target: FluxTarget) -> None:
+    def __init__(
+        self, connection: Connection, *, org: str, bucket: str, measurement: str, device_tag: str = "device_id"
+    ) -> None:
         self._connection = connection
-        self._target = target
-        self._variables = f"INFLUXDB_BUCKET={target.bucket!r}, INFLUXDB_ORG={target.org!r}"
-        self._path = f"/api/v2/query?{urlencode({'org': target.org})}"
+        self._org, self._bucket, self._measurement, self._device_tag = org, bucket, measurement, device_tag
+        self._variables = f"INFLUXDB_BUCKET={bucket!r}, INFLUXDB_ORG={org!r}"
+        self._path = f"/api/v2/query?{urlencode({'org': org})}"
         self._token = f"h{secrets.token_hex(6)}_"
         # The name of the column of the device's tag, by a server that renames columns and by one that does not.
-        self._device_columns = frozenset({self._token * 2 + target.device_tag, target.device_tag})
+        self._device_columns = frozenset({self._token * 2 + device_tag, device_tag})
 
     def devices(self, since: datetime) -> Sequence[str]:
         """See `Reader`. Without explicit bounds the server would look back 30 days and not into the future."""
-        return self._schema("tagValues", since, tag=self._target.device_tag)
+        return self._schema("tagValues", since, tag=self._device_tag)
 
     def counts(self, device: str | None, span: Window, every_seconds: int) -> Iterator[Counted]:
         """See `Reader`. Windowed counts are pushed down to the storage engine."""
@@ -116,17 +107,19 @@ class FluxReader:
                 query = (
                     f"{self._from(one)} |> filter(fn: (r) => {self._where(device)})"
                     f' |> aggregateWindow(every: {every_seconds}s, fn: count, createEmpty: false, timeSrc: "_start")'
-                    f' |> group(columns: [{literal(self._target.device_tag)}, "_field", "_time"]) |> sum()'
+                    f' |> group(columns: [{literal(self._device_tag)}, "_field", "_time"]) |> sum()'
                 )
                 for block in self._ask(query):
-                    yield from self._counted(block, every_seconds)
+                    for start_at, found in zip(_starts(block, every_seconds), self._sums(block), strict=True):
+                        device_id, field, values = found
+                        yield Counted(device_id, start_at, field, values)
                 yield None
 
         yield from counted_in_parts(one_type_spans(span, self._shard), every_seconds, ask)
 
     def sums(self, device: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Iterator[Summed]:
         """See `Reader`. Four aggregates in one query, each pushed down; Flux adds up numbers only."""
-        tag = literal(self._target.device_tag)
+        tag = literal(self._device_tag)
         are_numbers = " or ".join(f"r._field == {literal(name)}" for name in numbers)
 
         def aggregated(one: Window, name: str) -> str:
@@ -167,9 +160,6 @@ class FluxReader:
 
     def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
         """See `Reader`. Without a pivot no value is null, so an empty cell of a text is an empty text."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         token = literal(self._token)
         named = f'if column == "_value" then {token} + column else {literal(self._token * 2)} + column'
         for one in one_type_spans(span, self._shard):
@@ -189,8 +179,6 @@ class FluxReader:
 
     def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """See `Reader`. Without a pivot each table is one series of one field, and an empty cell is an empty text."""
-        import pyarrow as pa
-
         token = literal(self._token)
         named = (
             f'if column == "_value" or column == "_field" then {token} + column'
@@ -219,7 +207,7 @@ class FluxReader:
             return  # beyond what InfluxDB can hold
         query = (
             f"{self._from(span)} |> filter(fn: (r) => {self._where(None)})"
-            f' |> count() |> group(columns: [{literal(self._target.device_tag)}, "_field"]) |> sum()'
+            f' |> count() |> group(columns: [{literal(self._device_tag)}, "_field"]) |> sum()'
         )
         for block in self._ask(query):
             yield from (Counted(device, span.start, field, values) for device, field, values in self._sums(block))
@@ -234,10 +222,8 @@ class FluxReader:
 
     def _oldest_at(self) -> datetime | None:
         """The first point of each series is pushed down to the storage engine."""
-        import pyarrow as pa
-
         query = (
-            f"from(bucket: {literal(self._target.bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
+            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
             f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"])'
         )
         try:
@@ -254,20 +240,20 @@ class FluxReader:
             has_points=bool(fields) and self._has_points(),
             tags=[name for name in self._schema("tagKeys", FIRST_INSTANT) if name not in OWN_COLUMNS],
             fields=fields,
-            devices=self._schema("tagValues", FIRST_INSTANT, INVENTORY_DEVICES, tag=self._target.device_tag),
+            devices=self._schema("tagValues", FIRST_INSTANT, INVENTORY_DEVICES, tag=self._device_tag),
         )
 
     def ping(self) -> str:
         """See `Reader`. A token without the right to read the bucket sees 404, which no health endpoint would tell."""
-        query = f"from(bucket: {literal(self._target.bucket)}) |> range(start: -1m) |> limit(n: 1)"
+        query = f"from(bucket: {literal(self._bucket)}) |> range(start: -1m) |> limit(n: 1)"
         for _ in self._ask(query):
             pass
-        return f"may read bucket {self._target.bucket} at {self._connection.server.url} by Flux"
+        return f"may read bucket {self._bucket} at {self._connection.server.url} by Flux"
 
     def _has_points(self) -> bool:
         """The schema also knows what was deleted; a first point is one that is there."""
         query = (
-            f"from(bucket: {literal(self._target.bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
+            f"from(bucket: {literal(self._bucket)}) |> range(start: {FIRST_TIME}, stop: {LAST_TIME})"
             f' |> filter(fn: (r) => {self._where(None)}) |> first() |> keep(columns: ["_time"]) |> limit(n: 1)'
         )
         return any(len(column) for block in self._ask(query) for column in block.columns)
@@ -277,7 +263,7 @@ class FluxReader:
         given = "".join(f"{name}: {literal(value)}, " for name, value in arguments.items())
         predicate = "" if function == "measurements" else f"predicate: (r) => {self._where(None)}, "
         query = (
-            f"{SCHEMA}schema.{function}(bucket: {literal(self._target.bucket)}, {given}{predicate}"
+            f"{SCHEMA}schema.{function}(bucket: {literal(self._bucket)}, {given}{predicate}"
             f"start: {time_literal(since)}, stop: {LAST_TIME})"
             f"{f' |> limit(n: {most})' if most else ''}"
         )
@@ -286,15 +272,15 @@ class FluxReader:
 
     def _from(self, span: Window) -> str:
         return (
-            f"from(bucket: {literal(self._target.bucket)})"
+            f"from(bucket: {literal(self._bucket)})"
             f" |> range(start: {time_literal(span.start)}, stop: {time_literal(span.end)})"
         )
 
     def _where(self, device: str | None) -> str:
-        measurement = f"r._measurement == {literal(self._target.measurement)}"
+        measurement = f"r._measurement == {literal(self._measurement)}"
         if device is None:
             return measurement
-        tag = column_of_row(self._target.device_tag)
+        tag = column_of_row(self._device_tag)
         return f"{measurement} and {f'{tag} == {literal(device)}' if device else f'not exists {tag}'}"
 
     @cached_property
@@ -310,7 +296,7 @@ class FluxReader:
 
         None where the token may not look at buckets, or the server has no such route, as 1.x.
         """
-        where = urlencode({"org": self._target.org, "name": self._target.bucket})
+        where = urlencode({"org": self._org, "name": self._bucket})
         try:
             with self._connection.ask(f"/api/v2/buckets?{where}", None, {}, self._variables) as answer:
                 told_at = answer.told_at
@@ -349,10 +335,6 @@ class FluxReader:
             [(name, column) for name, is_tag, column in columns if not is_tag],
         )
 
-    def _counted(self, block: Block, every_seconds: int) -> Iterator[Counted]:
-        for start_at, (device, field, values) in zip(_starts(block, every_seconds), self._sums(block), strict=True):
-            yield Counted(device, start_at, field, values)
-
     def _summed(self, block: Block, every_seconds: int) -> Iterator[Summed]:
         name = next((each for each in AGGREGATES if self._token + each in block.names), AGGREGATES[0])
         fields, values = (_column(block, each).to_pylist() for each in ("_field", self._token + name))
@@ -362,8 +344,8 @@ class FluxReader:
     def _sums(self, block: Block) -> Iterator[tuple[str, str, int]]:
         """Device, field and number of values; points without the device tag come in tables without that column."""
         fields = _column(block, "_field").to_pylist()
-        is_named = self._target.device_tag in block.names
-        devices = _column(block, self._target.device_tag).to_pylist() if is_named else [""] * len(fields)
+        is_named = self._device_tag in block.names
+        devices = _column(block, self._device_tag).to_pylist() if is_named else [""] * len(fields)
         for device, field, values in zip(devices, fields, _column(block, "_value").to_pylist(), strict=True):
             yield device or "", field, values
 
@@ -373,13 +355,11 @@ def _starts(block: Block, every_seconds: int) -> Iterator[datetime]:
 
     Times are taken as numbers: Arrow loads a database of time zones to make datetimes of them.
     """
-    import pyarrow as pa
-
     for nanoseconds in _column(block, "_time").cast(pa.int64()).to_pylist():
         yield floor_to(EPOCH + timedelta(microseconds=nanoseconds // 1000), every_seconds)
 
 
-def _column(block: Block, name: str) -> "pa.ChunkedArray":
+def _column(block: Block, name: str) -> pa.ChunkedArray:
     return block.columns[_place(block, name)]
 
 

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlencode
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.core.errors import AppError, Permanent, Transient
 from app.core.pipeline import UNLIMITED, Sums
@@ -32,15 +36,11 @@ from app.influx_to_s3.reader import (
     RawCells,
     Retention,
     ServerAnswer,
-    ServerRefusal,
     Summed,
     counted_in_parts,
     one_type_spans,
     refusal,
 )
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 CHUNK_ROWS = 10_000
 STATEMENTS = 31  # of one request: the days of a month
@@ -55,16 +55,6 @@ AGGREGATES = "COUNT(*), SUM(*), MIN(*), MAX(*)"
 CANNOT_HINT = "no action needed: rows are read instead. JSON has no number for what these values add up to"
 T = TypeVar("T")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-@dataclass(frozen=True, slots=True)
-class InfluxQlTarget:
-    """What to read."""
-
-    database: str
-    retention_policy: str
-    measurement: str
-    device_tag: str = "device_id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +84,21 @@ def exact_pattern(text: str) -> str:
 class InfluxQlReader:
     """`Reader` over InfluxQL."""
 
-    def __init__(self, connection: Connection, target: InfluxQlTarget) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        database: str,
+        retention_policy: str,
+        measurement: str,
+        device_tag: str = "device_id",
+    ) -> None:
         self._connection = connection
-        self._target = target
-        policy = f", INFLUXDB_RETENTION_POLICY={target.retention_policy!r}" if target.retention_policy else ""
-        self._variables = f"INFLUXDB_DATABASE={target.database!r}{policy}"
-        self._tag = identifier(target.device_tag)
+        self._database, self._retention_policy = database, retention_policy
+        self._measurement, self._device_tag = measurement, device_tag
+        policy = f", INFLUXDB_RETENTION_POLICY={retention_policy!r}" if retention_policy else ""
+        self._variables = f"INFLUXDB_DATABASE={database!r}{policy}"
+        self._tag = identifier(device_tag)
 
     def devices(self, since: datetime) -> Sequence[str]:
         """See `Reader`. Without a condition InfluxDB 3 looks back one day.
@@ -160,7 +159,7 @@ class InfluxQlReader:
         # What a pattern selects has no cast: it is read under one type, so a question must not span several.
         for one in one_type_spans(span, self._shard) if patterned else (span,):
             query = f"SELECT {', '.join(columns)} {self._from()} WHERE {self._where(device, one)} GROUP BY *"
-            batch = _Batch(self._target.device_tag, named, patterned)
+            batch = _Batch(self._device_tag, named, patterned)
             for series in self._ask(query):
                 yield from batch.add(series)
             yield from batch.finish()
@@ -192,12 +191,8 @@ class InfluxQlReader:
 
     def _cells(self, name: str, kinds: set[str], series: Mapping[str, Any]) -> Iterator[RawCells]:
         """The values of one series, or a part of them, by type: JSON does not say which type a number has."""
-        import pyarrow as pa
-
         times, column = zip(*series["values"], strict=True)
-        tags = {
-            tag: text for tag, text in (series.get("tags") or {}).items() if text and tag != self._target.device_tag
-        }
+        tags = {tag: text for tag, text in (series.get("tags") or {}).items() if text and tag != self._device_tag}
         for _, values in _untyped(name, [_read_as(kinds, value) for value in column], kinds):
             there = values.is_valid()
             number = len(values) - values.null_count
@@ -216,19 +211,14 @@ class InfluxQlReader:
 
     def retention(self) -> Retention:
         """See `Reader`. Only 1.x tells: 2.x answers `0s` for every bucket, whatever its retention is."""
-        found: dict[str, timedelta] = {}
-        default, told_at, version = "", None, ""
-        try:
-            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
-                told_at, version = answer.told_at, answer.version
-                for row in self._rows(answer):
-                    found[row["name"]] = _period(str(row.get("duration", "")))
-                    default = row["name"] if row.get("default") else default
-        except Permanent:
-            found = {}
-        period = found.get(self._target.retention_policy or default)
-        if period is None or not version.startswith("1."):
+        policies, told_at, version = self._policies()
+        own = next((row for row in policies if self._is_own(row)), None)
+        if own is None or not version.startswith("1."):
             return Retention(None, self._oldest_at(), told_at)
+        text = str(own.get("duration", ""))
+        seconds = _seconds(text)
+        # What cannot be read keeps nothing for sure.
+        period = timedelta(seconds=seconds) if seconds or re.search("[1-9]", text) else UNLIMITED
         return Retention(period, told_at=told_at)
 
     def _oldest_at(self) -> datetime | None:
@@ -241,22 +231,22 @@ class InfluxQlReader:
 
     def inventory(self) -> Inventory:
         """See `Reader`."""
-        default, others = self._policies
-        own = self._target.retention_policy or default
         values = f"SHOW TAG VALUES {self._from()} WITH KEY = {self._tag}"
         return Inventory(
             measurements=self._names("SHOW MEASUREMENTS"),
-            has_points=self._has_points(self._target.retention_policy),
+            has_points=self._has_points(self._retention_policy),
             tags=self._names(f"SHOW TAG KEYS {self._from()}"),
             fields=sorted({one.name for one in self._fields()}),
             devices=self._names(f"{values} WHERE time >= {FIRST_NS} LIMIT {INVENTORY_DEVICES}"),
-            policies=tuple(name for name in others if name != own and self._has_points(name)),
+            policies=tuple(
+                row["name"] for row in self._policies()[0] if not self._is_own(row) and self._has_points(row["name"])
+            ),
         )
 
     def ping(self) -> str:
         """See `Reader`. Unlike SHOW MEASUREMENTS, this tells a database that does not exist from an empty one."""
         self._fields()
-        return f"may read database {self._target.database} at {self._connection.server.url} by InfluxQL"
+        return f"may read database {self._database} at {self._connection.server.url} by InfluxQL"
 
     def _has_points(self, policy: str) -> bool:
         try:
@@ -269,9 +259,9 @@ class InfluxQlReader:
         return sorted({row[-1] for series in self._ask(query) for row in series["values"] if row[-1]})
 
     def _from(self, policy: str | None = None) -> str:
-        policy = self._target.retention_policy if policy is None else policy
+        policy = self._retention_policy if policy is None else policy
         prefix = f"{identifier(policy)}." if policy else ""
-        name = self._target.measurement
+        name = self._measurement
         return f"FROM {prefix}{exact_pattern(name) if UNWRITABLE.search(name) else identifier(name)}"
 
     def _where(self, device: str | None, span: Window) -> str:
@@ -281,23 +271,28 @@ class InfluxQlReader:
         equals = f"=~ {exact_pattern(device)}" if UNWRITABLE.search(device) else f"= {text_literal(device)}"
         return f"{bounds} AND {self._tag}::tag {equals}"
 
-    @cached_property
-    def _policies(self) -> tuple[str, Mapping[str, timedelta]]:
-        """The default retention policy, and every policy's shard group duration; none where nobody may ask."""
-        default, found = "", {}
+    def _policies(self) -> tuple[Sequence[Mapping[str, Any]], datetime | None, str]:
+        """The retention policies by column, none where nobody may ask; the server's clock and version."""
+        found: list[Mapping[str, Any]] = []
         try:
-            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._target.database)}") as answer:
-                for row in self._rows(answer):
-                    found[row["name"]] = _duration(str(row.get("shardGroupDuration", "")))
-                    default = row["name"] if row.get("default") else default
+            with self._question(f"SHOW RETENTION POLICIES ON {identifier(self._database)}") as answer:
+                for result in self._results(_lines(answer.chunks)):
+                    for series in result.get("series", ()):
+                        found += (dict(zip(series["columns"], row, strict=True)) for row in series.get("values", ()))
+                return found, answer.told_at, answer.version
         except Permanent:
-            return "", {}
-        return default, found
+            return (), None, ""
 
-    @property
+    def _is_own(self, policy: Mapping[str, Any]) -> bool:
+        """Whether it is the one that is read: the configured one, or else the default."""
+        return policy["name"] == self._retention_policy if self._retention_policy else bool(policy.get("default"))
+
+    @cached_property
     def _shard(self) -> timedelta:
-        default, durations = self._policies
-        return durations.get(self._target.retention_policy or default, DAY)
+        """How long the shard groups are; a day where that cannot be asked or read."""
+        own = next((row for row in self._policies()[0] if self._is_own(row)), {})
+        seconds = _seconds(str(own.get("shardGroupDuration", "")))
+        return timedelta(seconds=seconds) if seconds >= 1 else DAY
 
     def _fields(self) -> Sequence[SelectedField]:
         kinds: dict[str, set[str]] = {}
@@ -310,7 +305,7 @@ class InfluxQlReader:
     def _counted(self, series: Mapping[str, Any], start_at: datetime | None) -> Iterator[Counted]:
         """The counts of a series; all at `start_at` where that is given, else at the starts of their buckets."""
         fields = [column.removeprefix("count_") for column in series["columns"][1:]]
-        device = (series.get("tags") or {}).get(self._target.device_tag, "")
+        device = (series.get("tags") or {}).get(self._device_tag, "")
         for nanoseconds, *values in series["values"]:
             at = start_at or EPOCH + timedelta(microseconds=nanoseconds // 1000)
             for name, value in zip(fields, values, strict=True):
@@ -335,20 +330,13 @@ class InfluxQlReader:
 
     def _question(self, statements: str) -> AbstractContextManager[ServerAnswer]:
         form = {
-            "db": self._target.database,
+            "db": self._database,
             "q": statements,
             "epoch": "ns",
             "chunked": "true",
             "chunk_size": str(CHUNK_ROWS),
         }
         return self._connection.ask("/query", urlencode(form).encode(), HEADERS, self._variables)
-
-    def _rows(self, answer: ServerAnswer) -> Iterator[Mapping[str, Any]]:
-        """The rows of a SHOW statement, by column."""
-        for result in self._results(_lines(answer.chunks)):
-            for series in result.get("series", ()):
-                for values in series.get("values", ()):
-                    yield dict(zip(series["columns"], values, strict=True))
 
     def _results(self, lines: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
         """A statement's result, or a part of it that says so by `partial`."""
@@ -380,7 +368,7 @@ class InfluxQlReader:
         """A statement error, which comes with status 200."""
         if any(word in message for word in PASSING):
             return Transient(f"InfluxDB reports: {message}", "no action needed: it is retried")
-        return refusal(ServerRefusal(self._connection.server.url, OK, message, "", self._variables))
+        return refusal(self._connection.server.url, OK, message, where=self._variables)
 
 
 def summed(series: Mapping[str, Any]) -> Iterator[Summed]:
@@ -435,11 +423,8 @@ class _Batch:
             yield Points(instants, self._tag_columns(), fields)
         self.values, self.tags = [], []
 
-    def _tag_columns(self) -> Mapping[str, "pa.Array"]:
+    def _tag_columns(self) -> Mapping[str, pa.Array]:
         """An empty value of a tag means that the series does not have it."""
-        import numpy as np
-        import pyarrow as pa
-
         names = sorted({name for tags, _ in self.tags for name, value in tags.items() if value} - {self.device_tag})
         numbers = pa.array(np.repeat(np.arange(len(self.tags)), [rows for _, rows in self.tags]))
         return {
@@ -450,7 +435,7 @@ class _Batch:
 
 def _numeric_and_other(
     selected: Sequence[SelectedField], cells: Mapping[str, Sequence[Any]]
-) -> Iterator[tuple[str, "pa.Array"]]:
+) -> Iterator[tuple[str, pa.Array]]:
     """Each field's columns, by type; the several readings of one number meet in the exact one."""
     by_name: dict[str, dict[str, pa.Array]] = {}
     for one in selected:
@@ -462,14 +447,11 @@ def _numeric_and_other(
                 yield name, array
 
 
-def _exact(arrays: "dict[str, pa.Array]") -> "Iterator[pa.Array]":
+def _exact(arrays: dict[str, pa.Array]) -> Iterator[pa.Array]:
     """Of a number that was read as several types, the whole number where it is one, else the float.
 
     Every numeric cast reads all numeric shards: `::integer` cuts 1.5 to 1, `::float` rounds whole numbers from 2**53.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     numeric = {kind: arrays[kind] for kind in NUMERIC if kind in arrays}
     yield from (array for kind, array in arrays.items() if kind not in NUMERIC)
     if len(numeric) <= 1:
@@ -486,16 +468,14 @@ def _exact(arrays: "dict[str, pa.Array]") -> "Iterator[pa.Array]":
     yield pc.if_else(pc.or_(*known), floats, None)
 
 
-def _array(column: Sequence[Any], kind: str) -> "pa.Array":
-    import pyarrow as pa
-
+def _array(column: Sequence[Any], kind: str) -> pa.Array:
     if kind == "float":
         return pa.array([None if value is None else float(value) for value in column], pa.float64())
     types = {"integer": pa.int64(), "unsigned": pa.uint64(), "boolean": pa.bool_(), "string": pa.string()}
     return pa.array(column, types[kind])
 
 
-def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tuple[str, "pa.Array"]]:
+def _untyped(name: str, column: Sequence[Any], kinds: set[str]) -> Iterator[tuple[str, pa.Array]]:
     """The column of a field that could not be cast, by what its cells are; JSON writes the float 21.0 as 21."""
     whole = next((kind for kind in ("integer", "unsigned") if kind in kinds), "float")
     words: dict[type, str] = {bool: "boolean", str: "string", int: whole, float: "float"}
@@ -523,21 +503,8 @@ def _nanoseconds(instant: datetime) -> int:
     return min(max((instant - EPOCH) // timedelta(microseconds=1) * 1000, FIRST_NS), LAST_NS)
 
 
-def _duration(text: str) -> timedelta:
-    """`168h0m0s`; a day for what cannot be read, or for zero."""
-    seconds = _seconds(text)
-    return timedelta(seconds=seconds) if seconds >= 1 else DAY
-
-
-def _period(text: str) -> timedelta:
-    """`720h0m0s`; `0s` keeps everything. What cannot be read keeps nothing for sure."""
-    seconds = _seconds(text)
-    if not seconds and re.search("[1-9]", text):
-        return timedelta()
-    return timedelta(seconds=seconds) if seconds else UNLIMITED
-
-
 def _seconds(text: str) -> float:
+    """Of `168h0m0s`; 0 for what cannot be read."""
     return sum(float(number) * UNIT_SECONDS[unit] for number, unit in DURATION.findall(text))
 
 

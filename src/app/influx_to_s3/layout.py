@@ -1,5 +1,13 @@
-"""The layout beside the data: how a tree's objects are cut, named and typed, which column each tag and field has, and
-how all that is found again in the objects.
+"""The layout beside the data, `_headwater/layout.json`: the only truth of how a tree's objects are cut, named and
+typed, and which column each tag and field has.
+
+It holds the history of window length, format, date format and timestamp unit, the columns with their types, the first
+start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or older than the
+bucket cannot cut the same rows a second time under other names.
+
+Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day that it
+read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two ways. What is
+first seen (a column) is added before it is first written and holds for all days.
 """
 
 import io
@@ -11,25 +19,15 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from itertools import count
+from itertools import chain, count
 from typing import Any
+
+import pyarrow as pa
 
 from app.core.errors import Conflict, Permanent, Transient
 from app.core.windows import EPOCH, Window, floor_to, windows_between
 from app.db.checkpoints import Layout
 from app.object_store.port import ObjectStore, Put
-
-# The layout beside the data: how objects are cut, named and typed, and which column each tag and field has.
-
-# `_headwater/layout.json` beside the data: the only truth of how a tree's objects are cut, named and typed.
-#
-# It holds the history of window length, format, date format and timestamp unit, the columns with their types, the
-# first start of the installation and the sealed day. The state's copy is never asked, so a state that is lost or
-# older than the bucket cannot cut the same rows a second time under other names.
-#
-# Invariants: the file changes by compare-and-swap only. A run writes no window of a later day than the sealed day
-# that it read, and a change of what stands takes effect on a later day than that, so no day is ever cut in two
-# ways. What is first seen (a column) is added before it is first written and holds for all days.
 
 FOLDER = "_headwater"
 NAME = "layout.json"
@@ -39,6 +37,13 @@ EVER = date(1970, 1, 1)
 DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED = "double", "integer", "text", "boolean", "unsigned"
 TYPES = (DOUBLE, INTEGER, TEXT, BOOLEAN, UNSIGNED)
 KINDS = ("tag", "field", "text of", "double of")
+ARROW_TYPES = {
+    DOUBLE: pa.float64(),
+    INTEGER: pa.int64(),
+    UNSIGNED: pa.uint64(),
+    BOOLEAN: pa.bool_(),
+    TEXT: pa.string(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +89,6 @@ def first_tree(wanted: Layout, first_start_at: datetime) -> Tree:
     """The tree of a new installation, which begins on the grid. No day is sealed: nothing was written yet."""
     layout = replace(wanted, effective_at=EPOCH)
     return Tree(floor_to(first_start_at, layout.window_seconds), EVER, (layout,))
-
-
-def sealed(tree: Tree, day: date) -> Tree:
-    """With every day up to `day` sealed."""
-    return replace(tree, sealed_day=max(tree.sealed_day, day))
 
 
 def with_layout(tree: Tree, wanted: Layout, today: date) -> Tree:
@@ -169,7 +169,8 @@ class LayoutFile:
         today = now.date()
 
         def changed(tree: Tree, day: date) -> Tree:
-            return sealed(with_types(with_layout(tree, wanted(tree), day), types, day), day)
+            tree = with_types(with_layout(tree, wanted(tree), day), types, day)
+            return replace(tree, sealed_day=max(tree.sealed_day, day))
 
         found = self._read()
         if dry_run:
@@ -237,19 +238,17 @@ class LayoutFile:
                     text = body.read() if body else None
             except Conflict:
                 continue  # replaced between the two questions
-            if text is not None:
-                return self._parsed(text), info.etag
+            if text is None:
+                continue
+            try:
+                return from_json(json.loads(text)), info.etag
+            except (ValueError, KeyError, TypeError, StopIteration) as error:
+                raise Permanent(
+                    f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                    "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
+                    "Nothing is written before",
+                ) from error
         raise Transient(f"{self.key}: changed {CONFLICTS} times while it was read", "no action needed; it is retried")
-
-    def _parsed(self, text: bytes) -> Tree:
-        try:
-            return from_json(json.loads(text))
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise Permanent(
-                f"{self.key} cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                "restore an earlier version of this object, or delete it: then it is re-created from the objects. "
-                "Nothing is written before",
-            ) from error
 
     def _put(self, tree: Tree, expected: str) -> None:
         text = json.dumps(to_json(tree), indent=1, ensure_ascii=False)
@@ -331,9 +330,6 @@ def added(tree: Tree, columns: Sequence[Column]) -> Tree:
     return replace(tree, columns=(*tree.columns, *new)) if new else tree
 
 
-# Which column each tag and field has, and of which type: decided once, when it is first seen, and kept in the
-# layout.
-#
 # The documented columns are fixed. Any other name is the source's own, unless it is taken: a field called like a
 # tag or a column of ours becomes `{name}_field`, such a tag `{name}_tag`, and names that differ in case only get a
 # number, since engines such as Spark and DuckDB do not tell them apart. Invariant: what has a column keeps it,
@@ -355,6 +351,11 @@ class Columns:
 
     `ignored`: tags that are neither a column nor part of a row's identity. `types`: types that the settings name, by
     column; they decide for a column that is first seen. `file` None: a look that must not change anything.
+
+    Look-ups of what was seen: `tags`, the names of all tag columns, which with the timestamp are a row's identity;
+    `tag_columns`, tag -> column, and `tag_names` the other way round; `fields`, field -> column, and `by_name` the same
+    columns by their names; `sources`, column -> field; of columns for what another one cannot hold `overflow_of`, that
+    column, and `overflow_kinds`, TEXT or DOUBLE. They are replaced as a whole, so that readers need no lock.
     """
 
     def __init__(
@@ -374,25 +375,12 @@ class Columns:
         self._lock = threading.Lock()
         self._take(tree)
 
-    @property
-    def tags(self) -> frozenset[str]:
-        """The names of all tag columns: with the timestamp, a row's identity."""
-        return self._tags
-
     def see(self, tags: Iterable[str], fields: Mapping[str, str]) -> None:
         """Make sure that these tags, and fields with the type that they have now, have columns."""
-        new = [("tag", name, TEXT) for name in tags if name not in self._tag_columns and name not in self.ignored]
-        new += [("field", name, kind) for name, kind in fields.items() if name not in self._fields]
+        new = [("tag", name, TEXT) for name in tags if name not in self.tag_columns and name not in self.ignored]
+        new += [("field", name, kind) for name, kind in fields.items() if name not in self.fields]
         if new:
             self._add(new)
-
-    def tag(self, name: str) -> str:
-        """The column of a tag that was seen and is not ignored."""
-        return self._tag_columns[name]
-
-    def field(self, name: str) -> Column:
-        """The column of a field that was seen."""
-        return self._fields[name]
 
     def overflow(self, column: Column, kind: str) -> str:
         """The column for values that `column` cannot hold, as TEXT or DOUBLE; made when it is first needed."""
@@ -414,30 +402,10 @@ class Columns:
             )
         return self._overflows[key]
 
-    def source_of(self, name: str) -> str | None:
-        """The field whose values stand in the column `name`; None for a column that holds no field."""
-        return self._sources.get(name)
-
-    def tag_of(self, name: str) -> str:
-        """The tag whose values stand in the column `name`."""
-        return self._tag_names[name]
-
-    def by_name(self, name: str) -> Column | None:
-        """The field's column of this name, None when it is none."""
-        return self._by_name.get(name)
-
     def describe(self, name: str) -> Mapping[bytes, bytes]:
         """What a column stands for, as metadata of its Parquet field, so that the layout can be made from objects."""
         kind, source = self._descriptions.get(name, ("", ""))
         return {b"headwater": f"{kind}={source}".encode("utf-8", "surrogatepass")} if kind else {}
-
-    def overflow_kind(self, name: str) -> str | None:
-        """TEXT or DOUBLE for a column that takes what another one cannot hold, else None."""
-        return self._overflow_kinds.get(name)
-
-    def overflow_of(self, name: str) -> Column | None:
-        """The field's column that could not hold the values of the column `name`; None for any other column."""
-        return self._overflow_of.get(name)
 
     def _add(self, new: Sequence[tuple[str, str, str]]) -> None:
         """Add columns of (kind, source, type) to the file before anything is written into them."""
@@ -454,10 +422,7 @@ class Columns:
             self._take(self._file.change(change) if self._file else change(self._tree))
 
     def _take(self, tree: Tree) -> None:
-        """Look-ups are replaced as a whole, so that readers need no lock.
-
-        Those that tell that a column is there come last: a thread that finds it finds everything else about it.
-        """
+        """Those that tell that a column is there come last: a thread that finds it finds everything else about it."""
         fixed = [Column(name, "field", name, ((EVER, DOUBLE),)) for name in MEASURED]
         fields = [*fixed, *(each for each in tree.columns if each.kind == "field")]
         by_name = {each.name: each for each in fields}
@@ -466,16 +431,16 @@ class Columns:
         overflows = {(each.kind, each.source): each.name for each in tree.columns if each.kind.endswith(" of")}
         overflow_of = {name: by_name[column] for (_, column), name in overflows.items() if column in by_name}
         self._tree = tree
-        self._tags = frozenset((*TAGS, *tags.values()))
-        self._tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
-        self._sources = {name: each.source for name, each in {**by_name, **overflow_of}.items()}
-        self._overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
+        self.tags = frozenset((*TAGS, *tags.values()))
+        self.tag_names = {column: name for name, column in tag_columns.items()} | {name: name for name in TAGS}
+        self.sources = {name: each.source for name, each in {**by_name, **overflow_of}.items()}
+        self.overflow_kinds = {name: kind.removesuffix(" of") for (kind, _), name in overflows.items()}
         self._descriptions = {each.name: (each.kind, each.source) for each in tree.columns}
-        self._overflow_of = overflow_of
+        self.overflow_of = overflow_of
         self._overflows = overflows
-        self._by_name = by_name
-        self._fields = {each.source: each for each in fields}
-        self._tag_columns = tag_columns
+        self.by_name = by_name
+        self.fields = {each.source: each for each in fields}
+        self.tag_columns = tag_columns
 
 
 def named(kind: str, source: str, taken: AbstractSet[str]) -> str:
@@ -483,13 +448,8 @@ def named(kind: str, source: str, taken: AbstractSet[str]) -> str:
     suffix = {"tag": "_tag", "field": "_field"}.get(kind, f"_{kind.removesuffix(' of')}")
     wanted = source if kind in ("tag", "field") and source not in taken else f"{source}{suffix}"
     folded = {name.casefold() for name in taken}
-    return next(name for name in _numbered(wanted) if name.casefold() not in folded)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    for number in count(2):
-        yield f"{name}_{number}"
+    names = chain([wanted], (f"{wanted}_{number}" for number in count(2)))
+    return next(name for name in names if name.casefold() not in folded)
 
 
 def type_of(kinds: Iterable[str]) -> str:
@@ -504,26 +464,8 @@ def type_of(kinds: Iterable[str]) -> str:
 
 def kind_of(arrow_type: Any) -> str:
     """The type of a column, as the layout names it, for values of an Arrow type."""
-    import pyarrow as pa
-
     if pa.types.is_floating(arrow_type):
         return DOUBLE
     if pa.types.is_boolean(arrow_type):
         return BOOLEAN
-    if pa.types.is_unsigned_integer(arrow_type):
-        return INTEGER
     return INTEGER if pa.types.is_integer(arrow_type) else TEXT
-
-
-def arrow_type(kind: str) -> Any:
-    """The Arrow type of a type that the layout names."""
-    import pyarrow as pa
-
-    types = {
-        DOUBLE: pa.float64(),
-        INTEGER: pa.int64(),
-        UNSIGNED: pa.uint64(),
-        BOOLEAN: pa.bool_(),
-        TEXT: pa.string(),
-    }
-    return types[kind]

@@ -1,31 +1,32 @@
-"""How InfluxDB is asked: the port of both query languages, the connection, and the spans of one question."""
+"""How InfluxDB is asked: the port of both query languages, the connection, and the spans of one question.
+
+Implementations of the port: `flux` (`/api/v2/query`) and `influxql` (`/query`); both give the same points for the same
+data.
+"""
 
 import base64
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from sys import intern
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import urllib3
+import urllib3.exceptions
+
 from app.core.errors import AppError, Permanent, Transient
-from app.core.network import CA_HINT, is_untrusted, proxy_for
+from app.core.network import CA_HINT, connection_fault, is_untrusted, proxy_for
 from app.core.pipeline import Count, Sums
 from app.core.retry import asked_seconds
 from app.core.windows import DAY_SECONDS, EPOCH, Window, floor_to
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# The port between the source and a query language: the few questions that an export asks InfluxDB.
-#
-# Implementations: `flux` (`/api/v2/query`) and `influxql` (`/query`); both give the same points for the same data.
+from app.object_store.port import date_of
 
 # `schema collision`: a field has several types in the span. `max-select`: limits of 1.x on series, buckets and points.
 TOO_MUCH = ("memory", "resource exhausted", "schema collision", "max-select")
@@ -74,9 +75,17 @@ class Points:
     stands there once for each of its types, and at most one of them is not null in a row.
     """
 
-    times: "pa.Array | pa.ChunkedArray"
-    tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
-    fields: "Sequence[tuple[str, pa.Array | pa.ChunkedArray]]"
+    times: pa.Array | pa.ChunkedArray
+    tags: Mapping[str, pa.Array | pa.ChunkedArray]
+    fields: Sequence[tuple[str, pa.Array | pa.ChunkedArray]]
+
+    @property
+    def numbers(self) -> Counter[str]:
+        """How many values each field has."""
+        found: Counter[str] = Counter()
+        for name, values in self.fields:
+            found[name] += len(values) - values.null_count
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +95,10 @@ class RawCells:
     `times` and `tags` as for `Points`; `fields`: the fields' names as a column of text; `values`: one type, none null.
     """
 
-    times: "pa.Array | pa.ChunkedArray"
-    tags: "Mapping[str, pa.Array | pa.ChunkedArray]"
-    fields: "pa.Array | pa.ChunkedArray"
-    values: "pa.Array | pa.ChunkedArray"
+    times: pa.Array | pa.ChunkedArray
+    tags: Mapping[str, pa.Array | pa.ChunkedArray]
+    fields: pa.Array | pa.ChunkedArray
+    values: pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +163,16 @@ class Reader(Protocol):
         Permanent or Transient also where a sum cannot be written, or one of `numbers` is not a number in the span.
         """
 
-    def rows(self, device: str, span: Window) -> "Iterator[Points]":
+    def rows(self, device: str, span: Window) -> Iterator[Points]:
         """All points of the device, complete or an error."""
 
-    def empty_texts(self, device: str, span: Window, field: str) -> "Iterator[Points]":
+    def empty_texts(self, device: str, span: Window, field: str) -> Iterator[Points]:
         """The points whose text `field` is "", with that field alone, where `rows` gives null for them.
 
         Flux's pivoted CSV writes both as an empty cell. InfluxQL tells them apart: nothing comes then.
         """
 
-    def cells(self, device: str, span: Window) -> "Iterator[RawCells]":
+    def cells(self, device: str, span: Window) -> Iterator[RawCells]:
         """Every value of the device as the server has it, complete or an error; nothing is joined to rows, here or
         there. For verification: it shares no more with `rows` than the connection and the parser.
         """
@@ -184,37 +193,25 @@ class Reader(Protocol):
         """Ask one cheap question with the configured credentials; what answered, in a few words."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerRefusal:
-    """An HTTP error answer. `where` names the variables to look at; `advice` is a better hint than its status gives."""
+def refusal(url: str, status: int, message: str, *, where: str, retry_after: str = "", advice: str = "") -> AppError:
+    """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`).
 
-    url: str
-    status: int
-    message: str
-    retry_after: str
-    where: str
-    advice: str = ""
-
-
-def refusal(refused: ServerRefusal) -> AppError:
-    """What to do about an HTTP error; the cases are InfluxDB's own (see `kit/transport/http/error_handler.go`)."""
-    told = f"InfluxDB at {refused.url} answers {refused.status}: {refused.message}"
-    said = refused.message.lower()
-    passing = refused.status in (TIMED_OUT, THROTTLED, CLIENT_CLOSED) or (
-        refused.status >= SERVER_ERROR and refused.status != NOT_IMPLEMENTED
-    )
+    `where` names the variables to look at; `advice` is a better hint than its status gives.
+    """
+    told = f"InfluxDB at {url} answers {status}: {message}"
+    said = message.lower()
+    passing = status in (TIMED_OUT, THROTTLED, CLIENT_CLOSED) or (status >= SERVER_ERROR and status != NOT_IMPLEMENTED)
     if passing or "queue length exceeded" in said:
-        seconds = asked_seconds(refused.retry_after)
-        return Transient(told, "no action needed: it is retried", retry_after_seconds=seconds)
+        return Transient(told, "no action needed: it is retried", retry_after_seconds=asked_seconds(retry_after))
     if any(word in said for word in TOO_MUCH):
         return QueryTooLarge(told, "no action needed: a shorter range is tried")
     hints = {
         UNAUTHORIZED: "set INFLUXDB_TOKEN, or the user name and password, to credentials that may read the data",
-        FORBIDDEN: f"give these credentials the right to read; now {refused.where}",
-        NOT_FOUND: f"check {refused.where} and that the token may read it",
+        FORBIDDEN: f"give these credentials the right to read; now {where}",
+        NOT_FOUND: f"check {where} and that the token may read it",
     }
-    general = f"check INFLUXDB_URL, {refused.where} and INFLUXDB_MEASUREMENT"
-    return Permanent(told, refused.advice or hints.get(refused.status, general))
+    general = f"check INFLUXDB_URL, {where} and INFLUXDB_MEASUREMENT"
+    return Permanent(told, advice or hints.get(status, general))
 
 
 # HTTP to an InfluxDB server, over one pool of connections for all threads; both query languages ask through it.
@@ -261,6 +258,16 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        # Answers are compressed on their way through the internet; in a plain network that would only cost both ends
+        # CPU time.
+        encoding = "gzip" if server.url.lower().startswith("https://") else "identity"
+        self._headers: dict[str, str] = urllib3.make_headers(accept_encoding=encoding)
+        if server.token:
+            self._headers["Authorization"] = f"Token {server.token}"
+        elif server.username:
+            # In UTF-8, as Go's servers read it; urllib3 would encode latin-1 and fail beyond it.
+            credentials = base64.b64encode(f"{server.username}:{server.password}".encode()).decode()
+            self._headers["Authorization"] = f"Basic {credentials}"
 
     @contextmanager
     def ask(self, path: str, body: bytes | None, headers: Mapping[str, str], where: str) -> Iterator[ServerAnswer]:
@@ -279,14 +286,14 @@ class Connection:
                 headers={**self._headers, **headers},
                 preload_content=False,
                 retries=False,
-                timeout=self._timeout,
+                timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=self.server.timeout_seconds),
             )
         with closing(response):
             if response.status != OK:
                 raise self._refused(response, path, where)
             framed = bool(response.headers.get("Transfer-Encoding") or response.headers.get("Content-Length"))
             version = response.headers.get("X-Influxdb-Version", "")
-            yield ServerAnswer(self._chunks(response), framed, version, _instant(response.headers.get("Date", "")))
+            yield ServerAnswer(self._chunks(response), framed, version, date_of(response.headers.get("Date", "")))
 
     def _chunks(self, response: Any) -> Iterator[bytes]:
         """`read` rather than `stream`, which gives every chunk of the server, often 4 KiB, a round of its own."""
@@ -300,9 +307,14 @@ class Connection:
     def _refused(self, response: Any, path: str, where: str) -> AppError:
         with self._translated():
             body = response.read(REFUSAL_BYTES, decode_content=True).decode("utf-8", "replace")
-        retry_after = response.headers.get("Retry-After", "")
-        advice = self._advice(response, path, body)
-        return refusal(ServerRefusal(self.server.url, response.status, _message(body), retry_after, where, advice))
+        return refusal(
+            self.server.url,
+            response.status,
+            _message(body),
+            where=where,
+            retry_after=response.headers.get("Retry-After", ""),
+            advice=self._advice(response, path, body),
+        )
 
     def _advice(self, response: Any, path: str, body: str) -> str:
         """The next step that the server itself points to, "" where it does not."""
@@ -318,8 +330,6 @@ class Connection:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        import urllib3.exceptions
-
         url = self.server.url
         try:
             yield
@@ -335,54 +345,17 @@ class Connection:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             raise Transient(
-                f"InfluxDB at {url} cannot be reached or broke off: {type(error).__name__}",
+                f"InfluxDB: {connection_fault(error, url) or f'no whole answer from {url}: {str(error)[:200]}'}",
                 "check INFLUXDB_URL and that the server runs; it is retried",
             ) from error
 
     @cached_property
     def _pool(self) -> Any:
-        import urllib3
-
         if proxy := proxy_for(self.server.url):
             login = urlsplit(proxy).netloc.rpartition("@")[0]
             headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
             return urllib3.ProxyManager(proxy, maxsize=self.server.connections, proxy_headers=headers)
         return urllib3.PoolManager(maxsize=self.server.connections)
-
-    @cached_property
-    def _timeout(self) -> Any:
-        import urllib3
-
-        return urllib3.Timeout(connect=CONNECT_SECONDS, read=self.server.timeout_seconds)
-
-    @cached_property
-    def _headers(self) -> Mapping[str, str]:
-        """Answers are compressed on their way through the internet; in a plain network that would only cost both ends
-        CPU time.
-        """
-        import urllib3
-
-        headers: dict[str, str] = urllib3.make_headers(accept_encoding="gzip" if self._is_remote else "identity")
-        if self.server.token:
-            headers["Authorization"] = f"Token {self.server.token}"
-        elif self.server.username:
-            # In UTF-8, as Go's servers read it; urllib3 would encode latin-1 and fail beyond it.
-            credentials = base64.b64encode(f"{self.server.username}:{self.server.password}".encode()).decode()
-            headers["Authorization"] = f"Basic {credentials}"
-        return headers
-
-    @property
-    def _is_remote(self) -> bool:
-        return self.server.url.lower().startswith("https://")
-
-
-def _instant(text: str) -> datetime | None:
-    """An HTTP date."""
-    try:
-        at = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _message(body: str) -> str:

@@ -1,4 +1,8 @@
-"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form."""
+"""What is made from the objects themselves: the layout of a tree whose file is gone, and objects in today's form.
+
+The layout of data that have no `_headwater/layout.json`, of an older version or because the file was lost, is made from
+the state's table of an older version where there is one, else from the names and metadata of the objects.
+"""
 
 import io
 import re
@@ -6,14 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from heapq import nlargest
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from app.core.pipeline import ALL_TAGS, Commit, Held, Pipeline, Record
-from app.core.runs import Context, Report
-from app.core.sync import Done, delete_deltas
+from app.core.runs import Context, Done, Report
+from app.core.sync import delete_deltas
 from app.core.windows import DAY_SECONDS, EPOCH, Age, Window, age_of, floor_to, windows_between
 from app.db.checkpoints import Layout
 from app.influx_to_s3.layout import (
@@ -39,18 +46,9 @@ from app.influx_to_s3.layout import (
 from app.influx_to_s3.row_batch import RowBatch
 from app.influx_to_s3.rows import in_order, of_object, ordered
 from app.influx_to_s3.source import InfluxSource
-from app.object_store.port import ObjectStore
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from app.object_store.port import ObjectInfo, ObjectStore
-    from app.object_store.table_sink import EncodedFile, TableSink
-
-# The layout of data that have no `_headwater/layout.json`: of an older version, or because the file was lost.
-#
-# Made from the state's table of an older version where there is one, else from the names and metadata of the
-# objects.
+from app.object_store.deltas import noted_window
+from app.object_store.port import ObjectInfo, ObjectStore
+from app.object_store.table_sink import EncodedFile, TableSink
 
 KEY = re.compile(r"device_id=(?P<device>[^/]+)/date=(?P<date>.+)/export_(?P<time>\d{6})\.(?P<format>parquet|csv)")
 DATE_FORMATS = ("%Y/%m/%d", "%Y-%m-%d", "%Y%m%d", "%Y/%j", "%Y-%j")
@@ -61,16 +59,16 @@ SAMPLES = 64
 class Seen:
     """What a listing of the tree shows: one object of each day, the newest one of each device, and some by chance."""
 
-    days: dict[date, "ObjectInfo"] = field(default_factory=dict)
-    newest: dict[str, tuple[datetime, "ObjectInfo"]] = field(default_factory=dict)
+    days: dict[date, ObjectInfo] = field(default_factory=dict)
+    newest: dict[str, tuple[datetime, ObjectInfo]] = field(default_factory=dict)
     oldest_at: datetime | None = None
     number: int = 0
-    some: list["ObjectInfo"] = field(default_factory=list)
+    some: list[ObjectInfo] = field(default_factory=list)
     date_formats: dict[date, str] = field(default_factory=dict)
 
 
 def tree_of_data(
-    store: "ObjectStore",
+    store: ObjectStore,
     prefix: str,
     *,
     kept: Sequence[Layout],
@@ -110,7 +108,7 @@ def tree_of_data(
     )
 
 
-def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
+def _look(store: ObjectStore, prefix: str, date_format: str) -> Seen:
     seen = Seen()
     chance = Random(0)  # noqa: S311 - the same sample each time, no secret
     start = f"{prefix}/" if prefix else ""
@@ -137,7 +135,7 @@ def _look(store: "ObjectStore", prefix: str, date_format: str) -> Seen:
     return seen
 
 
-def lost_cursor(store: "ObjectStore", prefix: str, device: str, tree: Tree, now: datetime) -> datetime | None:
+def lost_cursor(store: ObjectStore, prefix: str, device: str, tree: Tree, now: datetime) -> datetime | None:
     """Where a device goes on whose cursor is lost or lies ahead of now; None when its objects do not say.
 
     The smaller of the cursor that the writer of its newest object knew to be committed, and of the start of that
@@ -172,7 +170,7 @@ def _stamp_in(day: str, time: str, formats: Iterable[str]) -> tuple[datetime, st
     return None
 
 
-def _layouts(store: "ObjectStore", seen: Seen) -> tuple[Layout, ...]:
+def _layouts(store: ObjectStore, seen: Seen) -> tuple[Layout, ...]:
     """A layout for each run of days that are cut and named alike, from the metadata of one object a day."""
     layouts: list[Layout] = []
     for day, listed in sorted(seen.days.items()):
@@ -184,21 +182,15 @@ def _layouts(store: "ObjectStore", seen: Seen) -> tuple[Layout, ...]:
     return tuple(layouts)
 
 
-def _seconds(store: "ObjectStore", listed: "ObjectInfo") -> int | None:
-    """The window's length, which each writer noted: `{start}/{end}`."""
+def _seconds(store: ObjectStore, listed: ObjectInfo) -> int | None:
+    """The window's length, which each writer noted."""
     info = store.head(listed.key)
-    start, _, end = (info.metadata.get("window", "") if info else "").partition("/")
-    try:
-        return int((datetime.fromisoformat(end) - datetime.fromisoformat(start)) / timedelta(seconds=1)) or None
-    except ValueError:
-        return None
+    noted = noted_window(info) if info else None
+    return noted[1] - noted[0] if noted else None
 
 
-def _schema(store: "ObjectStore", info: "ObjectInfo") -> Any:
+def _schema(store: ObjectStore, info: ObjectInfo) -> Any:
     """The Arrow schema of a Parquet object; None for CSV, and for what cannot be read, which verify tells of."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not info.key.endswith(".parquet"):
         return None
     with store.open(info.key, info.etag) as body:
@@ -238,7 +230,7 @@ def _source_of(name: str) -> str:
     return stem if stem in OURS else name
 
 
-def _most_common(counts: "Counter[str]") -> str:
+def _most_common(counts: Counter[str]) -> str:
     kind, _ = max(counts.items(), key=lambda item: (item[1], item[0] != TEXT))
     return DOUBLE if kind == INTEGER and counts[DOUBLE] else kind
 
@@ -251,7 +243,7 @@ def _most_common(counts: "Counter[str]") -> str:
 # object of their window.
 
 
-def devices_in(sink: "TableSink") -> Sequence[str]:
+def devices_in(sink: TableSink) -> Sequence[str]:
     """Every device that has objects, from one listing."""
     start = f"{sink.prefix}/" if sink.prefix else ""
     found = (KEY.fullmatch(info.key.removeprefix(start)) for info in sink.store.list(f"{start}device_id="))
@@ -259,9 +251,9 @@ def devices_in(sink: "TableSink") -> Sequence[str]:
 
 
 def rewrite(
-    pipeline: "Pipeline[RowBatch, EncodedFile]",
+    pipeline: Pipeline[RowBatch, EncodedFile],
     source: InfluxSource,
-    sink: "TableSink",
+    sink: TableSink,
     columns: Columns,
     context: Context,
     *,
@@ -292,7 +284,7 @@ def rewrite(
                 context.progress.advance(done=1)
 
 
-def _own(sink: "TableSink", key: str) -> Held | None:
+def _own(sink: TableSink, key: str) -> Held | None:
     """What Headwater wrote under this key; what another program put there is left as it is."""
     held = sink.head(key)
     if held is not None and not held.digest:
@@ -301,7 +293,7 @@ def _own(sink: "TableSink", key: str) -> Held | None:
     return held
 
 
-def _unit(sink: "TableSink", key: str) -> str:
+def _unit(sink: TableSink, key: str) -> str:
     """Unit of the object's timestamps; older versions noted none and wrote nanoseconds."""
     info = sink.store.head(key)
     return info.metadata.get("timestamp-unit", "ns") if info else ""
@@ -315,7 +307,7 @@ def _unfolded(held: Mapping[int, Held]) -> Sequence[int]:
 
 def _rows(
     source: InfluxSource,
-    sink: "TableSink",
+    sink: TableSink,
     columns: Columns,
     *,
     device: str,
@@ -324,7 +316,7 @@ def _rows(
 ) -> RowBatch:
     """The rows of a window's object and of its deltas. What lost tags once has lost them still."""
 
-    def rows(part: int) -> "Iterator[pa.Table]":
+    def rows(part: int) -> Iterator[pa.Table]:
         tables = (of_object(table, columns) for table in sink.read(keys[part], held[part].version) if table.num_rows)
         return (ordered([table], columns)[0] for table in tables)
 
@@ -334,8 +326,8 @@ def _rows(
 
 
 def _replace(
-    pipeline: "Pipeline[RowBatch, EncodedFile]",
-    sink: "TableSink",
+    pipeline: Pipeline[RowBatch, EncodedFile],
+    sink: TableSink,
     context: Context,
     *,
     window: Window,

@@ -1,4 +1,15 @@
-"""A batch of this pipeline: ordered rows of one device and window, digested, and the columns computed from them."""
+"""A batch of this pipeline: ordered rows of one device and window, digested, with bounded memory; and the documented
+columns, which are computed from them.
+
+Rows come in order and are cut into blocks of a fixed number of rows. The columns of an object are timestamp, device_id,
+device_type, location, voltage, current, power, temperature, hour, day_of_week, is_weekend, power_factor, then further
+tags and further fields, each alphabetically.
+
+Invariants: the digest depends on the rows alone, not on how they were cut when they were read; blocks beyond
+`memory_rows` wait in a temporary file that has no name, so nothing is left behind by a crash; a column has the same
+type in every object of a layout, whatever a window holds, and the documented ones exist even without such a field (then
+null).
+"""
 
 import hashlib
 import tempfile
@@ -7,36 +18,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
 
 from app.core.ledger import Tally
 from app.core.pipeline import Sums
 from app.influx_to_s3.layout import COMPUTED, DEVICE, MEASURED, TAGS, TIMESTAMP, Columns
-from app.influx_to_s3.rows import identities_of, instant_of, instants_of
-from app.influx_to_s3.set_aside import Disagreement
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# The documented columns, computed from canonical rows.
-#
-# Order: timestamp, device_id, device_type, location, voltage, current, power, temperature, hour, day_of_week,
-# is_weekend, power_factor, then further tags and further fields, each alphabetically. Invariant: a column has the
-# same type in every object of a layout, whatever a window holds; the documented ones exist even without such a
-# field (then null).
+from app.influx_to_s3.rows import Disagreement, identities_of, instant_of, instants_of
 
 HOUR_NS = 3_600_000_000_000
 DAY_NS = 24 * HOUR_NS
 THURSDAY, FRIDAY = 3, 4
 
 
-def output_schema(rows: "pa.Schema", columns: Columns) -> "pa.Schema":
+def output_schema(rows: pa.Schema, columns: Columns) -> pa.Schema:
     """The columns of an object whose canonical rows have the schema `rows`.
 
     device_id has dictionary type, as pandas takes the `device_id=` in paths: it merges the two only then.
     """
-    import pyarrow as pa
-
     others = [column for column in rows if column.name not in (TIMESTAMP, *TAGS, *MEASURED)]
     return pa.schema(
         [
@@ -53,10 +54,8 @@ def output_schema(rows: "pa.Schema", columns: Columns) -> "pa.Schema":
     )
 
 
-def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
+def enrich(table: pa.Table, device: str, schema: pa.Schema) -> pa.Table:
     """Canonical rows with the computed columns, as `schema` from `output_schema`."""
-    import pyarrow as pa
-
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     columns[DEVICE] = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), table.num_rows), [device])
     for name in MEASURED:
@@ -65,19 +64,22 @@ def enrich(table: "pa.Table", device: str, schema: "pa.Schema") -> "pa.Table":
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def computed_from(rows: "pa.Table") -> dict[str, Any]:
-    """The computed columns of rows that have the documented ones, as numbers or as text."""
-    import pyarrow as pa
+def computed_from(rows: pa.Table) -> dict[str, Any]:
+    """The computed columns of rows that have the documented ones, as numbers or as text.
 
-    volts, amperes, watts = (rows.column(name).cast(pa.float64()) for name in MEASURED[:3])
-    return {**_calendar(rows), "power_factor": _power_factor(volts, amperes, watts)}
+    power_factor is power / (voltage * current) clipped to [0, 1]; null where an input is null or the quotient is not a
+    number.
+    """
+    volts, amperes, watts = (rows.column(name).cast(pa.float64()).to_numpy() for name in MEASURED[:3])
+    with np.errstate(all="ignore"):
+        apparent = volts * amperes
+        factor = np.clip(watts / apparent, 0.0, 1.0)
+    unknown = ~np.isfinite(factor) | (apparent == 0.0)
+    return {**_calendar(rows), "power_factor": pa.array(factor, mask=unknown)}
 
 
-def _calendar(table: "pa.Table") -> dict[str, Any]:
+def _calendar(table: pa.Table) -> dict[str, Any]:
     """hour 0-23 and day_of_week (Monday = 0) of the UTC instant; 1970-01-01 was a Thursday."""
-    import numpy as np
-    import pyarrow as pa
-
     instants = instants_of(table)
     if len(instants) and instants[0] // HOUR_NS == instants[-1] // HOUR_NS:  # rows are in order: all of one hour
         return _of_one_hour(int(instants[0]), len(instants))
@@ -88,8 +90,6 @@ def _calendar(table: "pa.Table") -> dict[str, Any]:
 
 def _of_one_hour(instant: int, rows: int) -> dict[str, Any]:
     """What `_calendar` gives for `rows` instants of the hour that holds `instant`."""
-    import pyarrow as pa
-
     hour, day = instant // HOUR_NS % 24, (instant // DAY_NS + THURSDAY) % 7
     return {
         "hour": pa.repeat(pa.scalar(hour, pa.int32()), rows),
@@ -97,33 +97,6 @@ def _of_one_hour(instant: int, rows: int) -> dict[str, Any]:
         "is_weekend": pa.repeat(pa.scalar(day > FRIDAY), rows),
     }
 
-
-def _power_factor(voltage: Any, current: Any, power: Any) -> Any:
-    """power / (voltage * current) clipped to [0, 1]; null where an input is null or the quotient is not a number."""
-    import numpy as np
-    import pyarrow as pa
-
-    volts, amperes, watts = (_floats(column) for column in (voltage, current, power))
-    with np.errstate(all="ignore"):
-        apparent = volts * amperes
-        factor = np.clip(watts / apparent, 0.0, 1.0)
-    unknown = ~np.isfinite(factor) | (apparent == 0.0)
-    return pa.array(factor, mask=unknown)
-
-
-def _floats(column: Any) -> Any:
-    """float64 with NaN for null, a numpy array."""
-    import pyarrow as pa
-
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.to_numpy(zero_copy_only=False)
-
-
-# A batch of this pipeline: the ordered rows of one device and window, digested, with bounded memory.
-#
-# Rows come in order and are cut into blocks of a fixed number of rows. Invariants: the digest depends on the rows
-# alone, not on how they were cut when they were read; blocks beyond `memory_rows` wait in a temporary file that has
-# no name, so nothing is left behind by a crash.
 
 BLOCK_ROWS = 16_384
 MEMORY_BYTES = 32 << 20
@@ -147,10 +120,10 @@ class RowBatch:
     digest: str
     first_ns: int | None
     last_ns: int | None
-    schema: "pa.Schema"
+    schema: pa.Schema
     columns: Columns
     has_nanos: bool
-    blocks: "Sequence[pa.Table]"
+    blocks: Sequence[pa.Table]
     spooled: BinaryIO | None = None
     cells: Mapping[datetime, int] = field(default_factory=dict)
     accounts: Mapping[str, Tally] = field(default_factory=dict)
@@ -168,15 +141,11 @@ class RowBatch:
     @property
     def identities(self) -> Any:
         """64 bits a row, a numpy array; see `rows.identities_of`."""
-        import numpy as np
-
         parts = [identities_of(table, self.columns.tags) for table in self.tables()]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
     def holds_all(self, identities: Any) -> bool:
         """See `Batch.holds_all`."""
-        import numpy as np
-
         return len(identities) <= self.rows and bool(np.isin(identities, self.identities).all())
 
     @property
@@ -199,19 +168,17 @@ class RowBatch:
         return self.spooled is not None and not merged
 
     @property
-    def output_schema(self) -> "pa.Schema":
+    def output_schema(self) -> pa.Schema:
         """The documented columns, then this batch's further tags and fields. Timestamps are in nanoseconds."""
         return output_schema(self.schema, self.columns)
 
-    def output(self) -> "Iterator[pa.Table]":
+    def output(self) -> Iterator[pa.Table]:
         """The rows as they are written to an object."""
         schema = self.output_schema
         return (enrich(table, self.device, schema) for table in self.tables())
 
-    def tables(self) -> "Iterator[pa.Table]":
+    def tables(self) -> Iterator[pa.Table]:
         """The rows in order, block by block, all with `schema`."""
-        import pyarrow as pa
-
         for block in self._spooled_blocks() if self.spooled else self.blocks:
             if len(block.schema) == len(self.schema) and block.select(self.schema.names).schema == self.schema:
                 yield block.select(self.schema.names)
@@ -224,9 +191,7 @@ class RowBatch:
             }
             yield pa.table(aligned, schema=self.schema)
 
-    def _spooled_blocks(self) -> "Iterator[pa.Table]":
-        import pyarrow as pa
-
+    def _spooled_blocks(self) -> Iterator[pa.Table]:
         if self.spooled is None:
             return
         self.spooled.seek(0)
@@ -266,7 +231,7 @@ class RowSpool:
         self._first_ns: int | None = None
         self._last_ns: int | None = None
 
-    def append(self, table: "pa.Table") -> None:
+    def append(self, table: pa.Table) -> None:
         """Add rows in canonical order that are later than all rows before. ValueError when they are not later."""
         if table.num_rows == 0:
             return
@@ -291,10 +256,13 @@ class RowSpool:
         self._twice.update(twice)
         self._disagreements += others
 
+    @property
+    def values(self) -> Mapping[str, int]:
+        """By field, how many values were read."""
+        return {name: sums.values for name, sums in self._read.items()}
+
     def finish(self, cells: Mapping[datetime, int], counted: Mapping[str, int]) -> RowBatch:
         """All that was appended, as a batch that owns the spool file. `counted`: by field, at the source before."""
-        import pyarrow as pa
-
         self._cut(whole_blocks_only=False)
         others = sorted(name for name in self._types if name not in (TIMESTAMP, *TAGS))
         schema = pa.schema(
@@ -326,8 +294,8 @@ class RowSpool:
         aside = Counter(each.field for each in self._disagreements)
         landed: Counter[str] = Counter()
         for name, number in self._landed.items():
-            landed[self.columns.source_of(name) or name] += number
-        read = {name: sums.values for name, sums in self._read.items()}
+            landed[self.columns.sources.get(name) or name] += number
+        read = self.values
         return {
             name: Tally(
                 counted=max(counted.get(name, 0), read.get(name, 0)),
@@ -345,8 +313,6 @@ class RowSpool:
             self._file.close()
 
     def _cut(self, *, whole_blocks_only: bool) -> None:
-        import pyarrow as pa
-
         if not self._waiting:
             return
         table = pa.concat_tables(self._waiting, promote_options="default")
@@ -356,8 +322,9 @@ class RowSpool:
         rest = table.slice(end)
         self._waiting, self._waiting_rows = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
 
-    def _add(self, block: "pa.Table") -> None:
-        block = _with_values(block)
+    def _add(self, block: pa.Table) -> None:
+        # Without the columns that hold nothing.
+        block = block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
         for column in block.schema:
             self._types[column.name] = column.type
             if column.name != TIMESTAMP and column.name not in self.columns.tags:
@@ -369,8 +336,6 @@ class RowSpool:
             self._spill()
 
     def _spill(self) -> None:
-        import pyarrow as pa
-
         if self._file is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._directory, prefix="rows-")  # noqa: SIM115 - the batch closes it
@@ -381,12 +346,7 @@ class RowSpool:
         self._memory_bytes = 0
 
 
-def _with_values(block: "pa.Table") -> "pa.Table":
-    """Without the columns that hold nothing."""
-    return block.select([c.name for c in block.schema if block.column(c.name).null_count < block.num_rows])
-
-
-def _digest_block(digest: Any, block: "pa.Table") -> None:
+def _digest_block(digest: Any, block: pa.Table) -> None:
     """Feed names, types and values of a block; columns without any value do not count."""
     for name in sorted(block.column_names):
         column = block.column(name).combine_chunks()
@@ -398,9 +358,6 @@ def _digest_block(digest: Any, block: "pa.Table") -> None:
 
 def _value_bytes(array: Any) -> Iterator[Any]:
     """The values of an array as buffers that are equal exactly when the values are."""
-    import numpy as np
-    import pyarrow as pa
-
     if array.null_count:
         yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
         array = array.fill_null(pa.scalar("" if pa.types.is_string(array.type) else 0).cast(array.type))

@@ -1,17 +1,28 @@
 """Rows of one device in canonical form, and the operations on them: order, identity, and unions with what an object
 holds.
+
+Canonical: `timestamp` in nanoseconds, the tag columns, then the fields under their columns' names and types (see
+`layout`). A row is unique by its timestamp and all its tags, and rows stand in that order. Points that differ only in
+ignored tags are one row: their fields are united, and where values disagree, that of the tag set first in byte order
+stands and the others are set aside. Invariant: what comes out does not depend on the order in which the source sent it.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.core.errors import Permanent
 from app.core.pipeline import EXAMPLES, LATEST, Shrink, Sums
 from app.core.windows import EPOCH
 from app.influx_to_s3.layout import (
+    ARROW_TYPES,
     BOOLEAN,
     COMPUTED,
     DEVICE,
@@ -24,25 +35,12 @@ from app.influx_to_s3.layout import (
     UNKNOWN,
     UNSIGNED,
     Columns,
-    arrow_type,
     kind_of,
     type_of,
 )
 from app.influx_to_s3.reader import Points
-from app.influx_to_s3.set_aside import Disagreement
 from app.object_store.row_digest import row_lanes
 from app.object_store.table_sink import CSV_ROWS, lost_tags_in
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# Rows of one device in canonical form, and the operations on them.
-#
-# Canonical: `timestamp` in nanoseconds, the tag columns, then the fields under their columns' names and types (see
-# `columns`). A row is unique by its timestamp and all its tags, and rows stand in that order. Points that differ
-# only in ignored tags are one row: their fields are united, and where values disagree, that of the tag set first in
-# byte order stands and the others are set aside. Invariant: what comes out does not depend on the order in which
-# the source sent it.
 
 IGNORED = "\0"  # before the name of an ignored tag, while rows are put in order; no name at a source begins with it
 GROUP = "\0\0group"
@@ -55,13 +53,21 @@ GUESSES = (
 EXACT = 1 << 53  # whole numbers up to here are exact in float64
 
 
-def canonical(points: Points, columns: Columns) -> "pa.Table":
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """A value that is in no object, since a point of the same identity has another one for this field."""
+
+    tags: Mapping[str, str]
+    field: str
+    value: bool | int | float | str
+    instant_ns: int
+
+
+def canonical(points: Points, columns: Columns) -> pa.Table:
     """Points of one UTC day under their columns' names and types, in the order in which they come.
 
     A value that its column cannot hold moves to the column's overflow, exactly as it is.
     """
-    import pyarrow as pa
-
     kinds: dict[str, list[str]] = {}
     for name, values in points.fields:
         kinds.setdefault(name, []).append(kind_of(values.type))
@@ -72,13 +78,13 @@ def canonical(points: Points, columns: Columns) -> "pa.Table":
         if tag in columns.ignored:
             table[IGNORED + tag] = texts
         else:
-            name = columns.tag(tag)
+            name = columns.tag_columns[tag]
             table[name] = texts.fill_null(UNKNOWN) if name in TAGS and texts.null_count else texts
     for name in TAGS:
         if name not in table:
-            table[name] = _constant(UNKNOWN, len(points.times))
+            table[name] = constant(UNKNOWN, len(points.times))
     for field, values in points.fields:
-        column = columns.field(field)
+        column = columns.fields[field]
         _put(table, column.name, _fitting(values, column.type_on(day), partial(columns.overflow, column)))
     return pa.table(table)
 
@@ -93,9 +99,6 @@ def sums_of(columns: Iterable[tuple[str, Any]]) -> Mapping[str, Sums]:
 
 
 def _sums(values: Any) -> Sums:
-    import numpy as np
-    import pyarrow as pa
-
     number = len(values) - values.null_count
     if not number or not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         return Sums(number)
@@ -109,16 +112,13 @@ def _sums(values: Any) -> Sums:
     return Sums(number, total, least, there.max().item(), magnitude)
 
 
-def _constant(text: str, rows: int) -> Any:
-    import pyarrow as pa
-
+def constant(text: str, rows: int) -> Any:
+    """A column of the same text in each row."""
     return pa.repeat(pa.scalar(text), rows)
 
 
-def _put(table: dict[str, Any], name: str, parts: "Iterable[tuple[str, Any]]") -> None:
+def _put(table: dict[str, Any], name: str, parts: Iterable[tuple[str, Any]]) -> None:
     """Add values and their overflow; where a column is there already, at most one of both has a value in a row."""
-    import pyarrow.compute as pc
-
     for overflow, values in parts:
         key = overflow or name
         table[key] = pc.coalesce(table[key], values) if key in table else values
@@ -126,11 +126,9 @@ def _put(table: dict[str, Any], name: str, parts: "Iterable[tuple[str, Any]]") -
 
 def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]:
     """(overflow column or "" for the column itself, values): each value once, none of them changed."""
-    if values.type == arrow_type(kind):
+    if values.type == ARROW_TYPES[kind]:
         yield "", values
         return
-    import pyarrow as pa
-    import pyarrow.compute as pc
 
     held = _held(values, kind)
     if held.null_count < len(values):
@@ -150,10 +148,7 @@ def _fitting(values: Any, kind: str, overflow: Any) -> Iterator[tuple[str, Any]]
 
 def _held(values: Any, kind: str) -> Any:
     """The values as `kind` where that changes none of them, else null; a number is the same whatever type holds it."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    target = arrow_type(kind)
+    target = ARROW_TYPES[kind]
     if values.type == target:
         return values
     whole, unsigned = pa.types.is_integer(values.type), pa.types.is_unsigned_integer(values.type)
@@ -172,9 +167,6 @@ def _held(values: Any, kind: str) -> Any:
 
 def _whole_numbers(values: Any, target: Any) -> Any:
     """Floats that are whole numbers which float64 tells apart, and not the negative zero."""
-    import numpy as np
-    import pyarrow as pa
-
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     floats = array.to_numpy(zero_copy_only=False)
     low = 0 if target == pa.uint64() else -EXACT
@@ -185,15 +177,10 @@ def _whole_numbers(values: Any, target: Any) -> Any:
     return pa.array(np.where(fits, floats, 0).astype(np.int64), mask=~fits).cast(target)
 
 
-def ordered(
-    tables: Sequence["pa.Table"], columns: Columns
-) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
+def ordered(tables: Sequence[pa.Table], columns: Columns) -> tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]:
     """The rows of all tables in canonical order, each identity once; what disagreed, and by field how many values were
     there twice.
     """
-    import numpy as np
-    import pyarrow as pa
-
     table = pa.concat_tables(tables, promote_options="default").combine_chunks()
     instants = instants_of(table)
     if np.all(instants[1:] > instants[:-1]):
@@ -208,12 +195,10 @@ def ordered(
     return _merged(table.take(pa.array(np.lexsort((whole_series, series, instants)))), first, columns)
 
 
-def _codes(table: "pa.Table", names: Sequence[str]) -> Any:
+def _codes(table: pa.Table, names: Sequence[str]) -> Any:
     """A number per row for its values in these text columns, in the byte order of `name=value,...` (absent ones left
     out), as InfluxDB writes a series' key. int64.
     """
-    import numpy as np
-
     if not names:
         return np.zeros(table.num_rows, np.int64)
     names = sorted(names, key=lambda name: name.lstrip(IGNORED))
@@ -232,18 +217,14 @@ def _codes(table: "pa.Table", names: Sequence[str]) -> Any:
     return ranks[inverse.reshape(-1)]
 
 
-def _without_ignored(table: "pa.Table") -> "pa.Table":
+def _without_ignored(table: pa.Table) -> pa.Table:
     return table.select([name for name in table.column_names if name[0] != IGNORED])
 
 
 def _merged(
-    table: "pa.Table", first: Any, columns: Columns
-) -> "tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]":
+    table: pa.Table, first: Any, columns: Columns
+) -> tuple[pa.Table, Sequence[Disagreement], Mapping[str, int]]:
     """One row per identity: of each column the first value. `first` is true for the first row of each identity."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     groups = np.cumsum(first) - 1
     kept = _without_ignored(table)
     values = [name for name in kept.column_names if name != TIMESTAMP and name not in columns.tags]
@@ -261,7 +242,7 @@ def _merged(
             continue
         mine, stands = table.column(name).filter(pa.array(surplus)), merged.take(pa.array(groups[surplus]))
         differs = pc.not_equal(mine, stands).fill_null(True).to_numpy(zero_copy_only=False)  # noqa: FBT003 - Arrow's own signature
-        field = columns.source_of(name) or name
+        field = columns.sources.get(name) or name
         twice[field] = twice.get(field, 0) + int((~differs).sum())
         rows = np.flatnonzero(surplus)[differs]
         disagreements += _disagreements(table.take(pa.array(rows)), name, field, columns)
@@ -270,8 +251,6 @@ def _merged(
 
 def _first_values(valid: Any, groups: Any) -> Any:
     """True for the first valid value of each group."""
-    import numpy as np
-
     places = np.flatnonzero(valid)
     found = np.zeros(len(valid), bool)
     _, firsts = np.unique(groups[places], return_index=True)
@@ -279,26 +258,24 @@ def _first_values(valid: Any, groups: Any) -> Any:
     return found
 
 
-def _disagreements(rows: "pa.Table", name: str, field: str, columns: Columns) -> Iterator[Disagreement]:
+def _disagreements(rows: pa.Table, name: str, field: str, columns: Columns) -> Iterator[Disagreement]:
     tags = [each for each in rows.column_names if each[0] == IGNORED or each in columns.tags]
     for row, instant in zip(rows.select([name, *tags]).to_pylist(), instants_of(rows).tolist(), strict=True):
         own = {
-            each[1:] if each[0] == IGNORED else columns.tag_of(each): row[each]
+            each[1:] if each[0] == IGNORED else columns.tag_names[each]: row[each]
             for each in tags
             if row[each] is not None and not (each in TAGS and row[each] == UNKNOWN)
         }
         yield Disagreement(own, field, row[name], instant)
 
 
-def instants_of(table: "pa.Table") -> Any:
+def instants_of(table: pa.Table) -> Any:
     """Timestamps as int64 nanoseconds since the epoch, a numpy array; a view where the column is in one piece."""
     return times_of(table.column(TIMESTAMP))
 
 
 def times_of(times: Any) -> Any:
     """A timestamp[ns] column as int64, a numpy array; a view where it is in one piece."""
-    import pyarrow as pa
-
     if isinstance(times, pa.ChunkedArray):
         times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
     return times.view(pa.int64()).to_numpy()
@@ -319,19 +296,17 @@ def nanoseconds_of(instant: datetime) -> int:
     return (instant.astimezone(UTC) - EPOCH) // timedelta(microseconds=1) * 1000
 
 
-def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
+def of_object(table: pa.Table, columns: Columns) -> pa.Table:
     """Rows that were read back from an object, in today's columns: what was computed from them is dropped.
 
     Values of an object with other types move to the overflow as those of the source do. A CSV object holds text only:
     what a column of numbers holds there is read as that. Raises Permanent for a value that cannot be read so, unless
     an older version wrote it, whose columns had another type in each object.
     """
-    import pyarrow as pa
-
     rows: dict[str, Any] = {TIMESTAMP: table.column(TIMESTAMP)}
     for tag in TAGS:
         has = tag in table.column_names
-        rows[tag] = table.column(tag).fill_null(UNKNOWN) if has else _constant(UNKNOWN, table.num_rows)
+        rows[tag] = table.column(tag).fill_null(UNKNOWN) if has else constant(UNKNOWN, table.num_rows)
     day = day_of(table.column(TIMESTAMP))
     is_csv = CSV_ROWS.items() <= (table.schema.metadata or {}).items()
     for name in table.column_names:
@@ -341,16 +316,16 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
         if name in columns.tags:
             _put(rows, name, [("", values)])
             continue
-        column = columns.overflow_of(name) or columns.by_name(name)
+        column = columns.overflow_of.get(name) or columns.by_name.get(name)
         if column is None:
             columns.see((), {name: kind_of(values.type)})  # written by an older version, and not by the source since
-            column = columns.by_name(name) or columns.field(name)
+            column = columns.by_name.get(name) or columns.fields[name]
         kind = column.type_on(day)
         parts = [values]
         if is_csv and lost_tags_in(table):
             parts = list(_guessed(values, kind))
         elif is_csv:
-            parts = [_parsed(name, values, columns.overflow_kind(name) or kind)]
+            parts = [_parsed(name, values, columns.overflow_kinds.get(name) or kind)]
         # What did not fit when it was written may fit the type that the column has for this day by now.
         for part in parts:
             _put(rows, column.name, _fitting(part, kind, partial(columns.overflow, column)))
@@ -359,10 +334,8 @@ def of_object(table: "pa.Table", columns: Columns) -> "pa.Table":
 
 def _parsed(name: str, values: Any, kind: str) -> Any:
     """Text of a CSV object as what it was written from."""
-    import pyarrow as pa
-
     try:
-        return values.cast(arrow_type(kind))
+        return values.cast(ARROW_TYPES[kind])
     except pa.ArrowInvalid as error:
         raise Permanent(
             f"column {name!r} of a CSV object holds text where {kind} is expected: {str(error)[:100]}",
@@ -370,29 +343,13 @@ def _parsed(name: str, values: Any, kind: str) -> Any:
         ) from error
 
 
-def as_now_typed(table: "pa.Table", columns: Columns) -> "pa.Table":
-    """An object of an older version as it would be written now; what was computed stays as it is. Any other as it is.
-
-    Older versions gave a column another type in each object.
-    """
-    if not lost_tags_in(table):
-        return table
-    rows = of_object(table, columns)
-    for name in (DEVICE, *COMPUTED):
-        if name in table.column_names:
-            rows = rows.append_column(name, table.column(name))
-    return rows
-
-
 def _guessed(values: Any, kind: str) -> Iterator[Any]:
     """Text of a CSV object as `kind`; what it cannot be as a number or truth value, and else as text."""
-    import pyarrow.compute as pc
-
     rest = values
     for each, pattern in GUESSES if kind != TEXT else ():
         fits = pc.fill_null(pc.match_substring_regex(rest, pattern), False)  # noqa: FBT003 - Arrow's own signature
         if pc.any(fits).as_py():
-            yield pc.if_else(fits, rest, None).cast(arrow_type(each))
+            yield pc.if_else(fits, rest, None).cast(ARROW_TYPES[each])
             rest = pc.if_else(fits, None, rest)
     if rest.null_count < len(rest) or kind == TEXT:
         yield rest
@@ -424,10 +381,8 @@ class Comparison:
         self._columns = columns
         self._shrink = shrink
 
-    def kept(self, held: "pa.Table") -> "pa.Table":
+    def kept(self, held: pa.Table) -> pa.Table:
         """Those of the rows that only an object has which stay in it."""
-        import pyarrow as pa
-
         if self._shrink is None or self._shrink.since == LATEST:
             return held
         lacking = instants_of(held) >= max(nanoseconds_of(self._shrink.since), FIRST_NS)
@@ -435,11 +390,8 @@ class Comparison:
         self._shrink.note(rows.num_rows, _described(rows.slice(0, EXAMPLES), self._columns))
         return held.filter(pa.array(~lacking)) if self._shrink.removes else held
 
-    def add(self, new: "pa.Table", held: "pa.Table") -> "pa.Table":
+    def add(self, new: pa.Table, held: pa.Table) -> pa.Table:
         """Rows of one stretch of time; the held ones that none of the new ones stands for."""
-        import numpy as np
-        import pyarrow as pa
-
         tags = self._columns.tags
         ours, theirs = identities_of(new, tags), identities_of(held, tags)
         places, exact = _places(ours, theirs)
@@ -456,18 +408,15 @@ class Comparison:
         self.changed_rows += int((matched & changed).sum())
         return held.filter(pa.array(~superseded))
 
-    def _count(self, new: "pa.Table", beside: "pa.Table", exact: "pa.Array") -> Any:
+    def _count(self, new: pa.Table, beside: pa.Table, exact: pa.Array) -> Any:
         """Count values of the new rows, and of the held row beside each (nulls where there is none). For each row, true
         when it has a value that is not there; a numpy array.
         """
-        import numpy as np
-        import pyarrow.compute as pc
-
         changed = np.zeros(new.num_rows, bool)
         for name in new.column_names:
             if name == TIMESTAMP or name in self._columns.tags:
                 continue
-            field, values = self._columns.source_of(name) or name, new.column(name)
+            field, values = self._columns.sources.get(name) or name, new.column(name)
             there = same = 0
             is_same: Any = np.zeros(new.num_rows, bool)
             if name in beside.column_names:
@@ -484,20 +433,16 @@ class Comparison:
         return changed
 
 
-def _described(rows: "pa.Table", columns: Columns) -> Iterator[str]:
+def _described(rows: pa.Table, columns: Columns) -> Iterator[str]:
     """Instant and tags of each row."""
-    import numpy as np
-
     names = sorted(columns.tags & set(rows.column_names))
     for instant, tags in zip(instants_of(rows), rows.select(names).to_pylist(), strict=True):
-        described = (f"{columns.tag_of(name)}={tags[name]}" for name in names if tags[name] not in (None, UNKNOWN))
+        described = (f"{columns.tag_names[name]}={tags[name]}" for name in names if tags[name] not in (None, UNKNOWN))
         yield " ".join((f"{np.datetime64(int(instant), 'ns')}Z", *described))
 
 
 def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
     """For each of our identities, where it stands among theirs, and whether it does; numpy arrays."""
-    import numpy as np
-
     if not len(theirs):
         return np.zeros(len(ours), np.int64), np.zeros(len(ours), bool)
     order = np.argsort(theirs)
@@ -506,8 +451,8 @@ def _places(ours: Any, theirs: Any) -> tuple[Any, Any]:
 
 
 def united(
-    new: "Iterable[pa.Table]", held: "Iterable[pa.Table]", columns: Columns, comparison: Comparison
-) -> "Iterator[pa.Table]":
+    new: Iterable[pa.Table], held: Iterable[pa.Table], columns: Columns, comparison: Comparison
+) -> Iterator[pa.Table]:
     """Two ordered sequences of tables as one; where both have an identity, the row of `new` is taken."""
     streams = [_Ahead(whole_instants(new)), _Ahead(whole_instants(held))]
     while live := [stream for stream in streams if stream.fill()]:
@@ -520,7 +465,7 @@ def united(
         yield ordered([table for table in (first, second) if table is not None], columns)[0]
 
 
-def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "Iterator[pa.Table]":
+def in_order(sequences: Sequence[Iterable[pa.Table]], columns: Columns) -> Iterator[pa.Table]:
     """Several ordered sequences of tables as one; of rows with one identity the first sequence's is taken."""
     first, *others = sequences or [()]
     for other in others:
@@ -528,11 +473,8 @@ def in_order(sequences: "Sequence[Iterable[pa.Table]]", columns: Columns) -> "It
     yield from first
 
 
-def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
+def whole_instants(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same ordered rows in tables that do not end between rows of one instant, as blocks of a fixed size may."""
-    import numpy as np
-    import pyarrow as pa
-
     rest: list[pa.Table] = []
     for table in tables:
         if table.num_rows == 0:
@@ -551,17 +493,15 @@ def whole_instants(tables: "Iterable[pa.Table]") -> "Iterator[pa.Table]":
         yield pa.concat_tables(rest, promote_options="default")
 
 
-def lacks_further_tags(table: "pa.Table", columns: Columns) -> Any:
+def lacks_further_tags(table: pa.Table, columns: Columns) -> Any:
     """For each row, true when it has no tag besides the documented ones; a numpy array."""
-    import numpy as np
-
     lacks = np.ones(table.num_rows, bool)
     for name in columns.tags & set(table.column_names) - set(TAGS):
         lacks &= table.column(name).is_null().to_numpy()
     return lacks
 
 
-def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
+def identities_of(table: pa.Table, tags: Iterable[str]) -> Any:
     """64 bits per row for timestamp and these tags, a numpy array. Rows of one set of tags never share a number.
 
     A tag that a row lacks counts as one that its table lacks, so tables with different columns can be compared.
@@ -573,7 +513,7 @@ def identities_of(table: "pa.Table", tags: Iterable[str]) -> Any:
 class _Ahead:
     """An ordered sequence of tables of which the next one is at hand."""
 
-    def __init__(self, tables: "Iterator[pa.Table]") -> None:
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
         self._tables = tables
         self._table: pa.Table | None = None
         self.last_ns = 0
@@ -587,10 +527,8 @@ class _Ahead:
         self.last_ns = int(instants_of(self._table)[-1])
         return True
 
-    def take(self, until_ns: int) -> "pa.Table | None":
+    def take(self, until_ns: int) -> pa.Table | None:
         """The rows up to and including `until_ns`, None when there are none."""
-        import numpy as np
-
         if self._table is None:
             return None
         count = int(np.searchsorted(instants_of(self._table), until_ns, side="right"))

@@ -1,24 +1,31 @@
-"""The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`."""
+"""The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`.
+
+A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is halved. Of
+a large open window that this very process last wrote, only the part from the first changed bucket on is read again.
+Invariant: a batch holds at least as many values of each field as the source counted before, or it is an error.
+"""
 
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from random import random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
 
 from app.core.errors import Permanent, Transient
 from app.core.ledger import Tally
 from app.core.pipeline import NOTHING, Count, Shrink, Sums, covered_since
 from app.core.retry import Pace, Pauses, RetryPolicy, retry
 from app.core.windows import EPOCH, Window, windows_between
-from app.influx_to_s3.layout import TIMESTAMP, Columns
+from app.influx_to_s3.layout import Columns
 from app.influx_to_s3.reader import Counted, Points, QueryTooLarge, Reader, Summed, totals
 from app.influx_to_s3.row_batch import BLOCK_ROWS, RowBatch, RowSpool
 from app.influx_to_s3.rows import (
@@ -34,20 +41,7 @@ from app.influx_to_s3.rows import (
     united,
     whole_instants,
 )
-from app.influx_to_s3.set_aside import values_in
 from app.object_store.table_sink import lost_tags_in
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from app.influx_to_s3.reader import Retention
-
-# The source of this pipeline: windows of one device as complete batches, with memory bounded by `batch_rows`.
-#
-# A window is read in slices of about `batch_rows` rows, planned from counts; one that turns out far larger is
-# halved. Of a large open window that this very process last wrote, only the part from the first changed bucket on
-# is read again. Invariant: a batch holds at least as many values of each field as the source counted before, or it
-# is an error.
 
 BUCKETS = 30
 OVERFLOW = 4
@@ -76,7 +70,7 @@ class InfluxSource:
         policy: RetryPolicy,
         pace: Pace | None = None,
     ) -> None:
-        self._reader = reader
+        self.reader = reader
         self._columns = columns
         self._devices = devices
         self._batch_rows = batch_rows
@@ -89,40 +83,34 @@ class InfluxSource:
 
     def partitions(self, since: datetime) -> Sequence[str]:
         """The configured devices that exist, or every one that has points at or after `since`."""
-        found = self._found(since)
-        return found if not self._devices else sorted(set(self._devices) & {*found, *self._older(found)})
-
-    @property
-    def reader(self) -> Reader:
-        """What this source asks."""
-        return self._reader
+        found, wanted = self._found(since), set(self._devices)
+        if not wanted:
+            return found
+        # A configured device may have been silent for long; it exists all the same.
+        older = self._found(EPOCH) if wanted - set(found) else ()
+        return sorted(wanted & {*found, *older})
 
     def absent(self, since: datetime) -> Sequence[str]:
         """The configured devices without any point, ever."""
         return sorted(set(self._devices) - set(self.partitions(since)))
 
-    def _older(self, found: Sequence[str]) -> Sequence[str]:
-        """A configured device may have been silent for long; it exists all the same."""
-        return self._found(EPOCH) if set(self._devices) - set(found) else ()
-
     def _found(self, since: datetime) -> Sequence[str]:
         """Every value of the device tag, asked once in the life of this source, which is a run."""
         if since not in self._known:
-            self._known[since] = self.again(lambda: self._reader.devices(since))
+            self._known[since] = self.again(lambda: self.reader.devices(since))
         return self._known[since]
 
     def counts(self, partition: str | None, windows: Sequence[Window]) -> Mapping[tuple[str, datetime], Count]:
         """One question per run of windows of one length. Points without the device tag are partition ""."""
         counted: list[Counted] = []
-        for span in runs_of_one_length(windows):
-            every_seconds = next(window.seconds for window in windows if window.start == span.start)
+        for span, every_seconds in runs_of_one_length(windows):
             counted += self._counted(partition, span, every_seconds)
         return totals(counted)
 
     def _counted(self, partition: str | None, span: Window, every_seconds: int) -> Sequence[Counted]:
         """A server that limits the series of one question is asked for each device."""
         try:
-            return self.again(lambda: list(self._reader.counts(partition, span, every_seconds)))
+            return self.again(lambda: list(self.reader.counts(partition, span, every_seconds)))
         except QueryTooLarge:
             if partition is not None:
                 raise
@@ -137,8 +125,7 @@ class InfluxSource:
         One question per run of windows of one length.
         """
         found: dict[datetime, dict[str, Sums]] = {}
-        for span in runs_of_one_length(windows):
-            every_seconds = next(window.seconds for window in windows if window.start == span.start)
+        for span, every_seconds in runs_of_one_length(windows):
             for one in self._summed(partition, span, every_seconds, sorted(numbers)):
                 fields = found.setdefault(one.start_at, {})
                 fields[one.field] = fields[one.field] + one.sums if one.field in fields else one.sums
@@ -147,7 +134,7 @@ class InfluxSource:
     def _summed(self, partition: str, span: Window, every_seconds: int, numbers: Sequence[str]) -> Sequence[Summed]:
         """Counts alone where the server cannot add up, such as numbers whose sum exceeds a double."""
         try:
-            return self.again(lambda: list(self._reader.sums(partition, span, every_seconds, numbers)))
+            return self.again(lambda: list(self.reader.sums(partition, span, every_seconds, numbers)))
         except (Permanent, Transient) as error:
             log.info("%s %s: is compared by its rows, since InfluxDB cannot add it up: %s", partition, span, error)
             counted = self._counted(partition, span, every_seconds)
@@ -161,20 +148,27 @@ class InfluxSource:
                 self._read_whole(spool, window, count)
             else:
                 cells = self._read_large(spool, window, kept)
+                # What is counted anew for its slices may be less by then.
+                check_values(partition, window, spool.values, count.fields)
             return spool.finish(cells, count.fields)
 
     def read_each(self, partition: str, counted: Sequence[tuple[Window, Count]]) -> Iterator[RowBatch]:
         """Adjacent small windows in one query of a batch at most; what is cut out is held beside the answer."""
         for run in runs_of_few_rows(counted, self._batch_rows):
-            blocks = self._collect_run(partition, Window(run[0][0].start, run[-1][0].end)) if len(run) > 1 else None
+            blocks: Sequence[Points] | None = None
+            if len(run) > 1:
+                # What fails for all of them may do for each: then they are asked for one by one.
+                with suppress(Permanent):
+                    blocks = self._collect(partition, Window(run[0][0].start, run[-1][0].end))
             for window, count in run:
-                yield (
-                    self.read(partition, window, count, None)
-                    if blocks is None
-                    else self._cut_out(partition, window, count, blocks)
-                )
+                if blocks is None:
+                    yield self.read(partition, window, count, None)
+                    continue
+                with self._spool(partition) as spool:
+                    self._take(spool, window, count, [within(block, window) for block in blocks])
+                    yield spool.finish({}, count.fields)
 
-    def union(self, batch: RowBatch, held: "Sequence[Iterable[pa.Table]]", shrink: Shrink | None = None) -> RowBatch:
+    def union(self, batch: RowBatch, held: Sequence[Iterable[pa.Table]], shrink: Shrink | None = None) -> RowBatch:
         """See `app.core.pipeline.Source.union`; each of `held` is the rows of one object, in order."""
         columns, comparison = self._columns, Comparison(self._columns, shrink)
         objects: list[Iterable[pa.Table]] = []
@@ -209,7 +203,7 @@ class InfluxSource:
             yield spool
             undo.pop_all()
 
-    def spooled(self, device: str, tables: "Iterable[pa.Table]") -> RowBatch:
+    def spooled(self, device: str, tables: Iterable[pa.Table]) -> RowBatch:
         """A batch of rows that stand in canonical order already."""
         with self._spool(device) as spool:
             for table in whole_instants(tables):
@@ -219,40 +213,25 @@ class InfluxSource:
     def _read_large(self, spool: RowSpool, window: Window, kept: RowBatch | None) -> Mapping[datetime, int]:
         """Slices planned from fine counts, on top of what is kept before the first bucket that changed."""
         every_seconds = bucket_seconds(window)
-        counts = self._fine_counts(spool.device, window, every_seconds)
+        counted = totals(self.again(lambda: list(self.reader.counts(spool.device, window, every_seconds))))
+        counts = {start: count for (_, start), count in counted.items()}
         cells = {start: count.cells for start, count in counts.items()}
         start = first_change(kept.cells, cells, window, every_seconds) if kept else window.start
         if kept is not None:
             for table in whole_instants(kept.tables()):
                 earlier = before(table, nanoseconds_of(start))
                 spool.append(earlier)
-                spool.note(sums_in_rows(earlier, self._columns))
+                fields = ((name, self._columns.sources.get(name)) for name in earlier.column_names)
+                spool.note(sums_of((field, earlier.column(name)) for name, field in fields if field))
         if start < window.end:
             for part, count in slices(Window(start, window.end), every_seconds, counts, self._batch_rows):
                 self._read_whole(spool, part, count)
         return cells
 
-    def _fine_counts(self, device: str, window: Window, every_seconds: int) -> Mapping[datetime, Count]:
-        counted = self.again(lambda: list(self._reader.counts(device, window, every_seconds)))
-        return {start: count for (_, start), count in totals(counted).items()}
-
-    def _collect_run(self, device: str, span: Window) -> Sequence[Points] | None:
-        """None when the windows have to be asked for one by one: what fails for all may do for each."""
-        try:
-            return self.again(lambda: self._collect(device, span))
-        except Permanent:
-            return None
-
-    def _cut_out(self, device: str, window: Window, count: Count, blocks: Sequence[Points]) -> RowBatch:
-        """The batch of one window out of an answer over several."""
-        with self._spool(device) as spool:
-            self._take(spool, window, count, [within(block, window) for block in blocks])
-            return spool.finish({}, count.fields)
-
     def _read_whole(self, spool: RowSpool, span: Window, count: Count) -> None:
         """Append a span, which must hold at least what was counted; halved while the server finds it too large."""
         try:
-            blocks = self.again(lambda: self._collect(spool.device, span))
+            blocks = self._collect(spool.device, span)
         except QueryTooLarge:
             read: Counter[str] = Counter()
             self._read_halves(spool, span, count, read)
@@ -267,28 +246,29 @@ class InfluxSource:
         middle = span.start + (span.end - span.start) / 2
         for half in (Window(span.start, middle), Window(middle, span.end)):
             try:
-                blocks = self.again(lambda half=half: self._collect(spool.device, half))  # type: ignore[misc]
+                blocks = self._collect(spool.device, half)
             except QueryTooLarge:
                 self._read_halves(spool, half, count, read)
                 continue
-            numbers = {field for block in blocks for field, values in block.fields if not _is_text(values)}
+            numbers = {field for block in blocks for field, values in block.fields if values.type != pa.string()}
             blocks = [*blocks, *self._empty_texts(spool.device, half, count.fields.keys() - numbers)]
             for block in blocks:
-                read.update(values_in(block))
+                read.update(block.numbers)
             self._append(spool, blocks)
 
     def _take(self, spool: RowSpool, span: Window, count: Count, blocks: Sequence[Points]) -> None:
         """Append what was read of a span. Raises Transient when it is less than was counted."""
-        read = _values_in_all(blocks)
+        read = sum((block.numbers for block in blocks), Counter[str]())
         short = [field for field, values in count.fields.items() if read[field] < values]
         if short:
-            blocks = [*blocks, *self._empty_texts(spool.device, span, short)]
-            check_values(spool.device, span, _values_in_all(blocks), count.fields)
+            empty = self._empty_texts(spool.device, span, short)
+            blocks = [*blocks, *empty]
+            check_values(spool.device, span, sum((block.numbers for block in empty), read), count.fields)
         self._append(spool, blocks)
 
     def _empty_texts(self, device: str, span: Window, fields: Iterable[str]) -> Sequence[Points]:
         """Points whose text is empty, which Flux's answer shows as absent."""
-        reader = self._reader
+        reader = self.reader
         asked = [self.again(lambda name=name: list(reader.empty_texts(device, span, name))) for name in sorted(fields)]  # type: ignore[misc]
         return [block for blocks in asked for block in blocks]
 
@@ -302,10 +282,13 @@ class InfluxSource:
 
     def _collect(self, device: str, span: Window) -> Sequence[Points]:
         """One answer, held in memory, within a limit that counts taken too early cannot break."""
+        return self.again(lambda: self._collect_once(device, span))
+
+    def _collect_once(self, device: str, span: Window) -> Sequence[Points]:
         blocks: list[Points] = []
         size_bytes = rows = 0
         limit = max(self._batch_rows, BLOCK_ROWS) * OVERFLOW
-        for block in self._reader.rows(device, span):
+        for block in self.reader.rows(device, span):
             blocks.append(block)
             rows += len(block.times)
             size_bytes += sum(
@@ -328,6 +311,18 @@ class InfluxSource:
 
         return retry(ask, self._policy, self._pauses, random)
 
+    def covered_since(self, clock: Callable[[], datetime]) -> datetime:
+        """From when on the source has every point, so that one it lacks since then was deleted there and not forgotten;
+        to be called after the rows were read.
+
+        It is asked each time: retention may be changed while a run goes on, and the oldest point moves with each shard
+        group that is dropped. A clock that is behind the server's would take forgotten points for deleted ones, so the
+        later of both counts.
+        """
+        found = self.again(self.reader.retention)
+        now = clock()
+        return covered_since(max(now, found.told_at or now), found.period, found.oldest_at)
+
     def latency_seconds(self) -> float | None:
         """The mean of the questions since this was asked last, None without any."""
         seconds = [self._seconds.popleft() for _ in range(len(self._seconds))]
@@ -344,33 +339,11 @@ def check_values(device: str, span: Window, read: Mapping[str, int], counted: Ma
             )
 
 
-def _values_in_all(blocks: Iterable[Points]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for block in blocks:
-        total.update(values_in(block))
-    return total
-
-
-def sums_in_rows(table: "pa.Table", columns: Columns) -> Mapping[str, Sums]:
-    """By field, the sums of canonical rows."""
-    return sums_of(
-        (columns.source_of(name) or name, table.column(name))
-        for name in table.column_names
-        if name != TIMESTAMP and name not in columns.tags
-    )
-
-
-def _is_text(values: "pa.Array") -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(values.type))
-
-
-def runs_of_one_length(windows: Sequence[Window]) -> Iterator[Window]:
+def runs_of_one_length(windows: Sequence[Window]) -> Iterator[tuple[Window, int]]:
     """Adjacent windows of one length as one span each, with that length: a grid may change at a midnight."""
-    for _, run in groupby(windows, key=lambda window: window.seconds):
+    for seconds, run in groupby(windows, key=lambda window: window.seconds):
         together = list(run)
-        yield Window(together[0].start, together[-1].end)
+        yield Window(together[0].start, together[-1].end), seconds
 
 
 def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iterator[Sequence[tuple[Window, Count]]]:
@@ -393,9 +366,6 @@ def runs_of_few_rows(counted: Iterable[tuple[Window, Count]], rows: int) -> Iter
 
 def within(block: Points, window: Window) -> Points:
     """The points inside the window, in the order in which they are."""
-    import numpy as np
-    import pyarrow as pa
-
     instants = times_of(block.times)
     bounds = [nanoseconds_of(window.start), nanoseconds_of(window.end)]
     if np.all(instants[1:] >= instants[:-1]):
@@ -405,7 +375,7 @@ def within(block: Points, window: Window) -> Points:
     return _each(block, lambda values: values.filter(inside))
 
 
-def _each(block: Points, change: "Callable[[pa.Array], pa.Array]") -> Points:
+def _each(block: Points, change: Callable[[pa.Array], pa.Array]) -> Points:
     return Points(
         change(block.times),
         {name: change(texts) for name, texts in block.tags.items()},
@@ -430,10 +400,8 @@ def first_change(
     return max(window.start, min(changed) - every) if changed else window.end
 
 
-def before(table: "pa.Table", until_ns: int) -> "pa.Table":
+def before(table: pa.Table, until_ns: int) -> pa.Table:
     """The ordered rows that are older than `until_ns`."""
-    import numpy as np
-
     return table.slice(0, int(np.searchsorted(instants_of(table), until_ns, side="left")))
 
 
@@ -450,33 +418,3 @@ def slices(
         fields = {name: total.fields.get(name, 0) + here.fields.get(name, 0) for name in {*total.fields, *here.fields}}
         total = Count(total.cells + here.cells, total.points + here.points, fields)
     yield Window(start, span.end), total
-
-
-# How far back the source has every point, so that one it lacks since then was deleted there and not forgotten.
-
-Again = Callable[[Callable[[], "Retention"]], "Retention"]
-
-
-class Coverage:
-    """Of one run, in which the source is asked once, when it is first needed. From any thread.
-
-    Where only its oldest point can be told it is asked each time: that moves with each shard group that it drops. A
-    clock that is behind the server's would take forgotten points for deleted ones, so the later of both counts.
-    """
-
-    def __init__(self, reader: "Reader", again: Again, clock: Callable[[], datetime]) -> None:
-        self._reader = reader
-        self._again = again
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._known: tuple[Retention, timedelta] | None = None
-
-    def since(self) -> datetime:
-        """See `app.core.pipeline.covered_since`; to be called after the rows were read."""
-        with self._lock:
-            if self._known is None or self._known[0].period is None:
-                found = self._again(self._reader.retention)
-                behind = found.told_at - self._clock() if found.told_at else timedelta()
-                self._known = found, max(behind, timedelta())
-            found, behind = self._known
-        return covered_since(self._clock() + behind, found.period, found.oldest_at)

@@ -9,26 +9,27 @@ memory does not grow with a window; what is set aside by the rule for ignored ta
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from app.core.errors import Permanent
 from app.core.pipeline import Pipeline, Record
 from app.core.repair import heal_window, look
-from app.core.runs import Context, Report, Stop
+from app.core.runs import Context, Report
 from app.core.verify import NOTHING, Cell, Content, Found, Moment, Slot, cells_of, content_from
 from app.core.windows import DAY_SECONDS, Window, floor_to
 from app.db.checkpoints import SqlCheckpoints
 from app.influx_to_s3.layout import COMPUTED, DEVICE, NANOS, TAGS, TIMESTAMP, UNKNOWN, Columns
 from app.influx_to_s3.reader import QueryTooLarge, RawCells
 from app.influx_to_s3.row_batch import RowBatch, computed_from
-from app.influx_to_s3.set_aside import is_nameable
+from app.influx_to_s3.rows import constant
 from app.influx_to_s3.source import InfluxSource
+from app.object_store.deltas import is_nameable
 from app.object_store.port import ObjectInfo
 from app.object_store.row_digest import cell_lanes, mixed, row_lanes, seed_of, summed, value_bits
 from app.object_store.table_sink import EncodedFile, TableSink, by_window, lost_tags_in
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 ExportPipeline = Pipeline[RowBatch, EncodedFile]
 Listing = Sequence[tuple[datetime, ObjectInfo]]
@@ -130,8 +131,6 @@ def raw_content(
     Of values that only ignored tags tell apart, that of the first set of tags in byte order counts; other values are
     set aside, and the same value is there once.
     """
-    import numpy as np
-
     found, number, series = _Collected(), 0, dict[bytes, int]()
     for block in blocks:
         number += len(block.times)
@@ -142,7 +141,7 @@ def raw_content(
         if len(block.times):
             tags = {**block.tags, **{name: _or_unknown(block.tags.get(name), len(block.times)) for name in TAGS}}
             own = [(name, texts) for name, texts in tags.items() if name not in ignored]
-            rows = row_lanes([(AT, block.times), (OWNER, _constant(device, len(block.times))), *own])
+            rows = row_lanes([(AT, block.times), (OWNER, constant(device, len(block.times))), *own])
             found.add(block, rows, _numbered(tags, series), as_text=as_text)
     if not number:
         return NOTHING
@@ -159,8 +158,6 @@ class _Collected:
 
     def add(self, block: RawCells, rows: Sequence[Any], series: Any, *, as_text: bool) -> None:
         """The cells of a block, field by field."""
-        import pyarrow as pa
-
         fields = block.fields.combine_chunks() if isinstance(block.fields, pa.ChunkedArray) else block.fields
         encoded = fields.dictionary_encode()
         places = encoded.indices.to_numpy()
@@ -172,8 +169,6 @@ class _Collected:
 
     def content(self, ranks: Any) -> Content:
         """Their content. `ranks`: the place of each series in byte order."""
-        import numpy as np
-
         rows, keys, *lanes, series = (np.concatenate(each) for each in zip(*self.parts, strict=True))
         order = np.lexsort((ranks[series], keys))
         first = np.concatenate(([True], np.diff(keys[order]) != 0))
@@ -186,8 +181,6 @@ class _Collected:
 
 def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
     """The number of each row's set of tags in `series`, by its key as InfluxDB writes it; new ones are added."""
-    import numpy as np
-
     hashes = row_lanes(sorted(tags.items()))[0]
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     numbers = []
@@ -198,18 +191,16 @@ def _numbered(tags: "dict[str, Any]", series: dict[bytes, int]) -> Any:
     return np.array(numbers)[inverse.reshape(-1)]
 
 
-def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Content:
+def object_content(table: pa.Table, columns: Columns, *, as_text: bool) -> Content:
     """The cells of rows as they stand in an object, under the names that tags and fields have at the source.
 
     Computed columns are checked, so that a row in which one is wrong differs, and are not cells.
     """
-    import numpy as np
-    import pyarrow as pa
-
     try:
-        owner = table.column(DEVICE).cast(pa.string()) if DEVICE in table.column_names else _nulls(table.num_rows)
+        is_owned = DEVICE in table.column_names
+        owner = table.column(DEVICE).cast(pa.string()) if is_owned else pa.nulls(table.num_rows, pa.string())
         names = [name for name in table.column_names if name in columns.tags and name not in TAGS]
-        own = [(columns.tag_of(name), table.column(name)) for name in names]
+        own = [(columns.tag_names[name], table.column(name)) for name in names]
         documented = [
             (name, _or_unknown(table.column(name) if name in table.column_names else None, table.num_rows))
             for name in TAGS
@@ -218,7 +209,7 @@ def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Con
         total = content_from(table.num_rows, *[0] * len(rows))
         for name in table.column_names:
             if name not in (TIMESTAMP, NANOS, DEVICE, *TAGS, *COMPUTED, *names):
-                source = columns.source_of(name) or name
+                source = columns.sources.get(name) or name
                 total += summed(cell_lanes(rows, source, table.column(name), as_text=as_text), 0)
         wrong = 0 if lost_tags_in(table) else int(np.sum(_wrongly_computed(table)))
     except pa.ArrowException as error:
@@ -229,11 +220,8 @@ def object_content(table: "pa.Table", columns: Columns, *, as_text: bool) -> Con
     return total + content_from(0, *[wrong] * len(rows))
 
 
-def _wrongly_computed(table: "pa.Table") -> Any:
+def _wrongly_computed(table: pa.Table) -> Any:
     """For each row, true when a computed column is not what today's rule gives; a numpy array."""
-    import numpy as np
-    import pyarrow as pa
-
     wrong = np.zeros(table.num_rows, bool)
     for name, expected in computed_from(table).items():
         if name not in table.column_names:
@@ -245,49 +233,25 @@ def _wrongly_computed(table: "pa.Table") -> Any:
     return wrong
 
 
-def _or_unknown(texts: "pa.Array | pa.ChunkedArray | None", rows: int) -> Any:
+def _or_unknown(texts: pa.Array | pa.ChunkedArray | None, rows: int) -> Any:
     """A documented tag, which every row has in an object."""
-    return _constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
+    return constant(UNKNOWN, rows) if texts is None else texts.fill_null(UNKNOWN)
 
 
-def _constant(text: str, rows: int) -> Any:
-    import pyarrow as pa
-
-    return pa.repeat(pa.scalar(text), rows)
-
-
-def _nulls(rows: int) -> Any:
-    import pyarrow as pa
-
-    return pa.nulls(rows, pa.string())
-
-
-@dataclass(frozen=True, slots=True)
-class ExportChart:
-    """`app.core.verify.Chart` over the export; `opened` gives its ends as they are now."""
-
-    name: str
-    opened: Callable[[Stop], ExportEnds]
-    checkpoints: SqlCheckpoints
-    grace_seconds: float
-
-    def partitions(self) -> Sequence[str]:
-        """See `Chart.partitions`."""
-        return sorted(filter(is_nameable, self.checkpoints.cursors(self.name)))
-
-    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
-        """See `Chart.cells`: one listing per day."""
-        ends = self.opened(Stop())
-        now = ends.clock()
-        windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
-        if not windows:
-            return ()
-        retired = self.checkpoints.retired(self.name, partition, Window(windows[0].start, now))
-        cursor_at = self.checkpoints.cursors(self.name).get(partition)
-        moment = Moment(now, self.grace_seconds, cursor_at, retired=retired)
-        listed, records = looked(ends.pipeline, ends.sink, partition, windows)
-        found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
-        return cells_of(windows, records, found, moment)
+def cells_in(
+    ends: ExportEnds, checkpoints: SqlCheckpoints, grace_seconds: float, partition: str, span: Window
+) -> Sequence[Cell]:
+    """See `Chart.cells`: one listing per day."""
+    now = ends.clock()
+    windows = list(ends.pipeline.grid.windows(span.start, min(span.end, now)))
+    if not windows:
+        return ()
+    name = ends.pipeline.name
+    retired = checkpoints.retired(name, partition, Window(windows[0].start, now))
+    moment = Moment(now, grace_seconds, checkpoints.cursors(name).get(partition), retired=retired)
+    listed, records = looked(ends.pipeline, ends.sink, partition, windows)
+    found = (Found(window.start, info.key, info.etag) for window in windows for info in named_in(window, listed))
+    return cells_of(windows, records, found, moment)
 
 
 def looked(

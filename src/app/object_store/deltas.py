@@ -1,4 +1,6 @@
-"""Deltas: further objects of a window, which older versions wrote for late rows, named by the seconds after its start.
+"""How the objects of an export are named, and what their writers noted of them.
+
+Deltas: further objects of a window, which older versions wrote for late rows, named by the seconds after its start.
 
 One rule for every reader: a delta whose rows the object of its window holds is skipped, since it stays for good where
 deletion is refused. The object says which these are (`folded`, the highest second) in its metadata, and is asked only
@@ -9,11 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from app.object_store.port import ObjectInfo
+from app.core.errors import Rejected
+from app.core.pipeline import Held
+from app.object_store.port import CONTROL, ObjectInfo
 
 NAME = re.compile(r"(?P<folder>(?:.*/)?)export_(\d\d)(\d\d)(\d\d)\.(?P<format>parquet|csv)", re.DOTALL)
 WINDOW = re.compile(r"[\d-]{10}T(\d\d):(\d\d):(\d\d)Z/[\d-]{10}T(\d\d):(\d\d):(\d\d)Z")
 DAY = 86_400
+MAX_DEVICE_BYTES = 255
 
 Head = Callable[[ObjectInfo | str], ObjectInfo | None]
 """The properties of a listed object, or of a key; None when it is gone or may not be looked at."""
@@ -40,6 +45,46 @@ class _Noted:
 
     def covers(self, second: int) -> bool:
         return self.start < second < self.end
+
+
+def check_device(device: str) -> None:
+    """Raises Rejected for an id that cannot be part of a key as it is."""
+    problem = ""
+    if not device or "/" in device or ".." in device:
+        problem = "is empty or holds '/' or '..'"
+    elif "\\" in device:
+        problem = "holds a backslash, which some stores take for a slash"
+    elif not CONTROL.isdisjoint(device):
+        problem = "holds a control character"
+    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
+        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
+    if problem:
+        raise Rejected(
+            f"device id {device[:80]!r} {problem}, so it cannot name an object",
+            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
+        )
+
+
+def is_nameable(device: str) -> bool:
+    """True for a device whose id can stand in a key."""
+    try:
+        check_device(device)
+    except Rejected:
+        return False
+    return True
+
+
+def held_of(info: ObjectInfo) -> Held:
+    """What an object's metadata says; an object that a person put there says nothing."""
+    return Held(
+        version=info.etag,
+        digest=info.metadata.get("digest", ""),
+        write=info.metadata.get("write", ""),
+        folded=info.number("folded") or 0,
+        rows=info.number("rows"),
+        size_bytes=info.size_bytes,
+        tags=info.metadata.get("tags", ""),
+    )
 
 
 def named_second(key: str) -> int | None:

@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
@@ -31,6 +31,7 @@ from uuid import uuid4
 
 from app.core.errors import AppError, Conflict, Permanent, Rejected, Transient
 from app.core.files import replace_durably, sync_directory, sync_file
+from app.core.windows import EPOCH
 from app.object_store.port import (
     CONTROL,
     MAX_KEY_BYTES,
@@ -57,7 +58,6 @@ LOCK_SECONDS = 30
 POLL_SECONDS = 0.005
 LEFTOVER_NS = 24 * 3600 * 10**9
 CHUNK_BYTES = 1 << 20
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ABSENT = (FileNotFoundError, NotADirectoryError)
 # Another disk, a file of another user (fs.protected_hardlinks), a folder, a file system without links, too many.
 UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -82,12 +82,7 @@ class LocalDirectory:
         self._names = Names(self._root, self._temporaries)
         self._clock_ns = clock_ns
         self._turn = threading.Lock()
-        self._probed = False
-
-    @property
-    def conditional(self) -> bool:
-        """True once `probe` has seen that the root can be written and locked."""
-        return self._probed
+        self.conditional = False  # until `probe` has seen that the root can be written and locked
 
     def probe(self) -> None:
         """Write and lock below the root, and remove what killed processes left there more than a day ago."""
@@ -98,7 +93,7 @@ class LocalDirectory:
                 found = _stat(leftover)
                 if found is not None and found.st_mtime_ns < oldest_ns:
                     leftover.unlink(missing_ok=True)
-        self._probed = True
+        self.conditional = True
 
     def head(self, key: str) -> ObjectInfo | None:
         """Properties, with the metadata unless another program changed the file."""
@@ -310,12 +305,19 @@ class LocalDirectory:
         """One writer at a time: threads wait for each other, processes on the file, which the kernel frees with its
         descriptor.
         """
+        from filelock import lock_descriptor
+
         _make_folder(self._hidden)
         path = self._hidden / "lock"
         with self._turn:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
-                _lock(descriptor, path)
+                deadline = time.monotonic() + LOCK_SECONDS
+                while not lock_descriptor(descriptor, blocking=False):
+                    if time.monotonic() >= deadline:
+                        held = f"another process has held {path} for over {LOCK_SECONDS} s"
+                        raise Transient(held, "find it with `fuser` on that file")
+                    time.sleep(POLL_SECONDS)
                 yield
             finally:
                 os.close(descriptor)
@@ -357,17 +359,6 @@ class LocalDirectory:
             except OSError:
                 return
             folder = folder.parent
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    from filelock import lock_descriptor
-
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not lock_descriptor(descriptor, blocking=False):
-        if time.monotonic() >= deadline:
-            held = f"another process has held {path} for over {LOCK_SECONDS} s"
-            raise Transient(held, "find it with `fuser` on that file")
-        time.sleep(POLL_SECONDS)
 
 
 def _etag(found: os.stat_result) -> str:
@@ -505,7 +496,10 @@ class Notes:
         """`info` with what is noted of it, and whether that is certain: it is not while a writer may stand between the
         note of the next version and its rename.
         """
-        note = attached = _attached(path)
+        note = attached = None
+        if sys.platform == "linux":
+            with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
+                note = attached = os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
         if note is None:
             try:
                 note = self._path(key).read_bytes()
@@ -534,13 +528,6 @@ def _note(etag: str, put: Put) -> bytes:
     metadata = {name.lower(): value for name, value in put.metadata.items()}
     note = {"etag": etag, "content_type": put.content_type, "metadata": metadata, "headers": dict(put.headers)}
     return json.dumps(note).encode()
-
-
-def _attached(path: Path) -> bytes | None:
-    if sys.platform == "linux":
-        with suppress(OSError):  # no attribute, no support, or the file is gone, which its caller sees as well
-            return os.getxattr(path, ATTRIBUTE, follow_symlinks=False)
-    return None
 
 
 # Whether a file system keeps names as they are given: some ignore case, some rewrite Unicode or drop a last dot.

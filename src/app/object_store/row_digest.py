@@ -5,17 +5,17 @@ number is the same whatever numeric type holds it. It tells of accidents; forger
 """
 
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.core.errors import Permanent
 from app.core.verify import NOTHING, Content, content_from
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    import pyarrow as pa
 
 LANES = (b"headwater-0", b"headwater-1")
 TRUTH = 0x9E3779B97F4A7C15
@@ -28,10 +28,8 @@ DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 # Rows of text, of pipelines whose rows have no cells that are told apart by a key and an instant.
 
 
-def content_of(rows: "Iterable[Mapping[str, str]]") -> Content:
+def content_of(rows: Iterable[Mapping[str, str]]) -> Content:
     """The content of rows of text. An empty cell is the same as none, so that a new column changes no earlier row."""
-    import pyarrow as pa
-
     total, left = NOTHING, iter(rows)
     while step := list(islice(left, ROWS)):
         names = {name for row in step for name, text in row.items() if text}
@@ -40,31 +38,19 @@ def content_of(rows: "Iterable[Mapping[str, str]]") -> Content:
         }
         # Bytes, since text of a file may hold what is no Unicode.
         columns = {name: pa.array(some, pa.binary()) for name, some in cells.items()}
-        total += content_of_tables([pa.table(columns or {"": pa.nulls(len(step), pa.binary())})])
-    return total
-
-
-def content_of_tables(tables: "Iterable[pa.Table]") -> Content:
-    """The content of all rows of some tables, in bounded memory."""
-    total = NOTHING
-    for table in tables:
-        total += summed(row_lanes((name, table.column(name)) for name in table.column_names), table.num_rows)
+        total += summed(row_lanes((columns or {"": pa.nulls(len(step), pa.binary())}).items()), len(step))
     return total
 
 
 # Cells: (identity of the row, field, value). No row has to be put together before two ends are compared.
 
 
-def cell_lanes(rows: "Sequence[Any]", field: str, values: Any, *, as_text: bool = False) -> "Sequence[Any]":
+def cell_lanes(rows: Sequence[Any], field: str, values: Any, *, as_text: bool = False) -> Sequence[Any]:
     """Two hashes per row: of its value of `field` and the row's own two, which are from `row_lanes`; 0 for a null.
 
     A whole number and a truth value are the same in a column of text. `as_text`: so is any number, as in a CSV object,
     where an empty text is a null too.
     """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     if as_text and pa.types.is_string(values.type):
         values = pc.if_else(pc.equal(values, ""), None, values)
     try:
@@ -75,11 +61,8 @@ def cell_lanes(rows: "Sequence[Any]", field: str, values: Any, *, as_text: bool 
     return [np.where(valid, mixed(row ^ mixed(bits ^ seed_of(lane, field))), np.uint64(0)) for lane, row in lanes]
 
 
-def row_lanes(columns: "Iterable[tuple[str, Any]]") -> "Sequence[Any]":
+def row_lanes(columns: Iterable[tuple[str, Any]]) -> Sequence[Any]:
     """The hashes of rows that are told apart by these columns; uint64 arrays."""
-    import numpy as np
-    import pyarrow as pa
-
     sums: list[Any] = [np.uint64(0) for _ in LANES]
     for name, column in columns:
         try:
@@ -91,10 +74,8 @@ def row_lanes(columns: "Iterable[tuple[str, Any]]") -> "Sequence[Any]":
     return [mixed(each ^ seed_of(lane, "")) for each, lane in zip(sums, LANES, strict=True)]
 
 
-def summed(lanes: "Sequence[Any]", rows: int) -> Content:
+def summed(lanes: Sequence[Any], rows: int) -> Content:
     """The content of these hashes, which stand for so many rows."""
-    import numpy as np
-
     return content_from(rows, *(int(np.sum(each, dtype=np.uint64)) for each in lanes))
 
 
@@ -105,11 +86,8 @@ def _unknown_type(name: str, column: Any, error: Exception) -> Permanent:
     )
 
 
-def value_bits(column: Any, *, hashed: "Callable[[str | bytes], int] | None" = None) -> tuple[Any, Any]:
+def value_bits(column: Any, *, hashed: Callable[[str | bytes], int] | None = None) -> tuple[Any, Any]:
     """64 bits per value, and which values there are; both numpy arrays. `hashed`: of one text, else its plain hash."""
-    import numpy as np
-    import pyarrow as pa
-
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
     elif pa.types.is_dictionary(column.type):
@@ -127,10 +105,8 @@ def value_bits(column: Any, *, hashed: "Callable[[str | bytes], int] | None" = N
     return text_bits(array, hashed or text_hash), valid
 
 
-def text_bits(array: Any, hashed: "Callable[[str | bytes], int]") -> Any:
+def text_bits(array: Any, hashed: Callable[[str | bytes], int]) -> Any:
     """64 bits per text by way of the distinct ones."""
-    import numpy as np
-
     encoded = array.dictionary_encode()
     hashes = np.array([hashed(text) for text in encoded.dictionary.to_pylist() if text is not None] or [0], np.uint64)
     return hashes[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)]
@@ -142,10 +118,8 @@ def text_hash(text: str | bytes) -> int:
     return int.from_bytes(blake2b(content, digest_size=8).digest()) ^ TEXT
 
 
-def _as_whole(text: "str | bytes") -> int:
+def _as_whole(text: str | bytes) -> int:
     """Of a whole number or a truth value that was written as text, since its column could not hold it, its own bits."""
-    import numpy as np
-
     if text in ("true", "false"):
         return int(text == "true") ^ TRUTH
     if isinstance(text, str) and WHOLE.fullmatch(text) and -(1 << 63) <= (number := int(text)) < 1 << 64:
@@ -153,10 +127,8 @@ def _as_whole(text: "str | bytes") -> int:
     return text_hash(text)
 
 
-def _as_number(text: "str | bytes") -> int:
+def _as_number(text: str | bytes) -> int:
     """The same of any number: in a CSV object every value is text."""
-    import numpy as np
-
     if isinstance(text, str) and not WHOLE.fullmatch(text) and DECIMAL.fullmatch(text):
         return int(_number_bits(np.array([float(text)]))[0])
     return _as_whole(text)
@@ -164,8 +136,6 @@ def _as_number(text: "str | bytes") -> int:
 
 def _number_bits(values: Any) -> Any:
     """Of a whole number that float64 holds exactly, the bits of that; so 5 and 5.0 are one, and -0.0 is 0.0."""
-    import numpy as np
-
     floats = values.astype(np.float64) + 0.0
     floats = np.where(np.isnan(floats), np.nan, floats)
     bits = floats.view(np.uint64)
@@ -178,15 +148,11 @@ def _number_bits(values: Any) -> Any:
 
 def seed_of(lane: bytes, name: str) -> Any:
     """64 bits for a column's name."""
-    import numpy as np
-
     return np.uint64(int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=lane).digest()))
 
 
 def mixed(bits: Any) -> Any:
     """The finaliser of splitmix64: each bit of the input moves half of the output's. Wraps at 64 bits."""
-    import numpy as np
-
     with np.errstate(over="ignore"):
         mixed = bits + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -28,7 +28,6 @@ NDJSON = "application/x-ndjson"
 CSV = "text/csv; charset=utf-8"
 JSON = "application/json"
 ZIP = "application/zip"
-BYTES = "application/octet-stream"
 SUFFIXES = {LINES: ".txt", NDJSON: ".ndjson", CSV: ".csv", JSON: ".json", ZIP: ".zip"}
 BY_LINE = (LINES, NDJSON)
 
@@ -159,13 +158,12 @@ class SetAsideStore:
             if there is not None and there.metadata.get("digest") == given.digest:
                 return 0
             try:
-                if there is None:
-                    self._put(key, given, Put(content_type, _metadata(given, reason, number), ""))
-                    return number
-                if content_type in BY_LINE:
+                if there is not None and content_type in BY_LINE:
                     return self._add(there, given, Put(content_type), reason, number)
-                self._put(key, given, Put(content_type, _metadata(given, reason, number), there.etag))
-                return max(number - (there.number("number") or 0), 0)
+                expected, before = (there.etag, there.number("number") or 0) if there else ("", 0)
+                put = Put(content_type, _metadata(given, reason, number), expected)
+                self._store.put(key, io.BytesIO(given.body), put)
+                return max(number - before, 0)
             except Conflict:  # another process keeps rows of the same window: unite with what it wrote
                 attempts_left -= 1
                 if not attempts_left:
@@ -184,11 +182,8 @@ class SetAsideStore:
             is_cut = was_cut or given.is_cut or len(body) < len(held) + sum(map(len, added))
             united = _Content(body, given.digest, is_cut)
             metadata = _metadata(united, reason, before + new)
-            self._put(there.key, united, replace(put, metadata=metadata, expected=there.etag))
+            self._store.put(there.key, io.BytesIO(united.body), replace(put, metadata=metadata, expected=there.etag))
         return new
-
-    def _put(self, key: str, content: _Content, put: Put) -> None:
-        self._store.put(key, io.BytesIO(content.body), put)
 
 
 def _read(content: bytes | BinaryIO, max_bytes: int, *, by_line: bool) -> _Content:

@@ -15,24 +15,26 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 
 from app.core.errors import Conflict, Permanent, Rejected
 from app.core.files import temporary_file
 from app.core.pipeline import ALL_TAGS, SOME_TAGS, Batch, Held, Objects
 from app.core.windows import Window
 from app.db.checkpoints import Layout
-from app.object_store.deltas import named_second, noted_window, unfolded
-from app.object_store.port import CONTROL, STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from app.object_store.deltas import check_device, held_of, named_second, noted_window, unfolded
+from app.object_store.port import STORAGE_CLASS, ObjectInfo, ObjectStore, Put, check_key
 
 ROW_GROUP_ROWS = 128 * 1024
 MEMORY_BYTES = 4 << 20
 CSV_BLOCK_BYTES = 1 << 20
 WRITE_BYTES = 1 << 18
-MAX_DEVICE_BYTES = 255
 TIMESTAMP, NANOS = "timestamp", "timestamp_nanos"
 CSV_ROWS = {b"headwater.format": b"csv"}
 """Schema metadata of rows that were read from a CSV object: every value but the timestamp is text there."""
@@ -45,7 +47,7 @@ class TableBatch(Batch, Protocol):
     """A batch that can be written as a table."""
 
     @property
-    def output_schema(self) -> "pa.Schema":
+    def output_schema(self) -> pa.Schema:
         """Columns of the object, in order; the timestamp in nanoseconds."""
 
     @property
@@ -56,14 +58,14 @@ class TableBatch(Batch, Protocol):
     def has_all_tags(self) -> bool:
         """False when rows of an older version are among them, which lost tags."""
 
-    def output(self) -> "Iterator[pa.Table]":
+    def output(self) -> Iterator[pa.Table]:
         """The rows with `output_schema`, in order, in tables of moderate size."""
 
 
 class TableSummary(Protocol):
     """Sums of the rows of an object, taken while they are written."""
 
-    def add(self, table: "pa.Table") -> None:
+    def add(self, table: pa.Table) -> None:
         """Rows as they are written, with their instants in nanoseconds and in order of these."""
 
     def facts(self, key: str, etag: str, size_bytes: int) -> Any:
@@ -109,7 +111,7 @@ class TableSink:
     run: str = ""
     cursors: Mapping[str, datetime] = field(default_factory=dict)
     storage_class: str = ""
-    summed: Callable[["pa.Schema", str], TableSummary] | None = None
+    summed: Callable[[pa.Schema, str], TableSummary] | None = None
     writes: Iterator[int] = field(default_factory=count)
 
     def key(self, partition: str, window: Window, part: int) -> str:
@@ -125,7 +127,7 @@ class TableSink:
         name = f"device_id={partition}/date={day}/export_{named_at:%H%M%S}.{layout.format}"
         return check_key(f"{self.prefix}/{name}" if self.prefix else name)
 
-    def listed(self, partition: str, window: Window) -> "Iterator[tuple[datetime, ObjectInfo]]":
+    def listed(self, partition: str, window: Window) -> Iterator[tuple[datetime, ObjectInfo]]:
         """Every object of the partition on the day of `window`, with the instant of its name. One listing."""
         folder = self.key(partition, window, 0).rpartition("/")[0]
         midnight = window.start.replace(hour=0, minute=0, second=0, microsecond=0)
@@ -134,7 +136,7 @@ class TableSink:
             if second is not None and info.key.rpartition("/")[0] == folder:
                 yield midnight + timedelta(seconds=second), info
 
-    def unfolded(self, partition: str, window: Window) -> "Sequence[tuple[datetime, ObjectInfo]]":
+    def unfolded(self, partition: str, window: Window) -> Sequence[tuple[datetime, ObjectInfo]]:
         """The same without deltas whose rows the object of their window holds."""
         listed = list(self.listed(partition, window))
         named = {info.key: named_at for named_at, info in listed}
@@ -174,7 +176,7 @@ class TableSink:
         is_own = second is not None and noted is not None and noted[0] <= second < noted[1]
         return held_of(info) if is_own else Held(info.etag, size_bytes=info.size_bytes)
 
-    def read(self, key: str, version: str) -> "Iterator[pa.Table]":
+    def read(self, key: str, version: str) -> Iterator[pa.Table]:
         """The rows of that version, in order, by way of a local copy: Parquet is read from its end.
 
         Timestamps are in nanoseconds, whatever unit the object has. See LOST_TAGS and CSV_ROWS.
@@ -212,19 +214,24 @@ class TableSink:
         file = self._temporary()
         with ExitStack() as undo:
             undo.callback(file.close)
-            rows = batch.output()
+            sums: TableSummary | None = None
+
+            def rows() -> Iterator[pa.Table]:
+                for table in batch.output():
+                    if sums is not None:
+                        sums.add(table)
+                    yield table
+
             if layout.format == "parquet":
                 described = {f"headwater.{name}": value for name, value in {**metadata, "partition": partition}.items()}
                 in_microseconds = layout.timestamp_unit == "us"
                 schema = stored_schema(batch.output_schema, in_microseconds=in_microseconds, with_nanos=batch.has_nanos)
                 sums = self.summed(schema, layout.format) if self.summed else None
-                rows = _noted(rows, sums)
-                if in_microseconds:
-                    rows = (stored(table, with_nanos=batch.has_nanos) for table in rows)
-                _write_parquet(file, rows, schema.with_metadata(described), self.dictionary)
+                tables = (stored(each, with_nanos=batch.has_nanos) for each in rows()) if in_microseconds else rows()
+                _write_parquet(file, tables, schema.with_metadata(described), self.dictionary)
             else:
                 sums = self.summed(batch.output_schema, layout.format) if self.summed else None
-                _write_csv(file, batch.output_schema.names, _noted(rows, sums))
+                _write_csv(file, batch.output_schema.names, rows())
             size_bytes = file.seek(0, 2)
             undo.pop_all()
         return EncodedFile(file, size_bytes, CONTENT_TYPES[layout.format], metadata, sums)
@@ -242,7 +249,7 @@ class TableSink:
         return temporary_file(self.spool_directory, MEMORY_BYTES)
 
 
-def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence[Window]) -> Mapping[datetime, Objects]:
+def by_window(listed: Iterable[tuple[datetime, ObjectInfo]], windows: Sequence[Window]) -> Mapping[datetime, Objects]:
     """A listing, as `TableSink.listed` makes it, by the starts of these windows, which are in order."""
     starts = [window.start for window in windows]
     found: dict[datetime, dict[int, tuple[str, str]]] = {}
@@ -254,46 +261,13 @@ def by_window(listed: "Iterable[tuple[datetime, ObjectInfo]]", windows: Sequence
     return found
 
 
-def check_device(device: str) -> None:
-    """Raises Rejected for an id that cannot be part of a key as it is."""
-    problem = ""
-    if not device or "/" in device or ".." in device:
-        problem = "is empty or holds '/' or '..'"
-    elif "\\" in device:
-        problem = "holds a backslash, which some stores take for a slash"
-    elif not CONTROL.isdisjoint(device):
-        problem = "holds a control character"
-    elif len(device.encode("utf-8", "surrogatepass")) > MAX_DEVICE_BYTES:
-        problem = f"is longer than {MAX_DEVICE_BYTES} bytes"
-    if problem:
-        raise Rejected(
-            f"device id {device[:80]!r} {problem}, so it cannot name an object",
-            "rename the device at its writer, or leave it out by listing the others in DEVICE_IDS",
-        )
-
-
-def held_of(info: ObjectInfo) -> Held:
-    """What an object's metadata says; an object that a person put there says nothing."""
-    return Held(
-        version=info.etag,
-        digest=info.metadata.get("digest", ""),
-        write=info.metadata.get("write", ""),
-        folded=info.number("folded") or 0,
-        rows=info.number("rows"),
-        size_bytes=info.size_bytes,
-        tags=info.metadata.get("tags", ""),
-    )
-
-
-def lost_tags_in(table: "pa.Table") -> bool:
+def lost_tags_in(table: pa.Table) -> bool:
     """True for rows of an object that lost tags: see LOST_TAGS."""
     return LOST_TAGS.items() <= (table.schema.metadata or {}).items()
 
 
-def stored_schema(schema: "pa.Schema", *, in_microseconds: bool, with_nanos: bool) -> "pa.Schema":
+def stored_schema(schema: pa.Schema, *, in_microseconds: bool, with_nanos: bool) -> pa.Schema:
     """The columns of a Parquet object. Digits below the microsecond stand in a last column of their own, 0 to 999."""
-    import pyarrow as pa
-
     if not in_microseconds:
         return schema
     index = schema.get_field_index(TIMESTAMP)
@@ -301,11 +275,8 @@ def stored_schema(schema: "pa.Schema", *, in_microseconds: bool, with_nanos: boo
     return schema.append(pa.field(NANOS, pa.int16())) if with_nanos else schema
 
 
-def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
+def stored(table: pa.Table, *, with_nanos: bool) -> pa.Table:
     """Rows with their timestamp in microseconds, and what is below that in a last column."""
-    import numpy as np
-    import pyarrow as pa
-
     index = table.schema.get_field_index(TIMESTAMP)
     times = table.column(index)
     times = times.chunk(0) if times.num_chunks == 1 else times.combine_chunks()
@@ -315,11 +286,8 @@ def stored(table: "pa.Table", *, with_nanos: bool) -> "pa.Table":
     return table.append_column(NANOS, pa.array((instants - micros * 1000).astype(np.int16))) if with_nanos else table
 
 
-def in_nanoseconds(table: "pa.Table") -> "pa.Table":
+def in_nanoseconds(table: pa.Table) -> pa.Table:
     """The reverse of `stored`, for an object of any unit."""
-    import numpy as np
-    import pyarrow as pa
-
     index = table.schema.get_field_index(TIMESTAMP)
     if index < 0:
         raise pa.ArrowInvalid("it has no column timestamp")
@@ -332,23 +300,11 @@ def in_nanoseconds(table: "pa.Table") -> "pa.Table":
     return table.set_column(index, TIMESTAMP, pa.array(instants).view(pa.timestamp("ns", "UTC")))
 
 
-def _noted(rows: "Iterator[pa.Table]", sums: TableSummary | None) -> "Iterator[pa.Table]":
-    for table in rows:
-        if sums is not None:
-            sums.add(table)
-        yield table
-
-
-def _write_parquet(
-    file: BinaryIO, rows: "Iterator[pa.Table]", schema: "pa.Schema", dictionary: tuple[str, ...]
-) -> None:
+def _write_parquet(file: BinaryIO, rows: Iterator[pa.Table], schema: pa.Schema, dictionary: tuple[str, ...]) -> None:
     """Row groups of equal size whatever the size of the tables that come; dictionary only where values repeat.
 
     Each page's few writes are gathered on Arrow's side: a call into Python for every one costs a fifth of a small file.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     names = [name for name in dictionary if name in schema.names]
     gathered = pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), WRITE_BYTES)
     with pq.ParquetWriter(
@@ -359,10 +315,8 @@ def _write_parquet(
     gathered.detach()  # closing it would close the file as well
 
 
-def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
+def row_groups(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of exactly `rows`, the last one shorter."""
-    import pyarrow as pa
-
     waiting: list[pa.Table] = []
     size = 0
     for table in tables:
@@ -376,12 +330,8 @@ def row_groups(tables: "Iterator[pa.Table]", rows: int) -> "Iterator[pa.Table]":
         yield pa.concat_tables(waiting)
 
 
-def _write_csv(file: BinaryIO, names: Sequence[str], rows: "Iterator[pa.Table]") -> None:
+def _write_csv(file: BinaryIO, names: Sequence[str], rows: Iterator[pa.Table]) -> None:
     """RFC 4180 with LF; timestamps in ISO 8601 with nanoseconds and Z; null and empty text are both an empty cell."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.csv as pacsv
-
     options = pacsv.WriteOptions(include_header=False, quoting_style="needed")
     header = io.StringIO(newline="")
     csv.writer(header, lineterminator="\n").writerow(names)
@@ -394,10 +344,8 @@ def _write_csv(file: BinaryIO, names: Sequence[str], rows: "Iterator[pa.Table]")
         pacsv.write_csv(table, file, write_options=options)
 
 
-def _readable(key: str, tables: "Iterator[pa.Table]") -> "Iterator[pa.Table]":
+def _readable(key: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The tables of a local copy. What cannot be parsed was not written by this sink, or was damaged since."""
-    import pyarrow as pa
-
     try:
         yield from tables
     except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
@@ -406,10 +354,7 @@ def _readable(key: str, tables: "Iterator[pa.Table]") -> "Iterator[pa.Table]":
         ) from error
 
 
-def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _parquet_tables(file: BinaryIO) -> Iterator[pa.Table]:
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
             table = in_nanoseconds(pa.Table.from_batches([batch]))
@@ -419,13 +364,10 @@ def _parquet_tables(file: BinaryIO) -> "Iterator[pa.Table]":
             )
 
 
-def _csv_tables(file: BinaryIO) -> "Iterator[pa.Table]":
+def _csv_tables(file: BinaryIO) -> Iterator[pa.Table]:
     """Instants, and everything else as the text that it is: inference would look at the first block only, and make
     numbers of texts such as 007.
     """
-    import pyarrow as pa
-    import pyarrow.csv as pacsv
-
     names = next(csv.reader(io.StringIO(_first_record(file), newline="")), [])
     options: Mapping[str, Any] = {
         "read_options": pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES, use_threads=False),

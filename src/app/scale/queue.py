@@ -23,7 +23,7 @@ from app.config.settings import Settings
 from app.core.errors import AppError, Transient
 from app.core.runs import Stop
 from app.db.database import Database
-from app.db.migrations import RECORD, Migration, apply, lock, recorded, refuse_newer
+from app.db.migrations import RECORD, Migration, apply, lock, recorded
 from app.db.postgres import conninfo_of, errors_of
 from app.db.state import VARIABLES, State
 from app.ops.scheduler import Workload
@@ -59,18 +59,13 @@ def install(database: Database) -> None:
     """
     files = sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql"))
     wanted = [Migration(f"{FOLDER}/{path.stem}", path.read_text(encoding="utf-8")) for path in files]
-    known = {each.name for each in wanted}
     with database.transaction() as session:
         lock(session, "postgres")
-        refuse_newer(database.place, session, "postgres", FOLDER, known)
-        done = {name for name in recorded(session, "postgres") if name.startswith(f"{FOLDER}/")}
-        if not done:  # the schema is what all of them together make
-            session.script(SchemaManager.get_schema())
+        if not any(name.startswith(f"{FOLDER}/") for name in recorded(session, "postgres")):
+            session.script(SchemaManager.get_schema())  # what all of them together make
             session.run_many(RECORD, [{"name": each.name, "checksum": each.checksum} for each in wanted])
             return
-    for each in wanted:
-        if each.name not in done:
-            apply(database, each, known)
+    apply(database, wanted)
 
 
 class Queue:

@@ -1,0 +1,410 @@
+"""The export itself: one run of its job, its daily reconcile, its backfill and its rewrite.
+
+Invariants: the job owns the live windows, from the cursor on; reconcile, backfill and rewrite touch only windows before
+the cursor, so they never work on one window at once. Nothing is connected before the first run.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+from app.config.settings import Settings
+from app.core.partitions import Backoff, Pass, Settling, Step, SyncPlan, isolated, sync_all, sync_step
+from app.core.pipeline import Grid, KnownRows, Pipeline, Shrink
+from app.core.repair import HEAL_HINT, fill, reconcile, said_of
+from app.core.retry import Pace, RetryPolicy
+from app.core.runs import Context, Done, Failure, Report, Stop
+from app.core.verify import Cell
+from app.core.windows import EPOCH, Window, floor_to
+from app.db.checkpoints import Layout, SqlCheckpoints
+from app.db.object_summaries import Facts
+from app.influx_to_s3.flux import FluxReader
+from app.influx_to_s3.influxql import InfluxQlReader
+from app.influx_to_s3.job import NAME, ObjectSums
+from app.influx_to_s3.layout import DEVICE, TAGS, Columns, LayoutFile, Tree, as_on
+from app.influx_to_s3.reader import Connection, Reader, Server
+from app.influx_to_s3.rewrite import devices_in, lost_cursor, rewrite, tree_of_data
+from app.influx_to_s3.row_batch import RowBatch
+from app.influx_to_s3.set_aside import OTHER_VALUE, Aside, absent_devices, refuse_wrong_settings
+from app.influx_to_s3.source import InfluxSource
+from app.influx_to_s3.verify import ExportEnds, cells_in
+from app.object_store.deltas import is_nameable
+from app.object_store.port import ObjectStore
+from app.object_store.set_aside import SetAsideStore
+from app.object_store.table_sink import EncodedFile, TableSink
+
+RECONCILE_SHARE = 0.1
+# Each night the oldest day is compared by content, just before it is looked at no more, so that what came until then is
+# found. An hour more, since the next night's run may start later.
+CONTENT_SPAN = timedelta(hours=25)
+SPOOL = "spool"
+LOOK_KEY = "headwater-readiness"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedExport:
+    """The pipeline of one run, whose pauses end with that run. `now`: no window that starts later may be written."""
+
+    tree: Tree
+    now: datetime
+    columns: Columns
+    source: InfluxSource
+    sink: TableSink
+    pipeline: Pipeline[RowBatch, EncodedFile]
+
+
+class Export:
+    """See `job.build`. For one process: what it remembers from run to run may be lost at any time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoints: SqlCheckpoints,
+        store: ObjectStore,
+        *,
+        set_aside: SetAsideStore,
+        clock: Callable[[], datetime],
+        rewrite_seconds: Callable[[int, float], float] | None,
+        steps: Callable[[Context, SyncPlan, Step], Report],
+        sums: ObjectSums | None,
+    ) -> None:
+        self._reader = reader_of(settings)
+        self._settings = settings
+        self._checkpoints = checkpoints
+        self._store = store
+        self._clock = clock
+        self._steps = steps
+        self._rewrite_seconds = rewrite_seconds
+        self._sums = sums
+        self._layout_file = LayoutFile(store, settings.s3.prefix, self._first_tree)
+        self._aside = Aside(set_aside, measurement=settings.influx.measurement, device_tag=settings.influx.device_tag)
+        self._kept: dict[tuple[str, datetime], tuple[str, RowBatch]] = {}  # rows of large open windows
+        self._identities = KnownRows()
+        self._backoff = Backoff()
+        self._settling = Settling()
+        self._is_warned = False
+
+    def step(self, context: Context, plan: SyncPlan) -> Report:
+        """One step of each device of a shard, whose plan another process has made."""
+        opened = self._open(context.stop, dry_run=context.dry_run, cursors=plan.cursors)
+        return sync_step(opened.pipeline, context, plan, self._pass(opened))
+
+    def sync(self, context: Context) -> Report:
+        """Bring every device up to date, and account for points that no window of this run holds."""
+        opened = self._open(context.stop, dry_run=context.dry_run)
+        report = sync_all(opened.pipeline, context, self._pass(opened))
+        absent = absent_devices(opened.source, self._settings, opened.tree.first_start_at)
+        failures = tuple(Failure(device, *why) for device, why in absent.items())
+        outside = self._aside.account_outside(opened.pipeline, opened.source, context, opened.now)
+        return report + Report(failures=failures) + outside
+
+    def reconcile(self, context: Context) -> Report:
+        """Compare the last days' windows of every device with both ends, and bring what differs."""
+        opened = self._open(context.stop, dry_run=context.dry_run, share=RECONCILE_SHARE)
+        export = self._settings.export
+        since = max(opened.now - timedelta(days=export.reconcile_days), opened.tree.first_start_at)
+        by_content = Window(since, since + CONTENT_SPAN)
+        # A device without a cursor is new: the job closes its windows from the first start on.
+        cursors = {device: at for device, at in self._checkpoints.cursors(NAME).items() if is_nameable(device)}
+
+        def one(device: str, done: Done) -> None:
+            until = min(opened.now, cursors[device])
+            if until > since:
+                reconcile(
+                    opened.pipeline,
+                    context,
+                    device,
+                    Window(since, until),
+                    opened.now,
+                    asked=opened.source.sums,
+                    by_content=by_content,
+                    heals=export.heal == "auto",
+                    told=done,
+                )
+
+        report = self._isolated(opened, context, sorted(cursors), one)
+        if export.record_days and not context.dry_run:
+            self._retire(context, cursors, opened.now)
+        troubles = self._checkpoints.troubles().get(NAME, {})
+        return report + Report(notes=[f"{said}: {HEAL_HINT}" for said in said_of(troubles)])
+
+    def backfill(self, context: Context, span: Window) -> Report:
+        """Bring the due windows of `span` up to the source; the live cursor does not move."""
+        return self._fill(self._open(context.stop, dry_run=context.dry_run), context, span, always_writes=False)
+
+    def replace(self, context: Context, span: Window, *, allow_shrink: bool) -> Report:
+        """Write the due windows of `span` again from the source. Rows that only an object has are told, and stay unless
+        `allow_shrink`, whatever the settings allow.
+        """
+        opened = self._open(context.stop, dry_run=context.dry_run)
+        pipeline = replace(opened.pipeline, shrink=self._shrinking(opened.source, removes=allow_shrink))
+        return self._fill(replace(opened, pipeline=pipeline), context, span, always_writes=True)
+
+    def rewrite(self, context: Context, span: Window) -> Report:
+        """Re-encode the objects of closed windows from themselves, in today's unit, names and types.
+
+        The layout says so first, for whole days of which every window is due: what is written there later is then
+        alike.
+        """
+
+        def change(tree: Tree, now: datetime) -> Tree:
+            due_at = now - timedelta(seconds=self._settings.export.grace_seconds)
+            first, end = (span.start - datetime.resolution).date() + timedelta(days=1), min(span.end, due_at).date()
+            return as_on(tree, now.date(), first=first, end=end) if first < end else tree
+
+        opened = self._open(context.stop, dry_run=context.dry_run, change=change)
+
+        def one(device: str, done: Done) -> None:
+            rewrite(
+                opened.pipeline,
+                opened.source,
+                opened.sink,
+                opened.columns,
+                context,
+                device=device,
+                span=span,
+                now=opened.now,
+                done=done,
+            )
+
+        devices = devices_in(opened.sink)
+        context.progress.advance(total=len(devices))
+        return self._isolated(opened, context, devices, one)
+
+    def ping(self) -> str:
+        """See `Reader.ping`."""
+        return self._reader.ping()
+
+    def ends(self, stop: Stop) -> ExportEnds:
+        """Both ends as they are now; a look must not depend on a run going on, and changes nothing."""
+        now = self._open(stop, dry_run=True)
+        return ExportEnds(now.pipeline, now.source, now.sink, now.columns, self._clock)
+
+    def cells(self, partition: str, span: Window) -> Sequence[Cell]:
+        """See `app.core.verify.Chart.cells`: one listing per day."""
+        return cells_in(self.ends(Stop()), self._checkpoints, self._settings.export.grace_seconds, partition, span)
+
+    def _open(
+        self,
+        stop: Stop,
+        *,
+        dry_run: bool,
+        change: Callable[[Tree, datetime], Tree] | None = None,
+        share: float | None = None,
+        cursors: Mapping[str, datetime] | None = None,
+    ) -> OpenedExport:
+        """A store that was not reached yet is probed first: conditions must be known to hold before they are relied on.
+
+        `change(tree, now)` is made to the layout before anything is read or written. `share`: of one core of the
+        source, to be taken by questions at most. `cursors`: those that matter, where they are known.
+        """
+        if not self._store.conditional:
+            self._store.probe()
+        settings, export, sums = self._settings, self._settings.export, self._sums
+        types = dict(export.column_types)
+        tree, now = self._layout_file.begin(self._clock(), wanted=self._wanted, types=types, dry_run=dry_run)
+        known = self._checkpoints.cursors(NAME) if cursors is None else cursors
+        tree = self._with_earlier_start(tree, is_new=not any(known) and not dry_run)
+        if change is not None:
+            tree = change(tree, now) if dry_run else self._layout_file.change(lambda tree: change(tree, now))
+        columns = Columns(
+            tree,
+            device_tag=settings.influx.device_tag,
+            ignored=settings.influx.ignored_tags,
+            types=types,
+            file=None if dry_run else self._layout_file,
+        )
+        spool = settings.service.data_dir / SPOOL
+        source = InfluxSource(
+            self._reader,
+            columns,
+            devices=export.device_ids,
+            batch_rows=export.batch_size,
+            spool_directory=spool,
+            pauses=stop,
+            policy=RetryPolicy(),
+            pace=Pace(stop, share) if share else None,
+        )
+        sink = TableSink(
+            store=self._store,
+            pipeline=NAME,
+            prefix=settings.s3.prefix,
+            layout_at=tree.layout_at,
+            spool_directory=spool,
+            app_version=settings.service.version,
+            dictionary=(DEVICE, *TAGS),
+            run=uuid4().hex,
+            cursors={name: at for name, at in known.items() if name},
+            storage_class=settings.s3.storage_class if settings.s3.bucket else "",
+            summed=sums.take if sums else None,
+        )
+        spaced, window_seconds = self._rewrite_seconds, tree.layout_at(now).window_seconds
+        pipeline = Pipeline(
+            name=NAME,
+            source=source,
+            sink=sink,
+            checkpoints=self._checkpoints,
+            grid=Grid(tree.windows, export.grace_seconds),
+            shrink=self._shrinking(source, removes=True) if export.allow_shrink else None,
+            deltas=sink,
+            kept=self._kept,
+            identities=self._identities,
+            large_points=export.batch_size,
+            lost_cursor=self._lost_cursors(tree, now),
+            set_aside=lambda device, window, batch: self._aside.keep_values(
+                OTHER_VALUE, device, window, batch.disagreements
+            ),
+            refused=lambda context, at, live: self._aside.sync_refused(pipeline, source, context, at, live),
+            rewrite_seconds=(lambda devices: spaced(devices, window_seconds)) if spaced else None,
+            summarise=_summaries,
+            # Where nobody ever asked for reports, only past windows are summed: an open object is replaced each minute.
+            summarises_open=sums is not None and sums.stored.is_asked(),
+        )
+        return OpenedExport(tree, now, columns, source, sink, pipeline)
+
+    def _pass(self, opened: OpenedExport) -> Pass:
+        def probe() -> None:
+            self._reader.ping()
+            self._store.head(LOOK_KEY)
+
+        return Pass(
+            now=opened.now,
+            first_at=opened.tree.first_start_at,
+            probe=probe,
+            nothing_found=lambda: refuse_wrong_settings(opened.source, self._settings, opened.tree.first_start_at),
+            backoff=self._backoff,
+            settling=self._settling,
+            latency_seconds=opened.source.latency_seconds,
+            concurrency=self._settings.export.concurrency,
+            steps=self._steps,
+        )
+
+    def _isolated(
+        self, opened: OpenedExport, context: Context, devices: Sequence[str], one: Callable[[str, Done], None]
+    ) -> Report:
+        """`one` for each device, whatever failed in the job's passes."""
+        return isolated(opened.pipeline, context, devices, one, how=replace(self._pass(opened), backoff=Backoff()))
+
+    def _fill(self, opened: OpenedExport, context: Context, span: Window, *, always_writes: bool) -> Report:
+        cursors = self._checkpoints.cursors(NAME)
+
+        def one(device: str, done: Done) -> None:
+            until = min(span.end, cursors.get(device, span.end))
+            if until > span.start:
+                fill(
+                    opened.pipeline,
+                    context,
+                    device,
+                    Window(span.start, until),
+                    opened.now,
+                    by_content=not always_writes,
+                    always_writes=always_writes,
+                    told=done,
+                )
+
+        devices = sorted(filter(is_nameable, {*cursors, *opened.source.partitions(span.start)}))
+        return self._isolated(opened, context, devices, one)
+
+    def _retire(self, context: Context, cursors: Mapping[str, datetime], now: datetime) -> None:
+        """Forget records of closed windows that no reconcile looks at any more: the destination has what they said."""
+        export = self._settings.export
+        before = now - timedelta(days=max(export.record_days, export.reconcile_days + 2))
+        for device, cursor_at in cursors.items():
+            context.stop.check()
+            self._checkpoints.retire(NAME, device, before, cursor_at, context.lease)
+        if self._sums:
+            self._sums.stored.forget_unasked((before - EPOCH).days)
+
+    def _first_tree(self, now: datetime) -> Tree:
+        export = self._settings.export
+        return tree_of_data(
+            self._store,
+            self._settings.s3.prefix,
+            kept=self._checkpoints.layouts(NAME),
+            starts=self._checkpoints.starts(NAME).values(),
+            wanted=self._wanted(None),
+            first_start_at=export.start or now - timedelta(hours=export.lookback_hours),
+        )
+
+    def _wanted(self, tree: Tree | None) -> Layout:
+        """The layout that the settings ask for; an existing tree keeps its unit until one is set."""
+        export = self._settings.export
+        unit = export.timestamp_unit or (tree.layouts[-1].timestamp_unit if tree else "us")
+        return Layout(EPOCH, export.window_seconds, export.format, export.date_format, unit)
+
+    def _with_earlier_start(self, tree: Tree, *, is_new: bool) -> Tree:
+        """EXPORT_START may be set earlier until the first device was found; later it has no effect and is warned of."""
+        start_at = self._settings.export.start
+        if start_at is None or start_at >= tree.first_start_at:
+            return tree
+        if is_new:
+            first_start_at = floor_to(start_at, tree.layout_at(start_at).window_seconds)
+            return self._layout_file.change(
+                lambda each: replace(each, first_start_at=min(each.first_start_at, first_start_at))
+            )
+        if not self._is_warned:
+            self._is_warned = True
+            log.warning(
+                "EXPORT_START=%s is earlier than the first start of this installation, %s, which stands: "
+                "run `python -m app backfill %s --from ... --to ...` for what is before it",
+                f"{start_at:%Y-%m-%dT%H:%M:%SZ}",
+                f"{tree.first_start_at:%Y-%m-%dT%H:%M:%SZ}",
+                NAME,
+            )
+        return tree
+
+    def _lost_cursors(self, tree: Tree, now: datetime) -> Callable[[str], datetime | None]:
+        """Asks the destination about each device without a cursor; in a new tree, where all have none, only once."""
+        start = f"{prefix}/" if (prefix := self._settings.s3.prefix) else ""
+        written: list[bool] = []
+
+        def find(device: str) -> datetime | None:
+            if not written:
+                written.append(any(True for _ in self._store.list(f"{start}device_id=")))
+            return lost_cursor(self._store, prefix, device, tree, now) if written[0] and is_nameable(device) else None
+
+        return find
+
+    def _shrinking(self, source: InfluxSource, *, removes: bool) -> Callable[[], Shrink]:
+        """What may go: what the source lacks although its retention still covers it."""
+        return lambda: Shrink(source.covered_since(self._clock), removes=removes)
+
+
+def _summaries(encoded: EncodedFile, key: str, version: str) -> Sequence[Facts]:
+    facts = encoded.sums.facts(key, version, encoded.size_bytes) if encoded.sums else None
+    return () if facts is None else (facts,)
+
+
+def reader_of(settings: Settings) -> Reader:
+    """What asks the source, by the query language that the settings name."""
+    influx = settings.influx
+    by_influxql = influx.api == "influxql"
+    connection = Connection(
+        Server(
+            url=influx.url,
+            token=influx.token.get_secret_value(),
+            username=influx.username if by_influxql else "",
+            password=influx.password.get_secret_value() if by_influxql else "",
+            timeout_seconds=influx.timeout_seconds,
+            connections=2 * settings.export.concurrency + 2,  # a backfill may run beside the job
+        )
+    )
+    if by_influxql:
+        return InfluxQlReader(
+            connection,
+            database=influx.database,
+            retention_policy=influx.retention_policy,
+            measurement=influx.measurement,
+            device_tag=influx.device_tag,
+        )
+    return FluxReader(
+        connection,
+        org=influx.org,
+        bucket=influx.bucket,
+        measurement=influx.measurement,
+        device_tag=influx.device_tag,
+    )
